@@ -1,0 +1,241 @@
+"""The only file that knows transformers' models: load one, read hidden states and logits, check what it can do."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Protocol, Union, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+PROBE_LENGTH = 4
+PROBE_TOLERANCE = 1e-3
+
+
+@runtime_checkable
+class LMSpec(Protocol):
+    """Something small that pickles and builds a causal language model; `policy_kwargs` hold it."""
+
+    def build(self) -> PreTrainedModel:
+        """Return the model, with float32 weights where they are trained."""
+
+
+LMLike = Union[str, PreTrainedConfig, LMSpec]
+
+
+class Pretrained:
+    """A checkpoint's weights, which pickle as its config once they are loaded.
+
+    Stable-Baselines3 stores `policy_kwargs` in the file it saves and builds the policy again on `PPO.load`, before it
+    copies the saved weights in. With this spec that needs neither a download nor the folder: after the first `build`
+    only the config is pickled. A bare name or path is loaded by name again.
+
+    Args:
+        name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`.
+        **kwargs: Its other arguments. `dtype` is float32 unless given.
+
+    Example:
+        >>> import pickle
+        >>> from agents import Pretrained
+        >>> spec = Pretrained("./my-gpt2")
+        >>> pickle.loads(pickle.dumps(spec)).name  # not built yet: still a name
+        './my-gpt2'
+    """
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        self.name: str | None = str(name)
+        self.kwargs = {"dtype": torch.float32, **kwargs}
+        self.config: PreTrainedConfig | None = None
+
+    def build(self) -> PreTrainedModel:
+        """Return the checkpoint's model, or after unpickling a fresh one of its config, to load weights into."""
+        if self.name is None:
+            assert self.config is not None, "pickled only once built"
+            return AutoModelForCausalLM.from_config(self.config)
+        model = AutoModelForCausalLM.from_pretrained(self.name, **self.kwargs)
+        self.config = model.config
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the config alone once it is known."""
+        if self.config is None:
+            return self.__dict__.copy()
+        return {"name": None, "kwargs": {}, "config": self.config}
+
+
+def build_model(lm: LMLike) -> PreTrainedModel:
+    """Build a causal language model from a name or path, a config (fresh weights) or a spec.
+
+    Raises:
+        TypeError: If `lm` is a live model: `policy_kwargs` are pickled, its weights would be stored twice.
+        ValueError: If the model is an encoder-decoder, or has trainable weights of 16 bits.
+    """
+    if isinstance(lm, nn.Module):
+        raise TypeError(
+            f"Expected `lm` to be a name, a path, a config or a spec, got a live {type(lm).__name__}, whose weights "
+            "would be pickled into every saved file. Save it with save_pretrained(folder) and pass Pretrained(folder)."
+        )
+    if isinstance(lm, str):
+        lm = Pretrained(lm)
+    if isinstance(lm, PreTrainedConfig):
+        model = None if lm.is_encoder_decoder else AutoModelForCausalLM.from_config(lm)
+    elif isinstance(lm, LMSpec):
+        model = lm.build()
+    else:
+        raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
+    if model is None or model.config.is_encoder_decoder:
+        raise ValueError("Expected a causal language model, got an encoder-decoder, which is not supported yet.")
+    small = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.element_size() < 4]
+    if small:
+        raise ValueError(
+            f"Expected trainable weights in float32, got {model.get_parameter(small[0]).dtype} in {small[0]!r} and "
+            f"{len(small) - 1} more: steps of 1e-5 round to nothing in 16 bits. Load with dtype=torch.float32 and "
+            "pass policy_kwargs=dict(autocast='bfloat16') for speed."
+        )
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout and layer-drop probability to 0, so that training mode changes nothing (invariant A6).
+
+    Modules that call `functional.dropout` keep the probability as a plain number under some name with "drop" in it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+class Backbone(nn.Module):
+    """A causal language model, read as hidden states and logits at chosen places.
+
+    What it relies on is checked once, on a probe of a few tokens: whether logits are the output embeddings of the
+    hidden states (not so for Cohere, Granite or Gemma-2, which get their full forward), and whether decoding with
+    cached keys and values equals a full forward (not so for recurrent models, which then run without, with a warning).
+
+    Args:
+        model: The model.
+        vocab_size: How many tokens the tokenizer has; embedding rows beyond it are never sampled and never scored.
+        n_positions: The longest sequence that will be asked for, in tokens.
+
+    Raises:
+        ValueError: If the model has fewer embedding rows or positions than that.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
+        super().__init__()
+        rows = model.get_input_embeddings().weight.shape[0]
+        if rows < vocab_size:
+            raise ValueError(
+                f"Expected a model with at least the {vocab_size} tokens of the tokenizer, got {rows} embedding rows. "
+                "Use the model's own tokenizer, or resize_token_embeddings and save the model."
+            )
+        # Absent where nothing bounds the length (BLOOM's ALiBi).
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and n_positions > limit:
+            raise ValueError(
+                f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_positions} tokens: "
+                "lower max_prompt_tokens or max_new_tokens."
+            )
+        disable_dropout(model)
+        self.model = model
+        self.vocab_size = vocab_size
+        self.head_is_linear = True
+        self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+    def forward(
+        self,
+        ids: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the model and read it at the places (rows, cols).
+
+        Args:
+            ids: Tokens, (B, T); without a mask padded on the right, which a causal model does not see.
+            rows: Which rows to read, (N,).
+            cols: Which columns of those rows, (N,).
+            attention_mask: True at real tokens, cached ones included, (B, cached + T).
+            position_ids: The position of each token in its row, (B, T).
+            cache: Keys and values of earlier tokens; extended in place.
+
+        Returns:
+            Hidden states (N, H) and logits (N, V).
+        """
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        if self.head_is_linear:
+            hidden = self.model.base_model(**inputs).last_hidden_state[rows, cols]  # (N, H)
+            logits = self.model.get_output_embeddings()(hidden)
+        else:
+            output = self.model(**inputs, output_hidden_states=True)
+            hidden, logits = output.hidden_states[-1][rows, cols], output.logits[rows, cols]
+        return hidden, logits[:, : self.vocab_size]  # (N, H), (N, V)
+
+    def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
+        """Return the keys and values of left-padded rows, (B, T)."""
+        # Without a config the cache keeps every column of sliding-window layers too; the mask does the sliding.
+        cache = DynamicCache()
+        self.model.base_model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        device = self.device
+        ids = torch.arange(PROBE_LENGTH, device=device)[None] % self.vocab_size  # (1, T)
+        here, last = torch.zeros(1, dtype=torch.long, device=device), torch.tensor([PROBE_LENGTH - 1], device=device)
+        was_training = self.model.training
+        self.model.eval()
+        expected = self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
+        hidden, logits = self(ids, here, last)
+        self.head_is_linear = _close(logits, expected)
+        if not self.head_is_linear:
+            hidden, logits = self(ids, here, last)
+        self.hidden_size = hidden.shape[-1]
+        self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, ids)
+        self.model.train(was_training)
+        if not self.is_cacheable:
+            warnings.warn(
+                f"{type(self.model).__name__} does not decode exactly from cached keys and values (recurrent layers?): "
+                "it runs without a cache, in time that grows with the square of the length.",
+                stacklevel=2,
+            )
+
+    def _decodes_like(self, expected: Tensor, ids: Tensor) -> bool:
+        """Whether two left-padded rows, decoded with a cache, end in the logits of the full forward."""
+        device = ids.device
+        first = PROBE_LENGTH - 1
+        padded = torch.cat([torch.zeros_like(ids[:, :2]), ids[:, :first]], dim=1)  # (1, 2 + T - 1)
+        positions = torch.tensor([[0, 0, *range(first)]], device=device)
+        cache = self.prefill(padded, positions.new_tensor([[0, 0, *[1] * first]]), positions)
+        mask = positions.new_tensor([[0, 0, *[1] * PROBE_LENGTH]])
+        zero = torch.zeros(1, dtype=torch.long, device=device)
+        _, logits = self(ids[:, -1:], zero, zero, mask, positions.new_tensor([[first]]), cache)
+        return _close(logits, expected)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = max(1.0, float(b.abs().max()))
+    return bool(torch.allclose(a.float(), b.float(), atol=PROBE_TOLERANCE * scale))

@@ -1,0 +1,321 @@
+"""A rollout buffer of whole sequences: one forward a sequence in the update, nothing stored a token but numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from torch import Tensor
+
+from .sequences import SequenceBatch
+
+MIN_SEQUENCES = 4  # a minibatch of fewer does not learn reliably
+
+
+class Segment(NamedTuple):
+    """A run of one lane inside one episode inside one rollout."""
+
+    lane: int
+    start: int  # first step
+    end: int  # behind the last step
+    tokens: np.ndarray  # (T,) int32: context and actions up to, not including, the last action
+    is_finished: bool  # whether the episode ended with it
+
+
+class Transitions(NamedTuple):
+    """The transitions of one sequence in numbers, each array (n,)."""
+
+    cols: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    values: np.ndarray
+    log_probs: np.ndarray
+    advantages: np.ndarray
+    returns: np.ndarray  # advantages + values, before any normalisation (invariant D1)
+
+
+class SequenceSamples(NamedTuple):
+    """A minibatch, with the fields of SB3's `RolloutBufferSamples`; N transitions of whole sequences."""
+
+    observations: SequenceBatch
+    actions: Tensor  # (N,) int64
+    old_values: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+class RolloutView(NamedTuple):
+    """The rollout as whole sequences, and where each of the N transitions stands in the buffer's arrays."""
+
+    batch: SequenceBatch
+    actions: Tensor  # (N,)
+    steps: np.ndarray  # (N,)
+    lanes: np.ndarray  # (N,)
+
+
+class SequenceRolloutBuffer(RolloutBuffer):
+    """Stores a rollout as token sequences and numbers, and yields minibatches of whole sequences.
+
+    The stock buffer stores the whole prefix with every token and the update reads each of them. Here a sequence is
+    stored once and read once an epoch: the same loss and gradient in one forward. It works under unmodified PPO and
+    A2C, with `LMPolicy`, and stores nothing of the size of the vocabulary.
+
+    `batch_size` stays in transitions: each epoch has exactly `n_steps * n_envs / batch_size` minibatches, of whole
+    sequences and about equal numbers of transitions, in a new random order.
+
+    `before_returns` lists steps that run on the rollout, in order, after it is complete and before returns are
+    computed: late scores, a KL penalty. Callbacks attach them (see `RolloutStep`); they are not stored with a saved
+    model, whose training raises until they are attached again.
+
+    Args:
+        buffer_size: Steps of a rollout.
+        observation_space: The env's.
+        action_space: The env's.
+        device: Where minibatches go.
+        gae_lambda: The trade-off of generalized advantage estimation (Schulman et al., 2016, equation 16).
+        gamma: Discount factor; 1.0 suits text.
+        n_envs: Lanes.
+        normalize_advantage: Normalise advantages to mean 0 and deviation 1 over the whole rollout. Pass
+            `normalize_advantage=False` to PPO with it: within a minibatch of few sequences it destroys learning.
+        complete_episodes: Train only episodes that have ended. Segments of the others wait, with the log-probabilities
+            of when they were sampled, for the rollout in which theirs ends. Needed where scores come at its end.
+        micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
+        expected_steps: Names of the steps that must be in `before_returns`; written by the steps themselves.
+
+    Example:
+        >>> from agents import SequenceRolloutBuffer
+        >>> from stable_baselines3 import PPO
+        >>> options = dict(rollout_buffer_class=SequenceRolloutBuffer,
+        ...                rollout_buffer_kwargs=dict(normalize_advantage=True), normalize_advantage=False)
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: torch.device | str = "auto",
+        gae_lambda: float = 1,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+        normalize_advantage: bool = False,
+        complete_episodes: bool = False,
+        micro_batch_tokens: int | None = None,
+        expected_steps: Sequence[str] = (),
+    ) -> None:
+        self.normalize_advantage = normalize_advantage
+        self.complete_episodes = complete_episodes
+        self.micro_batch_tokens = micro_batch_tokens
+        self.expected_steps = list(expected_steps)
+        self.before_returns: list[Callable[[SequenceRolloutBuffer], None]] = []
+        self.waiting: dict[int, Transitions] = {}
+        # Seeded from numpy's generator, which SB3 has seeded, and its own from then on: what else draws from that one
+        # (an evaluation, a user's reward) does not change the order of minibatches.
+        self.rng = np.random.default_rng(np.random.randint(2**31))
+        super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
+
+    def reset(self) -> None:
+        """Make room for a new rollout; segments that wait for the end of their episode stay."""
+        shape = (self.buffer_size, self.n_envs)
+        self.observations = np.zeros((0,), dtype=np.int64)  # not stored
+        self.actions = np.zeros(shape, dtype=np.int64)
+        self.cols = np.zeros(shape, dtype=np.int32)  # where a transition's logits and value are read
+        for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
+            setattr(self, name, np.zeros(shape, dtype=np.float32))
+        self._device_values: list[Tensor] = []
+        self._device_log_probs: list[Tensor] = []
+        self._last_observations = self.observations
+        self._starts = np.zeros(self.n_envs, dtype=np.int64)
+        self.segments: list[Segment] = []
+        self.dones = np.zeros(self.n_envs, dtype=bool)
+        self.generator_ready = False
+        self.pos, self.full = 0, False
+
+    def add(
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: Tensor,
+        log_prob: Tensor,
+    ) -> None:
+        """Add one step of all lanes; values and log-probabilities stay on their device until the rollout ends."""
+        for lane in np.flatnonzero(episode_start) if self.pos > 0 else ():
+            self._close_segment(int(lane), self.pos, is_finished=True)
+        self.actions[self.pos] = np.asarray(action).reshape(self.n_envs)
+        self.rewards[self.pos] = reward
+        self.episode_starts[self.pos] = episode_start
+        self.cols[self.pos] = (obs >= 0).sum(axis=1) - 1
+        self._device_values.append(value.detach().flatten())
+        self._device_log_probs.append(log_prob.detach().flatten())
+        self._last_observations = obs
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def _close_segment(self, lane: int, end: int, is_finished: bool) -> None:
+        row = self._last_observations[lane]
+        segment = Segment(lane, int(self._starts[lane]), end, row[row >= 0].astype(np.int32), is_finished)
+        self.segments.append(segment)
+        self._starts[lane] = end
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
+        """Run `before_returns`, then SB3's generalized advantage estimation, then what the options add.
+
+        Args:
+            last_values: Values of the observations after the last step, (B,) or (B, 1).
+            dones: Whether each lane's last step ended an episode, (B,).
+
+        Raises:
+            RuntimeError: If a step that the model was trained with is missing from `before_returns`.
+        """
+        self.values = torch.stack(self._device_values).float().cpu().numpy()  # (T, B)
+        self.log_probs = torch.stack(self._device_log_probs).float().cpu().numpy()
+        self._device_values, self._device_log_probs = [], []
+        self.dones = np.asarray(dones, dtype=bool)
+        for lane in range(self.n_envs):
+            self._close_segment(lane, self.buffer_size, is_finished=bool(self.dones[lane]))
+        missing = [name for name in self.expected_steps if name not in map(step_name, self.before_returns)]
+        if missing:
+            raise RuntimeError(
+                f"Expected the steps {missing} before returns: the model was trained with them. Pass them as callbacks "
+                "to learn() again, or go on without by model.rollout_buffer.expected_steps.clear()."
+            )
+        for step in self.before_returns:
+            step(self)
+        super().compute_returns_and_advantage(last_values.float(), dones)
+        self._collect()
+
+    def view(self) -> RolloutView:
+        """Return the rollout as whole sequences: what a step of `before_returns` needs to run a model over it."""
+        parts = [np.arange(segment.start, segment.end) for segment in self.segments]
+        steps = np.concatenate(parts)
+        lanes = np.repeat([segment.lane for segment in self.segments], [len(part) for part in parts])
+        rows = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        tokens, lengths = self._pad([segment.tokens for segment in self.segments])
+        batch = SequenceBatch(tokens, lengths, rows, self.cols[steps, lanes], self.micro_batch_tokens)
+        return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device), steps, lanes)
+
+    def _pad(self, sequences: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
+        lengths = np.array([len(tokens) for tokens in sequences])
+        padded = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
+        for row, tokens in enumerate(sequences):
+            padded[row, : len(tokens)] = tokens
+        return torch.as_tensor(padded, device=self.device), lengths
+
+    def _collect(self) -> None:
+        """Gather what is to be trained: sequences and their transitions, flat."""
+        sequences, parts = [], []
+        for segment in self.segments:
+            part = self._transitions(segment)
+            if self.complete_episodes:
+                earlier = self.waiting.pop(segment.lane, None)
+                if earlier is not None and not self.episode_starts[segment.start, segment.lane]:
+                    part = self._join(earlier, part)
+                if not segment.is_finished:
+                    self.waiting[segment.lane] = part
+                    continue
+            sequences.append(segment.tokens)
+            parts.append(part)
+        self._sequences = sequences
+        self._counts = np.array([len(part.actions) for part in parts], dtype=np.int64)
+        self._flat = Transitions(*map(np.concatenate, zip(*parts, strict=True))) if parts else None
+        if self.normalize_advantage and self._flat is not None and self._flat.advantages.size > 1:
+            advantages = self._flat.advantages
+            normal = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
+            self._flat = self._flat._replace(advantages=normal.astype(np.float32))
+
+    def _transitions(self, segment: Segment) -> Transitions:
+        place = (slice(segment.start, segment.end), segment.lane)
+        return Transitions(*(getattr(self, name)[place].copy() for name in Transitions._fields))
+
+    def _join(self, earlier: Transitions, later: Transitions) -> Transitions:
+        """Put the waiting part of an episode in front, and carry the advantages on into it."""
+        advantage, next_value = later.advantages[0], later.values[0]
+        for i in reversed(range(len(earlier.rewards))):
+            delta = earlier.rewards[i] + self.gamma * next_value - earlier.values[i]
+            advantage = delta + self.gamma * self.gae_lambda * advantage
+            earlier.advantages[i] = advantage
+            next_value = earlier.values[i]
+        earlier.returns[:] = earlier.advantages + earlier.values
+        return Transitions(*(np.concatenate(pair) for pair in zip(earlier, later, strict=True)))
+
+    def get(self, batch_size: int | None = None) -> Generator[SequenceSamples, None, None]:  # type: ignore[override]
+        """Yield one epoch of minibatches of whole sequences.
+
+        Args:
+            batch_size: Transitions of a minibatch, on average; None yields everything at once.
+
+        Raises:
+            ValueError: If it does not divide the rollout, or there are fewer sequences than minibatches.
+        """
+        assert self.full, "the rollout is not complete"
+        groups = self._groups(self._n_minibatches(batch_size))
+        if not self.generator_ready:
+            self._prepare()
+        ends = self._counts.cumsum()
+        for group in groups:
+            places = np.concatenate([np.arange(ends[i] - self._counts[i], ends[i]) for i in group])
+            rows = np.repeat(np.arange(len(group)), self._counts[group])
+            index = torch.as_tensor(places, device=self.device)
+            tokens = self._tokens[torch.as_tensor(group, device=self.device)]
+            assert self._flat is not None, "checked by _n_minibatches"
+            yield SequenceSamples(
+                SequenceBatch(tokens, self._lengths[group], rows, self._flat.cols[places], self.micro_batch_tokens),
+                *(tensor[index] for tensor in self._tensors),
+            )
+
+    def _prepare(self) -> None:
+        assert self._flat is not None
+        self._tokens, self._lengths = self._pad(self._sequences)
+        flat = self._flat
+        arrays = (flat.actions, flat.values, flat.log_probs, flat.advantages, flat.returns)
+        self._tensors = [torch.as_tensor(array, device=self.device) for array in arrays]
+        self.generator_ready = True
+
+    def _n_minibatches(self, batch_size: int | None) -> int:
+        size = self.buffer_size * self.n_envs
+        if batch_size is not None and size % batch_size != 0:
+            raise ValueError(
+                f"Expected `batch_size` to divide n_steps * n_envs = {size}, got {batch_size}: each epoch has the same "
+                "number of minibatches of whole sequences."
+            )
+        n_minibatches = 1 if batch_size is None else size // batch_size
+        if len(self._counts) < n_minibatches:
+            raise ValueError(
+                f"Expected at least one sequence for each of {n_minibatches} minibatches, got {len(self._counts)}: raise "
+                "batch_size, or n_steps or n_envs" + (" (complete_episodes)." if self.complete_episodes else ".")
+            )
+        if len(self._counts) < MIN_SEQUENCES * n_minibatches:
+            warnings.warn(
+                f"{len(self._counts)} sequences in {n_minibatches} minibatches are fewer than {MIN_SEQUENCES} in each: "
+                "advantages can hardly be told from noise. Raise batch_size or n_envs.",
+                stacklevel=3,
+            )
+        return n_minibatches
+
+    def _groups(self, n_groups: int) -> list[np.ndarray]:
+        """Return the sequences of each minibatch: random, and about even in transitions."""
+        # Longest first fills evenly; the noise makes each epoch's groups new.
+        keys = self._counts * self.rng.uniform(0.7, 1.3, size=len(self._counts))
+        groups: list[list[int]] = [[] for _ in range(n_groups)]
+        loads = np.zeros(n_groups)
+        for sequence in np.argsort(-keys):
+            lightest = int(loads.argmin())
+            groups[lightest].append(int(sequence))
+            loads[lightest] += self._counts[sequence]
+        return [np.array(group) for group in self._shuffled(groups)]
+
+    def _shuffled(self, groups: list[list[int]]) -> list[list[int]]:
+        return [groups[i] for i in self.rng.permutation(len(groups))]
+
+
+def step_name(step: Any) -> str:
+    """Return the name by which a step of `before_returns` is asked for."""
+    return type(step).__name__

@@ -1,0 +1,155 @@
+"""Keys and values of the tokens already read, a row each: used only where a row still begins with those tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from .backbone import Backbone
+
+GROWTH = 64  # columns by which a full buffer grows at least
+COMPACT_FROM = 16  # masked columns on the left that are not worth a copy
+
+
+class ColumnLayer(DynamicLayer):
+    """One layer's keys and values in a buffer with room to spare, written in place: (B, heads, columns, size)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+        self.buffers: list[Tensor] = []  # keys and values
+
+    def allocate(self, n_rows: int, like: Tensor, like_values: Tensor, columns: int) -> None:
+        """Make sure of buffers for `n_rows` with at least `columns` columns."""
+        capacity = self.buffers[0].shape[2] if self.buffers else 0
+        if columns <= capacity:
+            return
+        capacity = max(columns, capacity + capacity // 2) + GROWTH
+        old, self.buffers = self.buffers, []
+        for template in (like, like_values):
+            self.buffers.append(template.new_zeros(n_rows, template.shape[1], capacity, template.shape[3]))
+        for buffer, kept in zip(self.buffers, old, strict=False):
+            buffer[:, :, : self.columns] = kept[:, :, : self.columns]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the newest columns and return all; called by the model."""
+        end = self.columns + key_states.shape[2]
+        self.allocate(key_states.shape[0], key_states, value_states, end)
+        self.buffers[0][:, :, self.columns : end] = key_states
+        self.buffers[1][:, :, self.columns : end] = value_states
+        self.columns = end
+        self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Return the number of columns in use."""
+        return self.columns
+
+    def place(self, rows: Tensor, n_rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
+        """Write the keys and values of some rows so that they end at column `columns`."""
+        self.allocate(n_rows, keys, values, columns)
+        for buffer, states in zip(self.buffers, (keys, values), strict=True):
+            buffer[rows, :, columns - states.shape[2] : columns] = states.to(buffer.dtype)
+        self.columns = columns
+
+    def shift(self, offset: int) -> None:
+        """Move all columns to the right (left, where negative, which forgets the first ones)."""
+        if not self.buffers:
+            return
+        self.allocate(self.buffers[0].shape[0], *self.buffers, self.columns + offset)
+        kept = slice(max(-offset, 0), self.columns)
+        for buffer in self.buffers:
+            buffer[:, :, max(offset, 0) : self.columns + offset] = buffer[:, :, kept].clone()
+        self.columns += offset
+
+
+class PrefixCache:
+    """Decodes one token a row, reusing the keys and values of the tokens before it.
+
+    Rows are aligned on the right: all share the column that is written next, and what lies left of a row's first
+    token is masked, which to the model is ordinary left padding. A row is decoded incrementally only where it is the
+    row read before plus one token; any other row is read anew (its keys and values are computed on their own and
+    copied in). So the result is a function of the tokens alone, whoever calls. The weights are assumed unchanged:
+    `drop` must be called when they change.
+
+    Args:
+        backbone: The model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget everything."""
+        self.layers = Cache(layer_class_to_replicate=ColumnLayer)
+        self.columns = 0
+        self.ids: Tensor | None = None
+        self.lengths: Tensor | None = None
+
+    def read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden states (B, H) and logits (B, V) at the last token of each row.
+
+        Args:
+            ids: Tokens, (B, T), padded on the right.
+            lengths: How many of them are real, (B,). A row of none is read as one of token 0, for nobody.
+        """
+        lengths = lengths.clamp(min=1)
+        known = self._extends(ids, lengths)
+        # The one synchronisation with the device in a step.
+        is_known, counts = torch.stack([known.long(), lengths]).tolist()
+        fresh = [row for row, (k, n) in enumerate(zip(is_known, counts, strict=True)) if not k and n > 1]
+        if not any(is_known):
+            self.drop()
+        self._make_room(max(counts), max((counts[row] for row in fresh), default=1) - 1)
+        if fresh:
+            self._prefill(ids, lengths, torch.tensor(fresh, device=ids.device), max(counts[row] for row in fresh) - 1)
+        rows = torch.arange(len(ids), device=ids.device)
+        last = ids[rows, lengths - 1][:, None]  # (B, 1)
+        columns = torch.arange(self.columns + 1, device=ids.device)
+        mask = columns >= self.columns + 1 - lengths[:, None]  # (B, columns + 1)
+        result = self.backbone(last, rows, rows * 0, mask.long(), lengths[:, None] - 1, self.layers)
+        self.columns += 1
+        self.ids, self.lengths = ids, lengths
+        return result
+
+    def extends(self, ids: Tensor, lengths: Tensor) -> bool:
+        """Whether every row is one read before plus a token."""
+        return bool(self._extends(ids, lengths).all())
+
+    def _extends(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Return which rows are the row read before plus one token, (B,) bool."""
+        if self.ids is None or self.lengths is None or len(self.ids) != len(ids):
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        width = min(ids.shape[1], self.ids.shape[1])
+        beyond = torch.arange(width, device=ids.device) >= self.lengths[:, None]  # (B, width)
+        same = ((ids[:, :width] == self.ids[:, :width]) | beyond).all(dim=1)
+        return same & (lengths == self.lengths + 1) & (lengths <= ids.shape[1])
+
+    def _make_room(self, longest: int, n_prefill: int) -> None:
+        """Drop columns on the left that no row needs; add some where a new prompt is longer than what is there."""
+        unused = self.columns + 1 - longest
+        if unused >= COMPACT_FROM and 4 * unused >= self.columns:
+            self._shift(-unused)
+        if n_prefill > self.columns:
+            self._shift(n_prefill - self.columns)
+
+    def _shift(self, offset: int) -> None:
+        for layer in self.layers.layers:
+            layer.shift(offset)
+        self.columns += offset
+
+    def _prefill(self, ids: Tensor, lengths: Tensor, rows: Tensor, width: int) -> None:
+        """Read all but the last token of some rows, left-padded to `width`, and copy keys and values in."""
+        source = torch.arange(width, device=ids.device) - (width - (lengths[rows, None] - 1))  # (R, width)
+        positions = source.clamp(min=0)
+        states = self.backbone.prefill(ids[rows].gather(1, positions), (source >= 0).long(), positions)
+        while len(self.layers.layers) < len(states.layers):
+            self.layers.layers.append(ColumnLayer())
+        for layer, state in zip(self.layers.layers, states.layers, strict=True):
+            layer.place(rows, len(ids), self.columns, state.keys, state.values)

@@ -1,0 +1,174 @@
+"""The language model as a Stable-Baselines3 policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor
+
+from .actor_critic import LMActorCritic
+from .backbone import Backbone, LMLike, build_model
+from .critic import CriticSpec, SharedCritic
+from .sampling import TokenDistribution
+from .sequences import SequenceBatch
+
+
+class LMPolicy(ActorCriticPolicy):
+    """A causal language model as the policy of PPO, A2C and the like, unmodified.
+
+    The observation is the prompt and the tokens so far (see `textenv.TextEnv`), the action is the next token. In a
+    rollout it decodes with cached keys and values; in the update it reads each sequence of a
+    `SequenceRolloutBuffer` once. With the stock `RolloutBuffer` each token is a sequence of its own: right, and slow.
+
+    Sampling draws from a generator of the policy's own, seeded from torch's at construction, so that evaluation and
+    sample tables do not change training. Dropout is off throughout: the probabilities of the rollout and of the
+    update must be the same. Only parameters with `requires_grad` are optimised.
+
+    Pass the arguments below by `policy_kwargs`. They are pickled into the file that `model.save` writes, and the
+    policy is built again from them on load: a name is then looked up again, `Pretrained(name)` and a config are not.
+
+    Args:
+        observation_space: The env's.
+        action_space: The env's; its size is the tokenizer's vocabulary.
+        lr_schedule: Learning rate schedule.
+        lm: The language model: a name or path, a transformers config (fresh weights), or a spec such as
+            `Pretrained(name)`.
+        critic: The value head, by spec.
+        temperature: Divides the logits, in the rollout and in the update alike.
+        autocast: "bfloat16" runs the model in 16 bits; weights stay float32.
+        cache: Decode with cached keys and values; False reads the whole prefix for every token.
+        optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
+        optimizer_kwargs: Its arguments but the learning rate; no weight decay by default.
+        use_sde: Must be False: it is for continuous actions.
+
+    Raises:
+        ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits.
+
+    Example:
+        >>> from agents import LMPolicy
+        >>> from stable_baselines3 import PPO
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> from transformers import GPT2Config
+        >>> env = TextEnv(["a"], CharTokenizer(), reward=lambda prompt, preds, done: 0.0, max_new_tokens=4)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40)
+        >>> model = PPO(LMPolicy, env, n_steps=8, batch_size=8, policy_kwargs=dict(lm=config), device="cpu")
+        >>> observation, _ = env.reset(seed=0)
+        >>> int(model.predict(observation)[0]) < 33
+        True
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        lm: LMLike,
+        critic: CriticSpec = SharedCritic(),  # noqa: B008  (frozen)
+        temperature: float = 1.0,
+        autocast: str | None = None,
+        cache: bool = True,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        use_sde: bool = False,
+    ) -> None:
+        self.lm_kwargs = {
+            "lm": lm,
+            "critic": critic,
+            "temperature": temperature,
+            "autocast": autocast,
+            "cache": cache,
+        }
+        if optimizer_kwargs is None:
+            optimizer_kwargs = {"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {}
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            use_sde=use_sde,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """Build language model, critic and optimizer in place of SB3's networks."""
+        kwargs = dict(self.lm_kwargs)
+        assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
+        backbone = Backbone(
+            build_model(kwargs.pop("lm")),
+            vocab_size=int(self.action_space.n),
+            n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
+        )
+        critic = kwargs.pop("critic").build(backbone.hidden_size)
+        self.lm = LMActorCritic(backbone, critic, **kwargs)
+        # Drawn from torch's generator, which SB3 has seeded: the same seed gives the same run.
+        seed = int(torch.randint(2**31, ()))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.predict_generator = torch.Generator().manual_seed(seed + 1)
+        trainable = [weight for weight in self.parameters() if weight.requires_grad]
+        self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        """Return what `policy.save` stores to build the policy again."""
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            **self.lm_kwargs,
+        }
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8)."""
+        if mode:
+            self.lm.drop_caches()
+        self.train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights; cached keys and values of the old ones are dropped."""
+        self.lm.drop_caches()
+        return super().load_state_dict(*args, **kwargs)
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L)."""
+        actions, values, log_probs = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache)
+        return actions, values[:, None], log_probs
+
+    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:
+        """Return actions (B,): what `predict` calls, with rows and randomness apart from the rollout's."""
+        return self.lm.act(observation, deterministic, self.predict_generator, self.lm.predict_cache)[0]
+
+    def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:
+        """Return values (B, 1)."""
+        values = self.lm.sequence_values(obs) if isinstance(obs, SequenceBatch) else self.lm.values(obs)
+        return values[:, None]
+
+    def evaluate_actions(self, obs: Tensor | SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights."""
+        if torch.is_grad_enabled():  # an update follows, perhaps in a loop of the user's own
+            self.lm.drop_caches()
+        values, log_probs, entropy = self.lm.evaluate(_as_batch(obs), actions.long().flatten())
+        return values[:, None], log_probs, entropy
+
+    def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]
+        """Return the distribution over the next token."""
+        return self.lm.distribution(_as_batch(obs))
+
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[Tensor, bool]:
+        """Return the observation as a batch of rows, and whether it was one."""
+        observation = np.asarray(observation)
+        if observation.ndim not in (1, 2) or not np.issubdtype(observation.dtype, np.integer):
+            raise ValueError(
+                f"Expected an observation of token ids, (L,) or (B, L), got {observation.dtype} of {observation.shape}."
+            )
+        rows = observation.reshape(-1, observation.shape[-1])
+        return torch.as_tensor(rows, device=self.device), observation.ndim == 2
+
+
+def _as_batch(obs: Tensor | SequenceBatch) -> SequenceBatch:
+    return obs if isinstance(obs, SequenceBatch) else SequenceBatch.from_observations(obs)

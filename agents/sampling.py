@@ -1,0 +1,66 @@
+"""The one distribution over the next token: tokens are sampled from it and scored under it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical
+
+
+class TokenDistribution:
+    """softmax(logits / temperature) over the vocabulary, in float32 whatever the logits are.
+
+    It has the members of Stable-Baselines3's `Distribution` that actor-critic algorithms use.
+
+    Args:
+        logits: (N, V).
+        temperature: Divides the logits; the same in rollout, update and reference (invariant A2).
+
+    Attributes:
+        log_probabilities: (N, V) float32.
+
+    Example:
+        >>> import torch
+        >>> from agents.sampling import TokenDistribution
+        >>> distribution = TokenDistribution(torch.tensor([[0.0, 0.0]]))
+        >>> round(float(distribution.log_prob(torch.tensor([1]))), 3)
+        -0.693
+    """
+
+    def __init__(self, logits: Tensor, temperature: float = 1.0) -> None:
+        self.log_probabilities = torch.log_softmax(logits.float() / temperature, dim=-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a token for each row, (N,), by inverting the cumulative distribution.
+
+        Exact, and about ten times faster on a CPU than `torch.multinomial`. A token of probability 0 is never drawn.
+
+        Args:
+            generator: Where the uniform numbers come from; it lives on the CPU, so that all devices draw the same.
+        """
+        cumulative = self.log_probabilities.exp().cumsum(dim=-1)  # (N, V)
+        total = cumulative[:, -1:]
+        uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device)  # (N, 1)
+        draw = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
+        return torch.searchsorted(cumulative, draw, right=True).squeeze(-1)  # (N,)
+
+    def mode(self) -> Tensor:
+        """Return the most probable token of each row, (N,)."""
+        return self.log_probabilities.argmax(dim=-1)
+
+    def get_actions(self, deterministic: bool = False, generator: torch.Generator | None = None) -> Tensor:
+        """Return `mode()` or `sample()`, (N,)."""
+        return self.mode() if deterministic else self.sample(generator)
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Return the log-probability of a token in each row, (N,), in nats."""
+        return self.log_probabilities.gather(-1, actions.long().reshape(-1, 1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy of each row, (N,), in nats."""
+        return -(self.log_probabilities.exp() * self.log_probabilities).sum(dim=-1)
+
+    @property
+    def distribution(self) -> Categorical:
+        """The same as a torch distribution, as SB3's `CategoricalDistribution.distribution`."""
+        return Categorical(logits=self.log_probabilities)

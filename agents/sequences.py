@@ -1,0 +1,118 @@
+"""Whole sequences with the places where the policy acted: what the update reads in one forward a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from textenv.episode import SEPARATOR
+
+MIN_BUCKET_TOKENS = 512  # below this a forward of its own costs more than the padding it saves
+MAX_PADDING = 0.25  # the share of padding at which a bucket of similar lengths is closed
+
+
+def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens of observations without separator, and how many there are.
+
+    Args:
+        observations: (B, L): prompt, separator, tokens since, padding; see `TextEnv`.
+
+    Returns:
+        Tokens (B, L - 1), padded on the right with 0, and lengths (B,).
+    """
+    observations = observations.long()
+    boundary = (observations == SEPARATOR).long().argmax(dim=1, keepdim=True)  # (B, 1)
+    columns = torch.arange(observations.shape[1] - 1, device=observations.device)[None]
+    ids = observations.gather(1, columns + (columns >= boundary).long())  # (B, L - 1)
+    return ids.clamp(min=0), (observations >= 0).sum(dim=1)
+
+
+class Chunk(NamedTuple):
+    """A part of a batch that is read in one forward."""
+
+    ids: Tensor  # (S, T), padded on the right
+    rows: Tensor  # (N,) of the chunk
+    cols: Tensor  # (N,)
+    transitions: np.ndarray  # (N,) which transitions of the batch these are
+
+
+class SequenceBatch:
+    """Sequences and the transitions in them; stands where Stable-Baselines3 passes `observations`.
+
+    Algorithms hand it to the policy without looking inside. `batch[::2]` keeps every other transition (TRPO does so).
+
+    Args:
+        tokens: (S, T), padded on the right.
+        lengths: How many tokens of each sequence are real, (S,), on the host.
+        rows: Which sequence each transition is in, (N,), on the host.
+        cols: The column after which it acted: its logits and value are read there, (N,), on the host.
+        micro_batch_tokens: The most tokens, padding included, of one forward; None for no bound. With a bound the
+            forwards are repeated in the backward, which halves the memory and changes nothing else.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        lengths: np.ndarray,
+        rows: np.ndarray,
+        cols: np.ndarray,
+        micro_batch_tokens: int | None = None,
+    ) -> None:
+        self.tokens = tokens
+        self.lengths = lengths
+        self.rows = rows
+        self.cols = cols
+        self.micro_batch_tokens = micro_batch_tokens
+
+    @classmethod
+    def from_observations(cls, observations: Tensor) -> SequenceBatch:
+        """Return a batch with one transition an observation: how the stock buffer's samples are read."""
+        ids, lengths = unpack_observations(observations)
+        counts = lengths.cpu().numpy()
+        return cls(ids[:, : max(counts.max(), 1)], counts, np.arange(len(counts)), np.maximum(counts - 1, 0))
+
+    def __len__(self) -> int:
+        """Return the number of transitions."""
+        return len(self.rows)
+
+    def __getitem__(self, places: slice) -> SequenceBatch:
+        """Return a batch with some of the transitions."""
+        return SequenceBatch(self.tokens, self.lengths, self.rows[places], self.cols[places], self.micro_batch_tokens)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the batch in parts of similar length, so that little padding is read."""
+        device = self.tokens.device
+        for sequences in self._buckets():
+            local = np.full(len(self.lengths), -1)
+            local[sequences] = np.arange(len(sequences))
+            transitions = np.flatnonzero(local[self.rows] >= 0)
+            if len(transitions) == 0:
+                continue
+            width = int(self.lengths[sequences].max())
+            yield Chunk(
+                self.tokens[torch.as_tensor(sequences, device=device), :width],
+                torch.as_tensor(local[self.rows[transitions]], device=device),
+                torch.as_tensor(self.cols[transitions], device=device),
+                transitions,
+            )
+
+    def _buckets(self) -> Iterator[np.ndarray]:
+        order = np.argsort(-self.lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            width = max(int(self.lengths[order[start]]), 1)
+            end, real = start, 0
+            while end < len(order):
+                padded = (end + 1 - start) * width
+                real += int(self.lengths[order[end]])
+                if end > start and self.micro_batch_tokens is not None and padded > self.micro_batch_tokens:
+                    break
+                if padded > MIN_BUCKET_TOKENS and real < (1 - MAX_PADDING) * padded:
+                    break
+                end += 1
+            yield order[start:end]
+            start = end

@@ -1,0 +1,120 @@
+"""A `TextEnv` in N lanes as a Stable-Baselines3 VecEnv: a thin adapter over the array core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import seeding
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+
+from textenv.env import render_row
+from textenv.lanes import Lanes
+from textenv.vector import unwrap_text_env
+
+
+class TextVecEnv(VecEnv):
+    """N episodes of one `TextEnv` side by side, each refilled in the step that ends it, for SB3's algorithms.
+
+    The hooks of `env` serve all lanes, in one reward call a step; nothing is pickled into processes. It writes the
+    `episode` entry of a finished episode's info itself, so it wants no Monitor.
+
+    Args:
+        env: A `TextEnv`, a subclass, or what `gym.make` made of one.
+        n_envs: The number of lanes.
+
+    Raises:
+        TypeError: If `env` is no `TextEnv`, is wrapped in something that changes it, or overrides `step` or `reset`.
+
+    Example:
+        >>> from agents import TextVecEnv
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> env = TextEnv(["a"], CharTokenizer(), reward=lambda prompt, preds, done: 1.0, max_new_tokens=2)
+        >>> vec_env = TextVecEnv(env, n_envs=3)
+        >>> vec_env.reset().shape
+        (3, 4)
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], n_envs: int) -> None:
+        self.env = unwrap_text_env(env)
+        self.lanes = Lanes(self.env, n_envs)
+        super().__init__(n_envs, self.env.observation_space, self.env.action_space)
+
+    def reset(self) -> np.ndarray:
+        """Begin new episodes in all lanes and return the observations, (B, L).
+
+        The seed given to `seed` starts the prompts' order anew. `set_options({"prompts": rows})` runs these rows, each
+        exactly once over all lanes.
+        """
+        seed, options = self._seeds[0], self._options[0]
+        self._reset_seeds()
+        self._reset_options()
+        order_seed = None if seed is None else int(seeding.np_random(int(seed))[0].integers(2**31))
+        return self.lanes.reset(order_seed, options.get("prompts"))
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Keep the actions, (B,), for `step_wait`."""
+        self._actions = np.asarray(actions)
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Return observations (B, L), rewards (B,) float32, dones (B,) and infos; see `TextEnv.step`."""
+        result = self.lanes.step(self._actions)
+        for lane, observation in result.final_observations.items():
+            result.infos[lane]["terminal_observation"] = observation
+            result.infos[lane]["TimeLimit.truncated"] = bool(result.truncated[lane])
+        dones = result.terminated | result.truncated
+        return result.observations, result.rewards.astype(np.float32), dones, result.infos
+
+    def close(self) -> None:
+        """Close the env whose hooks serve all lanes."""
+        self.env.close()
+
+    def render(self, mode: str | None = None) -> Any:
+        """Return the lanes as a list of texts, or print them where the mode is "human"."""
+        texts = [render_row(self.env.tokenizer, row) for row in self.lanes.tokens]
+        if (mode or self.render_mode) != "human":
+            return texts
+        print("\n".join(texts))
+        return None
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """Return an attribute of the env, once for each lane asked for."""
+        value = getattr(self.env, attr_name)
+        return [value for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute of the env; it serves all lanes, so `indices` must be None."""
+        if indices is not None:
+            raise ValueError("Expected `indices` to be None: all lanes share one TextEnv.")
+        setattr(self.env, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Call a method of the env, once for each lane asked for."""
+        method = getattr(self.env, method_name)
+        return [method(*method_args, **method_kwargs) for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """Return whether the lanes do what a wrapper does: true of Monitor alone."""
+        return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
+
+    def defer_scores(self, defer: bool) -> None:
+        """Whether finished episodes wait for `score_unscored` instead of being scored as they end."""
+        self.lanes.defer_scores = defer
+
+    def score_unscored(self) -> Sequence[tuple[int, float]]:
+        """Score the finished episodes that wait, in one call; return lane and score in the order they ended."""
+        return self.lanes.score_unscored()
+
+    def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return the running episodes and the prompts' order: arrays, and what goes into JSON."""
+        return self.lanes.state_dict()
+
+    def load_state_dict(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> np.ndarray:
+        """Go on from what `state_dict` returned; return the observations, (B, L)."""
+        return self.lanes.load_state_dict(arrays, meta)

@@ -1,0 +1,32 @@
+"""Text generation as a Gymnasium environment: what an episode is, and what it earns."""
+
+from gymnasium.envs.registration import register
+
+from textenv.completion import Preds, Turn
+from textenv.env import TextEnv
+from textenv.episode import EndReason
+from textenv.prompts import Prompt
+from textenv.rewarding import RewardError
+from textenv.tokenizer import CharTokenizer, Tokenizer
+from textenv.vector import TextVectorEnv
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CharTokenizer",
+    "EndReason",
+    "Preds",
+    "Prompt",
+    "RewardError",
+    "TextEnv",
+    "TextVectorEnv",
+    "Tokenizer",
+    "Turn",
+    "__version__",
+]
+
+register(
+    id="textenv/Text-v0",
+    entry_point="textenv.env:TextEnv",
+    vector_entry_point="textenv.vector:make_vector_env",
+)

@@ -1,0 +1,291 @@
+"""Text generation as a Gymnasium environment: one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal, get_args
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from textenv.completion import Preds
+from textenv.episode import PADDING, SEPARATOR, EpisodeRules
+from textenv.lanes import Lanes
+from textenv.prompts import Order, Prompt, PromptLike, PromptReader, read_rows
+from textenv.rewarding import RewardError, RewardFunction, describe
+from textenv.tokenizer import Tokenizer
+
+ScoreAt = Literal["step", "done", "rollout_end"]
+
+
+class TextEnv(gym.Env[np.ndarray, Any]):
+    """A language model's episode: it starts at a prompt, each action writes one token, and `get_reward` scores it.
+
+    Subclass it and write `get_reward` (or pass `reward=`), then train with Stable-Baselines3.
+
+    Observation: `Box(-2, V - 1, (max_prompt_tokens + 1 + room,), int64)`: the prompt's tokens, one separator -2, the
+    tokens since, then padding -1. Where the prompt ends and how far one is can be read off it, even where pad and EOS
+    are the same token. `room` is `max_new_tokens`, plus the replies of a multi-turn env.
+
+    Action: `Discrete(V)`, a token id, where V is `len(tokenizer)`.
+
+    Episode end: the policy writes one of `stop_ids` or `stop_strings`, or `max_new_tokens` tokens. The last
+    terminates too, since the observation shows how far one is; `length_limit="truncate"` truncates instead. The final
+    `info` has `text`, `prompt`, `end_reason`, `reward_parts` and `episode` ({"r": sum of rewards, "l": tokens}).
+    Gymnasium's RecordEpisodeStatistics wants the key `episode` for itself: give it another `stats_key`.
+
+    Several turns: define `respond(prompt, preds) -> str | None`. It is called when a turn of the policy ends; its text
+    is observed, never trained; None ends the episode.
+
+    The instance keeps no state of an episode besides its own row: the same instance serves all lanes of a
+    `TextVectorEnv` or `TextVecEnv`. Hooks that need memory write into `preds.state`, which lives one episode.
+
+    Args:
+        prompts: Texts, rows (dicts) or lists of token ids, in a list or any sized sequence; or the path of a .jsonl,
+            .csv or .txt file. A row may carry its own, smaller `max_new_tokens`.
+        tokenizer: A Hugging Face tokenizer, or anything with the members of `textenv.Tokenizer`. A prompt gets the
+            special tokens that open a text (BOS), not those that close it.
+        reward: A function with the contract of `get_reward`, instead of a subclass.
+        max_new_tokens: The most tokens that the policy writes in an episode.
+        max_prompt_tokens: The longest prompt. Unset, the longest one given: set it where training and test prompts
+            differ, since it decides the width of the observation.
+        truncation_side: Where a longer prompt loses tokens: "left" keeps its end, "right" its start; None raises.
+        prompt_column: The column of a row that holds the prompt.
+        references_column: The column that holds reference texts; they reach the reward as `prompt.references`.
+        stop_ids: Token ids that end a turn; the tokenizer's EOS by default.
+        stop_strings: Texts that end a turn as soon as they appear; they are not part of `preds.text`.
+        length_limit: Whether reaching `max_new_tokens` is "terminate" or "truncate".
+        score_at: "step" calls the reward for every token, "done" for finished episodes only, "rollout_end" for all
+            finished episodes of a rollout in one call (see `agents.LateScores`; without it, as "done").
+        order: "shuffle" visits each prompt once an epoch in a new order; "sequential" keeps the source's.
+        max_turns: The most turns of the policy, where `respond` is defined.
+        max_response_tokens: The most tokens of a reply, where `respond` is defined.
+        seed: The seed of the prompts' order, until `reset(seed=...)` gives another.
+        render_mode: "ansi" (`render` returns a str), "human" (it prints) or None.
+
+    Raises:
+        ValueError: For prompts, limits or options that cannot work; the message says what was expected.
+
+    Example:
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> class Vowels(TextEnv):
+        ...     def get_reward(self, prompt, preds, done):
+        ...         return float(preds.text[-1:] in "aeiou")
+        >>> env = Vowels(["hello "], CharTokenizer(), max_new_tokens=3)
+        >>> observation, info = env.reset(seed=0)
+        >>> observation, reward, terminated, truncated, info = env.step(1)  # the letter "a"
+        >>> reward, terminated
+        (1.0, False)
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}
+
+    def __init__(
+        self,
+        prompts: Sequence[PromptLike] | str | PathLike[str],
+        tokenizer: Tokenizer,
+        *,
+        reward: RewardFunction | None = None,
+        max_new_tokens: int = 64,
+        max_prompt_tokens: int | None = None,
+        truncation_side: Literal["left", "right"] | None = None,
+        prompt_column: str = "prompt",
+        references_column: str | None = None,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        length_limit: Literal["terminate", "truncate"] = "terminate",
+        score_at: ScoreAt = "step",
+        order: Order = "shuffle",
+        max_turns: int = 1,
+        max_response_tokens: int = 0,
+        seed: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        _check_choice("truncation_side", truncation_side, (None, "left", "right"))
+        _check_choice("length_limit", length_limit, ("terminate", "truncate"))
+        _check_choice("score_at", score_at, get_args(ScoreAt))
+        _check_choice("order", order, get_args(Order))
+        _check_choice("render_mode", render_mode, (None, "ansi", "human"))
+        self.tokenizer = tokenizer
+        self.reward = self._check_reward(reward)
+        self.score_at: ScoreAt = score_at
+        self.order: Order = order
+        self.seed = seed
+        self.render_mode = render_mode
+        self.is_multi_turn = type(self).respond is not TextEnv.respond
+        self._check_turns(max_new_tokens, max_turns, max_response_tokens)
+        if max_prompt_tokens is not None and max_prompt_tokens < 1:
+            raise ValueError(f"Expected `max_prompt_tokens` to be at least 1, got {max_prompt_tokens}.")
+        self.rules = EpisodeRules(
+            stop_ids=self._check_stop_ids(stop_ids),
+            stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
+            max_new_tokens=max_new_tokens,
+            length_limit=length_limit,
+            max_turns=max_turns,
+            max_response_tokens=max_response_tokens,
+        )
+        if any(not stop for stop in self.rules.stop_strings):
+            raise ValueError(f"Expected `stop_strings` without an empty one, got {self.rules.stop_strings}.")
+        self._reader = PromptReader(tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side)
+        self.prompts = self._read_all(prompts)
+        self.max_prompt_tokens = max_prompt_tokens or max(len(prompt.ids) for prompt in self.prompts)
+        self._reader.max_prompt_tokens = self.max_prompt_tokens
+        width = self.max_prompt_tokens + 1 + self.rules.room
+        self.observation_space = spaces.Box(SEPARATOR, len(tokenizer) - 1, (width,), np.int64)
+        self.action_space = spaces.Discrete(len(tokenizer))
+        self._lanes = Lanes(self, 1, autoreset=False)
+
+    def _check_reward(self, reward: RewardFunction | None) -> RewardFunction | None:
+        hooks = type(self)
+        overridden = hooks.get_reward is not TextEnv.get_reward or hooks.get_rewards is not TextEnv.get_rewards
+        if overridden == (reward is not None):
+            raise ValueError(
+                "Expected exactly one reward: a subclass of TextEnv that defines `get_reward(self, prompt, preds, "
+                f"done)`, or `reward=function`; got {'both' if overridden else 'neither'}."
+            )
+        return reward
+
+    def _check_turns(self, max_new_tokens: int, max_turns: int, max_response_tokens: int) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"Expected `max_new_tokens` to be at least 1, got {max_new_tokens}.")
+        if self.is_multi_turn and (max_turns < 2 or max_response_tokens < 1):
+            raise ValueError(
+                f"Expected max_turns >= 2 and max_response_tokens >= 1, since {type(self).__name__} defines `respond`; "
+                f"got {max_turns} and {max_response_tokens}. They bound the room that the replies take."
+            )
+        if not self.is_multi_turn and (max_turns != 1 or max_response_tokens != 0):
+            raise ValueError("Expected `respond` to be defined where max_turns or max_response_tokens is given.")
+
+    def _check_stop_ids(self, stop_ids: Sequence[int] | None) -> tuple[int, ...]:
+        if stop_ids is None:
+            eos = self.tokenizer.eos_token_id
+            return () if eos is None else (eos,)
+        for token in stop_ids:
+            if not 0 <= token < len(self.tokenizer):
+                raise ValueError(f"Expected `stop_ids` in [0, {len(self.tokenizer)}), got {token}.")
+        return tuple(stop_ids)
+
+    def _read_all(self, prompts: Sequence[PromptLike] | str | PathLike[str]) -> list[Prompt]:
+        rows = read_rows(prompts) if isinstance(prompts, (str, PathLike)) else prompts
+        if isinstance(rows, Mapping):
+            raise ValueError(f"Expected `prompts` to be a list of prompts, got one mapping: {rows!r:.80}.")
+        if len(rows) == 0:
+            raise ValueError("Expected at least one prompt, got none.")
+        return [self.read_prompt(rows[i], i) for i in range(len(rows))]
+
+    def read_prompt(self, row: PromptLike, number: int = -1) -> Prompt:
+        """Return a text, row or list of token ids as a `Prompt` of this env, with its limits checked."""
+        prompt = self._reader.read(row, number)
+        if (prompt.max_new_tokens or 1) > self.rules.max_new_tokens:
+            raise ValueError(
+                f"Expected the max_new_tokens of prompt {str(prompt)[:80]!r} to be at most the env's, "
+                f"{self.rules.max_new_tokens}, got {prompt.max_new_tokens}."
+            )
+        return prompt
+
+    def draw_seed(self) -> int:
+        """Return the constructor's seed, or one drawn from `np_random`."""
+        return int(self.np_random.integers(2**31)) if self.seed is None else self.seed
+
+    def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float | Mapping[str, float]:
+        """Return the reward of the token just written; override it.
+
+        Args:
+            prompt: The prompt, a str; `prompt.row` is its data-set row, `prompt.references` its reference texts.
+            preds: The tokens generated so far; `preds.text` decodes them.
+            done: Whether the episode is over. A score of the whole text belongs here: `... if done else 0.0`.
+
+        Returns:
+            A finite number, or a dict of named numbers, which are summed and logged by name.
+        """
+        assert self.reward is not None, "checked at construction"
+        return self.reward(prompt, preds, done)
+
+    def get_rewards(
+        self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
+    ) -> Sequence[float | Mapping[str, float]]:
+        """Return the rewards of several rows at once; override it where a batch is cheaper, as with a classifier.
+
+        The default calls `get_reward` for each row; its arguments and result are lists of that method's.
+        """
+        rewards = []
+        for prompt, completion, done in zip(prompts, preds, dones, strict=True):
+            try:
+                rewards.append(self.get_reward(prompt, completion, done))
+            except Exception as error:
+                where = describe(prompt, completion)
+                raise RewardError(f"`get_reward` raised {type(error).__name__}: {error} ({where}).") from error
+        return rewards
+
+    def respond(self, prompt: Prompt, preds: Preds) -> str | None:
+        """Answer a turn of the policy, or end the episode with None; define it for an episode of several turns.
+
+        Args:
+            prompt: The prompt.
+            preds: What the policy has written; `preds.turns[-1].text` is the turn that is over.
+        """
+        return None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode at the next prompt.
+
+        Args:
+            seed: Starts the prompts' order anew.
+            options: `{"prompts": rows}` runs these rows, one a reset, and then goes back to the env's own prompts.
+
+        Returns:
+            The observation, (L,) int64, and an empty dict.
+        """
+        super().reset(seed=seed)
+        order_seed = None if seed is None else int(self.np_random.integers(2**31))
+        observations = self._lanes.reset(order_seed, (options or {}).get("prompts"))
+        if self.render_mode == "human":
+            self.render()
+        return observations[0], {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Write one token.
+
+        Args:
+            action: A token id.
+
+        Returns:
+            Observation (L,) int64, reward, terminated, truncated, and info (empty until the episode ends).
+
+        Raises:
+            RuntimeError: Before `reset`, or after the end of the episode.
+            ValueError: If the action is no token id.
+            RewardError: If the reward raises or is no finite number.
+        """
+        result = self._lanes.step(np.asarray(action).reshape(-1))
+        if self.render_mode == "human":
+            self.render()
+        terminated, truncated = bool(result.terminated[0]), bool(result.truncated[0])
+        return result.observations[0], float(result.rewards[0]), terminated, truncated, result.infos[0]
+
+    def render(self) -> str | None:
+        """Return ("ansi") or print ("human") the prompt and what was generated, told apart."""
+        text = render_row(self.tokenizer, self._lanes.tokens[0])
+        if self.render_mode == "human":
+            print(text)
+            return None
+        return text
+
+
+def render_row(tokenizer: Tokenizer, observation: np.ndarray) -> str:
+    """Return an observation as text: the prompt, a bar, and the tokens since."""
+    end = int(np.flatnonzero(observation == SEPARATOR)[0])
+    since = observation[end + 1 :]
+    ids = since[since > PADDING].tolist()
+    prompt = tokenizer.decode(observation[:end].tolist())
+    whole = tokenizer.decode(observation[:end].tolist() + ids)
+    return f"{prompt} |{whole[len(prompt) :]}" if whole.startswith(prompt) else f"{prompt} | {tokenizer.decode(ids)}"
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {list(choices)}, got {value!r}.")

@@ -1,0 +1,360 @@
+"""The array core: N episodes side by side. The environments for Gymnasium and Stable-Baselines3 are its front ends."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from textenv.completion import Preds, Turn
+from textenv.episode import PADDING, SEPARATOR, EndReason, ended_turns
+from textenv.prompts import Prompt, PromptCursor, PromptLike
+from textenv.rewarding import Reward, RewardError, check_rewards, describe
+from textenv.tokenizer import BOUNDARY_TOKENS
+
+if TYPE_CHECKING:
+    from textenv.env import TextEnv
+
+
+STATE_ARRAYS = ("tokens", "lengths", "turn_starts", "generated", "limits", "idle", "over", "returns")
+
+
+class StepResult(NamedTuple):
+    """What a step of all lanes returns; every array and dict is fresh."""
+
+    observations: np.ndarray  # (B, L), after the refill
+    rewards: np.ndarray  # (B,) float64
+    terminated: np.ndarray  # (B,) bool
+    truncated: np.ndarray  # (B,) bool
+    infos: list[dict[str, Any]]  # of the episode that ended; empty otherwise
+    final_observations: dict[int, np.ndarray]  # of the episodes that ended, by lane
+
+
+class FinishedEpisode(NamedTuple):
+    """An episode that waits for its score (`score_at="rollout_end"`)."""
+
+    lane: int
+    prompt: Prompt
+    preds: Preds
+    info: dict[str, Any]
+
+
+class Lanes:
+    """N episodes of one `TextEnv` in arrays: append a token to each, score them, refill those that end.
+
+    The env gives the rules, the prompts and the hooks; it keeps no state of the episodes. A lane without a prompt is
+    idle: its observation is the separator alone, its actions are ignored, it earns nothing and never ends. Only
+    `reset(prompts=...)` makes idle lanes, when its rows run out.
+
+    Args:
+        env: The environment.
+        n_lanes: How many episodes run side by side.
+        autoreset: Whether a lane begins the next episode in the step that ends one; else `reset` must follow.
+    """
+
+    def __init__(self, env: TextEnv, n_lanes: int, autoreset: bool = True) -> None:
+        if n_lanes < 1:
+            raise ValueError(f"Expected at least one lane, got {n_lanes}.")
+        self.env = env
+        self.n_lanes = n_lanes
+        self.autoreset = autoreset
+        self.width = env.max_prompt_tokens + 1 + env.rules.room
+        self.cursor: PromptCursor | None = None
+        self.queue: list[Prompt] | None = None
+        self.defer_scores = False
+        self.unscored: list[FinishedEpisode] = []
+        self.start_time = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        n = self.n_lanes
+        self.tokens = np.full((n, self.width), PADDING, dtype=np.int64)
+        self.tokens[:, 0] = SEPARATOR
+        self.lengths = np.ones(n, dtype=np.int64)  # columns in use, separator included
+        self.turn_starts = np.ones(n, dtype=np.int64)
+        self.generated = np.zeros(n, dtype=np.int64)
+        self.limits = np.ones(n, dtype=np.int64)
+        self.idle = np.ones(n, dtype=bool)
+        self.returns = np.zeros(n, dtype=np.float64)
+        self.prompts = [Prompt() for _ in range(n)]
+        self.over = np.zeros(n, dtype=bool)
+        self.closed: list[list[Turn]] = [[] for _ in range(n)]
+        self.closed_ids: list[list[int]] = [[] for _ in range(n)]
+        self.states: list[dict[str, Any]] = [{} for _ in range(n)]
+        self.parts: list[dict[str, float]] = [{} for _ in range(n)]
+
+    def reset(self, seed: int | None = None, prompts: Sequence[PromptLike] | None = None) -> np.ndarray:
+        """Begin a new episode in every lane and return the observations, (B, L).
+
+        Args:
+            seed: Starts the prompts' order anew; None goes on where the cursor stands.
+            prompts: Rows to run instead of the env's own, each exactly once, in lane order; then lanes go idle.
+                Without autoreset the following resets take the rest of them.
+        """
+        if seed is not None or self.cursor is None:
+            fresh = seed if seed is not None else self.env.draw_seed()
+            self.cursor = PromptCursor(len(self.env.prompts), self.env.order, fresh)
+        if prompts is not None:
+            self.queue = self._read_queue(prompts)
+        elif self.autoreset or not self.queue:
+            self.queue = None
+        self._clear()
+        self.unscored.clear()
+        for lane in range(self.n_lanes):
+            self._refill(lane)
+        return self.tokens.copy()
+
+    def _read_queue(self, rows: Sequence[PromptLike]) -> list[Prompt]:
+        if isinstance(rows, (str, Mapping)) or len(rows) == 0:
+            raise ValueError(f"Expected the prompts given to `reset` to be a list of one or more, got {rows!r:.80}.")
+        return [self.env.read_prompt(row) for row in rows]
+
+    def _refill(self, lane: int) -> None:
+        self.tokens[lane] = PADDING
+        self.closed[lane], self.closed_ids[lane], self.states[lane], self.parts[lane] = [], [], {}, {}
+        self.generated[lane] = 0
+        self.returns[lane] = 0.0
+        prompt = self._next_prompt()
+        self.idle[lane] = prompt is None
+        self.prompts[lane] = Prompt() if prompt is None else prompt
+        n_prompt = len(self.prompts[lane].ids)
+        self.tokens[lane, :n_prompt] = self.prompts[lane].ids
+        self.tokens[lane, n_prompt] = SEPARATOR
+        self.lengths[lane] = self.turn_starts[lane] = n_prompt + 1
+        self.limits[lane] = self.prompts[lane].max_new_tokens or self.env.rules.max_new_tokens
+
+    def _next_prompt(self) -> Prompt | None:
+        if self.queue is not None:
+            return self.queue.pop(0) if self.queue else None
+        assert self.cursor is not None
+        return self.env.prompts[self.cursor.advance()]
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Append one token to every lane; score, and refill the lanes whose episode is over.
+
+        Args:
+            actions: Token ids, (B,).
+
+        Raises:
+            RuntimeError: Before the first `reset`.
+            ValueError: If the actions have another shape or dtype, or an id is outside the vocabulary.
+            RewardError: If a reward hook raises or returns no finite number.
+        """
+        if self.cursor is None or self.over.any():
+            raise RuntimeError("Expected `reset` before the first `step`, and after the end of an episode.")
+        actions = self._checked(actions)
+        self._append(actions)
+        turns = self._ended_turns(actions)
+        ends = self._ended_episodes(turns)
+        final_preds = {lane: self.preds(lane, turns[lane]) for lane in ends}
+        infos: list[dict[str, Any]] = [{} for _ in range(self.n_lanes)]
+        rewards = self._score(final_preds)
+        terminated, truncated = np.zeros(self.n_lanes, dtype=bool), np.zeros(self.n_lanes, dtype=bool)
+        final_observations = {}
+        for lane, reason in sorted(ends.items()):
+            cut = reason is EndReason.LENGTH and self.env.rules.length_limit == "truncate"
+            terminated[lane], truncated[lane] = not cut, cut
+            final_observations[lane] = self.tokens[lane].copy()
+            infos[lane] = self._final_info(lane, reason, final_preds[lane])
+            if self.defer_scores:
+                self.unscored.append(FinishedEpisode(lane, self.prompts[lane], final_preds[lane], infos[lane]))
+            if self.autoreset:
+                self._refill(lane)
+            else:
+                self.over[lane] = True
+        return StepResult(self.tokens.copy(), rewards, terminated, truncated, infos, final_observations)
+
+    def _checked(self, actions: np.ndarray) -> np.ndarray:
+        actions = np.asarray(actions)
+        if actions.shape != (self.n_lanes,) or not np.issubdtype(actions.dtype, np.integer):
+            raise ValueError(
+                f"Expected one integer token id a lane, shape ({self.n_lanes},), got {actions.dtype} of shape "
+                f"{actions.shape}."
+            )
+        vocabulary = len(self.env.tokenizer)
+        outside = (actions < 0) | (actions >= vocabulary)
+        if outside.any():
+            lane = int(np.flatnonzero(outside)[0])
+            raise ValueError(f"Expected token ids in [0, {vocabulary}), got {actions[lane]} in lane {lane}.")
+        return actions
+
+    def _append(self, actions: np.ndarray) -> None:
+        active = np.flatnonzero(~self.idle)
+        self.tokens[active, self.lengths[active]] = actions[active]
+        self.lengths[active] += 1
+        self.generated[active] += 1
+
+    def _ended_turns(self, actions: np.ndarray) -> dict[int, EndReason]:
+        turns = ended_turns(self.env.rules, actions, self.generated, self.limits, self._tail)
+        return {lane: reason for lane, reason in turns.items() if not self.idle[lane]}
+
+    def _ended_episodes(self, turns: dict[int, EndReason]) -> dict[int, EndReason]:
+        """Return the lanes whose episode is over, and why; a turn that the env answers is not the end of one."""
+        if not self.env.is_multi_turn:
+            return turns
+        rules = self.env.rules
+        ends = {}
+        for lane, reason in turns.items():
+            # The last token allowed leaves no room for another turn, however this one ended.
+            if self.generated[lane] >= self.limits[lane]:
+                ends[lane] = reason
+            elif len(self.closed[lane]) + 1 >= rules.max_turns or not self._respond(lane, reason):
+                ends[lane] = EndReason.ENV
+        return ends
+
+    def _tail(self, lane: int) -> str:
+        start = max(self.turn_starts[lane], self.lengths[lane] - self.env.rules.tail_tokens)
+        return self.env.tokenizer.decode(self.tokens[lane, start : self.lengths[lane]].tolist())
+
+    def _respond(self, lane: int, reason: EndReason) -> bool:
+        """Let the env answer a turn; return whether it did."""
+        preds = self.preds(lane, reason)
+        response = self.env.respond(self.prompts[lane], preds)
+        if response is None:
+            return False
+        if not isinstance(response, str):
+            raise TypeError(f"Expected `respond` to return a str or None, got {response!r:.80}.")
+        ids = self.env.tokenizer.encode(response, add_special_tokens=False)
+        if len(ids) > self.env.rules.max_response_tokens:
+            raise ValueError(
+                f"Expected a response of at most max_response_tokens={self.env.rules.max_response_tokens} tokens, got "
+                f"{len(ids)} ({describe(self.prompts[lane], preds)}): shorten it in `respond`, or raise the limit."
+            )
+        start = self.lengths[lane]
+        self.tokens[lane, start : start + len(ids)] = ids
+        self.lengths[lane] = self.turn_starts[lane] = start + len(ids)
+        self.closed[lane].append(Turn(preds.turns[-1].text, response))
+        self.closed_ids[lane] = preds.ids.tolist()
+        return True
+
+    def preds(self, lane: int, end_reason: EndReason | None = None) -> Preds:
+        """Return a snapshot of what the policy has written in a lane."""
+        start, end = int(self.turn_starts[lane]), int(self.lengths[lane])
+        context = self.tokens[lane, max(start - BOUNDARY_TOKENS - 1, 0) : start]
+        turn = self.tokens[lane, start:end]
+        return Preds(
+            self.env.tokenizer,
+            np.concatenate([self.closed_ids[lane], turn]) if self.closed[lane] else turn,
+            context=context[context >= 0],
+            turn_length=end - start,
+            closed=self.closed[lane],
+            end_reason=end_reason,
+            stop_strings=self.env.rules.stop_strings,
+            state=self.states[lane],
+            lane=lane,
+        )
+
+    def _score(self, final_preds: Mapping[int, Preds]) -> np.ndarray:
+        """Call the reward hook for the rows that want a score now; keep the sums of the episodes."""
+        rewards = np.zeros(self.n_lanes, dtype=np.float64)
+        lanes = np.flatnonzero(~self.idle).tolist()
+        if self.env.score_at != "step":
+            lanes = [] if self.defer_scores else sorted(final_preds)
+        scored = self._call_rewards(
+            [self.prompts[lane] for lane in lanes],
+            [final_preds[lane] if lane in final_preds else self.preds(lane) for lane in lanes],
+            [lane in final_preds for lane in lanes],
+        )
+        for lane, reward in zip(lanes, scored, strict=True):
+            rewards[lane] = reward.value
+            self.returns[lane] += reward.value
+            for name, part in reward.parts.items():
+                self.parts[lane][name] = self.parts[lane].get(name, 0.0) + part
+        return rewards
+
+    def _call_rewards(self, prompts: list[Prompt], preds: list[Preds], dones: list[bool]) -> list[Reward]:
+        if not prompts:
+            return []
+        try:
+            values = self.env.get_rewards(prompts, preds, dones)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"`get_rewards` raised {type(error).__name__}: {error}, on {len(prompts)} rows, the first of them "
+                f"{describe(prompts[0], preds[0])}."
+            ) from error
+        return check_rewards(values, prompts, preds)
+
+    def score_unscored(self) -> list[tuple[int, float]]:
+        """Score the finished episodes that wait, in one call; their info dicts are brought up to date in place.
+
+        Returns:
+            Lane and score of each, in the order in which they ended.
+        """
+        finished, self.unscored = self.unscored, []
+        scored = self._call_rewards(
+            [episode.prompt for episode in finished],
+            [episode.preds for episode in finished],
+            [True] * len(finished),
+        )
+        for episode, reward in zip(finished, scored, strict=True):
+            episode.info["episode"]["r"] += reward.value
+            episode.info["reward_parts"].update(reward.parts)
+        return [(episode.lane, reward.value) for episode, reward in zip(finished, scored, strict=True)]
+
+    def _final_info(self, lane: int, reason: EndReason, preds: Preds) -> dict[str, Any]:
+        episode = {"r": float(self.returns[lane]), "l": int(self.generated[lane])}
+        if self.autoreset:  # a lone env keeps to what is deterministic; SB3's Monitor adds its own clock
+            episode["t"] = round(time.monotonic() - self.start_time, 6)
+        return {
+            "text": preds.text,
+            "prompt": self.prompts[lane],
+            "end_reason": reason,
+            "reward_parts": self.parts[lane],
+            "episode": episode,
+        }
+
+    def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return the running episodes and the prompts' order: arrays, and what goes into JSON.
+
+        Raises:
+            RuntimeError: While finished episodes wait for a score: save between rollouts.
+        """
+        if self.unscored or self.cursor is None:
+            raise RuntimeError("Expected to be saved after `reset` and between rollouts, with every episode scored.")
+        arrays = {name: getattr(self, name).copy() for name in STATE_ARRAYS}
+        return arrays, {
+            "cursor": self.cursor.state_dict(),
+            "prompts": [prompt.number if prompt.number >= 0 else prompt.row for prompt in self.prompts],
+            "queue": None if self.queue is None else [prompt.row for prompt in self.queue],
+            "n_prompts": len(self.env.prompts),
+            "closed": [list(turns) for turns in self.closed],
+            "closed_ids": [list(ids) for ids in self.closed_ids],
+            "states": copy.deepcopy(self.states),
+            "parts": copy.deepcopy(self.parts),
+        }
+
+    def load_state_dict(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> np.ndarray:
+        """Go on from what `state_dict` returned; return the observations, (B, L).
+
+        Raises:
+            ValueError: If it was saved with another number of lanes, width or number of prompts.
+        """
+        if arrays["tokens"].shape != self.tokens.shape:
+            raise ValueError(
+                f"Expected running episodes of shape {self.tokens.shape} (lanes, width), got {arrays['tokens'].shape}: "
+                "resume with the same n_envs, max_prompt_tokens and max_new_tokens."
+            )
+        if meta["n_prompts"] != len(self.env.prompts):
+            raise ValueError(f"Expected the {meta['n_prompts']} prompts of the saved run, got {len(self.env.prompts)}.")
+        for name in STATE_ARRAYS:
+            setattr(self, name, np.array(arrays[name]))
+        self.cursor = PromptCursor(len(self.env.prompts), self.env.order, meta["cursor"]["seed"])
+        self.cursor.load_state_dict(meta["cursor"])
+        self.prompts = [self._saved_prompt(lane, place) for lane, place in enumerate(meta["prompts"])]
+        self.queue = None if meta["queue"] is None else [self.env.read_prompt(row) for row in meta["queue"]]
+        self.closed = [[Turn(*turn) for turn in turns] for turns in meta["closed"]]
+        self.closed_ids = [list(ids) for ids in meta["closed_ids"]]
+        self.states = copy.deepcopy(list(meta["states"]))
+        self.parts = [dict(parts) for parts in meta["parts"]]
+        self.unscored.clear()
+        return self.tokens.copy()
+
+    def _saved_prompt(self, lane: int, place: int | dict[str, Any]) -> Prompt:
+        if self.idle[lane]:
+            return Prompt()
+        return self.env.prompts[place] if isinstance(place, int) else self.env.read_prompt(place)

@@ -1,0 +1,234 @@
+"""Prompts: what one is, the sources they come from, and the cursor that says which comes next."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from textenv.tokenizer import Tokenizer, encode_prompt
+
+PromptLike = str | Mapping[str, Any] | Sequence[int]  # a text, a row of a data set, or token ids
+Order = Literal["shuffle", "sequential"]
+
+
+class Prompt(str):
+    """A prompt's text, which carries the data-set row that it came from.
+
+    It is a `str` in every respect; the reward reads the rest.
+
+    Attributes:
+        ids: The tokens that the model sees, read-only, (P,) int64. With truncation they are fewer than the text's.
+        row: The row of the data set; `{prompt_column: text}` for a bare text or list of token ids.
+        references: The texts of the references column, a list; empty without one.
+        number: The row's place in the source, or -1 for a prompt given to `reset`.
+        max_new_tokens: The row's own limit, or None.
+
+    Example:
+        >>> prompt = Prompt("The film was", row={"prompt": "The film was", "label": 1})
+        >>> prompt.upper(), prompt.row["label"]
+        ('THE FILM WAS', 1)
+    """
+
+    ids: np.ndarray
+    row: dict[str, Any]
+    references: list[str]
+    number: int
+    max_new_tokens: int | None
+
+    def __new__(
+        cls,
+        text: str = "",
+        ids: Sequence[int] = (),
+        row: dict[str, Any] | None = None,
+        references: Sequence[str] = (),
+        number: int = -1,
+        max_new_tokens: int | None = None,
+    ) -> Prompt:
+        """Build the string and hang the rest on it."""
+        prompt = super().__new__(cls, text)
+        prompt.ids = np.array(ids, dtype=np.int64)
+        prompt.ids.flags.writeable = False
+        prompt.row = {"prompt": text} if row is None else row
+        prompt.references = list(references)
+        prompt.number = number
+        prompt.max_new_tokens = max_new_tokens
+        return prompt
+
+
+def read_rows(path: str | PathLike[str]) -> list[Any]:
+    """Read prompts from a file: `.jsonl` (a JSON value a line), `.csv` (a header) or `.txt` (a prompt a line).
+
+    Raises:
+        ValueError: If the file does not exist, ends otherwise, or holds a line that is not JSON (named by number).
+    """
+    file = Path(fspath(path))
+    if not file.is_file():
+        raise ValueError(
+            f"Expected `prompts` to be a list of prompts or the path of a .jsonl, .csv or .txt file, got "
+            f"{fspath(path)!r}, which is no file. A single prompt goes into a list: [{fspath(path)!r}]."
+        )
+    if file.suffix == ".csv":
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            return list(csv.DictReader(stream))
+    numbered = enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
+    if file.suffix == ".txt":
+        return [line for _, line in lines]
+    if file.suffix != ".jsonl":
+        raise ValueError(f"Expected a file that ends in .jsonl, .csv or .txt, got {fspath(path)!r}.")
+    rows = []
+    for number, line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Expected JSON on line {number} of {fspath(path)!r}: {error}.") from error
+    return rows
+
+
+class PromptReader:
+    """Turns what a user calls a prompt into a `Prompt`: text, columns, tokens, length.
+
+    Args:
+        tokenizer: Encodes texts; decodes prompts that are given as token ids.
+        prompt_column: The column of a row that holds the prompt, a text or token ids.
+        references_column: The column that holds one reference text or a list of them.
+        max_prompt_tokens: The longest prompt; None for any.
+        truncation_side: Where a longer prompt loses tokens: "left" keeps its end, "right" its start, None raises.
+            Opening special tokens (BOS) are kept either way.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_column: str = "prompt",
+        references_column: str | None = None,
+        max_prompt_tokens: int | None = None,
+        truncation_side: Literal["left", "right"] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_column = prompt_column
+        self.references_column = references_column
+        self.max_prompt_tokens = max_prompt_tokens
+        self.truncation_side = truncation_side
+
+    def read(self, source: PromptLike, number: int = -1) -> Prompt:
+        """Return the `Prompt` of one text, row or list of token ids.
+
+        Raises:
+            ValueError: If it is empty, too long, lacks a column or has a token id outside the vocabulary.
+        """
+        where = f"prompt {number}" if number >= 0 else "the prompt"
+        row = dict(source) if isinstance(source, Mapping) else {self.prompt_column: source}
+        value = self._column(row, self.prompt_column, where) if isinstance(source, Mapping) else source
+        opening, body, text = self._encode(value, where)
+        if not body:
+            raise ValueError(f"Expected {where} to have at least one token, got {value!r}. Drop empty rows.")
+        return Prompt(
+            text,
+            ids=self._fit(opening, body, where, text),
+            row=row,
+            references=self._references(row, where),
+            number=number,
+            max_new_tokens=self._own_limit(row, where),
+        )
+
+    def _column(self, row: Mapping[str, Any], column: str, where: str) -> Any:
+        if column not in row:
+            raise ValueError(f"Expected {where} to have the column {column!r}, got the columns {list(row)}.")
+        return row[column]
+
+    def _encode(self, value: Any, where: str) -> tuple[list[int], list[int], str]:
+        if isinstance(value, str):
+            return (*encode_prompt(self.tokenizer, value), value) if value else ([], [], value)
+        if not isinstance(value, (Sequence, np.ndarray)) or not all(isinstance(i, (int, np.integer)) for i in value):
+            raise ValueError(f"Expected {where} to be a text or a list of token ids, got {value!r:.80}.")
+        ids = [int(i) for i in value]
+        vocabulary = len(self.tokenizer)
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"Expected the token ids of {where} in [0, {vocabulary}), got {token}.")
+        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _fit(self, opening: list[int], body: list[int], where: str, text: str) -> list[int]:
+        limit = self.max_prompt_tokens
+        excess = 0 if limit is None else len(opening) + len(body) - limit
+        if excess <= 0:
+            return opening + body
+        if excess >= len(body):
+            raise ValueError(
+                f"Expected max_prompt_tokens to leave room behind the {len(opening)} special tokens that open {where}, "
+                f"got {limit}."
+            )
+        if self.truncation_side is None:
+            raise ValueError(
+                f"Expected {where} to have at most max_prompt_tokens={limit} tokens, got {len(opening) + len(body)}: "
+                f"{text!r:.80}. Raise the limit, or cut with truncation_side='left' (keeps the end) or 'right'."
+            )
+        return opening + (body[excess:] if self.truncation_side == "left" else body[:-excess])
+
+    def _references(self, row: Mapping[str, Any], where: str) -> list[str]:
+        if self.references_column is None:
+            return []
+        value = self._column(row, self.references_column, where)
+        return [value] if isinstance(value, str) else [str(text) for text in value]
+
+    def _own_limit(self, row: Mapping[str, Any], where: str) -> int | None:
+        value = row.get("max_new_tokens")
+        if value in (None, ""):  # an empty cell of a CSV
+            return None
+        if not str(value).isdecimal() or int(value) < 1:
+            raise ValueError(f"Expected the max_new_tokens of {where} to be an integer of at least 1, got {value!r}.")
+        return int(value)
+
+
+class PromptCursor:
+    """Which prompt comes next: every prompt once an epoch, in an order that follows from (seed, epoch).
+
+    Its state is (epoch, position), so it can be saved and resumed.
+
+    Args:
+        n_prompts: How many prompts there are.
+        order: "shuffle" draws a permutation an epoch; "sequential" keeps the source's order.
+        seed: The seed of the permutations.
+
+    Example:
+        >>> cursor = PromptCursor(3, "shuffle", seed=0)
+        >>> sorted(cursor.advance() for _ in range(3))
+        [0, 1, 2]
+    """
+
+    def __init__(self, n_prompts: int, order: Order, seed: int) -> None:
+        self.n_prompts = n_prompts
+        self.order = order
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+        self._permutation = self._draw()
+
+    def _draw(self) -> np.ndarray:
+        if self.order == "sequential":
+            return np.arange(self.n_prompts)
+        return np.random.default_rng([self.seed, self.epoch]).permutation(self.n_prompts)
+
+    def advance(self) -> int:
+        """Return the number of the next prompt."""
+        if self.position == self.n_prompts:
+            self.epoch, self.position = self.epoch + 1, 0
+            self._permutation = self._draw()
+        self.position += 1
+        return int(self._permutation[self.position - 1])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return seed, epoch and position."""
+        return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a state that `state_dict` returned."""
+        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+        self._permutation = self._draw()

@@ -1,0 +1,72 @@
+"""From what a reward hook returns to checked numbers: one batched contract, and errors that name the row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from textenv.completion import Preds
+from textenv.prompts import Prompt
+
+
+class RewardError(ValueError):
+    """A reward hook raised, or returned something that is no finite number; the message names lane and prompt."""
+
+
+class RewardFunction(Protocol):
+    """A reward given as a function; `TextEnv.get_reward` has the same contract."""
+
+    def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> float | Mapping[str, float]:
+        """Return the reward of the token just written, or its named parts."""
+
+
+class Reward(NamedTuple):
+    """A checked reward: its value, and the named parts that sum to it (empty for a bare number)."""
+
+    value: float
+    parts: dict[str, float]
+
+
+def describe(prompt: Prompt, preds: Preds) -> str:
+    """Name a row in an error message."""
+    return f"lane {preds.lane}, prompt {str(prompt)[:80]!r}, text {preds.text[:80]!r}"
+
+
+def check_rewards(values: Any, prompts: Sequence[Prompt], preds: Sequence[Preds]) -> list[Reward]:
+    """Return the rewards of a batch, checked.
+
+    Args:
+        values: What `get_rewards` returned: a sequence of numbers or of dicts of named numbers, one a row.
+        prompts: The prompts of the rows.
+        preds: The completions of the rows.
+
+    Raises:
+        RewardError: If the length differs or a value is None, text, NaN or infinite.
+    """
+    try:
+        length = None if isinstance(values, (str, Mapping)) else len(values)
+    except TypeError:
+        length = None
+    if length is None:
+        raise RewardError(f"Expected `get_rewards` to return a sequence of {len(prompts)} rewards, got {values!r:.80}.")
+    if length != len(prompts):
+        raise RewardError(f"Expected `get_rewards` to return {len(prompts)} rewards, one a row, got {length}.")
+    return [_check(*row) for row in zip(values, prompts, preds, strict=True)]
+
+
+def _check(value: Any, prompt: Prompt, preds: Preds) -> Reward:
+    if isinstance(value, Mapping):
+        parts = {str(name): _number(part, f"the reward part {name!r}", prompt, preds) for name, part in value.items()}
+        return Reward(math.fsum(parts.values()), parts)
+    return Reward(_number(value, "a reward", prompt, preds), {})
+
+
+def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RewardError(f"Expected {what} to be a finite number, got {value!r:.80} ({describe(prompt, preds)}).")
+    return number

@@ -1,0 +1,125 @@
+"""Text generation as a Gymnasium vector environment: N rows in arrays, each refilled in the step that ends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
+
+from textenv.env import TextEnv, render_row
+from textenv.lanes import Lanes
+
+
+class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """N episodes of one `TextEnv` side by side, with one reward call a step and `AutoresetMode.SAME_STEP`.
+
+    The hooks of `env` serve all lanes; its own row is not touched. Lanes draw from one cursor over the prompts, in
+    lane order. A finished row's last observation and info are in `infos["final_obs"]` and `infos["final_info"]`, as
+    Gymnasium has it.
+
+    Args:
+        env: A `TextEnv`, a subclass, or what `gym.make` made of one.
+        num_envs: The number of rows.
+
+    Raises:
+        TypeError: If `env` is no `TextEnv`, is wrapped in something that changes it, or overrides `step` or `reset`.
+
+    Example:
+        >>> from textenv import CharTokenizer, TextEnv, TextVectorEnv
+        >>> env = TextEnv(["a"], CharTokenizer(), reward=lambda prompt, preds, done: 1.0, max_new_tokens=2)
+        >>> envs = TextVectorEnv(env, num_envs=3)
+        >>> observations, infos = envs.reset(seed=0)
+        >>> envs.step(np.array([1, 2, 3]))[1]
+        array([1., 1., 1.])
+    """
+
+    metadata: dict[str, Any] = {
+        "render_modes": ["ansi", "human"],
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(self, env: gym.Env[Any, Any], num_envs: int) -> None:
+        self.env = unwrap_text_env(env)
+        self.lanes = Lanes(self.env, num_envs)
+        self.num_envs = num_envs
+        self.render_mode = self.env.render_mode
+        self.single_observation_space = self.env.observation_space
+        self.single_action_space = self.env.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    @property
+    def idle(self) -> np.ndarray:
+        """Which rows have nothing to do, (B,) bool: only after `reset(options={"prompts": ...})` ran out of rows."""
+        return self.lanes.idle.copy()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin new episodes in all rows.
+
+        Args:
+            seed: Starts the prompts' order anew.
+            options: `{"prompts": rows}` runs these rows, each exactly once, whatever their number; see `idle`.
+
+        Returns:
+            Observations, (B, L) int64, and an empty dict.
+        """
+        super().reset(seed=seed)
+        order_seed = None if seed is None else int(self.np_random.integers(2**31))
+        return self.lanes.reset(order_seed, (options or {}).get("prompts")), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Write one token in every row; see `TextEnv.step`. All arrays are (B, ...)."""
+        result = self.lanes.step(actions)
+        infos: dict[str, Any] = {}
+        for lane, observation in result.final_observations.items():
+            infos = self._add_info(infos, {"final_obs": observation, "final_info": result.infos[lane]}, lane)
+        return result.observations, result.rewards, result.terminated, result.truncated, infos
+
+    def render(self) -> tuple[str, ...] | None:
+        """Return ("ansi") or print ("human") every row."""
+        texts = tuple(render_row(self.env.tokenizer, row) for row in self.lanes.tokens)
+        if self.render_mode == "human":
+            print("\n".join(texts))
+            return None
+        return texts
+
+
+def make_vector_env(num_envs: int, **kwargs: Any) -> TextVectorEnv:
+    """Build `TextVectorEnv(TextEnv(**kwargs), num_envs)`: what `gym.make_vec("textenv/Text-v0", ...)` calls."""
+    return TextVectorEnv(TextEnv(**kwargs), num_envs)
+
+
+def unwrap_text_env(env: Any) -> TextEnv:
+    """Return the `TextEnv` inside what `gym.make` returned, and refuse what N rows in arrays would ignore.
+
+    Raises:
+        TypeError: See `TextVectorEnv`.
+    """
+    while isinstance(env, (PassiveEnvChecker, OrderEnforcing)):  # they check a single row's calls and change nothing
+        env = env.env
+    if isinstance(env, gym.Wrapper):
+        raise TypeError(
+            f"Expected a TextEnv without wrappers, got one inside {type(env).__name__}, which the array core would "
+            "bypass. Pass env.unwrapped, and put what the wrapper does into `get_reward`."
+        )
+    if not isinstance(env, TextEnv):
+        raise TypeError(f"Expected a TextEnv, got {type(env).__name__}.")
+    for method in ("step", "reset"):
+        if getattr(type(env), method) is not getattr(TextEnv, method):
+            raise TypeError(
+                f"{type(env).__name__} overrides `{method}`, which N rows in arrays never call. Put the reward into "
+                "`get_reward` or `get_rewards`, memory into `preds.state`, and another speaker into `respond`."
+            )
+    return env
+
+
+def order_seed(seed: int) -> int:
+    """Return the seed of the prompts' order that follows from the seed of an environment."""
+    return int(seeding.np_random(seed)[0].integers(2**31))

@@ -2,19 +2,37 @@
 
 from .backbone import Pretrained
 from .buffers import SequenceRolloutBuffer
+from .build import make_agent
+from .callbacks import Checkpoints, EpisodeMetrics, RewardCurves, SampleTable, sample_table
+from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from .critic import SharedCritic
+from .export import export
+from .generation import Generation, generate
 from .kl import KLPenalty
 from .policies import LMPolicy
 from .rollout_steps import LateScores, RolloutStep
 from .vec_env import TextVecEnv
 
 __all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "EpisodeMetrics",
+    "Generation",
     "KLPenalty",
     "LMPolicy",
     "LateScores",
     "Pretrained",
+    "RewardCurves",
     "RolloutStep",
+    "SampleTable",
     "SequenceRolloutBuffer",
     "SharedCritic",
     "TextVecEnv",
+    "export",
+    "generate",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "make_agent",
+    "sample_table",
+    "save_checkpoint",
 ]

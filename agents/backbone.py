@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol, Union, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class LMSpec(Protocol):
         """Return the model, with float32 weights where they are trained."""
 
 
-LMLike = Union[str, PreTrainedConfig, LMSpec]
+LMLike: TypeAlias = str | PreTrainedConfig | LMSpec
 
 
 class Pretrained:
@@ -127,7 +127,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__()
-        rows = model.get_input_embeddings().weight.shape[0]
+        rows = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
         if rows < vocab_size:
             raise ValueError(
                 f"Expected a model with at least the {vocab_size} tokens of the tokenizer, got {rows} embedding rows. "

@@ -115,6 +115,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.expected_steps = list(expected_steps)
         self.before_returns: list[Callable[[SequenceRolloutBuffer], None]] = []
         self.waiting: dict[int, Transitions] = {}
+        self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # a checkpoint's, until attached
         # Seeded from numpy's generator, which SB3 has seeded, and its own from then on: what else draws from that one
         # (an evaluation, a user's reward) does not change the order of minibatches.
         self.rng = np.random.default_rng(np.random.randint(2**31))
@@ -289,8 +290,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         n_minibatches = 1 if batch_size is None else size // batch_size
         if len(self._counts) < n_minibatches:
             raise ValueError(
-                f"Expected at least one sequence for each of {n_minibatches} minibatches, got {len(self._counts)}: raise "
-                "batch_size, or n_steps or n_envs" + (" (complete_episodes)." if self.complete_episodes else ".")
+                f"Expected at least one sequence for each of {n_minibatches} minibatches, got {len(self._counts)}: "
+                "raise batch_size, or n_steps or n_envs" + (" (complete_episodes)." if self.complete_episodes else ".")
             )
         if len(self._counts) < MIN_SEQUENCES * n_minibatches:
             warnings.warn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ class ColumnLayer(DynamicLayer):
         self.columns = 0
         self.buffers: list[Tensor] = []  # keys and values
 
-    def allocate(self, n_rows: int, like: Tensor, like_values: Tensor, columns: int) -> None:
-        """Make sure of buffers for `n_rows` with at least `columns` columns."""
+    def allocate(self, n_rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
+        """Make sure of buffers for `n_rows` with at least `columns` columns, like the given keys and values."""
         capacity = self.buffers[0].shape[2] if self.buffers else 0
         if columns <= capacity:
             return
         capacity = max(columns, capacity + capacity // 2) + GROWTH
         old, self.buffers = self.buffers, []
-        for template in (like, like_values):
+        for template in (keys, values):
             self.buffers.append(template.new_zeros(n_rows, template.shape[1], capacity, template.shape[3]))
         for buffer, kept in zip(self.buffers, old, strict=False):
             buffer[:, :, : self.columns] = kept[:, :, : self.columns]
@@ -39,7 +39,7 @@ class ColumnLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the newest columns and return all; called by the model."""
         end = self.columns + key_states.shape[2]
-        self.allocate(key_states.shape[0], key_states, value_states, end)
+        self.allocate(key_states.shape[0], end, key_states, value_states)
         self.buffers[0][:, :, self.columns : end] = key_states
         self.buffers[1][:, :, self.columns : end] = value_states
         self.columns = end
@@ -52,7 +52,7 @@ class ColumnLayer(DynamicLayer):
 
     def place(self, rows: Tensor, n_rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values of some rows so that they end at column `columns`."""
-        self.allocate(n_rows, keys, values, columns)
+        self.allocate(n_rows, columns, keys, values)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
             buffer[rows, :, columns - states.shape[2] : columns] = states.to(buffer.dtype)
         self.columns = columns
@@ -61,7 +61,7 @@ class ColumnLayer(DynamicLayer):
         """Move all columns to the right (left, where negative, which forgets the first ones)."""
         if not self.buffers:
             return
-        self.allocate(self.buffers[0].shape[0], *self.buffers, self.columns + offset)
+        self.allocate(self.buffers[0].shape[0], self.columns + offset, *self.buffers)
         kept = slice(max(-offset, 0), self.columns)
         for buffer in self.buffers:
             buffer[:, :, max(offset, 0) : self.columns + offset] = buffer[:, :, kept].clone()
@@ -140,7 +140,7 @@ class PrefixCache:
             self._shift(n_prefill - self.columns)
 
     def _shift(self, offset: int) -> None:
-        for layer in self.layers.layers:
+        for layer in self._column_layers():
             layer.shift(offset)
         self.columns += offset
 
@@ -151,5 +151,9 @@ class PrefixCache:
         states = self.backbone.prefill(ids[rows].gather(1, positions), (source >= 0).long(), positions)
         while len(self.layers.layers) < len(states.layers):
             self.layers.layers.append(ColumnLayer())
-        for layer, state in zip(self.layers.layers, states.layers, strict=True):
+        for layer, state in zip(self._column_layers(), cast("list[DynamicLayer]", states.layers), strict=True):
+            assert state.keys is not None and state.values is not None, "just computed"
             layer.place(rows, len(ids), self.columns, state.keys, state.values)
+
+    def _column_layers(self) -> list[ColumnLayer]:
+        return cast("list[ColumnLayer]", self.layers.layers)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from .actor_critic import LMActorCritic
-from .buffers import SequenceRolloutBuffer
-from .rollout_steps import RolloutStep
+from .buffers import SequenceRolloutBuffer, step_name
+from .policies import LMPolicy
+from .rollout_steps import RolloutStep, sequence_buffer
 
 
 class KLPenalty(RolloutStep):
@@ -48,12 +49,12 @@ class KLPenalty(RolloutStep):
         """Copy the policy, unless there is a reference already."""
         self.algorithm = model
         if self.reference is None:
-            if model._n_updates > 0:
+            if model._n_updates > 0 and step_name(self) not in sequence_buffer(model).saved_steps:
                 raise ValueError(
                     "Expected the reference of a model that is already trained, since its start is gone: pass "
                     "KLPenalty(coef, reference=policy.lm) with a policy that holds it, or resume from a checkpoint."
                 )
-            self.reference = _frozen(model.policy.lm)  # type: ignore[union-attr]
+            self.reference = _frozen(cast("LMPolicy", model.policy).lm)
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Subtract the penalty from `buffer.rewards`."""
@@ -79,13 +80,19 @@ class KLPenalty(RolloutStep):
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the reference's weights and the coefficient."""
         assert self.reference is not None, "set when attached"
-        return self.reference.state_dict(), {"coef": self.coef}
+        return self._weights(self.reference), {"coef": self.coef}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         """Take back the reference and the coefficient."""
         assert self.reference is not None, "set when attached"
-        self.reference.load_state_dict(tensors)
+        for name, weight in self._weights(self.reference).items():
+            weight.data.copy_(tensors[name])
         self.coef = meta["coef"]
+
+    @staticmethod
+    def _weights(reference: LMActorCritic) -> dict[str, Any]:
+        """Return each weight and buffer once: tied ones, of which `state_dict` has two, under their first name."""
+        return {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
 
 
 def _frozen(lm: LMActorCritic) -> LMActorCritic:

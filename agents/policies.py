@@ -76,7 +76,7 @@ class LMPolicy(ActorCriticPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
     ) -> None:
-        self.lm_kwargs = {
+        self.lm_kwargs: dict[str, Any] = {
             "lm": lm,
             "critic": critic,
             "temperature": temperature,
@@ -139,11 +139,11 @@ class LMPolicy(ActorCriticPolicy):
         actions, values, log_probs = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache)
         return actions, values[:, None], log_probs
 
-    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:
+    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
         """Return actions (B,): what `predict` calls, with rows and randomness apart from the rollout's."""
         return self.lm.act(observation, deterministic, self.predict_generator, self.lm.predict_cache)[0]
 
-    def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:
+    def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:  # type: ignore[override]
         """Return values (B, 1)."""
         values = self.lm.sequence_values(obs) if isinstance(obs, SequenceBatch) else self.lm.values(obs)
         return values[:, None]

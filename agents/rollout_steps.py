@@ -32,6 +32,8 @@ class RolloutStep(BaseCallback):
         buffer = sequence_buffer(model)
         self.prepare(model)
         name = step_name(self)
+        if name in buffer.saved_steps:
+            self.load_state_dict(*buffer.saved_steps.pop(name))
         others = [step for step in buffer.before_returns if step_name(step) != name]
         buffer.before_returns = [self, *others] if self.first else [*others, self]
         buffer.expected_steps = [name, *(other for other in buffer.expected_steps if other != name)]

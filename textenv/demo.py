@@ -23,28 +23,28 @@ RULES = {
     "OPENING": "this PRODUCT is | the PRODUCT was | my new PRODUCT is | our old PRODUCT was",
     "PRODUCT": "phone | camera | laptop | tablet | watch | radio | printer | speaker | kettle | lamp",
     "VERDICT": "DEGREE QUALITY | DEGREE QUALITY | a THING",
-    "CLAUSE": "the PART LOOKS DEGREE QUALITY | the PART is a THING | WHO FEEL OBJECT | it RUNS MANNER",
-    "PART": "screen | battery | sound | design | case | cable | manual | handle | menu | box | finish | charger",
+    "CLAUSE": "the PART LOOKS DEGREE QUALITY | the PART is a THING | WHO FEEL OBJECT | everything RUNS MANNER",
+    "PART": "screen | battery | sound | design | case | cable | manual | handle | lens | finish | charger",
     "LOOKS": "is | looks | feels | seems",
     "DEGREE": "| very | really | quite",
     "WHO": "i | we | they | people",
-    "OBJECT": "it | the PART",
+    "OBJECT": "it | its PART",
     "RUNS": "works | runs | performs",
-    "TAIL": "| for the price | after a week | so far | every day | at home",
+    "TAIL": "| for the price | in daily use | so far | every day | at home",
 }
 
 # Rules with two sides: positive and negative mood words that may stand in each other's place.
 MOODS = {
     "QUALITY": (
-        "great | lovely | superb | good | excellent | fantastic | perfect | solid | brilliant | fine | pleasant | sharp",
-        "awful | ugly | terrible | bad | dreadful | horrible | broken | flimsy | useless | weak | annoying | dull",
+        "great | lovely | superb | good | excellent | fantastic | perfect | solid | brilliant | pleasant",
+        "awful | ugly | terrible | bad | dreadful | horrible | broken | flimsy | useless | weak | annoying",
     ),
     "THING": ("joy | delight | bargain | treat | gem", "mess | letdown | disaster | nuisance | flop"),
     "FEEL": ("love | like | enjoy | adore | admire", "hate | dislike | regret | despise | avoid"),
     "MANNER": ("well | nicely | smoothly | beautifully | reliably", "badly | poorly | slowly | terribly | rarely"),
 }
 # The sides of a join: the mood of the clause before goes on, or it turns.
-JOINS = {"JOIN": ("and | , and | and also", "but | , but | yet")}
+JOINS = {"JOIN": ("and | , and", "but | , but | yet")}
 
 # Share of mood words that follow the review's own mood, so that a good review may have a complaint in it.
 FAITHFUL = 0.9
@@ -127,7 +127,7 @@ def score(text: str) -> float:
     """Returns positive / (positive + negative) mood words in `text`; 0.0 where it has neither.
 
     Example:
-        >>> score("this phone is great but i hate it and it works well .") == 2 / 3
+        >>> score("this phone is great but i hate it and everything works well .") == 2 / 3
         True
     """
     words = text.split()

@@ -110,7 +110,12 @@ class Lanes:
     def _read_queue(self, rows: Sequence[PromptLike]) -> list[Prompt]:
         if isinstance(rows, (str, Mapping)) or len(rows) == 0:
             raise ValueError(f"Expected the prompts given to `reset` to be a list of one or more, got {rows!r:.80}.")
-        return [self.env.read_prompt(row) for row in rows]
+        return [row if self._is_own(row) else self.env.read_prompt(row) for row in rows]  # type: ignore[misc]
+
+    def _is_own(self, row: PromptLike) -> bool:
+        """Whether a row is a prompt object of the env: it then keeps its number, and is not encoded again."""
+        own = self.env.prompts
+        return isinstance(row, Prompt) and 0 <= row.number < len(own) and own[row.number] is row
 
     def _refill(self, lane: int) -> None:
         self.tokens[lane] = PADDING

@@ -123,6 +123,7 @@ class PromptReader:
         Raises:
             ValueError: If it is empty, too long, lacks a column or has a token id outside the vocabulary.
         """
+        source = source.row if isinstance(source, Prompt) else source
         where = f"prompt {number}" if number >= 0 else "the prompt"
         row = dict(source) if isinstance(source, Mapping) else {self.prompt_column: source}
         value = self._column(row, self.prompt_column, where) if isinstance(source, Mapping) else source
@@ -146,7 +147,8 @@ class PromptReader:
     def _encode(self, value: Any, where: str) -> tuple[list[int], list[int], str]:
         if isinstance(value, str):
             return (*encode_prompt(self.tokenizer, value), value) if value else ([], [], value)
-        if not isinstance(value, (Sequence, np.ndarray)) or not all(isinstance(i, (int, np.integer)) for i in value):
+        is_ids = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, bytes)
+        if not is_ids or not all(isinstance(i, (int, np.integer)) for i in value):
             raise ValueError(f"Expected {where} to be a text or a list of token ids, got {value!r:.80}.")
         ids = [int(i) for i in value]
         vocabulary = len(self.tokenizer)

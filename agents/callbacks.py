@@ -1,0 +1,219 @@
+"""What one wants to see while a model trains: figures by documented keys, samples, curves; and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from stable_baselines3.common.callbacks import BaseCallback
+
+from textenv.episode import EndReason
+from textenv.prompts import PromptLike
+from textenv.tokenizer import Tokenizer
+
+from .checkpoint import save_checkpoint
+from .generation import Generation, generate
+
+
+class EpisodeMetrics(BaseCallback):
+    """Logs, for each rollout, the means over the episodes that ended in it.
+
+    Keys: `reward/task` and `reward/<part>` (the task reward and its named parts), `episode/length` (tokens),
+    `episode/end_<reason>` (the share of each end reason), `time/tokens_per_second` (since the last rollout's end, the
+    update included). The README's table says what every key means.
+
+    Example:
+        >>> from agents import EpisodeMetrics
+        >>> callback = EpisodeMetrics()  # model.learn(100_000, callback=callback)
+    """
+
+    def _on_training_start(self) -> None:
+        self._infos: list[dict[str, Any]] = []
+        self._clock = time.perf_counter()
+        self._timesteps = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        self._infos += [info for info in self.locals["infos"] if "end_reason" in info]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        # Read only now: late scores have been added to the infos in the meantime.
+        infos, self._infos = self._infos, []
+        now = time.perf_counter()
+        speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
+        self._clock, self._timesteps = now, self.model.num_timesteps
+        self.logger.record("time/tokens_per_second", speed)
+        if not infos:
+            return
+        self.logger.record("reward/task", float(np.mean([info["episode"]["r"] for info in infos])))
+        self.logger.record("episode/length", float(np.mean([info["episode"]["l"] for info in infos])))
+        parts: dict[str, float] = defaultdict(float)
+        for info in infos:
+            for name, value in info["reward_parts"].items():
+                parts[name] += value / len(infos)
+        for name, value in parts.items():
+            self.logger.record(f"reward/{name}", value)
+        ends = Counter(info["end_reason"] for info in infos)
+        for reason in EndReason:
+            self.logger.record(f"episode/end_{reason}", ends[reason] / len(infos))
+
+
+class SampleTable(BaseCallback):
+    """Shows what the policy writes: before training, every so many rollouts, and at the end.
+
+    On the console and, where TensorBoard logs, as text under `samples`. It draws from a generator of its own and does
+    not change training.
+
+    Args:
+        prompts: What to continue, once each.
+        tokenizer: The tokenizer that the model trains with.
+        every: Rollouts from one table to the next.
+        max_new_tokens: The most tokens of a sample.
+        seed: The seed of the sampling: the same for every table, so that they can be compared.
+        console: Where to print; rich's default console.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[PromptLike],
+        tokenizer: Tokenizer,
+        every: int = 10,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"Expected `every` to be at least 1, got {every}.")
+        self.prompts, self.tokenizer, self.every = prompts, tokenizer, every
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.console = console or Console()
+        self._rollouts = 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._rollouts % self.every == 0:
+            self._show()
+        self._rollouts += 1
+
+    def _on_training_end(self) -> None:
+        self._show()
+
+    def _show(self) -> None:
+        samples = generate(
+            self.model, self.prompts, self.tokenizer, max_new_tokens=self.max_new_tokens, seed=self.seed
+        )
+        title = f"samples after {self.model.num_timesteps} tokens"
+        self.console.print(sample_table({title: samples}))
+        markdown = "\n\n".join(f"**{sample.prompt}**{sample.text}" for sample in samples)
+        self.logger.record("samples", markdown, exclude=("stdout", "log", "json", "csv"))
+
+
+def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
+    """Return samples as a table: a row a prompt, a column for each title, prompt and text told apart.
+
+    Control characters and markup in what a model wrote are shown, not obeyed.
+    """
+    table = Table(show_lines=True)
+    for title in columns:
+        table.add_column(title, ratio=1)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*(f"[dim]{_shown(sample.prompt)}[/dim]{_shown(sample.text)}" for sample in row))
+    return table
+
+
+def _shown(text: str) -> str:
+    return escape("".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in str(text)))
+
+
+class RewardCurves(BaseCallback):
+    """Draws the reward, the divergence from the reference and the length over training, as a PNG at the end.
+
+    Needs matplotlib: `pip install textenv[plot]`. Needs `EpisodeMetrics` before it in the list of callbacks; the
+    divergence is drawn where a `KLPenalty` logs it.
+
+    Args:
+        path: The picture's file.
+        title: What stands above it.
+    """
+
+    CURVES = (("reward/task", "reward"), ("kl/sequence", "KL from the reference, nats"), ("episode/length", "tokens"))
+
+    def __init__(self, path: str | os.PathLike[str], title: str = "") -> None:
+        super().__init__()
+        self.path, self.title = Path(path), title
+        self.history: list[dict[str, float]] = []
+
+    def _on_training_start(self) -> None:
+        import matplotlib  # noqa: F401  (optional: fail before training, not after)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        values = self.logger.name_to_value
+        row = {key: float(values.get(key, math.nan)) for key, _ in self.CURVES}
+        self.history.append({"tokens": self.model.num_timesteps, **row})
+
+    def _on_training_end(self) -> None:
+        from matplotlib.figure import Figure  # optional
+
+        drawn = [curve for curve in self.CURVES if any(not math.isnan(row[curve[0]]) for row in self.history)]
+        figure = Figure(figsize=(4.2 * max(len(drawn), 1), 3), layout="constrained")
+        axes = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
+        for axis, (key, label) in zip(axes, drawn, strict=False):
+            axis.plot([row["tokens"] for row in self.history], [row[key] for row in self.history])
+            axis.set(xlabel="tokens", title=label)
+            axis.grid(alpha=0.3)
+        figure.suptitle(self.title)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.partial")
+        figure.savefig(beside, format="png", dpi=120)
+        beside.replace(self.path)
+
+
+class Checkpoints(BaseCallback):
+    """Saves the whole run between iterations, as `step_<timesteps>` in a folder, and when training ends.
+
+    Resume with `load_checkpoint(model, latest_checkpoint(folder))` and `learn(rest, reset_num_timesteps=False)`.
+
+    Args:
+        folder: Where the checkpoints go.
+        every: Rollouts from one to the next.
+        keep: How many of the newest stay.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every: int = 10, keep: int = 3) -> None:
+        super().__init__()
+        if every < 1 or keep < 1:
+            raise ValueError(f"Expected `every` and `keep` to be at least 1, got {every} and {keep}.")
+        self.folder, self.every, self.keep = Path(folder), every, keep
+        self._rollouts = 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._rollouts > 0 and self._rollouts % self.every == 0:
+            self._save()
+        self._rollouts += 1
+
+    def _on_training_end(self) -> None:
+        self._save()
+
+    def _save(self) -> None:
+        save_checkpoint(self.model, self.folder / f"step_{self.model.num_timesteps:012d}")  # type: ignore[arg-type]
+        for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
+            shutil.rmtree(old)

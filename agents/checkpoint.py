@@ -1,0 +1,265 @@
+"""A run's whole state as a folder of safetensors and JSON: written whole or not at all, verified, never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors.torch
+import stable_baselines3
+import torch
+import transformers
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor
+
+from .buffers import Transitions, step_name
+from .files import replaced_folder, sha256
+from .policies import LMPolicy
+from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
+
+FORMAT = 1
+COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of another run than the model."""
+
+
+def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) -> Path:
+    """Write all that the next update depends on, so that a resumed run equals one that was never stopped.
+
+    Policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished episodes, waiting
+    segments and the state of the steps before returns. On a CPU the next update is the same bit for bit.
+
+    Args:
+        model: A model built with `make_agent`, or with `TextVecEnv` and `SequenceRolloutBuffer`. Save between
+            iterations: in a callback's `_on_rollout_start`, or after `learn`.
+        folder: Where to. It appears whole, or what was there stays.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RuntimeError: In the middle of a rollout, or before its update.
+        TypeError: If an optimizer keeps something that is neither a number nor a tensor.
+
+    Example:
+        >>> from agents import load_checkpoint, save_checkpoint
+        >>> # save_checkpoint(model, "run/step_10000"); load_checkpoint(make_agent(...), "run/step_10000")
+    """
+    buffer = sequence_buffer(model)
+    if 0 < buffer.pos < buffer.buffer_size or (buffer.full and not buffer.generator_ready):
+        raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
+    arrays, env_meta = text_vec_env(model.get_env()).state_dict()
+    optimizer, groups = _optimizer_state(model.policy.optimizer)
+    tensors: dict[str, dict[str, Tensor]] = {
+        "policy": dict(_weights(model)),
+        "optimizer": optimizer,
+        "episodes": {name: torch.as_tensor(array) for name, array in arrays.items()},
+        "waiting": {
+            f"{lane}.{name}": torch.as_tensor(array)
+            for lane, part in buffer.waiting.items()
+            for name, array in part._asdict().items()
+        },
+        "generators": _generator_states(model),
+    }
+    assert model._last_episode_starts is not None and model.ep_info_buffer is not None
+    tensors["episodes"]["episode_starts"] = torch.as_tensor(model._last_episode_starts)
+    meta: dict[str, Any] = {
+        "counters": {name: getattr(model, name) for name in COUNTERS},
+        "episodes": list(model.ep_info_buffer),
+        "env": env_meta,
+        "param_groups": groups,
+        "python_random": random.getstate(),
+        "numpy_random": _numpy_state(),
+        "minibatches": buffer.rng.bit_generator.state,
+        "steps": {},
+    }
+    for step in buffer.before_returns:
+        if isinstance(step, RolloutStep):
+            tensors[f"step_{step_name(step)}"], meta["steps"][step_name(step)] = step.state_dict()
+    with replaced_folder(folder) as beside:
+        for name, content in tensors.items():
+            safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, beside / f"{name}.safetensors")
+        (beside / "state.json").write_text(json.dumps(meta, ensure_ascii=False, default=_plain), encoding="utf-8")
+        manifest = _manifest(beside, model.num_timesteps)
+        (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return Path(folder)
+
+
+def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) -> None:
+    """Bring a model that was built as the saved one was to the saved state; go on with `learn`.
+
+    Go on with `model.learn(the rest, reset_num_timesteps=False, callback=...)` and the same callbacks. A
+    `KLPenalty` given there takes its reference from the checkpoint.
+
+    Args:
+        model: A model built with the same arguments as the saved one.
+        folder: What `save_checkpoint` wrote. Its files are verified, and none of them is unpickled.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or of another model; the model is then unchanged.
+    """
+    verify_checkpoint(folder)
+    path, buffer, env = Path(folder), sequence_buffer(model), text_vec_env(model.get_env())
+    meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    tensors = {file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")}
+    weights = dict(_weights(model))
+    _check_same_shapes(weights, tensors["policy"])
+    episodes = {name: tensor.numpy() for name, tensor in tensors["episodes"].items()}
+    model._last_episode_starts = episodes.pop("episode_starts")
+    model._last_obs = env.load_state_dict(episodes, meta["env"])
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors["policy"][name])
+    model.policy.set_training_mode(True)  # drops what was cached under the old weights
+    _load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
+    buffer.waiting = _waiting(tensors["waiting"])
+    for name in COUNTERS:
+        setattr(model, name, meta["counters"][name])
+    model.ep_info_buffer = deque(meta["episodes"], maxlen=model._stats_window_size)
+    model.ep_success_buffer = deque(maxlen=model._stats_window_size)
+    buffer.saved_steps = {name: (tensors[f"step_{name}"], state) for name, state in meta["steps"].items()}
+    buffer.expected_steps = list(meta["steps"])
+    for step in buffer.before_returns:
+        if isinstance(step, RolloutStep) and step_name(step) in buffer.saved_steps:
+            step.load_state_dict(*buffer.saved_steps.pop(step_name(step)))
+    _load_generators(model, tensors["generators"], meta)
+
+
+def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
+    """Check every file of a checkpoint against its manifest.
+
+    Returns:
+        The number of timesteps at which it was saved.
+
+    Raises:
+        CheckpointError: Naming the file, what was expected and what is there.
+    """
+    path = Path(folder)
+    if not (path / "manifest.json").is_file():
+        raise CheckpointError(f"Expected a checkpoint in {path}, got no manifest.json there.")
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(f"Expected format {FORMAT} or older, got {manifest['format']}: install a newer textenv.")
+    for name, entry in manifest["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["size"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise CheckpointError(f"{file}: {found}, manifest says {entry['size']}.")
+        if sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{file}: its content is not what was written (another sha256 than the manifest's).")
+    return manifest["num_timesteps"]
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """Return the newest checkpoint in a folder of them that verifies, by timesteps, or None."""
+    found = []
+    for path in Path(folder).glob("*/manifest.json"):
+        try:
+            found.append((verify_checkpoint(path.parent), path.parent))
+        except (CheckpointError, json.JSONDecodeError):
+            continue  # what was damaged is passed over; resuming says which one it took
+    return max(found)[1] if found else None
+
+
+def _manifest(folder: Path, num_timesteps: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "num_timesteps": num_timesteps,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "stable_baselines3": stable_baselines3.__version__,
+            "numpy": np.__version__,
+        },
+        "files": {
+            file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
+        },
+    }
+
+
+def _weights(model: OnPolicyAlgorithm) -> Iterable[tuple[str, Tensor]]:
+    """Yield each weight and buffer of the policy once: tied ones under their first name."""
+    yield from model.policy.named_parameters()
+    yield from model.policy.named_buffers()
+
+
+def _check_same_shapes(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    unlike = sorted(weights.keys() ^ saved.keys())
+    unlike += sorted(name for name in weights.keys() & saved.keys() if weights[name].shape != saved[name].shape)
+    if unlike:
+        raise CheckpointError(f"Expected the weights of the model that was saved, got others: {unlike[:5]} differ.")
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    state = optimizer.state_dict()
+    tensors = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if value is not None and not isinstance(value, (Tensor, int, float)):
+                raise TypeError(f"Expected an optimizer that keeps tensors and numbers, got {name}={value!r:.80}.")
+            if value is not None:
+                tensors[f"{index}.{name}"] = torch.as_tensor(value)
+    return tensors, state["param_groups"]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[Any]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _waiting(tensors: Mapping[str, Tensor]) -> dict[int, Transitions]:
+    lanes = sorted({int(key.split(".")[0]) for key in tensors})
+    return {
+        lane: Transitions(*(tensors[f"{lane}.{name}"].numpy().copy() for name in Transitions._fields)) for lane in lanes
+    }
+
+
+def _generator_states(model: OnPolicyAlgorithm) -> dict[str, Tensor]:
+    policy = cast("LMPolicy", model.policy)
+    states = {
+        "torch": torch.get_rng_state(),
+        "policy": policy.generator.get_state(),
+        "predict": policy.predict_generator.get_state(),
+    }
+    for index in range(torch.cuda.device_count()):
+        states[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
+    return states
+
+
+def _load_generators(model: OnPolicyAlgorithm, states: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    policy = cast("LMPolicy", model.policy)
+    policy.generator.set_state(states["policy"])
+    policy.predict_generator.set_state(states["predict"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda.{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{index}"], index)
+    version, internal, gauss = meta["python_random"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = meta["numpy_random"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    sequence_buffer(model).rng.bit_generator.state = meta["minibatches"]
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
+    return [name, keys.tolist(), *rest]
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy's numbers into JSON's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"Expected what a checkpoint keeps to fit JSON, got {value!r:.80} (in `preds.state`?).")

@@ -1,0 +1,68 @@
+"""The built-in language model: a word tokenizer and a tiny GPT-2 trained on the demo's reviews, kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from textenv import demo
+
+from .files import replaced_folder
+from .pretrain import EOS_TOKEN, pretrain, word_tokenizer
+
+SHAPE = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+TRAINING = {"batch_size": 64, "learning_rate": 6e-3}
+N_REVIEWS = 8000
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is made once: `TEXTENV_CACHE`, or `textenv` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TEXTENV_CACHE") or Path(base) / "textenv")
+
+
+def demo_model(folder: Path | None = None, n_epochs: float = 2.0, progress_bar: bool = True) -> Path:
+    """Return the folder of a language model that writes the demo's reviews, in all moods; make it where it is missing.
+
+    A GPT-2 of 2 layers and width 64 (about 0.1 M parameters) and one token a word, trained on 8,000 reviews, always
+    from the same seed. It is made in some seconds and kept under a name that changes with the grammar and settings.
+
+    Args:
+        folder: The cache; `cache_folder()` by default.
+        n_epochs: Passes over the corpus; fewer are enough to try things out.
+        progress_bar: Show one while it trains.
+
+    Returns:
+        A folder for `Pretrained` and `AutoTokenizer.from_pretrained`.
+    """
+    texts = demo.reviews(N_REVIEWS, seed=0)
+    recipe = json.dumps([SHAPE, NO_DROPOUT, TRAINING, n_epochs, texts, torch.__version__]).encode()
+    target = (folder or cache_folder()) / f"demo-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    tokenizer = word_tokenizer(demo.vocabulary())
+    eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
+    config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **SHAPE, **NO_DROPOUT)  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+        model.init_weights()
+    pretrain(
+        model,
+        tokenizer,
+        texts,
+        n_epochs=n_epochs,
+        description="pretraining the demo model",
+        progress_bar=progress_bar,
+        **TRAINING,  # type: ignore[arg-type]
+    )
+    with replaced_folder(target) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    return target

@@ -1,0 +1,116 @@
+"""A policy and prompts to texts, in batches: for evaluation, sample tables and a look at what was learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from tqdm.auto import tqdm
+
+from textenv.env import TextEnv
+from textenv.episode import SEPARATOR, EndReason
+from textenv.prompts import Prompt, PromptLike
+from textenv.tokenizer import Tokenizer
+from textenv.vector import TextVectorEnv
+
+from .policies import LMPolicy
+
+
+class Generation(NamedTuple):
+    """A prompt and what the policy wrote after it."""
+
+    prompt: Prompt
+    text: str
+    ids: list[int]
+    end_reason: EndReason
+
+
+def generate(
+    model: BaseAlgorithm | LMPolicy,
+    prompts: Sequence[PromptLike],
+    tokenizer: Tokenizer,
+    n: int = 1,
+    *,
+    max_new_tokens: int = 64,
+    deterministic: bool = False,
+    seed: int = 0,
+    n_envs: int = 64,
+    progress_bar: bool = False,
+    **env_kwargs: Any,
+) -> list[Generation]:
+    """Continue each prompt exactly `n` times.
+
+    Rows that end make room for the next prompt, so no row waits for the longest. Training is not disturbed: sampling
+    has a generator of its own, and the rollout's cached rows stay.
+
+    Args:
+        model: A trained model, or its policy.
+        prompts: Texts, rows or lists of token ids.
+        tokenizer: The tokenizer that the model was trained with.
+        n: How many continuations of each prompt.
+        max_new_tokens: The most tokens of each.
+        deterministic: Take the most probable token instead of sampling.
+        seed: The seed of the sampling: the same seed, prompts and `n_envs` give the same texts.
+        n_envs: The most rows side by side.
+        progress_bar: Show one.
+        **env_kwargs: Other arguments of `TextEnv`: `stop_ids`, `stop_strings`, `prompt_column`, ...
+
+    Returns:
+        The continuations in the order of the prompts, those of one prompt together.
+
+    Raises:
+        ValueError: If `n` is below 1, or the tokenizer has another vocabulary than the model.
+
+    Example:
+        >>> from agents import generate
+        >>> # [generation.text for generation in generate(model, ["The film was"], tokenizer, n=4)]
+    """
+    policy = model if isinstance(model, LMPolicy) else model.policy
+    if not isinstance(policy, LMPolicy):
+        raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
+    if n < 1:
+        raise ValueError(f"Expected `n` to be at least 1, got {n}.")
+    if len(tokenizer) != policy.lm.backbone.vocab_size:
+        raise ValueError(
+            f"Expected the tokenizer that the model was trained with, of {policy.lm.backbone.vocab_size} tokens, got "
+            f"one of {len(tokenizer)}."
+        )
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    env = TextEnv(rows, tokenizer, reward=_no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
+    envs = TextVectorEnv(env, min(n_envs, len(rows)))
+    generator = torch.Generator().manual_seed(seed)
+    generations: list[Generation | None] = [None] * len(rows)
+    observations, _ = envs.reset(options={"prompts": env.prompts})
+    policy.set_training_mode(False)
+    with torch.no_grad(), tqdm(total=len(rows), unit="text", disable=not progress_bar) as bar:
+        while not envs.lanes.idle.all():
+            batch = torch.as_tensor(observations, device=policy.device)
+            actions, _, _ = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache)
+            observations, _, _, _, infos = envs.step(actions.cpu().numpy())
+            for generation in _finished(infos):
+                generations[generation.prompt.number] = generation
+                bar.update()
+    policy.lm.predict_cache.drop()
+    return [generation for generation in generations if generation is not None]
+
+
+def _finished(infos: dict[str, Any]) -> list[Generation]:
+    final = infos.get("final_info", {})
+    return [
+        Generation(
+            final["prompt"][row], final["text"][row], _continuation(infos["final_obs"][row]), final["end_reason"][row]
+        )
+        for row in np.flatnonzero(final.get("_text", ()))
+    ]
+
+
+def _continuation(observation: np.ndarray) -> list[int]:
+    since = observation[int(np.flatnonzero(observation == SEPARATOR)[0]) + 1 :]
+    return since[since >= 0].tolist()
+
+
+def _no_reward(prompt: Prompt, preds: Any, done: bool) -> float:
+    return 0.0

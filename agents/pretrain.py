@@ -1,0 +1,134 @@
+"""A small language model from scratch on a list of texts: a tokenizer trained on them, and next-token prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+EOS_TOKEN = "</s>"
+UNKNOWN_TOKEN = "<unk>"
+IGNORED = -100  # what cross_entropy leaves out
+POOL = 16  # minibatches that are sorted by length together
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token a word, for texts whose words stand between spaces.
+
+    Token 0 ends a text; an unknown word is the token `<unk>`.
+
+    Example:
+        >>> from agents.pretrain import word_tokenizer
+        >>> word_tokenizer(["good", "film"]).encode("good film")
+        [2, 3]
+    """
+    vocabulary = {word: i for i, word in enumerate([EOS_TOKEN, UNKNOWN_TOKEN, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS_TOKEN, unk_token=UNKNOWN_TOKEN, pad_token=EOS_TOKEN
+    )
+
+
+def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of `vocab_size` tokens trained on `texts`; token 0 ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
+
+
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    *,
+    n_epochs: float = 1.0,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    description: str = "pretraining",
+    progress_bar: bool = True,
+) -> float:
+    """Train a causal language model to continue texts, each closed by the end token.
+
+    AdamW with a one-cycle schedule; minibatches of similar lengths in random order.
+
+    Args:
+        model: The model, changed in place.
+        tokenizer: Its tokenizer.
+        texts: The corpus.
+        n_epochs: Passes over it; may be a fraction.
+        batch_size: Texts of a minibatch.
+        learning_rate: The schedule's peak.
+        seed: The seed of the minibatches' order.
+        description: What the progress bar says.
+        progress_bar: Show one.
+
+    Returns:
+        The mean loss of the last tenth, in nats a token.
+
+    Raises:
+        ValueError: If there are no texts.
+    """
+    if not texts:
+        raise ValueError("Expected at least one text, got none.")
+    sequences = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
+    rng = np.random.default_rng(seed)
+    n_steps = max(1, round(n_epochs * len(sequences) / batch_size))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=0.1)
+    batches = _batches(sequences, batch_size, rng)
+    losses = []
+    model.train()
+    with tqdm(range(n_steps), desc=description, disable=not progress_bar, unit="step") as bar:
+        for _ in bar:
+            ids, targets = next(batches)
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+            loss = functional.cross_entropy(
+                logits.flatten(0, 1), targets.to(model.device).flatten(), ignore_index=IGNORED
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+            if len(losses) % 20 == 0:
+                bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
+    model.eval()
+    return float(torch.stack(losses[-max(1, n_steps // 10) :]).mean())
+
+
+def _batches(
+    sequences: Sequence[Sequence[int]], batch_size: int, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and targets, each (B, T), for ever."""
+    while True:
+        order = rng.permutation(len(sequences))
+        groups = []
+        for start in range(0, len(order), POOL * batch_size):
+            pool = sorted(order[start : start + POOL * batch_size], key=lambda i: len(sequences[i]))
+            groups += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        for place in rng.permutation(len(groups)):
+            chosen = [sequences[i] for i in groups[place]]
+            width = max(map(len, chosen))
+            ids = torch.zeros(len(chosen), width, dtype=torch.long)
+            targets = torch.full((len(chosen), width), IGNORED)
+            for row, sequence in enumerate(chosen):
+                ids[row, : len(sequence)] = torch.tensor(sequence)
+                targets[row, : len(sequence) - 1] = torch.tensor(sequence[1:])
+            yield ids, targets

@@ -1,0 +1,32 @@
+"""Fixtures that several test files share."""
+
+import os
+
+import pytest
+
+from textenv import CharTokenizer, TextEnv
+
+# Before torch is loaded: more threads than a tiny model can use make it slower, and so do two test processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def no_reward(prompt, preds, done):
+    return 0.0
+
+
+@pytest.fixture
+def char_tokenizer():
+    """Token 0 ends a text; "a" is 1, "b" is 2, ... "z" is 26, the space 27."""
+    return CharTokenizer()
+
+
+@pytest.fixture
+def make_env(char_tokenizer):
+    """Build a `TextEnv` of characters (or the subclass `cls`) from what matters to a test."""
+
+    def make(prompts=("ab", "cde"), cls=TextEnv, tokenizer=char_tokenizer, max_new_tokens=4, **kwargs):
+        if cls is TextEnv:
+            kwargs.setdefault("reward", no_reward)
+        return cls(prompts, tokenizer, max_new_tokens=max_new_tokens, **kwargs)
+
+    return make

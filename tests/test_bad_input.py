@@ -1,0 +1,311 @@
+"""What cannot work is refused by name: expected, got, and the cure; errors of a reward name lane and prompt."""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from textenv import RewardError, TextEnv, TextVectorEnv
+
+EOS = 0
+
+
+def no_reward(prompt, preds, done):
+    return 0.0
+
+
+# Prompts
+
+
+def test_no_prompts(make_env):
+    with pytest.raises(ValueError, match="Expected at least one prompt, got none"):
+        make_env([])
+
+
+def test_an_empty_prompt(make_env):
+    with pytest.raises(ValueError, match="Expected prompt 1 to have at least one token, got ''"):
+        make_env(["a", ""])
+
+
+def test_an_empty_list_of_token_ids(make_env):
+    with pytest.raises(ValueError, match=r"Expected prompt 0 to have at least one token, got \[\]"):
+        make_env([[]])
+
+
+def test_a_single_prompt_instead_of_a_list(make_env):
+    with pytest.raises(ValueError, match=r"'The film was', which is no file. A single prompt goes into a list"):
+        make_env("The film was")
+
+
+def test_a_single_row_instead_of_a_list(make_env):
+    with pytest.raises(ValueError, match=r"Expected `prompts` to be a list of prompts, got one mapping: {'prompt'"):
+        make_env({"prompt": "a"})
+
+
+@pytest.mark.parametrize("prompt", [3, None, 1.5, b"a", [1.0], ["a"], {1, 2}])
+def test_a_prompt_that_is_neither_text_nor_ids(make_env, prompt):
+    with pytest.raises(ValueError, match="Expected prompt 0 to be a text or a list of token ids, got"):
+        make_env([prompt])
+
+
+def test_a_row_without_the_column(make_env):
+    with pytest.raises(
+        ValueError, match=r"Expected prompt 1 to have the column 'prompt', got the columns \['text', 'label'\]"
+    ):
+        make_env([{"prompt": "a"}, {"text": "a", "label": 1}])
+
+
+def test_a_row_without_the_references(make_env):
+    with pytest.raises(ValueError, match=r"Expected prompt 0 to have the column 'answers', got the columns \['prompt'"):
+        make_env([{"prompt": "a"}], references_column="answers")
+
+
+def test_a_prompt_longer_than_allowed(make_env):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 to have at most max_prompt_tokens=2 tokens, got 3: 'abc'. Raise the limit, or cut"
+    ):
+        make_env(["ab", "abc"], max_prompt_tokens=2)
+
+
+@pytest.mark.parametrize("token", [-1, 33, 10**9])
+def test_a_token_id_out_of_range(make_env, token):
+    with pytest.raises(ValueError, match=rf"Expected the token ids of prompt 0 in \[0, 33\), got {token}"):
+        make_env([[1, token]])
+
+
+def test_characters_that_the_tokenizer_lacks(make_env):
+    with pytest.raises(ValueError, match=r"Expected characters of .*, got \['é'\] in 'café'"):
+        make_env(["café"])
+
+
+@pytest.mark.parametrize("rows", [[], (), "ab", {"prompt": "a"}])
+def test_rows_for_reset_that_are_no_list_of_some(make_env, rows):
+    with pytest.raises(ValueError, match="Expected the prompts given to `reset` to be a list of one or more, got"):
+        make_env().reset(options={"prompts": rows})
+
+
+def test_a_row_for_reset_with_more_tokens_than_the_env_has_room_for(make_env):
+    env = make_env(max_new_tokens=4)
+    with pytest.raises(ValueError, match="max_new_tokens of prompt 'x' to be at most the env's, 4, got 5"):
+        env.reset(options={"prompts": [{"prompt": "x", "max_new_tokens": 5}]})
+
+
+def test_a_row_with_a_limit_above_the_envs(make_env):
+    with pytest.raises(ValueError, match="max_new_tokens of prompt 'x' to be at most the env's, 4, got 5"):
+        make_env([{"prompt": "x", "max_new_tokens": 5}], max_new_tokens=4)
+
+
+# Options
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_max_new_tokens_below_one(make_env, n):
+    with pytest.raises(ValueError, match=f"Expected `max_new_tokens` to be at least 1, got {n}"):
+        make_env(max_new_tokens=n)
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_max_prompt_tokens_below_one(make_env, n):
+    with pytest.raises(ValueError, match=f"Expected `max_prompt_tokens` to be at least 1, got {n}"):
+        make_env(max_prompt_tokens=n, truncation_side="left")
+
+
+@pytest.mark.parametrize("name", ["truncation_side", "length_limit", "score_at", "order", "render_mode"])
+def test_an_unknown_choice(make_env, name):
+    with pytest.raises(ValueError, match=rf"Expected `{name}` to be one of \[.*\], got 'other'"):
+        make_env(**{name: "other"})
+
+
+def test_stop_ids_outside_the_vocabulary(make_env):
+    with pytest.raises(ValueError, match=r"Expected `stop_ids` in \[0, 33\), got 33"):
+        make_env(stop_ids=[0, 33])
+
+
+def test_an_empty_stop_string(make_env):
+    with pytest.raises(ValueError, match="Expected `stop_strings` without an empty one"):
+        make_env(stop_strings=["x", ""])
+
+
+class Zero(TextEnv):
+    def get_reward(self, prompt, preds, done):
+        return 0.0
+
+
+def test_no_reward_or_two(make_env):
+    with pytest.raises(ValueError, match=r"Expected exactly one reward: .*; got neither"):
+        make_env(reward=None)
+    with pytest.raises(ValueError, match=r"Expected exactly one reward: .*; got both"):
+        make_env(cls=Zero, reward=no_reward)
+
+
+# Steps
+
+
+def test_step_before_reset(make_env):
+    with pytest.raises(RuntimeError, match="Expected `reset` before the first `step`"):
+        make_env().step(1)
+    with pytest.raises(RuntimeError, match="Expected `reset` before the first `step`"):
+        TextVectorEnv(make_env(), 2).step(np.array([1, 1]))
+
+
+def test_step_before_reset_through_gym_make(char_tokenizer):
+    kwargs = dict(prompts=["a"], tokenizer=char_tokenizer, reward=no_reward, max_new_tokens=2)
+    with pytest.raises(gym.error.ResetNeeded):
+        gym.make("textenv/Text-v0", **kwargs).step(1)
+
+
+def test_step_after_the_end(make_env):
+    env = make_env()
+    env.reset()
+    env.step(EOS)
+    with pytest.raises(RuntimeError, match="and after the end of an episode"):
+        env.step(1)
+    env.reset()
+    env.step(1)
+
+
+@pytest.mark.parametrize("action", [-1, 33])
+def test_an_action_outside_the_space(make_env, action):
+    env = make_env()
+    env.reset()
+    with pytest.raises(ValueError, match=rf"Expected token ids in \[0, 33\), got {action} in lane 0"):
+        env.step(action)
+    env.step(1)  # nothing was written
+
+
+def test_an_action_outside_the_space_names_its_lane(make_env):
+    envs = TextVectorEnv(make_env(), 3)
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=r"got 40 in lane 2"):
+        envs.step(np.array([1, 1, 40]))
+
+
+@pytest.mark.parametrize("action", [1.0, np.float32(1), "a", None, True, [1, 2]])
+def test_an_action_that_is_no_token_id(make_env, action):
+    env = make_env()
+    env.reset()
+    with pytest.raises(ValueError, match=r"Expected one integer token id a lane, shape \(1,\), got"):
+        env.step(action)
+
+
+@pytest.mark.parametrize("actions", [[1, 2], [[1, 2, 3]], [1.0, 2.0, 3.0], 1])
+def test_actions_of_another_shape_or_kind(make_env, actions):
+    envs = TextVectorEnv(make_env(), 3)
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=r"Expected one integer token id a lane, shape \(3,\), got"):
+        envs.step(np.array(actions))
+
+
+# Rewards: lane 1 of three has the bad one
+
+
+@pytest.fixture
+def step_with(make_env):
+    """Step three lanes with a reward that returns `value` for the prompt "bad"."""
+
+    def step(value=None, **kwargs):
+        if "cls" not in kwargs:
+            kwargs["reward"] = lambda prompt, preds, done: value if prompt == "bad" else 0.0
+        envs = TextVectorEnv(make_env(["a", "bad", "c"], order="sequential", **kwargs), 3)
+        envs.reset(seed=0)
+        return envs.step(np.array([24, 25, 26]))
+
+    return step
+
+
+WHERE = r"\(lane 1, prompt 'bad', text 'y'\)"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -math.inf, None, "1.0", np.str_("x"), b"1", [1.0], np.ones(2), 1j, 10**400, object()],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_reward_that_is_no_finite_number(step_with, value):
+    with pytest.raises(RewardError, match=rf"(?s)Expected a reward to be a finite number, got .*{WHERE}"):
+        step_with(value)
+
+
+@pytest.mark.parametrize("value", [math.nan, None, "x"])
+def test_a_part_that_is_no_finite_number(step_with, value):
+    with pytest.raises(RewardError, match=rf"Expected the reward part 'style' to be a finite number, got .*{WHERE}"):
+        step_with({"length": 1.0, "style": value})
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.int64(1), np.array(1.0), {"a": 0.25, "b": 0.75}])
+def test_what_counts_as_a_number(step_with, value):
+    assert step_with(value)[1].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_a_tensor_counts_as_a_number(step_with):
+    torch = pytest.importorskip("torch")
+    assert step_with(torch.tensor(1.0))[1].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_a_reward_that_raises(step_with):
+    class Broken(TextEnv):
+        def get_reward(self, prompt, preds, done):
+            return {"a": 0.0, "c": 0.0}[str(prompt)]
+
+    with pytest.raises(RewardError, match=rf"`get_reward` raised KeyError: 'bad' {WHERE}") as caught:
+        step_with(cls=Broken)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_reward_function_that_raises(make_env):
+    def reward(prompt, preds, done):
+        raise ZeroDivisionError("by nought")
+
+    env = make_env(["ab"], reward=reward)
+    env.reset()
+    with pytest.raises(
+        RewardError, match=r"raised ZeroDivisionError: by nought \(lane 0, prompt 'ab', text 'x'\)"
+    ) as caught:
+        env.step(24)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def batched(values):
+    """A class whose `get_rewards` returns `values`, or raises them."""
+
+    class Batched(TextEnv):
+        def get_rewards(self, prompts, preds, dones):
+            if isinstance(values, Exception):
+                raise values
+            return values
+
+    return Batched
+
+
+def test_a_batched_reward_that_raises(step_with):
+    with pytest.raises(
+        RewardError,
+        match=r"`get_rewards` raised OSError: gone, on 3 rows, the first of them lane 0, prompt 'a', text 'x'",
+    ) as caught:
+        step_with(cls=batched(OSError("gone")))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], np.zeros(4), [], {"a": 1.0}, "abc", 1.0, np.array(1.0), None])
+def test_batched_rewards_of_the_wrong_length(step_with, values):
+    with pytest.raises(RewardError, match=r"Expected `get_rewards` to return (a sequence of )?3 rewards"):
+        step_with(cls=batched(values))
+
+
+@pytest.mark.parametrize("values", [[0.0, math.nan, 0.0], [0.0, None, 0.0], np.array([0.0, np.inf, 0.0])])
+def test_c7_a_bad_one_among_batched_rewards_is_named(step_with, values):
+    with pytest.raises(RewardError, match=rf"Expected a reward to be a finite number, got .*{WHERE}"):
+        step_with(cls=batched(values))
+
+
+def test_a_late_score_that_is_bad_is_named_too(make_env):
+    env = make_env(
+        ["a", "bad"], reward=lambda prompt, preds, done: math.nan, score_at="rollout_end", order="sequential"
+    )
+    lanes = TextVectorEnv(env, 2).lanes
+    lanes.defer_scores = True
+    lanes.reset(seed=0)
+    lanes.step(np.array([24, EOS]))
+    with pytest.raises(RewardError, match=r"got nan \(lane 1, prompt 'bad', text ''\)"):
+        lanes.score_unscored()

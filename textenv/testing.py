@@ -1,0 +1,202 @@
+"""A conformance check for environments that users write: tries the hooks out and says in words what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils.env_checker import check_env
+
+from textenv.completion import Preds
+from textenv.env import TextEnv
+from textenv.lanes import Lanes
+from textenv.prompts import Prompt
+from textenv.rewarding import Reward, RewardError, check_rewards, describe
+from textenv.vector import unwrap_text_env
+
+N_LANES = 3
+N_CALLS = 20  # so many calls of the reward are repeated in other ways; those with a finished episode always are
+
+
+_Step = tuple[int, np.ndarray, float, bool, bool]  # action, and the observation, reward and ends that it led to
+
+
+def check_text_env(env: gym.Env[Any, Any]) -> None:
+    """Check that a `TextEnv`, a subclass or what `gym.make` made of one keeps the contract of its hooks.
+
+    Plays random episodes in several lanes and alone, and checks the tokenizer (ids in the vocabulary, all decode);
+    rewards (finite, the same when asked again, alone as in a batch, and from `get_reward` as from `get_rewards` where
+    both are defined); `respond` (a str or None, not too long, the same when asked again); that no hook changes the
+    instance (but for what it loads at first use) or a prompt's row; that the same actions give the same in a lane and
+    alone; and Gymnasium's own `check_env`. The env is reset.
+
+    Raises:
+        TypeError: If the env is wrapped, overrides `step` or `reset`, or `respond` returns no text.
+        ValueError: If the tokenizer's ids do not fit, a reward is no finite number, or a response is too long.
+        AssertionError: If a hook breaks its contract; the message says where, and what to do.
+
+    Warns:
+        UserWarning: If the env cannot be copied or pickled, which only some uses need.
+
+    Example:
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> class Vowels(TextEnv):
+        ...     def get_reward(self, prompt, preds, done):
+        ...         return float(preds.text[-1:] in "aeiou")
+        >>> check_text_env(Vowels(["hello "], CharTokenizer(), max_new_tokens=3))
+    """
+    text_env = unwrap_text_env(env)
+    _check_tokenizer(text_env)
+    _check_copy(text_env, "copied", copy.deepcopy)
+    _check_copy(text_env, "pickled", lambda env: pickle.loads(pickle.dumps(env)))
+    episodes = _play(text_env)
+    try:
+        _play(cast(TextEnv, _Probe(text_env)))
+    except RewardError as error:  # the lanes wrap what goes wrong in a reward, here the probe's verdict
+        raise error.__cause__ if isinstance(error.__cause__, AssertionError) else error from None
+    _check_alone(text_env, episodes)
+    check_env(text_env, skip_render_check=True)
+
+
+def _check_tokenizer(env: TextEnv) -> None:
+    size = len(env.tokenizer)
+    if env.action_space != gym.spaces.Discrete(size):
+        raise ValueError(f"Expected as many actions as tokens, {size}, got {env.action_space}: add tokens first.")
+    if not set(env.rules.stop_ids) <= set(range(size)):
+        raise ValueError(f"Expected stop ids (by default eos_token_id) in [0, {size}), got {env.rules.stop_ids}.")
+    for prompt in env.prompts:
+        if prompt.ids.min() < 0 or prompt.ids.max() >= size:
+            raise ValueError(f"Expected `encode` to return ids in [0, {size}), got {prompt.ids} for {prompt!r}.")
+    for token in {0, size - 1, *np.random.default_rng(0).integers(size, size=64).tolist()}:
+        try:
+            text: Any = env.tokenizer.decode([token], skip_special_tokens=True)
+        except Exception as error:
+            raise ValueError(f"Expected `decode` to take ids in [0, {size}), but {token} raised {error!r}.") from error
+        if not isinstance(text, str):
+            raise ValueError(f"Expected `decode` to return a str, got {text!r:.80} for {token}.")
+
+
+def _check_copy(env: TextEnv, done: str, make_copy: Callable[[TextEnv], TextEnv]) -> None:
+    try:
+        make_copy(env)
+    except Exception as error:
+        why = "as environments in other processes must (a lambda never can)"
+        warnings.warn(f"{type(env).__name__} cannot be {done}, {why}: {error!r}", stacklevel=3)
+
+
+def _play(env: TextEnv) -> list[tuple[Prompt, list[_Step]]]:
+    """Play random episodes side by side until each lane has finished one; return the last of each."""
+    lanes, random = Lanes(env, N_LANES), np.random.default_rng(0)
+    lanes.reset(seed=0)
+    running: list[list[_Step]] = [[] for _ in range(N_LANES)]
+    finished: dict[int, tuple[Prompt, list[_Step]]] = {}
+    while len(finished) < N_LANES:
+        actions = random.integers(len(env.tokenizer), size=N_LANES)
+        if env.rules.stop_ids and random.random() < 0.3:  # lane 0 is left to reach the limit
+            actions[random.integers(1, N_LANES)] = random.choice(env.rules.stop_ids)
+        prompts, result = list(lanes.prompts), lanes.step(actions)
+        for lane, action in enumerate(actions.tolist()):
+            seen = result.final_observations.get(lane, result.observations[lane])
+            ends = bool(result.terminated[lane]), bool(result.truncated[lane])
+            running[lane].append((action, seen, float(result.rewards[lane]), *ends))
+            if any(ends):
+                finished[lane], running[lane] = (prompts[lane], running[lane]), []
+    return list(finished.values())
+
+
+def _check_alone(env: TextEnv, episodes: Sequence[tuple[Prompt, list[_Step]]]) -> None:
+    for prompt, steps in episodes:
+        env.reset(options={"prompts": [prompt.row]})
+        for action, observation, reward, *ends in steps:
+            got = env.step(action)
+            if not np.array_equal(got[0], observation) or not _is_close(got[1], reward) or [*got[2:4]] != ends:
+                raise AssertionError(
+                    "Expected the same actions to give alone what they give in a lane of several: hooks may depend on "
+                    f"their arguments only. Got {got[:4]}, not {(observation, reward, *ends)}, for {str(prompt)!r:.80}."
+                )
+
+
+class _Probe:
+    """Stands in for an env while lanes run it: passes everything on, and checks the calls of the hooks."""
+
+    def __init__(self, env: TextEnv) -> None:
+        self.env, self.n_calls, hooks = env, 0, type(env)
+        self.has_both = TextEnv.get_reward is not hooks.get_reward and TextEnv.get_rewards is not hooks.get_rewards
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def get_rewards(self, prompts: list[Prompt], preds: list[Preds], dones: list[bool]) -> Sequence[Any]:
+        self.n_calls += 1
+        with _unchanged(self.env, "the reward", prompts):
+            if self.n_calls <= N_CALLS or any(dones):
+                self._check_batch(prompts, preds, dones)
+            return self.env.get_rewards(prompts, preds, dones)
+
+    def _check_batch(self, prompts: list[Prompt], preds: list[Preds], dones: list[bool]) -> None:
+        first, again = [self.env.get_rewards(prompts, [_copied(one) for one in preds], dones) for _ in range(2)]
+        others = zip(*(check_rewards(values, prompts, preds) for values in (first, again)), strict=True)
+        for prompt, one, done, (reward, repeated) in zip(prompts, preds, dones, others, strict=True):
+            row = f"({describe(prompt, one)}, done={done})"
+            _check_same(reward, repeated, f"when asked again {row}: draw no random numbers in it")
+            alone = check_rewards(self.env.get_rewards([prompt], [_copied(one)], [done]), [prompt], [one])[0]
+            _check_same(reward, alone, f"of a row alone as in a batch {row}: score each row by itself")
+            if self.has_both:
+                single = check_rewards([self.env.get_reward(prompt, _copied(one), done)], [prompt], [one])[0]
+                _check_same(reward, single, f"from `get_reward` as from `get_rewards` {row}: define only one of them")
+
+    def respond(self, prompt: Prompt, preds: Preds) -> str | None:
+        with _unchanged(self.env, "`respond`", [prompt]):
+            again, response = self.env.respond(prompt, _copied(preds)), self.env.respond(prompt, preds)
+        if response != again:
+            raise AssertionError(f"Expected `respond` to answer the same again, got {response!r:.80}, {again!r:.80}.")
+        return response
+
+
+def _is_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5)  # a model's score depends a little on the size of the batch
+
+
+def _check_same(reward: Reward, other: Reward, what: str) -> None:
+    a, b = ({"sum": one.value, **one.parts} for one in (reward, other))
+    if a.keys() != b.keys() or not all(_is_close(a[name], b[name]) for name in a):
+        raise AssertionError(f"Expected the same reward, {a}, got {b}, {what}.")
+
+
+def _copied(preds: Preds) -> Preds:
+    twin = copy.copy(preds)  # shares the tokenizer
+    twin.state = copy.deepcopy(preds.state)  # a hook may write into it
+    return twin
+
+
+@contextmanager
+def _unchanged(env: TextEnv, hook: str, prompts: Sequence[Prompt]) -> Iterator[None]:
+    """Check that neither the instance nor a prompt's row changes within."""
+    before = _frozen({**vars(env), "prompt.row": [prompt.row for prompt in prompts]})
+    yield
+    after = _frozen({**vars(env), "prompt.row": [prompt.row for prompt in prompts]})
+    changed = [name for name in {**before, **after} if before.get(name, ...) != after.get(name, ...)]
+    if changed:
+        raise AssertionError(
+            f"Expected {hook} to change neither the instance, which serves all lanes at once, nor `prompt.row`, which "
+            f"all episodes of a prompt share, but it changed {changed}. Memory of an episode belongs into "
+            "`preds.state`, a cache into an object of its own."
+        )
+
+
+def _frozen(value: Any) -> Any:
+    """Return plain data by value and other objects by identity: a model may count its calls."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_frozen(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value if type(value) in (str, int, float, bool, type(None)) else id(value)

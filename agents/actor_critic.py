@@ -91,7 +91,8 @@ class LMActorCritic(nn.Module):
 
     def _read_last(self, ids: Tensor, lengths: Tensor, cache: PrefixCache | None) -> tuple[Tensor, Tensor]:
         with self._precision():
-            if cache is not None and self.use_cache:
+            # Keys and values are written in place, which a backward pass could not go through.
+            if cache is not None and self.use_cache and not torch.is_grad_enabled():
                 return cache.read(ids, lengths)
             lengths = lengths.clamp(min=1)
             rows = torch.arange(len(ids), device=ids.device)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from os import PathLike
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 PROBE_LENGTH = 4
+PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
 PROBE_TOLERANCE = 1e-3
 
 
@@ -21,7 +23,7 @@ class LMSpec(Protocol):
         """Return the model, with float32 weights where they are trained."""
 
 
-LMLike: TypeAlias = str | PreTrainedConfig | LMSpec
+LMLike: TypeAlias = str | PathLike[str] | PreTrainedConfig | LMSpec
 
 
 class Pretrained:
@@ -53,6 +55,8 @@ class Pretrained:
         if self.name is None:
             assert self.config is not None, "pickled only once built"
             return AutoModelForCausalLM.from_config(self.config)
+        # Of some encoder-decoders it would load the half that it finds, with fresh embeddings.
+        _refuse_encoder_decoder(AutoConfig.from_pretrained(self.name, **self.kwargs))
         model = AutoModelForCausalLM.from_pretrained(self.name, **self.kwargs)
         self.config = model.config
         return model
@@ -76,16 +80,16 @@ def build_model(lm: LMLike) -> PreTrainedModel:
             f"Expected `lm` to be a name, a path, a config or a spec, got a live {type(lm).__name__}, whose weights "
             "would be pickled into every saved file. Save it with save_pretrained(folder) and pass Pretrained(folder)."
         )
-    if isinstance(lm, str):
-        lm = Pretrained(lm)
     if isinstance(lm, PreTrainedConfig):
-        model = None if lm.is_encoder_decoder else AutoModelForCausalLM.from_config(lm)
+        _refuse_encoder_decoder(lm)
+        model = AutoModelForCausalLM.from_config(lm)
+    elif isinstance(lm, (str, PathLike)):
+        model = Pretrained(str(lm)).build()
     elif isinstance(lm, LMSpec):
         model = lm.build()
     else:
         raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
-    if model is None or model.config.is_encoder_decoder:
-        raise ValueError("Expected a causal language model, got an encoder-decoder, which is not supported yet.")
+    _refuse_encoder_decoder(model.config)
     small = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.element_size() < 4]
     if small:
         raise ValueError(
@@ -94,6 +98,13 @@ def build_model(lm: LMLike) -> PreTrainedModel:
             "pass policy_kwargs=dict(autocast='bfloat16') for speed."
         )
     return model
+
+
+def _refuse_encoder_decoder(config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"Expected a causal language model, got an encoder-decoder ({config.model_type}): not supported yet."
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -208,6 +219,11 @@ class Backbone(nn.Module):
         here, last = torch.zeros(1, dtype=torch.long, device=device), torch.tensor([PROBE_LENGTH - 1], device=device)
         was_training = self.model.training
         self.model.eval()
+        head = self.model.get_output_embeddings()
+        largest = float(head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).abs().max())
+        # A soft cap bends large logits only, and fresh weights, which trained ones may replace, give small ones.
+        scale = PROBE_LOGIT / max(largest, 1e-6)
+        hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
         expected = self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
         hidden, logits = self(ids, here, last)
         self.head_is_linear = _close(logits, expected)
@@ -215,6 +231,7 @@ class Backbone(nn.Module):
             hidden, logits = self(ids, here, last)
         self.hidden_size = hidden.shape[-1]
         self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, ids)
+        hook.remove()
         self.model.train(was_training)
         if not self.is_cacheable:
             warnings.warn(

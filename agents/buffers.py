@@ -114,6 +114,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.micro_batch_tokens = micro_batch_tokens
         self.expected_steps = list(expected_steps)
         self.before_returns: list[Callable[[SequenceRolloutBuffer], None]] = []
+        self.before_rollout: list[Callable[[], None]] = []
         self.waiting: dict[int, Transitions] = {}
         self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # a checkpoint's, until attached
         # Seeded from numpy's generator, which SB3 has seeded, and its own from then on: what else draws from that one
@@ -123,6 +124,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         """Make room for a new rollout; segments that wait for the end of their episode stay."""
+        if 0 < self.pos < self.buffer_size:  # a rollout was broken off: what would join waiting segments is lost
+            self.waiting.clear()
         shape = (self.buffer_size, self.n_envs)
         self.observations = np.zeros((0,), dtype=np.int64)  # not stored
         self.actions = np.zeros(shape, dtype=np.int64)
@@ -137,6 +140,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.dones = np.zeros(self.n_envs, dtype=bool)
         self.generator_ready = False
         self.pos, self.full = 0, False
+        for begin in self.before_rollout:
+            begin()
 
     def add(
         self,

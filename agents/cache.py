@@ -74,8 +74,8 @@ class PrefixCache:
     Rows are aligned on the right: all share the column that is written next, and what lies left of a row's first
     token is masked, which to the model is ordinary left padding. A row is decoded incrementally only where it is the
     row read before plus one token; any other row is read anew (its keys and values are computed on their own and
-    copied in). So the result is a function of the tokens alone, whoever calls. The weights are assumed unchanged:
-    `drop` must be called when they change.
+    copied in). So the result is a function of the tokens alone, whoever calls. Weights that an optimizer has changed
+    since are noticed; where they change otherwise, `drop` must be called.
 
     Args:
         backbone: The model.
@@ -91,6 +91,8 @@ class PrefixCache:
         self.columns = 0
         self.ids: Tensor | None = None
         self.lengths: Tensor | None = None
+        self.weights = tuple(self.backbone.parameters())
+        self.version = self._version()
 
     def read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states (B, H) and logits (B, V) at the last token of each row.
@@ -115,7 +117,7 @@ class PrefixCache:
         mask = columns >= self.columns + 1 - lengths[:, None]  # (B, columns + 1)
         result = self.backbone(last, rows, rows * 0, mask.long(), lengths[:, None] - 1, self.layers)
         self.columns += 1
-        self.ids, self.lengths = ids, lengths
+        self.ids, self.lengths, self.version = ids, lengths, self._version()
         return result
 
     def extends(self, ids: Tensor, lengths: Tensor) -> bool:
@@ -124,12 +126,16 @@ class PrefixCache:
 
     def _extends(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Return which rows are the row read before plus one token, (B,) bool."""
-        if self.ids is None or self.lengths is None or len(self.ids) != len(ids):
+        if self.ids is None or self.lengths is None or len(self.ids) != len(ids) or self.version != self._version():
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         width = min(ids.shape[1], self.ids.shape[1])
         beyond = torch.arange(width, device=ids.device) >= self.lengths[:, None]  # (B, width)
         same = ((ids[:, :width] == self.ids[:, :width]) | beyond).all(dim=1)
         return same & (lengths == self.lengths + 1) & (lengths <= ids.shape[1])
+
+    def _version(self) -> int:
+        """Return how often the weights were written in place, which every optimizer does."""
+        return sum(weight._version for weight in self.weights)
 
     def _make_room(self, longest: int, n_prefill: int) -> None:
         """Drop columns on the left that no row needs; add some where a new prompt is longer than what is there."""

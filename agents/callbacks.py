@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from textenv.episode import EndReason
 from textenv.prompts import PromptLike
 from textenv.tokenizer import Tokenizer
 
-from .checkpoint import save_checkpoint
+from .checkpoint import is_between_iterations, save_checkpoint
 from .generation import Generation, generate
 
 
@@ -112,9 +113,7 @@ class SampleTable(BaseCallback):
         self._show()
 
     def _show(self) -> None:
-        samples = generate(
-            self.model, self.prompts, self.tokenizer, max_new_tokens=self.max_new_tokens, seed=self.seed
-        )
+        samples = generate(self.model, self.prompts, self.tokenizer, max_new_tokens=self.max_new_tokens, seed=self.seed)
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))
         markdown = "\n\n".join(f"**{sample.prompt}**{sample.text}" for sample in samples)
@@ -211,9 +210,14 @@ class Checkpoints(BaseCallback):
         self._rollouts += 1
 
     def _on_training_end(self) -> None:
-        self._save()
+        if is_between_iterations(self.model):  # type: ignore[arg-type]
+            self._save()
+        else:
+            warnings.warn("Training was stopped inside a rollout: the last checkpoint is that of before.", stacklevel=2)
 
     def _save(self) -> None:
-        save_checkpoint(self.model, self.folder / f"step_{self.model.num_timesteps:012d}")  # type: ignore[arg-type]
-        for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
+        newest = self.folder / f"step_{self.model.num_timesteps:012d}"
+        save_checkpoint(self.model, newest)  # type: ignore[arg-type]
+        # What is newer than the newest is another run's, or damaged, and not ours to count.
+        for old in sorted(path for path in self.folder.glob("step_*") if path <= newest)[: -self.keep]:
             shutil.rmtree(old)

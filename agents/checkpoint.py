@@ -6,7 +6,7 @@ import json
 import os
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,9 +54,9 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         >>> # save_checkpoint(model, "run/step_10000"); load_checkpoint(make_agent(...), "run/step_10000")
     """
     buffer = sequence_buffer(model)
-    if 0 < buffer.pos < buffer.buffer_size or (buffer.full and not buffer.generator_ready):
-        raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
     arrays, env_meta = text_vec_env(model.get_env()).state_dict()
+    if not is_between_iterations(model):
+        raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
     optimizer, groups = _optimizer_state(model.policy.optimizer)
     tensors: dict[str, dict[str, Tensor]] = {
         "policy": dict(_weights(model)),
@@ -79,18 +79,27 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         "python_random": random.getstate(),
         "numpy_random": _numpy_state(),
         "minibatches": buffer.rng.bit_generator.state,
-        "steps": {},
+        "steps": {name: state for name, (_, state) in buffer.saved_steps.items()},  # loaded, and not attached yet
     }
+    tensors.update({f"step_{name}": content for name, (content, _) in buffer.saved_steps.items()})
     for step in buffer.before_returns:
         if isinstance(step, RolloutStep):
             tensors[f"step_{step_name(step)}"], meta["steps"][step_name(step)] = step.state_dict()
     with replaced_folder(folder) as beside:
         for name, content in tensors.items():
             safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, beside / f"{name}.safetensors")
-        (beside / "state.json").write_text(json.dumps(meta, ensure_ascii=False, default=_plain), encoding="utf-8")
+        (beside / "state.json").write_text(_json(meta), encoding="utf-8")
         manifest = _manifest(beside, model.num_timesteps)
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return Path(folder)
+
+
+def is_between_iterations(model: OnPolicyAlgorithm) -> bool:
+    """Whether the model can be saved: all that was sampled has been trained on, and the env stands where it looks."""
+    buffer, env = sequence_buffer(model), text_vec_env(model.get_env())
+    if 0 < buffer.pos < buffer.buffer_size or (buffer.full and not buffer.generator_ready):
+        return False
+    return np.array_equal(model._last_obs, env.lanes.tokens)  # type: ignore[arg-type]
 
 
 def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) -> None:
@@ -112,14 +121,20 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     tensors = {file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")}
     weights = dict(_weights(model))
     _check_same_shapes(weights, tensors["policy"])
+    _check_same_optimizer(model.policy.optimizer, meta["param_groups"])
     episodes = {name: tensor.numpy() for name, tensor in tensors["episodes"].items()}
-    model._last_episode_starts = episodes.pop("episode_starts")
-    model._last_obs = env.load_state_dict(episodes, meta["env"])
+    episode_starts = episodes.pop("episode_starts")
+    try:
+        model._last_obs = env.load_state_dict(episodes, meta["env"])
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    model._last_episode_starts = episode_starts
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors["policy"][name])
     model.policy.set_training_mode(True)  # drops what was cached under the old weights
     _load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
+    buffer.reset()
     buffer.waiting = _waiting(tensors["waiting"])
     for name in COUNTERS:
         setattr(model, name, meta["counters"][name])
@@ -145,7 +160,10 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
     path = Path(folder)
     if not (path / "manifest.json").is_file():
         raise CheckpointError(f"Expected a checkpoint in {path}, got no manifest.json there.")
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'manifest.json'}: no JSON, so the checkpoint is damaged ({error}).") from error
     if manifest["format"] > FORMAT:
         raise CheckpointError(f"Expected format {FORMAT} or older, got {manifest['format']}: install a newer textenv.")
     for name, entry in manifest["files"].items():
@@ -165,7 +183,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     for path in Path(folder).glob("*/manifest.json"):
         try:
             found.append((verify_checkpoint(path.parent), path.parent))
-        except (CheckpointError, json.JSONDecodeError):
+        except CheckpointError:
             continue  # what was damaged is passed over; resuming says which one it took
     return max(found)[1] if found else None
 
@@ -197,6 +215,14 @@ def _check_same_shapes(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor
     unlike += sorted(name for name in weights.keys() & saved.keys() if weights[name].shape != saved[name].shape)
     if unlike:
         raise CheckpointError(f"Expected the weights of the model that was saved, got others: {unlike[:5]} differ.")
+
+
+def _check_same_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    here = [(len(group["params"]), sorted(group)) for group in optimizer.state_dict()["param_groups"]]
+    if here != [(len(group["params"]), sorted(group)) for group in groups]:
+        raise CheckpointError(
+            f"Expected the optimizer that was saved, got {type(optimizer).__name__} with other weights or options."
+        )
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -256,6 +282,13 @@ def _load_generators(model: OnPolicyAlgorithm, states: Mapping[str, Tensor], met
 def _numpy_state() -> list[Any]:
     name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
     return [name, keys.tolist(), *rest]
+
+
+def _json(meta: Mapping[str, Any]) -> str:
+    text = json.dumps(meta, ensure_ascii=False, default=_plain)
+    if json.loads(text)["env"]["states"] != meta["env"]["states"]:  # a tuple, or a key that is no text
+        raise TypeError("Expected `preds.state` to hold what JSON brings back as it was: texts, numbers, lists, dicts.")
+    return text
 
 
 def _plain(value: Any) -> Any:

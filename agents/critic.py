@@ -49,4 +49,5 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the values (N,) of hidden states (N, H), float32."""
         hidden = hidden.detach() if self.detach else hidden
-        return self.linear(hidden).squeeze(-1).float()
+        # Under autocast some models end in 16 bits; the head's weights are float32.
+        return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -23,6 +24,7 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"Expected a folder to write to, got the file {target}.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(target)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     aside = target.with_name(f".{target.name}.old-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -41,6 +43,28 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             aside.rename(target)
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Bring back, or remove, what processes that were killed while they wrote `target` left beside it."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        kind, _, pid = path.name[len(target.name) + 2 :].partition("-")
+        if kind not in ("partial", "old") or not pid.isdecimal() or _is_running(int(pid)):
+            continue
+        if kind == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

@@ -74,7 +74,7 @@ class KLPenalty(RolloutStep):
         logger.record("kl/token", float(log_ratio.mean()))
         if per_segment:
             logger.record("kl/sequence", float(np.mean(per_segment)))
-        logger.record("kl/penalty", float(self.coef * log_ratio.sum() / max(len(per_segment), 1)))
+        logger.record("kl/penalty", float(self.coef * log_ratio.mean()))
         logger.record("kl/coef", self.coef)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:

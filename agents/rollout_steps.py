@@ -36,6 +36,7 @@ class RolloutStep(BaseCallback):
             self.load_state_dict(*buffer.saved_steps.pop(name))
         others = [step for step in buffer.before_returns if step_name(step) != name]
         buffer.before_returns = [self, *others] if self.first else [*others, self]
+        buffer.before_rollout = [step.begin for step in buffer.before_returns if isinstance(step, RolloutStep)]
         buffer.expected_steps = [name, *(other for other in buffer.expected_steps if other != name)]
         # What SB3 stores with the model, so that a loaded one knows what is missing.
         model.rollout_buffer_kwargs = {  # type: ignore[attr-defined]
@@ -45,6 +46,9 @@ class RolloutStep(BaseCallback):
 
     def prepare(self, model: BaseAlgorithm) -> None:
         """Take what is needed from the model, once, when the step is attached."""
+
+    def begin(self) -> None:
+        """Called when a rollout begins, also where the step is attached and no callback."""
 
     @abstractmethod
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
@@ -80,7 +84,7 @@ class LateScores(RolloutStep):
     first = True
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Tell the env to leave finished episodes unscored.
+        """Check that the env leaves scores to the end of a rollout.
 
         Raises:
             ValueError: If the env is no `TextVecEnv` with `score_at="rollout_end"`.
@@ -89,11 +93,10 @@ class LateScores(RolloutStep):
         if env.env.score_at != "rollout_end":
             raise ValueError(f"Expected an env with score_at='rollout_end', got {env.env.score_at!r}.")
         self.env = env
-        env.defer_scores(True)
 
-    def _on_rollout_start(self) -> None:
-        # What a rollout that was broken off left behind belongs to transitions that are gone.
-        self.env.lanes.unscored.clear()
+    def begin(self) -> None:
+        """Let finished episodes wait for their scores; forget those of a rollout that was broken off."""
+        self.env.defer_scores(True)
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Add each score to the reward of the transition that ended its episode."""

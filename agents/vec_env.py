@@ -45,7 +45,7 @@ class TextVecEnv(VecEnv):
         super().__init__(n_envs, self.env.observation_space, self.env.action_space)
 
     def reset(self) -> np.ndarray:
-        """Begin new episodes in all lanes and return the observations, (B, L).
+        """Begin new episodes in all lanes, scored as they end, and return the observations, (B, L).
 
         The seed given to `seed` starts the prompts' order anew. `set_options({"prompts": rows})` runs these rows, each
         exactly once over all lanes.
@@ -53,7 +53,11 @@ class TextVecEnv(VecEnv):
         seed, options = self._seeds[0], self._options[0]
         self._reset_seeds()
         self._reset_options()
-        order_seed = None if seed is None else int(seeding.np_random(int(seed))[0].integers(2**31))
+        self.defer_scores(False)  # an evaluation may follow; a rollout asks for it again
+        order_seed = None
+        if seed is not None:  # as `TextEnv.reset` does: the order, and what the hooks draw from `self.np_random`
+            self.env.np_random = seeding.np_random(int(seed))[0]
+            order_seed = int(self.env.np_random.integers(2**31))
         return self.lanes.reset(order_seed, options.get("prompts"))
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -104,8 +108,9 @@ class TextVecEnv(VecEnv):
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
     def defer_scores(self, defer: bool) -> None:
-        """Whether finished episodes wait for `score_unscored` instead of being scored as they end."""
+        """Whether finished episodes wait for `score_unscored` instead of being scored as they end; none waits yet."""
         self.lanes.defer_scores = defer
+        self.lanes.unscored.clear()
 
     def score_unscored(self) -> Sequence[tuple[int, float]]:
         """Score the finished episodes that wait, in one call; return lane and score in the order they ended."""
@@ -113,8 +118,11 @@ class TextVecEnv(VecEnv):
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the running episodes and the prompts' order: arrays, and what goes into JSON."""
-        return self.lanes.state_dict()
+        arrays, meta = self.lanes.state_dict()
+        return arrays, {**meta, "np_random": self.env.np_random.bit_generator.state}
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> np.ndarray:
         """Go on from what `state_dict` returned; return the observations, (B, L)."""
-        return self.lanes.load_state_dict(arrays, meta)
+        observations = self.lanes.load_state_dict(arrays, meta)
+        self.env.np_random.bit_generator.state = meta["np_random"]
+        return observations

@@ -5,6 +5,7 @@ import math
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from textenv import RewardError, TextEnv, TextVectorEnv
 
@@ -239,7 +240,6 @@ def test_what_counts_as_a_number(step_with, value):
 
 
 def test_a_tensor_counts_as_a_number(step_with):
-    torch = pytest.importorskip("torch")
     assert step_with(torch.tensor(1.0))[1].tolist() == [0.0, 1.0, 0.0]
 
 

@@ -234,10 +234,10 @@ def test_b3_pad_may_be_the_end_token_and_stand_in_the_prompt(make_env, char_toke
 
 @pytest.mark.parametrize(
     ("written", "text"),
-    [("xend", "x"), ("end", ""), ("eend", "e"), ("xy!", "xy")],
+    [("xend", "x"), ("end", ""), ("eend", "e"), ("xy!", "xy"), ("xabc", "x")],
 )
 def test_a_stop_string_ends_at_once_and_is_no_part_of_the_text(make_env, written, text):
-    steps = play(make_env(stop_strings=["end", "!"], max_new_tokens=9), written)
+    steps = play(make_env(stop_strings=["end", "!", "bc", "abc"], max_new_tokens=9), written)
     assert [step[2] for step in steps] == [False] * (len(written) - 1) + [True]
     assert (steps[-1][4]["text"], steps[-1][4]["end_reason"]) == (text, EndReason.STOP)
 

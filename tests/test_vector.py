@@ -199,6 +199,15 @@ def test_late_scores_are_one_call_and_bring_the_infos_up_to_date(make_env):
     assert lanes.score_unscored() == []
 
 
+def test_a_reset_drops_what_waits_for_a_score(make_env):
+    lanes = Lanes(make_env(score_at="rollout_end"), 1)
+    lanes.defer_scores = True
+    lanes.reset(seed=0)
+    lanes.step(np.array([EOS]))
+    lanes.reset()
+    assert lanes.score_unscored() == []
+
+
 def test_late_scores_fill_in_the_parts(make_env):
     lanes = Lanes(make_env(["a"], reward=Recorder(), score_at="rollout_end"), 1)
     lanes.defer_scores = True
@@ -296,6 +305,14 @@ def test_given_rows_leave_the_order_where_it_was(make_env):
     envs.reset(seed=0)
     envs.reset(options={"prompts": ["x"]})
     envs.reset()
+    assert envs.lanes.prompts == ["def", "ghij"]
+
+
+def test_a_reset_drops_given_rows_that_are_left(make_env):
+    envs = TextVectorEnv(make_env(PROMPTS, order="sequential"), 2)
+    envs.reset(options={"prompts": ["x", "y", "z"]})
+    envs.reset()
+    envs.step(np.array([EOS, EOS]))
     assert envs.lanes.prompts == ["def", "ghij"]
 
 

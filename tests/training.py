@@ -1,7 +1,12 @@
 """Tiny models and agents for the tests that train, and how two of them are compared."""
 
+import json
+import random
+
+import numpy as np
 import torch
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from transformers import GPT2Config
 
 from agents.build import make_agent
@@ -12,10 +17,10 @@ PROMPTS = ("ab", "cde", "fghi", "j", "kl")
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
-def tiny_config(vocab_size=len(TOKENIZER), **kwargs):
+def tiny_config(vocab_size=33, **kwargs):
     """A GPT-2 of two layers whose end token is the `CharTokenizer`'s."""
     shape = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32, **NO_DROPOUT, **kwargs}
-    return GPT2Config(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0, **shape)
+    return GPT2Config(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, **shape)
 
 
 def length_and_letters(prompt, preds, done):
@@ -46,3 +51,56 @@ def weights(model):
 def same_weights(first, second):
     """Whether two results of `weights` are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Recorder(BaseCallback):
+    """Keeps every transition: seen, done, earned, and what the buffer had for it at the rollout's end."""
+
+    def _on_training_start(self):
+        self.observations, self.actions, self.dones, self.infos = [], [], [], []
+        self.rewards, self.log_probs = [], []
+
+    def _on_step(self):
+        self.observations.append(self.locals["obs_tensor"].numpy())
+        self.actions.append(self.locals["actions"].copy())
+        self.dones.append(self.locals["dones"].copy())
+        self.infos.append(self.locals["infos"])
+        return True
+
+    def _on_rollout_end(self):
+        self.rewards.append(self.model.rollout_buffer.rewards.copy())
+        self.log_probs.append(self.model.rollout_buffer.log_probs.copy())
+
+    def episodes(self):
+        """Yield the info and the transitions, (step, lane) each, of all episodes that ended."""
+        for lane in range(len(self.dones[0])):
+            start = 0
+            for step in range(len(self.dones)):
+                if self.dones[step][lane]:
+                    yield self.infos[step][lane], [(place, lane) for place in range(start, step + 1)]
+                    start = step + 1
+
+    def stacked(self, name):
+        return np.concatenate(getattr(self, name))
+
+
+def run_state(model):
+    """All that the next update depends on, to be compared with ==."""
+    buffer = model.rollout_buffer
+    arrays, meta = model.get_env().state_dict()
+    optimizer = model.policy.optimizer.state_dict()
+    tensors = {f"policy.{name}": tensor for name, tensor in model.policy.state_dict().items()}
+    tensors |= {f"optimizer.{i}.{k}": v for i, entries in optimizer["state"].items() for k, v in entries.items()}
+    tensors |= {f"waiting.{lane}.{k}": v for lane, part in buffer.waiting.items() for k, v in part._asdict().items()}
+    tensors |= arrays | {"last_obs": model._last_obs, "starts": model._last_episode_starts}
+    tensors |= {name: getattr(model.policy, name).get_state() for name in ("generator", "predict_generator")}
+    tensors["torch"] = torch.get_rng_state()
+    groups = [{**group, "betas": list(group.get("betas", ()))} for group in optimizer["param_groups"]]
+    return {
+        "tensors": {name: np.asarray(tensor).tobytes() for name, tensor in tensors.items()},
+        "groups": groups,
+        "env": json.loads(json.dumps(meta)),
+        "random": (random.getstate(), [str(part) for part in np.random.get_state()], buffer.rng.bit_generator.state),
+        "counters": (model.num_timesteps, model._n_updates, model._current_progress_remaining),
+        "steps": sorted(buffer.expected_steps),
+    }

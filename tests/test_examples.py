@@ -1,0 +1,75 @@
+"""Each example runs from top to bottom with `--smoke`, as a person would start it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, **environment):
+    """Run an example in a process of its own and return what it prints."""
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", [path.name for path in (ROOT / "examples").glob("*.py")])
+def test_help_says_how_to_run_it(name):
+    assert f"python examples/{name}" in run(f"examples/{name}", "--help")
+
+
+def test_hello_env():
+    out = run("examples/hello_env.py", "--smoke")
+    assert "hello  |" in out
+    assert "mean reward" in out
+
+
+def test_custom_reward():
+    assert run("examples/custom_reward.py", "--smoke").count("mean reward") == 3
+
+
+def test_quickstart_writes_figures_curves_and_a_model(tmp_path):
+    figures = tmp_path / "figures.json"
+    out = tmp_path / "out"
+    printed = run(
+        "examples/quickstart.py", "--smoke", "--seed", 3, "--out", out, "--json", figures, TEXTENV_CACHE=str(tmp_path)
+    )
+    assert "before" in printed
+    keys = {"reward_before", "reward_after", "parse_rate", "distinct", "seconds", "tokens_per_second"}
+    assert json.loads(figures.read_text()).keys() == keys
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+def test_quickstart_on_a_corpus_and_resumed(tmp_path):
+    pytest.importorskip("vaderSentiment")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the film was a great joy to watch\nthe plot is a sad and dreadful mess\n" * 200)
+    command = ("examples/quickstart.py", "--smoke", "--corpus", corpus, "--out", tmp_path / "out")
+    assert "resumed" not in run(*command, "--tokens", 3072)
+    assert "resumed" in run(*command, "--tokens", 6144, "--resume")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_quickstart_meets_its_bar(tmp_path, seed):
+    """The main job, for real: from 0.5 to 0.95 and more, in the grammar and varied."""
+    figures = tmp_path / "figures.json"
+    run("examples/quickstart.py", "--seed", seed, "--out", tmp_path / "out", "--json", figures)
+    result = json.loads(figures.read_text())
+    assert abs(result["reward_before"] - 0.5) <= 0.1
+    assert result["reward_after"] >= 0.95
+    assert result["parse_rate"] >= 0.8
+    assert result["distinct"] >= 150

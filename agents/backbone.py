@@ -144,18 +144,22 @@ class Backbone(nn.Module):
                 f"Expected a model with at least the {vocab_size} tokens of the tokenizer, got {rows} embedding rows. "
                 "Use the model's own tokenizer, or resize_token_embeddings and save the model."
             )
-        # Absent where nothing bounds the length (BLOOM's ALiBi).
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and n_positions > limit:
-            raise ValueError(
-                f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_positions} tokens: "
-                "lower max_prompt_tokens or max_new_tokens."
-            )
-        disable_dropout(model)
         self.model = model
+        self.check_length(n_positions)
+        disable_dropout(model)
         self.vocab_size = vocab_size
         self.head_is_linear = True
         self._probe()
+
+    def check_length(self, n_tokens: int) -> None:
+        """Raise ValueError where sequences of `n_tokens` are longer than the model can read."""
+        # Absent where nothing bounds the length (BLOOM's ALiBi).
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and n_tokens > limit:
+            raise ValueError(
+                f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens: "
+                "lower max_prompt_tokens or max_new_tokens."
+            )
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import os
 import shutil
@@ -14,9 +15,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import TensorBoardOutputFormat
 
 from textenv.episode import EndReason
 from textenv.prompts import PromptLike
@@ -116,8 +118,11 @@ class SampleTable(BaseCallback):
         samples = generate(self.model, self.prompts, self.tokenizer, max_new_tokens=self.max_new_tokens, seed=self.seed)
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))
-        markdown = "\n\n".join(f"**{sample.prompt}**{sample.text}" for sample in samples)
-        self.logger.record("samples", markdown, exclude=("stdout", "log", "json", "csv"))
+        page = "\n\n".join(f"**{_page(sample.prompt)}**{_page(sample.text)}" for sample in samples)
+        # Not by `logger.record`, which waits for the next dump: its step is a later one, and after training there is none.
+        for output in self.logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat):
+                output.writer.add_text("samples", page, self.model.num_timesteps)
 
 
 def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
@@ -129,12 +134,16 @@ def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
     for title in columns:
         table.add_column(title, ratio=1)
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(f"[dim]{_shown(sample.prompt)}[/dim]{_shown(sample.text)}" for sample in row))
+        table.add_row(*(Text.assemble((_printable(sample.prompt), "dim"), _printable(sample.text)) for sample in row))
     return table
 
 
-def _shown(text: str) -> str:
-    return escape("".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in str(text)))
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def _page(text: str) -> str:
+    return html.escape(_printable(text))
 
 
 class RewardCurves(BaseCallback):
@@ -156,7 +165,10 @@ class RewardCurves(BaseCallback):
         self.history: list[dict[str, float]] = []
 
     def _on_training_start(self) -> None:
-        import matplotlib  # noqa: F401  (optional: fail before training, not after)
+        try:
+            import matplotlib  # noqa: F401  (optional: fail before training, not after)
+        except ImportError as error:
+            raise ImportError("Expected matplotlib, which draws the curves: pip install 'textenv[plot]'.") from error
 
     def _on_step(self) -> bool:
         return True

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from stable_baselines3.common.base_class import BaseAlgorithm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .files import replaced_folder
 from .policies import LMPolicy
@@ -39,8 +39,15 @@ def export(
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
+    lm = policy.lm.backbone.model
+    old = lm.generation_config
+    # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
+    plain = GenerationConfig(
+        bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
+    )
     with replaced_folder(folder) as beside:
-        policy.lm.backbone.model.save_pretrained(beside)
+        lm.save_pretrained(beside)
+        plain.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
     return Path(folder)

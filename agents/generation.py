@@ -62,7 +62,8 @@ def generate(
         The continuations in the order of the prompts, those of one prompt together.
 
     Raises:
-        ValueError: If `n` is below 1, or the tokenizer has another vocabulary than the model.
+        ValueError: If `n` is below 1, the tokenizer has another vocabulary than the model, or the texts would be
+            longer than it can read.
 
     Example:
         >>> from agents import generate
@@ -80,6 +81,7 @@ def generate(
         )
     rows = [prompt for prompt in prompts for _ in range(n)]
     env = TextEnv(rows, tokenizer, reward=_no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
+    policy.lm.backbone.check_length(env.max_prompt_tokens + env.rules.room)
     envs = TextVectorEnv(env, min(n_envs, len(rows)))
     generator = torch.Generator().manual_seed(seed)
     generations: list[Generation | None] = [None] * len(rows)

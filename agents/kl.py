@@ -48,6 +48,9 @@ class KLPenalty(RolloutStep):
     def prepare(self, model: BaseAlgorithm) -> None:
         """Copy the policy, unless there is a reference already."""
         self.algorithm = model
+        for step in sequence_buffer(model).before_returns:  # an earlier call of learn() has the start
+            if isinstance(step, KLPenalty) and self.reference is None:
+                self.reference = step.reference
         if self.reference is None:
             if model._n_updates > 0 and step_name(self) not in sequence_buffer(model).saved_steps:
                 raise ValueError(

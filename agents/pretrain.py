@@ -89,7 +89,9 @@ def pretrain(
     sequences = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
     rng = np.random.default_rng(seed)
     n_steps = max(1, round(n_epochs * len(sequences) / batch_size))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=0.1)
     batches = _batches(sequences, batch_size, rng)
     losses = []

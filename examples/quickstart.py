@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,12 +63,12 @@ class Task(NamedTuple):
 
 
 class Positive(TextEnv):
-    """Rewards a whole review by its mood, when it is complete."""
+    """Rewards a whole review by its mood; called when it is complete (score_at="done")."""
 
     score: Callable[[str], float]
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float:
-        return self.score(prompt + preds.text) if done else 0.0
+        return self.score(prompt + preds.text)
 
 
 def demo_task(smoke: bool) -> Task:
@@ -99,10 +99,10 @@ def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
     return Task(folder, prompts, score, None, 48, 1e-4, 0.05, 150_000)
 
 
-def sample(model: PPO, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, n: int = N_SAMPLES) -> list[Generation]:
-    """Continue `n` prompts, chosen by the seed and each in its turn."""
+def sample(model: PPO, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Generation]:
+    """Continue `N_SAMPLES` prompts, in a mixed order, each in its turn."""
     order = np.random.default_rng(0).permutation(len(task.prompts))
-    prompts = [task.prompts[order[i % len(order)]] for i in range(n)]
+    prompts = [task.prompts[order[i % len(order)]] for i in range(N_SAMPLES)]
     return generate(model, prompts, tokenizer, max_new_tokens=task.max_new_tokens, seed=seed)
 
 
@@ -110,7 +110,7 @@ def mean_reward(task: Task, samples: Sequence[Generation]) -> float:
     return float(np.mean([task.score(generation.prompt + generation.text) for generation in samples]))
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the seed of training and sampling (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where the results go")
@@ -119,13 +119,45 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="how many tokens to train on")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def train(model: PPO, task: Task, n_tokens: int, out: Path, resume: bool) -> float:
+    """Train up to `n_tokens` in all, and return tokens a second."""
+    done = 0
+    if resume and (checkpoint := latest_checkpoint(out / "checkpoints")):
+        load_checkpoint(model, checkpoint)
+        done = model.num_timesteps
+        print(f"resumed from {checkpoint}")
+    callbacks = [
+        KLPenalty(task.kl_coef),
+        EpisodeMetrics(),
+        RewardCurves(out / "curves.png", title="PPO with a KL penalty"),
+        Checkpoints(out / "checkpoints", every=10),
+    ]
+    start = time.perf_counter()
+    model.learn(max(n_tokens - done, 0), callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
+    return (model.num_timesteps - done) / (time.perf_counter() - start)
+
+
+def report(console: Console, figures: dict[str, Any], before: list[Generation], after: list[Generation]) -> None:
+    """Print samples side by side and what they come to."""
+    console.print(sample_table({"before": before[:6], "after": after[:6]}))
+    console.print(
+        f"mean reward {figures['reward_before']:.2f} before, [bold]{figures['reward_after']:.2f}[/bold] after (the "
+        f"last {N_SAMPLES} episodes)\nof {len(after)} samples of the exported model {figures['distinct']} are distinct"
+        + (f", {figures['parse_rate']:.0%} follow the grammar" if figures["parse_rate"] is not None else "")
+        + f"\n{figures['tokens_per_second']} tokens a second, {figures['seconds']} seconds in all"
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
     transformers_logging.disable_progress_bar()
     start, console = time.perf_counter(), Console()
-
     task = corpus_task(args.corpus, args.out, args.smoke) if args.corpus else demo_task(args.smoke)
     tokenizer = AutoTokenizer.from_pretrained(task.folder)
-    env = Positive(task.prompts, tokenizer, max_new_tokens=task.max_new_tokens)
+    env = Positive(task.prompts, tokenizer, max_new_tokens=task.max_new_tokens, score_at="done")
     env.score = task.score
     model = make_agent(
         env,
@@ -136,43 +168,22 @@ def main() -> None:
         stats_window_size=N_SAMPLES,
     )
     before = sample(model, task, tokenizer, args.seed)
-    reward_before = mean_reward(task, before)
-
     n_tokens = args.tokens or (4096 if args.smoke else task.n_tokens)
-    done = 0
-    if args.resume and (checkpoint := latest_checkpoint(args.out / "checkpoints")):
-        load_checkpoint(model, checkpoint)
-        done = model.num_timesteps
-        console.print(f"resumed from {checkpoint}")
-    callbacks = [
-        KLPenalty(task.kl_coef),
-        EpisodeMetrics(),
-        RewardCurves(args.out / "curves.png", title="PPO with a KL penalty"),
-        Checkpoints(args.out / "checkpoints", every=10),
-    ]
-    training_start = time.perf_counter()
-    model.learn(max(n_tokens - done, 0), callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
-    training_seconds = time.perf_counter() - training_start
-    reward_after = float(np.mean([episode["r"] for episode in model.ep_info_buffer]))
+    tokens_per_second = train(model, task, n_tokens, args.out, args.resume)
 
     folder = export(model, tokenizer, args.out / "model")
-    trained = make_agent(env, str(folder), n_envs=64, seed=args.seed)
-    after = sample(trained, task, tokenizer, args.seed)
+    after = sample(make_agent(env, str(folder), seed=args.seed), task, tokenizer, args.seed)
     texts = [generation.prompt + generation.text for generation in after]
     figures = {
-        "reward_before": round(reward_before, 4),
-        "reward_after": round(reward_after, 4),
+        "reward_before": mean_reward(task, before),
+        "reward_after": float(np.mean([episode["r"] for episode in model.ep_info_buffer])),
         "parse_rate": float(np.mean([task.parses(text) for text in texts])) if task.parses else None,
         "distinct": len(set(texts)),
         "seconds": round(time.perf_counter() - start, 1),
-        "tokens_per_second": round((model.num_timesteps - done) / training_seconds),
+        "tokens_per_second": round(tokens_per_second),
     }
-    console.print(sample_table({"before": before[:6], "after": after[:6]}))
-    console.print(f"mean reward {reward_before:.2f} before, [bold]{reward_after:.2f}[/bold] after (last 200 episodes)")
-    console.print(f"of {len(texts)} samples of the exported model {figures['distinct']} are distinct", end="")
-    console.print(f", {figures['parse_rate']:.0%} follow the grammar" if task.parses else "")
-    console.print(f"{figures['tokens_per_second']} tokens a second, {figures['seconds']} seconds in all")
-    console.print(f"curves: {args.out / 'curves.png'}   model: {folder}")
+    report(console, figures, before, after)
+    print(f"curves: {args.out / 'curves.png'}   model: {folder}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

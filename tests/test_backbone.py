@@ -265,10 +265,11 @@ def test_the_probe_finds_a_cache_that_does_not_decode(monkeypatch, initializer_r
 
 def test_soft_cap_is_found_on_fresh_weights(tmp_path):
     """Small logits are not bent by it; after `PPO.load` the probe sees fresh weights before the trained ones come."""
-    policy = make_policy(tiny("gemma2", initializer_range=0.02, final_logit_softcapping=30.0))
-    assert not policy.lm.backbone.head_is_linear
-    config = tiny("gemma2", final_logit_softcapping=30.0)
-    large = make_policy(config)
+    large = make_policy(tiny("gemma2", initializer_range=0.02, final_logit_softcapping=30.0))
+    assert not large.lm.backbone.head_is_linear
+    with torch.no_grad():
+        for weight in large.lm.backbone.parameters():
+            weight.mul_(20)
     large.lm.backbone.model.save_pretrained(tmp_path)
     spec = Pretrained(str(tmp_path))
     spec.build()

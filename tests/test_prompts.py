@@ -130,7 +130,7 @@ def test_another_suffix_is_refused(write):
 # Columns
 
 
-@pytest.mark.parametrize(("value", "references"), [("x", ["x"]), (["x", "y"], ["x", "y"]), ([], [])])
+@pytest.mark.parametrize(("value", "references"), [("xy", ["xy"]), (["x", "y"], ["x", "y"]), ([], [])])
 def test_references_are_one_text_or_a_list(char_tokenizer, value, references):
     reader = PromptReader(char_tokenizer, references_column="answers")
     assert reader.read({"prompt": "a", "answers": value}).references == references

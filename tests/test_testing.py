@@ -207,6 +207,15 @@ class LongWinded(Talking):
         return "okay"
 
 
+class Respaced(TextEnv):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.observation_space = gym.spaces.Box(0, 1, self.observation_space.shape, np.int64)
+
+    def get_reward(self, prompt, preds, done):
+        return 0.0
+
+
 class Unpickled(TextEnv):
     def get_reward(self, prompt, preds, done):
         return 0.0
@@ -233,6 +242,7 @@ class Unpickled(TextEnv):
         (Raising, RewardError, "`get_reward` raised AssertionError: my own assertion"),
         (ByLane, AssertionError, "Expected the same actions to give alone what they give in a lane of several"),
         (Shouting, TypeError, "Expected `respond` to return a str or None, got 5"),
+        (Respaced, AssertionError, "is not within the observation space"),
         (LongWinded, ValueError, "a response of at most max_response_tokens=2 tokens, got 4"),
     ],
 )

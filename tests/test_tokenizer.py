@@ -160,6 +160,17 @@ def test_a_stop_string_of_several_bytes(byte_level):
     assert info["end_reason"] == "stop" and info["text"] == "你"
 
 
+def test_a_decoder_that_changes_what_came_before_gives_the_ids_alone():
+    class Tidy(CharTokenizer):
+        """Takes out the space in front of an apostrophe, once something follows it."""
+
+        def decode(self, token_ids, *, skip_special_tokens=False):
+            return super().decode(token_ids).replace(" 's", "'s")
+
+    tokenizer = Tidy()
+    assert decode_continuation(tokenizer, tokenizer.encode("it '"), tokenizer.encode("s on")) == "s on"
+
+
 # A10: the ids are the actions
 
 

@@ -1,6 +1,5 @@
 """N rows: the same as N single rows, one reward call a step, refilled in the step that ends an episode."""
 
-import json
 import warnings
 
 import gymnasium as gym
@@ -10,22 +9,13 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit, TransformReward
 
 from textenv import EndReason, TextEnv, TextVectorEnv
-from textenv.lanes import Lanes
 
 EOS = 0
 PROMPTS = ["a", "bc", "def", "ghij", "k"]
 
 
-class Recorder:
-    """A reward function that keeps its calls; what it returns depends on all that it gets."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, prompt, preds, done):
-        self.calls.append((preds.lane, str(prompt), preds.ids.tolist(), done))
-        preds.state["seen"] = preds.state.get("seen", 0) + 1
-        return {"tokens": len(prompt) * sum(preds.ids), "state": 100.0 * preds.state["seen"], "end": 1000.0 * done}
+def by_length(prompt, preds, done):
+    return float(len(prompt) + len(preds))
 
 
 class Batches(TextEnv):
@@ -36,19 +26,6 @@ class Batches(TextEnv):
     def get_rewards(self, prompts, preds, dones):
         self.seen.append([(one.lane, str(prompt), done) for prompt, one, done in zip(prompts, preds, dones)])
         return [float(len(one)) for one in preds]
-
-
-def same_info(a, b):
-    a, b = dict(a), dict(b)
-    a["episode"], b["episode"] = ({key: one["episode"][key] for key in "rl"} for one in (a, b))
-    return a == b
-
-
-def random_actions(env, n_lanes, random):
-    """Letters, and the end token often enough that episodes end in both ways."""
-    actions = random.integers(1, len(env.tokenizer), size=n_lanes)
-    actions[random.random(n_lanes) < 0.25] = EOS
-    return actions
 
 
 # The interface
@@ -141,7 +118,7 @@ def test_truncation_is_told_by_lane(make_env):
 
 def test_returned_arrays_may_be_written_to(make_env):
     """SB3 adds to the rewards it is given and keeps observations for a step."""
-    careful, careless = (TextVectorEnv(make_env(PROMPTS, reward=Recorder(), max_new_tokens=3), 3) for _ in range(2))
+    careful, careless = (TextVectorEnv(make_env(PROMPTS, reward=by_length, max_new_tokens=3), 3) for _ in range(2))
     expected, _ = careful.reset(seed=1)
     observations, _ = careless.reset(seed=1)
     for actions in ([1, EOS, 2], [3, 4, 5], [6, 7, EOS], [8, 9, 9]):
@@ -183,88 +160,6 @@ def test_score_at_done_calls_for_the_finished_rows_only(make_env):
     assert env.seen == [[(0, "a", True), (2, "c", True)]]
 
 
-def test_late_scores_are_one_call_and_bring_the_infos_up_to_date(make_env):
-    env = make_env(["a", "b", "c"], cls=Batches, order="sequential", max_new_tokens=9, score_at="rollout_end")
-    env.seen = []
-    lanes = Lanes(env, 3)
-    lanes.defer_scores = True
-    lanes.reset(seed=0)
-    early = lanes.step(np.array([1, EOS, 1]))
-    late = lanes.step(np.array([EOS, 1, EOS]))
-    assert env.seen == [] and not early.rewards.any() and not late.rewards.any()
-    assert late.infos[0]["episode"]["r"] == 0.0
-    assert lanes.score_unscored() == [(1, 1.0), (0, 2.0), (2, 2.0)]
-    assert env.seen == [[(1, "b", True), (0, "a", True), (2, "c", True)]]
-    assert [info["episode"]["r"] for info in (early.infos[1], late.infos[0], late.infos[2])] == [1.0, 2.0, 2.0]
-    assert lanes.score_unscored() == []
-
-
-def test_a_reset_drops_what_waits_for_a_score(make_env):
-    lanes = Lanes(make_env(score_at="rollout_end"), 1)
-    lanes.defer_scores = True
-    lanes.reset(seed=0)
-    lanes.step(np.array([EOS]))
-    lanes.reset()
-    assert lanes.score_unscored() == []
-
-
-def test_late_scores_fill_in_the_parts(make_env):
-    lanes = Lanes(make_env(["a"], reward=Recorder(), score_at="rollout_end"), 1)
-    lanes.defer_scores = True
-    lanes.reset(seed=0)
-    info = lanes.step(np.array([EOS])).infos[0]
-    assert info["reward_parts"] == {}
-    lanes.score_unscored()
-    assert info["reward_parts"] == {"tokens": 0.0, "state": 100.0, "end": 1000.0}
-    assert info["episode"]["r"] == 1100.0
-
-
-# N rows are N single rows
-
-
-@pytest.mark.parametrize("score_at", ["step", "done"])
-@pytest.mark.parametrize("length_limit", ["terminate", "truncate"])
-def test_n_rows_are_n_single_rows(make_env, score_at, length_limit):
-    env = make_env(
-        PROMPTS, reward=Recorder(), max_new_tokens=5, score_at=score_at, length_limit=length_limit, stop_strings=["e"]
-    )
-    lanes, random = Lanes(env, 4), np.random.default_rng(0)
-    lanes.reset(seed=0)
-    singles = [make_env(PROMPTS, reward=Recorder(), max_new_tokens=5, score_at=score_at, length_limit=length_limit,
-                        stop_strings=["e"]) for _ in range(4)]  # fmt: skip
-    for single, prompt in zip(singles, lanes.prompts):
-        single.reset(options={"prompts": [prompt.row]})
-    reasons = set()
-    for _ in range(60):
-        actions = random_actions(env, 4, random)
-        result = lanes.step(actions)
-        for lane, single in enumerate(singles):
-            observation, reward, terminated, truncated, info = single.step(actions[lane])
-            assert np.array_equal(observation, result.final_observations.get(lane, result.observations[lane]))
-            assert (reward, terminated, truncated) == (
-                result.rewards[lane], result.terminated[lane], result.truncated[lane]
-            )  # fmt: skip
-            if terminated or truncated:
-                assert same_info(info, result.infos[lane])
-                reasons.add(info["end_reason"])
-                observation, _ = single.reset(options={"prompts": [lanes.prompts[lane].row]})
-                assert np.array_equal(observation, result.observations[lane])
-    assert reasons == {EndReason.EOS, EndReason.LENGTH, EndReason.STOP}
-
-
-def test_c10_the_rewards_of_the_steps_add_up(make_env):
-    lanes, random = Lanes(make_env(PROMPTS, reward=Recorder()), 3), np.random.default_rng(0)
-    lanes.reset(seed=0)
-    sums, n_ended = np.zeros(3), 0
-    for _ in range(40):
-        result = lanes.step(random_actions(lanes.env, 3, random))
-        sums += result.rewards
-        for lane in result.final_observations:
-            assert result.infos[lane]["episode"]["r"] == sums[lane] == sum(result.infos[lane]["reward_parts"].values())
-            sums[lane], n_ended = 0.0, n_ended + 1
-    assert n_ended > 10
-
-
 # The prompts' order, and rows that a reset is given
 
 
@@ -283,8 +178,9 @@ def test_the_same_seed_gives_a_lane_and_a_single_env_the_same_order(make_env):
 
 
 def test_given_rows_run_once_each_then_lanes_are_idle(make_env):
-    reward = Recorder()
-    envs = TextVectorEnv(make_env(["zzz"], reward=reward), 2)
+    env = make_env(["zzz"], cls=Batches)
+    env.seen = []
+    envs = TextVectorEnv(env, 2)
     observations, _ = envs.reset(options={"prompts": ["a", "b", "c"]})
     assert observations[:, 0].tolist() == [1, 2] and not envs.idle.any()
     observations, *_ = envs.step(np.array([EOS, 5]))
@@ -292,10 +188,10 @@ def test_given_rows_run_once_each_then_lanes_are_idle(make_env):
     observations, _, _, _, infos = envs.step(np.array([1, EOS]))
     assert envs.idle.tolist() == [False, True] and observations[1].tolist() == [-2] + 7 * [-1]
     assert infos["final_info"]["prompt"][1] == "b"
-    reward.calls.clear()
+    env.seen.clear()
     observations, rewards, terminated, truncated, infos = envs.step(np.array([EOS, EOS]))
     assert rewards[1] == 0 and not terminated[1] and not truncated[1] and observations[1, 0] == -2
-    assert reward.calls == [(0, "c", [1, EOS], True)]
+    assert env.seen == [[(0, "c", True)]]
     assert envs.idle.all() and not envs.step(np.array([1, 1]))[2].any()
     assert envs.reset()[0][:, 0].tolist() == [26, 26] and not envs.idle.any()
 
@@ -329,85 +225,3 @@ def test_render(make_env, capsys):
     assert envs.render() == ("ab |c", "ab |d")
     envs.render_mode = "human"
     assert envs.render() is None and capsys.readouterr().out == "ab |c\nab |d\n"
-
-
-# Saving running episodes
-
-
-class Chatty(TextEnv):
-    def get_reward(self, prompt, preds, done):
-        preds.state["seen"] = preds.state.get("seen", 0) + 1
-        return {"tokens": float(sum(preds.ids)), "state": float(preds.state["seen"]), "turns": float(len(preds.turns))}
-
-    def respond(self, prompt, preds):
-        preds.state.setdefault("log", []).append(preds.text)
-        return None if len(preds.turns) == 3 else "ok"
-
-
-def run(lanes, n_steps, random):
-    return [lanes.step(random_actions(lanes.env, lanes.n_lanes, random)) for _ in range(n_steps)]
-
-
-def assert_same_results(first, second):
-    n_ended = 0
-    for a, b in zip(first, second, strict=True):
-        for name in ("observations", "rewards", "terminated", "truncated"):
-            assert np.array_equal(getattr(a, name), getattr(b, name))
-        for one, other in zip(a.infos, b.infos, strict=True):
-            assert bool(one) == bool(other)
-            if one:
-                n_ended += 1
-                assert same_info(one, other)
-    assert n_ended > 5
-
-
-@pytest.mark.parametrize("rows", [None, ["x", {"prompt": "y", "label": 1}, "z", [5]] * 4], ids=["own", "given"])
-def test_saved_episodes_go_on_the_same(make_env, rows):
-    def make():
-        return Lanes(make_env(PROMPTS, cls=Chatty, max_new_tokens=8, max_turns=4, max_response_tokens=2), 3)
-
-    lanes = make()
-    lanes.reset(seed=0, prompts=rows)
-    run(lanes, 7, np.random.default_rng(0))
-    arrays, meta = lanes.state_dict()
-    assert any(meta["closed"]) and any(meta["states"]) and lanes.generated.any()  # in the middle of something
-    text, saved = json.dumps(meta), {name: array.copy() for name, array in arrays.items()}
-    expected = run(lanes, 30, np.random.default_rng(1))
-    # What was saved is a copy, and says the same after a trip through JSON.
-    assert json.dumps(meta) == text and all(np.array_equal(arrays[name], saved[name]) for name in arrays)
-    for state in (meta, json.loads(text)):
-        fresh = make()
-        observations = fresh.load_state_dict(arrays, state)
-        assert np.array_equal(observations, saved["tokens"])
-        assert_same_results(run(fresh, 30, np.random.default_rng(1)), expected)
-    assert json.dumps(meta) == text and all(np.array_equal(arrays[name], saved[name]) for name in arrays)
-
-
-def test_given_rows_are_saved_under_any_column(make_env):
-    lanes = Lanes(make_env([{"q": "a"}], prompt_column="q"), 1)
-    lanes.reset(seed=0, prompts=["b"])
-    lanes.load_state_dict(*lanes.state_dict())
-    assert lanes.prompts == ["b"]
-
-
-def test_saving_wants_a_reset_and_every_score(make_env):
-    lanes = Lanes(make_env(score_at="rollout_end"), 1)
-    with pytest.raises(RuntimeError, match="saved after `reset` and between rollouts"):
-        lanes.state_dict()
-    lanes.defer_scores = True
-    lanes.reset(seed=0)
-    lanes.step(np.array([EOS]))
-    with pytest.raises(RuntimeError, match="with every episode scored"):
-        lanes.state_dict()
-    lanes.score_unscored()
-    lanes.state_dict()
-
-
-def test_what_was_saved_elsewhere_is_refused(make_env):
-    lanes = Lanes(make_env(PROMPTS), 2)
-    lanes.reset(seed=0)
-    saved = lanes.state_dict()
-    with pytest.raises(ValueError, match=r"shape \(3, 9\) \(lanes, width\), got \(2, 9\)"):
-        Lanes(make_env(PROMPTS), 3).load_state_dict(*saved)
-    with pytest.raises(ValueError, match="Expected the 5 prompts of the saved run, got 4"):
-        Lanes(make_env(PROMPTS[:4]), 2).load_state_dict(*saved)

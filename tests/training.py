@@ -36,11 +36,17 @@ def tiny_env(reward=length_and_letters, prompts=PROMPTS, max_new_tokens=4, cls=T
 
 def tiny_agent(env=None, n_envs=4, algorithm=PPO, lm=None, **kwargs):
     """An agent that visibly learns in a few iterations: a large learning rate, one or two epochs."""
+    env = env or tiny_env()
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "learning_rate": 1e-2,
+        "n_steps": env.unwrapped.rules.max_new_tokens,
+        **kwargs,
+    }
     if algorithm is PPO:
-        kwargs = {"n_epochs": 2, "batch_size": None, **kwargs}
-        kwargs["batch_size"] = kwargs["batch_size"] or n_envs * kwargs.get("n_steps", 4)
-    settings = {"seed": 0, "device": "cpu", "learning_rate": 1e-2, **kwargs}
-    return make_agent(env or tiny_env(), lm or tiny_config(), n_envs=n_envs, algorithm=algorithm, **settings)
+        settings = {"n_epochs": 2, "batch_size": n_envs * settings["n_steps"], **settings}
+    return make_agent(env, lm or tiny_config(), n_envs=n_envs, algorithm=algorithm, **settings)
 
 
 def weights(model):

@@ -35,15 +35,12 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     rewards (finite, the same when asked again, alone as in a batch, and from `get_reward` as from `get_rewards` where
     both are defined); `respond` (a str or None, not too long, the same when asked again); that no hook changes the
     instance (but for what it loads at first use) or a prompt's row; that the same actions give the same in a lane and
-    alone; and Gymnasium's own `check_env`. The env is reset.
+    alone; and Gymnasium's own `check_env`. An env that cannot be copied or pickled is warned of. The env is reset.
 
     Raises:
         TypeError: If the env is wrapped, overrides `step` or `reset`, or `respond` returns no text.
         ValueError: If the tokenizer's ids do not fit, a reward is no finite number, or a response is too long.
         AssertionError: If a hook breaks its contract; the message says where, and what to do.
-
-    Warns:
-        UserWarning: If the env cannot be copied or pickled, which only some uses need.
 
     Example:
         >>> from textenv import CharTokenizer, TextEnv

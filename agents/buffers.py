@@ -12,6 +12,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
+from textenv.episode import PADDING
+
 from .sequences import SequenceBatch
 
 MIN_SEQUENCES = 4  # a minibatch of fewer does not learn reliably
@@ -153,8 +155,12 @@ class SequenceRolloutBuffer(RolloutBuffer):
         log_prob: Tensor,
     ) -> None:
         """Add one step of all lanes; values and log-probabilities stay on their device until the rollout ends."""
-        for lane in np.flatnonzero(episode_start) if self.pos > 0 else ():
-            self._close_segment(int(lane), self.pos, is_finished=True)
+        if self.pos > 0:
+            before = self._last_observations
+            # After `learn` was broken off inside a rollout, SB3 goes on with observations that the env has left behind.
+            goes_on = ((obs == before) | (before == PADDING)).all(axis=1) & (np.asarray(episode_start) == 0)
+            for lane in np.flatnonzero(~goes_on):
+                self._close_segment(int(lane), self.pos, is_finished=True)
         self.actions[self.pos] = np.asarray(action).reshape(self.n_envs)
         self.rewards[self.pos] = reward
         self.episode_starts[self.pos] = episode_start

@@ -119,7 +119,7 @@ class SampleTable(BaseCallback):
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))
         page = "\n\n".join(f"**{_page(sample.prompt)}**{_page(sample.text)}" for sample in samples)
-        # Not by `logger.record`, which waits for the next dump: its step is a later one, and after training there is none.
+        # Not by `logger.record`: the next dump has a later step, and after training there is none.
         for output in self.logger.output_formats:
             if isinstance(output, TensorBoardOutputFormat):
                 output.writer.add_text("samples", page, self.model.num_timesteps)

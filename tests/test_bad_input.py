@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from textenv import RewardError, TextEnv, TextVectorEnv
+from textenv import CharTokenizer, RewardError, TextEnv, TextVectorEnv
 
 EOS = 0
 
@@ -309,3 +309,26 @@ def test_a_late_score_that_is_bad_is_named_too(make_env):
     lanes.step(np.array([24, EOS]))
     with pytest.raises(RewardError, match=r"got nan \(lane 1, prompt 'bad', text ''\)"):
         lanes.score_unscored()
+
+
+class ShortTokenizer(CharTokenizer):
+    """Forgets in its length that one token was added."""
+
+    def __len__(self):
+        return super().__len__() - 1
+
+
+def test_a_text_whose_tokens_are_outside_the_vocabulary(make_env):
+    with pytest.raises(ValueError, match=r"Expected the token ids of prompt 0 in \[0, 32\), got 32"):
+        make_env(["a'"], tokenizer=ShortTokenizer())
+
+
+def test_a_step_after_one_that_raised(make_env):
+    """What was written by a step that failed is not built upon."""
+    env = make_env(reward=lambda prompt, preds, done: 1 / 0)
+    env.reset(seed=0)
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        env.step(1)
+    with pytest.raises(RuntimeError, match="or a step that raised"):
+        env.step(1)
+    env.reset(seed=0)

@@ -74,6 +74,20 @@ def test_e4_minibatches_are_whole_sequences_of_about_equal_size():
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 4 in each")
+def test_e4_the_longest_sequence_is_not_always_trained_first():
+    buffer = collect(make_ppo())
+    longest = max(buffer.segments, key=lambda segment: segment.end - segment.start)
+    log_prob = buffer.log_probs[longest.start, longest.lane]
+    places = {
+        place
+        for _ in range(10)
+        for place, minibatch in enumerate(epoch(buffer, 12))
+        if log_prob in [t[2] for t in minibatch]
+    }
+    assert len(places) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 4 in each")
 def test_e4_orders_differ_between_seeds_not_runs():
     orders = [epoch(collect(make_ppo(seed=seed)), 12) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]

@@ -150,6 +150,11 @@ def test_a_prompt_is_a_text_in_every_respect(reader):
         prompt.ids[0] = 1
 
 
+def test_a_prompt_read_again_keeps_its_row(reader):
+    again = reader.read(reader.read({"prompt": "a", "label": 1}, 3))
+    assert again == "a" and again.row == {"prompt": "a", "label": 1} and again.number == -1
+
+
 def test_a_row_is_a_copy_of_the_callers(reader):
     row = {"prompt": "a"}
     reader.read(row).row["more"] = 1

@@ -290,13 +290,6 @@ class Bytes(CharTokenizer):
         return super().decode(token_ids).encode()
 
 
-class Small(CharTokenizer):
-    """Forgets in its length that one token was added."""
-
-    def __len__(self):
-        return super().__len__() - 1
-
-
 class FarEos(CharTokenizer):
     def __init__(self):
         super().__init__()
@@ -308,7 +301,6 @@ class FarEos(CharTokenizer):
     [
         (Gaps(), r"Expected `decode` to take ids in \[0, 33\), but 3[12] raised KeyError"),
         (Bytes(), "Expected `decode` to return a str, got b'"),
-        (Small(), r"Expected `encode` to return ids in \[0, 32\), got \[ 1 32\] for \"a'\""),
         (FarEos(), r"Expected stop ids \(by default eos_token_id\) in \[0, 33\), got \(99,\)"),
     ],
     ids=lambda value: type(value).__name__,

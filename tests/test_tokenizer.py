@@ -269,3 +269,11 @@ def test_char_tokenizer_says_what_it_cannot_do():
         CharTokenizer("ab").encode("axb")
     with pytest.raises(ValueError, match="Expected each character of `alphabet` once, got 'aba'"):
         CharTokenizer("aba")
+
+
+def test_a_stop_string_that_begins_with_a_space_at_the_first_token():
+    """Decoded alone, a SentencePiece token loses the space that the stop string has."""
+    tokenizer = sentence_piece("$A </s>")
+    env = TextEnv(["the film"], tokenizer, reward=no_reward, max_new_tokens=9, stop_strings=[" was"])
+    _, info = play(env, tokenizer.convert_tokens_to_ids(["▁was"]))
+    assert info["end_reason"] == "stop" and info["text"] == ""

@@ -7,6 +7,7 @@ from textenv.env import TextEnv
 from textenv.episode import EndReason
 from textenv.prompts import Prompt
 from textenv.rewarding import RewardError
+from textenv.testing import check_text_env
 from textenv.tokenizer import CharTokenizer, Tokenizer
 from textenv.vector import TextVectorEnv
 
@@ -23,6 +24,7 @@ __all__ = [
     "Tokenizer",
     "Turn",
     "__version__",
+    "check_text_env",
 ]
 
 register(

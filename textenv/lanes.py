@@ -13,7 +13,7 @@ from textenv.completion import Preds, Turn
 from textenv.episode import PADDING, SEPARATOR, EndReason, ended_turns
 from textenv.prompts import Prompt, PromptCursor, PromptLike
 from textenv.rewarding import Reward, RewardError, check_rewards, describe
-from textenv.tokenizer import BOUNDARY_TOKENS
+from textenv.tokenizer import BOUNDARY_TOKENS, decode_continuation
 
 if TYPE_CHECKING:
     from textenv.env import TextEnv
@@ -149,8 +149,11 @@ class Lanes:
             RewardError: If a reward hook raises or returns no finite number.
         """
         if self.cursor is None or self.over.any():
-            raise RuntimeError("Expected `reset` before the first `step`, and after the end of an episode.")
+            raise RuntimeError(
+                "Expected `reset` before the first `step`, and after the end of an episode or a step that raised."
+            )
         actions = self._checked(actions)
+        self.over[:] = True  # until the step is whole: a hook may raise
         self._append(actions)
         turns = self._ended_turns(actions)
         ends = self._ended_episodes(turns)
@@ -168,8 +171,7 @@ class Lanes:
                 self.unscored.append(FinishedEpisode(lane, self.prompts[lane], final_preds[lane], infos[lane]))
             if self.autoreset:
                 self._refill(lane)
-            else:
-                self.over[lane] = True
+        self.over[:] = False if self.autoreset else terminated | truncated
         return StepResult(self.tokens.copy(), rewards, terminated, truncated, infos, final_observations)
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
@@ -211,8 +213,14 @@ class Lanes:
         return ends
 
     def _tail(self, lane: int) -> str:
-        start = max(self.turn_starts[lane], self.lengths[lane] - self.env.rules.tail_tokens)
-        return self.env.tokenizer.decode(self.tokens[lane, start : self.lengths[lane]].tolist())
+        start = int(max(self.turn_starts[lane], self.lengths[lane] - self.env.rules.tail_tokens))
+        tail = self.tokens[lane, start : self.lengths[lane]].tolist()
+        return decode_continuation(self.env.tokenizer, self._context(lane, start), tail, skip_special_tokens=False)
+
+    def _context(self, lane: int, start: int) -> list[int]:
+        """Return the few tokens in front of a column, which decide how those behind it decode."""
+        context = self.tokens[lane, max(start - BOUNDARY_TOKENS - 1, 0) : start]
+        return context[context >= 0].tolist()
 
     def _respond(self, lane: int, reason: EndReason) -> bool:
         """Let the env answer a turn; return whether it did."""
@@ -238,12 +246,11 @@ class Lanes:
     def preds(self, lane: int, end_reason: EndReason | None = None) -> Preds:
         """Return a snapshot of what the policy has written in a lane."""
         start, end = int(self.turn_starts[lane]), int(self.lengths[lane])
-        context = self.tokens[lane, max(start - BOUNDARY_TOKENS - 1, 0) : start]
         turn = self.tokens[lane, start:end]
         return Preds(
             self.env.tokenizer,
             np.concatenate([self.closed_ids[lane], turn]) if self.closed[lane] else turn,
-            context=context[context >= 0],
+            context=self._context(lane, start),
             turn_length=end - start,
             closed=self.closed[lane],
             end_reason=end_reason,
@@ -290,12 +297,13 @@ class Lanes:
         Returns:
             Lane and score of each, in the order in which they ended.
         """
-        finished, self.unscored = self.unscored, []
+        finished = self.unscored
         scored = self._call_rewards(
             [episode.prompt for episode in finished],
             [episode.preds for episode in finished],
             [True] * len(finished),
         )
+        self.unscored = []  # only now: where the reward fails they go on waiting
         for episode, reward in zip(finished, scored, strict=True):
             episode.info["episode"]["r"] += reward.value
             episode.info["reward_parts"].update(reward.parts)

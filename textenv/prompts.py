@@ -146,16 +146,23 @@ class PromptReader:
 
     def _encode(self, value: Any, where: str) -> tuple[list[int], list[int], str]:
         if isinstance(value, str):
-            return (*encode_prompt(self.tokenizer, value), value) if value else ([], [], value)
+            if not value:
+                return [], [], value
+            opening, body = encode_prompt(self.tokenizer, value)
+            self._check_ids([*opening, *body], where)
+            return opening, body, value
         is_ids = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, bytes)
         if not is_ids or not all(isinstance(i, (int, np.integer)) for i in value):
             raise ValueError(f"Expected {where} to be a text or a list of token ids, got {value!r:.80}.")
         ids = [int(i) for i in value]
+        self._check_ids(ids, where)
+        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _check_ids(self, ids: Sequence[int], where: str) -> None:
         vocabulary = len(self.tokenizer)
         for token in ids:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"Expected the token ids of {where} in [0, {vocabulary}), got {token}.")
-        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _fit(self, opening: list[int], body: list[int], where: str, text: str) -> list[int]:
         limit = self.max_prompt_tokens

@@ -54,21 +54,23 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
     )
 
 
-def decode_continuation(tokenizer: Tokenizer, context: Sequence[int], token_ids: Sequence[int]) -> str:
+def decode_continuation(
+    tokenizer: Tokenizer, context: Sequence[int], token_ids: Sequence[int], skip_special_tokens: bool = True
+) -> str:
     """Return the text that `token_ids` add behind the tokens `context`, so that text before + this reads right.
 
     Decoding the ids alone would lose the space in front of the first word (SentencePiece, word tokenizers) and break a
     character whose bytes lie on both sides.
     """
     near = list(context)[-BOUNDARY_TOKENS:]
-    before = tokenizer.decode(near, skip_special_tokens=True)
-    both = tokenizer.decode(near + list(token_ids), skip_special_tokens=True)
+    before = tokenizer.decode(near, skip_special_tokens=skip_special_tokens)
+    both = tokenizer.decode(near + list(token_ids), skip_special_tokens=skip_special_tokens)
     shared = len(before)
     while not both.startswith(before[:shared]):
         shared -= 1
     if not before[shared:].strip(BROKEN):  # the rest is at most a character that the ids go on with
         return both[shared:]
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    return tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 
 class CharTokenizer:

@@ -6,7 +6,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
@@ -118,8 +117,3 @@ def unwrap_text_env(env: Any) -> TextEnv:
                 "`get_reward` or `get_rewards`, memory into `preds.state`, and another speaker into `respond`."
             )
     return env
-
-
-def order_seed(seed: int) -> int:
-    """Return the seed of the prompts' order that follows from the seed of an environment."""
-    return int(seeding.np_random(seed)[0].integers(2**31))

@@ -23,7 +23,15 @@ def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Tokens (B, L - 1), padded on the right with 0, and lengths (B,).
+
+    Raises:
+        ValueError: If they are no integers.
     """
+    if observations.is_floating_point():
+        raise ValueError(
+            f"Expected observations of token ids, got {observations.dtype}: does a wrapper change them? VecNormalize "
+            "needs norm_obs=False."
+        )
     observations = observations.long()
     boundary = (observations == SEPARATOR).long().argmax(dim=1, keepdim=True)  # (B, 1)
     columns = torch.arange(observations.shape[1] - 1, device=observations.device)[None]

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from stable_baselines3 import PPO
+from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -73,7 +74,7 @@ class Positive(TextEnv):
 
 def demo_task(smoke: bool) -> Task:
     folder = demo_model(n_epochs=0.2) if smoke else demo_model()
-    return Task(folder, demo.prompts(), demo.score, demo.parses, 32, 1e-3, 0.05, 34_000)
+    return Task(folder, demo.prompts(), demo.score, demo.parses, 32, 1.5e-3, 0.05, 40_000)
 
 
 def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
@@ -90,13 +91,13 @@ def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
         config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, bos_token_id=eos, eos_token_id=eos, **shape)
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
-        pretrain(model, tokenizer, texts, n_epochs=0.05 if smoke else 4.0, batch_size=32, learning_rate=1e-3)
+        pretrain(model, tokenizer, texts, n_epochs=0.05 if smoke else 3.0, batch_size=32, learning_rate=1e-3)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     analyzer = SentimentIntensityAnalyzer()
     prompts = sorted({" ".join(text.split()[:3]) for text in texts})
     score = lambda text: float(analyzer.polarity_scores(text)["compound"])  # noqa: E731
-    return Task(folder, prompts, score, None, 48, 1e-4, 0.05, 150_000)
+    return Task(folder, prompts, score, None, 48, 3e-4, 0.05, 150_000)
 
 
 def sample(model: PPO, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Generation]:
@@ -164,7 +165,9 @@ def main() -> None:
         Pretrained(str(task.folder)),
         n_envs=64,
         seed=args.seed,
-        learning_rate=task.learning_rate,
+        learning_rate=LinearSchedule(task.learning_rate, 0.0, 1.0),
+        batch_size=16 * task.max_new_tokens,
+        target_kl=0.05,
         stats_window_size=N_SAMPLES,
     )
     before = sample(model, task, tokenizer, args.seed)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.vec_env import VecNormalize
 
 from agents.sequences import MAX_PADDING, MIN_BUCKET_TOKENS, SequenceBatch, unpack_observations
-from tests.models import N_TOKENS, make_policy, observe
+from tests.models import N_TOKENS, make_policy, make_ppo, observe
 
 
 def batch_of(lengths, seed=0, micro_batch_tokens=None) -> tuple[SequenceBatch, torch.Tensor]:
@@ -25,6 +26,15 @@ def test_unpack_by_hand():
     assert ids.tolist() == [[7, 8, 9, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 2, 0, 0]]
     assert lengths.tolist() == [3, 0, 3, 3]
     assert unpack_observations(rows.int())[0].dtype == torch.int64
+
+
+def test_observations_that_a_wrapper_made_floats_are_refused():
+    model = make_ppo()
+    model.set_env(VecNormalize(model.get_env(), norm_obs=True))
+    with pytest.raises(ValueError, match=r"token ids, got torch.float32: .* VecNormalize needs norm_obs=False"):
+        model.learn(48)
+    model.set_env(VecNormalize(model.get_env().unwrapped, norm_obs=False))
+    model.learn(48)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [None, 1, 100, 1000])

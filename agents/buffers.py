@@ -130,7 +130,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self.waiting.clear()
         shape = (self.buffer_size, self.n_envs)
         self.observations = np.zeros((0,), dtype=np.int64)  # not stored
-        self.actions = np.zeros(shape, dtype=np.int64)
+        self.actions = np.zeros(shape, dtype=np.int32)
         self.cols = np.zeros(shape, dtype=np.int32)  # where a transition's logits and value are read
         for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
             setattr(self, name, np.zeros(shape, dtype=np.float32))
@@ -212,7 +212,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         rows = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         tokens, lengths = self._pad([segment.tokens for segment in self.segments])
         batch = SequenceBatch(tokens, lengths, rows, self.cols[steps, lanes], self.micro_batch_tokens)
-        return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device), steps, lanes)
+        return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device).long(), steps, lanes)
 
     def _pad(self, sequences: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
         lengths = np.array([len(tokens) for tokens in sequences])
@@ -276,16 +276,16 @@ class SequenceRolloutBuffer(RolloutBuffer):
             places = np.concatenate([np.arange(ends[i] - self._counts[i], ends[i]) for i in group])
             rows = np.repeat(np.arange(len(group)), self._counts[group])
             index = torch.as_tensor(places, device=self.device)
-            tokens = self._tokens[torch.as_tensor(group, device=self.device)]
+            tokens, lengths = self._pad([self._sequences[i] for i in group])
             assert self._flat is not None, "checked by _n_minibatches"
             yield SequenceSamples(
-                SequenceBatch(tokens, self._lengths[group], rows, self._flat.cols[places], self.micro_batch_tokens),
-                *(tensor[index] for tensor in self._tensors),
+                SequenceBatch(tokens, lengths, rows, self._flat.cols[places], self.micro_batch_tokens),
+                self._tensors[0][index].long(),
+                *(tensor[index] for tensor in self._tensors[1:]),
             )
 
     def _prepare(self) -> None:
         assert self._flat is not None
-        self._tokens, self._lengths = self._pad(self._sequences)
         flat = self._flat
         arrays = (flat.actions, flat.values, flat.log_probs, flat.advantages, flat.returns)
         self._tensors = [torch.as_tensor(array, device=self.device) for array in arrays]

@@ -16,6 +16,7 @@ from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic
 from .sampling import TokenDistribution
 from .sequences import SequenceBatch
+from .vec_env import TerminalObservation
 
 
 class LMPolicy(ActorCriticPolicy):
@@ -107,6 +108,7 @@ class LMPolicy(ActorCriticPolicy):
         self.lm = LMActorCritic(backbone, critic, **kwargs)
         # Drawn from torch's generator, which SB3 has seeded: the same seed gives the same run.
         seed = int(torch.randint(2**31, ()))
+        self._terminal_values: tuple[np.ndarray, Tensor] | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
         trainable = [weight for weight in self.parameters() if weight.requires_grad]
@@ -127,11 +129,13 @@ class LMPolicy(ActorCriticPolicy):
         """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8)."""
         if mode:
             self.lm.drop_caches()
+            self._terminal_values = None
         self.train(mode)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights; cached keys and values of the old ones are dropped."""
         self.lm.drop_caches()
+        self._terminal_values = None
         return super().load_state_dict(*args, **kwargs)
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,9 +148,16 @@ class LMPolicy(ActorCriticPolicy):
         return self.lm.act(observation, deterministic, self.predict_generator, self.lm.predict_cache)[0]
 
     def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:  # type: ignore[override]
-        """Return values (B, 1)."""
-        values = self.lm.sequence_values(obs) if isinstance(obs, SequenceBatch) else self.lm.values(obs)
-        return values[:, None]
+        """Return values (B, 1). Those of lanes that were truncated in one step come from one forward."""
+        if isinstance(obs, SequenceBatch):
+            return self.lm.sequence_values(obs)[:, None]
+        terminal = vars(obs).get("terminal")
+        if terminal is None or torch.is_grad_enabled():
+            return self.lm.values(obs)[:, None]
+        if self._terminal_values is None or self._terminal_values[0] is not terminal.siblings:
+            values = self.lm.values(torch.as_tensor(terminal.siblings, device=self.device))[:, None]
+            self._terminal_values = (terminal.siblings, values)
+        return self._terminal_values[1][terminal.place : terminal.place + 1]
 
     def evaluate_actions(self, obs: Tensor | SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights."""
@@ -161,13 +172,13 @@ class LMPolicy(ActorCriticPolicy):
 
     def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[Tensor, bool]:
         """Return the observation as a batch of rows, and whether it was one."""
-        observation = np.asarray(observation)
-        if observation.ndim not in (1, 2) or not np.issubdtype(observation.dtype, np.integer):
-            raise ValueError(
-                f"Expected an observation of token ids, (L,) or (B, L), got {observation.dtype} of {observation.shape}."
-            )
-        rows = observation.reshape(-1, observation.shape[-1])
-        return torch.as_tensor(rows, device=self.device), observation.ndim == 2
+        rows = np.asarray(observation)
+        if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
+            raise ValueError(f"Expected an observation of token ids, (L,) or (B, L), got {rows.dtype} of {rows.shape}.")
+        tensor = torch.as_tensor(rows.reshape(-1, rows.shape[-1]), device=self.device)
+        if isinstance(observation, TerminalObservation):
+            tensor.terminal = observation  # type: ignore[attr-defined]  # for predict_values
+        return tensor, rows.ndim == 2
 
 
 def _as_batch(obs: Tensor | SequenceBatch) -> SequenceBatch:

@@ -17,6 +17,31 @@ from textenv.lanes import Lanes
 from textenv.vector import unwrap_text_env
 
 
+class TerminalObservation(np.ndarray):
+    """The last observation of a truncated episode, (L,), which knows those of the lanes truncated in the same step.
+
+    Stable-Baselines3 asks for the value of one after the other; with its siblings a policy values all in one forward.
+
+    Attributes:
+        siblings: The terminal observations of that step, (K, L).
+        place: Which of them this one is.
+    """
+
+    siblings: np.ndarray
+    place: int
+
+    @classmethod
+    def of_step(cls, observations: list[np.ndarray]) -> list[TerminalObservation]:
+        """Return the terminal observations of one step, each knowing all."""
+        siblings = np.stack(observations)
+        terminal = []
+        for place, observation in enumerate(observations):
+            row = observation.view(cls)
+            row.siblings, row.place = siblings, place
+            terminal.append(row)
+        return terminal
+
+
 class TextVecEnv(VecEnv):
     """N episodes of one `TextEnv` side by side, each refilled in the step that ends it, for SB3's algorithms.
 
@@ -67,7 +92,11 @@ class TextVecEnv(VecEnv):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Return observations (B, L), rewards (B,) float32, dones (B,) and infos; see `TextEnv.step`."""
         result = self.lanes.step(self._actions)
-        for lane, observation in result.final_observations.items():
+        final = dict(result.final_observations)
+        cut = [lane for lane in final if result.truncated[lane]]
+        if cut:
+            final.update(zip(cut, TerminalObservation.of_step([final[lane] for lane in cut]), strict=True))
+        for lane, observation in final.items():
             result.infos[lane]["terminal_observation"] = observation
             result.infos[lane]["TimeLimit.truncated"] = bool(result.truncated[lane])
         dones = result.terminated | result.truncated

@@ -230,7 +230,7 @@ def test_a12_autocast_runs_in_16_bits_with_float32_weights(family):
     assert 1e-5 < difference < 0.5
     check = CheckRatio()
     model.learn(96, callback=check)
-    assert 0 < max(check.largest) < 0.2  # cached and full forwards round differently
+    assert len(check.largest) == 2 and max(check.largest) < 0.2  # cached and full forwards round differently
     buffer = model.rollout_buffer
     assert torch.as_tensor(buffer.log_probs).isfinite().all() and buffer.log_probs.dtype == "float32"
     assert {weight.dtype for weight in model.policy.parameters()} == {torch.float32}

@@ -299,4 +299,4 @@ def test_memory_does_not_depend_on_the_vocabulary():
     per_token.append((stored_bytes(vars(buffer), set()) - observations.nbytes) / n_tokens)
     print(per_token)
     assert per_token[0] <= 64, per_token
-    assert per_token[1] <= 96, per_token
+    assert per_token[1] <= 68, per_token

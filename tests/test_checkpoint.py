@@ -21,6 +21,7 @@ from agents.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoin
 from tests.training import PROMPTS, Recorder, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import TextEnv
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")  # of waiting segments
 STEPS, LANES, LONGEST = 5, 4, 7  # an episode of 7 tokens straddles rollouts of 5
 EVERY, TOTAL = 3, 6  # rollouts
 ROWS = [{"prompt": prompt, "max_new_tokens": 3 + i} for i, prompt in enumerate(PROMPTS)]

@@ -197,12 +197,22 @@ def test_a_loaded_model_without_its_penalty_raises_with_the_cure(tmp_path):
 
 
 def test_a_new_penalty_on_a_trained_model_needs_its_reference(tmp_path):
-    model, penalty = tiny_agent(), KLPenalty(COEF)
-    model.learn(32, callback=penalty)
+    """C5: what is loaded from a file, or was trained without one, has no start to compare with."""
+    model, without = tiny_agent(), tiny_agent()
+    model.learn(32, callback=KLPenalty(COEF))
     model.save(tmp_path / "model.zip")
-    for trained in (model, PPO.load(tmp_path / "model.zip", env=TextVecEnv(tiny_env(), 4))):
+    without.learn(32)
+    for trained in (without, PPO.load(tmp_path / "model.zip", env=TextVecEnv(tiny_env(), 4))):
         with pytest.raises(ValueError, match=r"its start is gone: pass KLPenalty\(coef, reference=policy.lm\)"):
             trained.learn(16, callback=KLPenalty(COEF), reset_num_timesteps=False)
+
+
+def test_c5_a_new_penalty_in_a_later_learn_goes_on_with_the_same_start():
+    model, first, second = tiny_agent(), KLPenalty(COEF), KLPenalty(2 * COEF)
+    model.learn(32, callback=first)
+    model.learn(16, callback=second, reset_num_timesteps=False)
+    assert same_weights(first.reference.state_dict(), second.reference.state_dict())
+    assert model.rollout_buffer.before_returns == [second]
 
 
 def test_a_loaded_model_goes_on_with_a_reference(tmp_path):

@@ -240,6 +240,7 @@ def test_tensorboard_has_the_documented_keys(tmp_path):
     assert all("**ab**" in text and "**c**" in text for text in shown)
 
 
+@pytest.mark.filterwarnings("ignore:rich is experimental")
 def test_a_progress_bar(capfd):
     tiny_agent().learn(32, progress_bar=True)
     assert "32/32" in "".join(capfd.readouterr())
@@ -325,6 +326,17 @@ def test_d3_a_terminal_value_leaves_the_rollouts_cache_alone():
         model.learn(7 * 4 * 3)
         values += model.rollout_buffer.returns.tolist()
     np.testing.assert_allclose(cached, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_d4_lanes_truncated_in_one_step_are_valued_in_one_forward(cache, monkeypatch):
+    """D4: truncation costs no batch-of-one forward per finished lane."""
+    env = tiny_env(length_limit="truncate", max_new_tokens=4, stop_ids=[])
+    model = tiny_agent(env, n_envs=4, n_steps=8, policy_kwargs={"cache": cache})
+    rows, values = [], model.policy.lm.values
+    monkeypatch.setattr(model.policy.lm, "values", lambda obs: rows.append(len(obs)) or values(obs))
+    model.learn(32)
+    assert rows == [4, 4, 4], "two steps in which all four were cut, and the end of the rollout"
 
 
 def test_d4_reaching_the_limit_is_termination_by_default():

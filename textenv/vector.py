@@ -70,6 +70,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             Observations, (B, L) int64, and an empty dict.
         """
         super().reset(seed=seed)
+        if seed is not None:  # what the hooks draw from `self.np_random`
+            self.env.np_random = self.np_random
         order_seed = None if seed is None else int(self.np_random.integers(2**31))
         return self.lanes.reset(order_seed, (options or {}).get("prompts")), {}
 

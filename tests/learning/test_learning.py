@@ -1,0 +1,133 @@
+"""It learns: from chance to over 0.9 in a fixed budget, and not where it is switched off (invariant E11)."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from stable_baselines3 import A2C, PPO
+
+from agents import KLPenalty
+from agents.build import make_agent
+from agents.generation import generate
+from tests.training import tiny_config
+from textenv import CharTokenizer, TextEnv
+
+LETTERS = "abcdefg"
+TOKENIZER = CharTokenizer(LETTERS)
+PROMPTS = [first + second for first in LETTERS for second in LETTERS]
+
+
+def always_c(prompt, text, ids):
+    return text.count("c") / 4
+
+
+def copies_the_last(prompt, text, ids):
+    return float(text == prompt[-1])
+
+
+def four_tokens(prompt, text, ids):
+    return float(len(ids) == 4 and ids[-1] == TOKENIZER.eos_token_id)
+
+
+class Task(NamedTuple):
+    score: Callable[[str, str, Any], float]
+    env: dict[str, Any]
+    iterations: int
+    agent: dict[str, Any]
+
+
+TASKS = {
+    "always": Task(always_c, {"max_new_tokens": 4, "stop_ids": ()}, 10, {"n_envs": 64, "learning_rate": 1e-2}),
+    "copy": Task(
+        copies_the_last,
+        {"max_new_tokens": 1, "stop_ids": ()},
+        25,
+        {"n_envs": 256, "learning_rate": 3e-3, "ent_coef": 0.1},
+    ),
+    "length": Task(four_tokens, {"max_new_tokens": 8}, 20, {"n_envs": 64, "learning_rate": 5e-3, "ent_coef": 0.05}),
+}
+
+
+def build(task, reward=None, algorithm=PPO, score_at="step", **kwargs):
+    def scored(prompt, preds, done):
+        return task.score(str(prompt), preds.text, preds.ids) if done else 0.0
+
+    env = TextEnv(PROMPTS, TOKENIZER, reward=reward or scored, score_at=score_at, **task.env)
+    lm = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, initializer_range=0.1)
+    settings = {**task.agent, "seed": 0, "device": "cpu", **kwargs}
+    if algorithm is PPO:
+        settings.setdefault("batch_size", settings["n_envs"] * settings.get("n_steps", task.env["max_new_tokens"]) // 2)
+    return make_agent(env, lm, algorithm=algorithm, **settings)
+
+
+def mean_score(model, task):
+    """The mean over four fresh samples of every prompt."""
+    samples = generate(model, PROMPTS, TOKENIZER, 4, **task.env)
+    return float(np.mean([task.score(str(one.prompt), one.text, one.ids) for one in samples]))
+
+
+def learn(model, task, iterations=None, callback=None):
+    """Train for the task's budget; return the mean score before and after."""
+    before = mean_score(model, task)
+    model.learn((iterations or task.iterations) * model.n_steps * model.n_envs, callback=callback)
+    return before, mean_score(model, task)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_e11_it_learns(name):
+    """E11: always one token, a copy of the prompt's last token, a length: from chance to over 0.9."""
+    task = TASKS[name]
+    before, after = learn(build(task), task)
+    assert before < 0.35 and after > 0.9
+
+
+def test_e11_a2c_learns():
+    task = TASKS["always"]
+    before, after = learn(build(task, algorithm=A2C), task, iterations=30)
+    assert before < 0.35 and after > 0.9
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_e11_it_does_not_learn_with_the_reward_switched_off(name):
+    """The same budget with the same score, which is measured but not given."""
+    task = TASKS[name]
+    model = build(task, reward=lambda prompt, preds, done: 0.0)
+    before, after = learn(model, task)
+    assert after < 0.35 and abs(after - before) < 0.15
+
+
+def test_e11_it_does_not_learn_a_reward_that_says_nothing():
+    """Noise in place of the score: training moves, and not towards the task."""
+    task, rng = TASKS["copy"], np.random.default_rng(0)
+    before, after = learn(build(task, reward=lambda prompt, preds, done: float(rng.random())), task)
+    assert after < 0.45
+
+
+def test_e11_a_huge_penalty_keeps_it_at_the_start():
+    """With a coefficient that outweighs the score a hundred times; a small one is no hindrance."""
+    task, after = TASKS["always"], {}
+    for coef in (0.01, 100.0):
+        model = build(task)
+        before, after[coef] = learn(model, task, callback=KLPenalty(coef))
+    assert after[0.01] > 0.9 and abs(after[100.0] - before) < 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", TASKS)
+def test_e11_it_learns_from_other_seeds(name, seed):
+    before, after = learn(build(TASKS[name], seed=seed), TASKS[name])
+    assert before < 0.35 and after > 0.9
+
+
+@pytest.mark.slow
+def test_e11_it_learns_from_late_scores_of_episodes_that_straddle_rollouts():
+    """With a score at the end of a rollout, in a rollout of half the longest episode."""
+    task = TASKS["length"]
+    model = build(task, score_at="rollout_end", n_steps=4, rollout_buffer_kwargs={"complete_episodes": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a rollout may have few sequences that are complete
+        before, after = learn(model, task, iterations=40)
+    assert before < 0.35 and after > 0.9

@@ -74,7 +74,7 @@ class Positive(TextEnv):
 
 def demo_task(smoke: bool) -> Task:
     folder = demo_model(n_epochs=0.2) if smoke else demo_model()
-    return Task(folder, demo.prompts(), demo.score, demo.parses, 32, 1.5e-3, 0.05, 40_000)
+    return Task(folder, demo.prompts(), demo.score, demo.parses, 32, 1.5e-3, 0.05, 56_000)
 
 
 def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:

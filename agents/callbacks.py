@@ -157,7 +157,11 @@ class RewardCurves(BaseCallback):
         title: What stands above it.
     """
 
-    CURVES = (("reward/task", "reward"), ("kl/sequence", "KL from the reference, nats"), ("episode/length", "length, tokens"))
+    CURVES = (
+        ("reward/task", "reward"),
+        ("kl/sequence", "KL from the reference, nats"),
+        ("episode/length", "length, tokens"),
+    )
 
     def __init__(self, path: str | os.PathLike[str], title: str = "") -> None:
         super().__init__()

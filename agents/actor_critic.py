@@ -86,7 +86,7 @@ class LMActorCritic(nn.Module):
         """Return the values of observations, (B,)."""
         ids, lengths = unpack_observations(observations)
         # The last observations of a rollout go on from its cache; terminal ones, of other rows, leave it alone.
-        cache = self.rollout_cache if self.use_cache and self.rollout_cache.extends(ids, lengths) else None
+        cache = self.rollout_cache if self.use_cache and self.rollout_cache.has_rows_of(ids, lengths) else None
         return self.critic(self._read_last(ids, lengths, cache)[0])
 
     def _read_last(self, ids: Tensor, lengths: Tensor, cache: PrefixCache | None) -> tuple[Tensor, Tensor]:

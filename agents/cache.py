@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from .backbone import Backbone
+from .sequences import bucket_by_length
 
 GROWTH = 64  # columns by which a full buffer grows at least
 COMPACT_FROM = 16  # masked columns on the left that are not worth a copy
@@ -109,8 +111,9 @@ class PrefixCache:
         if not any(is_known):
             self.drop()
         self._make_room(max(counts), max((counts[row] for row in fresh), default=1) - 1)
-        if fresh:
-            self._prefill(ids, lengths, torch.tensor(fresh, device=ids.device), max(counts[row] for row in fresh) - 1)
+        for places in bucket_by_length(np.array([counts[row] - 1 for row in fresh], dtype=np.int64)):
+            similar = [fresh[place] for place in places]
+            self._prefill(ids, lengths, torch.tensor(similar, device=ids.device), counts[similar[0]] - 1)
         rows = torch.arange(len(ids), device=ids.device)
         last = ids[rows, lengths - 1][:, None]  # (B, 1)
         columns = torch.arange(self.columns + 1, device=ids.device)
@@ -120,9 +123,9 @@ class PrefixCache:
         self.ids, self.lengths, self.version = ids, lengths, self._version()
         return result
 
-    def extends(self, ids: Tensor, lengths: Tensor) -> bool:
-        """Whether every row is one read before plus a token."""
-        return bool(self._extends(ids, lengths).all())
+    def has_rows_of(self, ids: Tensor, lengths: Tensor) -> bool:
+        """Whether these rows are in the cache: at least one of as many goes on where it was left."""
+        return bool(self._extends(ids, lengths).any())
 
     def _extends(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Return which rows are the row read before plus one token, (B,) bool."""

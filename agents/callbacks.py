@@ -184,6 +184,7 @@ class RewardCurves(BaseCallback):
 
     def _on_training_end(self) -> None:
         from matplotlib.figure import Figure  # optional
+        from matplotlib.ticker import EngFormatter
 
         drawn = [curve for curve in self.CURVES if any(not math.isnan(row[curve[0]]) for row in self.history)]
         figure = Figure(figsize=(4.2 * max(len(drawn), 1), 3), layout="constrained")
@@ -191,6 +192,7 @@ class RewardCurves(BaseCallback):
         for axis, (key, label) in zip(axes, drawn, strict=False):
             axis.plot([row["tokens"] for row in self.history], [row[key] for row in self.history])
             axis.set(xlabel="tokens", title=label)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.grid(alpha=0.3)
         figure.suptitle(self.title)
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ class SequenceBatch:
     def chunks(self) -> Iterator[Chunk]:
         """Yield the batch in parts of similar length, so that little padding is read."""
         device = self.tokens.device
-        for sequences in self._buckets():
+        for sequences in bucket_by_length(self.lengths, self.micro_batch_tokens):
             local = np.full(len(self.lengths), -1)
             local[sequences] = np.arange(len(sequences))
             transitions = np.flatnonzero(local[self.rows] >= 0)
@@ -108,19 +108,26 @@ class SequenceBatch:
                 transitions,
             )
 
-    def _buckets(self) -> Iterator[np.ndarray]:
-        order = np.argsort(-self.lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            width = max(int(self.lengths[order[start]]), 1)
-            end, real = start, 0
-            while end < len(order):
-                padded = (end + 1 - start) * width
-                real += int(self.lengths[order[end]])
-                if end > start and self.micro_batch_tokens is not None and padded > self.micro_batch_tokens:
-                    break
-                if padded > MIN_BUCKET_TOKENS and real < (1 - MAX_PADDING) * padded:
-                    break
-                end += 1
-            yield order[start:end]
-            start = end
+
+def bucket_by_length(lengths: np.ndarray, max_tokens: int | None = None) -> Iterator[np.ndarray]:
+    """Yield the places of sequences in groups of similar length, the longest first.
+
+    Args:
+        lengths: Tokens of each sequence, (S,).
+        max_tokens: The most tokens of a group, padding included; a longer sequence stands alone. None for no bound.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        width = max(int(lengths[order[start]]), 1)
+        end, real = start, 0
+        while end < len(order):
+            padded = (end + 1 - start) * width
+            real += int(lengths[order[end]])
+            if end > start and max_tokens is not None and padded > max_tokens:
+                break
+            if padded > MIN_BUCKET_TOKENS and real < (1 - MAX_PADDING) * padded:
+                break
+            end += 1
+        yield order[start:end]
+        start = end

@@ -1,0 +1,104 @@
+"""Claims 1 and 2: tokens a second of a rollout, log-probabilities and values included, against `generate`.
+
+    python benchmarks/rollout.py [--quick]
+
+Both sides have the same model, prompts of 16 tokens and 64 rows. `generate` samples what we sample (no top-k), writes
+completions only, and reads each batch to its longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from work import Pairs, Row, Settings, Work, pairs, rollout, run_script
+
+LIMITS = (8, 128)  # tokens of a ragged completion, uniform
+CAP, MEAN = 128, 30  # EOS-driven: the most tokens, and about the mean
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure all rows."""
+    return [equal(settings), ragged_limits(settings), ragged_eos(settings)]
+
+
+def equal(settings: Settings) -> Row:
+    """All completions have 48 tokens."""
+    work = settings.work()
+    model = work.agent()
+    peer = generate(model, work, [])
+    result = pairs(lambda: rollout(model), lambda: peer(work.new_tokens), settings.n_pairs, settings.device)
+    return row("rollout, equal lengths, against generate", result, must=1.25)
+
+
+def ragged_limits(settings: Settings) -> Row:
+    """Each row has a limit of its own; lanes are refilled as they end, and a rollout goes on where the last stopped.
+
+    A rollout of 256 steps begins, as in training, with reading the unfinished episodes anew.
+    """
+    work = settings.work(new_tokens=LIMITS[1])
+    low, high = LIMITS if not settings.smoke else (2, 8)
+    limits = np.random.default_rng(1).integers(low, high + 1, 4096)
+    rows = [{"prompt": p, "max_new_tokens": int(n)} for p, n in zip(work.prompts(), limits, strict=True)]
+    model = work.agent(rows, n_steps=2 * work.new_tokens)
+    peer = generate(model, work, [])
+    batches = iter(np.resize(limits, (10_000, work.n_lanes)))
+
+    def one_batch() -> int:
+        own = next(batches)
+        peer(int(own.max()))
+        return int(own.sum())
+
+    rollout(model)  # into the steady state: no lane is in step with another
+    result = pairs(lambda: rollout(model), one_batch, settings.n_pairs, settings.device)
+    return row(f"rollout, limits of {low} to {high} tokens, against generate", result, must=2.0)
+
+
+def ragged_eos(settings: Settings) -> Row:
+    """A completion ends with each token at a chance of 1/30: under fresh weights one token of 30 is a stop id."""
+    work = settings.work(new_tokens=CAP)
+    stop_ids = list(range(1, max(2, work.vocab_size // MEAN)))
+    model = work.agent(stop_ids=stop_ids, n_steps=2 * work.new_tokens)
+    peer = generate(model, work, stop_ids)
+    rollout(model)
+    result = pairs(lambda: rollout(model), lambda: peer(work.new_tokens), settings.n_pairs, settings.device)
+    return row(f"rollout, ended by EOS (mean {MEAN}, cap {work.new_tokens}), against generate", result, must=2.0)
+
+
+def row(claim: str, result: Pairs, must: float) -> Row:
+    """Turn speeds into a row of the table."""
+    ours, theirs = f"{result.a:,.0f} tokens/s", f"{result.b:,.0f} tokens/s"
+    return Row(claim, ours, theirs, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
+
+
+def generate(model: PPO, work: Work, stop_ids: list[int]) -> Callable[[int], int]:
+    """Return a function that continues the next batch of prompts by up to so many tokens, and counts them."""
+    lm = model.policy.lm.backbone.model
+    lm.generation_config.eos_token_id = stop_ids or None  # None: every row runs to the limit
+    rng = np.random.default_rng(2)
+
+    def run(new_tokens: int) -> int:
+        ids = torch.as_tensor(rng.integers(1, work.vocab_size, (work.n_lanes, work.prompt_tokens)), device=work.device)
+        with torch.no_grad():
+            output = lm.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,
+            )
+        since = output[:, work.prompt_tokens :]
+        if not stop_ids:
+            return since.numel()
+        ends = torch.isin(since, torch.tensor(stop_ids, device=since.device))
+        lengths = torch.where(ends.any(dim=1), ends.long().argmax(dim=1) + 1, since.shape[1])
+        return int(lengths.sum())
+
+    return run
+
+
+if __name__ == "__main__":
+    run_script(__doc__, measure)

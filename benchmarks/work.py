@@ -1,0 +1,226 @@
+"""The work that all benchmarks share: model shape, prompts, lengths, seeds; and how two things are timed in pairs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import CallbackList
+from transformers import GPT2Config
+from transformers.utils import logging as transformers_logging
+
+from agents import make_agent
+from textenv import TextEnv
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and what it writes. The defaults are the small model that all CPU rows use."""
+
+    n_layer: int = 4
+    width: int = 256
+    n_head: int = 4
+    vocab_size: int = 5000
+    n_lanes: int = 64
+    prompt_tokens: int = 16
+    new_tokens: int = 48
+    device: str = "cpu"
+
+    def config(self) -> GPT2Config:
+        """A GPT-2 without dropout; its logits at random weights are nearly uniform."""
+        return GPT2Config(
+            n_layer=self.n_layer,
+            n_embd=self.width,
+            n_head=self.n_head,
+            vocab_size=self.vocab_size,
+            n_positions=max(256, self.prompt_tokens + self.new_tokens),
+            bos_token_id=0,
+            eos_token_id=0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+
+    def prompts(self, n: int = 4096, seed: int = 0) -> list[list[int]]:
+        """Random token ids, never twice the same prompt."""
+        return np.random.default_rng(seed).integers(1, self.vocab_size, (n, self.prompt_tokens)).tolist()
+
+    def agent(self, rows: Sequence[Any] | None = None, stop_ids: Sequence[int] = (), **kwargs: Any) -> PPO:
+        """PPO as `make_agent` builds it, on this work."""
+        env = TextEnv(
+            self.prompts() if rows is None else rows,
+            IdTokenizer(self.vocab_size),
+            reward=score,
+            score_at="done",
+            max_new_tokens=self.new_tokens,
+            stop_ids=stop_ids,
+        )
+        settings = {"n_envs": self.n_lanes, "seed": 0, "device": self.device, **kwargs}
+        return make_agent(env, self.config(), **settings)
+
+
+class IdTokenizer:
+    """Token ids as decimal numbers: prompts are given as ids, texts hardly looked at."""
+
+    eos_token_id = 0
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def score(prompt: Any, preds: Any, done: bool) -> float:
+    """A reward that costs next to nothing: the share of even tokens."""
+    return float(np.mean(preds.ids % 2 == 0))
+
+
+def rollout(model: PPO) -> int:
+    """Collect one rollout as `learn` does, from dropped caches; return its tokens."""
+    if model._last_obs is None:
+        model._setup_learn(1)
+    callback = CallbackList([])
+    callback.init_callback(model)
+    model.policy.set_training_mode(True)
+    callback.on_training_start({}, {})
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model.n_steps * model.n_envs
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    claim: str
+    ours: str
+    theirs: str
+    ratio: float | None
+    spread: str
+    target: str
+    met: bool | None
+
+    @classmethod
+    def missing(cls, claim: str, why: str, target: str) -> Row:
+        """A row for a peer that is not there; says how to get it."""
+        return cls(claim, "-", why, None, "-", target, None)
+
+
+class Pairs(NamedTuple):
+    """What alternated runs of A and B gave: work a second, and the ratios A / B pair by pair."""
+
+    a: float
+    b: float
+    ratios: list[float]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> str:
+        return f"{min(self.ratios):.2f}-{max(self.ratios):.2f}"
+
+
+def clock(device: str) -> float:
+    """Process-CPU seconds on a CPU, synchronised wall seconds on a GPU."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(run: Callable[[], float], device: str) -> tuple[float, float]:
+    """Return seconds and the amount of work that `run` says it did."""
+    start = clock(device)
+    amount = run()
+    return clock(device) - start, amount
+
+
+def pairs(a: Callable[[], float], b: Callable[[], float], n_pairs: int, device: str = "cpu") -> Pairs:
+    """Run A B A B ... after one warm-up of each; each returns the amount of work it did."""
+    a(), b()
+    speeds: list[list[float]] = [[], []]
+    for _ in range(n_pairs):
+        for run, kept in zip((a, b), speeds, strict=True):
+            seconds, amount = timed(run, device)
+            kept.append(amount / seconds)
+    ratios = [x / y for x, y in zip(*speeds, strict=True)]
+    return Pairs(statistics.median(speeds[0]), statistics.median(speeds[1]), ratios)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and where a benchmark runs."""
+
+    n_pairs: int = 5
+    device: str = "cpu"
+    smoke: bool = False
+
+    def work(self, **kwargs: Any) -> Work:
+        """The shared work; tiny where it only matters that the scripts run."""
+        tiny = {"n_layer": 1, "width": 32, "n_head": 2, "vocab_size": 64, "n_lanes": 4, "prompt_tokens": 4}
+        if self.smoke:
+            kwargs = {**tiny, **{key: value for key, value in kwargs.items() if key not in tiny}}
+            kwargs["new_tokens"] = min(kwargs.get("new_tokens", 8), 8)
+        return Work(device=self.device, **kwargs)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that every script takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two pairs instead of five")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and one pair: only to see that it runs")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (default: cpu)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    return parser
+
+
+def run_script(description: str | None, measure: Callable[[Settings], list[Row]]) -> None:
+    """What a script does when it is started: parse, measure, print, write."""
+    args = arguments(description).parse_args()
+    prepare()
+    finish(measure(settings(args)), args.json)
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """Turn the options into settings."""
+    return Settings(1 if args.smoke else 2 if args.quick else 5, args.device, args.smoke)
+
+
+def prepare() -> None:
+    """One thread, and quiet libraries."""
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+
+
+def finish(rows: Sequence[Row], path: Path | None) -> None:
+    """Print the table as Markdown, and write the rows as JSON."""
+    print(table(rows))
+    if path is not None:
+        path.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| claim | ours | peer or floor | ratio | spread | target | met |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+        met = {True: "yes", False: "NO", None: "-"}[row.met]
+        lines.append(f"| {row.claim} | {row.ours} | {row.theirs} | {ratio} | {row.spread} | {row.target} | {met} |")
+    return "\n".join(lines)
+

@@ -13,6 +13,7 @@ from .cache import PrefixCache
 from .sampling import TokenDistribution
 from .sequences import Chunk, SequenceBatch, unpack_observations
 
+MAX_LOGITS = 1 << 24  # of float32: 64 MiB
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -121,8 +122,30 @@ class LMActorCritic(nn.Module):
         return values, log_probs, entropies
 
     def _evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, distribution = self._read_chunk(chunk)
-        return self.critic(hidden), distribution.log_prob(actions), distribution.entropy()
+        with self._precision():
+            hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+        return self.critic(hidden), *self._score(hidden, logits, actions)
+
+    def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies, (N,), without ever holding logits of all N where they are many."""
+        if logits is not None:
+            distribution = TokenDistribution(logits, self.temperature)
+            return distribution.log_prob(actions), distribution.entropy()
+        n = max(1, MAX_LOGITS // self.backbone.vocab_size)
+        if len(hidden) <= n:
+            return self._score_rows(hidden, actions)
+        parts = [
+            # Logits are computed again in the backward: a head forward more, instead of several (N, V) tensors.
+            checkpoint(self._score_rows, some, taken, use_reentrant=False)
+            for some, taken in zip(hidden.split(n), actions.split(n), strict=True)
+        ]
+        log_probs, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        return log_probs, entropies
+
+    def _score_rows(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        with self._precision():
+            logits = self.backbone.logits(hidden)
+        return self._score(hidden, logits, actions)
 
     def _read_chunk(self, chunk: Chunk) -> tuple[Tensor, TokenDistribution]:
         with self._precision():
@@ -134,7 +157,7 @@ class LMActorCritic(nn.Module):
         result = actions.new_zeros(len(actions), dtype=torch.float32)
         for chunk in batch.chunks():
             places = torch.as_tensor(chunk.transitions, device=actions.device)
-            result[places] = self._read_chunk(chunk)[1].log_prob(actions[places])
+            result[places] = self._evaluate_chunk(chunk, actions[places])[1]
         return result
 
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:

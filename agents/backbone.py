@@ -175,7 +175,28 @@ class Backbone(nn.Module):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the model and read it at the places (rows, cols).
+        """Run the model and read it at the places (rows, cols); see `read`.
+
+        Returns:
+            Hidden states (N, H) and logits (N, V).
+        """
+        hidden, logits = self.read(ids, rows, cols, attention_mask, position_ids, cache)
+        return hidden, self.logits(hidden) if logits is None else logits
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (N, V) of hidden states (N, H), where the head is linear."""
+        return self.model.get_output_embeddings()(hidden)[:, : self.vocab_size]
+
+    def read(
+        self,
+        ids: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the trunk and read it at the places (rows, cols); the head is left to `logits` where it is linear.
 
         Args:
             ids: Tokens, (B, T); without a mask padded on the right, which a causal model does not see.
@@ -186,7 +207,7 @@ class Backbone(nn.Module):
             cache: Keys and values of earlier tokens; extended in place.
 
         Returns:
-            Hidden states (N, H) and logits (N, V).
+            Hidden states (N, H), and logits (N, V) where they do not follow from those, else None.
         """
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
         if attention_mask is not None:
@@ -196,12 +217,9 @@ class Backbone(nn.Module):
         if cache is not None:
             inputs["past_key_values"] = cache
         if self.head_is_linear:
-            hidden = self.model.base_model(**inputs).last_hidden_state[rows, cols]  # (N, H)
-            logits = self.model.get_output_embeddings()(hidden)
-        else:
-            output = self.model(**inputs, output_hidden_states=True)
-            hidden, logits = output.hidden_states[-1][rows, cols], output.logits[rows, cols]
-        return hidden, logits[:, : self.vocab_size]  # (N, H), (N, V)
+            return self.model.base_model(**inputs).last_hidden_state[rows, cols], None  # (N, H)
+        output = self.model(**inputs, output_hidden_states=True)
+        return output.hidden_states[-1][rows, cols], output.logits[rows, cols, : self.vocab_size]  # (N, H), (N, V)
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
         """Return the keys and values of left-padded rows, (B, T)."""

@@ -1,6 +1,6 @@
 """One PPO iteration of TRL 1.12 for each line on stdin; `iteration.py` runs it by a Python that has `trl==1.12.0`.
 
-    yes | head -3 | OMP_NUM_THREADS=1 trl-env/bin/python benchmarks/trl_peer.py '{"n_layer": 4, ...}' | cat
+    yes | head -3 | OMP_NUM_THREADS=1 trl-env/bin/python benchmarks/trl_peer.py '{"n_layer": 4, ...}'
 
 The argument holds the fields of `work.Work` and how often a rollout is trained. Each line on stdout tells what one
 iteration did and the seconds it took, so that the caller can alternate with its own; the first is the warm-up. It
@@ -58,6 +58,7 @@ class OnDemand(TrainerCallback):
         self.device = device
         self.report = report
         self.n_updates = 0
+        self.start = 0.0
 
     def count(self, *args: Any) -> None:
         self.n_updates += 1
@@ -131,7 +132,7 @@ def config(work: dict[str, Any], **kwargs: Any) -> GPT2Config:
 def settings(work: dict[str, Any]) -> PPOConfig:
     return PPOConfig(
         output_dir=tempfile.mkdtemp(),
-        # One device batch is the rollout: with `gradient_accumulation_steps` TRL would step once in so many minibatches.
+        # With `gradient_accumulation_steps` above 1, TRL steps the optimizer once in so many minibatches.
         per_device_train_batch_size=work["n_lanes"],
         gradient_accumulation_steps=1,
         num_mini_batches=work["n_minibatches"],
@@ -154,5 +155,5 @@ def settings(work: dict[str, Any]) -> PPOConfig:
 
 
 if __name__ == "__main__":
-    report, sys.stdout = sys.stdout, sys.stderr  # what TRL prints is not a report
+    report, sys.stdout = sys.stdout, open(os.devnull, "w")  # what TRL prints is not a report  # noqa: SIM115
     main(json.loads(sys.argv[1]), report)

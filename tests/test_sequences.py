@@ -6,7 +6,7 @@ import torch
 from stable_baselines3.common.vec_env import VecNormalize
 
 from agents.sequences import MAX_PADDING, MIN_BUCKET_TOKENS, SequenceBatch, unpack_observations
-from tests.models import N_TOKENS, make_policy, make_ppo, observe
+from tests.models import N_TOKENS, make_policy, make_ppo, observe, tiny
 
 
 def batch_of(lengths, seed=0, micro_batch_tokens=None) -> tuple[SequenceBatch, torch.Tensor]:
@@ -101,3 +101,21 @@ def test_values_of_sequences():
         values = policy.predict_values(batch)
         assert values.shape == (len(batch), 1)
         torch.testing.assert_close(values, policy.evaluate_actions(batch, actions)[0])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_e1_logits_in_parts_change_neither_scores_nor_gradient(family, monkeypatch):
+    """E1: the vocabulary head in parts, computed again in the backward, is the head."""
+    policy = make_policy(tiny(family))
+    observations = observe([([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([3, 1], [2])])
+    actions = torch.tensor([5, 9, 2])
+    results = []
+    for most in (1 << 24, 2 * policy.lm.backbone.vocab_size):
+        monkeypatch.setattr("agents.actor_critic.MAX_LOGITS", most)
+        policy.zero_grad()
+        scores = policy.evaluate_actions(observations, actions)
+        sum((score * score).sum() for score in scores).backward()
+        gradient = torch.cat([weight.grad.flatten() for weight in policy.parameters() if weight.grad is not None])
+        results.append([*(score.detach() for score in scores), gradient])
+    for whole, parts in zip(*results):
+        torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-5)

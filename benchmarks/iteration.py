@@ -1,0 +1,213 @@
+"""Claims 4 and 5: tokens a second of a whole PPO iteration, against TRL 1.12 and against stock Stable-Baselines3.
+
+    TRL_PYTHON=trl-env/bin/python python benchmarks/iteration.py [--quick]
+
+An iteration is rollout, reward function and update (4 epochs of 4 minibatches), ours as `learn` runs it. TRL has the
+same model, prompts, reward function and KL penalty, and a critic of its own, since it knows no shared one. Stock SB3
+has our policy without cache and its own `RolloutBuffer`, in which each token is a sample; no KL on either side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.utils import configure_logger
+from work import Pairs, Row, Settings, Work, run_script, timed
+
+from agents import KLPenalty, LMPolicy
+from textenv.episode import PADDING, SEPARATOR
+
+N_EPOCHS = 4
+SEQUENCES = 16  # of a minibatch
+KL_COEF = 0.05
+N_SAMPLED_STEPS = 3  # of the slow rollout: near its start, middle and end
+INSTALL = "python -m venv trl-env && trl-env/bin/pip install trl==1.12.0, then set TRL_PYTHON=trl-env/bin/python"
+
+
+class Done(NamedTuple):
+    """What an iteration did, and the seconds it took."""
+
+    tokens: int
+    optimizer_steps: int
+    seconds: float
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure all rows."""
+    stock = [stock_sb3(settings, 16, 48, must=30), stock_sb3(settings, 64, 128, must=100)]
+    return [against_trl(settings), *stock]
+
+
+def against_trl(settings: Settings) -> Row:
+    """Alternate iterations of ours with iterations of TRL, which waits in a process of its own."""
+    claim, must = "PPO iteration with KL, shared critic, against TRL 1.12", 2.0
+    python = os.environ.get("TRL_PYTHON", "")
+    if not has_trl(python):
+        return Row.missing(claim, INSTALL, f">= {must}x")
+    work = settings.work()
+    model = agent(work)
+    KLPenalty(KL_COEF).attach(model)
+    with trl(python, work) as peer:
+        result, done = alternate(ours(model, work.device), peer, settings.n_pairs)
+    ours_text = f"{result.a:,.0f} tokens/s; {done.tokens:,} tokens, {done.optimizer_steps} optimizer steps each"
+    theirs_text = f"{result.b:,.0f} tokens/s; critic of its own"
+    return Row(claim, ours_text, theirs_text, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
+
+
+def stock_sb3(settings: Settings, prompt_tokens: int, new_tokens: int, must: float) -> Row:
+    """Alternate iterations of ours with a part of stock SB3's."""
+    work = settings.work(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    slow = StockPart(work)
+    result, _ = alternate(ours(agent(work), work.device), slow, settings.n_pairs)
+    claim = f"PPO iteration, P{work.prompt_tokens} T{work.new_tokens}, against SB3 with one sample a token"
+    share = f"extrapolated from {slow.share:.1%} of rollout, {slow.share / N_EPOCHS:.1%} of update"
+    texts = f"{result.a:,.0f} tokens/s", f"{result.b:,.1f} tokens/s; {share}"
+    return Row(claim, *texts, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
+
+
+def agent(work: Work) -> PPO:
+    """Ours, with as many minibatches as the peers."""
+    return work.agent(n_epochs=N_EPOCHS, batch_size=work.n_lanes * work.new_tokens // n_minibatches(work))
+
+
+def n_minibatches(work: Work) -> int:
+    return max(1, work.n_lanes // SEQUENCES)
+
+
+def ours(model: PPO, device: str) -> Callable[[], Done]:
+    """Return a function that runs one iteration by `learn`."""
+    updates: list[None] = []
+    model.policy.optimizer.register_step_post_hook(lambda *_: updates.append(None))
+
+    def iteration() -> Done:
+        tokens, steps = model.num_timesteps, len(updates)
+        size = model.n_steps * model.n_envs
+        seconds, _ = timed(lambda: model.learn(size, reset_num_timesteps=False, log_interval=None) and 0, device)
+        return Done(model.num_timesteps - tokens, len(updates) - steps, seconds)
+
+    return iteration
+
+
+def alternate(a: Callable[[], Done], b: Callable[[], Done], n_pairs: int) -> tuple[Pairs, Done]:
+    """Run A B A B ... after one warm-up of each, make sure that both do the same, and compare their speeds."""
+    a(), b()
+    speeds: list[tuple[float, float]] = []
+    for _ in range(n_pairs):
+        one, other = a(), b()
+        assert one[:2] == other[:2], f"Expected the same tokens and optimizer steps, got {one[:2]} and {other[:2]}."
+        speeds.append((one.tokens / one.seconds, other.tokens / other.seconds))
+    medians = [statistics.median(side) for side in zip(*speeds, strict=True)]
+    return Pairs(*medians, [x / y for x, y in speeds]), one
+
+
+def has_trl(python: str) -> bool:
+    """Whether this interpreter is there, with the TRL that is asked for."""
+    code = "from importlib.metadata import version; assert version('trl') == '1.12.0'"
+    try:
+        return bool(python) and subprocess.run([python, "-c", code], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@contextmanager
+def trl(python: str, work: Work) -> Iterator[Callable[[], Done]]:
+    """Start TRL and give a function that lets it run one iteration."""
+    task = {**asdict(work), "n_epochs": N_EPOCHS, "n_minibatches": n_minibatches(work), "kl_coef": KL_COEF}
+    command = [python, str(Path(__file__).with_name("trl_peer.py")), json.dumps(task)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment.pop("PYTHONPATH", None)
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+
+        def iteration() -> Done:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("next\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"TRL ended with exit code {process.wait()}; its own message is above.")
+            report = json.loads(line)
+            return Done(report["tokens"], report["optimizer_steps"], report["seconds"])
+
+        yield iteration  # its stdin is closed after that, and it ends
+
+
+class StockPart:
+    """A part of an iteration of PPO with SB3's `RolloutBuffer`, scaled to the whole.
+
+    Three steps of the rollout, of all lanes, at 1/6, 3/6 and 5/6 of the completion: so they read as many tokens as the
+    average step. Then as many samples as these steps have, of completions of all lengths, in one update of one epoch by
+    `PPO.train`. Stepping the env, and computing rewards and advantages, are not counted.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.n_steps = min(N_SAMPLED_STEPS, work.new_tokens)
+        self.share = self.n_steps / work.new_tokens
+        self.rng = np.random.default_rng(3)
+        # Ours gives the env. Stock PPO is built for the sampled steps: one minibatch, all of them.
+        self.model = PPO(
+            LMPolicy,
+            work.agent().env,
+            n_steps=self.n_steps,
+            batch_size=self.n_steps * work.n_lanes,
+            n_epochs=1,
+            learning_rate=1e-5,
+            policy_kwargs={"lm": work.config(), "cache": False},
+            seed=0,
+            device=work.device,
+        )
+        self.model.set_logger(configure_logger(verbose=0))
+
+    def __call__(self) -> Done:
+        rollout, _ = timed(self.rollout, self.work.device)
+        self.fill()
+        update, _ = timed(lambda: self.model.train() or 0, self.work.device)
+        seconds = (rollout + N_EPOCHS * update) / self.share
+        return Done(self.work.n_lanes * self.work.new_tokens, N_EPOCHS * n_minibatches(self.work), seconds)
+
+    def rollout(self) -> int:
+        """Decode the sampled steps, as `collect_rollouts` does."""
+        self.model.policy.set_training_mode(False)
+        for step in range(self.n_steps):
+            since = int((step + 0.5) / self.share)
+            observations = self.observations(np.full(self.work.n_lanes, since))
+            with torch.no_grad():
+                self.model.policy(self.model.policy.obs_to_tensor(observations)[0])
+        return self.n_steps
+
+    def fill(self) -> None:
+        """Fill the buffer with samples of all lengths; what the numbers are takes no time."""
+        buffer, n_lanes = self.model.rollout_buffer, self.work.n_lanes
+        buffer.reset()
+        lengths = np.linspace(0, self.work.new_tokens - 1, self.n_steps * n_lanes).astype(int)
+        zeros = torch.zeros(n_lanes)
+        for since in self.rng.permutation(lengths).reshape(self.n_steps, n_lanes):
+            actions = self.rng.integers(1, self.work.vocab_size, (n_lanes, 1))
+            log_probs = torch.full((n_lanes,), -float(np.log(self.work.vocab_size)))
+            rewards = self.rng.normal(size=n_lanes)
+            buffer.add(self.observations(since), actions, rewards, np.zeros(n_lanes), zeros, log_probs)
+        buffer.compute_returns_and_advantage(zeros, np.zeros(n_lanes))
+
+    def observations(self, since: np.ndarray) -> np.ndarray:
+        """Observations of random prompts and so many tokens since, (B, L)."""
+        width = self.work.prompt_tokens + 1 + self.work.new_tokens
+        rows = self.rng.integers(1, self.work.vocab_size, (len(since), width))
+        rows[:, self.work.prompt_tokens] = SEPARATOR
+        rows[np.arange(width) > self.work.prompt_tokens + since[:, None]] = PADDING
+        return rows
+
+
+if __name__ == "__main__":
+    run_script(__doc__, measure)

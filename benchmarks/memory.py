@@ -1,0 +1,159 @@
+"""Claim 7: bytes a token in the rollout buffer, and by how much an update raises the peak of memory.
+
+    python benchmarks/memory.py [--smoke]
+
+The buffer is fed made-up observations of 4,096 columns over 151,936 tokens; all arrays it holds are counted, each
+once. The update runs in a process of its own, with a model that is nearly all head. On a CPU its peak is the kernel's
+(Linux), on CUDA the allocator's. Nothing here is timed: one run gives the figure.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from work import Row, Settings, Work, prepare, rollout, run_script
+
+from agents import SequenceRolloutBuffer
+from textenv.episode import PADDING, SEPARATOR
+
+VOCABULARY, COLUMNS, PROMPT_TOKENS = 151_936, 4096, 64
+SHAPES = ((4031, 8), (128, 64))  # steps and lanes: completions that fill the columns, and a short rollout
+MOST_BYTES = 64
+MOST_GROWTH = 0.25  # of a float32 [tokens, V] tensor
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure all rows."""
+    shapes = ((60, 4), (30, 8)) if settings.smoke else SHAPES
+    columns = 128 if settings.smoke else COLUMNS
+    rows = [row for n_steps, n_lanes in shapes for row in buffer_rows(n_steps, n_lanes, columns, settings.device)]
+    return [*rows, peak_row(settings)]
+
+
+def buffer_rows(n_steps: int, n_lanes: int, columns: int, device: str) -> list[Row]:
+    """Count after the last step of a rollout, and with a minibatch in hand."""
+    buffer = SequenceRolloutBuffer(
+        n_steps,
+        spaces.Box(SEPARATOR, VOCABULARY - 1, (columns,), np.int64),
+        spaces.Discrete(VOCABULARY),
+        device,
+        n_envs=n_lanes,
+        normalize_advantage=True,
+    )
+    buffer.reset()
+    feed(buffer, columns, torch.device(device))
+    n_tokens = n_steps * n_lanes
+    counts = {"collecting": n_bytes([vars(buffer)])}
+    buffer.compute_returns_and_advantage(torch.zeros(n_lanes, device=device), np.zeros(n_lanes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few sequences
+        counts["update"] = max(n_bytes([vars(buffer), vars(s.observations), s]) for s in buffer.get(n_tokens // 4))
+    return [
+        Row(
+            f"buffer, {n_steps:,} steps of {n_lanes} lanes, L={columns:,}, {phase}",
+            f"{count / n_tokens:.1f} bytes/token",
+            f"{MOST_BYTES} bytes/token",
+            count / n_tokens / MOST_BYTES,
+            "-",
+            "<= 1.00 (less is better)",
+            count / n_tokens <= MOST_BYTES,
+        )
+        for phase, count in counts.items()
+    ]
+
+
+def feed(buffer: SequenceRolloutBuffer, columns: int, device: torch.device) -> None:
+    """Fill the buffer as SB3 does, with ragged completions: observations are fresh arrays in each step."""
+    rng = np.random.default_rng(0)
+    n_prompt = min(PROMPT_TOKENS, columns // 4)
+    longest = min(buffer.buffer_size, columns - n_prompt - 1)
+    observations = np.full((buffer.n_envs, columns), PADDING, dtype=np.int64)
+    ends, lengths = np.zeros(buffer.n_envs, dtype=int), np.zeros(buffer.n_envs, dtype=int)
+    for _ in range(buffer.buffer_size):
+        starts = lengths == ends
+        for lane in np.flatnonzero(starts):
+            observations[lane] = PADDING
+            observations[lane, :n_prompt] = rng.integers(0, VOCABULARY, n_prompt)
+            observations[lane, n_prompt] = SEPARATOR
+            lengths[lane], ends[lane] = 0, rng.integers(longest // 2, longest) + 1
+        actions = rng.integers(0, VOCABULARY, buffer.n_envs)
+        numbers = torch.zeros(buffer.n_envs, device=device)
+        buffer.add(observations.copy(), actions[:, None], numbers.cpu().numpy(), starts, numbers[:, None], numbers + 0)
+        observations[np.arange(buffer.n_envs), n_prompt + 1 + lengths] = actions
+        lengths += 1
+
+
+def n_bytes(things: Iterable[Any]) -> int:
+    """Return the bytes of all arrays and tensors in nested containers; what shares memory is counted once."""
+    blocks: dict[int, int] = {}
+
+    def visit(thing: Any) -> None:
+        if isinstance(thing, np.ndarray):
+            while isinstance(thing.base, np.ndarray):
+                thing = thing.base
+            blocks[thing.ctypes.data] = max(thing.nbytes, blocks.get(thing.ctypes.data, 0))
+        elif isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            blocks[storage.data_ptr()] = max(storage.nbytes(), blocks.get(storage.data_ptr(), 0))
+        elif isinstance(thing, (dict, list, tuple)):
+            for part in thing.values() if isinstance(thing, dict) else thing:
+                visit(part)
+
+    visit(list(things))
+    return sum(blocks.values())
+
+
+def peak_row(settings: Settings) -> Row:
+    """Run an update of one minibatch in a fresh process."""
+    work = settings.work(n_layer=1, width=32, n_head=2, vocab_size=VOCABULARY, n_lanes=64, new_tokens=64)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        growth = pool.submit(peak_growth, work).result()
+    n_tokens = work.n_lanes * work.new_tokens
+    tensor = 4 * n_tokens * work.vocab_size
+    return Row(
+        f"update, growth of the peak, V={work.vocab_size:,}, {n_tokens:,} tokens a minibatch",
+        f"{growth / 1e9:.2f} GB",
+        f"{tensor / 1e9:.2f} GB (one float32 [tokens, V])",
+        growth / tensor,
+        "-",
+        f"<= {MOST_GROWTH} (less is better)",
+        growth / tensor <= MOST_GROWTH,
+    )
+
+
+def peak_growth(work: Work) -> int:
+    """Return by how many bytes the second update raises the peak over what is resident before it."""
+    prepare()
+    model = work.agent(n_epochs=1, batch_size=work.n_lanes * work.new_tokens)
+    rollout(model)
+    model.train()  # libraries load, the optimizer makes its state
+    gc.collect()
+    if work.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model.train()
+        return torch.cuda.max_memory_allocated() - before
+    # The process's own, and since now: `ru_maxrss` starts at the peak of the process that started this one.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    model.train()
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """Return a line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    run_script(__doc__, measure)

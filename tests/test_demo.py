@@ -1,6 +1,5 @@
 """The built-in corpus: writer, recogniser, score, prompts and vocabulary say the same of one grammar."""
 
-import doctest
 
 import numpy as np
 import pytest
@@ -19,9 +18,6 @@ def share(hits) -> float:
     hits = list(hits)
     return sum(hits) / len(hits)
 
-
-def test_the_docstrings_examples_hold():
-    assert doctest.testmod(demo).failed == 0
 
 
 def test_every_review_parses(corpus):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .cache import PrefixCache
-from .sampling import TokenDistribution
+from .sampling import TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, unpack_observations
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
@@ -129,8 +129,7 @@ class LMActorCritic(nn.Module):
     def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies, (N,), without ever holding logits of all N where they are many."""
         if logits is not None:
-            distribution = TokenDistribution(logits, self.temperature)
-            return distribution.log_prob(actions), distribution.entropy()
+            return score_tokens(logits, actions, self.temperature)
         n = max(1, MAX_LOGITS // self.backbone.vocab_size)
         if len(hidden) <= n:
             return self._score_rows(hidden, actions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Categorical
@@ -64,3 +66,42 @@ class TokenDistribution:
     def distribution(self) -> Categorical:
         """The same as a torch distribution, as SB3's `CategoricalDistribution.distribution`."""
         return Categorical(logits=self.log_probabilities)
+
+
+def score_tokens(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and entropies of `TokenDistribution(logits, temperature)`, with a lean backward.
+
+    The same numbers and gradients in about half the passes over the vocabulary: one tensor of (N, V) is kept for the
+    backward, and the gradient of both is written in one expression.
+
+    Args:
+        logits: (N, V).
+        actions: The tokens taken, (N,).
+        temperature: Divides the logits.
+
+    Returns:
+        Log-probabilities and entropies, (N,) float32, in nats.
+    """
+    log_probs, entropies = _ScoreTokens.apply(logits, actions, temperature)
+    return log_probs, entropies
+
+
+class _ScoreTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, actions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        log_probabilities = torch.log_softmax(logits.float() / temperature, dim=-1)  # (N, V)
+        entropies = -torch.einsum("nv,nv->n", log_probabilities.exp(), log_probabilities)
+        ctx.save_for_backward(log_probabilities, actions, entropies)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return log_probabilities.gather(-1, actions[:, None]).squeeze(-1), entropies
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        by_log_prob, by_entropy = gradients  # (N,), (N,)
+        log_probabilities, actions, entropies = ctx.saved_tensors
+        # d log p(a) / d logits = onehot(a) - p;  d H / d logits = -p (log p + H)
+        result = log_probabilities * -by_entropy[:, None]
+        result -= (by_log_prob + by_entropy * entropies)[:, None]
+        result *= log_probabilities.exp()
+        result.scatter_add_(-1, actions[:, None], by_log_prob[:, None])
+        return (result / ctx.temperature).to(ctx.dtype), None, None

@@ -3,8 +3,8 @@
     python benchmarks/growth.py [--quick]
 
 A small model (2 layers, width 64), so that what is not arithmetic shows. The update reads minibatches of 1,024 tokens.
-One row has a target: from 16 to 512 generated tokens, at equal tokens a minibatch, the update of a token may grow by no
-more than attention's own share, counted by hand in multiplications; see `bound`.
+One row has a target: from 16 to 512 generated tokens, behind a prompt of one and at equal tokens a minibatch, the
+update of a token may grow by no more than attention's own share, counted by hand in multiplications; see `bound`.
 """
 
 from __future__ import annotations
@@ -88,20 +88,22 @@ def panel_row(name: str, points: list[Point]) -> Row:
 def draw(panels: dict[str, list[Point]], path: Path) -> None:
     """Draw a panel for each axis, with a line for the rollout and one for the update."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (name, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    grid = figure.subplots(1, len(panels), sharey=True)
+    grid[0].set_ylabel("µs a token")
+    for axes, (name, points) in zip(grid, panels.items(), strict=True):
         for what, marker in (("rollout", "o"), ("update", "s")):
             axes.loglog([p.x for p in points], [getattr(p, what) for p in points], marker=marker, label=what)
         axes.set_xlabel(name)
-        axes.set_ylabel("µs a token")
-        axes.set_ylim(bottom=1)
+        axes.set_xticks([p.x for p in points], [f"{p.x:,}" for p in points])
+        axes.set_xticks([], minor=True)
         axes.grid(True, which="major", alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def length_row(settings: Settings) -> Row:
-    """The update at short and long completions, in turns."""
-    shapes = [{**SHAPE, "new_tokens": n, "n_lanes": TOKENS // n} for n in (SHORT, LONG)]
+    """The update at short and long completions, in turns; longer prompts would make the short ones dear."""
+    shapes = [{**SHAPE, "prompt_tokens": 1, "new_tokens": n, "n_lanes": TOKENS // n} for n in (SHORT, LONG)]
     works = [settings.work(**shape) for shape in shapes]
     models = [agent(work, TOKENS // 4) for work in works]
     for model in models:
@@ -125,10 +127,10 @@ def bound(short: Work, long: Work) -> float:
 
 
 def multiplications(work: Work) -> float:
-    """Trunk and attention at all positions, the head at generated ones; attention in full squares, as it is read."""
+    """Of a forward: trunk and attention at all positions, the head at generated ones, for each of these."""
     n_positions = work.prompt_tokens + work.new_tokens
     trunk = 12 * work.width**2  # a layer: 4 of the attention's own maps, 8 of the feed-forward part
-    attention = 2 * n_positions * work.width  # a layer: scores and their weighted sum
+    attention = 2 * work.width * n_positions / 2  # a layer: scores and their sum, over what is to the left: half
     in_trunk = work.n_layer * (trunk + attention) * n_positions / work.new_tokens
     return in_trunk + work.width * work.vocab_size
 

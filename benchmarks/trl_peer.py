@@ -102,7 +102,6 @@ def main(work: dict[str, Any], report: Any) -> None:
         reward_model=reward,
         value_model=GPT2ForSequenceClassification(config(work, num_labels=1)),
         train_dataset=Dataset.from_dict({"input_ids": prompts.tolist()}),
-        eval_dataset=Dataset.from_dict({"input_ids": prompts[:1].tolist()}),  # demanded, not used
         data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
         callbacks=[callback],
     )

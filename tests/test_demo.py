@@ -1,6 +1,5 @@
 """The built-in corpus: writer, recogniser, score, prompts and vocabulary say the same of one grammar."""
 
-
 import numpy as np
 import pytest
 
@@ -17,7 +16,6 @@ def corpus() -> list[str]:
 def share(hits) -> float:
     hits = list(hits)
     return sum(hits) / len(hits)
-
 
 
 def test_every_review_parses(corpus):

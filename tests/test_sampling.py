@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.sampling import TokenDistribution
+from agents.sampling import TokenDistribution, score_tokens
 from agents.sequences import SequenceBatch, unpack_observations
 from tests.models import N_ROWS, N_TOKENS, collect, make_policy, make_ppo, observe, tiny
 
@@ -244,3 +244,22 @@ def test_a_batch_is_scored_in_its_own_order():
         alone = torch.cat([policy.lm.log_probs(single, actions[[i]]) for single, i in zip(singles, order)])
         for scored in (policy.lm.log_probs(batch, actions[order]), policy.evaluate_actions(batch, actions[order])[1]):
             torch.testing.assert_close(scored, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_with_a_lean_backward_are_those_of_the_distribution(temperature):
+    """The fast path and its slow twin: values, and gradients of any mixture of the two."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(6, 11, generator=generator)
+    actions = torch.randint(11, (6,), generator=generator)
+    weights = torch.randn(2, 6, generator=generator)
+    results = []
+    for fast in (True, False):
+        given = logits.clone().requires_grad_()
+        distribution = TokenDistribution(given, temperature)
+        slow = distribution.log_prob(actions), distribution.entropy()
+        scores = score_tokens(given, actions, temperature) if fast else slow
+        (weights[0] * scores[0] + weights[1] * scores[1]).sum().backward()
+        results.append((*scores, given.grad))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

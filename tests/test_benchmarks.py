@@ -1,0 +1,82 @@
+"""The benchmarks: their arithmetic by hand, and that all scripts run."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def work(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import work
+
+    return work
+
+
+def test_pairs_by_hand(work, monkeypatch):
+    """A takes 1, 2 and 4 s for 8 pieces of work, B always 2 s for 4: speeds 8, 4, 2 and 2, 2, 2."""
+    now = itertools.accumulate(itertools.chain.from_iterable((0, a, 0, 2) for a in (1, 2, 4)))
+    monkeypatch.setattr(work, "clock", lambda device: next(now))
+    calls = []
+
+    def piece(name, amount):
+        calls.append(name)
+        return amount
+
+    result = work.pairs(lambda: piece("a", 8), lambda: piece("b", 4), n_pairs=3)
+    assert "".join(calls) == "ab" * 4  # a warm-up, then in turns
+    assert (result.a, result.b) == (4, 2)
+    assert result.ratios == [4, 2, 1]
+    assert (result.ratio, result.spread) == (2, "1.00-4.00")
+
+
+def test_table_by_hand(work):
+    row = work.Row("speed", "3 tokens/s", "2 tokens/s", 1.5, "1.40-1.60", ">= 1.25x", True)
+    rows = [row, row._replace(ratio=1.0, met=False), work.Row.missing("peer", "pip install peer", ">= 2x")]
+    assert work.table(rows).splitlines()[2:] == [
+        "| speed | 3 tokens/s | 2 tokens/s | 1.50 | 1.40-1.60 | >= 1.25x | yes |",
+        "| speed | 3 tokens/s | 2 tokens/s | 1.00 | 1.40-1.60 | >= 1.25x | NO |",
+        "| peer | - | pip install peer | - | - | >= 2x | - |",
+    ]
+
+
+def test_attentions_share_by_hand(work):
+    """One layer of width 2 and 3 tokens: a trunk of 48 a position, and twice the positions for attention."""
+    import growth
+
+    shape = {"n_layer": 1, "width": 2, "vocab_size": 3, "prompt_tokens": 1}
+    short, long = (work.Work(**shape, new_tokens=n) for n in (1, 2))
+    assert growth.multiplications(short) == (48 + 2 * 2) * 2 / 1 + 2 * 3
+    assert growth.multiplications(long) == (48 + 2 * 3) * 3 / 2 + 2 * 3
+
+
+@pytest.mark.slow
+def test_all_scripts_run(tmp_path):
+    path = tmp_path / "rows.json"
+    result = subprocess.run(
+        [sys.executable, "benchmarks/run.py", "--quick", "--smoke", "--json", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^Commit \w+; Python 3", result.stdout)
+    rows = json.loads(path.read_text())
+    for claim in ("rollout, ", "update, equal", "update, growth", "update of a token", "SB3, env", "buffer, "):
+        mine = [row for row in rows if row["claim"].startswith(claim)]
+        assert mine, claim
+        for row in mine:
+            assert row["ratio"] > 0
+            assert re.search(r"\d", row["ours"]) and re.search(r"\d", row["theirs"])
+    assert sum(row["target"] == "drawn in growth.png" for row in rows) == 3

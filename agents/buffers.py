@@ -193,6 +193,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.dones = np.asarray(dones, dtype=bool)
         for lane in range(self.n_envs):
             self._close_segment(lane, self.buffer_size, is_finished=bool(self.dones[lane]))
+        self._last_observations = self.observations  # all that is needed of them is in the segments
         missing = [name for name in self.expected_steps if name not in map(step_name, self.before_returns)]
         if missing:
             raise RuntimeError(

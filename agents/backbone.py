@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.activations import NewGELUActivation
 
 PROBE_LENGTH = 4
 PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
@@ -120,6 +121,18 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def fuse_activations(model: nn.Module) -> None:
+    """Replace GPT-2's activation, written out in eight operations, by PyTorch's own of the same formula.
+
+    The tanh approximation of GELU (Hendrycks & Gimpel, 2016): equal up to rounding, without weights, and about a
+    quarter of a small model's time less.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
 class Backbone(nn.Module):
     """A causal language model, read as hidden states and logits at chosen places.
 
@@ -147,6 +160,7 @@ class Backbone(nn.Module):
         self.model = model
         self.check_length(n_positions)
         disable_dropout(model)
+        fuse_activations(model)
         self.vocab_size = vocab_size
         self.head_is_linear = True
         self._probe()

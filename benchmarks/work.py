@@ -91,13 +91,18 @@ def score(prompt: Any, preds: Any, done: bool) -> float:
     return float(np.mean(preds.ids % 2 == 0))
 
 
-def rollout(model: PPO) -> int:
-    """Collect one rollout as `learn` does, from dropped caches; return its tokens."""
+def rollout(model: PPO, keep_cache: bool = False) -> int:
+    """Collect one rollout as `learn` does; return its tokens.
+
+    An update drops the cached keys and values, so that a rollout begins with reading unfinished episodes anew.
+    `keep_cache` leaves that out: the steady state inside a long rollout.
+    """
     if model._last_obs is None:
         model._setup_learn(1)
     callback = CallbackList([])
     callback.init_callback(model)
-    model.policy.set_training_mode(True)
+    if not keep_cache:
+        model.policy.set_training_mode(True)
     callback.on_training_start({}, {})
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     return model.n_steps * model.n_envs

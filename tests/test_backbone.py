@@ -1,5 +1,6 @@
 """What a language model is built from, what is refused, and what the probe at construction finds out."""
 
+import copy
 import pickle
 import shutil
 import warnings
@@ -9,9 +10,10 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, T5Config
+from transformers.activations import NewGELUActivation
 
 from agents import LMPolicy, Pretrained
-from agents.backbone import Backbone, build_model
+from agents.backbone import Backbone, build_model, fuse_activations
 from tests.models import LENGTH, N_TOKENS, CheckRatio, make_policy, make_ppo, observe, tiny
 
 ROWS = observe([([1, 2, 3], [4]), ([5], [6, 7, 8])])
@@ -286,3 +288,19 @@ def test_the_probe_leaves_no_hook_and_the_mode_as_it_was():
     model.train()
     backbone = Backbone(model, N_TOKENS, LENGTH - 1)
     assert backbone.model.training
+
+
+def test_the_fused_activation_is_the_models_own():
+    """The fast path and its slow twin: the logits and gradients of GPT-2 as transformers writes it."""
+    model = build_model(tiny("gpt2")).eval()
+    twin = copy.deepcopy(model)
+    fuse_activations(model)
+    assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    ids, results = torch.tensor([[1, 2, 3, 4]]), []
+    for one in (model, twin):
+        logits = one(input_ids=ids).logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), next(one.parameters()).grad))
+    for fused, written_out in zip(*results):
+        torch.testing.assert_close(fused, written_out, atol=1e-5 * float(written_out.abs().max()), rtol=1e-5)

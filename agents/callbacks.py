@@ -123,6 +123,7 @@ class SampleTable(BaseCallback):
         for output in self.logger.output_formats:
             if isinstance(output, TensorBoardOutputFormat):
                 output.writer.add_text("samples", page, self.model.num_timesteps)
+                output.writer.flush()  # after training nothing else would
 
 
 def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:

@@ -180,21 +180,9 @@ class Backbone(nn.Module):
         """Where the model lives."""
         return self.model.device
 
-    def forward(
-        self,
-        ids: Tensor,
-        rows: Tensor,
-        cols: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the model and read it at the places (rows, cols); see `read`.
-
-        Returns:
-            Hidden states (N, H) and logits (N, V).
-        """
-        hidden, logits = self.read(ids, rows, cols, attention_mask, position_ids, cache)
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return hidden states (N, H) and logits (N, V); the inputs are those of `read`."""
+        hidden, logits = self.read(*inputs)
         return hidden, self.logits(hidden) if logits is None else logits
 
     def logits(self, hidden: Tensor) -> Tensor:

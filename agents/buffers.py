@@ -157,23 +157,25 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """Add one step of all lanes; values and log-probabilities stay on their device until the rollout ends."""
         if self.pos > 0:
             before = self._last_observations
+            now = obs[:, : before.shape[1]]
             # After `learn` was broken off inside a rollout, SB3 goes on with observations that the env has left behind.
-            goes_on = ((obs == before) | (before == PADDING)).all(axis=1) & (np.asarray(episode_start) == 0)
+            goes_on = ((now == before) | (before == PADDING)).all(axis=1) & (np.asarray(episode_start) == 0)
             for lane in np.flatnonzero(~goes_on):
                 self._close_segment(int(lane), self.pos, is_finished=True)
         self.actions[self.pos] = np.asarray(action).reshape(self.n_envs)
         self.rewards[self.pos] = reward
         self.episode_starts[self.pos] = episode_start
-        self.cols[self.pos] = (obs >= 0).sum(axis=1) - 1
+        lengths = (obs >= 0).sum(axis=1)
+        self.cols[self.pos] = lengths - 1
         self._device_values.append(value.detach().flatten())
         self._device_log_probs.append(log_prob.detach().flatten())
-        self._last_observations = obs
+        self._last_observations = obs[:, : lengths.max() + 1].astype(np.int32)  # the separator is one more
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
     def _close_segment(self, lane: int, end: int, is_finished: bool) -> None:
         row = self._last_observations[lane]
-        segment = Segment(lane, int(self._starts[lane]), end, row[row >= 0].astype(np.int32), is_finished)
+        segment = Segment(lane, int(self._starts[lane]), end, row[row >= 0], is_finished)
         self.segments.append(segment)
         self._starts[lane] = end
 
@@ -223,30 +225,32 @@ class SequenceRolloutBuffer(RolloutBuffer):
         return torch.as_tensor(padded, device=self.device), lengths
 
     def _collect(self) -> None:
-        """Gather what is to be trained: sequences and their transitions, flat."""
-        sequences, parts = [], []
+        """Choose the sequences that are to be trained; their numbers stay where they are until a minibatch is made."""
+        self._trained: list[Segment] = []
+        self._joined: dict[int, Transitions] = {}  # by place in `_trained`: what waited, and the end of its episode
         for segment in self.segments:
-            part = self._transitions(segment)
             if self.complete_episodes:
+                part = self._transitions(segment)
                 earlier = self.waiting.pop(segment.lane, None)
                 if earlier is not None and not self.episode_starts[segment.start, segment.lane]:
-                    part = self._join(earlier, part)
+                    part = self._joined[len(self._trained)] = self._join(earlier, part)
                 if not segment.is_finished:
-                    self.waiting[segment.lane] = part
+                    self.waiting[segment.lane] = Transitions(*(array.copy() for array in part))
+                    self._joined.pop(len(self._trained), None)
                     continue
-            sequences.append(segment.tokens)
-            parts.append(part)
-        self._sequences = sequences
-        self._counts = np.array([len(part.actions) for part in parts], dtype=np.int64)
-        self._flat = Transitions(*map(np.concatenate, zip(*parts, strict=True))) if parts else None
-        if self.normalize_advantage and self._flat is not None and self._flat.advantages.size > 1:
-            advantages = self._flat.advantages
-            normal = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
-            self._flat = self._flat._replace(advantages=normal.astype(np.float32))
+            self._trained.append(segment)
+        self._counts = np.array([len(self._part(i).actions) for i in range(len(self._trained))], dtype=np.int64)
+        self._mean, self._deviation = 0.0, 1.0
+        if self.normalize_advantage and self._counts.sum() > 1:
+            advantages = np.concatenate([self._part(i).advantages for i in range(len(self._trained))])
+            self._mean, self._deviation = advantages.mean(), advantages.std(ddof=1) + np.float32(1e-8)
+
+    def _part(self, sequence: int) -> Transitions:
+        return self._joined.get(sequence) or self._transitions(self._trained[sequence])
 
     def _transitions(self, segment: Segment) -> Transitions:
         place = (slice(segment.start, segment.end), segment.lane)
-        return Transitions(*(getattr(self, name)[place].copy() for name in Transitions._fields))
+        return Transitions(*(getattr(self, name)[place] for name in Transitions._fields))
 
     def _join(self, earlier: Transitions, later: Transitions) -> Transitions:
         """Put the waiting part of an episode in front, and carry the advantages on into it."""
@@ -270,27 +274,21 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """
         assert self.full, "the rollout is not complete"
         groups = self._groups(self._n_minibatches(batch_size))
-        if not self.generator_ready:
-            self._prepare()
-        ends = self._counts.cumsum()
-        for group in groups:
-            places = np.concatenate([np.arange(ends[i] - self._counts[i], ends[i]) for i in group])
-            rows = np.repeat(np.arange(len(group)), self._counts[group])
-            index = torch.as_tensor(places, device=self.device)
-            tokens, lengths = self._pad([self._sequences[i] for i in group])
-            assert self._flat is not None, "checked by _n_minibatches"
-            yield SequenceSamples(
-                SequenceBatch(tokens, lengths, rows, self._flat.cols[places], self.micro_batch_tokens),
-                self._tensors[0][index].long(),
-                *(tensor[index] for tensor in self._tensors[1:]),
-            )
-
-    def _prepare(self) -> None:
-        assert self._flat is not None
-        flat = self._flat
-        arrays = (flat.actions, flat.values, flat.log_probs, flat.advantages, flat.returns)
-        self._tensors = [torch.as_tensor(array, device=self.device) for array in arrays]
         self.generator_ready = True
+        for group in groups:
+            yield self._samples(group)
+
+    def _samples(self, group: np.ndarray) -> SequenceSamples:
+        part = Transitions(*map(np.concatenate, zip(*(self._part(i) for i in group), strict=True)))
+        rows = np.repeat(np.arange(len(group)), self._counts[group])
+        tokens, lengths = self._pad([self._trained[i].tokens for i in group])
+        advantages = (part.advantages - self._mean) / self._deviation
+        numbers = (part.values, part.log_probs, advantages.astype(np.float32), part.returns)
+        return SequenceSamples(
+            SequenceBatch(tokens, lengths, rows, part.cols, self.micro_batch_tokens),
+            torch.as_tensor(part.actions, device=self.device).long(),
+            *(torch.as_tensor(array, device=self.device) for array in numbers),
+        )
 
     def _n_minibatches(self, batch_size: int | None) -> int:
         size = self.buffer_size * self.n_envs

@@ -44,7 +44,7 @@ class LMPolicy(ActorCriticPolicy):
         autocast: "bfloat16" runs the model in 16 bits; weights stay float32.
         cache: Decode with cached keys and values; False reads the whole prefix for every token.
         optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
-        optimizer_kwargs: Its arguments but the learning rate; no weight decay by default.
+        optimizer_kwargs: Its arguments but the learning rate; by default no weight decay, and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.
 
     Raises:
@@ -85,7 +85,8 @@ class LMPolicy(ActorCriticPolicy):
             "cache": cache,
         }
         if optimizer_kwargs is None:
-            optimizer_kwargs = {"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {}
+            # One kernel instead of a dozen passes over the weights: a tenth of a small model's update.
+            optimizer_kwargs = {"weight_decay": 0.0, "fused": True} if optimizer_class is torch.optim.AdamW else {}
         super().__init__(
             observation_space,
             action_space,

@@ -30,7 +30,7 @@ class TokenDistribution:
     """
 
     def __init__(self, logits: Tensor, temperature: float = 1.0) -> None:
-        self.log_probabilities = torch.log_softmax(logits.float() / temperature, dim=-1)
+        self.log_probabilities = _log_softmax(logits, temperature)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw a token for each row, (N,), by inverting the cumulative distribution.
@@ -89,19 +89,25 @@ def score_tokens(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> t
 class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, actions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        log_probabilities = torch.log_softmax(logits.float() / temperature, dim=-1)  # (N, V)
-        entropies = -torch.einsum("nv,nv->n", log_probabilities.exp(), log_probabilities)
+        log_probabilities = _log_softmax(logits, temperature)  # (N, V)
+        weighted = log_probabilities.exp().mul_(log_probabilities)
+        entropies = -weighted.sum(dim=-1)
         ctx.save_for_backward(log_probabilities, actions, entropies)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         return log_probabilities.gather(-1, actions[:, None]).squeeze(-1), entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        by_log_prob, by_entropy = gradients  # (N,), (N,)
+        by_log_prob, by_entropy = (gradient / ctx.temperature for gradient in gradients)  # (N,), (N,)
         log_probabilities, actions, entropies = ctx.saved_tensors
         # d log p(a) / d logits = onehot(a) - p;  d H / d logits = -p (log p + H)
-        result = log_probabilities * -by_entropy[:, None]
-        result -= (by_log_prob + by_entropy * entropies)[:, None]
+        constant = by_log_prob + by_entropy * entropies
+        result = torch.addcmul(-constant[:, None], log_probabilities, by_entropy[:, None], value=-1)
         result *= log_probabilities.exp()
         result.scatter_add_(-1, actions[:, None], by_log_prob[:, None])
-        return (result / ctx.temperature).to(ctx.dtype), None, None
+        return result.to(ctx.dtype), None, None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)

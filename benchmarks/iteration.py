@@ -4,7 +4,9 @@
 
 An iteration is rollout, reward function and update (4 epochs of 4 minibatches), ours as `learn` runs it. TRL has the
 same model, prompts, reward function and KL penalty, and a critic of its own, since it knows no shared one. Stock SB3
-has our policy without cache and its own `RolloutBuffer`, in which each token is a sample; no KL on either side.
+has our policy without cache and its own `RolloutBuffer`, in which each token is a sample; no KL on either side. It is
+measured twice: as our policy reads such samples, in buckets of similar lengths, and padded to the observation's width,
+as a policy written straight for SB3 reads them.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import configure_logger
+from torch import Tensor
 from work import Pairs, Row, Settings, Work, run_script, timed
 
 from agents import KLPenalty, LMPolicy
+from agents.sampling import TokenDistribution
+from agents.sequences import unpack_observations
 from textenv.episode import PADDING, SEPARATOR
 
 N_EPOCHS = 4
@@ -45,7 +50,8 @@ class Done(NamedTuple):
 
 def measure(settings: Settings) -> list[Row]:
     """Measure all rows."""
-    stock = [stock_sb3(settings, 16, 48, must=30), stock_sb3(settings, 64, 128, must=100)]
+    sizes = ((16, 48, 30), (64, 128, 100))
+    stock = [stock_sb3(settings, *size, policy) for size in sizes for policy in (LMPolicy, PaddedPolicy)]
     return [against_trl(settings), *stock]
 
 
@@ -65,12 +71,14 @@ def against_trl(settings: Settings) -> Row:
     return Row(claim, ours_text, theirs_text, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
 
 
-def stock_sb3(settings: Settings, prompt_tokens: int, new_tokens: int, must: float) -> Row:
+def stock_sb3(settings: Settings, prompt_tokens: int, new_tokens: int, must: float, policy: type[LMPolicy]) -> Row:
     """Alternate iterations of ours with a part of stock SB3's."""
     work = settings.work(prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    slow = StockPart(work)
+    slow = StockPart(work, policy)
     result, _ = alternate(ours(agent(work), work.device), slow, settings.n_pairs)
-    claim = f"PPO iteration, P{work.prompt_tokens} T{work.new_tokens}, against SB3 with one sample a token"
+    claim = (
+        f"PPO iteration, P{work.prompt_tokens} T{work.new_tokens}, against SB3 with one sample a token, {READS[policy]}"
+    )
     share = f"extrapolated from {slow.share:.1%} of rollout, {slow.share / N_EPOCHS:.1%} of update"
     texts = f"{result.a:,.0f} tokens/s", f"{result.b:,.1f} tokens/s; {share}"
     return Row(claim, *texts, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
@@ -143,6 +151,19 @@ def trl(python: str, work: Work) -> Iterator[Callable[[], Done]]:
         yield iteration  # its stdin is closed after that, and it ends
 
 
+class PaddedPolicy(LMPolicy):
+    """Our policy, which reads each sample of the update padded to the width of the observation."""
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ids, lengths = unpack_observations(obs)
+        hidden, logits = self.lm.backbone(ids, torch.arange(len(ids), device=ids.device), lengths - 1)
+        distribution = TokenDistribution(logits)
+        return self.lm.critic(hidden)[:, None], distribution.log_prob(actions), distribution.entropy()
+
+
+READS = {LMPolicy: "read in our buckets", PaddedPolicy: "padded"}
+
+
 class StockPart:
     """A part of an iteration of PPO with SB3's `RolloutBuffer`, scaled to the whole.
 
@@ -151,14 +172,14 @@ class StockPart:
     `PPO.train`. Stepping the env, and computing rewards and advantages, are not counted.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, policy: type[LMPolicy]) -> None:
         self.work = work
         self.n_steps = min(N_SAMPLED_STEPS, work.new_tokens)
         self.share = self.n_steps / work.new_tokens
         self.rng = np.random.default_rng(3)
         # Ours gives the env. Stock PPO is built for the sampled steps: one minibatch, all of them.
         self.model = PPO(
-            LMPolicy,
+            policy,
             work.agent().env,
             n_steps=self.n_steps,
             batch_size=self.n_steps * work.n_lanes,

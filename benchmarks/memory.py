@@ -10,6 +10,7 @@ once. The update runs in a process of its own, with a model that is nearly all h
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -115,6 +116,8 @@ def n_bytes(things: Iterable[Any]) -> int:
 def peak_row(settings: Settings) -> Row:
     """Run an update of one minibatch in a fresh process."""
     work = settings.work(n_layer=1, width=32, n_head=2, vocab_size=VOCABULARY, n_lanes=64, new_tokens=64)
+    # glibc then gives freed blocks back at once; what it kept in fragments would count, and in some runs only.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 23)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         growth = pool.submit(peak_growth, work).result()
     n_tokens = work.n_lanes * work.new_tokens

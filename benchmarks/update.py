@@ -129,7 +129,7 @@ def floor(model: PPO, steps: list[Step]) -> Callable[[], float]:
     """Return a function that does the optimizer steps by hand and returns the last loss."""
     lm, critic = model.policy.lm.backbone.model, model.policy.lm.critic
     trunk, head, weights = lm.base_model, lm.get_output_embeddings(), list(model.policy.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     clip = model.clip_range(1.0)
 
     def read(ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

@@ -228,4 +228,3 @@ def table(rows: Sequence[Row]) -> str:
         met = {True: "yes", False: "NO", None: "-"}[row.met]
         lines.append(f"| {row.claim} | {row.ours} | {row.theirs} | {ratio} | {row.spread} | {row.target} | {met} |")
     return "\n".join(lines)
-

@@ -136,10 +136,9 @@ class Returns(BaseCallback):
         return True
 
     def _on_rollout_end(self):
-        flat = self.model.rollout_buffer._flat
-        self.trained += [
-            (log_prob, round(value, 4)) for log_prob, value in zip(flat.log_probs.tolist(), flat.returns.tolist())
-        ]
+        (samples,) = self.model.rollout_buffer.get()
+        pairs = zip(samples.old_log_prob.tolist(), samples.returns.tolist())
+        self.trained += [(log_prob, round(value, 4)) for log_prob, value in pairs]
 
 
 def test_complete_episodes_bring_the_score_to_every_token_of_an_episode_that_straddles(scorer):

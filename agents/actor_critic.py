@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,21 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .cache import PrefixCache
-from .sampling import TokenDistribution, score_tokens
+from .lagged import LaggedCopy
+from .sampling import Sampling, TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, unpack_observations
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Step(NamedTuple):
+    """What a step of B rows chose."""
+
+    actions: Tensor  # (B,) int64
+    values: Tensor  # (B,)
+    log_probs: Tensor  # (B,)
+    allowed: Tensor | None  # (B, V) bool: what was sampled from, where that is not everything
 
 
 class LMActorCritic(nn.Module):
@@ -23,7 +33,7 @@ class LMActorCritic(nn.Module):
     Args:
         backbone: The language model.
         critic: Maps hidden states (N, H) to values (N,).
-        temperature: Divides the logits everywhere.
+        sampling: How logits become the distribution, everywhere.
         autocast: "bfloat16" or "float16" runs the model in that type; weights, softmax and values stay float32.
         cache: Whether decoding reuses keys and values. The result is the same, the time is not.
     """
@@ -32,28 +42,35 @@ class LMActorCritic(nn.Module):
         self,
         backbone: Backbone,
         critic: nn.Module,
-        temperature: float = 1.0,
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
         autocast: str | None = None,
         cache: bool = True,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"Expected `temperature` above 0, got {temperature}; greedy is deterministic=True.")
         if autocast is not None and autocast not in AUTOCAST_DTYPES:
             raise ValueError(f"Expected `autocast` to be one of {[None, *AUTOCAST_DTYPES]}, got {autocast!r}.")
         self.backbone = backbone
         self.critic = critic
-        self.temperature = temperature
+        self.sampling = sampling
         self.autocast = autocast
         self.use_cache = cache and backbone.is_cacheable
         # An evaluation inside a rollout must not evict the rollout's rows.
         self.rollout_cache = PrefixCache(backbone)
         self.predict_cache = PrefixCache(backbone)
+        self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag)
 
     def drop_caches(self) -> None:
         """Forget all keys and values: the weights are about to change."""
         self.rollout_cache.drop()
         self.predict_cache.drop()
+        if self.lagged is not None:
+            self.lagged.drop_caches()
+
+    def begin_update(self) -> None:
+        """Say that the weights are about to change, once an update."""
+        self.drop_caches()
+        if self.lagged is not None:
+            self.lagged.count_update(self.backbone)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LMActorCritic:
         """Move or cast the weights; keys and values of the old ones are dropped."""
@@ -66,7 +83,8 @@ class LMActorCritic(nn.Module):
         deterministic: bool = False,
         generator: torch.Generator | None = None,
         cache: PrefixCache | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        allowed: Tensor | None = None,
+    ) -> Step:
         """Choose the next token of each row.
 
         Args:
@@ -74,30 +92,41 @@ class LMActorCritic(nn.Module):
             deterministic: Take the most probable token.
             generator: The source of the sampling.
             cache: `rollout_cache`, `predict_cache` or None for a full forward.
-
-        Returns:
-            Actions (B,) int64, values (B,) and log-probabilities (B,).
+            allowed: The env's mask, (B, V) bool; None allows all.
         """
-        hidden, logits = self._read_last(*unpack_observations(observations), cache)
-        distribution = TokenDistribution(logits, self.temperature)
+        ids, lengths = unpack_observations(observations)
+        hidden, logits = self._read_last(self.backbone, ids, lengths, cache)
+        logits = self.sampling.adjust(logits, lambda: ids, lengths)
+        support = self.sampling.support(logits, allowed, self._lagged_logits(ids, lengths, cache))
+        distribution = TokenDistribution(logits, support)
         actions = distribution.get_actions(deterministic, generator)
-        return actions, self.critic(hidden), distribution.log_prob(actions)
+        return Step(actions, self.critic(hidden), distribution.log_prob(actions), support)
+
+    @torch.no_grad()
+    def _lagged_logits(self, ids: Tensor, lengths: Tensor, cache: PrefixCache | None) -> Tensor | None:
+        if self.lagged is None:
+            return None
+        own = self.lagged.rollout_cache if cache is self.rollout_cache else self.lagged.predict_cache
+        logits = self._read_last(self.lagged.backbone, ids, lengths, own)[1]
+        return self.sampling.adjust(logits, lambda: ids, lengths)
 
     def values(self, observations: Tensor) -> Tensor:
         """Return the values of observations, (B,)."""
         ids, lengths = unpack_observations(observations)
         # The last observations of a rollout go on from its cache; terminal ones, of other rows, leave it alone.
         cache = self.rollout_cache if self.use_cache and self.rollout_cache.has_rows_of(ids, lengths) else None
-        return self.critic(self._read_last(ids, lengths, cache)[0])
+        return self.critic(self._read_last(self.backbone, ids, lengths, cache)[0])
 
-    def _read_last(self, ids: Tensor, lengths: Tensor, cache: PrefixCache | None) -> tuple[Tensor, Tensor]:
+    def _read_last(
+        self, backbone: Backbone, ids: Tensor, lengths: Tensor, cache: PrefixCache | None
+    ) -> tuple[Tensor, Tensor]:
         with self._precision():
             # Keys and values are written in place, which a backward pass could not go through.
             if cache is not None and self.use_cache and not torch.is_grad_enabled():
                 return cache.read(ids, lengths)
             lengths = lengths.clamp(min=1)
             rows = torch.arange(len(ids), device=ids.device)
-            return self.backbone(ids[:, : int(lengths.max())], rows, lengths - 1)
+            return backbone(ids[:, : int(lengths.max())], rows, lengths - 1)
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score actions under the current weights, one forward a sequence.
@@ -124,32 +153,48 @@ class LMActorCritic(nn.Module):
     def _evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._precision():
             hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
-        return self.critic(hidden), *self._score(hidden, logits, actions)
+        return self.critic(hidden), *self._score(hidden, logits, actions, chunk)
 
-    def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies, (N,), without ever holding logits of all N where they are many."""
-        if logits is not None:
-            return score_tokens(logits, actions, self.temperature)
         n = max(1, MAX_LOGITS // self.backbone.vocab_size)
-        if len(hidden) <= n:
-            return self._score_rows(hidden, actions)
+        if logits is not None or len(hidden) <= n:
+            return self._score_rows(hidden, logits, actions, chunk, slice(None))
         parts = [
             # Logits are computed again in the backward: a head forward more, instead of several (N, V) tensors.
-            checkpoint(self._score_rows, some, taken, use_reentrant=False)
-            for some, taken in zip(hidden.split(n), actions.split(n), strict=True)
+            checkpoint(
+                self._score_rows,
+                hidden[i : i + n],
+                None,
+                actions[i : i + n],
+                chunk,
+                slice(i, i + n),
+                use_reentrant=False,
+            )
+            for i in range(0, len(hidden), n)
         ]
         log_probs, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
         return log_probs, entropies
 
-    def _score_rows(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        with self._precision():
-            logits = self.backbone.logits(hidden)
-        return self._score(hidden, logits, actions)
+    def _score_rows(
+        self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk, places: slice
+    ) -> tuple[Tensor, Tensor]:
+        if logits is None:
+            with self._precision():
+                logits = self.backbone.logits(hidden)
+        logits, allowed = self._adjust(logits, chunk, places)
+        return score_tokens(logits, actions, allowed)
 
-    def _read_chunk(self, chunk: Chunk) -> tuple[Tensor, TokenDistribution]:
-        with self._precision():
-            hidden, logits = self.backbone(chunk.ids, chunk.rows, chunk.cols)
-        return hidden, TokenDistribution(logits, self.temperature)
+    def _adjust(self, logits: Tensor, chunk: Chunk, places: slice) -> tuple[Tensor, Tensor | None]:
+        """Return adjusted logits of some of a chunk's places, and which tokens those were sampled from."""
+        if self.sampling.has_support and chunk.allowed is None:
+            raise ValueError(
+                "Expected to know which tokens were sampled from (top_k, top_p, min_p), got transitions without: train "
+                "with rollout_buffer_class=SequenceRolloutBuffer, which keeps it."
+            )
+        rows, cols = chunk.rows[places], chunk.cols[places]
+        logits = self.sampling.adjust(logits, lambda: chunk.ids[rows], cols + 1)
+        return logits, None if chunk.allowed is None else chunk.allowed[places].dense(logits.device)
 
     def log_probs(self, batch: SequenceBatch, actions: Tensor) -> Tensor:
         """Return the log-probabilities of actions, (N,), in nats: what a reference model is asked for."""
@@ -163,13 +208,20 @@ class LMActorCritic(nn.Module):
         """Return the distributions of all transitions of a batch, as one of (N, V)."""
         logits, order = [], []
         for chunk in batch.chunks():
-            logits.append(self._read_chunk(chunk)[1].log_probabilities)
+            with self._precision():
+                _, chunk_logits = self.backbone(chunk.ids, chunk.rows, chunk.cols)
+            logits.append(TokenDistribution(*self._adjust(chunk_logits, chunk, slice(None))).log_probabilities)
             order.append(torch.as_tensor(chunk.transitions))
         return TokenDistribution(torch.cat(logits)[torch.cat(order).argsort().to(logits[0].device)])
 
     def sequence_values(self, batch: SequenceBatch) -> Tensor:
         """Return the values of all transitions of a batch, (N,)."""
-        return self.evaluate(batch, torch.zeros(len(batch), dtype=torch.long, device=batch.tokens.device))[0]
+        values = torch.zeros(len(batch), device=batch.tokens.device)
+        for chunk in batch.chunks():
+            with self._precision():
+                hidden, _ = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+            values[torch.as_tensor(chunk.transitions, device=values.device)] = self.critic(hidden)
+        return values
 
     def _precision(self) -> torch.autocast:
         dtype = AUTOCAST_DTYPES.get(self.autocast or "", torch.bfloat16)

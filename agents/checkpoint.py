@@ -67,6 +67,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
             for lane, part in buffer.waiting.items()
             for name, array in part._asdict().items()
         },
+        "token_sets": buffer.token_sets.state_dict(),
         "generators": _generator_states(model),
     }
     assert model._last_episode_starts is not None and model.ep_info_buffer is not None
@@ -129,13 +130,14 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     model._last_episode_starts = episode_starts
+    model.policy.set_training_mode(True)  # drops what was cached under the old weights
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors["policy"][name])
-    model.policy.set_training_mode(True)  # drops what was cached under the old weights
     _load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
     buffer.reset()
     buffer.waiting = _waiting(tensors["waiting"])
+    buffer.token_sets.load_state_dict(tensors["token_sets"])
     for name in COUNTERS:
         setattr(model, name, meta["counters"][name])
     model.ep_info_buffer = deque(meta["episodes"], maxlen=model._stats_window_size)

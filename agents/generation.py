@@ -90,7 +90,7 @@ def generate(
     with torch.no_grad(), tqdm(total=len(rows), unit="text", disable=not progress_bar) as bar:
         while not envs.lanes.idle.all():
             batch = torch.as_tensor(observations, device=policy.device)
-            actions, _, _ = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache)
+            actions = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache).actions
             observations, _, _, _, infos = envs.step(actions.cpu().numpy())
             for generation in _finished(infos):
                 generations[generation.prompt.number] = generation

@@ -14,7 +14,7 @@ from torch import Tensor
 from .actor_critic import LMActorCritic
 from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic
-from .sampling import TokenDistribution
+from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
 from .vec_env import TerminalObservation
 
@@ -40,7 +40,12 @@ class LMPolicy(ActorCriticPolicy):
         lm: The language model: a name or path, a transformers config (fresh weights), or a spec such as
             `Pretrained(name)`.
         critic: The value head, by spec.
-        temperature: Divides the logits, in the rollout and in the update alike.
+        temperature: Divides the logits, in the rollout and in the update alike; this and the next are `Sampling`'s.
+        top_k: Sample from the so many most probable tokens.
+        top_p: Sample from the most probable tokens whose probabilities sum up to this.
+        min_p: Sample from tokens of at least this share of the largest probability.
+        repetition_penalty: Lower the logits of tokens that are already in the row.
+        top_p_lag: Choose `top_p`'s tokens by a copy of the policy that is renewed after so many updates (NLPO).
         autocast: "bfloat16" runs the model in 16 bits; weights stay float32.
         cache: Decode with cached keys and values; False reads the whole prefix for every token.
         optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
@@ -71,6 +76,11 @@ class LMPolicy(ActorCriticPolicy):
         lm: LMLike,
         critic: CriticSpec = SharedCritic(),  # noqa: B008  (frozen)
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        top_p_lag: int | None = None,
         autocast: str | None = None,
         cache: bool = True,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
@@ -81,6 +91,11 @@ class LMPolicy(ActorCriticPolicy):
             "lm": lm,
             "critic": critic,
             "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "top_p_lag": top_p_lag,
             "autocast": autocast,
             "cache": cache,
         }
@@ -106,7 +121,8 @@ class LMPolicy(ActorCriticPolicy):
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
         )
         critic = kwargs.pop("critic").build(backbone.hidden_size)
-        self.lm = LMActorCritic(backbone, critic, **kwargs)
+        autocast, cache = kwargs.pop("autocast"), kwargs.pop("cache")
+        self.lm = LMActorCritic(backbone, critic, Sampling(**kwargs), autocast, cache)
         # Drawn from torch's generator, which SB3 has seeded: the same seed gives the same run.
         seed = int(torch.randint(2**31, ()))
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
@@ -128,6 +144,8 @@ class LMPolicy(ActorCriticPolicy):
 
     def set_training_mode(self, mode: bool) -> None:
         """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8)."""
+        if mode and not self.training:
+            self.lm.begin_update()
         if mode:
             self.lm.drop_caches()
             self._terminal_values = None
@@ -140,13 +158,17 @@ class LMPolicy(ActorCriticPolicy):
         return super().load_state_dict(*args, **kwargs)
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L)."""
-        actions, values, log_probs = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache)
-        return actions, values[:, None], log_probs
+        """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).
+
+        Where tokens were sampled from a part of the vocabulary, the log-probabilities carry it to the buffer.
+        """
+        step = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache)
+        step.log_probs.allowed = step.allowed  # type: ignore[attr-defined]
+        return step.actions, step.values[:, None], step.log_probs
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
         """Return actions (B,): what `predict` calls, with rows and randomness apart from the rollout's."""
-        return self.lm.act(observation, deterministic, self.predict_generator, self.lm.predict_cache)[0]
+        return self.lm.act(observation, deterministic, self.predict_generator, self.lm.predict_cache).actions
 
     def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:  # type: ignore[override]
         """Return values (B, 1). Those of lanes that were truncated in one step come from one forward."""

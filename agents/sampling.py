@@ -2,24 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
+FORBIDDEN = -1e30  # a logit whose probability is 0, and whose products with 0 are 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How logits become the distribution that tokens are sampled from and scored under.
+
+    In this order: repetition penalty, temperature, the env's mask, top-k, top-p, min-p. Those that choose tokens
+    (`has_support`) are decided when a token is sampled; the choice is stored with it and used again when it is scored,
+    so that the ratio of an unchanged policy is 1 (invariant A3). Needs a `SequenceRolloutBuffer` then.
+
+    Args:
+        temperature: Divides the logits.
+        top_k: Keep the so many most probable tokens, and those equal to the last of them.
+        top_p: Keep the most probable tokens until their probabilities sum up to this (Holtzman et al., 2020).
+        min_p: Keep tokens of at least this share of the largest probability (Nguyen et al., 2024).
+        repetition_penalty: Divides positive, multiplies negative logits of the tokens that are already in the row,
+            prompt included (Keskar et al., 2019, section 4.1).
+        top_p_lag: Take the tokens of `top_p` from a copy of the policy that is renewed after so many updates: the mask
+            of NLPO (Ramamurthy et al., 2022, algorithm 1).
+
+    Raises:
+        ValueError: For a value outside its range.
+
+    Example:
+        >>> import torch
+        >>> from agents.sampling import Sampling
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
+        >>> Sampling(top_k=2).support(logits).tolist()
+        [[True, True, False]]
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    top_p_lag: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"Expected `temperature` above 0, got {self.temperature}; greedy is deterministic=True.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"Expected `top_k` of at least 1, or None, got {self.top_k}.")
+        for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"Expected `{name}` above 0 and at most 1, or None, got {share}.")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"Expected `repetition_penalty` above 0, got {self.repetition_penalty}.")
+        if self.top_p_lag is not None and (self.top_p is None or self.top_p_lag < 1):
+            raise ValueError(f"Expected `top_p_lag` of at least 1 beside `top_p`, got {self.top_p_lag}.")
+
+    @property
+    def has_support(self) -> bool:
+        """Whether some tokens are left out, so that what was chosen must be stored."""
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
+    def adjust(self, logits: Tensor, tokens: Callable[[], Tensor], counts: Tensor) -> Tensor:
+        """Return logits (N, V) float32 after repetition penalty and temperature.
+
+        Args:
+            logits: (N, V).
+            tokens: Gives the row of each transition, (N, T); called only where it is needed.
+            counts: How many of them come before it, (N,).
+        """
+        logits = logits.float()
+        if self.repetition_penalty != 1:
+            ids = tokens()
+            before = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]  # (N, T)
+            counted = torch.zeros_like(logits).scatter_add_(1, ids, before.to(logits.dtype))  # (N, V)
+            seen = counted > 0
+            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def support(self, logits: Tensor, allowed: Tensor | None = None, lagged: Tensor | None = None) -> Tensor | None:
+        """Return which tokens are sampled from, (B, V) bool; None where all are.
+
+        Args:
+            logits: Adjusted, (B, V).
+            allowed: The env's mask, (B, V) bool.
+            lagged: Adjusted logits of the lagged copy, (B, V), where `top_p_lag` is given.
+        """
+        if not self.has_support:
+            return allowed
+        logits = _masked(logits, allowed)
+        support = torch.ones_like(logits, dtype=torch.bool) if allowed is None else allowed
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            support = support & (logits >= logits.topk(self.top_k, dim=-1).values[:, -1:])
+        if self.top_p is not None:
+            support = support & _nucleus(_masked(logits if lagged is None else lagged, support), self.top_p)
+        if self.min_p is not None:
+            kept = _masked(logits, support).softmax(dim=-1)
+            support = support & (kept >= self.min_p * kept.amax(dim=-1, keepdim=True))
+        return support
+
+
+def _masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    return logits if allowed is None else logits.masked_fill(~allowed, FORBIDDEN)
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Return the smallest set of most probable tokens whose probabilities sum up to `top_p`, (B, V) bool."""
+    probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+    before = probabilities.cumsum(dim=-1) - probabilities  # of the more probable ones
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before < top_p)
+
 
 class TokenDistribution:
-    """softmax(logits / temperature) over the vocabulary, in float32 whatever the logits are.
+    """softmax over the allowed part of the vocabulary, in float32 whatever the logits are.
 
     It has the members of Stable-Baselines3's `Distribution` that actor-critic algorithms use.
 
     Args:
-        logits: (N, V).
-        temperature: Divides the logits; the same in rollout, update and reference (invariant A2).
+        logits: (N, V), as `Sampling.adjust` gives them in rollout, update and reference alike (invariant A2).
+        allowed: The tokens with a probability, (N, V) bool; None allows all. The others have exactly 0.
 
     Attributes:
-        log_probabilities: (N, V) float32.
+        log_probabilities: (N, V) float32; about -1e30 where not allowed.
 
     Example:
         >>> import torch
@@ -29,8 +138,9 @@ class TokenDistribution:
         -0.693
     """
 
-    def __init__(self, logits: Tensor, temperature: float = 1.0) -> None:
-        self.log_probabilities = _log_softmax(logits, temperature)
+    def __init__(self, logits: Tensor, allowed: Tensor | None = None) -> None:
+        self.log_probabilities = _log_softmax(logits, allowed)
+        self.is_masked = allowed is not None
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw a token for each row, (N,), by inverting the cumulative distribution.
@@ -40,11 +150,15 @@ class TokenDistribution:
         Args:
             generator: Where the uniform numbers come from; it lives on the CPU, so that all devices draw the same.
         """
-        cumulative = self.log_probabilities.exp().cumsum(dim=-1)  # (N, V)
+        probabilities = self.log_probabilities.exp()
+        cumulative = probabilities.cumsum(dim=-1)  # (N, V)
         total = cumulative[:, -1:]
         uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device)  # (N, 1)
         draw = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
-        return torch.searchsorted(cumulative, draw, right=True).squeeze(-1)  # (N,)
+        tokens = torch.searchsorted(cumulative, draw, right=True)  # (N, 1)
+        if self.is_masked:  # a sum in parallel may rise by rounding where a forbidden token adds nothing
+            tokens = torch.where(probabilities.gather(-1, tokens) > 0, tokens, self.mode()[:, None])
+        return tokens.squeeze(-1)
 
     def mode(self) -> Tensor:
         """Return the most probable token of each row, (N,)."""
@@ -68,8 +182,8 @@ class TokenDistribution:
         return Categorical(logits=self.log_probabilities)
 
 
-def score_tokens(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and entropies of `TokenDistribution(logits, temperature)`, with a lean backward.
+def score_tokens(logits: Tensor, actions: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and entropies of `TokenDistribution(logits, allowed)`, with a lean backward.
 
     The same numbers and gradients in about half the passes over the vocabulary: one tensor of (N, V) is kept for the
     backward, and the gradient of both is written in one expression.
@@ -77,28 +191,28 @@ def score_tokens(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> t
     Args:
         logits: (N, V).
         actions: The tokens taken, (N,).
-        temperature: Divides the logits.
+        allowed: The tokens with a probability, (N, V) bool; None allows all.
 
     Returns:
         Log-probabilities and entropies, (N,) float32, in nats.
     """
-    log_probs, entropies = _ScoreTokens.apply(logits, actions, temperature)
+    log_probs, entropies = _ScoreTokens.apply(logits, actions, allowed)
     return log_probs, entropies
 
 
 class _ScoreTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, actions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        log_probabilities = _log_softmax(logits, temperature)  # (N, V)
+    def forward(ctx: Any, logits: Tensor, actions: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_probabilities = _log_softmax(logits, allowed)  # (N, V)
         weighted = log_probabilities.exp().mul_(log_probabilities)
         entropies = -weighted.sum(dim=-1)
         ctx.save_for_backward(log_probabilities, actions, entropies)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.dtype = logits.dtype
         return log_probabilities.gather(-1, actions[:, None]).squeeze(-1), entropies
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        by_log_prob, by_entropy = (gradient / ctx.temperature for gradient in gradients)  # (N,), (N,)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        by_log_prob, by_entropy = gradients  # (N,), (N,)
         log_probabilities, actions, entropies = ctx.saved_tensors
         # d log p(a) / d logits = onehot(a) - p;  d H / d logits = -p (log p + H)
         constant = by_log_prob + by_entropy * entropies
@@ -108,6 +222,5 @@ class _ScoreTokens(torch.autograd.Function):
         return result.to(ctx.dtype), None, None
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.float()
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+def _log_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    return torch.log_softmax(_masked(logits.float(), allowed), dim=-1)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from textenv.episode import SEPARATOR
 
+from .token_sets import AllowedTokens
+
 MIN_BUCKET_TOKENS = 512  # below this a forward of its own costs more than the padding it saves
 MAX_PADDING = 0.25  # the share of padding at which a bucket of similar lengths is closed
 
@@ -46,6 +48,7 @@ class Chunk(NamedTuple):
     rows: Tensor  # (N,) of the chunk
     cols: Tensor  # (N,)
     transitions: np.ndarray  # (N,) which transitions of the batch these are
+    allowed: AllowedTokens | None  # of these transitions
 
 
 class SequenceBatch:
@@ -60,6 +63,7 @@ class SequenceBatch:
         cols: The column after which it acted: its logits and value are read there, (N,), on the host.
         micro_batch_tokens: The most tokens, padding included, of one forward; None for no bound. With a bound the
             forwards are repeated in the backward, which halves the memory and changes nothing else.
+        allowed: Which tokens each transition was sampled from; None where all were.
     """
 
     def __init__(
@@ -69,12 +73,14 @@ class SequenceBatch:
         rows: np.ndarray,
         cols: np.ndarray,
         micro_batch_tokens: int | None = None,
+        allowed: AllowedTokens | None = None,
     ) -> None:
         self.tokens = tokens
         self.lengths = lengths
         self.rows = rows
         self.cols = cols
         self.micro_batch_tokens = micro_batch_tokens
+        self.allowed = allowed
 
     @classmethod
     def from_observations(cls, observations: Tensor) -> SequenceBatch:
@@ -89,7 +95,10 @@ class SequenceBatch:
 
     def __getitem__(self, places: slice) -> SequenceBatch:
         """Return a batch with some of the transitions."""
-        return SequenceBatch(self.tokens, self.lengths, self.rows[places], self.cols[places], self.micro_batch_tokens)
+        allowed = None if self.allowed is None else self.allowed[places]
+        return SequenceBatch(
+            self.tokens, self.lengths, self.rows[places], self.cols[places], self.micro_batch_tokens, allowed
+        )
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the batch in parts of similar length, so that little padding is read."""
@@ -106,6 +115,7 @@ class SequenceBatch:
                 torch.as_tensor(local[self.rows[transitions]], device=device),
                 torch.as_tensor(self.cols[transitions], device=device),
                 transitions,
+                None if self.allowed is None else self.allowed[transitions],
             )
 
 

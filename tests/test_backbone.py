@@ -112,7 +112,7 @@ def test_policy_save_and_load(tmp_path):
     policy.save(tmp_path / "policy.pt")
     loaded = LMPolicy.load(tmp_path / "policy.pt", device="cpu")
     assert torch.equal(log_probabilities(loaded), log_probabilities(policy))
-    assert (loaded.lm.temperature, loaded.lm.use_cache) == (0.7, False)
+    assert (loaded.lm.sampling.temperature, loaded.lm.use_cache) == (0.7, False)
 
 
 def test_frozen_weights_are_not_optimised():

@@ -31,7 +31,7 @@ def one_by_one(model, prompt_ids, max_new_tokens, pick):
     for _ in range(max_new_tokens):
         with torch.no_grad():
             logits = model.policy.lm.backbone.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-        ids.append(pick(logits / model.policy.lm.temperature))
+        ids.append(pick(logits / model.policy.lm.sampling.temperature))
         if ids[-1] == TOKENIZER.eos_token_id:
             break
     return ids[len(prompt_ids) :]

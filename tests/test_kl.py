@@ -23,7 +23,7 @@ def token_log_prob(lm, observation, action):
     ids = torch.as_tensor(observation[observation >= 0])[None]
     with torch.no_grad():
         logits = lm.backbone.model(input_ids=ids).logits[0, -1]
-    return float(torch.log_softmax(logits / lm.temperature, -1)[action])
+    return float(torch.log_softmax(logits / lm.sampling.temperature, -1)[action])
 
 
 def reference_log_probs(reference, recorder):

@@ -65,7 +65,7 @@ def test_frequencies_follow_the_temperature(draw, temperature):
     logits = torch.tensor([1.0, 0.0, -1.0])
     weights = [math.exp(logit / temperature) for logit in logits.tolist()]
     n = 1_000
-    counts = np.bincount(draw(TokenDistribution(logits.expand(n, -1), temperature), (np.arange(n) + 0.5) / n))
+    counts = np.bincount(draw(TokenDistribution(logits.expand(n, -1) / temperature), (np.arange(n) + 0.5) / n))
     np.testing.assert_allclose(counts / n, np.array(weights) / sum(weights), atol=1 / n)
 
 
@@ -118,9 +118,9 @@ def test_entropy_by_hand():
 
 
 def test_log_prob_by_hand():
-    dist = TokenDistribution(torch.tensor([[0.0, math.log(3.0)]] * 2), temperature=1.0)
+    dist = TokenDistribution(torch.tensor([[0.0, math.log(3.0)]] * 2))
     torch.testing.assert_close(dist.log_prob(torch.tensor([0, 1])), torch.tensor([0.25, 0.75]).log())
-    half = TokenDistribution(torch.tensor([[0.0, math.log(3.0)]]), temperature=0.5)
+    half = TokenDistribution(torch.tensor([[0.0, math.log(3.0)]]) / 0.5)
     torch.testing.assert_close(half.log_prob(torch.tensor([1])), torch.tensor([0.9]).log())
 
 
@@ -138,7 +138,7 @@ def test_deterministic_is_the_most_probable():
 
 
 def test_the_torch_distribution_agrees():
-    dist = TokenDistribution(torch.randn(5, 7, generator=seeded(0)), temperature=0.7)
+    dist = TokenDistribution(torch.randn(5, 7, generator=seeded(0)) / 0.7)
     actions = dist.sample(seeded(0))
     torch.testing.assert_close(dist.distribution.log_prob(actions), dist.log_prob(actions))
     torch.testing.assert_close(dist.distribution.entropy(), dist.entropy())
@@ -147,7 +147,7 @@ def test_the_torch_distribution_agrees():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a12_softmax_in_float32_from_16_bits(dtype):
     logits = (torch.randn(64, 1000, generator=seeded(0)) * 30).to(dtype)
-    dist = TokenDistribution(logits, temperature=0.7)
+    dist = TokenDistribution(logits.float() / 0.7)
     actions = dist.sample(seeded(1))
     assert dist.log_probabilities.dtype == torch.float32
     assert dist.log_prob(actions).isfinite().all() and dist.entropy().isfinite().all()
@@ -256,9 +256,9 @@ def test_scores_with_a_lean_backward_are_those_of_the_distribution(temperature):
     results = []
     for fast in (True, False):
         given = logits.clone().requires_grad_()
-        distribution = TokenDistribution(given, temperature)
+        distribution = TokenDistribution(given / temperature)
         slow = distribution.log_prob(actions), distribution.entropy()
-        scores = score_tokens(given, actions, temperature) if fast else slow
+        scores = score_tokens(given / temperature, actions) if fast else slow
         (weights[0] * scores[0] + weights[1] * scores[1]).sum().backward()
         results.append((*scores, given.grad))
     for one, other in zip(*results):

@@ -138,7 +138,7 @@ def test_what_is_given_overrides_make_agent(gpt2):
         device="cpu",
     )
     assert (model.gamma, model.n_steps, model.n_epochs, model.ent_coef) == (0.9, 16, 1, 0.01)
-    assert model.policy.lm.temperature == 0.5
+    assert model.policy.lm.sampling.temperature == 0.5
     assert not model.rollout_buffer.normalize_advantage and model.rollout_buffer.complete_episodes
 
 

@@ -1,0 +1,44 @@
+"""A copy of the policy that lags behind it and chooses which tokens may be sampled: the mask of NLPO."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .cache import PrefixCache
+
+
+class LaggedCopy(nn.Module):
+    """A frozen copy of the language model, renewed after so many updates (Ramamurthy et al., 2022, algorithm 1).
+
+    Args:
+        backbone: The language model to copy.
+        every: After how many updates the copy is renewed, with the weights that sampled the last rollout.
+    """
+
+    n_updates: Tensor
+
+    def __init__(self, backbone: Backbone, every: int) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.every = every
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
+        self.rollout_cache = PrefixCache(self.backbone)
+        self.predict_cache = PrefixCache(self.backbone)
+
+    @torch.no_grad()
+    def count_update(self, backbone: Backbone) -> None:
+        """Say that an update begins; every so many of them the copy takes the weights as they are."""
+        self.n_updates += 1
+        if int(self.n_updates) % self.every == 0:
+            for old, new in zip(self.backbone.parameters(), backbone.parameters(), strict=True):
+                old.copy_(new)
+            self.drop_caches()
+
+    def drop_caches(self) -> None:
+        """Forget all keys and values."""
+        self.rollout_cache.drop()
+        self.predict_cache.drop()

@@ -5,7 +5,8 @@ from .buffers import SequenceRolloutBuffer
 from .build import make_agent
 from .callbacks import Checkpoints, EpisodeMetrics, RewardCurves, SampleTable, sample_table
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from .critic import SharedCritic
+from .critic import RewardModelCritic, SeparateCritic, SharedCritic
+from .critic_warmup import CriticWarmup
 from .export import export
 from .generation import Generation, generate
 from .kl import KLPenalty
@@ -16,6 +17,7 @@ from .vec_env import TextVecEnv
 __all__ = [
     "CheckpointError",
     "Checkpoints",
+    "CriticWarmup",
     "EpisodeMetrics",
     "Generation",
     "KLPenalty",
@@ -23,8 +25,10 @@ __all__ = [
     "LateScores",
     "Pretrained",
     "RewardCurves",
+    "RewardModelCritic",
     "RolloutStep",
     "SampleTable",
+    "SeparateCritic",
     "SequenceRolloutBuffer",
     "SharedCritic",
     "TextVecEnv",

@@ -10,9 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .cache import PrefixCache
+from .critic import TrunkCritic, ValueHead
 from .lagged import LaggedCopy
 from .sampling import Sampling, TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, unpack_observations
+from .value_norm import ValueNorm
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,10 +34,11 @@ class LMActorCritic(nn.Module):
 
     Args:
         backbone: The language model.
-        critic: Maps hidden states (N, H) to values (N,).
+        critic: Maps the backbone's hidden states (N, H) to values (N,), or has a trunk of its own (`TrunkCritic`).
         sampling: How logits become the distribution, everywhere.
         autocast: "bfloat16" or "float16" runs the model in that type; weights, softmax and values stay float32.
         cache: Whether decoding reuses keys and values. The result is the same, the time is not.
+        value_norm: "norm" or "popart": the critic predicts returns in units of their deviation; see `ValueNorm`.
     """
 
     def __init__(
@@ -45,12 +48,18 @@ class LMActorCritic(nn.Module):
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
         autocast: str | None = None,
         cache: bool = True,
+        value_norm: str | None = None,
     ) -> None:
         super().__init__()
         if autocast is not None and autocast not in AUTOCAST_DTYPES:
             raise ValueError(f"Expected `autocast` to be one of {[None, *AUTOCAST_DTYPES]}, got {autocast!r}.")
         self.backbone = backbone
         self.critic = critic
+        if value_norm is not None and not isinstance(critic, ValueHead):
+            raise ValueError(f"Expected a critic that ends in a ValueHead for `value_norm`, got {type(critic)}.")
+        self.value_norm = None if value_norm is None else ValueNorm(value_norm)
+        # Within a rollout whose buffer has asked for it: values are zeros until it has whole sequences valued.
+        self.values_late = False
         self.sampling = sampling
         self.autocast = autocast
         self.use_cache = cache and backbone.is_cacheable
@@ -84,6 +93,7 @@ class LMActorCritic(nn.Module):
         generator: torch.Generator | None = None,
         cache: PrefixCache | None = None,
         allowed: Tensor | None = None,
+        with_values: bool = True,
     ) -> Step:
         """Choose the next token of each row.
 
@@ -93,6 +103,7 @@ class LMActorCritic(nn.Module):
             generator: The source of the sampling.
             cache: `rollout_cache`, `predict_cache` or None for a full forward.
             allowed: The env's mask, (B, V) bool; None allows all.
+            with_values: False spares a critic's own trunk a forward; its values are then zeros.
         """
         ids, lengths = unpack_observations(observations)
         hidden, logits = self._read_last(self.backbone, ids, lengths, cache)
@@ -100,7 +111,14 @@ class LMActorCritic(nn.Module):
         support = self.sampling.support(logits, allowed, self._lagged_logits(ids, lengths, cache))
         distribution = TokenDistribution(logits, support)
         actions = distribution.get_actions(deterministic, generator)
-        return Step(actions, self.critic(hidden), distribution.log_prob(actions), support)
+        log_probs = distribution.log_prob(actions)
+        if not isinstance(self.critic, TrunkCritic):
+            values = self.in_reward_units(self.critic(hidden))
+        elif with_values and not self.values_late:
+            values = self._trunk_values(ids, lengths)
+        else:
+            values = torch.zeros_like(log_probs)
+        return Step(actions, values, log_probs, support)
 
     @torch.no_grad()
     def _lagged_logits(self, ids: Tensor, lengths: Tensor, cache: PrefixCache | None) -> Tensor | None:
@@ -111,11 +129,29 @@ class LMActorCritic(nn.Module):
         return self.sampling.adjust(logits, lambda: ids, lengths)
 
     def values(self, observations: Tensor) -> Tensor:
-        """Return the values of observations, (B,)."""
+        """Return the values of observations, (B,), in units of reward."""
         ids, lengths = unpack_observations(observations)
+        if isinstance(self.critic, TrunkCritic):
+            return self._trunk_values(ids, lengths)
         # The last observations of a rollout go on from its cache; terminal ones, of other rows, leave it alone.
         cache = self.rollout_cache if self.use_cache and self.rollout_cache.has_rows_of(ids, lengths) else None
-        return self.critic(self._read_last(self.backbone, ids, lengths, cache)[0])
+        return self.in_reward_units(self.critic(self._read_last(self.backbone, ids, lengths, cache)[0]))
+
+    def _trunk_values(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        lengths = lengths.clamp(min=1)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.in_reward_units(self._critic_outputs(None, ids[:, : int(lengths.max())], rows, lengths - 1))
+
+    def _critic_outputs(self, hidden: Tensor | None, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Return what the critic puts out, (N,), given the backbone's hidden states (N, H) at (rows, cols) of ids."""
+        if isinstance(self.critic, TrunkCritic):
+            with self._precision():
+                hidden = self.critic.read(ids, rows, cols)
+        return self.critic(hidden)
+
+    def in_reward_units(self, outputs: Tensor) -> Tensor:
+        """Return the values that outputs of the critic stand for: themselves without `value_norm`."""
+        return outputs if self.value_norm is None else self.value_norm.denormalize(outputs)
 
     def _read_last(
         self, backbone: Backbone, ids: Tensor, lengths: Tensor, cache: PrefixCache | None
@@ -136,7 +172,8 @@ class LMActorCritic(nn.Module):
             actions: The tokens taken, (N,).
 
         Returns:
-            Values, log-probabilities and entropies, each (N,) float32.
+            Outputs of the critic (values, where there is no `value_norm`), log-probabilities and entropies, each (N,)
+            float32.
         """
         parts, order = [], []
         for chunk in batch.chunks():
@@ -153,7 +190,8 @@ class LMActorCritic(nn.Module):
     def _evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._precision():
             hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
-        return self.critic(hidden), *self._score(hidden, logits, actions, chunk)
+        outputs = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
+        return outputs, *self._score(hidden, logits, actions, chunk)
 
     def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies, (N,), without ever holding logits of all N where they are many."""
@@ -201,7 +239,9 @@ class LMActorCritic(nn.Module):
         result = actions.new_zeros(len(actions), dtype=torch.float32)
         for chunk in batch.chunks():
             places = torch.as_tensor(chunk.transitions, device=actions.device)
-            result[places] = self._evaluate_chunk(chunk, actions[places])[1]
+            with self._precision():
+                hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+            result[places] = self._score(hidden, logits, actions[places], chunk)[0]
         return result
 
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:
@@ -215,12 +255,15 @@ class LMActorCritic(nn.Module):
         return TokenDistribution(torch.cat(logits)[torch.cat(order).argsort().to(logits[0].device)])
 
     def sequence_values(self, batch: SequenceBatch) -> Tensor:
-        """Return the values of all transitions of a batch, (N,)."""
+        """Return the critic's outputs, as `evaluate` does, for all transitions of a batch, (N,)."""
         values = torch.zeros(len(batch), device=batch.tokens.device)
         for chunk in batch.chunks():
-            with self._precision():
-                hidden, _ = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
-            values[torch.as_tensor(chunk.transitions, device=values.device)] = self.critic(hidden)
+            hidden = None
+            if not isinstance(self.critic, TrunkCritic):
+                with self._precision():
+                    hidden, _ = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+            places = torch.as_tensor(chunk.transitions, device=values.device)
+            values[places] = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
         return values
 
     def _precision(self) -> torch.autocast:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import warnings
 from os import PathLike
-from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import NewGELUActivation
 
 PROBE_LENGTH = 4
@@ -46,6 +54,8 @@ class Pretrained:
         './my-gpt2'
     """
 
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
+
     def __init__(self, name: str, **kwargs: Any) -> None:
         self.name: str | None = str(name)
         self.kwargs = {"dtype": torch.float32, **kwargs}
@@ -55,10 +65,10 @@ class Pretrained:
         """Return the checkpoint's model, or after unpickling a fresh one of its config, to load weights into."""
         if self.name is None:
             assert self.config is not None, "pickled only once built"
-            return AutoModelForCausalLM.from_config(self.config)
+            return self.auto_class.from_config(self.config)
         # Of some encoder-decoders it would load the half that it finds, with fresh embeddings.
         _refuse_encoder_decoder(AutoConfig.from_pretrained(self.name, **self.kwargs))
-        model = AutoModelForCausalLM.from_pretrained(self.name, **self.kwargs)
+        model = self.auto_class.from_pretrained(self.name, **self.kwargs)
         self.config = model.config
         return model
 
@@ -67,6 +77,32 @@ class Pretrained:
         if self.config is None:
             return self.__dict__.copy()
         return {"name": None, "kwargs": {}, "config": self.config}
+
+
+class PretrainedRewardModel(Pretrained):
+    """A checkpoint of a model that scores a text by one number; pickles as `Pretrained` does.
+
+    Args:
+        name: A name on the hub or the path of a folder, for `AutoModelForSequenceClassification.from_pretrained`.
+        **kwargs: Its other arguments. `dtype` is float32 unless given.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+
+    def build(self) -> PreTrainedModel:
+        """Return the model.
+
+        Raises:
+            ValueError: If it has another number of scores than one, or trainable weights of 16 bits.
+        """
+        model = super().build()
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"Expected a reward model with one score (num_labels=1), got {model.config.num_labels} labels in "
+                f"{type(model).__name__}."
+            )
+        _refuse_16_bits(model)
+        return model
 
 
 def build_model(lm: LMLike) -> PreTrainedModel:
@@ -91,6 +127,11 @@ def build_model(lm: LMLike) -> PreTrainedModel:
     else:
         raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
     _refuse_encoder_decoder(model.config)
+    _refuse_16_bits(model)
+    return model
+
+
+def _refuse_16_bits(model: PreTrainedModel) -> None:
     small = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.element_size() < 4]
     if small:
         raise ValueError(
@@ -98,13 +139,34 @@ def build_model(lm: LMLike) -> PreTrainedModel:
             f"{len(small) - 1} more: steps of 1e-5 round to nothing in 16 bits. Load with dtype=torch.float32 and "
             "pass policy_kwargs=dict(autocast='bfloat16') for speed."
         )
-    return model
 
 
 def _refuse_encoder_decoder(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ValueError(
             f"Expected a causal language model, got an encoder-decoder ({config.model_type}): not supported yet."
+        )
+
+
+def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
+    """Raise ValueError where the model has fewer embedding rows or positions than that."""
+    rows = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    if rows < vocab_size:
+        raise ValueError(
+            f"Expected a model with at least the {vocab_size} tokens of the tokenizer, got {rows} embedding rows. "
+            "Use the model's own tokenizer, or resize_token_embeddings and save the model."
+        )
+    check_length(model, n_positions)
+
+
+def check_length(model: PreTrainedModel, n_tokens: int) -> None:
+    """Raise ValueError where sequences of `n_tokens` are longer than the model can read."""
+    # Absent where nothing bounds the length (BLOOM's ALiBi).
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and n_tokens > limit:
+        raise ValueError(
+            f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens: "
+            "lower max_prompt_tokens or max_new_tokens."
         )
 
 
@@ -151,14 +213,8 @@ class Backbone(nn.Module):
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__()
-        rows = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
-        if rows < vocab_size:
-            raise ValueError(
-                f"Expected a model with at least the {vocab_size} tokens of the tokenizer, got {rows} embedding rows. "
-                "Use the model's own tokenizer, or resize_token_embeddings and save the model."
-            )
+        check_fits(model, vocab_size, n_positions)
         self.model = model
-        self.check_length(n_positions)
         disable_dropout(model)
         fuse_activations(model)
         self.vocab_size = vocab_size
@@ -167,13 +223,7 @@ class Backbone(nn.Module):
 
     def check_length(self, n_tokens: int) -> None:
         """Raise ValueError where sequences of `n_tokens` are longer than the model can read."""
-        # Absent where nothing bounds the length (BLOOM's ALiBi).
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and n_tokens > limit:
-            raise ValueError(
-                f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens: "
-                "lower max_prompt_tokens or max_new_tokens."
-            )
+        check_length(self.model, n_tokens)
 
     @property
     def device(self) -> torch.device:

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from textenv.episode import PADDING
 
+from .actor_critic import LMActorCritic
+from .critic import TrunkCritic, ValueHead
 from .sequences import SequenceBatch
 from .token_sets import AllowedTokens, TokenSets
+from .value_norm import Scale
 
 MIN_SEQUENCES = 4  # a minibatch of fewer does not learn reliably
 
@@ -78,6 +81,10 @@ class SequenceRolloutBuffer(RolloutBuffer):
     `before_returns` lists steps that run on the rollout, in order, after it is complete and before returns are
     computed: late scores, a KL penalty. Callbacks attach them (see `RolloutStep`); they are not stored with a saved
     model, whose training raises until they are attached again.
+
+    A critic with a trunk of its own is not run a token, but once at the end over whole sequences. With `value_norm`
+    the `old_values` and `returns` of minibatches are in the critic's units; `values` and `returns` of the buffer, from
+    which advantages and the explained variance come, are in units of reward.
 
     Args:
         buffer_size: Steps of a rollout.
@@ -146,6 +153,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
             setattr(self, name, np.zeros(shape, dtype=np.float32))
         self._device_values: list[Tensor] = []
         self._device_log_probs: list[Tensor] = []
+        self._lm: LMActorCritic | None = None
+        self._value_scale = self._return_scale = Scale()
         self._last_observations = self.observations
         self._starts = np.zeros(self.n_envs, dtype=np.int64)
         self.segments: list[Segment] = []
@@ -168,7 +177,11 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
         Where tokens were sampled from a part of the vocabulary, the policy says so on `log_prob` (`log_prob.allowed`).
         """
-        if self.pos > 0:
+        if self.pos == 0:
+            self._lm = vars(value).get("read_from")  # LMPolicy's
+            if self._lm is not None:
+                self._lm.values_late = True
+        else:
             before = self._last_observations
             now = obs[:, : before.shape[1]]
             # After `learn` was broken off inside a rollout, SB3 goes on with observations that the env has left behind.
@@ -213,6 +226,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         for lane in range(self.n_envs):
             self._close_segment(lane, self.buffer_size, is_finished=bool(self.dones[lane]))
         self._last_observations = self.observations  # all that is needed of them is in the segments
+        if self._lm is not None:
+            self._value_late(self._lm)
         missing = [name for name in self.expected_steps if name not in map(step_name, self.before_returns)]
         if missing:
             raise RuntimeError(
@@ -223,6 +238,30 @@ class SequenceRolloutBuffer(RolloutBuffer):
             step(self)
         super().compute_returns_and_advantage(last_values.float(), dones)
         self._collect()
+        if self._lm is not None:
+            self._normalize_values(self._lm)
+        self._lm = None
+
+    def _value_late(self, lm: LMActorCritic) -> None:
+        """Compute the values that a critic with a trunk of its own owes."""
+        lm.values_late = False
+        if isinstance(lm.critic, TrunkCritic):
+            view = self.view()
+            with torch.no_grad():
+                values = lm.in_reward_units(lm.sequence_values(view.batch))
+            self.values[view.steps, view.lanes] = values.cpu().numpy()
+
+    def _normalize_values(self, lm: LMActorCritic) -> None:
+        """Bring the statistics of returns up to date, and note in which units minibatches are now."""
+        norm, returns = lm.value_norm, [self._part(i).returns for i in range(len(self._trained))]
+        if norm is None or not returns:
+            return
+        assert isinstance(lm.critic, ValueHead), "checked when the policy is built"
+        before = norm.scale()
+        norm.update(torch.as_tensor(np.concatenate(returns), device=norm.mean.device), lm.critic.linear)
+        self._return_scale = norm.scale()
+        # Old values are what the critic puts out before its first step: with "norm" it has not followed.
+        self._value_scale = self._return_scale if norm.keeps_values else before
 
     def view(self) -> RolloutView:
         """Return the rollout as whole sequences: what a step of `before_returns` needs to run a model over it."""
@@ -304,7 +343,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         rows = np.repeat(np.arange(len(group)), self._counts[group])
         tokens, lengths = self._pad([self._trained[i].tokens for i in group])
         advantages = (part.advantages - self._mean) / self._deviation
-        numbers = (part.values, part.log_probs, advantages.astype(np.float32), part.returns)
+        values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
+        numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
         return SequenceSamples(
             SequenceBatch(tokens, lengths, rows, part.cols, self.micro_batch_tokens, self._allowed(part.allowed)),
             torch.as_tensor(part.actions, device=self.device).long(),

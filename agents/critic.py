@@ -1,18 +1,25 @@
-"""Value heads: what estimates the return of a prefix from the language model's hidden state."""
+"""Critics: what estimates the return of a prefix, from the policy's hidden states or by a model of its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .backbone import LMLike, PretrainedRewardModel, build_model, check_fits, disable_dropout, fuse_activations
+
+PROBE_LENGTH = 4
+PROBE_TOLERANCE = 1e-4
 
 
 class CriticSpec(Protocol):
     """Something small that pickles and builds a critic; `policy_kwargs` hold it."""
 
     def build(self, hidden_size: int) -> nn.Module:
-        """Return a module that maps hidden states (N, H) to values (N,)."""
+        """Return a module that maps the policy's hidden states (N, H) to values (N,), or a `TrunkCritic`."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +58,121 @@ class ValueHead(nn.Module):
         hidden = hidden.detach() if self.detach else hidden
         # Under autocast some models end in 16 bits; the head's weights are float32.
         return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
+
+
+class TrunkCritic(ValueHead):
+    """A value head on a trunk of its own, which shares nothing with the policy.
+
+    Dropout is off, and a hidden state must depend on the tokens up to its own alone; that is checked on a probe.
+
+    Args:
+        trunk: The model without its head, causal.
+
+    Raises:
+        ValueError: If the trunk reads tokens that come later.
+    """
+
+    def __init__(self, trunk: PreTrainedModel) -> None:
+        disable_dropout(trunk)
+        fuse_activations(trunk)
+        hidden = _probe(trunk)
+        super().__init__(hidden.shape[-1])
+        self.trunk = trunk
+
+    def check_fits(self, vocab_size: int, n_positions: int) -> None:
+        """Raise ValueError where the tokenizer has more tokens, or sequences are longer, than the trunk can read."""
+        check_fits(self.trunk, vocab_size, n_positions)
+
+    def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Return the trunk's hidden states (N, H) at the places (rows, cols) of right-padded tokens (B, T)."""
+        return _read(self.trunk, ids)[rows, cols]
+
+
+@dataclass(frozen=True)
+class SeparateCritic:
+    """A critic that is a model of its own, with a zero-initialised value head: V = 0 at the start.
+
+    The policy's trunk then follows the policy's gradient alone. The price is a second model in memory and in the
+    update. A rollout costs no forward of it: a `SequenceRolloutBuffer` has whole sequences valued at the end, one
+    forward each. (With the stock buffer each step is valued, by a forward over the whole prefix.)
+
+    Args:
+        lm: The model whose trunk it is, as for `LMPolicy`: any causal one of the policy's tokenizer.
+
+    Example:
+        >>> from agents import SeparateCritic
+        >>> from transformers import GPT2Config
+        >>> spec = SeparateCritic(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40))
+        >>> policy_kwargs = dict(lm="./my-gpt2", critic=spec, critic_lr_scale=10.0)
+    """
+
+    lm: LMLike
+
+    def build(self, hidden_size: int) -> nn.Module:
+        """Return the trunk with its value head."""
+        return TrunkCritic(cast("PreTrainedModel", build_model(self.lm).base_model))
+
+
+class RewardModelCritic:
+    """A critic that starts from a trained reward model: the value of a whole text is its score.
+
+    The model is what `AutoModelForSequenceClassification` loads with `num_labels=1`. Its score head becomes the value
+    head (as in Ouyang et al., 2022, section C.4), and is trained on. Otherwise as `SeparateCritic`.
+
+    Args:
+        name: A name on the hub or the path of a folder.
+        **kwargs: Other arguments of `from_pretrained`. `dtype` is float32 unless given.
+
+    Example:
+        >>> from agents import RewardModelCritic
+        >>> policy_kwargs = dict(lm="./my-gpt2", critic=RewardModelCritic("./my-reward-model"))
+    """
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        self.model = PretrainedRewardModel(name, **kwargs)
+
+    def build(self, hidden_size: int) -> nn.Module:
+        """Return the reward model's trunk, with its score head as value head.
+
+        Raises:
+            ValueError: If the values of the result are not the model's scores, on a probe.
+        """
+        model = self.model.build()
+        heads = [child for child in model.children() if isinstance(child, nn.Linear) and child.out_features == 1]
+        if len(heads) != 1:
+            raise ValueError(f"Expected one linear layer behind the trunk of {type(model).__name__}, got {len(heads)}.")
+        critic = TrunkCritic(cast("PreTrainedModel", model.base_model))
+        with torch.no_grad():
+            critic.linear.weight.copy_(heads[0].weight)
+            if heads[0].bias is not None:
+                critic.linear.bias.copy_(heads[0].bias)
+            ids = torch.full((1, PROBE_LENGTH), int(model.config.get_text_config().pad_token_id == 0))
+            score, value = model.eval()(input_ids=ids).logits[0], critic(_read(critic.trunk, ids)[:, -1])
+        if not torch.allclose(score, value, atol=PROBE_TOLERANCE):
+            raise ValueError(
+                f"Expected {type(model).__name__} to score a text by its last hidden state, got {float(score):.4g} "
+                f"from it and {float(value):.4g} from its head there: use SeparateCritic."
+            )
+        return critic
+
+
+def _read(trunk: PreTrainedModel, ids: Tensor) -> Tensor:
+    return trunk(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+
+
+@torch.no_grad()
+def _probe(trunk: PreTrainedModel) -> Tensor:
+    """Return hidden states (1, T, H) of a few tokens, having checked that they do not depend on later ones."""
+    ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=trunk.device)
+    other = ids.clone()
+    other[0, -1] = 1
+    was_training = trunk.training
+    trunk.eval()
+    hidden, changed = _read(trunk, ids), _read(trunk, other)
+    trunk.train(was_training)
+    if not torch.allclose(hidden[0, :-1], changed[0, :-1], atol=PROBE_TOLERANCE):
+        raise ValueError(
+            f"Expected a causal model as critic, got {type(trunk).__name__}, in which hidden states depend on tokens "
+            "that come later: values would be read from what is yet to happen."
+        )
+    return hidden

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
 
 from .actor_critic import LMActorCritic
 from .buffers import SequenceRolloutBuffer, step_name
@@ -100,4 +101,4 @@ class KLPenalty(RolloutStep):
 
 def _frozen(lm: LMActorCritic) -> LMActorCritic:
     lm.drop_caches()
-    return copy.deepcopy(lm).requires_grad_(False).eval()
+    return copy.deepcopy(lm, {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()  # it values nothing

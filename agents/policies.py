@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from .actor_critic import LMActorCritic
 from .backbone import Backbone, LMLike, build_model
-from .critic import CriticSpec, SharedCritic
+from .critic import CriticSpec, SharedCritic, TrunkCritic
+from .optim import scaled_optimizer
 from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
 from .vec_env import TerminalObservation
@@ -39,7 +41,7 @@ class LMPolicy(ActorCriticPolicy):
         lr_schedule: Learning rate schedule.
         lm: The language model: a name or path, a transformers config (fresh weights), or a spec such as
             `Pretrained(name)`.
-        critic: The value head, by spec.
+        critic: What values a prefix, by spec: `SharedCritic`, `SeparateCritic`, `RewardModelCritic`.
         temperature: Divides the logits, in the rollout and in the update alike; this and the next are `Sampling`'s.
         top_k: Sample from the so many most probable tokens.
         top_p: Sample from the most probable tokens whose probabilities sum up to this.
@@ -48,6 +50,11 @@ class LMPolicy(ActorCriticPolicy):
         top_p_lag: Choose `top_p`'s tokens by a copy of the policy that is renewed after so many updates (NLPO).
         autocast: "bfloat16" runs the model in 16 bits; weights stay float32.
         cache: Decode with cached keys and values; False reads the whole prefix for every token.
+        value_norm: "popart" or "norm" has the critic predict returns in units of their running deviation (see
+            `ValueNorm`); needs a `SequenceRolloutBuffer`. `evaluate_actions` and `predict_values` then return, for
+            sequences of the buffer, normalised values, as its minibatches hold them; all else is in units of reward.
+        critic_lr_scale: Multiplies the learning rate of the critic: its value head, and its trunk where it has one.
+        head_lr_scale: Multiplies that of the value head once more.
         optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
         optimizer_kwargs: Its arguments but the learning rate; by default no weight decay, and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.
@@ -83,6 +90,9 @@ class LMPolicy(ActorCriticPolicy):
         top_p_lag: int | None = None,
         autocast: str | None = None,
         cache: bool = True,
+        value_norm: str | None = None,
+        critic_lr_scale: float = 1.0,
+        head_lr_scale: float = 1.0,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -98,7 +108,9 @@ class LMPolicy(ActorCriticPolicy):
             "top_p_lag": top_p_lag,
             "autocast": autocast,
             "cache": cache,
+            "value_norm": value_norm,
         }
+        self.lr_scales = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
         if optimizer_kwargs is None:
             # One kernel instead of a dozen passes over the weights: a tenth of a small model's update.
             optimizer_kwargs = {"weight_decay": 0.0, "fused": True} if optimizer_class is torch.optim.AdamW else {}
@@ -121,15 +133,22 @@ class LMPolicy(ActorCriticPolicy):
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
         )
         critic = kwargs.pop("critic").build(backbone.hidden_size)
-        autocast, cache = kwargs.pop("autocast"), kwargs.pop("cache")
-        self.lm = LMActorCritic(backbone, critic, Sampling(**kwargs), autocast, cache)
+        if isinstance(critic, TrunkCritic):
+            critic.check_fits(backbone.vocab_size, self.observation_space.shape[0] - 1)
+        sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
+        self.lm = LMActorCritic(backbone, critic, sampling, **kwargs)
         # Drawn from torch's generator, which SB3 has seeded: the same seed gives the same run.
         seed = int(torch.randint(2**31, ()))
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
-        trainable = [weight for weight in self.parameters() if weight.requires_grad]
-        self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        scales = {weight: 1.0 for weight in self.parameters() if weight.requires_grad}
+        in_trunk = set(critic.trunk.parameters()) if isinstance(critic, TrunkCritic) else set()
+        for weight in scales.keys() & set(critic.parameters()):
+            scales[weight] = self.lr_scales["critic_lr_scale"]
+            if weight not in in_trunk:
+                scales[weight] *= self.lr_scales["head_lr_scale"]
+        self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         """Return what `policy.save` stores to build the policy again."""
@@ -140,10 +159,12 @@ class LMPolicy(ActorCriticPolicy):
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
             **self.lm_kwargs,
+            **self.lr_scales,
         }
 
     def set_training_mode(self, mode: bool) -> None:
         """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8)."""
+        self.lm.values_late = False  # of a rollout that was broken off
         if mode and not self.training:
             self.lm.begin_update()
         if mode:
@@ -164,14 +185,20 @@ class LMPolicy(ActorCriticPolicy):
         """
         step = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache)
         step.log_probs.allowed = step.allowed  # type: ignore[attr-defined]
-        return step.actions, step.values[:, None], step.log_probs
+        values = step.values[:, None]
+        values.read_from = self.lm  # type: ignore[attr-defined]  # for the buffer: values once a sequence, statistics
+        return step.actions, values, step.log_probs
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
         """Return actions (B,): what `predict` calls, with rows and randomness apart from the rollout's."""
-        return self.lm.act(observation, deterministic, self.predict_generator, self.lm.predict_cache).actions
+        cache = self.lm.predict_cache
+        return self.lm.act(observation, deterministic, self.predict_generator, cache, with_values=False).actions
 
     def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:  # type: ignore[override]
-        """Return values (B, 1). Those of lanes that were truncated in one step come from one forward."""
+        """Return values (B, 1), of sequences as `evaluate_actions`.
+
+        Those of lanes that were truncated in one step come from one forward.
+        """
         if isinstance(obs, SequenceBatch):
             return self.lm.sequence_values(obs)[:, None]
         terminal = vars(obs).get("terminal")
@@ -186,6 +213,11 @@ class LMPolicy(ActorCriticPolicy):
         """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights."""
         if torch.is_grad_enabled():  # an update follows, perhaps in a loop of the user's own
             self.lm.drop_caches()
+        if self.lm.value_norm is not None and not isinstance(obs, SequenceBatch):
+            raise ValueError(
+                "Expected rollout_buffer_class=SequenceRolloutBuffer with `value_norm`: the minibatches of the stock "
+                "buffer hold returns in units of reward."
+            )
         values, log_probs, entropy = self.lm.evaluate(_as_batch(obs), actions.long().flatten())
         return values[:, None], log_probs, entropy
 

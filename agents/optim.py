@@ -1,0 +1,60 @@
+"""An optimizer in which some weights learn faster than others, though Stable-Baselines3 sets one rate for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def scaled_optimizer(
+    optimizer_class: type[torch.optim.Optimizer], scales: Mapping[nn.Parameter, float], lr: float, **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Build an optimizer whose steps multiply the learning rate by a factor of each weight's own.
+
+    Stable-Baselines3 writes the scheduled learning rate into all groups before each update. The factor, `lr_scale` of
+    a group, therefore acts inside the step alone, and `lr` is what was written again behind it. Weights of the same
+    factor share a group, in the order given. State and groups are saved and loaded as of any optimizer.
+
+    Args:
+        optimizer_class: Any of torch's.
+        scales: The factor of each weight, above 0.
+        lr: The learning rate before the first update.
+        **kwargs: Other arguments of the class.
+
+    Raises:
+        ValueError: If a factor is not above 0.
+
+    Example:
+        >>> import torch
+        >>> from agents.optim import scaled_optimizer
+        >>> slow, fast = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.zeros(()))
+        >>> optimizer = scaled_optimizer(torch.optim.SGD, {slow: 1.0, fast: 10.0}, lr=0.5)
+        >>> (slow + fast).backward()
+        >>> optimizer.step()
+        >>> slow.item(), fast.item(), [group["lr"] for group in optimizer.param_groups]
+        (-0.5, -5.0, [0.5, 0.5])
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for weight, scale in scales.items():
+        if not scale > 0:
+            raise ValueError(f"Expected factors of the learning rate above 0, got {scale}.")
+        groups.setdefault(float(scale), []).append(weight)
+    of_groups = [{"params": weights, "lr_scale": scale} for scale, weights in groups.items()]
+    optimizer = optimizer_class(of_groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+    rates: list[Any] = []
+
+    def scale_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        rates[:] = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group["lr_scale"]
+
+    def restore_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    optimizer.register_step_pre_hook(scale_rates)
+    optimizer.register_step_post_hook(restore_rates)
+    return optimizer

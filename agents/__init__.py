@@ -8,19 +8,23 @@ from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, sav
 from .critic import SharedCritic
 from .export import export
 from .generation import Generation, generate
-from .kl import KLPenalty
+from .kl import AdaptiveCoef, KLPenalty
 from .policies import LMPolicy
 from .rollout_steps import LateScores, RolloutStep
+from .trainable import LastLayers, LoRA
 from .vec_env import TextVecEnv
 
 __all__ = [
+    "AdaptiveCoef",
     "CheckpointError",
     "Checkpoints",
     "EpisodeMetrics",
     "Generation",
     "KLPenalty",
     "LMPolicy",
+    "LastLayers",
     "LateScores",
+    "LoRA",
     "Pretrained",
     "RewardCurves",
     "RolloutStep",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .backbone import Backbone
 from .cache import PrefixCache
 from .sampling import TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, unpack_observations
+from .trainable import is_checkpointing
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,8 +94,10 @@ class LMActorCritic(nn.Module):
 
     def _read_last(self, ids: Tensor, lengths: Tensor, cache: PrefixCache | None) -> tuple[Tensor, Tensor]:
         with self._precision():
-            # Keys and values are written in place, which a backward pass could not go through.
-            if cache is not None and self.use_cache and not torch.is_grad_enabled():
+            # Keys and values are written in place, which a backward pass could not go through; and layers that compute
+            # their activations again drop them in training mode.
+            is_dropped = torch.is_grad_enabled() or (self.training and is_checkpointing(self.backbone.model))
+            if cache is not None and self.use_cache and not is_dropped:
                 return cache.read(ids, lengths)
             lengths = lengths.clamp(min=1)
             rows = torch.arange(len(ids), device=ids.device)
@@ -156,8 +160,19 @@ class LMActorCritic(nn.Module):
         result = actions.new_zeros(len(actions), dtype=torch.float32)
         for chunk in batch.chunks():
             places = torch.as_tensor(chunk.transitions, device=actions.device)
-            result[places] = self._evaluate_chunk(chunk, actions[places])[1]
+            with self._precision():
+                hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+            result[places] = self._score(hidden, logits, actions[places])[0]
         return result
+
+    def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
+        """Yield the log-probabilities of all tokens at a chunk's transitions, (n, V), a part of them at a time."""
+        with self._precision():
+            hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+        for some in (hidden if logits is None else logits).split(max(1, MAX_LOGITS // self.backbone.vocab_size)):
+            with self._precision():
+                part = self.backbone.logits(some) if logits is None else some
+            yield TokenDistribution(part, self.temperature).log_probabilities
 
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:
         """Return the distributions of all transitions of a batch, as one of (N, V)."""

@@ -16,6 +16,7 @@ from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic
 from .sampling import TokenDistribution
 from .sequences import SequenceBatch
+from .trainable import Trainable, checkpoint_layers
 from .vec_env import TerminalObservation
 
 
@@ -43,6 +44,10 @@ class LMPolicy(ActorCriticPolicy):
         temperature: Divides the logits, in the rollout and in the update alike.
         autocast: "bfloat16" runs the model in 16 bits; weights stay float32.
         cache: Decode with cached keys and values; False reads the whole prefix for every token.
+        train: What is trained of the language model, beside the value head: "all", "head", `LastLayers(n)` or
+            `LoRA(...)`. The rest is frozen.
+        gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
+            third more time, the same gradient.
         optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
         optimizer_kwargs: Its arguments but the learning rate; by default no weight decay, and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.
@@ -73,6 +78,8 @@ class LMPolicy(ActorCriticPolicy):
         temperature: float = 1.0,
         autocast: str | None = None,
         cache: bool = True,
+        train: Trainable = "all",
+        gradient_checkpointing: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -83,6 +90,8 @@ class LMPolicy(ActorCriticPolicy):
             "temperature": temperature,
             "autocast": autocast,
             "cache": cache,
+            "train": train,
+            "gradient_checkpointing": gradient_checkpointing,
         }
         if optimizer_kwargs is None:
             # One kernel instead of a dozen passes over the weights: a tenth of a small model's update.
@@ -100,8 +109,11 @@ class LMPolicy(ActorCriticPolicy):
         """Build language model, critic and optimizer in place of SB3's networks."""
         kwargs = dict(self.lm_kwargs)
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
+        language_model = build_model(kwargs.pop("lm"), kwargs.pop("train"))
+        if kwargs.pop("gradient_checkpointing"):
+            checkpoint_layers(language_model)
         backbone = Backbone(
-            build_model(kwargs.pop("lm")),
+            language_model,
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
         )

@@ -9,12 +9,14 @@ from .critic import RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .export import export
 from .generation import Generation, generate
-from .kl import KLPenalty
+from .kl import AdaptiveCoef, KLPenalty
 from .policies import LMPolicy
 from .rollout_steps import LateScores, RolloutStep
+from .trainable import LastLayers, LoRA
 from .vec_env import TextVecEnv
 
 __all__ = [
+    "AdaptiveCoef",
     "CheckpointError",
     "Checkpoints",
     "CriticWarmup",
@@ -22,7 +24,9 @@ __all__ = [
     "Generation",
     "KLPenalty",
     "LMPolicy",
+    "LastLayers",
     "LateScores",
+    "LoRA",
     "Pretrained",
     "RewardCurves",
     "RewardModelCritic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .critic import TrunkCritic, ValueHead
 from .lagged import LaggedCopy
 from .sampling import Sampling, TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, unpack_observations
+from .trainable import is_checkpointing
 from .value_norm import ValueNorm
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
@@ -157,8 +159,10 @@ class LMActorCritic(nn.Module):
         self, backbone: Backbone, ids: Tensor, lengths: Tensor, cache: PrefixCache | None
     ) -> tuple[Tensor, Tensor]:
         with self._precision():
-            # Keys and values are written in place, which a backward pass could not go through.
-            if cache is not None and self.use_cache and not torch.is_grad_enabled():
+            # Keys and values are written in place, which a backward pass could not go through; and layers that compute
+            # their activations again drop them in training mode.
+            is_dropped = torch.is_grad_enabled() or (self.training and is_checkpointing(self.backbone.model))
+            if cache is not None and self.use_cache and not is_dropped:
                 return cache.read(ids, lengths)
             lengths = lengths.clamp(min=1)
             rows = torch.arange(len(ids), device=ids.device)
@@ -244,13 +248,22 @@ class LMActorCritic(nn.Module):
             result[places] = self._score(hidden, logits, actions[places], chunk)[0]
         return result
 
+    def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
+        """Yield the log-probabilities of all tokens at a chunk's transitions, (n, V), a part of them at a time."""
+        with self._precision():
+            hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+        n = max(1, MAX_LOGITS // self.backbone.vocab_size)
+        for start in range(0, len(hidden), n):
+            places = slice(start, start + n)
+            with self._precision():
+                part = self.backbone.logits(hidden[places]) if logits is None else logits[places]
+            yield TokenDistribution(*self._adjust(part, chunk, places)).log_probabilities
+
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:
         """Return the distributions of all transitions of a batch, as one of (N, V)."""
         logits, order = [], []
         for chunk in batch.chunks():
-            with self._precision():
-                _, chunk_logits = self.backbone(chunk.ids, chunk.rows, chunk.cols)
-            logits.append(TokenDistribution(*self._adjust(chunk_logits, chunk, slice(None))).log_probabilities)
+            logits.append(torch.cat(list(self.log_probabilities(chunk))))
             order.append(torch.as_tensor(chunk.transitions))
         return TokenDistribution(torch.cat(logits)[torch.cat(order).argsort().to(logits[0].device)])
 

@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
+from .trainable import Trainable, set_trainable
+
 PROBE_LENGTH = 4
 PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
 PROBE_TOLERANCE = 1e-3
@@ -40,11 +42,15 @@ class Pretrained:
 
     Stable-Baselines3 stores `policy_kwargs` in the file it saves and builds the policy again on `PPO.load`, before it
     copies the saved weights in. With this spec that needs neither a download nor the folder: after the first `build`
-    only the config is pickled. A bare name or path is loaded by name again.
+    only the config is pickled. A bare name or path is loaded by name again, and so is a quantised model.
 
     Args:
         name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`.
-        **kwargs: Its other arguments. `dtype` is float32 unless given.
+        **kwargs: Its other arguments. `dtype` is float32 unless given. With a `quantization_config` of transformers
+            the frozen base of a LoRA is held in 8 or 4 bits.
+
+    Raises:
+        ImportError: When built, if a package that `quantization_config` needs is missing.
 
     Example:
         >>> import pickle
@@ -68,13 +74,18 @@ class Pretrained:
             return self.auto_class.from_config(self.config)
         # Of some encoder-decoders it would load the half that it finds, with fresh embeddings.
         _refuse_encoder_decoder(AutoConfig.from_pretrained(self.name, **self.kwargs))
-        model = self.auto_class.from_pretrained(self.name, **self.kwargs)
+        try:
+            model = self.auto_class.from_pretrained(self.name, **self.kwargs)
+        except ImportError as error:
+            if "quantization_config" not in self.kwargs:
+                raise
+            raise ImportError(f"Expected what `quantization_config` needs to be installed: {error}") from error
         self.config = model.config
         return model
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the config alone once it is known."""
-        if self.config is None:
+        if self.config is None or "quantization_config" in self.kwargs:  # a config builds no quantised weights
             return self.__dict__.copy()
         return {"name": None, "kwargs": {}, "config": self.config}
 
@@ -105,12 +116,16 @@ class PretrainedRewardModel(Pretrained):
         return model
 
 
-def build_model(lm: LMLike) -> PreTrainedModel:
+def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
     """Build a causal language model from a name or path, a config (fresh weights) or a spec.
+
+    Args:
+        lm: Where it comes from.
+        train: What of it is trained; None freezes all.
 
     Raises:
         TypeError: If `lm` is a live model: `policy_kwargs` are pickled, its weights would be stored twice.
-        ValueError: If the model is an encoder-decoder, or has trainable weights of 16 bits.
+        ValueError: If the model is an encoder-decoder, or has trainable weights of 16 bits, or none.
     """
     if isinstance(lm, nn.Module):
         raise TypeError(
@@ -127,6 +142,9 @@ def build_model(lm: LMLike) -> PreTrainedModel:
     else:
         raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
     _refuse_encoder_decoder(model.config)
+    set_trainable(model, train)
+    if train is not None and not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(f"Expected weights that can be trained with train={train!r}, got none: pass train=LoRA().")
     _refuse_16_bits(model)
     return model
 
@@ -229,6 +247,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.model.device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Backbone:
+        """Move or cast the weights, but those that transformers dispatched or quantised stay where it put them."""
+        is_placed = not vars(self.model).keys().isdisjoint(("hf_quantizer", "hf_device_map"))
+        return self if is_placed else super()._apply(fn, recurse)
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Return hidden states (N, H) and logits (N, V); the inputs are those of `read`."""

@@ -10,12 +10,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .files import replaced_folder
 from .policies import LMPolicy
+from .trainable import merged_state_dict
 
 
 def export(
     model: BaseAlgorithm | LMPolicy, tokenizer: PreTrainedTokenizerBase | None, folder: str | os.PathLike[str]
 ) -> Path:
     """Write the language model (without value head) and tokenizer as `AutoModelForCausalLM` loads them.
+
+    Adapters (LoRA) are merged into the weights that are written; the policy keeps them apart and can train on.
 
     The folder appears whole or not at all; one that is there already is replaced when the new one is complete.
 
@@ -29,6 +32,7 @@ def export(
 
     Raises:
         TypeError: If the policy is no `LMPolicy`, or the tokenizer cannot be saved.
+        ValueError: If there are adapters beside quantised weights, which cannot be merged.
 
     Example:
         >>> from agents import export
@@ -46,7 +50,7 @@ def export(
         bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
     )
     with replaced_folder(folder) as beside:
-        lm.save_pretrained(beside)
+        lm.save_pretrained(beside, state_dict=merged_state_dict(lm))
         plain.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)

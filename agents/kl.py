@@ -2,103 +2,193 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
-from torch import nn
+from torch import Tensor
 
 from .actor_critic import LMActorCritic
-from .buffers import SequenceRolloutBuffer, step_name
+from .backbone import LMLike
+from .buffers import RolloutView, SequenceRolloutBuffer, step_name
 from .policies import LMPolicy
+from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
 from .rollout_steps import RolloutStep, sequence_buffer
+
+Estimator: TypeAlias = Literal["k1", "k2", "k3", "exact"]
+MAX_ERROR = 0.2  # Ziegler et al., 2019, section 2.2
+
+
+@dataclass(frozen=True)
+class AdaptiveCoef:
+    """A coefficient that brings the divergence of an episode to a target (Ziegler et al., 2019, section 2.2).
+
+    After a rollout in which n episodes ended, it is multiplied by 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
+    `kl` is the divergence that the rewards of the rollout were charged for, over the number of those episodes.
+
+    Args:
+        init: The first coefficient, in reward per nat.
+        target: The divergence to aim at, in nats an episode.
+        horizon: How slow it is, in episodes.
+
+    Raises:
+        ValueError: If one of them is not positive.
+
+    Example:
+        >>> from agents import AdaptiveCoef, KLPenalty
+        >>> callback = KLPenalty(AdaptiveCoef(init=0.1, target=6.0, horizon=10_000))
+        >>> round(AdaptiveCoef(0.1, 6.0, 100).next(0.1, kl=12.0, n_episodes=50), 3)
+        0.11
+    """
+
+    init: float
+    target: float
+    horizon: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"Expected `{name}` to be positive, got {value}.")
+
+    def next(self, coef: float, kl: float, n_episodes: int) -> float:
+        """Return the coefficient after a rollout with a divergence of `kl` nats an episode."""
+        error = float(np.clip(kl / self.target - 1, -MAX_ERROR, MAX_ERROR))
+        return coef * max(1 + error * n_episodes / self.horizon, 0.0)
 
 
 class KLPenalty(RolloutStep):
-    """Subtracts `coef * (log pi(a) - log pi_ref(a))` from the reward of every token that the policy wrote.
+    """Subtracts `coef` times the divergence from a reference model from the reward of every token the policy wrote.
 
-    The reference is a frozen copy of the policy as it is when training first starts; its mean over the policy's own
-    samples is the Kullback-Leibler divergence from it (the estimator k1; Ziegler et al., 2019, equation 2). It is
-    computed at the end of a rollout, in one forward a sequence, under the policy's temperature. The task reward in
-    the logs stays as it is; the penalty is logged under `kl/`.
+    The divergence of a token a, with r = log pi(a) - log pi_ref(a) under the policy's temperature, is estimated as
+    (Schulman, 2020, "Approximating KL Divergence"):
 
-    It needs a `SequenceRolloutBuffer`. A checkpoint keeps the reference; a file written by `model.save` does not,
-    and training a loaded model raises unless it is given.
+    - "k1": r. Its mean over the policy's samples is the divergence; one token's may be negative (Ziegler et al., 2019,
+      equation 2).
+    - "k2": r^2 / 2. Never negative, and its mean is close to the divergence while that is small.
+    - "k3": exp(-r) - 1 + r. Never negative, with the same mean as k1 and less spread.
+    - "exact": the sum over the vocabulary of pi (log pi - log pi_ref), which no longer depends on the token.
+
+    The reference is the policy as it is when training first starts: the policy without its adapters where it trains a
+    `LoRA`, else a frozen copy that shares what the policy keeps frozen. It is computed at the end of a rollout, in one
+    forward a sequence. The task reward in the logs stays as it is; the penalty is logged under `kl/`.
+
+    It needs a `SequenceRolloutBuffer`. A checkpoint keeps the reference and the coefficient; a file written by
+    `model.save` does not, and training a loaded model raises unless it is given or the policy has adapters.
 
     Args:
-        coef: The penalty, in reward per nat. 0.01 to 0.1 is usual.
-        reference: The reference where it is not the start: another policy's `lm`.
+        coef: The penalty, in reward per nat, or an `AdaptiveCoef`. 0.01 to 0.1 is usual.
+        reference: The reference where it is not the start: a name or path, a config or a spec as for the policy (same
+            tokenizer), or another policy's `lm`, which is copied.
+        estimator: "k1", "k2", "k3" or "exact".
+        clip: The most nats that one token may count, in either direction; None for no bound.
 
     Raises:
-        ValueError: If `coef` is negative, or the model is already trained and its start is not known.
+        ValueError: If an argument is out of range, the model is already trained and its start is not known, or a
+            checkpoint has another reference than the one given.
 
     Example:
         >>> from agents import KLPenalty
         >>> callback = KLPenalty(0.02)  # model.learn(100_000, callback=callback)
     """
 
-    def __init__(self, coef: float, reference: LMActorCritic | None = None, verbose: int = 0) -> None:
+    def __init__(
+        self,
+        coef: float | AdaptiveCoef,
+        reference: LMActorCritic | LMLike | None = None,
+        estimator: Estimator = "k1",
+        clip: float | None = None,
+        verbose: int = 0,
+    ) -> None:
         super().__init__(verbose)
-        if coef < 0:
+        self.controller = coef if isinstance(coef, AdaptiveCoef) else None
+        self.coef = coef.init if isinstance(coef, AdaptiveCoef) else coef
+        if self.coef < 0:
             raise ValueError(f"Expected `coef` to be 0 or more, got {coef}.")
-        self.coef = coef
-        self.reference = None if reference is None else _frozen(reference)
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"Expected `estimator` to be one of {list(get_args(Estimator))}, got {estimator!r}.")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"Expected `clip` to be positive or None, got {clip}.")
+        self.estimator, self.clip = estimator, clip
+        is_spec = reference is not None and not isinstance(reference, LMActorCritic)
+        self.spec = cast("LMLike", reference) if is_spec else None
+        self.reference = copy_of(reference) if isinstance(reference, LMActorCritic) else None
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Copy the policy, unless there is a reference already."""
+        """Take the policy as it is for the reference, or build another one, unless there is a reference already."""
         self.algorithm = model
+        self.policy = cast("LMPolicy", model.policy).lm
+        if self.reference is None and self.spec is not None:
+            assert model.observation_space.shape is not None
+            self.reference = build_reference(self.spec, self.policy, model.observation_space.shape[0] - 1)
         for step in sequence_buffer(model).before_returns:  # an earlier call of learn() has the start
             if isinstance(step, KLPenalty) and self.reference is None:
                 self.reference = step.reference
         if self.reference is None:
-            if model._n_updates > 0 and step_name(self) not in sequence_buffer(model).saved_steps:
+            self.reference = start_of(self.policy)
+            is_start = model._n_updates == 0 or self.reference is self.policy
+            if not is_start and step_name(self) not in sequence_buffer(model).saved_steps:
+                self.reference = None
                 raise ValueError(
                     "Expected the reference of a model that is already trained, since its start is gone: pass "
                     "KLPenalty(coef, reference=policy.lm) with a policy that holds it, or resume from a checkpoint."
                 )
-            self.reference = _frozen(cast("LMPolicy", model.policy).lm)
+        self.reference.sampling = self.policy.sampling
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Subtract the penalty from `buffer.rewards`."""
-        assert self.reference is not None, "set when attached"
         view = buffer.view()
-        with torch.no_grad():
-            reference = self.reference.log_probs(view.batch, view.actions).cpu().numpy()  # (N,)
-        log_ratio = buffer.log_probs[view.steps, view.lanes] - reference  # k1
-        buffer.rewards[view.steps, view.lanes] -= self.coef * log_ratio
-        self._log(log_ratio, view.steps, view.lanes, buffer)
+        kl = self._divergence(view).cpu().numpy()  # (N,)
+        if self.clip is not None:
+            kl = kl.clip(-self.clip, self.clip)
+        buffer.rewards[view.steps, view.lanes] -= self.coef * kl
+        self._log(kl, view.steps, view.lanes, buffer)
+        n_episodes = sum(segment.is_finished for segment in buffer.segments)
+        if self.controller is not None and n_episodes > 0:
+            self.coef = self.controller.next(self.coef, float(kl.sum()) / n_episodes, n_episodes)
 
-    def _log(self, log_ratio: np.ndarray, steps: np.ndarray, lanes: np.ndarray, buffer: SequenceRolloutBuffer) -> None:
+    def _divergence(self, view: RolloutView) -> Tensor:
+        assert self.reference is not None, "set when attached"
+        if self.estimator == "exact":
+            return divergences(self.reference, self.policy, view.batch)
+        with torch.no_grad():
+            ours = self.policy.log_probs(view.batch, view.actions)
+        return estimate(ours - log_probs(self.reference, self.policy, view.batch, view.actions), self.estimator)
+
+    def _log(self, kl: np.ndarray, steps: np.ndarray, lanes: np.ndarray, buffer: SequenceRolloutBuffer) -> None:
         sums = np.zeros_like(buffer.rewards)
-        sums[steps, lanes] = log_ratio
+        sums[steps, lanes] = kl
         per_segment = [sums[s.start : s.end, s.lane].sum() for s in buffer.segments if s.is_finished]
         logger = self.algorithm.logger
-        logger.record("kl/token", float(log_ratio.mean()))
+        logger.record("kl/token", float(kl.mean()))
         if per_segment:
             logger.record("kl/sequence", float(np.mean(per_segment)))
-        logger.record("kl/penalty", float(self.coef * log_ratio.mean()))
+        logger.record("kl/penalty", float(self.coef * kl.mean()))
         logger.record("kl/coef", self.coef)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the reference's weights and the coefficient."""
+        """Return those weights of the reference that the policy does not hold, and the coefficient."""
         assert self.reference is not None, "set when attached"
-        return self._weights(self.reference), {"coef": self.coef}
+        return own_tensors(self.reference, self.policy), {"coef": self.coef}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         """Take back the reference and the coefficient."""
         assert self.reference is not None, "set when attached"
-        for name, weight in self._weights(self.reference).items():
+        own = own_tensors(self.reference, self.policy)
+        unlike = sorted(own.keys() ^ tensors.keys())
+        unlike += sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+        if unlike:
+            raise ValueError(
+                f"Expected the `reference` that was saved, got another: {unlike[:5]} differ. Pass the same."
+            )
+        for name, weight in own.items():
             weight.data.copy_(tensors[name])
         self.coef = meta["coef"]
 
-    @staticmethod
-    def _weights(reference: LMActorCritic) -> dict[str, Any]:
-        """Return each weight and buffer once: tied ones, of which `state_dict` has two, under their first name."""
-        return {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
 
-
-def _frozen(lm: LMActorCritic) -> LMActorCritic:
-    lm.drop_caches()
-    return copy.deepcopy(lm, {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()  # it values nothing
+def estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:
+    """Return the divergence that log pi(a) - log pi_ref(a) of each token is taken for, (N,), in nats."""
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    return torch.expm1(-log_ratio) + log_ratio if estimator == "k3" else log_ratio

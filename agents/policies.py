@@ -18,6 +18,7 @@ from .critic import CriticSpec, SharedCritic, TrunkCritic
 from .optim import scaled_optimizer
 from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
+from .trainable import Trainable, checkpoint_layers
 from .vec_env import TerminalObservation
 
 
@@ -55,6 +56,10 @@ class LMPolicy(ActorCriticPolicy):
             sequences of the buffer, normalised values, as its minibatches hold them; all else is in units of reward.
         critic_lr_scale: Multiplies the learning rate of the critic: its value head, and its trunk where it has one.
         head_lr_scale: Multiplies that of the value head once more.
+        train: What is trained of the language model, beside the value head: "all", "head", `LastLayers(n)` or
+            `LoRA(...)`. The rest is frozen.
+        gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
+            third more time, the same gradient.
         optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
         optimizer_kwargs: Its arguments but the learning rate; by default no weight decay, and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.
@@ -93,6 +98,8 @@ class LMPolicy(ActorCriticPolicy):
         value_norm: str | None = None,
         critic_lr_scale: float = 1.0,
         head_lr_scale: float = 1.0,
+        train: Trainable = "all",
+        gradient_checkpointing: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -109,6 +116,8 @@ class LMPolicy(ActorCriticPolicy):
             "autocast": autocast,
             "cache": cache,
             "value_norm": value_norm,
+            "train": train,
+            "gradient_checkpointing": gradient_checkpointing,
         }
         self.lr_scales = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
         if optimizer_kwargs is None:
@@ -127,8 +136,11 @@ class LMPolicy(ActorCriticPolicy):
         """Build language model, critic and optimizer in place of SB3's networks."""
         kwargs = dict(self.lm_kwargs)
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
+        language_model = build_model(kwargs.pop("lm"), kwargs.pop("train"))
+        if kwargs.pop("gradient_checkpointing"):
+            checkpoint_layers(language_model)
         backbone = Backbone(
-            build_model(kwargs.pop("lm")),
+            language_model,
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
         )

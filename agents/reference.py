@@ -1,0 +1,97 @@
+"""What a policy is compared with: a frozen language model, which shares the policy's weights where those are frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .actor_critic import LMActorCritic
+from .backbone import Backbone, LMLike, build_model
+from .sequences import Chunk, SequenceBatch
+from .trainable import adapted_layers, adapters_off
+
+
+def start_of(policy: LMActorCritic) -> LMActorCritic:
+    """Return the policy as it is before training, to be read by the functions below.
+
+    With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy that holds what is
+    trained a second time; weights that are frozen in the policy are shared, so that with `LastLayers(n)` the reference
+    costs the memory of n layers.
+    """
+    if adapted_layers(policy.backbone.model):
+        return policy
+    return copy_of(policy, [weight for weight in policy.parameters() if not weight.requires_grad])
+
+
+def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMActorCritic:
+    """Return a frozen copy without critic, which shares the weights `shared` with `lm`."""
+    lm.drop_caches()
+    kept: dict[int, object] = {id(weight): weight for weight in shared or []}
+    if lm.lagged is not None:
+        kept[id(lm.lagged)] = None  # it samples nothing
+    return copy.deepcopy(lm, kept | {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()
+
+
+def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMActorCritic:
+    """Build another language model with the policy's vocabulary, sampling and precision, and freeze it.
+
+    Args:
+        lm: A name or path, a config or a spec.
+        policy: The policy that is to be compared with it.
+        n_positions: The longest sequence that will be asked for, in tokens.
+
+    Raises:
+        ValueError: If it has fewer tokens or positions than needed.
+    """
+    backbone = Backbone(build_model(lm, train=None), policy.backbone.vocab_size, n_positions)
+    sampling = replace(policy.sampling, top_p_lag=None)
+    built = LMActorCritic(backbone, nn.Identity(), sampling, policy.autocast, cache=False)
+    return built.to(policy.backbone.device).eval()
+
+
+@torch.no_grad()
+def log_probs(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> Tensor:
+    """Return what the reference says of actions, (N,), in nats."""
+    with _frozen(reference, policy):
+        return reference.log_probs(batch, actions)
+
+
+@torch.no_grad()
+def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch) -> Tensor:
+    """Return KL(policy, reference) over the whole vocabulary at each transition, (N,), in nats.
+
+    Both read the same forwards; log-probabilities over the vocabulary are held for a part of the transitions at once.
+    """
+    result = torch.zeros(len(batch), device=batch.tokens.device)
+    for chunk in batch.chunks():
+        both = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
+        # An impossible token counts 0, and would be 0 * infinity.
+        parts = [(ours.exp() * (ours - theirs)).masked_fill(ours.isneginf(), 0.0).sum(dim=-1) for ours, theirs in both]
+        result[torch.as_tensor(chunk.transitions, device=result.device)] = torch.cat(parts)
+    return result
+
+
+def _log_probabilities(reference: LMActorCritic, policy: LMActorCritic, chunk: Chunk) -> Iterator[Tensor]:
+    parts = reference.log_probabilities(chunk)
+    while True:
+        with _frozen(reference, policy):  # the policy's own turn is between two parts
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
+
+
+def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextManager[None]:
+    return adapters_off(policy.backbone.model) if reference is policy else nullcontext()
+
+
+def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Tensor]:
+    """Return the weights and buffers that the policy does not hold, each once: tied ones under their first name."""
+    shared = {id(tensor) for tensor in (*policy.parameters(), *policy.buffers())}
+    tensors: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared}

@@ -7,6 +7,7 @@ from .callbacks import Checkpoints, EpisodeMetrics, RewardCurves, SampleTable, s
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from .critic import SharedCritic
 from .export import export
+from .flat_policy import FlatLMPolicy
 from .generation import Generation, generate
 from .kl import KLPenalty
 from .policies import LMPolicy
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "EpisodeMetrics",
+    "FlatLMPolicy",
     "Generation",
     "KLPenalty",
     "LMPolicy",

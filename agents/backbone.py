@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -179,6 +181,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.model.device
+
+    @contextmanager
+    def whole_model(self) -> Iterator[PreTrainedModel]:
+        """Give the model as transformers built it, each weight a parameter in its place, to be saved."""
+        yield self.model
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Return hidden states (N, H) and logits (N, V); the inputs are those of `read`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ class LMPolicy(ActorCriticPolicy):
         True
     """
 
+    backbone_class: type[Backbone] = Backbone
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -100,7 +102,7 @@ class LMPolicy(ActorCriticPolicy):
         """Build language model, critic and optimizer in place of SB3's networks."""
         kwargs = dict(self.lm_kwargs)
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
-        backbone = Backbone(
+        backbone = self.backbone_class(
             build_model(kwargs.pop("lm")),
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
@@ -114,6 +116,14 @@ class LMPolicy(ActorCriticPolicy):
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
         trainable = [weight for weight in self.parameters() if weight.requires_grad]
         self.optimizer = self.optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    @property
+    def lstm_actor(self) -> NoReturn:
+        """Refuse RecurrentPPO, which asks for this first."""
+        raise TypeError(
+            f"Expected an algorithm without recurrent state for {type(self).__name__}, got RecurrentPPO: a language "
+            "model sees the whole text in each observation and has nothing to carry between steps. Use PPO."
+        )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         """Return what `policy.save` stores to build the policy again."""

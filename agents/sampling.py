@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions import Categorical
 
 
@@ -72,7 +73,8 @@ def score_tokens(logits: Tensor, actions: Tensor, temperature: float = 1.0) -> t
     """Return log-probabilities and entropies of `TokenDistribution(logits, temperature)`, with a lean backward.
 
     The same numbers and gradients in about half the passes over the vocabulary: one tensor of (N, V) is kept for the
-    backward, and the gradient of both is written in one expression.
+    backward, and the gradient of both is written in one expression. It has no second derivative, and says so when
+    asked for one; `TokenDistribution` has.
 
     Args:
         logits: (N, V).
@@ -97,6 +99,7 @@ class _ScoreTokens(torch.autograd.Function):
         return log_probabilities.gather(-1, actions[:, None]).squeeze(-1), entropies
 
     @staticmethod
+    @once_differentiable  # what is saved is no input: a second derivative would be wrong in silence
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         by_log_prob, by_entropy = (gradient / ctx.temperature for gradient in gradients)  # (N,), (N,)
         log_probabilities, actions, entropies = ctx.saved_tensors

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Categorical
 
 
@@ -99,8 +98,12 @@ class _ScoreTokens(torch.autograd.Function):
         return log_probabilities.gather(-1, actions[:, None]).squeeze(-1), entropies
 
     @staticmethod
-    @once_differentiable  # what is saved is no input: a second derivative would be wrong in silence
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # what is saved is no input: a second derivative would be wrong in silence
+            raise RuntimeError(
+                "Expected to differentiate `score_tokens` once, got create_graph=True: for second derivatives take "
+                "log-probabilities from get_distribution (TRPO with FlatLMPolicy does)."
+            )
         by_log_prob, by_entropy = (gradient / ctx.temperature for gradient in gradients)  # (N,), (N,)
         log_probabilities, actions, entropies = ctx.saved_tensors
         # d log p(a) / d logits = onehot(a) - p;  d H / d logits = -p (log p + H)

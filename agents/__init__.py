@@ -8,6 +8,7 @@ from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, sav
 from .critic import RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .export import export
+from .flat_policy import FlatLMPolicy
 from .generation import Generation, generate
 from .kl import AdaptiveCoef, KLPenalty
 from .policies import LMPolicy
@@ -21,6 +22,7 @@ __all__ = [
     "Checkpoints",
     "CriticWarmup",
     "EpisodeMetrics",
+    "FlatLMPolicy",
     "Generation",
     "KLPenalty",
     "LMPolicy",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, ClassVar, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -247,6 +249,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.model.device
+
+    @contextmanager
+    def whole_model(self) -> Iterator[PreTrainedModel]:
+        """Give the model as transformers built it, each weight a parameter in its place, to be saved."""
+        yield self.model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Backbone:
         """Move or cast the weights, but those that transformers dispatched or quantised stay where it put them."""

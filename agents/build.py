@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import gymnasium as gym
+from sb3_contrib import TRPO, RecurrentPPO
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
+from .flat_policy import FlatLMPolicy
 from .policies import LMPolicy
 from .rollout_steps import LateScores
 from .vec_env import TextVecEnv
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 SEQUENCES_A_MINIBATCH = 8
+POLICIES: dict[type[OnPolicyAlgorithm], type[LMPolicy]] = {PPO: LMPolicy, A2C: LMPolicy, TRPO: FlatLMPolicy}
 
 
 def make_agent(
@@ -29,8 +33,8 @@ def make_agent(
 ) -> Algorithm:
     """Build an unmodified Stable-Baselines3 algorithm that trains `lm` on `env`.
 
-    It is `algorithm(LMPolicy, TextVecEnv(env, n_envs), rollout_buffer_class=SequenceRolloutBuffer, ...)` with these
-    settings, each of which a keyword argument overrides (SB3's PPO default in brackets):
+    It is `algorithm(LMPolicy, TextVecEnv(env, n_envs), rollout_buffer_class=SequenceRolloutBuffer, ...)`, for TRPO with
+    `FlatLMPolicy`, and with these settings, each of which a keyword argument overrides (SB3's PPO default in brackets):
 
     ===================== ====================== ==============================================================
     setting               here                   why
@@ -45,16 +49,22 @@ def make_agent(
     vf_coef               0.1 (0.5)              the value loss shares the trunk with the policy
     max_grad_norm         1.0 (0.5)              usual for language models
     use_rms_prop (A2C)    False (True)           so that the policy's AdamW stays
+    learning_rate (TRPO)  1e-3 (1e-3)            of the value head alone; `target_kl` bounds the policy's steps
     ===================== ====================== ==============================================================
+
+    TRPO has no n_epochs, vf_coef and max_grad_norm.
 
     Args:
         env: A `TextEnv`, a subclass, or what `gym.make` made of one.
         lm: The language model: a name or path, a config, or a spec such as `Pretrained(name)`.
         n_envs: How many episodes run side by side.
-        algorithm: The class: PPO or A2C.
+        algorithm: The class: PPO, A2C or TRPO of sb3-contrib, or a subclass; the policy's class follows from it.
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`; `normalize_advantage=True` unless given.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
+
+    Raises:
+        ValueError: If the algorithm is another one, with the reason.
 
     Returns:
         The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached.
@@ -68,23 +78,27 @@ def make_agent(
         >>> make_agent(env, config, n_envs=8, device="cpu").n_steps
         4
     """
+    policy_class = _policy_class(algorithm)
     vec_env = TextVecEnv(env, n_envs)
     settings: dict[str, Any] = {
         "gamma": 1.0,
         "gae_lambda": 0.95,
         "learning_rate": 1e-5,
         "n_steps": vec_env.env.rules.max_new_tokens,
-        "vf_coef": 0.1,
-        "max_grad_norm": 1.0,
         "normalize_advantage": False,
     }
+    if issubclass(algorithm, TRPO):
+        settings["learning_rate"] = 1e-3
+    else:
+        settings.update(vf_coef=0.1, max_grad_norm=1.0)
     if issubclass(algorithm, A2C):
         settings["use_rms_prop"] = False
     else:
-        n_steps = algorithm_kwargs.get("n_steps", settings["n_steps"])
-        settings.update(n_epochs=4, batch_size=_batch_size(n_steps, n_envs))
+        settings["batch_size"] = _batch_size(algorithm_kwargs.get("n_steps", settings["n_steps"]), n_envs)
+    if issubclass(algorithm, PPO):
+        settings["n_epochs"] = 4
     model = algorithm(
-        LMPolicy,
+        policy_class,
         vec_env,
         rollout_buffer_class=SequenceRolloutBuffer,
         rollout_buffer_kwargs={"normalize_advantage": True, **(rollout_buffer_kwargs or {})},
@@ -94,6 +108,20 @@ def make_agent(
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
     return model
+
+
+def _policy_class(algorithm: type) -> type[LMPolicy]:
+    """Return the policy that an algorithm needs, or say why there is none."""
+    for known, policy_class in POLICIES.items():
+        if issubclass(algorithm, known):
+            return policy_class
+    reason = "its policy needs are not known; pass LMPolicy to it yourself if it is like PPO."
+    if issubclass(algorithm, RecurrentPPO):
+        reason = "a language model sees the whole text in each observation, so a recurrent state has nothing to add."
+    if issubclass(algorithm, OffPolicyAlgorithm):
+        reason = "it is off-policy: it learns values of single stored actions, and no policy of tokens to sample from."
+    names = ", ".join(known.__name__ for known in POLICIES)
+    raise ValueError(f"Expected `algorithm` to be one of {names}, got {algorithm.__name__}: {reason}")
 
 
 def _batch_size(n_steps: int, n_envs: int) -> int:

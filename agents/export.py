@@ -43,14 +43,14 @@ def export(
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
-    lm = policy.lm.backbone.model
-    old = lm.generation_config
+    old = policy.lm.backbone.model.generation_config
     # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
     plain = GenerationConfig(
         bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
     )
     with replaced_folder(folder) as beside:
-        lm.save_pretrained(beside, state_dict=merged_state_dict(lm))
+        with policy.lm.backbone.whole_model() as lm:
+            lm.save_pretrained(beside, state_dict=merged_state_dict(lm))
         plain.save_pretrained(beside)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -80,6 +80,8 @@ class LMPolicy(ActorCriticPolicy):
         True
     """
 
+    backbone_class: type[Backbone] = Backbone
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -139,7 +141,7 @@ class LMPolicy(ActorCriticPolicy):
         language_model = build_model(kwargs.pop("lm"), kwargs.pop("train"))
         if kwargs.pop("gradient_checkpointing"):
             checkpoint_layers(language_model)
-        backbone = Backbone(
+        backbone = self.backbone_class(
             language_model,
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
@@ -161,6 +163,14 @@ class LMPolicy(ActorCriticPolicy):
             if weight not in in_trunk:
                 scales[weight] *= self.lr_scales["head_lr_scale"]
         self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
+
+    @property
+    def lstm_actor(self) -> NoReturn:
+        """Refuse RecurrentPPO, which asks for this first."""
+        raise TypeError(
+            f"Expected an algorithm without recurrent state for {type(self).__name__}, got RecurrentPPO: a language "
+            "model sees the whole text in each observation and has nothing to carry between steps. Use PPO."
+        )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         """Return what `policy.save` stores to build the policy again."""

@@ -186,7 +186,8 @@ def score_tokens(logits: Tensor, actions: Tensor, allowed: Tensor | None = None)
     """Return log-probabilities and entropies of `TokenDistribution(logits, allowed)`, with a lean backward.
 
     The same numbers and gradients in about half the passes over the vocabulary: one tensor of (N, V) is kept for the
-    backward, and the gradient of both is written in one expression.
+    backward, and the gradient of both is written in one expression. It has no second derivative, and says so when
+    asked for one; `TokenDistribution` has.
 
     Args:
         logits: (N, V).
@@ -212,6 +213,11 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what is saved is no input: a second derivative would be wrong in silence
+            raise RuntimeError(
+                "Expected to differentiate `score_tokens` once, got create_graph=True: for second derivatives take "
+                "log-probabilities from get_distribution (TRPO with FlatLMPolicy does)."
+            )
         by_log_prob, by_entropy = gradients  # (N,), (N,)
         log_probabilities, actions, entropies = ctx.saved_tensors
         # d log p(a) / d logits = onehot(a) - p;  d H / d logits = -p (log p + H)

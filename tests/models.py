@@ -113,6 +113,7 @@ def make_ppo(
     seed: int = 0,
     algorithm: Any = PPO,
     policy_kwargs: dict[str, Any] | None = None,
+    policy_class: Any = LMPolicy,
     **kwargs: Any,
 ) -> Any:
     """PPO (or another algorithm) on a tiny model; one minibatch a rollout and SGD unless told otherwise."""
@@ -120,7 +121,7 @@ def make_ppo(
     if algorithm is PPO:
         kwargs = {"batch_size": n_steps * n_envs, "n_epochs": 1, "normalize_advantage": False, **kwargs}
     model = algorithm(
-        LMPolicy,
+        policy_class,
         TextVecEnv(env, n_envs),
         n_steps=n_steps,
         rollout_buffer_class=rollout_buffer_class,

@@ -1,0 +1,208 @@
+"""A language model whose trainable weights are one parameter: the policy for TRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Cache, PreTrainedModel
+
+from .backbone import Backbone
+from .critic import CriticSpec, SharedCritic
+from .policies import LMPolicy
+from .sampling import TokenDistribution
+from .sequences import SequenceBatch
+
+
+class FlatBackbone(Backbone):
+    """A `Backbone` whose trainable weights are views of one vector; frozen ones are buffers.
+
+    The vector is the only parameter. Every read places views of it where the model looks for its weights, so that
+    writing to the vector in whatever way, or putting another in its `data`, takes effect at once. Tied weights are in
+    it once.
+
+    Args:
+        model: The model, whose weights are taken over.
+        vocab_size: As in `Backbone`.
+        n_positions: As in `Backbone`.
+
+    Raises:
+        ValueError: If the model has no trainable weights, or has them on several devices or in several types.
+    """
+
+    _is_flat = False  # while the model is being checked
+    _in_graph = False
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
+        super().__init__(model, vocab_size, n_positions)
+        places = _places(model)
+        trainable = [weight for weight in places if weight.requires_grad]
+        if len({(weight.device, weight.dtype) for weight in trainable}) != 1:
+            raise ValueError(
+                f"Expected trainable weights of one type on one device, got {len(trainable)} weights in "
+                f"{ {(str(weight.device), weight.dtype) for weight in trainable} }: TRPO needs them as one vector."
+            )
+        self._trainable = [places[weight] for weight in trainable]
+        self._frozen = [places[weight] for weight in places if not weight.requires_grad]
+        self._shapes = [weight.shape for weight in trainable]
+        for weight in places:
+            for module, name in places[weight]:
+                del module._parameters[name]
+                if not weight.requires_grad:
+                    module.register_buffer(name, weight)
+        # Inside the trunk, where transformers' `device` and `dtype` look for a parameter.
+        flat = nn.Parameter(torch.cat([weight.detach().ravel() for weight in trainable]))
+        model.base_model.register_parameter("flat", flat)
+        self._is_flat = True
+        self._place(self._views(self.flat.detach()))
+
+    @property
+    def flat(self) -> nn.Parameter:
+        """All trainable weights, one after the other."""
+        return self.model.base_model.get_parameter("flat")
+
+    def read(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        with self.weights():
+            return super().read(*args, **kwargs)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with self.weights():
+            return super().logits(hidden)
+
+    def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
+        with self.weights():
+            return super().prefill(ids, attention_mask, position_ids)
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """Have the model's weights be views of the vector as it is now, with a graph where gradients are on.
+
+        Each outermost entry with gradients splits the vector once, and its backward joins the parts once.
+
+        Raises:
+            ValueError: If the model uses gradient checkpointing, whose second forward would miss the vector.
+        """
+        if self._in_graph or not self._is_flat:
+            yield
+            return
+        self._in_graph = torch.is_grad_enabled() and self.flat.requires_grad
+        if self._in_graph and any(vars(module).get("gradient_checkpointing") for module in self.model.modules()):
+            self._in_graph = False
+            raise ValueError(
+                "Expected a model without gradient checkpointing, whose second forward would miss the vector: call "
+                "gradient_checkpointing_disable() on it, and lower memory with sub_sampling_factor."
+            )
+        try:
+            if self._in_graph:
+                self._place(self._views(self.flat))
+            elif self.flat.data_ptr() != self._placed:  # others hold the old vector, so its address is not used again
+                self._place(self._views(self.flat.detach()))
+            yield
+        finally:
+            if self._in_graph:
+                self._in_graph = False
+                self._place(self._views(self.flat.detach()))
+
+    @contextmanager
+    def whole_model(self) -> Iterator[PreTrainedModel]:
+        flat = self.model.base_model._parameters.pop("flat")
+        assert flat is not None, "set at construction"
+        self._place([nn.Parameter(view.clone()) for view in self._views(flat.detach())])
+        try:
+            yield self.model
+        finally:
+            self.model.base_model.register_parameter("flat", flat)
+            self._place(self._views(flat.detach()))
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _place(self, weights: list[Tensor]) -> None:
+        for places, weight in zip(self._trainable, weights, strict=True):
+            for module, name in places:
+                module._parameters.pop(name, None)
+                setattr(module, name, weight)
+        self._placed = weights[0].data_ptr()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FlatBackbone:
+        """Move or cast the weights; frozen ones that were tied stay tied."""
+        super()._apply(fn, recurse)
+        for (first, name), *others in self._frozen:
+            for module, other in others:
+                module.register_buffer(other, first.get_buffer(name))
+        return self
+
+
+def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Return each parameter and the modules that hold it: several where it is tied."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                places.setdefault(weight, []).append((module, name))
+    return places
+
+
+class FlatLMPolicy(LMPolicy):
+    """A causal language model as the policy of sb3-contrib's TRPO, unmodified.
+
+    It is `LMPolicy`, computed in the same way, with what TRPO needs besides:
+
+    * All trainable weights of the language model are one parameter. TRPO differentiates parameter by parameter (a
+      backward pass each), and it leaves out every parameter with "value" in its name, which a language model may have
+      (`query_key_value`). The critic's parameters are apart: TRPO trains them by `optimizer` at `learning_rate`.
+    * `get_distribution` attends with PyTorch's plain kernel: the fused ones have no second derivative.
+
+    The critic is detached by default: TRPO throws away what the value loss says about the policy's own weights.
+    Trust Region Policy Optimization (Schulman et al., 2015).
+
+    TRPO reads the whole rollout at once and holds its (N, V) log-probabilities; `sub_sampling_factor` lowers N.
+    `LMPolicy` and this class do not load each other's files; `export` writes the same folder from both.
+
+    Args:
+        observation_space: The env's.
+        action_space: The env's.
+        lr_schedule: Learning rate schedule, of the critic.
+        critic: The value head, by spec.
+        **kwargs: The other arguments of `LMPolicy`.
+
+    Raises:
+        ValueError: As `LMPolicy`; at the first update, if the model uses gradient checkpointing.
+
+    Example:
+        >>> from agents import FlatLMPolicy
+        >>> from sb3_contrib import TRPO
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> from transformers import GPT2Config
+        >>> env = TextEnv(["a"], CharTokenizer(), reward=lambda prompt, preds, done: 0.0, max_new_tokens=4)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40)
+        >>> model = TRPO(FlatLMPolicy, env, n_steps=8, batch_size=8, policy_kwargs=dict(lm=config), device="cpu")
+        >>> [name.split(".")[-1] for name, _ in model.policy.named_parameters()]
+        ['flat', 'weight', 'bias']
+    """
+
+    backbone_class = FlatBackbone
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        critic: CriticSpec = SharedCritic(detach=True),  # noqa: B008  (frozen)
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(observation_space, action_space, lr_schedule, critic=critic, **kwargs)
+
+    def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]
+        """Return the distribution over the next token; it can be differentiated twice."""
+        backbone = self.lm.backbone
+        assert isinstance(backbone, FlatBackbone)
+        with sdpa_kernel(SDPBackend.MATH), backbone.weights():  # one split of the vector for all forwards
+            return super().get_distribution(obs)

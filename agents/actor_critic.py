@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .cache import PrefixCache
+from .encoder_decoder import Seq2SeqBackbone, Seq2SeqCache
 from .sampling import TokenDistribution, score_tokens
-from .sequences import Chunk, SequenceBatch, unpack_observations
+from .sequences import Chunk, SequenceBatch, prompt_lengths, unpack_observations
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,8 +48,9 @@ class LMActorCritic(nn.Module):
         self.autocast = autocast
         self.use_cache = cache and backbone.is_cacheable
         # An evaluation inside a rollout must not evict the rollout's rows.
-        self.rollout_cache = PrefixCache(backbone)
-        self.predict_cache = PrefixCache(backbone)
+        cache_class = Seq2SeqCache if isinstance(backbone, Seq2SeqBackbone) else PrefixCache
+        self.rollout_cache = cache_class(backbone)
+        self.predict_cache = cache_class(backbone)
 
     def drop_caches(self) -> None:
         """Forget all keys and values: the weights are about to change."""
@@ -78,26 +80,40 @@ class LMActorCritic(nn.Module):
         Returns:
             Actions (B,) int64, values (B,) and log-probabilities (B,).
         """
-        hidden, logits = self._read_last(*unpack_observations(observations), cache)
+        hidden, logits = self._read_last(self._unpack(observations), cache)
         distribution = TokenDistribution(logits, self.temperature)
         actions = distribution.get_actions(deterministic, generator)
         return actions, self.critic(hidden), distribution.log_prob(actions)
 
     def values(self, observations: Tensor) -> Tensor:
         """Return the values of observations, (B,)."""
-        ids, lengths = unpack_observations(observations)
+        row = self._unpack(observations)
         # The last observations of a rollout go on from its cache; terminal ones, of other rows, leave it alone.
-        cache = self.rollout_cache if self.use_cache and self.rollout_cache.has_rows_of(ids, lengths) else None
-        return self.critic(self._read_last(ids, lengths, cache)[0])
+        cache = self.rollout_cache if self.use_cache and self.rollout_cache.has_rows_of(*row) else None
+        return self.critic(self._read_last(row, cache)[0])
 
-    def _read_last(self, ids: Tensor, lengths: Tensor, cache: PrefixCache | None) -> tuple[Tensor, Tensor]:
+    def _unpack(self, observations: Tensor) -> tuple[Tensor, ...]:
+        """Return tokens, lengths and, for an encoder-decoder, how many tokens of each row are the prompt's."""
+        row = unpack_observations(observations)
+        return (*row, prompt_lengths(observations)) if self.backbone.is_encoder_decoder else row
+
+    def _read_last(self, row: tuple[Tensor, ...], cache: PrefixCache | None) -> tuple[Tensor, Tensor]:
         with self._precision():
             # Keys and values are written in place, which a backward pass could not go through.
             if cache is not None and self.use_cache and not torch.is_grad_enabled():
-                return cache.read(ids, lengths)
+                return cache.read(*row)
+            ids, lengths, *n_prompt = row
             lengths = lengths.clamp(min=1)
             rows = torch.arange(len(ids), device=ids.device)
-            return self.backbone(ids[:, : int(lengths.max())], rows, lengths - 1)
+            return self.backbone(ids[:, : int(lengths.max())], rows, lengths - 1, *n_prompt)
+
+    def _inputs(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """Return what the backbone is to read of a chunk."""
+        if not self.backbone.is_encoder_decoder:
+            return chunk.ids, chunk.rows, chunk.cols
+        if chunk.n_prompt is None:
+            raise ValueError("Expected `n_prompt` of the SequenceBatch, got None: an encoder-decoder needs it.")
+        return chunk.ids, chunk.rows, chunk.cols, chunk.n_prompt
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score actions under the current weights, one forward a sequence.
@@ -123,7 +139,7 @@ class LMActorCritic(nn.Module):
 
     def _evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._precision():
-            hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+            hidden, logits = self.backbone.read(*self._inputs(chunk))
         return self.critic(hidden), *self._score(hidden, logits, actions)
 
     def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +164,7 @@ class LMActorCritic(nn.Module):
 
     def _read_chunk(self, chunk: Chunk) -> tuple[Tensor, TokenDistribution]:
         with self._precision():
-            hidden, logits = self.backbone(chunk.ids, chunk.rows, chunk.cols)
+            hidden, logits = self.backbone(*self._inputs(chunk))
         return hidden, TokenDistribution(logits, self.temperature)
 
     def log_probs(self, batch: SequenceBatch, actions: Tensor) -> Tensor:

@@ -8,7 +8,15 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import NewGELUActivation
 
 PROBE_LENGTH = 4
@@ -18,7 +26,7 @@ PROBE_TOLERANCE = 1e-3
 
 @runtime_checkable
 class LMSpec(Protocol):
-    """Something small that pickles and builds a causal language model; `policy_kwargs` hold it."""
+    """Something small that pickles and builds a language model; `policy_kwargs` hold it."""
 
     def build(self) -> PreTrainedModel:
         """Return the model, with float32 weights where they are trained."""
@@ -35,7 +43,8 @@ class Pretrained:
     only the config is pickled. A bare name or path is loaded by name again.
 
     Args:
-        name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`.
+        name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`, or
+            `AutoModelForSeq2SeqLM` where its config says `is_encoder_decoder`.
         **kwargs: Its other arguments. `dtype` is float32 unless given.
 
     Example:
@@ -55,10 +64,9 @@ class Pretrained:
         """Return the checkpoint's model, or after unpickling a fresh one of its config, to load weights into."""
         if self.name is None:
             assert self.config is not None, "pickled only once built"
-            return AutoModelForCausalLM.from_config(self.config)
-        # Of some encoder-decoders it would load the half that it finds, with fresh embeddings.
-        _refuse_encoder_decoder(AutoConfig.from_pretrained(self.name, **self.kwargs))
-        model = AutoModelForCausalLM.from_pretrained(self.name, **self.kwargs)
+            return _auto_model(self.config).from_config(self.config)
+        config = AutoConfig.from_pretrained(self.name, **self.kwargs)
+        model = _auto_model(config).from_pretrained(self.name, **self.kwargs)
         self.config = model.config
         return model
 
@@ -70,11 +78,11 @@ class Pretrained:
 
 
 def build_model(lm: LMLike) -> PreTrainedModel:
-    """Build a causal language model from a name or path, a config (fresh weights) or a spec.
+    """Build a language model from a name or path, a config (fresh weights) or a spec.
 
     Raises:
         TypeError: If `lm` is a live model: `policy_kwargs` are pickled, its weights would be stored twice.
-        ValueError: If the model is an encoder-decoder, or has trainable weights of 16 bits.
+        ValueError: If the model has trainable weights of 16 bits.
     """
     if isinstance(lm, nn.Module):
         raise TypeError(
@@ -82,15 +90,13 @@ def build_model(lm: LMLike) -> PreTrainedModel:
             "would be pickled into every saved file. Save it with save_pretrained(folder) and pass Pretrained(folder)."
         )
     if isinstance(lm, PreTrainedConfig):
-        _refuse_encoder_decoder(lm)
-        model = AutoModelForCausalLM.from_config(lm)
+        model = _auto_model(lm).from_config(lm)
     elif isinstance(lm, (str, PathLike)):
         model = Pretrained(str(lm)).build()
     elif isinstance(lm, LMSpec):
         model = lm.build()
     else:
         raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
-    _refuse_encoder_decoder(model.config)
     small = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.element_size() < 4]
     if small:
         raise ValueError(
@@ -101,11 +107,9 @@ def build_model(lm: LMLike) -> PreTrainedModel:
     return model
 
 
-def _refuse_encoder_decoder(config: PreTrainedConfig) -> None:
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"Expected a causal language model, got an encoder-decoder ({config.model_type}): not supported yet."
-        )
+def _auto_model(config: PreTrainedConfig) -> Any:
+    # The causal class would load, of some encoder-decoders, the half that it finds, with fresh embeddings.
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -149,6 +153,8 @@ class Backbone(nn.Module):
         ValueError: If the model has fewer embedding rows or positions than that.
     """
 
+    is_encoder_decoder = False
+
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__()
         rows = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
@@ -165,8 +171,9 @@ class Backbone(nn.Module):
         self.head_is_linear = True
         self._probe()
 
-    def check_length(self, n_tokens: int) -> None:
-        """Raise ValueError where sequences of `n_tokens` are longer than the model can read."""
+    def check_length(self, n_tokens: int, n_written: int = 0) -> None:
+        """Raise ValueError where `n_tokens`, and `n_written` behind them, are more than the model can read."""
+        n_tokens += n_written
         # Absent where nothing bounds the length (BLOOM's ALiBi).
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and n_tokens > limit:
@@ -238,23 +245,21 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        device = self.device
-        ids = torch.arange(PROBE_LENGTH, device=device)[None] % self.vocab_size  # (1, T)
-        here, last = torch.zeros(1, dtype=torch.long, device=device), torch.tensor([PROBE_LENGTH - 1], device=device)
+        places = self._probe_places()
         was_training = self.model.training
         self.model.eval()
         head = self.model.get_output_embeddings()
-        largest = float(head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).abs().max())
+        largest = float(head(self.read(*places)[0]).abs().max())
         # A soft cap bends large logits only, and fresh weights, which trained ones may replace, give small ones.
         scale = PROBE_LOGIT / max(largest, 1e-6)
         hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
-        expected = self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
-        hidden, logits = self(ids, here, last)
-        self.head_is_linear = _close(logits, expected)
+        expected = self._full_logits(*places)
+        hidden, logits = self(*places)
+        self.head_is_linear = close(logits, expected)
         if not self.head_is_linear:
-            hidden, logits = self(ids, here, last)
+            hidden, logits = self(*places)
         self.hidden_size = hidden.shape[-1]
-        self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, ids)
+        self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, *places)
         hook.remove()
         self.model.train(was_training)
         if not self.is_cacheable:
@@ -264,7 +269,17 @@ class Backbone(nn.Module):
                 stacklevel=2,
             )
 
-    def _decodes_like(self, expected: Tensor, ids: Tensor) -> bool:
+    def _probe_places(self) -> tuple[Tensor, ...]:
+        """Return the inputs of `read` for the last of a few tokens."""
+        ids = torch.arange(PROBE_LENGTH, device=self.device)[None] % self.vocab_size  # (1, T)
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        return ids, zero, zero + PROBE_LENGTH - 1
+
+    def _full_logits(self, ids: Tensor, *places: Tensor) -> Tensor:
+        """Return the logits (1, V) that the whole model has there."""
+        return self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
+
+    def _decodes_like(self, expected: Tensor, ids: Tensor, *places: Tensor) -> bool:
         """Whether two left-padded rows, decoded with a cache, end in the logits of the full forward."""
         device = ids.device
         first = PROBE_LENGTH - 1
@@ -274,9 +289,10 @@ class Backbone(nn.Module):
         mask = positions.new_tensor([[0, 0, *[1] * PROBE_LENGTH]])
         zero = torch.zeros(1, dtype=torch.long, device=device)
         _, logits = self(ids[:, -1:], zero, zero, mask, positions.new_tensor([[first]]), cache)
-        return _close(logits, expected)
+        return close(logits, expected)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether logits agree up to `PROBE_TOLERANCE` of the largest."""
     scale = max(1.0, float(b.abs().max()))
     return bool(torch.allclose(a.float(), b.float(), atol=PROBE_TOLERANCE * scale))

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
-from textenv.episode import PADDING
+from textenv.episode import PADDING, SEPARATOR
 
 from .sequences import SequenceBatch
 
@@ -27,6 +27,7 @@ class Segment(NamedTuple):
     end: int  # behind the last step
     tokens: np.ndarray  # (T,) int32: context and actions up to, not including, the last action
     is_finished: bool  # whether the episode ended with it
+    n_prompt: int  # how many of the tokens are the prompt's
 
 
 class Transitions(NamedTuple):
@@ -175,7 +176,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def _close_segment(self, lane: int, end: int, is_finished: bool) -> None:
         row = self._last_observations[lane]
-        segment = Segment(lane, int(self._starts[lane]), end, row[row >= 0], is_finished)
+        segment = Segment(lane, int(self._starts[lane]), end, row[row >= 0], is_finished, int((row == SEPARATOR).argmax()))
         self.segments.append(segment)
         self._starts[lane] = end
 
@@ -214,7 +215,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         lanes = np.repeat([segment.lane for segment in self.segments], [len(part) for part in parts])
         rows = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         tokens, lengths = self._pad([segment.tokens for segment in self.segments])
-        batch = SequenceBatch(tokens, lengths, rows, self.cols[steps, lanes], self.micro_batch_tokens)
+        n_prompt = np.array([segment.n_prompt for segment in self.segments])
+        batch = SequenceBatch(tokens, lengths, rows, self.cols[steps, lanes], self.micro_batch_tokens, n_prompt)
         return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device).long(), steps, lanes)
 
     def _pad(self, sequences: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
@@ -282,10 +284,11 @@ class SequenceRolloutBuffer(RolloutBuffer):
         part = Transitions(*map(np.concatenate, zip(*(self._part(i) for i in group), strict=True)))
         rows = np.repeat(np.arange(len(group)), self._counts[group])
         tokens, lengths = self._pad([self._trained[i].tokens for i in group])
+        n_prompt = np.array([self._trained[i].n_prompt for i in group])
         advantages = (part.advantages - self._mean) / self._deviation
         numbers = (part.values, part.log_probs, advantages.astype(np.float32), part.returns)
         return SequenceSamples(
-            SequenceBatch(tokens, lengths, rows, part.cols, self.micro_batch_tokens),
+            SequenceBatch(tokens, lengths, rows, part.cols, self.micro_batch_tokens, n_prompt),
             torch.as_tensor(part.actions, device=self.device).long(),
             *(torch.as_tensor(array, device=self.device) for array in numbers),
         )

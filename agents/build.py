@@ -91,6 +91,7 @@ def make_agent(
         policy_kwargs={"lm": lm, **(policy_kwargs or {})},
         **{**settings, **algorithm_kwargs},
     )
+    model.policy.lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
     return model

@@ -17,6 +17,8 @@ def export(
 ) -> Path:
     """Write the language model (without value head) and tokenizer as `AutoModelForCausalLM` loads them.
 
+    An encoder-decoder loads with `AutoModelForSeq2SeqLM`.
+
     The folder appears whole or not at all; one that is there already is replaced when the new one is complete.
 
     Args:
@@ -43,7 +45,10 @@ def export(
     old = lm.generation_config
     # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
     plain = GenerationConfig(
-        bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
+        bos_token_id=old.bos_token_id,
+        eos_token_id=old.eos_token_id,
+        pad_token_id=old.pad_token_id,
+        decoder_start_token_id=lm.config.decoder_start_token_id if lm.config.is_encoder_decoder else None,
     )
     with replaced_folder(folder) as beside:
         lm.save_pretrained(beside)

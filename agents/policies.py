@@ -14,13 +14,14 @@ from torch import Tensor
 from .actor_critic import LMActorCritic
 from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic
+from .encoder_decoder import Seq2SeqBackbone
 from .sampling import TokenDistribution
 from .sequences import SequenceBatch
 from .vec_env import TerminalObservation
 
 
 class LMPolicy(ActorCriticPolicy):
-    """A causal language model as the policy of PPO, A2C and the like, unmodified.
+    """A language model, causal or encoder-decoder, as the policy of PPO, A2C and the like, unmodified.
 
     The observation is the prompt and the tokens so far (see `textenv.TextEnv`), the action is the next token. In a
     rollout it decodes with cached keys and values; in the update it reads each sequence of a
@@ -100,8 +101,9 @@ class LMPolicy(ActorCriticPolicy):
         """Build language model, critic and optimizer in place of SB3's networks."""
         kwargs = dict(self.lm_kwargs)
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
-        backbone = Backbone(
-            build_model(kwargs.pop("lm")),
+        model = build_model(kwargs.pop("lm"))
+        backbone = (Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone)(
+            model,
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
         )

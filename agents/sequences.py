@@ -39,6 +39,11 @@ def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
     return ids.clamp(min=0), (observations >= 0).sum(dim=1)
 
 
+def prompt_lengths(observations: Tensor) -> Tensor:
+    """Return how many tokens of each observation (B, L) are the prompt's, (B,): those before the separator."""
+    return (observations == SEPARATOR).long().argmax(dim=1)
+
+
 class Chunk(NamedTuple):
     """A part of a batch that is read in one forward."""
 
@@ -46,6 +51,7 @@ class Chunk(NamedTuple):
     rows: Tensor  # (N,) of the chunk
     cols: Tensor  # (N,)
     transitions: np.ndarray  # (N,) which transitions of the batch these are
+    n_prompt: Tensor | None = None  # (S,) how many tokens of each sequence are the prompt's, where known
 
 
 class SequenceBatch:
@@ -60,6 +66,7 @@ class SequenceBatch:
         cols: The column after which it acted: its logits and value are read there, (N,), on the host.
         micro_batch_tokens: The most tokens, padding included, of one forward; None for no bound. With a bound the
             forwards are repeated in the backward, which halves the memory and changes nothing else.
+        n_prompt: How many tokens of each sequence are the prompt's, (S,), on the host; an encoder-decoder needs it.
     """
 
     def __init__(
@@ -69,19 +76,23 @@ class SequenceBatch:
         rows: np.ndarray,
         cols: np.ndarray,
         micro_batch_tokens: int | None = None,
+        n_prompt: np.ndarray | None = None,
     ) -> None:
         self.tokens = tokens
         self.lengths = lengths
         self.rows = rows
         self.cols = cols
         self.micro_batch_tokens = micro_batch_tokens
+        self.n_prompt = n_prompt
 
     @classmethod
     def from_observations(cls, observations: Tensor) -> SequenceBatch:
         """Return a batch with one transition an observation: how the stock buffer's samples are read."""
         ids, lengths = unpack_observations(observations)
         counts = lengths.cpu().numpy()
-        return cls(ids[:, : max(counts.max(), 1)], counts, np.arange(len(counts)), np.maximum(counts - 1, 0))
+        rows, cols = np.arange(len(counts)), np.maximum(counts - 1, 0)
+        n_prompt = prompt_lengths(observations).cpu().numpy()
+        return cls(ids[:, : max(counts.max(), 1)], counts, rows, cols, n_prompt=n_prompt)
 
     def __len__(self) -> int:
         """Return the number of transitions."""
@@ -89,7 +100,8 @@ class SequenceBatch:
 
     def __getitem__(self, places: slice) -> SequenceBatch:
         """Return a batch with some of the transitions."""
-        return SequenceBatch(self.tokens, self.lengths, self.rows[places], self.cols[places], self.micro_batch_tokens)
+        rows, cols = self.rows[places], self.cols[places]
+        return SequenceBatch(self.tokens, self.lengths, rows, cols, self.micro_batch_tokens, self.n_prompt)
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the batch in parts of similar length, so that little padding is read."""
@@ -106,6 +118,7 @@ class SequenceBatch:
                 torch.as_tensor(local[self.rows[transitions]], device=device),
                 torch.as_tensor(self.cols[transitions], device=device),
                 transitions,
+                None if self.n_prompt is None else torch.as_tensor(self.n_prompt[sequences], device=device),
             )
 
 

@@ -107,7 +107,7 @@ class LMActorCritic(nn.Module):
             rows = torch.arange(len(ids), device=ids.device)
             return self.backbone(ids[:, : int(lengths.max())], rows, lengths - 1, *n_prompt)
 
-    def _inputs(self, chunk: Chunk) -> tuple[Tensor, ...]:
+    def _inputs(self, chunk: Chunk) -> tuple[Any, ...]:
         """Return what the backbone is to read of a chunk."""
         if not self.backbone.is_encoder_decoder:
             return chunk.ids, chunk.rows, chunk.cols

@@ -269,7 +269,7 @@ class Backbone(nn.Module):
                 stacklevel=2,
             )
 
-    def _probe_places(self) -> tuple[Tensor, ...]:
+    def _probe_places(self) -> tuple[Any, ...]:
         """Return the inputs of `read` for the last of a few tokens."""
         ids = torch.arange(PROBE_LENGTH, device=self.device)[None] % self.vocab_size  # (1, T)
         zero = torch.zeros(1, dtype=torch.long, device=self.device)

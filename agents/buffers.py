@@ -176,7 +176,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def _close_segment(self, lane: int, end: int, is_finished: bool) -> None:
         row = self._last_observations[lane]
-        segment = Segment(lane, int(self._starts[lane]), end, row[row >= 0], is_finished, int((row == SEPARATOR).argmax()))
+        segment = Segment(
+            lane, int(self._starts[lane]), end, row[row >= 0], is_finished, int((row == SEPARATOR).argmax())
+        )
         self.segments.append(segment)
         self._starts[lane] = end
 

@@ -39,7 +39,8 @@ class LMPolicy(ActorCriticPolicy):
         action_space: The env's; its size is the tokenizer's vocabulary.
         lr_schedule: Learning rate schedule.
         lm: The language model: a name or path, a transformers config (fresh weights), or a spec such as
-            `Pretrained(name)`.
+            `Pretrained(name)`. Of an encoder-decoder (T5, BART), the encoder reads the prompt, once an episode, and the
+            decoder the tokens since, replies of a multi-turn environment included.
         critic: The value head, by spec.
         temperature: Divides the logits, in the rollout and in the update alike.
         autocast: "bfloat16" runs the model in 16 bits; weights stay float32.

@@ -133,9 +133,7 @@ def test_a7_a_decoder_that_counts_columns_runs_without_a_cache(monkeypatch):
 # A1, C2: rollout and update
 
 
-@pytest.mark.parametrize(
-    ("family", "temperature"), [("t5", 0.7), ("t5 untied", 1.0), ("bart", 1.3), ("marian", 1.0)]
-)
+@pytest.mark.parametrize(("family", "temperature"), [("t5", 0.7), ("t5 untied", 1.0), ("bart", 1.3), ("marian", 1.0)])
 def test_a1_ratio_is_one_and_c2_kl_zero(family, temperature):
     model = make_ppo(tiny_seq2seq(family), policy_kwargs={"temperature": temperature}, n_steps=15)
     check = CheckRatio()
@@ -156,7 +154,9 @@ class Talks(TextEnv):
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a1_replies_of_the_environment(family):
-    env = Talks(["a", "bcdef"], CharTokenizer(), max_new_tokens=8, max_turns=3, max_response_tokens=4, stop_ids=range(12))
+    env = Talks(
+        ["a", "bcdef"], CharTokenizer(), max_new_tokens=8, max_turns=3, max_response_tokens=4, stop_ids=range(12)
+    )
     model = make_ppo(tiny_seq2seq(family), env=env, n_steps=16)
     buffer = collect(model)
     assert np.abs(log_ratios(model, buffer)).max() < TOLERANCE
@@ -244,7 +244,9 @@ def test_b1_whatever_stands_in_the_padding(family):
     padded = torch.arange(batch.tokens.shape[1]) >= torch.as_tensor(batch.lengths)[:, None]
     poisoned = copy.copy(batch)
     poisoned.tokens = batch.tokens.masked_fill(padded, 7)
-    for clean, other in zip(scores_and_gradient(policy, batch, actions), scores_and_gradient(policy, poisoned, actions)):
+    for clean, other in zip(
+        scores_and_gradient(policy, batch, actions), scores_and_gradient(policy, poisoned, actions)
+    ):
         torch.testing.assert_close(clean, other, atol=1e-6 * max(1.0, float(clean.abs().max())), rtol=0)
 
 

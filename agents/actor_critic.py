@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from .backbone import Backbone
 from .cache import PrefixCache
 from .critic import TrunkCritic, ValueHead
+from .encoder_decoder import Seq2SeqBackbone, Seq2SeqCache
 from .lagged import LaggedCopy
 from .sampling import Sampling, TokenDistribution, score_tokens
-from .sequences import Chunk, SequenceBatch, unpack_observations
+from .sequences import Chunk, SequenceBatch, prompt_lengths, unpack_observations
 from .trainable import is_checkpointing
 from .value_norm import ValueNorm
 
@@ -66,9 +67,10 @@ class LMActorCritic(nn.Module):
         self.autocast = autocast
         self.use_cache = cache and backbone.is_cacheable
         # An evaluation inside a rollout must not evict the rollout's rows.
-        self.rollout_cache = PrefixCache(backbone)
-        self.predict_cache = PrefixCache(backbone)
-        self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag)
+        cache_class = Seq2SeqCache if isinstance(backbone, Seq2SeqBackbone) else PrefixCache
+        self.rollout_cache = cache_class(backbone)
+        self.predict_cache = cache_class(backbone)
+        self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag, cache_class)
 
     def drop_caches(self) -> None:
         """Forget all keys and values: the weights are about to change."""
@@ -107,10 +109,11 @@ class LMActorCritic(nn.Module):
             allowed: The env's mask, (B, V) bool; None allows all.
             with_values: False spares a critic's own trunk a forward; its values are then zeros.
         """
-        ids, lengths = unpack_observations(observations)
-        hidden, logits = self._read_last(self.backbone, ids, lengths, cache)
+        row = self._unpack(observations)
+        ids, lengths = row[:2]
+        hidden, logits = self._read_last(self.backbone, row, cache)
         logits = self.sampling.adjust(logits, lambda: ids, lengths)
-        support = self.sampling.support(logits, allowed, self._lagged_logits(ids, lengths, cache))
+        support = self.sampling.support(logits, allowed, self._lagged_logits(row, cache))
         distribution = TokenDistribution(logits, support)
         actions = distribution.get_actions(deterministic, generator)
         log_probs = distribution.log_prob(actions)
@@ -123,21 +126,21 @@ class LMActorCritic(nn.Module):
         return Step(actions, values, log_probs, support)
 
     @torch.no_grad()
-    def _lagged_logits(self, ids: Tensor, lengths: Tensor, cache: PrefixCache | None) -> Tensor | None:
+    def _lagged_logits(self, row: tuple[Tensor, ...], cache: PrefixCache | None) -> Tensor | None:
         if self.lagged is None:
             return None
         own = self.lagged.rollout_cache if cache is self.rollout_cache else self.lagged.predict_cache
-        logits = self._read_last(self.lagged.backbone, ids, lengths, own)[1]
-        return self.sampling.adjust(logits, lambda: ids, lengths)
+        logits = self._read_last(self.lagged.backbone, row, own)[1]
+        return self.sampling.adjust(logits, lambda: row[0], row[1])
 
     def values(self, observations: Tensor) -> Tensor:
         """Return the values of observations, (B,), in units of reward."""
-        ids, lengths = unpack_observations(observations)
+        row = self._unpack(observations)
         if isinstance(self.critic, TrunkCritic):
-            return self._trunk_values(ids, lengths)
+            return self._trunk_values(*row[:2])
         # The last observations of a rollout go on from its cache; terminal ones, of other rows, leave it alone.
-        cache = self.rollout_cache if self.use_cache and self.rollout_cache.has_rows_of(ids, lengths) else None
-        return self.in_reward_units(self.critic(self._read_last(self.backbone, ids, lengths, cache)[0]))
+        cache = self.rollout_cache if self.use_cache and self.rollout_cache.has_rows_of(*row) else None
+        return self.in_reward_units(self.critic(self._read_last(self.backbone, row, cache)[0]))
 
     def _trunk_values(self, ids: Tensor, lengths: Tensor) -> Tensor:
         lengths = lengths.clamp(min=1)
@@ -155,18 +158,34 @@ class LMActorCritic(nn.Module):
         """Return the values that outputs of the critic stand for: themselves without `value_norm`."""
         return outputs if self.value_norm is None else self.value_norm.denormalize(outputs)
 
+    def _unpack(self, observations: Tensor) -> tuple[Tensor, ...]:
+        """Return tokens, lengths and, for an encoder-decoder, how many tokens of each row are the prompt's."""
+        row = unpack_observations(observations)
+        return (*row, prompt_lengths(observations)) if self.backbone.is_encoder_decoder else row
+
     def _read_last(
-        self, backbone: Backbone, ids: Tensor, lengths: Tensor, cache: PrefixCache | None
+        self, backbone: Backbone, row: tuple[Tensor, ...], cache: PrefixCache | None
     ) -> tuple[Tensor, Tensor]:
         with self._precision():
             # Keys and values are written in place, which a backward pass could not go through; and layers that compute
             # their activations again drop them in training mode.
             is_dropped = torch.is_grad_enabled() or (self.training and is_checkpointing(self.backbone.model))
             if cache is not None and self.use_cache and not is_dropped:
-                return cache.read(ids, lengths)
+                return cache.read(*row)
+            ids, lengths, *n_prompt = row
             lengths = lengths.clamp(min=1)
             rows = torch.arange(len(ids), device=ids.device)
-            return backbone(ids[:, : int(lengths.max())], rows, lengths - 1)
+            return backbone(ids[:, : int(lengths.max())], rows, lengths - 1, *n_prompt)
+
+    def _read_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states, and logits where they do not follow from those, at a chunk's transitions."""
+        inputs: tuple[Any, ...] = (chunk.ids, chunk.rows, chunk.cols)
+        if self.backbone.is_encoder_decoder:
+            if chunk.n_prompt is None:
+                raise ValueError("Expected `n_prompt` of the SequenceBatch, got None: an encoder-decoder needs it.")
+            inputs = (*inputs, chunk.n_prompt)
+        with self._precision():
+            return self.backbone.read(*inputs)
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score actions under the current weights, one forward a sequence.
@@ -192,8 +211,7 @@ class LMActorCritic(nn.Module):
         return values, log_probs, entropies
 
     def _evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with self._precision():
-            hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+        hidden, logits = self._read_chunk(chunk)
         outputs = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
         return outputs, *self._score(hidden, logits, actions, chunk)
 
@@ -243,15 +261,13 @@ class LMActorCritic(nn.Module):
         result = actions.new_zeros(len(actions), dtype=torch.float32)
         for chunk in batch.chunks():
             places = torch.as_tensor(chunk.transitions, device=actions.device)
-            with self._precision():
-                hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+            hidden, logits = self._read_chunk(chunk)
             result[places] = self._score(hidden, logits, actions[places], chunk)[0]
         return result
 
     def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
         """Yield the log-probabilities of all tokens at a chunk's transitions, (n, V), a part of them at a time."""
-        with self._precision():
-            hidden, logits = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+        hidden, logits = self._read_chunk(chunk)
         n = max(1, MAX_LOGITS // self.backbone.vocab_size)
         for start in range(0, len(hidden), n):
             places = slice(start, start + n)
@@ -271,10 +287,7 @@ class LMActorCritic(nn.Module):
         """Return the critic's outputs, as `evaluate` does, for all transitions of a batch, (N,)."""
         values = torch.zeros(len(batch), device=batch.tokens.device)
         for chunk in batch.chunks():
-            hidden = None
-            if not isinstance(self.critic, TrunkCritic):
-                with self._precision():
-                    hidden, _ = self.backbone.read(chunk.ids, chunk.rows, chunk.cols)
+            hidden = None if isinstance(self.critic, TrunkCritic) else self._read_chunk(chunk)[0]
             places = torch.as_tensor(chunk.transitions, device=values.device)
             values[places] = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
         return values

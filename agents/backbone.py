@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, ClassVar, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     Cache,
     DynamicCache,
@@ -30,7 +31,7 @@ PROBE_TOLERANCE = 1e-3
 
 @runtime_checkable
 class LMSpec(Protocol):
-    """Something small that pickles and builds a causal language model; `policy_kwargs` hold it."""
+    """Something small that pickles and builds a language model; `policy_kwargs` hold it."""
 
     def build(self) -> PreTrainedModel:
         """Return the model, with float32 weights where they are trained."""
@@ -47,7 +48,8 @@ class Pretrained:
     only the config is pickled. A bare name or path is loaded by name again, and so is a quantised model.
 
     Args:
-        name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`.
+        name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`, or
+            `AutoModelForSeq2SeqLM` where its config says `is_encoder_decoder`.
         **kwargs: Its other arguments. `dtype` is float32 unless given. With a `quantization_config` of transformers
             the frozen base of a LoRA is held in 8 or 4 bits.
 
@@ -62,8 +64,6 @@ class Pretrained:
         './my-gpt2'
     """
 
-    auto_class: ClassVar[Any] = AutoModelForCausalLM
-
     def __init__(self, name: str, **kwargs: Any) -> None:
         self.name: str | None = str(name)
         self.kwargs = {"dtype": torch.float32, **kwargs}
@@ -73,17 +73,20 @@ class Pretrained:
         """Return the checkpoint's model, or after unpickling a fresh one of its config, to load weights into."""
         if self.name is None:
             assert self.config is not None, "pickled only once built"
-            return self.auto_class.from_config(self.config)
-        # Of some encoder-decoders it would load the half that it finds, with fresh embeddings.
-        _refuse_encoder_decoder(AutoConfig.from_pretrained(self.name, **self.kwargs))
+            return self._auto_class(self.config).from_config(self.config)
+        config = AutoConfig.from_pretrained(self.name, **self.kwargs)
         try:
-            model = self.auto_class.from_pretrained(self.name, **self.kwargs)
+            model = self._auto_class(config).from_pretrained(self.name, **self.kwargs)
         except ImportError as error:
             if "quantization_config" not in self.kwargs:
                 raise
             raise ImportError(f"Expected what `quantization_config` needs to be installed: {error}") from error
         self.config = model.config
         return model
+
+    @staticmethod
+    def _auto_class(config: PreTrainedConfig) -> Any:
+        return _auto_model(config)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the config alone once it is known."""
@@ -100,7 +103,9 @@ class PretrainedRewardModel(Pretrained):
         **kwargs: Its other arguments. `dtype` is float32 unless given.
     """
 
-    auto_class = AutoModelForSequenceClassification
+    @staticmethod
+    def _auto_class(config: PreTrainedConfig) -> Any:
+        return AutoModelForSequenceClassification
 
     def build(self) -> PreTrainedModel:
         """Return the model.
@@ -119,7 +124,7 @@ class PretrainedRewardModel(Pretrained):
 
 
 def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
-    """Build a causal language model from a name or path, a config (fresh weights) or a spec.
+    """Build a language model from a name or path, a config (fresh weights) or a spec.
 
     Args:
         lm: Where it comes from.
@@ -127,7 +132,7 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
 
     Raises:
         TypeError: If `lm` is a live model: `policy_kwargs` are pickled, its weights would be stored twice.
-        ValueError: If the model is an encoder-decoder, or has trainable weights of 16 bits, or none.
+        ValueError: If the model has trainable weights of 16 bits, or none.
     """
     if isinstance(lm, nn.Module):
         raise TypeError(
@@ -135,15 +140,13 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
             "would be pickled into every saved file. Save it with save_pretrained(folder) and pass Pretrained(folder)."
         )
     if isinstance(lm, PreTrainedConfig):
-        _refuse_encoder_decoder(lm)
-        model = AutoModelForCausalLM.from_config(lm)
+        model = _auto_model(lm).from_config(lm)
     elif isinstance(lm, (str, PathLike)):
         model = Pretrained(str(lm)).build()
     elif isinstance(lm, LMSpec):
         model = lm.build()
     else:
         raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
-    _refuse_encoder_decoder(model.config)
     set_trainable(model, train)
     if train is not None and not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(f"Expected weights that can be trained with train={train!r}, got none: pass train=LoRA().")
@@ -161,11 +164,9 @@ def _refuse_16_bits(model: PreTrainedModel) -> None:
         )
 
 
-def _refuse_encoder_decoder(config: PreTrainedConfig) -> None:
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"Expected a causal language model, got an encoder-decoder ({config.model_type}): not supported yet."
-        )
+def _auto_model(config: PreTrainedConfig) -> Any:
+    # The causal class would load, of some encoder-decoders, the half that it finds, with fresh embeddings.
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
@@ -231,6 +232,8 @@ class Backbone(nn.Module):
         ValueError: If the model has fewer embedding rows or positions than that.
     """
 
+    is_encoder_decoder = False
+
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__()
         check_fits(model, vocab_size, n_positions)
@@ -241,9 +244,9 @@ class Backbone(nn.Module):
         self.head_is_linear = True
         self._probe()
 
-    def check_length(self, n_tokens: int) -> None:
-        """Raise ValueError where sequences of `n_tokens` are longer than the model can read."""
-        check_length(self.model, n_tokens)
+    def check_length(self, n_tokens: int, n_written: int = 0) -> None:
+        """Raise ValueError where `n_tokens`, and `n_written` behind them, are more than the model can read."""
+        check_length(self.model, n_tokens + n_written)
 
     @property
     def device(self) -> torch.device:
@@ -318,23 +321,21 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        device = self.device
-        ids = torch.arange(PROBE_LENGTH, device=device)[None] % self.vocab_size  # (1, T)
-        here, last = torch.zeros(1, dtype=torch.long, device=device), torch.tensor([PROBE_LENGTH - 1], device=device)
+        places = self._probe_places()
         was_training = self.model.training
         self.model.eval()
         head = self.model.get_output_embeddings()
-        largest = float(head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).abs().max())
+        largest = float(head(self.read(*places)[0]).abs().max())
         # A soft cap bends large logits only, and fresh weights, which trained ones may replace, give small ones.
         scale = PROBE_LOGIT / max(largest, 1e-6)
         hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
-        expected = self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
-        hidden, logits = self(ids, here, last)
-        self.head_is_linear = _close(logits, expected)
+        expected = self._full_logits(*places)
+        hidden, logits = self(*places)
+        self.head_is_linear = close(logits, expected)
         if not self.head_is_linear:
-            hidden, logits = self(ids, here, last)
+            hidden, logits = self(*places)
         self.hidden_size = hidden.shape[-1]
-        self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, ids)
+        self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, *places)
         hook.remove()
         self.model.train(was_training)
         if not self.is_cacheable:
@@ -344,7 +345,17 @@ class Backbone(nn.Module):
                 stacklevel=2,
             )
 
-    def _decodes_like(self, expected: Tensor, ids: Tensor) -> bool:
+    def _probe_places(self) -> tuple[Any, ...]:
+        """Return the inputs of `read` for the last of a few tokens."""
+        ids = torch.arange(PROBE_LENGTH, device=self.device)[None] % self.vocab_size  # (1, T)
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        return ids, zero, zero + PROBE_LENGTH - 1
+
+    def _full_logits(self, ids: Tensor, *places: Tensor) -> Tensor:
+        """Return the logits (1, V) that the whole model has there."""
+        return self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
+
+    def _decodes_like(self, expected: Tensor, ids: Tensor, *places: Tensor) -> bool:
         """Whether two left-padded rows, decoded with a cache, end in the logits of the full forward."""
         device = ids.device
         first = PROBE_LENGTH - 1
@@ -354,9 +365,10 @@ class Backbone(nn.Module):
         mask = positions.new_tensor([[0, 0, *[1] * PROBE_LENGTH]])
         zero = torch.zeros(1, dtype=torch.long, device=device)
         _, logits = self(ids[:, -1:], zero, zero, mask, positions.new_tensor([[first]]), cache)
-        return _close(logits, expected)
+        return close(logits, expected)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether logits agree up to `PROBE_TOLERANCE` of the largest."""
     scale = max(1.0, float(b.abs().max()))
     return bool(torch.allclose(a.float(), b.float(), atol=PROBE_TOLERANCE * scale))

@@ -13,7 +13,7 @@ from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
-from textenv.episode import PADDING
+from textenv.episode import PADDING, SEPARATOR
 
 from .actor_critic import LMActorCritic
 from .critic import TrunkCritic, ValueHead
@@ -32,6 +32,7 @@ class Segment(NamedTuple):
     end: int  # behind the last step
     tokens: np.ndarray  # (T,) int32: context and actions up to, not including, the last action
     is_finished: bool  # whether the episode ended with it
+    n_prompt: int  # how many of the tokens are the prompt's
 
 
 class Transitions(NamedTuple):
@@ -205,7 +206,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def _close_segment(self, lane: int, end: int, is_finished: bool) -> None:
         row = self._last_observations[lane]
-        segment = Segment(lane, int(self._starts[lane]), end, row[row >= 0], is_finished)
+        segment = Segment(
+            lane, int(self._starts[lane]), end, row[row >= 0], is_finished, int((row == SEPARATOR).argmax())
+        )
         self.segments.append(segment)
         self._starts[lane] = end
 
@@ -271,7 +274,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
         rows = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         tokens, lengths = self._pad([segment.tokens for segment in self.segments])
         allowed = self._allowed(self.allowed[steps, lanes])
-        batch = SequenceBatch(tokens, lengths, rows, self.cols[steps, lanes], self.micro_batch_tokens, allowed)
+        n_prompt = np.array([segment.n_prompt for segment in self.segments])
+        cols = self.cols[steps, lanes]
+        batch = SequenceBatch(tokens, lengths, rows, cols, self.micro_batch_tokens, allowed, n_prompt)
         return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device).long(), steps, lanes)
 
     def _allowed(self, numbers: np.ndarray) -> AllowedTokens | None:
@@ -342,11 +347,14 @@ class SequenceRolloutBuffer(RolloutBuffer):
         part = Transitions(*map(np.concatenate, zip(*(self._part(i) for i in group), strict=True)))
         rows = np.repeat(np.arange(len(group)), self._counts[group])
         tokens, lengths = self._pad([self._trained[i].tokens for i in group])
+        n_prompt = np.array([self._trained[i].n_prompt for i in group])
         advantages = (part.advantages - self._mean) / self._deviation
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
         numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
         return SequenceSamples(
-            SequenceBatch(tokens, lengths, rows, part.cols, self.micro_batch_tokens, self._allowed(part.allowed)),
+            SequenceBatch(
+                tokens, lengths, rows, part.cols, self.micro_batch_tokens, self._allowed(part.allowed), n_prompt
+            ),
             torch.as_tensor(part.actions, device=self.device).long(),
             *(torch.as_tensor(array, device=self.device) for array in numbers),  # type: ignore[arg-type]
         )

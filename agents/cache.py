@@ -158,11 +158,15 @@ class PrefixCache:
         source = torch.arange(width, device=ids.device) - (width - (lengths[rows, None] - 1))  # (R, width)
         positions = source.clamp(min=0)
         states = self.backbone.prefill(ids[rows].gather(1, positions), (source >= 0).long(), positions)
+        self._place(rows, len(ids), states)
+
+    def _place(self, rows: Tensor, n_rows: int, states: Cache) -> None:
+        """Copy in the keys and values of some rows, to end where the next column is written."""
         while len(self.layers.layers) < len(states.layers):
             self.layers.layers.append(ColumnLayer())
         for layer, state in zip(self._column_layers(), cast("list[DynamicLayer]", states.layers), strict=True):
             assert state.keys is not None and state.values is not None, "just computed"
-            layer.place(rows, len(ids), self.columns, state.keys, state.values)
+            layer.place(rows, n_rows, self.columns, state.keys, state.values)
 
     def _column_layers(self) -> list[ColumnLayer]:
         return cast("list[ColumnLayer]", self.layers.layers)

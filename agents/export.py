@@ -19,6 +19,7 @@ def export(
     """Write the language model (without value head) and tokenizer as `AutoModelForCausalLM` loads them.
 
     Adapters (LoRA) are merged into the weights that are written; the policy keeps them apart and can train on.
+    An encoder-decoder loads with `AutoModelForSeq2SeqLM`.
 
     The folder appears whole or not at all; one that is there already is replaced when the new one is complete.
 
@@ -43,10 +44,13 @@ def export(
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
-    old = policy.lm.backbone.model.generation_config
+    config, old = policy.lm.backbone.model.config, policy.lm.backbone.model.generation_config
     # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
     plain = GenerationConfig(
-        bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
+        bos_token_id=old.bos_token_id,
+        eos_token_id=old.eos_token_id,
+        pad_token_id=old.pad_token_id,
+        decoder_start_token_id=config.decoder_start_token_id if config.is_encoder_decoder else None,
     )
     with replaced_folder(folder) as beside:
         with policy.lm.backbone.whole_model() as lm:

@@ -174,7 +174,7 @@ class FlatLMPolicy(LMPolicy):
         **kwargs: The other arguments of `LMPolicy`.
 
     Raises:
-        ValueError: As `LMPolicy`; at the first update, if the model uses gradient checkpointing.
+        ValueError: As `LMPolicy`; for an encoder-decoder; for gradient checkpointing, at the first update.
 
     Example:
         >>> from agents import FlatLMPolicy
@@ -188,8 +188,6 @@ class FlatLMPolicy(LMPolicy):
         ['flat', 'weight', 'bias']
     """
 
-    backbone_class = FlatBackbone
-
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -199,6 +197,14 @@ class FlatLMPolicy(LMPolicy):
         **kwargs: Any,
     ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, critic=critic, **kwargs)
+
+    def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
+        if language_model.config.is_encoder_decoder:
+            raise ValueError(
+                f"Expected a causal language model for {type(self).__name__}, got an encoder-decoder: TRPO's second "
+                "derivatives are not supported there. Use PPO."
+            )
+        return FlatBackbone
 
     def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]
         """Return the distribution over the next token; it can be differentiated twice."""

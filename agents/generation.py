@@ -81,7 +81,7 @@ def generate(
         )
     rows = [prompt for prompt in prompts for _ in range(n)]
     env = TextEnv(rows, tokenizer, reward=_no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
-    policy.lm.backbone.check_length(env.max_prompt_tokens + env.rules.room)
+    policy.lm.backbone.check_length(env.max_prompt_tokens, env.rules.room)
     envs = TextVectorEnv(env, min(n_envs, len(rows)))
     generator = torch.Generator().manual_seed(seed)
     generations: list[Generation | None] = [None] * len(rows)

@@ -17,17 +17,18 @@ class LaggedCopy(nn.Module):
     Args:
         backbone: The language model to copy.
         every: After how many updates the copy is renewed, with the weights that sampled the last rollout.
+        cache_class: What decodes with it.
     """
 
     n_updates: Tensor
 
-    def __init__(self, backbone: Backbone, every: int) -> None:
+    def __init__(self, backbone: Backbone, every: int, cache_class: type[PrefixCache] = PrefixCache) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.every = every
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
-        self.rollout_cache = PrefixCache(self.backbone)
-        self.predict_cache = PrefixCache(self.backbone)
+        self.rollout_cache = cache_class(self.backbone)
+        self.predict_cache = cache_class(self.backbone)
 
     @torch.no_grad()
     def count_update(self, backbone: Backbone) -> None:

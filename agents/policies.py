@@ -11,10 +11,12 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .actor_critic import LMActorCritic
 from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic, TrunkCritic
+from .encoder_decoder import Seq2SeqBackbone
 from .optim import scaled_optimizer
 from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
@@ -23,7 +25,7 @@ from .vec_env import TerminalObservation
 
 
 class LMPolicy(ActorCriticPolicy):
-    """A causal language model as the policy of PPO, A2C and the like, unmodified.
+    """A language model, causal or encoder-decoder, as the policy of PPO, A2C and the like, unmodified.
 
     The observation is the prompt and the tokens so far (see `textenv.TextEnv`), the action is the next token. In a
     rollout it decodes with cached keys and values; in the update it reads each sequence of a
@@ -41,7 +43,8 @@ class LMPolicy(ActorCriticPolicy):
         action_space: The env's; its size is the tokenizer's vocabulary.
         lr_schedule: Learning rate schedule.
         lm: The language model: a name or path, a transformers config (fresh weights), or a spec such as
-            `Pretrained(name)`.
+            `Pretrained(name)`. Of an encoder-decoder (T5, BART), the encoder reads the prompt, once an episode, and the
+            decoder the tokens since, replies of a multi-turn environment included.
         critic: What values a prefix, by spec: `SharedCritic`, `SeparateCritic`, `RewardModelCritic`.
         temperature: Divides the logits, in the rollout and in the update alike; this and the next are `Sampling`'s.
         top_k: Sample from the so many most probable tokens.
@@ -79,8 +82,6 @@ class LMPolicy(ActorCriticPolicy):
         >>> int(model.predict(observation)[0]) < 33
         True
     """
-
-    backbone_class: type[Backbone] = Backbone
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class LMPolicy(ActorCriticPolicy):
         language_model = build_model(kwargs.pop("lm"), kwargs.pop("train"))
         if kwargs.pop("gradient_checkpointing"):
             checkpoint_layers(language_model)
-        backbone = self.backbone_class(
+        backbone = self._backbone_class(language_model)(
             language_model,
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
@@ -163,6 +164,9 @@ class LMPolicy(ActorCriticPolicy):
             if weight not in in_trunk:
                 scales[weight] *= self.lr_scales["head_lr_scale"]
         self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
+
+    def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
+        return Seq2SeqBackbone if language_model.config.is_encoder_decoder else Backbone
 
     @property
     def lstm_actor(self) -> NoReturn:

@@ -41,6 +41,11 @@ def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
     return ids.clamp(min=0), (observations >= 0).sum(dim=1)
 
 
+def prompt_lengths(observations: Tensor) -> Tensor:
+    """Return how many tokens of each observation (B, L) are the prompt's, (B,): those before the separator."""
+    return (observations == SEPARATOR).long().argmax(dim=1)
+
+
 class Chunk(NamedTuple):
     """A part of a batch that is read in one forward."""
 
@@ -48,7 +53,8 @@ class Chunk(NamedTuple):
     rows: Tensor  # (N,) of the chunk
     cols: Tensor  # (N,)
     transitions: np.ndarray  # (N,) which transitions of the batch these are
-    allowed: AllowedTokens | None  # of these transitions
+    allowed: AllowedTokens | None = None  # of these transitions
+    n_prompt: Tensor | None = None  # (S,) how many tokens of each sequence are the prompt's, where known
 
 
 class SequenceBatch:
@@ -64,6 +70,7 @@ class SequenceBatch:
         micro_batch_tokens: The most tokens, padding included, of one forward; None for no bound. With a bound the
             forwards are repeated in the backward, which halves the memory and changes nothing else.
         allowed: Which tokens each transition was sampled from; None where all were.
+        n_prompt: How many tokens of each sequence are the prompt's, (S,), on the host; an encoder-decoder needs it.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class SequenceBatch:
         cols: np.ndarray,
         micro_batch_tokens: int | None = None,
         allowed: AllowedTokens | None = None,
+        n_prompt: np.ndarray | None = None,
     ) -> None:
         self.tokens = tokens
         self.lengths = lengths
@@ -81,13 +89,16 @@ class SequenceBatch:
         self.cols = cols
         self.micro_batch_tokens = micro_batch_tokens
         self.allowed = allowed
+        self.n_prompt = n_prompt
 
     @classmethod
     def from_observations(cls, observations: Tensor) -> SequenceBatch:
         """Return a batch with one transition an observation: how the stock buffer's samples are read."""
         ids, lengths = unpack_observations(observations)
         counts = lengths.cpu().numpy()
-        return cls(ids[:, : max(counts.max(), 1)], counts, np.arange(len(counts)), np.maximum(counts - 1, 0))
+        rows, cols = np.arange(len(counts)), np.maximum(counts - 1, 0)
+        n_prompt = prompt_lengths(observations).cpu().numpy()
+        return cls(ids[:, : max(counts.max(), 1)], counts, rows, cols, n_prompt=n_prompt)
 
     def __len__(self) -> int:
         """Return the number of transitions."""
@@ -96,9 +107,8 @@ class SequenceBatch:
     def __getitem__(self, places: slice) -> SequenceBatch:
         """Return a batch with some of the transitions."""
         allowed = None if self.allowed is None else self.allowed[places]
-        return SequenceBatch(
-            self.tokens, self.lengths, self.rows[places], self.cols[places], self.micro_batch_tokens, allowed
-        )
+        rows, cols = self.rows[places], self.cols[places]
+        return SequenceBatch(self.tokens, self.lengths, rows, cols, self.micro_batch_tokens, allowed, self.n_prompt)
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the batch in parts of similar length, so that little padding is read."""
@@ -116,6 +126,7 @@ class SequenceBatch:
                 torch.as_tensor(self.cols[transitions], device=device),
                 transitions,
                 None if self.allowed is None else self.allowed[transitions],
+                None if self.n_prompt is None else torch.as_tensor(self.n_prompt[sequences], device=device),
             )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from stable_baselines3 import PPO
-from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, T5Config
+from transformers import AutoModelForCausalLM
 from transformers.activations import NewGELUActivation
 
 from agents import LMPolicy, Pretrained
@@ -136,19 +136,6 @@ def test_a_live_model_is_refused():
 def test_something_else_is_refused(lm):
     with pytest.raises(TypeError, match="Expected `lm` to be a name, a path, a config or a spec"):
         make_policy(lm)
-
-
-@pytest.mark.parametrize("as_path", [False, True])
-def test_an_encoder_decoder_is_refused(tmp_path, as_path):
-    """BART's decoder would load alone, with fresh embeddings."""
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = BartConfig(vocab_size=40, d_model=8, max_position_embeddings=64, **sizes, **heads)
-    if as_path:
-        BartForConditionalGeneration(config).save_pretrained(tmp_path)
-    for lm in (str(tmp_path) if as_path else config, T5Config(vocab_size=40)):
-        with pytest.raises(ValueError, match=r"Expected a causal language model, got an encoder-decoder"):
-            make_policy(lm)
 
 
 def test_trainable_16_bit_weights_are_refused(tmp_path):

@@ -116,6 +116,9 @@ class TextVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return an attribute of the env, once for each lane asked for."""
+        if attr_name == "action_masks":  # the lanes', not the env's own row's
+            self.env.check_mask()
+            return [lambda lane=lane: self.lanes.allowed()[lane] for lane in self._get_indices(indices)]
         value = getattr(self.env, attr_name)
         return [value for _ in self._get_indices(indices)]
 
@@ -128,7 +131,11 @@ class TextVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method of the env, once for each lane asked for."""
+        """Call a method of the env, once for each lane asked for; `action_masks` looks at the lanes, all at once."""
+        if method_name == "action_masks":
+            self.env.check_mask()
+            allowed = self.lanes.allowed()  # (B, V)
+            return [allowed[lane] for lane in self._get_indices(indices)]
         method = getattr(self.env, method_name)
         return [method(*method_args, **method_kwargs) for _ in self._get_indices(indices)]
 

@@ -5,6 +5,8 @@ from gymnasium.envs.registration import register
 from textenv.completion import Preds, Turn
 from textenv.env import TextEnv
 from textenv.episode import EndReason
+from textenv.grammar_masks import GrammarMask, JSONSchemaMask, RegexMask
+from textenv.masks import AllowedMask, BannedMask, MaskError, MinLengthMask, TokenMask
 from textenv.prompts import Prompt
 from textenv.rewarding import RewardError
 from textenv.testing import check_text_env
@@ -14,13 +16,21 @@ from textenv.vector import TextVectorEnv
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllowedMask",
+    "BannedMask",
     "CharTokenizer",
     "EndReason",
+    "GrammarMask",
+    "JSONSchemaMask",
+    "MaskError",
+    "MinLengthMask",
     "Preds",
     "Prompt",
+    "RegexMask",
     "RewardError",
     "TextEnv",
     "TextVectorEnv",
+    "TokenMask",
     "Tokenizer",
     "Turn",
     "__version__",

@@ -65,6 +65,11 @@ class Preds(Sequence[int]):
         self._text: str | None = None
 
     @property
+    def turn_ids(self) -> np.ndarray:
+        """The ids of the current turn alone, read-only; those of all turns are `ids`."""
+        return self.ids[len(self.ids) - self._turn_length :]
+
+    @property
     def text(self) -> str:
         """The text that the policy wrote, without end token and stop string; turns are joined by a newline.
 
@@ -82,7 +87,7 @@ class Preds(Sequence[int]):
         return (*self._closed, Turn(self._turn_text(), None))
 
     def _turn_text(self) -> str:
-        ids = self.ids[len(self.ids) - self._turn_length :].tolist()
+        ids = self.turn_ids.tolist()
         if self.end_reason is EndReason.EOS:
             ids = ids[:-1]
         text = decode_continuation(self._tokenizer, self._context.tolist(), ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, get_args
 
@@ -13,9 +13,11 @@ from gymnasium import spaces
 from textenv.completion import Preds
 from textenv.episode import PADDING, SEPARATOR, EpisodeRules
 from textenv.lanes import Lanes
+from textenv.masks import MaskLike, read_masks
 from textenv.prompts import Order, Prompt, PromptLike, PromptReader, read_rows
 from textenv.rewarding import RewardError, RewardFunction, describe
 from textenv.tokenizer import Tokenizer
+from textenv.vocabulary import Vocabulary
 
 ScoreAt = Literal["step", "done", "rollout_end"]
 
@@ -62,6 +64,9 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         order: "shuffle" visits each prompt once an epoch in a new order; "sequential" keeps the source's.
         max_turns: The most turns of the policy, where `respond` is defined.
         max_response_tokens: The most tokens of a reply, where `respond` is defined.
+        mask: Which tokens are allowed next, for a policy that asks `action_masks`, as sb3-contrib's MaskablePPO does:
+            a mask (`RegexMask(...)`), a function (prompt, preds) that returns their ids or a bool array (V,), or a list
+            of these, of which all must allow a token. Masks see the current turn. `step` accepts what they forbid.
         seed: The seed of the prompts' order, until `reset(seed=...)` gives another.
         render_mode: "ansi" (`render` returns a str), "human" (it prints) or None.
 
@@ -100,6 +105,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         order: Order = "shuffle",
         max_turns: int = 1,
         max_response_tokens: int = 0,
+        mask: MaskLike | Sequence[MaskLike] | None = None,
         seed: int | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -128,6 +134,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         )
         if any(not stop for stop in self.rules.stop_strings):
             raise ValueError(f"Expected `stop_strings` without an empty one, got {self.rules.stop_strings}.")
+        self.masks = read_masks(mask)
+        self.vocabulary = Vocabulary(tokenizer, self.rules.stop_ids)
         self._reader = PromptReader(tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side)
         self.prompts = self._read_all(prompts)
         self.max_prompt_tokens = max_prompt_tokens or max(len(prompt.ids) for prompt in self.prompts)
@@ -266,6 +274,23 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             self.render()
         terminated, truncated = bool(result.terminated[0]), bool(result.truncated[0])
         return result.observations[0], float(result.rewards[0]), terminated, truncated, result.infos[0]
+
+    @property
+    def action_masks(self) -> Callable[[], np.ndarray]:
+        """A method without arguments: which tokens are allowed next, (V,) bool. An env without `mask` has none.
+
+        Once the episode is over it allows everything. sb3-contrib looks for this name.
+
+        Raises:
+            MaskError: If no token is allowed.
+        """
+        self.check_mask()
+        return lambda: self._lanes.allowed()[0]
+
+    def check_mask(self) -> None:
+        """Raise AttributeError, which is how sb3-contrib learns of it, where the env has no mask."""
+        if not self.masks:
+            raise AttributeError(f"Expected `mask` to be given to {type(self).__name__}, for it has no `action_masks`.")
 
     def render(self) -> str | None:
         """Return ("ansi") or print ("human") the prompt and what was generated, told apart."""

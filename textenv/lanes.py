@@ -11,6 +11,7 @@ import numpy as np
 
 from textenv.completion import Preds, Turn
 from textenv.episode import PADDING, SEPARATOR, EndReason, ended_turns
+from textenv.masks import LaneMasks
 from textenv.prompts import Prompt, PromptCursor, PromptLike
 from textenv.rewarding import Reward, RewardError, check_rewards, describe
 from textenv.tokenizer import BOUNDARY_TOKENS, decode_continuation
@@ -67,6 +68,7 @@ class Lanes:
         self.defer_scores = False
         self.unscored: list[FinishedEpisode] = []
         self.start_time = time.monotonic()
+        self.masks = LaneMasks(env.masks, env.vocabulary, n_lanes)
         self._clear()
 
     def _clear(self) -> None:
@@ -257,6 +259,13 @@ class Lanes:
             stop_strings=self.env.rules.stop_strings,
             state=self.states[lane],
             lane=lane,
+        )
+
+    def allowed(self) -> np.ndarray:
+        """Return which tokens each lane may write next, (B, V) bool; all, where it is idle or its episode is over."""
+        waiting = (self.idle | self.over).tolist()
+        return self.masks.allowed(
+            [None if waits else (self.prompts[lane], self.preds(lane)) for lane, waits in enumerate(waiting)]
         )
 
     def _score(self, final_preds: Mapping[int, Preds]) -> np.ndarray:

@@ -22,6 +22,7 @@ from textenv.rewarding import Reward, RewardError, check_rewards, describe
 from textenv.vector import unwrap_text_env
 
 N_LANES = 3
+N_EPISODES = 12  # under a mask
 N_CALLS = 20  # so many calls of the reward are repeated in other ways; those with a finished episode always are
 
 
@@ -35,11 +36,14 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     rewards (finite, the same when asked again, alone as in a batch, and from `get_reward` as from `get_rewards` where
     both are defined); `respond` (a str or None, not too long, the same when asked again); that no hook changes the
     instance (but for what it loads at first use) or a prompt's row; that the same actions give the same in a lane and
-    alone; and Gymnasium's own `check_env`. An env that cannot be copied or pickled is warned of. The env is reset.
+    alone; masks (something is allowed, and the same when found anew from the text so far as token by token); and
+    Gymnasium's own `check_env`. An env that cannot be copied or pickled is warned of, and so is one with a mask under
+    which no stop id was ever allowed. The env is reset.
 
     Raises:
         TypeError: If the env is wrapped, overrides `step` or `reset`, or `respond` returns no text.
         ValueError: If the tokenizer's ids do not fit, a reward is no finite number, or a response is too long.
+        MaskError: If a mask allows nothing.
         AssertionError: If a hook breaks its contract; the message says where, and what to do.
 
     Example:
@@ -59,6 +63,8 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     except RewardError as error:  # the lanes wrap what goes wrong in a reward, here the probe's verdict
         raise error.__cause__ if isinstance(error.__cause__, AssertionError) else error from None
     _check_alone(text_env, episodes)
+    if text_env.masks:
+        _check_masks(text_env)
     check_env(text_env, skip_render_check=True)
 
 
@@ -95,6 +101,8 @@ def _play(env: TextEnv) -> list[tuple[Prompt, list[_Step]]]:
         actions = random.integers(len(env.tokenizer), size=N_LANES)
         if env.rules.stop_ids and random.random() < 0.3:  # lane 0 is left to reach the limit
             actions[random.integers(1, N_LANES)] = random.choice(env.rules.stop_ids)
+        if env.masks:
+            actions = _allowed_actions(lanes.allowed(), actions, random)
         prompts, result = list(lanes.prompts), lanes.step(actions)
         for lane, action in enumerate(actions.tolist()):
             seen = result.final_observations.get(lane, result.observations[lane])
@@ -115,6 +123,34 @@ def _check_alone(env: TextEnv, episodes: Sequence[tuple[Prompt, list[_Step]]]) -
                     "Expected the same actions to give alone what they give in a lane of several: hooks may depend on "
                     f"their arguments only. Got {got[:4]}, not {(observation, reward, *ends)}, for {str(prompt)!r:.80}."
                 )
+
+
+def _allowed_actions(allowed: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return the actions that one wants where they are allowed, and random ones elsewhere."""
+    pairs = zip(allowed, wanted, strict=True)
+    return np.array([token if row[token] else random.choice(np.flatnonzero(row)) for row, token in pairs])
+
+
+def _check_masks(env: TextEnv) -> None:
+    lanes, random = Lanes(env, N_LANES), np.random.default_rng(0)
+    lanes.reset(seed=0)
+    stop_ids, stops, n_finished = list(env.rules.stop_ids), not env.rules.stop_ids, 0
+    while n_finished < N_EPISODES:
+        allowed, anew = lanes.allowed(), copy.deepcopy(lanes.masks)
+        rows = [(prompt, _copied(lanes.preds(lane))) for lane, prompt in enumerate(lanes.prompts)]
+        if not np.array_equal(allowed, anew.allowed(rows)):
+            lane = int(np.flatnonzero((allowed != anew.allowed(rows)).any(axis=1))[0])
+            raise AssertionError(
+                f"Expected a mask that depends on the prompt and the text so far alone, but found anew it differs "
+                f"({describe(*rows[lane])}): keep no memory of the steps before, and draw no random numbers."
+            )
+        stops = stops or bool(allowed[:, stop_ids].any())
+        result = lanes.step(_allowed_actions(allowed, random.integers(len(env.tokenizer), size=N_LANES), random))
+        n_finished += len(result.final_observations)
+    if not stops:
+        warnings.warn(
+            f"{list(env.masks)} never allowed one of the stop ids {stop_ids}: texts may not end", stacklevel=3
+        )
 
 
 class _Probe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -82,6 +83,12 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for lane, observation in result.final_observations.items():
             infos = self._add_info(infos, {"final_obs": observation, "final_info": result.infos[lane]}, lane)
         return result.observations, result.rewards, result.terminated, result.truncated, infos
+
+    @property
+    def action_masks(self) -> Callable[[], np.ndarray]:
+        """A method without arguments: which tokens each row may write next, (B, V) bool; see `TextEnv.action_masks`."""
+        self.env.check_mask()
+        return self.lanes.allowed
 
     def render(self) -> tuple[str, ...] | None:
         """Return ("ansi") or print ("human") every row."""

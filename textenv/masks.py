@@ -1,0 +1,241 @@
+"""Which tokens are allowed next, as a function of the text so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from textenv.completion import Preds
+from textenv.prompts import Prompt
+from textenv.rewarding import describe
+from textenv.vocabulary import Vocabulary
+
+Allowed = Callable[[Prompt, Preds], np.ndarray]  # the tokens allowed next, packed as `Vocabulary` has it
+
+
+class MaskError(ValueError):
+    """No token is allowed; the message names the masks, the prompt and the text so far."""
+
+
+class MaskFunction(Protocol):
+    """A mask given as a function; it sees what `get_reward` sees, before the token is written."""
+
+    def __call__(self, prompt: Prompt, preds: Preds) -> Sequence[int] | np.ndarray:
+        """Return the ids of the tokens allowed next, or for each token whether it is, (V,) bool."""
+
+
+@runtime_checkable
+class TokenMask(Protocol):
+    """A mask that is set up once for each lane, so that it can keep what it knows of the text so far.
+
+    What a lane's function keeps must be found again from its arguments alone: lanes are refilled, resumed from
+    checkpoints and copied without it.
+    """
+
+    def start(self, vocabulary: Vocabulary) -> Allowed:
+        """Return the function of one lane: prompt and preds to the tokens allowed next, packed.
+
+        Raises:
+            ValueError: If the mask does not fit the vocabulary.
+        """
+
+
+MaskLike = TokenMask | MaskFunction
+
+
+@dataclass(frozen=True)
+class BannedMask:
+    """Forbids tokens, and texts wherever they would appear in a turn, across tokens and inside longer words too.
+
+    Args:
+        ids: Token ids.
+        texts: Texts, as they are spelled; `" cat"` with its space bans words that begin so.
+
+    Example:
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> mask = BannedMask(texts=["aa"])
+        >>> env = TextEnv(["b"], CharTokenizer("ab"), reward=lambda prompt, preds, done: 0.0, mask=mask)
+        >>> _ = env.reset(seed=0), env.step(1)
+        >>> env.action_masks()
+        array([ True, False,  True])
+    """
+
+    ids: Sequence[int] = ()
+    texts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        texts = (self.texts,) if isinstance(self.texts, str) else tuple(self.texts)
+        if not all(texts) or not (len(self.ids) or texts):
+            raise ValueError(f"Expected ids or texts to ban, no text empty, got ids={self.ids}, texts={texts}.")
+        object.__setattr__(self, "ids", tuple(int(token) for token in self.ids))
+        object.__setattr__(self, "texts", texts)
+
+    def start(self, vocabulary: Vocabulary) -> Allowed:
+        """Return the function of one lane."""
+        ids = vocabulary.everything & ~vocabulary.pack(self.ids)
+        texts = [text.encode() for text in self.texts]
+        longest = max((len(text) for text in texts), default=1) - 1
+
+        def without_texts() -> np.ndarray:
+            pieces = enumerate(vocabulary.pieces)
+            return ids & ~vocabulary.pack(i for i, piece in pieces if any(text in piece for text in texts))
+
+        def allowed(prompt: Prompt, preds: Preds) -> np.ndarray:
+            if not texts:
+                return ids
+            bits = vocabulary.remember(self, without_texts)
+            tail = _tail(vocabulary.pieces, preds.turn_ids, longest)
+            for text in texts:
+                for cut in range(1, len(text)):
+                    if tail.endswith(text[:cut]):
+                        bits = bits & ~_starting_with(vocabulary, text[cut:])
+            return bits
+
+        return allowed
+
+
+def _tail(pieces: list[bytes], ids: np.ndarray, length: int) -> bytes:
+    """Return the last bytes of a text, `length` or a few more."""
+    tail = b""
+    for token in ids[::-1]:
+        if len(tail) >= length:
+            break
+        tail = pieces[token] + tail
+    return tail
+
+
+def _starting_with(vocabulary: Vocabulary, start: bytes) -> np.ndarray:
+    def find() -> np.ndarray:
+        return vocabulary.pack(i for i, piece in enumerate(vocabulary.pieces) if piece.startswith(start))
+
+    return vocabulary.remember(start, find)
+
+
+@dataclass(frozen=True)
+class AllowedMask:
+    """Allows a fixed set of tokens, and the env's stop ids.
+
+    Args:
+        ids: Token ids.
+
+    Example:
+        >>> AllowedMask([1, 2]).ids
+        (1, 2)
+    """
+
+    ids: Sequence[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", tuple(int(token) for token in self.ids))
+
+    def start(self, vocabulary: Vocabulary) -> Allowed:
+        """Return the function of one lane."""
+        bits = vocabulary.pack((*self.ids, *vocabulary.stop_ids))
+        return lambda prompt, preds: bits
+
+
+@dataclass(frozen=True)
+class MinLengthMask:
+    """Forbids the env's stop ids until a turn has so many tokens; the stop id itself does not count.
+
+    It does not hold back `stop_strings`, which may be spelled in many ways.
+
+    Args:
+        n_tokens: The fewest tokens of a turn, its stop id left out.
+
+    Example:
+        >>> MinLengthMask(3)
+        MinLengthMask(n_tokens=3)
+    """
+
+    n_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 1:
+            raise ValueError(f"Expected `n_tokens` to be at least 1, got {self.n_tokens}.")
+
+    def start(self, vocabulary: Vocabulary) -> Allowed:
+        """Return the function of one lane."""
+        if not vocabulary.stop_ids:
+            raise ValueError("Expected an env with `stop_ids` for MinLengthMask, which holds them back, got none.")
+        late, early = vocabulary.everything, vocabulary.everything & ~vocabulary.pack(vocabulary.stop_ids)
+        return lambda prompt, preds: early if len(preds.turn_ids) < self.n_tokens else late
+
+
+@dataclass(frozen=True)
+class _FunctionMask:
+    function: MaskFunction
+
+    def start(self, vocabulary: Vocabulary) -> Allowed:
+        return lambda prompt, preds: self._packed(self.function(prompt, preds), vocabulary)
+
+    def _packed(self, allowed: Any, vocabulary: Vocabulary) -> np.ndarray:
+        array = np.asarray(allowed)
+        if array.dtype == bool and array.shape == (vocabulary.size,):
+            return vocabulary.pack(np.flatnonzero(array))
+        if array.ndim == 1 and (np.issubdtype(array.dtype, np.integer) or not len(array)):
+            return vocabulary.pack(array.tolist())
+        raise ValueError(
+            f"Expected {self!r} to return token ids or a bool array of shape ({vocabulary.size},), got {array.dtype} "
+            f"of shape {array.shape}."
+        )
+
+
+def read_masks(mask: MaskLike | Sequence[MaskLike] | None) -> tuple[TokenMask, ...]:
+    """Return what was given as `TextEnv(mask=...)` as a tuple of masks.
+
+    Raises:
+        TypeError: If one is neither a mask nor a function.
+    """
+    if mask is None:
+        return ()
+    masks = tuple(mask) if isinstance(mask, Sequence) else (mask,)
+    for one in masks:
+        if isinstance(one, type) or not (isinstance(one, TokenMask) or callable(one)):
+            raise TypeError(f"Expected `mask` to be a mask, a function (prompt, preds) or a list of them, got {one!r}.")
+    return tuple(one if isinstance(one, TokenMask) else _FunctionMask(one) for one in masks)
+
+
+class LaneMasks:
+    """The masks of N lanes: which tokens each may write next is what all its masks allow.
+
+    Args:
+        masks: The masks.
+        vocabulary: The tokens.
+        n_lanes: The number of lanes.
+    """
+
+    def __init__(self, masks: Sequence[TokenMask], vocabulary: Vocabulary, n_lanes: int) -> None:
+        self.masks = tuple(masks)
+        self.vocabulary = vocabulary
+        self.lanes = [[mask.start(vocabulary) for mask in masks] for _ in range(n_lanes)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out what the lanes' functions keep, which they find again from the tokens."""
+        return LaneMasks, (self.masks, self.vocabulary, len(self.lanes))
+
+    def allowed(self, rows: Sequence[tuple[Prompt, Preds] | None]) -> np.ndarray:
+        """Return which tokens each lane may write next, (B, V) bool, fresh; a row None may write all.
+
+        Raises:
+            MaskError: If a lane may write none.
+        """
+        packed = np.stack(
+            [self.vocabulary.everything if row is None else self._packed(lane, *row) for lane, row in enumerate(rows)]
+        )
+        return np.unpackbits(packed, axis=1, count=self.vocabulary.size, bitorder="little").view(bool)  # (B, V)
+
+    def _packed(self, lane: int, prompt: Prompt, preds: Preds) -> np.ndarray:
+        single = [allowed(prompt, preds) for allowed in self.lanes[lane]]
+        bits = np.bitwise_and.reduce([self.vocabulary.everything, *single])
+        if bits.any():
+            return bits
+        empty = [mask for mask, one in zip(self.masks, single, strict=True) if not one.any()]
+        raise MaskError(
+            f"Expected a token to be allowed, got none from {empty or list(self.masks)} ({describe(prompt, preds)}). "
+            "The text so far may not be one that the mask lets through, its tokens may not be able to go on with it, "
+            "or a stop id is missing (`stop_ids`) where the text is whole."
+        )

@@ -1,0 +1,58 @@
+"""Critics learn what they are for: a task with a critic of one's own, and values of large returns."""
+
+import pytest
+import torch
+from transformers import GPT2ForSequenceClassification
+
+from agents import RewardModelCritic, SeparateCritic
+from tests.learning.test_learning import LETTERS, TASKS, TOKENIZER, build, learn
+from tests.training import tiny_config
+
+OWN = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, initializer_range=0.1)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A folder with a reward model trained for a moment on the task's score: the share of "c" in a text."""
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, num_labels=1)
+    model = GPT2ForSequenceClassification(config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        ids = torch.randint(1, len(LETTERS) + 1, (64, 6))
+        scores = (ids[:, 2:] == TOKENIZER.encode("c")[0]).float().mean(dim=1)
+        values = model.score(model.transformer(ids).last_hidden_state[:, -1]).squeeze(-1)
+        loss = (values - scores).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.01
+    folder = tmp_path_factory.mktemp("reward_model")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["separate", "reward model"])
+def test_e11_it_learns_with_a_critic_of_its_own(kind, reward_model):
+    task = TASKS["always"]
+    critic = SeparateCritic(OWN) if kind == "separate" else RewardModelCritic(reward_model)
+    before, after = learn(build(task, policy_kwargs={"critic": critic}), task)
+    assert before < 0.35 and after > 0.9
+
+
+def explained(value_norm):
+    """The explained variance at the end of a run with returns of the size of a hundred, the policy almost fixed."""
+    task = TASKS["always"]
+
+    def reward(prompt, preds, done):
+        return 100.0 * (preds.text.count("c") + preds.text.count("d")) if done else 0.0
+
+    policy_kwargs = {"critic": SeparateCritic(OWN), "value_norm": value_norm, "critic_lr_scale": 100.0}
+    model = build(task, reward=reward, policy_kwargs=policy_kwargs, **{"learning_rate": 1e-4, "vf_coef": 1.0})
+    model.learn(25 * model.n_steps * model.n_envs)
+    return float(model.logger.name_to_value["train/explained_variance"])
+
+
+def test_large_returns_are_learnt_with_normalised_values_and_not_without():
+    assert min(explained("norm"), explained("popart")) > 0.4
+    assert explained(None) < 0.1

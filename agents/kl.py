@@ -70,6 +70,10 @@ class KLPenalty(RolloutStep):
     - "k3": exp(-r) - 1 + r. Never negative, with the same mean as k1 and less spread.
     - "exact": the sum over the vocabulary of pi (log pi - log pi_ref), which no longer depends on the token.
 
+    As a reward, only k1 has the gradient of the divergence in expectation. That of k3 lacks the gradient of the reverse
+    divergence, which nearly cancels it close to the reference; the exact one says nothing about the choice of a token,
+    only about what it leads to. Both are for logs and for bounds on single tokens rather than for holding a policy.
+
     The reference is the policy as it is when training first starts: the policy without its adapters where it trains a
     `LoRA`, else a frozen copy that shares what the policy keeps frozen. It is computed at the end of a rollout, in one
     forward a sequence. The task reward in the logs stays as it is; the penalty is logged under `kl/`.

@@ -10,7 +10,7 @@ import torch
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents import KLPenalty, LateScores, LMPolicy, Pretrained, SequenceRolloutBuffer, TextVecEnv
+from agents import KLPenalty, LateScores, LMPolicy, LoRA, Pretrained, SequenceRolloutBuffer, TextVecEnv
 from agents.actor_critic import LMActorCritic
 from agents.callbacks import EpisodeMetrics
 from tests.training import Recorder, same_weights, tiny_agent, tiny_config, tiny_env, weights
@@ -65,15 +65,17 @@ def test_c1_of_an_episode_that_ends_with_eos_the_score_is_on_the_eos():
         assert rewards[places[-1]] > 0 and not any(rewards[place] for place in places[:-1])
 
 
-def test_c2_no_penalty_where_policy_and_reference_are_the_same():
-    """C2: at every token 0, within the float32 noise between decoding from a cache and reading a whole sequence."""
-    model = tiny_agent(n_steps=6)
+@pytest.mark.parametrize("train", ["all", LoRA()], ids=["all", "lora"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+def test_c2_no_penalty_where_policy_and_reference_are_the_same(estimator, train):
+    """C2: at every token exactly 0, also with LoRA at the start, adapters on against off."""
+    model = tiny_agent(n_steps=6, policy_kwargs={"train": train})
     recorder = Recorder()
-    model.learn(24, callback=[KLPenalty(1.0), recorder])  # one rollout, before any update
+    model.learn(24, callback=[KLPenalty(1e6, estimator=estimator), recorder])  # one rollout, before any update
     task = np.zeros_like(recorder.rewards[0])
     for info, places in recorder.episodes():
         task[places[-1]] = info["episode"]["r"]
-    assert np.abs(recorder.rewards[0] - task).max() < 1e-5
+    assert np.array_equal(recorder.rewards[0], task)
 
 
 def test_c2_a_coefficient_of_zero_changes_nothing():
@@ -123,7 +125,7 @@ def test_c5_the_reference_builds_no_graph(monkeypatch):
     monkeypatch.setattr(LMActorCritic, "log_probs", spy)
     with torch.enable_grad():
         model.learn(32, callback=penalty)
-    assert seen == [(False, None, 16)] * 2  # and one call a rollout, of all its transitions
+    assert seen == [(False, None, 16)] * 4  # and one call a rollout of policy and reference, of all transitions
 
 
 def test_c5_the_reference_stays_over_several_learns():

@@ -240,13 +240,16 @@ def test_it_saves_and_loads(tmp_path):
 
 
 def test_e8_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
-    whole = tiny_agent(algorithm=TRPO)  # one after the other: TRPO draws from torch's own generator
+    def make():
+        return tiny_agent(algorithm=TRPO, cg_max_steps=3, n_critic_updates=2)
+
+    whole = make()  # one after the other: TRPO draws from torch's own generator
     whole.learn(48)
     expected = run_state(whole)
-    first = tiny_agent(algorithm=TRPO)
+    first = make()
     first.learn(32)
     save_checkpoint(first, tmp_path / "run")
-    second = tiny_agent(algorithm=TRPO)
+    second = make()
     load_checkpoint(second, tmp_path / "run")
     second.learn(16, reset_num_timesteps=False)
     assert run_state(second) == expected
@@ -270,7 +273,7 @@ def test_gradient_checkpointing_is_refused():
     model = make_trpo(tiny())
     model.policy.lm.backbone.model._set_gradient_checkpointing(enable=True)
     with pytest.raises(ValueError, match="Expected a model without gradient checkpointing"):
-        model.learn(24)
+        model.policy.get_distribution(observe(ROWS))
 
 
 class Unfit:

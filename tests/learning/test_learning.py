@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -88,6 +89,29 @@ def test_e11_a2c_learns():
     task = TASKS["always"]
     before, after = learn(build(task, algorithm=A2C), task, iterations=30)
     assert before < 0.35 and after > 0.9
+
+
+TRPO_TASKS = {  # the trust region takes the place of a learning rate and of an entropy bonus
+    name: TASKS[name]._replace(iterations=iterations, agent={"n_envs": n_envs, "target_kl": 0.1, "cg_max_steps": 5})
+    for name, iterations, n_envs in (("always", 16, 32), ("copy", 24, 128), ("length", 24, 64))
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["always", pytest.param("copy", marks=pytest.mark.slow), pytest.param("length", marks=pytest.mark.slow)]
+)
+def test_e11_trpo_learns(name):
+    task = TRPO_TASKS[name]
+    before, after = learn(build(task, algorithm=TRPO, n_critic_updates=2), task)
+    assert before < 0.35 and after > 0.9
+
+
+@pytest.mark.parametrize(("algorithm", "iterations"), [(A2C, 30), (TRPO, 8)])
+def test_e11_other_algorithms_do_not_learn_with_the_reward_switched_off(algorithm, iterations):
+    task = (TRPO_TASKS if algorithm is TRPO else TASKS)["always"]
+    model = build(task, reward=lambda prompt, preds, done: 0.0, algorithm=algorithm)
+    before, after = learn(model, task, iterations=iterations)
+    assert after < 0.35 and abs(after - before) < 0.15
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -8,6 +8,7 @@ from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, sav
 from .critic import SharedCritic
 from .export import export
 from .generation import Generation, generate
+from .groups import SampleGroups
 from .kl import KLPenalty
 from .policies import LMPolicy
 from .rollout_steps import LateScores, RolloutStep
@@ -24,6 +25,7 @@ __all__ = [
     "Pretrained",
     "RewardCurves",
     "RolloutStep",
+    "SampleGroups",
     "SampleTable",
     "SequenceRolloutBuffer",
     "SharedCritic",

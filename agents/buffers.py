@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,8 +13,11 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
 from textenv.episode import PADDING
+from textenv.finished import Place
 
+from .advantages import Advantage, group_advantages
 from .sequences import SequenceBatch
+from .waiting import EndedEpisode, RolloutGroups
 
 MIN_SEQUENCES = 4  # a minibatch of fewer does not learn reliably
 
@@ -88,6 +91,10 @@ class SequenceRolloutBuffer(RolloutBuffer):
         complete_episodes: Train only episodes that have ended. Segments of the others wait, with the log-probabilities
             of when they were sampled, for the rollout in which theirs ends. Needed where scores come at its end.
         micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
+        advantage: "gae", or one that needs no critic (pass `vf_coef=0`): "grpo", "grpo_mean" or "rloo" compare the
+            episodes of a prompt (see `group_advantages`), for an env with `samples_per_prompt` and the step
+            `SampleGroups`. Every token gets its episode's; the return of an episode is the plain sum of its rewards, a
+            KL penalty among them. Implies `complete_episodes`; a critic's targets stay those of "gae".
         expected_steps: Names of the steps that must be in `before_returns`; written by the steps themselves.
 
     Example:
@@ -109,15 +116,25 @@ class SequenceRolloutBuffer(RolloutBuffer):
         normalize_advantage: bool = False,
         complete_episodes: bool = False,
         micro_batch_tokens: int | None = None,
+        advantage: Advantage = "gae",
         expected_steps: Sequence[str] = (),
     ) -> None:
+        if advantage not in get_args(Advantage):
+            raise ValueError(f"Expected `advantage` to be one of {list(get_args(Advantage))}, got {advantage!r}.")
+        if advantage != "gae" and normalize_advantage:
+            raise ValueError(
+                f"Expected normalize_advantage=False with advantage={advantage!r}, got True: over the whole rollout it "
+                "would undo the comparison within groups."
+            )
         self.normalize_advantage = normalize_advantage
-        self.complete_episodes = complete_episodes
+        self.advantage: Advantage = advantage
+        self.complete_episodes = complete_episodes or advantage != "gae"
         self.micro_batch_tokens = micro_batch_tokens
         self.expected_steps = list(expected_steps)
         self.before_returns: list[Callable[[SequenceRolloutBuffer], None]] = []
         self.before_rollout: list[Callable[[], None]] = []
         self.waiting: dict[int, Transitions] = {}
+        self.waiting_episodes: dict[Place, EndedEpisode] = {}
         self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # a checkpoint's, until attached
         # Seeded from numpy's generator, which SB3 has seeded, and its own from then on: what else draws from that one
         # (an evaluation, a user's reward) does not change the order of minibatches.
@@ -128,6 +145,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """Make room for a new rollout; segments that wait for the end of their episode stay."""
         if 0 < self.pos < self.buffer_size:  # a rollout was broken off: what would join waiting segments is lost
             self.waiting.clear()
+            self.waiting_episodes.clear()
         shape = (self.buffer_size, self.n_envs)
         self.observations = np.zeros((0,), dtype=np.int64)  # not stored
         self.actions = np.zeros(shape, dtype=np.int32)
@@ -139,6 +157,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._last_observations = self.observations
         self._starts = np.zeros(self.n_envs, dtype=np.int64)
         self.segments: list[Segment] = []
+        self.groups: RolloutGroups | None = None
         self.dones = np.zeros(self.n_envs, dtype=bool)
         self.generator_ready = False
         self.pos, self.full = 0, False
@@ -204,6 +223,10 @@ class SequenceRolloutBuffer(RolloutBuffer):
             )
         for step in self.before_returns:
             step(self)
+        if self.advantage != "gae" and self.groups is None:
+            raise RuntimeError(
+                f"Expected the step SampleGroups with advantage={self.advantage!r}: pass it as a callback to learn()."
+            )
         super().compute_returns_and_advantage(last_values.float(), dones)
         self._collect()
 
@@ -239,6 +262,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
                     self._joined.pop(len(self._trained), None)
                     continue
             self._trained.append(segment)
+        if self.groups is not None:
+            self._gather_groups(self.groups)
         self._counts = np.array([len(self._part(i).actions) for i in range(len(self._trained))], dtype=np.int64)
         self._mean, self._deviation = 0.0, 1.0
         if self.normalize_advantage and self._counts.sum() > 1:
@@ -254,14 +279,41 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def _join(self, earlier: Transitions, later: Transitions) -> Transitions:
         """Put the waiting part of an episode in front, and carry the advantages on into it."""
-        advantage, next_value = later.advantages[0], later.values[0]
-        for i in reversed(range(len(earlier.rewards))):
-            delta = earlier.rewards[i] + self.gamma * next_value - earlier.values[i]
-            advantage = delta + self.gamma * self.gae_lambda * advantage
-            earlier.advantages[i] = advantage
-            next_value = earlier.values[i]
-        earlier.returns[:] = earlier.advantages + earlier.values
+        self._carry(earlier, later.advantages[0], later.values[0])
         return Transitions(*(np.concatenate(pair) for pair in zip(earlier, later, strict=True)))
+
+    def _carry(self, part: Transitions, advantage: float, next_value: float) -> None:
+        """Compute a part's advantages and returns, in place, from what follows it."""
+        for i in reversed(range(len(part.rewards))):
+            delta = part.rewards[i] + self.gamma * next_value - part.values[i]
+            advantage = delta + self.gamma * self.gae_lambda * advantage
+            part.advantages[i] = advantage
+            next_value = part.values[i]
+        part.returns[:] = part.advantages + part.values
+
+    def _gather_groups(self, groups: RolloutGroups) -> None:
+        """Of the episodes that have ended, train those whose group is whole; let the others wait."""
+        episodes = dict(self.waiting_episodes)
+        for i, segment in enumerate(self._trained):
+            place = (groups.first_step + segment.end - 1, segment.lane)
+            ended = groups.ended(place, segment.tokens, self._part(i))
+            if ended is not None:
+                episodes[place] = ended
+        whole, waiting = groups.split(episodes)
+        for place in whole.keys() & self.waiting_episodes.keys():  # a score may have come since
+            self._carry(whole[place].part, 0.0, 0.0)
+        parts = [episode.part for episode in whole.values()]
+        if self.advantage != "gae" and parts:
+            returns = np.array([part.rewards.sum(dtype=np.float64) for part in parts])
+            ids = np.array([episode.group for episode in whole.values()])
+            each = group_advantages(returns, ids, self.advantage)
+            parts = [one._replace(advantages=np.full_like(one.rewards, a)) for one, a in zip(parts, each, strict=True)]
+        self._trained = [Segment(lane, 0, 0, one.tokens, True) for (_, lane), one in whole.items()]
+        self._joined = dict(enumerate(parts))
+        self.waiting_episodes = {
+            place: one._replace(part=Transitions(*(array.copy() for array in one.part)))
+            for place, one in waiting.items()
+        }
 
     def get(self, batch_size: int | None = None) -> Generator[SequenceSamples, None, None]:  # type: ignore[override]
         """Yield one epoch of minibatches of whole sequences.

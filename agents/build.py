@@ -10,6 +10,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
+from .groups import SampleGroups
 from .policies import LMPolicy
 from .rollout_steps import LateScores
 from .vec_env import TextVecEnv
@@ -53,11 +54,13 @@ def make_agent(
         n_envs: How many episodes run side by side.
         algorithm: The class: PPO or A2C.
         policy_kwargs: Other arguments of `LMPolicy`.
-        rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`; `normalize_advantage=True` unless given.
+        rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
+            with the advantage "gae" alone, and `complete_episodes` with an env of `samples_per_prompt`.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
 
     Returns:
-        The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached.
+        The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached, with
+        `samples_per_prompt` the step `SampleGroups`.
 
     Example:
         >>> from agents import make_agent
@@ -83,14 +86,19 @@ def make_agent(
     else:
         n_steps = algorithm_kwargs.get("n_steps", settings["n_steps"])
         settings.update(n_epochs=4, batch_size=_batch_size(n_steps, n_envs))
+    has_groups = vec_env.env.samples_per_prompt > 1
+    buffer_kwargs = {"advantage": "gae", "complete_episodes": has_groups, **(rollout_buffer_kwargs or {})}
+    buffer_kwargs.setdefault("normalize_advantage", buffer_kwargs["advantage"] == "gae")
     model = algorithm(
         LMPolicy,
         vec_env,
         rollout_buffer_class=SequenceRolloutBuffer,
-        rollout_buffer_kwargs={"normalize_advantage": True, **(rollout_buffer_kwargs or {})},
+        rollout_buffer_kwargs=buffer_kwargs,
         policy_kwargs={"lm": lm, **(policy_kwargs or {})},
         **{**settings, **algorithm_kwargs},
     )
+    if has_groups or buffer_kwargs["advantage"] != "gae":
+        SampleGroups().attach(model)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
     return model

@@ -12,6 +12,7 @@ from .groups import SampleGroups
 from .kl import KLPenalty
 from .policies import LMPolicy
 from .rollout_steps import LateScores, RolloutStep
+from .shaping import RewardShaping
 from .vec_env import TextVecEnv
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LateScores",
     "Pretrained",
     "RewardCurves",
+    "RewardShaping",
     "RolloutStep",
     "SampleGroups",
     "SampleTable",

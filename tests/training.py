@@ -94,6 +94,8 @@ def run_state(model):
     """All that the next update depends on, to be compared with ==."""
     buffer = model.rollout_buffer
     arrays, meta = model.get_env().state_dict()
+    for episode in meta["waiting"]:
+        del episode["episode"]["t"]  # the clock
     optimizer = model.policy.optimizer.state_dict()
     tensors = {f"policy.{name}": tensor for name, tensor in model.policy.state_dict().items()}
     tensors |= {f"optimizer.{i}.{k}": v for i, entries in optimizer["state"].items() for k, v in entries.items()}

@@ -10,9 +10,11 @@ from .critic_warmup import CriticWarmup
 from .export import export
 from .flat_policy import FlatLMPolicy
 from .generation import Generation, generate
+from .groups import SampleGroups
 from .kl import AdaptiveCoef, KLPenalty
 from .policies import LMPolicy
 from .rollout_steps import LateScores, RolloutStep
+from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA
 from .vec_env import TextVecEnv
 
@@ -32,7 +34,9 @@ __all__ = [
     "Pretrained",
     "RewardCurves",
     "RewardModelCritic",
+    "RewardShaping",
     "RolloutStep",
+    "SampleGroups",
     "SampleTable",
     "SeparateCritic",
     "SequenceRolloutBuffer",

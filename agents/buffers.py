@@ -2,71 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
 from textenv.episode import PADDING, SEPARATOR
+from textenv.finished import Place
 
 from .actor_critic import LMActorCritic
+from .advantages import Advantage, group_advantages
 from .critic import TrunkCritic, ValueHead
+from .minibatches import count_minibatches, even_groups
 from .sequences import SequenceBatch
 from .token_sets import AllowedTokens, TokenSets
+from .transitions import RolloutView, Segment, SequenceSamples, Transitions
 from .value_norm import Scale
-
-MIN_SEQUENCES = 4  # a minibatch of fewer does not learn reliably
-
-
-class Segment(NamedTuple):
-    """A run of one lane inside one episode inside one rollout."""
-
-    lane: int
-    start: int  # first step
-    end: int  # behind the last step
-    tokens: np.ndarray  # (T,) int32: context and actions up to, not including, the last action
-    is_finished: bool  # whether the episode ended with it
-    n_prompt: int  # how many of the tokens are the prompt's
-
-
-class Transitions(NamedTuple):
-    """The transitions of one sequence in numbers, each array (n,)."""
-
-    cols: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    values: np.ndarray
-    log_probs: np.ndarray
-    advantages: np.ndarray
-    returns: np.ndarray  # advantages + values, before any normalisation (invariant D1)
-    allowed: np.ndarray  # int32: which of the buffer's token sets it was sampled from
-
-
-class SequenceSamples(NamedTuple):
-    """A minibatch, with the fields of SB3's `RolloutBufferSamples`; N transitions of whole sequences."""
-
-    observations: SequenceBatch
-    actions: Tensor  # (N,) int64
-    old_values: Tensor
-    old_log_prob: Tensor
-    advantages: Tensor
-    returns: Tensor
-    action_masks: None = None  # what MaskablePPO passes on; the sequences carry them
-
-
-class RolloutView(NamedTuple):
-    """The rollout as whole sequences, and where each of the N transitions stands in the buffer's arrays."""
-
-    batch: SequenceBatch
-    actions: Tensor  # (N,)
-    steps: np.ndarray  # (N,)
-    lanes: np.ndarray  # (N,)
+from .waiting import EndedEpisode, RolloutGroups
 
 
 class SequenceRolloutBuffer(RolloutBuffer):
@@ -100,6 +56,10 @@ class SequenceRolloutBuffer(RolloutBuffer):
         complete_episodes: Train only episodes that have ended. Segments of the others wait, with the log-probabilities
             of when they were sampled, for the rollout in which theirs ends. Needed where scores come at its end.
         micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
+        advantage: "gae", or one that needs no critic (pass `vf_coef=0`): "grpo", "grpo_mean" or "rloo" compare the
+            episodes of a prompt (see `group_advantages`), for an env with `samples_per_prompt` and the step
+            `SampleGroups`. Every token gets its episode's; the return of an episode is the plain sum of its rewards, a
+            KL penalty among them. Implies `complete_episodes`; a critic's targets stay those of "gae".
         expected_steps: Names of the steps that must be in `before_returns`; written by the steps themselves.
 
     Example:
@@ -121,15 +81,25 @@ class SequenceRolloutBuffer(RolloutBuffer):
         normalize_advantage: bool = False,
         complete_episodes: bool = False,
         micro_batch_tokens: int | None = None,
+        advantage: Advantage = "gae",
         expected_steps: Sequence[str] = (),
     ) -> None:
+        if advantage not in get_args(Advantage):
+            raise ValueError(f"Expected `advantage` to be one of {list(get_args(Advantage))}, got {advantage!r}.")
+        if advantage != "gae" and normalize_advantage:
+            raise ValueError(
+                f"Expected normalize_advantage=False with advantage={advantage!r}, got True: over the whole rollout it "
+                "would undo the comparison within groups."
+            )
         self.normalize_advantage = normalize_advantage
-        self.complete_episodes = complete_episodes
+        self.advantage: Advantage = advantage
+        self.complete_episodes = complete_episodes or advantage != "gae"
         self.micro_batch_tokens = micro_batch_tokens
         self.expected_steps = list(expected_steps)
         self.before_returns: list[Callable[[SequenceRolloutBuffer], None]] = []
         self.before_rollout: list[Callable[[], None]] = []
         self.waiting: dict[int, Transitions] = {}
+        self.waiting_episodes: dict[Place, EndedEpisode] = {}
         self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # a checkpoint's, until attached
         # Seeded from numpy's generator, which SB3 has seeded, and its own from then on: what else draws from that one
         # (an evaluation, a user's reward) does not change the order of minibatches.
@@ -142,7 +112,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """Make room for a new rollout; segments that wait for the end of their episode stay."""
         if 0 < self.pos < self.buffer_size:  # a rollout was broken off: what would join waiting segments is lost
             self.waiting.clear()
-        if not self.waiting:
+            self.waiting_episodes.clear()
+        if not self.waiting and not self.waiting_episodes:
             self.token_sets = TokenSets(self.token_sets.vocab_size)
         self.is_masked = False  # whether tokens were sampled from a part of the vocabulary
         shape = (self.buffer_size, self.n_envs)
@@ -159,6 +130,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._last_observations = self.observations
         self._starts = np.zeros(self.n_envs, dtype=np.int64)
         self.segments: list[Segment] = []
+        self.groups: RolloutGroups | None = None
         self.dones = np.zeros(self.n_envs, dtype=bool)
         self.generator_ready = False
         self.pos, self.full = 0, False
@@ -239,6 +211,10 @@ class SequenceRolloutBuffer(RolloutBuffer):
             )
         for step in self.before_returns:
             step(self)
+        if self.advantage != "gae" and self.groups is None:
+            raise RuntimeError(
+                f"Expected the step SampleGroups with advantage={self.advantage!r}: pass it as a callback to learn()."
+            )
         super().compute_returns_and_advantage(last_values.float(), dones)
         self._collect()
         if self._lm is not None:
@@ -304,6 +280,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
                     self._joined.pop(len(self._trained), None)
                     continue
             self._trained.append(segment)
+        if self.groups is not None:
+            self._gather_groups(self.groups)
         self._counts = np.array([len(self._part(i).actions) for i in range(len(self._trained))], dtype=np.int64)
         self._mean, self._deviation = 0.0, 1.0
         if self.normalize_advantage and self._counts.sum() > 1:
@@ -319,14 +297,43 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def _join(self, earlier: Transitions, later: Transitions) -> Transitions:
         """Put the waiting part of an episode in front, and carry the advantages on into it."""
-        advantage, next_value = later.advantages[0], later.values[0]
-        for i in reversed(range(len(earlier.rewards))):
-            delta = earlier.rewards[i] + self.gamma * next_value - earlier.values[i]
-            advantage = delta + self.gamma * self.gae_lambda * advantage
-            earlier.advantages[i] = advantage
-            next_value = earlier.values[i]
-        earlier.returns[:] = earlier.advantages + earlier.values
+        self._carry(earlier, later.advantages[0], later.values[0])
         return Transitions(*(np.concatenate(pair) for pair in zip(earlier, later, strict=True)))
+
+    def _carry(self, part: Transitions, advantage: float, next_value: float) -> None:
+        """Compute a part's advantages and returns, in place, from what follows it."""
+        for i in reversed(range(len(part.rewards))):
+            delta = part.rewards[i] + self.gamma * next_value - part.values[i]
+            advantage = delta + self.gamma * self.gae_lambda * advantage
+            part.advantages[i] = advantage
+            next_value = part.values[i]
+        part.returns[:] = part.advantages + part.values
+
+    def _gather_groups(self, groups: RolloutGroups) -> None:
+        """Of the episodes that have ended, train those whose group is whole; let the others wait."""
+        episodes = dict(self.waiting_episodes)
+        for i, segment in enumerate(self._trained):
+            place = (groups.first_step + segment.end - 1, segment.lane)
+            ended = groups.ended(place, segment, self._part(i))
+            if ended is not None:
+                episodes[place] = ended
+        whole, waiting = groups.split(episodes)
+        for place in whole.keys() & self.waiting_episodes.keys():  # a score may have come since
+            self._carry(whole[place].part, 0.0, 0.0)
+        parts = [episode.part for episode in whole.values()]
+        if self.advantage != "gae" and parts:
+            returns = np.array([part.rewards.sum(dtype=np.float64) for part in parts])
+            ids = np.array([episode.group for episode in whole.values()])
+            each = group_advantages(returns, ids, self.advantage)
+            parts = [one._replace(advantages=np.full_like(one.rewards, a)) for one, a in zip(parts, each, strict=True)]
+        self._trained = [
+            Segment(lane, 0, len(one.part.actions), one.tokens, True, one.n_prompt) for (_, lane), one in whole.items()
+        ]
+        self._joined = dict(enumerate(parts))
+        self.waiting_episodes = {
+            place: one._replace(part=Transitions(*(array.copy() for array in one.part)))
+            for place, one in waiting.items()
+        }
 
     def get(self, batch_size: int | None = None) -> Generator[SequenceSamples, None, None]:  # type: ignore[override]
         """Yield one epoch of minibatches of whole sequences.
@@ -338,9 +345,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
             ValueError: If it does not divide the rollout, or there are fewer sequences than minibatches.
         """
         assert self.full, "the rollout is not complete"
-        groups = self._groups(self._n_minibatches(batch_size))
+        n = count_minibatches(self.buffer_size * self.n_envs, batch_size, len(self._counts))
         self.generator_ready = True
-        for group in groups:
+        for group in even_groups(self._counts, n, self.rng):
             yield self._samples(group)
 
     def _samples(self, group: np.ndarray) -> SequenceSamples:
@@ -358,57 +365,6 @@ class SequenceRolloutBuffer(RolloutBuffer):
             torch.as_tensor(part.actions, device=self.device).long(),
             *(torch.as_tensor(array, device=self.device) for array in numbers),  # type: ignore[arg-type]
         )
-
-    def _n_minibatches(self, batch_size: int | None) -> int:
-        size = self.buffer_size * self.n_envs
-        if batch_size is not None and size % batch_size != 0:
-            raise ValueError(
-                f"Expected `batch_size` to divide n_steps * n_envs = {size}, got {batch_size}: each epoch has the same "
-                "number of minibatches of whole sequences."
-            )
-        n_minibatches = 1 if batch_size is None else size // batch_size
-        if len(self._counts) < n_minibatches:
-            raise ValueError(
-                f"Expected at least one sequence for each of {n_minibatches} minibatches, got {len(self._counts)}: "
-                "raise batch_size, or n_steps or n_envs" + (" (complete_episodes)." if self.complete_episodes else ".")
-            )
-        if len(self._counts) < MIN_SEQUENCES * n_minibatches:
-            warnings.warn(
-                f"{len(self._counts)} sequences in {n_minibatches} minibatches are fewer than {MIN_SEQUENCES} in each: "
-                "advantages can hardly be told from noise. Raise batch_size or n_envs.",
-                stacklevel=3,
-            )
-        return n_minibatches
-
-    def _groups(self, n_groups: int) -> list[np.ndarray]:
-        """Return the sequences of each minibatch: random, and about even in transitions."""
-        # Longest first fills evenly; the noise makes each epoch's groups new.
-        keys = self._counts * self.rng.uniform(0.7, 1.3, size=len(self._counts))
-        groups: list[list[int]] = [[] for _ in range(n_groups)]
-        loads = np.zeros(n_groups)
-        for sequence in np.argsort(-keys):
-            lightest = int(loads.argmin())
-            groups[lightest].append(int(sequence))
-            loads[lightest] += self._counts[sequence]
-        return [np.array(group) for group in self._shuffled(groups)]
-
-    def _shuffled(self, groups: list[list[int]]) -> list[list[int]]:
-        return [groups[i] for i in self.rng.permutation(len(groups))]
-
-
-class MaskableSequenceRolloutBuffer(SequenceRolloutBuffer, MaskableRolloutBuffer):  # type: ignore[misc]
-    """`SequenceRolloutBuffer` for MaskablePPO: masks are stored as bits or ids, each distinct one once.
-
-    The stock buffer keeps float32 [n_steps, n_envs, V]: 4.6 GiB for 128 steps of 64 lanes at V = 152k.
-
-    Example:
-        >>> from agents import MaskableLMPolicy, MaskableSequenceRolloutBuffer
-        >>> # MaskablePPO(MaskableLMPolicy, env, rollout_buffer_class=MaskableSequenceRolloutBuffer, ...)
-    """
-
-    def add(self, *args: Any, action_masks: np.ndarray | None = None, **kwargs: Any) -> None:
-        """Add one step; what the mask left is on `log_prob` already, so that `action_masks` is not looked at."""
-        super().add(*args, **kwargs)
 
 
 def step_name(step: Any) -> str:

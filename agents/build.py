@@ -13,6 +13,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
 from .flat_policy import FlatLMPolicy
+from .groups import SampleGroups
 from .policies import LMPolicy
 from .rollout_steps import LateScores
 from .vec_env import TextVecEnv
@@ -60,14 +61,16 @@ def make_agent(
         n_envs: How many episodes run side by side.
         algorithm: The class: PPO, A2C or TRPO of sb3-contrib, or a subclass; the policy's class follows from it.
         policy_kwargs: Other arguments of `LMPolicy`.
-        rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`; `normalize_advantage=True` unless given.
+        rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
+            with the advantage "gae" alone, and `complete_episodes` with an env of `samples_per_prompt`.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
 
     Raises:
         ValueError: If the algorithm is another one, with the reason.
 
     Returns:
-        The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached.
+        The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached, with
+        `samples_per_prompt` the step `SampleGroups`.
 
     Example:
         >>> from agents import make_agent
@@ -97,15 +100,20 @@ def make_agent(
         settings["batch_size"] = _batch_size(algorithm_kwargs.get("n_steps", settings["n_steps"]), n_envs)
     if issubclass(algorithm, PPO):
         settings["n_epochs"] = 4
+    has_groups = vec_env.env.samples_per_prompt > 1
+    buffer_kwargs = {"advantage": "gae", "complete_episodes": has_groups, **(rollout_buffer_kwargs or {})}
+    buffer_kwargs.setdefault("normalize_advantage", buffer_kwargs["advantage"] == "gae")
     model = algorithm(
         policy_class,
         vec_env,
         rollout_buffer_class=SequenceRolloutBuffer,
-        rollout_buffer_kwargs={"normalize_advantage": True, **(rollout_buffer_kwargs or {})},
+        rollout_buffer_kwargs=buffer_kwargs,
         policy_kwargs={"lm": lm, **(policy_kwargs or {})},
         **{**settings, **algorithm_kwargs},
     )
     cast("LMPolicy", model.policy).lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
+    if has_groups or buffer_kwargs["advantage"] != "gae":
+        SampleGroups().attach(model)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
     return model

@@ -29,7 +29,7 @@ from .generation import Generation, generate
 
 
 class EpisodeMetrics(BaseCallback):
-    """Logs, for each rollout, the means over the episodes that ended in it.
+    """Logs, for each rollout, the means over the episodes that ended in it (or, scored later, got their score in it).
 
     Keys: `reward/task` and `reward/<part>` (the task reward and its named parts), `episode/length` (tokens),
     `episode/end_<reason>` (the share of each end reason), `time/tokens_per_second` (since the last rollout's end, the
@@ -50,8 +50,9 @@ class EpisodeMetrics(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        # Read only now: late scores have been added to the infos in the meantime.
-        infos, self._infos = self._infos, []
+        # Read only now: late scores have been added to the infos in the meantime, save to those that wait for a group.
+        infos = [info for info in self._infos if info["scored"]]
+        self._infos = [info for info in self._infos if not info["scored"]]
         now = time.perf_counter()
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
         self._clock, self._timesteps = now, self.model.num_timesteps

@@ -18,10 +18,12 @@ import transformers
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
-from .buffers import Transitions, step_name
+from .buffers import SequenceRolloutBuffer, step_name
 from .files import replaced_folder, sha256
 from .policies import LMPolicy
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
+from .transitions import Transitions
+from .waiting import EndedEpisode
 
 FORMAT = 1
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
@@ -62,11 +64,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         "policy": dict(_weights(model)),
         "optimizer": optimizer,
         "episodes": {name: torch.as_tensor(array) for name, array in arrays.items()},
-        "waiting": {
-            f"{lane}.{name}": torch.as_tensor(array)
-            for lane, part in buffer.waiting.items()
-            for name, array in part._asdict().items()
-        },
+        "waiting": _waiting_tensors(buffer),
         "token_sets": buffer.token_sets.state_dict(),
         "generators": _generator_states(model),
     }
@@ -136,7 +134,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
             weight.copy_(tensors["policy"][name])
     _load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
     buffer.reset()
-    buffer.waiting = _waiting(tensors["waiting"])
+    _load_waiting(buffer, tensors["waiting"])
     buffer.token_sets.load_state_dict(tensors["token_sets"])
     for name in COUNTERS:
         setattr(model, name, meta["counters"][name])
@@ -247,11 +245,33 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _waiting(tensors: Mapping[str, Tensor]) -> dict[int, Transitions]:
-    lanes = sorted({int(key.split(".")[0]) for key in tensors})
-    return {
-        lane: Transitions(*(tensors[f"{lane}.{name}"].numpy().copy() for name in Transitions._fields)) for lane in lanes
-    }
+def _waiting_tensors(buffer: SequenceRolloutBuffer) -> dict[str, Tensor]:
+    """Return what waits in the buffer: "lane.field" of unfinished episodes, "step:lane.field" of whole ones."""
+    arrays: dict[str, Any] = {}
+    for lane, part in buffer.waiting.items():
+        arrays.update({f"{lane}.{name}": array for name, array in part._asdict().items()})
+    for (step, lane), episode in buffer.waiting_episodes.items():
+        numbers = {"group": np.array(episode.group), "n_prompt": np.array(episode.n_prompt)}
+        fields = {**episode.part._asdict(), **numbers, "tokens": episode.tokens}
+        arrays.update({f"{step}:{lane}.{name}": array for name, array in fields.items()})
+    return {name: torch.as_tensor(array) for name, array in arrays.items()}
+
+
+def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) -> None:
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        where, name = key.split(".")
+        parts.setdefault(where, {})[name] = tensor.numpy().copy()
+    buffer.waiting, buffer.waiting_episodes = {}, {}
+    for where, fields in parts.items():
+        part = Transitions(*(fields[name] for name in Transitions._fields))
+        if ":" in where:
+            step, lane = map(int, where.split(":"))
+            buffer.waiting_episodes[step, lane] = EndedEpisode(
+                int(fields["group"]), fields["tokens"], int(fields["n_prompt"]), part
+            )
+        else:
+            buffer.waiting[int(where)] = part
 
 
 def _generator_states(model: OnPolicyAlgorithm) -> dict[str, Tensor]:
@@ -288,7 +308,11 @@ def _numpy_state() -> list[Any]:
 
 def _json(meta: Mapping[str, Any]) -> str:
     text = json.dumps(meta, ensure_ascii=False, default=_plain)
-    if json.loads(text)["env"]["states"] != meta["env"]["states"]:  # a tuple, or a key that is no text
+    states = [
+        [env["states"], [one["preds"]["state"] for one in env["waiting"]]]
+        for env in (meta["env"], json.loads(text)["env"])
+    ]
+    if states[0] != states[1]:  # a tuple, or a key that is no text
         raise TypeError("Expected `preds.state` to hold what JSON brings back as it was: texts, numbers, lists, dicts.")
     return text
 

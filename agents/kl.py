@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .actor_critic import LMActorCritic
 from .backbone import LMLike
-from .buffers import RolloutView, SequenceRolloutBuffer, step_name
+from .buffers import SequenceRolloutBuffer, step_name
 from .policies import LMPolicy
 from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
 from .rollout_steps import RolloutStep, sequence_buffer
+from .transitions import RolloutView
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3", "exact"]
 MAX_ERROR = 0.2  # Ziegler et al., 2019, section 2.2

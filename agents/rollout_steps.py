@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
+
+from textenv.finished import Place
 
 from .buffers import SequenceRolloutBuffer, step_name
 from .vec_env import TextVecEnv
@@ -21,7 +24,7 @@ class RolloutStep(BaseCallback):
     remembers its name, and training raises until it is attached again.
     """
 
-    first = False  # whether it goes before the steps already there
+    rank = 3  # 0 groups, 1 scores, 2 their shaping, 3 penalties: lower ones run first, equal ones as attached
 
     def attach(self, model: BaseAlgorithm) -> None:
         """Put the step into the buffer's `before_returns`, in place of one of the same name.
@@ -35,7 +38,10 @@ class RolloutStep(BaseCallback):
         if name in buffer.saved_steps:
             self.load_state_dict(*buffer.saved_steps.pop(name))
         others = [step for step in buffer.before_returns if step_name(step) != name]
-        buffer.before_returns = [self, *others] if self.first else [*others, self]
+        last = RolloutStep.rank  # of a plain function
+        buffer.before_returns = sorted(
+            [*others, self], key=lambda step: step.rank if isinstance(step, RolloutStep) else last
+        )
         buffer.before_rollout = [step.begin for step in buffer.before_returns if isinstance(step, RolloutStep)]
         buffer.expected_steps = [name, *(other for other in buffer.expected_steps if other != name)]
         # What SB3 stores with the model, so that a loaded one knows what is missing.
@@ -73,6 +79,7 @@ class LateScores(RolloutStep):
 
     For an env with `score_at="rollout_end"`: a heavy scorer sees one large batch instead of a row or two a step. The
     score lands on the last transition of its episode; `info["episode"]["r"]` and the logs are brought up to date.
+    With `samples_per_prompt` a group is scored when its last member has ended, maybe some rollouts later.
     Scores of episodes that began in an earlier rollout reach all their tokens with
     `rollout_buffer_kwargs=dict(complete_episodes=True)`.
 
@@ -81,7 +88,7 @@ class LateScores(RolloutStep):
         >>> callback = LateScores()  # model.learn(100_000, callback=callback)
     """
 
-    first = True
+    rank = 1
 
     def prepare(self, model: BaseAlgorithm) -> None:
         """Check that the env leaves scores to the end of a rollout.
@@ -93,17 +100,53 @@ class LateScores(RolloutStep):
         if env.env.score_at != "rollout_end":
             raise ValueError(f"Expected an env with score_at='rollout_end', got {env.env.score_at!r}.")
         self.env = env
+        self.algorithm = model
 
     def begin(self) -> None:
         """Let finished episodes wait for their scores; forget those of a rollout that was broken off."""
-        self.env.defer_scores(True)
+        self.env.begin_rollout()
+        self.env.defer_scores()
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Add each score to the reward of the transition that ended its episode."""
-        ends = np.concatenate([buffer.episode_starts[1:] > 0, buffer.dones[None]])  # (T, B)
-        steps = [iter(np.flatnonzero(ends[:, lane])) for lane in range(buffer.n_envs)]
-        for lane, score in self.env.score_unscored():
-            buffer.rewards[next(steps[lane]), lane] += score
+        """Add each score to the reward of the transition that ended its episode.
+
+        Raises:
+            RuntimeError: If the env has groups of samples and the step `SampleGroups` is missing.
+        """
+        if self.env.env.samples_per_prompt > 1 and buffer.groups is None:
+            raise RuntimeError(
+                f"Expected the step SampleGroups with samples_per_prompt={self.env.env.samples_per_prompt}: pass it as "
+                "a callback to learn(). A score may come after the rollout in which its episode ended."
+            )
+        for place, info, score in self.env.score_unscored():
+            reward = final_reward(buffer, self.env, place)
+            if reward is not None:
+                reward += score
+            if place not in self.env.ended:
+                self._log(info)
+        self._keep_from_the_log()
+
+    def _log(self, info: dict[str, Any]) -> None:
+        """Let SB3 log an episode whose score has come in a later rollout."""
+        assert self.algorithm.ep_info_buffer is not None
+        self.algorithm.ep_info_buffer.append(info["episode"])
+
+    def _keep_from_the_log(self) -> None:
+        """Take the episodes that have no score yet out of SB3's log, where they would count as 0."""
+        log = self.algorithm.ep_info_buffer
+        waiting = {id(episode.info["episode"]) for episode in self.env.lanes.waiting}
+        if log is not None and waiting:
+            self.algorithm.ep_info_buffer = deque([one for one in log if id(one) not in waiting], maxlen=log.maxlen)
+
+
+def final_reward(buffer: SequenceRolloutBuffer, env: TextVecEnv, place: Place) -> np.ndarray | None:
+    """Return the reward of the transition that ended an episode, (1,), to be changed in place; None if it is lost."""
+    step, lane = place
+    if step >= env.first_step:
+        row = step - env.first_step
+        return buffer.rewards[row : row + 1, lane]
+    episode = buffer.waiting_episodes.get(place)
+    return None if episode is None else episode.part.rewards[-1:]
 
 
 def sequence_buffer(model: BaseAlgorithm) -> SequenceRolloutBuffer:

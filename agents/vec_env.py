@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from textenv.env import render_row
+from textenv.finished import Place
 from textenv.lanes import Lanes
 from textenv.vector import unwrap_text_env
 
@@ -67,6 +68,8 @@ class TextVecEnv(VecEnv):
     def __init__(self, env: gym.Env[Any, Any], n_envs: int) -> None:
         self.env = unwrap_text_env(env)
         self.lanes = Lanes(self.env, n_envs)
+        self.keeps_infos = False
+        self.begin_rollout(keep_infos=False)
         super().__init__(n_envs, self.env.observation_space, self.env.action_space)
 
     def reset(self) -> np.ndarray:
@@ -78,7 +81,8 @@ class TextVecEnv(VecEnv):
         seed, options = self._seeds[0], self._options[0]
         self._reset_seeds()
         self._reset_options()
-        self.defer_scores(False)  # an evaluation may follow; a rollout asks for it again
+        self.lanes.defer_scores = False  # an evaluation may follow; a rollout asks for it again
+        self.begin_rollout(keep_infos=False)
         order_seed = None
         if seed is not None:  # as `TextEnv.reset` does: the order, and what the hooks draw from `self.np_random`
             self.env.np_random = seeding.np_random(int(seed))[0]
@@ -91,6 +95,7 @@ class TextVecEnv(VecEnv):
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Return observations (B, L), rewards (B,) float32, dones (B,) and infos; see `TextEnv.step`."""
+        step = self.lanes.n_steps
         result = self.lanes.step(self._actions)
         final = dict(result.final_observations)
         cut = [lane for lane in final if result.truncated[lane]]
@@ -99,6 +104,10 @@ class TextVecEnv(VecEnv):
         for lane, observation in final.items():
             result.infos[lane]["terminal_observation"] = observation
             result.infos[lane]["TimeLimit.truncated"] = bool(result.truncated[lane])
+            if self.keeps_infos:
+                self.ended[step, lane] = result.infos[lane]
+                if not self.lanes.defer_scores:
+                    self.scored[step, lane] = result.infos[lane]
         dones = result.terminated | result.truncated
         return result.observations, result.rewards.astype(np.float32), dones, result.infos
 
@@ -143,14 +152,26 @@ class TextVecEnv(VecEnv):
         """Return whether the lanes do what a wrapper does: true of Monitor alone."""
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
-    def defer_scores(self, defer: bool) -> None:
-        """Whether finished episodes wait for `score_unscored` instead of being scored as they end; none waits yet."""
-        self.lanes.defer_scores = defer
+    def begin_rollout(self, keep_infos: bool = True) -> None:
+        """Keep the infos of the episodes that end from now on, for the steps before returns: by place in `ended`.
+
+        `scored` has those whose score has come since, which may have ended before. Calling it twice does no harm.
+        """
+        self.keeps_infos = keep_infos
+        self.first_step = self.lanes.n_steps
+        self.ended: dict[Place, dict[str, Any]] = {}
+        self.scored: dict[Place, dict[str, Any]] = {}
+
+    def defer_scores(self) -> None:
+        """Let finished episodes wait for `score_unscored` from now on; forget those of a rollout broken off."""
+        self.lanes.defer_scores = True
         self.lanes.unscored.clear()
 
-    def score_unscored(self) -> Sequence[tuple[int, float]]:
-        """Score the finished episodes that wait, in one call; return lane and score in the order they ended."""
-        return self.lanes.score_unscored()
+    def score_unscored(self) -> Sequence[tuple[Place, dict[str, Any], float]]:
+        """Score the finished episodes that wait and whose group is whole, in one call; see `Lanes.score_unscored`."""
+        scores = self.lanes.score_unscored()
+        self.scored.update((place, info) for place, info, _ in scores)
+        return scores
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the running episodes and the prompts' order: arrays, and what goes into JSON."""

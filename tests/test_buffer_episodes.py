@@ -196,7 +196,7 @@ class Another(Add):
 
 
 class Foremost(Add):
-    first = True
+    rank = 1
 
 
 def test_steps_run_in_order_before_returns():

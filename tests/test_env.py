@@ -175,8 +175,10 @@ def test_info_at_the_end_and_only_there(make_env):
     assert last[4] == {
         "text": "c",
         "prompt": "ab",
+        "group": 0,
         "end_reason": EndReason.EOS,
         "reward_parts": {"length": 2.0, "end": 1.0},
+        "scored": True,
         "episode": {"r": 3.0, "l": 2},
     }
 

@@ -96,7 +96,8 @@ def test_late_scores_are_one_call_and_bring_the_infos_up_to_date(make_env):
     late = lanes.step(np.array([EOS, 1, EOS]))
     assert env.seen == [] and not early.rewards.any() and not late.rewards.any()
     assert late.infos[0]["episode"]["r"] == 0.0
-    assert lanes.score_unscored() == [(1, 1.0), (0, 2.0), (2, 2.0)]
+    scores = [(place, value) for place, _, value in lanes.score_unscored()]
+    assert scores == [((0, 1), 1.0), ((1, 0), 2.0), ((1, 2), 2.0)]
     assert env.seen == [[(1, "b", True), (0, "a", True), (2, "c", True)]]
     assert [info["episode"]["r"] for info in (early.infos[1], late.infos[0], late.infos[2])] == [1.0, 2.0, 2.0]
     assert lanes.score_unscored() == []

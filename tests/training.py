@@ -94,10 +94,15 @@ def run_state(model):
     """All that the next update depends on, to be compared with ==."""
     buffer = model.rollout_buffer
     arrays, meta = model.get_env().state_dict()
+    for episode in meta["waiting"]:
+        del episode["episode"]["t"]  # the clock
     optimizer = model.policy.optimizer.state_dict()
     tensors = {f"policy.{name}": tensor for name, tensor in model.policy.state_dict().items()}
     tensors |= {f"optimizer.{i}.{k}": v for i, entries in optimizer["state"].items() for k, v in entries.items()}
     tensors |= {f"waiting.{lane}.{k}": v for lane, part in buffer.waiting.items() for k, v in part._asdict().items()}
+    for place, one in buffer.waiting_episodes.items():
+        fields = {**one.part._asdict(), "tokens": one.tokens, "group": one.group}
+        tensors |= {f"waiting.{place}.{name}": array for name, array in fields.items()}
     tensors |= arrays | {"last_obs": model._last_obs, "starts": model._last_episode_starts}
     tensors |= {name: getattr(model.policy, name).get_state() for name in ("generator", "predict_generator")}
     tensors["torch"] = torch.get_rng_state()

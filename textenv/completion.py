@@ -27,6 +27,7 @@ class Preds(Sequence[int]):
         ids: The ids, read-only, (T,) int64: exactly the actions taken, the end token included.
         state: A dict of your own that lives as long as the episode.
         lane: Which row of the environment this is.
+        group: The number of its group: the episodes of one draw of a prompt (`TextEnv(samples_per_prompt=...)`).
         end_reason: Why the current turn is over, or None while it is not.
 
     Example:
@@ -36,8 +37,8 @@ class Preds(Sequence[int]):
         (3, 'ab')
     """
 
-    __slots__ = ("_closed", "_context", "_stop_strings", "_text", "_tokenizer", "_turn_length", "end_reason", "ids",
-                 "lane", "state")  # fmt: skip
+    __slots__ = ("_closed", "_context", "_stop_strings", "_text", "_tokenizer", "_turn_length", "end_reason", "group",
+                 "ids", "lane", "state")  # fmt: skip
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Preds(Sequence[int]):
         stop_strings: tuple[str, ...] = (),
         state: dict[str, Any] | None = None,
         lane: int = 0,
+        group: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self.ids = np.array(ids, dtype=np.int64)
@@ -62,6 +64,7 @@ class Preds(Sequence[int]):
         self._stop_strings = stop_strings
         self.state = {} if state is None else state
         self.lane = lane
+        self.group = group
         self._text: str | None = None
 
     @property
@@ -92,6 +95,19 @@ class Preds(Sequence[int]):
             ids = ids[:-1]
         text = decode_continuation(self._tokenizer, self._context.tolist(), ids)
         return cut_at_stop_string(text, self._stop_strings) if self.end_reason is EndReason.STOP else text
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the constructor takes besides tokenizer and stop strings, as what goes into JSON."""
+        return {
+            "ids": self.ids.tolist(),
+            "context": self._context.tolist(),
+            "turn_length": self._turn_length,
+            "closed": [list(turn) for turn in self._closed],
+            "end_reason": None if self.end_reason is None else str(self.end_reason),
+            "state": self.state,
+            "lane": self.lane,
+            "group": self.group,
+        }
 
     def __len__(self) -> int:
         """Return how many tokens the policy has generated."""

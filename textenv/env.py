@@ -35,7 +35,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
 
     Episode end: the policy writes one of `stop_ids` or `stop_strings`, or `max_new_tokens` tokens. The last
     terminates too, since the observation shows how far one is; `length_limit="truncate"` truncates instead. The final
-    `info` has `text`, `prompt`, `end_reason`, `reward_parts` and `episode` ({"r": sum of rewards, "l": tokens}).
+    `info` has `text`, `prompt`, `end_reason`, `reward_parts`, `group`, `scored` (False until a deferred score has
+    come) and `episode` ({"r": sum of rewards, "l": tokens}).
     Gymnasium's RecordEpisodeStatistics wants the key `episode` for itself: give it another `stats_key`.
 
     Several turns: define `respond(prompt, preds) -> str | None`. It is called when a turn of the policy ends; its text
@@ -61,6 +62,11 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         length_limit: Whether reaching `max_new_tokens` is "terminate" or "truncate".
         score_at: "step" calls the reward for every token, "done" for finished episodes only, "rollout_end" for all
             finished episodes of a rollout in one call (see `agents.LateScores`; without it, as "done").
+        samples_per_prompt: How many episodes each prompt is given to, a group: one draw of the order. Lanes take the
+            members one after the other, as they become free, so `n_envs` need not be a multiple of it, and the members
+            need not stand in neighbouring lanes, nor in step. `preds.group` and `info["group"]` number the groups. With
+            `score_at="rollout_end"` and `agents.LateScores` the members of a group are scored in one call, rows
+            together, when the last has ended: the reward may compare them. Rows given to `reset` run once each.
         order: "shuffle" visits each prompt once an epoch in a new order; "sequential" keeps the source's.
         max_turns: The most turns of the policy, where `respond` is defined.
         max_response_tokens: The most tokens of a reply, where `respond` is defined.
@@ -102,6 +108,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         stop_strings: Sequence[str] = (),
         length_limit: Literal["terminate", "truncate"] = "terminate",
         score_at: ScoreAt = "step",
+        samples_per_prompt: int = 1,
         order: Order = "shuffle",
         max_turns: int = 1,
         max_response_tokens: int = 0,
@@ -117,6 +124,9 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.tokenizer = tokenizer
         self.reward = self._check_reward(reward)
         self.score_at: ScoreAt = score_at
+        if samples_per_prompt < 1:
+            raise ValueError(f"Expected `samples_per_prompt` to be at least 1, got {samples_per_prompt}.")
+        self.samples_per_prompt = samples_per_prompt
         self.order: Order = order
         self.seed = seed
         self.render_mode = render_mode
@@ -216,7 +226,9 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     ) -> Sequence[float | Mapping[str, float]]:
         """Return the rewards of several rows at once; override it where a batch is cheaper, as with a classifier.
 
-        The default calls `get_reward` for each row; its arguments and result are lists of that method's.
+        The default calls `get_reward` for each row; its arguments and result are lists of that method's. Rows of one
+        `preds.group` are samples of one prompt. In training with `score_at="rollout_end"` a call has whole groups, each
+        together; elsewhere (an evaluation, a single row) it has the rows that are there, maybe one of a group.
         """
         rewards = []
         for prompt, completion, done in zip(prompts, preds, dones, strict=True):

@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from textenv.completion import Preds, Turn
+from textenv.dealing import NO_GROUP, PromptDealer
 from textenv.episode import PADDING, SEPARATOR, EndReason, ended_turns
+from textenv.finished import (
+    FinishedEpisode,
+    Place,
+    final_info,
+    finished_state,
+    load_finished,
+    prompt_place,
+    saved_prompt,
+    split_groups,
+)
 from textenv.masks import LaneMasks
-from textenv.prompts import Prompt, PromptCursor, PromptLike
+from textenv.prompts import Prompt, PromptLike
 from textenv.rewarding import Reward, RewardError, check_rewards, describe
 from textenv.tokenizer import BOUNDARY_TOKENS, decode_continuation
 
@@ -20,7 +31,7 @@ if TYPE_CHECKING:
     from textenv.env import TextEnv
 
 
-STATE_ARRAYS = ("tokens", "lengths", "turn_starts", "generated", "limits", "idle", "over", "returns")
+STATE_ARRAYS = ("tokens", "lengths", "turn_starts", "generated", "limits", "idle", "over", "returns", "groups")
 
 
 class StepResult(NamedTuple):
@@ -32,15 +43,6 @@ class StepResult(NamedTuple):
     truncated: np.ndarray  # (B,) bool
     infos: list[dict[str, Any]]  # of the episode that ended; empty otherwise
     final_observations: dict[int, np.ndarray]  # of the episodes that ended, by lane
-
-
-class FinishedEpisode(NamedTuple):
-    """An episode that waits for its score (`score_at="rollout_end"`)."""
-
-    lane: int
-    prompt: Prompt
-    preds: Preds
-    info: dict[str, Any]
 
 
 class Lanes:
@@ -63,10 +65,12 @@ class Lanes:
         self.n_lanes = n_lanes
         self.autoreset = autoreset
         self.width = env.max_prompt_tokens + 1 + env.rules.room
-        self.cursor: PromptCursor | None = None
-        self.queue: list[Prompt] | None = None
+        self.dealer = PromptDealer(env)
+        self.n_steps = 0  # since this object was made: `reset` goes on counting
+        self.reset_at = 0
         self.defer_scores = False
         self.unscored: list[FinishedEpisode] = []
+        self.waiting: list[FinishedEpisode] = []  # passed over by `score_unscored`: their group was not whole
         self.start_time = time.monotonic()
         self.masks = LaneMasks(env.masks, env.vocabulary, n_lanes)
         self._clear()
@@ -82,6 +86,7 @@ class Lanes:
         self.idle = np.ones(n, dtype=bool)
         self.returns = np.zeros(n, dtype=np.float64)
         self.prompts = [Prompt() for _ in range(n)]
+        self.groups = np.full(n, NO_GROUP, dtype=np.int64)
         self.over = np.zeros(n, dtype=bool)
         self.closed: list[list[Turn]] = [[] for _ in range(n)]
         self.closed_ids: list[list[int]] = [[] for _ in range(n)]
@@ -96,35 +101,29 @@ class Lanes:
             prompts: Rows to run instead of the env's own, each exactly once, in lane order; then lanes go idle.
                 Without autoreset the following resets take the rest of them.
         """
-        if seed is not None or self.cursor is None:
-            fresh = seed if seed is not None else self.env.draw_seed()
-            self.cursor = PromptCursor(len(self.env.prompts), self.env.order, fresh)
+        dealer = self.dealer
+        if seed is not None or dealer.cursor is None:
+            dealer.seed(seed if seed is not None else self.env.draw_seed())
         if prompts is not None:
-            self.queue = self._read_queue(prompts)
-        elif self.autoreset or not self.queue:
-            self.queue = None
+            dealer.give(prompts)
+        elif self.autoreset or not dealer.queue:
+            dealer.queue = None
+        if self.autoreset:  # all members of a group begin behind the reset
+            dealer.left = 0
         self._clear()
         self.unscored.clear()
+        self.waiting.clear()
+        self.reset_at = self.n_steps
         for lane in range(self.n_lanes):
             self._refill(lane)
         return self.tokens.copy()
-
-    def _read_queue(self, rows: Sequence[PromptLike]) -> list[Prompt]:
-        if isinstance(rows, (str, Mapping)) or len(rows) == 0:
-            raise ValueError(f"Expected the prompts given to `reset` to be a list of one or more, got {rows!r:.80}.")
-        return [row if self._is_own(row) else self.env.read_prompt(row) for row in rows]  # type: ignore[misc]
-
-    def _is_own(self, row: PromptLike) -> bool:
-        """Whether a row is a prompt object of the env: it then keeps its number, and is not encoded again."""
-        own = self.env.prompts
-        return isinstance(row, Prompt) and 0 <= row.number < len(own) and own[row.number] is row
 
     def _refill(self, lane: int) -> None:
         self.tokens[lane] = PADDING
         self.closed[lane], self.closed_ids[lane], self.states[lane], self.parts[lane] = [], [], {}, {}
         self.generated[lane] = 0
         self.returns[lane] = 0.0
-        prompt = self._next_prompt()
+        prompt, self.groups[lane] = self.dealer.deal()
         self.idle[lane] = prompt is None
         self.prompts[lane] = Prompt() if prompt is None else prompt
         n_prompt = len(self.prompts[lane].ids)
@@ -132,12 +131,6 @@ class Lanes:
         self.tokens[lane, n_prompt] = SEPARATOR
         self.lengths[lane] = self.turn_starts[lane] = n_prompt + 1
         self.limits[lane] = self.prompts[lane].max_new_tokens or self.env.rules.max_new_tokens
-
-    def _next_prompt(self) -> Prompt | None:
-        if self.queue is not None:
-            return self.queue.pop(0) if self.queue else None
-        assert self.cursor is not None
-        return self.env.prompts[self.cursor.advance()]
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Append one token to every lane; score, and refill the lanes whose episode is over.
@@ -150,7 +143,7 @@ class Lanes:
             ValueError: If the actions have another shape or dtype, or an id is outside the vocabulary.
             RewardError: If a reward hook raises or returns no finite number.
         """
-        if self.cursor is None or self.over.any():
+        if self.dealer.cursor is None or self.over.any():
             raise RuntimeError(
                 "Expected `reset` before the first `step`, and after the end of an episode or a step that raised."
             )
@@ -170,10 +163,12 @@ class Lanes:
             final_observations[lane] = self.tokens[lane].copy()
             infos[lane] = self._final_info(lane, reason, final_preds[lane])
             if self.defer_scores:
-                self.unscored.append(FinishedEpisode(lane, self.prompts[lane], final_preds[lane], infos[lane]))
+                episode = FinishedEpisode((self.n_steps, lane), self.prompts[lane], final_preds[lane], infos[lane])
+                self.unscored.append(episode)
             if self.autoreset:
                 self._refill(lane)
         self.over[:] = False if self.autoreset else terminated | truncated
+        self.n_steps += 1
         return StepResult(self.tokens.copy(), rewards, terminated, truncated, infos, final_observations)
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
@@ -259,6 +254,7 @@ class Lanes:
             stop_strings=self.env.rules.stop_strings,
             state=self.states[lane],
             lane=lane,
+            group=int(self.groups[lane]),
         )
 
     def allowed(self) -> np.ndarray:
@@ -300,50 +296,52 @@ class Lanes:
             ) from error
         return check_rewards(values, prompts, preds)
 
-    def score_unscored(self) -> list[tuple[int, float]]:
+    def open_groups(self) -> set[int]:
+        """Return the groups of which members run or are still to be dealt."""
+        return {int(group) for group in self.groups[~self.idle]} | self.dealer.open_groups()
+
+    def score_unscored(self) -> list[tuple[Place, dict[str, Any], float]]:
         """Score the finished episodes that wait, in one call; their info dicts are brought up to date in place.
 
+        The members of a group stand together, and wait until the last of them has ended.
+
         Returns:
-            Lane and score of each, in the order in which they ended.
+            Place, info and score of each, groups in the order in which their last members ended.
         """
-        finished = self.unscored
+        finished, waiting = split_groups(self.waiting + self.unscored, self.open_groups(), self.dealer.group_size)
         scored = self._call_rewards(
             [episode.prompt for episode in finished],
             [episode.preds for episode in finished],
             [True] * len(finished),
         )
-        self.unscored = []  # only now: where the reward fails they go on waiting
+        self.unscored, self.waiting = [], waiting  # only now: where the reward fails they stay
         for episode, reward in zip(finished, scored, strict=True):
             episode.info["episode"]["r"] += reward.value
             episode.info["reward_parts"].update(reward.parts)
-        return [(episode.lane, reward.value) for episode, reward in zip(finished, scored, strict=True)]
+            episode.info["scored"] = True
+        return [(one.place, one.info, reward.value) for one, reward in zip(finished, scored, strict=True)]
 
     def _final_info(self, lane: int, reason: EndReason, preds: Preds) -> dict[str, Any]:
         episode = {"r": float(self.returns[lane]), "l": int(self.generated[lane])}
         if self.autoreset:  # a lone env keeps to what is deterministic; SB3's Monitor adds its own clock
             episode["t"] = round(time.monotonic() - self.start_time, 6)
-        return {
-            "text": preds.text,
-            "prompt": self.prompts[lane],
-            "end_reason": reason,
-            "reward_parts": self.parts[lane],
-            "episode": episode,
-        }
+        return final_info(self.prompts[lane], preds, reason, self.parts[lane], episode, scored=not self.defer_scores)
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the running episodes and the prompts' order: arrays, and what goes into JSON.
 
         Raises:
-            RuntimeError: While finished episodes wait for a score: save between rollouts.
+            RuntimeError: While finished episodes wait for a score, other than for their group: save between rollouts.
         """
-        if self.unscored or self.cursor is None:
+        if self.unscored or self.dealer.cursor is None:
             raise RuntimeError("Expected to be saved after `reset` and between rollouts, with every episode scored.")
         arrays = {name: getattr(self, name).copy() for name in STATE_ARRAYS}
         return arrays, {
-            "cursor": self.cursor.state_dict(),
-            "prompts": [prompt.number if prompt.number >= 0 else prompt.row for prompt in self.prompts],
-            "queue": None if self.queue is None else [prompt.row for prompt in self.queue],
-            "n_prompts": len(self.env.prompts),
+            **self.dealer.state_dict(),
+            "n_steps": self.n_steps,
+            "reset_at": self.reset_at,
+            "waiting": [copy.deepcopy(finished_state(episode)) for episode in self.waiting],
+            "prompts": [prompt_place(prompt) for prompt in self.prompts],
             "closed": [list(turns) for turns in self.closed],
             "closed_ids": [list(ids) for ids in self.closed_ids],
             "states": copy.deepcopy(self.states),
@@ -361,22 +359,16 @@ class Lanes:
                 f"Expected running episodes of shape {self.tokens.shape} (lanes, width), got {arrays['tokens'].shape}: "
                 "resume with the same n_envs, max_prompt_tokens and max_new_tokens."
             )
-        if meta["n_prompts"] != len(self.env.prompts):
-            raise ValueError(f"Expected the {meta['n_prompts']} prompts of the saved run, got {len(self.env.prompts)}.")
+        self.dealer.load_state_dict(meta)
         for name in STATE_ARRAYS:
             setattr(self, name, np.array(arrays[name]))
-        self.cursor = PromptCursor(len(self.env.prompts), self.env.order, meta["cursor"]["seed"])
-        self.cursor.load_state_dict(meta["cursor"])
-        self.prompts = [self._saved_prompt(lane, place) for lane, place in enumerate(meta["prompts"])]
-        self.queue = None if meta["queue"] is None else [self.env.read_prompt(row) for row in meta["queue"]]
+        self.n_steps, self.reset_at = meta["n_steps"], meta["reset_at"]
+        places = zip(self.idle, meta["prompts"], strict=True)
+        self.prompts = [Prompt() if idle else saved_prompt(self.env, place) for idle, place in places]
         self.closed = [[Turn(*turn) for turn in turns] for turns in meta["closed"]]
         self.closed_ids = [list(ids) for ids in meta["closed_ids"]]
         self.states = copy.deepcopy(list(meta["states"]))
         self.parts = [dict(parts) for parts in meta["parts"]]
         self.unscored.clear()
+        self.waiting = [load_finished(self.env, state) for state in meta["waiting"]]
         return self.tokens.copy()
-
-    def _saved_prompt(self, lane: int, place: int | dict[str, Any]) -> Prompt:
-        if self.idle[lane]:
-            return Prompt()
-        return self.env.prompts[place] if isinstance(place, int) else self.env.read_prompt(place)

@@ -231,6 +231,11 @@ class PromptCursor:
             self.epoch, self.position = self.epoch + 1, 0
             self._permutation = self._draw()
         self.position += 1
+        return self.number
+
+    @property
+    def number(self) -> int:
+        """The number that `advance` returned last."""
         return int(self._permutation[self.position - 1])
 
     def state_dict(self) -> dict[str, int]:

@@ -1,0 +1,59 @@
+"""How sequences are dealt to the minibatches of an epoch."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+MIN_SEQUENCES = 4  # a minibatch of fewer does not learn reliably
+
+
+def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: int) -> int:
+    """Return the number of minibatches of an epoch, which depends on sizes alone.
+
+    Args:
+        n_transitions: Of the rollout: steps times lanes.
+        batch_size: Transitions of a minibatch, on average; None for one minibatch of all.
+        n_sequences: How many whole sequences there are to deal.
+
+    Raises:
+        ValueError: If `batch_size` does not divide the rollout, or there are fewer sequences than minibatches.
+    """
+    if batch_size is not None and n_transitions % batch_size != 0:
+        raise ValueError(
+            f"Expected `batch_size` to divide n_steps * n_envs = {n_transitions}, got {batch_size}: each epoch has the "
+            "same number of minibatches of whole sequences."
+        )
+    n_minibatches = 1 if batch_size is None else n_transitions // batch_size
+    if n_sequences < n_minibatches:
+        raise ValueError(
+            f"Expected at least one sequence for each of {n_minibatches} minibatches, got {n_sequences}: raise "
+            "batch_size, or n_steps or n_envs (with complete_episodes, more steps finish more episodes)."
+        )
+    if n_sequences < MIN_SEQUENCES * n_minibatches:
+        warnings.warn(
+            f"{n_sequences} sequences in {n_minibatches} minibatches are fewer than {MIN_SEQUENCES} in each: "
+            "advantages can hardly be told from noise. Raise batch_size or n_envs.",
+            stacklevel=3,
+        )
+    return n_minibatches
+
+
+def even_groups(counts: np.ndarray, n_groups: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Deal sequences to groups at random, about even in transitions; return the places of each group's.
+
+    Args:
+        counts: Transitions of each sequence, (S,).
+        n_groups: How many groups.
+        rng: Where the randomness comes from.
+    """
+    # Longest first fills evenly; the noise makes each epoch's groups new.
+    keys = counts * rng.uniform(0.7, 1.3, size=len(counts))
+    groups: list[list[int]] = [[] for _ in range(n_groups)]
+    loads = np.zeros(n_groups)
+    for sequence in np.argsort(-keys):
+        lightest = int(loads.argmin())
+        groups[lightest].append(int(sequence))
+        loads[lightest] += counts[sequence]
+    return [np.array(groups[i]) for i in rng.permutation(n_groups)]

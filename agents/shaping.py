@@ -1,0 +1,139 @@
+"""What is done to the score of an episode before the KL penalty: clipped, scaled, whitened, and less if cut off."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from textenv.episode import EndReason
+
+from .buffers import SequenceRolloutBuffer
+from .rollout_steps import RolloutStep, final_reward, text_vec_env
+
+SMALL = 1e-8
+
+
+class RewardShaping(RolloutStep):
+    """Changes the score of each episode, on its last token, in this order; what is not asked for is left out.
+
+    1. `clip`: the score goes into [-clip, clip];
+    2. `scale`: it is divided by the standard deviation of all scores so far, those of this rollout included (Engstrom
+       et al., 2020, section 3). The mean stays. A checkpoint keeps the running figures;
+    3. `whiten`: over the scores of a rollout, mean 0 and deviation 1;
+    4. `missing_eos_penalty` is subtracted if the episode ended because it was as long as it may be (end reason
+       "length"): its text is not finished.
+
+    Then come KL penalties, whatever the order of the callbacks; late scores come before. Scores that are all equal
+    are left as they are by 2 and become 0 by 3. The task reward in infos and logs stays untouched; the means of what
+    is trained on are logged under `shaping/`.
+
+    Args:
+        clip: The largest absolute score.
+        scale: Whether to divide by the running deviation.
+        whiten: Whether to normalise over the rollout's episodes.
+        missing_eos_penalty: In units of what the steps before it give.
+
+    Raises:
+        ValueError: If `clip` is not positive, or the penalty negative.
+
+    Example:
+        >>> from agents import KLPenalty, RewardShaping
+        >>> callbacks = [RewardShaping(clip=5.0, missing_eos_penalty=1.0), KLPenalty(0.02)]  # learn(callback=callbacks)
+    """
+
+    rank = 2
+
+    def __init__(
+        self,
+        clip: float | None = None,
+        scale: bool = False,
+        whiten: bool = False,
+        missing_eos_penalty: float = 0.0,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        if clip is not None and clip <= 0:
+            raise ValueError(f"Expected `clip` to be positive or None, got {clip}.")
+        if missing_eos_penalty < 0:
+            raise ValueError(f"Expected `missing_eos_penalty` to be 0 or more, got {missing_eos_penalty}.")
+        self.clip, self.scale, self.whiten = clip, scale, whiten
+        self.missing_eos_penalty = missing_eos_penalty
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # of all scores so far; squares of the distances to the mean
+
+    @property
+    def _changes_scores(self) -> bool:
+        return self.clip is not None or self.scale or self.whiten
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Check that an episode has one score, at its end, and that the buffer gets it as it is.
+
+        Raises:
+            ValueError: With rewards for every token, or a VecNormalize that scales rewards; the penalty alone can be
+                used with both.
+        """
+        env, normalizer = text_vec_env(model.get_env()), model.get_vec_normalize_env()
+        if self._changes_scores and env.env.score_at == "step":
+            raise ValueError(
+                "Expected an env with score_at='done' or 'rollout_end', got 'step': clip, scale and whiten are of the "
+                "one score of an episode."
+            )
+        if self._changes_scores and normalizer is not None and normalizer.norm_reward:
+            raise ValueError(
+                "Expected VecNormalize with norm_reward=False: RewardShaping(scale=True) does what it does."
+            )
+        self.env = env
+        self.algorithm = model
+
+    def begin(self) -> None:
+        """Let the env keep what the episodes of this rollout are."""
+        self.env.begin_rollout()
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Change the rewards on the last tokens of the episodes whose score has come."""
+        infos = self.env.scored
+        if not infos:
+            return
+        scores = np.array([info["episode"]["r"] for info in infos.values()])  # (E,)
+        is_cut = np.array([info["end_reason"] is EndReason.LENGTH for info in infos.values()])
+        shaped = self._shape(scores) if self._changes_scores else scores
+        penalties = self.missing_eos_penalty * is_cut
+        for place, score, new, penalty in zip(infos, scores, shaped, penalties, strict=True):
+            reward = final_reward(buffer, self.env, place)
+            if reward is None:
+                continue
+            if self._changes_scores:  # in place of the score: a truncated episode has the critic's value there as well
+                reward[:] = (reward - np.float32(score)) + np.float32(new)
+            reward -= np.float32(penalty)
+        self.algorithm.logger.record("shaping/score", float((shaped - penalties).mean()))
+        self.algorithm.logger.record("shaping/cut", float(is_cut.mean()))
+
+    def _shape(self, scores: np.ndarray) -> np.ndarray:
+        if self.clip is not None:
+            scores = scores.clip(-self.clip, self.clip)
+        if self.scale:
+            self._update(scores)
+            deviation = math.sqrt(self.squares / self.count)
+            scores = scores / deviation if deviation > SMALL * max(1.0, abs(self.mean)) else scores
+        if self.whiten:
+            shifted = scores - scores[0]  # equal ones become zeros, without rounding
+            scores = (shifted - shifted.mean()) / (shifted.std() + SMALL)
+        return scores
+
+    def _update(self, scores: np.ndarray) -> None:
+        """Take a batch into the running figures (Chan et al., 1983, equation 2.1)."""
+        count, mean = len(scores), float(scores.mean())
+        total, distance = self.count + count, mean - self.mean
+        self.squares += float(((scores - mean) ** 2).sum()) + distance**2 * self.count * count / total
+        self.mean += distance * count / total
+        self.count = total
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the running figures."""
+        return {}, {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Take back the running figures."""
+        self.count, self.mean, self.squares = meta["count"], meta["mean"], meta["squares"]

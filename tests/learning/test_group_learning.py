@@ -1,0 +1,92 @@
+"""Groups of samples learn: from chance to over 0.9 without a critic, and not where it is switched off (E11)."""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from agents import RewardShaping
+from agents.build import make_agent
+from agents.generation import generate
+from tests.training import tiny_config
+from textenv import CharTokenizer, TextEnv
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 4 in each:UserWarning")
+LETTERS = "abcdefg"
+TOKENIZER = CharTokenizer(LETTERS)
+PROMPTS = [first + second for first in LETTERS for second in LETTERS]
+RULES = {"max_new_tokens": 4, "stop_ids": ()}
+
+
+def share_of_c(prompt, preds, done):
+    """Chance: an eighth."""
+    return preds.text.count("c") / 4 if done else 0.0
+
+
+class Best(TextEnv):
+    """Compares the texts of a group: a point for those with the most "c", and nothing says how good they are."""
+
+    def get_rewards(self, prompts, preds, dones):
+        most = defaultdict(int)
+        for one in preds:
+            most[one.group] = max(most[one.group], one.text.count("c"))
+        return [float(one.text.count("c") == most[one.group]) for one in preds]
+
+
+def build(env, advantage, **kwargs):
+    lm = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, initializer_range=0.1)
+    settings = {"n_envs": 64, "learning_rate": 1e-2, "batch_size": 128, "seed": 0, "device": "cpu", "vf_coef": 0.0}
+    return make_agent(env, lm, rollout_buffer_kwargs={"advantage": advantage}, **{**settings, **kwargs})
+
+
+def learn(model, iterations, callback=None):
+    """Return the share of the letter before and after."""
+
+    def share():
+        samples = generate(model, PROMPTS, TOKENIZER, 4, **RULES)
+        return float(np.mean([one.text.count("c") / 4 for one in samples]))
+
+    before = share()
+    model.learn(iterations * model.n_steps * model.n_envs, callback=callback)
+    return before, share()
+
+
+@pytest.mark.parametrize("advantage", ["grpo", pytest.param("grpo_mean", marks=pytest.mark.slow), "rloo"])
+def test_e11_group_relative_advantages_learn(advantage):
+    """With groups of 5 in 64 lanes, which is no multiple."""
+    env = TextEnv(PROMPTS, TOKENIZER, reward=share_of_c, samples_per_prompt=5, score_at="done", **RULES)
+    before, after = learn(build(env, advantage), 15)
+    assert before < 0.35 and after > 0.9
+
+
+def test_e11_nothing_is_learned_with_the_reward_switched_off():
+    env = TextEnv(PROMPTS, TOKENIZER, reward=lambda prompt, preds, done: 0.0, samples_per_prompt=5, **RULES)
+    before, after = learn(build(env, "grpo"), 15)
+    assert abs(after - before) < 0.05
+
+
+def test_e11_a_reward_that_compares_the_members_of_a_group_learns():
+    before, after = learn(
+        build(Best(PROMPTS, TOKENIZER, samples_per_prompt=8, score_at="rollout_end", **RULES), "grpo"), 15
+    )
+    assert before < 0.35 and after > 0.9
+
+
+def test_e11_without_a_group_to_compare_with_the_same_reward_says_nothing():
+    """Each text is the best of one: the negative control of the ranking."""
+    model = build(Best(PROMPTS, TOKENIZER, score_at="rollout_end", **RULES), "gae", vf_coef=0.1)
+    before, after = learn(model, 15)
+    assert after < 0.6 and before < 0.35
+
+
+@pytest.mark.slow
+def test_e11_shaped_scores_learn():
+    """A score of a thousand for all, and a penalty for a text that is not ended: it learns to end it."""
+    env = TextEnv(PROMPTS, TOKENIZER, reward=lambda prompt, preds, done: 1000.0, score_at="done", max_new_tokens=4)
+    ends = []
+    for shaping in (RewardShaping(whiten=True, missing_eos_penalty=1.0), RewardShaping(whiten=True)):
+        model = build(env, "gae", vf_coef=0.1)
+        model.learn(15 * 256, callback=shaping)
+        samples = generate(model, PROMPTS, TOKENIZER, 4, max_new_tokens=4)
+        ends.append(np.mean([str(one.end_reason) == "eos" for one in samples]))
+    assert ends[0] > 0.9 and ends[1] < 0.7

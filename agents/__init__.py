@@ -12,6 +12,7 @@ from .flat_policy import FlatLMPolicy
 from .generation import Generation, generate
 from .groups import SampleGroups
 from .kl import AdaptiveCoef, KLPenalty
+from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
 from .rollout_steps import LateScores, RolloutStep
 from .shaping import RewardShaping
@@ -31,6 +32,8 @@ __all__ = [
     "LastLayers",
     "LateScores",
     "LoRA",
+    "MaskableLMPolicy",
+    "MaskableSequenceRolloutBuffer",
     "Pretrained",
     "RewardCurves",
     "RewardModelCritic",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 import gymnasium as gym
-from sb3_contrib import TRPO, RecurrentPPO
+from sb3_contrib import TRPO, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -14,13 +14,19 @@ from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
 from .flat_policy import FlatLMPolicy
 from .groups import SampleGroups
+from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
 from .rollout_steps import LateScores
 from .vec_env import TextVecEnv
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 SEQUENCES_A_MINIBATCH = 8
-POLICIES: dict[type[OnPolicyAlgorithm], type[LMPolicy]] = {PPO: LMPolicy, A2C: LMPolicy, TRPO: FlatLMPolicy}
+POLICIES: dict[type[OnPolicyAlgorithm], type[LMPolicy]] = {
+    PPO: LMPolicy,
+    A2C: LMPolicy,
+    TRPO: FlatLMPolicy,
+    MaskablePPO: MaskableLMPolicy,
+}
 
 
 def make_agent(
@@ -59,14 +65,14 @@ def make_agent(
         env: A `TextEnv`, a subclass, or what `gym.make` made of one.
         lm: The language model: a name or path, a config, or a spec such as `Pretrained(name)`.
         n_envs: How many episodes run side by side.
-        algorithm: The class: PPO, A2C or TRPO of sb3-contrib, or a subclass; the policy's class follows from it.
+        algorithm: The class: PPO, A2C, sb3-contrib's TRPO or MaskablePPO, or a subclass; policy and buffer follow.
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
             with the advantage "gae" alone, and `complete_episodes` with an env of `samples_per_prompt`.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
 
     Raises:
-        ValueError: If the algorithm is another one, with the reason.
+        ValueError: If the algorithm is another one, with the reason, or does not know the env's mask.
 
     Returns:
         The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached, with
@@ -83,6 +89,12 @@ def make_agent(
     """
     policy_class = _policy_class(algorithm)
     vec_env = TextVecEnv(env, n_envs)
+    is_maskable = issubclass(algorithm, MaskablePPO)
+    if vec_env.env.masks and not is_maskable:
+        raise ValueError(
+            f"Expected algorithm=MaskablePPO (sb3-contrib) for an env with `mask`, got {algorithm.__name__}, which "
+            "would sample what the mask forbids."
+        )
     settings: dict[str, Any] = {
         "gamma": 1.0,
         "gae_lambda": 0.95,
@@ -98,7 +110,7 @@ def make_agent(
         settings["use_rms_prop"] = False
     else:
         settings["batch_size"] = _batch_size(algorithm_kwargs.get("n_steps", settings["n_steps"]), n_envs)
-    if issubclass(algorithm, PPO):
+    if issubclass(algorithm, (PPO, MaskablePPO)):
         settings["n_epochs"] = 4
     has_groups = vec_env.env.samples_per_prompt > 1
     buffer_kwargs = {"advantage": "gae", "complete_episodes": has_groups, **(rollout_buffer_kwargs or {})}
@@ -106,7 +118,7 @@ def make_agent(
     model = algorithm(
         policy_class,
         vec_env,
-        rollout_buffer_class=SequenceRolloutBuffer,
+        rollout_buffer_class=MaskableSequenceRolloutBuffer if is_maskable else SequenceRolloutBuffer,
         rollout_buffer_kwargs=buffer_kwargs,
         policy_kwargs={"lm": lm, **(policy_kwargs or {})},
         **{**settings, **algorithm_kwargs},

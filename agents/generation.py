@@ -56,7 +56,7 @@ def generate(
         seed: The seed of the sampling: the same seed, prompts and `n_envs` give the same texts.
         n_envs: The most rows side by side.
         progress_bar: Show one.
-        **env_kwargs: Other arguments of `TextEnv`: `stop_ids`, `stop_strings`, `prompt_column`, ...
+        **env_kwargs: Other arguments of `TextEnv`: `stop_ids`, `stop_strings`, `mask`, `prompt_column`, ...
 
     Returns:
         The continuations in the order of the prompts, those of one prompt together.
@@ -90,7 +90,8 @@ def generate(
     with torch.no_grad(), tqdm(total=len(rows), unit="text", disable=not progress_bar) as bar:
         while not envs.lanes.idle.all():
             batch = torch.as_tensor(observations, device=policy.device)
-            actions = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache).actions
+            allowed = torch.as_tensor(envs.lanes.allowed(), device=policy.device) if env.masks else None
+            actions = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache, allowed, False).actions
             observations, _, _, _, infos = envs.step(actions.cpu().numpy())
             for generation in _finished(infos):
                 generations[generation.prompt.number] = generation

@@ -209,7 +209,10 @@ class LMPolicy(ActorCriticPolicy):
 
         Where tokens were sampled from a part of the vocabulary, the log-probabilities carry it to the buffer.
         """
-        step = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache)
+        return self._step(obs, deterministic)
+
+    def _step(self, obs: Tensor, deterministic: bool, allowed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        step = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache, allowed)
         step.log_probs.allowed = step.allowed  # type: ignore[attr-defined]
         values = step.values[:, None]
         values.read_from = self.lm  # type: ignore[attr-defined]  # for the buffer: values once a sequence, statistics
@@ -217,8 +220,11 @@ class LMPolicy(ActorCriticPolicy):
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
         """Return actions (B,): what `predict` calls, with rows and randomness apart from the rollout's."""
+        return self._choose(observation, deterministic)
+
+    def _choose(self, obs: Tensor, deterministic: bool, allowed: Tensor | None = None) -> Tensor:
         cache = self.lm.predict_cache
-        return self.lm.act(observation, deterministic, self.predict_generator, cache, with_values=False).actions
+        return self.lm.act(obs, deterministic, self.predict_generator, cache, allowed, with_values=False).actions
 
     def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:  # type: ignore[override]
         """Return values (B, 1), of sequences as `evaluate_actions`.

@@ -36,8 +36,9 @@ class CheckpointError(ValueError):
 def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) -> Path:
     """Write all that the next update depends on, so that a resumed run equals one that was never stopped.
 
-    Policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished episodes, waiting
-    segments and the state of the steps before returns. On a CPU the next update is the same bit for bit.
+    Policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished episodes, what
+    waits for the end of an episode or of its group, and the state of the steps before returns. On a CPU the next
+    update is the same bit for bit.
 
     Args:
         model: A model built with `make_agent`, or with `TextVecEnv` and `SequenceRolloutBuffer`. Save between

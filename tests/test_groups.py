@@ -315,8 +315,7 @@ class Stop(BaseCallback):
         return self.n_calls < self.n_steps
 
 
-@pytest.mark.parametrize("score_at", ["done", "rollout_end"])
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(("score_at", "reset"), [("done", False), ("rollout_end", False), ("rollout_end", True)])
 def test_a_broken_off_rollout_or_a_reset_leaves_no_half_group(score_at, reset):
     env = ranked()
     env.score_at = score_at

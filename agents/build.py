@@ -8,6 +8,7 @@ import gymnasium as gym
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from . import doctor
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
 from .policies import LMPolicy
@@ -25,6 +26,7 @@ def make_agent(
     algorithm: type[Algorithm] = PPO,  # type: ignore[assignment]
     policy_kwargs: dict[str, Any] | None = None,
     rollout_buffer_kwargs: dict[str, Any] | None = None,
+    check: bool = False,
     **algorithm_kwargs: Any,
 ) -> Algorithm:
     """Build an unmodified Stable-Baselines3 algorithm that trains `lm` on `env`.
@@ -54,10 +56,15 @@ def make_agent(
         algorithm: The class: PPO or A2C.
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`; `normalize_advantage=True` unless given.
+        check: Whether to have the doctor examine the model (see `agents.doctor.check`): it warns of what may go badly
+            and changes nothing.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
 
     Returns:
         The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached.
+
+    Raises:
+        DoctorError: With `check=True`, where training would be wrong; it names what failed, why and the cure.
 
     Example:
         >>> from agents import make_agent
@@ -93,6 +100,10 @@ def make_agent(
     )
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
+    if check:
+        report = doctor.check(model)
+        report.raise_if_failed()
+        report.warn()
     return model
 
 

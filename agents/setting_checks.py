@@ -32,7 +32,7 @@ NEUTRAL = (None, 0, 0.0, 1, 1.0)
 def check_stop_tokens(patient: Patient) -> list[Finding]:
     """Compare what ends an episode with the tokenizer's and the model's end tokens."""
     env, rules = patient.env, patient.env.rules
-    n_tokens = int(env.action_space.n)  # type: ignore[attr-defined]
+    n_tokens = len(env.tokenizer)
     measured = f"an episode ends at the ids {list(rules.stop_ids)}"
     outside = [token for token in rules.stop_ids if not 0 <= token < n_tokens]
     if outside:

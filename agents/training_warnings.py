@@ -18,7 +18,7 @@ from .policies import LMPolicy
 from .rollout_steps import sequence_buffer, text_vec_env
 from .sequences import SequenceBatch
 
-MIN_EPISODES = 4  # of fewer nothing is concluded
+MIN_EPISODES = 32  # of fewer nothing is concluded: they wait for those of the next rollout
 N_SEQUENCES = 4  # as many are read again before the update
 NEGATIVE_KL = -1e-3  # nats a token; nearer to 0 it is noise
 
@@ -28,8 +28,9 @@ class TrainingWarnings(BaseCallback):
 
     At the end of each rollout, before its update, it looks for: all rewards equal, all episodes cut by length, the
     end token as the first token everywhere, a divergence from the reference below zero for long, probabilities that
-    the update does not find again (first ratios away from 1), and a collapse of the entropy. It reads a few sequences
-    once more and changes nothing. It needs a `SequenceRolloutBuffer`; pass it to `learn` behind a `KLPenalty`.
+    the update does not find again (first ratios away from 1), and a collapse of the entropy. "All" are 32 episodes or
+    more, of one rollout or several. It reads a few sequences once more and changes nothing. It needs a
+    `SequenceRolloutBuffer`; in the list of callbacks its place does not matter.
 
     Args:
         entropy_fraction: It warns where the entropy, the mean of -log p over the sampled tokens, falls below this
@@ -62,11 +63,11 @@ class TrainingWarnings(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        infos, self._infos = self._infos, []
         buffer = sequence_buffer(self.model)
-        if len(infos) >= MIN_EPISODES:
-            self._look_at_rewards(infos)
-            self._look_at_ends(infos)
+        if len(self._infos) >= MIN_EPISODES:
+            self._look_at_rewards(self._infos)
+            self._look_at_ends(self._infos)
+            self._infos = []
         self._look_at_divergence()
         self._look_at_ratios(buffer)
         self._look_at_entropy(buffer)
@@ -76,7 +77,7 @@ class TrainingWarnings(BaseCallback):
         if min(rewards) == max(rewards):
             self._warn(
                 "rewards",
-                f"All {len(rewards)} episodes of a rollout earned {rewards[0]:.4g}: nothing tells a good text from a "
+                f"All {len(rewards)} last episodes earned {rewards[0]:.4g}: nothing tells a good text from a "
                 "bad one. Is the reward constant, does it compare to a text that is never written, or is the task "
                 "solved? Print a few texts (SampleTable) with their rewards, and give partial credit.",
             )
@@ -86,14 +87,14 @@ class TrainingWarnings(BaseCallback):
         if can_stop and all(info["end_reason"] is EndReason.LENGTH for info in infos):
             self._warn(
                 "length",
-                f"All {len(infos)} episodes of a rollout were cut by length: the policy never ends a text. Is the end "
+                f"All {len(infos)} last episodes were cut by length: the policy never ends a text. Is the end "
                 f"token another one than stop_ids={list(self._rules.stop_ids)}, or max_new_tokens="
                 f"{self._rules.max_new_tokens} too short? Give the env the model's own stop_ids, or raise the limit.",
             )
         if all(info["end_reason"] is EndReason.EOS and info["episode"]["l"] == 1 for info in infos):
             self._warn(
                 "empty texts",
-                f"All {len(infos)} episodes of a rollout are an end token and nothing else. Does an empty text earn "
+                f"All {len(infos)} last episodes are an end token and nothing else. Does an empty text earn "
                 "most, as under a penalty on length or on KL, or do prompts end like finished texts? Reward an empty "
                 "text less, and encode prompts without what closes a text.",
             )
@@ -107,8 +108,8 @@ class TrainingWarnings(BaseCallback):
             self._warn(
                 "divergence",
                 f"The KL from the reference is negative for {self.patience} rollouts, last {value:.3g} nats a token; "
-                "a mean over samples of the policy cannot be, but for noise. Are tokens drawn from another distribution "
-                "than they are scored under, or is the reference of another temperature? Run agents.doctor.check.",
+                "a mean over the policy's samples cannot be, noise apart. Are tokens drawn from another distribution "
+                "than they are scored under, or has the reference another temperature? Run agents.doctor.check.",
             )
 
     def _look_at_ratios(self, buffer: SequenceRolloutBuffer) -> None:
@@ -117,8 +118,8 @@ class TrainingWarnings(BaseCallback):
         if not off <= limit:
             self._warn(
                 "ratios",
-                f"Before the first step of an update the log-ratio of some token is {off:.3g}, and should be 0 (rounding"
-                f": {limit:.0e}). Rollout and update disagree: dropout, a cache that is not exact, or weights that were "
+                f"Before the first step of an update the log-ratio of some token is {off:.3g}; up to {limit:.0e} is "
+                "rounding. Rollout and update disagree: dropout, a cache that is not exact, or weights that were "
                 "changed inside the rollout? Run agents.doctor.check, which names the part.",
             )
 

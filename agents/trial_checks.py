@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from itertools import cycle, islice
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from textenv.lanes import Lanes
 from textenv.rewarding import RewardError
@@ -37,7 +39,7 @@ def check_reward(patient: Patient) -> list[Finding]:
     lm, env = patient.policy.lm, patient.env
     lanes = Lanes(env, N_EPISODES)
     prompts = list(islice(cycle(env.prompts), N_EPISODES))
-    observations = lanes.reset(seed=0, prompts=prompts)  # type: ignore[arg-type]
+    observations = lanes.reset(seed=0, prompts=prompts)
     lanes.limits = np.minimum(lanes.limits, TRIAL_TOKENS)
     totals, cache, spent = [], PrefixCache(lm.backbone), 0.0
     patient.policy.set_training_mode(False)
@@ -165,5 +167,5 @@ def _bytes_a_column(patient: Patient, sample: Sample) -> int:
         cache = patient.policy.lm.backbone.prefill(
             ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None]
         )
-    states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+    states = [state for layer in cast("list[DynamicLayer]", cache.layers) for state in (layer.keys, layer.values)]
     return sum(state.numel() * state.element_size() for state in states if state is not None) // ids.shape[1]

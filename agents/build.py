@@ -8,9 +8,9 @@ import gymnasium as gym
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from . import doctor
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
+from .doctor import check as examine
 from .policies import LMPolicy
 from .rollout_steps import LateScores
 from .vec_env import TextVecEnv
@@ -101,7 +101,7 @@ def make_agent(
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
     if check:
-        report = doctor.check(model)
+        report = examine(model)
         report.raise_if_failed()
         report.warn()
     return model

@@ -8,35 +8,56 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from textenv.env import TextEnv
 
-from . import model_checks, setting_checks, trial_checks
 from .findings import Finding, Report
+from .model_checks import (
+    check_cache,
+    check_divergence,
+    check_dropout,
+    check_head,
+    check_padding,
+    check_ratio,
+    check_weights,
+)
 from .patient import Patient, Sample, take_sample, undisturbed
 from .policies import LMPolicy
 from .rollout_steps import text_vec_env
+from .setting_checks import (
+    check_batches,
+    check_chat_template,
+    check_discount,
+    check_generation_config,
+    check_learning_rate,
+    check_opening,
+    check_positions,
+    check_prompts,
+    check_stop_tokens,
+    check_vocabulary,
+)
+from .trial_checks import check_memory, check_reward, check_time
 
 SETTING_CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
-    setting_checks.check_vocabulary,
-    setting_checks.check_positions,
-    setting_checks.check_prompts,
-    setting_checks.check_opening,
-    setting_checks.check_stop_tokens,
-    setting_checks.check_chat_template,
-    setting_checks.check_generation_config,
-    setting_checks.check_discount,
-    setting_checks.check_learning_rate,
-    setting_checks.check_batches,
-    trial_checks.check_reward,
+    check_vocabulary,
+    check_positions,
+    check_prompts,
+    check_opening,
+    check_stop_tokens,
+    check_chat_template,
+    check_generation_config,
+    check_discount,
+    check_learning_rate,
+    check_batches,
+    check_reward,
 )
 MODEL_CHECKS: tuple[Callable[[Patient, Sample], list[Finding]], ...] = (
-    model_checks.check_weights,
-    model_checks.check_ratio,
-    model_checks.check_padding,
-    model_checks.check_cache,
-    model_checks.check_head,
-    model_checks.check_dropout,
-    model_checks.check_divergence,
-    trial_checks.check_time,
-    trial_checks.check_memory,
+    check_weights,
+    check_ratio,
+    check_padding,
+    check_cache,
+    check_head,
+    check_dropout,
+    check_divergence,
+    check_time,
+    check_memory,
 )
 
 

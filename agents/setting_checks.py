@@ -61,7 +61,7 @@ def check_stop_tokens(patient: Patient) -> list[Finding]:
 def _model_eos(patient: Patient) -> set[int]:
     model = patient.policy.lm.backbone.model
     ids: set[int] = set()
-    for value in (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id):  # type: ignore[union-attr]
+    for value in (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id):
         ids.update([] if value is None else value if isinstance(value, list) else [value])
     return ids
 

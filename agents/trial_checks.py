@@ -42,10 +42,11 @@ def check_reward(patient: Patient) -> list[Finding]:
     observations = lanes.reset(seed=0, prompts=prompts)
     lanes.limits = np.minimum(lanes.limits, TRIAL_TOKENS)
     totals, cache, spent = [], PrefixCache(lm.backbone), 0.0
+    generator = torch.Generator().manual_seed(0)
     patient.policy.set_training_mode(False)
     while not lanes.idle.all():
         batch = torch.as_tensor(observations, device=patient.policy.device)
-        actions = lm.act(batch, generator=torch.Generator().manual_seed(0), cache=cache)[0].cpu().numpy()
+        actions = lm.act(batch, generator=generator, cache=cache)[0].cpu().numpy()
         start = time.perf_counter()
         try:
             result = lanes.step(actions)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from agents import KLPenalty, RolloutStep, TrainingWarnings
+from tests.examining import Broken
 from tests.models import tiny
 from tests.training import same_weights, tiny_agent, tiny_env, weights
 
@@ -31,18 +31,6 @@ def assert_once(found, *words):
     assert len(found) == 1, found
     for word in words:
         assert word in found[0], found
-
-
-class Broken:
-    """A spec of a model with something wrong in it."""
-
-    def __init__(self, break_it):
-        self.break_it = break_it
-
-    def build(self):
-        model = AutoModelForCausalLM.from_config(tiny())
-        self.break_it(model)
-        return model
 
 
 def ends_with_odds(logit):

@@ -1,5 +1,6 @@
 """A language model as a Stable-Baselines3 agent: policy, buffer, vector env, and what trains, scores and exports it."""
 
+from . import doctor
 from .backbone import Pretrained
 from .buffers import SequenceRolloutBuffer
 from .build import make_agent
@@ -8,6 +9,7 @@ from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, sav
 from .critic import RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .export import export
+from .findings import DoctorError, Finding, Report
 from .flat_policy import FlatLMPolicy
 from .generation import Generation, generate
 from .groups import SampleGroups
@@ -17,6 +19,7 @@ from .policies import LMPolicy
 from .rollout_steps import LateScores, RolloutStep
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA
+from .training_warnings import TrainingWarnings
 from .vec_env import TextVecEnv
 
 __all__ = [
@@ -24,7 +27,9 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "CriticWarmup",
+    "DoctorError",
     "EpisodeMetrics",
+    "Finding",
     "FlatLMPolicy",
     "Generation",
     "KLPenalty",
@@ -35,6 +40,7 @@ __all__ = [
     "MaskableLMPolicy",
     "MaskableSequenceRolloutBuffer",
     "Pretrained",
+    "Report",
     "RewardCurves",
     "RewardModelCritic",
     "RewardShaping",
@@ -45,6 +51,8 @@ __all__ = [
     "SequenceRolloutBuffer",
     "SharedCritic",
     "TextVecEnv",
+    "TrainingWarnings",
+    "doctor",
     "export",
     "generate",
     "latest_checkpoint",

@@ -12,6 +12,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
+from .doctor import check as examine
 from .flat_policy import FlatLMPolicy
 from .groups import SampleGroups
 from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
@@ -36,6 +37,7 @@ def make_agent(
     algorithm: type[Algorithm] = PPO,  # type: ignore[assignment]
     policy_kwargs: dict[str, Any] | None = None,
     rollout_buffer_kwargs: dict[str, Any] | None = None,
+    check: bool = False,
     **algorithm_kwargs: Any,
 ) -> Algorithm:
     """Build an unmodified Stable-Baselines3 algorithm that trains `lm` on `env`.
@@ -69,6 +71,9 @@ def make_agent(
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
             with the advantage "gae" alone, and `complete_episodes` with an env of `samples_per_prompt`.
+        rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`; `normalize_advantage=True` unless given.
+        check: Whether to have the doctor examine the model (see `agents.doctor.check`): it warns of what may go badly
+            and changes nothing.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
 
     Raises:
@@ -77,6 +82,9 @@ def make_agent(
     Returns:
         The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached, with
         `samples_per_prompt` the step `SampleGroups`.
+
+    Raises:
+        DoctorError: With `check=True`, where training would be wrong; it names what failed, why and the cure.
 
     Example:
         >>> from agents import make_agent
@@ -128,6 +136,10 @@ def make_agent(
         SampleGroups().attach(model)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
+    if check:
+        report = examine(model)
+        report.raise_if_failed()
+        report.warn()
     return model
 
 

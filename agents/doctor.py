@@ -1,0 +1,126 @@
+"""The doctor: small forwards on the user's own model and env that say whether training will be correct, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from textenv.env import TextEnv
+
+from .findings import Finding, Report
+from .model_checks import (
+    check_cache,
+    check_divergence,
+    check_dropout,
+    check_head,
+    check_padding,
+    check_ratio,
+    check_weights,
+)
+from .patient import Patient, Sample, take_sample, undisturbed
+from .policies import LMPolicy
+from .rollout_steps import text_vec_env
+from .setting_checks import (
+    check_batches,
+    check_chat_template,
+    check_discount,
+    check_generation_config,
+    check_learning_rate,
+    check_opening,
+    check_positions,
+    check_prompts,
+    check_stop_tokens,
+    check_vocabulary,
+)
+from .trial_checks import check_memory, check_reward, check_time
+
+SETTING_CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
+    check_vocabulary,
+    check_positions,
+    check_prompts,
+    check_opening,
+    check_stop_tokens,
+    check_chat_template,
+    check_generation_config,
+    check_discount,
+    check_learning_rate,
+    check_batches,
+    check_reward,
+)
+MODEL_CHECKS: tuple[Callable[[Patient, Sample], list[Finding]], ...] = (
+    check_weights,
+    check_ratio,
+    check_padding,
+    check_cache,
+    check_head,
+    check_dropout,
+    check_divergence,
+    check_time,
+    check_memory,
+)
+
+
+def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Report:
+    """Examine a model before it is trained: probabilities, padding, cache, tokens, settings, reward, time and memory.
+
+    A few rows are decoded and read, as PPO will, and the results are compared; that takes seconds (20 of one core for
+    a GPT-2 of 124 M). Weights, gradients, random generators, cached rows and the env's episodes and order of prompts
+    are left as they were, so that training is the same with and without. The reward is called on two sampled
+    episodes; what a reward or a hook keeps of its own outside `preds.state` is not undone.
+
+    Args:
+        model: What `make_agent` built, or a policy.
+        env: The env of a policy, or of a model that trains on another VecEnv than `TextVecEnv`.
+
+    Returns:
+        The report: `print(report)`, `report.ok`, `report.raise_if_failed()`.
+
+    Raises:
+        TypeError: If the policy is no `LMPolicy`.
+        ValueError: If a policy is given without its env.
+
+    Example:
+        >>> from agents import doctor, make_agent
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> from transformers import GPT2Config
+        >>> env = TextEnv(["a", "bcd"], CharTokenizer(), reward=lambda prompt, preds, done: 0.0, max_new_tokens=4)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40, bos_token_id=0, eos_token_id=0)
+        >>> doctor.check(make_agent(env, config, n_envs=8, device="cpu")).ok
+        True
+    """
+    algorithm = None if isinstance(model, LMPolicy) else model
+    policy = model if isinstance(model, LMPolicy) else model.policy
+    if not isinstance(policy, LMPolicy):
+        raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
+    if env is None and algorithm is None:
+        raise ValueError("Expected the env that the policy acts in: check(policy, env).")
+    if env is None:
+        assert algorithm is not None
+        env = text_vec_env(algorithm.get_env()).env
+    patient = Patient(policy, env, algorithm)
+    findings: list[Finding] = []
+    for setting_check in SETTING_CHECKS:
+        findings += _run(setting_check, patient)
+    with undisturbed(policy, env):
+        try:
+            sample = take_sample(policy, env)
+        except Exception as error:  # the user's model may raise anything
+            return Report((*findings, _broken("rollout", error)))
+    for model_check in MODEL_CHECKS:
+        findings += _run(model_check, patient, sample)
+    return Report(tuple(findings))
+
+
+def _run(examine: Callable[..., list[Finding]], patient: Patient, *sample: Sample) -> list[Finding]:
+    """Run one check; where the user's model or hooks raise in it, that is the finding."""
+    try:
+        with undisturbed(patient.policy, patient.env):
+            return examine(patient, *sample)
+    except Exception as error:
+        return [_broken(examine.__name__.removeprefix("check_").replace("_", " "), error)]
+
+
+def _broken(name: str, error: Exception) -> Finding:
+    cause = "The model, the tokenizer or the env raised it where training will call them too."
+    return Finding(name, "failed", f"{type(error).__name__}: {error}", cause, "Mend what the message says.")

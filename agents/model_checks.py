@@ -1,0 +1,228 @@
+"""The doctor's checks that run the model: ratio, padding, cache, head, dropout, divergence, weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .backbone import PROBE_LOGIT, PROBE_TOLERANCE, Backbone
+from .buffers import SequenceRolloutBuffer
+from .cache import PrefixCache
+from .findings import Finding
+from .kl import KLPenalty
+from .patient import Patient, Sample, tolerance
+from .sequences import SequenceBatch, unpack_observations
+
+
+@torch.no_grad()
+def check_ratio(patient: Patient, sample: Sample) -> list[Finding]:
+    """Compare what the rollout stored with what the update computes, before any step (invariant A1)."""
+    policy, limit = patient.policy, tolerance(patient.policy.lm)
+    policy.set_training_mode(True)
+    values, log_probs, _ = policy.evaluate_actions(sample.view.batch, sample.view.actions)
+    policy.set_training_mode(False)
+    off = _largest(log_probs - sample.log_probs.to(log_probs))
+    value_off = _largest(values.flatten() - sample.values.to(values)) / max(1.0, float(sample.values.abs().max()))
+    measured = f"largest |log ratio| {off:.1e}, values {value_off:.1e} apart, over {len(log_probs)} tokens"
+    if off <= limit and value_off <= limit:
+        return [Finding("ratio", "ok", measured)]
+    return [
+        Finding(
+            "ratio",
+            "failed",
+            f"{measured}; at most {limit:.0e} is rounding",
+            "Rollout and update do not compute the same distribution: dropout, a cache that is not exact, or something "
+            "in the model that depends on training mode or on the other rows.",
+            "See the other checks for which; policy_kwargs=dict(cache=False) rules the cache out.",
+        )
+    ]
+
+
+@torch.no_grad()
+def check_padding(patient: Patient, sample: Sample) -> list[Finding]:
+    """Read each sequence alone and padded to the longest one: it must not matter (invariant B1)."""
+    lm, batch, actions = patient.policy.lm, sample.view.batch, sample.view.actions
+    width = np.full(len(batch.lengths), batch.tokens.shape[1])  # as if all were as long: one forward, all the padding
+    together = lm.evaluate(SequenceBatch(batch.tokens, width, batch.rows, batch.cols), actions)
+    off = 0.0
+    for row, length in enumerate(batch.lengths):
+        places = np.flatnonzero(batch.rows == row)
+        own = SequenceBatch(
+            batch.tokens[row : row + 1, :length], width[:1] * 0 + length, places * 0, batch.cols[places]
+        )
+        taken = torch.as_tensor(places, device=actions.device)
+        alone = lm.evaluate(own, actions[taken])
+        off = max(off, *(_largest(a - b[taken]) for a, b in zip(alone[:2], together[:2], strict=True)))
+    padding = int((width - batch.lengths).max())
+    measured = f"log-probabilities and values at most {off:.1e} apart, alone and with up to {padding} padded columns"
+    if off <= tolerance(lm):
+        return [Finding("padding", "ok", measured)]
+    return [
+        Finding(
+            "padding",
+            "failed",
+            measured,
+            "The model looks at columns to the right of a token: it is not causal, or normalises over the sequence.",
+            "Use a causal language model, and switch bidirectional attention off in its config.",
+        )
+    ]
+
+
+@torch.no_grad()
+def check_cache(patient: Patient, sample: Sample) -> list[Finding]:
+    """Compare logits decoded with cached keys and values to full forwards, through restarts (invariants A7, A9)."""
+    lm = patient.policy.lm
+    if not lm.use_cache:
+        why = "switched off" if lm.backbone.is_cacheable else "the model does not decode exactly from a cache"
+        return [Finding("cache", "skipped", f"no cache ({why}): rollout time grows with the square of the length")]
+    cache, off = PrefixCache(lm.backbone), 0.0
+    for observations in sample.observations:
+        ids, lengths = unpack_observations(observations)
+        with lm._precision():
+            cached = cache.read(ids, lengths)[1]
+            rows = torch.arange(len(ids), device=ids.device)
+            full = lm.backbone(ids[:, : int(lengths.max())], rows, lengths - 1)[1]
+        off = max(off, _largest(cached.float().log_softmax(-1) - full.float().log_softmax(-1)))
+    measured = f"log-probabilities at most {off:.1e} apart from full forwards, over {len(sample.observations)} steps"
+    if off <= 10 * tolerance(lm):  # over the whole vocabulary, improbable tokens included
+        return [Finding("cache", "ok", measured)]
+    return [
+        Finding(
+            "cache",
+            "failed",
+            measured,
+            "The model does not decode from cached keys and values as it reads a whole text.",
+            "Pass policy_kwargs=dict(cache=False): slower, and exact.",
+        )
+    ]
+
+
+@torch.no_grad()
+def check_head(patient: Patient, sample: Sample) -> list[Finding]:
+    """Compare the output embeddings of the hidden states to the model's own logits, small ones and large ones."""
+    lm = patient.policy.lm
+    backbone = lm.backbone
+    if not backbone.head_is_linear:
+        return [Finding("head", "ok", "logits are no linear map of the hidden states: the full forward is used")]
+    batch = sample.view.batch
+    shortest = int(batch.lengths.argmin())
+    ids = batch.tokens[shortest : shortest + 1, : int(batch.lengths[shortest])]
+    off = max(_head_difference(backbone, ids, 1.0), _head_difference(backbone, ids, PROBE_LOGIT))
+    measured = f"output embeddings and the model's logits {off:.1e} apart, of the largest logit"
+    if off <= PROBE_TOLERANCE:
+        return [Finding("head", "ok", measured)]
+    return [
+        Finding(
+            "head",
+            "failed",
+            measured,
+            "The model scales, shifts or caps its logits, which was not noticed when the policy was built.",
+            "Build the policy anew after the last change of the model's config or head.",
+        )
+    ]
+
+
+def _head_difference(backbone: Backbone, ids: Tensor, largest: float) -> float:
+    """Return the difference at the last token, with the head's output scaled so that the largest is as given.
+
+    A soft cap bends large logits only; see `Backbone`.
+    """
+    here, last = (
+        torch.zeros(1, dtype=torch.long, device=ids.device),
+        torch.tensor([ids.shape[1] - 1], device=ids.device),
+    )
+    head = backbone.model.get_output_embeddings()
+    now = float(backbone(ids, here, last)[1].abs().max())
+    hook = head.register_forward_hook(lambda module, inputs, output: output * (largest / max(now, 1e-6)))
+    try:
+        expected = backbone.model(input_ids=ids, use_cache=False).logits[0, -1:, : backbone.vocab_size]
+        got = backbone(ids, here, last)[1]
+    finally:
+        hook.remove()
+    return _largest(got - expected) / max(1.0, float(expected.abs().max()))
+
+
+@torch.no_grad()
+def check_dropout(patient: Patient, sample: Sample) -> list[Finding]:
+    """Run the update's forward twice in training mode, and look for dropout that is on (invariant A6)."""
+    policy = patient.policy
+    policy.set_training_mode(True)
+    first, second = (policy.evaluate_actions(sample.view.batch, sample.view.actions)[:2] for _ in range(2))
+    policy.set_training_mode(False)
+    off = max(_largest(a - b) for a, b in zip(first, second, strict=True))
+    on = [
+        f"{name} (p={module.p})"
+        for name, module in policy.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    ]
+    measured = f"two forwards in training mode {off:.1e} apart"
+    if on:
+        cause = f"Dropout is on in {len(on)} modules: {', '.join(on[:3])}."
+        return [Finding("dropout", "failed", measured, cause, "Set their p to 0, or the dropout of the config.")]
+    if off <= tolerance(policy.lm):
+        return [Finding("dropout", "ok", measured)]
+    return [
+        Finding(
+            "dropout",
+            "failed",
+            measured,
+            "The model is random in training mode: functional dropout with a number of its own, or noise.",
+            "Make the model use nn.Dropout or a float attribute with 'drop' in its name, which are set to 0.",
+        )
+    ]
+
+
+@torch.no_grad()
+def check_divergence(patient: Patient, sample: Sample) -> list[Finding]:
+    """Measure the divergence of the policy from its reference: exactly none before training (invariant C2)."""
+    buffer = None if patient.model is None else patient.model.rollout_buffer
+    steps = buffer.before_returns if isinstance(buffer, SequenceRolloutBuffer) else []
+    references = [step.reference for step in steps if isinstance(step, KLPenalty)]
+    reference = references[-1] if references else None
+    lm = reference if reference is not None else patient.policy.lm
+    log_ratio = sample.log_probs - lm.log_probs(sample.view.batch, sample.view.actions).to(sample.log_probs)
+    whose = "the KLPenalty's reference" if reference is not None else "a reference equal to it"
+    measured = f"{float(log_ratio.mean()):.1e} nats a token from {whose}, at most {_largest(log_ratio):.1e}"
+    is_trained = patient.model is not None and patient.model._n_updates > 0
+    if _largest(log_ratio) <= tolerance(patient.policy.lm) or (reference is not None and is_trained):
+        return [Finding("divergence", "ok", measured)]
+    return [
+        Finding(
+            "divergence",
+            "failed",
+            measured,
+            "The reference is another model than the policy starts from, or scores text in another way.",
+            "Give KLPenalty no reference, so that it copies the policy; see the check of the ratio.",
+        )
+    ]
+
+
+def check_weights(patient: Patient, sample: Sample) -> list[Finding]:
+    """Check that there is something to train, in float32, and that the optimizer holds all of it."""
+    policy = patient.policy
+    trainable = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+    in_model = [weight for weight in policy.lm.backbone.parameters() if weight.requires_grad]
+    small = [f"{name} ({weight.dtype})" for name, weight in trainable.items() if weight.element_size() < 4]
+    held = {id(weight) for group in policy.optimizer.param_groups for weight in group["params"]}
+    missing = [name for name, weight in trainable.items() if id(weight) not in held]
+    total = sum(weight.numel() for weight in policy.parameters())
+    measured = f"{sum(weight.numel() for weight in trainable.values()):,} of {total:,} weights are trained"
+    findings = []
+    if not in_model:
+        cause = "Every weight of the language model is frozen: only the value head learns."
+        findings.append(Finding("weights", "failed", measured, cause, "Set requires_grad, or add an adapter."))
+    if small:
+        cause = f"Steps of a small learning rate round to nothing in 16 bits: {', '.join(small[:3])}."
+        cure = "Load with dtype=torch.float32 and pass policy_kwargs=dict(autocast='bfloat16') for speed."
+        findings.append(Finding("weights", "failed", measured, cause, cure))
+    if missing:
+        cause = f"{len(missing)} trainable weights are not in the optimizer: {', '.join(missing[:3])}."
+        cure = "Change the model before the policy is built (a spec with build()), not after."
+        findings.append(Finding("weights", "failed", measured, cause, cure))
+    return findings or [Finding("weights", "ok", measured)]
+
+
+def _largest(difference: Tensor) -> float:
+    """Return the largest absolute difference; infinite where one is not a number."""
+    return float(difference.abs().nan_to_num(nan=torch.inf).max())

@@ -1,0 +1,240 @@
+"""The doctor's checks of what stands in configs: tokens, vocabulary, lengths, templates, PPO's settings."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from stable_baselines3 import A2C
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from textenv.env import TextEnv
+from textenv.tokenizer import encode_prompt
+
+from .buffers import MIN_SEQUENCES, SequenceRolloutBuffer
+from .findings import Finding
+from .patient import Patient
+
+MAX_PROMPTS = 200  # as many are looked at
+FAR_ROWS = 1.5  # embedding rows, as a multiple of the tokenizer's tokens, that speak for another tokenizer
+KEPT_DISCOUNT = 0.75  # of a score at the end, what the first token should still see
+SMALL_MODEL = 10_000_000  # weights; below, larger steps are usual
+LEARNING_RATES = (1e-8, 1e-4, 1e-3)  # hardly moves; much for a pretrained model, and for a small one
+WARPERS = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens"),
+    *("begin_suppress_tokens", "sequence_bias", "guidance_scale", "min_length", "min_new_tokens"),
+)
+NEUTRAL = (None, 0, 0.0, 1, 1.0)
+
+
+def check_stop_tokens(patient: Patient) -> list[Finding]:
+    """Compare what ends an episode with the tokenizer's and the model's end tokens."""
+    env, rules = patient.env, patient.env.rules
+    n_tokens = len(env.tokenizer)
+    measured = f"an episode ends at the ids {list(rules.stop_ids)}"
+    outside = [token for token in rules.stop_ids if not 0 <= token < n_tokens]
+    if outside:
+        cause = f"The ids {outside} are outside the {n_tokens} tokens: they can never be written."
+        return [Finding("stop tokens", "failed", measured, cause, "Give the env stop_ids of this tokenizer.")]
+    if not rules.stop_ids and not rules.stop_strings:
+        cause = "The tokenizer names no end token, so every episode runs to max_new_tokens."
+        return [
+            Finding("stop tokens", "warning", measured, cause, "Give the env stop_ids=[...] or stop_strings=[...].")
+        ]
+    of_model = _model_eos(patient)
+    strangers = sorted(of_model - set(rules.stop_ids))
+    if strangers:
+        cause = f"The model ends its texts with {sorted(of_model)}, of which {strangers} do not end an episode."
+        cure = f"Give the env stop_ids={sorted(of_model | set(rules.stop_ids))}, or the model's own tokenizer."
+        return [Finding("stop tokens", "warning", measured, cause, cure)]
+    closed = [
+        prompt for prompt in env.prompts[:MAX_PROMPTS] if len(prompt.ids) > 1 and prompt.ids[-1] in rules.stop_ids
+    ]
+    if closed:
+        cause = f"{len(closed)} prompts end with one of them, so the model is asked to go on behind the end of a text."
+        return [Finding("stop tokens", "warning", measured, cause, "Encode prompts without what closes a text.")]
+    return [Finding("stop tokens", "ok", f"{measured}{_padding_remark(env)}")]
+
+
+def _model_eos(patient: Patient) -> set[int]:
+    model = patient.policy.lm.backbone.model
+    ids: set[int] = set()
+    for value in (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id):
+        ids.update([] if value is None else value if isinstance(value, list) else [value])
+    return ids
+
+
+def _padding_remark(env: TextEnv) -> str:
+    tokenizer = env.tokenizer
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return "; pad is eos, which is fine: lengths decide, never ids"
+    return ""
+
+
+def check_opening(patient: Patient) -> list[Finding]:
+    """Check that prompts begin with what the tokenizer opens a text with (BOS), once."""
+    env = patient.env
+    prompts = [prompt for prompt in env.prompts[:MAX_PROMPTS] if str(prompt)]
+    if not prompts:
+        return [Finding("opening tokens", "skipped", "no prompt with a text")]
+    opening = encode_prompt(env.tokenizer, str(prompts[0]))[0]
+    if not opening:
+        return [Finding("opening tokens", "ok", "the tokenizer puts nothing in front of a text")]
+    n = len(opening)
+    bare = sum(prompt.ids[:n].tolist() != opening for prompt in prompts)
+    double = sum(prompt.ids[: 2 * n].tolist() == opening * 2 for prompt in prompts)
+    measured = f"the tokenizer opens a text with {opening}; {bare} of {len(prompts)} prompts do not, {double} do twice"
+    if not bare and not double:
+        return [Finding("opening tokens", "ok", measured)]
+    cause = "Prompts given as token ids were encoded with other special tokens than the model was trained with."
+    return [Finding("opening tokens", "warning", measured, cause, "Pass texts, or ids with the opening tokens once.")]
+
+
+def check_generation_config(patient: Patient) -> list[Finding]:
+    """Name what the checkpoint wants of sampling and training ignores (invariant A4)."""
+    config = patient.policy.lm.backbone.model.generation_config
+    temperature = patient.policy.lm.temperature
+    set_here = {} if config is None else config.to_dict()
+    ignored = {name: set_here.get(name) for name in WARPERS if set_here.get(name) not in NEUTRAL}
+    if ignored.get("temperature") == temperature:
+        del ignored["temperature"]
+    measured = f"sampling at temperature {temperature}, nothing else"
+    if not ignored:
+        return [Finding("generation config", "ok", measured)]
+    cause = (
+        f"The checkpoint's generation_config has {ignored}, which training ignores and `generate` of an export obeys."
+    )
+    cure = "Set policy_kwargs=dict(temperature=...) if wanted, and clear the rest from the exported folder."
+    return [Finding("generation config", "warning", measured, cause, cure)]
+
+
+def check_chat_template(patient: Patient) -> list[Finding]:
+    """Check whether the tokenizer has a chat template that the prompts were not written with."""
+    env = patient.env
+    if not isinstance(env.tokenizer, PreTrainedTokenizerBase) or env.tokenizer.chat_template is None:
+        return [Finding("chat template", "ok", "the tokenizer has none")]
+    rendered = env.tokenizer.apply_chat_template([{"role": "user", "content": "CONTENT"}], tokenize=False)
+    before, _, after = str(rendered).partition("CONTENT")
+    marker = after.strip() or before.strip()
+    prompts = env.prompts[:MAX_PROMPTS]
+    # Decoded from the ids: a prompt's text may lack the special tokens.
+    plain = sum(marker not in env.tokenizer.decode(prompt.ids.tolist()) for prompt in prompts)
+    measured = f"{plain} of {len(prompts)} prompts are plain text, without {marker!r}"
+    if not plain:
+        return [Finding("chat template", "ok", measured)]
+    cause = "The tokenizer has a chat template: this model was trained on chats, and plain text is unlike them."
+    cure = "Write prompts with tokenizer.apply_chat_template(..., add_generation_prompt=True), unless plain is meant."
+    return [Finding("chat template", "warning", measured, cause, cure)]
+
+
+def check_vocabulary(patient: Patient) -> list[Finding]:
+    """Compare tokenizer, action space and embedding rows."""
+    backbone, n_tokens = patient.policy.lm.backbone, len(patient.env.tokenizer)
+    rows = cast("nn.Embedding", backbone.model.get_input_embeddings()).num_embeddings
+    measured = f"{n_tokens} tokens, {rows} embedding rows"
+    if n_tokens != backbone.vocab_size or rows < n_tokens:
+        cause = f"The policy chooses among {backbone.vocab_size} tokens: it was built for another tokenizer."
+        cure = "Use the model's own tokenizer, the same for env and policy."
+        return [Finding("vocabulary", "failed", measured, cause, cure)]
+    if rows > FAR_ROWS * n_tokens:
+        cause = "So many rows beyond the tokenizer speak for another tokenizer than the model's own."
+        return [Finding("vocabulary", "warning", measured, cause, "Load model and tokenizer from the same checkpoint.")]
+    beyond = f"; the {rows - n_tokens} rows beyond are never sampled" if rows > n_tokens else ""
+    return [Finding("vocabulary", "ok", f"{measured}{beyond}")]
+
+
+def check_positions(patient: Patient) -> list[Finding]:
+    """Check that prompt and completion fit the model's positions."""
+    needed = patient.env.max_prompt_tokens + patient.env.rules.room
+    measured = f"up to {patient.env.max_prompt_tokens} tokens of prompt and {patient.env.rules.room} behind it"
+    try:
+        patient.policy.lm.backbone.check_length(needed)
+    except ValueError as error:
+        cure = "Lower max_prompt_tokens or max_new_tokens."
+        return [Finding("positions", "failed", measured, str(error), cure)]
+    return [Finding("positions", "ok", measured)]
+
+
+def check_prompts(patient: Patient) -> list[Finding]:
+    """Count the prompts that lost tokens to max_prompt_tokens."""
+    env = patient.env
+    prompts = env.prompts[:MAX_PROMPTS]
+    lengths = [len(prompt.ids) for prompt in env.prompts]
+    measured = f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens"
+    cut = 0
+    for prompt in prompts:
+        if len(prompt.ids) == env.max_prompt_tokens and str(prompt):
+            opening, body = encode_prompt(env.tokenizer, str(prompt))
+            cut += len(opening) + len(body) > len(prompt.ids)
+    if not cut:
+        return [Finding("prompts", "ok", measured)]
+    cause = f"{cut} of {len(prompts)} were cut to max_prompt_tokens={env.max_prompt_tokens}."
+    return [Finding("prompts", "warning", measured, cause, "Raise max_prompt_tokens, or drop the long ones.")]
+
+
+def check_discount(patient: Patient) -> list[Finding]:
+    """Check how much of a score at the end the first token sees (invariant D7)."""
+    if patient.model is None:
+        return [Finding("discount", "skipped", "a policy without an algorithm")]
+    gamma, n = patient.model.gamma, patient.env.rules.max_new_tokens
+    measured = f"gamma {gamma}: {gamma**n:.1%} of a score after {n} tokens reaches the first"
+    if gamma**n >= KEPT_DISCOUNT:
+        return [Finding("discount", "ok", measured)]
+    cause = "A score at the end of a long text hardly reaches its first tokens."
+    return [Finding("discount", "warning", measured, cause, "Pass gamma=1.0.")]
+
+
+def check_learning_rate(patient: Patient) -> list[Finding]:
+    """Check the first learning rate against the size of what is trained."""
+    if patient.model is None:
+        return [Finding("learning rate", "skipped", "a policy without an algorithm")]
+    rate = float(patient.model.lr_schedule(1.0))
+    n_weights = sum(weight.numel() for weight in patient.policy.parameters() if weight.requires_grad)
+    lowest, much, much_for_small = LEARNING_RATES
+    highest = much_for_small if n_weights < SMALL_MODEL else much
+    measured = f"{rate:.1e} for {n_weights:,} trained weights"
+    if lowest <= rate <= highest:
+        return [Finding("learning rate", "ok", measured)]
+    cause = "The model forgets its language at so much." if rate > highest else "The weights will hardly move."
+    return [Finding("learning rate", "warning", measured, cause, "1e-6 to 1e-5 is usual; 1e-4 for adapters.")]
+
+
+def check_batches(patient: Patient) -> list[Finding]:
+    """Check rollout and minibatches: whether they divide, and how many sequences each has."""
+    if patient.model is None:
+        return [Finding("batches", "skipped", "a policy without an algorithm")]
+    model, options = patient.model, vars(patient.model)
+    if not isinstance(model.rollout_buffer, SequenceRolloutBuffer):
+        cause = f"{type(model.rollout_buffer).__name__} has the update read the whole prefix again for every token."
+        cure = "Build with make_agent, or pass rollout_buffer_class=SequenceRolloutBuffer."
+        return [Finding("batches", "warning", f"n_steps {model.n_steps}, {model.n_envs} envs", cause, cure)]
+    size = model.n_steps * model.n_envs
+    batch_size = size if isinstance(model, A2C) else int(options.get("batch_size", size))
+    # A lane that completes an episode every `max_new_tokens` steps at least.
+    sequences = model.n_envs * -(-model.n_steps // patient.env.rules.max_new_tokens)
+    per_batch = sequences * batch_size / size
+    measured = f"minibatches of {batch_size} of {size} tokens, at least {per_batch:.3g} sequences in each"
+    if size % batch_size:
+        cause = "The batch size does not divide the rollout, which the buffer refuses."
+        return [Finding("batches", "failed", measured, cause, "Pass a divisor of n_steps * n_envs as batch_size.")]
+    findings = [_few(measured)] if per_batch < MIN_SEQUENCES else []
+    findings += _normalised_twice(options, model.rollout_buffer, measured)
+    if model.n_steps < patient.env.rules.max_new_tokens and not model.rollout_buffer.complete_episodes:
+        cause = f"A rollout of {model.n_steps} steps ends inside episodes of up to {patient.env.rules.max_new_tokens}."
+        cure = "Pass n_steps=max_new_tokens, or rollout_buffer_kwargs=dict(complete_episodes=True)."
+        findings.append(Finding("batches", "warning", measured, cause, cure))
+    return findings or [Finding("batches", "ok", measured)]
+
+
+def _few(measured: str) -> Finding:
+    cause = f"Of fewer than {MIN_SEQUENCES} sequences advantages can hardly be told from noise."
+    return Finding("batches", "warning", measured, cause, "Raise batch_size or n_envs.")
+
+
+def _normalised_twice(options: dict[str, Any], buffer: SequenceRolloutBuffer, measured: str) -> list[Finding]:
+    if not (options.get("normalize_advantage") and buffer.normalize_advantage):
+        return []
+    cause = "Advantages are normalised over the rollout and again in each minibatch."
+    return [Finding("batches", "warning", measured, cause, "Pass normalize_advantage=False to the algorithm.")]

@@ -1,0 +1,165 @@
+"""Warnings while a model trains: what goes wrong, said once, with the likely cause and the cure."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from typing import Any, cast
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from textenv.episode import EndReason
+
+from .buffers import SequenceRolloutBuffer
+from .patient import tolerance
+from .policies import LMPolicy
+from .rollout_steps import sequence_buffer, text_vec_env
+from .sequences import SequenceBatch
+
+MIN_EPISODES = 32  # of fewer nothing is concluded: they wait for those of the next rollout
+N_SEQUENCES = 4  # as many are read again before the update
+NEGATIVE_KL = -1e-3  # nats a token; nearer to 0 it is noise
+
+
+class TrainingWarnings(BaseCallback):
+    """Warns, each once in a run, of what makes training pointless or wrong, and names likely cause and cure.
+
+    At the end of each rollout, before its update, it looks for: all rewards equal, all episodes cut by length, the
+    end token as the first token everywhere, a divergence from the reference below zero for long, probabilities that
+    the update does not find again (first ratios away from 1), and a collapse of the entropy. "All" are 32 episodes or
+    more, of one rollout or several. It reads a few sequences once more and changes nothing. It needs a
+    `SequenceRolloutBuffer`; in the list of callbacks its place does not matter.
+
+    Args:
+        entropy_fraction: It warns where the entropy, the mean of -log p over the sampled tokens, falls below this
+            fraction of the first rollout's.
+        patience: How many rollouts in a row the divergence must be negative.
+
+    Example:
+        >>> from agents import TrainingWarnings
+        >>> callback = TrainingWarnings()  # model.learn(100_000, callback=callback)
+    """
+
+    def __init__(self, entropy_fraction: float = 0.1, patience: int = 5) -> None:
+        super().__init__()
+        if not 0 < entropy_fraction < 1:
+            raise ValueError(f"Expected `entropy_fraction` between 0 and 1, got {entropy_fraction}.")
+        if patience < 1:
+            raise ValueError(f"Expected `patience` to be at least 1, got {patience}.")
+        self.entropy_fraction, self.patience = entropy_fraction, patience
+        self._given: set[str] = set()
+        self._first_entropy: float | None = None
+        self._divergences: deque[float] = deque(maxlen=patience)
+
+    def _on_training_start(self) -> None:
+        sequence_buffer(self.model)
+        self._rules = text_vec_env(self.model.get_env()).env.rules
+        self._infos: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        self._infos += [info for info in self.locals["infos"] if "end_reason" in info]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = sequence_buffer(self.model)
+        if len(self._infos) >= MIN_EPISODES:
+            self._look_at_rewards(self._infos)
+            self._look_at_ends(self._infos)
+            self._infos = []
+        self._look_at_divergence()
+        self._look_at_ratios(buffer)
+        self._look_at_entropy(buffer)
+
+    def _look_at_rewards(self, infos: list[dict[str, Any]]) -> None:
+        rewards = [info["episode"]["r"] for info in infos]
+        if min(rewards) == max(rewards):
+            self._warn(
+                "rewards",
+                f"All {len(rewards)} last episodes earned {rewards[0]:.4g}: nothing tells a good text from a "
+                "bad one. Is the reward constant, does it compare to a text that is never written, or is the task "
+                "solved? Print a few texts (SampleTable) with their rewards, and give partial credit.",
+            )
+
+    def _look_at_ends(self, infos: list[dict[str, Any]]) -> None:
+        can_stop = bool(self._rules.stop_ids or self._rules.stop_strings)
+        if can_stop and all(info["end_reason"] is EndReason.LENGTH for info in infos):
+            self._warn(
+                "length",
+                f"All {len(infos)} last episodes were cut by length: the policy never ends a text. Is the end "
+                f"token another one than stop_ids={list(self._rules.stop_ids)}, or max_new_tokens="
+                f"{self._rules.max_new_tokens} too short? Give the env the model's own stop_ids, or raise the limit.",
+            )
+        if all(info["end_reason"] is EndReason.EOS and info["episode"]["l"] == 1 for info in infos):
+            self._warn(
+                "empty texts",
+                f"All {len(infos)} last episodes are an end token and nothing else. Does an empty text earn "
+                "most, as under a penalty on length or on KL, or do prompts end like finished texts? Reward an empty "
+                "text less, and encode prompts without what closes a text.",
+            )
+
+    def _look_at_divergence(self) -> None:
+        value = self.logger.name_to_value.get("kl/token")
+        if value is None:
+            return
+        self._divergences.append(float(value))
+        if len(self._divergences) == self.patience and max(self._divergences) < NEGATIVE_KL:
+            self._warn(
+                "divergence",
+                f"The KL from the reference is negative for {self.patience} rollouts, last {value:.3g} nats a token; "
+                "a mean over the policy's samples cannot be, noise apart. Are tokens drawn from another distribution "
+                "than they are scored under, or has the reference another temperature? Run agents.doctor.check.",
+            )
+
+    def _look_at_ratios(self, buffer: SequenceRolloutBuffer) -> None:
+        policy = cast("LMPolicy", self.model.policy)
+        off, limit = _largest_log_ratio(policy, buffer), tolerance(policy.lm)
+        if not off <= limit:
+            self._warn(
+                "ratios",
+                f"Before the first step of an update the log-ratio of some token is {off:.3g}; up to {limit:.0e} is "
+                "rounding. Rollout and update disagree: dropout, a cache that is not exact, or weights that were "
+                "changed inside the rollout? Run agents.doctor.check, which names the part.",
+            )
+
+    def _look_at_entropy(self, buffer: SequenceRolloutBuffer) -> None:
+        entropy = -float(buffer.log_probs.mean())
+        if self._first_entropy is None:
+            self._first_entropy = entropy
+        if entropy < self.entropy_fraction * self._first_entropy:
+            self._warn(
+                "entropy",
+                f"The entropy fell from {self._first_entropy:.3g} to {entropy:.3g} nats a token: the policy writes the "
+                "same again and again and explores no more. Is the learning rate too high, or the reward easy to game? "
+                "Lower learning_rate or n_epochs, raise ent_coef, or add a KLPenalty.",
+            )
+
+    def _warn(self, name: str, text: str) -> None:
+        if name not in self._given:
+            self._given.add(name)
+            warnings.warn(f"After {self.model.num_timesteps} tokens: {text}", stacklevel=2)
+
+
+@torch.no_grad()
+def _largest_log_ratio(policy: LMPolicy, buffer: SequenceRolloutBuffer) -> float:
+    """Return the largest |log ratio| over a few sequences of the rollout, read as the update is about to read them."""
+    view = buffer.view()
+    batch = view.batch
+    few = np.linspace(0, len(batch.lengths) - 1, min(N_SEQUENCES, len(batch.lengths))).astype(int)
+    places = np.flatnonzero(np.isin(batch.rows, few))
+    rows = torch.as_tensor(few, device=batch.tokens.device)
+    some = SequenceBatch(
+        batch.tokens[rows, : batch.lengths[few].max()],
+        batch.lengths[few],
+        np.searchsorted(few, batch.rows[places]),
+        batch.cols[places],
+        batch.micro_batch_tokens,
+    )
+    was_training = policy.training
+    policy.train(True)  # as the update; unlike `set_training_mode` it leaves the rollout's cached rows alone
+    now = policy.evaluate_actions(some, view.actions[torch.as_tensor(places, device=view.actions.device)])[1]
+    policy.train(was_training)
+    before = buffer.log_probs[view.steps[places], view.lanes[places]]
+    difference = np.abs(now.cpu().numpy() - before)
+    return float(np.where(np.isnan(difference), np.inf, difference).max())

@@ -1,0 +1,172 @@
+"""The doctor's trials: the reward on two sampled episodes, the time of a step, and the memory that training takes."""
+
+from __future__ import annotations
+
+import time
+from itertools import cycle, islice
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from textenv.lanes import Lanes
+from textenv.rewarding import RewardError
+
+from .actor_critic import MAX_LOGITS
+from .cache import PrefixCache
+from .findings import Finding
+from .patient import Patient, Sample, observe
+from .sequences import SequenceBatch, unpack_observations
+
+N_EPISODES = 2
+TRIAL_TOKENS = 16  # the most that an episode of the reward's trial has
+LARGE_REWARD = 100.0
+DECODE_STEPS = 3
+N_UPDATE_SEQUENCES = 4
+GIB = 2**30
+MOMENTS = (  # numbers that the optimizer keeps for a weight; AdamW's for one that is not named
+    (torch.optim.RMSprop, 1),
+    (torch.optim.Adagrad, 1),
+    (torch.optim.SGD, 0),
+)
+
+
+@torch.no_grad()
+def check_reward(patient: Patient) -> list[Finding]:
+    """Let the policy write two short episodes in lanes of their own, and call the env's reward on them."""
+    lm, env = patient.policy.lm, patient.env
+    lanes = Lanes(env, N_EPISODES)
+    prompts = list(islice(cycle(env.prompts), N_EPISODES))
+    observations = lanes.reset(seed=0, prompts=prompts)
+    lanes.limits = np.minimum(lanes.limits, TRIAL_TOKENS)
+    totals, cache, spent = [], PrefixCache(lm.backbone), 0.0
+    generator = torch.Generator().manual_seed(0)
+    patient.policy.set_training_mode(False)
+    while not lanes.idle.all():
+        batch = torch.as_tensor(observations, device=patient.policy.device)
+        actions = lm.act(batch, generator=generator, cache=cache)[0].cpu().numpy()
+        start = time.perf_counter()
+        try:
+            result = lanes.step(actions)
+        except RewardError as error:
+            cure = "Return a finite number, or a dict of them, for any text, the empty one too."
+            return [Finding("reward", "failed", "it was called on sampled texts", str(error), cure)]
+        spent += time.perf_counter() - start
+        observations = result.observations
+        totals += [info["episode"]["r"] for info in result.infos if info]
+    shown = ", ".join(f"{total:.4g}" for total in totals)
+    measured = f"{shown} for {N_EPISODES} short episodes, {1e3 * spent / N_EPISODES:.1f} ms each"
+    if max(map(abs, totals)) <= LARGE_REWARD:
+        return [Finding("reward", "ok", measured)]
+    cause = "The value head starts at 0 and learns slowly; its loss outweighs the policy's where rewards are large."
+    return [Finding("reward", "warning", measured, cause, "Scale rewards to about -1 to 1.")]
+
+
+def check_time(patient: Patient, sample: Sample) -> list[Finding]:
+    """Time decoding and an update, and estimate an iteration: without reward, reference and the optimizer's step."""
+    env, model = patient.env, patient.model
+    n_rows = N_UPDATE_SEQUENCES if model is None else model.n_envs
+    prefill, step = _time_decoding(patient, n_rows)
+    token = _time_update(patient)
+    measured = f"decode {1e3 * step:.2f} ms a step of {n_rows} rows, prefill {1e3 * prefill:.1f} ms, "
+    measured += f"update {1e3 * token:.3f} ms a token"
+    if model is not None:
+        episodes = -(-model.n_steps // env.rules.max_new_tokens)
+        rollout = model.n_steps * step + episodes * prefill
+        update = vars(model).get("n_epochs", 1) * model.n_steps * model.n_envs * token
+        measured += f": about {rollout + update:.2g} s an iteration ({rollout:.2g} rollout, {update:.2g} update)"
+    return [Finding("time", "ok", measured)]
+
+
+@torch.no_grad()
+def _time_decoding(patient: Patient, n_rows: int) -> tuple[float, float]:
+    """Return the seconds to read the prompts of all rows, and of one step afterwards."""
+    policy, env = patient.policy, patient.env
+    assert policy.observation_space.shape is not None
+    prompts = [prompt.ids for prompt in islice(cycle(env.prompts), n_rows)]
+    width = policy.observation_space.shape[0]
+    policy.set_training_mode(False)
+    seconds = []
+    for extra in range(min(1 + DECODE_STEPS, env.rules.max_new_tokens)):
+        # The same tokens again and more of them: each row goes on where it was.
+        observations = observe(prompts, width)
+        for observation, prompt in zip(observations, prompts, strict=True):
+            observation[len(prompt) + 1 : len(prompt) + 1 + extra] = prompt[0]
+        batch = torch.as_tensor(observations, device=policy.device)
+        start = time.perf_counter()
+        policy.forward(batch)[0].cpu()
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], float(np.median(seconds[1:] or seconds))
+
+
+def _time_update(patient: Patient) -> float:
+    """Return the seconds of forward and backward, a token, on sequences of full length."""
+    policy, n_new = patient.policy, patient.env.rules.max_new_tokens
+    longest = max((prompt.ids for prompt in patient.env.prompts), key=len)
+    tokens = np.concatenate([longest, np.resize(longest, n_new)])
+    ids = torch.as_tensor(np.stack([tokens[:-1]] * N_UPDATE_SEQUENCES), device=policy.device)
+    rows = np.repeat(np.arange(N_UPDATE_SEQUENCES), n_new)
+    cols = np.tile(np.arange(n_new) + len(longest) - 1, N_UPDATE_SEQUENCES)
+    batch = SequenceBatch(ids, np.full(N_UPDATE_SEQUENCES, ids.shape[1]), rows, cols)
+    actions = torch.as_tensor(np.tile(tokens[len(longest) :], N_UPDATE_SEQUENCES), device=policy.device)
+    policy.set_training_mode(True)
+    seconds = 0.0
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        with torch.enable_grad():
+            values, log_probs, _ = policy.evaluate_actions(batch, actions)
+            (values.mean() + log_probs.mean()).backward()
+        _finish([weight.grad for weight in policy.parameters()])
+        seconds = time.perf_counter() - start
+        policy.zero_grad(set_to_none=True)
+    policy.set_training_mode(False)
+    return seconds / len(actions)
+
+
+def _finish(gradients: list[Tensor | None]) -> None:
+    """Wait for the device."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.flatten()[:1].cpu()
+            return
+
+
+@torch.no_grad()
+def check_memory(patient: Patient, sample: Sample) -> list[Finding]:
+    """Reckon what weights, gradients, optimizer, keys and values, and logits take; activations are not in it."""
+    policy, env, model = patient.policy, patient.env, patient.model
+    backbone = policy.lm.backbone
+    trainable = [weight for weight in policy.parameters() if weight.requires_grad]
+    n_trained = sum(weight.numel() for weight in trainable)
+    moments = next((n for cls, n in MOMENTS if isinstance(policy.optimizer, cls)), 2)
+    n_rows = N_UPDATE_SEQUENCES if model is None else model.n_envs
+    columns = env.max_prompt_tokens + env.rules.room
+    most = MAX_LOGITS if backbone.head_is_linear else n_rows * columns * backbone.vocab_size
+    n_tokens = n_rows * env.rules.max_new_tokens
+    parts = {
+        "weights": sum(weight.numel() * weight.element_size() for weight in policy.parameters()),
+        "gradients": 4 * n_trained,
+        "optimizer": 4 * moments * n_trained,
+        "keys and values": _bytes_a_column(patient, sample) * n_rows * columns if policy.lm.use_cache else 0,
+        "logits": 3 * 4 * min(n_tokens * backbone.vocab_size, most),  # logits, log-probabilities, their gradient
+    }
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    return [Finding("memory", "ok", f"{_size(sum(parts.values()))} and activations: {listed}")]
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:.3g} MiB"
+
+
+def _bytes_a_column(patient: Patient, sample: Sample) -> int:
+    """Return the bytes of one row's keys and values for one token, over all layers."""
+    ids, lengths = unpack_observations(sample.observations[0][:1])
+    ids = ids[:, : int(lengths[0])]
+    with patient.policy.lm._precision():
+        cache = patient.policy.lm.backbone.prefill(
+            ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None]
+        )
+    states = [state for layer in cast("list[DynamicLayer]", cache.layers) for state in (layer.keys, layer.values)]
+    return sum(state.numel() * state.element_size() for state in states if state is not None) // ids.shape[1]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .backbone import Backbone
 from .cache import PrefixCache
+from .language_model import LanguageModel
 from .sampling import TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, unpack_observations
 
@@ -21,7 +21,7 @@ class LMActorCritic(nn.Module):
     """Samples the next token, values a prefix and scores whole sequences, all under one distribution.
 
     Args:
-        backbone: The language model.
+        backbone: The language model: a `Backbone`, or another module with the members of `LanguageModel`.
         critic: Maps hidden states (N, H) to values (N,).
         temperature: Divides the logits everywhere.
         autocast: "bfloat16" or "float16" runs the model in that type; weights, softmax and values stay float32.
@@ -30,7 +30,7 @@ class LMActorCritic(nn.Module):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: LanguageModel,
         critic: nn.Module,
         temperature: float = 1.0,
         autocast: str | None = None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from stable_baselines3.common.base_class import BaseAlgorithm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .backbone import Backbone
 from .files import replaced_folder
 from .policies import LMPolicy
 
@@ -39,13 +40,15 @@ def export(
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
-    old = policy.lm.backbone.model.generation_config
+    backbone = policy.lm.backbone
+    assert isinstance(backbone, Backbone), "LMPolicy builds no other"
+    old = backbone.model.generation_config
     # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
     plain = GenerationConfig(
         bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
     )
     with replaced_folder(folder) as beside:
-        with policy.lm.backbone.whole_model() as lm:
+        with backbone.whole_model() as lm:
             lm.save_pretrained(beside)
         plain.save_pretrained(beside)
         if tokenizer is not None:

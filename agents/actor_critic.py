@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .backbone import Backbone
 from .cache import PrefixCache
 from .critic import TrunkCritic, ValueHead
 from .encoder_decoder import Seq2SeqBackbone, Seq2SeqCache
 from .lagged import LaggedCopy
+from .language_model import LanguageModel
 from .sampling import Sampling, TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, prompt_lengths, unpack_observations
-from .trainable import is_checkpointing
 from .value_norm import ValueNorm
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
@@ -36,7 +35,7 @@ class LMActorCritic(nn.Module):
     """Samples the next token, values a prefix and scores whole sequences, all under one distribution.
 
     Args:
-        backbone: The language model.
+        backbone: The language model: a `Backbone`, or another module with the members of `LanguageModel`.
         critic: Maps the backbone's hidden states (N, H) to values (N,), or has a trunk of its own (`TrunkCritic`).
         sampling: How logits become the distribution, everywhere.
         autocast: "bfloat16" or "float16" runs the model in that type; weights, softmax and values stay float32.
@@ -46,7 +45,7 @@ class LMActorCritic(nn.Module):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: LanguageModel,
         critic: nn.Module,
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
         autocast: str | None = None,
@@ -164,13 +163,11 @@ class LMActorCritic(nn.Module):
         return (*row, prompt_lengths(observations)) if self.backbone.is_encoder_decoder else row
 
     def _read_last(
-        self, backbone: Backbone, row: tuple[Tensor, ...], cache: PrefixCache | None
+        self, backbone: LanguageModel, row: tuple[Tensor, ...], cache: PrefixCache | None
     ) -> tuple[Tensor, Tensor]:
         with self._precision():
-            # Keys and values are written in place, which a backward pass could not go through; and layers that compute
-            # their activations again drop them in training mode.
-            is_dropped = torch.is_grad_enabled() or (self.training and is_checkpointing(self.backbone.model))
-            if cache is not None and self.use_cache and not is_dropped:
+            # Keys and values are written in place, which a backward pass could not go through.
+            if cache is not None and self.use_cache and backbone.takes_cache and not torch.is_grad_enabled():
                 return cache.read(*row)
             ids, lengths, *n_prompt = row
             lengths = lengths.clamp(min=1)

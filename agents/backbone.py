@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
-from .trainable import Trainable, set_trainable
+from .trainable import Trainable, is_checkpointing, set_trainable
 
 PROBE_LENGTH = 4
 PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
@@ -252,6 +252,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.model.device
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether a read may be given a cache now: layers that compute their activations again drop it."""
+        return not (self.training and is_checkpointing(self.model))
 
     @contextmanager
     def whole_model(self) -> Iterator[PreTrainedModel]:

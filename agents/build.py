@@ -131,7 +131,7 @@ def make_agent(
         policy_kwargs={"lm": lm, **(policy_kwargs or {})},
         **{**settings, **algorithm_kwargs},
     )
-    cast("LMPolicy", model.policy).lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
+    cast("LMPolicy", model.policy).backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
     if has_groups or buffer_kwargs["advantage"] != "gae":
         SampleGroups().attach(model)
     if vec_env.env.score_at == "rollout_end":

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .backbone import Backbone
+from .language_model import LanguageModel
 from .sequences import bucket_by_length
 
 GROWTH = 64  # columns by which a full buffer grows at least
@@ -83,7 +83,7 @@ class PrefixCache:
         backbone: The model.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: LanguageModel) -> None:
         self.backbone = backbone
         self.drop()
 

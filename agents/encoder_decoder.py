@@ -221,7 +221,7 @@ class Seq2SeqCache(PrefixCache):
         backbone: The model.
     """
 
-    backbone: Seq2SeqBackbone
+    backbone: Seq2SeqBackbone  # type: ignore[assignment]
 
     def drop(self) -> None:
         """Forget everything."""

@@ -44,7 +44,8 @@ def export(
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
-    config, old = policy.lm.backbone.model.config, policy.lm.backbone.model.generation_config
+    backbone = policy.backbone
+    config, old = backbone.model.config, backbone.model.generation_config
     # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
     plain = GenerationConfig(
         bos_token_id=old.bos_token_id,
@@ -53,7 +54,7 @@ def export(
         decoder_start_token_id=config.decoder_start_token_id if config.is_encoder_decoder else None,
     )
     with replaced_folder(folder) as beside:
-        with policy.lm.backbone.whole_model() as lm:
+        with backbone.whole_model() as lm:
             lm.save_pretrained(beside, state_dict=merged_state_dict(lm))
         plain.save_pretrained(beside)
         if tokenizer is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gymnasium import spaces
@@ -157,7 +157,8 @@ class FlatLMPolicy(LMPolicy):
 
     * All trainable weights of the language model are one parameter. TRPO differentiates parameter by parameter (a
       backward pass each), and it leaves out every parameter with "value" in its name, which a language model may have
-      (`query_key_value`). The critic's parameters are apart: TRPO trains them by `optimizer` at `learning_rate`.
+      (`query_key_value` of GPT-NeoX and BLOOM: of a plain policy the value loss alone would move it). The critic's
+      parameters are apart: TRPO trains them by `optimizer` at `learning_rate`.
     * `get_distribution` attends with PyTorch's plain kernel: the fused ones have no second derivative.
 
     The critic is detached by default: TRPO throws away what the value loss says about the policy's own weights.
@@ -208,7 +209,6 @@ class FlatLMPolicy(LMPolicy):
 
     def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]
         """Return the distribution over the next token; it can be differentiated twice."""
-        backbone = self.lm.backbone
-        assert isinstance(backbone, FlatBackbone)
+        backbone = cast("FlatBackbone", self.backbone)
         with sdpa_kernel(SDPBackend.MATH), backbone.weights():  # one split of the vector for all forwards
             return super().get_distribution(obs)

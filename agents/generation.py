@@ -74,14 +74,14 @@ def generate(
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if n < 1:
         raise ValueError(f"Expected `n` to be at least 1, got {n}.")
-    if len(tokenizer) != policy.lm.backbone.vocab_size:
+    if len(tokenizer) != policy.backbone.vocab_size:
         raise ValueError(
-            f"Expected the tokenizer that the model was trained with, of {policy.lm.backbone.vocab_size} tokens, got "
+            f"Expected the tokenizer that the model was trained with, of {policy.backbone.vocab_size} tokens, got "
             f"one of {len(tokenizer)}."
         )
     rows = [prompt for prompt in prompts for _ in range(n)]
     env = TextEnv(rows, tokenizer, reward=_no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
-    policy.lm.backbone.check_length(env.max_prompt_tokens, env.rules.room)
+    policy.backbone.check_length(env.max_prompt_tokens, env.rules.room)
     envs = TextVectorEnv(env, min(n_envs, len(rows)))
     generator = torch.Generator().manual_seed(seed)
     generations: list[Generation | None] = [None] * len(rows)

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone
 from .cache import PrefixCache
+from .language_model import LanguageModel
 
 
 class LaggedCopy(nn.Module):
@@ -22,16 +22,18 @@ class LaggedCopy(nn.Module):
 
     n_updates: Tensor
 
-    def __init__(self, backbone: Backbone, every: int, cache_class: type[PrefixCache] = PrefixCache) -> None:
+    def __init__(self, backbone: LanguageModel, every: int, cache_class: type[PrefixCache] = PrefixCache) -> None:
         super().__init__()
-        self.backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.backbone = copy.deepcopy(backbone)
+        for weight in self.backbone.parameters():
+            weight.requires_grad_(False)
         self.every = every
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
         self.rollout_cache = cache_class(self.backbone)
         self.predict_cache = cache_class(self.backbone)
 
     @torch.no_grad()
-    def count_update(self, backbone: Backbone) -> None:
+    def count_update(self, backbone: LanguageModel) -> None:
         """Say that an update begins; every so many of them the copy takes the weights as they are."""
         self.n_updates += 1
         if int(self.n_updates) % self.every == 0:

@@ -101,8 +101,7 @@ def check_cache(patient: Patient, sample: Sample) -> list[Finding]:
 @torch.no_grad()
 def check_head(patient: Patient, sample: Sample) -> list[Finding]:
     """Compare the output embeddings of the hidden states to the model's own logits, small ones and large ones."""
-    lm = patient.policy.lm
-    backbone = lm.backbone
+    backbone = patient.policy.backbone
     if not backbone.head_is_linear:
         return [Finding("head", "ok", "logits are no linear map of the hidden states: the full forward is used")]
     batch = sample.view.batch
@@ -202,7 +201,7 @@ def check_weights(patient: Patient, sample: Sample) -> list[Finding]:
     """Check that there is something to train, in float32, and that the optimizer holds all of it."""
     policy = patient.policy
     trainable = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-    in_model = [weight for weight in policy.lm.backbone.parameters() if weight.requires_grad]
+    in_model = [weight for weight in policy.backbone.parameters() if weight.requires_grad]
     small = [f"{name} ({weight.dtype})" for name, weight in trainable.items() if weight.element_size() < 4]
     held = {id(weight) for group in policy.optimizer.param_groups for weight in group["params"]}
     missing = [name for name, weight in trainable.items() if id(weight) not in held]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -164,6 +164,11 @@ class LMPolicy(ActorCriticPolicy):
             if weight not in in_trunk:
                 scales[weight] *= self.lr_scales["head_lr_scale"]
         self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The language model that `lm` trains, as transformers' model inside a `Backbone`."""
+        return cast("Backbone", self.lm.backbone)
 
     def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
         return Seq2SeqBackbone if language_model.config.is_encoder_decoder else Backbone

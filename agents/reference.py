@@ -23,7 +23,7 @@ def start_of(policy: LMActorCritic) -> LMActorCritic:
     trained a second time; weights that are frozen in the policy are shared, so that with `LastLayers(n)` the reference
     costs the memory of n layers.
     """
-    if adapted_layers(policy.backbone.model):
+    if adapted_layers(policy):
         return policy
     return copy_of(policy, [weight for weight in policy.parameters() if not weight.requires_grad])
 
@@ -87,7 +87,7 @@ def _log_probabilities(reference: LMActorCritic, policy: LMActorCritic, chunk: C
 
 
 def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextManager[None]:
-    return adapters_off(policy.backbone.model) if reference is policy else nullcontext()
+    return adapters_off(policy) if reference is policy else nullcontext()
 
 
 def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from textenv.env import TextEnv
 from textenv.tokenizer import encode_prompt
 
-from .buffers import MIN_SEQUENCES, SequenceRolloutBuffer
+from .buffers import SequenceRolloutBuffer
 from .findings import Finding
+from .minibatches import MIN_SEQUENCES
 from .patient import Patient
 
 MAX_PROMPTS = 200  # as many are looked at
@@ -59,7 +60,7 @@ def check_stop_tokens(patient: Patient) -> list[Finding]:
 
 
 def _model_eos(patient: Patient) -> set[int]:
-    model = patient.policy.lm.backbone.model
+    model = patient.policy.backbone.model
     ids: set[int] = set()
     for value in (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id):
         ids.update([] if value is None else value if isinstance(value, list) else [value])
@@ -94,8 +95,8 @@ def check_opening(patient: Patient) -> list[Finding]:
 
 def check_generation_config(patient: Patient) -> list[Finding]:
     """Name what the checkpoint wants of sampling and training ignores (invariant A4)."""
-    config = patient.policy.lm.backbone.model.generation_config
-    temperature = patient.policy.lm.temperature
+    config = patient.policy.backbone.model.generation_config
+    temperature = patient.policy.lm.sampling.temperature
     set_here = {} if config is None else config.to_dict()
     ignored = {name: set_here.get(name) for name in WARPERS if set_here.get(name) not in NEUTRAL}
     if ignored.get("temperature") == temperature:
@@ -131,7 +132,7 @@ def check_chat_template(patient: Patient) -> list[Finding]:
 
 def check_vocabulary(patient: Patient) -> list[Finding]:
     """Compare tokenizer, action space and embedding rows."""
-    backbone, n_tokens = patient.policy.lm.backbone, len(patient.env.tokenizer)
+    backbone, n_tokens = patient.policy.backbone, len(patient.env.tokenizer)
     rows = cast("nn.Embedding", backbone.model.get_input_embeddings()).num_embeddings
     measured = f"{n_tokens} tokens, {rows} embedding rows"
     if n_tokens != backbone.vocab_size or rows < n_tokens:
@@ -150,7 +151,7 @@ def check_positions(patient: Patient) -> list[Finding]:
     needed = patient.env.max_prompt_tokens + patient.env.rules.room
     measured = f"up to {patient.env.max_prompt_tokens} tokens of prompt and {patient.env.rules.room} behind it"
     try:
-        patient.policy.lm.backbone.check_length(needed)
+        patient.policy.backbone.check_length(needed)
     except ValueError as error:
         cure = "Lower max_prompt_tokens or max_new_tokens."
         return [Finding("positions", "failed", measured, str(error), cure)]

@@ -137,7 +137,7 @@ def _finish(gradients: list[Tensor | None]) -> None:
 def check_memory(patient: Patient, sample: Sample) -> list[Finding]:
     """Reckon what weights, gradients, optimizer, keys and values, and logits take; activations are not in it."""
     policy, env, model = patient.policy, patient.env, patient.model
-    backbone = policy.lm.backbone
+    backbone = policy.backbone
     trainable = [weight for weight in policy.parameters() if weight.requires_grad]
     n_trained = sum(weight.numel() for weight in trainable)
     moments = next((n for cls, n in MOMENTS if isinstance(policy.optimizer, cls)), 2)
@@ -165,7 +165,7 @@ def _bytes_a_column(patient: Patient, sample: Sample) -> int:
     ids, lengths = unpack_observations(sample.observations[0][:1])
     ids = ids[:, : int(lengths[0])]
     with patient.policy.lm._precision():
-        cache = patient.policy.lm.backbone.prefill(
+        cache = patient.policy.backbone.prefill(
             ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None]
         )
     states = [state for layer in cast("list[DynamicLayer]", cache.layers) for state in (layer.keys, layer.values)]

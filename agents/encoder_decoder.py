@@ -24,7 +24,8 @@ class Seq2SeqBackbone(Backbone):
     tokens since, replies of a multi-turn environment included; what follows the k-th of them is read in its column k.
     The logits may be scaled (T5 with tied embeddings) and have a bias (`final_logits_bias` of BART); where they are
     anything else than that of the head, the whole model is run, without a cache. An empty prompt, which `TextEnv`
-    refuses, is read as the one token with which the decoder begins.
+    refuses, is read as the one token with which the decoder begins. `TextEnv` leaves out the tokens with which a
+    tokenizer closes a text; a pretrained encoder that was trained with them is given prompts as lists of token ids.
 
     Args:
         model: The model.

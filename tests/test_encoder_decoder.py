@@ -213,6 +213,16 @@ def test_an_empty_prompt_is_read_as_the_token_that_begins():
         TextEnv([""], CharTokenizer(), reward=lambda *args: 0.0)
 
 
+def test_a_closing_token_in_a_prompt_of_ids_is_read():
+    """`TextEnv` drops the end token that a tokenizer closes a text with; ids keep theirs."""
+    tokenizer = CharTokenizer()
+    closed = [*tokenizer.encode("ab"), tokenizer.eos_token_id]
+    model = make_ppo(tiny_seq2seq("t5"), prompts=[closed])
+    collect(model)
+    segment = model.rollout_buffer.segments[0]
+    assert segment.tokens[: segment.n_prompt].tolist() == closed
+
+
 def test_causal_models_are_not_asked_for_prompts(monkeypatch):
     """They pay nothing for the boundary."""
     monkeypatch.setattr("agents.actor_critic.prompt_lengths", None)

@@ -66,8 +66,9 @@ def test_a2_decoded_too(family):
 # A7: the cache
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", CACHED)
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((family, "sdpa") for family in CACHED), ("t5", "eager"), ("bart", "eager")]
+)
 def test_a7_cached_equals_full_forward(family, attention):
     policy = make_policy(tiny_seq2seq(family, attn_implementation=attention))
     assert policy.lm.use_cache and isinstance(policy.lm.rollout_cache, Seq2SeqCache)
@@ -84,7 +85,7 @@ def test_a7_script(script):
 def test_a7_at_random(family, monkeypatch):
     monkeypatch.setattr("agents.cache.GROWTH", 2)
     monkeypatch.setattr("agents.cache.COMPACT_FROM", 3)
-    assert worst(make_policy(tiny_seq2seq(family)), at_random(40, seed=1)) < TOLERANCE
+    assert worst(make_policy(tiny_seq2seq(family)), at_random(25, seed=1)) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

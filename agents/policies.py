@@ -160,7 +160,10 @@ class LMPolicy(ActorCriticPolicy):
         return super().load_state_dict(*args, **kwargs)
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L)."""
+        """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).
+
+        In a rollout of a `SequenceRolloutBuffer` a critic with a trunk of its own gives zeros: the buffer values later.
+        """
         actions, values, log_probs = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache)
         values = values[:, None]
         values.read_from = self.lm  # type: ignore[attr-defined]  # for the buffer: values once a sequence, statistics

@@ -212,7 +212,8 @@ class LMPolicy(ActorCriticPolicy):
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).
 
-        Where tokens were sampled from a part of the vocabulary, the log-probabilities carry it to the buffer.
+        Where tokens were sampled from a part of the vocabulary, the log-probabilities carry it to the buffer. In a
+        rollout of a `SequenceRolloutBuffer` a critic with a trunk of its own gives zeros: the buffer values later.
         """
         return self._step(obs, deterministic)
 

@@ -20,6 +20,7 @@ from agents import (
 from agents import actor_critic as actor_critic_module
 from agents.kl import estimate
 from agents.reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
+from agents.sampling import Sampling
 from agents.sequences import SequenceBatch
 from tests.models import N_TOKENS, make_policy, observe, tiny
 from tests.training import Recorder, run_state, tiny_agent, tiny_config, tiny_env
@@ -232,9 +233,9 @@ def test_another_checkpoint_as_reference(tmp_path):
         model = tiny_agent(policy_kwargs={"temperature": 0.5})
         penalty, recorder = KLPenalty(0.2, reference=reference), Recorder()
         model.learn(32, callback=[penalty, recorder])
-        assert penalty.reference.temperature == 0.5 and penalty.reference.backbone.vocab_size == N_TOKENS
+        assert penalty.reference.sampling.temperature == 0.5 and penalty.reference.backbone.vocab_size == N_TOKENS
         assert not any(weight.requires_grad for weight in penalty.reference.parameters())
-        other.lm.temperature = 0.5
+        other.lm.sampling = Sampling(temperature=0.5)
         batch, actions = batch_of(), torch.tensor([5, 6, 7])
         expected = other.lm.log_probs(batch, actions)
         assert torch.allclose(log_probs(penalty.reference, model.policy.lm, batch, actions), expected, atol=1e-6)

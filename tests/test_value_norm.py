@@ -97,6 +97,19 @@ def test_minibatches_are_in_the_critics_units_and_the_buffer_in_those_of_reward(
     np.testing.assert_allclose(buffer.returns, buffer.advantages + buffer.values, rtol=1e-5)  # D1, in units of reward
 
 
+def test_statistics_are_of_the_episodes_that_are_trained():
+    """Returns of segments that wait for the end of their episode are not counted yet."""
+    model = normed_ppo(n_steps=4, max_new_tokens=6, rollout_buffer_kwargs={"complete_episodes": True})
+    scales = []
+    for _ in range(2):
+        model.policy.set_training_mode(False)
+        buffer = collect(model)
+        scales.append(model.policy.lm.value_norm.scale())
+        trained = [buffer._part(i).returns for i in range(len(buffer._trained))]
+    assert scales[0] == Scale() and sum(map(len, trained)) > 0  # no episode ends in the first four steps
+    assert scales[1].mean == pytest.approx(float(np.concatenate(trained).mean()), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_value_loss_does_not_depend_on_the_rewards_scale(kind):
     """With rewards times 1000 the critic's gradient is the same."""

@@ -49,10 +49,14 @@ def explained(value_norm):
 
     policy_kwargs = {"critic": SeparateCritic(OWN), "value_norm": value_norm, "critic_lr_scale": 100.0}
     model = build(task, reward=reward, policy_kwargs=policy_kwargs, **{"learning_rate": 1e-4, "vf_coef": 1.0})
-    model.learn(25 * model.n_steps * model.n_envs)
+    model.learn(15 * model.n_steps * model.n_envs)
     return float(model.logger.name_to_value["train/explained_variance"])
 
 
-def test_large_returns_are_learnt_with_normalised_values_and_not_without():
-    assert min(explained("norm"), explained("popart")) > 0.4
-    assert explained(None) < 0.1
+@pytest.mark.parametrize("value_norm", ["popart", pytest.param("norm", marks=pytest.mark.slow)])
+def test_large_returns_are_learnt_with_normalised_values(value_norm):
+    assert explained(value_norm) > 0.25
+
+
+def test_large_returns_are_not_learnt_without():
+    assert explained(None) < 0.05

@@ -324,6 +324,7 @@ def test_check_passes_masks_that_keep_the_contract():
     check_text_env(Talking(["b"], AB, max_new_tokens=9, mask=RegexMask("(ab)*"), **TURNS))
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be pickled")
 def test_check_finds_a_mask_with_a_memory():
     class Counting:
         def start(self, vocabulary):

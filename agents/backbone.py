@@ -132,11 +132,7 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
 
     Raises:
         TypeError: If `lm` is a live model: `policy_kwargs` are pickled, its weights would be stored twice.
-<<<<<<< HEAD
-        ValueError: If the model has trainable weights of 16 bits, or none.
-=======
-        ValueError: If the model is an encoder-decoder, or has trainable weights of 16 bits.
->>>>>>> kl
+        ValueError: If the model has trainable weights of 16 bits.
     """
     if isinstance(lm, nn.Module):
         raise TypeError(
@@ -152,16 +148,11 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
     else:
         raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
     set_trainable(model, train)
-<<<<<<< HEAD
-    if train is not None and not any(weight.requires_grad for weight in model.parameters()):
-        raise ValueError(f"Expected weights that can be trained with train={train!r}, got none: pass train=LoRA().")
     _refuse_16_bits(model)
     return model
 
 
 def _refuse_16_bits(model: PreTrainedModel) -> None:
-=======
->>>>>>> kl
     small = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.element_size() < 4]
     if small:
         raise ValueError(

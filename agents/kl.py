@@ -14,7 +14,7 @@ from .actor_critic import LMActorCritic
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer, step_name
 from .policies import LMPolicy
-from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
+from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of, version_of
 from .rollout_steps import RolloutStep, sequence_buffer
 from .transitions import RolloutView
 
@@ -77,7 +77,9 @@ class KLPenalty(RolloutStep):
 
     The reference is the policy as it is when training first starts: the policy without its adapters where it trains a
     `LoRA`, else a frozen copy that shares what the policy keeps frozen. It is computed at the end of a rollout, in one
-    forward a sequence. The task reward in the logs stays as it is; the penalty is logged under `kl/`.
+    forward a sequence, from the log-probabilities that the tokens were sampled with. Until the first update it is
+    exactly 0; later, two forwards of equal weights would differ by rounding, a few 1e-7 nats. The task reward in the
+    logs stays as it is; the penalty is logged under `kl/`.
 
     It needs a `SequenceRolloutBuffer`. A checkpoint keeps the reference and the coefficient; a file written by
     `model.save` does not, and training a loaded model raises unless it is given or the policy has adapters.
@@ -119,6 +121,7 @@ class KLPenalty(RolloutStep):
         is_spec = reference is not None and not isinstance(reference, LMActorCritic)
         self.spec = cast("LMLike", reference) if is_spec else None
         self.reference = copy_of(reference) if isinstance(reference, LMActorCritic) else None
+        self._start: int | None = None  # the version of the policy's weights while they are the reference's
 
     def prepare(self, model: BaseAlgorithm) -> None:
         """Take the policy as it is for the reference, or build another one, unless there is a reference already."""
@@ -129,7 +132,7 @@ class KLPenalty(RolloutStep):
             self.reference = build_reference(self.spec, self.policy, model.observation_space.shape[0] - 1)
         for step in sequence_buffer(model).before_returns:  # an earlier call of learn() has the start
             if isinstance(step, KLPenalty) and self.reference is None:
-                self.reference = step.reference
+                self.reference, self._start = step.reference, step._start
         if self.reference is None:
             self.reference = start_of(self.policy)
             is_start = model._n_updates == 0 or self.reference is self.policy
@@ -139,12 +142,13 @@ class KLPenalty(RolloutStep):
                     "Expected the reference of a model that is already trained, since its start is gone: pass "
                     "KLPenalty(coef, reference=policy.lm) with a policy that holds it, or resume from a checkpoint."
                 )
+            self._start = version_of(self.policy) if model._n_updates == 0 else None
         self.reference.sampling = self.policy.sampling
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Subtract the penalty from `buffer.rewards`."""
         view = buffer.view()
-        kl = self._divergence(view).cpu().numpy()  # (N,)
+        kl = self._divergence(buffer, view)  # (N,)
         if self.clip is not None:
             kl = kl.clip(-self.clip, self.clip)
         buffer.rewards[view.steps, view.lanes] -= self.coef * kl
@@ -153,13 +157,15 @@ class KLPenalty(RolloutStep):
         if self.controller is not None and n_episodes > 0:
             self.coef = self.controller.next(self.coef, float(kl.sum()) / n_episodes, n_episodes)
 
-    def _divergence(self, view: RolloutView) -> Tensor:
+    def _divergence(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> np.ndarray:
         assert self.reference is not None, "set when attached"
+        if self.algorithm._n_updates == 0 and self._start == version_of(self.policy):
+            return np.zeros(len(view.steps), dtype=np.float32)  # exactly, not up to the rounding of two forwards
         if self.estimator == "exact":
-            return divergences(self.reference, self.policy, view.batch)
-        with torch.no_grad():
-            ours = self.policy.log_probs(view.batch, view.actions)
-        return estimate(ours - log_probs(self.reference, self.policy, view.batch, view.actions), self.estimator)
+            return divergences(self.reference, self.policy, view.batch).cpu().numpy()
+        theirs = log_probs(self.reference, self.policy, view.batch, view.actions).cpu().numpy()
+        ours = buffer.log_probs[view.steps, view.lanes]  # of when the token was sampled
+        return estimate(torch.as_tensor(ours - theirs), self.estimator).numpy()
 
     def _log(self, kl: np.ndarray, steps: np.ndarray, lanes: np.ndarray, buffer: SequenceRolloutBuffer) -> None:
         sums = np.zeros_like(buffer.rewards)

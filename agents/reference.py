@@ -37,6 +37,11 @@ def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMAc
     return copy.deepcopy(lm, kept | {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()
 
 
+def version_of(policy: LMActorCritic) -> int:
+    """Return a number that changes where weights are written in place, which every optimizer does."""
+    return sum(weight._version for weight in policy.parameters())
+
+
 def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMActorCritic:
     """Build another language model with the policy's vocabulary, sampling and precision, and freeze it.
 

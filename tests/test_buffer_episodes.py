@@ -171,7 +171,7 @@ def test_without_complete_episodes_all_is_trained_at_once():
 def test_a_rollout_without_a_finished_episode_says_what_to_do():
     env = TextEnv(["ab"], CharTokenizer(), reward=no_reward, max_new_tokens=9, stop_ids=[])
     model = make_ppo(env=env, n_steps=4, rollout_buffer_kwargs={"complete_episodes": True})
-    with pytest.raises(ValueError, match=r"got 0: raise batch_size, or n_steps or n_envs \(complete_episodes\)"):
+    with pytest.raises(ValueError, match=r"got 0: raise batch_size, or n_steps or n_envs \(with complete_episodes"):
         model.learn(16)
 
 

@@ -319,7 +319,9 @@ def test_make_agent_follows_a_subclass():
     [(RecurrentPPO, "recurrent state has nothing to add"), (DQN, "off-policy"), (QRDQN, "off-policy"), (dict, "known")],
 )
 def test_make_agent_refuses_other_algorithms(algorithm, reason):
-    with pytest.raises(ValueError, match=f"Expected `algorithm` to be one of PPO, A2C, TRPO, got .*{reason}"):
+    with pytest.raises(
+        ValueError, match=f"Expected `algorithm` to be one of PPO, A2C, TRPO, MaskablePPO, got .*{reason}"
+    ):
         make_agent(tiny_env(), tiny_config(), algorithm=algorithm)
 
 

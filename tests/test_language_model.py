@@ -61,7 +61,7 @@ def make_lm():
 def test_a_table_acts_as_it_is_written():
     lm = make_lm()
     with torch.no_grad():
-        actions, values, log_probs = lm.act(observe(ROWS), deterministic=True, cache=lm.rollout_cache)
+        actions, values, log_probs, _ = lm.act(observe(ROWS), deterministic=True, cache=lm.rollout_cache)
     expected = (lm.backbone.table[LAST] / 0.7).log_softmax(dim=-1).detach()
     assert torch.equal(actions, expected.argmax(dim=-1))
     torch.testing.assert_close(log_probs, expected.max(dim=-1).values)

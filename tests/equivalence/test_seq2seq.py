@@ -20,7 +20,7 @@ ROWS = observe([([5, 6, 7, 8, 9, 4], [1, 2]), ([3], []), ([2, 2, 8], [7, 7, 7, 7
 def full_forward(policy, observations):
     """Log-probabilities (B, V) and values (B,) of a whole forward."""
     with torch.no_grad():
-        hidden, logits = policy.lm._read_last(policy.lm._unpack(observations), None)
+        hidden, logits = policy.lm._read_last(policy.lm.backbone, policy.lm._unpack(observations), None)
         return logits.log_softmax(-1), policy.lm.critic(hidden)
 
 

@@ -113,9 +113,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if 0 < self.pos < self.buffer_size:  # a rollout was broken off: what would join waiting segments is lost
             self.waiting.clear()
             self.waiting_episodes.clear()
-        if not self.waiting and not self.waiting_episodes:
-            self.token_sets = TokenSets(self.token_sets.vocab_size)
-        self.is_masked = False  # whether tokens were sampled from a part of the vocabulary
+        self.token_sets = self.token_sets.only(self.waiting_sets())
+        self.is_masked = len(self.token_sets.sets) > 1  # whether tokens were sampled from a part of the vocabulary
         shape = (self.buffer_size, self.n_envs)
         self.observations = np.zeros((0,), dtype=np.int64)  # not stored
         self.actions = np.zeros(shape, dtype=np.int32)
@@ -136,6 +135,11 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.pos, self.full = 0, False
         for begin in self.before_rollout:
             begin()
+
+    def waiting_sets(self) -> list[np.ndarray]:
+        """Return the numbers of the token sets that waiting segments need: their own arrays, one a segment."""
+        parts = [*self.waiting.values(), *(episode.part for episode in self.waiting_episodes.values())]
+        return [part.allowed for part in parts]
 
     def add(
         self,

@@ -85,6 +85,7 @@ class SampleTable(BaseCallback):
         max_new_tokens: The most tokens of a sample.
         seed: The seed of the sampling: the same for every table, so that they can be compared.
         console: Where to print; rich's default console.
+        **env_kwargs: Other arguments of `generate`: the env's `mask`, `stop_ids`, `stop_strings`, ...
     """
 
     def __init__(
@@ -95,12 +96,13 @@ class SampleTable(BaseCallback):
         max_new_tokens: int = 64,
         seed: int = 0,
         console: Console | None = None,
+        **env_kwargs: Any,
     ) -> None:
         super().__init__()
         if every < 1:
             raise ValueError(f"Expected `every` to be at least 1, got {every}.")
         self.prompts, self.tokenizer, self.every = prompts, tokenizer, every
-        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, **env_kwargs}
         self.console = console or Console()
         self._rollouts = 0
 
@@ -116,7 +118,7 @@ class SampleTable(BaseCallback):
         self._show()
 
     def _show(self) -> None:
-        samples = generate(self.model, self.prompts, self.tokenizer, max_new_tokens=self.max_new_tokens, seed=self.seed)
+        samples = generate(self.model, self.prompts, self.tokenizer, **self.options)
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))
         page = "\n\n".join(f"**{_page(sample.prompt)}**{_page(sample.text)}" for sample in samples)

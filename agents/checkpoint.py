@@ -66,7 +66,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         "optimizer": optimizer,
         "episodes": {name: torch.as_tensor(array) for name, array in arrays.items()},
         "waiting": _waiting_tensors(buffer),
-        "token_sets": buffer.token_sets.state_dict(),
+        "token_sets": buffer.token_sets.state_dict(buffer.waiting_sets()),
         "generators": _generator_states(model),
     }
     assert model._last_episode_starts is not None and model.ep_info_buffer is not None

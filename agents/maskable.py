@@ -25,7 +25,7 @@ class MaskableLMPolicy(LMPolicy):
     `MaskableRolloutBuffer` it comes in `action_masks`. Arguments are those of `LMPolicy`.
 
     Raises:
-        ValueError: If a mask allows nothing.
+        ValueError: If a mask allows nothing, or is not of the vocabulary's size.
 
     Example:
         >>> from agents import MaskableLMPolicy
@@ -87,18 +87,25 @@ class MaskableLMPolicy(LMPolicy):
         if action_masks is None or isinstance(obs, SequenceBatch) or self.lm.sampling.has_support:
             return obs
         batch, sets = SequenceBatch.from_observations(obs), TokenSets(self.lm.backbone.vocab_size)
-        allowed = torch.as_tensor(action_masks).reshape(len(batch), -1) > 0
-        batch.allowed = AllowedTokens(sets, sets.add(allowed.cpu().numpy()))
+        allowed = self._read_masks(torch.as_tensor(action_masks).cpu().numpy(), len(batch))
+        batch.allowed = AllowedTokens(sets, sets.add(allowed))
         return batch
 
     def _allowed(self, action_masks: np.ndarray | None, n_rows: int) -> Tensor | None:
         if action_masks is None:
             return None
-        allowed = np.asarray(action_masks, dtype=bool).reshape(n_rows, -1)
+        return torch.as_tensor(self._read_masks(action_masks, n_rows), device=self.device)
+
+    def _read_masks(self, action_masks: np.ndarray, n_rows: int) -> np.ndarray:
+        """Return masks as (B, V) bool, True where a token is allowed."""
+        allowed, vocab_size = np.asarray(action_masks, dtype=bool), self.lm.backbone.vocab_size
+        if allowed.size != n_rows * vocab_size:
+            raise ValueError(f"Expected `action_masks` of shape ({n_rows}, {vocab_size}), got {allowed.shape}.")
+        allowed = allowed.reshape(n_rows, vocab_size)
         nothing = np.flatnonzero(~allowed.any(axis=1))
         if len(nothing) > 0:
             raise ValueError(f"Expected every row of `action_masks` to allow a token, got none in row {nothing[0]}.")
-        return torch.as_tensor(allowed, device=self.device)
+        return allowed
 
 
 # MaskablePPO asks for this class by `isinstance`; what it defines besides are networks that a language model has not.

@@ -44,13 +44,13 @@ def check_padding(patient: Patient, sample: Sample) -> list[Finding]:
     """Read each sequence alone and padded to the longest one: it must not matter (invariant B1)."""
     lm, batch, actions = patient.policy.lm, sample.view.batch, sample.view.actions
     width = np.full(len(batch.lengths), batch.tokens.shape[1])  # as if all were as long: one forward, all the padding
-    together = lm.evaluate(SequenceBatch(batch.tokens, width, batch.rows, batch.cols), actions)
+    together = lm.evaluate(SequenceBatch(batch.tokens, width, batch.rows, batch.cols, allowed=batch.allowed), actions)
     off = 0.0
     for row, length in enumerate(batch.lengths):
         places = np.flatnonzero(batch.rows == row)
-        own = SequenceBatch(
-            batch.tokens[row : row + 1, :length], width[:1] * 0 + length, places * 0, batch.cols[places]
-        )
+        allowed = None if batch.allowed is None else batch.allowed[places]
+        tokens, lengths = batch.tokens[row : row + 1, :length], width[:1] * 0 + length
+        own = SequenceBatch(tokens, lengths, places * 0, batch.cols[places], allowed=allowed)
         taken = torch.as_tensor(places, device=actions.device)
         alone = lm.evaluate(own, actions[taken])
         off = max(off, *(_largest(a - b[taken]) for a, b in zip(alone[:2], together[:2], strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class TokenSets:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.sets: list[np.ndarray] = []  # (V / 8,) uint8 of bits, or (n,) int32 of ids
-        self._numbers: dict[bytes, int] = {}
+        self._numbers: dict[bytes, int] = {}  # by the very bytes that `sets` shows
         self.add(np.ones((1, vocab_size), dtype=bool))
 
     def add(self, allowed: np.ndarray) -> np.ndarray:
@@ -39,12 +40,22 @@ class TokenSets:
         return np.array([self._number(row, whole) for row, whole in zip(bits, allowed, strict=True)], dtype=np.int32)
 
     def _number(self, bits: np.ndarray, allowed: np.ndarray) -> int:
-        key = bits.tobytes()
+        is_small = 4 * np.count_nonzero(allowed) < bits.nbytes
+        key = np.flatnonzero(allowed).astype(np.int32).tobytes() if is_small else bits.tobytes()  # told by their length
         if key not in self._numbers:
-            ids = np.flatnonzero(allowed).astype(np.int32)
             self._numbers[key] = len(self.sets)
-            self.sets.append(ids if ids.nbytes < bits.nbytes else bits.copy())
+            self.sets.append(np.frombuffer(key, dtype=np.int32 if is_small else np.uint8))
         return self._numbers[key]
+
+    def only(self, numbers: Sequence[np.ndarray]) -> TokenSets:
+        """Return the sets with these numbers alone, and write the numbers that they have there into the arrays."""
+        used, kept = _used(numbers), TokenSets(self.vocab_size)
+        place = {int(number): i for i, number in enumerate(used)}
+        kept.sets = [self.sets[number] for number in used]
+        kept._numbers = {key: place[number] for key, number in self._numbers.items() if number in place}
+        for array in numbers:
+            array[:] = np.searchsorted(used, array)
+        return kept
 
     def dense(self, numbers: np.ndarray) -> np.ndarray:
         """Return the sets with these numbers, (N, V) bool."""
@@ -57,14 +68,22 @@ class TokenSets:
                 row[kept] = True
         return allowed
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all sets, for a checkpoint, as bits (n, V / 8)."""
-        return {"bits": torch.as_tensor(np.packbits(self.dense(np.arange(len(self.sets))), axis=1))}
+    def state_dict(self, numbers: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """Return the sets with these numbers, for a checkpoint: which, (n,), and as bits, (n, V / 8)."""
+        used = _used(numbers)
+        bits = [np.packbits(self.dense(used[i : i + 1]), axis=1) for i in range(len(used))]  # never all of them dense
+        return {"numbers": torch.as_tensor(used), "bits": torch.as_tensor(np.concatenate(bits))}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take the sets of `state_dict`, in place of those here."""
         self.sets, self._numbers = [], {}
-        self.add(np.unpackbits(tensors["bits"].numpy(), axis=1, count=self.vocab_size).astype(bool))
+        for number, bits in zip(tensors["numbers"].tolist(), tensors["bits"].numpy(), strict=True):
+            self.sets += [np.zeros(0, dtype=np.int32)] * (number - len(self.sets))  # those that nothing needs
+            self._number(bits, np.unpackbits(bits, count=self.vocab_size).astype(bool))
+
+
+def _used(numbers: Sequence[np.ndarray]) -> np.ndarray:
+    return np.unique(np.concatenate([np.zeros(1, dtype=np.int32), *numbers]))
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,8 @@ def _largest_log_ratio(policy: LMPolicy, buffer: SequenceRolloutBuffer) -> float
         np.searchsorted(few, batch.rows[places]),
         batch.cols[places],
         batch.micro_batch_tokens,
+        None if batch.allowed is None else batch.allowed[places],
+        None if batch.n_prompt is None else batch.n_prompt[few],
     )
     was_training = policy.training
     policy.train(True)  # as the update; unlike `set_training_mode` it leaves the rollout's cached rows alone

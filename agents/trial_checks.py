@@ -19,6 +19,7 @@ from .cache import PrefixCache
 from .findings import Finding
 from .patient import Patient, Sample, observe
 from .sequences import SequenceBatch, unpack_observations
+from .token_sets import AllowedTokens, TokenSets
 
 N_EPISODES = 2
 TRIAL_TOKENS = 16  # the most that an episode of the reward's trial has
@@ -46,7 +47,8 @@ def check_reward(patient: Patient) -> list[Finding]:
     patient.policy.set_training_mode(False)
     while not lanes.idle.all():
         batch = torch.as_tensor(observations, device=patient.policy.device)
-        actions = lm.act(batch, generator=generator, cache=cache)[0].cpu().numpy()
+        allowed = torch.as_tensor(lanes.allowed(), device=batch.device) if env.masks else None
+        actions = lm.act(batch, generator=generator, cache=cache, allowed=allowed)[0].cpu().numpy()
         start = time.perf_counter()
         try:
             result = lanes.step(actions)
@@ -109,7 +111,9 @@ def _time_update(patient: Patient) -> float:
     ids = torch.as_tensor(np.stack([tokens[:-1]] * N_UPDATE_SEQUENCES), device=policy.device)
     rows = np.repeat(np.arange(N_UPDATE_SEQUENCES), n_new)
     cols = np.tile(np.arange(n_new) + len(longest) - 1, N_UPDATE_SEQUENCES)
-    batch = SequenceBatch(ids, np.full(N_UPDATE_SEQUENCES, ids.shape[1]), rows, cols)
+    everything = AllowedTokens(TokenSets(policy.backbone.vocab_size), np.zeros(len(rows), dtype=np.int32))
+    allowed = everything if policy.lm.sampling.has_support else None
+    batch = SequenceBatch(ids, np.full(N_UPDATE_SEQUENCES, ids.shape[1]), rows, cols, allowed=allowed)
     actions = torch.as_tensor(np.tile(tokens[len(longest) :], N_UPDATE_SEQUENCES), device=policy.device)
     policy.set_training_mode(True)
     seconds = 0.0

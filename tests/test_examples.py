@@ -40,6 +40,25 @@ def test_custom_reward():
     assert run("examples/custom_reward.py", "--smoke").count("mean reward") == 3
 
 
+def test_masked_json():
+    pytest.importorskip("llguidance")
+    assert run("examples/masked_json.py", "--smoke").count("100% valid") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_masked_json_learns_and_without_the_mask_it_does_not(tmp_path, seed):
+    pytest.importorskip("llguidance")
+    figures = {}
+    for options in ((), ("--no-mask",)):
+        run("examples/masked_json.py", "--seed", seed, "--json", tmp_path / "figures.json", *options)
+        figures[options] = json.loads((tmp_path / "figures.json").read_text())
+    masked, free = figures[()], figures["--no-mask",]
+    assert masked["before"]["valid"] == masked["after"]["valid"] == 1.0
+    assert masked["before"]["rating"] < 60 and masked["after"]["rating"] > 90
+    assert free["before"]["valid"] < 0.05 and free["after"]["valid"] < 0.05
+
+
 def test_quickstart_writes_figures_curves_and_a_model(tmp_path):
     figures = tmp_path / "figures.json"
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class TokenSets:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.sets: list[np.ndarray] = []  # (V / 8,) uint8 of bits, or (n,) int32 of ids
-        self._numbers: dict[bytes, int] = {}
+        self._numbers: dict[bytes, int] = {}  # by digest: the bits themselves would be kept twice
         self.add(np.ones((1, vocab_size), dtype=bool))
 
     def add(self, allowed: np.ndarray) -> np.ndarray:
@@ -39,7 +40,7 @@ class TokenSets:
         return np.array([self._number(row, whole) for row, whole in zip(bits, allowed, strict=True)], dtype=np.int32)
 
     def _number(self, bits: np.ndarray, allowed: np.ndarray) -> int:
-        key = bits.tobytes()
+        key = blake2b(bits, digest_size=16).digest()
         if key not in self._numbers:
             ids = np.flatnonzero(allowed).astype(np.int32)
             self._numbers[key] = len(self.sets)

@@ -108,7 +108,7 @@ class Sampling:
 
 
 def _masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    return logits if allowed is None else logits.masked_fill(~allowed, FORBIDDEN)
+    return logits if allowed is None else torch.where(allowed, logits, FORBIDDEN)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -150,13 +150,14 @@ class TokenDistribution:
         Args:
             generator: Where the uniform numbers come from; it lives on the CPU, so that all devices draw the same.
         """
-        probabilities = self.log_probabilities.exp()
+        probabilities = _probabilities(self.log_probabilities, self.is_masked)
         cumulative = probabilities.cumsum(dim=-1)  # (N, V)
         total = cumulative[:, -1:]
         uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device)  # (N, 1)
         draw = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, draw, right=True)  # (N, 1)
-        if self.is_masked:  # a sum in parallel may rise by rounding where a forbidden token adds nothing
+        # A sum in parallel, unlike a CPU's, may rise by rounding where a forbidden token adds nothing.
+        if self.is_masked and not cumulative.is_cpu:
             tokens = torch.where(probabilities.gather(-1, tokens) > 0, tokens, self.mode()[:, None])
         return tokens.squeeze(-1)
 
@@ -174,7 +175,7 @@ class TokenDistribution:
 
     def entropy(self) -> Tensor:
         """Return the entropy of each row, (N,), in nats."""
-        return -(self.log_probabilities.exp() * self.log_probabilities).sum(dim=-1)
+        return -(_probabilities(self.log_probabilities, self.is_masked) * self.log_probabilities).sum(dim=-1)
 
     @property
     def distribution(self) -> Categorical:
@@ -205,10 +206,10 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, actions: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         log_probabilities = _log_softmax(logits, allowed)  # (N, V)
-        weighted = log_probabilities.exp().mul_(log_probabilities)
+        weighted = _probabilities(log_probabilities, allowed is not None).mul_(log_probabilities)
         entropies = -weighted.sum(dim=-1)
         ctx.save_for_backward(log_probabilities, actions, entropies)
-        ctx.dtype = logits.dtype
+        ctx.dtype, ctx.is_masked = logits.dtype, allowed is not None
         return log_probabilities.gather(-1, actions[:, None]).squeeze(-1), entropies
 
     @staticmethod
@@ -223,10 +224,15 @@ class _ScoreTokens(torch.autograd.Function):
         # d log p(a) / d logits = onehot(a) - p;  d H / d logits = -p (log p + H)
         constant = by_log_prob + by_entropy * entropies
         result = torch.addcmul(-constant[:, None], log_probabilities, by_entropy[:, None], value=-1)
-        result *= log_probabilities.exp()
+        result *= _probabilities(log_probabilities, ctx.is_masked)
         result.scatter_add_(-1, actions[:, None], by_log_prob[:, None])
         return result.to(ctx.dtype), None, None
 
 
 def _log_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
     return torch.log_softmax(_masked(logits.float(), allowed), dim=-1)
+
+
+def _probabilities(log_probabilities: Tensor, is_masked: bool) -> Tensor:
+    # On a CPU `exp` is several times slower where it underflows, as it does for all that is forbidden.
+    return log_probabilities.softmax(dim=-1) if is_masked else log_probabilities.exp()

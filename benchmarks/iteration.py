@@ -3,7 +3,8 @@
     TRL_PYTHON=trl-env/bin/python python benchmarks/iteration.py [--quick]
 
 An iteration is rollout, reward function and update (4 epochs of 4 minibatches), ours as `learn` runs it. TRL has the
-same model, prompts, reward function and KL penalty, and a critic of its own, since it knows no shared one. Stock SB3
+same model, prompts, reward function and KL penalty, and a critic of its own, since it knows no shared one; ours is
+measured with either. Then what the penalty costs, in iterations of ours with and without. Stock SB3
 has our policy without cache and its own `RolloutBuffer`, in which each token is a sample; no KL on either side. It is
 measured twice: as our policy reads such samples, in buckets of similar lengths, and padded to the observation's width,
 as a policy written straight for SB3 reads them.
@@ -28,7 +29,8 @@ from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
 from work import Pairs, Row, Settings, Work, run_script, timed
 
-from agents import KLPenalty, LMPolicy
+from agents import KLPenalty, LMPolicy, SeparateCritic, SharedCritic
+from agents.kl import Estimator
 from agents.sampling import TokenDistribution
 from agents.sequences import unpack_observations
 from textenv.episode import PADDING, SEPARATOR
@@ -36,6 +38,7 @@ from textenv.episode import PADDING, SEPARATOR
 N_EPOCHS = 4
 SEQUENCES = 16  # of a minibatch
 KL_COEF = 0.05
+MOST_KL = 1.15  # one forward of the reference, to a rollout and 4 epochs of forward and backward
 N_SAMPLED_STEPS = 3  # of the slow rollout: near its start, middle and end
 INSTALL = "python -m venv trl-env && trl-env/bin/pip install trl==1.12.0, then set TRL_PYTHON=trl-env/bin/python"
 
@@ -52,23 +55,50 @@ def measure(settings: Settings) -> list[Row]:
     """Measure all rows."""
     sizes = ((16, 48, 30), (64, 128, 100))
     stock = [stock_sb3(settings, *size, policy) for size in sizes for policy in (LMPolicy, PaddedPolicy)]
-    return [against_trl(settings), *stock]
+    trl_rows = [against_trl(settings, "shared critic", 2.0), against_trl(settings, "separate critic", 1.0)]
+    return [*trl_rows, *kl_rows(settings), *stock]
 
 
-def against_trl(settings: Settings) -> Row:
+def against_trl(settings: Settings, critic: str, must: float) -> Row:
     """Alternate iterations of ours with iterations of TRL, which waits in a process of its own."""
-    claim, must = "PPO iteration with KL, shared critic, against TRL 1.12", 2.0
+    claim = f"PPO iteration with KL, {critic}, against TRL 1.12"
     python = os.environ.get("TRL_PYTHON", "")
     if not has_trl(python):
         return Row.missing(claim, INSTALL, f">= {must}x")
     work = settings.work()
-    model = agent(work)
+    spec = SharedCritic() if critic == "shared critic" else SeparateCritic(work.config())
+    model = agent(work, policy_kwargs={"critic": spec})
     KLPenalty(KL_COEF).attach(model)
     with trl(python, work) as peer:
         result, done = alternate(ours(model, work.device), peer, settings.n_pairs)
     ours_text = f"{result.a:,.0f} tokens/s; {done.tokens:,} tokens, {done.optimizer_steps} optimizer steps each"
     theirs_text = f"{result.b:,.0f} tokens/s; critic of its own"
     return Row(claim, ours_text, theirs_text, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
+
+
+def kl_rows(settings: Settings) -> list[Row]:
+    """Iterations with a penalty in turns with iterations without: by the token's own estimate, and exact."""
+    work = settings.work()
+    without = ours(agent(work), work.device)
+    return [kl_row(settings, work, without, *case) for case in (("k1", MOST_KL), ("exact", None))]
+
+
+def kl_row(
+    settings: Settings, work: Work, without: Callable[[], Done], estimator: Estimator, most: float | None
+) -> Row:
+    """The time of an iteration with a penalty, in iterations without."""
+    model = agent(work)
+    KLPenalty(KL_COEF, estimator=estimator).attach(model)
+    result, _ = alternate(without, ours(model, work.device), settings.n_pairs)
+    return Row(
+        f"PPO iteration with KL ({estimator}), time against without",
+        f"{1e6 / result.b:,.1f} µs/token",
+        f"{1e6 / result.a:,.1f} µs/token",
+        result.ratio,
+        result.spread,
+        "-" if most is None else f"<= {most:.2f}x (less is better)",
+        None if most is None else result.ratio <= most,
+    )
 
 
 def stock_sb3(settings: Settings, prompt_tokens: int, new_tokens: int, must: float, policy: type[LMPolicy]) -> Row:
@@ -84,9 +114,10 @@ def stock_sb3(settings: Settings, prompt_tokens: int, new_tokens: int, must: flo
     return Row(claim, *texts, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
 
 
-def agent(work: Work) -> PPO:
+def agent(work: Work, **kwargs: Any) -> PPO:
     """Ours, with as many minibatches as the peers."""
-    return work.agent(n_epochs=N_EPOCHS, batch_size=work.n_lanes * work.new_tokens // n_minibatches(work))
+    batch_size = work.n_lanes * work.new_tokens // n_minibatches(work)
+    return work.agent(n_epochs=N_EPOCHS, batch_size=batch_size, **kwargs)
 
 
 def n_minibatches(work: Work) -> int:

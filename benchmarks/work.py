@@ -20,6 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from agents import make_agent
 from textenv import TextEnv
+from textenv.masks import TokenMask
+from textenv.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,23 @@ class Work:
         """Random token ids, never twice the same prompt."""
         return np.random.default_rng(seed).integers(1, self.vocab_size, (n, self.prompt_tokens)).tolist()
 
-    def agent(self, rows: Sequence[Any] | None = None, stop_ids: Sequence[int] = (), **kwargs: Any) -> PPO:
+    def agent(
+        self,
+        rows: Sequence[Any] | None = None,
+        stop_ids: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+        mask: TokenMask | None = None,
+        **kwargs: Any,
+    ) -> PPO:
         """PPO as `make_agent` builds it, on this work."""
         env = TextEnv(
             self.prompts() if rows is None else rows,
-            IdTokenizer(self.vocab_size),
+            IdTokenizer(self.vocab_size) if tokenizer is None else tokenizer,
             reward=score,
             score_at="done",
             max_new_tokens=self.new_tokens,
             stop_ids=stop_ids,
+            mask=mask,
         )
         settings = {"n_envs": self.n_lanes, "seed": 0, "device": self.device, **kwargs}
         return make_agent(env, self.config(), **settings)

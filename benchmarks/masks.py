@@ -1,0 +1,114 @@
+"""What a mask costs: the time of a masked step in a rollout, and the bytes in which masks are kept.
+
+    python benchmarks/masks.py [--quick]
+
+The same model takes the same rollout with MaskablePPO under a mask, and with PPO without one, in turns; a step is all
+of it: the mask, the model, the env and the buffer. A constant mask bans one token. The JSON schema has three strings,
+an integer and a list of strings: a step allows a few tokens or most of them, and each lane is at a place of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import islice, product
+from string import ascii_letters, digits, printable
+
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
+from work import Row, Settings, Work, pairs, rollout, run_script
+
+from agents.token_sets import TokenSets
+from textenv import BannedMask, JSONSchemaMask
+from textenv.masks import TokenMask
+
+VOCABULARIES = (50_000, 152_000)
+NEW_TOKENS = 16
+MOST = 2.0
+MOST_BYTES = 0.05
+TEXT = {"type": "string"}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": TEXT, "age": {"type": "integer"}, "note": TEXT, "tags": {"type": "array", "items": TEXT}},
+    "required": ["name", "age", "note", "tags"],
+    "additionalProperties": False,
+}
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure all rows."""
+    return [row for size in VOCABULARIES for row in both_masks(settings, size)]
+
+
+def both_masks(settings: Settings, vocab_size: int) -> list[Row]:
+    """The rows of a vocabulary: a mask that stays the same, and one that follows the text."""
+    work = settings.work(vocab_size=vocab_size, new_tokens=NEW_TOKENS)
+    tokenizer = WordTokenizer(work.vocab_size)
+    bare = work.agent(tokenizer=tokenizer, stop_ids=[0])
+    rows = compare(settings, work, bare, tokenizer, "a constant mask", BannedMask([1]))
+    if find_spec("llguidance") is None:
+        return [*rows, Row.missing(f"masked step, a JSON schema, V={work.vocab_size:,}", "pip install llguidance", "-")]
+    return [*rows, *compare(settings, work, bare, tokenizer, "a JSON schema", JSONSchemaMask(SCHEMA))]
+
+
+def compare(
+    settings: Settings, work: Work, bare: PPO, tokenizer: WordTokenizer, kind: str, mask: TokenMask
+) -> list[Row]:
+    """Alternate rollouts without and with a mask, and count what the last one has stored."""
+    masked = work.agent(tokenizer=tokenizer, stop_ids=[0], mask=mask, algorithm=MaskablePPO)
+    result = pairs(lambda: rollout(bare), lambda: rollout(masked), settings.n_pairs, settings.device)
+    buffer = masked.rollout_buffer
+    assert buffer.is_masked
+    stored = (n_bytes(buffer.token_sets) + buffer.allowed.nbytes) / buffer.allowed.size
+    stock = 4 * work.vocab_size
+    claim = f"{kind}, V={work.vocab_size:,}"
+    steps = [f"{1000 * work.n_lanes / speed:,.1f} ms/step" for speed in (result.b, result.a)]
+    share = stored / stock
+    return [
+        Row(
+            f"masked step, {claim}, time against no mask",
+            *steps,
+            result.ratio,
+            result.spread,
+            f"<= {MOST:.2f}x (less is better)",
+            result.ratio <= MOST,
+        ),
+        Row(
+            f"masks stored, {claim}",
+            f"{stored:,.1f} bytes/token; {len(buffer.token_sets.sets) - 1:,} sets for {buffer.allowed.size:,} tokens",
+            f"{stock:,} bytes/token (sb3-contrib's float32)",
+            share,
+            "-",
+            f"<= {MOST_BYTES:.2f} (less is better)",
+            share <= MOST_BYTES,
+        ),
+    ]
+
+
+def n_bytes(sets: TokenSets) -> int:
+    """All that is kept: the sets, and the keys by which they are found again."""
+    return sum(one.nbytes for one in sets.sets) + sum(map(len, sets._numbers))
+
+
+class WordTokenizer:
+    """Characters, and then as many words of a space and three letters or digits as are wanted."""
+
+    eos_token_id = 0
+
+    def __init__(self, vocab_size: int) -> None:
+        words = (" " + "".join(word) for word in product(ascii_letters + digits, repeat=3))
+        characters = dict.fromkeys('{}[]":,-' + printable)  # what JSON needs is there in the smallest vocabulary
+        self.words = ["", *islice((*characters, *words), vocab_size - 1)]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [self.words.index(character) for character in text]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(self.words[token] for token in token_ids)
+
+
+if __name__ == "__main__":
+    run_script(__doc__, measure)

@@ -53,10 +53,12 @@ def explained(value_norm):
     return float(model.logger.name_to_value["train/explained_variance"])
 
 
-@pytest.mark.parametrize("value_norm", ["popart", pytest.param("norm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("value_norm", ["popart", "norm"])
 def test_large_returns_are_learnt_with_normalised_values(value_norm):
     assert explained(value_norm) > 0.25
 
 
+@pytest.mark.slow
 def test_large_returns_are_not_learnt_without():
     assert explained(None) < 0.05

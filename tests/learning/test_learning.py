@@ -141,6 +141,7 @@ def test_e11_a_huge_penalty_keeps_it_at_the_start():
     assert after[0.01] > 0.9 and abs(after[100.0] - before) < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [LoRA(), LastLayers(1)], ids=["lora", "last"])
 def test_e11_a_part_of_the_model_learns_and_a_huge_penalty_keeps_it_at_the_start(train):
     """With adapters or the last layer alone; the reference is then the adapters off, or shares what is frozen."""

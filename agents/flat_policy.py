@@ -199,13 +199,13 @@ class FlatLMPolicy(LMPolicy):
     ) -> None:
         if kwargs.get("gradient_checkpointing"):
             raise ValueError(
-                f"Expected gradient_checkpointing=False for {type(self).__name__}, got True, whose second forward would "
-                "miss the vector that TRPO needs: lower memory with sub_sampling_factor."
+                f"Expected gradient_checkpointing=False for {type(self).__name__}, got True, whose second forward "
+                "would miss the vector that TRPO needs: lower memory with sub_sampling_factor."
             )
         if kwargs.get("top_p_lag") is not None:
             raise ValueError(
-                f"Expected top_p_lag=None for {type(self).__name__}, got {kwargs['top_p_lag']}: TRPO differentiates all "
-                "parameters of a policy, and those of the lagged copy (NLPO) have no gradient. Use PPO."
+                f"Expected top_p_lag=None for {type(self).__name__}, got {kwargs['top_p_lag']}: TRPO differentiates "
+                "all parameters of a policy, and those of the lagged copy (NLPO) have no gradient. Use PPO."
             )
         super().__init__(observation_space, action_space, lr_schedule, critic=critic, **kwargs)
 

@@ -54,7 +54,9 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     Raises:
         ValueError: If it has fewer tokens or positions than needed, or is an encoder-decoder where the policy is none.
     """
-    model = build_model(lm, train=None)
+    # Fresh weights are drawn, also where a checkpoint's are to follow: a resumed run must go on with the same numbers.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        model = build_model(lm, train=None)
     if model.config.is_encoder_decoder != policy.backbone.is_encoder_decoder:
         kinds = ("an encoder-decoder", "a causal model")
         expected, got = kinds if policy.backbone.is_encoder_decoder else kinds[::-1]

@@ -1,4 +1,4 @@
-"""Which options combine, as data: the axes, the pairs that do not combine and why, and a walk over all pairs that do."""
+"""Which options combine, as data: the axes, the pairs that do not combine and why, and a walk over the others."""
 
 from itertools import combinations, product
 
@@ -22,7 +22,7 @@ REFUSED = (
     (("mask", "any"), ("algorithm", "PPO, A2C, TRPO"), "would sample what the mask forbids"),
     (("mask", "none"), ("algorithm", "MaskablePPO"), "without `mask`"),
     (("model", "encoder-decoder"), ("algorithm", "TRPO"), "second derivatives"),
-    (("memory", "gradient_checkpointing"), ("algorithm", "TRPO"), "second forward would miss the vector"),
+    (("memory", "gradient_checkpointing"), ("algorithm", "TRPO"), "would miss the vector"),
     (("sampling", "top_p_lag (NLPO)"), ("algorithm", "TRPO"), "those of the lagged copy (NLPO) have no gradient"),
     (("beside", "CriticWarmup"), ("algorithm", "TRPO"), "differentiates the policy in every update"),
 )
@@ -33,7 +33,8 @@ def options(side):
     axis, named = side
     if named == "any":
         return AXES[axis][1:]
-    return tuple(option for option in AXES[axis] if option == named or (axis == "algorithm" and option in named.split(", ")))
+    names = named.split(", ") if axis == "algorithm" else [named]
+    return tuple(option for option in AXES[axis] if option in names)
 
 
 def refused_pairs():
@@ -61,3 +62,14 @@ def walk():
         missing -= {frozenset(pair) for pair in combinations(cell.items(), 2)}
         cells.append(cell)
     return cells
+
+
+def readme_tables():
+    """What the README says of all this."""
+    cells = [f"{axis} | {'; '.join(of_axis)}" for axis, of_axis in AXES.items()]
+    lines = ["| of | any of | of | any of |", "|---|---|---|---|"]
+    lines += [f"| {first} | {second} |" for first, second in zip(cells[::2], cells[1::2])]
+    lines += ["", "| but not | with | since (the error says more) |", "|---|---|---|"]
+    for (axis, option), (other, others), words in REFUSED:
+        lines.append(f"| {axis}: {option} | {other}: {others} | {words} |")
+    return "\n".join(lines)

@@ -3,8 +3,8 @@
 import math
 import re
 import warnings
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from sb3_contrib import TRPO, MaskablePPO
@@ -28,7 +28,7 @@ from agents import (
     save_checkpoint,
 )
 from agents.patient import tolerance
-from tests.combinations import AXES, refused_pairs, walk
+from tests.combinations import AXES, readme_tables, refused_pairs, walk
 from tests.models import CheckRatio, tiny
 from tests.seq2seq import tiny_seq2seq
 from tests.training import same_weights, weights
@@ -163,7 +163,7 @@ def try_cell(cell, reward_model, folder):
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(i, marks=[] if i % 3 == 0 else pytest.mark.slow) for i in range(len(CELLS))]
+    "number", [pytest.param(i, marks=[] if i % 4 == 0 else pytest.mark.slow) for i in range(len(CELLS))]
 )
 def test_what_combines_trains_and_resumes(number, reward_model, tmp_path):
     cell = CELLS[number]
@@ -173,8 +173,24 @@ def test_what_combines_trains_and_resumes(number, reward_model, tmp_path):
         raise AssertionError(f"{differences(cell)}: {error}") from error
 
 
-@pytest.mark.parametrize(("one", "other", "words"), refused_pairs())
+@pytest.mark.parametrize(("one", "other", "words"), list(refused_pairs()))
 def test_what_does_not_combine_is_refused(one, other, words, reward_model):
     cell = {**PLAIN, **dict([one, other])}
     with pytest.raises(ValueError, match=re.escape(words)):
         train(*build(cell, reward_model))
+
+
+def test_an_encoder_decoder_is_no_critic():
+    with pytest.raises(ValueError, match="Expected a causal model as critic, got the encoder-decoder T5"):
+        SeparateCritic(tiny_seq2seq()).build(16)
+
+
+def test_a_reference_is_of_the_policys_kind(reward_model):
+    model, _ = build({**PLAIN, "model": "encoder-decoder"}, reward_model)
+    with pytest.raises(ValueError, match="Expected an encoder-decoder as `reference`, as the policy is, got a causal"):
+        train(model, [KLPenalty(0.1, reference=tiny())])
+
+
+def test_the_readme_has_the_same_table():
+    readme = Path(__file__).parents[1] / "README.md"
+    assert readme_tables() in readme.read_text(encoding="utf-8")

@@ -71,19 +71,16 @@ def make_agent(
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
             with the advantage "gae" alone, and `complete_episodes` with an env of `samples_per_prompt`.
-        rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`; `normalize_advantage=True` unless given.
         check: Whether to have the doctor examine the model (see `agents.doctor.check`): it warns of what may go badly
             and changes nothing.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
-
-    Raises:
-        ValueError: If the algorithm is another one, with the reason, or does not know the env's mask.
 
     Returns:
         The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached, with
         `samples_per_prompt` the step `SampleGroups`.
 
     Raises:
+        ValueError: If the algorithm is another one, with the reason, or does not know the env's mask, or asks for one.
         DoctorError: With `check=True`, where training would be wrong; it names what failed, why and the cure.
 
     Example:
@@ -98,6 +95,8 @@ def make_agent(
     policy_class = _policy_class(algorithm)
     vec_env = TextVecEnv(env, n_envs)
     is_maskable = issubclass(algorithm, MaskablePPO)
+    if is_maskable and not vec_env.env.masks:
+        raise ValueError("Expected an env with `mask` for MaskablePPO, got one without `mask`: use PPO.")
     if vec_env.env.masks and not is_maskable:
         raise ValueError(
             f"Expected algorithm=MaskablePPO (sb3-contrib) for an env with `mask`, got {algorithm.__name__}, which "

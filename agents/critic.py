@@ -109,8 +109,18 @@ class SeparateCritic:
     lm: LMLike
 
     def build(self, hidden_size: int) -> nn.Module:
-        """Return the trunk with its value head."""
-        return TrunkCritic(cast("PreTrainedModel", build_model(self.lm).base_model))
+        """Return the trunk with its value head.
+
+        Raises:
+            ValueError: If the model is an encoder-decoder.
+        """
+        model = build_model(self.lm)
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"Expected a causal model as critic, got the encoder-decoder {type(model).__name__}: a critic reads "
+                "prompt and completion as one text. Use SharedCritic, or SeparateCritic of a causal model."
+            )
+        return TrunkCritic(cast("PreTrainedModel", model.base_model))
 
 
 class RewardModelCritic:

@@ -7,6 +7,7 @@ from typing import Any, cast
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from .buffers import SequenceRolloutBuffer
+from .flat_policy import FlatLMPolicy
 from .policies import LMPolicy
 from .rollout_steps import RolloutStep, sequence_buffer
 
@@ -40,11 +41,20 @@ class CriticWarmup(RolloutStep):
         self.n_done = 0
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Find the policy's weights, and the count of an earlier call of `learn`."""
+        """Find the policy's weights, and the count of an earlier call of `learn`.
+
+        Raises:
+            ValueError: With TRPO, whose update differentiates the policy whatever it is to learn.
+        """
         for step in sequence_buffer(model).before_returns:
             if isinstance(step, CriticWarmup):
                 self.n_done = step.n_done
         policy = cast("LMPolicy", model.policy)
+        if isinstance(policy, FlatLMPolicy):
+            raise ValueError(
+                "Expected another algorithm than TRPO with CriticWarmup, got TRPO, which differentiates the policy in "
+                "every update: it has n_critic_updates, and its critic learns apart from the policy."
+            )
         of_critic = set(policy.lm.critic.parameters())
         # The optimizer has what is trained, also where an earlier warm-up has taken it out of the gradient.
         optimized = [weight for group in policy.optimizer.param_groups for weight in group["params"]]

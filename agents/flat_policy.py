@@ -175,7 +175,7 @@ class FlatLMPolicy(LMPolicy):
         **kwargs: The other arguments of `LMPolicy`.
 
     Raises:
-        ValueError: As `LMPolicy`; for an encoder-decoder; for gradient checkpointing, at the first update.
+        ValueError: As `LMPolicy`; for an encoder-decoder, gradient checkpointing and `top_p_lag`.
 
     Example:
         >>> from agents import FlatLMPolicy
@@ -197,6 +197,16 @@ class FlatLMPolicy(LMPolicy):
         critic: CriticSpec = SharedCritic(detach=True),  # noqa: B008  (frozen)
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("gradient_checkpointing"):
+            raise ValueError(
+                f"Expected gradient_checkpointing=False for {type(self).__name__}, got True, whose second forward "
+                "would miss the vector that TRPO needs: lower memory with sub_sampling_factor."
+            )
+        if kwargs.get("top_p_lag") is not None:
+            raise ValueError(
+                f"Expected top_p_lag=None for {type(self).__name__}, got {kwargs['top_p_lag']}: TRPO differentiates "
+                "all parameters of a policy, and those of the lagged copy (NLPO) have no gradient. Use PPO."
+            )
         super().__init__(observation_space, action_space, lr_schedule, critic=critic, **kwargs)
 
     def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:

@@ -8,18 +8,16 @@ from torch import Tensor, nn
 
 from .backbone import PROBE_LOGIT, PROBE_TOLERANCE, Backbone
 from .buffers import SequenceRolloutBuffer
-from .cache import PrefixCache
 from .findings import Finding
 from .kl import KLPenalty
 from .patient import Patient, Sample, tolerance
-from .sequences import SequenceBatch, unpack_observations
 
 
 @torch.no_grad()
 def check_ratio(patient: Patient, sample: Sample) -> list[Finding]:
     """Compare what the rollout stored with what the update computes, before any step (invariant A1)."""
     policy, limit = patient.policy, tolerance(patient.policy.lm)
-    policy.set_training_mode(True)
+    policy.train(True)  # not `set_training_mode`, which tells the parts that an update begins
     values, log_probs, _ = policy.evaluate_actions(sample.view.batch, sample.view.actions)
     policy.set_training_mode(False)
     off = _largest(log_probs - sample.log_probs.to(log_probs))
@@ -44,13 +42,12 @@ def check_padding(patient: Patient, sample: Sample) -> list[Finding]:
     """Read each sequence alone and padded to the longest one: it must not matter (invariant B1)."""
     lm, batch, actions = patient.policy.lm, sample.view.batch, sample.view.actions
     width = np.full(len(batch.lengths), batch.tokens.shape[1])  # as if all were as long: one forward, all the padding
-    together = lm.evaluate(SequenceBatch(batch.tokens, width, batch.rows, batch.cols, allowed=batch.allowed), actions)
+    padded = batch[:]
+    padded.lengths = width
+    together = lm.evaluate(padded, actions)
     off = 0.0
-    for row, length in enumerate(batch.lengths):
-        places = np.flatnonzero(batch.rows == row)
-        allowed = None if batch.allowed is None else batch.allowed[places]
-        tokens, lengths = batch.tokens[row : row + 1, :length], width[:1] * 0 + length
-        own = SequenceBatch(tokens, lengths, places * 0, batch.cols[places], allowed=allowed)
+    for row in range(len(batch.lengths)):
+        own, places = batch.of_sequences(np.array([row]))
         taken = torch.as_tensor(places, device=actions.device)
         alone = lm.evaluate(own, actions[taken])
         off = max(off, *(_largest(a - b[taken]) for a, b in zip(alone[:2], together[:2], strict=True)))
@@ -76,13 +73,11 @@ def check_cache(patient: Patient, sample: Sample) -> list[Finding]:
     if not lm.use_cache:
         why = "switched off" if lm.backbone.is_cacheable else "the model does not decode exactly from a cache"
         return [Finding("cache", "skipped", f"no cache ({why}): rollout time grows with the square of the length")]
-    cache, off = PrefixCache(lm.backbone), 0.0
+    patient.policy.set_training_mode(False)
+    cache, off = type(lm.rollout_cache)(lm.backbone), 0.0
     for observations in sample.observations:
-        ids, lengths = unpack_observations(observations)
-        with lm._precision():
-            cached = cache.read(ids, lengths)[1]
-            rows = torch.arange(len(ids), device=ids.device)
-            full = lm.backbone(ids[:, : int(lengths.max())], rows, lengths - 1)[1]
+        row = lm._unpack(observations)
+        cached, full = (lm._read_last(lm.backbone, row, one)[1] for one in (cache, None))
         off = max(off, _largest(cached.float().log_softmax(-1) - full.float().log_softmax(-1)))
     measured = f"log-probabilities at most {off:.1e} apart from full forwards, over {len(sample.observations)} steps"
     if off <= 10 * tolerance(lm):  # over the whole vocabulary, improbable tokens included
@@ -104,10 +99,7 @@ def check_head(patient: Patient, sample: Sample) -> list[Finding]:
     backbone = patient.policy.backbone
     if not backbone.head_is_linear:
         return [Finding("head", "ok", "logits are no linear map of the hidden states: the full forward is used")]
-    batch = sample.view.batch
-    shortest = int(batch.lengths.argmin())
-    ids = batch.tokens[shortest : shortest + 1, : int(batch.lengths[shortest])]
-    off = max(_head_difference(backbone, ids, 1.0), _head_difference(backbone, ids, PROBE_LOGIT))
+    off = max(_head_difference(backbone, 1.0), _head_difference(backbone, PROBE_LOGIT))
     measured = f"output embeddings and the model's logits {off:.1e} apart, of the largest logit"
     if off <= PROBE_TOLERANCE:
         return [Finding("head", "ok", measured)]
@@ -122,21 +114,17 @@ def check_head(patient: Patient, sample: Sample) -> list[Finding]:
     ]
 
 
-def _head_difference(backbone: Backbone, ids: Tensor, largest: float) -> float:
-    """Return the difference at the last token, with the head's output scaled so that the largest is as given.
+def _head_difference(backbone: Backbone, largest: float) -> float:
+    """Return the difference at the end of a few tokens, with the head's output scaled so that the largest is as given.
 
     A soft cap bends large logits only; see `Backbone`.
     """
-    here, last = (
-        torch.zeros(1, dtype=torch.long, device=ids.device),
-        torch.tensor([ids.shape[1] - 1], device=ids.device),
-    )
+    ids, *places = backbone._probe_places()
     head = backbone.model.get_output_embeddings()
-    now = float(backbone(ids, here, last)[1].abs().max())
+    now = float(backbone(ids, *places)[1].abs().max())
     hook = head.register_forward_hook(lambda module, inputs, output: output * (largest / max(now, 1e-6)))
     try:
-        expected = backbone.model(input_ids=ids, use_cache=False).logits[0, -1:, : backbone.vocab_size]
-        got = backbone(ids, here, last)[1]
+        expected, got = backbone._full_logits(ids, *places), backbone(ids, *places)[1]
     finally:
         hook.remove()
     return _largest(got - expected) / max(1.0, float(expected.abs().max()))
@@ -146,7 +134,7 @@ def _head_difference(backbone: Backbone, ids: Tensor, largest: float) -> float:
 def check_dropout(patient: Patient, sample: Sample) -> list[Finding]:
     """Run the update's forward twice in training mode, and look for dropout that is on (invariant A6)."""
     policy = patient.policy
-    policy.set_training_mode(True)
+    policy.train(True)
     first, second = (policy.evaluate_actions(sample.view.batch, sample.view.actions)[:2] for _ in range(2))
     policy.set_training_mode(False)
     off = max(_largest(a - b) for a, b in zip(first, second, strict=True))

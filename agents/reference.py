@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .actor_critic import LMActorCritic
 from .backbone import Backbone, LMLike, build_model
+from .encoder_decoder import Seq2SeqBackbone
 from .sequences import Chunk, SequenceBatch
 from .trainable import adapted_layers, adapters_off
 
@@ -51,9 +52,17 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
         n_positions: The longest sequence that will be asked for, in tokens.
 
     Raises:
-        ValueError: If it has fewer tokens or positions than needed.
+        ValueError: If it has fewer tokens or positions than needed, or is an encoder-decoder where the policy is none.
     """
-    backbone = Backbone(build_model(lm, train=None), policy.backbone.vocab_size, n_positions)
+    # Fresh weights are drawn, also where a checkpoint's are to follow: a resumed run must go on with the same numbers.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        model = build_model(lm, train=None)
+    if model.config.is_encoder_decoder != policy.backbone.is_encoder_decoder:
+        kinds = ("an encoder-decoder", "a causal model")
+        expected, got = kinds if policy.backbone.is_encoder_decoder else kinds[::-1]
+        raise ValueError(f"Expected {expected} as `reference`, as the policy is, got {got}, {type(model).__name__}.")
+    backbone_class = Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone
+    backbone = backbone_class(model, policy.backbone.vocab_size, n_positions)
     sampling = replace(policy.sampling, top_p_lag=None)
     built = LMActorCritic(backbone, nn.Identity(), sampling, policy.autocast, cache=False)
     return built.to(policy.backbone.device).eval()

@@ -104,11 +104,20 @@ class SequenceBatch:
         """Return the number of transitions."""
         return len(self.rows)
 
-    def __getitem__(self, places: slice) -> SequenceBatch:
+    def __getitem__(self, places: slice | np.ndarray) -> SequenceBatch:
         """Return a batch with some of the transitions."""
         allowed = None if self.allowed is None else self.allowed[places]
         rows, cols = self.rows[places], self.cols[places]
         return SequenceBatch(self.tokens, self.lengths, rows, cols, self.micro_batch_tokens, allowed, self.n_prompt)
+
+    def of_sequences(self, sequences: np.ndarray) -> tuple[SequenceBatch, np.ndarray]:
+        """Return a batch of some sequences, given in order, and the places of their transitions in this one."""
+        places = np.flatnonzero(np.isin(self.rows, sequences))
+        part, lengths = self[places], self.lengths[sequences]
+        part.tokens = self.tokens[torch.as_tensor(sequences, device=self.tokens.device), : lengths.max()]
+        part.lengths, part.rows = lengths, np.searchsorted(sequences, part.rows)
+        part.n_prompt = None if self.n_prompt is None else self.n_prompt[sequences]
+        return part, places
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the batch in parts of similar length, so that little padding is read."""

@@ -16,7 +16,6 @@ from .buffers import SequenceRolloutBuffer
 from .patient import tolerance
 from .policies import LMPolicy
 from .rollout_steps import sequence_buffer, text_vec_env
-from .sequences import SequenceBatch
 
 MIN_EPISODES = 32  # of fewer nothing is concluded: they wait for those of the next rollout
 N_SEQUENCES = 4  # as many are read again before the update
@@ -145,19 +144,8 @@ class TrainingWarnings(BaseCallback):
 def _largest_log_ratio(policy: LMPolicy, buffer: SequenceRolloutBuffer) -> float:
     """Return the largest |log ratio| over a few sequences of the rollout, read as the update is about to read them."""
     view = buffer.view()
-    batch = view.batch
-    few = np.linspace(0, len(batch.lengths) - 1, min(N_SEQUENCES, len(batch.lengths))).astype(int)
-    places = np.flatnonzero(np.isin(batch.rows, few))
-    rows = torch.as_tensor(few, device=batch.tokens.device)
-    some = SequenceBatch(
-        batch.tokens[rows, : batch.lengths[few].max()],
-        batch.lengths[few],
-        np.searchsorted(few, batch.rows[places]),
-        batch.cols[places],
-        batch.micro_batch_tokens,
-        None if batch.allowed is None else batch.allowed[places],
-        None if batch.n_prompt is None else batch.n_prompt[few],
-    )
+    n = len(view.batch.lengths)
+    some, places = view.batch.of_sequences(np.linspace(0, n - 1, min(N_SEQUENCES, n)).astype(int))
     was_training = policy.training
     policy.train(True)  # as the update; unlike `set_training_mode` it leaves the rollout's cached rows alone
     now = policy.evaluate_actions(some, view.actions[torch.as_tensor(places, device=view.actions.device)])[1]

@@ -9,13 +9,14 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from textenv.lanes import Lanes
 from textenv.rewarding import RewardError
 
 from .actor_critic import MAX_LOGITS
-from .cache import PrefixCache
+from .encoder_decoder import Seq2SeqBackbone
 from .findings import Finding
 from .patient import Patient, Sample, observe
 from .sequences import SequenceBatch, unpack_observations
@@ -42,7 +43,7 @@ def check_reward(patient: Patient) -> list[Finding]:
     prompts = list(islice(cycle(env.prompts), N_EPISODES))
     observations = lanes.reset(seed=0, prompts=prompts)
     lanes.limits = np.minimum(lanes.limits, TRIAL_TOKENS)
-    totals, cache, spent = [], PrefixCache(lm.backbone), 0.0
+    totals, cache, spent = [], type(lm.rollout_cache)(lm.backbone), 0.0
     generator = torch.Generator().manual_seed(0)
     patient.policy.set_training_mode(False)
     while not lanes.idle.all():
@@ -111,11 +112,12 @@ def _time_update(patient: Patient) -> float:
     ids = torch.as_tensor(np.stack([tokens[:-1]] * N_UPDATE_SEQUENCES), device=policy.device)
     rows = np.repeat(np.arange(N_UPDATE_SEQUENCES), n_new)
     cols = np.tile(np.arange(n_new) + len(longest) - 1, N_UPDATE_SEQUENCES)
-    everything = AllowedTokens(TokenSets(policy.backbone.vocab_size), np.zeros(len(rows), dtype=np.int32))
-    allowed = everything if policy.lm.sampling.has_support else None
-    batch = SequenceBatch(ids, np.full(N_UPDATE_SEQUENCES, ids.shape[1]), rows, cols, allowed=allowed)
+    n_prompt = np.full(N_UPDATE_SEQUENCES, len(longest))
+    batch = SequenceBatch(ids, np.full(N_UPDATE_SEQUENCES, ids.shape[1]), rows, cols, n_prompt=n_prompt)
+    if policy.lm.sampling.has_support:
+        batch.allowed = AllowedTokens(TokenSets(policy.lm.backbone.vocab_size), rows * 0)  # 0: the whole vocabulary
     actions = torch.as_tensor(np.tile(tokens[len(longest) :], N_UPDATE_SEQUENCES), device=policy.device)
-    policy.set_training_mode(True)
+    policy.train(True)
     seconds = 0.0
     for _ in range(2):  # the first warms up
         start = time.perf_counter()
@@ -168,9 +170,12 @@ def _bytes_a_column(patient: Patient, sample: Sample) -> int:
     """Return the bytes of one row's keys and values for one token, over all layers."""
     ids, lengths = unpack_observations(sample.observations[0][:1])
     ids = ids[:, : int(lengths[0])]
+    backbone, ones = patient.policy.backbone, torch.ones_like(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
     with patient.policy.lm._precision():
-        cache = patient.policy.backbone.prefill(
-            ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None]
-        )
+        if isinstance(backbone, Seq2SeqBackbone):  # a prompt's have the same size in the decoder as its own tokens'
+            cache: Cache = backbone.prefill_rows(ids, ones, ids, ones, positions).self_attention_cache
+        else:
+            cache = backbone.prefill(ids, ones, positions)
     states = [state for layer in cast("list[DynamicLayer]", cache.layers) for state in (layer.keys, layer.values)]
     return sum(state.numel() * state.element_size() for state in states if state is not None) // ids.shape[1]

@@ -1,0 +1,75 @@
+"""Which options combine, as data: the axes, the pairs that do not combine and why, and a walk over the others."""
+
+from itertools import combinations, product
+
+AXES = {
+    "algorithm": ("PPO", "A2C", "MaskablePPO", "TRPO"),
+    "model": ("causal", "encoder-decoder"),
+    "trained": ("all", "head", "LastLayers", "LoRA"),
+    "critic": ("shared", "detached", "SeparateCritic", "RewardModelCritic"),
+    "value_norm": ("none", "norm", "popart"),
+    "sampling": ("plain", "temperature, top_p", "repetition_penalty", "top_p_lag (NLPO)"),
+    "mask": ("none", "AllowedMask", "RegexMask", "JSONSchemaMask"),
+    "KLPenalty": ("none", "k1", "k3, adaptive", "exact", "another reference"),
+    "advantage": ("gae", "grpo", "rloo"),
+    "score": ("each token", "shaped", "late, shaped"),
+    "memory": ("plain", "gradient_checkpointing", "micro_batch_tokens", "bfloat16"),
+    "beside": ("none", "CriticWarmup", "TrainingWarnings", "doctor"),
+}
+
+# One side, the other, and why they do not combine: words of the error.
+REFUSED = (
+    (("mask", "any"), ("algorithm", "PPO, A2C, TRPO"), "would sample what the mask forbids"),
+    (("mask", "none"), ("algorithm", "MaskablePPO"), "without `mask`"),
+    (("model", "encoder-decoder"), ("algorithm", "TRPO"), "second derivatives"),
+    (("memory", "gradient_checkpointing"), ("algorithm", "TRPO"), "would miss the vector"),
+    (("sampling", "top_p_lag (NLPO)"), ("algorithm", "TRPO"), "those of the lagged copy (NLPO) have no gradient"),
+    (("beside", "CriticWarmup"), ("algorithm", "TRPO"), "differentiates the policy in every update"),
+)
+
+
+def options(side):
+    """Which options of its axis a side of `REFUSED` names."""
+    axis, named = side
+    if named == "any":
+        return AXES[axis][1:]
+    names = named.split(", ") if axis == "algorithm" else [named]
+    return tuple(option for option in AXES[axis] if option in names)
+
+
+def refused_pairs():
+    """Each pair that does not combine, as ((axis, option), (axis, option), words)."""
+    for one, other, words in REFUSED:
+        for first, second in product(options(one), options(other)):
+            yield (one[0], first), (other[0], second), words
+
+
+def walk():
+    """Cells, each a dict of an option an axis, that hold every pair of options that combine at least once."""
+    never = {frozenset(pair[:2]) for pair in refused_pairs()}
+    places = [(axis, option) for axis, of_axis in AXES.items() for option in of_axis]
+    missing = {frozenset(pair) for pair in combinations(places, 2) if pair[0][0] != pair[1][0]} - never
+    cells = []
+    while missing:
+        cell = dict(min(sorted(pair) for pair in missing))
+        for axis, of_axis in AXES.items():
+            if axis in cell:
+                continue
+            chosen = list(cell.items())
+            fitting = [one for one in of_axis if not any(frozenset(((axis, one), two)) in never for two in chosen)]
+            new = [sum(frozenset(((axis, one), two)) in missing for two in chosen) for one in fitting]
+            cell[axis] = fitting[new.index(max(new))]
+        missing -= {frozenset(pair) for pair in combinations(cell.items(), 2)}
+        cells.append(cell)
+    return cells
+
+
+def readme_tables():
+    """What the README says of all this."""
+    cells = [f"{axis} | {'; '.join(of_axis)}" for axis, of_axis in AXES.items()]
+    lines = ["| of | any of | of | any of |", "|---|---|---|---|"]
+    lines += [f"| {first} | {second} |" for first, second in zip(cells[::2], cells[1::2])]
+    lines += ["", "| but not | with | since (the error says more) |", "|---|---|---|"]
+    for (axis, option), (other, others), words in REFUSED:
+        lines.append(f"| {axis}: {option} | {other}: {others} | {words} |")
+    return "\n".join(lines)

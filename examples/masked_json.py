@@ -75,11 +75,11 @@ def main() -> None:
     )
     algorithm = PPO if args.no_mask else MaskablePPO
     model = make_agent(env, config, n_envs=32, algorithm=algorithm, learning_rate=3e-3, seed=args.seed)
-    figures = {}
+    figures, n_samples = {}, 5 if args.smoke else 40  # of each prompt
     for name, n_tokens in (("before", 0), ("after", 1024 if args.smoke else 30_000)):
         if n_tokens:
             model.learn(n_tokens, progress_bar=True)
-        samples = generate(model, PROMPTS * 40, TOKENIZER, mask=mask, seed=args.seed, max_new_tokens=36)
+        samples = generate(model, PROMPTS * n_samples, TOKENIZER, mask=mask, seed=args.seed, max_new_tokens=36)
         figures[name] = describe(samples)
         print(f"{name:6} {figures[name]['valid']:4.0%} valid, mean rating {figures[name]['rating']}; such as:")
         print("\n".join(f"       {one.prompt}| {one.text}" for one in samples[:3]))

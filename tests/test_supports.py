@@ -214,6 +214,20 @@ def test_token_sets_are_kept_once_and_small():
     assert (other.dense(np.arange(3)) == sets.dense(np.arange(3))).all() and other.add(many[:1]).tolist() == [2]
 
 
+def test_token_sets_forget_and_are_renumbered():
+    sets, rows = TokenSets(40), np.eye(40, dtype=bool)
+    first, second = sets.add(rows[:6]), sets.add(rows[[3, 5, 30]])
+    kept = [second, np.zeros(2, dtype=np.int32)]
+    other = TokenSets(40)
+    other.load_state_dict(sets.state_dict(kept))
+    assert (other.dense(second) == rows[[3, 5, 30]]).all() and other.add(rows[5:6]) == first[5:6], "numbers stay"
+    fewer = sets.only(kept)
+    assert [part.tolist() for part in kept] == [[1, 2, 3], [0, 0]] and len(fewer.sets) == 4
+    assert (fewer.dense(second) == rows[[3, 5, 30]]).all() and fewer.dense(kept[1]).all()
+    assert fewer.add(rows[[0, 5]]).tolist() == [4, 2]
+    assert (sets.dense(first) == rows[:6]).all(), "what was handed out before stays as it is"
+
+
 def _no_callback(model):
     callback = CallbackList([])
     callback.init_callback(model)

@@ -40,7 +40,7 @@ class TokenSets:
         return np.array([self._number(row, whole) for row, whole in zip(bits, allowed, strict=True)], dtype=np.int32)
 
     def _number(self, bits: np.ndarray, allowed: np.ndarray) -> int:
-        key = blake2b(bits, digest_size=16).digest()
+        key = blake2b(bits.tobytes(), digest_size=16).digest()
         if key not in self._numbers:
             ids = np.flatnonzero(allowed).astype(np.int32)
             self._numbers[key] = len(self.sets)

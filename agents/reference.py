@@ -85,7 +85,10 @@ def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: Sequence
     for chunk in batch.chunks():
         both = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
         # An impossible token counts 0, and would be 0 * infinity.
-        parts = [(ours.exp() * (ours - theirs)).masked_fill(ours.isneginf(), 0.0).sum(dim=-1) for ours, theirs in both]
+        parts = [
+            (ours.softmax(dim=-1) * (ours - theirs)).masked_fill(ours.isneginf(), 0.0).sum(dim=-1)
+            for ours, theirs in both
+        ]
         result[torch.as_tensor(chunk.transitions, device=result.device)] = torch.cat(parts)
     return result
 

@@ -4,10 +4,10 @@
 
 An iteration is rollout, reward function and update (4 epochs of 4 minibatches), ours as `learn` runs it. TRL has the
 same model, prompts, reward function and KL penalty, and a critic of its own, since it knows no shared one; ours is
-measured with either. Then what the penalty costs, in iterations of ours with and without. Stock SB3
-has our policy without cache and its own `RolloutBuffer`, in which each token is a sample; no KL on either side. It is
-measured twice: as our policy reads such samples, in buckets of similar lengths, and padded to the observation's width,
-as a policy written straight for SB3 reads them.
+measured with either. Then what the penalty costs, in iterations of ours with and without. Stock SB3 has our policy
+without cache and its own `RolloutBuffer`, in which each token is a sample; no KL on either side. It is measured twice:
+as our policy reads such samples, in buckets of similar lengths, and padded to the observation's width, as a policy
+written straight for SB3 reads them.
 """
 
 from __future__ import annotations

@@ -73,7 +73,16 @@ def test_all_scripts_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert re.search(r"^Commit \w+; Python 3", result.stdout)
     rows = json.loads(path.read_text())
-    for claim in ("rollout, ", "update, equal", "update, growth", "update of a token", "SB3, env", "buffer, "):
+    claims = (
+        "rollout, ",
+        "update, equal",
+        "update, LoRA",
+        "update, growth",
+        "update of a token",
+        "SB3, env",
+        "buffer, ",
+    )
+    for claim in (*claims, "PPO iteration with KL (", "masked step, ", "masks stored, "):
         mine = [row for row in rows if row["claim"].startswith(claim)]
         assert mine, claim
         for row in mine:

@@ -74,6 +74,8 @@ def test_meteor_by_hand(monkeypatch):
 
 
 def test_meteor_with_wordnet_counts_synonyms_and_is_called_meteor(monkeypatch):
+    """Of words that are their own stems: nltk looks up the stems of what is left."""
+
     class Lemma:
         def __init__(self, word):
             self.word = word
@@ -83,13 +85,13 @@ def test_meteor_with_wordnet_counts_synonyms_and_is_called_meteor(monkeypatch):
 
     class Synset:
         def lemmas(self):
-            return [Lemma("film"), Lemma("movie")]
+            return [Lemma("car"), Lemma("auto")]
 
     class WordNet:
         def synsets(self, word):
-            return [Synset()] if word in ("film", "movie") else []
+            return [Synset()] if word in ("car", "auto") else []
 
-    rows = [""], ["a movie"], [["a film"]]
+    rows = [""], ["a car"], [["a auto"]]
     without = without_wordnet(monkeypatch)(*rows)["meteor_without_wordnet"].value
     monkeypatch.setattr(overlap, "_wordnet", WordNet)
     assert without < Meteor()(*rows)["meteor"].value == pytest.approx(1 - 0.5 / 8)

@@ -53,7 +53,7 @@ class Evaluation:
         >>> print(after.to_markdown())
         | figure | before | after | difference |
         |---|---|---|---|
-        | reward | 0.500 [0.000, 1.00] | 1.50 [1.00, 2.00] | +1.00 [+1.00, +1.00] |
+        | reward | 0.500 [0.00, 1.00] | 1.50 [1.00, 2.00] | +1.00 [+1.00, +1.00] |
     """
 
     scores: Mapping[str, Scores]

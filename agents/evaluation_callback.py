@@ -79,25 +79,30 @@ class Evaluate(BaseCallback):
         self.best_value, self.best_at = -self.sign * math.inf, 0
 
     def _on_training_start(self) -> None:
-        now = self.model.num_timesteps
-        if self.folder is not None and (self.folder / "best" / "best.json").is_file():
-            if now == 0:
-                raise ValueError(
-                    f"Expected a folder without the best model of another run, got {self.folder}: give another one, or "
-                    "load a checkpoint and learn(reset_num_timesteps=False) to go on with that run."
-                )
-            kept = json.loads((self.folder / "best" / "best.json").read_text(encoding="utf-8"))
-            if kept["figure"] != self.best:
-                raise ValueError(f"Expected best={kept['figure']!r}, as in {self.folder}, got {self.best!r}.")
-            self.best_value, self.best_at = kept["value"], kept["num_timesteps"]
-            past = json.loads((self.folder / "history.json").read_text(encoding="utf-8"))
-            self.history = {
-                row["num_timesteps"]: {name: _number(value) for name, value in row["figures"].items()} for row in past
-            }
-        elif now == 0:
-            self.best_value, self.best_at = -self.sign * math.inf, 0
+        now, self._n_updates = self.model.num_timesteps, -1
+        if now == 0:
+            self.history, self.best_value, self.best_at = {}, -self.sign * math.inf, 0
+        if self.folder is not None:
+            self._go_on(self.folder, now)
         # What comes after the checkpoint is measured again.
-        self.history = {at: figures for at, figures in self.history.items() if at <= now and now > 0}
+        self.history = {at: figures for at, figures in self.history.items() if at <= now}
+
+    def _go_on(self, folder: Path, now: int) -> None:
+        """Take up what an earlier part of the run has written."""
+        best, history = folder / "best" / "best.json", folder / "history.json"
+        if now == 0 and best.is_file():
+            raise ValueError(
+                f"Expected a folder without the best model of another run, got {folder}: give another one, or load a "
+                "checkpoint and learn(reset_num_timesteps=False) to go on with that run."
+            )
+        if best.is_file():
+            kept = json.loads(best.read_text(encoding="utf-8"))
+            if kept["figure"] != self.best:
+                raise ValueError(f"Expected best={kept['figure']!r}, as in {folder}, got {self.best!r}.")
+            self.best_value, self.best_at = kept["value"], kept["num_timesteps"]
+        if now > 0 and history.is_file():  # the best model is written first, so that a killed run measures it again
+            rows = json.loads(history.read_text(encoding="utf-8"))
+            self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in rows}
 
     def _on_rollout_start(self) -> None:
         if not self.history or self.model.num_timesteps >= max(self.history) + self.every:
@@ -108,16 +113,11 @@ class Evaluate(BaseCallback):
         return self.patience is None or waited < self.patience
 
     def _on_training_end(self) -> None:
-        if self.model.num_timesteps not in self.history and not self._is_inside_a_rollout():
+        if self._n_updates != self.model._n_updates:
             self._evaluate()
 
-    def _is_inside_a_rollout(self) -> bool:
-        """Whether a callback has stopped training, so that the model is still the one evaluated."""
-        buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
-        return 0 < buffer.pos < buffer.buffer_size
-
     def _evaluate(self) -> None:
-        now = self.model.num_timesteps
+        now, self._n_updates = self.model.num_timesteps, self.model._n_updates
         result = evaluate(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)
         if self.best not in result.figures:
             raise ValueError(f"Expected `best` to be one of {list(result.figures)}, got {self.best!r}.")
@@ -146,5 +146,5 @@ class Evaluate(BaseCallback):
             (beside / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _numbers(figures: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in figures.items()}

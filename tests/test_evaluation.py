@@ -11,11 +11,16 @@ from transformers import AutoModelForCausalLM
 from agents import Checkpoints, Evaluate, KLPenalty, evaluate, generate, latest_checkpoint, load_checkpoint
 from agents.evaluation import Evaluation
 from tests.models import make_policy
-from tests.training import PROMPTS, TOKENIZER, length_and_letters, same_weights, tiny_agent, tiny_env, weights
+from tests.training import PROMPTS, TOKENIZER, length_and_letters, same_weights, tiny_config, tiny_env, weights
+from tests.training import tiny_agent as agent_of
 from textenv import BannedMask, Preds, TextEnv
 from textenv.metrics import ROUGE, Distinct, Length, mean_of
 
 ROWS = [{"prompt": prompt, "reply": ["x y", prompt]} for prompt in ("ab", "c", "defg", "h", "ij")]
+
+
+def tiny_agent(*args, **kwargs):
+    return agent_of(*args, lm=tiny_config(n_positions=128), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -262,14 +267,22 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path):
         assert (tmp_path / "resumed" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def final(value):
+    return lambda prompt, preds, done: value * done
+
+
 def test_a_worse_model_does_not_replace_the_best_of_before(tmp_path):
     model = learner()
-    model.learn(64, callback=Evaluate(PROMPTS, TOKENIZER, folder=tmp_path, reward=lambda *_: 5.0))
+    model.learn(64, callback=Evaluate(PROMPTS, TOKENIZER, folder=tmp_path, reward=final(5.0)))
     model.learn(
         64,
         reset_num_timesteps=False,
-        callback=Evaluate(PROMPTS, TOKENIZER, every=1, folder=tmp_path, reward=lambda *_: 4.0),
+        callback=Evaluate(PROMPTS, TOKENIZER, every=1, folder=tmp_path, reward=final(4.0)),
     )
+    (tmp_path / "history.json").unlink()  # as where a run is killed between the two
+    again = Evaluate(PROMPTS, TOKENIZER, every=1, folder=tmp_path, reward=final(4.5))
+    model.learn(64, reset_num_timesteps=False, callback=again)
+    assert list(again.history) == [128, 192] and again.best_value == 5.0
     assert json.loads((tmp_path / "best" / "best.json").read_text())["num_timesteps"] == 0
     with pytest.raises(ValueError, match="Expected best='reward', as in"):
         other = Evaluate(PROMPTS, TOKENIZER, folder=tmp_path, best="length")

@@ -8,6 +8,8 @@ from .callbacks import Checkpoints, EpisodeMetrics, RewardCurves, SampleTable, s
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from .critic import RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
+from .evaluation import Evaluation, evaluate
+from .evaluation_callback import Evaluate
 from .export import export
 from .findings import DoctorError, Finding, Report
 from .flat_policy import FlatLMPolicy
@@ -29,6 +31,8 @@ __all__ = [
     "CriticWarmup",
     "DoctorError",
     "EpisodeMetrics",
+    "Evaluate",
+    "Evaluation",
     "Finding",
     "FlatLMPolicy",
     "Generation",
@@ -53,6 +57,7 @@ __all__ = [
     "TextVecEnv",
     "TrainingWarnings",
     "doctor",
+    "evaluate",
     "export",
     "generate",
     "latest_checkpoint",

@@ -28,6 +28,19 @@ class Generation(NamedTuple):
     end_reason: EndReason
 
 
+class FinalStep(NamedTuple):
+    """The end of an episode: its final info, as `TextEnv` has it, and its last observation, (L,)."""
+
+    info: dict[str, Any]
+    observation: np.ndarray
+
+    @property
+    def generation(self) -> Generation:
+        """Prompt, text, ids and end reason."""
+        ids = _continuation(self.observation)
+        return Generation(self.info["prompt"], self.info["text"], ids, self.info["end_reason"])
+
+
 def generate(
     model: BaseAlgorithm | LMPolicy,
     prompts: Sequence[PromptLike],
@@ -69,6 +82,15 @@ def generate(
         >>> from agents import generate
         >>> # [generation.text for generation in generate(model, ["The film was"], tokenizer, n=4)]
     """
+    policy = check_generator(model, tokenizer, n)
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    env = TextEnv(rows, tokenizer, reward=_no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
+    episodes = run_episodes(policy, env, env.prompts, deterministic, seed, n_envs, progress_bar)
+    return [episode.generation for episode in episodes]
+
+
+def check_generator(model: BaseAlgorithm | LMPolicy, tokenizer: Tokenizer, n: int) -> LMPolicy:
+    """Return the policy of what `generate` was given, or say what does not fit."""
     policy = model if isinstance(model, LMPolicy) else model.policy
     if not isinstance(policy, LMPolicy):
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
@@ -79,35 +101,40 @@ def generate(
             f"Expected the tokenizer that the model was trained with, of {policy.backbone.vocab_size} tokens, got "
             f"one of {len(tokenizer)}."
         )
-    rows = [prompt for prompt in prompts for _ in range(n)]
-    env = TextEnv(rows, tokenizer, reward=_no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
+    return policy
+
+
+def run_episodes(
+    policy: LMPolicy,
+    env: TextEnv,
+    prompts: Sequence[PromptLike],
+    deterministic: bool = False,
+    seed: int = 0,
+    n_envs: int = 64,
+    progress_bar: bool = False,
+) -> list[FinalStep]:
+    """Run one episode of each prompt through an env, in batches; return how each ended, in the order of the prompts.
+
+    Neither the policy's training nor the env's own row, order and `np_random` are touched.
+    """
     policy.backbone.check_length(env.max_prompt_tokens, env.rules.room)
-    envs = TextVectorEnv(env, min(n_envs, len(rows)))
+    envs = TextVectorEnv(env, min(n_envs, len(prompts)))
     generator = torch.Generator().manual_seed(seed)
-    generations: list[Generation | None] = [None] * len(rows)
-    observations, _ = envs.reset(options={"prompts": env.prompts})
+    ends: dict[int, FinalStep] = {}
+    observations = envs.lanes.reset(0, prompts)
     policy.set_training_mode(False)
-    with torch.no_grad(), tqdm(total=len(rows), unit="text", disable=not progress_bar) as bar:
+    with torch.no_grad(), tqdm(total=len(prompts), unit="text", disable=not progress_bar) as bar:
         while not envs.lanes.idle.all():
             batch = torch.as_tensor(observations, device=policy.device)
             allowed = torch.as_tensor(envs.lanes.allowed(), device=policy.device) if env.masks else None
             actions = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache, allowed, False).actions
-            observations, _, _, _, infos = envs.step(actions.cpu().numpy())
-            for generation in _finished(infos):
-                generations[generation.prompt.number] = generation
+            result = envs.lanes.step(actions.cpu().numpy())
+            observations = result.observations
+            for lane, observation in result.final_observations.items():
+                ends[result.infos[lane]["group"]] = FinalStep(result.infos[lane], observation)  # as they were dealt
                 bar.update()
     policy.lm.predict_cache.drop()
-    return [generation for generation in generations if generation is not None]
-
-
-def _finished(infos: dict[str, Any]) -> list[Generation]:
-    final = infos.get("final_info", {})
-    return [
-        Generation(
-            final["prompt"][row], final["text"][row], _continuation(infos["final_obs"][row]), final["end_reason"][row]
-        )
-        for row in np.flatnonzero(final.get("_text", ()))
-    ]
+    return [ends[place] for place in sorted(ends)]
 
 
 def _continuation(observation: np.ndarray) -> list[int]:

@@ -1,0 +1,150 @@
+"""Evaluation while a model trains: figures in the log, the best model kept, and an early stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from transformers import PreTrainedTokenizerBase
+
+from textenv.metrics.scores import Metric
+from textenv.prompts import PromptLike
+from textenv.tokenizer import Tokenizer
+
+from .evaluation import Evaluation, evaluate
+from .export import export
+from .files import replaced_folder, write_text
+
+
+class Evaluate(BaseCallback):
+    """Evaluates between iterations: before training, every so many tokens and at the end; does not change training.
+
+    It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on. Every evaluation has the
+    same seed, so that they can be compared. With a folder it writes there
+
+    - `history.json`: the figures of every evaluation,
+    - `best/model`: the best model so far, as `export` writes it, for `AutoModelForCausalLM.from_pretrained`,
+    - `best/evaluation.json` and `.md`: its figures and texts, and `best/best.json`: its figure and when it was.
+
+    They appear together or not at all. A run that goes on from a checkpoint reads them, and goes on as if it had never
+    stopped: the best is replaced by a better one only, and evaluations made after the checkpoint are made again.
+
+    An early stop takes effect in the first step of the next rollout, so the model stays as it was evaluated.
+
+    Args:
+        prompts: What to continue: keep it apart from what is trained on.
+        tokenizer: The tokenizer that the model trains with; a Hugging Face one is written beside the best model.
+        metrics: As for `evaluate`.
+        every: Tokens from one evaluation to the next, rounded up to whole rollouts.
+        folder: Where history and best model go; None keeps neither.
+        best: The figure by which models are compared.
+        higher_is_better: Whether a larger figure is a better one; False for a perplexity.
+        patience: Stop after so many evaluations in a row without a better figure; None never stops.
+        **kwargs: Other arguments of `evaluate`: `reward`, `n`, `max_new_tokens`, `references_column`, `reference`, ...
+
+    Raises:
+        ValueError: If there is no such figure, or a new run finds the best model of another in its folder.
+
+    Example:
+        >>> from agents import Evaluate
+        >>> # model.learn(100_000, callback=Evaluate(rows, tokenizer, folder="run", reward=reward, patience=5))
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[PromptLike],
+        tokenizer: Tokenizer,
+        metrics: Sequence[Metric] = (),
+        *,
+        every: int = 10_000,
+        folder: str | os.PathLike[str] | None = None,
+        best: str = "reward",
+        higher_is_better: bool = True,
+        patience: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if every < 1 or (patience is not None and patience < 1):
+            raise ValueError(f"Expected `every` and `patience` to be at least 1, got {every} and {patience}.")
+        self.prompts, self.tokenizer, self.metrics, self.kwargs = prompts, tokenizer, metrics, kwargs
+        self.every, self.patience = every, patience
+        self.folder = None if folder is None else Path(folder)
+        self.best, self.sign = best, 1 if higher_is_better else -1
+        self.history: dict[int, dict[str, float]] = {}  # figures by number of tokens
+        self.best_value, self.best_at = -self.sign * math.inf, 0
+
+    def _on_training_start(self) -> None:
+        now, self._n_updates = self.model.num_timesteps, -1
+        if now == 0:
+            self.history, self.best_value, self.best_at = {}, -self.sign * math.inf, 0
+        if self.folder is not None:
+            self._go_on(self.folder, now)
+        # What comes after the checkpoint is measured again.
+        self.history = {at: figures for at, figures in self.history.items() if at <= now}
+
+    def _go_on(self, folder: Path, now: int) -> None:
+        """Take up what an earlier part of the run has written."""
+        best, history = folder / "best" / "best.json", folder / "history.json"
+        if now == 0 and best.is_file():
+            raise ValueError(
+                f"Expected a folder without the best model of another run, got {folder}: give another one, or load a "
+                "checkpoint and learn(reset_num_timesteps=False) to go on with that run."
+            )
+        if best.is_file():
+            kept = json.loads(best.read_text(encoding="utf-8"))
+            if kept["figure"] != self.best:
+                raise ValueError(f"Expected best={kept['figure']!r}, as in {folder}, got {self.best!r}.")
+            self.best_value, self.best_at = kept["value"], kept["num_timesteps"]
+        if now > 0 and history.is_file():  # the best model is written first, so that a killed run measures it again
+            rows = json.loads(history.read_text(encoding="utf-8"))
+            self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in rows}
+
+    def _on_rollout_start(self) -> None:
+        if not self.history or self.model.num_timesteps >= max(self.history) + self.every:
+            self._evaluate()
+
+    def _on_step(self) -> bool:
+        waited = sum(at > self.best_at for at in self.history)
+        return self.patience is None or waited < self.patience
+
+    def _on_training_end(self) -> None:
+        if self._n_updates != self.model._n_updates:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        now, self._n_updates = self.model.num_timesteps, self.model._n_updates
+        result = evaluate(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)
+        if self.best not in result.figures:
+            raise ValueError(f"Expected `best` to be one of {list(result.figures)}, got {self.best!r}.")
+        self.history[now] = {name: one.value for name, one in result.figures.items()}
+        value = self.history[now][self.best]
+        if self.sign * value > self.sign * self.best_value:
+            self.best_value, self.best_at = value, now
+            if self.folder is not None:
+                self._keep(self.folder / "best", result)
+        if self.folder is not None:
+            rows = [
+                {"num_timesteps": at, "figures": {name: v if math.isfinite(v) else None for name, v in figures.items()}}
+                for at, figures in self.history.items()
+            ]
+            write_text(self.folder / "history.json", json.dumps(rows, indent=1) + "\n")
+        for name, number in self.history[now].items():
+            self.logger.record(f"eval/{name}", number)
+        self.logger.dump(now)
+
+    def _keep(self, folder: Path, result: Evaluation) -> None:
+        with replaced_folder(folder) as beside:
+            tokenizer = self.tokenizer if isinstance(self.tokenizer, PreTrainedTokenizerBase) else None
+            export(self.model, tokenizer, beside / "model")
+            result.save(beside / "evaluation")
+            best = {"figure": self.best, "value": self.best_value, "num_timesteps": self.best_at}
+            (beside / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
+
+
+def _numbers(figures: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in figures.items()}

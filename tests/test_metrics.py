@@ -1,0 +1,272 @@
+"""Metrics against values worked by hand and against the reference libraries."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import N_TOKENS, tiny
+from textenv import CharTokenizer
+from textenv.metrics import BLEU, ROUGE, ChrF, Distinct, Length, Meteor, Perplexity, mean_of, overlap
+from textenv.metrics.bootstrap import difference, estimate, per_prompt, resampled
+
+TEXTS = ["the cat sat on the mat .", "a dog", "", "there is a green house", "it rains in spring and autumn"]
+REFERENCES = [
+    ["the cat sat on a mat .", "a cat was sitting there"],
+    ["the dog"],
+    ["nothing was said"],
+    ["there was a green house here", "houses are green", "a house"],
+    ["it rains in autumn and spring"],
+]
+PROMPTS = [""] * len(TEXTS)
+
+
+def streams(references):
+    """References as sacrebleu has them: one list for each place, None where a row has fewer."""
+    width = max(map(len, references))
+    return [[own[i] if i < len(own) else None for own in references] for i in range(width)]
+
+
+# Overlap
+
+
+def test_rouge_by_hand():
+    """4 of 4 words against 5: P = 1, R = 4/5. Bigrams: 2 of 3 against 4. Longest common subsequence: 4."""
+    scores = ROUGE()([""], ["police killed the gunman"], [["police ended and killed the gunman".replace("and ", "")]])
+    assert scores["rouge1"].value == pytest.approx(2 * 1 * 0.8 / 1.8)
+    assert scores["rouge2"].value == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert scores["rougeL"].value == scores["rougeLsum"].value == pytest.approx(8 / 9)
+    lines = ROUGE()([""], ["b c\na"], [["a\nb c"]])  # sentences in another order: only Lsum takes them one by one
+    assert lines["rougeL"].value == pytest.approx(2 / 3) and lines["rougeLsum"].value == 1.0
+
+
+def test_rouge_is_the_best_reference_and_the_mean_over_rows():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+    for name, scores in ROUGE(use_stemmer=True)(PROMPTS, TEXTS, REFERENCES).items():
+        best = [max(scorer.score(one, text)[name].fmeasure for one in own) for text, own in zip(TEXTS, REFERENCES)]
+        assert scores.per_row.tolist() == pytest.approx(best)
+        assert scores.value == pytest.approx(np.mean(best))
+
+
+def test_rouge_of_characters():
+    chinese = [""], ["很好看"], [["不好看"]]
+    assert ROUGE(["rouge1"])(*chinese)["rouge1"].value == 0.0
+    assert ROUGE(["rouge1"], split=list)(*chinese)["rouge1"].value == pytest.approx(2 / 3)
+
+
+def without_wordnet(monkeypatch):
+    monkeypatch.setattr(overlap, "_wordnet", lambda: None)
+    return Meteor()
+
+
+def test_meteor_by_hand(monkeypatch):
+    """Two of three words, in one chunk: P = 2/3, R = 2/4, F = PR / (0.9 P + 0.1 R), penalty 0.5 (1/2)^3."""
+    meteor = without_wordnet(monkeypatch)
+    scores = meteor(["", ""], ["The cats ran", ""], [["a", "the cat was there"], ["x"]])
+    f = (2 / 3) * (2 / 4) / (0.9 * 2 / 3 + 0.1 * 2 / 4)
+    assert list(scores) == ["meteor_without_wordnet"]
+    assert scores["meteor_without_wordnet"].per_row.tolist() == pytest.approx([(1 - 0.5 / 8) * f, 0.0])
+
+
+def test_meteor_with_wordnet_counts_synonyms_and_is_called_meteor(monkeypatch):
+    """Of words that are their own stems: nltk looks up the stems of what is left."""
+
+    class Lemma:
+        def __init__(self, word):
+            self.word = word
+
+        def name(self):
+            return self.word
+
+    class Synset:
+        def lemmas(self):
+            return [Lemma("car"), Lemma("auto")]
+
+    class WordNet:
+        def synsets(self, word):
+            return [Synset()] if word in ("car", "auto") else []
+
+    rows = [""], ["a car"], [["a auto"]]
+    without = without_wordnet(monkeypatch)(*rows)["meteor_without_wordnet"].value
+    monkeypatch.setattr(overlap, "_wordnet", WordNet)
+    assert without < Meteor()(*rows)["meteor"].value == pytest.approx(1 - 0.5 / 8)
+
+
+def test_missing_wordnet_data_is_found_out(monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    from nltk.corpus import wordnet
+
+    if type(wordnet).__name__ == "LazyCorpusLoader":  # else another test has loaded it
+        assert overlap._wordnet() is None
+
+
+@pytest.mark.parametrize("references", [REFERENCES, [own[:1] for own in REFERENCES]])
+def test_bleu_and_chrf_are_sacrebleus(references):
+    from sacrebleu.metrics import BLEU as SacreBLEU
+    from sacrebleu.metrics import CHRF
+
+    theirs = SacreBLEU().corpus_score(TEXTS, streams(references)).score
+    assert BLEU()(PROMPTS, TEXTS, references)["sacrebleu"].value == pytest.approx(theirs) and theirs > 10
+    for order, name in ((0, "chrf"), (2, "chrf++")):
+        theirs = CHRF(word_order=order).corpus_score(TEXTS, streams(references)).score
+        assert ChrF(order)(PROMPTS, TEXTS, references)[name].value == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("metric", [BLEU(), ChrF()], ids=["bleu", "chrf"])
+def test_a_resampled_corpus_score_is_that_of_the_resampled_corpus(metric):
+    """The sums of the rows' counts stand for the rows."""
+    (scores,) = metric(PROMPTS, TEXTS, REFERENCES).values()
+    rows = np.random.default_rng(3).integers(len(TEXTS), size=len(TEXTS))
+    (drawn,) = metric(PROMPTS, [TEXTS[i] for i in rows], [REFERENCES[i] for i in rows]).values()
+    assert resampled(scores, seed=3, n_resamples=1)[0] == pytest.approx(drawn.value)
+
+
+def test_bleu_by_hand():
+    """Precisions 5/6, 3/5, 1/4 and none of 3, smoothed to 1/2 of 1/3; equally long."""
+    score = BLEU()([""], ["the cat sat on the mat"], [["the cat was on the mat"]])["sacrebleu"].value
+    assert score == pytest.approx(100 * (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25)
+
+
+@pytest.mark.parametrize("metric", [ROUGE(), Meteor(), BLEU(), ChrF()])
+def test_a_text_without_references_is_named(metric):
+    with pytest.raises(ValueError, match=r"references for each text, got \[\] for row 1: name the column"):
+        metric(["", ""], ["a", "b"], [["a"], []])
+    with pytest.raises(ValueError, match="got 'ab' for row 0"):
+        metric([""], ["a"], ["ab"])
+    with pytest.raises(ValueError, match="for each of 2 texts, got 1"):
+        metric(["", ""], ["a", "b"], [["a"]])
+
+
+@pytest.mark.parametrize(
+    ("library", "metric"), [("rouge_score", ROUGE), ("nltk", Meteor), ("sacrebleu", BLEU), ("sacrebleu", ChrF)]
+)
+def test_a_missing_library_names_the_extra(monkeypatch, library, metric):
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"Expected {library}.*pip install 'textenv\[overlap\]'"):
+        metric()
+
+
+def test_unknown_types_are_refused():
+    with pytest.raises(ValueError, match=r"Expected `types` among .* got \['rougeX'\]"):
+        ROUGE(["rougeX"])
+
+
+# Surface
+
+
+def test_lengths_by_hand():
+    assert Length()(["", ""], ["a bc  d", ""], [[], []])["length_words"].per_row.tolist() == [3.0, 0.0]
+    assert Length(CharTokenizer())(["", ""], ["a bc", "d"], [[], []])["length_tokens"].value == 2.5
+
+
+def test_distinct_by_hand():
+    """Unigrams a b a c d: 4 of 5. Bigrams ab, ba, cd: 3 of 3; words do not cross texts."""
+    scores = Distinct((1, 2, 4))([""] * 3, ["a b a", "c d", ""], [[]] * 3)
+    assert scores["distinct_1"].value == 4 / 5 and scores["distinct_2"].value == 1.0
+    assert math.isnan(scores["distinct_4"].value)
+    assert estimate(scores["distinct_1"]) == (0.8, None, None)
+    assert Distinct((1,), split=list)([""], ["好好看"], [[]])["distinct_1"].value == 2 / 3
+    with pytest.raises(ValueError, match="`orders` to be one or more numbers of at least 1"):
+        Distinct(())
+
+
+# Perplexity
+
+
+@pytest.fixture(scope="module")
+def judge():
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny(n_positions=24)).train()
+
+
+def by_hand(model, prompt, text):
+    """One token at a time, the plain way: negative log-likelihood and number of tokens."""
+    ids = CharTokenizer().encode(prompt + text)
+    model.eval()
+    nats = [
+        -torch.log_softmax(model(torch.tensor([ids[:i]])).logits[0, -1].double(), -1)[ids[i]].item()
+        for i in range(max(len(prompt), 1), len(ids))
+    ]
+    model.train()
+    return sum(nats), len(nats)
+
+
+ROWS = [("ab", "cde"), ("a", ""), ("hello ", "there"), ("", "xyz"), ("ijk", "l")]
+
+
+@pytest.mark.parametrize("batch_tokens", [8192, 12, 1])
+def test_perplexity_is_that_of_one_token_at_a_time(judge, batch_tokens):
+    prompts, texts = zip(*ROWS)
+    scores = Perplexity(judge, CharTokenizer(), batch_tokens=batch_tokens)(prompts, texts, [[]] * 5)["perplexity"]
+    expected = np.array([by_hand(judge, *row) for row in ROWS])
+    assert np.allclose(scores.rows, expected, atol=1e-5)
+    assert scores.value == pytest.approx(math.exp(expected[:, 0].sum() / expected[:, 1].sum()), rel=1e-5)
+    assert judge.training
+
+
+def test_perplexity_of_a_uniform_model_is_the_size_of_its_vocabulary():
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny(vocab_size=N_TOKENS))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    scores = Perplexity(model, CharTokenizer(), name="uniform")(["ab"], ["cd"], [[]])["uniform"]
+    assert scores.value == pytest.approx(N_TOKENS)
+    empty = Perplexity(model, CharTokenizer())(["ab"], [""], [[]])["perplexity"]
+    assert math.isnan(empty.value) and estimate(empty)[1:] == (None, None)
+
+
+def test_a_long_prompt_loses_its_start_and_a_long_text_is_refused(judge):
+    metric = Perplexity(judge, CharTokenizer())
+    long = metric(["z" * 9 + "abcdefghijklmnopqr"], ["stuvwx"], [[]])["perplexity"]
+    assert np.allclose(long.rows, [by_hand(judge, "abcdefghijklmnopqr", "stuvwx")], atol=1e-5)
+    with pytest.raises(ValueError, match="fit max_tokens=24 with a token before, got 24 tokens in row 0"):
+        metric(["a"], ["b" * 24], [[]])
+
+
+# Intervals
+
+
+def test_an_interval_is_that_of_the_normal_approximation():
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+    result = estimate(mean_of(values))
+    error = values.std() / 20
+    assert result.value == pytest.approx(values.mean())
+    assert result.low == pytest.approx(values.mean() - 1.96 * error, abs=0.2 * error)
+    assert result.high == pytest.approx(values.mean() + 1.96 * error, abs=0.2 * error)
+    assert estimate(mean_of(values)) == result != estimate(mean_of(values), seed=1)
+
+
+def test_a_paired_difference_is_surer_than_two_figures():
+    generator = np.random.default_rng(2)
+    before = generator.normal(0.0, 5.0, size=200)
+    after = before + generator.normal(0.3, 0.5, size=200)
+    paired, alone = difference(mean_of(after), mean_of(before)), estimate(mean_of(after - before))
+    assert paired == pytest.approx(alone)
+    assert paired.low > 0 and estimate(mean_of(after)).low < estimate(mean_of(before)).high
+    with pytest.raises(ValueError, match="same prompts twice, got 200 and 3 rows"):
+        difference(mean_of(after), mean_of(before[:3]))
+
+
+def test_texts_of_one_prompt_are_drawn_together():
+    """Two texts that differ and two prompts that do not: over prompts there is no spread."""
+    scores = per_prompt(mean_of([0.0, 1.0, 0.0, 1.0]), 2)
+    assert scores.per_row.tolist() == [0.5, 0.5]
+    assert estimate(scores) == (0.5, 0.5, 0.5)
+
+
+def test_metrics_are_imported_without_torch_and_the_libraries():
+    code = "import sys, textenv.metrics; print(*{'torch', 'transformers', 'nltk', 'sacrebleu'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []

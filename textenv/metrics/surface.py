@@ -1,0 +1,71 @@
+"""Metrics of the texts alone: how long they are, and how much they repeat themselves and each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from textenv.metrics.scores import Scores, mean_of
+from textenv.tokenizer import Tokenizer
+
+Split = Callable[[str], Sequence[str]]
+
+
+class Length:
+    """The mean length of the texts: `length_words`, or `length_tokens` with a tokenizer.
+
+    Args:
+        tokenizer: Counts its tokens instead of words (what stands between white space).
+
+    Example:
+        >>> Length()(["The", "A"], [" film was good", " dog"], [[], []])["length_words"].value
+        2.0
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(
+        self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, Scores]:
+        """Return the mean length."""
+        if self.tokenizer is None:
+            return {"length_words": mean_of([len(text.split()) for text in texts])}
+        encode = self.tokenizer.encode
+        return {"length_tokens": mean_of([len(encode(text, add_special_tokens=False)) for text in texts])}
+
+
+class Distinct:
+    """`distinct_n`: different n-grams over all n-grams of all texts together (Li et al., 2016, section 5.2).
+
+    It falls as there are more texts, so only equally many can be compared. It has no interval: texts that are drawn
+    twice would make the resampled figure smaller than the true one. nan where no text has n words.
+
+    Args:
+        orders: The n.
+        split: Cuts a text into words: at white space; `list` for single characters, as in Chinese.
+
+    Example:
+        >>> scores = Distinct()(["", ""], ["a b a b", "a b"], [[], []])
+        >>> scores["distinct_1"].value == 2 / 6, scores["distinct_2"].value == 2 / 4
+        (True, True)
+    """
+
+    def __init__(self, orders: Sequence[int] = (1, 2), split: Split = str.split) -> None:
+        if not orders or min(orders) < 1:
+            raise ValueError(f"Expected `orders` to be one or more numbers of at least 1, got {orders}.")
+        self.orders, self.split = tuple(orders), split
+
+    def __call__(
+        self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, Scores]:
+        """Return the share of different n-grams for each n."""
+        words = [self.split(text) for text in texts]
+        scores = {}
+        for n in self.orders:
+            ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+            share = len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+            scores[f"distinct_{n}"] = Scores(np.zeros((len(texts), 0)), whole=share)
+        return scores

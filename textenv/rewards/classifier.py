@@ -28,7 +28,8 @@ class Classifier(BatchReward):
         label: The label that is wanted: a name of the model's `config.id2label`, or its number.
         label_column: Where each prompt's own label is in its row, instead of `label`.
         output: "probability" (of all labels together 1; where the model has one label, or `problem_type` is
-            "multi_label_classification", each for itself), "logit", or "label": 1.0 where it is the likeliest, else 0.0.
+            "multi_label_classification", each for itself), "logit", or "label": 1.0 where it is the likeliest, 0.0
+            where it is not.
         reads: "completion" judges what the policy wrote, "whole" the prompt with it.
         tokenizer: The model's own, where the model is no name or path.
         max_length: The most tokens of a text; longer ones are cut, which is warned of once.

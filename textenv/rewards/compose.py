@@ -155,14 +155,12 @@ class Gate(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the gated rewards."""
         verdicts = score_rows(self._condition, prompts, preds, dones)
-        return _score_some(
-            self._reward,
-            [verdict.value > self.threshold for verdict in verdicts],
-            self.otherwise,
-            prompts,
-            preds,
-            dones,
-        )
+        rows = [row for row, verdict in enumerate(verdicts) if verdict.value > self.threshold]
+        scores: list[float | Mapping[str, float]] = [self.otherwise] * len(prompts)
+        earned = score_rows(self._reward, *_rows(rows, prompts, preds, dones))
+        for row, reward in zip(rows, earned, strict=True):
+            scores[row] = reward.parts or reward.value
+        return scores
 
 
 @dataclass

@@ -52,12 +52,17 @@ class TextModel:
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ValueError("Expected the model's own `tokenizer` beside a model in this process, got none.")
-            self.model: Any = model if dtype is None else model.to(dtype=_dtype(dtype))
+            self.model: Any = model
         else:
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            loaded = AutoModelForSequenceClassification.from_pretrained(model, dtype=_dtype(dtype or "float32"))
-            self.model = loaded
-        self.model = self.model.eval() if device is None else self.model.to(device).eval()
+            auto: Any = AutoModelForSequenceClassification
+            self.model = auto.from_pretrained(model, dtype=_dtype("float32" if dtype is None else dtype))
+        # A model that transformers has placed itself (quantised, on several devices) is left alone unless asked.
+        if dtype is not None:
+            self.model.to(dtype=_dtype(dtype))
+        if device is not None:
+            self.model.to(device)
+        self.model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side = truncation_side
         self.batch_size = batch_size
@@ -67,7 +72,7 @@ class TextModel:
 
     def _longest(self, max_length: int | None) -> int:
         # Tokenizers without a limit of their own say 1e30; models of relative positions have none.
-        positions = self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         limit = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
         if max_length is not None and not 1 <= max_length <= limit:
             raise ValueError(

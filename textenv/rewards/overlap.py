@@ -32,6 +32,10 @@ def _references(prompt: Prompt) -> list[str]:
     return prompt.references
 
 
+def _words(text: str) -> list[str]:
+    return import_module("nltk.tokenize").wordpunct_tokenize(text)
+
+
 class _NoWordNet:
     """Stands where METEOR wants WordNet, and knows no synonyms."""
 
@@ -67,14 +71,13 @@ class Meteor(RowReward):
     wordnet: bool | None = None
 
     def __post_init__(self) -> None:
-        self._tokenize = _load("nltk.tokenize", self, "nltk").wordpunct_tokenize
+        _load("nltk.tokenize", self, "nltk")
         self._meteor_score = _load("nltk.translate.meteor_score", self, "nltk").meteor_score
-        self._wordnet: Any = _NoWordNet()
+        self._has_wordnet = False
         if self.wordnet is not False:
-            wordnet = _load("nltk.corpus", self, "nltk").wordnet
             try:
-                wordnet.ensure_loaded()
-                self._wordnet = wordnet
+                _load("nltk.corpus", self, "nltk").wordnet.ensure_loaded()
+                self._has_wordnet = True
             except LookupError as error:
                 if self.wordnet:
                     raise LookupError("Expected WordNet to be installed: nltk.download('wordnet').") from error
@@ -87,12 +90,13 @@ class Meteor(RowReward):
     @property
     def label(self) -> str:
         """What to call it in a table."""
-        return "METEOR (without WordNet)" if isinstance(self._wordnet, _NoWordNet) else "METEOR"
+        return "METEOR" if self._has_wordnet else "METEOR (without WordNet)"
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
-        references = [self._tokenize(reference) for reference in _references(prompt)]
-        return float(self._meteor_score(references, self._tokenize(preds.text), wordnet=self._wordnet))
+        references = [_words(reference) for reference in _references(prompt)]
+        wordnet = import_module("nltk.corpus").wordnet if self._has_wordnet else _NoWordNet()
+        return float(self._meteor_score(references, _words(preds.text), wordnet=wordnet))
 
 
 @dataclass
@@ -152,14 +156,14 @@ class Bleu(RowReward):
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"Expected `n` to be at least 1, got {self.n}.")
-        self._tokenize = _load("nltk.tokenize", self, "nltk").wordpunct_tokenize
+        _load("nltk.tokenize", self, "nltk")
         bleu = _load("nltk.translate.bleu_score", self, "nltk")
         self._sentence_bleu, self._smooth = bleu.sentence_bleu, bleu.SmoothingFunction().method1
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
-        references = [self._tokenize(reference) for reference in _references(prompt)]
-        words = self._tokenize(preds.text)
+        references = [_words(reference) for reference in _references(prompt)]
+        words = _words(preds.text)
         return float(self._sentence_bleu(references, words, [1 / self.n] * self.n, self._smooth)) if words else 0.0
 
 

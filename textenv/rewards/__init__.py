@@ -1,6 +1,6 @@
 """Rewards of finished texts, and how they are put together.
 
-The rewards that need torch are in modules of their own: `textenv.rewards.classifier`, `.preference`.
+The rewards that need torch are in modules of their own: `textenv.rewards.classifier`, `.preference`, `.likelihood`.
 """
 
 from textenv.rewards.base import BatchReward, RowReward, score_rows

@@ -30,6 +30,7 @@ _ENTRY_POINTS = {
     "vader": f"{_ROOM}.lexicon:Vader",
     "classifier": f"{_ROOM}.classifier:Classifier",
     "preference": f"{_ROOM}.preference:Preference",
+    "likelihood": f"{_ROOM}.likelihood:Likelihood",
 }
 
 

@@ -34,6 +34,7 @@ class TextModel:
         device: Where the model runs; unset, where it is.
         dtype: Of the weights; unset, float32 for what is loaded, and what it is for a model in this process. Scores
             are float32.
+        auto_class: What loads a name or path.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TextModel:
         batch_size: int = 32,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        auto_class: Any = AutoModelForSequenceClassification,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Expected `batch_size` to be at least 1, got {batch_size}.")
@@ -55,8 +57,7 @@ class TextModel:
             self.model: Any = model
         else:
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            auto: Any = AutoModelForSequenceClassification
-            self.model = auto.from_pretrained(model, dtype=_dtype("float32" if dtype is None else dtype))
+            self.model = auto_class.from_pretrained(model, dtype=_dtype("float32" if dtype is None else dtype))
         # A model that transformers has placed itself (quantised, on several devices) is left alone unless asked.
         if dtype is not None:
             self.model.to(dtype=_dtype(dtype))

@@ -17,10 +17,10 @@ from transformers import (
 
 from agents.pretrain import bpe_tokenizer, word_tokenizer
 from tests.rewards import preds_of, rows, scores
-from tests.training import tiny_agent
+from tests.training import tiny_agent, tiny_config
 from textenv import CharTokenizer, Prompt, RewardError, TextEnv
 from textenv.completion import Turn
-from textenv.rewards import Cached, Ensemble, WeightedSum, make_reward
+from textenv.rewards import Cached, Ensemble, Scale, WeightedSum, make_reward
 from textenv.rewards.classifier import Classifier
 from textenv.rewards.preference import STATS_FILE, Preference, RewardStats
 from textenv.rewards.text_model import TextModel
@@ -290,3 +290,24 @@ def test_a_rollouts_texts_are_scored_in_one_call():
     assert len(judge.sizes) == 1 and judge.sizes[0] > 4
     assert all(torch.equal(one, two) for one, two in zip(before, judge.model.parameters()))
     assert all(weight.grad is None for weight in judge.model.parameters())
+
+
+@pytest.mark.parametrize(("factor", "learns"), [(1.0, True), (0.0, False)])
+def test_a_policy_learns_what_a_classifier_likes(factor, learns):
+    """A classifier of characters that likes "b"; scaled to nothing, nothing is learned."""
+    letters = bpe_tokenizer(["ab"], 257)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=257, n_embd=8, n_layer=0, n_head=1, num_labels=2, eos_token_id=0)
+    model = GPT2ForSequenceClassification(config)
+    with torch.no_grad():  # no layer: the score is that of the last letter
+        for weight in (model.transformer.wpe.weight, model.transformer.wte.weight, model.score.weight):
+            weight.zero_()
+        model.transformer.wte.weight[letters("b")["input_ids"][0], 0] = 1.0
+        model.score.weight[1, 0] = 3.0
+    judge = Classifier(model, 1, tokenizer=letters)
+    assert scores(judge, ["b"])[0] > 0.9 and scores(judge, ["a"]) == [0.5]
+    env = TextEnv(["a", "c"], CharTokenizer("abc"), reward=Scale(judge, factor), max_new_tokens=1)
+    agent = tiny_agent(env, lm=tiny_config(4), n_envs=32, n_steps=2)
+    agent.learn(64 * 20)
+    share = np.mean([agent.predict(env.reset(seed=seed)[0], deterministic=False)[0] == 2 for seed in range(100)])
+    assert share > 0.9 if learns else share < 0.6

@@ -15,11 +15,11 @@ from textenv.episode import PADDING, SEPARATOR, EpisodeRules
 from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
 from textenv.prompts import Order, Prompt, PromptLike, PromptReader, read_rows
-from textenv.rewarding import RewardError, RewardFunction, describe
+from textenv.rewarding import RewardFunction, ScoreAt, score_each
+from textenv.rewards.base import BatchReward, RewardLike, score_rows
+from textenv.rewards.registry import read_reward
 from textenv.tokenizer import Tokenizer
 from textenv.vocabulary import Vocabulary
-
-ScoreAt = Literal["step", "done", "rollout_end"]
 
 
 class TextEnv(gym.Env[np.ndarray, Any]):
@@ -50,7 +50,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             .csv or .txt file. A row may carry its own, smaller `max_new_tokens`.
         tokenizer: A Hugging Face tokenizer, or anything with the members of `textenv.Tokenizer`. A prompt gets the
             special tokens that open a text (BOS), not those that close it.
-        reward: A function with the contract of `get_reward`, instead of a subclass.
+        reward: Instead of a subclass: a function with the contract of `get_reward`, a `textenv.rewards.BatchReward`,
+            or the name of a reward, as "vader" (see `textenv.rewards.read_reward`).
         max_new_tokens: The most tokens that the policy writes in an episode.
         max_prompt_tokens: The longest prompt. Unset, the longest one given: set it where training and test prompts
             differ, since it decides the width of the observation.
@@ -61,7 +62,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         stop_strings: Texts that end a turn as soon as they appear; they are not part of `preds.text`.
         length_limit: Whether reaching `max_new_tokens` is "terminate" or "truncate".
         score_at: "step" calls the reward for every token, "done" for finished episodes only, "rollout_end" for all
-            finished episodes of a rollout in one call (see `agents.LateScores`; without it, as "done").
+            finished episodes of a rollout in one call (see `agents.LateScores`; without it, as "done"). Unset, a
+            `BatchReward` says it itself; anything else is called for every token.
         samples_per_prompt: How many episodes each prompt is given to, a group: one draw of the order. Lanes take the
             members one after the other, as they become free, so `n_envs` need not be a multiple of it, and the members
             need not stand in neighbouring lanes, nor in step. `preds.group` and `info["group"]` number the groups. With
@@ -98,7 +100,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         prompts: Sequence[PromptLike] | str | PathLike[str],
         tokenizer: Tokenizer,
         *,
-        reward: RewardFunction | None = None,
+        reward: RewardLike | None = None,
         max_new_tokens: int = 64,
         max_prompt_tokens: int | None = None,
         truncation_side: Literal["left", "right"] | None = None,
@@ -107,7 +109,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         stop_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         length_limit: Literal["terminate", "truncate"] = "terminate",
-        score_at: ScoreAt = "step",
+        score_at: ScoreAt | None = None,
         samples_per_prompt: int = 1,
         order: Order = "shuffle",
         max_turns: int = 1,
@@ -118,12 +120,13 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     ) -> None:
         _check_choice("truncation_side", truncation_side, (None, "left", "right"))
         _check_choice("length_limit", length_limit, ("terminate", "truncate"))
-        _check_choice("score_at", score_at, get_args(ScoreAt))
+        _check_choice("score_at", score_at, (None, *get_args(ScoreAt)))
         _check_choice("order", order, get_args(Order))
         _check_choice("render_mode", render_mode, (None, "ansi", "human"))
         self.tokenizer = tokenizer
         self.reward = self._check_reward(reward)
-        self.score_at: ScoreAt = score_at
+        own_choice: ScoreAt = self.reward.score_at if isinstance(self.reward, BatchReward) else "step"
+        self.score_at: ScoreAt = own_choice if score_at is None else score_at
         if samples_per_prompt < 1:
             raise ValueError(f"Expected `samples_per_prompt` to be at least 1, got {samples_per_prompt}.")
         self.samples_per_prompt = samples_per_prompt
@@ -155,7 +158,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.action_space = spaces.Discrete(len(tokenizer))
         self._lanes = Lanes(self, 1, autoreset=False)
 
-    def _check_reward(self, reward: RewardFunction | None) -> RewardFunction | None:
+    def _check_reward(self, reward: RewardLike | None) -> RewardFunction | None:
         hooks = type(self)
         overridden = hooks.get_reward is not TextEnv.get_reward or hooks.get_rewards is not TextEnv.get_rewards
         if overridden == (reward is not None):
@@ -163,7 +166,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
                 "Expected exactly one reward: a subclass of TextEnv that defines `get_reward(self, prompt, preds, "
                 f"done)`, or `reward=function`; got {'both' if overridden else 'neither'}."
             )
-        return reward
+        return None if reward is None else read_reward(reward)
 
     def _check_turns(self, max_new_tokens: int, max_turns: int, max_response_tokens: int) -> None:
         if max_new_tokens < 1:
@@ -226,18 +229,14 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     ) -> Sequence[float | Mapping[str, float]]:
         """Return the rewards of several rows at once; override it where a batch is cheaper, as with a classifier.
 
-        The default calls `get_reward` for each row; its arguments and result are lists of that method's. Rows of one
-        `preds.group` are samples of one prompt. In training with `score_at="rollout_end"` a call has whole groups, each
-        together; elsewhere (an evaluation, a single row) it has the rows that are there, maybe one of a group.
+        The default calls a `BatchReward` once, and anything else, by `get_reward`, for each row; arguments and result
+        are lists of that method's. Rows of one `preds.group` are samples of one prompt. In training with
+        `score_at="rollout_end"` a call has whole groups, each together; elsewhere (an evaluation, a single row) it has
+        the rows that are there, maybe one of a group.
         """
-        rewards = []
-        for prompt, completion, done in zip(prompts, preds, dones, strict=True):
-            try:
-                rewards.append(self.get_reward(prompt, completion, done))
-            except Exception as error:
-                where = describe(prompt, completion)
-                raise RewardError(f"`get_reward` raised {type(error).__name__}: {error} ({where}).") from error
-        return rewards
+        if isinstance(self.reward, BatchReward):
+            return [reward.parts or reward.value for reward in score_rows(self.reward, prompts, preds, dones)]
+        return score_each(self.get_reward, prompts, preds, dones, "`get_reward`")
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | None:
         """Answer a turn of the policy, or end the episode with None; define it for an episode of several turns.

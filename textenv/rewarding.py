@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from textenv.completion import Preds
 from textenv.prompts import Prompt
+
+ScoreAt = Literal["step", "done", "rollout_end"]
 
 
 class RewardError(ValueError):
@@ -31,6 +33,28 @@ class Reward(NamedTuple):
 def describe(prompt: Prompt, preds: Preds) -> str:
     """Name a row in an error message."""
     return f"lane {preds.lane}, prompt {str(prompt)[:80]!r}, text {preds.text[:80]!r}"
+
+
+def score_each(
+    reward: RewardFunction,
+    prompts: Sequence[Prompt],
+    preds: Sequence[Preds],
+    dones: Sequence[bool],
+    name: str = "the reward",
+) -> list[float | Mapping[str, float]]:
+    """Return what a function makes of each row.
+
+    Raises:
+        RewardError: If it raises; the message has its name and the row.
+    """
+    rewards = []
+    for prompt, completion, done in zip(prompts, preds, dones, strict=True):
+        try:
+            rewards.append(reward(prompt, completion, done))
+        except Exception as error:
+            where = describe(prompt, completion)
+            raise RewardError(f"{name} raised {type(error).__name__}: {error} ({where}).") from error
+    return rewards
 
 
 def check_rewards(values: Any, prompts: Sequence[Prompt], preds: Sequence[Preds]) -> list[Reward]:

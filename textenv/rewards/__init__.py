@@ -1,0 +1,37 @@
+"""Rewards of finished texts, and how they are put together.
+
+The rewards that need torch are in modules of their own: `textenv.rewards.classifier`, `.preference`, `.likelihood`.
+"""
+
+from textenv.rewards.base import BatchReward, RowReward, score_rows
+from textenv.rewards.compose import Cached, Clip, Ensemble, Gate, Scale, WeightedSum
+from textenv.rewards.lexicon import Vader
+from textenv.rewards.overlap import Bleu, Chrf, Meteor, Rouge, SacreBleu
+from textenv.rewards.registry import make_reward, read_reward, register_reward
+from textenv.rewards.rules import Format, Keyword, Length, Regex, Repetition
+
+__all__ = [
+    "BatchReward",
+    "Bleu",
+    "Cached",
+    "Chrf",
+    "Clip",
+    "Ensemble",
+    "Format",
+    "Gate",
+    "Keyword",
+    "Length",
+    "Meteor",
+    "Regex",
+    "Repetition",
+    "Rouge",
+    "RowReward",
+    "SacreBleu",
+    "Scale",
+    "Vader",
+    "WeightedSum",
+    "make_reward",
+    "read_reward",
+    "register_reward",
+    "score_rows",
+]

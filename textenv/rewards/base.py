@@ -1,0 +1,99 @@
+"""The one contract of a reward that scores many rows in a call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from textenv.completion import Preds
+from textenv.prompts import Prompt
+from textenv.rewarding import Reward, RewardFunction, ScoreAt, check_rewards, score_each
+
+Reads = Literal["completion", "whole"]
+
+
+class BatchReward(ABC):
+    """A reward that is called once for many rows: `TextEnv(prompts, tokenizer, reward=MyReward())`.
+
+    Subclass it and write `score`. Write its parameters as the fields of a dataclass, so that it can be pickled. It can
+    also be called as a function, `reward(prompt, preds, done)`, for one row.
+
+    Attributes:
+        score_at: What `TextEnv` uses where its own `score_at` is not given. "step": every token has a reward. "done"
+            and "rollout_end": the reward is about finished texts, and only they are ever given to `score` (other rows
+            earn 0); "rollout_end" is for what is heavy, and so is best asked once a rollout.
+
+    Example:
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> class Shouting(BatchReward):
+        ...     def score(self, prompts, preds, dones):
+        ...         return [float(one.text.isupper()) for one in preds]
+        >>> env = TextEnv(["B"], CharTokenizer("AB"), reward=Shouting(), max_new_tokens=1)
+        >>> env.score_at, env.reset(seed=0)[1], env.step(1)[1]
+        ('done', {}, 1.0)
+    """
+
+    score_at: ScoreAt = "done"
+
+    @abstractmethod
+    def score(
+        self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
+    ) -> Sequence[float | Mapping[str, float]]:
+        """Return the rewards of the rows, in their order: finite numbers, or dicts of named ones, which are summed."""
+
+    def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> float | Mapping[str, float]:
+        """Return the reward of one row."""
+        [reward] = score_rows(self, [prompt], [preds], [done])
+        return reward.parts or reward.value
+
+
+# A function, a `BatchReward`, its name, or a mapping of its name and options.
+RewardLike = RewardFunction | str | Mapping[str, Any]
+
+
+class RowReward(BatchReward):
+    """A reward of finished texts that has nothing to gain from a batch; subclass it and write `score_row`."""
+
+    @abstractmethod
+    def score_row(self, prompt: Prompt, preds: Preds) -> float:
+        """Return the reward of a finished row."""
+
+    def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Any]:
+        """Return the rewards of the rows."""
+        return score_each(
+            lambda prompt, one, done: self.score_row(prompt, one), prompts, preds, dones, type(self).__name__
+        )
+
+
+def score_rows(
+    reward: RewardFunction, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
+) -> list[Reward]:
+    """Return the checked rewards of rows, whichever kind of reward it is.
+
+    A `BatchReward` about finished texts is called for those alone, and not at all where there are none.
+
+    Raises:
+        RewardError: If a reward is no finite number; the message names its row.
+    """
+    if not isinstance(reward, BatchReward):
+        return check_rewards(score_each(reward, prompts, preds, dones), prompts, preds)
+    chosen = [row for row, done in enumerate(dones) if done or reward.score_at == "step"]
+    rewards = [Reward(0.0, {}) for _ in dones]
+    if chosen:
+        rows, texts = [prompts[row] for row in chosen], [preds[row] for row in chosen]
+        values = reward.score(rows, texts, [dones[row] for row in chosen])
+        for row, scored in zip(chosen, check_rewards(values, rows, texts), strict=True):
+            rewards[row] = scored
+    return rewards
+
+
+def read_text(reads: Reads, prompt: Prompt, preds: Preds) -> str:
+    """Return the text that is judged: what the policy wrote, or prompt and completion as one."""
+    return preds.text if reads == "completion" else str(prompt) + preds.text
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ValueError where an option is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {list(choices)}, got {value!r}.")

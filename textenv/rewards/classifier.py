@@ -1,0 +1,113 @@
+"""Any Hugging Face text classifier as a reward. Needs torch, and so stands apart from `textenv.rewards`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from textenv.completion import Preds
+from textenv.prompts import Prompt
+from textenv.rewarding import ScoreAt
+from textenv.rewards.base import BatchReward, Reads, check_choice, read_text
+from textenv.rewards.text_model import ModelLike, TextModel
+
+
+@dataclass
+class Classifier(BatchReward):
+    """What a text-classification model says of a label: its probability, its logit, or whether it is the likeliest.
+
+    The model sees text and its own tokenizer's tokens, never the policy's ids; padding and cutting as in `TextModel`.
+    With `label_column="intent", output="label"` it is the intent reward of OpenRL and RL4LMs: 1 where the predicted
+    intent of the reply is the labelled one.
+
+    Args:
+        model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
+        label: The label that is wanted: a name of the model's `config.id2label`, or its number.
+        label_column: Where each prompt's own label is in its row, instead of `label`.
+        output: "probability" (of all labels together 1; where the model has one label, or `problem_type` is
+            "multi_label_classification", each for itself), "logit", or "label": 1.0 where it is the likeliest, 0.0
+            where it is not.
+        reads: "completion" judges what the policy wrote, "whole" the prompt with it.
+        tokenizer: The model's own, where the model is no name or path.
+        max_length: The most tokens of a text; longer ones are cut, which is warned of once.
+        truncation_side: Where longer texts lose tokens.
+        batch_size: The most texts a forward.
+        device: Where the model runs; unset, where it is (loaded: the CPU).
+        dtype: Of the weights ("bfloat16"); unset, float32 where it is loaded, and unchanged where it is given.
+        score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
+
+    Raises:
+        ValueError: If the model has no such label, or both or neither of `label` and `label_column` are given.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from agents.pretrain import word_tokenizer
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> shape = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=4)
+        >>> names = {0: "negative", 1: "positive"}
+        >>> model = BertForSequenceClassification(BertConfig(**shape, id2label=names))
+        >>> reward = Classifier(model, label="positive", tokenizer=word_tokenizer(["good", "film"]))
+        >>> 0 < reward(Prompt("a"), Preds(CharTokenizer("ab"), [1, 2]), True) < 1
+        True
+    """
+
+    model: ModelLike = field(repr=False)
+    label: str | int | None = None
+    label_column: str | None = None
+    output: Literal["probability", "logit", "label"] = "probability"
+    reads: Reads = "completion"
+    tokenizer: Any = field(default=None, repr=False)
+    max_length: int | None = None
+    truncation_side: Literal["left", "right"] = "right"
+    batch_size: int = 32
+    device: Any = None
+    dtype: Any = None
+    score_at: ScoreAt = "rollout_end"
+
+    def __post_init__(self) -> None:
+        check_choice("output", self.output, ("probability", "logit", "label"))
+        check_choice("reads", self.reads, ("completion", "whole"))
+        check_choice("score_at", self.score_at, ("done", "rollout_end"))
+        if (self.label is None) == (self.label_column is None):
+            raise ValueError(f"Expected either `label` or `label_column`, got {self.label!r}, {self.label_column!r}.")
+        self._model = TextModel(
+            self.model,
+            self.tokenizer,
+            max_length=self.max_length,
+            truncation_side=self.truncation_side,
+            batch_size=self.batch_size,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        config = self._model.model.config
+        self._numbers = {str(name): int(number) for number, name in config.id2label.items()}
+        self._is_separate = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        if self.output == "label" and config.num_labels == 1:
+            raise ValueError("Expected a model of several labels for output='label', got one with one.")
+        if self.label is not None:
+            self._number(self.label)
+
+    def _number(self, label: Any) -> int:
+        n_labels = len(self._numbers)
+        if isinstance(label, str) and label in self._numbers:
+            return self._numbers[label]
+        if isinstance(label, (int, np.integer)) and 0 <= label < n_labels:
+            return int(label)
+        raise ValueError(f"Expected a label of {list(self._numbers)}, or a number below {n_labels}, got {label!r}.")
+
+    def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
+        """Return a number a row."""
+        texts = [read_text(self.reads, prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
+        wanted = [self.label if self.label_column is None else prompt.row[self.label_column] for prompt in prompts]
+        labels = np.array([self._number(label) for label in wanted])
+        logits = self._model.logits(texts).astype(np.float64)  # (B, labels)
+        if self.output == "label":
+            return (logits.argmax(1) == labels).astype(float).tolist()
+        chosen = logits[np.arange(len(texts)), labels]
+        if self.output == "logit":
+            return chosen.tolist()
+        total = np.logaddexp(chosen, 0.0) if self._is_separate else np.logaddexp.reduce(logits, axis=1)
+        return np.exp(chosen - total).tolist()

@@ -1,0 +1,44 @@
+"""Sentiment by a lexicon: vaderSentiment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from textenv.completion import Preds
+from textenv.prompts import Prompt
+from textenv.rewards.base import Reads, RowReward, check_choice, read_text
+
+
+@dataclass
+class Vader(RowReward):
+    """How positive an English text is, by VADER's lexicon and rules (Hutto and Gilbert 2014).
+
+    Needs vaderSentiment: `pip install textenv[sentiment]`.
+
+    Args:
+        part: "compound", in [-1, 1], or the share of the text that is "pos", "neg" or "neu", in [0, 1].
+        reads: "completion" judges what the policy wrote, "whole" the prompt with it.
+
+    Example:
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> tokenizer = CharTokenizer()
+        >>> Vader()(Prompt("a "), Preds(tokenizer, tokenizer.encode("lovely film")), True)
+        0.5859
+    """
+
+    part: Literal["compound", "pos", "neg", "neu"] = "compound"
+    reads: Reads = "completion"
+
+    def __post_init__(self) -> None:
+        check_choice("part", self.part, ("compound", "pos", "neg", "neu"))
+        check_choice("reads", self.reads, ("completion", "whole"))
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError as error:
+            raise ImportError("Vader needs vaderSentiment: pip install 'textenv[sentiment]'.") from error
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def score_row(self, prompt: Prompt, preds: Preds) -> float:
+        """Return the score."""
+        return self._analyzer.polarity_scores(read_text(self.reads, prompt, preds))[self.part]

@@ -1,0 +1,170 @@
+"""A trained reward model as a reward. Needs torch, and so stands apart from `textenv.rewards`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from textenv.completion import Preds
+from textenv.prompts import Prompt
+from textenv.rewarding import ScoreAt
+from textenv.rewards.base import BatchReward, Reads, check_choice, read_text
+from textenv.rewards.text_model import ModelLike, TextModel
+
+STATS_FILE = "reward_stats.json"
+
+
+@dataclass(frozen=True)
+class RewardStats:
+    """Mean and standard deviation of a reward model's scores, kept beside it in `reward_stats.json`.
+
+    Args:
+        mean: The mean of the scores on held-out texts.
+        std: Their standard deviation.
+
+    Example:
+        >>> RewardStats.of([1.0, 3.0])
+        RewardStats(mean=2.0, std=1.0)
+    """
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.mean) and np.isfinite(self.std) and self.std > 0):
+            raise ValueError(f"Expected a finite mean and a positive std, got {self.mean} and {self.std}.")
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> RewardStats:
+        """Return the statistics of scores."""
+        return cls(float(np.mean(scores)), float(np.std(scores)))
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write them into the model's folder."""
+        (Path(folder) / STATS_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> RewardStats:
+        """Read them from the model's folder.
+
+        Raises:
+            FileNotFoundError: If it has none.
+        """
+        file = Path(folder) / STATS_FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"Expected {STATS_FILE} in the folder of the reward model, got none in {str(folder)!r}: give "
+                "stats=RewardStats(mean, std), write it by RewardStats.of(scores).save(folder), or leave `stats` out."
+            )
+        return cls(**json.loads(file.read_text(encoding="utf-8")))
+
+
+@dataclass
+class Preference(BatchReward):
+    """The score of a trained reward model: `AutoModelForSequenceClassification` with `num_labels=1`.
+
+    The model sees text and its own tokenizer's tokens, never the policy's ids; padding and cutting as in `TextModel`.
+    Several are one reward in `Ensemble([...], by="minimum")`.
+
+    Args:
+        model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
+        chat: Whether prompt and completion are put into the tokenizer's chat template, as turns of user and assistant
+            (a reply of the env is the next of the user).
+        messages_column: With `chat`, where a row has the messages that lead up to the completion, instead of the prompt
+            as one message: a list of {"role": ..., "content": ...}.
+        stats: Normalises the score, (score - mean) / std: `RewardStats`, or "stored" for those beside the model.
+        reads: Without `chat`, "whole" judges prompt and completion, "completion" what the policy wrote alone.
+        tokenizer: The model's own, where the model is no name or path.
+        max_length: The most tokens of a text; longer ones are cut, which is warned of once.
+        truncation_side: Where longer texts lose tokens; "left" keeps the completion.
+        batch_size: The most texts a forward.
+        device: Where the model runs; unset, where it is (loaded: the CPU).
+        dtype: Of the weights ("bfloat16"); unset, float32 where it is loaded, and unchanged where it is given.
+        score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
+
+    Raises:
+        ValueError: If the model has several labels, or the tokenizer no chat template where one is wanted.
+        FileNotFoundError: With stats="stored", if the model's folder has none.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2ForSequenceClassification
+        >>> from agents.pretrain import word_tokenizer
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> config = GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1, num_labels=1)
+        >>> model, tokenizer = GPT2ForSequenceClassification(config), word_tokenizer(["good", "film"])
+        >>> prompt, preds = Prompt("good "), Preds(CharTokenizer(), CharTokenizer().encode("film"))
+        >>> score = Preference(model, tokenizer=tokenizer)(prompt, preds, True)
+        >>> normal = Preference(model, tokenizer=tokenizer, stats=RewardStats(mean=1.0, std=2.0))(prompt, preds, True)
+        >>> abs(normal - (score - 1.0) / 2.0) < 1e-9
+        True
+    """
+
+    model: ModelLike = field(repr=False)
+    chat: bool = False
+    messages_column: str | None = None
+    stats: RewardStats | Literal["stored"] | None = None
+    reads: Reads = "whole"
+    tokenizer: Any = field(default=None, repr=False)
+    max_length: int | None = None
+    truncation_side: Literal["left", "right"] = "left"
+    batch_size: int = 32
+    device: Any = None
+    dtype: Any = None
+    score_at: ScoreAt = "rollout_end"
+
+    def __post_init__(self) -> None:
+        check_choice("reads", self.reads, ("completion", "whole"))
+        check_choice("score_at", self.score_at, ("done", "rollout_end"))
+        self._model = TextModel(
+            self.model,
+            self.tokenizer,
+            max_length=self.max_length,
+            truncation_side=self.truncation_side,
+            batch_size=self.batch_size,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        n_labels = self._model.model.config.num_labels
+        if n_labels != 1:
+            raise ValueError(f"Expected a reward model with one score (num_labels=1), got {n_labels} labels.")
+        if self.messages_column is not None and not self.chat:
+            raise ValueError("Expected chat=True where `messages_column` is given.")
+        if self.chat and self._model.tokenizer.chat_template is None:
+            raise ValueError("Expected a tokenizer with a chat template for chat=True, got one without.")
+        self._stats = self._read_stats()
+
+    def _read_stats(self) -> RewardStats | None:
+        if self.stats is None or isinstance(self.stats, RewardStats):
+            return self.stats
+        check_choice("stats", self.stats, ("stored",))
+        if isinstance(self.model, PreTrainedModel):
+            raise ValueError("Expected stats=RewardStats(mean, std) for a model in this process, got 'stored'.")
+        return RewardStats.load(self.model)
+
+    def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
+        """Return a number a row."""
+        texts = [self.text(prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
+        # A chat template writes the special tokens itself.
+        scores = self._model.logits(texts, add_special_tokens=not self.chat)[:, 0].astype(np.float64)
+        return (scores if self._stats is None else (scores - self._stats.mean) / self._stats.std).tolist()
+
+    def text(self, prompt: Prompt, preds: Preds) -> str:
+        """Return the text that the model is given."""
+        if not self.chat:
+            return read_text(self.reads, prompt, preds)
+        column = self.messages_column
+        messages = [{"role": "user", "content": str(prompt)}] if column is None else list(prompt.row[column])
+        for turn in preds.turns:
+            messages.append({"role": "assistant", "content": turn.text})
+            if turn.response is not None:
+                messages.append({"role": "user", "content": turn.response})
+        text = self._model.tokenizer.apply_chat_template(messages, tokenize=False)
+        assert isinstance(text, str)
+        return text

@@ -1,0 +1,100 @@
+"""Rewards by name, for configuration files and command lines; what a name stands for is imported when it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from textenv.rewarding import RewardFunction
+from textenv.rewards.base import BatchReward, RewardLike
+
+_ROOM = "textenv.rewards"
+_ENTRY_POINTS = {
+    "length": f"{_ROOM}.rules:Length",
+    "repetition": f"{_ROOM}.rules:Repetition",
+    "keyword": f"{_ROOM}.rules:Keyword",
+    "regex": f"{_ROOM}.rules:Regex",
+    "format": f"{_ROOM}.rules:Format",
+    "sum": f"{_ROOM}.compose:WeightedSum",
+    "clip": f"{_ROOM}.compose:Clip",
+    "scale": f"{_ROOM}.compose:Scale",
+    "gate": f"{_ROOM}.compose:Gate",
+    "ensemble": f"{_ROOM}.compose:Ensemble",
+    "cached": f"{_ROOM}.compose:Cached",
+    "meteor": f"{_ROOM}.overlap:Meteor",
+    "rouge": f"{_ROOM}.overlap:Rouge",
+    "bleu": f"{_ROOM}.overlap:Bleu",
+    "sacrebleu": f"{_ROOM}.overlap:SacreBleu",
+    "chrf": f"{_ROOM}.overlap:Chrf",
+    "vader": f"{_ROOM}.lexicon:Vader",
+    "classifier": f"{_ROOM}.classifier:Classifier",
+    "preference": f"{_ROOM}.preference:Preference",
+    "likelihood": f"{_ROOM}.likelihood:Likelihood",
+}
+
+
+def register_reward(name: str, entry_point: str) -> None:
+    """Give a reward a name.
+
+    Args:
+        name: The name, without a colon.
+        entry_point: "module:name" of a class (which is built with the options) or of a function (which is the reward).
+
+    Raises:
+        ValueError: If the name has a colon or stands for something else already, or the entry point has no colon.
+
+    Example:
+        >>> register_reward("vowels", "my_rewards:Vowels")
+    """
+    if ":" in name or ":" not in entry_point:
+        raise ValueError(f"Expected a name and a 'module:name', got {name!r} and {entry_point!r}.")
+    if _ENTRY_POINTS.setdefault(name, entry_point) != entry_point:
+        raise ValueError(f"Expected a name that is free, got {name!r}, which stands for {_ENTRY_POINTS[name]!r}.")
+
+
+def make_reward(name: str, **options: Any) -> RewardFunction:
+    """Return the reward of a name, or of a "module:name", which is imported.
+
+    Args:
+        name: A registered name, or where to find a class or function.
+        **options: The arguments of the class; a function takes none.
+
+    Raises:
+        ValueError: If the name is unknown, or options are given for a function.
+
+    Example:
+        >>> make_reward("length", target=20)
+        Length(target=20, unit='tokens')
+    """
+    entry_point = _ENTRY_POINTS.get(name, name)
+    module, colon, attribute = entry_point.partition(":")
+    if not colon:
+        raise ValueError(f"Expected 'module:name' or one of {sorted(_ENTRY_POINTS)}, got {name!r}.")
+    found = vars(import_module(module)).get(attribute)
+    if isinstance(found, type):
+        return found(**options)
+    if found is None or options:
+        raise ValueError(f"Expected a class{'' if options else ' or function'} at {entry_point!r}, got {found!r}.")
+    return found
+
+
+def read_reward(reward: RewardLike) -> RewardFunction:
+    """Return the reward that a user gave: itself, or what its name, or a mapping of name and options, stands for.
+
+    Raises:
+        TypeError: If it is no reward.
+
+    Example:
+        >>> read_reward({"name": "scale", "reward": "vader", "factor": 2.0}).factor
+        2.0
+    """
+    if isinstance(reward, str):
+        return make_reward(reward)
+    if isinstance(reward, Mapping):
+        if "name" not in reward:
+            raise ValueError(f"Expected the mapping of a reward to have a 'name', got {dict(reward)!r:.80}.")
+        return make_reward(**reward)
+    if isinstance(reward, type) or not (isinstance(reward, BatchReward) or callable(reward)):
+        raise TypeError(f"Expected a reward: a function, an instance of BatchReward or a name; got {reward!r:.80}.")
+    return reward

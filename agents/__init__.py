@@ -1,6 +1,6 @@
 """A language model as a Stable-Baselines3 agent: policy, buffer, vector env, and what trains, scores and exports it."""
 
-from . import doctor
+from . import doctor, sft
 from .backbone import Pretrained
 from .buffers import SequenceRolloutBuffer
 from .build import make_agent
@@ -18,6 +18,8 @@ from .groups import SampleGroups
 from .kl import AdaptiveCoef, KLPenalty
 from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
+from .preferences import Labelled, Ranking, hh_pairs
+from .reward_model import score_texts, train_reward_model
 from .rollout_steps import LateScores, RolloutStep
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA
@@ -38,12 +40,14 @@ __all__ = [
     "Generation",
     "KLPenalty",
     "LMPolicy",
+    "Labelled",
     "LastLayers",
     "LateScores",
     "LoRA",
     "MaskableLMPolicy",
     "MaskableSequenceRolloutBuffer",
     "Pretrained",
+    "Ranking",
     "Report",
     "RewardCurves",
     "RewardModelCritic",
@@ -60,9 +64,13 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "hh_pairs",
     "latest_checkpoint",
     "load_checkpoint",
     "make_agent",
     "sample_table",
     "save_checkpoint",
+    "score_texts",
+    "sft",
+    "train_reward_model",
 ]

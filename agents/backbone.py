@@ -178,10 +178,14 @@ def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int) -> Non
     check_length(model, n_positions)
 
 
+def n_positions(model: PreTrainedModel) -> int | None:
+    """Return how long a sequence the model can read, in tokens; None where nothing bounds it (BLOOM's ALiBi)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_length(model: PreTrainedModel, n_tokens: int) -> None:
     """Raise ValueError where sequences of `n_tokens` are longer than the model can read."""
-    # Absent where nothing bounds the length (BLOOM's ALiBi).
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = n_positions(model)
     if limit is not None and n_tokens > limit:
         raise ValueError(
             f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens: "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .backbone import LMLike, PretrainedRewardModel, build_model, check_fits, disable_dropout, fuse_activations
+from .reward_stats import RewardStats
 
 PROBE_LENGTH = 4
 PROBE_TOLERANCE = 1e-4
@@ -131,15 +132,21 @@ class RewardModelCritic:
 
     Args:
         name: A name on the hub or the path of a folder.
+        normalise: Whether values are scores less their mean, over their standard deviation, as the folder's
+            `reward_stats.json` gives them: for a reward that is normalised so.
         **kwargs: Other arguments of `from_pretrained`. `dtype` is float32 unless given.
+
+    Raises:
+        FileNotFoundError: When built with `normalise=True`, if the folder has no such file.
 
     Example:
         >>> from agents import RewardModelCritic
         >>> policy_kwargs = dict(lm="./my-gpt2", critic=RewardModelCritic("./my-reward-model"))
     """
 
-    def __init__(self, name: str, **kwargs: Any) -> None:
+    def __init__(self, name: str, normalise: bool = False, **kwargs: Any) -> None:
         self.model = PretrainedRewardModel(name, **kwargs)
+        self.normalise = normalise
 
     def build(self, hidden_size: int) -> nn.Module:
         """Return the reward model's trunk, with its score head as value head.
@@ -148,14 +155,12 @@ class RewardModelCritic:
             ValueError: If the values of the result are not the model's scores, on a probe.
         """
         model = self.model.build()
-        heads = [child for child in model.children() if isinstance(child, nn.Linear) and child.out_features == 1]
-        if len(heads) != 1:
-            raise ValueError(f"Expected one linear layer behind the trunk of {type(model).__name__}, got {len(heads)}.")
+        head = score_head(model)
         critic = TrunkCritic(cast("PreTrainedModel", model.base_model))
         with torch.no_grad():
-            critic.linear.weight.copy_(heads[0].weight)
-            if heads[0].bias is not None:
-                critic.linear.bias.copy_(heads[0].bias)
+            critic.linear.weight.copy_(head.weight)
+            if head.bias is not None:
+                critic.linear.bias.copy_(head.bias)
             ids = torch.full((1, PROBE_LENGTH), int(model.config.get_text_config().pad_token_id == 0))
             score, value = model.eval()(input_ids=ids).logits[0], critic(_read(critic.trunk, ids)[:, -1])
         if not torch.allclose(score, value, atol=PROBE_TOLERANCE):
@@ -163,7 +168,24 @@ class RewardModelCritic:
                 f"Expected {type(model).__name__} to score a text by its last hidden state, got {float(score):.4g} "
                 f"from it and {float(value):.4g} from its head there: use SeparateCritic."
             )
+        if self.normalise and self.model.name is not None:  # else the weights to come are normalised already
+            stats = RewardStats.load(self.model.name)
+            with torch.no_grad():
+                critic.linear.weight.div_(stats.std)
+                critic.linear.bias.sub_(stats.mean).div_(stats.std)
         return critic
+
+
+def score_head(model: PreTrainedModel) -> nn.Linear:
+    """Return the linear layer by which a reward model scores a hidden state.
+
+    Raises:
+        ValueError: If there is not exactly one behind its trunk.
+    """
+    heads = [child for child in model.children() if isinstance(child, nn.Linear) and child.out_features == 1]
+    if len(heads) != 1:
+        raise ValueError(f"Expected one linear layer behind the trunk of {type(model).__name__}, got {len(heads)}.")
+    return heads[0]
 
 
 def _read(trunk: PreTrainedModel, ids: Tensor) -> Tensor:

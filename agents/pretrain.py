@@ -87,50 +87,88 @@ def pretrain(
     if not texts:
         raise ValueError("Expected at least one text, got none.")
     sequences = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
-    rng = np.random.default_rng(seed)
     n_steps = max(1, round(n_epochs * len(sequences) / batch_size))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    batches = _batches(sequences, batch_size, np.random.default_rng(seed))
+    losses = fit(
+        model,
+        (_next_token_loss(model, ids, targets) for ids, targets in batches),
+        n_steps,
+        learning_rate,
+        description=description,
+        progress_bar=progress_bar,
     )
+    return float(losses[-max(1, n_steps // 10) :].mean())
+
+
+def fit(
+    model: PreTrainedModel,
+    losses: Iterator[Tensor],
+    n_steps: int,
+    learning_rate: float,
+    *,
+    description: str,
+    progress_bar: bool = True,
+) -> Tensor:
+    """Minimise losses, one optimizer step each: AdamW with a one-cycle schedule, gradients clipped at a norm of 1.
+
+    Args:
+        model: The model, changed in place; in evaluation mode afterwards.
+        losses: Gives the loss of the next minibatch, computed when it is asked for.
+        n_steps: How many steps.
+        learning_rate: The schedule's peak.
+        description: What the progress bar says.
+        progress_bar: Show one.
+
+    Returns:
+        The loss of each step, (n_steps,).
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=0.1)
-    batches = _batches(sequences, batch_size, rng)
-    losses = []
+    seen = []
     model.train()
     with tqdm(range(n_steps), desc=description, disable=not progress_bar, unit="step") as bar:
         for _ in bar:
-            ids, targets = next(batches)
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-            loss = functional.cross_entropy(
-                logits.flatten(0, 1), targets.to(model.device).flatten(), ignore_index=IGNORED
-            )
+            loss = next(losses)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(loss.detach())
-            if len(losses) % 20 == 0:
-                bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
+            seen.append(loss.detach())
+            if len(seen) % 20 == 0:
+                bar.set_postfix(loss=f"{float(seen[-1]):.3f}")
     model.eval()
-    return float(torch.stack(losses[-max(1, n_steps // 10) :]).mean())
+    return torch.stack(seen)
+
+
+def _next_token_loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return functional.cross_entropy(logits.flatten(0, 1), targets.to(model.device).flatten(), ignore_index=IGNORED)
+
+
+def similar_lengths(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Yield the places of minibatches for ever, each place once a pass, in random order but of similar lengths."""
+    while True:
+        order = rng.permutation(len(lengths))
+        groups = []
+        for start in range(0, len(order), POOL * batch_size):
+            pool = sorted(order[start : start + POOL * batch_size], key=lambda i: lengths[i])
+            groups += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        for place in rng.permutation(len(groups)):
+            yield groups[place]
 
 
 def _batches(
     sequences: Sequence[Sequence[int]], batch_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets, each (B, T), for ever."""
-    while True:
-        order = rng.permutation(len(sequences))
-        groups = []
-        for start in range(0, len(order), POOL * batch_size):
-            pool = sorted(order[start : start + POOL * batch_size], key=lambda i: len(sequences[i]))
-            groups += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        for place in rng.permutation(len(groups)):
-            chosen = [sequences[i] for i in groups[place]]
-            width = max(map(len, chosen))
-            ids = torch.zeros(len(chosen), width, dtype=torch.long)
-            targets = torch.full((len(chosen), width), IGNORED)
-            for row, sequence in enumerate(chosen):
-                ids[row, : len(sequence)] = torch.tensor(sequence)
-                targets[row, : len(sequence) - 1] = torch.tensor(sequence[1:])
-            yield ids, targets
+    for places in similar_lengths([len(sequence) for sequence in sequences], batch_size, rng):
+        chosen = [sequences[i] for i in places]
+        width = max(map(len, chosen))
+        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        targets = torch.full((len(chosen), width), IGNORED)
+        for row, sequence in enumerate(chosen):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            targets[row, : len(sequence) - 1] = torch.tensor(sequence[1:])
+        yield ids, targets

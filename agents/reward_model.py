@@ -1,0 +1,336 @@
+"""Train a model that scores texts, from rankings or from labels, and score texts with it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from textenv.tokenizer import Tokenizer
+
+from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, disable_dropout, n_positions
+from .critic import TrunkCritic, score_head
+from .files import replaced_folder
+from .preferences import Labelled, Ranking, encode_texts
+from .pretrain import fit, similar_lengths
+from .reward_figures import RewardFigures, figures
+from .reward_stats import RewardStats
+
+Loss: TypeAlias = Literal["last", "tokens"]
+DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds
+
+
+class RewardTraining(NamedTuple):
+    """What `train_reward_model` made.
+
+    Args:
+        folder: The model, its tokenizer and `reward_stats.json`.
+        losses: The loss of each step, (n_steps,).
+        stats: Mean and spread of the scores of the training texts.
+        held_out: The figures on held-out data, None without any.
+    """
+
+    folder: Path
+    losses: np.ndarray
+    stats: RewardStats
+    held_out: RewardFigures | None
+
+
+def train_reward_model(
+    lm: LMLike,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Sequence[Ranking] | Sequence[Labelled],
+    folder: str | os.PathLike[str],
+    *,
+    held_out: Sequence[Ranking] | Sequence[Labelled] = (),
+    loss: Loss = "last",
+    centring: float = 0.0,
+    n_epochs: float = 1.0,
+    batch_size: int = 16,
+    learning_rate: float = 1e-5,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    progress_bar: bool = True,
+) -> RewardTraining:
+    """Train a causal model with a linear score head, and save it as `AutoModelForSequenceClassification` loads it.
+
+    A text's score is read at its last token; no end token is added, so that it is what a critic made of the model
+    says where the policy is about to end the text. Lengths decide what is padding, so that the pad token may be the
+    end token, or stand in a text. Rankings are trained by the Bradley-Terry loss over all their pairs, from one forward
+    a text (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
+
+    The loop is the one of `pretrain`: transformers' `Trainer` would need a collator, a loss and an evaluation of its
+    own for rankings, which is all that there is here.
+
+    Args:
+        lm: A name or path (of a language model or of a reward model), a config, or a spec that builds a reward model.
+        tokenizer: The model's tokenizer.
+        data: `Ranking`s (pairs are rankings of two), or `Labelled` texts.
+        folder: Where to; replaced when the new one is complete.
+        held_out: Data of the same kind that is not trained on.
+        loss: "last": of the scores at the last token. "tokens": the mean over all places from the first difference
+            of two texts to the end of the longer one; behind the end of the shorter one its last score counts.
+        centring: The factor of (sum of both scores)^2 in the loss, which keeps scores around zero where comparisons
+            alone leave their mean open (Eisenstein et al., 2023, equation 2).
+        n_epochs: Passes over the data; may be a fraction.
+        batch_size: Rankings, or labelled texts, of a minibatch.
+        learning_rate: The peak of a one-cycle schedule.
+        max_tokens: Where a text is longer it loses its start; the model's positions by default.
+        seed: Of a fresh head and of the order of the data.
+        progress_bar: Show one.
+
+    Raises:
+        ValueError: If there is no data, a ranking has fewer than two texts, or the model is not causal.
+
+    Example:
+        >>> from agents import Ranking, RewardModelCritic, train_reward_model
+        >>> pairs = [Ranking((" good.", " bad."), prompt="The film was")]
+        >>> # train_reward_model("gpt2", AutoTokenizer.from_pretrained("gpt2"), pairs, "my-reward-model")
+        >>> policy_kwargs = dict(critic=RewardModelCritic("my-reward-model"))
+    """
+    if loss not in get_args(Loss):
+        raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
+    _check_data("data", data)
+    model = build_reward_model(lm, seed)
+    limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
+    check_fits(model, len(tokenizer), limit)
+    _set_special_tokens(model, tokenizer)
+    examples = [_encode(tokenizer, example, limit) for example in data]
+    tests = []
+    if held_out:
+        _check_data("held_out", held_out)
+        tests = [_encode(tokenizer, example, limit) for example in held_out]
+    lengths = [max(map(len, example.ids)) for example in examples]
+    batches = similar_lengths(lengths, batch_size, np.random.default_rng(seed))
+    n_steps = max(1, round(n_epochs * len(examples) / batch_size))
+    losses = (_loss(model, [examples[i] for i in places], loss, centring) for places in batches)
+    seen = fit(model, losses, n_steps, learning_rate, description="reward model", progress_bar=progress_bar)
+    scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
+    stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))
+    with replaced_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        stats.save(beside)
+    measured = _measure(model, tests, loss, centring, batch_size) if tests else None
+    return RewardTraining(Path(folder), seen.cpu().numpy(), stats, measured)
+
+
+def build_reward_model(lm: LMLike, seed: int = 0) -> PreTrainedModel:
+    """Build a model with one score from a name or path, a config (fresh weights) or a spec, without dropout.
+
+    Raises:
+        ValueError: If it has no linear score head, trainable weights of 16 bits, or reads tokens that come later.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(lm, PreTrainedConfig):
+            config = copy.deepcopy(lm)
+            config.num_labels = 1
+            model = AutoModelForSequenceClassification.from_config(config)
+        elif isinstance(lm, LMSpec):
+            model = lm.build()
+        else:
+            model = PretrainedRewardModel(str(lm), num_labels=1).build()
+        score_head(model)
+        TrunkCritic(cast("PreTrainedModel", model.base_model))  # checks on a probe that it is causal
+    disable_dropout(model)
+    return model
+
+
+def score_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 32
+) -> np.ndarray:
+    """Return the scores of texts, (N,), each read at its last token.
+
+    Args:
+        model: What `AutoModelForSequenceClassification` loaded, or `build_reward_model` built.
+        tokenizer: Its tokenizer; on which side that pads does not matter.
+        texts: The texts, prompt included.
+        batch_size: Texts of a forward.
+    """
+    limit = n_positions(model) or DEFAULT_MAX_TOKENS
+    was_training = model.training
+    model.eval()
+    scores = _scores(
+        model, [encode_texts(cast("Tokenizer", tokenizer), [text], limit)[0] for text in texts], batch_size
+    )
+    model.train(was_training)
+    return scores
+
+
+def read_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
+    """Return the score of each text (B,) at its last real token, padded on whichever side.
+
+    Args:
+        model: The reward model.
+        ids: Tokens, (B, T).
+        is_real: Which of them are no padding, (B, T).
+    """
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    last = torch.where(is_real, columns, -1).amax(dim=1)  # (B,)
+    return _token_scores(model, ids, is_real)[torch.arange(len(ids), device=ids.device), last]
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centring: float = 0.0) -> Tensor:
+    """Return the loss of each pair of scores: -log sigmoid(chosen - rejected - margin) + centring * (sum)^2.
+
+    Example:
+        >>> import torch
+        >>> from agents.reward_model import bradley_terry
+        >>> loss = bradley_terry(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.0]), margin=0.0, centring=0.5)
+        >>> [round(value, 4) for value in loss.tolist()]
+        [0.6931, 2.1269]
+    """
+    return -functional.logsigmoid(chosen - rejected - margin) + centring * (chosen + rejected) ** 2
+
+
+class _Example(NamedTuple):
+    """An encoded ranking, or a labelled text."""
+
+    ids: list[list[int]]
+    pairs: list[tuple[int, int]]
+    margin: float = 0.0
+    label: float | None = None
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Ranking | Labelled, limit: int) -> _Example:
+    if isinstance(example, Labelled):
+        return _Example(
+            encode_texts(cast("Tokenizer", tokenizer), [example.text], limit), [], label=float(example.label)
+        )
+    return _Example(
+        encode_texts(cast("Tokenizer", tokenizer), example.wholes(), limit), example.pairs(), example.margin
+    )
+
+
+def _check_data(name: str, data: Sequence[Ranking] | Sequence[Labelled]) -> None:
+    kinds = {type(example) for example in data}
+    if kinds not in ({Ranking}, {Labelled}):
+        raise ValueError(
+            f"Expected `{name}` to hold Rankings or Labelled texts, of one kind and at least one, got "
+            f"{sorted(kind.__name__ for kind in kinds) or 'none'}."
+        )
+    for number, example in enumerate(data):
+        if isinstance(example, Ranking) and (isinstance(example.texts, str) or len(example.texts) < 2):
+            raise ValueError(f"Expected rankings of at least two texts, got {example.texts!r:.80} in row {number}.")
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell the saved model what transformers takes for padding where it reads the last token."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad is None:
+        raise ValueError("Expected a tokenizer with a pad or an end token, got neither: set tokenizer.pad_token.")
+    model.config.get_text_config().pad_token_id = cast("int", pad)
+    model.config.pad_token_id = cast("int", pad)
+
+
+def _pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens (B, T), padded on the right, and which are real (B, T)."""
+    lengths = torch.tensor([len(ids) for ids in texts], device=device)
+    ids = torch.zeros(len(texts), int(max(map(len, texts))), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
+    return ids.to(device), torch.arange(ids.shape[1], device=device) < lengths[:, None]
+
+
+def _token_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
+    """Return the score at each place, (B, T), float32; at padding it means nothing."""
+    positions = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)
+    hidden = model.base_model(
+        input_ids=ids, attention_mask=is_real.long(), position_ids=positions, use_cache=False
+    ).last_hidden_state  # (B, T, H)
+    return score_head(model)(hidden).squeeze(-1).float()
+
+
+@torch.no_grad()
+def _scores(model: PreTrainedModel, texts: Sequence[list[int]], batch_size: int) -> np.ndarray:
+    """Return the scores (N,) of encoded texts, read in batches of similar length."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    result = torch.zeros(len(texts), device=model.device)
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        result[places] = read_scores(model, *_pad([texts[i] for i in places], model.device))
+    return result.cpu().numpy()
+
+
+def _loss(model: PreTrainedModel, examples: Sequence[_Example], loss: Loss, centring: float) -> Tensor:
+    """Return the mean over rankings of the mean loss of their pairs, or over labels of the squared error."""
+    ids, is_real = _pad([text for example in examples for text in example.ids], model.device)
+    scores = _token_scores(model, ids, is_real)  # (B, T)
+    lasts = is_real.sum(dim=1) - 1  # (B,)
+    rows = torch.arange(len(ids), device=ids.device)
+    at_end = scores[rows, lasts]
+    if examples[0].label is not None:
+        labels = torch.tensor([example.label for example in examples], device=ids.device)
+        return functional.mse_loss(at_end, labels)
+    chosen, rejected, margins, weights = (torch.tensor(part, device=ids.device) for part in _pairs(examples))
+    if loss == "last":
+        each = bradley_terry(at_end[chosen], at_end[rejected], margins, centring)  # (P,)
+    else:
+        each = _per_token(ids, scores, lasts, chosen, rejected, margins, centring)
+    return (each * weights).sum()
+
+
+def _pairs(examples: Sequence[_Example]) -> Iterator[list[int] | list[float]]:
+    """Give rows of better and worse texts, margins and weights, (P,) each; rankings weigh the same."""
+    chosen, rejected, margins, weights, first = [], [], [], [], 0
+    for example in examples:
+        for better, worse in example.pairs:
+            chosen.append(first + better)
+            rejected.append(first + worse)
+            margins.append(float(example.margin))
+            weights.append(1.0 / (len(example.pairs) * len(examples)))
+        first += len(example.ids)
+    yield from (chosen, rejected, margins, weights)
+
+
+def _per_token(
+    ids: Tensor, scores: Tensor, lasts: Tensor, chosen: Tensor, rejected: Tensor, margins: Tensor, centring: float
+) -> Tensor:
+    """Return the mean loss of each pair (P,) from the first place where its texts differ to the end of both."""
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    both = [torch.minimum(columns, lasts[rows, None]) for rows in (chosen, rejected)]  # (P, T) each
+    held = [scores[rows].gather(1, places) for rows, places in zip((chosen, rejected), both, strict=True)]
+    end = torch.maximum(lasts[chosen], lasts[rejected])[:, None]
+    has_both = columns <= torch.minimum(lasts[chosen], lasts[rejected])[:, None]
+    differs = (ids[chosen] != ids[rejected]) | ~has_both
+    is_counted = (differs.cumsum(dim=1) > 0) & (columns <= end) | (columns == end)
+    each = bradley_terry(held[0], held[1], margins[:, None], centring)
+    return torch.where(is_counted, each, 0.0).sum(dim=1) / is_counted.sum(dim=1)
+
+
+@torch.no_grad()
+def _measure(
+    model: PreTrainedModel, examples: Sequence[_Example], loss: Loss, centring: float, batch_size: int
+) -> RewardFigures:
+    total = 0.0
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        total += float(_loss(model, part, loss, centring)) * len(part)
+    scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
+    if examples[0].label is not None:
+        labels = np.array([example.label for example in examples], dtype=float)
+        signs = [np.sign(labels[i] - labels[:i]) for i in range(len(labels))]
+        margins = [((scores[i] - scores[:i]) * sign)[sign != 0] for i, sign in enumerate(signs)]
+        if not any(map(len, margins)):
+            raise ValueError("Expected held-out labels that differ, got one value: there is nothing to compare.")
+        return figures(total / len(examples), margins, is_log_odds=False)
+    ends = np.cumsum([len(example.ids) for example in examples])
+    margins = []
+    for example, end in zip(examples, ends, strict=True):
+        own = scores[end - len(example.ids) : end]
+        margins.append(np.array([own[better] - own[worse] for better, worse in example.pairs]))
+    return figures(total / len(examples), margins, is_log_odds=True)

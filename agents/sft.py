@@ -1,0 +1,317 @@
+"""Supervised tuning: a causal language model learns to continue texts, or to answer prompts as references do."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from textenv.tokenizer import Tokenizer
+
+from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
+from .files import replaced_folder
+from .pretrain import IGNORED, bpe_tokenizer
+from .sft_data import Row, Sample, Text, collate, encode_sample, pack
+
+SAVE_STEPS = 500  # how often the state is written, against a process that is killed
+DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds
+N_MEASURED = 256  # rows of the training data that are measured at the end
+
+
+class Tuned(NamedTuple):
+    """What `tune` made; losses are means over the trained tokens, in nats.
+
+    Args:
+        folder: The model and its tokenizer.
+        n_steps: Optimizer steps.
+        train_loss: At the end, on the first rows of the training data.
+        held_out_loss_before: On held-out data, at the start; None without any.
+        held_out_loss: The same at the end.
+
+    Example:
+        >>> from agents.sft import Tuned
+        >>> Tuned("my-model", n_steps=1, train_loss=0.0).perplexity(3.0)
+        20.085536923187668
+    """
+
+    folder: str | os.PathLike[str]
+    n_steps: int
+    train_loss: float
+    held_out_loss_before: float | None = None
+    held_out_loss: float | None = None
+
+    @staticmethod
+    def perplexity(loss: float) -> float:
+        """Return exp(loss)."""
+        return math.exp(loss)
+
+
+def tune(
+    lm: LMLike,
+    data: Sequence[Text],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    held_out: Sequence[Text] = (),
+    packing: bool = False,
+    n_epochs: float = 1.0,
+    batch_size: int = 16,
+    learning_rate: float = 2e-5,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress_bar: bool = True,
+) -> Tuned:
+    """Tune a causal language model on texts, or on references that answer prompts, and save it.
+
+    Of a (prompt, reference) pair the reference and the end token are trained, the prompt is only read. The folder
+    loads with `AutoModelForCausalLM` alone, and is what `Pretrained` and `train_reward_model` take.
+
+    transformers' `Trainer` runs it: it brings resuming, the schedule and large machines, and needs no data but labels;
+    TRL's trainer would add a dependency for nothing more. It needs accelerate: `pip install textenv[sft]`.
+    (`pretrain`, for the small models made from scratch in a minute, needs nothing.)
+
+    After Ctrl-C the state waits beside the folder, in `.<name>.training`, and `resume=True` goes on from there to the
+    same weights as if nothing had happened. Random generators of the process are left as they were.
+
+    Args:
+        lm: A name or path, a config (fresh weights) or a spec.
+        data: Texts, or (prompt, reference) pairs. A reference goes on from its prompt: it begins with the space if
+            there is one between them.
+        folder: Where to; replaced when the new one is complete.
+        tokenizer: The model's; by default the one of the name or path, and for a config a byte-level BPE of
+            `config.vocab_size` tokens trained on the data.
+        held_out: Data that is measured and not trained on.
+        packing: Whether several texts share a row of `max_tokens`, without seeing each other: less padding.
+        n_epochs: Passes over the data; may be a fraction.
+        batch_size: Rows of a minibatch.
+        learning_rate: The peak of a cosine schedule with a warm-up of a tenth.
+        max_tokens: The longest row; the model's positions by default. See `encode_sample` for what is longer.
+        seed: Of fresh weights, dropout and the order of the data.
+        resume: Whether to go on with a run of the same arguments that was interrupted; from the start if there is none.
+        progress_bar: Show one.
+
+    Raises:
+        ImportError: Without accelerate.
+        ValueError: If there is no data, the tokenizer has no end token, the model is an encoder-decoder or cannot
+            tell packed texts apart, or the interrupted run had other arguments.
+
+    Example:
+        >>> from agents import sft
+        >>> pairs = [("The film was", " good."), ("The actors were", " great.")]
+        >>> # sft.tune("gpt2", pairs, "my-model", held_out=..., n_epochs=2).held_out_loss
+    """
+    if not data:
+        raise ValueError("Expected at least one text, got none.")
+    target = Path(folder).absolute()
+    work = target.with_name(f".{target.name}.training")
+    arguments = _arguments(
+        output_dir=str(work),
+        num_train_epochs=n_epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        disable_tqdm=not progress_bar,
+    )
+    with _random_state_kept():
+        torch.manual_seed(seed)
+        lm, tokenizer = _with_tokenizer(lm, tokenizer, data)
+        model = build_model(lm)
+        _check_model(model, packing)
+        limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
+        check_fits(model, len(tokenizer), limit)
+        end = cast("int", tokenizer.eos_token_id)
+        rows, tests = (
+            [[sample] for text in texts for sample in encode_sample(cast("Tokenizer", tokenizer), text, end, limit)]
+            for texts in (data, held_out)
+        )
+        if packing:
+            rows = pack([sample for row in rows for sample in row], limit)
+        before = mean_loss(model, tests, batch_size) if tests else None
+        settings = repr((rows, packing, n_epochs, batch_size, learning_rate, seed))
+        checkpoint = _prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
+        n_steps = _train(model, rows, arguments, checkpoint)
+        model.eval()
+        after = mean_loss(model, tests, batch_size) if tests else None
+        train_loss = mean_loss(model, rows[:N_MEASURED], batch_size)
+    with replaced_folder(target) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    shutil.rmtree(work)
+    return Tuned(folder, n_steps, train_loss, before, after)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 16) -> float:
+    """Return the mean loss over all trained tokens of rows, in nats a token."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = {name: part.to(model.device) for name, part in collate(rows[start : start + batch_size]).items()}
+        n_trained = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += float(model(**batch, use_cache=False).loss) * n_trained
+        count += n_trained
+    model.train(was_training)
+    return total / count
+
+
+def _arguments(**arguments: Any) -> TrainingArguments:
+    try:
+        return TrainingArguments(
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            weight_decay=0.01,
+            save_strategy="steps",
+            save_steps=SAVE_STEPS,
+            save_total_limit=1,
+            logging_steps=20,
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **arguments,
+        )
+    except ImportError as error:
+        raise ImportError(
+            "Expected accelerate for transformers' Trainer, which is not installed: pip install textenv[sft]."
+        ) from error
+
+
+class _StopOnInterrupt(TrainerCallback):
+    """Stops behind the step in which Ctrl-C came, having saved the state; a second Ctrl-C stops at once."""
+
+    was_interrupted = False
+
+    def __call__(self, *args: Any) -> None:
+        if self.was_interrupted:
+            raise KeyboardInterrupt
+        self.was_interrupted = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.was_interrupted:
+            control.should_save = control.should_training_stop = True
+
+
+def _train(model: PreTrainedModel, rows: list[Row], arguments: TrainingArguments, checkpoint: str | None) -> int:
+    """Run the `Trainer`; return the number of steps.
+
+    Raises:
+        KeyboardInterrupt: Once the state is saved.
+    """
+    stop = _StopOnInterrupt()
+    use_cache = model.config.use_cache  # the trainer writes it into the config that is saved
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=cast("Any", rows),
+        data_collator=cast("Any", collate),
+        callbacks=[stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    is_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    previous = signal.signal(signal.SIGINT, stop) if is_main else None
+    try:
+        steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, previous)
+    if stop.was_interrupted and steps < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped after step {steps}; `resume=True` goes on from there")
+    model.config.use_cache = use_cache
+    return steps
+
+
+def _prepare(work: Path, fingerprint: str, resume: bool) -> str | None:
+    """Return the checkpoint to go on from, if there is one; else empty the folder for the state."""
+    mark = work / "fingerprint"
+    checkpoint = get_last_checkpoint(str(work)) if resume and mark.is_file() else None
+    if checkpoint is not None:
+        if mark.read_text() != fingerprint:
+            raise ValueError(
+                f"Expected the arguments and data of the interrupted run in {work}, got others: repeat them, or start "
+                "anew with resume=False."
+            )
+        return checkpoint
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    mark.write_text(fingerprint)
+    return None
+
+
+def _with_tokenizer(
+    lm: LMLike, tokenizer: PreTrainedTokenizerBase | None, data: Sequence[Text]
+) -> tuple[LMLike, PreTrainedTokenizerBase]:
+    """Return the model's description and its tokenizer, a fresh one for a config."""
+    if isinstance(lm, PreTrainedConfig):
+        lm = copy.deepcopy(lm)
+        if tokenizer is None:
+            texts = [text if isinstance(text, str) else "".join(text) for text in data]
+            tokenizer = bpe_tokenizer(texts, lm.vocab_size)
+        lm.eos_token_id = tokenizer.eos_token_id
+        lm.bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        lm.pad_token_id = tokenizer.pad_token_id
+    elif tokenizer is None and isinstance(lm, (str, os.PathLike)):
+        tokenizer = AutoTokenizer.from_pretrained(lm)
+    if tokenizer is None:
+        raise ValueError("Expected `tokenizer` with a spec, got None: pass the tokenizer of the model.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("Expected a tokenizer with an end token, got none: set tokenizer.eos_token.")
+    return lm, tokenizer
+
+
+@torch.no_grad()
+def _check_model(model: PreTrainedModel, packing: bool) -> None:
+    """Raise ValueError for an encoder-decoder, and where packed texts would see each other."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"Expected a causal model, got the encoder-decoder {type(model).__name__}.")
+    if not packing:
+        return
+    was_training = model.training
+    first, second = Sample([1] * PROBE_LENGTH, 1), Sample([0] * PROBE_LENGTH, 1)
+    together, alone = ({**collate([row])} for row in ([first, second], [second]))
+    model.eval()
+    packed, plain = (
+        model(**{name: part.to(model.device) for name, part in batch.items()}, use_cache=False).logits
+        for batch in (together, alone)
+    )
+    model.train(was_training)
+    if not close(packed[:, PROBE_LENGTH:], plain):
+        raise ValueError(
+            f"Expected a model that tells packed texts apart by their positions, got {type(model).__name__}, in which "
+            "they see each other: use packing=False."
+        )
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Give the process's random generators back as they were: the `Trainer` seeds them."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -173,11 +173,13 @@ def test_it_learns_nothing_from_shuffled_pairs(tmp_path):
     assert figures.accuracy < 0.8 and figures.low < 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{"loss": "tokens"}, {"centring": 0.05}], ids=str)
 def test_other_losses_learn_pairs_too(kwargs, tmp_path):
     assert train(some_pairs(300), tmp_path / "m", n_epochs=5, **kwargs).held_out.accuracy > 0.9
 
 
+@pytest.mark.slow
 def test_centring_keeps_the_mean_of_scores_near_zero(tmp_path):
     config = tiny(vocab_size=len(TOKENIZER), initializer_range=0.3)
     means = []
@@ -190,6 +192,7 @@ def test_centring_keeps_the_mean_of_scores_near_zero(tmp_path):
     assert means[1] < 0.3
 
 
+@pytest.mark.slow
 def test_it_learns_rankings_of_any_length(tmp_path):
     rng = np.random.default_rng(3)
     by_merit = {value: texts for value, texts in some_texts(300).items() if len(texts) > 5}
@@ -200,6 +203,7 @@ def test_it_learns_rankings_of_any_length(tmp_path):
     assert train(rankings, tmp_path / "m", n_epochs=10).held_out.accuracy > 0.95
 
 
+@pytest.mark.slow
 def test_it_learns_labels(tmp_path):
     texts = [text for same in some_texts(150).values() for text in same][:300]
     data = [Labelled(text, merit(text)) for text in np.random.default_rng(0).permutation(texts)]

@@ -91,7 +91,10 @@ def test_models_that_cannot_tell_packed_texts_apart_are_refused(tmp_path):
 def test_it_learns_and_the_folder_loads_with_transformers_alone(kwargs, tmp_path):
     result = tune(TEXTS[:100], tmp_path / "m", held_out=TEXTS[100:], n_epochs=8, **kwargs)
     assert result.held_out_loss < 0.6 * result.held_out_loss_before and result.train_loss < 0.6 * np.log(120)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
+        AutoTokenizer.from_pretrained(tmp_path / "m"),
+    )
     rows = [encode_sample(tokenizer, text, tokenizer.eos_token_id, 128) for text in TEXTS[100:]]
     assert sft.mean_loss(model, rows) == pytest.approx(result.held_out_loss, abs=1e-5)
     assert model.config.use_cache and same(Pretrained(str(tmp_path / "m")).build().state_dict(), model.state_dict())

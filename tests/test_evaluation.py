@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from agents import Checkpoints, Evaluate, KLPenalty, evaluate, generate, latest_checkpoint, load_checkpoint
 from agents.evaluation import Evaluation
 from tests.models import make_policy
+from tests.seq2seq import expected_logits, tiny_seq2seq
 from tests.training import PROMPTS, TOKENIZER, length_and_letters, same_weights, tiny_config, tiny_env, weights
 from tests.training import tiny_agent as agent_of
 from textenv import BannedMask, Preds, TextEnv
@@ -121,6 +122,22 @@ def test_the_reference_of_a_penalty_is_the_start():
         evaluate(model, PROMPTS, TOKENIZER, reference=penalty, mask=BannedMask([3]))
     with pytest.raises(ValueError, match="Expected a reference with Sampling"):
         evaluate(model, PROMPTS, TOKENIZER, reference=make_policy(temperature=0.5).lm)
+
+
+def test_the_divergence_of_an_encoder_decoder():
+    """Its own forward, one text at a time: the decoder reads what was written, behind its start token."""
+    policy, other = (make_policy(tiny_seq2seq(), seed=seed) for seed in (1, 2))
+    result = evaluate(policy, PROMPTS, TOKENIZER, reference=other.lm, max_new_tokens=4, seed=1)
+    by_hand = []
+    for one in result.generations:
+        since = np.array([*one.prompt.ids, -2, *one.ids])
+        places = [torch.as_tensor(since[: len(one.prompt.ids) + 1 + t])[None] for t in range(len(one.ids))]
+        kl = 0.0
+        for seen in places:
+            ours, theirs = (expected_logits(p.backbone.model, seen)[..., :33].log_softmax(-1) for p in (policy, other))
+            kl += (ours.exp() * (ours - theirs)).sum().item()
+        by_hand.append(kl)
+    assert result.scores["kl"].per_row.tolist() == pytest.approx(by_hand, abs=1e-4)
 
 
 # Before and after
@@ -240,7 +257,8 @@ def test_training_stops_when_patience_ends(sign, n_evaluations):
     def falling(prompts, texts, references):
         return {"falling": mean_of([next(values)] * len(texts))}
 
-    look = Evaluate(PROMPTS, TOKENIZER, [falling], every=1, best="falling", higher_is_better=sign, patience=3)
+    compared = {"best": "falling", "higher_is_better": sign, "patience": 3}
+    look = Evaluate(PROMPTS, TOKENIZER, [falling], every=1, max_new_tokens=4, **compared)
     model = learner()
     model.learn(64 * 6, callback=look)
     assert len(look.history) == n_evaluations and look.best_at == (0 if sign else 384)
@@ -251,7 +269,9 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path):
     """The checkpoint is older than the last evaluation; best value, history and patience are those of one run."""
 
     def look(folder):
-        return Evaluate(PROMPTS, TOKENIZER, every=64, folder=tmp_path / folder, reward=letters, n=2, patience=50)
+        return Evaluate(
+            PROMPTS, TOKENIZER, every=64, folder=tmp_path / folder, reward=letters, max_new_tokens=4, patience=50
+        )
 
     whole = look("whole")
     learner().learn(64 * 5, callback=whole)

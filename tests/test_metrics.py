@@ -97,6 +97,13 @@ def test_meteor_with_wordnet_counts_synonyms_and_is_called_meteor(monkeypatch):
     assert without < Meteor()(*rows)["meteor"].value == pytest.approx(1 - 0.5 / 8)
 
 
+def test_words_are_those_of_nltk():
+    from nltk.tokenize import wordpunct_tokenize
+
+    for text in (*TEXTS, "It's... a well-known (odd) film!?", "很好看。", " "):
+        assert overlap.words_and_marks(text) == wordpunct_tokenize(text)
+
+
 def test_missing_wordnet_data_is_found_out(monkeypatch):
     import nltk
 

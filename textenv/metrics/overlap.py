@@ -20,13 +20,13 @@ def missing(library: str, error: ImportError) -> ImportError:
 
 
 def words_and_marks(text: str) -> list[str]:
-    """Return the words and the punctuation marks of a text.
+    """Return the words and the runs of punctuation marks of a text, as nltk's `wordpunct_tokenize` does.
 
     Example:
-        >>> words_and_marks("It isn't good.")
-        ['It', 'isn', "'", 't', 'good', '.']
+        >>> words_and_marks("It isn't good...")
+        ['It', 'isn', "'", 't', 'good', '...']
     """
-    return re.findall(r"\w+|[^\w\s]", text)
+    return re.findall(r"\w+|[^\w\s]+", text)
 
 
 class ROUGE:

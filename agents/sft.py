@@ -8,12 +8,10 @@ import math
 import os
 import random
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,12 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from textenv.tokenizer import Tokenizer
 
@@ -36,7 +29,6 @@ from .files import replaced_folder
 from .pretrain import IGNORED, bpe_tokenizer
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
 
-SAVE_STEPS = 500  # how often the state is written, against a process that is killed
 DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds
 N_MEASURED = 256  # rows of the training data that are measured at the end
 
@@ -126,9 +118,15 @@ def tune(
     """
     if not data:
         raise ValueError("Expected at least one text, got none.")
+    try:
+        from . import sft_trainer
+    except ImportError as error:
+        raise ImportError(
+            "Expected accelerate for transformers' Trainer, which is not installed: pip install textenv[sft]."
+        ) from error
     target = Path(folder).absolute()
     work = target.with_name(f".{target.name}.training")
-    arguments = _arguments(
+    arguments = sft_trainer.arguments(
         output_dir=str(work),
         num_train_epochs=n_epochs,
         per_device_train_batch_size=batch_size,
@@ -152,8 +150,8 @@ def tune(
             rows = pack([sample for row in rows for sample in row], limit)
         before = mean_loss(model, tests, batch_size) if tests else None
         settings = repr((rows, packing, n_epochs, batch_size, learning_rate, seed))
-        checkpoint = _prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
-        n_steps = _train(model, rows, arguments, checkpoint)
+        checkpoint = sft_trainer.prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
+        n_steps = sft_trainer.train(model, rows, arguments, checkpoint)
         model.eval()
         after = mean_loss(model, tests, batch_size) if tests else None
         train_loss = mean_loss(model, rows[:N_MEASURED], batch_size)
@@ -177,88 +175,6 @@ def mean_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 16)
         count += n_trained
     model.train(was_training)
     return total / count
-
-
-def _arguments(**arguments: Any) -> TrainingArguments:
-    try:
-        return TrainingArguments(
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
-            weight_decay=0.01,
-            save_strategy="steps",
-            save_steps=SAVE_STEPS,
-            save_total_limit=1,
-            logging_steps=20,
-            report_to="none",
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            **arguments,
-        )
-    except ImportError as error:
-        raise ImportError(
-            "Expected accelerate for transformers' Trainer, which is not installed: pip install textenv[sft]."
-        ) from error
-
-
-class _StopOnInterrupt(TrainerCallback):
-    """Stops behind the step in which Ctrl-C came, having saved the state; a second Ctrl-C stops at once."""
-
-    was_interrupted = False
-
-    def __call__(self, *args: Any) -> None:
-        if self.was_interrupted:
-            raise KeyboardInterrupt
-        self.was_interrupted = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.was_interrupted:
-            control.should_save = control.should_training_stop = True
-
-
-def _train(model: PreTrainedModel, rows: list[Row], arguments: TrainingArguments, checkpoint: str | None) -> int:
-    """Run the `Trainer`; return the number of steps.
-
-    Raises:
-        KeyboardInterrupt: Once the state is saved.
-    """
-    stop = _StopOnInterrupt()
-    use_cache = model.config.use_cache  # the trainer writes it into the config that is saved
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=cast("Any", rows),
-        data_collator=cast("Any", collate),
-        callbacks=[stop],
-    )
-    trainer.remove_callback(PrinterCallback)
-    is_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-    previous = signal.signal(signal.SIGINT, stop) if is_main else None
-    try:
-        steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, previous)
-    if stop.was_interrupted and steps < trainer.state.max_steps:
-        raise KeyboardInterrupt(f"stopped after step {steps}; `resume=True` goes on from there")
-    model.config.use_cache = use_cache
-    return steps
-
-
-def _prepare(work: Path, fingerprint: str, resume: bool) -> str | None:
-    """Return the checkpoint to go on from, if there is one; else empty the folder for the state."""
-    mark = work / "fingerprint"
-    checkpoint = get_last_checkpoint(str(work)) if resume and mark.is_file() else None
-    if checkpoint is not None:
-        if mark.read_text() != fingerprint:
-            raise ValueError(
-                f"Expected the arguments and data of the interrupted run in {work}, got others: repeat them, or start "
-                "anew with resume=False."
-            )
-        return checkpoint
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    mark.write_text(fingerprint)
-    return None
 
 
 def _with_tokenizer(

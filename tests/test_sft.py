@@ -2,13 +2,14 @@
 
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, TrainerCallback
 
-from agents import Pretrained, sft
+from agents import Pretrained, sft, sft_trainer
 from agents.pretrain import IGNORED, word_tokenizer
 from agents.sft_data import Sample, collate, encode_sample, pack
 from tests.models import tiny
@@ -134,8 +135,10 @@ def test_e8_after_ctrl_c_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path, mo
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        trainer = sft.Trainer
-        patch.setattr(sft, "Trainer", lambda **k: trainer(**{**k, "callbacks": [*k["callbacks"], PressCtrlC()]}))
+        real = sft_trainer.Trainer
+        patch.setattr(
+            sft_trainer, "Trainer", lambda **k: real(**{**k, "callbacks": [*k["callbacks"], PressCtrlC()]})
+        )
         with pytest.raises(KeyboardInterrupt, match="stopped after step 11; `resume=True` goes on"):
             tune(TEXTS, tmp_path / "parts", lm=config)
     assert not (tmp_path / "parts").exists()
@@ -159,7 +162,8 @@ def test_e10_equal_seeds_tune_the_same_and_global_generators_are_left_alone(tmp_
 
 
 def test_without_accelerate_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.training_args.is_accelerate_available", lambda *args: False)
+    monkeypatch.delattr("agents.sft_trainer")
+    monkeypatch.setitem(sys.modules, "agents.sft_trainer", None)
     with pytest.raises(ImportError, match=r"pip install textenv\[sft\]"):
         tune(TEXTS, tmp_path / "m")
 

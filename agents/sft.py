@@ -119,14 +119,14 @@ def tune(
     if not data:
         raise ValueError("Expected at least one text, got none.")
     try:
-        from . import sft_trainer
+        from .sft_trainer import prepare, train, training_arguments
     except ImportError as error:
         raise ImportError(
             "Expected accelerate for transformers' Trainer, which is not installed: pip install textenv[sft]."
         ) from error
     target = Path(folder).absolute()
     work = target.with_name(f".{target.name}.training")
-    arguments = sft_trainer.arguments(
+    arguments = training_arguments(
         output_dir=str(work),
         num_train_epochs=n_epochs,
         per_device_train_batch_size=batch_size,
@@ -150,8 +150,8 @@ def tune(
             rows = pack([sample for row in rows for sample in row], limit)
         before = mean_loss(model, tests, batch_size) if tests else None
         settings = repr((rows, packing, n_epochs, batch_size, learning_rate, seed))
-        checkpoint = sft_trainer.prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
-        n_steps = sft_trainer.train(model, rows, arguments, checkpoint)
+        checkpoint = prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
+        n_steps = train(model, rows, arguments, checkpoint)
         model.eval()
         after = mean_loss(model, tests, batch_size) if tests else None
         train_loss = mean_loss(model, rows[:N_MEASURED], batch_size)

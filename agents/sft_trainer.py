@@ -17,7 +17,7 @@ from .sft_data import Row, collate
 SAVE_STEPS = 500  # how often the state is written, against a process that is killed
 
 
-def arguments(**given: Any) -> TrainingArguments:
+def training_arguments(**given: Any) -> TrainingArguments:
     """Return what the `Trainer` is told, without reports to anyone."""
     return TrainingArguments(
         lr_scheduler_type="cosine",

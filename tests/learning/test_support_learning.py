@@ -35,6 +35,7 @@ def test_e11_it_learns_within_a_support(support, name, budget, seed):
     assert allowed.sum(dim=1).float().mean() < allowed.shape[1] - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_e11_within_a_support_it_does_not_learn_with_the_reward_switched_off(support):
     task = TASKS["always"]

@@ -21,7 +21,6 @@ SUPPORTS = {"top_k": {"top_k": 5}, "nlpo": {"top_p": 0.9, "top_p_lag": 2}}
         ("always", 1, 0),
         *(pytest.param("always", 1, seed, marks=pytest.mark.slow) for seed in (1, 2, 3)),
         pytest.param("copy", 2, 0, marks=pytest.mark.slow),  # what to copy is often left out at first
-        pytest.param("length", 2, 0, marks=pytest.mark.slow),
     ],
 )
 def test_e11_it_learns_within_a_support(support, name, budget, seed):

@@ -38,7 +38,7 @@ from textenv.episode import PADDING, SEPARATOR
 N_EPOCHS = 4
 SEQUENCES = 16  # of a minibatch
 KL_COEF = 0.05
-MOST_KL = 1.15  # one forward of the reference, to a rollout and 4 epochs of forward and backward
+MOST_KL = 1.15  # room for one forward of the reference, to a rollout and 4 epochs of forward and backward
 N_SAMPLED_STEPS = 3  # of the slow rollout: near its start, middle and end
 INSTALL = "python -m venv trl-env && trl-env/bin/pip install trl==1.12.0, then set TRL_PYTHON=trl-env/bin/python"
 

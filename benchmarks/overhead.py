@@ -18,6 +18,8 @@ from stable_baselines3 import PPO
 from torch import Tensor
 from work import Pairs, Row, Settings, rollout, run_script, timed
 
+from agents.actor_critic import Step
+
 LANES = (64, 1024)
 DECODED = 16  # steps of the model that are timed, from a third of the completion on
 MOST = 0.10
@@ -58,9 +60,9 @@ def no_op_rollout(model: PPO) -> list[Tensor]:
     zeros = torch.zeros(model.n_envs, device=model.device)
     actions = zeros.long()
 
-    def act(observations: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def act(observations: Tensor, *args: Any) -> Step:
         seen.append(observations)
-        return actions, zeros, zeros
+        return Step(actions, zeros + 0, zeros, None)
 
     with patch.object(model.policy.lm, "act", act), patch.object(model.policy.lm, "values", lambda observations: zeros):
         rollout(model)

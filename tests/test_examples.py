@@ -40,6 +40,7 @@ def test_custom_reward():
     assert run("examples/custom_reward.py", "--smoke").count("mean reward") == 3
 
 
+@pytest.mark.slow
 def test_masked_json():
     pytest.importorskip("llguidance")
     assert run("examples/masked_json.py", "--smoke").count("100% valid") == 2

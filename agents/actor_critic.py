@@ -79,8 +79,7 @@ class LMActorCritic(nn.Module):
             self.lagged.drop_caches()
 
     def begin_update(self) -> None:
-        """Say that the weights are about to change, once an update."""
-        self.drop_caches()
+        """Count an update; `drop_caches` besides."""
         if self.lagged is not None:
             self.lagged.count_update(self.backbone)
 
@@ -214,44 +213,42 @@ class LMActorCritic(nn.Module):
 
     def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies, (N,), without ever holding logits of all N where they are many."""
-        n = max(1, MAX_LOGITS // self.backbone.vocab_size)
-        if logits is not None or len(hidden) <= n:
-            return self._score_rows(hidden, logits, actions, chunk, slice(None))
-        parts = [
+        parts = self._parts(len(hidden))
+        if logits is not None or len(parts) == 1:
+            return self._score_part(hidden, logits, actions, chunk, slice(None))
+        scores = [
             # Logits are computed again in the backward: a head forward more, instead of several (N, V) tensors.
-            checkpoint(
-                self._score_rows,
-                hidden[i : i + n],
-                None,
-                actions[i : i + n],
-                chunk,
-                slice(i, i + n),
-                use_reentrant=False,
-            )
-            for i in range(0, len(hidden), n)
+            checkpoint(self._score_part, hidden, None, actions, chunk, places, use_reentrant=False)
+            for places in parts
         ]
-        log_probs, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        log_probs, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
         return log_probs, entropies
 
-    def _score_rows(
+    def _parts(self, n: int) -> list[slice]:
+        """Return the places of n transitions in parts whose logits are no more than `MAX_LOGITS`."""
+        size = max(1, MAX_LOGITS // self.backbone.vocab_size)
+        return [slice(start, start + size) for start in range(0, n, size)]
+
+    def _score_part(
         self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk, places: slice
     ) -> tuple[Tensor, Tensor]:
-        if logits is None:
-            with self._precision():
-                logits = self.backbone.logits(hidden)
-        logits, allowed = self._adjust(logits, chunk, places)
-        return score_tokens(logits, actions, allowed)
+        adjusted, allowed = self._adjusted(hidden, logits, chunk, places)
+        return score_tokens(adjusted, actions[places], allowed)
 
-    def _adjust(self, logits: Tensor, chunk: Chunk, places: slice) -> tuple[Tensor, Tensor | None]:
-        """Return adjusted logits of some of a chunk's places, and which tokens those were sampled from."""
+    def _adjusted(
+        self, hidden: Tensor, logits: Tensor | None, chunk: Chunk, places: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return adjusted logits at some of a chunk's places, and which tokens those were sampled from."""
         if self.sampling.has_support and chunk.allowed is None:
             raise ValueError(
                 "Expected to know which tokens were sampled from (top_k, top_p, min_p), got transitions without: train "
                 "with rollout_buffer_class=SequenceRolloutBuffer, which keeps it."
             )
+        with self._precision():
+            part = self.backbone.logits(hidden[places]) if logits is None else logits[places]
         rows, cols = chunk.rows[places], chunk.cols[places]
-        logits = self.sampling.adjust(logits, lambda: chunk.ids[rows], cols + 1)
-        return logits, None if chunk.allowed is None else chunk.allowed[places].dense(logits.device)
+        part = self.sampling.adjust(part, lambda: chunk.ids[rows], cols + 1)
+        return part, None if chunk.allowed is None else chunk.allowed[places].dense(part.device)
 
     def log_probs(self, batch: SequenceBatch, actions: Tensor) -> Tensor:
         """Return the log-probabilities of actions, (N,), in nats: what a reference model is asked for."""
@@ -265,12 +262,8 @@ class LMActorCritic(nn.Module):
     def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
         """Yield the log-probabilities of all tokens at a chunk's transitions, (n, V), a part of them at a time."""
         hidden, logits = self._read_chunk(chunk)
-        n = max(1, MAX_LOGITS // self.backbone.vocab_size)
-        for start in range(0, len(hidden), n):
-            places = slice(start, start + n)
-            with self._precision():
-                part = self.backbone.logits(hidden[places]) if logits is None else logits[places]
-            yield TokenDistribution(*self._adjust(part, chunk, places)).log_probabilities
+        for places in self._parts(len(hidden)):
+            yield TokenDistribution(*self._adjusted(hidden, logits, chunk, places)).log_probabilities
 
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:
         """Return the distributions of all transitions of a batch, as one of (N, V)."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from textenv.rewards.reward_stats import RewardStats
+
 from .backbone import LMLike, PretrainedRewardModel, build_model, check_fits, disable_dropout, fuse_activations
-from .reward_stats import RewardStats
 
 PROBE_LENGTH = 4
 PROBE_TOLERANCE = 1e-4

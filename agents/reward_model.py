@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from textenv.rewards.reward_stats import RewardStats
 from textenv.tokenizer import Tokenizer
 
 from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, disable_dropout, n_positions
@@ -27,7 +28,6 @@ from .files import replaced_folder
 from .preferences import Labelled, Ranking, encode_texts
 from .pretrain import fit, similar_lengths
 from .reward_figures import RewardFigures, figures
-from .reward_stats import RewardStats
 
 Loss: TypeAlias = Literal["last", "tokens"]
 DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds

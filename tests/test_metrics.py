@@ -60,7 +60,7 @@ def test_rouge_of_characters():
 
 
 def without_wordnet(monkeypatch):
-    monkeypatch.setattr(overlap, "_wordnet", lambda: None)
+    monkeypatch.setattr(overlap, "installed_wordnet", lambda: None)
     return Meteor()
 
 
@@ -93,7 +93,7 @@ def test_meteor_with_wordnet_counts_synonyms_and_is_called_meteor(monkeypatch):
 
     rows = [""], ["a car"], [["a auto"]]
     without = without_wordnet(monkeypatch)(*rows)["meteor_without_wordnet"].value
-    monkeypatch.setattr(overlap, "_wordnet", WordNet)
+    monkeypatch.setattr(overlap, "installed_wordnet", WordNet)
     assert without < Meteor()(*rows)["meteor"].value == pytest.approx(1 - 0.5 / 8)
 
 
@@ -111,7 +111,7 @@ def test_missing_wordnet_data_is_found_out(monkeypatch):
     from nltk.corpus import wordnet
 
     if type(wordnet).__name__ == "LazyCorpusLoader":  # else another test has loaded it
-        assert overlap._wordnet() is None
+        assert overlap.installed_wordnet() is None
 
 
 @pytest.mark.parametrize("references", [REFERENCES, [own[:1] for own in REFERENCES]])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from agents.preferences import encode_texts
 from agents.pretrain import word_tokenizer
 from agents.reward_figures import calibration, pair_accuracy, wilson_interval
 from agents.reward_model import _Example, _loss, bradley_terry, build_reward_model, read_scores
-from agents.reward_stats import RewardStats
 from tests.models import tiny
 from textenv import CharTokenizer
+from textenv.rewards.reward_stats import RewardStats
 
 WORDS = ["good", "bad", "film", "plot", "the", "a", "was", "is"]
 TOKENIZER = word_tokenizer(WORDS)  # whose pad token is its end token, 0
@@ -232,7 +233,7 @@ def test_the_stats_are_those_of_the_training_texts(trained):
     scores = score_texts(model, TOKENIZER, [text for pair in some_pairs(300) for text in pair.texts])
     stats = json.loads((trained.folder / "reward_stats.json").read_text())
     assert stats == pytest.approx({"mean": scores.mean(), "std": scores.std()}, abs=1e-4)
-    assert stats == RewardStats.load(trained.folder)._asdict()
+    assert stats == asdict(RewardStats.load(trained.folder))
 
 
 @pytest.mark.parametrize("normalise", [False, True])

@@ -22,7 +22,8 @@ from textenv import CharTokenizer, Prompt, RewardError, TextEnv
 from textenv.completion import Turn
 from textenv.rewards import Cached, Ensemble, Scale, WeightedSum, make_reward
 from textenv.rewards.classifier import Classifier
-from textenv.rewards.preference import STATS_FILE, Preference, RewardStats
+from textenv.rewards.preference import Preference
+from textenv.rewards.reward_stats import STATS_FILE, RewardStats
 from textenv.rewards.text_model import TextModel
 
 WORDS = ["a", "good", "bad", "film", "plot", "user", "assistant", ":", "|"]

@@ -136,9 +136,7 @@ def test_e8_after_ctrl_c_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path, mo
 
     with monkeypatch.context() as patch:
         real = sft_trainer.Trainer
-        patch.setattr(
-            sft_trainer, "Trainer", lambda **k: real(**{**k, "callbacks": [*k["callbacks"], PressCtrlC()]})
-        )
+        patch.setattr(sft_trainer, "Trainer", lambda **k: real(**{**k, "callbacks": [*k["callbacks"], PressCtrlC()]}))
         with pytest.raises(KeyboardInterrupt, match="stopped after step 11; `resume=True` goes on"):
             tune(TEXTS, tmp_path / "parts", lm=config)
     assert not (tmp_path / "parts").exists()

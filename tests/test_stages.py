@@ -18,9 +18,9 @@ from agents import (
     train_reward_model,
 )
 from agents.pretrain import word_tokenizer
-from agents.reward_stats import RewardStats
 from tests.models import tiny
 from textenv import TextEnv, demo
+from textenv.rewards.reward_stats import RewardStats
 
 TOKENIZER = word_tokenizer(demo.vocabulary())
 

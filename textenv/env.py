@@ -16,7 +16,7 @@ from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
 from textenv.prompts import Order, Prompt, PromptLike, PromptReader, read_rows
 from textenv.rewarding import RewardFunction, ScoreAt, score_each
-from textenv.rewards.base import BatchReward, RewardLike, score_rows
+from textenv.rewards.base import BatchReward, RewardLike, check_choice, score_rows
 from textenv.rewards.registry import read_reward
 from textenv.tokenizer import Tokenizer
 from textenv.vocabulary import Vocabulary
@@ -118,25 +118,24 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         seed: int | None = None,
         render_mode: str | None = None,
     ) -> None:
-        _check_choice("truncation_side", truncation_side, (None, "left", "right"))
-        _check_choice("length_limit", length_limit, ("terminate", "truncate"))
-        _check_choice("score_at", score_at, (None, *get_args(ScoreAt)))
-        _check_choice("order", order, get_args(Order))
-        _check_choice("render_mode", render_mode, (None, "ansi", "human"))
+        check_choice("truncation_side", truncation_side, (None, "left", "right"))
+        check_choice("length_limit", length_limit, ("terminate", "truncate"))
+        check_choice("score_at", score_at, (None, *get_args(ScoreAt)))
+        check_choice("order", order, get_args(Order))
+        check_choice("render_mode", render_mode, (None, "ansi", "human"))
         self.tokenizer = tokenizer
         self.reward = self._check_reward(reward)
         own_choice: ScoreAt = self.reward.score_at if isinstance(self.reward, BatchReward) else "step"
         self.score_at: ScoreAt = own_choice if score_at is None else score_at
-        if samples_per_prompt < 1:
-            raise ValueError(f"Expected `samples_per_prompt` to be at least 1, got {samples_per_prompt}.")
+        _check_at_least_one("samples_per_prompt", samples_per_prompt)
         self.samples_per_prompt = samples_per_prompt
         self.order: Order = order
         self.seed = seed
         self.render_mode = render_mode
         self.is_multi_turn = type(self).respond is not TextEnv.respond
         self._check_turns(max_new_tokens, max_turns, max_response_tokens)
-        if max_prompt_tokens is not None and max_prompt_tokens < 1:
-            raise ValueError(f"Expected `max_prompt_tokens` to be at least 1, got {max_prompt_tokens}.")
+        if max_prompt_tokens is not None:
+            _check_at_least_one("max_prompt_tokens", max_prompt_tokens)
         self.rules = EpisodeRules(
             stop_ids=self._check_stop_ids(stop_ids),
             stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
@@ -322,6 +321,6 @@ def render_row(tokenizer: Tokenizer, observation: np.ndarray) -> str:
     return f"{prompt} |{whole[len(prompt) :]}" if whole.startswith(prompt) else f"{prompt} | {tokenizer.decode(ids)}"
 
 
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {list(choices)}, got {value!r}.")
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"Expected `{name}` to be at least 1, got {value}.")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from textenv.metrics.scores import Scores, check_references, mean_of
+from textenv.wordnet import NoWordNet, installed_wordnet
 
 Split = Callable[[str], list[str]]
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -103,7 +104,10 @@ class Meteor:
 
     def __init__(self, split: Split = words_and_marks) -> None:
         self.split = split
-        self.wordnet = _wordnet()
+        try:
+            self.wordnet = installed_wordnet()
+        except ImportError as error:
+            raise missing("nltk", error) from error
         self.name = "meteor" if self.wordnet is not None else "meteor_without_wordnet"
 
     def __call__(
@@ -114,30 +118,10 @@ class Meteor:
 
         check_references(texts, references)
         values = [
-            meteor_score([self.split(one) for one in own], self.split(text), wordnet=self.wordnet or _NoWordNet())
+            meteor_score([self.split(one) for one in own], self.split(text), wordnet=self.wordnet or NoWordNet())
             for text, own in zip(texts, references, strict=True)
         ]
         return {self.name: mean_of(values)}
-
-
-class _NoWordNet:
-    """A WordNet in which no word has a synonym."""
-
-    def synsets(self, word: str) -> list[Any]:
-        return []
-
-
-def _wordnet() -> Any | None:
-    """Return nltk's WordNet, or None where its data is not installed."""
-    try:
-        from nltk.corpus import wordnet  # optional
-    except ImportError as error:
-        raise missing("nltk", error) from error
-    try:
-        wordnet.ensure_loaded()
-    except LookupError:  # nltk's way of saying so
-        return None
-    return wordnet
 
 
 class BLEU:

@@ -93,14 +93,11 @@ class Likelihood(BatchReward):
 
     @torch.inference_mode()
     def _forward(self, texts: Sequence[tuple[list[int], list[bool]]]) -> list[float]:
-        width = max(len(ids) for ids, _ in texts)
-        tokens = torch.full((len(texts), width), self._model.pad_id)  # (B, T)
-        is_text, is_judged = torch.zeros_like(tokens), torch.zeros_like(tokens)  # (B, T)
-        for row, (ids, judged) in enumerate(texts):
-            tokens[row, : len(ids)], is_text[row, : len(ids)] = torch.tensor(ids), 1
-            is_judged[row, : len(ids)] = torch.tensor(judged).long()
-        device = self._model.model.device
-        tokens, is_judged = tokens.to(device), is_judged[:, 1:].to(device)
-        logits = self._model.model(input_ids=tokens, attention_mask=is_text.to(device)).logits[:, :-1].float()
+        tokens, is_text = self._model.pad([ids for ids, _ in texts])  # (B, T)
+        is_judged = torch.zeros_like(tokens)  # (B, T)
+        for row, (_, judged) in enumerate(texts):
+            is_judged[row, : len(judged)] = torch.tensor(judged).long()
+        is_judged = is_judged[:, 1:]
+        logits = self._model.model(input_ids=tokens, attention_mask=is_text).logits[:, :-1].float()
         log_probs = logits.gather(2, tokens[:, 1:, None])[..., 0] - logits.logsumexp(2)  # (B, T - 1)
         return ((log_probs * is_judged).sum(1) / is_judged.sum(1).clamp(min=1)).tolist()

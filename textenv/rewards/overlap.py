@@ -14,6 +14,7 @@ from typing import Any, Literal
 from textenv.completion import Preds
 from textenv.prompts import Prompt
 from textenv.rewards.base import RowReward, check_choice
+from textenv.wordnet import NoWordNet, installed_wordnet
 
 
 def _load(module: str, reward: object, library: str) -> Any:
@@ -34,13 +35,6 @@ def _references(prompt: Prompt) -> list[str]:
 
 def _words(text: str) -> list[str]:
     return import_module("nltk.tokenize").wordpunct_tokenize(text)
-
-
-class _NoWordNet:
-    """Stands where METEOR wants WordNet, and knows no synonyms."""
-
-    def synsets(self, word: str) -> tuple[()]:
-        return ()
 
 
 @dataclass
@@ -73,19 +67,15 @@ class Meteor(RowReward):
     def __post_init__(self) -> None:
         _load("nltk.tokenize", self, "nltk")
         self._meteor_score = _load("nltk.translate.meteor_score", self, "nltk").meteor_score
-        self._has_wordnet = False
-        if self.wordnet is not False:
-            try:
-                _load("nltk.corpus", self, "nltk").wordnet.ensure_loaded()
-                self._has_wordnet = True
-            except LookupError as error:
-                if self.wordnet:
-                    raise LookupError("Expected WordNet to be installed: nltk.download('wordnet').") from error
-                warnings.warn(
-                    "Meteor runs without WordNet, whose figures are lower: install it by nltk.download('wordnet'), or "
-                    "say wordnet=False.",
-                    stacklevel=3,
-                )
+        self._has_wordnet = self.wordnet is not False and installed_wordnet() is not None
+        if self.wordnet and not self._has_wordnet:
+            raise LookupError("Expected WordNet to be installed: nltk.download('wordnet').")
+        if self.wordnet is None and not self._has_wordnet:
+            warnings.warn(
+                "Meteor runs without WordNet, whose figures are lower: install it by nltk.download('wordnet'), or "
+                "say wordnet=False.",
+                stacklevel=3,
+            )
 
     @property
     def label(self) -> str:
@@ -95,7 +85,7 @@ class Meteor(RowReward):
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
         references = [_words(reference) for reference in _references(prompt)]
-        wordnet = import_module("nltk.corpus").wordnet if self._has_wordnet else _NoWordNet()
+        wordnet = import_module("nltk.corpus").wordnet if self._has_wordnet else NoWordNet()
         return float(self._meteor_score(references, _words(preds.text), wordnet=wordnet))
 
 

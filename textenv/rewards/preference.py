@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from os import PathLike
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,54 +13,8 @@ from textenv.completion import Preds
 from textenv.prompts import Prompt
 from textenv.rewarding import ScoreAt
 from textenv.rewards.base import BatchReward, Reads, check_choice, read_text
+from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_model import ModelLike, TextModel
-
-STATS_FILE = "reward_stats.json"
-
-
-@dataclass(frozen=True)
-class RewardStats:
-    """Mean and standard deviation of a reward model's scores, kept beside it in `reward_stats.json`.
-
-    Args:
-        mean: The mean of the scores on held-out texts.
-        std: Their standard deviation.
-
-    Example:
-        >>> RewardStats.of([1.0, 3.0])
-        RewardStats(mean=2.0, std=1.0)
-    """
-
-    mean: float
-    std: float
-
-    def __post_init__(self) -> None:
-        if not (np.isfinite(self.mean) and np.isfinite(self.std) and self.std > 0):
-            raise ValueError(f"Expected a finite mean and a positive std, got {self.mean} and {self.std}.")
-
-    @classmethod
-    def of(cls, scores: Sequence[float]) -> RewardStats:
-        """Return the statistics of scores."""
-        return cls(float(np.mean(scores)), float(np.std(scores)))
-
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write them into the model's folder."""
-        (Path(folder) / STATS_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: str | PathLike[str]) -> RewardStats:
-        """Read them from the model's folder.
-
-        Raises:
-            FileNotFoundError: If it has none.
-        """
-        file = Path(folder) / STATS_FILE
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"Expected {STATS_FILE} in the folder of the reward model, got none in {str(folder)!r}: give "
-                "stats=RewardStats(mean, std), write it by RewardStats.of(scores).save(folder), or leave `stats` out."
-            )
-        return cls(**json.loads(file.read_text(encoding="utf-8")))
 
 
 @dataclass
@@ -152,8 +103,8 @@ class Preference(BatchReward):
         """Return a number a row."""
         texts = [self.text(prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
         # A chat template writes the special tokens itself.
-        scores = self._model.logits(texts, add_special_tokens=not self.chat)[:, 0].astype(np.float64)
-        return (scores if self._stats is None else (scores - self._stats.mean) / self._stats.std).tolist()
+        scores = self._model.logits(texts, add_special_tokens=not self.chat)[:, 0].astype(np.float64).tolist()
+        return scores if self._stats is None else [self._stats.normalised(score) for score in scores]
 
     def text(self, prompt: Prompt, preds: Preds) -> str:
         """Return the text that the model is given."""

@@ -119,15 +119,17 @@ class TextModel:
 
     @torch.inference_mode()
     def _forward(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        width = max(len(tokens) for tokens in ids)
-        tokens = torch.full((len(ids), width), self.pad_id)  # (B, T)
-        is_text = torch.zeros((len(ids), width), dtype=torch.long)  # (B, T)
+        tokens, is_text = self.pad(ids)
+        return self.model(input_ids=tokens, attention_mask=is_text).logits.float().cpu().numpy()
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return texts as tokens padded on the right, and 1 where a token is a text's, (B, T) int64 on the device."""
+        tokens = torch.full((len(ids), max(map(len, ids))), self.pad_id)  # (B, T)
+        is_text = torch.zeros_like(tokens)  # (B, T)
         for row, one in enumerate(ids):
             tokens[row, : len(one)] = torch.tensor(one)
             is_text[row, : len(one)] = 1
-        device = self.model.device
-        output = self.model(input_ids=tokens.to(device), attention_mask=is_text.to(device))
-        return output.logits.float().cpu().numpy()
+        return tokens.to(self.model.device), is_text.to(self.model.device)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -1,0 +1,62 @@
+"""Mean and spread of a reward model's scores, kept beside its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+STATS_FILE = "reward_stats.json"
+
+
+@dataclass(frozen=True)
+class RewardStats:
+    """Mean and standard deviation of a reward model's scores, kept beside it in `reward_stats.json`.
+
+    Args:
+        mean: The mean of the scores on held-out texts.
+        std: Their standard deviation.
+
+    Example:
+        >>> RewardStats.of([1.0, 3.0])
+        RewardStats(mean=2.0, std=1.0)
+    """
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.mean) and np.isfinite(self.std) and self.std > 0):
+            raise ValueError(f"Expected a finite mean and a positive std, got {self.mean} and {self.std}.")
+
+    def normalised(self, score: float) -> float:
+        """Return a score in units of the spread around the mean."""
+        return (score - self.mean) / self.std
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> RewardStats:
+        """Return the statistics of scores."""
+        return cls(float(np.mean(scores)), float(np.std(scores)))
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write them into the model's folder."""
+        (Path(folder) / STATS_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> RewardStats:
+        """Read them from the model's folder.
+
+        Raises:
+            FileNotFoundError: If it has none.
+        """
+        file = Path(folder) / STATS_FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"Expected {STATS_FILE} in the folder of the reward model, got none in {str(folder)!r}: give "
+                "stats=RewardStats(mean, std), write it by RewardStats.of(scores).save(folder), or leave `stats` out."
+            )
+        return cls(**json.loads(file.read_text(encoding="utf-8")))

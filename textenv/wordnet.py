@@ -1,0 +1,28 @@
+"""nltk's WordNet where its data is installed, and what METEOR is given in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class NoWordNet:
+    """A WordNet in which no word has a synonym."""
+
+    def synsets(self, word: str) -> tuple[()]:
+        """Return the meanings of a word: none."""
+        return ()
+
+
+def installed_wordnet() -> Any | None:
+    """Return nltk's WordNet, or None where its data is not installed.
+
+    Raises:
+        ImportError: Without nltk.
+    """
+    from nltk.corpus import wordnet  # optional
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:  # nltk's way of saying so
+        return None
+    return wordnet

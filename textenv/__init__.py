@@ -1,5 +1,7 @@
 """Text generation as a Gymnasium environment: what an episode is, and what it earns."""
 
+from functools import partial
+
 from gymnasium.envs.registration import register
 
 from textenv.completion import Preds, Turn
@@ -11,7 +13,7 @@ from textenv.prompts import Prompt
 from textenv.rewarding import RewardError
 from textenv.testing import check_text_env
 from textenv.tokenizer import CharTokenizer, Tokenizer
-from textenv.vector import TextVectorEnv
+from textenv.vector import TextVectorEnv, make_vector_env
 
 __version__ = "0.1.0"
 
@@ -37,8 +39,15 @@ __all__ = [
     "check_text_env",
 ]
 
-register(
-    id="textenv/Text-v0",
-    entry_point="textenv.env:TextEnv",
-    vector_entry_point="textenv.vector:make_vector_env",
-)
+TASKS = {
+    "Text": "textenv.env:TextEnv",
+    "Reviews": "textenv.tasks.reviews:Reviews",
+    "DailyDialog": "textenv.tasks.dailydialog:DailyDialog",
+    "HH": "textenv.tasks.hh:HH",
+    "ZhReviews": "textenv.tasks.zh_reviews:ZhReviews",
+    "IncreasingNumbers": "textenv.tasks.increasing_numbers:IncreasingNumbers",
+    "Dates": "textenv.tasks.dates:Dates",
+}
+
+for name, env in TASKS.items():
+    register(f"textenv/{name}-v0", env, vector_entry_point=partial(make_vector_env, env_type=env))

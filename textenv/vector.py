@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
@@ -99,9 +100,10 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return texts
 
 
-def make_vector_env(num_envs: int, **kwargs: Any) -> TextVectorEnv:
+def make_vector_env(num_envs: int, env_type: str = "textenv.env:TextEnv", **kwargs: Any) -> TextVectorEnv:
     """Build `TextVectorEnv(TextEnv(**kwargs), num_envs)`: what `gym.make_vec("textenv/Text-v0", ...)` calls."""
-    return TextVectorEnv(TextEnv(**kwargs), num_envs)
+    create = cast(type[TextEnv], load_env_creator(env_type))
+    return TextVectorEnv(create(**kwargs), num_envs)
 
 
 def unwrap_text_env(env: Any) -> TextEnv:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from textenv.episode import PADDING, SEPARATOR
 from textenv.finished import Place
+from textenv.rewarding import RewardError
 
 from .actor_critic import LMActorCritic
 from .advantages import Advantage, group_advantages
@@ -130,6 +131,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._starts = np.zeros(self.n_envs, dtype=np.int64)
         self.segments: list[Segment] = []
         self.groups: RolloutGroups | None = None
+        self.dropped: set[tuple[int, int]] = set()  # last step and lane of the episodes that are not to be trained on
         self.dones = np.zeros(self.n_envs, dtype=bool)
         self.generator_ready = False
         self.pos, self.full = 0, False
@@ -273,6 +275,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """Choose the sequences that are to be trained; their numbers stay where they are until a minibatch is made."""
         self._trained: list[Segment] = []
         self._joined: dict[int, Transitions] = {}  # by place in `_trained`: what waited, and the end of its episode
+        self._n_dropped = 0
         for segment in self.segments:
             if self.complete_episodes:
                 part = self._transitions(segment)
@@ -283,14 +286,26 @@ class SequenceRolloutBuffer(RolloutBuffer):
                     self.waiting[segment.lane] = Transitions(*(array.copy() for array in part))
                     self._joined.pop(len(self._trained), None)
                     continue
+            if self.groups is None and self._is_dropped(segment):
+                self._joined.pop(len(self._trained), None)
+                self._n_dropped += 1
+                continue
             self._trained.append(segment)
         if self.groups is not None:
             self._gather_groups(self.groups)
+        if self._n_dropped and not self._trained:
+            raise RewardError(
+                f"Expected an episode to train on, got none: the reward dropped all {self._n_dropped} that ended. Does "
+                "what it asks answer at all? Let it raise to see the causes (on_failure='raise'), or raise n_steps."
+            )
         self._counts = np.array([len(self._part(i).actions) for i in range(len(self._trained))], dtype=np.int64)
         self._mean, self._deviation = 0.0, 1.0
         if self.normalize_advantage and self._counts.sum() > 1:
             advantages = np.concatenate([self._part(i).advantages for i in range(len(self._trained))])
             self._mean, self._deviation = advantages.mean(), advantages.std(ddof=1) + np.float32(1e-8)
+
+    def _is_dropped(self, segment: Segment) -> bool:
+        return (segment.end - 1, segment.lane) in self.dropped
 
     def _part(self, sequence: int) -> Transitions:
         return self._joined.get(sequence) or self._transitions(self._trained[sequence])
@@ -320,8 +335,10 @@ class SequenceRolloutBuffer(RolloutBuffer):
             place = (groups.first_step + segment.end - 1, segment.lane)
             ended = groups.ended(place, segment, self._part(i))
             if ended is not None:
-                episodes[place] = ended
+                episodes[place] = ended._replace(is_dropped=self._is_dropped(segment))
         whole, waiting = groups.split(episodes)
+        self._n_dropped = sum(episode.is_dropped for episode in whole.values())
+        whole = {place: episode for place, episode in whole.items() if not episode.is_dropped}
         for place in whole.keys() & self.waiting_episodes.keys():  # a score may have come since
             self._carry(whole[place].part, 0.0, 0.0)
         parts = [episode.part for episode in whole.values()]
@@ -346,10 +363,12 @@ class SequenceRolloutBuffer(RolloutBuffer):
             batch_size: Transitions of a minibatch, on average; None yields everything at once.
 
         Raises:
-            ValueError: If it does not divide the rollout, or there are fewer sequences than minibatches.
+            ValueError: If it does not divide the rollout, or there are fewer sequences than minibatches; where that
+                is since episodes were dropped, there are fewer minibatches.
         """
         assert self.full, "the rollout is not complete"
-        n = count_minibatches(self.buffer_size * self.n_envs, batch_size, len(self._counts))
+        n = count_minibatches(self.buffer_size * self.n_envs, batch_size, len(self._counts) + self._n_dropped)
+        n = min(n, len(self._counts))
         self.generator_ready = True
         for group in even_groups(self._counts, n, self.rng):
             yield self._samples(group)

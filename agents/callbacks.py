@@ -22,6 +22,7 @@ from stable_baselines3.common.logger import TensorBoardOutputFormat
 
 from textenv.episode import EndReason
 from textenv.prompts import PromptLike
+from textenv.rewarding import FAILURE
 from textenv.tokenizer import Tokenizer
 
 from .checkpoint import is_between_iterations, save_checkpoint
@@ -33,7 +34,9 @@ class EpisodeMetrics(BaseCallback):
 
     Keys: `reward/task` and `reward/<part>` (the task reward and its named parts), `episode/length` (tokens),
     `episode/end_<reason>` (the share of each end reason), `time/tokens_per_second` (since the last rollout's end, the
-    update included). The README's table says what every key means.
+    update included). Where the reward fails: `episode/dropped`, the number of episodes that it left out, which no other
+    figure has, and `episode/failed`, of those with a penalty in place of a score (the part "failure"); both are logged
+    from the first one on. The README's table says what every key means.
 
     Example:
         >>> from agents import EpisodeMetrics
@@ -44,6 +47,7 @@ class EpisodeMetrics(BaseCallback):
         self._infos: list[dict[str, Any]] = []
         self._clock = time.perf_counter()
         self._timesteps = self.model.num_timesteps
+        self._has_failed = False
 
     def _on_step(self) -> bool:
         self._infos += [info for info in self.locals["infos"] if "end_reason" in info]
@@ -57,6 +61,13 @@ class EpisodeMetrics(BaseCallback):
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
         self._clock, self._timesteps = now, self.model.num_timesteps
         self.logger.record("time/tokens_per_second", speed)
+        n_dropped = sum(info["dropped"] for info in infos)
+        n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)
+        self._has_failed = self._has_failed or n_dropped + n_failed > 0
+        if self._has_failed:
+            self.logger.record("episode/dropped", n_dropped)
+            self.logger.record("episode/failed", n_failed)
+        infos = [info for info in infos if not info["dropped"]]
         if not infos:
             return
         self.logger.record("reward/task", float(np.mean([info["episode"]["r"] for info in infos])))

@@ -252,7 +252,11 @@ def _waiting_tensors(buffer: SequenceRolloutBuffer) -> dict[str, Tensor]:
     for lane, part in buffer.waiting.items():
         arrays.update({f"{lane}.{name}": array for name, array in part._asdict().items()})
     for (step, lane), episode in buffer.waiting_episodes.items():
-        numbers = {"group": np.array(episode.group), "n_prompt": np.array(episode.n_prompt)}
+        numbers = {
+            "group": np.array(episode.group),
+            "n_prompt": np.array(episode.n_prompt),
+            "is_dropped": np.array(episode.is_dropped),
+        }
         fields = {**episode.part._asdict(), **numbers, "tokens": episode.tokens}
         arrays.update({f"{step}:{lane}.{name}": array for name, array in fields.items()})
     return {name: torch.as_tensor(array) for name, array in arrays.items()}
@@ -269,7 +273,11 @@ def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) 
         if ":" in where:
             step, lane = map(int, where.split(":"))
             buffer.waiting_episodes[step, lane] = EndedEpisode(
-                int(fields["group"]), fields["tokens"], int(fields["n_prompt"]), part
+                int(fields["group"]),
+                fields["tokens"],
+                int(fields["n_prompt"]),
+                part,
+                bool(fields.get("is_dropped", False)),  # checkpoints of before have none
             )
         else:
             buffer.waiting[int(where)] = part

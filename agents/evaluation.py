@@ -128,7 +128,8 @@ def evaluate(
 
     The texts are those of `generate` with the same arguments, and as there, training is not disturbed. Always there:
     `length` (tokens written, the end token included). With a reward: `reward`, the sum of an episode, and
-    `reward/<part>` for its named parts. With a reference: `kl` (nats a text) and `kl_token` (nats a token), the
+    `reward/<part>` for its named parts; where the reward drops texts they are in neither, and `dropped` is their share.
+    With a reference: `kl` (nats a text) and `kl_token` (nats a token), the
     divergence of the policy from it over the whole vocabulary, averaged over what was written.
 
     Args:
@@ -192,8 +193,12 @@ def _no_reward(prompt: Any, preds: Any, done: bool) -> float:
 def _reward_scores(episodes: Sequence[FinalStep]) -> dict[str, Scores]:
     parts = [one.info["reward_parts"] for one in episodes]
     names = list(dict.fromkeys(name for row in parts for name in row))
-    scores = {"reward": mean_of([one.info["episode"]["r"] for one in episodes])}
-    return scores | {f"reward/{name}": mean_of([row.get(name, 0.0) for row in parts]) for name in names}
+    is_scored = np.array([not one.info["dropped"] for one in episodes])
+    values = {"reward": [one.info["episode"]["r"] for one in episodes]}
+    values |= {f"reward/{name}": [row.get(name, 0.0) for row in parts] for name in names}
+    # A row that was dropped adds neither to the sum nor to the number of rows.
+    scores = {name: Scores(mean_of(each).rows * is_scored[:, None]) for name, each in values.items()}
+    return scores if is_scored.all() else scores | {"dropped": mean_of(~is_scored)}
 
 
 def _add(scores: dict[str, Scores], metric: Metric, generations: Sequence[Generation]) -> None:

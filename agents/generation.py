@@ -115,10 +115,12 @@ def run_episodes(
 ) -> list[FinalStep]:
     """Run one episode of each prompt through an env, in batches; return how each ended, in the order of the prompts.
 
-    Neither the policy's training nor the env's own row, order and `np_random` are touched.
+    Neither the policy's training nor the env's own row, order and `np_random` are touched. What the reward drops ends
+    as any other, with `info["dropped"]`.
     """
     policy.backbone.check_length(env.max_prompt_tokens, env.rules.room)
     envs = TextVectorEnv(env, min(n_envs, len(prompts)))
+    envs.lanes.accepts_dropped = True
     generator = torch.Generator().manual_seed(seed)
     ends: dict[int, FinalStep] = {}
     observations = envs.lanes.reset(0, prompts)

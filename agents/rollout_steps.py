@@ -1,9 +1,10 @@
-"""Steps that run on a finished rollout before returns are computed: the base, and late scores."""
+"""Steps that run on a finished rollout before returns are computed: the base, late scores, and episodes left out."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,8 @@ class LateScores(RolloutStep):
 
     For an env with `score_at="rollout_end"`: a heavy scorer sees one large batch instead of a row or two a step. The
     score lands on the last transition of its episode; `info["episode"]["r"]` and the logs are brought up to date.
-    With `samples_per_prompt` a group is scored when its last member has ended, maybe some rollouts later.
+    With `samples_per_prompt` a group is scored when its last member has ended, maybe some rollouts later. Episodes that
+    the reward drops are left out, as by `DropEpisodes`.
     Scores of episodes that began in an earlier rollout reach all their tokens with
     `rollout_buffer_kwargs=dict(complete_episodes=True)`.
 
@@ -106,6 +108,7 @@ class LateScores(RolloutStep):
         """Let finished episodes wait for their scores; forget those of a rollout that was broken off."""
         self.env.begin_rollout()
         self.env.defer_scores()
+        self.env.accept_dropped()
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Add each score to the reward of the transition that ended its episode.
@@ -118,25 +121,73 @@ class LateScores(RolloutStep):
                 f"Expected the step SampleGroups with samples_per_prompt={self.env.env.samples_per_prompt}: pass it as "
                 "a callback to learn(). A score may come after the rollout in which its episode ended."
             )
+        unlogged = []
         for place, info, score in self.env.score_unscored():
+            if info["dropped"]:
+                drop_episode(buffer, self.env, place)
+                unlogged.append(info)
+                continue
             reward = final_reward(buffer, self.env, place)
             if reward is not None:
                 reward += score
             if place not in self.env.ended:
                 self._log(info)
-        self._keep_from_the_log()
+        # What has no score yet would count as 0.
+        unlogged += [episode.info for episode in self.env.lanes.waiting]
+        keep_from_log(self.algorithm, unlogged)
 
     def _log(self, info: dict[str, Any]) -> None:
         """Let SB3 log an episode whose score has come in a later rollout."""
         assert self.algorithm.ep_info_buffer is not None
         self.algorithm.ep_info_buffer.append(info["episode"])
 
-    def _keep_from_the_log(self) -> None:
-        """Take the episodes that have no score yet out of SB3's log, where they would count as 0."""
-        log = self.algorithm.ep_info_buffer
-        waiting = {id(episode.info["episode"]) for episode in self.env.lanes.waiting}
-        if log is not None and waiting:
-            self.algorithm.ep_info_buffer = deque([one for one in log if id(one) not in waiting], maxlen=log.maxlen)
+
+class DropEpisodes(RolloutStep):
+    """Leaves out of training the episodes for which the reward returned `textenv.rewards.DROPPED` as they ended.
+
+    For an env with `score_at="done"` or "step"; `LateScores` does the same for its own. None of their tokens is trained
+    on, and no mean of rewards or advantages has them; a group goes on without. Tokens that were trained in an earlier
+    rollout stay so: with `rollout_buffer_kwargs=dict(complete_episodes=True)` there are none. The divergence from a
+    reference needs no score, and is measured and logged with them.
+
+    Example:
+        >>> from agents.rollout_steps import DropEpisodes
+        >>> callback = DropEpisodes()  # model.learn(100_000, callback=callback)
+    """
+
+    rank = 1
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Take env and log from the model."""
+        self.env, self.algorithm = text_vec_env(model.get_env()), model
+
+    def begin(self) -> None:
+        """Let the reward drop episodes, and the env keep what they are."""
+        self.env.begin_rollout()
+        self.env.accept_dropped()
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Tell the buffer which episodes are left out."""
+        dropped = {place: info for place, info in self.env.ended.items() if info["dropped"]}
+        for place in dropped:
+            drop_episode(buffer, self.env, place)
+        keep_from_log(self.algorithm, dropped.values())
+
+
+def keep_from_log(algorithm: BaseAlgorithm, infos: Iterable[dict[str, Any]]) -> None:
+    """Take episodes out of SB3's log, whose means they would be in."""
+    log, hidden = algorithm.ep_info_buffer, {id(info["episode"]) for info in infos}
+    if log is not None and hidden:
+        algorithm.ep_info_buffer = deque([one for one in log if id(one) not in hidden], maxlen=log.maxlen)
+
+
+def drop_episode(buffer: SequenceRolloutBuffer, env: TextVecEnv, place: Place) -> None:
+    """Have the buffer leave out an episode that ended in this rollout, or waits for its group since an earlier one."""
+    step, lane = place
+    if step >= env.first_step:
+        buffer.dropped.add((step - env.first_step, lane))
+    elif place in buffer.waiting_episodes:
+        buffer.waiting_episodes[place] = buffer.waiting_episodes[place]._replace(is_dropped=True)
 
 
 def final_reward(buffer: SequenceRolloutBuffer, env: TextVecEnv, place: Place) -> np.ndarray | None:

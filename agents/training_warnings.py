@@ -72,8 +72,8 @@ class TrainingWarnings(BaseCallback):
         self._look_at_entropy(buffer)
 
     def _look_at_rewards(self, infos: list[dict[str, Any]]) -> None:
-        rewards = [info["episode"]["r"] for info in infos]
-        if min(rewards) == max(rewards):
+        rewards = [info["episode"]["r"] for info in infos if not info["dropped"]]
+        if rewards and min(rewards) == max(rewards):
             self._warn(
                 "rewards",
                 f"All {len(rewards)} last episodes earned {rewards[0]:.4g}: nothing tells a good text from a "

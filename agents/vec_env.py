@@ -81,7 +81,8 @@ class TextVecEnv(VecEnv):
         seed, options = self._seeds[0], self._options[0]
         self._reset_seeds()
         self._reset_options()
-        self.lanes.defer_scores = False  # an evaluation may follow; a rollout asks for it again
+        # An evaluation may follow; a rollout asks for both again.
+        self.lanes.defer_scores = self.lanes.accepts_dropped = False
         self.begin_rollout(keep_infos=False)
         order_seed = None
         if seed is not None:  # as `TextEnv.reset` does: the order, and what the hooks draw from `self.np_random`
@@ -106,7 +107,7 @@ class TextVecEnv(VecEnv):
             result.infos[lane]["TimeLimit.truncated"] = bool(result.truncated[lane])
             if self.keeps_infos:
                 self.ended[step, lane] = result.infos[lane]
-                if not self.lanes.defer_scores:
+                if not self.lanes.defer_scores and not result.infos[lane]["dropped"]:
                     self.scored[step, lane] = result.infos[lane]
         dones = result.terminated | result.truncated
         return result.observations, result.rewards.astype(np.float32), dones, result.infos
@@ -155,7 +156,8 @@ class TextVecEnv(VecEnv):
     def begin_rollout(self, keep_infos: bool = True) -> None:
         """Keep the infos of the episodes that end from now on, for the steps before returns: by place in `ended`.
 
-        `scored` has those whose score has come since, which may have ended before. Calling it twice does no harm.
+        `scored` has those whose score has come since, which may have ended before; not those that were dropped.
+        Calling it twice does no harm.
         """
         self.keeps_infos = keep_infos
         self.first_step = self.lanes.n_steps
@@ -167,10 +169,14 @@ class TextVecEnv(VecEnv):
         self.lanes.defer_scores = True
         self.lanes.unscored.clear()
 
+    def accept_dropped(self) -> None:
+        """Let the reward drop episodes from now on, until `reset`: for who leaves them out of training."""
+        self.lanes.accepts_dropped = True
+
     def score_unscored(self) -> Sequence[tuple[Place, dict[str, Any], float]]:
         """Score the finished episodes that wait and whose group is whole, in one call; see `Lanes.score_unscored`."""
         scores = self.lanes.score_unscored()
-        self.scored.update((place, info) for place, info, _ in scores)
+        self.scored.update((place, info) for place, info, _ in scores if not info["dropped"])
         return scores
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

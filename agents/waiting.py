@@ -20,6 +20,7 @@ class EndedEpisode(NamedTuple):
     tokens: np.ndarray  # (T,) int32: prompt and actions up to, not including, the last action
     n_prompt: int  # how many of the tokens are the prompt's
     part: Transitions
+    is_dropped: bool = False  # counts as a member of its group, and is not trained on
 
 
 class RolloutGroups(NamedTuple):

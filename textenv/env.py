@@ -15,7 +15,7 @@ from textenv.episode import PADDING, SEPARATOR, EpisodeRules
 from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
 from textenv.prompts import Order, Prompt, PromptLike, PromptReader, read_rows
-from textenv.rewarding import RewardFunction, ScoreAt, score_each
+from textenv.rewarding import RewardFunction, Score, ScoreAt, score_each
 from textenv.rewards.base import BatchReward, RewardLike, check_choice, score_rows
 from textenv.rewards.registry import read_reward
 from textenv.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     Episode end: the policy writes one of `stop_ids` or `stop_strings`, or `max_new_tokens` tokens. The last
     terminates too, since the observation shows how far one is; `length_limit="truncate"` truncates instead. The final
     `info` has `text`, `prompt`, `end_reason`, `reward_parts`, `group`, `scored` (False until a deferred score has
-    come) and `episode` ({"r": sum of rewards, "l": tokens}).
+    come), `dropped` (whether the reward left the episode out) and `episode` ({"r": sum of rewards, "l": tokens}).
     Gymnasium's RecordEpisodeStatistics wants the key `episode` for itself: give it another `stats_key`.
 
     Several turns: define `respond(prompt, preds) -> str | None`. It is called when a turn of the policy ends; its text
@@ -209,7 +209,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         """Return the constructor's seed, or one drawn from `np_random`."""
         return int(self.np_random.integers(2**31)) if self.seed is None else self.seed
 
-    def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float | Mapping[str, float]:
+    def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
         """Return the reward of the token just written; override it.
 
         Args:
@@ -218,14 +218,13 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             done: Whether the episode is over. A score of the whole text belongs here: `... if done else 0.0`.
 
         Returns:
-            A finite number, or a dict of named numbers, which are summed and logged by name.
+            A finite number, or a dict of named numbers, which are summed and logged by name. For a finished row that
+            has no score, `textenv.rewards.DROPPED`, which only training and `agents.evaluate` can leave out.
         """
         assert self.reward is not None, "checked at construction"
         return self.reward(prompt, preds, done)
 
-    def get_rewards(
-        self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
-    ) -> Sequence[float | Mapping[str, float]]:
+    def get_rewards(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
         """Return the rewards of several rows at once; override it where a batch is cheaper, as with a classifier.
 
         The default calls a `BatchReward` once, and anything else, by `get_reward`, for each row; arguments and result
@@ -234,7 +233,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         the rows that are there, maybe one of a group.
         """
         if isinstance(self.reward, BatchReward):
-            return [reward.parts or reward.value for reward in score_rows(self.reward, prompts, preds, dones)]
+            return [reward.score for reward in score_rows(self.reward, prompts, preds, dones)]
         return score_each(self.get_reward, prompts, preds, dones, "`get_reward`")
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | None:

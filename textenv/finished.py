@@ -100,5 +100,6 @@ def final_info(
         "end_reason": reason,
         "reward_parts": parts,
         "scored": scored,
+        "dropped": False,
         "episode": episode,
     }

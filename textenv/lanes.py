@@ -24,7 +24,7 @@ from textenv.finished import (
 )
 from textenv.masks import LaneMasks
 from textenv.prompts import Prompt, PromptLike
-from textenv.rewarding import Reward, RewardError, check_rewards, describe
+from textenv.rewarding import DROPPED, Reward, RewardError, check_rewards, describe
 from textenv.tokenizer import BOUNDARY_TOKENS, decode_continuation
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Lanes:
         self.n_steps = 0  # since this object was made: `reset` goes on counting
         self.reset_at = 0
         self.defer_scores = False
+        self.accepts_dropped = False  # whether who runs the lanes leaves out the episodes that a reward drops
         self.unscored: list[FinishedEpisode] = []
         self.waiting: list[FinishedEpisode] = []  # passed over by `score_unscored`: their group was not whole
         self.start_time = time.monotonic()
@@ -141,7 +142,7 @@ class Lanes:
         Raises:
             RuntimeError: Before the first `reset`.
             ValueError: If the actions have another shape or dtype, or an id is outside the vocabulary.
-            RewardError: If a reward hook raises or returns no finite number.
+            RewardError: If a reward hook raises or returns no finite number, or drops a row that must have a reward.
         """
         if self.dealer.cursor is None or self.over.any():
             raise RuntimeError(
@@ -154,14 +155,14 @@ class Lanes:
         ends = self._ended_episodes(turns)
         final_preds = {lane: self.preds(lane, turns[lane]) for lane in ends}
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_lanes)]
-        rewards = self._score(final_preds)
+        rewards, dropped = self._score(final_preds)
         terminated, truncated = np.zeros(self.n_lanes, dtype=bool), np.zeros(self.n_lanes, dtype=bool)
         final_observations = {}
         for lane, reason in sorted(ends.items()):
             cut = reason is EndReason.LENGTH and self.env.rules.length_limit == "truncate"
             terminated[lane], truncated[lane] = not cut, cut
             final_observations[lane] = self.tokens[lane].copy()
-            infos[lane] = self._final_info(lane, reason, final_preds[lane])
+            infos[lane] = self._final_info(lane, reason, final_preds[lane]) | {"dropped": bool(dropped[lane])}
             if self.defer_scores:
                 episode = FinishedEpisode((self.n_steps, lane), self.prompts[lane], final_preds[lane], infos[lane])
                 self.unscored.append(episode)
@@ -264,9 +265,9 @@ class Lanes:
             [None if waits else (self.prompts[lane], self.preds(lane)) for lane, waits in enumerate(waiting)]
         )
 
-    def _score(self, final_preds: Mapping[int, Preds]) -> np.ndarray:
-        """Call the reward hook for the rows that want a score now; keep the sums of the episodes."""
-        rewards = np.zeros(self.n_lanes, dtype=np.float64)
+    def _score(self, final_preds: Mapping[int, Preds]) -> tuple[np.ndarray, np.ndarray]:
+        """Call the reward hook for the rows that want a score now; return rewards and which are dropped, each (B,)."""
+        rewards, dropped = np.zeros(self.n_lanes, dtype=np.float64), np.zeros(self.n_lanes, dtype=bool)
         lanes = np.flatnonzero(~self.idle).tolist()
         if self.env.score_at != "step":
             lanes = [] if self.defer_scores else sorted(final_preds)
@@ -276,11 +277,11 @@ class Lanes:
             [lane in final_preds for lane in lanes],
         )
         for lane, reward in zip(lanes, scored, strict=True):
-            rewards[lane] = reward.value
+            rewards[lane], dropped[lane] = reward.value, reward.is_dropped
             self.returns[lane] += reward.value
             for name, part in reward.parts.items():
                 self.parts[lane][name] = self.parts[lane].get(name, 0.0) + part
-        return rewards
+        return rewards, dropped
 
     def _call_rewards(self, prompts: list[Prompt], preds: list[Preds], dones: list[bool]) -> list[Reward]:
         if not prompts:
@@ -294,7 +295,16 @@ class Lanes:
                 f"`get_rewards` raised {type(error).__name__}: {error}, on {len(prompts)} rows, the first of them "
                 f"{describe(prompts[0], preds[0])}."
             ) from error
-        return check_rewards(values, prompts, preds)
+        rewards = check_rewards(values, prompts, preds)
+        for prompt, one, done, reward in zip(prompts, preds, dones, rewards, strict=True):
+            if reward.is_dropped and not (done and self.accepts_dropped):
+                raise RewardError(
+                    f"Expected a reward of every {'' if done else 'un'}finished row, got {DROPPED} "
+                    f"({describe(prompt, one)}). Finished episodes can be left out by a SequenceRolloutBuffer with the "
+                    "step LateScores (score_at='rollout_end') or DropEpisodes, and by agents.evaluate; let the reward "
+                    "return a number elsewhere (on_failure=0.0)."
+                )
+        return rewards
 
     def open_groups(self) -> set[int]:
         """Return the groups of which members run or are still to be dealt."""
@@ -318,7 +328,7 @@ class Lanes:
         for episode, reward in zip(finished, scored, strict=True):
             episode.info["episode"]["r"] += reward.value
             episode.info["reward_parts"].update(reward.parts)
-            episode.info["scored"] = True
+            episode.info["scored"], episode.info["dropped"] = True, reward.is_dropped
         return [(one.place, one.info, reward.value) for one, reward in zip(finished, scored, strict=True)]
 
     def _final_info(self, lane: int, reason: EndReason, preds: Preds) -> dict[str, Any]:

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from enum import Enum
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from textenv.completion import Preds
 from textenv.prompts import Prompt
 
 ScoreAt = Literal["step", "done", "rollout_end"]
+FAILURE = "failure"  # the reward part of a row that got a penalty in place of a score
+
+
+class Dropped(Enum):
+    """The type of `DROPPED`, which stays one object when it is copied or pickled."""
+
+    DROPPED = "dropped"
+
+    def __repr__(self) -> str:
+        """Return the name that one imports."""
+        return self.name
+
+
+# What a reward returns for a finished row that has no score: none of the episode's tokens is trained on, and no mean
+# has it. It is no None, which a function without `return` gives. Who cannot leave an episode out raises `RewardError`.
+DROPPED: Final = Dropped.DROPPED
+
+Score = float | Mapping[str, float] | Dropped
 
 
 class RewardError(ValueError):
@@ -19,15 +38,24 @@ class RewardError(ValueError):
 class RewardFunction(Protocol):
     """A reward given as a function; `TextEnv.get_reward` has the same contract."""
 
-    def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> float | Mapping[str, float]:
-        """Return the reward of the token just written, or its named parts."""
+    def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
+        """Return the reward of the token just written, or its named parts; `DROPPED` leaves the episode out."""
 
 
 class Reward(NamedTuple):
-    """A checked reward: its value, and the named parts that sum to it (empty for a bare number)."""
+    """A checked reward: its value, and the named parts that sum to it (empty for a bare number).
+
+    With `is_dropped` the row has none: the value is 0.
+    """
 
     value: float
     parts: dict[str, float]
+    is_dropped: bool = False
+
+    @property
+    def score(self) -> Score:
+        """What a reward returns for it."""
+        return DROPPED if self.is_dropped else self.parts or self.value
 
 
 def describe(prompt: Prompt, preds: Preds) -> str:
@@ -41,7 +69,7 @@ def score_each(
     preds: Sequence[Preds],
     dones: Sequence[bool],
     name: str = "the reward",
-) -> list[float | Mapping[str, float]]:
+) -> list[Score]:
     """Return what a function makes of each row.
 
     Raises:
@@ -61,7 +89,7 @@ def check_rewards(values: Any, prompts: Sequence[Prompt], preds: Sequence[Preds]
     """Return the rewards of a batch, checked.
 
     Args:
-        values: What `get_rewards` returned: a sequence of numbers or of dicts of named numbers, one a row.
+        values: What `get_rewards` returned: a sequence of numbers, dicts of named numbers or `DROPPED`, one a row.
         prompts: The prompts of the rows.
         preds: The completions of the rows.
 
@@ -80,6 +108,8 @@ def check_rewards(values: Any, prompts: Sequence[Prompt], preds: Sequence[Preds]
 
 
 def _check(value: Any, prompt: Prompt, preds: Preds) -> Reward:
+    if value is DROPPED:
+        return Reward(0.0, {}, is_dropped=True)
     if isinstance(value, Mapping):
         parts = {str(name): _number(part, f"the reward part {name!r}", prompt, preds) for name, part in value.items()}
         return Reward(math.fsum(parts.values()), parts)

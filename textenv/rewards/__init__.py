@@ -1,16 +1,23 @@
 """Rewards of finished texts, and how they are put together.
 
-The rewards that need torch are in modules of their own: `textenv.rewards.classifier`, `.preference`, `.likelihood`.
+The rewards that need torch are in modules of their own: `textenv.rewards.classifier`, `.preference`, `.likelihood`,
+`.similarity`.
 """
 
+from textenv.rewarding import DROPPED
+from textenv.rewards.asynchronous import AsyncFunction, AsyncReward, RowError
 from textenv.rewards.base import BatchReward, RowReward, score_rows
 from textenv.rewards.compose import Cached, Clip, Ensemble, Gate, Scale, WeightedSum
+from textenv.rewards.http_judge import HTTPJudge
 from textenv.rewards.lexicon import Vader
 from textenv.rewards.overlap import Bleu, Chrf, Meteor, Rouge, SacreBleu
 from textenv.rewards.registry import make_reward, read_reward, register_reward
 from textenv.rewards.rules import Format, Keyword, Length, Regex, Repetition
 
 __all__ = [
+    "DROPPED",
+    "AsyncFunction",
+    "AsyncReward",
     "BatchReward",
     "Bleu",
     "Cached",
@@ -19,12 +26,14 @@ __all__ = [
     "Ensemble",
     "Format",
     "Gate",
+    "HTTPJudge",
     "Keyword",
     "Length",
     "Meteor",
     "Regex",
     "Repetition",
     "Rouge",
+    "RowError",
     "RowReward",
     "SacreBleu",
     "Scale",

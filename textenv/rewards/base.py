@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from textenv.completion import Preds
 from textenv.prompts import Prompt
-from textenv.rewarding import Reward, RewardFunction, ScoreAt, check_rewards, score_each
+from textenv.rewarding import Reward, RewardFunction, Score, ScoreAt, check_rewards, score_each
 
 Reads = Literal["completion", "whole"]
 
@@ -37,15 +37,16 @@ class BatchReward(ABC):
     score_at: ScoreAt = "done"
 
     @abstractmethod
-    def score(
-        self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
-    ) -> Sequence[float | Mapping[str, float]]:
-        """Return the rewards of the rows, in their order: finite numbers, or dicts of named ones, which are summed."""
+    def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
+        """Return the rewards of the rows, in their order: finite numbers, or dicts of named ones, which are summed.
 
-    def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> float | Mapping[str, float]:
+        `textenv.rewards.DROPPED` for a finished row says that it has none, and is to be left out of training.
+        """
+
+    def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
         """Return the reward of one row."""
         [reward] = score_rows(self, [prompt], [preds], [done])
-        return reward.parts or reward.value
+        return reward.score
 
 
 # A function, a `BatchReward`, its name, or a mapping of its name and options.
@@ -91,6 +92,16 @@ def score_rows(
 def read_text(reads: Reads, prompt: Prompt, preds: Preds) -> str:
     """Return the text that is judged: what the policy wrote, or prompt and completion as one."""
     return preds.text if reads == "completion" else str(prompt) + preds.text
+
+
+def read_references(prompt: Prompt) -> list[str]:
+    """Return the prompt's reference texts, or raise ValueError where it has none."""
+    if not prompt.references:
+        raise ValueError(
+            "Expected a prompt with reference texts, got one without: name their column, "
+            "TextEnv(references_column='references')."
+        )
+    return prompt.references
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Rewards made of others: sums, limits, conditions, ensembles, and a memory."""
+"""Rewards made of others: sums, limits, conditions, ensembles, and a memory. A row that one part drops is dropped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from textenv.completion import Preds
 from textenv.prompts import Prompt
-from textenv.rewarding import Reward, RewardFunction, ScoreAt
+from textenv.rewarding import DROPPED, Reward, RewardFunction, Score, ScoreAt
 from textenv.rewards.base import BatchReward, RewardLike, check_choice, score_rows
 from textenv.rewards.registry import read_reward
 
-Scores = Sequence[float | Mapping[str, float]]
+Scores = Sequence[Score]
 
 
 def _when(rewards: Sequence[RewardFunction]) -> ScoreAt:
@@ -55,12 +55,14 @@ class WeightedSum(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the named parts of each row."""
         rows: list[dict[str, float]] = [{} for _ in prompts]
+        dropped: set[int] = set()
         for name, part in self._rewards.items():
             weight = self.weights.get(name, 1.0)
-            for row, reward in zip(rows, score_rows(part, prompts, preds, dones), strict=True):
+            for row, reward in enumerate(score_rows(part, prompts, preds, dones)):
                 named = {f"{name}/{inner}": value for inner, value in reward.parts.items()} or {name: reward.value}
-                row.update({key: weight * value for key, value in named.items()})
-        return rows
+                rows[row].update({key: weight * value for key, value in named.items()})
+                dropped.update([row] if reward.is_dropped else [])
+        return [DROPPED if row in dropped else parts for row, parts in enumerate(rows)]
 
 
 @dataclass
@@ -92,7 +94,10 @@ class Clip(BatchReward):
         """Return the limited rewards."""
         low = -np.inf if self.low is None else self.low
         high = np.inf if self.high is None else self.high
-        return [min(max(reward.value, low), high) for reward in score_rows(self._reward, prompts, preds, dones)]
+        return [
+            DROPPED if reward.is_dropped else min(max(reward.value, low), high)
+            for reward in score_rows(self._reward, prompts, preds, dones)
+        ]
 
 
 @dataclass
@@ -119,7 +124,9 @@ class Scale(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the scaled rewards."""
         return [
-            {name: self.factor * part for name, part in reward.parts.items()} or self.factor * reward.value
+            DROPPED
+            if reward.is_dropped
+            else {name: self.factor * part for name, part in reward.parts.items()} or self.factor * reward.value
             for reward in score_rows(self._reward, prompts, preds, dones)
         ]
 
@@ -155,11 +162,12 @@ class Gate(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the gated rewards."""
         verdicts = score_rows(self._condition, prompts, preds, dones)
-        rows = [row for row, verdict in enumerate(verdicts) if verdict.value > self.threshold]
-        scores: list[float | Mapping[str, float]] = [self.otherwise] * len(prompts)
+        opened = [not verdict.is_dropped and verdict.value > self.threshold for verdict in verdicts]
+        rows = [row for row, is_open in enumerate(opened) if is_open]
+        scores: list[Score] = [DROPPED if verdict.is_dropped else self.otherwise for verdict in verdicts]
         earned = score_rows(self._reward, *_rows(rows, prompts, preds, dones))
         for row, reward in zip(rows, earned, strict=True):
-            scores[row] = reward.parts or reward.value
+            scores[row] = reward.score
         return scores
 
 
@@ -193,9 +201,13 @@ class Ensemble(BatchReward):
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the joint rewards."""
-        judged = [[one.value for one in score_rows(judge, prompts, preds, dones)] for judge in self._rewards]
-        scores = np.array(judged)  # (judges, B)
-        return (scores.mean(0) if self.by == "mean" else scores.min(0)).tolist()
+        judged = [score_rows(judge, prompts, preds, dones) for judge in self._rewards]
+        values = np.array([[one.value for one in verdicts] for verdicts in judged])  # (judges, B)
+        scores = (values.mean(0) if self.by == "mean" else values.min(0)).tolist()
+        return [
+            DROPPED if any(verdicts[row].is_dropped for verdicts in judged) else score
+            for row, score in enumerate(scores)
+        ]
 
 
 @dataclass
@@ -203,7 +215,8 @@ class Cached(BatchReward):
     """A reward that is asked once for each prompt and text, and remembered.
 
     For a reward that depends on the prompt's row and the text alone: not on token ids, the end reason, `preds.state`,
-    nor the other rows. Equal texts of one call are asked once, too. Rows that are not done are not remembered.
+    nor the other rows. Equal texts of one call are asked once, too. Rows that are not done, or that were dropped, are
+    not remembered.
 
     Args:
         reward: The reward.
@@ -243,12 +256,12 @@ class Cached(BatchReward):
         fresh = score_rows(self._reward, *_rows(rows, prompts, preds, dones))
         answers.update(zip(asked, fresh, strict=True))
         for key in keys:
-            if not isinstance(key, int):
+            if not isinstance(key, int) and not answers[key].is_dropped:
                 self._known[key] = answers[key]
                 self._known.move_to_end(key)
         while len(self._known) > self.size:
             self._known.popitem(last=False)
-        return [answers[key].parts or answers[key].value for key in keys]
+        return [answers[key].score for key in keys]
 
 
 def _rows(rows: Sequence[int], *columns: Sequence[Any]) -> tuple[list[Prompt], list[Preds], list[bool]]:

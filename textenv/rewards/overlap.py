@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from textenv.completion import Preds
 from textenv.prompts import Prompt
-from textenv.rewards.base import RowReward, check_choice
+from textenv.rewards.base import RowReward, check_choice, read_references
 from textenv.wordnet import NoWordNet, installed_wordnet
 
 
@@ -22,15 +22,6 @@ def _load(module: str, reward: object, library: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ImportError(f"{type(reward).__name__} needs {library}: pip install 'textenv[overlap]'.") from error
-
-
-def _references(prompt: Prompt) -> list[str]:
-    if not prompt.references:
-        raise ValueError(
-            "Expected a prompt with reference texts, got one without: name their column, "
-            "TextEnv(references_column='references')."
-        )
-    return prompt.references
 
 
 def _words(text: str) -> list[str]:
@@ -84,7 +75,7 @@ class Meteor(RowReward):
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
-        references = [_words(reference) for reference in _references(prompt)]
+        references = [_words(reference) for reference in read_references(prompt)]
         wordnet = import_module("nltk.corpus").wordnet if self._has_wordnet else NoWordNet()
         return float(self._meteor_score(references, _words(preds.text), wordnet=wordnet))
 
@@ -120,7 +111,7 @@ class Rouge(RowReward):
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
-        scores = [self._scorer.score(reference, preds.text)[self.kind] for reference in _references(prompt)]
+        scores = [self._scorer.score(reference, preds.text)[self.kind] for reference in read_references(prompt)]
         return float(max(score._asdict()[self.measure] for score in scores))
 
 
@@ -152,7 +143,7 @@ class Bleu(RowReward):
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
-        references = [_words(reference) for reference in _references(prompt)]
+        references = [_words(reference) for reference in read_references(prompt)]
         words = _words(preds.text)
         return float(self._sentence_bleu(references, words, [1 / self.n] * self.n, self._smooth)) if words else 0.0
 
@@ -183,7 +174,7 @@ class SacreBleu(RowReward):
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
-        return float(self._metric.sentence_score(preds.text, _references(prompt)).score) / 100
+        return float(self._metric.sentence_score(preds.text, read_references(prompt)).score) / 100
 
 
 @dataclass
@@ -210,4 +201,4 @@ class Chrf(RowReward):
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
-        return float(self._metric.sentence_score(preds.text, _references(prompt)).score) / 100
+        return float(self._metric.sentence_score(preds.text, read_references(prompt)).score) / 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import iscoroutinefunction
 from typing import Any
 
 from textenv.rewarding import RewardFunction
@@ -31,6 +32,9 @@ _ENTRY_POINTS = {
     "classifier": f"{_ROOM}.classifier:Classifier",
     "preference": f"{_ROOM}.preference:Preference",
     "likelihood": f"{_ROOM}.likelihood:Likelihood",
+    "similarity": f"{_ROOM}.similarity:Similarity",
+    "async": f"{_ROOM}.asynchronous:AsyncFunction",
+    "http": f"{_ROOM}.http_judge:HTTPJudge",
 }
 
 
@@ -97,4 +101,8 @@ def read_reward(reward: RewardLike) -> RewardFunction:
         return make_reward(**reward)
     if isinstance(reward, type) or not (isinstance(reward, BatchReward) or callable(reward)):
         raise TypeError(f"Expected a reward: a function, an instance of BatchReward or a name; got {reward!r:.80}.")
+    if iscoroutinefunction(reward):
+        raise TypeError(
+            f"Expected AsyncFunction(function) for a coroutine function (prompt, preds), got {reward!r:.80}."
+        )
     return reward

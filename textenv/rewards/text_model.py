@@ -57,10 +57,10 @@ class TextModel:
             self.model: Any = model
         else:
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            self.model = auto_class.from_pretrained(model, dtype=_dtype("float32" if dtype is None else dtype))
+            self.model = auto_class.from_pretrained(model, dtype=read_dtype("float32" if dtype is None else dtype))
         # A model that transformers has placed itself (quantised, on several devices) is left alone unless asked.
         if dtype is not None:
-            self.model.to(dtype=_dtype(dtype))
+            self.model.to(dtype=read_dtype(dtype))
         if device is not None:
             self.model.to(device)
         self.model.eval()
@@ -132,7 +132,8 @@ class TextModel:
         return tokens.to(self.model.device), is_text.to(self.model.device)
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the dtype of a name, as "bfloat16", or the dtype that was given."""
     found = vars(torch).get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise ValueError(f"Expected `dtype` to be a dtype of torch, as 'bfloat16', got {dtype!r}.")

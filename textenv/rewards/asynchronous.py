@@ -1,0 +1,259 @@
+"""Rewards that wait for an answer, as a server's: rows side by side, time limits, retries, and what a failure costs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import math
+import threading
+import warnings
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal, TypeVar
+
+from textenv.completion import Preds
+from textenv.prompts import Prompt
+from textenv.rewarding import DROPPED, FAILURE, RewardError, Score, ScoreAt, check_rewards, describe
+from textenv.rewards.base import BatchReward, check_choice
+from textenv.rewards.registry import make_reward
+
+Result = TypeVar("Result")
+
+LONGEST_WAIT = 60.0  # seconds between two attempts; who asks for more is not waited for
+POLL = 0.1  # seconds; where a wait without a limit cannot be interrupted, as on Windows, Ctrl-C is seen after so long
+
+
+class RowError(Exception):
+    """Why a row has no score; `AsyncReward.score_row` raises it to say whether asking again may help.
+
+    Args:
+        message: The cause.
+        again: Whether the row is worth another attempt.
+        wait: The least seconds to wait before it.
+    """
+
+    def __init__(self, message: str, again: bool = True, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.again, self.wait = again, wait
+
+
+@dataclass(kw_only=True)
+class AsyncReward(BatchReward):
+    """A reward of finished texts that is waited for; subclass it and write the coroutine `score_row`, of one row.
+
+    All rows of a call are asked side by side, in an event loop and a thread of their own: it works in a notebook, too,
+    and when it returns, raises or is interrupted (Ctrl-C), nothing of it runs any more. A coroutine must wait by
+    `await`, else it holds up the others and its own time limit. An attempt fails where `score_row` raises, takes too
+    long, or returns no finite number.
+
+    Write the parameters of a subclass as the fields of a dataclass, so that it can be pickled.
+
+    Args:
+        concurrency: The most rows that are asked at a time.
+        time_limit: The most seconds that an attempt takes; it is cancelled then.
+        retries: How often a row is asked again.
+        backoff: The seconds before the first retry, doubled for each further one, times a random number in [0.5, 1.5].
+        on_failure: What becomes of a row that has failed for good. "raise": `RewardError`, which lists all that have.
+            "drop": the episode is left out of training (`textenv.rewards.DROPPED`). A number: that is its reward, as
+            the part "failure". Dropped and penalised rows are warned of once and counted.
+        score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
+
+    Attributes:
+        n_failed: How many rows have failed so far.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> class Patient(AsyncReward):
+        ...     async def score_row(self, prompt, preds):
+        ...         await asyncio.sleep(0.01)
+        ...         return float(len(preds.text))
+        >>> Patient(concurrency=4).score([Prompt("a")] * 2, [Preds(CharTokenizer("ab"), [1, 2])] * 2, [True] * 2)
+        [2.0, 2.0]
+    """
+
+    concurrency: int = 16
+    time_limit: float = 30.0
+    retries: int = 2
+    backoff: float = 1.0
+    on_failure: Literal["raise", "drop"] | float = "raise"
+    score_at: ScoreAt = "rollout_end"
+
+    def __post_init__(self) -> None:
+        check_choice("score_at", self.score_at, ("done", "rollout_end"))
+        if self.concurrency < 1:
+            raise ValueError(f"Expected `concurrency` to be at least 1, got {self.concurrency}.")
+        if not self.time_limit > 0:
+            raise ValueError(f"Expected `time_limit` to be positive, got {self.time_limit}.")
+        if self.retries < 0 or not self.backoff >= 0:
+            raise ValueError(f"Expected `retries` and `backoff` of 0 or more, got {self.retries} and {self.backoff}.")
+        if self.on_failure not in ("raise", "drop") and not _is_number(self.on_failure):
+            raise ValueError(f"Expected `on_failure` to be 'raise', 'drop' or a number, got {self.on_failure!r}.")
+        self.n_failed = 0
+        self._has_warned = False
+
+    @abstractmethod
+    async def score_row(self, prompt: Prompt, preds: Preds) -> Score:
+        """Return the reward of a finished row: a finite number, a dict of named ones, or `DROPPED`."""
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[None]:
+        """Override it for what the rows of a call share, as a client: entered before the first, left after the last."""
+        yield
+
+    def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
+        """Return the rewards of the rows.
+
+        Raises:
+            RewardError: With on_failure="raise", if rows failed: each of them with its cause.
+        """
+        answers = run_apart(self._score_rows(prompts, preds))
+        causes = {row: answer for row, answer in enumerate(answers) if isinstance(answer, Exception)}
+        if causes:
+            self._note(causes, prompts, preds)
+        instead: Score = {FAILURE: float(self.on_failure)} if _is_number(self.on_failure) else DROPPED
+        return [instead if isinstance(answer, Exception) else answer for answer in answers]
+
+    async def _score_rows(self, prompts: Sequence[Prompt], preds: Sequence[Preds]) -> list[Score | Exception]:
+        turns = asyncio.Semaphore(self.concurrency)
+
+        async def wait_for_turn(row: int) -> Score | Exception:
+            async with turns:  # also between attempts: who is overloaded is asked less
+                return await self._answer(row, prompts[row], preds[row])
+
+        async with self.session():
+            tasks = [asyncio.create_task(wait_for_turn(row)) for row in range(len(prompts))]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer(self, row: int, prompt: Prompt, preds: Preds) -> Score | Exception:
+        """Return the score of a row, or why it has none."""
+        jitter, failure = Random(row), Exception("never asked")  # rows differ, and nobody else's numbers are drawn
+        for attempt in range(self.retries + 1):
+            if attempt > 0:
+                await asyncio.sleep(self._pause(attempt, failure, jitter))
+            try:
+                value = await asyncio.wait_for(self.score_row(prompt, preds), self.time_limit)
+                return check_rewards([value], [prompt], [preds])[0].score
+            except asyncio.TimeoutError:  # not yet the built-in one in Python 3.10
+                failure = RowError(f"no answer within {self.time_limit:g} s")
+            except Exception as error:
+                failure = error
+            if isinstance(failure, RowError) and not failure.again:
+                return failure
+            if isinstance(failure, RowError) and failure.wait > LONGEST_WAIT:
+                return RowError(f"{failure}; to be asked again in {failure.wait:.0f} s, over {LONGEST_WAIT:.0f}")
+        return failure
+
+    def _pause(self, attempt: int, failure: Exception, jitter: Random) -> float:
+        pause = min(self.backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5), LONGEST_WAIT)
+        return max(pause, failure.wait) if isinstance(failure, RowError) else pause
+
+    def _note(self, causes: dict[int, Exception], prompts: Sequence[Prompt], preds: Sequence[Preds]) -> None:
+        """Count failed rows, and raise or warn."""
+        self.n_failed += len(causes)
+        rows = [f"{describe(prompts[row], preds[row])}: {_cause(error)}" for row, error in causes.items()]
+        how_many = f"{type(self).__name__} has no score of {len(causes)} of {len(prompts)} rows"
+        if self.on_failure == "raise":
+            listed = "\n- ".join([f"{how_many}, each asked {self.retries + 1} times at most:", *rows])
+            raise RewardError(listed) from next(iter(causes.values()))
+        if not self._has_warned:
+            self._has_warned = True
+            what = "are dropped" if self.on_failure == "drop" else f"earn {self.on_failure:g}"
+            warnings.warn(
+                f"{how_many}; such rows {what}. The first: {rows[0]}. Not said again; see n_failed.", stacklevel=3
+            )
+
+
+@dataclass
+class AsyncFunction(AsyncReward):
+    """An `AsyncReward` of a coroutine function, `async def judge(prompt, preds)`.
+
+    Args:
+        function: The function, or its "module:name".
+        **options: Those of `AsyncReward`.
+
+    Raises:
+        TypeError: If it is no coroutine function.
+
+    Example:
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> async def judge(prompt, preds):
+        ...     await asyncio.sleep(0.01)
+        ...     return float(preds.text == "ab")
+        >>> AsyncFunction(judge, time_limit=5.0)(Prompt("a"), Preds(CharTokenizer("ab"), [1, 2]), True)
+        1.0
+    """
+
+    function: str | Callable[[Prompt, Preds], Awaitable[Score]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found: Any = make_reward(self.function) if isinstance(self.function, str) else self.function
+        if not is_coroutine_function(found):
+            raise TypeError(f"Expected a function `async def judge(prompt, preds)`, got {found!r:.80}.")
+        self._function = found
+
+    async def score_row(self, prompt: Prompt, preds: Preds) -> Score:
+        """Return what the function does."""
+        return await self._function(prompt, preds)
+
+
+def is_coroutine_function(function: Any) -> bool:
+    """Return whether calling it, a function or an object, gives a coroutine."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine in an event loop and a thread of its own, and return what it returns.
+
+    Where this call is interrupted, the coroutine is cancelled and waited for first.
+    """
+    outcome: Future[Result] = Future()
+    stops: list[Callable[[], Any]] = []
+    has_begun = threading.Event()
+
+    async def watched() -> Result:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        stops.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        has_begun.set()
+        return await work
+
+    def run() -> None:
+        try:
+            outcome.set_result(asyncio.run(watched()))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="rewards", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL)
+    except BaseException:
+        has_begun.wait()
+        with contextlib.suppress(RuntimeError):  # the loop has come to its end in the meantime
+            stops[0]()
+        thread.join()
+        raise
+    return outcome.result()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _cause(error: Exception) -> str:
+    return str(error) if isinstance(error, (RowError, RewardError)) else f"{type(error).__name__}: {error}"

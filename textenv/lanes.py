@@ -299,7 +299,7 @@ class Lanes:
         for prompt, one, done, reward in zip(prompts, preds, dones, rewards, strict=True):
             if reward.is_dropped and not (done and self.accepts_dropped):
                 raise RewardError(
-                    f"Expected a reward of every {'' if done else 'un'}finished row, got {DROPPED} "
+                    f"Expected a reward of every {'' if done else 'un'}finished row, got {DROPPED!r} "
                     f"({describe(prompt, one)}). Finished episodes can be left out by a SequenceRolloutBuffer with the "
                     "step LateScores (score_at='rollout_end') or DropEpisodes, and by agents.evaluate; let the reward "
                     "return a number elsewhere (on_failure=0.0)."

@@ -131,11 +131,13 @@ class AsyncReward(BatchReward):
         async with self.session():
             tasks = [asyncio.create_task(wait_for_turn(row)) for row in range(len(prompts))]
             try:
-                return await asyncio.gather(*tasks)
+                if tasks:
+                    await asyncio.wait(tasks)
             finally:
-                for task in tasks:
+                for task in tasks:  # once: `gather` would have done it before, and a second time cuts their clean-up
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+            return [task.result() for task in tasks]
 
     async def _answer(self, row: int, prompt: Prompt, preds: Preds) -> Score | Exception:
         """Return the score of a row, or why it has none."""
@@ -222,7 +224,7 @@ def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
     """
     outcome: Future[Result] = Future()
     stops: list[Callable[[], Any]] = []
-    has_begun = threading.Event()
+    has_begun, has_ended = threading.Event(), threading.Event()
 
     async def watched() -> Result:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -236,18 +238,24 @@ def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
             outcome.set_result(asyncio.run(watched()))
         except BaseException as error:
             outcome.set_exception(error)
+        finally:
+            has_begun.set()
+            has_ended.set()
 
     thread = threading.Thread(target=run, name="rewards", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(POLL)
+        while not has_ended.wait(POLL):  # `thread.join` takes an interrupted wait for the end (Python below 3.13)
+            pass
     except BaseException:
         has_begun.wait()
-        with contextlib.suppress(RuntimeError):  # the loop has come to its end in the meantime
-            stops[0]()
-        thread.join()
+        for stop in stops:
+            with contextlib.suppress(RuntimeError):  # the loop has come to its end in the meantime
+                stop()
         raise
+    finally:
+        has_ended.wait()
+        thread.join()
     return outcome.result()
 
 

@@ -116,7 +116,7 @@ def test_a_row_error_says_whether_and_when_to_ask_again(monkeypatch):
 def test_an_attempt_that_takes_too_long_is_cancelled():
     reward = Slow(seconds=30.0, time_limit=0.05, retries=1, **QUICK)
     start = time.perf_counter()
-    with pytest.raises(RewardError, match="no answer within 0.05 s"):
+    with pytest.raises(RewardError, match=r"no answer within 0\.05 s"):
         scores(reward, ["a", "b"])
     assert time.perf_counter() - start < 2.0
     assert reward.running == 0 and reward.ended == 4 and no_rewards_thread()
@@ -147,7 +147,7 @@ def test_no_number_is_a_failure_of_its_row(answer):
     async def judge(prompt, preds):
         return 1.0 if preds.text == "a" else answer
 
-    with pytest.raises(RewardError, match="has no score of 1 of 2 rows(.|\n)*to be a finite number"):
+    with pytest.raises(RewardError, match=r"has no score of 1 of 2 rows(.|\n)*to be a finite number"):
         scores(AsyncFunction(judge, **QUICK), ["a", "b"])
 
 

@@ -20,16 +20,33 @@ from agents.rollout_steps import DropEpisodes
 from tests.models import randomise_critic
 from tests.rewards import rows
 from tests.training import (
-    PROMPTS, TOKENIZER, Recorder, run_state, same_weights, tiny_agent, tiny_config, tiny_env, weights,
-)  # fmt: skip
+    PROMPTS,
+    TOKENIZER,
+    Recorder,
+    run_state,
+    same_weights,
+    tiny_agent,
+    tiny_config,
+    tiny_env,
+    weights,
+)
 from textenv import CharTokenizer, RewardError, TextEnv, TextVectorEnv
 from textenv.masks import AllowedMask
 from textenv.rewarding import check_rewards
 from textenv.rewards import (
-    DROPPED, BatchReward, Cached, Clip, Ensemble, Gate, Length, Scale, WeightedSum, score_rows,
-)  # fmt: skip
+    DROPPED,
+    BatchReward,
+    Cached,
+    Clip,
+    Ensemble,
+    Gate,
+    Scale,
+    WeightedSum,
+    score_rows,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 4 in each:UserWarning")
+slow = pytest.mark.slow
 LOWER = CharTokenizer("abc")  # a quarter of all tokens ends an episode
 
 
@@ -114,7 +131,7 @@ def test_other_consumers_refuse():
                 one.step(1 if one is env else np.array([1]))
     settings = {"policy_kwargs": {"lm": tiny_config()}, "n_steps": 8, "batch_size": 8, "device": "cpu"}
     for buffer in ({}, {"rollout_buffer_class": SequenceRolloutBuffer}):
-        with pytest.raises(RewardError, match="LateScores .* or DropEpisodes"):
+        with pytest.raises(RewardError, match=r"LateScores .* or DropEpisodes"):
             PPO(LMPolicy, TextVecEnv(env, 2), **settings, **buffer).learn(16)
 
 
@@ -175,9 +192,16 @@ def gradient_by_hand(policy, recorder, model):
     return {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("score_at", ["rollout_end", "done"])
-@pytest.mark.parametrize("algorithm", [PPO, MaskablePPO])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("algorithm", "score_at", "normalize"),
+    [
+        (PPO, "rollout_end", True),
+        (MaskablePPO, "done", False),
+        pytest.param(PPO, "done", False, marks=slow),
+        pytest.param(PPO, "done", True, marks=slow),
+        pytest.param(MaskablePPO, "rollout_end", True, marks=slow),
+    ],
+)
 def test_the_gradient_is_that_of_a_rollout_without_the_dropped_episodes(algorithm, score_at, normalize):
     """Slow twin: each token in a forward of its own, of the episodes that are left; SGD at 1 shows the gradient."""
     mask = {"mask": AllowedMask(range(1, 20))} if algorithm is MaskablePPO else {}
@@ -200,13 +224,13 @@ def test_the_gradient_is_that_of_a_rollout_without_the_dropped_episodes(algorith
     assert max(float(grad.abs().max()) for grad in expected.values()) > 0.05
 
 
-@pytest.mark.parametrize("score_at", ["rollout_end", "done"])
+@pytest.mark.parametrize("score_at", ["done", pytest.param("rollout_end", marks=slow)])
 def test_nothing_changes_where_nothing_is_dropped(score_at):
     trained = []
     for callback in ([], [DropEpisodes()]):
         env = TextEnv(("ab", "c"), LOWER, reward=Judge(score_at, never), max_new_tokens=5)
-        model = tiny_agent(env, lm=tiny_config(vocab_size=len(LOWER)), n_steps=12)
-        model.learn(4 * 12 * 3, callback=[KLPenalty(0.1), *callback])
+        model = tiny_agent(env, lm=tiny_config(vocab_size=len(LOWER)), n_steps=8)
+        model.learn(4 * 8 * 3, callback=[KLPenalty(0.1), *callback])
         trained.append(weights(model))
     assert same_weights(*trained)
 
@@ -225,7 +249,7 @@ class Trained(BaseCallback):
         self.rollouts.append(list(zip(samples.old_log_prob.tolist(), samples.advantages.tolist())))
 
 
-@pytest.mark.parametrize("algorithm", [PPO, A2C])
+@pytest.mark.parametrize("algorithm", [PPO, pytest.param(A2C, marks=slow)])
 @pytest.mark.parametrize("score_at", ["rollout_end", "done"])
 def test_episodes_that_straddle_rollouts_are_dropped_whole(algorithm, score_at):
     env = TextEnv(("ab", "c"), LOWER, reward=Judge(score_at), max_new_tokens=7)
@@ -252,7 +276,7 @@ def grouped(score_at="rollout_end", n=4):
 
 
 @pytest.mark.parametrize("score_at", ["rollout_end", "done"])
-@pytest.mark.parametrize("advantage", ["grpo", "grpo_mean", "rloo"])
+@pytest.mark.parametrize("advantage", ["rloo", *(pytest.param(name, marks=slow) for name in ("grpo", "grpo_mean"))])
 def test_a_group_is_compared_without_its_dropped_members(advantage, score_at):
     env, recorder, trained = grouped(score_at), Recorder(), Trained()
     options = {"advantage": advantage, "normalize_advantage": False}
@@ -274,26 +298,22 @@ def test_a_group_is_compared_without_its_dropped_members(advantage, score_at):
         np.testing.assert_allclose(sorted(rollout), sorted(expected[i]), atol=1e-4)
 
 
-@pytest.mark.parametrize("score_at", ["rollout_end", "done"])
+@pytest.mark.parametrize("score_at", ["done", pytest.param("rollout_end", marks=slow)])
 def test_e8_resumed_while_a_dropped_member_waits_for_its_group(score_at, tmp_path):
     """Bit for bit."""
 
     def build(**kwargs):
-        return tiny_agent(
-            grouped(score_at), n_envs=7, n_steps=5, rollout_buffer_kwargs={"advantage": "grpo"}, **kwargs
-        )
+        return tiny_agent(grouped(score_at), n_envs=7, n_steps=5, rollout_buffer_kwargs={"advantage": "grpo"}, **kwargs)
 
     model = build()
     steps = step_of(model.get_env().env)
-    model.learn(35 * 8, callback=[KLPenalty(0.1), *steps, Checkpoints(tmp_path, every=1, keep=9)])
-    expected, n_dropped = run_state(model), 0
-    for at in (3, 5):
-        resumed = build(seed=5)
-        load_checkpoint(resumed, tmp_path / f"step_{35 * at:012d}")
-        n_dropped += sum(one.is_dropped for one in resumed.rollout_buffer.waiting_episodes.values())
-        steps = step_of(resumed.get_env().env)
-        resumed.learn(35 * (8 - at), callback=[KLPenalty(0.1), *steps], reset_num_timesteps=False)
-        assert run_state(resumed) == expected
+    model.learn(35 * 6, callback=[KLPenalty(0.1), *steps, Checkpoints(tmp_path, every=3, keep=9)])
+    expected = run_state(model)
+    resumed = build(seed=5)
+    load_checkpoint(resumed, tmp_path / f"step_{35 * 3:012d}")
+    n_dropped = sum(one.is_dropped for one in resumed.rollout_buffer.waiting_episodes.values())
+    resumed.learn(35 * 3, callback=[KLPenalty(0.1), *step_of(resumed.get_env().env)], reset_num_timesteps=False)
+    assert run_state(resumed) == expected
     assert n_dropped > 0 or score_at == "rollout_end"  # there, who waits has no score
 
 

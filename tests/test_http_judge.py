@@ -15,7 +15,7 @@ import pytest
 
 from tests.rewards import preds_of, rows, scores
 from textenv import Prompt, RewardError
-from textenv.rewards import DROPPED, HTTPJudge, read_reward
+from textenv.rewards import DROPPED, ChatJudge, HTTPJudge, read_reward
 from textenv.rewards.http_judge import _seconds
 
 SECRET = "sk-very-secret-7"
@@ -34,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
             server.most = max(server.most, server.running)
         try:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["completion"]
+            text = body["messages"][0]["content"] if "messages" in body else body["completion"]
             with server.lock:
                 server.bodies.append(body)
                 server.headers.append(dict(self.headers))
@@ -48,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, text, n):
         time.sleep(self.server.delay)
         score = json.dumps({"result": [{"score": len(text)}], "parts": {"a": 1, "b": 2}, "score": len(text)})
+        if "messages" in self.server.bodies[-1]:
+            score = json.dumps({"choices": [{"message": {"content": self.server.reply[min(n, 2) - 1]}}]})
         if text.startswith("fail") and n <= int(text[4:]):
             return self.write(503, "try later")
         if text.startswith("busy") and n == 1:
@@ -192,6 +194,34 @@ def test_rows_that_cannot_be_sent(server):
     with pytest.raises(RewardError, match="Expected a row that can be written as JSON"):
         scores(reward, ["a"], row={"label": object()})
     assert server.bodies == []
+
+
+# A chat model
+
+
+def test_a_chat_model_is_asked_and_its_mark_read(server):
+    server.reply = ["8", "9"]
+    reward = read_reward(
+        {"name": "chat", "url": server.url, "model": "m", "question": "{prompt}|{completion}|{references}"}
+    )
+    assert scores(reward, ["a{b}"], references=["r", "s"]) == [0.8]
+    content = "p |a{b}|r\ns"
+    assert server.bodies == [{"model": "m", "messages": [{"role": "user", "content": content}], "temperature": 0.0}]
+
+
+def test_a_reply_without_a_mark_is_asked_for_again(server):
+    server.reply = ["I would say 8/10.", "7.5"]
+    reward = ChatJudge(server.url, model="m", **QUICK)
+    assert scores(reward, ["a"]) == [0.75] and sum(server.counts.values()) == 2
+    server.reply = ["11", "-1"]
+    with pytest.raises(RewardError, match="Expected a mark from 0 to 10, got '-1'"):
+        scores(ChatJudge(server.url, model="m", retries=1, **QUICK), ["b"])
+    reward = ChatJudge(server.url, model="m", pattern=r"(\d+)/10", low=6, retries=0)
+    server.reply = ["1 of it is bad: 8/10."] * 2
+    assert scores(reward, ["c"]) == [0.5]
+    for options in ({"low": 10.0}, {"pattern": "8"}):
+        with pytest.raises(ValueError, match="low < high and a `pattern` with a group"):
+            ChatJudge(server.url, model="m", **options)
 
 
 # The key

@@ -8,7 +8,7 @@ from textenv.rewarding import DROPPED
 from textenv.rewards.asynchronous import AsyncFunction, AsyncReward, RowError
 from textenv.rewards.base import BatchReward, RowReward, score_rows
 from textenv.rewards.compose import Cached, Clip, Ensemble, Gate, Scale, WeightedSum
-from textenv.rewards.http_judge import HTTPJudge
+from textenv.rewards.http_judge import ChatJudge, HTTPJudge
 from textenv.rewards.lexicon import Vader
 from textenv.rewards.overlap import Bleu, Chrf, Meteor, Rouge, SacreBleu
 from textenv.rewards.registry import make_reward, read_reward, register_reward
@@ -21,6 +21,7 @@ __all__ = [
     "BatchReward",
     "Bleu",
     "Cached",
+    "ChatJudge",
     "Chrf",
     "Clip",
     "Ensemble",

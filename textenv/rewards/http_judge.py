@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -167,6 +169,66 @@ class HTTPJudge(AsyncReward):
         """Return the beginning of what a server sent, which may repeat the key."""
         api_key = self._api_key()
         return (text if api_key is None else text.replace(api_key, "***"))[:EXCERPT]
+
+
+@dataclass
+class ChatJudge(HTTPJudge):
+    """The mark that a chat model gives, from a server of OpenAI's chat completions (vLLM, llama.cpp, ...), as 0 to 1.
+
+    A reply without a mark from `low` to `high` is asked for again. The policy learns what earns marks, which may be to
+    talk the judge round: read its texts.
+
+    Args:
+        url: As "http://127.0.0.1:8000/v1/chat/completions".
+        model: What the server calls the model.
+        question: What it is asked; {prompt}, {completion} and {references} (a line each) stand for the row's.
+        low: The worst mark.
+        high: The best mark.
+        pattern: Finds the mark in the reply, as its first group. The reply must be a number, unless another is given.
+        options: What else is posted.
+        **others: Those of `HTTPJudge`.
+
+    Raises:
+        ValueError: If `low` is not below `high`, or the pattern has no group.
+
+    Example:
+        >>> judge = ChatJudge("http://127.0.0.1:8000/v1/chat/completions", model="m", low=1, high=5)
+        >>> judge.read({"choices": [{"message": {"content": " 4 "}}]})
+        0.75
+    """
+
+    key: str = "choices.0.message.content"
+    model: str = field(kw_only=True)
+    question: str = field(
+        default="{prompt}\n\nAnswer:\n{completion}\n\nHow good is the answer, from 0 to 10? Reply with a number alone.",
+        kw_only=True,
+    )
+    low: float = field(default=0.0, kw_only=True)
+    high: float = field(default=10.0, kw_only=True)
+    pattern: str = field(default=r"^\s*(-?\d+(?:\.\d+)?)\s*$", kw_only=True)
+    options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0}, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.low < self.high or re.compile(self.pattern).groups < 1:
+            raise ValueError(
+                f"Expected low < high and a `pattern` with a group, got {self.low}, {self.high}, {self.pattern!r}."
+            )
+
+    def body(self, prompt: Prompt, preds: Preds) -> dict[str, Any]:
+        """Return what is posted for a row."""
+        row = {"prompt": str(prompt), "completion": preds.text, "references": "\n".join(prompt.references)}
+        messages = [{"role": "user", "content": self.question.format(**row)}]
+        return {"model": self.model, "messages": messages, **self.options}
+
+    def read(self, answer: Any) -> Score:
+        """Return the mark as a number from 0 to 1."""
+        reply = str(super().read(answer))
+        found = re.search(self.pattern, reply)
+        mark = float(found.group(1)) if found else math.nan
+        if not self.low <= mark <= self.high:
+            raise RowError(f"Expected a mark from {self.low:g} to {self.high:g}, got {self._excerpt(repr(reply))}")
+        return (mark - self.low) / (self.high - self.low)
 
 
 def _load_httpx() -> Any:

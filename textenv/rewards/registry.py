@@ -35,6 +35,7 @@ _ENTRY_POINTS = {
     "similarity": f"{_ROOM}.similarity:Similarity",
     "async": f"{_ROOM}.asynchronous:AsyncFunction",
     "http": f"{_ROOM}.http_judge:HTTPJudge",
+    "chat": f"{_ROOM}.http_judge:ChatJudge",
 }
 
 

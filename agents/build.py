@@ -10,6 +10,8 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from textenv.rewards.base import BatchReward
+
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
 from .doctor import check as examine
@@ -17,7 +19,7 @@ from .flat_policy import FlatLMPolicy
 from .groups import SampleGroups
 from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
-from .rollout_steps import LateScores
+from .rollout_steps import DropEpisodes, LateScores
 from .vec_env import TextVecEnv
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
@@ -77,7 +79,7 @@ def make_agent(
 
     Returns:
         The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached, with
-        `samples_per_prompt` the step `SampleGroups`.
+        `samples_per_prompt` the step `SampleGroups`, and `DropEpisodes` where the reward says that it may drop some.
 
     Raises:
         ValueError: If the algorithm is another one, with the reason, or does not know the env's mask, or asks for one.
@@ -135,6 +137,8 @@ def make_agent(
         SampleGroups().attach(model)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
+    elif isinstance(vec_env.env.reward, BatchReward) and vec_env.env.reward.may_drop:
+        DropEpisodes().attach(model)
     if check:
         report = examine(model)
         report.raise_if_failed()

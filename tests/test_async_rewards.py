@@ -293,6 +293,25 @@ class Failing(AsyncReward):
         return sum(preds.ids) / 30
 
 
+def last_letter(prompt, preds, done):
+    return 0.1 * float(preds[-1])
+
+
+@pytest.mark.parametrize("score_at", ["done", "step"])
+def test_a_reward_that_may_drop_is_trained_with_by_make_agent(score_at):
+    """At done, and in a sum with a function that is asked at every token."""
+    judge = Failing(retries=0, on_failure="drop", score_at="done")
+    env = tiny_env(judge if score_at == "done" else WeightedSum({"judge": judge, "last": last_letter}))
+    assert env.score_at == score_at
+    model, recorder = tiny_agent(env, n_envs=8), Recorder()
+    with pytest.warns(UserWarning, match="are dropped"):
+        model.learn(32, callback=recorder)
+    n_dropped = sum(info["dropped"] for info, _ in recorder.episodes())
+    assert 0 < n_dropped == model.rollout_buffer._n_dropped
+    assert model.rollout_buffer.expected_steps == ["DropEpisodes"]
+    assert tiny_agent(tiny_env(Failing(score_at="done"))).rollout_buffer.expected_steps == []
+
+
 @pytest.mark.parametrize("on_failure", ["raise", "drop", -1.0])
 def test_each_policy_in_training(on_failure):
     reward = Failing(retries=0, on_failure=on_failure)

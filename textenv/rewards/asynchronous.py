@@ -96,6 +96,7 @@ class AsyncReward(BatchReward):
             raise ValueError(f"Expected `retries` and `backoff` of 0 or more, got {self.retries} and {self.backoff}.")
         if self.on_failure not in ("raise", "drop") and not _is_number(self.on_failure):
             raise ValueError(f"Expected `on_failure` to be 'raise', 'drop' or a number, got {self.on_failure!r}.")
+        self.may_drop = self.on_failure == "drop"
         self.n_failed = 0
         self._has_warned = False
 

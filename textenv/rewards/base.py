@@ -23,6 +23,8 @@ class BatchReward(ABC):
         score_at: What `TextEnv` uses where its own `score_at` is not given. "step": every token has a reward. "done"
             and "rollout_end": the reward is about finished texts, and only they are ever given to `score` (other rows
             earn 0); "rollout_end" is for what is heavy, and so is best asked once a rollout.
+        may_drop: Whether `score` may return `textenv.rewards.DROPPED`: `agents.make_agent` then attaches the step that
+            leaves episodes out.
 
     Example:
         >>> from textenv import CharTokenizer, TextEnv
@@ -35,6 +37,7 @@ class BatchReward(ABC):
     """
 
     score_at: ScoreAt = "done"
+    may_drop: bool = False
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:

@@ -18,6 +18,10 @@ from textenv.rewards.registry import read_reward
 Scores = Sequence[Score]
 
 
+def _may_drop(rewards: Sequence[RewardFunction]) -> bool:
+    return any(isinstance(reward, BatchReward) and reward.may_drop for reward in rewards)
+
+
 def _when(rewards: Sequence[RewardFunction]) -> ScoreAt:
     """Return the most frequent `score_at` that one of the rewards needs; a plain function needs every step."""
     wanted = {reward.score_at if isinstance(reward, BatchReward) else "step" for reward in rewards}
@@ -51,6 +55,7 @@ class WeightedSum(BatchReward):
             raise ValueError(f"Expected weights of the parts {list(self.parts)}, got {dict(self.weights)}.")
         self._rewards = {name: read_reward(part) for name, part in self.parts.items()}
         self.score_at = _when(list(self._rewards.values()))
+        self.may_drop = _may_drop(list(self._rewards.values()))
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the named parts of each row."""
@@ -89,6 +94,7 @@ class Clip(BatchReward):
             raise ValueError(f"Expected low <= high, got {self.low} and {self.high}.")
         self._reward = read_reward(self.reward)
         self.score_at = _when([self._reward])
+        self.may_drop = _may_drop([self._reward])
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the limited rewards."""
@@ -120,6 +126,7 @@ class Scale(BatchReward):
     def __post_init__(self) -> None:
         self._reward = read_reward(self.reward)
         self.score_at = _when([self._reward])
+        self.may_drop = _may_drop([self._reward])
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the scaled rewards."""
@@ -158,6 +165,7 @@ class Gate(BatchReward):
         opens, pays = _when([self._condition]), _when([self._reward])
         # A condition of finished texts says nothing of the others: they are neither let through nor charged.
         self.score_at = opens if opens != "step" and pays == "step" else _when([self._condition, self._reward])
+        self.may_drop = _may_drop([self._condition, self._reward])
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the gated rewards."""
@@ -198,6 +206,7 @@ class Ensemble(BatchReward):
             raise ValueError("Expected at least one of `rewards`, got none.")
         self._rewards = [read_reward(reward) for reward in self.rewards]
         self.score_at = _when(self._rewards)
+        self.may_drop = _may_drop(self._rewards)
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the joint rewards."""
@@ -240,6 +249,7 @@ class Cached(BatchReward):
             raise ValueError(f"Expected `size` to be at least 1, got {self.size}.")
         self._reward = read_reward(self.reward)
         self.score_at = _when([self._reward])
+        self.may_drop = _may_drop([self._reward])
         self.n_asked = 0
         self._known: OrderedDict[tuple[str, str, str], Reward] = OrderedDict()
 

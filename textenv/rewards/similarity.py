@@ -43,10 +43,16 @@ class Similarity(BatchReward):
         ImportError: Without sentence-transformers.
 
     Example:
+        >>> import numpy as np
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+        >>> from agents.pretrain import word_tokenizer
         >>> from textenv import CharTokenizer, Preds, Prompt
-        >>> reward = Similarity("sentence-transformers/all-MiniLM-L6-v2", text="a warm welcome")
-        >>> reward(Prompt("a"), Preds(CharTokenizer(), CharTokenizer().encode("hello there")), True)  # doctest: +SKIP
-        0.41
+        >>> tokenizer = word_tokenizer(["good", "film"]).backend_tokenizer
+        >>> model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=np.eye(4))], device="cpu")
+        >>> letters, prompt = CharTokenizer(), Prompt("a", references=["good film"])
+        >>> round(Similarity(model)(prompt, Preds(letters, letters.encode("film")), True), 4)  # the square root of a half
+        0.7071
     """
 
     model: str | PathLike[str] | SentenceTransformer = field(repr=False)

@@ -6,6 +6,7 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,9 +14,19 @@ import pytest
 
 from agents.callbacks import EpisodeMetrics
 from tests.rewards import preds_of, rows, scores
-from tests.training import TOKENIZER, Recorder, tiny_agent, tiny_env
+from tests.training import TOKENIZER, Recorder, same_weights, tiny_agent, tiny_env, weights
 from textenv import Prompt, RewardError
-from textenv.rewards import DROPPED, AsyncFunction, AsyncReward, Cached, RowError, WeightedSum, make_reward, read_reward
+from textenv.rewards import (
+    DROPPED,
+    AsyncFunction,
+    AsyncReward,
+    BatchReward,
+    Cached,
+    RowError,
+    WeightedSum,
+    make_reward,
+    read_reward,
+)
 from textenv.rewards.asynchronous import run_apart
 
 QUICK = {"backoff": 0.0}
@@ -287,7 +298,7 @@ class Failing(AsyncReward):
     """Fails where the ids of a text sum to a multiple of 3."""
 
     async def score_row(self, prompt, preds):
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001 * (sum(preds.ids) % 5))
         if sum(preds.ids) % 3 == 0:
             raise ConnectionError("gone")
         return sum(preds.ids) / 30
@@ -295,6 +306,27 @@ class Failing(AsyncReward):
 
 def last_letter(prompt, preds, done):
     return 0.1 * float(preds[-1])
+
+
+class Plain(BatchReward):
+    """What `Failing` says where it does not fail, without waiting."""
+
+    score_at = "rollout_end"
+
+    def score(self, prompts, preds, dones):
+        return [DROPPED if sum(one.ids) % 3 == 0 else sum(one.ids) / 30 for one in preds]
+
+
+def test_the_same_training_as_with_a_reward_that_does_not_wait():
+    """Bit for bit: who answers first, and who is asked again, makes no difference."""
+    trained = []
+    for reward in (Failing(retries=1, on_failure="drop", concurrency=3, **QUICK), Plain()):
+        model = tiny_agent(tiny_env(reward), n_envs=8)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*are dropped")
+            model.learn(32 * 3)
+        trained.append(weights(model))
+    assert same_weights(*trained)
 
 
 @pytest.mark.parametrize("score_at", ["done", "step"])

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from agents import evaluate
 from agents.pretrain import word_tokenizer
 from tests.rewards import rows, scores
-from tests.training import tiny_agent, tiny_env
+from tests.training import tiny_agent, tiny_config
 from textenv import TextEnv
-from textenv.rewards import make_reward
+from textenv.rewards import Scale, make_reward
 from textenv.rewards.similarity import Similarity
 
 WORDS = ["a", "good", "bad", "film", "plot", "p"]
@@ -131,9 +132,16 @@ def test_without_the_library_the_error_names_the_extra(folder, monkeypatch):
         Similarity(folder)
 
 
-def test_it_trains(folder):
-    env = tiny_env(Similarity(folder, text="bad", reads="whole"))
-    model = tiny_agent(env)
-    assert isinstance(env, TextEnv) and env.score_at == "rollout_end"
-    model.learn(16)
-    assert len(model.ep_info_buffer) >= 4
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "rises"), [(1.0, True), (-1.0, False)])
+def test_a_policy_learns_to_be_near_a_text_or_far_from_it(folder, sign, rises):
+    """The useful test: the cosine goes where the reward's sign says."""
+    reward, tokenizer = Similarity(folder, text="good plot good"), word_tokenizer(WORDS)
+    env = TextEnv(["a film"], tokenizer, reward=Scale(reward, sign), max_new_tokens=3, stop_ids=())
+    assert env.score_at == "rollout_end"
+    model = tiny_agent(env, n_envs=32, lm=tiny_config(vocab_size=len(tokenizer)))
+    options = {"reward": reward, "n": 100, "max_new_tokens": 3, "stop_ids": ()}
+    before = evaluate(model, ["a film"], tokenizer, **options).figures["reward"].value
+    model.learn(96 * 25)
+    after = evaluate(model, ["a film"], tokenizer, **options).figures["reward"].value
+    assert (after - before > 0.2) if rises else (after - before < -0.2), (before, after)

@@ -51,7 +51,7 @@ class Similarity(BatchReward):
         >>> tokenizer = word_tokenizer(["good", "film"]).backend_tokenizer
         >>> model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=np.eye(4))], device="cpu")
         >>> letters, prompt = CharTokenizer(), Prompt("a", references=["good film"])
-        >>> round(Similarity(model)(prompt, Preds(letters, letters.encode("film")), True), 4)  # the square root of a half
+        >>> round(Similarity(model)(prompt, Preds(letters, letters.encode("film")), True), 4)  # sqrt(1 / 2)
         0.7071
     """
 

@@ -33,17 +33,7 @@ from tests.training import (
 from textenv import CharTokenizer, RewardError, TextEnv, TextVectorEnv
 from textenv.masks import AllowedMask
 from textenv.rewarding import check_rewards
-from textenv.rewards import (
-    DROPPED,
-    BatchReward,
-    Cached,
-    Clip,
-    Ensemble,
-    Gate,
-    Scale,
-    WeightedSum,
-    score_rows,
-)
+from textenv.rewards import DROPPED, BatchReward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 4 in each:UserWarning")
 slow = pytest.mark.slow
@@ -88,35 +78,6 @@ def test_dropped_stays_itself_and_is_a_checked_reward():
     assert (other.score, other.is_dropped) == ({"x": 2.0}, False)
     with pytest.raises(RewardError, match="got None"):  # a function without `return` drops nothing
         check_rewards([None, 1.0], prompts, preds)
-
-
-def drops_b(prompt, preds, done):
-    return DROPPED if preds.text == "b" else float(len(preds.text))
-
-
-@pytest.mark.parametrize(
-    ("reward", "expected"),
-    [
-        (drops_b, [2.0, DROPPED]),
-        (WeightedSum({"one": drops_b, "two": lambda *_: 1.0}), [{"one": 2.0, "two": 1.0}, DROPPED]),
-        (Clip(drops_b, high=1.0), [1.0, DROPPED]),
-        (Scale(drops_b, 3.0), [6.0, DROPPED]),
-        (Gate(drops_b, lambda *_: 5.0, otherwise=-1.0), [5.0, DROPPED]),
-        (Gate(lambda *_: 1.0, drops_b), [2.0, DROPPED]),
-        (Ensemble([drops_b, lambda *_: 4.0]), [3.0, DROPPED]),
-        (Ensemble([drops_b, lambda *_: 4.0], by="minimum"), [2.0, DROPPED]),
-        (Cached(drops_b), [2.0, DROPPED]),
-    ],
-)
-def test_a_row_that_a_part_drops_is_dropped(reward, expected):
-    assert [one.score for one in score_rows(reward, *rows(["aa", "b"]))] == expected
-
-
-def test_the_cache_asks_again_for_what_was_dropped():
-    cached = Cached(drops_b)
-    for _ in range(2):
-        score_rows(cached, *rows(["aa", "b"]))
-    assert cached.n_asked == 3
 
 
 # Who cannot leave an episode out

@@ -11,6 +11,7 @@ import pytest
 from tests.rewards import rows, scores
 from textenv import RewardError, TextEnv, TextVectorEnv, check_text_env
 from textenv.rewards import (
+    DROPPED,
     BatchReward,
     Cached,
     Clip,
@@ -280,6 +281,35 @@ def test_the_cache_does_not_remember_what_goes_on():
 def test_rewards_pickle(reward):
     texts = ["a a a a", "b", "a"]
     assert scores(pickle.loads(pickle.dumps(reward)), texts) == scores(reward, texts)
+
+
+def drops_b(prompt, preds, done):
+    return DROPPED if preds.text == "b" else float(len(preds.text))
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (drops_b, [2.0, DROPPED]),
+        (WeightedSum({"one": drops_b, "two": lambda *_: 1.0}), [{"one": 2.0, "two": 1.0}, DROPPED]),
+        (Clip(drops_b, high=1.0), [1.0, DROPPED]),
+        (Scale(drops_b, 3.0), [6.0, DROPPED]),
+        (Gate(drops_b, lambda *_: 5.0, otherwise=-1.0), [5.0, DROPPED]),
+        (Gate(lambda *_: 1.0, drops_b), [2.0, DROPPED]),
+        (Ensemble([drops_b, lambda *_: 4.0]), [3.0, DROPPED]),
+        (Ensemble([drops_b, lambda *_: 4.0], by="minimum"), [2.0, DROPPED]),
+        (Cached(drops_b), [2.0, DROPPED]),
+    ],
+)
+def test_a_row_that_a_part_drops_is_dropped(reward, expected):
+    assert [one.score for one in score_rows(reward, *rows(["aa", "b"]))] == expected
+
+
+def test_the_cache_asks_again_for_what_was_dropped():
+    cached = Cached(drops_b)
+    for _ in range(2):
+        score_rows(cached, *rows(["aa", "b"]))
+    assert cached.n_asked == 3
 
 
 # Rules.

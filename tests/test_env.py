@@ -179,6 +179,7 @@ def test_info_at_the_end_and_only_there(make_env):
         "end_reason": EndReason.EOS,
         "reward_parts": {"length": 2.0, "end": 1.0},
         "scored": True,
+        "dropped": False,
         "episode": {"r": 3.0, "l": 2},
     }
 

@@ -8,6 +8,7 @@ from textenv.completion import Preds, Turn
 from textenv.env import TextEnv
 from textenv.episode import EndReason
 from textenv.grammar_masks import GrammarMask, JSONSchemaMask, RegexMask
+from textenv.hub import read_dataset
 from textenv.masks import AllowedMask, BannedMask, MaskError, MinLengthMask, TokenMask
 from textenv.prompts import Prompt
 from textenv.rewarding import RewardError
@@ -37,6 +38,7 @@ __all__ = [
     "Turn",
     "__version__",
     "check_text_env",
+    "read_dataset",
 ]
 
 TASKS = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from textenv.chat import encode_reply
 from textenv.completion import Preds, Turn
 from textenv.dealing import NO_GROUP, PromptDealer
 from textenv.episode import PADDING, SEPARATOR, EndReason, ended_turns
@@ -227,7 +228,8 @@ class Lanes:
             return False
         if not isinstance(response, str):
             raise TypeError(f"Expected `respond` to return a str or None, got {response!r:.80}.")
-        ids = self.env.tokenizer.encode(response, add_special_tokens=False)
+        rules, messages = self.env.rules, self.prompts[lane].messages
+        ids = encode_reply(self.env.tokenizer, messages, preds, response, self._tail(lane), rules.stop_strings)
         if len(ids) > self.env.rules.max_response_tokens:
             raise ValueError(
                 f"Expected a response of at most max_response_tokens={self.env.rules.max_response_tokens} tokens, got "

@@ -131,7 +131,7 @@ def test_a_chat_is_cut_only_where_it_is_asked_for():
     ],
 )
 def test_another_format_of_messages_is_refused(message):
-    with pytest.raises(ValueError, match="Expected message 1 of prompt 0 to be {'role': a text.*Rename the keys"):
+    with pytest.raises(ValueError, match=r"Expected message 1 of prompt 0 to be {'role': a text.*Rename the keys"):
         chat_env([[CHAT[0], message]])
 
 
@@ -142,7 +142,7 @@ def test_a_tokenizer_without_a_template_is_refused(make):
 
 
 def test_a_tokenizer_that_knows_no_templates_is_refused(make_env):
-    with pytest.raises(ValueError, match="got CharTokenizer without one. Take the tokenizer of a chat model"):
+    with pytest.raises(ValueError, match=r"got CharTokenizer without one. Take the tokenizer of a chat model"):
         make_env([CHAT])
 
 
@@ -154,7 +154,7 @@ def test_what_the_template_refuses_names_the_prompt():
 def test_an_empty_chat_and_a_chat_in_place_of_a_list_of_chats():
     with pytest.raises(ValueError, match=r"Expected prompt 0 to have at least one token, got \[\]"):
         chat_env([[]])
-    with pytest.raises(ValueError, match="'content'].* A chat is one prompt: a list of its messages"):
+    with pytest.raises(ValueError, match=r"'content'\].* A chat is one prompt: a list of its messages"):
         chat_env(CHAT)
 
 
@@ -166,7 +166,7 @@ def test_generate_and_evaluate_take_chats():
     rows = [{"prompt": CHAT, "answer": "yes"}, {"prompt": OPEN, "answer": "no"}]
     result = evaluate(model, rows, env.tokenizer, references_column="answer", max_new_tokens=4)
     assert [one.prompt.references for one in result.generations] == [["yes"], ["no"]]
-    assert [str(one.prompt) for one in result.generations][0] == SHOWN
+    assert str(result.generations[0].prompt) == SHOWN
 
 
 # Replies
@@ -240,7 +240,7 @@ def test_turns_show_the_replies_content_alone():
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused():
-    with pytest.raises(ValueError, match="leaves what came before as it was.*'.*0A1place.* another way. Give prompts"):
+    with pytest.raises(ValueError, match=r"leaves what came before as it was.*'.*0A1place.* another way. Give prompts"):
         talk("hi<|im_end|>", template=SPACED)
 
 

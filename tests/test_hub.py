@@ -90,7 +90,9 @@ def test_a_missing_split_names_those_there_are(read, write):
 
 
 def test_a_folder_without_data(read, tmp_path):
-    with pytest.raises(ValueError, match="Expected a folder of .parquet, .jsonl or .csv files or .* EmptyDatasetError"):
+    with pytest.raises(
+        ValueError, match=r"Expected a folder of .parquet, .jsonl or .csv files or .* EmptyDatasetError"
+    ):
         read(tmp_path)
 
 

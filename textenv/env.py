@@ -63,7 +63,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         truncation_side: Where a longer prompt loses tokens: "left" keeps its end, "right" its start; None raises.
         prompt_column: The column of a row that holds the prompt.
         references_column: The column that holds reference texts; they reach the reward as `prompt.references`.
-        stop_ids: Token ids that end a turn; the tokenizer's EOS by default, which need not be what ends a chat model's turns.
+        stop_ids: Token ids that end a turn; the tokenizer's EOS by default. A chat model's turns may end with another.
         stop_strings: Texts that end a turn as soon as they appear; they are not part of `preds.text`.
         length_limit: Whether reaching `max_new_tokens` is "terminate" or "truncate".
         score_at: "step" calls the reward for every token, "done" for finished episodes only, "rollout_end" for all

@@ -131,7 +131,10 @@ def test_a_chat_is_cut_only_where_it_is_asked_for():
     ],
 )
 def test_another_format_of_messages_is_refused(message):
-    with pytest.raises(ValueError, match=r"Expected message 1 of prompt 0 to be {'role': a text.*Rename the keys"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected message 1 of prompt 0 to have the texts 'role' and .*Rename the keys",
+    ):
         chat_env([[CHAT[0], message]])
 
 

@@ -10,6 +10,7 @@ from textenv.episode import EndReason
 from textenv.grammar_masks import GrammarMask, JSONSchemaMask, RegexMask
 from textenv.hub import read_dataset
 from textenv.masks import AllowedMask, BannedMask, MaskError, MinLengthMask, TokenMask
+from textenv.priority import PrioritySampling
 from textenv.prompts import Prompt
 from textenv.rewarding import RewardError
 from textenv.testing import check_text_env
@@ -28,6 +29,7 @@ __all__ = [
     "MaskError",
     "MinLengthMask",
     "Preds",
+    "PrioritySampling",
     "Prompt",
     "RegexMask",
     "RewardError",

@@ -48,7 +48,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = 
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not _is_message(message):
             raise ValueError(
-                f"Expected message {number} of {where} to be {{'role': a text, 'content': a text}}, got {message!r:.90}."
+                f"Expected message {number} of {where} to have the texts 'role' and 'content', got {message!r:.90}."
                 " Rename the keys of other formats ('from', 'value'), and join a content of several parts to one text."
             )
     if not isinstance(tokenizer, _ChatTokenizer) or not tokenizer.chat_template:

@@ -14,6 +14,7 @@ from textenv.completion import Preds
 from textenv.episode import PADDING, SEPARATOR, EpisodeRules
 from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
+from textenv.priority import PrioritySampling
 from textenv.prompts import Order, Prompt, PromptLike, PromptReader, PromptRows, read_rows
 from textenv.rewarding import RewardFunction, ScoreAt, score_each
 from textenv.rewards.base import BatchReward, RewardLike, check_choice, score_rows
@@ -74,7 +75,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             need not stand in neighbouring lanes, nor in step. `preds.group` and `info["group"]` number the groups. With
             `score_at="rollout_end"` and `agents.LateScores` the members of a group are scored in one call, rows
             together, when the last has ended: the reward may compare them. Rows given to `reset` run once each.
-        order: "shuffle" visits each prompt once an epoch in a new order; "sequential" keeps the source's.
+        order: "shuffle" visits each prompt once an epoch in a new order; "sequential" keeps the source's;
+            `PrioritySampling` draws more often what earns little, varies or was seldom seen.
         max_turns: The most turns of the policy, where `respond` is defined.
         max_response_tokens: The most tokens of a reply, where `respond` is defined.
         mask: Which tokens are allowed next, for a policy that asks `action_masks`, as sb3-contrib's MaskablePPO does:
@@ -116,7 +118,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         length_limit: Literal["terminate", "truncate"] = "terminate",
         score_at: ScoreAt | None = None,
         samples_per_prompt: int = 1,
-        order: Order = "shuffle",
+        order: Order | PrioritySampling = "shuffle",
         max_turns: int = 1,
         max_response_tokens: int = 0,
         mask: MaskLike | Sequence[MaskLike] | None = None,
@@ -126,7 +128,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         check_choice("truncation_side", truncation_side, (None, "left", "right"))
         check_choice("length_limit", length_limit, ("terminate", "truncate"))
         check_choice("score_at", score_at, (None, *get_args(ScoreAt)))
-        check_choice("order", order, get_args(Order))
+        if not isinstance(order, PrioritySampling):
+            check_choice("order", order, get_args(Order))
         check_choice("render_mode", render_mode, (None, "ansi", "human"))
         self.tokenizer = tokenizer
         self.reward = self._check_reward(reward)
@@ -134,7 +137,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.score_at: ScoreAt = own_choice if score_at is None else score_at
         _check_at_least_one("samples_per_prompt", samples_per_prompt)
         self.samples_per_prompt = samples_per_prompt
-        self.order: Order = order
+        self.order = order
         self.seed = seed
         self.render_mode = render_mode
         self.is_multi_turn = type(self).respond is not TextEnv.respond

@@ -166,6 +166,8 @@ class Lanes:
             if self.defer_scores:
                 episode = FinishedEpisode((self.n_steps, lane), self.prompts[lane], final_preds[lane], infos[lane])
                 self.unscored.append(episode)
+            else:
+                self.dealer.observe(self.prompts[lane], self.returns[lane])
             if self.autoreset:
                 self._refill(lane)
         self.over[:] = False if self.autoreset else terminated | truncated
@@ -321,6 +323,7 @@ class Lanes:
             episode.info["episode"]["r"] += reward.value
             episode.info["reward_parts"].update(reward.parts)
             episode.info["scored"] = True
+            self.dealer.observe(episode.prompt, episode.info["episode"]["r"])
         return [(one.place, one.info, reward.value) for one, reward in zip(finished, scored, strict=True)]
 
     def _final_info(self, lane: int, reason: EndReason, preds: Preds) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Data sets of Hugging Face: read by name or from a folder, row by row, and what is said where there is none."""
 
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -131,4 +130,11 @@ def test_without_datasets_it_says_what_to_install(monkeypatch):
 
 def test_chats_of_a_data_set_are_lists_of_messages(write, read):
     messages = [{"role": "user", "content": "hi"}]
-    assert read(write("parquet", [{"prompt": messages}]))[0]["prompt"] == json.loads(json.dumps(messages))
+    assert read(write("parquet", [{"prompt": messages}]))[0]["prompt"] == messages
+
+
+def test_what_has_no_length_is_refused(write, read, make_env):
+    with pytest.raises(ValueError, match=r"a length and rows by number, got IterableDataset: .* without streaming"):
+        make_env(read(write("jsonl"), streaming=True))
+    with pytest.raises(ValueError, match="rows by number, got generator: make a list of it"):
+        make_env(text for text in ["a"])

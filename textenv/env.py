@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from os import PathLike
 from typing import Any, Literal, get_args
 
@@ -200,6 +200,11 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         rows = read_rows(prompts) if isinstance(prompts, (str, PathLike)) else prompts
         if isinstance(rows, Mapping):
             raise ValueError(f"Expected `prompts` to be a list of prompts, got one mapping: {rows!r:.80}.")
+        if not isinstance(rows, Sized):
+            raise ValueError(
+                f"Expected `prompts` with a length and rows by number, got {type(rows).__name__}: make a list of it, "
+                "or read a data set without streaming."
+            )
         if len(rows) == 0:
             raise ValueError("Expected at least one prompt, got none.")
         read = PromptRows(rows, self.read_prompt)

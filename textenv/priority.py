@@ -30,7 +30,8 @@ class PrioritySampling:
       worst. Rewards are an episode's sums as `info["episode"]["r"]` has them, without penalties and shaping; the recent
       one is a moving average, m <- m + rate * (r - m), that begins with the first.
     - "spread": the recent standard deviation of the prompt's reward, as a share of the largest: a prompt that always
-      fails or always succeeds teaches nothing. Its square is averaged as v <- (1 - rate) * (v + rate * (r - m)^2).
+      fails or always succeeds teaches nothing, and is drawn by staleness alone until that changes. Its square is
+      averaged as v <- (1 - rate) * (v + rate * (r - m)^2).
     - "novelty": 1 / sqrt(n + 1) after n draws (the bonus of count-based exploration, Bellemare et al. 2016).
 
     A prompt without a reward yet, for "spread" with fewer than two, has the highest priority, 1. Late scores

@@ -77,9 +77,10 @@ def _padding_remark(env: TextEnv) -> str:
 def check_opening(patient: Patient) -> list[Finding]:
     """Check that prompts begin with what the tokenizer opens a text with (BOS), once."""
     env = patient.env
-    prompts = [prompt for prompt in env.prompts[:MAX_PROMPTS] if str(prompt)]
+    # A chat begins with what its template writes.
+    prompts = [prompt for prompt in env.prompts[:MAX_PROMPTS] if str(prompt) and prompt.messages is None]
     if not prompts:
-        return [Finding("opening tokens", "skipped", "no prompt with a text")]
+        return [Finding("opening tokens", "skipped", "no prompt with a text that is no chat")]
     opening = encode_prompt(env.tokenizer, str(prompts[0]))[0]
     if not opening:
         return [Finding("opening tokens", "ok", "the tokenizer puts nothing in front of a text")]
@@ -126,7 +127,7 @@ def check_chat_template(patient: Patient) -> list[Finding]:
     if not plain:
         return [Finding("chat template", "ok", measured)]
     cause = "The tokenizer has a chat template: this model was trained on chats, and plain text is unlike them."
-    cure = "Write prompts with tokenizer.apply_chat_template(..., add_generation_prompt=True), unless plain is meant."
+    cure = "Give prompts as lists of messages, [{'role': 'user', 'content': ...}], unless plain is meant."
     return [Finding("chat template", "warning", measured, cause, cure)]
 
 
@@ -166,8 +167,10 @@ def check_prompts(patient: Patient) -> list[Finding]:
     cut = 0
     for prompt in prompts:
         if len(prompt.ids) == env.max_prompt_tokens and str(prompt):
-            opening, body = encode_prompt(env.tokenizer, str(prompt))
-            cut += len(opening) + len(body) > len(prompt.ids)
+            whole = sum(map(len, encode_prompt(env.tokenizer, str(prompt))))
+            if prompt.messages is not None:  # its template writes the special tokens itself
+                whole = len(env.tokenizer.encode(str(prompt), add_special_tokens=False))
+            cut += whole > len(prompt.ids)
     if not cut:
         return [Finding("prompts", "ok", measured)]
     cause = f"{cut} of {len(prompts)} were cut to max_prompt_tokens={env.max_prompt_tokens}."

@@ -21,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 from agents import make_agent
 from textenv import TextEnv
 from textenv.masks import TokenMask
+from textenv.rewarding import ScoreAt
+from textenv.rewards.base import RewardLike
 from textenv.tokenizer import Tokenizer
 
 
@@ -62,14 +64,16 @@ class Work:
         stop_ids: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
         mask: TokenMask | None = None,
+        reward: RewardLike | None = None,
+        score_at: ScoreAt = "done",
         **kwargs: Any,
     ) -> PPO:
         """PPO as `make_agent` builds it, on this work."""
         env = TextEnv(
             self.prompts() if rows is None else rows,
             IdTokenizer(self.vocab_size) if tokenizer is None else tokenizer,
-            reward=score,
-            score_at="done",
+            reward=reward or score,
+            score_at=score_at,
             max_new_tokens=self.new_tokens,
             stop_ids=stop_ids,
             mask=mask,

@@ -46,7 +46,7 @@ def test_a_single_row_instead_of_a_list(make_env):
 
 @pytest.mark.parametrize("prompt", [3, None, 1.5, b"a", [1.0], ["a"], {1, 2}])
 def test_a_prompt_that_is_neither_text_nor_ids(make_env, prompt):
-    with pytest.raises(ValueError, match="Expected prompt 0 to be a text or a list of token ids, got"):
+    with pytest.raises(ValueError, match="Expected prompt 0 to be a text, a list of token ids or of messages, got"):
         make_env([prompt])
 
 

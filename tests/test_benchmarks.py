@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+LATE = "rollout, limits of 2 to 8 tokens, a 4-layer classifier"
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
 
@@ -82,7 +84,7 @@ def test_all_scripts_run(tmp_path):
         "SB3, env",
         "buffer, ",
     )
-    for claim in (*claims, "PPO iteration with KL (", "masked step, ", "masks stored, "):
+    for claim in (*claims, "PPO iteration with KL (", "masked step, ", "masks stored, ", LATE):
         mine = [row for row in rows if row["claim"].startswith(claim)]
         assert mine, claim
         for row in mine:

@@ -8,7 +8,9 @@ from textenv.completion import Preds, Turn
 from textenv.env import TextEnv
 from textenv.episode import EndReason
 from textenv.grammar_masks import GrammarMask, JSONSchemaMask, RegexMask
+from textenv.hub import read_dataset
 from textenv.masks import AllowedMask, BannedMask, MaskError, MinLengthMask, TokenMask
+from textenv.priority import PrioritySampling
 from textenv.prompts import Prompt
 from textenv.rewarding import RewardError
 from textenv.testing import check_text_env
@@ -27,6 +29,7 @@ __all__ = [
     "MaskError",
     "MinLengthMask",
     "Preds",
+    "PrioritySampling",
     "Prompt",
     "RegexMask",
     "RewardError",
@@ -37,6 +40,7 @@ __all__ = [
     "Turn",
     "__version__",
     "check_text_env",
+    "read_dataset",
 ]
 
 TASKS = {

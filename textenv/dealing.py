@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from textenv.priority import PriorityCursor, PrioritySampling
 from textenv.prompts import Prompt, PromptCursor, PromptLike
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class PromptDealer:
 
     def __init__(self, env: TextEnv) -> None:
         self.env = env
-        self.cursor: PromptCursor | None = None
+        self.cursor: PromptCursor | PriorityCursor | None = None
         self.queue: list[Prompt] | None = None
         self.n_groups = 0  # dealt so far
         self.group = NO_GROUP  # of the env's prompts, the current one
@@ -39,7 +40,11 @@ class PromptDealer:
 
     def seed(self, seed: int) -> None:
         """Start the order of prompts and the numbers of groups anew."""
-        self.cursor = PromptCursor(len(self.env.prompts), self.env.order, seed)
+        order, n_prompts = self.env.order, len(self.env.prompts)
+        if isinstance(order, PrioritySampling):
+            self.cursor = order.cursor(n_prompts, seed)
+        else:
+            self.cursor = PromptCursor(n_prompts, order, seed)
         self.n_groups, self.left = 0, 0
 
     def give(self, rows: Sequence[PromptLike]) -> None:
@@ -64,6 +69,11 @@ class PromptDealer:
         self.left -= 1
         return self.env.prompts[self.cursor.number], self.group
 
+    def observe(self, prompt: Prompt, reward: float) -> None:
+        """Take note of what an episode has earned, where the order goes by it."""
+        if isinstance(self.cursor, PriorityCursor) and self.queue is None and prompt.number >= 0:
+            self.cursor.observe(prompt.number, reward)
+
     def _new_group(self) -> int:
         self.n_groups += 1
         return self.n_groups - 1
@@ -86,7 +96,7 @@ class PromptDealer:
         """Go on from what `state_dict` returned.
 
         Raises:
-            ValueError: If it was saved with another number of prompts or of samples of each.
+            ValueError: If it was saved with another number of prompts, of samples of each, or kind of order.
         """
         if state["n_prompts"] != len(self.env.prompts):
             raise ValueError(
@@ -99,6 +109,8 @@ class PromptDealer:
             )
         self.seed(state["cursor"]["seed"])
         assert self.cursor is not None
+        if state["cursor"].keys() != self.cursor.state_dict().keys():
+            raise ValueError(f"Expected the order of the saved run, got another: order={self.env.order!r}.")
         self.cursor.load_state_dict(state["cursor"])
         self.queue = None if queue is None else [self.env.read_prompt(row) for row in queue]
         self.n_groups, self.group, self.left = dealt["n_groups"], dealt["group"], dealt["left"]

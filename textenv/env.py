@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from os import PathLike
 from typing import Any, Literal, get_args
 
@@ -14,7 +14,8 @@ from textenv.completion import Preds
 from textenv.episode import PADDING, SEPARATOR, EpisodeRules
 from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
-from textenv.prompts import Order, Prompt, PromptLike, PromptReader, read_rows
+from textenv.priority import PrioritySampling
+from textenv.prompts import Order, Prompt, PromptLike, PromptReader, PromptRows, read_rows
 from textenv.rewarding import RewardFunction, Score, ScoreAt, score_each
 from textenv.rewards.base import BatchReward, RewardLike, check_choice, score_rows
 from textenv.rewards.registry import read_reward
@@ -40,14 +41,19 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     Gymnasium's RecordEpisodeStatistics wants the key `episode` for itself: give it another `stats_key`.
 
     Several turns: define `respond(prompt, preds) -> str | None`. It is called when a turn of the policy ends; its text
-    is observed, never trained; None ends the episode.
+    is observed, never trained; None ends the episode. Where the prompt is a chat, the text is the content of a user's
+    message, and what is observed is all that the chat template writes up to the assistant's next turn: allow for it in
+    `max_response_tokens`. A template that rewrites earlier messages cannot do that: the error says what to do instead.
 
     The instance keeps no state of an episode besides its own row: the same instance serves all lanes of a
     `TextVectorEnv` or `TextVecEnv`. Hooks that need memory write into `preds.state`, which lives one episode.
 
     Args:
-        prompts: Texts, rows (dicts) or lists of token ids, in a list or any sized sequence; or the path of a .jsonl,
-            .csv or .txt file. A row may carry its own, smaller `max_new_tokens`.
+        prompts: Texts, rows (dicts), lists of token ids or chats (lists of messages `{"role": ..., "content": ...}`,
+            rendered by the tokenizer's chat template, which also opens the assistant's turn); or the path of a .jsonl,
+            .csv or .txt file. A row may carry its own, smaller `max_new_tokens`. Of a list all are read at once; any
+            other sized sequence, as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row and stays
+            where it is: a row is read again each time it is dealt.
         tokenizer: A Hugging Face tokenizer, or anything with the members of `textenv.Tokenizer`. A prompt gets the
             special tokens that open a text (BOS), not those that close it.
         reward: Instead of a subclass: a function with the contract of `get_reward`, a `textenv.rewards.BatchReward`,
@@ -58,7 +64,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         truncation_side: Where a longer prompt loses tokens: "left" keeps its end, "right" its start; None raises.
         prompt_column: The column of a row that holds the prompt.
         references_column: The column that holds reference texts; they reach the reward as `prompt.references`.
-        stop_ids: Token ids that end a turn; the tokenizer's EOS by default.
+        stop_ids: Token ids that end a turn; the tokenizer's EOS by default. A chat model's turns may end with another.
         stop_strings: Texts that end a turn as soon as they appear; they are not part of `preds.text`.
         length_limit: Whether reaching `max_new_tokens` is "terminate" or "truncate".
         score_at: "step" calls the reward for every token, "done" for finished episodes only, "rollout_end" for all
@@ -69,7 +75,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             need not stand in neighbouring lanes, nor in step. `preds.group` and `info["group"]` number the groups. With
             `score_at="rollout_end"` and `agents.LateScores` the members of a group are scored in one call, rows
             together, when the last has ended: the reward may compare them. Rows given to `reset` run once each.
-        order: "shuffle" visits each prompt once an epoch in a new order; "sequential" keeps the source's.
+        order: "shuffle" visits each prompt once an epoch in a new order; "sequential" keeps the source's;
+            `PrioritySampling` draws more often what earns little, varies or was seldom seen.
         max_turns: The most turns of the policy, where `respond` is defined.
         max_response_tokens: The most tokens of a reply, where `respond` is defined.
         mask: Which tokens are allowed next, for a policy that asks `action_masks`, as sb3-contrib's MaskablePPO does:
@@ -111,7 +118,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         length_limit: Literal["terminate", "truncate"] = "terminate",
         score_at: ScoreAt | None = None,
         samples_per_prompt: int = 1,
-        order: Order = "shuffle",
+        order: Order | PrioritySampling = "shuffle",
         max_turns: int = 1,
         max_response_tokens: int = 0,
         mask: MaskLike | Sequence[MaskLike] | None = None,
@@ -121,7 +128,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         check_choice("truncation_side", truncation_side, (None, "left", "right"))
         check_choice("length_limit", length_limit, ("terminate", "truncate"))
         check_choice("score_at", score_at, (None, *get_args(ScoreAt)))
-        check_choice("order", order, get_args(Order))
+        if not isinstance(order, PrioritySampling):
+            check_choice("order", order, get_args(Order))
         check_choice("render_mode", render_mode, (None, "ansi", "human"))
         self.tokenizer = tokenizer
         self.reward = self._check_reward(reward)
@@ -129,7 +137,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.score_at: ScoreAt = own_choice if score_at is None else score_at
         _check_at_least_one("samples_per_prompt", samples_per_prompt)
         self.samples_per_prompt = samples_per_prompt
-        self.order: Order = order
+        self.order = order
         self.seed = seed
         self.render_mode = render_mode
         self.is_multi_turn = type(self).respond is not TextEnv.respond
@@ -149,8 +157,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.masks = read_masks(mask)
         self.vocabulary = Vocabulary(tokenizer, self.rules.stop_ids)
         self._reader = PromptReader(tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side)
-        self.prompts = self._read_all(prompts)
-        self.max_prompt_tokens = max_prompt_tokens or max(len(prompt.ids) for prompt in self.prompts)
+        self.prompts, longest = self._read_all(prompts)
+        self.max_prompt_tokens = max_prompt_tokens or longest
         self._reader.max_prompt_tokens = self.max_prompt_tokens
         width = self.max_prompt_tokens + 1 + self.rules.room
         self.observation_space = spaces.Box(SEPARATOR, len(tokenizer) - 1, (width,), np.int64)
@@ -187,16 +195,24 @@ class TextEnv(gym.Env[np.ndarray, Any]):
                 raise ValueError(f"Expected `stop_ids` in [0, {len(self.tokenizer)}), got {token}.")
         return tuple(stop_ids)
 
-    def _read_all(self, prompts: Sequence[PromptLike] | str | PathLike[str]) -> list[Prompt]:
+    def _read_all(self, prompts: Sequence[PromptLike] | str | PathLike[str]) -> tuple[Sequence[Prompt], int]:
+        """Return the prompts, all of which have been checked, and the length of the longest."""
         rows = read_rows(prompts) if isinstance(prompts, (str, PathLike)) else prompts
         if isinstance(rows, Mapping):
             raise ValueError(f"Expected `prompts` to be a list of prompts, got one mapping: {rows!r:.80}.")
+        if not isinstance(rows, Sized):
+            raise ValueError(
+                f"Expected `prompts` with a length and rows by number, got {type(rows).__name__}: make a list of it, "
+                "or read a data set without streaming."
+            )
         if len(rows) == 0:
             raise ValueError("Expected at least one prompt, got none.")
-        return [self.read_prompt(rows[i], i) for i in range(len(rows))]
+        read = PromptRows(rows, self.read_prompt)
+        kept: Sequence[Prompt] = list(read) if isinstance(rows, (list, tuple)) else read
+        return kept, max(len(prompt.ids) for prompt in kept)
 
     def read_prompt(self, row: PromptLike, number: int = -1) -> Prompt:
-        """Return a text, row or list of token ids as a `Prompt` of this env, with its limits checked."""
+        """Return a text, row, list of token ids or chat as a `Prompt` of this env, with its limits checked."""
         prompt = self._reader.read(row, number)
         if (prompt.max_new_tokens or 1) > self.rules.max_new_tokens:
             raise ValueError(

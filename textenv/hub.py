@@ -10,13 +10,17 @@ from typing import Any
 def read_dataset(name: str | PathLike[str], split: str = "train", **options: Any) -> Sequence[Mapping[str, Any]]:
     """Return the rows of one split through `datasets.load_dataset`, read from disk as they are asked for.
 
+    What it returns is a `datasets.Dataset`: `TextEnv(prompts=read_dataset(name))` reads its rows as they are dealt.
+    With the environment variable HF_HUB_OFFLINE=1 only folders and data sets already on this machine are found.
+
     Args:
-        name: A data set's name on the hub, or a folder of .parquet, .jsonl or .csv files.
+        name: A data set's name on the hub, or a folder of .parquet, .jsonl or .csv files, whose names say the split.
         split: The split, as "train", "test" or "train[:10%]".
         options: What else `datasets.load_dataset` takes, as `revision`.
 
     Raises:
         ImportError: Without datasets: `pip install textenv[hub]`.
+        ValueError: If there is no such data set or split; the message has what was tried and why it failed.
 
     Example:
         >>> read_dataset("cornell-movie-review-data/rotten_tomatoes")[0]["label"]  # doctest: +SKIP
@@ -28,4 +32,11 @@ def read_dataset(name: str | PathLike[str], split: str = "train", **options: Any
         raise ImportError(
             f"Reading the data set {fspath(name)!r} by name needs datasets: pip install textenv[hub]"
         ) from error
-    return load_dataset(fspath(name), split=split, **options)
+    try:
+        return load_dataset(fspath(name), split=split, **options)
+    except (OSError, ValueError) as error:  # missing, offline, gated, another split, files of two kinds
+        raise ValueError(
+            f"Expected a folder of .parquet, .jsonl or .csv files or a data set on the hub with the split {split!r}, "
+            f"got {fspath(name)!r}, tried as both: {type(error).__name__}: {error} A single file needs no data set: "
+            "TextEnv(prompts=path)."
+        ) from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from textenv.chat import encode_reply
 from textenv.completion import Preds, Turn
 from textenv.dealing import NO_GROUP, PromptDealer
 from textenv.episode import PADDING, SEPARATOR, EndReason, ended_turns
@@ -166,6 +167,8 @@ class Lanes:
             if self.defer_scores:
                 episode = FinishedEpisode((self.n_steps, lane), self.prompts[lane], final_preds[lane], infos[lane])
                 self.unscored.append(episode)
+            elif not dropped[lane]:
+                self.dealer.observe(self.prompts[lane], self.returns[lane])
             if self.autoreset:
                 self._refill(lane)
         self.over[:] = False if self.autoreset else terminated | truncated
@@ -228,7 +231,8 @@ class Lanes:
             return False
         if not isinstance(response, str):
             raise TypeError(f"Expected `respond` to return a str or None, got {response!r:.80}.")
-        ids = self.env.tokenizer.encode(response, add_special_tokens=False)
+        rules, messages = self.env.rules, self.prompts[lane].messages
+        ids = encode_reply(self.env.tokenizer, messages, preds, response, self._tail(lane), rules.stop_strings)
         if len(ids) > self.env.rules.max_response_tokens:
             raise ValueError(
                 f"Expected a response of at most max_response_tokens={self.env.rules.max_response_tokens} tokens, got "
@@ -329,6 +333,8 @@ class Lanes:
             episode.info["episode"]["r"] += reward.value
             episode.info["reward_parts"].update(reward.parts)
             episode.info["scored"], episode.info["dropped"] = True, reward.is_dropped
+            if not reward.is_dropped:
+                self.dealer.observe(episode.prompt, episode.info["episode"]["r"])
         return [(one.place, one.info, reward.value) for one, reward in zip(finished, scored, strict=True)]
 
     def _final_info(self, lane: int, reason: EndReason, preds: Preds) -> dict[str, Any]:

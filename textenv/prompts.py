@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 
+from textenv.chat import Message, is_chat, render_chat
 from textenv.tokenizer import Tokenizer, encode_prompt
 
-PromptLike = str | Mapping[str, Any] | Sequence[int]  # a text, a row of a data set, or token ids
+# A text, a row of a data set, token ids, or the messages of a chat.
+PromptLike = str | Mapping[str, Any] | Sequence[int] | Sequence[Message]
 Order = Literal["shuffle", "sequential"]
 
 
@@ -24,7 +26,8 @@ class Prompt(str):
 
     Attributes:
         ids: The tokens that the model sees, read-only, (P,) int64. With truncation they are fewer than the text's.
-        row: The row of the data set; `{prompt_column: text}` for a bare text or list of token ids.
+        row: The row of the data set; `{prompt_column: prompt}` for a bare text, list of token ids or chat.
+        messages: The messages of a chat, of which the text is the rendering; None for a prompt that is none.
         references: The texts of the references column, a list; empty without one.
         number: The row's place in the source, or -1 for a prompt given to `reset`.
         max_new_tokens: The row's own limit, or None.
@@ -40,6 +43,7 @@ class Prompt(str):
     references: list[str]
     number: int
     max_new_tokens: int | None
+    messages: list[Message] | None
 
     def __new__(
         cls,
@@ -49,6 +53,7 @@ class Prompt(str):
         references: Sequence[str] = (),
         number: int = -1,
         max_new_tokens: int | None = None,
+        messages: Sequence[Message] | None = None,
     ) -> Prompt:
         """Build the string and hang the rest on it."""
         prompt = super().__new__(cls, text)
@@ -58,6 +63,7 @@ class Prompt(str):
         prompt.references = list(references)
         prompt.number = number
         prompt.max_new_tokens = max_new_tokens
+        prompt.messages = None if messages is None else list(messages)
         return prompt
 
 
@@ -71,7 +77,8 @@ def read_rows(path: str | PathLike[str]) -> list[Any]:
     if not file.is_file():
         raise ValueError(
             f"Expected `prompts` to be a list of prompts or the path of a .jsonl, .csv or .txt file, got "
-            f"{fspath(path)!r}, which is no file. A single prompt goes into a list: [{fspath(path)!r}]."
+            f"{fspath(path)!r}, which is no file. A single prompt goes into a list: [{fspath(path)!r}]; a data set of "
+            f"the Hugging Face hub is textenv.read_dataset({fspath(path)!r})."
         )
     if file.suffix == ".csv":
         with file.open(newline="", encoding="utf-8-sig") as stream:
@@ -95,8 +102,8 @@ class PromptReader:
     """Turns what a user calls a prompt into a `Prompt`: text, columns, tokens, length.
 
     Args:
-        tokenizer: Encodes texts; decodes prompts that are given as token ids.
-        prompt_column: The column of a row that holds the prompt, a text or token ids.
+        tokenizer: Encodes texts; decodes prompts that are given as token ids; renders chats.
+        prompt_column: The column of a row that holds the prompt: a text, token ids or the messages of a chat.
         references_column: The column that holds one reference text or a list of them.
         max_prompt_tokens: The longest prompt; None for any.
         truncation_side: Where a longer prompt loses tokens: "left" keeps its end, "right" its start, None raises.
@@ -118,10 +125,11 @@ class PromptReader:
         self.truncation_side = truncation_side
 
     def read(self, source: PromptLike, number: int = -1) -> Prompt:
-        """Return the `Prompt` of one text, row or list of token ids.
+        """Return the `Prompt` of one text, row, list of token ids or chat.
 
         Raises:
-            ValueError: If it is empty, too long, lacks a column or has a token id outside the vocabulary.
+            ValueError: If it is empty, too long, lacks a column, has a token id outside the vocabulary or is a chat
+                that cannot be rendered.
         """
         source = source.row if isinstance(source, Prompt) else source
         where = f"prompt {number}" if number >= 0 else "the prompt"
@@ -137,11 +145,13 @@ class PromptReader:
             references=self._references(row, where),
             number=number,
             max_new_tokens=self._own_limit(row, where),
+            messages=value if is_chat(value) else None,
         )
 
     def _column(self, row: Mapping[str, Any], column: str, where: str) -> Any:
         if column not in row:
-            raise ValueError(f"Expected {where} to have the column {column!r}, got the columns {list(row)}.")
+            cure = " A chat is one prompt: a list of its messages." if "role" in row and "content" in row else ""
+            raise ValueError(f"Expected {where} to have the column {column!r}, got the columns {list(row)}.{cure}")
         return row[column]
 
     def _encode(self, value: Any, where: str) -> tuple[list[int], list[int], str]:
@@ -151,12 +161,22 @@ class PromptReader:
             opening, body = encode_prompt(self.tokenizer, value)
             self._check_ids([*opening, *body], where)
             return opening, body, value
+        if is_chat(value):
+            return self._encode_chat(value, where)
         is_ids = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, bytes)
         if not is_ids or not all(isinstance(i, (int, np.integer)) for i in value):
-            raise ValueError(f"Expected {where} to be a text or a list of token ids, got {value!r:.80}.")
+            raise ValueError(f"Expected {where} to be a text, a list of token ids or of messages, got {value!r:.80}.")
         ids = [int(i) for i in value]
         self._check_ids(ids, where)
         return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _encode_chat(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int], str]:
+        """Return the tokens that the template itself writes: no BOS is added, and what opens them is not cut."""
+        text = render_chat(self.tokenizer, messages, where)
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
+        self._check_ids(ids, where)
+        opening, body = encode_prompt(self.tokenizer, text)
+        return (opening, body, text) if opening + body == ids else ([], ids, text)
 
     def _check_ids(self, ids: Sequence[int], where: str) -> None:
         vocabulary = len(self.tokenizer)
@@ -194,6 +214,36 @@ class PromptReader:
         if not str(value).isdecimal() or int(value) < 1:
             raise ValueError(f"Expected the max_new_tokens of {where} to be an integer of at least 1, got {value!r}.")
         return int(value)
+
+
+class PromptRows(Sequence[Prompt]):
+    """The prompts of a source that is not in memory, as a `datasets.Dataset`: each is read when it is asked for.
+
+    Args:
+        rows: Anything with a length and rows by number.
+        read: Makes a `Prompt` of a row and its number.
+    """
+
+    def __init__(self, rows: Sequence[PromptLike], read: Callable[[PromptLike, int], Prompt]) -> None:
+        self.rows = rows
+        self._read = read
+
+    def __len__(self) -> int:
+        """Return how many rows there are."""
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        """Return the prompt of a row, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # raises IndexError behind the last, which ends a loop
+        return self._read(self.rows[number], number)
 
 
 class PromptCursor:

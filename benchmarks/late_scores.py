@@ -1,0 +1,85 @@
+"""What it gains to score finished texts once a rollout: `score_at="rollout_end"` against "done", with a classifier.
+
+    python benchmarks/late_scores.py [--quick]
+
+The same policy takes the same rollouts, in turns. The reward is `textenv.rewards.classifier.Classifier` over a BERT of
+4 layers and width 256, built here with fresh weights. Scored at done it sees the one or two texts that end in a step;
+scored at the rollout's end all of them, sorted by length and in batches of 32. The texts are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from stable_baselines3 import PPO
+from transformers import BertConfig, BertForSequenceClassification
+from work import Row, Settings, pairs, rollout, run_script
+
+from agents.pretrain import word_tokenizer
+from textenv.rewarding import ScoreAt
+from textenv.rewards.classifier import Classifier
+
+LIMITS = (8, 128)
+
+
+class Counted(Classifier):
+    """Counts its calls and the texts in them."""
+
+    calls = 0
+    texts = 0
+
+    def score(self, prompts: Sequence[Any], preds: Sequence[Any], dones: Sequence[bool]) -> list[float]:
+        self.calls += 1
+        self.texts += len(preds)
+        return super().score(prompts, preds, dones)
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure the row."""
+    late, at_done = (agent(settings, score_at) for score_at in ("rollout_end", "done"))
+    for model in (late, at_done):
+        rollout(model)  # into the steady state: no lane is in step with another
+    result = pairs(lambda: rollout(late), lambda: rollout(at_done), settings.n_pairs, settings.device)
+    low, high = limits(settings)
+    return [
+        Row(
+            f"rollout, limits of {low} to {high} tokens, a 4-layer classifier at the rollout's end, against at done",
+            f"{result.a:,.0f} tokens/s; {texts_a_call(late):.0f} texts a call",
+            f"{result.b:,.0f} tokens/s; {texts_a_call(at_done):.1f} texts a call",
+            result.ratio,
+            result.spread,
+            "-",
+            None,
+        )
+    ]
+
+
+def limits(settings: Settings) -> tuple[int, int]:
+    """The shortest and the longest completion."""
+    return (2, 8) if settings.smoke else LIMITS
+
+
+def agent(settings: Settings, score_at: ScoreAt) -> PPO:
+    """A policy, and the classifier that scores it."""
+    low, high = limits(settings)
+    work = settings.work(new_tokens=high)
+    lengths = np.random.default_rng(1).integers(low, high + 1, 4096)
+    rows = [{"prompt": p, "max_new_tokens": int(n)} for p, n in zip(work.prompts(), lengths, strict=True)]
+    tokenizer = word_tokenizer([str(token) for token in range(work.vocab_size)])  # a word an id, as texts have them
+    shape = {"num_hidden_layers": work.n_layer, "hidden_size": work.width, "num_attention_heads": work.n_head}
+    config = BertConfig(vocab_size=len(tokenizer), intermediate_size=4 * work.width, num_labels=2, **shape)
+    classifier = BertForSequenceClassification(config)
+    reward = Counted(classifier, label=1, tokenizer=tokenizer, device=settings.device)
+    return work.agent(rows, reward=reward, score_at=score_at, n_steps=work.new_tokens)
+
+
+def texts_a_call(model: PPO) -> float:
+    """How many texts the classifier saw at once, on average."""
+    reward, *_ = model.get_env().get_attr("reward")
+    return reward.texts / reward.calls
+
+
+if __name__ == "__main__":
+    run_script(__doc__, measure)

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
+from .lengths import attention_by_length
 from .trainable import Trainable, is_checkpointing, set_trainable
 
 PROBE_LENGTH = 4
@@ -308,9 +309,10 @@ class Backbone(nn.Module):
             inputs["position_ids"] = position_ids
         if cache is not None:
             inputs["past_key_values"] = cache
-        if self.head_is_linear:
-            return self.model.base_model(**inputs).last_hidden_state[rows, cols], None  # (N, H)
-        output = self.model(**inputs, output_hidden_states=True)
+        with attention_by_length(self.model.config.get_text_config()):
+            if self.head_is_linear:
+                return self.model.base_model(**inputs).last_hidden_state[rows, cols], None  # (N, H)
+            output = self.model(**inputs, output_hidden_states=True)
         return output.hidden_states[-1][rows, cols], output.logits[rows, cols, : self.vocab_size]  # (N, H), (N, V)
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:

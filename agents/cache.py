@@ -11,6 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from .language_model import LanguageModel
+from .lengths import column_groups, rows_in, sort_into_groups
 from .sequences import bucket_by_length
 
 GROWTH = 64  # columns by which a full buffer grows at least
@@ -51,6 +52,12 @@ class ColumnLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Return the number of columns in use."""
         return self.columns
+
+    def move(self, old: Tensor, new: Tensor, n_columns: int) -> None:
+        """Move the last `n_columns` columns of some rows to other rows."""
+        last = slice(self.columns - n_columns, self.columns)
+        for buffer in self.buffers:
+            buffer[new, :, last] = buffer[old, :, last]
 
     def place(self, rows: Tensor, n_rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values of some rows so that they end at column `columns`."""
@@ -93,6 +100,7 @@ class PrefixCache:
         self.columns = 0
         self.ids: Tensor | None = None
         self.lengths: Tensor | None = None
+        self.places = np.arange(0)  # of the rows in the layers' buffers
         self.weights = tuple(self.backbone.parameters())
         self.version = self._version()
 
@@ -111,14 +119,21 @@ class PrefixCache:
         if not any(is_known):
             self.drop()
         self._make_room(max(counts), max((counts[row] for row in fresh), default=1) - 1)
-        for places in bucket_by_length(np.array([counts[row] - 1 for row in fresh], dtype=np.int64)):
-            similar = [fresh[place] for place in places]
-            self._prefill(ids, lengths, torch.tensor(similar, device=ids.device), counts[similar[0]] - 1)
-        rows = torch.arange(len(ids), device=ids.device)
-        last = ids[rows, lengths - 1][:, None]  # (B, 1)
+        if not all(is_known):
+            self._rearrange(np.array(counts), np.array(is_known, dtype=bool))
+        for bucket in bucket_by_length(np.array([counts[row] - 1 for row in fresh], dtype=np.int64)):
+            similar = [fresh[i] for i in bucket]
+            self._prefill(ids, lengths, similar, counts[similar[0]] - 1)
+        rows = torch.empty(len(ids), dtype=torch.long)
+        places = torch.from_numpy(self.places)
+        rows[places] = torch.arange(len(ids))
+        rows, places = rows.to(ids.device), places.to(ids.device)  # the row in each place, the place of each row
+        lengths_there = lengths[rows]
+        last = ids[rows, lengths_there - 1][:, None]  # (B, 1)
         columns = torch.arange(self.columns + 1, device=ids.device)
-        mask = columns >= self.columns + 1 - lengths[:, None]  # (B, columns + 1)
-        result = self.backbone(last, rows, rows * 0, mask.long(), lengths[:, None] - 1, self.layers)
+        mask = columns >= self.columns + 1 - lengths_there[:, None]  # (B, columns + 1)
+        with rows_in(column_groups(self.places, np.array(counts), self.columns + 1)):
+            result = self.backbone(last, places, places * 0, mask.long(), lengths_there[:, None] - 1, self.layers)
         self.columns += 1
         self.ids, self.lengths, self.version = ids, lengths, self._version()
         return result
@@ -153,20 +168,34 @@ class PrefixCache:
             layer.shift(offset)
         self.columns += offset
 
-    def _prefill(self, ids: Tensor, lengths: Tensor, rows: Tensor, width: int) -> None:
+    def _rearrange(self, counts: np.ndarray, is_known: np.ndarray) -> None:
+        """Give each row its place among rows of similar length, and move what known rows have there."""
+        if not is_known.any():
+            self.places = np.arange(len(counts))
+        places = sort_into_groups(self.places, counts)
+        moved = is_known & (places != self.places)
+        if moved.any():
+            device = self.backbone.device
+            old, new = (torch.from_numpy(one[moved]).to(device) for one in (self.places, places))
+            for layer in self._column_layers():
+                layer.move(old, new, int(counts[moved].max()) - 1)
+        self.places = places
+
+    def _prefill(self, ids: Tensor, lengths: Tensor, similar: list[int], width: int) -> None:
         """Read all but the last token of some rows, left-padded to `width`, and copy keys and values in."""
+        rows, places = (torch.tensor(one, device=ids.device) for one in (similar, self.places[similar]))
         source = torch.arange(width, device=ids.device) - (width - (lengths[rows, None] - 1))  # (R, width)
         positions = source.clamp(min=0)
         states = self.backbone.prefill(ids[rows].gather(1, positions), (source >= 0).long(), positions)
-        self._place(rows, len(ids), states)
+        self._place(places, len(ids), states)
 
-    def _place(self, rows: Tensor, n_rows: int, states: Cache) -> None:
-        """Copy in the keys and values of some rows, to end where the next column is written."""
+    def _place(self, places: Tensor, n_rows: int, states: Cache) -> None:
+        """Copy in the keys and values of rows in some places, to end where the next column is written."""
         while len(self.layers.layers) < len(states.layers):
             self.layers.layers.append(ColumnLayer())
         for layer, state in zip(self._column_layers(), cast("list[DynamicLayer]", states.layers), strict=True):
             assert state.keys is not None and state.values is not None, "just computed"
-            layer.place(rows, n_rows, self.columns, state.keys, state.values)
+            layer.place(places, n_rows, self.columns, state.keys, state.values)
 
     def _column_layers(self) -> list[ColumnLayer]:
         return cast("list[ColumnLayer]", self.layers.layers)

@@ -10,12 +10,15 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from .decoding import NewRow, StepLayout, column_groups, current_layout, laid_out, sort_into_groups
 from .language_model import LanguageModel
-from .lengths import column_groups, rows_in, sort_into_groups
 from .sequences import bucket_by_length
 
 GROWTH = 64  # columns by which a full buffer grows at least
 COMPACT_FROM = 16  # masked columns on the left that are not worth a copy
+NEW_TOKENS = (
+    256  # of new rows that a step reads beside the others' newest; more are better read in a forward of their own
+)
 
 
 class ColumnLayer(DynamicLayer):
@@ -40,11 +43,16 @@ class ColumnLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the newest columns and return all; called by the model."""
+        """Write the newest columns, and the earlier ones of a step's new rows, and return all; called by the model."""
         end = self.columns + key_states.shape[2]
-        self.allocate(key_states.shape[0], end, key_states, value_states)
-        self.buffers[0][:, :, self.columns : end] = key_states
-        self.buffers[1][:, :, self.columns : end] = value_states
+        layout = current_layout()
+        n_rows = len(key_states) if layout is None else layout.n_rows
+        self.allocate(n_rows, end, key_states, value_states)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.columns : end] = states[:n_rows]
+            for place, tokens in () if layout is None else layout.new_rows:
+                earlier = slice(self.columns - (tokens.stop - tokens.start), self.columns)
+                buffer[place, :, earlier] = states[tokens, :, 0].transpose(0, 1)  # (heads, tokens, size)
         self.columns = end
         self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
         return self.keys, self.values
@@ -119,24 +127,40 @@ class PrefixCache:
         if not any(is_known):
             self.drop()
         self._make_room(max(counts), max((counts[row] for row in fresh), default=1) - 1)
-        if not all(is_known):
-            self._rearrange(np.array(counts), np.array(is_known, dtype=bool))
-        for bucket in bucket_by_length(np.array([counts[row] - 1 for row in fresh], dtype=np.int64)):
+        self._arrange(np.array(counts), np.array(is_known, dtype=bool))
+        beside = fresh if self._reads_beside(fresh, counts, is_known) else []
+        for bucket in bucket_by_length(np.array([counts[row] - 1 for row in fresh if not beside], dtype=np.int64)):
             similar = [fresh[i] for i in bucket]
             self._prefill(ids, lengths, similar, counts[similar[0]] - 1)
-        rows = torch.empty(len(ids), dtype=torch.long)
-        places = torch.from_numpy(self.places)
-        rows[places] = torch.arange(len(ids))
-        rows, places = rows.to(ids.device), places.to(ids.device)  # the row in each place, the place of each row
-        lengths_there = lengths[rows]
-        last = ids[rows, lengths_there - 1][:, None]  # (B, 1)
-        columns = torch.arange(self.columns + 1, device=ids.device)
-        mask = columns >= self.columns + 1 - lengths_there[:, None]  # (B, columns + 1)
-        with rows_in(column_groups(self.places, np.array(counts), self.columns + 1)):
-            result = self.backbone(last, places, places * 0, mask.long(), lengths_there[:, None] - 1, self.layers)
+        result = self._step(ids, lengths, np.array(counts), beside)
         self.columns += 1
         self.ids, self.lengths, self.version = ids, lengths, self._version()
         return result
+
+    def _reads_beside(self, fresh: list[int], counts: list[int], is_known: list[int]) -> bool:
+        """Whether the prompts of new rows go through the step's own forward."""
+        n_tokens = sum(counts[row] - 1 for row in fresh)
+        return self.backbone.takes_new_rows and any(is_known) and 0 < n_tokens <= NEW_TOKENS
+
+    def _step(self, ids: Tensor, lengths: Tensor, counts: np.ndarray, beside: list[int]) -> tuple[Tensor, Tensor]:
+        """Read the last token of each row, in the order of their places, and all tokens of the rows `beside`."""
+        rows, places = (torch.from_numpy(one).to(ids.device) for one in (np.argsort(self.places), self.places))
+        lengths = lengths[rows]  # of the row in each place
+        tokens = ids[rows, lengths - 1]  # (B,)
+        columns = torch.arange(self.columns + 1, device=ids.device)
+        mask = columns >= self.columns + 1 - lengths[:, None]  # (B, columns + 1)
+        positions = lengths - 1
+        new_rows, start = [], len(ids)
+        for row in beside:
+            end = start + int(counts[row]) - 1
+            new_rows.append(NewRow(int(self.places[row]), slice(start, end)))
+            tokens = torch.cat([tokens, ids[row, : end - start]])
+            positions = torch.cat([positions, torch.arange(end - start, device=ids.device)])
+            start = end
+        mask = torch.cat([mask, mask.new_ones(start - len(ids), len(columns))])  # attention of new rows needs none
+        groups = column_groups(self.places, counts, self.columns + 1)
+        with laid_out(StepLayout(len(ids), groups, new_rows)):
+            return self.backbone(tokens[:, None], places, places * 0, mask.long(), positions[:, None], self.layers)
 
     def has_rows_of(self, ids: Tensor, lengths: Tensor) -> bool:
         """Whether these rows are in the cache: at least one of as many goes on where it was left."""
@@ -168,15 +192,16 @@ class PrefixCache:
             layer.shift(offset)
         self.columns += offset
 
-    def _rearrange(self, counts: np.ndarray, is_known: np.ndarray) -> None:
+    def _arrange(self, counts: np.ndarray, is_known: np.ndarray) -> None:
         """Give each row its place among rows of similar length, and move what known rows have there."""
+        if is_known.all():
+            return
         if not is_known.any():
             self.places = np.arange(len(counts))
         places = sort_into_groups(self.places, counts)
         moved = is_known & (places != self.places)
         if moved.any():
-            device = self.backbone.device
-            old, new = (torch.from_numpy(one[moved]).to(device) for one in (self.places, places))
+            old, new = (torch.from_numpy(one[moved]).to(self.backbone.device) for one in (self.places, places))
             for layer in self._column_layers():
                 layer.move(old, new, int(counts[moved].max()) - 1)
         self.places = places
@@ -190,7 +215,7 @@ class PrefixCache:
         self._place(places, len(ids), states)
 
     def _place(self, places: Tensor, n_rows: int, states: Cache) -> None:
-        """Copy in the keys and values of rows in some places, to end where the next column is written."""
+        """Copy in the keys and values of the rows in some places, to end where the next column is written."""
         while len(self.layers.layers) < len(states.layers):
             self.layers.layers.append(ColumnLayer())
         for layer, state in zip(self._column_layers(), cast("list[DynamicLayer]", states.layers), strict=True):

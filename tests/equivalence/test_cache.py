@@ -162,12 +162,15 @@ def test_a7_columns_stay_few_over_a_long_run():
     assert policy.lm.rollout_cache.columns < 40
 
 
-def test_a7_only_new_rows_are_read_anew(reads):
+def test_a7_only_new_rows_are_read_anew(reads, monkeypatch):
     """The cache is one: rows that go on cost no prefill."""
     policy = make_policy()
     reads.clear()
     worst(policy, scripted(4, {1: 2}, 3))
-    assert reads == [3, 1]  # the prompt of one token needs none
+    assert reads == [3]  # the prompt of one token needs none, and the row that is new later is read beside the others
+    monkeypatch.setattr(cache, "NEW_TOKENS", 0)
+    worst(policy, scripted(4, {1: 2}, 3))
+    assert reads == [3, 3, 1]
 
 
 def test_a7_same_observation_twice_and_shorter_and_another(reads):

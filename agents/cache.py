@@ -120,14 +120,17 @@ class PrefixCache:
             lengths: How many of them are real, (B,). A row of none is read as one of token 0, for nobody.
         """
         lengths = lengths.clamp(min=1)
-        known = self._extends(ids, lengths)
         # The one synchronisation with the device in a step.
-        is_known, counts = torch.stack([known.long(), lengths]).tolist()
+        growth, counts = torch.stack([self._growth(ids, lengths), lengths]).tolist()
+        if not any(growth):  # as when a rollout's last observations were valued, and the next one begins with them
+            self._step_back()
+            growth = [1] * len(growth)
+        is_known = [tokens == 1 for tokens in growth]
         fresh = [row for row, (k, n) in enumerate(zip(is_known, counts, strict=True)) if not k and n > 1]
         if not any(is_known):
             self.drop()
         self._make_room(max(counts), max((counts[row] for row in fresh), default=1) - 1)
-        self._arrange(np.array(counts), np.array(is_known, dtype=bool))
+        self._arrange(np.array(counts), np.array(is_known))
         beside = fresh if self._reads_beside(fresh, counts, is_known) else []
         for bucket in bucket_by_length(np.array([counts[row] - 1 for row in fresh if not beside], dtype=np.int64)):
             similar = [fresh[i] for i in bucket]
@@ -137,7 +140,7 @@ class PrefixCache:
         self.ids, self.lengths, self.version = ids, lengths, self._version()
         return result
 
-    def _reads_beside(self, fresh: list[int], counts: list[int], is_known: list[int]) -> bool:
+    def _reads_beside(self, fresh: list[int], counts: list[int], is_known: list[bool]) -> bool:
         """Whether the prompts of new rows go through the step's own forward."""
         n_tokens = sum(counts[row] - 1 for row in fresh)
         return self.backbone.takes_new_rows and any(is_known) and 0 < n_tokens <= NEW_TOKENS
@@ -168,12 +171,22 @@ class PrefixCache:
 
     def _extends(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Return which rows are the row read before plus one token, (B,) bool."""
+        return self._growth(ids, lengths) == 1
+
+    def _growth(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Return how many tokens each row has more than the row read before it, -1 where it is another, (B,)."""
         if self.ids is None or self.lengths is None or len(self.ids) != len(ids) or self.version != self._version():
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            return torch.full_like(lengths, -1)
         width = min(ids.shape[1], self.ids.shape[1])
         beyond = torch.arange(width, device=ids.device) >= self.lengths[:, None]  # (B, width)
         same = ((ids[:, :width] == self.ids[:, :width]) | beyond).all(dim=1)
-        return same & (lengths == self.lengths + 1) & (lengths <= ids.shape[1])
+        return torch.where(same & (lengths <= ids.shape[1]), lengths - self.lengths, -1)
+
+    def _step_back(self) -> None:
+        """Forget the newest column."""
+        self.columns -= 1
+        for layer in self._column_layers():
+            layer.columns -= 1
 
     def _version(self) -> int:
         """Return how often the weights were written in place, which every optimizer does."""

@@ -236,12 +236,12 @@ def test_a1_negative_control_a_lane_that_is_not_read_anew(monkeypatch):
 
     def trusting(self, ids, lengths):
         if self.lengths is None:
-            return torch.zeros(len(ids), dtype=torch.bool)
-        return lengths <= self.lengths + 1
+            return torch.full_like(lengths, -1)
+        return torch.where(lengths <= self.lengths + 1, 1, -1)
 
     model = make_ppo(tiny("llama"))
     assert largest_ratio(model) < TOLERANCE
-    monkeypatch.setattr(cache.PrefixCache, "_extends", trusting)
+    monkeypatch.setattr(cache.PrefixCache, "_growth", trusting)
     assert largest_ratio(make_ppo(tiny("llama"))) > 0.1
 
 

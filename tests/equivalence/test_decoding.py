@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from agents import cache, decoding
+from agents.backbone import Backbone
 from agents.decoding import N_GROUPS, Group, StepLayout, attention_by_row, column_groups, laid_out, sort_into_groups
 from tests.equivalence.test_cache import EVERYTHING, TOLERANCE, at_random, decode, make_policy, scripted, worst
 from tests.models import tiny
@@ -72,6 +74,21 @@ def test_a_step_with_a_new_row_costs_one_forward(monkeypatch):
     for observations in steps[1:]:
         decode(policy, observations)
     assert calls == [(4, 1), (4, 1), (4 + 4 + 2, 1), (4, 1)]  # of a new row all but the last token stand behind
+
+
+def test_the_same_rows_again_cost_no_prefill(monkeypatch):
+    policy, reads, prefill = make_policy(), [], Backbone.prefill
+    monkeypatch.setattr(
+        Backbone, "prefill", lambda self, ids, *args: reads.append(len(ids)) or prefill(self, ids, *args)
+    )
+    steps = scripted(3, {1: 9}, 2)
+    reads.clear()
+    assert worst(policy, [step for step in steps for _ in range(3)]) < TOLERANCE
+    assert reads == [3]
+    reads.clear()
+    other = torch.where(steps[-1] == steps[-1].max(), 1, steps[-1])  # as long, and one token another
+    assert worst(policy, [steps[-1], other, steps[-1]]) < TOLERANCE
+    assert len(reads) > 1
 
 
 def test_rows_of_one_length_are_read_at_once(layouts):

@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
+from .cache import PrefixCache
+from .decoding import attends_by_row, attention_by_row
 from .trainable import Trainable, is_checkpointing, set_trainable
 
 PROBE_LENGTH = 4
@@ -308,9 +310,10 @@ class Backbone(nn.Module):
             inputs["position_ids"] = position_ids
         if cache is not None:
             inputs["past_key_values"] = cache
-        if self.head_is_linear:
-            return self.model.base_model(**inputs).last_hidden_state[rows, cols], None  # (N, H)
-        output = self.model(**inputs, output_hidden_states=True)
+        with attention_by_row(self.model.config.get_text_config()):
+            if self.head_is_linear:
+                return self.model.base_model(**inputs).last_hidden_state[rows, cols], None  # (N, H)
+            output = self.model(**inputs, output_hidden_states=True)
         return output.hidden_states[-1][rows, cols], output.logits[rows, cols, : self.vocab_size]  # (N, H), (N, V)
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
@@ -343,6 +346,7 @@ class Backbone(nn.Module):
             hidden, logits = self(*places)
         self.hidden_size = hidden.shape[-1]
         self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, *places)
+        self.takes_new_rows = self.is_cacheable and self._takes_new_rows(expected, *places)
         hook.remove()
         self.model.train(was_training)
         if not self.is_cacheable:
@@ -373,6 +377,20 @@ class Backbone(nn.Module):
         zero = torch.zeros(1, dtype=torch.long, device=device)
         _, logits = self(ids[:, -1:], zero, zero, mask, positions.new_tensor([[first]]), cache)
         return close(logits, expected)
+
+    def _takes_new_rows(self, expected: Tensor, ids: Tensor, *places: Tensor) -> bool:
+        """Whether a row that is new beside one that goes on ends in the logits of the full forward."""
+        if self.is_encoder_decoder or not attends_by_row(self.model.config.get_text_config()):
+            return False
+        self.takes_new_rows = True
+        cache = PrefixCache(self)
+        lengths = torch.tensor([2, 1], device=ids.device)
+        cache.read(ids.expand(2, -1), lengths)
+        try:
+            logits = cache.read(ids.expand(2, -1), lengths.new_tensor([3, PROBE_LENGTH]))[1]
+        except NotImplementedError:
+            return False
+        return close(logits[1:], expected)
 
 
 def close(a: Tensor, b: Tensor) -> bool:

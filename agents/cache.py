@@ -10,11 +10,15 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from .decoding import NewRow, StepLayout, column_groups, current_layout, laid_out, sort_into_groups
 from .language_model import LanguageModel
 from .sequences import bucket_by_length
 
 GROWTH = 64  # columns by which a full buffer grows at least
 COMPACT_FROM = 16  # masked columns on the left that are not worth a copy
+NEW_TOKENS = (
+    256  # of new rows that a step reads beside the others' newest; more are better read in a forward of their own
+)
 
 
 class ColumnLayer(DynamicLayer):
@@ -39,11 +43,16 @@ class ColumnLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the newest columns and return all; called by the model."""
+        """Write the newest columns, and the earlier ones of a step's new rows, and return all; called by the model."""
         end = self.columns + key_states.shape[2]
-        self.allocate(key_states.shape[0], end, key_states, value_states)
-        self.buffers[0][:, :, self.columns : end] = key_states
-        self.buffers[1][:, :, self.columns : end] = value_states
+        layout = current_layout()
+        n_rows = len(key_states) if layout is None else layout.n_rows
+        self.allocate(n_rows, end, key_states, value_states)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.columns : end] = states[:n_rows]
+            for place, tokens in () if layout is None else layout.new_rows:
+                earlier = slice(self.columns - (tokens.stop - tokens.start), self.columns)
+                buffer[place, :, earlier] = states[tokens, :, 0].transpose(0, 1)  # (heads, tokens, size)
         self.columns = end
         self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
         return self.keys, self.values
@@ -51,6 +60,12 @@ class ColumnLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Return the number of columns in use."""
         return self.columns
+
+    def move(self, old: Tensor, new: Tensor, n_columns: int) -> None:
+        """Move the last `n_columns` columns of some rows to other rows."""
+        last = slice(self.columns - n_columns, self.columns)
+        for buffer in self.buffers:
+            buffer[new, :, last] = buffer[old, :, last]
 
     def place(self, rows: Tensor, n_rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values of some rows so that they end at column `columns`."""
@@ -93,6 +108,7 @@ class PrefixCache:
         self.columns = 0
         self.ids: Tensor | None = None
         self.lengths: Tensor | None = None
+        self.places = np.arange(0)  # of the rows in the layers' buffers
         self.weights = tuple(self.backbone.parameters())
         self.version = self._version()
 
@@ -104,24 +120,50 @@ class PrefixCache:
             lengths: How many of them are real, (B,). A row of none is read as one of token 0, for nobody.
         """
         lengths = lengths.clamp(min=1)
-        known = self._extends(ids, lengths)
         # The one synchronisation with the device in a step.
-        is_known, counts = torch.stack([known.long(), lengths]).tolist()
+        growth, counts = torch.stack([self._growth(ids, lengths), lengths]).tolist()
+        if not any(growth):  # as when a rollout's last observations were valued, and the next one begins with them
+            self._step_back()
+            growth = [1] * len(growth)
+        is_known = [tokens == 1 for tokens in growth]
         fresh = [row for row, (k, n) in enumerate(zip(is_known, counts, strict=True)) if not k and n > 1]
         if not any(is_known):
             self.drop()
         self._make_room(max(counts), max((counts[row] for row in fresh), default=1) - 1)
-        for places in bucket_by_length(np.array([counts[row] - 1 for row in fresh], dtype=np.int64)):
-            similar = [fresh[place] for place in places]
-            self._prefill(ids, lengths, torch.tensor(similar, device=ids.device), counts[similar[0]] - 1)
-        rows = torch.arange(len(ids), device=ids.device)
-        last = ids[rows, lengths - 1][:, None]  # (B, 1)
-        columns = torch.arange(self.columns + 1, device=ids.device)
-        mask = columns >= self.columns + 1 - lengths[:, None]  # (B, columns + 1)
-        result = self.backbone(last, rows, rows * 0, mask.long(), lengths[:, None] - 1, self.layers)
+        self._arrange(np.array(counts), np.array(is_known))
+        beside = fresh if self._reads_beside(fresh, counts, is_known) else []
+        for bucket in bucket_by_length(np.array([counts[row] - 1 for row in fresh if not beside], dtype=np.int64)):
+            similar = [fresh[i] for i in bucket]
+            self._prefill(ids, lengths, similar, counts[similar[0]] - 1)
+        result = self._step(ids, lengths, np.array(counts), beside)
         self.columns += 1
         self.ids, self.lengths, self.version = ids, lengths, self._version()
         return result
+
+    def _reads_beside(self, fresh: list[int], counts: list[int], is_known: list[bool]) -> bool:
+        """Whether the prompts of new rows go through the step's own forward."""
+        n_tokens = sum(counts[row] - 1 for row in fresh)
+        return self.backbone.takes_new_rows and any(is_known) and 0 < n_tokens <= NEW_TOKENS
+
+    def _step(self, ids: Tensor, lengths: Tensor, counts: np.ndarray, beside: list[int]) -> tuple[Tensor, Tensor]:
+        """Read the last token of each row, in the order of their places, and all tokens of the rows `beside`."""
+        rows, places = (torch.from_numpy(one).to(ids.device) for one in (np.argsort(self.places), self.places))
+        lengths = lengths[rows]  # of the row in each place
+        tokens = ids[rows, lengths - 1]  # (B,)
+        columns = torch.arange(self.columns + 1, device=ids.device)
+        mask = columns >= self.columns + 1 - lengths[:, None]  # (B, columns + 1)
+        positions = lengths - 1
+        new_rows, start = [], len(ids)
+        for row in beside:
+            end = start + int(counts[row]) - 1
+            new_rows.append(NewRow(int(self.places[row]), slice(start, end)))
+            tokens = torch.cat([tokens, ids[row, : end - start]])
+            positions = torch.cat([positions, torch.arange(end - start, device=ids.device)])
+            start = end
+        mask = torch.cat([mask, mask.new_ones(start - len(ids), len(columns))])  # attention of new rows needs none
+        groups = column_groups(self.places, counts, self.columns + 1)
+        with laid_out(StepLayout(len(ids), groups, new_rows)):
+            return self.backbone(tokens[:, None], places, places * 0, mask.long(), positions[:, None], self.layers)
 
     def has_rows_of(self, ids: Tensor, lengths: Tensor) -> bool:
         """Whether these rows are in the cache: at least one of as many goes on where it was left."""
@@ -129,12 +171,22 @@ class PrefixCache:
 
     def _extends(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Return which rows are the row read before plus one token, (B,) bool."""
+        return self._growth(ids, lengths) == 1
+
+    def _growth(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Return how many tokens each row has more than the row read before it, -1 where it is another, (B,)."""
         if self.ids is None or self.lengths is None or len(self.ids) != len(ids) or self.version != self._version():
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            return torch.full_like(lengths, -1)
         width = min(ids.shape[1], self.ids.shape[1])
         beyond = torch.arange(width, device=ids.device) >= self.lengths[:, None]  # (B, width)
         same = ((ids[:, :width] == self.ids[:, :width]) | beyond).all(dim=1)
-        return same & (lengths == self.lengths + 1) & (lengths <= ids.shape[1])
+        return torch.where(same & (lengths <= ids.shape[1]), lengths - self.lengths, -1)
+
+    def _step_back(self) -> None:
+        """Forget the newest column."""
+        self.columns -= 1
+        for layer in self._column_layers():
+            layer.columns -= 1
 
     def _version(self) -> int:
         """Return how often the weights were written in place, which every optimizer does."""
@@ -153,20 +205,35 @@ class PrefixCache:
             layer.shift(offset)
         self.columns += offset
 
-    def _prefill(self, ids: Tensor, lengths: Tensor, rows: Tensor, width: int) -> None:
+    def _arrange(self, counts: np.ndarray, is_known: np.ndarray) -> None:
+        """Give each row its place among rows of similar length, and move what known rows have there."""
+        if is_known.all():
+            return
+        if not is_known.any():
+            self.places = np.arange(len(counts))
+        places = sort_into_groups(self.places, counts)
+        moved = is_known & (places != self.places)
+        if moved.any():
+            old, new = (torch.from_numpy(one[moved]).to(self.backbone.device) for one in (self.places, places))
+            for layer in self._column_layers():
+                layer.move(old, new, int(counts[moved].max()) - 1)
+        self.places = places
+
+    def _prefill(self, ids: Tensor, lengths: Tensor, similar: list[int], width: int) -> None:
         """Read all but the last token of some rows, left-padded to `width`, and copy keys and values in."""
+        rows, places = (torch.tensor(one, device=ids.device) for one in (similar, self.places[similar]))
         source = torch.arange(width, device=ids.device) - (width - (lengths[rows, None] - 1))  # (R, width)
         positions = source.clamp(min=0)
         states = self.backbone.prefill(ids[rows].gather(1, positions), (source >= 0).long(), positions)
-        self._place(rows, len(ids), states)
+        self._place(places, len(ids), states)
 
-    def _place(self, rows: Tensor, n_rows: int, states: Cache) -> None:
-        """Copy in the keys and values of some rows, to end where the next column is written."""
+    def _place(self, places: Tensor, n_rows: int, states: Cache) -> None:
+        """Copy in the keys and values of the rows in some places, to end where the next column is written."""
         while len(self.layers.layers) < len(states.layers):
             self.layers.layers.append(ColumnLayer())
         for layer, state in zip(self._column_layers(), cast("list[DynamicLayer]", states.layers), strict=True):
             assert state.keys is not None and state.values is not None, "just computed"
-            layer.place(rows, n_rows, self.columns, state.keys, state.values)
+            layer.place(places, n_rows, self.columns, state.keys, state.values)
 
     def _column_layers(self) -> list[ColumnLayer]:
         return cast("list[ColumnLayer]", self.layers.layers)

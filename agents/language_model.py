@@ -22,6 +22,8 @@ class LanguageModel(Protocol):
         hidden_size: The size of the hidden states, which the critic reads.
         is_cacheable: Whether a row can be decoded from keys and values that were computed for it alone, beside other
             rows. Where not, `prefill` is never called, and neither mask, positions nor cache are ever passed.
+        takes_new_rows: Whether tokens of a new row may stand behind those of a step, as `StepLayout` says; False where
+            each row of a batch must be a row of the cache.
         takes_cache: Whether a read may be given a cache now; False while layers compute their activations again.
         is_encoder_decoder: Whether `read` wants, as a fourth input, how many tokens of each row are the prompt's.
 
@@ -35,6 +37,7 @@ class LanguageModel(Protocol):
     vocab_size: int
     hidden_size: int
     is_cacheable: bool
+    takes_new_rows: bool
     is_encoder_decoder: bool
 
     @property

@@ -162,12 +162,15 @@ def test_a7_columns_stay_few_over_a_long_run():
     assert policy.lm.rollout_cache.columns < 40
 
 
-def test_a7_only_new_rows_are_read_anew(reads):
+def test_a7_only_new_rows_are_read_anew(reads, monkeypatch):
     """The cache is one: rows that go on cost no prefill."""
     policy = make_policy()
     reads.clear()
     worst(policy, scripted(4, {1: 2}, 3))
-    assert reads == [3, 1]  # the prompt of one token needs none
+    assert reads == [3]  # the prompt of one token needs none, and the row that is new later is read beside the others
+    monkeypatch.setattr(cache, "NEW_TOKENS", 0)
+    worst(policy, scripted(4, {1: 2}, 3))
+    assert reads == [3, 3, 1]
 
 
 def test_a7_same_observation_twice_and_shorter_and_another(reads):
@@ -233,12 +236,12 @@ def test_a1_negative_control_a_lane_that_is_not_read_anew(monkeypatch):
 
     def trusting(self, ids, lengths):
         if self.lengths is None:
-            return torch.zeros(len(ids), dtype=torch.bool)
-        return lengths <= self.lengths + 1
+            return torch.full_like(lengths, -1)
+        return torch.where(lengths <= self.lengths + 1, 1, -1)
 
     model = make_ppo(tiny("llama"))
     assert largest_ratio(model) < TOLERANCE
-    monkeypatch.setattr(cache.PrefixCache, "_extends", trusting)
+    monkeypatch.setattr(cache.PrefixCache, "_growth", trusting)
     assert largest_ratio(make_ppo(tiny("llama"))) > 0.1
 
 

@@ -20,7 +20,7 @@ from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
 from .preferences import Labelled, Ranking, hh_pairs
 from .reward_model import score_texts, train_reward_model
-from .rollout_steps import LateScores, RolloutStep
+from .rollout_steps import DropEpisodes, LateScores, RolloutStep
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA
 from .training_warnings import TrainingWarnings
@@ -32,6 +32,7 @@ __all__ = [
     "Checkpoints",
     "CriticWarmup",
     "DoctorError",
+    "DropEpisodes",
     "EpisodeMetrics",
     "Evaluate",
     "Evaluation",

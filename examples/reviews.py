@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 from stable_baselines3 import PPO
-from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, GPT2Config, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -69,10 +68,10 @@ class Size(NamedTuple):
     max_new_tokens: int = 40
 
 
-FULL = Size(4096, 4, 256, 3.0, 4.0, 150_000, 400)
+FULL = Size(4096, 4, 256, 1.5, 3.0, 90_000, 400)
 SMOKE = Size(300, 1, 32, 0.5, 1.0, 1_024, 8, n_envs=16)
 KL_COEF = 0.05
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 2e-4
 
 
 class Judge:
@@ -110,6 +109,9 @@ def tune(reviews: Sequence[Review], held_out: Sequence[Review], folder: Path, si
         n_head=max(1, size.width // 64),
         bos_token_id=0,  # of the tokenizer that `tune` trains
         eos_token_id=0,
+        resid_pdrop=0.0,  # too few passes to learn anything by heart
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     tuned = sft.tune(
         config,
@@ -118,6 +120,7 @@ def tune(reviews: Sequence[Review], held_out: Sequence[Review], folder: Path, si
         held_out=[review.text for review in held_out],
         packing=True,
         n_epochs=size.tuning_epochs,
+        batch_size=4,
         learning_rate=1e-3,
         seed=seed,
         resume=True,
@@ -185,13 +188,7 @@ def reinforce(data: str, out: Path, size: Size, seed: int, console: Console) -> 
     env, test = (
         Reviews(data, tokenizer, classifier=out / "reward", part=part, **limits) for part in ("train", "held_out")
     )
-    model = make_agent(
-        env,
-        tuned,
-        n_envs=size.n_envs,
-        seed=seed,
-        learning_rate=LinearSchedule(LEARNING_RATE, 0.0, 1.0),
-    )
+    model = make_agent(env, tuned, n_envs=size.n_envs, seed=seed, learning_rate=LEARNING_RATE, n_epochs=2)
     metrics = [Judge(out / "judge"), Perplexity(AutoModelForCausalLM.from_pretrained(tuned), tokenizer), Distinct((2,))]
     prompts = test.prompts[: size.n_prompts]
     options = {"env": test, "reference": tuned, "seed": seed, "progress_bar": True}

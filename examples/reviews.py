@@ -11,13 +11,14 @@ FOLDER holds rt-polarity.pos and rt-polarity.neg (the sentence polarity data set
 3. PPO tunes the model with that reward and a penalty on its divergence from the model of step 1.
 4. Both models continue the first words of held-out reviews, which none of them has seen.
 
-Expect, in ten minutes of one core: the judge's mean probability of "positive" goes from 0.49 to 0.70, the reward from
-0.49 to 0.80, the perplexity under the model of step 1 from 351 to 287, distinct-2 from 0.88 to 0.83. The texts become
-half as long: an early end is the cheapest way to spoil nothing. A model from scratch that has read 9,600 sentences one
-and a half times writes no good English, before or after.
+Expect, in ten minutes of processor time: the judge's mean probability of "positive" goes from 0.49 to 0.70, the reward
+from 0.49 to 0.80, the perplexity under the model of step 1 from 351 to 287, distinct-2 from 0.88 to 0.83; the texts
+become half as long. A model from scratch that has read 9,600 sentences one and a half times writes no good English,
+before or after.
 
 Printed and kept in `--out`: the table before/after with 95 % intervals (results.md, results.json), curves.png, and the
-models as Hugging Face folders. After Ctrl-C the same command goes on: stages that are done are found in `--out`.
+models as Hugging Face folders. After Ctrl-C the same command goes on: stages that are done are found in `--out`, and
+PPO goes on from its last checkpoint (the curves then begin there).
 """
 
 from __future__ import annotations

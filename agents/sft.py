@@ -6,14 +6,11 @@ import copy
 import hashlib
 import math
 import os
-import random
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 from transformers import (
     AutoTokenizer,
@@ -28,6 +25,7 @@ from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_po
 from .files import replaced_folder
 from .pretrain import IGNORED, bpe_tokenizer
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
+from .trainer_guard import accelerate_expected, random_state_kept
 
 DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds
 N_MEASURED = 256  # rows of the training data that are measured at the end
@@ -118,12 +116,8 @@ def tune(
     """
     if not data:
         raise ValueError("Expected at least one text, got none.")
-    try:
+    with accelerate_expected():
         from .sft_trainer import prepare, train, training_arguments
-    except ImportError as error:
-        raise ImportError(
-            "Expected accelerate for transformers' Trainer, which is not installed: pip install textenv[sft]."
-        ) from error
     target = Path(folder).absolute()
     work = target.with_name(f".{target.name}.training")
     arguments = training_arguments(
@@ -134,7 +128,7 @@ def tune(
         seed=seed,
         disable_tqdm=not progress_bar,
     )
-    with _random_state_kept():
+    with random_state_kept():
         torch.manual_seed(seed)
         lm, tokenizer = _with_tokenizer(lm, tokenizer, data)
         model = build_model(lm)
@@ -151,7 +145,7 @@ def tune(
         before = mean_loss(model, tests, batch_size) if tests else None
         settings = repr((rows, packing, n_epochs, batch_size, learning_rate, seed))
         checkpoint = prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
-        n_steps = train(model, rows, arguments, checkpoint)
+        n_steps = train(model, rows, collate, arguments, checkpoint)
         model.eval()
         after = mean_loss(model, tests, batch_size) if tests else None
         train_loss = mean_loss(model, rows[:N_MEASURED], batch_size)
@@ -219,15 +213,3 @@ def _check_model(model: PreTrainedModel, packing: bool) -> None:
             f"Expected a model that tells packed texts apart by their positions, got {type(model).__name__}, in which "
             "they see each other: use packing=False."
         )
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Give the process's random generators back as they were: the `Trainer` seeds them."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

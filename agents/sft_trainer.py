@@ -1,18 +1,17 @@
-"""How transformers' `Trainer` runs supervised tuning, stops at Ctrl-C and goes on; needs accelerate to be imported."""
+"""How transformers' `Trainer` runs training on labels, stops at Ctrl-C and goes on; needs accelerate to be imported."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-
-from .sft_data import Row, collate
 
 SAVE_STEPS = 500  # how often the state is written, against a process that is killed
 
@@ -49,14 +48,28 @@ class _StopOnInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def train(model: PreTrainedModel, rows: list[Row], arguments: TrainingArguments, checkpoint: str | None) -> int:
+def train(
+    model: PreTrainedModel,
+    rows: Sequence[Any],
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    arguments: TrainingArguments,
+    checkpoint: str | None,
+) -> int:
     """Run the `Trainer`; return the number of steps.
+
+    Args:
+        model: The model, changed in place.
+        rows: What is trained on.
+        collate: Makes a batch, labels included, of some of the rows, on the CPU.
+        arguments: What `training_arguments` returned.
+        checkpoint: What `prepare` returned.
 
     Raises:
         KeyboardInterrupt: Once the state is saved.
     """
     stop = _StopOnInterrupt()
-    use_cache = model.config.use_cache  # the trainer writes it into the config that is saved
+    # The trainer writes it into the config that is saved; models that never cache have none.
+    use_cache = vars(model.config).get("use_cache")
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -74,7 +87,8 @@ def train(model: PreTrainedModel, rows: list[Row], arguments: TrainingArguments,
             signal.signal(signal.SIGINT, previous)
     if stop.was_interrupted and steps < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped after step {steps}; `resume=True` goes on from there")
-    model.config.use_cache = use_cache
+    if use_cache is not None:
+        model.config.use_cache = use_cache
     return steps
 
 

@@ -78,7 +78,7 @@ def small_model(task: str, folder: Path, smoke: bool) -> Path:
     tokenizer = bpe_tokenizer(texts, vocab_size=512)
     eos = tokenizer.eos_token_id
     shape = dict(n_layer=1, n_embd=32, n_head=2) if smoke else dict(n_layer=2, n_embd=96, n_head=4)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, bos_token_id=eos, eos_token_id=eos, **shape)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, bos_token_id=eos, eos_token_id=eos, **shape)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)
     # As GPT-2's: a text begins behind the end token of the one before it.

@@ -45,8 +45,8 @@ class Settings(NamedTuple):
 
 
 TASKS = {
-    "increasing_numbers": Settings("textenv/IncreasingNumbers-v0", 4e-3, 240_000),
-    "dates": Settings("textenv/Dates-v0", 2e-3, 80_000),
+    "increasing_numbers": Settings("textenv/IncreasingNumbers-v0", 4e-3, 160_000),
+    "dates": Settings("textenv/Dates-v0", 2e-3, 60_000),
 }
 
 

@@ -157,6 +157,7 @@ def main() -> None:
         seed=args.seed,
         learning_rate=LinearSchedule(args.learning_rate or settings.learning_rate, 0.0, 1.0),
         ent_coef=0.001,
+        target_kl=0.1,
     )
     fresh = make_agent(env, model.policy.backbone.model.config, seed=args.seed)
     random, before = (measure(one, env, tokenizer, args.seed) for one in (fresh, model))

@@ -5,6 +5,7 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3.common.utils import LinearSchedule
 
 from agents import evaluate, make_agent
 from agents.pretrain import word_tokenizer
@@ -116,9 +117,10 @@ def test_increasing_numbers_are_learned_and_not_from_dealt_rewards(is_control):
     env = IncreasingNumbers(NUMBERS, max_new_tokens=6, min_tokens=8)
     trained_on = TextEnv([[0]], NUMBERS, reward=Dealt(env.reward), max_new_tokens=6) if is_control else env
     config = tiny(vocab_size=len(NUMBERS), n_layer=1, n_embd=32, initializer_range=0.1)
-    model = make_agent(trained_on, config, n_envs=128, batch_size=384, learning_rate=5e-3, seed=0, device="cpu")
+    options = dict(batch_size=384, learning_rate=LinearSchedule(5e-3, 0.0, 1.0), target_kl=0.1, seed=0, device="cpu")
+    model = make_agent(trained_on, config, n_envs=128, **options)
     before = evaluate(model, [[0]], NUMBERS, n=200, env=env).figures["reward"].value
-    model.learn(24 * model.n_steps * model.n_envs)
+    model.learn(30 * model.n_steps * model.n_envs)
     after = evaluate(model, [[0]], NUMBERS, n=200, env=env).figures["reward"].value
     assert before < 0.35
     assert after < 0.45 if is_control else after > 0.85

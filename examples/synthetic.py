@@ -6,6 +6,8 @@
 RL4LMs trains gpt2 from the hub, whose texts begin at its end token (`--lm gpt2` does that here). Without a network a
 small GPT-2 is first trained for some seconds on random words with numbers, or with years and dates, among them, so that
 there is something to find. Then PPO, with a KL penalty, on the rewards as RL4LMs defines them; the most possible is 1.
+Expect, of seed 0: dates from 0.08 to 0.82 in less than a minute of one core. Increasing numbers rise more slowly, from 0.11
+to 0.36 in a trial of 64,000 tokens, and the default is 160,000, three minutes.
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ class Settings(NamedTuple):
 
 TASKS = {
     "increasing_numbers": Settings("textenv/IncreasingNumbers-v0", 4e-3, 160_000),
-    "dates": Settings("textenv/Dates-v0", 2e-3, 60_000),
+    "dates": Settings("textenv/Dates-v0", 2e-3, 30_000),
 }
 
 
 def random_texts(task: str, n: int, seed: int = 0) -> list[str]:
-    """Write texts of 8 to 24 words: three of ten a number below 100, or one of ten a year or date in some form."""
+    """Write texts of 8 to 24 words: three of ten a number below 100, or one of five a year or date in some form."""
     rng = np.random.default_rng(seed)
     word = {"increasing_numbers": _word_or_number, "dates": _word_or_date}[task]
     return [" ".join(word(rng) for _ in range(rng.integers(8, 25))) for _ in range(n)]
@@ -62,7 +64,7 @@ def _word_or_number(rng: np.random.Generator) -> str:
 
 
 def _word_or_date(rng: np.random.Generator) -> str:
-    if rng.random() >= 0.1:
+    if rng.random() >= 0.2:
         return str(rng.choice(WORDS))
     year, month, day = rng.integers(1900, 2100), rng.integers(1, 13), rng.integers(1, 29)
     return str(

@@ -6,8 +6,8 @@
 RL4LMs trains gpt2 from the hub, whose texts begin at its end token (`--lm gpt2` does that here). Without a network a
 small GPT-2 is first trained for some seconds on random words with numbers, or with years and dates, among them, so that
 there is something to find. Then PPO, with a KL penalty, on the rewards as RL4LMs defines them; the most possible is 1.
-Expect, of seed 0: dates from 0.08 to 0.82 in less than a minute of one core. Increasing numbers rise more slowly, from 0.11
-to 0.36 in a trial of 64,000 tokens, and the default is 160,000, three minutes.
+Expect, of seed 0: dates from 0.08 to 0.82 in less than a minute of one core. Increasing numbers rise more slowly:
+from 0.11 to 0.36 in a trial of 64,000 tokens, and the default is 160,000.
 """
 
 from __future__ import annotations

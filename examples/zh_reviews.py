@@ -7,7 +7,7 @@ FOLDER holds ranked.tsv: Chinese reviews, several a line with tabs between, the 
 1. A fresh GPT-2, one token a character, learns to write the reviews.
 2. Two reward models learn from the rankings, each from its own half of the lines: the first is the reward, the second
    is the judge. No review is in both halves, and none of the lines on which both are measured is in either. Beside them
-   stands a logistic regression on the differences in single characters and pairs of characters.
+   stands a logistic regression on the differences in characters and pairs of characters.
 3. PPO tunes the model with that reward and a penalty on its divergence from the model of step 1. Each iteration prints
    its mean reward and five random texts.
 4. Both models go on from beginnings of reviews: of held-out ones that neither has seen, and the four of `PROMPTS`.
@@ -117,7 +117,9 @@ class EpochLog(BaseCallback):
 
 
 class NGrams:
-    """The baseline: a weight for each character and pair of characters, learned from the differences in their counts.
+    """The baseline: a weight for each character and pair of characters; a review's score is the sum of those it has.
+
+    It is a logistic regression on what the better review has and the worse one has not.
 
     Args:
         rankings: What it learns from.
@@ -125,7 +127,7 @@ class NGrams:
         decay: Of the weights.
     """
 
-    def __init__(self, rankings: Rows, min_count: int = 3, decay: float = 1e-4) -> None:
+    def __init__(self, rankings: Rows, min_count: int = 3, decay: float = 1e-3) -> None:
         texts = [text for ranking in rankings for text in ranking]
         counts = Counter(gram for text in texts for gram in self.grams(text))
         self.places = {gram: i for i, gram in enumerate(g for g, count in counts.items() if count >= min_count)}
@@ -144,7 +146,7 @@ class NGrams:
 
     @staticmethod
     def grams(text: str) -> list[str]:
-        return [*text, *map("".join, itertools.pairwise(text))]
+        return sorted({*text, *map("".join, itertools.pairwise(text))})
 
     def bags(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         known = [[self.places[gram] for gram in self.grams(text) if gram in self.places] for text in texts]

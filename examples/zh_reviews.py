@@ -83,10 +83,10 @@ class Size(NamedTuple):
     max_new_tokens: int = 32
 
 
-FULL = Size(128, 2.5, 2.0, 60, 400)
+FULL = Size(128, 2.5, 2.0, 40, 400)
 SMOKE = Size(16, 1.0, 1.0, 2, 8, n_envs=8, max_new_tokens=8)
 SHARES = {"reward": 0.45, "judge": 0.45, "held_out": 0.1}
-KL_COEF = 0.05
+KL_COEF = 0.1
 LEARNING_RATE = 3e-4
 N_SAMPLES = 5  # printed of each iteration
 

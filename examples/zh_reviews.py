@@ -10,15 +10,15 @@ FOLDER holds ranked.tsv: Chinese reviews, several a line with tabs between, the 
    stands a logistic regression on the differences in characters and pairs of characters.
 3. PPO tunes the model with that reward and a penalty on its divergence from the model of step 1. Each iteration prints
    its mean reward and five random texts.
-4. Both models go on from beginnings of reviews: of held-out ones that neither has seen, and the four of `PROMPTS`.
+4. Both models go on from beginnings of reviews: of held-out ones (some others begin alike), and the four of `PROMPTS`.
 
 Expect, in about six minutes of one core: both reward models put 82 % of the held-out pairs into the right order, as
 many as the baseline; on held-out beginnings the judge's mean score rises from about 0 to 1.1, where 0 and 1 are the
 mean and the spread of its scores of real reviews.
 
 Printed and kept in `--out`: the tables (results.md, results.json), the log of samples (samples.log), curves.png, and
-all models as Hugging Face folders. After Ctrl-C the same command goes on: stages that are done are found in `--out`, and
-the tuning and PPO go on where they were saved last (the curves then begin there).
+all models as Hugging Face folders. After Ctrl-C the same command goes on: stages that are done are found in `--out`,
+tuning and PPO go on where they were last saved (the curves then begin there).
 """
 
 from __future__ import annotations
@@ -162,8 +162,10 @@ class NGrams:
 
 
 class Judge:
-    """The metric `judge`: the mean score of prompt and text by a reward model; 0 and 1 are the mean and the spread of its
-    training texts."""
+    """The metric `judge`: the mean score of prompt and text by a reward model.
+
+    0 and 1 are the mean and the spread of its training texts.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.model, self.stats = TextModel(folder), RewardStats.load(folder)

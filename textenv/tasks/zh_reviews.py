@@ -1,0 +1,169 @@
+"""Chinese product reviews ranked by how pleased they are: the rankings, their parts, and reviews to be continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from textenv.env import TextEnv
+from textenv.rewards.base import RewardLike
+from textenv.tokenizer import Tokenizer
+
+FILE = "ranked.tsv"
+# "The parcel just came, it feels", "honestly, it is really very", "the experience of this purchase was on the whole
+# very", "this film is very": the beginnings that the tutorial of TRL in Chinese gives its model.
+PROMPTS = ("刚收到货，感觉", "说实话，真的很", "这次购物总的来说体验很", "这部电影很")
+
+Rankings: TypeAlias = Sequence[tuple[str, ...]]
+
+
+def read_rankings(data: str | PathLike[str]) -> list[tuple[str, ...]]:
+    r"""Read lists of reviews from `ranked.tsv` in a folder: a list a line, the best first, tabs between, in UTF-8.
+
+    Lists may be of different lengths. A line that is there twice is read once; the same review in different lines stays
+    (see `split_rankings`). Empty lines are passed over.
+
+    Raises:
+        ValueError: If there is no such folder or file, or a line has fewer than two reviews, an empty one or the same
+            one twice; file and line are named.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "ranked.tsv").write_text("很好\t还行\t很差\n不错\t垃圾\n", encoding="utf-8")
+        >>> read_rankings(folder)
+        [('很好', '还行', '很差'), ('不错', '垃圾')]
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        raise ValueError(
+            f"Expected `data` to be a folder that holds {FILE}, got {fspath(data)!r}, which is none. "
+            "There is no name to read them by: these rankings are no data set of the Hugging Face hub."
+        )
+    file = folder / FILE
+    if not file.is_file():
+        raise ValueError(f"Expected the file {FILE} in {fspath(data)!r}, got a folder without it.")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected {fspath(file)!r} in UTF-8, got bytes that are not: {error}.") from error
+    rankings = [_read_line(line, f"line {number} of {file}") for number, line in enumerate(lines, 1) if line.strip()]
+    return list(dict.fromkeys(rankings))
+
+
+def _read_line(line: str, where: str) -> tuple[str, ...]:
+    texts = tuple(text.strip() for text in line.split("\t"))
+    if len(texts) < 2:
+        raise ValueError(f"Expected two reviews or more on {where}, with tabs between, got {line!r:.80}.")
+    if not all(texts):
+        raise ValueError(f"Expected no empty review on {where}, got one in place {texts.index('') + 1}.")
+    if len(set(texts)) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise ValueError(f"Expected each review once on {where}, got {twice!r:.80} in two places of the ranking.")
+    return texts
+
+
+def split_rankings(rankings: Rankings, shares: Mapping[str, float], seed: int = 0) -> dict[str, list[tuple[str, ...]]]:
+    """Return the rankings in parts, drawn at random, such that no review is in two of them.
+
+    Rankings that have a review in common, directly or through others, stay together.
+
+    Args:
+        rankings: The rankings.
+        shares: How large each part is, by its name; shares of their sum.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If a part would be empty.
+
+    Example:
+        >>> parts = split_rankings([("a", "b"), ("c", "d"), ("b", "e"), ("f", "g")], {"train": 0.75, "held_out": 0.25})
+        >>> len(parts["train"]), {"a", "e"} & {text for texts in parts["held_out"] for text in texts}
+        (3, set())
+    """
+    groups = _groups(rankings)
+    order = sorted(np.random.default_rng(seed).permutation(len(groups)), key=lambda place: -len(groups[place]))
+    wanted = {name: share * len(rankings) / sum(shares.values()) for name, share in shares.items()}
+    parts: dict[str, list[tuple[str, ...]]] = {name: [] for name in shares}
+    for place in order:
+        most_wanting = max(parts, key=lambda name: wanted[name] - len(parts[name]))
+        parts[most_wanting] += groups[place]
+    if not all(parts.values()):
+        sizes = {name: len(part) for name, part in parts.items()}
+        raise ValueError(f"Expected rankings in every part of {dict(shares)}, got {sizes} of {len(rankings)} rankings.")
+    return parts
+
+
+def _groups(rankings: Rankings) -> list[list[tuple[str, ...]]]:
+    """Return the rankings in groups that have no review in common."""
+    groups: dict[int, list[int]] = {}  # the places of rankings by the first one of their group
+    group_of: dict[str, int] = {}
+    for place, texts in enumerate(rankings):
+        joined = sorted({group_of[text] for text in texts if text in group_of})
+        groups[place] = [place, *(other for first in joined for other in groups.pop(first))]
+        for other in groups[place]:
+            group_of.update(dict.fromkeys(rankings[other], place))
+    return [[rankings[place] for place in sorted(group)] for group in groups.values()]
+
+
+class ZhReviews(TextEnv):
+    """Write a Chinese review; made by `gymnasium.make("textenv/ZhReviews-v0", ...)` too.
+
+    Half of the prompts are `PROMPTS`, over and over; the other half are the first characters of the reviews, each once.
+
+    Args:
+        data: The folder of the reviews, as for `read_rankings`, or rankings, as from `split_rankings`.
+        tokenizer: The policy's. `agents.pretrain.char_tokenizer` makes one that knows Chinese.
+        reward: As for `TextEnv`; `textenv.rewards.preference.Preference` takes a reward model that learned from the
+            rankings.
+        n_characters: How many characters of a review are a prompt. Shorter reviews are left out.
+        max_new_tokens: The most tokens that are written.
+        **kwargs: What else `TextEnv` takes.
+
+    Raises:
+        ValueError: As `read_rankings` and `TextEnv`, and if no review is longer than a prompt.
+
+    Example:
+        >>> from textenv import CharTokenizer
+        >>> tokenizer = CharTokenizer("".join(sorted(set("".join(PROMPTS)) | set("质量好太差"))))
+        >>> env = ZhReviews([("质量好", "质量太差")], tokenizer, reward=lambda prompt, preds, done: 0.0, n_characters=2)
+        >>> [str(prompt) for prompt in env.prompts]
+        ['质量', '刚收到货，感觉']
+    """
+
+    def __init__(
+        self,
+        data: str | PathLike[str] | Rankings,
+        tokenizer: Tokenizer,
+        *,
+        reward: RewardLike | None = None,
+        n_characters: int = 3,
+        max_new_tokens: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        rankings = read_rankings(data) if isinstance(data, (str, PathLike)) else data
+        found = openings(rankings, n_characters)
+        prompts = [prompt for place, opening in enumerate(found) for prompt in (opening, PROMPTS[place % len(PROMPTS)])]
+        super().__init__(prompts, tokenizer, reward=reward, max_new_tokens=max_new_tokens, **kwargs)
+
+
+def openings(rankings: Rankings, n_characters: int) -> list[str]:
+    """Return the first characters of all longer reviews, each beginning once, in the order of the reviews.
+
+    Raises:
+        ValueError: If `n_characters` is below 1, or no review is longer.
+
+    Example:
+        >>> openings([("不错，很好", "差"), ("不错", "不贵，不错")], 2)
+        ['不错', '不贵']
+    """
+    if n_characters < 1:
+        raise ValueError(f"Expected `n_characters` to be at least 1, got {n_characters}.")
+    found = dict.fromkeys(text[:n_characters] for texts in rankings for text in texts if len(text) > n_characters)
+    if not found:
+        raise ValueError(f"Expected reviews of more than n_characters={n_characters} characters, got none.")
+    return list(found)

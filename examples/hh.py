@@ -222,7 +222,8 @@ def train(model: PPO, n_tokens: int, out: Path) -> None:
         RewardCurves(out / "curves.png", title="replies: PPO for a reward model's score"),
         Checkpoints(out / "checkpoints", every=10),
     ]
-    model.learn(max(n_tokens - done, 0), callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
+    if done < n_tokens:
+        model.learn(n_tokens - done, callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
 
 
 def reinforce(pairs: Sequence[Pair], held_out: Sequence[Pair], out: Path, size: Size, seed: int) -> Evaluation:

@@ -78,7 +78,7 @@ class Size(NamedTuple):
     n_envs: int = 64
 
 
-FULL = Size(2048, 2, 128, 3.0, 2.0, 80_000, 500, 250)
+FULL = Size(2048, 2, 128, 3.0, 2.0, 40_960, 500, 250)
 SMOKE = Size(300, 1, 32, 0.5, 1.0, 512, 10, 8, n_envs=8)
 MAX_PROMPT_TOKENS = 96
 MAX_NEW_TOKENS = 32

@@ -13,8 +13,11 @@ and so may be what a model learns from them: texts are kept in `--out`, and none
    the reward model, frozen, and the reference, which is the actor without its adapters.
 4. Both models reply to held-out dialogues, before and after.
 
-Expect with 1,800 pairs, in MINUTES minutes on one core: FIGURES. All settings were chosen on a quarter of the pairs
-to train on; what is held out is always the same, and nothing was chosen by it.
+Expect with 1,800 pairs of hh-rlhf's harmless-base, of which 500 are held out, in 6 to 7 minutes on one core: the reward
+model is right on 0.64 of the held-out pairs (at least 0.60 with 95 % confidence; 0.55 by length, 0.62 by words), and
+PPO raises the mean reward from 1.0 to 2.3 standard deviations of the scores of people's replies, at 6 nats from the
+reference. It finds a gap in the reward model, too: 18 % of the replies become blank (1 % before). All settings were
+chosen on quarters of the pairs to train on; what is held out is always the same.
 
 Printed and kept in `--out`: the tables of the reward model (pairs.md, pairs.json) and of the policy before and after
 (results.md, results.json) with 95 % intervals, curves.png, and the models as Hugging Face folders. After Ctrl-C the
@@ -60,7 +63,7 @@ from agents import (
 )
 from agents.files import write_text
 from agents.reward_figures import RewardFigures, figures, pair_accuracy
-from textenv.metrics import Distinct, Perplexity
+from textenv.metrics import Distinct, Perplexity, Scores, mean_of
 from textenv.tasks.hh import HH, Pair, hold_out, read_pairs
 
 
@@ -209,6 +212,11 @@ def pairs_table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def blank(prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Scores]:
+    """Return the share of replies without a word: what a policy comes to where its reward can be had for nothing."""
+    return {"blank": mean_of([not text.strip() for text in texts])}
+
+
 def train(model: PPO, n_tokens: int, out: Path) -> None:
     """Train up to `n_tokens` in all, from the last checkpoint if there is one."""
     checkpoint = latest_checkpoint(out / "checkpoints")
@@ -245,7 +253,7 @@ def reinforce(pairs: Sequence[Pair], held_out: Sequence[Pair], out: Path, size: 
             "critic_lr_scale": 0.3,
         },
     )
-    metrics = [Distinct((2,)), Perplexity(AutoModelForCausalLM.from_pretrained(tuned), tokenizer)]
+    metrics = [blank, Distinct((2,)), Perplexity(AutoModelForCausalLM.from_pretrained(tuned), tokenizer)]
     prompts = test.prompts[: size.n_prompts]
     options = {"env": test, "reference": tuned, "seed": seed, "progress_bar": True}
     before = evaluate(model, prompts, tokenizer, metrics, **options)

@@ -34,7 +34,7 @@ def test_it_runs_and_finds_again_what_is_done(tmp_path):
     # The made-up replies differ in length and words alike.
     assert rows["length alone"]["accuracy"] == rows["bag of words"]["accuracy"] == 1.0
     results = (out / "results.json").read_text()
-    assert {"reward", "length", "kl", "distinct_2", "perplexity"} <= json.loads(results)["figures"].keys()
+    assert {"reward", "length", "kl", "blank", "distinct_2", "perplexity"} <= json.loads(results)["figures"].keys()
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert AutoModelForSequenceClassification.from_pretrained(out / "reward").config.num_labels == 1
     policy = AutoModelForCausalLM.from_pretrained(out / "policy").state_dict()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .buffers import SequenceRolloutBuffer, step_name
 from .files import replaced_folder, sha256
+from .optim import load_optimizer, optimizer_state
 from .policies import LMPolicy
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
 from .transitions import Transitions
@@ -60,7 +61,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     arrays, env_meta = text_vec_env(model.get_env()).state_dict()
     if not is_between_iterations(model):
         raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
-    optimizer, groups = _optimizer_state(model.policy.optimizer)
+    optimizer, groups = optimizer_state(model.policy.optimizer)
     tensors: dict[str, dict[str, Tensor]] = {
         "policy": dict(_weights(model)),
         "optimizer": optimizer,
@@ -133,7 +134,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(tensors["policy"][name])
-    _load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
+    load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
     buffer.reset()
     _load_waiting(buffer, tensors["waiting"])
     buffer.token_sets.load_state_dict(tensors["token_sets"])
@@ -224,26 +225,6 @@ def _check_same_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Map
         raise CheckpointError(
             f"Expected the optimizer that was saved, got {type(optimizer).__name__} with other weights or options."
         )
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    state = optimizer.state_dict()
-    tensors = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if value is not None and not isinstance(value, (Tensor, int, float)):
-                raise TypeError(f"Expected an optimizer that keeps tensors and numbers, got {name}={value!r:.80}.")
-            if value is not None:
-                tensors[f"{index}.{name}"] = torch.as_tensor(value)
-    return tensors, state["param_groups"]
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[Any]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _waiting_tensors(buffer: SequenceRolloutBuffer) -> dict[str, Tensor]:

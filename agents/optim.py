@@ -1,4 +1,4 @@
-"""An optimizer in which some weights learn faster than others, though Stable-Baselines3 sets one rate for all."""
+"""Optimizers: some weights learn faster than others though Stable-Baselines3 sets one rate; and their state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def scaled_optimizer(
@@ -58,3 +58,29 @@ def scaled_optimizer(
     optimizer.register_step_pre_hook(scale_rates)
     optimizer.register_step_post_hook(restore_rates)
     return optimizer
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return what an optimizer keeps: its tensors by name, and its groups, which fit JSON.
+
+    Raises:
+        TypeError: If it keeps something that is neither a number nor a tensor.
+    """
+    state = optimizer.state_dict()
+    tensors = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if value is not None and not isinstance(value, (Tensor, int, float)):
+                raise TypeError(f"Expected an optimizer that keeps tensors and numbers, got {name}={value!r:.80}.")
+            if value is not None:
+                tensors[f"{index}.{name}"] = torch.as_tensor(value)
+    return tensors, state["param_groups"]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[Any]) -> None:
+    """Bring an optimizer of the same weights to a state that `optimizer_state` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

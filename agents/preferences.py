@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from textenv.tasks.hh import split_pair
 from textenv.tokenizer import Tokenizer, encode_prompt
-
-ASSISTANT = "\n\nAssistant:"
 
 
 class Ranking(NamedTuple):
@@ -63,18 +62,8 @@ def hh_pairs(rows: Sequence[Mapping[str, str]]) -> list[Ranking]:
         >>> hh_pairs([{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go"}])
         [Ranking(texts=(' Hello', ' Go'), prompt='\n\nHuman: Hi\n\nAssistant:', margin=0.0)]
     """
-    pairs = []
-    for number, row in enumerate(rows):
-        both = zip(row["chosen"], row["rejected"], strict=False)
-        shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-        end = shared.rfind(ASSISTANT) + len(ASSISTANT)
-        if end < len(ASSISTANT):
-            raise ValueError(
-                f"Expected the dialogues of row {number} to share the opening {ASSISTANT!r} of an answer, got "
-                f"{row['chosen'][:40]!r} and {row['rejected'][:40]!r}: leave the row out."
-            )
-        pairs.append(Ranking((row["chosen"][end:], row["rejected"][end:]), shared[:end]))
-    return pairs
+    pairs = [split_pair(row, f"row {number}") for number, row in enumerate(rows)]
+    return [Ranking((pair.chosen, pair.rejected), pair.prompt) for pair in pairs]
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +17,14 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .interrupted import SAVE_STEPS, CtrlC, interrupted_at, load_state, save_state
+
 EOS_TOKEN = "</s>"
 UNKNOWN_TOKEN = "<unk>"
 IGNORED = -100  # what cross_entropy leaves out
 POOL = 16  # minibatches that are sorted by length together
+
+Batch = TypeVar("Batch")
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -119,7 +127,8 @@ def pretrain(
     batches = _batches(sequences, batch_size, np.random.default_rng(seed))
     losses = fit(
         model,
-        (_next_token_loss(model, ids, targets) for ids, targets in batches),
+        batches,
+        lambda batch: _next_token_loss(model, *batch),
         n_steps,
         learning_rate,
         description=description,
@@ -130,42 +139,61 @@ def pretrain(
 
 def fit(
     model: PreTrainedModel,
-    losses: Iterator[Tensor],
+    batches: Iterator[Batch],
+    loss_of: Callable[[Batch], Tensor],
     n_steps: int,
     learning_rate: float,
     *,
     description: str,
     progress_bar: bool = True,
+    state: Path | None = None,
 ) -> Tensor:
-    """Minimise losses, one optimizer step each: AdamW with a one-cycle schedule, gradients clipped at a norm of 1.
+    """Minimise a loss, a minibatch a step: AdamW with a one-cycle schedule, gradients clipped at a norm of 1.
 
     Args:
         model: The model, changed in place; in evaluation mode afterwards.
-        losses: Gives the loss of the next minibatch, computed when it is asked for.
+        batches: Gives the next minibatch, each time in the same order.
+        loss_of: The loss of a minibatch; it draws no random numbers.
         n_steps: How many steps.
         learning_rate: The schedule's peak.
         description: What the progress bar says.
         progress_bar: Show one.
+        state: A folder. If it is there, its state is gone on from; Ctrl-C has the state written to it.
 
     Returns:
         The loss of each step, (n_steps,).
+
+    Raises:
+        KeyboardInterrupt: With `state`, once the state is saved.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=0.1)
-    seen = []
+    seen: list[Tensor] = []
+    if state is not None and state.is_dir():
+        seen = load_state(state, model, optimizer)
+        schedule.load_state_dict({"last_epoch": len(seen), "_step_count": len(seen) + 1})
+    ctrl_c = CtrlC()
     model.train()
-    with tqdm(range(n_steps), desc=description, disable=not progress_bar, unit="step") as bar:
-        for _ in bar:
-            loss = next(losses)
+    with (
+        nullcontext() if state is None else ctrl_c,
+        tqdm(total=n_steps, initial=len(seen), desc=description, disable=not progress_bar, unit="step") as bar,
+    ):
+        for batch in islice(batches, len(seen), n_steps):
+            loss = loss_of(batch)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
             seen.append(loss.detach())
+            bar.update()
             if len(seen) % 20 == 0:
                 bar.set_postfix(loss=f"{float(seen[-1]):.3f}")
+            if state is not None and (ctrl_c.pressed or len(seen) % SAVE_STEPS == 0):
+                save_state(state, model, optimizer, seen)
+            if ctrl_c.pressed and len(seen) < n_steps:
+                raise interrupted_at(len(seen))
     model.eval()
     return torch.stack(seen)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, cast, get_args
@@ -25,6 +27,7 @@ from textenv.tokenizer import Tokenizer
 from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, disable_dropout, n_positions
 from .critic import TrunkCritic, score_head
 from .files import replaced_folder
+from .interrupted import claim_folder
 from .preferences import Labelled, Ranking, encode_texts
 from .pretrain import fit, similar_lengths
 from .reward_figures import RewardFigures, figures
@@ -63,6 +66,7 @@ def train_reward_model(
     learning_rate: float = 1e-5,
     max_tokens: int | None = None,
     seed: int = 0,
+    resume: bool = False,
     progress_bar: bool = True,
 ) -> RewardTraining:
     """Train a causal model with a linear score head, and save it as `AutoModelForSequenceClassification` loads it.
@@ -73,7 +77,8 @@ def train_reward_model(
     a text (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
 
     The loop is the one of `pretrain`: transformers' `Trainer` would need a collator, a loss and an evaluation of its
-    own for rankings, which is all that there is here.
+    own for rankings, which is all that there is here. After Ctrl-C the state waits beside the folder, in
+    `.<name>.training`, and `resume=True` goes on from there, on a CPU to the same weights bit for bit.
 
     Args:
         lm: A name or path (of a language model or of a reward model), a config, or a spec that builds a reward model.
@@ -90,10 +95,12 @@ def train_reward_model(
         learning_rate: The peak of a one-cycle schedule.
         max_tokens: Where a text is longer it loses its start; the model's positions by default.
         seed: Of a fresh head and of the order of the data.
+        resume: Whether to go on with a run of the same arguments that was interrupted; from the start if there is none.
         progress_bar: Show one.
 
     Raises:
-        ValueError: If there is no data, a ranking has fewer than two texts, or the model is not causal.
+        ValueError: If there is no data, a ranking has fewer than two texts, the model is not causal, or the
+            interrupted run had other arguments.
 
     Example:
         >>> from agents import Ranking, RewardModelCritic, train_reward_model
@@ -116,14 +123,29 @@ def train_reward_model(
     lengths = [max(map(len, example.ids)) for example in examples]
     batches = similar_lengths(lengths, batch_size, np.random.default_rng(seed))
     n_steps = max(1, round(n_epochs * len(examples) / batch_size))
-    losses = (_loss(model, [examples[i] for i in places], loss, centring) for places in batches)
-    seen = fit(model, losses, n_steps, learning_rate, description="reward model", progress_bar=progress_bar)
+    target = Path(folder).absolute()
+    work = target.with_name(f".{target.name}.training")
+    state = work / "state"
+    arguments = (examples, loss, centring, n_steps, batch_size, learning_rate, seed, model.config.to_json_string())
+    fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
+    claim_folder(work, fingerprint, has_state=resume and state.is_dir())
+    seen = fit(
+        model,
+        batches,
+        lambda places: _loss(model, [examples[i] for i in places], loss, centring),
+        n_steps,
+        learning_rate,
+        description="reward model",
+        progress_bar=progress_bar,
+        state=state,
+    )
     scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
     stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))
     with replaced_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         stats.save(beside)
+    shutil.rmtree(work)
     measured = _measure(model, tests, loss, centring, batch_size) if tests else None
     return RewardTraining(Path(folder), seen.cpu().numpy(), stats, measured)
 

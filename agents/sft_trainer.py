@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-SAVE_STEPS = 500  # how often the state is written, against a process that is killed
+from .interrupted import SAVE_STEPS, CtrlC, claim_folder, interrupted_at
 
 
 def training_arguments(**given: Any) -> TrainingArguments:
@@ -34,17 +31,13 @@ def training_arguments(**given: Any) -> TrainingArguments:
 
 
 class _StopOnInterrupt(TrainerCallback):
-    """Stops behind the step in which Ctrl-C came, having saved the state; a second Ctrl-C stops at once."""
+    """Stops behind the step in which Ctrl-C came, having saved the state."""
 
-    was_interrupted = False
-
-    def __call__(self, *args: Any) -> None:
-        if self.was_interrupted:
-            raise KeyboardInterrupt
-        self.was_interrupted = True
+    def __init__(self, ctrl_c: CtrlC) -> None:
+        self.ctrl_c = ctrl_c
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.was_interrupted:
+        if self.ctrl_c.pressed:
             control.should_save = control.should_training_stop = True
 
 
@@ -67,26 +60,20 @@ def train(
     Raises:
         KeyboardInterrupt: Once the state is saved.
     """
-    stop = _StopOnInterrupt()
     # The trainer writes it into the config that is saved; models that never cache have none.
     use_cache = vars(model.config).get("use_cache")
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=cast("Any", rows),
-        data_collator=cast("Any", collate),
-        callbacks=[stop],
-    )
-    trainer.remove_callback(PrinterCallback)
-    is_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-    previous = signal.signal(signal.SIGINT, stop) if is_main else None
-    try:
+    with CtrlC() as ctrl_c:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=cast("Any", rows),
+            data_collator=cast("Any", collate),
+            callbacks=[_StopOnInterrupt(ctrl_c)],
+        )
+        trainer.remove_callback(PrinterCallback)
         steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
-    finally:
-        if is_main:
-            signal.signal(signal.SIGINT, previous)
-    if stop.was_interrupted and steps < trainer.state.max_steps:
-        raise KeyboardInterrupt(f"stopped after step {steps}; `resume=True` goes on from there")
+    if ctrl_c.pressed and steps < trainer.state.max_steps:
+        raise interrupted_at(steps)
     if use_cache is not None:
         model.config.use_cache = use_cache
     return steps
@@ -94,16 +81,6 @@ def train(
 
 def prepare(work: Path, fingerprint: str, resume: bool) -> str | None:
     """Return the checkpoint to go on from, if there is one; else empty the folder for the state."""
-    mark = work / "fingerprint"
-    checkpoint = get_last_checkpoint(str(work)) if resume and mark.is_file() else None
-    if checkpoint is not None:
-        if mark.read_text() != fingerprint:
-            raise ValueError(
-                f"Expected the arguments and data of the interrupted run in {work}, got others: repeat them, or start "
-                "anew with resume=False."
-            )
-        return checkpoint
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    mark.write_text(fingerprint)
-    return None
+    checkpoint = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
+    claim_folder(work, fingerprint, has_state=checkpoint is not None)
+    return checkpoint

@@ -169,8 +169,8 @@ def test_it_learns_pairs(trained):
     assert figures.calibration_error < 0.1 and trained.losses[-5:].mean() < 0.5 * trained.losses[0]
 
 
-def test_it_learns_nothing_from_shuffled_pairs(tmp_path):
-    figures = train(some_pairs(300, noise=True), tmp_path / "m", n_epochs=5).held_out
+def test_it_does_not_learn_pairs_from_shuffled_ones_in_as_many_epochs(tmp_path):
+    figures = train(some_pairs(300, noise=True), tmp_path / "m").held_out
     assert figures.accuracy < 0.8 and figures.low < 0.75
 
 
@@ -178,19 +178,6 @@ def test_it_learns_nothing_from_shuffled_pairs(tmp_path):
 @pytest.mark.parametrize("kwargs", [{"loss": "tokens"}, {"centring": 0.05}], ids=str)
 def test_other_losses_learn_pairs_too(kwargs, tmp_path):
     assert train(some_pairs(300), tmp_path / "m", n_epochs=5, **kwargs).held_out.accuracy > 0.9
-
-
-@pytest.mark.slow
-def test_centring_keeps_the_mean_of_scores_near_zero(tmp_path):
-    config = tiny(vocab_size=len(TOKENIZER), initializer_range=0.3)
-    means = []
-    for centring in (0.0, 0.1):
-        result = train_reward_model(
-            config, TOKENIZER, some_pairs(100), tmp_path / "m", centring=centring, n_epochs=6, learning_rate=1e-2,
-            progress_bar=False,
-        )  # fmt: skip
-        means.append(abs(result.stats.mean) / result.stats.std)
-    assert means[1] < 0.3
 
 
 @pytest.mark.slow

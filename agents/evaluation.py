@@ -202,7 +202,7 @@ def _reward_scores(episodes: Sequence[FinalStep]) -> dict[str, Scores]:
 
 
 def _add(scores: dict[str, Scores], metric: Metric, generations: Sequence[Generation]) -> None:
-    prompts, texts = [str(one.prompt) for one in generations], [one.text for one in generations]
+    prompts, texts = [one.prompt for one in generations], [one.text for one in generations]
     for name, one in metric(prompts, texts, [one.prompt.references for one in generations]).items():
         if name in scores:
             raise ValueError(f"Expected each figure once, got {name!r} twice: give one of the metrics another name.")

@@ -7,10 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2ForSequenceClassification
 
-from tests.models import N_TOKENS, tiny
-from textenv import CharTokenizer
-from textenv.metrics import BLEU, ROUGE, ChrF, Distinct, Length, Meteor, Perplexity, mean_of, overlap
+from agents import evaluate
+from agents.pretrain import word_tokenizer
+from tests.models import N_TOKENS, make_policy, tiny
+from textenv import CharTokenizer, Prompt
+from textenv.metrics import BLEU, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Meteor, Perplexity, mean_of, overlap
 from textenv.metrics.bootstrap import difference, estimate, per_prompt, resampled
 
 TEXTS = ["the cat sat on the mat .", "a dog", "", "there is a green house", "it rains in spring and autumn"]
@@ -277,3 +280,44 @@ def test_metrics_are_imported_without_torch_and_the_libraries():
     code = "import sys, textenv.metrics; print(*{'torch', 'transformers', 'nltk', 'sacrebleu'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+# Intent
+
+
+def test_intent_accuracy_by_hand():
+    """Three of four texts are taken for what their rows say, as each text alone shows; batches change nothing."""
+    torch.manual_seed(0)
+    config = tiny(num_labels=4, pad_token_id=0)
+    model = GPT2ForSequenceClassification(config).eval()
+    words = word_tokenizer(["good", "film", "who", "?"])
+    texts = ["good film", "who ?", "", "good good good ? film"]
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([words.encode(text) or [0]])).logits[0] for text in texts]
+    read = [int(one.argmax()) for one in logits]
+    labels = [*read[:3], (read[3] + 1) % 4]
+    prompts = [Prompt("a", row={"intent": label, "act": f"LABEL_{label}"}) for label in labels]
+    for options in ({}, {"batch_size": 1}, {"label_column": "act"}):
+        scores = IntentAccuracy(model, words, **options)(prompts, texts, [[]] * 4)["intent_accuracy"]
+        assert scores.per_row.tolist() == [1.0, 1.0, 1.0, 0.0] and scores.value == 0.75
+    assert list(IntentAccuracy(model, words, name="judge")(prompts, texts, [[]] * 4)) == ["judge"]
+
+
+def test_intent_accuracy_wants_the_rows():
+    model = GPT2ForSequenceClassification(tiny(num_labels=4, pad_token_id=0))
+    metric = IntentAccuracy(model, word_tokenizer(["a"]))
+    for prompt in ("a", Prompt("a")):
+        with pytest.raises(ValueError, match=r"Expected prompts whose rows have the column 'intent', .*got 'a'"):
+            metric([prompt], ["a"], [[]])
+
+
+def test_evaluate_gives_metrics_the_rows():
+    seen = []
+
+    def look(prompts, texts, references):
+        seen.extend(prompt.row["intent"] for prompt in prompts)
+        return {}
+
+    rows = [{"prompt": "a", "intent": 2}, {"prompt": "b", "intent": 0}]
+    evaluate(make_policy(), rows, CharTokenizer(), [look], max_new_tokens=2)
+    assert seen == [2, 0]

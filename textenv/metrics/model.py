@@ -1,19 +1,22 @@
-"""Metrics by a language model that stands outside: how probable it finds the texts."""
+"""Metrics by a model that stands outside: how probable it finds the texts, and what it takes them for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from textenv.metrics.scores import Scores
+from textenv.metrics.scores import Scores, mean_of
+from textenv.prompts import Prompt
 from textenv.tokenizer import Tokenizer, encode_prompt
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from textenv.rewards.text_model import ModelLike
 
 
 class Tokens(NamedTuple):
@@ -124,3 +127,53 @@ def _row_nats(logits: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor)
     kept = logits[counts].float()  # (N, V): those of the prompts need no softmax
     nats[counts] = kept.logsumexp(dim=-1) - kept.gather(1, targets[counts][:, None])[:, 0]
     return nats.double().sum(dim=1).tolist()
+
+
+class IntentAccuracy:
+    """The share of texts in which a classifier reads the label of their row: `intent_accuracy`.
+
+    The classifier sees the text alone, through its own tokenizer. It should not be the one that was the reward: that
+    one the policy has learned to please. Needs prompts that carry their rows, as those of `agents.evaluate` do.
+
+    Args:
+        model: A text classifier: a name on the hub, a folder, or a model with its `tokenizer`.
+        tokenizer: The model's own, where it is a model.
+        label_column: Where each row's label is: the number of one of the model's labels, or its name.
+        name: The figure's name.
+        batch_size: The most texts a forward.
+
+    Raises:
+        ValueError: If a prompt has no such column, or its label is none of the model's.
+
+    Example:
+        >>> from textenv.metrics import IntentAccuracy
+        >>> # evaluate(model, rows, tokenizer, [IntentAccuracy("my-intents")], references_column="references")
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        tokenizer: Any = None,
+        label_column: str = "intent",
+        name: str = "intent_accuracy",
+        batch_size: int = 32,
+    ) -> None:
+        from textenv.rewards.classifier import Classifier  # needs torch
+
+        self.label_column, self.name = label_column, name
+        options: dict[str, Any] = {"label_column": label_column, "output": "label", "batch_size": batch_size}
+        self._classifier = Classifier(model, tokenizer=tokenizer, **options)
+
+    def __call__(
+        self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, Scores]:
+        """Return the share of texts of the right label."""
+        return {self.name: mean_of(self._classifier.judge(texts, [self._label(prompt) for prompt in prompts]))}
+
+    def _label(self, prompt: str) -> Any:
+        if not isinstance(prompt, Prompt) or self.label_column not in prompt.row:
+            raise ValueError(
+                f"Expected prompts whose rows have the column {self.label_column!r}, as those that `evaluate` gives, "
+                f"got {prompt!r:.80}."
+            )
+        return prompt.row[self.label_column]

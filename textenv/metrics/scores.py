@@ -52,6 +52,8 @@ class Scores(NamedTuple):
 class Metric(Protocol):
     """A metric: any callable with this signature, also one of your own.
 
+    `agents.evaluate` gives it the prompts as `Prompt`s, whose `row` has the other columns of the data set.
+
     Example:
         >>> def mentions_film(prompts, texts, references):
         ...     return {"mentions_film": mean_of(["film" in text for text in texts])}

@@ -102,6 +102,10 @@ class Classifier(BatchReward):
         """Return a number a row."""
         texts = [read_text(self.reads, prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
         wanted = [self.label if self.label_column is None else prompt.row[self.label_column] for prompt in prompts]
+        return self.judge(texts, wanted)
+
+    def judge(self, texts: Sequence[str], wanted: Sequence[Any]) -> list[float]:
+        """Return what the model says of each text and the label that is wanted of it."""
         labels = np.array([self._number(label) for label in wanted])
         logits = self._model.logits(texts).astype(np.float64)  # (B, labels)
         if self.output == "label":

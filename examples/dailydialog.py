@@ -1,0 +1,282 @@
+"""A model learns to reply in everyday dialogues, by intent and METEOR: OpenRL's DailyDialog task, from nothing.
+
+    python examples/dailydialog.py --data FOLDER
+
+FOLDER holds dialogues_<split>.txt and dialogues_act_<split>.txt of DailyDialog (Li et al., 2017); the name of a data
+set on the Hugging Face hub with its columns does as well. A tenth of the dialogues is held back and measured on.
+
+1. A tokenizer and a small GPT-2 learn from the training dialogues, first as whole texts, then as prompts (the last
+   turns) with the true reply, of which the reply alone is trained. This is the "supervised" model.
+2. Two classifiers learn to tell a turn's intent (inform, question, directive, commissive), each from the turns of its
+   own half of the training dialogues. One is the reward. The other is the judge: it gives the intent accuracy of the
+   table, and nothing is trained on what it says.
+3. PPO tunes the supervised model with intent match + METEOR as the reward, a little for replies as long as before
+   (METEOR rises with length), and a penalty on its divergence from the supervised model.
+   With `--turns 2` an episode goes on: the other speaker says what was said then, and the model replies again.
+4. Both models write two replies to each prompt of the held-back dialogues, sampled with the same seed.
+
+Expect, in four minutes of one core (seeds 0 and 1, the 1,000 dialogues of the validation split): METEOR rises from
+0.042 and 0.041 to 0.068 and 0.071, intent accuracy from 0.37 and 0.36 to 0.40 and 0.39; the perplexity falls from 120
+and 117 to 80 and 71, and the length by 14 and 21 % in tokens (8 and 11 % in words): the bar of 20 % is missed with seed
+1. A model that has seen 900 dialogues for two minutes does not write good English, before or after.
+
+The perplexity is of the texts that were written, under the supervised model. METEOR is called
+`meteor_without_wordnet` where WordNet is not installed. Printed and kept in `--out`: the table with 95 % intervals,
+before/after and paired differences (results.md, results.json), curves.png, and the models as Hugging Face folders.
+After Ctrl-C the same command goes on: stages that are done are found in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from stable_baselines3 import PPO
+from stable_baselines3.common.utils import LinearSchedule
+from transformers import AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, GPT2Config, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from agents import (
+    Checkpoints,
+    EpisodeMetrics,
+    Evaluation,
+    KLPenalty,
+    RewardCurves,
+    evaluate,
+    export,
+    latest_checkpoint,
+    load_checkpoint,
+    make_agent,
+    sample_table,
+    sft,
+)
+from agents.classifier import train_classifier
+from agents.files import write_text
+from agents.pretrain import bpe_tokenizer
+from textenv.metrics import BLEU, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Meteor, Perplexity
+from textenv.rewards import Length as LengthReward
+from textenv.rewards import WeightedSum
+from textenv.tasks.dailydialog import (
+    INTENTS,
+    DailyDialog,
+    Dialogue,
+    dialogue_rows,
+    intent_and_meteor,
+    read_dialogues,
+    split_dialogues,
+)
+
+
+class Size(NamedTuple):
+    """How large the models are, and how long they learn."""
+
+    vocab_size: int
+    n_layers: int
+    width: int
+    dialogue_epochs: float
+    reply_epochs: float
+    classifier_epochs: float
+    n_tokens: int  # of PPO
+    n_prompts: int | None = None  # of the evaluation; all
+    n_envs: int = 64
+    n_positions: int = 256
+    max_prompt_tokens: int = 80
+    max_new_tokens: int = 32  # a turn
+
+
+FULL = Size(1024, 2, 96, 3.0, 0.2, 4.0, 50_000)
+SMOKE = Size(300, 1, 32, 1.0, 0.2, 1.0, 1_024, n_prompts=8, n_envs=16)
+HISTORY = 3
+TUNING_RATE = 3e-3
+LEARNING_RATE = 5e-4
+KL_COEF = 0.03
+WEIGHTS = {"intent": 1.0, "meteor": 4.0}  # METEOR differs less from reply to reply than a match, which is 0 or 1
+LENGTH_WEIGHT = 0.5
+
+
+def stage(path: Path, run: Callable[..., dict[str, Any]], *args: Any) -> None:
+    """Run a stage of the work and note what it came to, unless an earlier run has finished it."""
+    if path.is_file():
+        print(f"{path.stem}: found in {path.parent}")
+    else:
+        start = time.perf_counter()
+        result = run(*args)
+        write_text(path, json.dumps({**result, "seconds": round(time.perf_counter() - start)}) + "\n")
+    print(f"{path.stem}: {path.read_text(encoding='utf-8').strip()}")
+
+
+def tune(
+    dialogues: Sequence[Dialogue], held_back: Sequence[Dialogue], folder: Path, size: Size, seed: int
+) -> dict[str, Any]:
+    """Let a fresh GPT-2 learn whole dialogues, a turn a line, and then to reply."""
+    texts, tests = (["".join(f"{turn}\n" for turn in one.turns) for one in part] for part in (dialogues, held_back))
+    pairs, test_pairs = (
+        [(row["prompt"], f"{row['references'][0]}\n") for row in dialogue_rows(part, HISTORY)]
+        for part in (dialogues, held_back)
+    )
+    tokenizer = bpe_tokenizer(texts, size.vocab_size)
+    shape = dict(n_layer=size.n_layers, n_embd=size.width, n_head=size.width // 32)
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=size.n_positions, bos_token_id=end, eos_token_id=end, **shape
+    )
+    whole = folder.with_name("dialogues")
+    options: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "resume": True, "batch_size": 8}
+    epochs = {"n_epochs": size.dialogue_epochs, "learning_rate": TUNING_RATE}
+    if not whole.is_dir():
+        sft.tune(config, texts, whole, packing=True, held_out=tests, **epochs, **options)
+    epochs = {"n_epochs": size.reply_epochs, "learning_rate": TUNING_RATE / 10}
+    options["batch_size"] = 32
+    tuned = sft.tune(str(whole), pairs, folder, max_tokens=128, held_out=test_pairs, **epochs, **options)
+    assert tuned.held_out_loss_before is not None and tuned.held_out_loss is not None
+    return {
+        "held_back_reply_perplexity_of_dialogues": math.exp(tuned.held_out_loss_before),
+        "held_back_reply_perplexity": math.exp(tuned.held_out_loss),
+    }
+
+
+def classify(
+    dialogues: Sequence[Dialogue],
+    held_back: Sequence[Dialogue],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    size: Size,
+    seed: int,
+) -> dict[str, Any]:
+    """Train a classifier of intents; measure it on the turns of held-back dialogues."""
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=size.n_positions,
+        n_layers=1,
+        dim=size.width // 2,
+        hidden_dim=size.width,
+        n_heads=2,
+    )
+    (texts, labels), held_out = (
+        ([turn for one in part for turn in one.turns], [intent for one in part for intent in one.intents])
+        for part in (dialogues, held_back)
+    )
+    trained = train_classifier(
+        config,
+        tokenizer,
+        texts,
+        labels,
+        folder,
+        held_out=held_out,
+        label_names=INTENTS,
+        n_epochs=size.classifier_epochs,
+        learning_rate=1e-3,
+        seed=seed,
+        resume=True,
+    )
+    assert trained.held_out is not None
+    return {"held_back_accuracy": trained.held_out.accuracy, "n_texts": trained.held_out.n_texts}
+
+
+def train(model: PPO, n_tokens: int, out: Path) -> None:
+    """Train up to `n_tokens` in all, from the last checkpoint if there is one."""
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+        print(f"PPO: goes on from {checkpoint}")
+    done = model.num_timesteps
+    callbacks = [
+        KLPenalty(KL_COEF),
+        EpisodeMetrics(),
+        RewardCurves(out / "curves.png", title="DailyDialog: PPO for intent match and METEOR"),
+        Checkpoints(out / "checkpoints", every=10),
+    ]
+    model.learn(max(n_tokens - done, 0), callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
+
+
+def reinforce(
+    dialogues: Sequence[Dialogue], held_back: Sequence[Dialogue], out: Path, size: Size, seed: int, turns: int
+) -> Evaluation:
+    """Tune the supervised model with PPO; measure both on the replies of held-back dialogues."""
+    supervised = str(out / "supervised")
+    tokenizer = AutoTokenizer.from_pretrained(supervised)
+    task = intent_and_meteor(out / "reward", weights=WEIGHTS)
+    options = {"history": HISTORY, "max_prompt_tokens": size.max_prompt_tokens, "score_at": "rollout_end"}
+    test = DailyDialog(held_back, tokenizer, reward=task, max_new_tokens=size.max_new_tokens, **options)
+    model_of_texts = AutoModelForCausalLM.from_pretrained(supervised)
+    metrics = [
+        *(ROUGE(), Meteor(), BLEU(), ChrF()),
+        *(IntentAccuracy(out / "judge"), Perplexity(model_of_texts, tokenizer), Length(), Distinct((1, 2))),
+    ]
+    prompts = test.prompts[: size.n_prompts]
+    settings: dict[str, Any] = {"env": test, "n": 2, "reference": supervised, "seed": seed, "progress_bar": True}
+    before = evaluate(make_agent(test, supervised), prompts, tokenizer, metrics, **settings)
+    # METEOR alone would make replies longer and longer: what is as long as before earns a little more.
+    length = round(before.figures["length_words"].value)
+    reward = WeightedSum({"task": task, "length": LengthReward(max(length, 1), "words")}, {"length": LENGTH_WEIGHT})
+    limits = {"max_turns": turns, "max_new_tokens": turns * size.max_new_tokens}
+    env = DailyDialog(dialogues, tokenizer, reward=reward, seed=seed, **limits, **options)
+    rate = LinearSchedule(LEARNING_RATE, 0.0, 1.0)
+    model = make_agent(env, supervised, n_envs=size.n_envs, seed=seed, learning_rate=rate, n_epochs=2)
+    train(model, size.n_tokens, out)
+    after = evaluate(model, prompts, tokenizer, metrics, before=before, **settings)
+    export(model, tokenizer, out / "model")
+    after.save(out / "results")
+    apart = max(1, len(before.generations) // 6)
+    named = {"supervised": before, "supervised + PPO": after}
+    Console().print(sample_table({name: list(one.generations[::apart][:6]) for name, one in named.items()}))
+    return after
+
+
+def bars(result: Evaluation) -> str:
+    """Say of each bar whether it is met."""
+    assert result.before is not None
+    before, after, difference = result.before.figures, result.figures, result.differences
+    meteor = next(name for name in after if name.startswith("meteor"))
+    low = difference[meteor].low
+    perplexity, length = (after[name].value / before[name].value for name in ("perplexity", "length"))
+    lines = {
+        f"{meteor} up, the interval of the difference above 0 (from {low:+.4f})": low is not None and low > 0,
+        f"intent accuracy down by 0.02 at most ({difference['intent_accuracy'].value:+.4f})": (
+            difference["intent_accuracy"].value >= -0.02
+        ),
+        f"perplexity at most 1.2 times ({perplexity:.2f})": perplexity <= 1.2,
+        f"mean length within 20 % ({length - 1:+.0%})": abs(length - 1) <= 0.2,
+    }
+    return "\n".join(f"{'met' if is_met else 'NOT met'}: {what}" for what, is_met in lines.items())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the folder of the dialogues, or a data set's name on the hub")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of split, weights, training and sampling")
+    parser.add_argument("--out", type=Path, help="where the results go (default: runs/dailydialog_<seed>)")
+    parser.add_argument("--turns", type=int, default=1, help="the most replies of an episode of PPO (default: 1)")
+    parser.add_argument("--smoke", action="store_true", help="tiny models and a few steps, to see that everything runs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # the data set has spaces before its full stops
+    start, size = time.perf_counter(), SMOKE if args.smoke else FULL
+    out = args.out or Path(f"runs/dailydialog_{args.seed}")
+    dialogues, held_back = split_dialogues(read_dialogues(args.data), seed=args.seed)
+    stage(out / "supervised.json", tune, dialogues, held_back, out / "supervised", size, args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(out / "supervised")
+    halves = {"reward": dialogues[::2], "judge": dialogues[1::2]}
+    for number, (name, half) in enumerate(halves.items()):
+        seed = 2 * args.seed + number
+        stage(out / f"{name}.json", classify, half, held_back, tokenizer, out / name, size, seed)
+    result = reinforce(dialogues, held_back, out, size, args.seed, args.turns)
+    print(result.to_markdown())
+    print(bars(result))
+    print(f"{time.perf_counter() - start:.0f} seconds; results.md, results.json, curves.png and model are in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The reward of a conversation with a true course, by a reward of one reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from textenv.completion import Preds, Turn
+from textenv.prompts import Prompt
+from textenv.rewarding import ScoreAt
+from textenv.rewards.base import BatchReward, RewardLike, score_rows
+from textenv.rewards.registry import read_reward
+from textenv.tokenizer import Tokenizer
+
+
+@dataclass
+class EachTurn(BatchReward):
+    """The reward of a conversation by a reward of one reply: the mean over the true replies, 0 for those not written.
+
+    Each of the policy's turns is judged as if it were an episode: its prompt is the conversation up to it, with what
+    the policy wrote, and its references and intent are those of the true reply in its place.
+
+    Args:
+        reward: The reward of a finished reply; a plain function too is asked about finished ones alone.
+        tokenizer: The policy's tokenizer.
+        separator: What closes a turn.
+
+    Example:
+        >>> from textenv import CharTokenizer
+        >>> tokenizer = CharTokenizer()
+        >>> exchanges = [{"other": "ok", "reply": "bye", "intent": 0}]
+        >>> prompt = Prompt("hi ", row={"exchanges": exchanges}, references=["yes"])
+        >>> preds = Preds(tokenizer, tokenizer.encode("bye"), closed=[Turn("no", "ok ")])
+        >>> EachTurn(lambda prompt, preds, done: float(preds.text in prompt.references), tokenizer)(prompt, preds, True)
+        0.5
+    """
+
+    reward: RewardLike
+    tokenizer: Tokenizer = field(repr=False)
+    separator: str = "\n"
+
+    def __post_init__(self) -> None:
+        self._reward = read_reward(self.reward)
+        late = isinstance(self._reward, BatchReward) and self._reward.score_at == "rollout_end"
+        self.score_at: ScoreAt = "rollout_end" if late else "done"
+
+    def score(
+        self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
+    ) -> list[float | Mapping[str, float]]:
+        """Return the mean of each row, by named parts where the reward has them."""
+        replies = [self._replies(prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
+        every = [reply for row in replies for reply in row]
+        scored = iter(
+            score_rows(self._reward, [one[0] for one in every], [one[1] for one in every], [True] * len(every))
+        )
+        scores: list[float | Mapping[str, float]] = []
+        for prompt, row in zip(prompts, replies, strict=True):
+            n_true = 1 + len(prompt.row["exchanges"])
+            parts: dict[str, float] = {}
+            total = 0.0
+            for reward in [next(scored) for _ in row]:
+                total += reward.value / n_true
+                for name, value in reward.parts.items():
+                    parts[name] = parts.get(name, 0.0) + value / n_true
+            scores.append(parts or total)
+        return scores
+
+    def _replies(self, prompt: Prompt, preds: Preds) -> list[tuple[Prompt, Preds]]:
+        """Return each turn of the policy as an episode of its own."""
+        text, references, row = str(prompt), prompt.references, prompt.row
+        episodes = []
+        for turn, exchange in zip(preds.turns, [*prompt.row["exchanges"], None], strict=False):
+            ids = self.tokenizer.encode(turn.text, add_special_tokens=False)
+            written = [Turn(turn.text, None)]
+            reply = Preds(self.tokenizer, ids, turn_length=0, closed=written, lane=preds.lane, group=preds.group)
+            episodes.append((Prompt(text, row=row, references=references, number=prompt.number), reply))
+            if exchange is not None:
+                text += f"{turn.text}{self.separator}{exchange['other']}{self.separator}"
+                references, row = [exchange["reply"]], {**row, "intent": exchange["intent"]}
+        return episodes

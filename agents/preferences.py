@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -69,7 +70,8 @@ def hh_pairs(rows: Sequence[Mapping[str, str]]) -> list[Ranking]:
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
     """Encode texts that are compared with each other; none is closed by an end token.
 
-    Where one is longer than `max_tokens`, all lose as many tokens at the start, so that what they share stays aligned.
+    Where one is longer than `max_tokens`, all lose as many tokens of the start that they share, so that it stays
+    aligned; beyond that each loses its own.
 
     Raises:
         ValueError: If a text has no token.
@@ -81,4 +83,5 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) ->
             raise ValueError(f"Expected texts of at least one token, got {text!r}.")
         encoded.append(opening + body)
     excess = max(0, max(map(len, encoded)) - max_tokens)
-    return [ids[min(excess, len(ids) - 1) :] for ids in encoded]
+    n_shared = len(os.path.commonprefix(encoded))
+    return [ids[min(excess, n_shared, len(ids) - 1) :][-max_tokens:] for ids in encoded]

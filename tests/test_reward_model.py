@@ -141,6 +141,14 @@ def test_b8_over_long_texts_lose_as_many_tokens_at_the_start():
     assert texts == [[3, 4, 5, 6], [3, 24, 25, 26], [3, 4, 5]]
 
 
+def test_over_long_texts_that_share_nothing_lose_their_own_start():
+    """One long text must not empty the others it is ranked with."""
+    texts = encode_texts(CharTokenizer(), ["abcdefgh", "bcd", "xabcdef"], max_tokens=4)
+    assert texts == [[5, 6, 7, 8], [2, 3, 4], [3, 4, 5, 6]]
+    texts = encode_texts(CharTokenizer(), ["abcdefgh", "abxy"], max_tokens=4)  # of six, two are shared
+    assert texts == [[5, 6, 7, 8], [24, 25]]
+
+
 def test_scores_do_not_depend_on_the_tokenizers_side_of_padding():
     model, texts = small(), ["good film", "the film was a good film", "bad"]
     scores = []

@@ -112,8 +112,8 @@ def _groups(places: np.ndarray, lengths: np.ndarray) -> tuple[Group, ...]:
     size = _group_size(len(places))
     by_place = np.empty_like(lengths)
     by_place[places] = lengths
-    starts = range(0, len(places), size)
-    return tuple(Group(slice(start, start + size), int(by_place[start : start + size].max())) for start in starts)
+    stretches = [slice(start, min(start + size, len(places))) for start in range(0, len(places), size)]
+    return tuple(Group(rows, int(by_place[rows].max())) for rows in stretches)
 
 
 def _n_columns(places: np.ndarray, lengths: np.ndarray) -> int:

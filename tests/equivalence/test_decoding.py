@@ -58,6 +58,16 @@ def test_new_rows_are_read_beside_the_others(family, layouts, monkeypatch, movin
         assert any(layout.new_rows for layout, _ in layouts) is (limit > 0)
 
 
+@pytest.mark.parametrize("n_rows", [1, 3, 5, 6, 7, 9])
+def test_new_rows_beside_groups_that_are_not_full(n_rows, layouts):
+    """The last group ends where the rows do, not in the tokens of new rows behind them."""
+    steps = scripted(2, {0: 5}, 1, {n_rows - 1: 3, n_rows // 2: 6}, 2, lengths=(7, 2, 9, 4, 1, 8, 3, 5, 6)[:n_rows])
+    policy = make_policy()
+    layouts.clear()
+    assert worst(policy, steps) < TOLERANCE
+    assert any(layout.new_rows for layout, _ in layouts) is (n_rows > 1)  # of one row, none goes on beside it
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "bloom"])
 def test_models_that_do_not_attend_to_all_read_new_rows_apart(family):
     assert not make_policy(tiny(family)).lm.backbone.takes_new_rows

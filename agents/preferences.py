@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -83,5 +82,5 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) ->
             raise ValueError(f"Expected texts of at least one token, got {text!r}.")
         encoded.append(opening + body)
     excess = max(0, max(map(len, encoded)) - max_tokens)
-    n_shared = len(os.path.commonprefix(encoded))
+    n_shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*encoded, strict=False)))
     return [ids[min(excess, n_shared, len(ids) - 1) :][-max_tokens:] for ids in encoded]

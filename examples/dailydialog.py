@@ -29,36 +29,29 @@ After Ctrl-C the same command goes on: stages that are done are found in `--out`
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipe import check_settings, stage, train
 from rich.console import Console
-from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, GPT2Config, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from agents import (
-    Checkpoints,
-    EpisodeMetrics,
     Evaluation,
     KLPenalty,
-    RewardCurves,
     evaluate,
     export,
-    latest_checkpoint,
-    load_checkpoint,
     make_agent,
     sample_table,
     sft,
 )
 from agents.classifier import train_classifier
-from agents.files import write_text
 from agents.pretrain import bpe_tokenizer
 from textenv.metrics import BLEU, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Meteor, Perplexity
 from textenv.rewards import Length as LengthReward
@@ -99,17 +92,6 @@ LEARNING_RATE = 5e-4
 KL_COEF = 0.03
 WEIGHTS = {"intent": 1.0, "meteor": 4.0}  # METEOR differs less from reply to reply than a match, which is 0 or 1
 LENGTH_WEIGHT = 0.5
-
-
-def stage(path: Path, run: Callable[..., dict[str, Any]], *args: Any) -> None:
-    """Run a stage of the work and note what it came to, unless an earlier run has finished it."""
-    if path.is_file():
-        print(f"{path.stem}: found in {path.parent}")
-    else:
-        start = time.perf_counter()
-        result = run(*args)
-        write_text(path, json.dumps({**result, "seconds": round(time.perf_counter() - start)}) + "\n")
-    print(f"{path.stem}: {path.read_text(encoding='utf-8').strip()}")
 
 
 def tune(
@@ -181,22 +163,6 @@ def classify(
     return {"held_back_accuracy": trained.held_out.accuracy, "n_texts": trained.held_out.n_texts}
 
 
-def train(model: PPO, n_tokens: int, out: Path) -> None:
-    """Train up to `n_tokens` in all, from the last checkpoint if there is one."""
-    checkpoint = latest_checkpoint(out / "checkpoints")
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-        print(f"PPO: goes on from {checkpoint}")
-    done = model.num_timesteps
-    callbacks = [
-        KLPenalty(KL_COEF),
-        EpisodeMetrics(),
-        RewardCurves(out / "curves.png", title="DailyDialog: PPO for intent match and METEOR"),
-        Checkpoints(out / "checkpoints", every=10),
-    ]
-    model.learn(max(n_tokens - done, 0), callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
-
-
 def reinforce(
     dialogues: Sequence[Dialogue], held_back: Sequence[Dialogue], out: Path, size: Size, seed: int, turns: int
 ) -> Evaluation:
@@ -221,7 +187,7 @@ def reinforce(
     env = DailyDialog(dialogues, tokenizer, reward=reward, seed=seed, **limits, **options)
     rate = LinearSchedule(LEARNING_RATE, 0.0, 1.0)
     model = make_agent(env, supervised, n_envs=size.n_envs, seed=seed, learning_rate=rate, n_epochs=2)
-    train(model, size.n_tokens, out)
+    train(model, size.n_tokens, out, "DailyDialog: PPO for intent match and METEOR", [KLPenalty(KL_COEF)])
     after = evaluate(model, prompts, tokenizer, metrics, before=before, **settings)
     export(model, tokenizer, out / "model")
     after.save(out / "results")
@@ -265,6 +231,7 @@ def main() -> None:
     logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # the data set has spaces before its full stops
     start, size = time.perf_counter(), SMOKE if args.smoke else FULL
     out = args.out or Path(f"runs/dailydialog_{args.seed}")
+    check_settings(out, {"data": args.data, "seed": args.seed, "smoke": args.smoke, "turns": args.turns})
     dialogues, held_back = split_dialogues(read_dialogues(args.data), seed=args.seed)
     stage(out / "supervised.json", tune, dialogues, held_back, out / "supervised", size, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(out / "supervised")

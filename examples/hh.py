@@ -27,7 +27,6 @@ same command goes on: stages that are done are found in `--out`.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections import Counter
@@ -37,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from stable_baselines3 import PPO
+from recipe import check_settings, stage, train
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 from torch.nn import functional
@@ -45,18 +44,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.utils import logging as transformers_logging
 
 from agents import (
-    Checkpoints,
-    EpisodeMetrics,
     Evaluation,
     KLPenalty,
     LoRA,
     Ranking,
-    RewardCurves,
     RewardModelCritic,
     evaluate,
     export,
-    latest_checkpoint,
-    load_checkpoint,
     make_agent,
     sft,
     train_reward_model,
@@ -89,17 +83,6 @@ MAX_TOKENS = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS  # that the reward model reads: 
 KL_COEF = 0.05
 LEARNING_RATE = 1e-3
 PENALTIES = (0.1, 0.03, 0.01, 0.003)  # of squared weights, for the baselines to choose from
-
-
-def stage(path: Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """Run a stage of the work and note what it came to, unless an earlier run has finished it."""
-    if path.is_file():
-        print(f"{path.stem}: found in {path.parent}")
-    else:
-        start = time.process_time()
-        result = run(*args)
-        write_text(path, json.dumps({**result, "cpu_seconds": round(time.process_time() - start)}, indent=1) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def tune(pairs: Sequence[Pair], held_out: Sequence[Pair], folder: Path, size: Size, seed: int) -> dict[str, Any]:
@@ -217,23 +200,6 @@ def blank(prompts: Sequence[str], texts: Sequence[str], references: Sequence[Seq
     return {"blank": mean_of([not text.strip() for text in texts])}
 
 
-def train(model: PPO, n_tokens: int, out: Path) -> None:
-    """Train up to `n_tokens` in all, from the last checkpoint if there is one."""
-    checkpoint = latest_checkpoint(out / "checkpoints")
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-        print(f"PPO: goes on from {checkpoint}")
-    done = model.num_timesteps
-    callbacks = [
-        KLPenalty(KL_COEF),
-        EpisodeMetrics(),
-        RewardCurves(out / "curves.png", title="replies: PPO for a reward model's score"),
-        Checkpoints(out / "checkpoints", every=10),
-    ]
-    if done < n_tokens:
-        model.learn(n_tokens - done, callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
-
-
 def reinforce(pairs: Sequence[Pair], held_out: Sequence[Pair], out: Path, size: Size, seed: int) -> Evaluation:
     """Tune with PPO; measure before and after on held-out prompts."""
     tuned, folder = str(out / "tuned"), str(out / "reward")
@@ -257,7 +223,7 @@ def reinforce(pairs: Sequence[Pair], held_out: Sequence[Pair], out: Path, size: 
     prompts = test.prompts[: size.n_prompts]
     options = {"env": test, "reference": tuned, "seed": seed, "progress_bar": True}
     before = evaluate(model, prompts, tokenizer, metrics, **options)
-    train(model, size.n_tokens, out)
+    train(model, size.n_tokens, out, "replies: PPO for a reward model's score", [KLPenalty(KL_COEF)])
     after = evaluate(model, prompts, tokenizer, metrics, before=before, **options)
     export(model, tokenizer, out / "policy")
     before.save(out / "before")
@@ -272,14 +238,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/hh"), help="where the results go")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few steps, to see that everything runs")
     return parser.parse_args()
-
-
-def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on in the folder of a run with other settings."""
-    file = out / "settings.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
-        raise SystemExit(f"{out} holds a run with other settings, {file.read_text()}: give another --out.")
-    write_text(file, json.dumps(settings))
 
 
 def main() -> None:

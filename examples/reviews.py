@@ -24,34 +24,27 @@ PPO goes on from its last checkpoint (the curves then begin there).
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from recipe import check_settings, stage, train
 from rich.console import Console
-from stable_baselines3 import PPO
 from transformers import AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, GPT2Config, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from agents import (
-    Checkpoints,
-    EpisodeMetrics,
     Evaluation,
     KLPenalty,
-    RewardCurves,
     evaluate,
     export,
-    latest_checkpoint,
-    load_checkpoint,
     make_agent,
     sample_table,
     sft,
 )
 from agents.classifier import train_classifier
-from agents.files import write_text
 from textenv.metrics import Distinct, Perplexity, Scores, mean_of
 from textenv.rewards.text_model import TextModel
 from textenv.tasks.reviews import LABELS, Review, Reviews, part_of, read_reviews
@@ -90,17 +83,6 @@ class Judge:
         logits = self.model.logits([prompt + text for prompt, text in zip(prompts, texts, strict=True)])  # (B, 2)
         positive = logits[:, LABELS.index("positive")].astype(np.float64)
         return {"judge": mean_of(np.exp(positive - np.logaddexp.reduce(logits, axis=1)))}
-
-
-def stage(path: Path, run: Callable[..., dict[str, Any]], *args: Any) -> None:
-    """Run a stage of the work and note what it came to, unless an earlier run has finished it."""
-    if path.is_file():
-        print(f"{path.stem}: found in {path.parent}")
-    else:
-        start = time.perf_counter()
-        result = run(*args)
-        write_text(path, json.dumps({**result, "seconds": round(time.perf_counter() - start)}) + "\n")
-    print(f"{path.stem}: {path.read_text(encoding='utf-8').strip()}")
 
 
 def tune(reviews: Sequence[Review], held_out: Sequence[Review], folder: Path, size: Size, seed: int) -> dict[str, Any]:
@@ -168,22 +150,6 @@ def classify(
     return {"n_steps": trained.n_steps, "held_out": trained.held_out._asdict()}
 
 
-def train(model: PPO, n_tokens: int, out: Path) -> None:
-    """Train up to `n_tokens` in all, from the last checkpoint if there is one."""
-    checkpoint = latest_checkpoint(out / "checkpoints")
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-        print(f"PPO: goes on from {checkpoint}")
-    done = model.num_timesteps
-    callbacks = [
-        KLPenalty(KL_COEF),
-        EpisodeMetrics(),
-        RewardCurves(out / "curves.png", title="film reviews: PPO for a classifier's probability of a good mood"),
-        Checkpoints(out / "checkpoints", every=10),
-    ]
-    model.learn(max(n_tokens - done, 0), callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
-
-
 def reinforce(data: str, out: Path, size: Size, seed: int, console: Console) -> Evaluation:
     """Tune with PPO; measure before and after on held-out prompts."""
     tuned = str(out / "tuned")
@@ -197,7 +163,13 @@ def reinforce(data: str, out: Path, size: Size, seed: int, console: Console) -> 
     prompts = test.prompts[: size.n_prompts]
     options = {"env": test, "reference": tuned, "seed": seed, "progress_bar": True}
     before = evaluate(model, prompts, tokenizer, metrics, **options)
-    train(model, size.n_tokens, out)
+    train(
+        model,
+        size.n_tokens,
+        out,
+        "film reviews: PPO for a classifier's probability of a good mood",
+        [KLPenalty(KL_COEF)],
+    )
     after = evaluate(model, prompts, tokenizer, metrics, before=before, **options)
     export(model, tokenizer, out / "policy")
     before.save(out / "before")
@@ -213,14 +185,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/reviews"), help="where the results go")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few steps, to see that everything runs")
     return parser.parse_args()
-
-
-def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on in the folder of a run with other settings."""
-    file = out / "settings.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
-        raise SystemExit(f"{out} holds a run with other settings, {file.read_text()}: give another --out.")
-    write_text(file, json.dumps(settings))
 
 
 def main() -> None:

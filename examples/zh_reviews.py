@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from recipe import check_settings, stage, train
 from rich.console import Console
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 from torch.nn import functional
@@ -44,16 +44,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTra
 from transformers.utils import logging as transformers_logging
 
 from agents import (
-    Checkpoints,
-    EpisodeMetrics,
     Evaluation,
     KLPenalty,
     Ranking,
-    RewardCurves,
     evaluate,
     export,
-    latest_checkpoint,
-    load_checkpoint,
     make_agent,
     sample_table,
     sft,
@@ -197,18 +192,6 @@ def measure(score: Callable[[Sequence[str]], np.ndarray], rankings: Rows) -> dic
     return {"accuracy": accuracy, "low": low, "high": high, "best_against_worst": extremes, "n_pairs": len(better)}
 
 
-def stage(file: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run a stage of the work and note what it came to, unless an earlier run has finished it."""
-    if file.is_file():
-        print(f"{file.stem}: found in {file.parent}")
-    else:
-        start = time.perf_counter()
-        result = run()
-        write_text(file, json.dumps({**result, "seconds": round(time.perf_counter() - start)}) + "\n")
-    print(f"{file.stem}: {file.read_text(encoding='utf-8').strip()}")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def tune(parts: dict[str, Rows], folder: Path, size: Size, seed: int) -> dict[str, Any]:
     """Let a fresh GPT-2 learn to write reviews; a tokenizer is made of their characters."""
     texts, held_out = (
@@ -276,26 +259,6 @@ def accuracy_table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def train(model: PPO, size: Size, out: Path, seed: int) -> None:
-    """Train up to all iterations, from the last checkpoint if there is one."""
-    checkpoint = latest_checkpoint(out / "checkpoints")
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-        print(f"PPO: goes on from {checkpoint}")
-    n_tokens = size.n_iterations * size.n_envs * size.max_new_tokens
-    done = model.num_timesteps
-    if done >= n_tokens:
-        return
-    callbacks = [
-        KLPenalty(KL_COEF),
-        EpisodeMetrics(),
-        EpochLog(out / "samples.log", seed),
-        RewardCurves(out / "curves.png", title="Chinese reviews: PPO for the score of a reward model"),
-        Checkpoints(out / "checkpoints", every=10),
-    ]
-    model.learn(n_tokens - done, callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
-
-
 def reinforce(parts: dict[str, Rows], out: Path, size: Size, seed: int, console: Console) -> dict[str, Evaluation]:
     """Tune with PPO; measure before and after, on held-out beginnings and on the four of `PROMPTS`."""
     tuned = out / "tuned"
@@ -319,7 +282,13 @@ def reinforce(parts: dict[str, Rows], out: Path, size: Size, seed: int, console:
     }
     options = {"reward": reward, "reference": str(tuned), "seed": seed, **limits}
     before = {name: evaluate(model, rows, tokenizer, metrics, **options) for name, rows in prompts.items()}
-    train(model, size, out, seed)
+    train(
+        model,
+        size.n_iterations * size.n_envs * size.max_new_tokens,
+        out,
+        "Chinese reviews: PPO for the score of a reward model",
+        [KLPenalty(KL_COEF), EpochLog(out / "samples.log", seed)],
+    )
     after = {
         name: evaluate(model, rows, tokenizer, metrics, before=before[name], **options)
         for name, rows in prompts.items()
@@ -340,14 +309,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/zh_reviews"), help="where the results go")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few steps, to see that everything runs")
     return parser.parse_args()
-
-
-def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on in the folder of a run with other settings."""
-    file = out / "settings.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
-        raise SystemExit(f"{out} holds a run with other settings, {file.read_text()}: give another --out.")
-    write_text(file, json.dumps(settings))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ def run(*command, **environment):
 
 ALL_HELP = """
 import contextlib, runpy, sys
+sys.path.insert(0, "examples")  # as for a script
 for path in sys.argv[1:]:
     sys.argv = [path, "--help"]
     with contextlib.suppress(SystemExit):

@@ -1,0 +1,57 @@
+"""What the longer examples share: stages that are found again after Ctrl-C, and a PPO run that goes on.
+
+python examples/recipe.py runs nothing by itself: see examples/reviews.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents import Checkpoints, EpisodeMetrics, RewardCurves, latest_checkpoint, load_checkpoint
+from agents.files import write_text
+
+
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on in the folder of a run with other settings."""
+    file = out / "settings.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
+        raise SystemExit(f"{out} holds a run with other settings, {file.read_text()}: give another --out.")
+    write_text(file, json.dumps(settings))
+
+
+def stage(file: Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Run a stage of the work and note in `file` what it came to, unless an earlier run has finished it."""
+    if file.is_file():
+        print(f"{file.stem}: found in {file.parent}")
+    else:
+        start = time.process_time()
+        result = run(*args)
+        write_text(file, json.dumps({**result, "cpu_seconds": round(time.process_time() - start)}, indent=1) + "\n")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    print(f"{file.stem}: {found}")
+    return found
+
+
+def train(model: PPO, n_tokens: int, out: Path, title: str, callbacks: Sequence[BaseCallback]) -> None:
+    """Train up to `n_tokens` in all, from the last checkpoint if there is one; draw the curves of this part."""
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+        print(f"PPO: goes on from {checkpoint}")
+    done = model.num_timesteps
+    if done < n_tokens:
+        curves = RewardCurves(out / "curves.png", title=title)
+        everything = [*callbacks, EpisodeMetrics(), curves, Checkpoints(out / "checkpoints", every=10)]
+        model.learn(n_tokens - done, callback=everything, progress_bar=True, reset_num_timesteps=done == 0)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()

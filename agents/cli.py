@@ -1,0 +1,211 @@
+"""The command line `textenv`: its verbs, what they take and how they end; torch is loaded by those that need it."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+
+from .config import DEMO_SETTINGS, TrainConfig, TrainOptions, argument_help
+from .refusal import CommandError, Exit
+
+ONLY_HERE = "only on the command line"
+
+
+class Verb(NamedTuple):
+    """A verb of the command: what it does in a line, and the function that takes what comes behind it."""
+
+    does: str
+    run: Callable[[list[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; errors are printed as one line.
+
+    Args:
+        arguments: What stands behind `textenv`; those of the process by default.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_overview())
+            return Exit.DONE
+        if words[0] not in VERBS:
+            raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{_nearest(words[0], VERBS)}")
+        return int(VERBS[words[0]].run(words[1:]))
+    except CommandError as error:
+        print(f"textenv: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("textenv: interrupted", file=sys.stderr)
+        return Exit.SIGNAL + 2
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return Exit.DONE
+
+
+def _overview() -> str:
+    lines = "\n".join(f"  {name:<14}{verb.does}" for name, verb in VERBS.items())
+    return (
+        "usage: textenv VERB ...\n\nReinforcement learning of language models on text.\n\n"
+        f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` says what each takes.\n"
+        "Exit codes: 2 usage or refusal, 3 numerics, 4 reward, 5 storage, 130 interrupted."
+    )
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else "."
+
+
+def make_parser(verb: str, usage: str, config: type, options: type | None = None) -> ArgumentParser:
+    """Return a verb's parser: the fields of a dataclass, and of another one that configurations cannot set.
+
+    Args:
+        verb: Its name.
+        usage: What stands behind it.
+        config: What a configuration file may have as well, where `usage` has one.
+        options: What the command line alone says.
+    """
+    description = (config.__doc__ or "").partition("\n")[0]
+    parser = ArgumentParser(
+        prog=f"textenv {verb}", usage=f"textenv {verb} {usage}", description=description, exit_on_error=False
+    )
+    if "CONFIG" in usage:
+        parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; what follows overrides it.")
+    parser.add_class_arguments(config, as_group=False, as_positional=True)
+    helps = _helps(config)
+    if options is not None:
+        group = parser.add_argument_group(ONLY_HERE)
+        texts = argument_help(options)
+        for one in fields(options):
+            flag = f"--{one.name}"
+            if one.type == "bool":
+                group.add_argument(flag, action="store_true", help=texts[one.name])
+            elif one.type.startswith("list"):
+                group.add_argument(flag, action="append", default=[], metavar="NAME", help=texts[one.name])
+            else:
+                group.add_argument(flag, type=str, metavar=one.name.upper(), help=texts[one.name])
+    for action in parser._actions:
+        if action.dest in helps:
+            action.help = helps[action.dest]
+    return parser
+
+
+def _helps(config: type, above: str = "") -> dict[str, str]:
+    """Return the help of every argument of a dataclass and those in it, by dotted name."""
+    texts = {f"{above}{name}": text for name, text in argument_help(config).items()}
+    for name, kind in get_type_hints(config).items():
+        if is_dataclass(kind) and isinstance(kind, type):
+            texts |= _helps(kind, f"{above}{name}.")
+    return texts
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
+    """Parse what stands behind a verb.
+
+    Raises:
+        CommandError: For unknown names, with the nearest known one, and for wrong types.
+    """
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        known = [action.dest for action in parser._actions]
+        message = " ".join(str(error).split())
+        found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|option) ['\"]([\w.]+)['\"]", message)
+        group = re.search(r"Group '([\w.]+)'", message)
+        name = (f"{group[1]}." if group else "") + (found[1] or found[2]) if found else ""
+        hint = _nearest(name, known) if name and name not in known else ""
+        raise CommandError(message.rstrip(".") + (hint or ".")) from error
+
+
+def _with_config(words: list[str]) -> list[str]:
+    """Put --config in front of a configuration file that is given bare."""
+    return ["--config", *words] if words and not words[0].startswith("-") else words
+
+
+def _check_file(words: list[str], options: type) -> None:
+    """Refuse a configuration file with what only the command line may say."""
+    import yaml
+
+    for flag, path in itertools.pairwise(words):
+        if flag != "--config":
+            continue
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CommandError(f"Expected a configuration file, got {path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise CommandError(f"Expected plain YAML in {path}, got: {' '.join(str(error).split())}") from error
+        if not isinstance(found, dict):
+            raise CommandError(f"Expected keys and values in {path}, got {type(found).__name__}.")
+        forbidden = sorted(found.keys() & {one.name for one in fields(options)})
+        if forbidden:
+            raise CommandError(f"Expected {', '.join(forbidden)} {ONLY_HERE}, got it in {path}.")
+
+
+def _split(parser: ArgumentParser, parsed: Namespace, config: type, options: type) -> tuple[Any, Any, str]:
+    """Return the configuration, the options, and the configuration as YAML."""
+    names = [one.name for one in fields(options)]
+    rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
+    built = parser.instantiate(rest)
+    dumped = parser.dump(rest, skip_validation=True)
+    chosen = {one.name: getattr(parsed, one.name) for one in fields(options)}
+    return config(**{one.name: getattr(built, one.name) for one in fields(config)}), options(**chosen), dumped
+
+
+def train_config(words: list[str]) -> tuple[TrainConfig, TrainOptions, str]:
+    """Return what `textenv train` was told, and the configuration as YAML."""
+    parser = make_parser("train", "[CONFIG.yml] [--key value ...]", TrainConfig, TrainOptions)
+    words = _with_config(words)
+    _check_file(words, TrainOptions)
+    names = {word.partition("=")[0] for word in words}
+    if not names & {"--config", "--env.id", "--model.name", "--env", "--model"}:
+        parser.set_defaults(DEMO_SETTINGS)
+    return _split(parser, parse(parser, words), TrainConfig, TrainOptions)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Return the configuration that a run has kept.
+
+    Raises:
+        CommandError: If it is damaged, or has keys that are not known today.
+    """
+    try:
+        return train_config(["--config", str(path)])[0]
+    except CommandError as error:
+        raise CommandError(f"{path}: {error} If an older textenv wrote it, mend that line.", error.code) from error
+
+
+def _train(words: list[str]) -> int:
+    if "--resume" in words[:-1]:
+        from .run_folder import RunFolder
+
+        run = RunFolder.open(words[words.index("--resume") + 1])
+        before = read_config(run.config)
+        config, options, dumped = train_config(["--config", str(run.config), *words])
+        from .training_run import resume
+
+        return resume(run, config, before, dumped, options)
+    config, options, dumped = train_config(words)
+    from .training_run import start
+
+    return start(config, dumped, options)
+
+
+VERBS = {
+    "train": Verb("train a model on a task; go on with a run", _train),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

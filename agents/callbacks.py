@@ -142,16 +142,17 @@ def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
     for title in columns:
         table.add_column(title, ratio=1)
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(Text.assemble((_printable(sample.prompt), "dim"), _printable(sample.text)) for sample in row))
+        table.add_row(*(Text.assemble((printable(sample.prompt), "dim"), printable(sample.text)) for sample in row))
     return table
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return a text whose control characters are shown, not obeyed."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _page(text: str) -> str:
-    return html.escape(_printable(text))
+    return html.escape(printable(text))
 
 
 class RewardCurves(BaseCallback):

@@ -14,7 +14,19 @@ from typing import Any, NamedTuple, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from .config import DEMO_SETTINGS, TrainConfig, TrainOptions, argument_help
+from .config import (
+    DEMO_SETTINGS,
+    ChatOptions,
+    CompareOptions,
+    EvaluateOptions,
+    ExportOptions,
+    GenerateOptions,
+    ShowOptions,
+    TrainConfig,
+    TrainOptions,
+    TrustOptions,
+    argument_help,
+)
 from .refusal import CommandError, Exit
 
 ONLY_HERE = "only on the command line"
@@ -48,9 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("textenv: interrupted", file=sys.stderr)
         return Exit.SIGNAL + 2
-    except BrokenPipeError:  # the reader has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return Exit.DONE
+    except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
+        from .failures import as_command_error
+
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return Exit.DONE
+        known = as_command_error(error, Path.cwd())
+        print(f"textenv: {known}", file=sys.stderr)
+        return known.code
 
 
 def _overview() -> str:
@@ -163,15 +181,15 @@ def _split(parser: ArgumentParser, parsed: Namespace, config: type, options: typ
     return config(**{one.name: getattr(built, one.name) for one in fields(config)}), options(**chosen), dumped
 
 
-def train_config(words: list[str]) -> tuple[TrainConfig, TrainOptions, str]:
-    """Return what `textenv train` was told, and the configuration as YAML."""
-    parser = make_parser("train", "[CONFIG.yml] [--key value ...]", TrainConfig, TrainOptions)
+def train_config(words: list[str], verb: str = "train", options: type = TrainOptions) -> tuple[TrainConfig, Any, str]:
+    """Return what `textenv train`, or another verb of a configuration, was told, and the configuration as YAML."""
+    parser = make_parser(verb, "[CONFIG.yml] [--key value ...]", TrainConfig, options)
     words = _with_config(words)
-    _check_file(words, TrainOptions)
+    _check_file(words, options)
     names = {word.partition("=")[0] for word in words}
     if not names & {"--config", "--env.id", "--model.name", "--env", "--model"}:
         parser.set_defaults(DEMO_SETTINGS)
-    return _split(parser, parse(parser, words), TrainConfig, TrainOptions)
+    return _split(parser, parse(parser, words), TrainConfig, options)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -202,8 +220,102 @@ def _train(words: list[str]) -> int:
     return start(config, dumped, options)
 
 
+def _doctor(words: list[str]) -> int:
+    config, options, _ = train_config(words, "doctor", TrustOptions)
+    from .verbs import examine
+
+    return examine(config, options)
+
+
+def _evaluate(words: list[str]) -> int:
+    chosen, options = _options("evaluate", "RUN [--metrics ...]", words, EvaluateOptions)
+    config = run_config(chosen.run)
+    from .verbs import evaluate_run
+
+    return evaluate_run(config, chosen, options)
+
+
+def _generate(words: list[str]) -> int:
+    chosen, options = _options("generate", "RUN|MODEL --prompts FILE", words, GenerateOptions)
+    config = run_or_model(chosen.model)
+    from .verbs import generate_lines
+
+    return generate_lines(config, chosen, options)
+
+
+def _chat(words: list[str]) -> int:
+    chosen, options = _options("chat", "RUN|MODEL", words, ChatOptions)
+    config = run_or_model(chosen.model)
+    from .chat import talk
+
+    return talk(config, chosen, options)
+
+
+def _export(words: list[str]) -> int:
+    chosen, options = _options("export", "RUN DIR", words, ExportOptions)
+    config = run_config(chosen.run)
+    from .verbs import export_run
+
+    return export_run(config, chosen, options)
+
+
+def _show(words: list[str]) -> int:
+    chosen, options = _options("show", "RUN [--prompt N]", words, ShowOptions)
+    config = run_config(chosen.run)
+    from .show import show
+
+    return show(config, chosen, options)
+
+
+def _compare(words: list[str]) -> int:
+    n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    runs = [str(list(words[:n_runs])).replace("'", '"')] if n_runs else []
+    parser = make_parser("compare", "RUN RUN ... [--out FILE]", CompareOptions)
+    parsed = parse(parser, [*runs, *words[n_runs:]])
+    from .compare import compare
+
+    return compare(parsed.runs, parsed.out)
+
+
+def _tasks(words: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="textenv tasks", description="List tasks, rewards, metrics and masks.", exit_on_error=False
+    )
+    parse(parser, words)
+    from .catalogue import catalogue
+
+    print(catalogue())
+    return Exit.DONE
+
+
+def _options(verb: str, usage: str, words: list[str], config: type) -> tuple[Any, Any]:
+    parser = make_parser(verb, usage, config, TrustOptions)
+    chosen, options, _ = _split(parser, parse(parser, words), config, TrustOptions)
+    return chosen, options
+
+
+def run_config(path: str) -> TrainConfig:
+    """Return the configuration of a run."""
+    from .run_folder import RunFolder
+
+    return read_config(RunFolder.open(path).config)
+
+
+def run_or_model(path: str) -> TrainConfig | None:
+    """Return the configuration of a run; None where there is a model or a name instead."""
+    return run_config(path) if (Path(path) / "run.json").is_file() else None
+
+
 VERBS = {
     "train": Verb("train a model on a task; go on with a run", _train),
+    "evaluate": Verb("a run's figures before and after, with intervals", _evaluate),
+    "generate": Verb("continue the prompts of a file, as lines of JSON", _generate),
+    "chat": Verb("talk with a model in the terminal", _chat),
+    "show": Verb("replay an episode token by token", _show),
+    "export": Verb("write a run's model as a Hugging Face folder", _export),
+    "compare": Verb("several runs in one picture and a table", _compare),
+    "doctor": Verb("check model, tokenizer, reward and settings before training", _doctor),
+    "tasks": Verb("list tasks, rewards, metrics and masks", _tasks),
 }
 
 

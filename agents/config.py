@@ -249,6 +249,117 @@ class TrainOptions:
     json: bool = False
 
 
+@dataclass
+class TrustOptions:
+    """What the command line alone allows.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+    """
+
+    allow: list[str] = field(default_factory=list)
+    trust_remote_code: bool = False
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure a run's model as it was before training and as it is now, on the same prompts.
+
+    Args:
+        run: The folder of the run.
+        metrics: Metrics by name, or their id and args, beside the run's own.
+        n_prompts: How many prompts.
+        n: Texts a prompt.
+        seed: Of the sampling.
+    """
+
+    run: str
+    metrics: list[Named | str] = field(default_factory=list)
+    n_prompts: int = 64
+    n: int = 1
+    seed: int = 0
+
+
+@dataclass
+class GenerateOptions:
+    """Continue prompts, and print a line of JSON for each text.
+
+    Args:
+        model: The folder of a run, or the name or folder of a model.
+        prompts: A .jsonl, .csv or .txt file.
+        n: Texts a prompt.
+        max_new_tokens: The most tokens of a text.
+        greedy: Take the most probable token instead of sampling.
+        seed: Of the sampling.
+    """
+
+    model: str
+    prompts: str = "prompts.txt"
+    n: int = 1
+    max_new_tokens: int = 64
+    greedy: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ChatOptions:
+    """Talk with a model; what was said before stays in its prompt. /reset forgets it, /exit ends.
+
+    Args:
+        model: The folder of a run, or the name or folder of a model.
+        max_new_tokens: The most tokens of an answer.
+        greedy: Take the most probable token instead of sampling.
+        seed: Of the sampling.
+    """
+
+    model: str
+    max_new_tokens: int = 64
+    greedy: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ExportOptions:
+    """Write a run's newest model as a Hugging Face folder, and check that it generates the same.
+
+    Args:
+        run: The folder of the run.
+        folder: Where to.
+    """
+
+    run: str
+    folder: str
+
+
+@dataclass
+class ShowOptions:
+    """Replay an episode of a run's newest model token by token, with reward, value and divergence.
+
+    Args:
+        run: The folder of the run.
+        prompt: The number of the prompt.
+        seed: Of the sampling.
+    """
+
+    run: str
+    prompt: int = 0
+    seed: int = 0
+
+
+@dataclass
+class CompareOptions:
+    """Draw the curves of several runs in one picture, and print a table.
+
+    Args:
+        runs: The folders of the runs.
+        out: The picture's file.
+    """
+
+    runs: list[str]
+    out: str = "compare.png"
+
+
 # What the built-in demo sets besides; see examples/quickstart.py, which is the same in Python.
 DEMO_SETTINGS = {
     "total_tokens": 56_000,

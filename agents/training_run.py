@@ -9,19 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 
 from textenv import __version__
-from textenv.rewarding import RewardError
 
 from .assemble import Parts, Trust, assemble, task_name, training_callbacks
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import load_checkpoint
 from .config import DEMO, FREE_ON_RESUME, Named, TrainConfig, TrainOptions
 from .curves import check_matplotlib, draw_curves
 from .evaluation_callback import Evaluate
 from .exporting import export
+from .failures import as_command_error
 from .files import replaced_folder, write_text
 from .finite_updates import FiniteUpdates
 from .interrupts import Interrupts
@@ -29,7 +28,7 @@ from .model_card import model_card
 from .names import find
 from .recording import Recorder, RowWriter, SampleRecorder
 from .refusal import CommandError, Exit
-from .run_checkpoints import RunCheckpoints, checkpoint_to_load, explain, needed
+from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Screen
 
@@ -109,27 +108,12 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
         return _run(run, config, options, screen)
     except Exception as error:
         run.keep_traceback()
-        raise _as_command_error(error, run) from error
+        known = as_command_error(error, run.path)
+        place = "" if known is error else f" (the traceback is in {run.log})"
+        raise CommandError(f"{known}{place}", known.code) from error
     finally:
         warnings.showwarning = previous
         screen.close()
-
-
-def _as_command_error(error: Exception, run: RunFolder) -> CommandError:
-    if isinstance(error, CommandError):
-        return error
-    line = str(error).strip().partition("\n")[0] or type(error).__name__
-    if isinstance(error, RewardError):
-        code = Exit.REWARD
-    elif isinstance(error, FloatingPointError):
-        code = Exit.NUMERICS
-    elif isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno is not None):
-        code, line = Exit.STORAGE, explain(error, run.path, 0)
-    elif isinstance(error, (CheckpointError, ImportError, OSError, ValueError, TypeError)):
-        code = Exit.REFUSED
-    else:
-        code, line = Exit.FAILED, f"{type(error).__name__}: {line}"
-    return CommandError(f"{line} (the traceback is in {run.log})", code)
 
 
 def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Screen) -> int:

@@ -279,10 +279,10 @@ def test_kill_9_at_twenty_moments_leaves_a_run_that_resumes(model, tmp_path):
         again = ["train", "--resume", out] if (out / "run.json").is_file() else ["train", *words[:-1]]
         again = again if "--resume" in again else ["train", *settings(model, out, rollouts=30)]
         pid = in_a_fork(*again, "--quiet")
-        time.sleep(choose.uniform(0.0, 0.5 * seconds))
+        time.sleep(choose.uniform(0.0, 0.08 * seconds))
         os.kill(pid, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert killed >= 5
+    assert killed >= 15
     if (out / "run.json").is_file():
         assert run("train", "--resume", out, "--quiet") == 0
     else:

@@ -1,0 +1,131 @@
+"""The verbs beside `train`: what each prints, writes and refuses."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from agents import cli, verbs
+from tests.command import ROLLOUT, run, settings, small_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    """A finished run of a policy with adapters."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    words = settings(model, out, rollouts=2, **{"model.train": "lora", "model.lora_r": 2})
+    assert run("train", *words, "--quiet") == 0
+    return out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(verb, "--help")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: textenv {verb}")
+
+
+def test_tasks_has_a_line_each(capsys):
+    assert run("tasks") == 0
+    said = capsys.readouterr().out
+    for name in ("demo", "vader", "classifier", "rouge", "perplexity", "regex", "grammar"):
+        assert re.search(rf"^  {name} +[A-Z].{{20}}", said, flags=re.MULTILINE), name
+
+
+def test_evaluate_prints_before_and_after(done, capsys):
+    assert run("evaluate", done, "--metrics", "[distinct, {id: words}]", "--n_prompts", "8") == 0
+    said = capsys.readouterr().out
+    assert "| figure | before | after | difference |" in said and "| reward |" in said and "distinct" in said
+    assert json.loads((done / "evaluation.json").read_text())["n_prompts"] == 8
+
+
+def test_generate_streams_json(done, model, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("this phone is\nthe lamp was\n")
+    for source in (done, model):
+        words = ["--prompts", tmp_path / "prompts.txt", "--n", "2", "--max_new_tokens", "4"]
+        assert run("generate", source, *words) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["prompt"] for line in lines] == ["this phone is"] * 2 + ["the lamp was"] * 2
+        assert all(line["text"] for line in lines)
+    assert run("generate", model, "--prompts", "nowhere.txt") == 2
+    assert "Expected prompts in nowhere.txt" in capsys.readouterr().err
+
+
+def test_export_merges_adapters_and_generates_the_same(done, tmp_path, capsys):
+    assert run("export", done, tmp_path / "model") == 0
+    assert "generates the same" in capsys.readouterr().out
+    names = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert not [name for name in names if "lora" in name]
+    assert (tmp_path / "model" / "README.md").is_file()
+
+
+def test_an_exported_model_that_writes_otherwise_is_said(done, model, tmp_path, monkeypatch, capsys):
+    other = AutoModelForCausalLM.from_pretrained(model)
+    torch.nn.init.normal_(other.get_input_embeddings().weight, std=3.0)
+    other.save_pretrained(tmp_path / "other")
+    make = verbs.make_policy
+    monkeypatch.setattr(verbs, "make_policy", lambda name, *rest: make(str(tmp_path / "other"), *rest))
+    assert run("export", done, tmp_path / "model") == 1
+    assert "another text at prompt" in capsys.readouterr().err
+
+
+def test_damage_is_refused(done, tmp_path, capsys):
+    copy = shutil.copytree(done, tmp_path / "copy")
+    file = max((copy / "checkpoints").iterdir()) / "policy.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    for words in (["evaluate", copy], ["export", copy, tmp_path / "model"]):
+        assert run(*words) == 2
+        error = capsys.readouterr().err
+        assert "policy.safetensors: " in error and f"newest intact: step {ROLLOUT}" in error
+    assert not (tmp_path / "model").exists()
+
+
+def test_compare_draws_and_prints(done, tmp_path, capsys):
+    assert run("compare", done, done, "--out", tmp_path / "both.png") == 0
+    assert "| run | tokens | reward at first | reward/task |" in (said := capsys.readouterr().out)
+    assert said.count(f"| {2 * ROLLOUT} |") == 2
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert run("compare", "nowhere") == 2
+
+
+def test_show_has_a_line_a_token(done, capsys):
+    assert run("show", done, "--prompt", "1") == 0
+    said = capsys.readouterr().out
+    rows = re.findall(r"^'.+' +(-?\d\.\d+) +(-?\d+\.\d+) +(-?\d\.\d+)$", said, flags=re.MULTILINE)
+    assert 1 <= len(rows) <= 8
+    total = float(re.search(r"reward (\d\.\d+)", said.splitlines()[-1])[1])
+    assert sum(float(row[0]) for row in rows) == pytest.approx(total, abs=1e-3)
+    assert run("show", done, "--prompt", "400") == 2
+
+
+def test_chat_remembers(model, monkeypatch, capsys):
+    from agents import chat
+
+    asked = []
+    original = chat.generate
+    monkeypatch.setattr(
+        chat,
+        "generate",
+        lambda policy, prompts, *rest, **kwargs: asked.append(prompts) or original(policy, prompts, *rest, **kwargs),
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("this phone is\nand the lamp\n/reset\nthis phone is\n/exit\nno\n"))
+    assert run("chat", model, "--max_new_tokens", "3", "--greedy", "true") == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 3 and answers[0] == answers[2]
+    assert len(asked[1][0]) > len(asked[0][0]) + 3 and asked[2] == asked[0]
+
+
+def test_doctor_reports(model, capsys):
+    code = run("doctor", *[word for word in settings(model) if "--samples" not in word])
+    said = capsys.readouterr().out
+    assert code in (0, 1) and "vocabulary" in said and ("failed" in said) == (code == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,8 +10,9 @@ from safetensors import SafetensorError
 from textenv.rewarding import RewardError
 
 from .refusal import CommandError, Exit
-from .run_checkpoints import explain
+from .run_checkpoints import FULL, explain
 
+WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 REFUSALS = (ImportError, OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
 
 
@@ -28,7 +30,7 @@ def as_command_error(error: Exception, path: Path) -> CommandError:
         return CommandError(line, Exit.REWARD)
     if isinstance(error, FloatingPointError):
         return CommandError(line, Exit.NUMERICS)
-    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in WRITING):
         return CommandError(explain(error, path, 0), Exit.STORAGE)
     if isinstance(error, REFUSALS):
         return CommandError(line, Exit.REFUSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +19,14 @@ from .assemble import Parts, Trust, assemble, task_name, training_callbacks
 from .checkpoint import load_checkpoint
 from .config import DEMO, FREE_ON_RESUME, Named, TrainConfig, TrainOptions
 from .curves import check_matplotlib, draw_curves
+from .dry_run import dry_run
 from .evaluation_callback import Evaluate
 from .exporting import export
 from .failures import as_command_error
 from .files import replaced_folder, write_text
 from .finite_updates import FiniteUpdates
 from .interrupts import Interrupts
+from .live_view import LiveScreen
 from .model_card import model_card
 from .names import find
 from .recording import Recorder, RowWriter, SampleRecorder
@@ -47,6 +50,8 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         The exit code.
     """
     check_loggers(config.loggers)
+    if options.dry_run:
+        return dry_run(config, options)
     run = RunFolder.create(config.out, task_name(config))
     with run.locked():
         run.cut(-1)
@@ -96,7 +101,9 @@ def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
     """Return what the options ask for."""
     if options.quiet:
         return QuietScreen()
-    return JsonScreen() if options.json else PlainScreen(config.total_tokens)
+    if options.json:
+        return JsonScreen()
+    return LiveScreen(config.total_tokens) if sys.stdout.isatty() else PlainScreen(config.total_tokens)
 
 
 def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:

@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from agents import cli, verbs
+from agents.live_view import LiveScreen
 from tests.command import ROLLOUT, run, settings, small_model
 
 
@@ -129,3 +131,28 @@ def test_doctor_reports(model, capsys):
     code = run("doctor", *[word for word in settings(model) if "--samples" not in word])
     said = capsys.readouterr().out
     assert code in (0, 1) and "vocabulary" in said and ("failed" in said) == (code == 1)
+
+
+def test_a_dry_run_estimates_and_writes_nothing(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *settings(model), "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"rollout of {ROLLOUT} tokens: \d+\.\d\d s; its update: \d+\.\d\d s", said)
+    assert re.search(r"the whole run, 256 tokens: about 0:00:\d\d", said) and "memory at most: " in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_live_view_shows_figures_and_harmless_samples():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    screen = LiveScreen(1000, console)
+    screen.say("hello")
+    screen.row({"tokens": 0, "eval/reward": 0.25})
+    screen.row(
+        {"tokens": 500, "reward/task": 0.5, "reward/mood": 0.125, "kl/sequence": 1.5, "train/entropy_loss": -2.0}
+    )
+    screen.samples([{"prompt": "this is ", "text": "\x1b[2Jbad [red]", "reward": 1.0}])
+    screen.close()
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", console.file.getvalue())
+    for part in ("hello", "500 / 1,000 tokens", "0.500", "0.125", "1.50", "2.00", "0.250", "\\x1b[2Jbad [red]", "left"):
+        assert part in shown, part
+    assert "\x1b[2J" not in console.file.getvalue()

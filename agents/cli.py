@@ -21,7 +21,11 @@ from .config import (
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
+    RewardModelConfig,
+    SFTConfig,
+    SFTOptions,
     ShowOptions,
+    StageOptions,
     TrainConfig,
     TrainOptions,
     TrustOptions,
@@ -108,7 +112,8 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
         for one in fields(options):
             flag = f"--{one.name}"
             if one.type == "bool":
-                group.add_argument(flag, action="store_true", help=texts[one.name])
+                both = dict.fromkeys((flag, flag.replace("_", "-")))
+                group.add_argument(*both, action="store_true", help=texts[one.name])
             elif one.type.startswith("list"):
                 group.add_argument(flag, action="append", default=[], metavar="NAME", help=texts[one.name])
             else:
@@ -220,6 +225,30 @@ def _train(words: list[str]) -> int:
     return start(config, dumped, options)
 
 
+def _sft(words: list[str]) -> int:
+    config, options = _stage("sft", words, SFTConfig, SFTOptions)
+    from .stage_verbs import tune_model
+
+    return tune_model(config, options)
+
+
+def _reward_model(words: list[str]) -> int:
+    config, options = _stage("reward-model", words, RewardModelConfig, StageOptions)
+    from .stage_verbs import train_scorer
+
+    return train_scorer(config, options)
+
+
+def _stage(verb: str, words: list[str], config: type, options: type) -> tuple[Any, Any]:
+    parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, options)
+    words = _with_config(words)
+    _check_file(words, options)
+    chosen, allowed, _ = _split(parser, parse(parser, words), config, options)
+    if chosen.data is None or chosen.out is None:
+        raise CommandError(f"Expected --data FILE and --out DIR for textenv {verb}.")
+    return chosen, allowed
+
+
 def _doctor(words: list[str]) -> int:
     config, options, _ = train_config(words, "doctor", TrustOptions)
     from .verbs import examine
@@ -308,6 +337,8 @@ def run_or_model(path: str) -> TrainConfig | None:
 
 VERBS = {
     "train": Verb("train a model on a task; go on with a run", _train),
+    "sft": Verb("tune a model on texts, or on prompts and references", _sft),
+    "reward-model": Verb("train a model that scores texts", _reward_model),
     "evaluate": Verb("a run's figures before and after, with intervals", _evaluate),
     "generate": Verb("continue the prompts of a file, as lines of JSON", _generate),
     "chat": Verb("talk with a model in the terminal", _chat),

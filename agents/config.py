@@ -360,6 +360,100 @@ class CompareOptions:
     out: str = "compare.png"
 
 
+@dataclass
+class SFTConfig:
+    """Tune a causal model on texts, or on references that answer prompts; see `agents.sft.tune`.
+
+    Args:
+        model: A name on the hub, or a folder; "demo" is the built-in one.
+        data: A .txt (a text a line), .jsonl or .csv file.
+        out: Where the tuned model goes.
+        held_out: A file that is measured and not trained on.
+        text_column: The column of texts.
+        prompt_column: The column of prompts, where there are prompts and references.
+        reference_column: The column of references, as they go on from their prompts.
+        packing: Put several texts into a row.
+        n_epochs: Passes over the data.
+        batch_size: Rows of a minibatch.
+        learning_rate: The peak.
+        max_tokens: The longest row.
+        seed: Of the order of the data.
+    """
+
+    model: str = DEMO
+    data: str | None = None
+    out: str | None = None
+    held_out: str | None = None
+    text_column: str = "text"
+    prompt_column: str = "prompt"
+    reference_column: str = "reference"
+    packing: bool = False
+    n_epochs: float = 1.0
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    max_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class SFTOptions(TrustOptions):
+    """What the command line alone says.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+        resume: Go on with a run of the same arguments that was interrupted.
+        quiet: No progress bar.
+    """
+
+    resume: bool = False
+    quiet: bool = False
+
+
+@dataclass
+class RewardModelConfig:
+    """Train a model that scores texts, from pairs or from labels; see `agents.train_reward_model`.
+
+    Args:
+        model: A name on the hub, or a folder; "demo" is the built-in one.
+        data: A .jsonl or .csv file with the columns chosen, rejected and perhaps prompt; or text and label.
+        out: Where the model goes.
+        held_out: A file that is measured and not trained on.
+        loss: Where scores are compared: at the last token, or at all from the first difference on.
+        centring: Keeps scores around zero.
+        n_epochs: Passes over the data.
+        batch_size: Rankings of a minibatch.
+        learning_rate: The peak.
+        max_tokens: The longest text.
+        seed: Of a fresh head and of the order of the data.
+    """
+
+    model: str = DEMO
+    data: str | None = None
+    out: str | None = None
+    held_out: str | None = None
+    loss: Literal["last", "tokens"] = "last"
+    centring: float = 0.0
+    n_epochs: float = 1.0
+    batch_size: int = 16
+    learning_rate: float = 1e-5
+    max_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class StageOptions(TrustOptions):
+    """What the command line alone says.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+        quiet: No progress bar.
+    """
+
+    quiet: bool = False
+
+
 # What the built-in demo sets besides; see examples/quickstart.py, which is the same in Python.
 DEMO_SETTINGS = {
     "total_tokens": 56_000,

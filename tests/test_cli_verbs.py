@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from agents import cli, verbs
 from agents.live_view import LiveScreen
 from tests.command import ROLLOUT, run, settings, small_model
+from textenv import demo
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_doctor_reports(model, capsys):
 
 def test_a_dry_run_estimates_and_writes_nothing(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("train", *settings(model), "--dry_run") == 0
+    assert run("train", *settings(model), "--dry-run") == 0
     said = capsys.readouterr().out
     assert re.search(rf"rollout of {ROLLOUT} tokens: \d+\.\d\d s; its update: \d+\.\d\d s", said)
     assert re.search(r"the whole run, 256 tokens: about 0:00:\d\d", said) and "memory at most: " in said
@@ -156,3 +157,32 @@ def test_the_live_view_shows_figures_and_harmless_samples():
     for part in ("hello", "500 / 1,000 tokens", "0.500", "0.125", "1.50", "2.00", "0.250", "\\x1b[2Jbad [red]", "left"):
         assert part in shown, part
     assert "\x1b[2J" not in console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_sft_and_reward_model_make_folders_that_the_next_stage_takes(model, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("\n".join(demo.reviews(32)))
+    pairs = [{"prompt": f"the {one} was ", "chosen": "great .", "rejected": "awful ."} for one in ("lamp", "phone")] * 8
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "sft.yml").write_text(f"data: {tmp_path / 'texts.txt'}\nmodel: {model}\nlearning_rate: 0.01\n")
+    words = ["--held_out", tmp_path / "texts.txt", "--out", tmp_path / "tuned", "--n_epochs", "3", "--quiet"]
+    assert run("sft", tmp_path / "sft.yml", *words) == 0
+    before, after = re.search(r"held out: loss (\S+) -> (\S+),", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    words = ["--model", tmp_path / "tuned", "--data", tmp_path / "pairs.jsonl", "--learning_rate", "0.01"]
+    words += ["--held_out", tmp_path / "pairs.jsonl", "--n_epochs", "4", "--out", tmp_path / "scorer", "--quiet"]
+    assert run("reward-model", *words) == 0
+    assert "held out: " in capsys.readouterr().out
+    reward = {"id": "preference", "args": {"model": str(tmp_path / "scorer")}}
+    words = settings(tmp_path / "tuned", tmp_path / "run", rollouts=1, **{"env.reward": json.dumps(reward)})
+    critic = ["--model.critic", "reward_model", "--model.critic_model", tmp_path / "scorer"]
+    assert run("train", *words, *critic, "--quiet") == 0
+
+
+def test_stages_say_what_their_files_lack(model, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
+    for verb, words in (("sft", "prompt and reference, or text"), ("reward-model", "chosen and rejected, or text")):
+        assert run(verb, "--model", model, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out") == 2
+        assert f"Expected {words}" in capsys.readouterr().err
+        assert run(verb) == 2
+        assert "Expected --data FILE and --out DIR" in capsys.readouterr().err

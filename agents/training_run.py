@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from stable_baselines3.common.callbacks import CallbackList
@@ -33,7 +33,8 @@ from .recording import Recorder, RowWriter, SampleRecorder
 from .refusal import CommandError, Exit
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
-from .screens import JsonScreen, PlainScreen, QuietScreen, Screen
+from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
+from .trackers import TRACKERS, Tracker, check_tracker
 
 SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
 
@@ -140,14 +141,16 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
     run.cut(done if checkpoint is not None else -1)
     evaluate = _evaluate(run, parts)
+    trackers = make_trackers(run, config)
+    views: list[Any] = [screen, *trackers]
     kept = config.checkpoint_every, config.keep_checkpoints
     with Interrupts() as interrupts:
         callbacks = [
             *training_callbacks(config),
             evaluate,
             FiniteUpdates(),
-            SampleRecorder(run, parts.held_out, config.samples, config.samples_every, screen.samples),
-            Recorder(run, writer, screen.row),
+            SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),
+            Recorder(run, writer, partial(_show_row, views)),
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         if done < config.total_tokens:
@@ -158,8 +161,20 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
                 reset_num_timesteps=checkpoint is None,
             )
     agent.logger.close()
+    for tracker in trackers:
+        tracker.close()
     _finish(run, parts, screen)
     return Exit.DONE
+
+
+def _show_row(views: list[Any], row: Row) -> None:
+    for view in views:
+        view.row(row)
+
+
+def _show_samples(views: list[Any], rows: list[Row]) -> None:
+    for view in views:
+        view.samples(rows)
 
 
 def _evaluate(run: RunFolder, parts: Parts) -> Evaluate:
@@ -208,13 +223,15 @@ def _shown(value: float | None) -> str:
 
 def check_loggers(loggers: list[Named | str]) -> None:
     """Raise CommandError for a logger that is not known, and ImportError, with the cure, for one not installed."""
-    known = ("tensorboard", "curves", "wandb", "trackio")
+    known = ("tensorboard", "curves", *TRACKERS)
     for one in loggers:
         name = one if isinstance(one, str) else one.id
         if name not in known and ":" not in name:
             raise CommandError(f"Expected a logger among {', '.join(known)} or module:Class, got {name!r}.")
         if name == "curves":
             check_matplotlib()
+        if name in TRACKERS:
+            check_tracker(name)
 
 
 def make_loggers(run: RunFolder, parts: Parts, options: TrainOptions) -> list[KVWriter]:
@@ -229,8 +246,7 @@ def make_loggers(run: RunFolder, parts: Parts, options: TrainOptions) -> list[KV
     return made
 
 
-def load_run(path: str | Path, trust: Trust, config: TrainConfig) -> tuple[RunFolder, Parts, Path | None]:
-    """Return a run's folder, its parts as they were at its start, and its newest checkpoint, which must be intact."""
-    run = RunFolder.open(path)
-    checkpoint = checkpoint_to_load(run)
-    return run, assemble(config, trust), checkpoint
+def make_trackers(run: RunFolder, config: TrainConfig) -> list[Tracker]:
+    """Return the W&B or trackio runs that the configuration names."""
+    named = [Named(one) if isinstance(one, str) else one for one in config.loggers]
+    return [Tracker(one, run, config) for one in named if one.id in TRACKERS]

@@ -7,24 +7,18 @@ that the command line can say what it does without.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# At once, since they are light, and jsonargparse looks here for those that it finds in annotations.
-from .config import (  # noqa: F401
-    AlgorithmConfig,
-    EnvConfig,
-    EvaluationConfig,
-    KLConfig,
-    ModelConfig,
-    Named,
-    ShapingConfig,
-    TrainConfig,
-)
-
 if TYPE_CHECKING:
     from .public import *  # noqa: F403
+
+LIGHT = ("config", "verb_config")  # jsonargparse looks here for their classes; they do not need torch
 
 
 def __getattr__(name: str) -> Any:
     """Return a public name, and keep all of them."""
+    for module in LIGHT:
+        found = vars(import_module(f"{__name__}.{module}")).get(name)
+        if getattr(found, "__module__", "") == f"{__name__}.{module}":
+            return found
     public = vars(import_module(f"{__name__}.public"))
     if "__all__" in public:  # else it is being loaded, and asks for a module
         globals().update({key: public[key] for key in (*public["__all__"], "__all__")})

@@ -80,10 +80,10 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
         CommandError: If it names something that may not be imported, or is not there.
         ValueError: If its parts do not go together; the message says which, as the parts themselves have it.
     """
-    for value in (config.env, config.evaluation, config.loggers, config.algorithm.args):
-        check_allowed(list(vars(value).values()) if hasattr(value, "__dict__") else value, trust.modules)
     if trust.modules:
         look_here()
+    for value in (config.env, config.evaluation, config.loggers, config.algorithm.args):
+        check_allowed(list(vars(value).values()) if hasattr(value, "__dict__") else value, trust.modules)
     transformers_logging.disable_progress_bar()
     model = config.model
     metrics = [make_metric(metric, trust) for metric in config.evaluation.metrics]

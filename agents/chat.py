@@ -7,9 +7,10 @@ from typing import Any
 
 from .backbone import n_positions
 from .callbacks import printable
-from .config import ChatOptions, TrainConfig, TrustOptions
+from .config import TrainConfig
 from .generation import generate
 from .refusal import Exit
+from .verb_config import ChatOptions, TrustOptions
 from .verbs import Writer, open_writer
 
 DEFAULT_POSITIONS = 1024  # of models that nothing bounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import itertools
 import os
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from .config import (
-    DEMO_SETTINGS,
+from .config import DEMO_SETTINGS, TrainConfig, TrainOptions, argument_help
+from .refusal import CommandError, Exit
+from .verb_config import (
     ChatOptions,
     CompareOptions,
     EvaluateOptions,
@@ -26,12 +28,8 @@ from .config import (
     SFTOptions,
     ShowOptions,
     StageOptions,
-    TrainConfig,
-    TrainOptions,
     TrustOptions,
-    argument_help,
 )
-from .refusal import CommandError, Exit
 
 ONLY_HERE = "only on the command line"
 
@@ -107,21 +105,32 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
     parser.add_class_arguments(config, as_group=False, as_positional=True)
     helps = _helps(config)
     if options is not None:
-        group = parser.add_argument_group(ONLY_HERE)
-        texts = argument_help(options)
-        for one in fields(options):
-            flag = f"--{one.name}"
-            if one.type == "bool":
-                both = dict.fromkeys((flag, flag.replace("_", "-")))
-                group.add_argument(*both, action="store_true", help=texts[one.name])
-            elif one.type.startswith("list"):
-                group.add_argument(flag, action="append", default=[], metavar="NAME", help=texts[one.name])
-            else:
-                group.add_argument(flag, type=str, metavar=one.name.upper(), help=texts[one.name])
+        _add_options(parser.add_argument_group(ONLY_HERE), options)
     for action in parser._actions:
         if action.dest in helps:
             action.help = helps[action.dest]
     return parser
+
+
+def make_options_parser(options: type) -> argparse.ArgumentParser:
+    """Return a parser of the options alone, which knows of no configuration file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_options(parser, options)
+    return parser
+
+
+def _add_options(group: Any, options: type) -> None:
+    texts = argument_help(options)
+    for one in fields(options):
+        flag = f"--{one.name}"
+        kind = str(one.type)  # a text, since annotations are not evaluated there
+        if kind == "bool":
+            both = dict.fromkeys((flag, flag.replace("_", "-")))
+            group.add_argument(*both, action="store_true", help=texts[one.name])
+        elif kind.startswith("list"):
+            group.add_argument(flag, action="append", default=[], metavar="NAME", help=texts[one.name])
+        else:
+            group.add_argument(flag, type=str, metavar=one.name.upper(), help=texts[one.name])
 
 
 def _helps(config: type, above: str = "") -> dict[str, str]:
@@ -156,8 +165,8 @@ def _with_config(words: list[str]) -> list[str]:
     return ["--config", *words] if words and not words[0].startswith("-") else words
 
 
-def _check_file(words: list[str], options: type) -> None:
-    """Refuse a configuration file with what only the command line may say."""
+def _check_file(words: list[str]) -> None:
+    """Refuse a configuration file that is not there, or is no plain YAML, in a line."""
     import yaml
 
     for flag, path in itertools.pairwise(words):
@@ -171,13 +180,19 @@ def _check_file(words: list[str], options: type) -> None:
             raise CommandError(f"Expected plain YAML in {path}, got: {' '.join(str(error).split())}") from error
         if not isinstance(found, dict):
             raise CommandError(f"Expected keys and values in {path}, got {type(found).__name__}.")
-        forbidden = sorted(found.keys() & {one.name for one in fields(options)})
-        if forbidden:
-            raise CommandError(f"Expected {', '.join(forbidden)} {ONLY_HERE}, got it in {path}.")
 
 
-def _split(parser: ArgumentParser, parsed: Namespace, config: type, options: type) -> tuple[Any, Any, str]:
-    """Return the configuration, the options, and the configuration as YAML."""
+def _split(parser: ArgumentParser, words: list[str], config: type, options: type) -> tuple[Any, Any, str]:
+    """Return the configuration, the options, and the configuration as YAML.
+
+    Raises:
+        CommandError: If a configuration file has set an option: it would allow itself what only a person may.
+    """
+    parsed = parse(parser, words)
+    alone = make_options_parser(options).parse_known_args(words)[0]
+    for one in fields(options):
+        if getattr(parsed, one.name) != getattr(alone, one.name):
+            raise CommandError(f"Expected {one.name} {ONLY_HERE}, got it in a configuration file.")
     names = [one.name for one in fields(options)]
     rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
     built = parser.instantiate(rest)
@@ -190,11 +205,11 @@ def train_config(words: list[str], verb: str = "train", options: type = TrainOpt
     """Return what `textenv train`, or another verb of a configuration, was told, and the configuration as YAML."""
     parser = make_parser(verb, "[CONFIG.yml] [--key value ...]", TrainConfig, options)
     words = _with_config(words)
-    _check_file(words, options)
+    _check_file(words)
     names = {word.partition("=")[0] for word in words}
     if not names & {"--config", "--env.id", "--model.name", "--env", "--model"}:
         parser.set_defaults(DEMO_SETTINGS)
-    return _split(parser, parse(parser, words), TrainConfig, options)
+    return _split(parser, words, TrainConfig, options)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -210,10 +225,11 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _train(words: list[str]) -> int:
-    if "--resume" in words[:-1]:
+    resumed = make_options_parser(TrainOptions).parse_known_args(words)[0].resume
+    if resumed is not None:
         from .run_folder import RunFolder
 
-        run = RunFolder.open(words[words.index("--resume") + 1])
+        run = RunFolder.open(resumed)
         before = read_config(run.config)
         config, options, dumped = train_config(["--config", str(run.config), *words])
         from .training_run import resume
@@ -242,8 +258,8 @@ def _reward_model(words: list[str]) -> int:
 def _stage(verb: str, words: list[str], config: type, options: type) -> tuple[Any, Any]:
     parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, options)
     words = _with_config(words)
-    _check_file(words, options)
-    chosen, allowed, _ = _split(parser, parse(parser, words), config, options)
+    _check_file(words)
+    chosen, allowed, _ = _split(parser, words, config, options)
     if chosen.data is None or chosen.out is None:
         raise CommandError(f"Expected --data FILE and --out DIR for textenv {verb}.")
     return chosen, allowed
@@ -319,7 +335,7 @@ def _tasks(words: list[str]) -> int:
 
 def _options(verb: str, usage: str, words: list[str], config: type) -> tuple[Any, Any]:
     parser = make_parser(verb, usage, config, TrustOptions)
-    chosen, options, _ = _split(parser, parse(parser, words), config, TrustOptions)
+    chosen, options, _ = _split(parser, words, config, TrustOptions)
     return chosen, options
 
 

@@ -32,7 +32,8 @@ MASKS = {
     "grammar": "textenv.grammar_masks:GrammarMask",
 }
 OWN = ("textenv", "agents")
-PATH = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*)")
+PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:([A-Za-z_]\w*)")
+LOOSE_PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:.*", flags=re.DOTALL)
 
 
 def check_allowed(value: Any, allowed: Collection[str]) -> None:
@@ -49,9 +50,11 @@ def check_allowed(value: Any, allowed: Collection[str]) -> None:
     elif isinstance(value, (list, tuple)):
         for part in value:
             check_allowed(part, allowed)
-    elif isinstance(value, str) and (found := PATH.fullmatch(value)):
-        root = found[1].split(".")[0]
-        if root not in (*OWN, *allowed):
+    elif isinstance(value, str) and (found := LOOSE_PATH.fullmatch(value)):
+        # "Human: hello" is a text; what begins as a module that is there may be meant to have it imported.
+        is_path = PATH.fullmatch(value) is not None or importlib.util.find_spec(found[1]) is not None
+        if is_path and found[1] not in (*OWN, *allowed):
+            root = found[1]
             raise CommandError(
                 f"Expected a configuration that imports {' and '.join(OWN)} only, got {value!r}: if you trust it, add "
                 f"--allow {root} to the command."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -99,6 +100,27 @@ class RunFolder:
             "versions": {"textenv": textenv_version, "python": sys.version.split()[0], **_versions()},
         }
         write_text(self.about, json.dumps(about, indent=1) + "\n")
+
+    def changed_versions(self) -> list[str]:
+        """Return what is installed now in another version than the run was begun with."""
+        then, now = self.read_about().get("versions", {}), _versions()
+        return [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+
+    def check_vocabulary(self, tokens: Mapping[str, int]) -> None:
+        """Keep what the tokens are when a run begins, and refuse others later.
+
+        Raises:
+            CommandError: If they are others than those that the run was begun with.
+        """
+        file = self.path / "vocabulary.json"
+        own = {"size": len(tokens), "sha256": hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()}
+        if not file.is_file():
+            write_text(file, json.dumps(own) + "\n")
+        elif (kept := json.loads(file.read_text(encoding="utf-8"))) != own:
+            raise CommandError(
+                f"Expected the tokenizer that {self.path} was begun with, of {kept['size']} tokens, got another, of "
+                f"{own['size']} tokens: give the one of then as model.tokenizer."
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

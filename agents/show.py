@@ -11,12 +11,13 @@ from textenv.vector import TextVectorEnv
 
 from .assemble import assemble
 from .callbacks import printable
-from .config import DEMO, ShowOptions, TrainConfig, TrustOptions
+from .config import DEMO, TrainConfig
 from .demo import demo_model
 from .evaluation import sequence_of
 from .policies import LMPolicy
 from .reference import build_reference, divergences
 from .refusal import CommandError, Exit
+from .verb_config import ShowOptions, TrustOptions
 from .verbs import load_newest, trust_of
 
 

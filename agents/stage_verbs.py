@@ -9,13 +9,14 @@ from textenv.prompts import read_rows
 
 from .assemble import Trust, load_lm, load_tokenizer
 from .backbone import PretrainedRewardModel
-from .config import DEMO, RewardModelConfig, SFTConfig, SFTOptions, StageOptions
+from .config import DEMO
 from .demo import demo_model
 from .preferences import Labelled, Ranking, hh_pairs
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model
 from .sft import Tuned, tune
 from .sft_data import Text
+from .verb_config import RewardModelConfig, SFTConfig, SFTOptions, StageOptions
 
 
 def tune_model(config: SFTConfig, options: SFTOptions) -> int:

@@ -131,6 +131,9 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     checkpoint = checkpoint_to_load(run, screen.say)
     parts = assemble(config, Trust(options.allow, options.trust_remote_code), progress_bar=not options.quiet)
     agent = parts.agent
+    run.check_vocabulary(parts.tokenizer.get_vocab())
+    if changed := run.changed_versions():
+        screen.say(f"other versions than the run was begun with: {', '.join(changed)}; figures may differ a little")
     run.check_space(needed(agent) * (config.keep_checkpoints + SPACE_FOR))
     writer = RowWriter()
     agent.set_logger(Logger(None, [writer, *make_loggers(run, parts, options)]))

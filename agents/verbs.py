@@ -12,14 +12,7 @@ from textenv.prompts import Prompt, PromptLike, read_rows
 
 from .assemble import Parts, Trust, assemble, load_lm, load_tokenizer, make_metric, policy_arguments
 from .checkpoint import load_checkpoint
-from .config import (
-    EvaluateOptions,
-    ExportOptions,
-    GenerateOptions,
-    ModelConfig,
-    TrainConfig,
-    TrustOptions,
-)
+from .config import ModelConfig, TrainConfig
 from .doctor import check
 from .evaluation import evaluate
 from .exporting import export
@@ -29,6 +22,7 @@ from .policies import LMPolicy
 from .refusal import CommandError, Exit
 from .run_checkpoints import checkpoint_to_load
 from .run_folder import RunFolder
+from .verb_config import EvaluateOptions, ExportOptions, GenerateOptions, TrustOptions
 
 CHUNK = 64  # prompts that are continued together, and printed when they are done
 N_COMPARED = 8  # prompts by which an exported model is checked
@@ -57,6 +51,7 @@ def load_newest(path: str, parts: Parts) -> RunFolder:
     checkpoint = checkpoint_to_load(run)
     if checkpoint is None:
         raise CommandError(f"Expected a checkpoint in {run.checkpoints}, got none: textenv train --resume {path}")
+    run.check_vocabulary(parts.tokenizer.get_vocab())
     load_checkpoint(parts.agent, checkpoint)
     return run
 

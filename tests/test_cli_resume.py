@@ -1,12 +1,14 @@
 """Runs that are stopped, killed, damaged or changed: what goes on, bit for bit, and what is refused."""
 
 import errno
+import json
 import os
 import random
 import re
 import resource
 import shutil
 import signal
+import socket
 import time
 
 import pytest
@@ -71,10 +73,11 @@ def test_stop_and_resume_is_the_same_run(whole, model, tmp_path, monkeypatch, ca
     assert f"stopped after {3 * ROLLOUT} tokens, saved; go on with: textenv train --resume {out}" in said.err
     assert [row["tokens"] for row in rows(out)] == [0, ROLLOUT, 2 * ROLLOUT, 3 * ROLLOUT]
     assert not (out / "model").exists()
-    assert run("train", "--resume", out, "--quiet") == 0
+    assert run("train", f"--resume={out}", "--quiet") == 0
     same_runs(whole, out)
 
 
+@pytest.mark.slow
 def test_groups_of_samples_resume_as_well(model, tmp_path, monkeypatch):
     words = {
         "algorithm.advantage": "grpo",
@@ -143,6 +146,45 @@ def test_configs_and_folders_of_other_versions(copy, capfd):
     assert "install textenv 7.0 or newer" in capfd.readouterr().err
 
 
+def test_another_tokenizer_or_version_is_noticed(copy, capfd):
+    about = json.loads((copy / "run.json").read_text())
+    about["versions"]["torch"] = "2.10.0"
+    (copy / "run.json").write_text(json.dumps(about))
+    assert run("train", "--resume", copy) == 0
+    assert f"torch 2.10.0 -> {torch.__version__}" in capfd.readouterr().out
+    kept = json.loads((copy / "vocabulary.json").read_text())
+    (copy / "vocabulary.json").write_text(json.dumps({**kept, "sha256": "0"}))
+    for words in (["train", "--resume", copy], ["evaluate", copy]):
+        assert run(*words) == 2
+        assert "Expected the tokenizer that" in capfd.readouterr().err
+
+
+def test_a_run_needs_no_network_and_writes_into_its_folder_alone(model, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a look-up")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *settings(model, rollouts=1), "--quiet") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "runs"]
+    assert list(home.iterdir()) == []
+    [made] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"demo-small-\d{8}-\d{6}-[0-9a-f]{4}", made.name)
+
+
+def test_too_little_space_is_refused_before_training(model, tmp_path, monkeypatch, capfd):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    assert run("train", *settings(model, tmp_path / "run"), "--quiet") == 2
+    assert re.search(r"The run needs .* MB, 0.0 MB free at ", capfd.readouterr().err)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_folder_is_used_by_one_process_and_for_one_run(copy, model, capfd):
     with training_run.RunFolder(copy).locked():
         assert run("train", "--resume", copy) == 2
@@ -151,6 +193,7 @@ def test_a_folder_is_used_by_one_process_and_for_one_run(copy, model, capfd):
     assert f"go on with --resume {copy}" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(model, tmp_path, monkeypatch, capfd):
     from agents import run_checkpoints
 

@@ -1,77 +1,31 @@
-"""A language model as a Stable-Baselines3 agent: policy, buffer, vector env, and what trains, scores and exports it."""
+"""A language model as a Stable-Baselines3 agent: policy, buffer, vector env, and what trains, scores and exports it.
 
-from . import doctor, sft
-from .backbone import Pretrained
-from .buffers import SequenceRolloutBuffer
-from .build import make_agent
-from .callbacks import Checkpoints, EpisodeMetrics, RewardCurves, SampleTable, sample_table
-from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from .critic import RewardModelCritic, SeparateCritic, SharedCritic
-from .critic_warmup import CriticWarmup
-from .evaluation import Evaluation, evaluate
-from .evaluation_callback import Evaluate
-from .export import export
-from .findings import DoctorError, Finding, Report
-from .flat_policy import FlatLMPolicy
-from .generation import Generation, generate
-from .groups import SampleGroups
-from .kl import AdaptiveCoef, KLPenalty
-from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
-from .policies import LMPolicy
-from .preferences import Labelled, Ranking, hh_pairs
-from .reward_model import score_texts, train_reward_model
-from .rollout_steps import DropEpisodes, LateScores, RolloutStep
-from .shaping import RewardShaping
-from .trainable import LastLayers, LoRA
-from .training_warnings import TrainingWarnings
-from .vec_env import TextVecEnv
+The names are those of `agents.public`. They are loaded when the first of them is asked for, and torch with them, so
+that the command line can say what it does without.
+"""
 
-__all__ = [
-    "AdaptiveCoef",
-    "CheckpointError",
-    "Checkpoints",
-    "CriticWarmup",
-    "DoctorError",
-    "DropEpisodes",
-    "EpisodeMetrics",
-    "Evaluate",
-    "Evaluation",
-    "Finding",
-    "FlatLMPolicy",
-    "Generation",
-    "KLPenalty",
-    "LMPolicy",
-    "Labelled",
-    "LastLayers",
-    "LateScores",
-    "LoRA",
-    "MaskableLMPolicy",
-    "MaskableSequenceRolloutBuffer",
-    "Pretrained",
-    "Ranking",
-    "Report",
-    "RewardCurves",
-    "RewardModelCritic",
-    "RewardShaping",
-    "RolloutStep",
-    "SampleGroups",
-    "SampleTable",
-    "SeparateCritic",
-    "SequenceRolloutBuffer",
-    "SharedCritic",
-    "TextVecEnv",
-    "TrainingWarnings",
-    "doctor",
-    "evaluate",
-    "export",
-    "generate",
-    "hh_pairs",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "make_agent",
-    "sample_table",
-    "save_checkpoint",
-    "score_texts",
-    "sft",
-    "train_reward_model",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+
+LIGHT = ("config", "verb_config")  # jsonargparse looks here for their classes; they do not need torch
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, and keep all of them."""
+    for module in LIGHT:
+        found = vars(import_module(f"{__name__}.{module}")).get(name)
+        if getattr(found, "__module__", "") == f"{__name__}.{module}":
+            return found
+    public = vars(import_module(f"{__name__}.public"))
+    if "__all__" in public:  # else it is being loaded, and asks for a module
+        globals().update({key: public[key] for key in (*public["__all__"], "__all__")})
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *vars(import_module(f"{__name__}.public"))["__all__"]})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 import os
-import shutil
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -25,8 +24,10 @@ from textenv.prompts import PromptLike
 from textenv.rewarding import FAILURE
 from textenv.tokenizer import Tokenizer
 
-from .checkpoint import is_between_iterations, save_checkpoint
+from .checkpoint import is_between_iterations, save_step
+from .curves import CURVES, check_matplotlib, draw_curves
 from .generation import Generation, generate
+from .vec_env import TextVecEnv
 
 
 class EpisodeMetrics(BaseCallback):
@@ -57,6 +58,9 @@ class EpisodeMetrics(BaseCallback):
         # Read only now: late scores have been added to the infos in the meantime, save to those that wait for a group.
         infos = [info for info in self._infos if info["scored"]]
         self._infos = [info for info in self._infos if not info["scored"]]
+        env = self.training_env.unwrapped
+        if isinstance(env, TextVecEnv) and env.keeps_infos:  # the env has those too that waited in a checkpoint
+            infos, self._infos = list(env.scored.values()), []
         now = time.perf_counter()
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
         self._clock, self._timesteps = now, self.model.num_timesteps
@@ -149,16 +153,17 @@ def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
     for title in columns:
         table.add_column(title, ratio=1)
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(Text.assemble((_printable(sample.prompt), "dim"), _printable(sample.text)) for sample in row))
+        table.add_row(*(Text.assemble((printable(sample.prompt), "dim"), printable(sample.text)) for sample in row))
     return table
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return a text whose control characters are shown, not obeyed."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _page(text: str) -> str:
-    return html.escape(_printable(text))
+    return html.escape(printable(text))
 
 
 class RewardCurves(BaseCallback):
@@ -172,48 +177,24 @@ class RewardCurves(BaseCallback):
         title: What stands above it.
     """
 
-    CURVES = (
-        ("reward/task", "reward"),
-        ("kl/sequence", "KL from the reference, nats"),
-        ("episode/length", "length, tokens"),
-    )
-
     def __init__(self, path: str | os.PathLike[str], title: str = "") -> None:
         super().__init__()
         self.path, self.title = Path(path), title
         self.history: list[dict[str, float]] = []
 
     def _on_training_start(self) -> None:
-        try:
-            import matplotlib  # noqa: F401  (optional: fail before training, not after)
-        except ImportError as error:
-            raise ImportError("Expected matplotlib, which draws the curves: pip install 'textenv[plot]'.") from error
+        check_matplotlib()
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
         values = self.logger.name_to_value
-        row = {key: float(values.get(key, math.nan)) for key, _ in self.CURVES}
+        row = {key: float(values.get(key, math.nan)) for key, _ in CURVES}
         self.history.append({"tokens": self.model.num_timesteps, **row})
 
     def _on_training_end(self) -> None:
-        from matplotlib.figure import Figure  # optional
-        from matplotlib.ticker import EngFormatter
-
-        drawn = [curve for curve in self.CURVES if any(not math.isnan(row[curve[0]]) for row in self.history)]
-        figure = Figure(figsize=(4.2 * max(len(drawn), 1), 3), layout="constrained")
-        axes = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
-        for axis, (key, label) in zip(axes, drawn, strict=False):
-            axis.plot([row["tokens"] for row in self.history], [row[key] for row in self.history])
-            axis.set(xlabel="tokens", title=label)
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axis.grid(alpha=0.3)
-        figure.suptitle(self.title)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.partial")
-        figure.savefig(beside, format="png", dpi=120)
-        beside.replace(self.path)
+        draw_curves(self.path, {"": self.history}, self.title)
 
 
 class Checkpoints(BaseCallback):
@@ -249,8 +230,4 @@ class Checkpoints(BaseCallback):
             warnings.warn("Training was stopped inside a rollout: the last checkpoint is that of before.", stacklevel=2)
 
     def _save(self) -> None:
-        newest = self.folder / f"step_{self.model.num_timesteps:012d}"
-        save_checkpoint(self.model, newest)  # type: ignore[arg-type]
-        # What is newer than the newest is another run's, or damaged, and not ours to count.
-        for old in sorted(path for path in self.folder.glob("step_*") if path <= newest)[: -self.keep]:
-            shutil.rmtree(old)
+        save_step(self.model, self.folder, self.keep)  # type: ignore[arg-type]

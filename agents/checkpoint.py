@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     Raises:
         RuntimeError: In the middle of a rollout, or before its update.
         TypeError: If an optimizer keeps something that is neither a number nor a tensor.
+        FloatingPointError: If a weight is NaN or infinite: such a policy is never written.
 
     Example:
         >>> from agents import load_checkpoint, save_checkpoint
@@ -61,6 +63,9 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     arrays, env_meta = text_vec_env(model.get_env()).state_dict()
     if not is_between_iterations(model):
         raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
+    broken = [name for name, weight in model.policy.named_parameters() if not bool(weight.isfinite().all())]
+    if broken:
+        raise FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
     optimizer, groups = optimizer_state(model.policy.optimizer)
     tensors: dict[str, dict[str, Tensor]] = {
         "policy": dict(_weights(model)),
@@ -188,6 +193,29 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
         except CheckpointError:
             continue  # what was damaged is passed over; resuming says which one it took
     return max(found)[1] if found else None
+
+
+def newest_intact(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """Return the newest "step_<timesteps>" of a folder that verifies, or None, and what is wrong with newer ones."""
+    damage = []
+    for path in sorted(Path(folder).glob("step_*"), reverse=True):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            damage.append(str(error))
+        else:
+            return path, damage
+    return None, damage
+
+
+def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: int) -> Path:
+    """Save a checkpoint as "step_<timesteps>" in a folder, and remove all older ones but the newest `keep` in all."""
+    newest = Path(folder) / f"step_{model.num_timesteps:012d}"
+    save_checkpoint(model, newest)
+    # What is newer than the newest is another run's, or damaged, and not ours to count.
+    for old in sorted(path for path in Path(folder).glob("step_*") if path <= newest)[:-keep]:
+        shutil.rmtree(old)
+    return newest
 
 
 def _manifest(folder: Path, num_timesteps: int) -> dict[str, Any]:

@@ -226,14 +226,14 @@ def _divergence_scores(
     nats = []
     for start in range(0, len(episodes), KL_ROWS):
         observations = np.stack([one.observation for one in episodes[start : start + KL_ROWS]])
-        batch = _actions(torch.as_tensor(observations, device=policy.device))
+        batch = sequence_of(torch.as_tensor(observations, device=policy.device))
         kl = divergences(lm, policy.lm, batch).double().cpu().numpy()
         nats.append(np.bincount(batch.rows, weights=kl, minlength=len(observations)))
     sums = np.concatenate(nats)
     return {"kl": mean_of(sums), "kl_token": Scores(np.stack([sums, counts], axis=1))}
 
 
-def _actions(observations: torch.Tensor) -> SequenceBatch:
+def sequence_of(observations: torch.Tensor) -> SequenceBatch:
     """Return final observations, (B, L), as sequences with a transition for every token since the prompt."""
     ids, lengths = unpack_observations(observations)
     n_tokens, n_prompt = lengths.cpu().numpy(), prompt_lengths(observations).cpu().numpy()

@@ -17,7 +17,7 @@ from textenv.prompts import PromptLike
 from textenv.tokenizer import Tokenizer
 
 from .evaluation import Evaluation, evaluate
-from .export import export
+from .exporting import export
 from .files import replaced_folder, write_text
 
 
@@ -108,9 +108,13 @@ class Evaluate(BaseCallback):
         if not self.history or self.model.num_timesteps >= max(self.history) + self.every:
             self._evaluate()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether so many evaluations as `patience` says were no better."""
+        return self.patience is not None and sum(at > self.best_at for at in self.history) >= self.patience
+
     def _on_step(self) -> bool:
-        waited = sum(at > self.best_at for at in self.history)
-        return self.patience is None or waited < self.patience
+        return not self.is_over
 
     def _on_training_end(self) -> None:
         if self._n_updates != self.model._n_updates:

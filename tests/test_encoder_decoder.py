@@ -14,7 +14,7 @@ from agents.build import make_agent
 from agents.callbacks import SampleTable
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.encoder_decoder import Seq2SeqBackbone
-from agents.export import export
+from agents.exporting import export
 from agents.generation import generate
 from agents.sequences import SequenceBatch
 from tests.models import N_TOKENS, CheckRatio, collect, make_policy, make_ppo, observe

@@ -109,13 +109,13 @@ def forbidden_imports(files: list[Source], forbidden: set[str]) -> list[str]:
 
 
 def root_imports(files: list[Source]) -> list[str]:
-    """Find the imports of a package's own root from within it; the root itself may name its modules."""
+    """Find the imports of a package's own root from within it; the root, and what it loads late, may name modules."""
     problems = []
     for file in files:
         for found in imports(file):
             # `import textenv.env` binds the root as well
             binds = found.name is None and found.module.split(".")[0] == file.folder
-            if binds or (found.module == file.folder and file.module != file.folder):
+            if binds or (found.module == file.folder and file.module not in (file.folder, f"{file.folder}.public")):
                 problems.append(f"{file.path}:{found.line}: imports its own package's root, {file.folder}")
     return problems
 

@@ -1,0 +1,68 @@
+"""One rollout and one update, to see that a configuration works and what the whole run would take; writes nothing."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+
+import torch
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import Logger
+
+from .assemble import Parts, Trust, assemble, training_callbacks
+from .config import TrainConfig, TrainOptions
+from .evaluation import evaluate
+from .finite_updates import FiniteUpdates
+from .refusal import Exit
+from .run_checkpoints import needed
+from .run_folder import size
+from .screens import clock
+
+
+class Stopwatch(BaseCallback):
+    """Notes when the first rollout ends, by a clock that does not jump."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.end = time.monotonic()
+
+
+def dry_run(config: TrainConfig, options: TrainOptions) -> int:
+    """Train for one iteration, evaluate once, and print time, memory and disk of the whole run."""
+    parts = assemble(config, Trust(options.allow, options.trust_remote_code), progress_bar=not options.quiet)
+    agent, watch = parts.agent, Stopwatch()
+    agent.set_logger(Logger(None, []))
+    start = time.monotonic()
+    tokens = agent.n_steps * agent.n_envs
+    agent.learn(tokens, callback=CallbackList([*training_callbacks(config), FiniteUpdates(), watch]))
+    end = time.monotonic()
+    evaluation = _seconds_of_evaluation(parts)
+    n_iterations = math.ceil(config.total_tokens / tokens)
+    n_evaluations = 1 + math.ceil(config.total_tokens / max(config.evaluation.every, tokens))
+    total = (end - start) * n_iterations + evaluation * n_evaluations
+    print(f"rollout of {tokens:,} tokens: {watch.end - start:.2f} s; its update: {end - watch.end:.2f} s")
+    print(f"evaluation: {evaluation:.2f} s, {n_evaluations} times")
+    print(f"the whole run, {config.total_tokens:,} tokens: about {clock(total)} (h:mm:ss)")
+    print(f"memory at most: {_memory(parts)}")
+    print(f"disk: about {size(needed(agent) * (config.keep_checkpoints + 1))}")
+    return Exit.DONE
+
+
+def _seconds_of_evaluation(parts: Parts) -> float:
+    start = time.monotonic()
+    prompts = list(parts.held_out.prompts)[: parts.config.evaluation.n_prompts]
+    options = {"env": parts.held_out, "n": parts.config.evaluation.n}
+    evaluate(parts.agent, prompts, parts.tokenizer, parts.metrics, **options)  # type: ignore[arg-type]
+    return time.monotonic() - start
+
+
+def _memory(parts: Parts) -> str:
+    unit = 1 if sys.platform == "darwin" else 1024  # of what the kernel says
+    main = size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if parts.agent.device.type != "cuda":
+        return main
+    return f"{size(torch.cuda.max_memory_allocated(parts.agent.device))} on the device, {main} beside it"

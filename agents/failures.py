@@ -1,0 +1,37 @@
+"""From what was raised to how the command ends."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from textenv.rewarding import RewardError
+
+from .refusal import CommandError, Exit
+from .run_checkpoints import FULL, explain
+
+WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+REFUSALS = (ImportError, OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
+
+
+def as_command_error(error: Exception, path: Path) -> CommandError:
+    """Return an error as one line and an exit code.
+
+    Args:
+        error: What was raised.
+        path: Where was written, for errors of storage.
+    """
+    if isinstance(error, CommandError):
+        return error
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, RewardError):
+        return CommandError(line, Exit.REWARD)
+    if isinstance(error, FloatingPointError):
+        return CommandError(line, Exit.NUMERICS)
+    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in WRITING):
+        return CommandError(explain(error, path, 0), Exit.STORAGE)
+    if isinstance(error, REFUSALS):
+        return CommandError(line, Exit.REFUSED)
+    return CommandError(f"{type(error).__name__}: {line}", Exit.FAILED)

@@ -1,0 +1,65 @@
+"""Optimizer steps whose gradient is not finite are left out, and too many of them stop the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from .refusal import NumericsError
+
+
+class FiniteUpdates(BaseCallback):
+    """Passes over optimizer steps whose gradient has a NaN or an infinity: weights and optimizer stay as they are.
+
+    They are logged as `train/skipped_updates`, a rollout; so many in a row raise `NumericsError`, the run's last
+    checkpoint being from before. It works through the optimizer's own hook, so that the algorithm stays unmodified.
+    TRPO moves its policy past the optimizer: there only the critic is watched.
+
+    Args:
+        patience: How many in a row are too many.
+
+    Example:
+        >>> from agents.finite_updates import FiniteUpdates
+        >>> callback = FiniteUpdates()  # model.learn(100_000, callback=callback)
+    """
+
+    def __init__(self, patience: int = 3) -> None:
+        super().__init__()
+        if patience < 1:
+            raise ValueError(f"Expected `patience` to be at least 1, got {patience}.")
+        self.patience = patience
+
+    def _on_training_start(self) -> None:
+        self.in_a_row, self.skipped, self.has_trained = 0, 0, False
+        self.handle = self.model.policy.optimizer.register_step_pre_hook(self._look)
+
+    def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        sums = [weight.grad.sum() for weight in weights]  # a NaN or infinity makes its sum one, and costs one pass
+        if not sums or bool(torch.stack([one.float() for one in sums]).isfinite().all()):
+            self.in_a_row = 0
+            return
+        for weight in weights:
+            weight.grad = None  # the optimizer passes over what has none
+        self.in_a_row += 1
+        self.skipped += 1
+        if self.in_a_row >= self.patience:
+            raise NumericsError(
+                f"Expected finite gradients, got {self.in_a_row} updates in a row with a NaN or infinity, after "
+                f"{self.model.num_timesteps} tokens. Try a lower learning rate, a smaller reward (shaping.clip), or "
+                "autocast off; the last checkpoint is from before."
+            )
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.has_trained:
+            self.logger.record("train/skipped_updates", self.skipped)
+        self.skipped, self.has_trained = 0, True
+
+    def _on_training_end(self) -> None:
+        self.logger.record("train/skipped_updates", self.skipped)
+        self.handle.remove()

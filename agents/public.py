@@ -1,0 +1,95 @@
+"""The public names of the package, in one place."""
+
+from . import doctor, sft
+from .backbone import Pretrained
+from .buffers import SequenceRolloutBuffer
+from .build import make_agent
+from .callbacks import Checkpoints, EpisodeMetrics, RewardCurves, SampleTable, sample_table
+from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from .config import (
+    AlgorithmConfig,
+    EnvConfig,
+    EvaluationConfig,
+    KLConfig,
+    ModelConfig,
+    Named,
+    ShapingConfig,
+    TrainConfig,
+)
+from .critic import RewardModelCritic, SeparateCritic, SharedCritic
+from .critic_warmup import CriticWarmup
+from .evaluation import Evaluation, evaluate
+from .evaluation_callback import Evaluate
+from .exporting import export
+from .findings import DoctorError, Finding, Report
+from .flat_policy import FlatLMPolicy
+from .generation import Generation, generate
+from .groups import SampleGroups
+from .kl import AdaptiveCoef, KLPenalty
+from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
+from .policies import LMPolicy
+from .preferences import Labelled, Ranking, hh_pairs
+from .reward_model import score_texts, train_reward_model
+from .rollout_steps import DropEpisodes, LateScores, RolloutStep
+from .shaping import RewardShaping
+from .trainable import LastLayers, LoRA
+from .training_warnings import TrainingWarnings
+from .vec_env import TextVecEnv
+
+__all__ = [
+    "AdaptiveCoef",
+    "AlgorithmConfig",
+    "CheckpointError",
+    "Checkpoints",
+    "CriticWarmup",
+    "DoctorError",
+    "DropEpisodes",
+    "EnvConfig",
+    "EpisodeMetrics",
+    "Evaluate",
+    "Evaluation",
+    "EvaluationConfig",
+    "Finding",
+    "FlatLMPolicy",
+    "Generation",
+    "KLConfig",
+    "KLPenalty",
+    "LMPolicy",
+    "Labelled",
+    "LastLayers",
+    "LateScores",
+    "LoRA",
+    "MaskableLMPolicy",
+    "MaskableSequenceRolloutBuffer",
+    "ModelConfig",
+    "Named",
+    "Pretrained",
+    "Ranking",
+    "Report",
+    "RewardCurves",
+    "RewardModelCritic",
+    "RewardShaping",
+    "RolloutStep",
+    "SampleGroups",
+    "SampleTable",
+    "SeparateCritic",
+    "SequenceRolloutBuffer",
+    "ShapingConfig",
+    "SharedCritic",
+    "TextVecEnv",
+    "TrainConfig",
+    "TrainingWarnings",
+    "doctor",
+    "evaluate",
+    "export",
+    "generate",
+    "hh_pairs",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "make_agent",
+    "sample_table",
+    "save_checkpoint",
+    "score_texts",
+    "sft",
+    "train_reward_model",
+]

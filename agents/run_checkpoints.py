@@ -1,0 +1,133 @@
+"""Checkpoints of a run: written between iterations, retried when the disk is full, and found again."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from safetensors import SafetensorError
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from .checkpoint import is_between_iterations, newest_intact, save_step
+from .interrupts import Interrupts
+from .refusal import CommandError, Interrupted, NumericsError, StorageError
+from .run_folder import RunFolder, size
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BYTES_A_WEIGHT = 12  # itself and the two moments of AdamW, in float32
+
+
+class RunCheckpoints(BaseCallback):
+    """Saves the run every so many rollouts, at the end, and when a signal has asked to stop.
+
+    A checkpoint that cannot be written leaves those of before intact; training goes on, and it is tried again after
+    the next iteration.
+
+    Args:
+        run: The run's folder.
+        every: Rollouts from one to the next.
+        keep: How many of the newest stay.
+        interrupts: Whether a signal came.
+        is_over: What says, when a rollout starts, that its first step will end the training.
+        say: What is called with a line to show.
+
+    Raises:
+        Interrupted: After a signal, once the iteration is over and saved.
+        StorageError: If the last checkpoint could not be written.
+        NumericsError: If weights are not finite.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        every: int,
+        keep: int,
+        interrupts: Interrupts,
+        is_over: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__()
+        if every < 1 or keep < 1:
+            raise ValueError(f"Expected checkpoint_every and keep_checkpoints to be 1 or more, got {every}, {keep}.")
+        self.run, self.every, self.keep = run, every, keep
+        self.interrupts, self.is_over, self.say = interrupts, is_over, say
+        self.failure: str | None = None
+
+    def _on_training_start(self) -> None:
+        self.saved = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        now = self.model.num_timesteps
+        size = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]
+        is_due = now // size % self.every == 0 or self.failure is not None
+        if now > self.saved and (is_due or self.interrupts.number or self.is_over()):
+            self._save()
+        if self.interrupts.number:
+            self._check()
+            raise Interrupted(
+                f"stopped after {now:,} tokens, saved; go on with: textenv train --resume {self.run.path}",
+                self.interrupts.number,
+            )
+
+    def _on_training_end(self) -> None:
+        if is_between_iterations(cast("OnPolicyAlgorithm", self.model)):
+            self._save()
+        self._check()  # after an early stop, in the first step of a rollout, it was saved before
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise StorageError(self.failure)
+
+    def _save(self) -> None:
+        try:
+            save_step(cast("OnPolicyAlgorithm", self.model), self.run.checkpoints, self.keep)
+        except FloatingPointError as error:
+            raise NumericsError(str(error)) from error
+        except (OSError, SafetensorError) as error:
+            self.failure = f"The checkpoint could not be written: {explain(error, self.run.path, needed(self.model))}"
+            self.say(self.failure)
+        else:
+            self.saved, self.failure = self.model.num_timesteps, None
+
+
+def needed(model: object) -> int:
+    """Return about how many bytes a checkpoint takes."""
+    policy = cast("OnPolicyAlgorithm", model).policy
+    return sum(weight.numel() * (BYTES_A_WEIGHT if weight.requires_grad else 4) for weight in policy.parameters())
+
+
+def explain(error: Exception, path: Path, n_bytes: int) -> str:
+    """Say why something could not be written: with a full disk, what it needs and what there is."""
+    number = error.errno if isinstance(error, OSError) else None
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    free = shutil.disk_usage(path).free
+    if number in FULL or n_bytes > free:
+        return f"needs {size(n_bytes)}, {size(free)} free at {path} ({reason})."
+    return f"{reason} at {path}."
+
+
+def checkpoint_to_load(run: RunFolder, say: Callable[[str], None] | None = None) -> Path | None:
+    """Return the newest checkpoint that verifies; None if none was ever written.
+
+    Args:
+        run: The run's folder.
+        say: What is called with what is wrong with newer ones; without it they are refused.
+
+    Raises:
+        CommandError: If the newest is damaged and `say` is None, or if all are.
+    """
+    found, damage = newest_intact(run.checkpoints)
+    newest = "no checkpoint is intact" if found is None else f"newest intact: step {int(found.name[5:])}"
+    if damage and (say is None or found is None):
+        raise CommandError(f"{damage[0].rstrip('.')}; {newest}.")
+    for message in damage:
+        if say is not None:
+            say(f"{message.rstrip('.')}; {newest}, going on from there.")
+    return found

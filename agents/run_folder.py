@@ -1,0 +1,244 @@
+"""A run's folder: how it is made, found and locked, and what its text files hold; without torch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .files import sync, write_text
+from .refusal import CommandError
+
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "stable_baselines3", "sb3_contrib", "gymnasium", "numpy", "peft")
+
+
+class RunFolder:
+    """A folder with `config.yml`, `run.json`, `metrics.jsonl`, `samples.jsonl`, `log.txt` and what training makes.
+
+    Args:
+        path: Where it is.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yml"
+        self.about = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.log = self.path / "log.txt"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.best = self.path / "best"
+
+    @classmethod
+    def create(cls, out: str | None, name: str) -> RunFolder:
+        """Make the folder of a new run: `out`, which is new or empty, or one of its own below runs/.
+
+        Raises:
+            CommandError: If there is something else, or it cannot be written to.
+        """
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+        base = "".join(char if char.isalnum() else "-" for char in name)[:40]
+        run = cls(out or Path("runs") / f"{base}-{stamp}-{secrets.token_hex(2)}")
+        try:
+            run.path.mkdir(parents=True, exist_ok=out is not None)
+            others = sorted(path.name for path in run.path.iterdir() if path.name != "lock")
+        except OSError as error:
+            raise CommandError(f"Expected a folder to write to, got {run.path}: {error.strerror}.") from error
+        if run.about.is_file():
+            raise CommandError(f"Expected a new folder, got the run {out}: go on with --resume {out}.")
+        if any(not part.startswith(".") and part != "config.yml" for part in others):
+            raise CommandError(f"Expected a new or empty folder, got {out} with {', '.join(others[:3])}.")
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Return the folder of a run.
+
+        Raises:
+            CommandError: If there is none, or it is of a newer format.
+        """
+        run = cls(path)
+        if not run.about.is_file():
+            raise CommandError(f"Expected the folder of a run, got {path}, which has no run.json.")
+        about = run.read_about()
+        if about.get("format", 0) > FORMAT:
+            raise CommandError(
+                f"Expected a run of format {FORMAT} or older, got {about['format']} in {path}: install textenv "
+                f"{about['versions'].get('textenv', 'of then')} or newer."
+            )
+        return run
+
+    def read_about(self) -> dict[str, Any]:
+        """Return what `run.json` says: format, versions, commits, when it was started and with which command."""
+        try:
+            return json.loads(self.about.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CommandError(f"Expected JSON in {self.about}, got something else ({error}).") from error
+
+    def begin(self, config: str, textenv_version: str) -> None:
+        """Write the resolved config and what the run is made with; `run.json` comes last."""
+        write_text(self.config, config)
+        about = {
+            "format": FORMAT,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv[1:],
+            "git": {"textenv": _commit(Path(__file__).parent), "here": _commit(Path.cwd())},
+            "versions": {"textenv": textenv_version, "python": sys.version.split()[0], **_versions()},
+        }
+        write_text(self.about, json.dumps(about, indent=1) + "\n")
+
+    def changed_versions(self) -> list[str]:
+        """Return what is installed now in another version than the run was begun with."""
+        then, now = self.read_about().get("versions", {}), _versions()
+        return [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+
+    def check_vocabulary(self, tokens: Mapping[str, int]) -> None:
+        """Keep what the tokens are when a run begins, and refuse others later.
+
+        Raises:
+            CommandError: If they are others than those that the run was begun with.
+        """
+        file = self.path / "vocabulary.json"
+        own = {"size": len(tokens), "sha256": hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()}
+        if not file.is_file():
+            write_text(file, json.dumps(own) + "\n")
+        elif (kept := json.loads(file.read_text(encoding="utf-8"))) != own:
+            raise CommandError(
+                f"Expected the tokenizer that {self.path} was begun with, of {kept['size']} tokens, got another, of "
+                f"{own['size']} tokens: give the one of then as model.tokenizer."
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the kernel frees it when the process ends, however it does.
+
+        Raises:
+            CommandError: If another process holds it, or it cannot be written to.
+        """
+        try:
+            stream = (self.path / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise CommandError(f"Expected a folder to write to, got {self.path}: {error.strerror}.") from error
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                raise CommandError(f"{self.path} is in use by {stream.read().strip() or 'another process'}.") from None
+            stream.truncate(0)
+            stream.write(f"pid {os.getpid()} since {datetime.now().astimezone().isoformat(timespec='seconds')}\n")
+            stream.flush()
+            self._clear_leftovers()
+            yield
+
+    def _clear_leftovers(self) -> None:
+        """Remove what a killed process has half-written: with the lock held, nobody is writing."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(".*.partial-*"):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def check_space(self, needed: int) -> None:
+        """Raise CommandError where the disk has less room than so many bytes."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise CommandError(f"The run needs {size(needed)}, {size(free)} free at {self.path}.")
+
+    def cut(self, tokens: int) -> None:
+        """Forget the rows of later than so many tokens: they are made again. -1 forgets all."""
+        for file in (self.metrics, self.samples):
+            if file.is_file():
+                rows = [row for row in read_rows(file) if row["tokens"] <= tokens]
+                write_text(file, "".join(to_line(row) for row in rows))
+        if tokens < 0:
+            shutil.rmtree(self.best, ignore_errors=True)
+            (self.path / "history.json").unlink(missing_ok=True)
+
+    def keep_traceback(self) -> None:
+        """Append the traceback of the current exception to the log."""
+        with self.log.open("a", encoding="utf-8") as stream:
+            stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
+
+
+def size(n_bytes: int) -> str:
+    """Return a number of bytes for people.
+
+    Example:
+        >>> size(1_234_000_000), size(56_000)
+        ('1.2 GB', '0.1 MB')
+    """
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def to_line(row: Mapping[str, Any]) -> str:
+    r"""Return a row as a line of JSON; what is no finite number becomes null.
+
+    Example:
+        >>> to_line({"tokens": 4, "loss": float("nan")})
+        '{"tokens": 4, "loss": null}\n'
+    """
+    plain = {name: None if isinstance(value, float) and value - value != 0 else value for name, value in row.items()}
+    return json.dumps(plain, ensure_ascii=False) + "\n"
+
+
+def append_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Append a row; it is on the disk when this returns."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(to_line(row))
+    sync(file)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; a last line that was cut off by a kill is left out.
+
+    Raises:
+        CommandError: If another line is no JSON.
+    """
+    rows = []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise CommandError(f"Expected JSON in line {number} of {file}, got {line[:40]!r}.") from error
+    return rows
+
+
+def _versions() -> dict[str, str]:
+    names = [name for name in PACKAGES if _is_installed(name)]
+    return {name: metadata.version(name) for name in names}
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _commit(folder: Path) -> str | None:
+    """Return the commit that is checked out in a folder, with "+" where files differ from it; None outside of git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,147 @@
+"""What a run shows while it trains: plain lines, lines of JSON, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from .run_folder import to_line
+
+Row = dict[str, Any]
+SHOWN = (
+    ("reward", "reward/task", ".3f"),
+    ("kl", "kl/sequence", ".2f"),
+    ("entropy", "train/entropy_loss", ".2f"),
+    ("length", "episode/length", ".1f"),
+    ("tokens/s", "time/tokens_per_second", ".0f"),
+)
+
+
+class Screen(Protocol):
+    """Where a run shows how it goes."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def row(self, row: Row) -> None:
+        """Show the figures of an iteration."""
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Show what the policy writes."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+def figures(row: Row) -> dict[str, str]:
+    """Return the figures of a row that are shown, the parts of the reward included, as texts.
+
+    Example:
+        >>> figures({"tokens": 8, "reward/task": 0.5, "reward/mood": 0.25, "train/entropy_loss": -1.0})
+        {'reward': '0.500', 'mood': '0.250', 'entropy': '1.00'}
+    """
+    texts = {}
+    for label, key, form in SHOWN:
+        if row.get(key) is not None:
+            value = -row[key] if label == "entropy" else row[key]
+            texts[label] = f"{value:{form}}"
+        if label == "reward":
+            parts = [name for name in row if name.startswith("reward/") and name != "reward/task"]
+            texts.update({name.removeprefix("reward/"): f"{row[name]:.3f}" for name in parts})
+    return texts
+
+
+class Remaining:
+    """How long a run will still take, by a clock that does not jump.
+
+    Args:
+        total: Tokens of the whole run.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.start: tuple[float, int] | None = None
+
+    def seconds(self, tokens: int) -> float | None:
+        """Return the estimate at so many tokens; None at the first call."""
+        now = time.monotonic()
+        if self.start is None or tokens <= self.start[1]:
+            self.start = self.start or (now, tokens)
+            return None
+        return (now - self.start[0]) / (tokens - self.start[1]) * max(self.total - tokens, 0)
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds.
+
+    Example:
+        >>> clock(3723.4)
+        '1:02:03'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+class PlainScreen:
+    """A line an iteration, for logs and pipes.
+
+    Args:
+        total: Tokens of the whole run.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.remaining = total, Remaining(total)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(text, flush=True)
+
+    def row(self, row: Row) -> None:
+        """Print an iteration's figures in a line."""
+        left = self.remaining.seconds(row["tokens"])
+        texts = [f"{label} {text}" for label, text in figures(row).items()]
+        evaluated = [f"{name} {row[name]:.3f}" for name in ("eval/reward",) if row.get(name) is not None]
+        eta = [] if left is None else [f"left {clock(left)}"]
+        self.say("  ".join([f"{row['tokens']:>9,} / {self.total:,} tokens", *texts, *evaluated, *eta]))
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Plain output has none: they are in samples.jsonl."""
+
+    def close(self) -> None:
+        """There is nothing to put back."""
+
+
+class JsonScreen:
+    """A line of JSON an iteration on the standard output; what is said goes to the standard error."""
+
+    def say(self, text: str) -> None:
+        """Print a line on the standard error."""
+        print(text, file=sys.stderr, flush=True)
+
+    def row(self, row: Row) -> None:
+        """Print a row as `metrics.jsonl` has it."""
+        print(to_line(row), end="", flush=True)
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """They are in samples.jsonl."""
+
+    def close(self) -> None:
+        """There is nothing to put back."""
+
+
+class QuietScreen:
+    """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Show nothing."""
+
+    def row(self, row: Row) -> None:
+        """Show nothing."""
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """There is nothing to put back."""

@@ -1,0 +1,78 @@
+"""The command `textenv show`: an episode token by token, with the reward, the value and the divergence of each."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from textenv.env import TextEnv
+from textenv.vector import TextVectorEnv
+
+from .assemble import assemble
+from .callbacks import printable
+from .config import DEMO, TrainConfig
+from .demo import demo_model
+from .evaluation import sequence_of
+from .policies import LMPolicy
+from .reference import build_reference, divergences
+from .refusal import CommandError, Exit
+from .verb_config import ShowOptions, TrustOptions
+from .verbs import load_newest, trust_of
+
+
+def show(config: TrainConfig, chosen: ShowOptions, options: TrustOptions) -> int:
+    """Print an episode of the run's newest policy: a line a token.
+
+    The divergence is the exact one from the reference, or from the model that training began with.
+    """
+    parts = assemble(config, trust_of(options))
+    load_newest(chosen.run, parts)
+    env, policy = parts.env, cast("LMPolicy", parts.agent.policy)
+    if not 0 <= chosen.prompt < len(env.prompts):
+        raise CommandError(f"Expected --prompt between 0 and {len(env.prompts) - 1}, got {chosen.prompt}.")
+    observations, actions, rewards, info = replay(policy, env, chosen.prompt, chosen.seed)
+    with torch.no_grad():
+        values = policy.predict_values(observations[:-1])[:, 0].tolist()
+        divergence = _divergence(policy, env, config, observations[-1:])
+    print(f"prompt: {printable(str(info['prompt']))}\n\n{'token':<16}{'reward':>9}{'value':>9}{'KL, nats':>10}")
+    for place, (action, reward, value) in enumerate(zip(actions, rewards, values, strict=True)):
+        nats = f"{divergence[place]:10.4f}" if divergence is not None else " " * 10
+        token = printable(repr(parts.tokenizer.decode([action])))
+        print(f"{token:<16}{reward:9.3f}{value:9.3f}{nats}")
+    print(f"\n{printable(info['text'])}\nended by {info['end_reason']}; reward {info['episode']['r']:.3f}", end="")
+    print("".join(f"  {name} {value:.3f}" for name, value in info["reward_parts"].items()))
+    return Exit.DONE
+
+
+def replay(
+    policy: LMPolicy, env: TextEnv, prompt: int, seed: int
+) -> tuple[torch.Tensor, list[int], list[float], dict[str, Any]]:
+    """Run an episode; return its observations (T + 1, L), actions, rewards and final info."""
+    envs = TextVectorEnv(env, 1)
+    generator = torch.Generator().manual_seed(seed)
+    observation = envs.lanes.reset(0, [env.prompts[prompt]])
+    observations, actions, rewards = [torch.as_tensor(observation[0])], [], []
+    policy.set_training_mode(False)
+    with torch.no_grad():
+        while True:
+            batch = observations[-1][None].to(policy.device)
+            allowed = torch.as_tensor(envs.lanes.allowed(), device=policy.device) if env.masks else None
+            action = policy.lm.act(batch, False, generator, policy.lm.predict_cache, allowed, False).actions
+            result = envs.lanes.step(action.cpu().numpy())
+            actions.append(int(action[0]))
+            rewards.append(float(result.rewards[0]))
+            ended = result.final_observations.get(0)
+            observations.append(torch.as_tensor(result.observations[0] if ended is None else ended))
+            if ended is not None:
+                policy.lm.predict_cache.drop()
+                return torch.stack(observations).to(policy.device), actions, rewards, result.infos[0]
+
+
+def _divergence(policy: LMPolicy, env: TextEnv, config: TrainConfig, last: torch.Tensor) -> list[float] | None:
+    """Return the divergence at each token; None where replies, masks or a support make other tokens possible."""
+    if env.masks or env.is_multi_turn or policy.lm.sampling.has_support:
+        return None
+    name = config.kl.reference or (str(demo_model()) if config.model.name == DEMO else config.model.name)
+    reference = build_reference(name, policy.lm, env.max_prompt_tokens + env.rules.room)
+    return divergences(reference, policy.lm, sequence_of(last)).tolist()

@@ -1,0 +1,255 @@
+"""The command `textenv train`: a run from its configuration to its folder, resumed where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+
+from textenv import __version__
+
+from .assemble import Parts, Trust, assemble, task_name, training_callbacks
+from .checkpoint import load_checkpoint
+from .config import DEMO, FREE_ON_RESUME, Named, TrainConfig, TrainOptions
+from .curves import check_matplotlib, draw_curves
+from .dry_run import dry_run
+from .evaluation_callback import Evaluate
+from .exporting import export
+from .failures import as_command_error
+from .files import replaced_folder, write_text
+from .finite_updates import FiniteUpdates
+from .interrupts import Interrupts
+from .live_view import LiveScreen
+from .model_card import model_card
+from .names import find
+from .recording import Recorder, RowWriter, SampleRecorder
+from .refusal import CommandError, Exit
+from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
+from .run_folder import RunFolder, read_rows
+from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
+from .trackers import TRACKERS, Tracker, check_tracker
+
+SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
+
+
+def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
+    """Begin a run and train.
+
+    Args:
+        config: The configuration.
+        dumped: The same as YAML, as it is kept.
+        options: What the command line alone says.
+
+    Returns:
+        The exit code.
+    """
+    check_loggers(config.loggers)
+    if options.dry_run:
+        return dry_run(config, options)
+    run = RunFolder.create(config.out, task_name(config))
+    with run.locked():
+        run.cut(-1)
+        run.begin(dumped, __version__)
+        return _train(run, config, options)
+
+
+def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str, options: TrainOptions) -> int:
+    """Go on with a run; a changed configuration is shown, and refused unless its keys are allowed by name.
+
+    Raises:
+        CommandError: If a key differs that `--change` does not name.
+    """
+    check_loggers(config.loggers)
+    changed = {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
+    screen = make_screen(config, options)
+    for key, (old, new) in changed.items():
+        screen.say(f"changed: {key}: {old!r} -> {new!r}")
+    other = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME and key not in options.change]
+    if other:
+        named = " ".join(f"--change {key}" for key in other)
+        raise CommandError(f"Expected the configuration of {run.path}, got others: to go on all the same, add {named}.")
+    with run.locked():
+        if changed:
+            write_text(run.config, dumped)
+        return _train(run, config, options)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], above: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two configurations, by dotted key: the values before and after.
+
+    Example:
+        >>> differences({"kl": {"coef": 0.1}, "seed": 0}, {"kl": {"coef": 0.2}, "seed": 0})
+        {'kl.coef': (0.1, 0.2)}
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in before.keys() | after.keys():
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and key != "args":
+            found |= differences(old, new, f"{above}{key}.")
+        elif old != new:
+            found[above + key] = (old, new)
+    return dict(sorted(found.items()))
+
+
+def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
+    """Return what the options ask for."""
+    if options.quiet:
+        return QuietScreen()
+    if options.json:
+        return JsonScreen()
+    return LiveScreen(config.total_tokens) if sys.stdout.isatty() else PlainScreen(config.total_tokens)
+
+
+def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
+    """Train under the lock; turn what goes wrong into one line, an exit code and a traceback in the log."""
+    screen = make_screen(config, options)
+    previous = warnings.showwarning
+    warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
+    try:
+        return _run(run, config, options, screen)
+    except Exception as error:
+        run.keep_traceback()
+        known = as_command_error(error, run.path)
+        place = "" if known is error else f" (the traceback is in {run.log})"
+        raise CommandError(f"{known}{place}", known.code) from error
+    finally:
+        warnings.showwarning = previous
+        screen.close()
+
+
+def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Screen) -> int:
+    if config.env.id == config.model.name == DEMO:
+        screen.say("the built-in demo: a tiny GPT-2 learns to write positive reviews")
+    screen.say(f"run: {run.path}")
+    checkpoint = checkpoint_to_load(run, screen.say)
+    parts = assemble(config, Trust(options.allow, options.trust_remote_code), progress_bar=not options.quiet)
+    agent = parts.agent
+    run.check_vocabulary(parts.tokenizer.get_vocab())
+    if changed := run.changed_versions():
+        screen.say(f"other versions than the run was begun with: {', '.join(changed)}; figures may differ a little")
+    run.check_space(needed(agent) * (config.keep_checkpoints + SPACE_FOR))
+    writer = RowWriter()
+    agent.set_logger(Logger(None, [writer, *make_loggers(run, parts, options)]))
+    done = 0
+    if checkpoint is not None:
+        load_checkpoint(agent, checkpoint)
+        done = agent.num_timesteps
+        screen.say(f"resumed from {checkpoint}: {done:,} tokens")
+    run.cut(done if checkpoint is not None else -1)
+    evaluate = _evaluate(run, parts)
+    trackers = make_trackers(run, config)
+    views: list[Any] = [screen, *trackers]
+    kept = config.checkpoint_every, config.keep_checkpoints
+    with Interrupts() as interrupts:
+        callbacks = [
+            *training_callbacks(config),
+            evaluate,
+            FiniteUpdates(),
+            SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),
+            Recorder(run, writer, partial(_show_row, views)),
+            RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
+        ]
+        if done < config.total_tokens:
+            agent.learn(
+                config.total_tokens - done,
+                callback=CallbackList(callbacks),
+                log_interval=1,
+                reset_num_timesteps=checkpoint is None,
+            )
+    agent.logger.close()
+    for tracker in trackers:
+        tracker.close()
+    _finish(run, parts, screen)
+    return Exit.DONE
+
+
+def _show_row(views: list[Any], row: Row) -> None:
+    for view in views:
+        view.row(row)
+
+
+def _show_samples(views: list[Any], rows: list[Row]) -> None:
+    for view in views:
+        view.samples(rows)
+
+
+def _evaluate(run: RunFolder, parts: Parts) -> Evaluate:
+    evaluation = parts.config.evaluation
+    return Evaluate(
+        list(parts.held_out.prompts)[: evaluation.n_prompts],
+        parts.tokenizer,  # type: ignore[arg-type]
+        parts.metrics,
+        every=evaluation.every,
+        folder=run.path,
+        best=evaluation.best,
+        higher_is_better=evaluation.higher_is_better,
+        patience=evaluation.patience,
+        env=parts.held_out,
+        n=evaluation.n,
+    )
+
+
+def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
+    """Write curves, results and the model with its card, and say where they are."""
+    config = parts.config
+    rows = read_rows(run.metrics)
+    if "curves" in config.loggers:
+        draw_curves(run.path / "curves.png", {run.path.name: rows}, task_name(config))
+    history = json.loads((run.path / "history.json").read_text(encoding="utf-8"))
+    before, after = history[0], history[-1]
+    table = ["| figure | before | after |", "|---|---|---|"]
+    for name, value in after["figures"].items():
+        table.append(f"| {name} | {_shown(before['figures'].get(name))} | {_shown(value)} |")
+    text = "\n".join(table)
+    write_text(run.path / "results.md", text + "\n")
+    write_text(run.path / "results.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
+    with replaced_folder(run.model) as beside:
+        export(parts.agent, parts.tokenizer, beside / "model")
+        card = model_card(config, run.read_about(), text)
+        for path in (beside / "model").iterdir():
+            path.rename(beside / path.name)
+        (beside / "model").rmdir()
+        (beside / "README.md").write_text(card, encoding="utf-8")
+    screen.say(f"{text}\nmodel: {run.model}   best: {run.best / 'model'}   figures: {run.metrics}")
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:#.3g}"
+
+
+def check_loggers(loggers: list[Named | str]) -> None:
+    """Raise CommandError for a logger that is not known, and ImportError, with the cure, for one not installed."""
+    known = ("tensorboard", "curves", *TRACKERS)
+    for one in loggers:
+        name = one if isinstance(one, str) else one.id
+        if name not in known and ":" not in name:
+            raise CommandError(f"Expected a logger among {', '.join(known)} or module:Class, got {name!r}.")
+        if name == "curves":
+            check_matplotlib()
+        if name in TRACKERS:
+            check_tracker(name)
+
+
+def make_loggers(run: RunFolder, parts: Parts, options: TrainOptions) -> list[KVWriter]:
+    """Return the writers that the configuration names, beside the run's own rows."""
+    made: list[KVWriter] = []
+    for one in parts.config.loggers:
+        named = Named(one) if isinstance(one, str) else one
+        if named.id == "tensorboard":
+            made.append(TensorBoardOutputFormat(str(run.path / "tensorboard")))
+        elif ":" in named.id:
+            made.append(find(named.id, options.allow)(**named.args))
+    return made
+
+
+def make_trackers(run: RunFolder, config: TrainConfig) -> list[Tracker]:
+    """Return the W&B or trackio runs that the configuration names."""
+    named = [Named(one) if isinstance(one, str) else one for one in config.loggers]
+    return [Tracker(one, run, config) for one in named if one.id in TRACKERS]

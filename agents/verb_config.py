@@ -1,0 +1,213 @@
+"""What the verbs beside `train` take, as dataclasses: names, types, defaults and help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .config import DEMO, Named
+
+
+@dataclass
+class TrustOptions:
+    """What the command line alone allows.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+    """
+
+    allow: list[str] = field(default_factory=list)
+    trust_remote_code: bool = False
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure a run's model as it was before training and as it is now, on the same prompts.
+
+    Args:
+        run: The folder of the run.
+        metrics: Metrics by name, or their id and args, beside the run's own.
+        n_prompts: How many prompts.
+        n: Texts a prompt.
+        seed: Of the sampling.
+    """
+
+    run: str
+    metrics: list[Named | str] = field(default_factory=list)
+    n_prompts: int = 64
+    n: int = 1
+    seed: int = 0
+
+
+@dataclass
+class GenerateOptions:
+    """Continue prompts, and print a line of JSON for each text.
+
+    Args:
+        model: The folder of a run, or the name or folder of a model.
+        prompts: A .jsonl, .csv or .txt file.
+        n: Texts a prompt.
+        max_new_tokens: The most tokens of a text.
+        greedy: Take the most probable token instead of sampling.
+        seed: Of the sampling.
+    """
+
+    model: str
+    prompts: str = "prompts.txt"
+    n: int = 1
+    max_new_tokens: int = 64
+    greedy: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ChatOptions:
+    """Talk with a model; what was said before stays in its prompt. /reset forgets it, /exit ends.
+
+    Args:
+        model: The folder of a run, or the name or folder of a model.
+        max_new_tokens: The most tokens of an answer.
+        greedy: Take the most probable token instead of sampling.
+        seed: Of the sampling.
+    """
+
+    model: str
+    max_new_tokens: int = 64
+    greedy: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ExportOptions:
+    """Write a run's newest model as a Hugging Face folder, and check that it generates the same.
+
+    Args:
+        run: The folder of the run.
+        folder: Where to.
+    """
+
+    run: str
+    folder: str
+
+
+@dataclass
+class ShowOptions:
+    """Replay an episode of a run's newest model token by token, with reward, value and divergence.
+
+    Args:
+        run: The folder of the run.
+        prompt: The number of the prompt.
+        seed: Of the sampling.
+    """
+
+    run: str
+    prompt: int = 0
+    seed: int = 0
+
+
+@dataclass
+class CompareOptions:
+    """Draw the curves of several runs in one picture, and print a table.
+
+    Args:
+        runs: The folders of the runs.
+        out: The picture's file.
+    """
+
+    runs: list[str]
+    out: str = "compare.png"
+
+
+@dataclass
+class SFTConfig:
+    """Tune a causal model on texts, or on references that answer prompts; see `agents.sft.tune`.
+
+    Args:
+        model: A name on the hub, or a folder; "demo" is the built-in one.
+        data: A .txt (a text a line), .jsonl or .csv file.
+        out: Where the tuned model goes.
+        held_out: A file that is measured and not trained on.
+        text_column: The column of texts.
+        prompt_column: The column of prompts, where there are prompts and references.
+        reference_column: The column of references, as they go on from their prompts.
+        packing: Put several texts into a row.
+        n_epochs: Passes over the data.
+        batch_size: Rows of a minibatch.
+        learning_rate: The peak.
+        max_tokens: The longest row.
+        seed: Of the order of the data.
+    """
+
+    model: str = DEMO
+    data: str | None = None
+    out: str | None = None
+    held_out: str | None = None
+    text_column: str = "text"
+    prompt_column: str = "prompt"
+    reference_column: str = "reference"
+    packing: bool = False
+    n_epochs: float = 1.0
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    max_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class SFTOptions(TrustOptions):
+    """What the command line alone says.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+        resume: Go on with a run of the same arguments that was interrupted.
+        quiet: No progress bar.
+    """
+
+    resume: bool = False
+    quiet: bool = False
+
+
+@dataclass
+class RewardModelConfig:
+    """Train a model that scores texts, from pairs or from labels; see `agents.train_reward_model`.
+
+    Args:
+        model: A name on the hub, or a folder; "demo" is the built-in one.
+        data: A .jsonl or .csv file with the columns chosen, rejected and perhaps prompt; or text and label.
+        out: Where the model goes.
+        held_out: A file that is measured and not trained on.
+        loss: Where scores are compared: at the last token, or at all from the first difference on.
+        centring: Keeps scores around zero.
+        n_epochs: Passes over the data.
+        batch_size: Rankings of a minibatch.
+        learning_rate: The peak.
+        max_tokens: The longest text.
+        seed: Of a fresh head and of the order of the data.
+    """
+
+    model: str = DEMO
+    data: str | None = None
+    out: str | None = None
+    held_out: str | None = None
+    loss: Literal["last", "tokens"] = "last"
+    centring: float = 0.0
+    n_epochs: float = 1.0
+    batch_size: int = 16
+    learning_rate: float = 1e-5
+    max_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class StageOptions(TrustOptions):
+    """What the command line alone says.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+        quiet: No progress bar.
+    """
+
+    quiet: bool = False

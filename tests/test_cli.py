@@ -1,0 +1,219 @@
+"""The command line: what it says, what it refuses, what a run leaves behind."""
+
+import importlib.machinery
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from agents import cli
+from agents.config import TrainConfig, argument_help
+from agents.names import check_allowed
+from agents.refusal import CommandError
+from tests.command import ROLLOUT, ROOT, environment, rows, run, settings, small_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    assert run("train", *settings(model, out, loggers="[curves, tensorboard]", license="mit"), "--quiet") == 0
+    return out
+
+
+def test_a_run_leaves_all_that_it_should(done, model):
+    found = {path.name for path in done.iterdir()}
+    wanted = (
+        "config.yml run.json metrics.jsonl samples.jsonl curves.png tensorboard checkpoints best model history.json"
+    )
+    assert found >= {*wanted.split(), "results.json", "results.md"}
+    lines = rows(done)
+    assert [row["tokens"] for row in lines] == [0, *(ROLLOUT * i for i in (1, 2, 3, 4))]
+    assert all({"reward/task", "kl/sequence", "train/loss", "train/skipped_updates"} <= row.keys() for row in lines[1:])
+    assert [row["tokens"] for row in lines if "eval/reward" in row] == [0, 2 * ROLLOUT, 4 * ROLLOUT]
+    samples = rows(done, "samples.jsonl")
+    assert [row["tokens"] for row in samples] == [0] * 4 + [2 * ROLLOUT] * 4 + [4 * ROLLOUT] * 4
+    assert {"prompt", "text", "end_reason", "reward", "parts"} <= samples[0].keys()
+    about = json.loads((done / "run.json").read_text())
+    assert about["format"] == 1 and {"torch", "textenv", "transformers"} <= about["versions"].keys()
+    kept = yaml.safe_load((done / "config.yml").read_text())
+    assert kept["model"]["name"] == str(model) and kept["kl"]["coef"] == 0.05
+    assert not [path for path in done.rglob(".*.partial-*")]
+    assert sorted(path.name for path in (done / "checkpoints").iterdir())[-1] == f"step_{4 * ROLLOUT:012d}"
+    assert len(list((done / "checkpoints").iterdir())) == 3
+
+
+def test_the_model_has_a_card_and_loads(done):
+    card = (done / "model" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and "| reward |" in card and '"learning_rate": 0.01' in card
+    assert AutoModelForCausalLM.from_pretrained(done / "model").config.n_layer == 1
+    assert (done / "best" / "model" / "tokenizer.json").is_file()
+
+
+def test_the_config_that_is_kept_is_the_run(done):
+    config, _, dumped = cli.train_config([str(done / "config.yml")])
+    assert dumped == (done / "config.yml").read_text() and isinstance(config, TrainConfig)
+
+
+def test_json_lines_are_those_of_the_file(model, tmp_path, capsys):
+    assert run("train", *settings(model, tmp_path / "run", rollouts=1), "--json") == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert shown == [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "Expected a verb among .*, got 'trian': did you mean 'train'"),
+        (["train", "--model.topk", "3"], "model.topk 3: did you mean 'model.top_k'"),
+        (["train", "--seed", "x"], "seed.*Expected a <class 'int'>. Got value: x"),
+        (["train", "nowhere.yml"], "Expected a configuration file, got nowhere.yml: No such file"),
+        (["train", "--resume", "nowhere"], "Expected the folder of a run, got nowhere, which has no run.json"),
+        (["train", "--loggers", "[tensorbored]"], "Expected a logger among tensorboard, .*, got 'tensorbored'"),
+        (["train", "--out", "/proc/run"], "Expected a folder to write to, got /proc/run"),
+    ],
+)
+def test_refusals(words, message, capfd):
+    assert run(*words) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("env: {idd: demo}", "'idd': did you mean 'env.id'"),
+        ("allow: [os]", "Expected allow only on the command line"),
+        ("trust_remote_code: true", "Expected trust_remote_code only on the command line"),
+        ("seed: !!python/object/apply:os.getcwd []", "Expected plain YAML"),
+        ("env: {reward: 'os:getcwd'}", "add --allow os"),
+        ("env: {reward: {id: sum, args: {rewards: [{id: 'shutil:rmtree'}]}}}", "add --allow shutil"),
+        ("env: {args: {reward: {name: 'shutil:no name'}}}", "add --allow shutil"),
+        ("loggers: ['subprocess:Popen']", "add --allow subprocess"),
+        ("env: {id: 'os:Env'}", "add --allow os"),
+    ],
+)
+def test_configurations_that_are_refused(text, message, tmp_path, model, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yml").write_text(text)
+    words = [] if "id: 'os" in text else [f"--model.name={model}"]
+    for file in ("config.yml", "--config=config.yml"):
+        assert run("train", file, *words, "--out", tmp_path / "run") == 2
+        assert re.search(message, capfd.readouterr().err) or "YAML" in message
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_a_text_with_a_colon_is_no_path():
+    check_allowed({"stop_strings": ["Human:", "Human: hello", "nobody: os"]}, ())
+    with pytest.raises(CommandError, match="add --allow os"):
+        check_allowed({"a": [{"b": "os.path:join"}]}, ("shutil",))
+
+
+def test_every_argument_has_help():
+    parser = cli.make_parser("train", "[CONFIG]", TrainConfig)
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert argument_help(TrainConfig)["seed"] == "Of everything random."
+
+
+def test_help_is_fast_and_loads_no_torch():
+    code = (
+        "import sys, time; from agents.cli import VERBS, main\nfor verb in VERBS:\n"
+        "    try: main([verb, '--help'])\n    except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'gymnasium'} & sys.modules.keys()), time.process_time())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True).stdout
+    assert "--algorithm.n_envs" in out
+    loaded, seconds = out.splitlines()[-1].rsplit(" ", 1)
+    assert loaded == "[]" and float(seconds) < 2.0  # of all verbs; one takes 0.3
+
+
+def test_a_users_own_reward_by_module_and_class(tmp_path, model, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(
+        "class Words:\n    def __init__(self, word): self.word = word\n"
+        "    def __call__(self, prompt, preds, done): return float(self.word in preds.text) if done else 0.0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own.yml").write_text("env: {reward: {id: 'own_rewards:Words', args: {word: great}}}\nseed: 3\n")
+    words = settings(model, tmp_path / "run", rollouts=1)
+    assert run("train", "own.yml", *words, "--allow", "own_rewards", "--quiet") == 0
+    assert rows(tmp_path / "run")[-1]["tokens"] == ROLLOUT
+
+
+@pytest.mark.slow
+def test_the_package_loads_its_names_when_they_are_asked_for():
+    code = (
+        "import sys, agents\nassert 'torch' not in sys.modules\nfrom agents import export, doctor\n"
+        "assert callable(export) and callable(doctor.check) and 'torch' in sys.modules\n"
+        "assert {'make_agent', 'TrainConfig'} <= set(dir(agents)) & set(agents.__all__)\n"
+        "try: agents.nothing\nexcept AttributeError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout == "module 'agents' has no attribute 'nothing'\n", done.stderr
+
+
+class FakeTracker(types.ModuleType):
+    """What W&B and trackio have in common; their packages are not needed to see what they are sent."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.__spec__ = importlib.machinery.ModuleSpec("trackio", None)
+        self.sent, self.config, self.is_over = [], None, False
+
+    def init(self, project, name, config, **more):
+        self.config, self.more = config, more
+
+    def log(self, values, step):
+        self.sent.append((step, values))
+
+    def Table(self, dataframe):
+        return list(dataframe.columns)
+
+    def finish(self):
+        self.is_over = True
+
+
+@pytest.mark.slow
+def test_a_tracker_gets_rows_and_samples(model, tmp_path, monkeypatch):
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    words = settings(model, tmp_path / "run", rollouts=2, loggers="[{id: trackio, args: {space: mine}}]")
+    assert run("train", *words, "--quiet") == 0
+    assert tracker.more == {"space": "mine"} and tracker.config["seed"] == 0 and tracker.is_over
+    figures = [(step, values["reward/task"]) for step, values in tracker.sent if "reward/task" in values]
+    assert figures == [(row["tokens"], row["reward/task"]) for row in rows(tmp_path / "run")[1:]]
+    tables = [step for step, values in tracker.sent if values.get("samples", [None])[0] == "tokens"]
+    assert tables == [0, 2 * ROLLOUT]
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_the_run(model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("train", *settings(model, tmp_path / "run", loggers="[wandb]")) == 2
+    assert "pip install 'textenv[wandb]'" in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yml")), ids=lambda path: path.stem)
+def test_ready_configurations_open_with_their_command_and_figure(path):
+    text = path.read_text()
+    opening = text.split("\n\n")[0] if text.startswith("#") else ""
+    assert f"textenv train examples/configs/{path.name}" in opening
+    assert "minute" in opening and "Expect" in opening
+    assert cli.train_config([str(path)])[0].total_tokens > 0
+
+
+def test_the_demo_configuration_is_what_train_does_alone():
+    assert cli.train_config([])[0] == cli.train_config([str(ROOT / "examples" / "configs" / "demo.yml")])[0]

@@ -119,7 +119,13 @@ class PrefixCache:
             ids: Tokens, (B, T), padded on the right.
             lengths: How many of them are real, (B,). A row of none is read as one of token 0, for nobody.
         """
-        lengths = lengths.clamp(min=1)
+        try:
+            return self._read(ids, lengths.clamp(min=1))
+        except BaseException:  # in the middle of a step: some layers have its column, others do not
+            self.drop()
+            raise
+
+    def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         # The one synchronisation with the device in a step.
         growth, counts = torch.stack([self._growth(ids, lengths), lengths]).tolist()
         if not any(growth):  # as when a rollout's last observations were valued, and the next one begins with them

@@ -60,7 +60,8 @@ class EpisodeMetrics(BaseCallback):
         self._infos = [info for info in self._infos if not info["scored"]]
         env = self.training_env.unwrapped
         if isinstance(env, TextVecEnv) and env.keeps_infos:  # the env has those too that waited in a checkpoint
-            infos, self._infos = list(env.scored.values()), []
+            dropped = [info for info in infos if info["dropped"]]  # which the env leaves out
+            infos, self._infos = [*env.scored.values(), *dropped], []
         now = time.perf_counter()
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
         self._clock, self._timesteps = now, self.model.num_timesteps

@@ -139,7 +139,8 @@ def train_classifier(
         reader = TextModel(model, tokenizer, max_length=max_tokens, batch_size=batch_size)
         check_fits(model, len(tokenizer), 1)
         rows = list(zip((ids or [reader.pad_id] for ids in reader.encode(texts)), labels, strict=True))
-        settings = repr((rows, names, n_epochs, batch_size, learning_rate, seed))
+        start = (model.config.to_json_string(), None if isinstance(lm, PreTrainedConfig) else os.fspath(lm))
+        settings = repr((start, rows, names, n_epochs, batch_size, learning_rate, seed))
         checkpoint = prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
         n_steps = train(model, rows, lambda some: _collate(some, reader.pad_id), arguments, checkpoint)
         model.eval()
@@ -175,6 +176,8 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
         "problem_type": "single_label_classification",
     }
     if not isinstance(lm, PreTrainedConfig):
+        # A head of another size is not an error: a fresh one is put on.
+        labels["ignore_mismatched_sizes"] = True
         return AutoModelForSequenceClassification.from_pretrained(lm, dtype=torch.float32, **labels)
     config = copy.deepcopy(lm)
     for key, value in labels.items():

@@ -168,7 +168,8 @@ def fit(
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=0.1)
+    rising = 0.2 if n_steps == 10 else 0.1  # a tenth of 10 steps has no length, by which torch divides
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=rising)
     seen: list[Tensor] = []
     if state is not None and state.is_dir():
         seen = load_state(state, model, optimizer)

@@ -248,6 +248,8 @@ def _check_data(name: str, data: Sequence[Ranking] | Sequence[Labelled]) -> None
     for number, example in enumerate(data):
         if isinstance(example, Ranking) and (isinstance(example.texts, str) or len(example.texts) < 2):
             raise ValueError(f"Expected rankings of at least two texts, got {example.texts!r:.80} in row {number}.")
+    if name == "held_out" and kinds == {Labelled} and len({cast("Labelled", example).label for example in data}) < 2:
+        raise ValueError("Expected held-out labels that differ, got one value: there is nothing to compare.")
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -347,8 +349,6 @@ def _measure(
         labels = np.array([example.label for example in examples], dtype=float)
         signs = [np.sign(labels[i] - labels[:i]) for i in range(len(labels))]
         margins = [((scores[i] - scores[:i]) * sign)[sign != 0] for i, sign in enumerate(signs)]
-        if not any(map(len, margins)):
-            raise ValueError("Expected held-out labels that differ, got one value: there is nothing to compare.")
         return figures(total / len(examples), margins, is_log_odds=False)
     ends = np.cumsum([len(example.ids) for example in examples])
     margins = []

@@ -143,7 +143,8 @@ def tune(
         if packing:
             rows = pack([sample for row in rows for sample in row], limit)
         before = mean_loss(model, tests, batch_size) if tests else None
-        settings = repr((rows, packing, n_epochs, batch_size, learning_rate, seed))
+        start = (model.config.to_json_string(), str(lm) if isinstance(lm, (str, os.PathLike)) else None)
+        settings = repr((start, rows, packing, n_epochs, batch_size, learning_rate, seed))
         checkpoint = prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
         n_steps = train(model, rows, collate, arguments, checkpoint)
         model.eval()

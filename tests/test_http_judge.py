@@ -134,7 +134,7 @@ def test_the_server_sees_no_more_rows_at_a_time_than_asked_for(server):
 
 def test_5xx_and_429_are_asked_again_and_4xx_are_not(server):
     reward = HTTPJudge(server.url, retries=2, on_failure=-1.0, **QUICK)
-    with pytest.warns(UserWarning, match="status 503: b'try later'"):
+    with pytest.warns(UserWarning, match="status 503: 'try later'"):
         assert scores(reward, ["fail2", "fail3", "busy", "refused", "moved"]) == [5.0, -1.0, 4.0, -1.0, -1.0]
     assert server.counts == {"fail2": 3, "fail3": 3, "busy": 2, "refused": 1, "moved": 1}
     assert reward.n_failed == 3
@@ -146,7 +146,7 @@ def test_retry_after_is_respected(server):
     assert scores(HTTPJudge(server.url, retries=1, **QUICK), ["busy"]) == [4.0]
     assert 1.0 <= time.perf_counter() - start < 4.0
     server.retry_after = "7200"
-    with pytest.raises(RewardError, match="status 429: b'too many'; to be asked again in 7200 s"):
+    with pytest.raises(RewardError, match="status 429: 'too many'; to be asked again in 7200 s"):
         scores(HTTPJudge(server.url, **QUICK), ["busy2"])
 
 
@@ -166,13 +166,13 @@ def test_the_time_limit(server):
 @pytest.mark.parametrize(
     ("text", "words", "n_asked"),
     [
-        ("rubbish", r"Expected JSON, got b'<html>", 2),
+        ("rubbish", r"Expected JSON, got '<html>", 2),
         ("nokey", r"Expected 'score' in the answer, got \{'other': 1\}", 2),
         ("notanumber", "Expected a reward to be a finite number, got nan", 2),
         ("cut", "RemoteProtocolError", 2),
         ("huge", "Expected an answer of at most max_bytes=1000000, got more", 1),
         ("moved", "status 307 to 'http://elsewhere.example/score'", 1),
-        ("refused", "status 422: b'no None'", 1),
+        ("refused", "status 422: 'no None'", 1),
     ],
 )
 def test_what_is_no_score_fails_its_row_alone(server, text, words, n_asked):
@@ -222,6 +222,9 @@ def test_a_reply_without_a_mark_is_asked_for_again(server):
     for options in ({"low": 10.0}, {"pattern": "8"}):
         with pytest.raises(ValueError, match="low < high and a `pattern` with a group"):
             ChatJudge(server.url, model="m", **options)
+    for question in ('Rate {completion} as {"mark": 3}', "Rate {answer}", "Rate {"):
+        with pytest.raises(ValueError, match="Expected a `question` with"):
+            ChatJudge(server.url, model="m", question=question)
 
 
 # The key

@@ -141,6 +141,19 @@ def test_b8_over_long_texts_lose_as_many_tokens_at_the_start():
     assert texts == [[3, 4, 5, 6], [3, 24, 25, 26], [3, 4, 5]]
 
 
+def test_any_number_of_steps(tmp_path):
+    """Of 10 steps the schedule's warm-up would have no length."""
+    for n in (1, 10, 11):
+        assert len(train(some_pairs(n), tmp_path / "model", batch_size=1, n_epochs=1, held_out=()).losses) == n
+
+
+def test_held_out_labels_that_say_nothing_are_refused_before_training(tmp_path):
+    labelled = [Labelled("good film", 1.0), Labelled("bad film", 0.0)]
+    with pytest.raises(ValueError, match="held-out labels that differ"):
+        train(labelled, tmp_path / "model", held_out=labelled[:1])
+    assert not (tmp_path / "model").exists()
+
+
 def test_over_long_texts_that_share_nothing_lose_their_own_start():
     """One long text must not empty the others it is ranked with."""
     texts = encode_texts(CharTokenizer(), ["abcdefgh", "bcd", "xabcdef"], max_tokens=4)

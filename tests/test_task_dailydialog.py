@@ -16,7 +16,8 @@ from tests.dialogues import TALK, made_up, write_dialogues
 from tests.models import N_ROWS, make_ppo, tiny
 from tests.training import tiny_agent, tiny_config
 from textenv import CharTokenizer, EndReason, Preds, Prompt
-from textenv.rewards import Meteor, RowReward, Scale, WeightedSum
+from textenv.completion import Turn
+from textenv.rewards import DROPPED, BatchReward, Meteor, RowReward, Scale, WeightedSum
 from textenv.tasks.dailydialog import (
     Conversation,
     DailyDialog,
@@ -319,3 +320,17 @@ def test_a_prompt_without_exchanges_has_one_reply():
     reward = EachTurn(Same(), TOKENIZER)
     prompt = Prompt("hi\n", row={"exchanges": [], "intent": 2}, references=["me"])
     assert reward(prompt, Preds(TOKENIZER, TOKENIZER.encode("me")), True) == {"same": 1.0, "intent": 0.2}
+
+
+def test_a_reply_without_a_score_drops_its_conversation():
+    class Down(BatchReward):
+        may_drop = True
+
+        def score(self, prompts, preds, dones):
+            return [DROPPED if one.text == "bye" else 1.0 for one in preds]
+
+    reward, chars = EachTurn(Down(), CharTokenizer()), CharTokenizer()
+    assert reward.may_drop and not EachTurn(lambda *_: 0.0, chars).may_drop
+    prompt = Prompt("hi ", row={"exchanges": [{"other": "ok", "reply": "bye", "intent": 0}]}, references=["yes"])
+    rows = [Preds(chars, chars.encode(last), closed=[Turn("no", "ok ")]) for last in ("bye", "yes")]
+    assert reward.score([prompt] * 2, rows, [True] * 2) == [DROPPED, 1.0]

@@ -51,7 +51,10 @@ class PromptDealer:
         """Deal these rows instead of the env's prompts, once each, and then nothing."""
         if isinstance(rows, (str, Mapping)) or len(rows) == 0:
             raise ValueError(f"Expected the prompts given to `reset` to be a list of one or more, got {rows!r:.80}.")
-        self.queue = [row if self._is_own(row) else self.env.read_prompt(row) for row in rows]  # type: ignore[misc]
+        if rows is self.env.prompts:  # looked up again, a row of a data set would be another object
+            self.queue = list(self.env.prompts)
+        else:
+            self.queue = [row if self._is_own(row) else self.env.read_prompt(row) for row in rows]  # type: ignore[misc]
 
     def _is_own(self, row: PromptLike) -> bool:
         """Whether a row is a prompt object of the env: it then keeps its number, and is not encoded again."""

@@ -172,3 +172,19 @@ def test_rows_stay_while_their_order_is_good_enough():
     own, mixed = np.repeat([20, 2], 4), np.array([0, 2, 4, 6, 1, 3, 5, 7])
     assert sorted(sort_into_groups(mixed, own)[:4]) == [0, 1, 2, 3]
     assert list(sort_into_groups(mixed, np.repeat([20, 18], 4))) == list(mixed)
+
+
+def test_after_a_step_that_was_broken_off_rows_are_read_anew(monkeypatch):
+    """As by Ctrl-C, when some layers have their newest column and others do not."""
+    policy, steps = make_policy(), scripted(6)
+    for observations in steps[:3]:
+        decode(policy, observations)
+    layer = policy.lm.backbone.model.base_model.h[1]
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(layer, "forward", interrupt)
+        decode(policy, steps[3])
+    assert worst(policy, steps[3:]) < TOLERANCE

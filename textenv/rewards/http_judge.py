@@ -104,7 +104,7 @@ class HTTPJudge(AsyncReward):
             try:
                 found = found[int(step)] if isinstance(found, list) else found[step]
             except (LookupError, TypeError, ValueError) as error:
-                raise RowError(f"Expected {self.key!r} in the answer, got {self._excerpt(repr(answer))}") from error
+                raise RowError(f"Expected {self.key!r} in the answer, got {repr(answer)[:EXCERPT]}") from error
         return found
 
     async def score_row(self, prompt: Prompt, preds: Preds) -> Score:
@@ -117,7 +117,7 @@ class HTTPJudge(AsyncReward):
         try:
             answer = json.loads(received)
         except ValueError as error:
-            raise RowError(f"Expected JSON, got {self._excerpt(repr(received))}") from error
+            raise RowError(f"Expected JSON, got {received[:EXCERPT]!r}") from error
         return self.read(answer)
 
     @asynccontextmanager
@@ -133,7 +133,8 @@ class HTTPJudge(AsyncReward):
             finally:
                 _client.reset(token)
 
-    async def _post(self, content: bytes) -> bytes:
+    async def _post(self, content: bytes) -> str:
+        """Return the answer, in which a repeated key is blanked."""
         # An answer that is not compressed has no more bytes than are counted.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         api_key = self._api_key()
@@ -146,12 +147,14 @@ class HTTPJudge(AsyncReward):
                 if len(received) > self.max_bytes:
                     raise RowError(f"Expected an answer of at most max_bytes={self.max_bytes}, got more", again=False)
             status = response.status_code
+            text = self._blanked(received.decode("utf-8", "replace"))
             if 200 <= status < 300:
-                return bytes(received)
+                return text
             again = status == 429 or status >= 500
             wait = _seconds(response.headers.get("Retry-After", "")) if again else 0.0
-            where = f" to {response.headers.get('Location', '')!r:.80}" if 300 <= status < 400 else ""
-            raise RowError(f"status {status}{where}: {self._excerpt(repr(bytes(received)))}", again, wait)
+            target = self._blanked(response.headers.get("Location", ""))
+            where = f" to {target!r:.80}" if 300 <= status < 400 else ""
+            raise RowError(f"status {status}{where}: {text[:EXCERPT]!r}", again, wait)
 
     def _api_key(self) -> str | None:
         if self.api_key_variable is None:
@@ -165,10 +168,10 @@ class HTTPJudge(AsyncReward):
             )
         return api_key
 
-    def _excerpt(self, text: str) -> str:
-        """Return the beginning of what a server sent, which may repeat the key."""
+    def _blanked(self, text: str) -> str:
+        """Return what a server sent without the key, which it may repeat."""
         api_key = self._api_key()
-        return (text if api_key is None else text.replace(api_key, "***"))[:EXCERPT]
+        return text if api_key is None else text.replace(api_key, "***")
 
 
 @dataclass
@@ -189,7 +192,7 @@ class ChatJudge(HTTPJudge):
         **others: Those of `HTTPJudge`.
 
     Raises:
-        ValueError: If `low` is not below `high`, or the pattern has no group.
+        ValueError: If `low` is not below `high`, the pattern has no group, or the question asks for something else.
 
     Example:
         >>> judge = ChatJudge("http://127.0.0.1:8000/v1/chat/completions", model="m", low=1, high=5)
@@ -214,6 +217,13 @@ class ChatJudge(HTTPJudge):
             raise ValueError(
                 f"Expected low < high and a `pattern` with a group, got {self.low}, {self.high}, {self.pattern!r}."
             )
+        try:
+            self.question.format(prompt="", completion="", references="")
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ValueError(
+                "Expected a `question` with {prompt}, {completion} and {references} alone, and other braces doubled, "
+                f"got {self.question!r:.80}: {type(error).__name__} {error}."
+            ) from error
 
     def body(self, prompt: Prompt, preds: Preds) -> dict[str, Any]:
         """Return what is posted for a row."""
@@ -227,7 +237,7 @@ class ChatJudge(HTTPJudge):
         found = re.search(self.pattern, reply)
         mark = float(found.group(1)) if found else math.nan
         if not self.low <= mark <= self.high:
-            raise RowError(f"Expected a mark from {self.low:g} to {self.high:g}, got {self._excerpt(repr(reply))}")
+            raise RowError(f"Expected a mark from {self.low:g} to {self.high:g}, got {reply[:EXCERPT]!r}")
         return (mark - self.low) / (self.high - self.low)
 
 

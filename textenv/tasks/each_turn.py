@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from textenv.completion import Preds, Turn
 from textenv.prompts import Prompt
-from textenv.rewarding import ScoreAt
+from textenv.rewarding import DROPPED, Score, ScoreAt
 from textenv.rewards.base import BatchReward, RewardLike, score_rows
 from textenv.rewards.registry import read_reward
 from textenv.tokenizer import Tokenizer
@@ -43,22 +43,25 @@ class EachTurn(BatchReward):
         self._reward = read_reward(self.reward)
         late = isinstance(self._reward, BatchReward) and self._reward.score_at == "rollout_end"
         self.score_at: ScoreAt = "rollout_end" if late else "done"
+        self.may_drop = isinstance(self._reward, BatchReward) and self._reward.may_drop
 
-    def score(
-        self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
-    ) -> list[float | Mapping[str, float]]:
-        """Return the mean of each row, by named parts where the reward has them."""
+    def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[Score]:
+        """Return the mean of each row, by named parts where the reward has them; one dropped reply drops the row."""
         replies = [self._replies(prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
         every = [reply for row in replies for reply in row]
         scored = iter(
             score_rows(self._reward, [one[0] for one in every], [one[1] for one in every], [True] * len(every))
         )
-        scores: list[float | Mapping[str, float]] = []
+        scores: list[Score] = []
         for prompt, row in zip(prompts, replies, strict=True):
             n_true = 1 + len(prompt.row["exchanges"])
             parts: dict[str, float] = {}
             total = 0.0
-            for reward in [next(scored) for _ in row]:
+            rewards = [next(scored) for _ in row]
+            if any(reward.is_dropped for reward in rewards):
+                scores.append(DROPPED)
+                continue
+            for reward in rewards:
                 total += reward.value / n_true
                 for name, value in reward.parts.items():
                     parts[name] = parts.get(name, 0.0) + value / n_true

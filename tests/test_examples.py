@@ -47,6 +47,7 @@ def test_hello_env():
     assert "mean reward" in out
 
 
+@pytest.mark.slow
 def test_custom_reward():
     assert run("examples/custom_reward.py", "--smoke").count("mean reward") == 3
 

@@ -190,6 +190,7 @@ def test_it_learns_pairs(trained):
     assert figures.calibration_error < 0.1 and trained.losses[-5:].mean() < 0.5 * trained.losses[0]
 
 
+@pytest.mark.slow
 def test_it_does_not_learn_pairs_from_shuffled_ones_in_as_many_epochs(tmp_path):
     figures = train(some_pairs(300, noise=True), tmp_path / "m").held_out
     assert figures.accuracy < 0.8 and figures.low < 0.75

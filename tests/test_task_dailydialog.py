@@ -289,6 +289,7 @@ def test_training_and_evaluation_of_conversations():
     assert result.figures["reward/same"].value == pytest.approx(np.mean(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "learns"), [(1.0, True), (0.0, False)])
 def test_a_policy_learns_what_to_say_and_what_to_say_next(factor, learns):
     """ "a" to "c", and "b" when the other has gone on with "d"; with a reward of nothing, nothing is learned."""

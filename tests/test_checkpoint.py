@@ -147,6 +147,7 @@ save_checkpoint(model, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_e8_in_a_fresh_process(tmp_path):
     model, callbacks = build("waiting", learning_rate=linear)
     model.learn(TOTAL * STEPS * LANES, callback=[*callbacks, Checkpoints(tmp_path, every=EVERY)])

@@ -72,6 +72,7 @@ def test_masked_json_learns_and_without_the_mask_it_does_not(tmp_path, seed):
     assert free["before"]["valid"] < 0.05 and free["after"]["valid"] < 0.05
 
 
+@pytest.mark.slow
 def test_quickstart_writes_figures_curves_and_a_model(tmp_path):
     figures = tmp_path / "figures.json"
     out = tmp_path / "out"

@@ -180,6 +180,7 @@ print("unchanged")
 """
 
 
+@pytest.mark.slow
 def test_no_attribute_of_sb3_differs_after_importing_and_training():
     """Nothing is patched: every attribute of every module and class of SB3 is the same object as before."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}

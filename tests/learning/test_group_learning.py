@@ -72,6 +72,7 @@ def test_e11_a_reward_that_compares_the_members_of_a_group_learns():
     assert before < 0.35 and after > 0.9
 
 
+@pytest.mark.slow
 def test_e11_without_a_group_to_compare_with_the_same_reward_says_nothing():
     """Each text is the best of one: the negative control of the ranking."""
     model = build(Best(PROMPTS, TOKENIZER, score_at="rollout_end", **RULES), "gae", vf_coef=0.1)

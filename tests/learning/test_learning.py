@@ -108,6 +108,7 @@ def test_e11_trpo_learns(name):
     assert before < 0.35 and after > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "iterations"), [(A2C, 30), (TRPO, 8)])
 def test_e11_other_algorithms_do_not_learn_with_the_reward_switched_off(algorithm, iterations):
     task = (TRPO_TASKS if algorithm is TRPO else TASKS)["always"]

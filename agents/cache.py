@@ -112,20 +112,21 @@ class PrefixCache:
         self.weights = tuple(self.backbone.parameters())
         self.version = self._version()
 
-    def read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, *row: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states (B, H) and logits (B, V) at the last token of each row.
 
         Args:
-            ids: Tokens, (B, T), padded on the right.
-            lengths: How many of them are real, (B,). A row of none is read as one of token 0, for nobody.
+            *row: Tokens, (B, T), padded on the right; how many of them are real, (B,), where a row of none is read for
+                nobody; and for an encoder-decoder how many of them are the prompt's, (B,).
         """
         try:
-            return self._read(ids, lengths.clamp(min=1))
+            return self._read(*row)
         except BaseException:  # in the middle of a step: some layers have its column, others do not
             self.drop()
             raise
 
     def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = lengths.clamp(min=1)
         # The one synchronisation with the device in a step.
         growth, counts = torch.stack([self._growth(ids, lengths), lengths]).tolist()
         if not any(growth):  # as when a rollout's last observations were valued, and the next one begins with them
@@ -136,12 +137,13 @@ class PrefixCache:
         if not any(is_known):
             self.drop()
         self._make_room(max(counts), max((counts[row] for row in fresh), default=1) - 1)
-        self._arrange(np.array(counts), np.array(is_known))
+        n_tokens = np.array(counts)
+        self._arrange(n_tokens, np.array(is_known))
         beside = fresh if self._reads_beside(fresh, counts, is_known) else []
-        for bucket in bucket_by_length(np.array([counts[row] - 1 for row in fresh if not beside], dtype=np.int64)):
+        for bucket in bucket_by_length(n_tokens[[] if beside else fresh] - 1):
             similar = [fresh[i] for i in bucket]
             self._prefill(ids, lengths, similar, counts[similar[0]] - 1)
-        result = self._step(ids, lengths, np.array(counts), beside)
+        result = self._step(ids, lengths, n_tokens, beside)
         self.columns += 1
         self.ids, self.lengths, self.version = ids, lengths, self._version()
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from textenv.rewards.text_model import TextModel
 
 from .backbone import check_fits
 from .files import replaced_folder
+from .interrupted import origin, work_folder
 from .reward_figures import wilson_interval
 from .trainer_guard import accelerate_expected, random_state_kept
 
@@ -123,31 +123,22 @@ def train_classifier(
         _check_labels("held_out", held_out, names)
     with accelerate_expected():
         from .sft_trainer import prepare, train, training_arguments
-    target = Path(folder).absolute()
-    work = target.with_name(f".{target.name}.training")
-    arguments = training_arguments(
-        output_dir=str(work),
-        num_train_epochs=n_epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        disable_tqdm=not progress_bar,
-    )
+    work = work_folder(folder)
+    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
     with random_state_kept():
         torch.manual_seed(seed)
         model = _build(lm, names)
         reader = TextModel(model, tokenizer, max_length=max_tokens, batch_size=batch_size)
         check_fits(model, len(tokenizer), 1)
         rows = list(zip((ids or [reader.pad_id] for ids in reader.encode(texts)), labels, strict=True))
-        start = (model.config.to_json_string(), None if isinstance(lm, PreTrainedConfig) else os.fspath(lm))
-        settings = repr((start, rows, names, n_epochs, batch_size, learning_rate, seed))
-        checkpoint = prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
+        settings = (origin(model, lm), rows, names, n_epochs, batch_size, learning_rate, seed)
+        checkpoint = prepare(work, settings, resume)
         n_steps = train(model, rows, lambda some: _collate(some, reader.pad_id), arguments, checkpoint)
         model.eval()
     training = _measure(reader, texts, labels)
     measured = None if held_out is None else _measure(reader, *held_out)
     reader.tokenizer.model_max_length = reader.max_length
-    with replaced_folder(target) as beside:
+    with replaced_folder(folder) as beside:
         model.save_pretrained(beside)
         reader.tokenizer.save_pretrained(beside)
     shutil.rmtree(work)

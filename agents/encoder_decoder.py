@@ -230,14 +230,7 @@ class Seq2SeqCache(PrefixCache):
         self.prompt_layers: list[ColumnLayer] = []
         self.n_prompt: Tensor | None = None
 
-    def read(self, ids: Tensor, lengths: Tensor, n_prompt: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return hidden states (B, H) and logits (B, V) at the last token of each row.
-
-        Args:
-            ids: Tokens, (B, T), padded on the right.
-            lengths: How many of them are real, (B,). A row of none is read as one of an empty prompt, for nobody.
-            n_prompt: How many of them are the prompt's, (B,).
-        """
+    def _read(self, ids: Tensor, lengths: Tensor, n_prompt: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         known = self._goes_on(ids, lengths, n_prompt)
         since = lengths - n_prompt  # the decoder has one token more
         # The one synchronisation with the device in a step.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import signal
 import threading
@@ -12,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .files import replaced_folder
 from .optim import load_optimizer, optimizer_state
@@ -54,17 +57,29 @@ def interrupted_at(step: int) -> KeyboardInterrupt:
     return KeyboardInterrupt(f"stopped after step {step}; `resume=True` goes on from there")
 
 
-def claim_folder(work: Path, fingerprint: str, has_state: bool) -> None:
+def work_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return where the state of a run waits, beside the folder that its result goes to."""
+    target = Path(folder).absolute()
+    return target.with_name(f".{target.name}.training")
+
+
+def origin(model: PreTrainedModel, lm: object) -> tuple[str, str | None]:
+    """Return what a run began with, as its arguments say it: the model's config, and the name or path it came from."""
+    return model.config.to_json_string(), os.fspath(lm) if isinstance(lm, (str, os.PathLike)) else None
+
+
+def claim_folder(work: Path, arguments: object, has_state: bool) -> None:
     """Make the folder of a run's state, empty unless it has the state of an interrupted run to go on with.
 
     Args:
         work: The folder.
-        fingerprint: Of the arguments and the data.
+        arguments: All that the result depends on, the data included; compared by its `repr`.
         has_state: Whether there is a state in the folder that is wanted.
 
     Raises:
         ValueError: If that state is of other arguments or data.
     """
+    fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
     mark = work / "fingerprint"
     if not has_state or not mark.is_file():
         shutil.rmtree(work, ignore_errors=True)

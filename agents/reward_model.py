@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from textenv.tokenizer import Tokenizer
 from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, disable_dropout, n_positions
 from .critic import TrunkCritic, score_head
 from .files import replaced_folder
-from .interrupted import claim_folder
+from .interrupted import claim_folder, origin, work_folder
 from .preferences import Labelled, Ranking, encode_texts
 from .pretrain import fit, similar_lengths
 from .reward_figures import RewardFigures, figures
@@ -123,12 +122,10 @@ def train_reward_model(
     lengths = [max(map(len, example.ids)) for example in examples]
     batches = similar_lengths(lengths, batch_size, np.random.default_rng(seed))
     n_steps = max(1, round(n_epochs * len(examples) / batch_size))
-    target = Path(folder).absolute()
-    work = target.with_name(f".{target.name}.training")
+    work = work_folder(folder)
     state = work / "state"
-    arguments = (examples, loss, centring, n_steps, batch_size, learning_rate, seed, model.config.to_json_string())
-    fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
-    claim_folder(work, fingerprint, has_state=resume and state.is_dir())
+    arguments = (origin(model, lm), examples, loss, centring, n_steps, batch_size, learning_rate, seed)
+    claim_folder(work, arguments, has_state=resume and state.is_dir())
     seen = fit(
         model,
         batches,

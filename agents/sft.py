@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -23,6 +21,7 @@ from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
 from .files import replaced_folder
+from .interrupted import origin, work_folder
 from .pretrain import IGNORED, bpe_tokenizer
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
 from .trainer_guard import accelerate_expected, random_state_kept
@@ -118,16 +117,8 @@ def tune(
         raise ValueError("Expected at least one text, got none.")
     with accelerate_expected():
         from .sft_trainer import prepare, train, training_arguments
-    target = Path(folder).absolute()
-    work = target.with_name(f".{target.name}.training")
-    arguments = training_arguments(
-        output_dir=str(work),
-        num_train_epochs=n_epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        disable_tqdm=not progress_bar,
-    )
+    work = work_folder(folder)
+    arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
     with random_state_kept():
         torch.manual_seed(seed)
         lm, tokenizer = _with_tokenizer(lm, tokenizer, data)
@@ -143,14 +134,13 @@ def tune(
         if packing:
             rows = pack([sample for row in rows for sample in row], limit)
         before = mean_loss(model, tests, batch_size) if tests else None
-        start = (model.config.to_json_string(), str(lm) if isinstance(lm, (str, os.PathLike)) else None)
-        settings = repr((start, rows, packing, n_epochs, batch_size, learning_rate, seed))
-        checkpoint = prepare(work, hashlib.sha256(settings.encode()).hexdigest(), resume)
+        settings = (origin(model, lm), rows, packing, n_epochs, batch_size, learning_rate, seed)
+        checkpoint = prepare(work, settings, resume)
         n_steps = train(model, rows, collate, arguments, checkpoint)
         model.eval()
         after = mean_loss(model, tests, batch_size) if tests else None
         train_loss = mean_loss(model, rows[:N_MEASURED], batch_size)
-    with replaced_folder(target) as beside:
+    with replaced_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
     shutil.rmtree(work)

@@ -13,9 +13,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from .interrupted import SAVE_STEPS, CtrlC, claim_folder, interrupted_at
 
 
-def training_arguments(**given: Any) -> TrainingArguments:
+def training_arguments(
+    work: Path, n_epochs: float, batch_size: int, learning_rate: float, seed: int, progress_bar: bool
+) -> TrainingArguments:
     """Return what the `Trainer` is told, without reports to anyone."""
     return TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=n_epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        disable_tqdm=not progress_bar,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         weight_decay=0.01,
@@ -26,7 +34,6 @@ def training_arguments(**given: Any) -> TrainingArguments:
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **given,
     )
 
 
@@ -79,8 +86,8 @@ def train(
     return steps
 
 
-def prepare(work: Path, fingerprint: str, resume: bool) -> str | None:
+def prepare(work: Path, arguments: object, resume: bool) -> str | None:
     """Return the checkpoint to go on from, if there is one; else empty the folder for the state."""
     checkpoint = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
-    claim_folder(work, fingerprint, has_state=checkpoint is not None)
+    claim_folder(work, arguments, has_state=checkpoint is not None)
     return checkpoint

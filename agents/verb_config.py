@@ -155,7 +155,20 @@ class SFTConfig:
 
 
 @dataclass
-class SFTOptions(TrustOptions):
+class StageOptions(TrustOptions):
+    """What the command line alone says.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+        quiet: No progress bar.
+    """
+
+    quiet: bool = False
+
+
+@dataclass
+class SFTOptions(StageOptions):
     """What the command line alone says.
 
     Args:
@@ -166,7 +179,6 @@ class SFTOptions(TrustOptions):
     """
 
     resume: bool = False
-    quiet: bool = False
 
 
 @dataclass
@@ -198,16 +210,3 @@ class RewardModelConfig:
     learning_rate: float = 1e-5
     max_tokens: int | None = None
     seed: int = 0
-
-
-@dataclass
-class StageOptions(TrustOptions):
-    """What the command line alone says.
-
-    Args:
-        allow: A module that the configuration may import.
-        trust_remote_code: Let a model from the hub run its own code.
-        quiet: No progress bar.
-    """
-
-    quiet: bool = False

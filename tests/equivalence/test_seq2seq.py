@@ -184,6 +184,22 @@ def test_a8_new_weights_are_noticed():
     assert worst(policy, steps[2:]) < TOLERANCE
 
 
+def test_after_a_step_that_was_broken_off_rows_are_read_anew(monkeypatch):
+    """As by Ctrl-C, when some layers have their newest column and others do not."""
+    policy, steps = make_policy(tiny_seq2seq("t5")), scripted(6)
+    for observations in steps[:3]:
+        decode(policy, observations)
+    layer = policy.lm.backbone.model.decoder.block[1]
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(layer, "forward", interrupt)
+        decode(policy, steps[3])
+    assert worst(policy, steps[3:]) < TOLERANCE
+
+
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a9_predict_in_between(family):
     policy = make_policy(tiny_seq2seq(family))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,27 +23,38 @@ class Tracker:
 
     Args:
         named: "wandb" or "trackio", and other arguments of its `init`, as `project` or `mode`.
-        run: The run's folder, after which it is called.
+        run: The run's folder, after which it is called; a resumed run goes on there too.
         config: What it shows as the run's configuration.
+        sent: The tokens up to which it has been told all; a resumed run makes some rows again, the same.
 
     Raises:
         ImportError: If the package is missing.
     """
 
-    def __init__(self, named: Named, run: RunFolder, config: TrainConfig) -> None:
+    def __init__(self, named: Named, run: RunFolder, config: TrainConfig, sent: int = -1) -> None:
         check_tracker(named.id)
+        self.sent = sent
         os.environ.setdefault("TRACKIO_DIR", str(run.path / "trackio"))
         os.environ.setdefault("WANDB_DIR", str(run.path))
         self.module: Any = importlib.import_module(named.id)
-        self.module.init(**{"project": "textenv", "name": run.path.name, "config": asdict(config), **named.args})
+        started = re.sub(r"\D", "", run.read_about()["started"][:19])
+        own = f"{run.path.resolve().name}-{started}"  # other runs of the project may have a folder of the same name
+        options = {"project": "textenv", "name": own, "config": asdict(config), "resume": "allow"}
+        if named.id == "wandb":
+            options["id"] = own
+        self.module.init(**{**options, **named.args})
 
     def row(self, row: dict[str, Any]) -> None:
         """Send an iteration's figures."""
+        if row["tokens"] <= self.sent:
+            return
         values = {name: value for name, value in row.items() if name != "tokens" and value == value}
         self.module.log(values, step=row["tokens"])
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Send samples as a table."""
+        if rows[0]["tokens"] <= self.sent:
+            return
         table = pandas.DataFrame([{key: value for key, value in row.items() if key != "parts"} for row in rows])
         self.module.log({"samples": self.module.Table(dataframe=table)}, step=rows[0]["tokens"])
 

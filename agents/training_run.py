@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from stable_baselines3.common.callbacks import CallbackList
@@ -136,15 +137,16 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         screen.say(f"other versions than the run was begun with: {', '.join(changed)}; figures may differ a little")
     run.check_space(needed(agent) * (config.keep_checkpoints + SPACE_FOR))
     writer = RowWriter()
-    agent.set_logger(Logger(None, [writer, *make_loggers(run, parts, options)]))
     done = 0
     if checkpoint is not None:
         load_checkpoint(agent, checkpoint)
         done = agent.num_timesteps
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
+    sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
+    agent.set_logger(Logger(None, [writer, *make_loggers(run, config, options, done)]))
     evaluate = _evaluate(run, parts)
-    trackers = make_trackers(run, config)
+    trackers = make_trackers(run, config, sent)
     views: list[Any] = [screen, *trackers]
     kept = config.checkpoint_every, config.keep_checkpoints
     with Interrupts() as interrupts:
@@ -233,23 +235,42 @@ def check_loggers(loggers: list[Named | str]) -> None:
             raise CommandError(f"Expected a logger among {', '.join(known)} or module:Class, got {name!r}.")
         if name == "curves":
             check_matplotlib()
+        if name == "tensorboard" and find_spec(name) is None:
+            raise ImportError("Expected tensorboard for the logger of that name: pip install 'textenv[plot]'.")
         if name in TRACKERS:
             check_tracker(name)
 
 
-def make_loggers(run: RunFolder, parts: Parts, options: TrainOptions) -> list[KVWriter]:
-    """Return the writers that the configuration names, beside the run's own rows."""
+def make_loggers(run: RunFolder, config: TrainConfig, options: TrainOptions, done: int = 0) -> list[KVWriter]:
+    """Return the writers that the configuration names, beside the run's own rows.
+
+    Args:
+        run: The run's folder.
+        config: Its configuration.
+        options: What the command line alone says.
+        done: Tokens that the run has behind it: TensorBoard forgets what it was told of later ones.
+    """
     made: list[KVWriter] = []
-    for one in parts.config.loggers:
+    for one in config.loggers:
         named = Named(one) if isinstance(one, str) else one
         if named.id == "tensorboard":
-            made.append(TensorBoardOutputFormat(str(run.path / "tensorboard")))
+            made.append(_tensorboard(str(run.path / "tensorboard"), done))
         elif ":" in named.id:
             made.append(find(named.id, options.allow)(**named.args))
     return made
 
 
-def make_trackers(run: RunFolder, config: TrainConfig) -> list[Tracker]:
+def _tensorboard(folder: str, done: int) -> KVWriter:
+    from torch.utils.tensorboard import SummaryWriter  # optional
+
+    made = TensorBoardOutputFormat(folder)
+    if done:
+        made.writer.close()
+        made.writer = SummaryWriter(folder, purge_step=done + 1)
+    return made
+
+
+def make_trackers(run: RunFolder, config: TrainConfig, sent: int) -> list[Tracker]:
     """Return the W&B or trackio runs that the configuration names."""
     named = [Named(one) if isinstance(one, str) else one for one in config.loggers]
-    return [Tracker(one, run, config) for one in named if one.id in TRACKERS]
+    return [Tracker(one, run, config, sent) for one in named if one.id in TRACKERS]

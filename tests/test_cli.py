@@ -1,12 +1,10 @@
 """The command line: what it says, what it refuses, what a run leaves behind."""
 
-import importlib.machinery
 import json
 import re
 import shutil
 import subprocess
 import sys
-import types
 
 import pytest
 import yaml
@@ -162,48 +160,6 @@ def test_the_package_loads_its_names_when_they_are_asked_for():
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.stdout == "module 'agents' has no attribute 'nothing'\n", done.stderr
-
-
-class FakeTracker(types.ModuleType):
-    """What W&B and trackio have in common; their packages are not needed to see what they are sent."""
-
-    def __init__(self):
-        super().__init__("trackio")
-        self.__spec__ = importlib.machinery.ModuleSpec("trackio", None)
-        self.sent, self.config, self.is_over = [], None, False
-
-    def init(self, project, name, config, **more):
-        self.config, self.more = config, more
-
-    def log(self, values, step):
-        self.sent.append((step, values))
-
-    def Table(self, dataframe):
-        return list(dataframe.columns)
-
-    def finish(self):
-        self.is_over = True
-
-
-@pytest.mark.slow
-def test_a_tracker_gets_rows_and_samples(model, tmp_path, monkeypatch):
-    tracker = FakeTracker()
-    monkeypatch.setitem(sys.modules, "trackio", tracker)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    words = settings(model, tmp_path / "run", rollouts=2, loggers="[{id: trackio, args: {space: mine}}]")
-    assert run("train", *words, "--quiet") == 0
-    assert tracker.more == {"space": "mine"} and tracker.config["seed"] == 0 and tracker.is_over
-    figures = [(step, values["reward/task"]) for step, values in tracker.sent if "reward/task" in values]
-    assert figures == [(row["tokens"], row["reward/task"]) for row in rows(tmp_path / "run")[1:]]
-    tables = [step for step, values in tracker.sent if values.get("samples", [None])[0] == "tokens"]
-    assert tables == [0, 2 * ROLLOUT]
-
-
-def test_a_tracker_that_is_not_there_is_refused_before_the_run(model, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert run("train", *settings(model, tmp_path / "run", loggers="[wandb]")) == 2
-    assert "pip install 'textenv[wandb]'" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yml")), ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,15 +14,23 @@ WATCHED = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"
 
 
+def write_line(text: str) -> None:
+    """Write a line on the standard error, in one call, as the handler of a signal may."""
+    os.write(2, f"{text}\n".encode())
+
+
 class Interrupts:
     """Notes SIGINT and SIGTERM while it is entered.
+
+    Args:
+        tell: What is called with a line for the person, inside the handler: it must not wait for a lock.
 
     Attributes:
         number: The signal that came, 0 until then.
     """
 
-    def __init__(self) -> None:
-        self.number = 0
+    def __init__(self, tell: Callable[[str], None] = write_line) -> None:
+        self.number, self.tell = 0, tell
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -36,7 +45,7 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:  # checkpoints are written beside and renamed: the last one is whole
-            os.write(2, f"{SHOW_CURSOR if os.isatty(2) else ''}stopped at once\n".encode())
+            write_line(f"{SHOW_CURSOR if os.isatty(2) else ''}stopped at once")
             os._exit(Exit.SIGNAL + number)
         self.number = number
-        os.write(2, b"stopping when this iteration is done and saved; once more stops at once\n")
+        self.tell("stopping when this iteration is done and saved; once more stops at once")

@@ -39,11 +39,16 @@ class LiveScreen:
         self.task = self.progress.add_task("", total=total, left="")
         self.last: dict[str, str] = {}
         self.texts: Sequence[Row] = ()
-        self.live = Live(self._view(), console=console, refresh_per_second=4, transient=False)
+        self.last_note = ""
+        self.live = Live(get_renderable=self._view, console=console, refresh_per_second=4, transient=False)
 
     def say(self, text: str) -> None:
         """Print a line above the view."""
         self.live.console.print(Text(printable(text)))
+
+    def note(self, text: str) -> None:
+        """Show a line below the view, as the handler of a signal may: what is written past it would be overwritten."""
+        self.last_note = text
 
     def row(self, row: Row) -> None:
         """Show an iteration's figures."""
@@ -67,7 +72,7 @@ class LiveScreen:
     def _show(self) -> None:
         if not self.live.is_started:
             self.live.start()
-        self.live.update(self._view())
+        self.live.refresh()
 
     def _view(self) -> Group:
         table = Table.grid(padding=(0, 2))
@@ -77,4 +82,6 @@ class LiveScreen:
         for row in self.texts:
             text = Text.assemble((printable(row["prompt"]), "dim"), printable(row["text"]))
             written.add_row(f"{row['reward']:.2f}", text)
-        return Group(self.progress.get_renderable(), table, written)
+        return Group(
+            self.progress.get_renderable(), table, written, *([Text(self.last_note)] if self.last_note else [])
+        )

@@ -26,7 +26,7 @@ from .exporting import export
 from .failures import as_command_error
 from .files import replaced_folder, write_text
 from .finite_updates import FiniteUpdates
-from .interrupts import Interrupts
+from .interrupts import Interrupts, write_line
 from .live_view import LiveScreen
 from .model_card import model_card
 from .names import find
@@ -149,7 +149,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     trackers = make_trackers(run, config, sent)
     views: list[Any] = [screen, *trackers]
     kept = config.checkpoint_every, config.keep_checkpoints
-    with Interrupts() as interrupts:
+    with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line) as interrupts:
         callbacks = [
             *training_callbacks(config),
             evaluate,

@@ -98,7 +98,11 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
     """
     description = (config.__doc__ or "").partition("\n")[0]
     parser = ArgumentParser(
-        prog=f"textenv {verb}", usage=f"textenv {verb} {usage}", description=description, exit_on_error=False
+        prog=f"textenv {verb}",
+        usage=f"textenv {verb} {usage}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,  # else a key that lacks its last letters is taken for it
     )
     if "CONFIG" in usage:
         parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; what follows overrides it.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ class FiniteUpdates(BaseCallback):
 
     They are logged as `train/skipped_updates`, a rollout; so many in a row raise `NumericsError`, the run's last
     checkpoint being from before. It works through the optimizer's own hook, so that the algorithm stays unmodified.
-    TRPO moves its policy past the optimizer: there only the critic is watched.
+    TRPO moves its policy past the optimizer: there only the critic is watched. A loss that is not finite in so many
+    rollouts in a row raises too: where its gradient is finite, but no longer its norm, clipping has made it zero.
 
     Args:
         patience: How many in a row are too many.
@@ -32,7 +34,7 @@ class FiniteUpdates(BaseCallback):
         self.patience = patience
 
     def _on_training_start(self) -> None:
-        self.in_a_row, self.skipped, self.has_trained = 0, 0, False
+        self.in_a_row, self.skipped, self.has_trained, self.bad_losses = 0, 0, False, 0
         self.handle = self.model.policy.optimizer.register_step_pre_hook(self._look)
 
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -58,7 +60,20 @@ class FiniteUpdates(BaseCallback):
     def _on_rollout_start(self) -> None:
         if self.has_trained:
             self.logger.record("train/skipped_updates", self.skipped)
+            self._check_losses()
         self.skipped, self.has_trained = 0, True
+
+    def _check_losses(self) -> None:
+        values = self.logger.name_to_value
+        losses = {name: value for name, value in values.items() if name.startswith("train/") and name.endswith("loss")}
+        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+        self.bad_losses = self.bad_losses + 1 if bad else 0
+        if self.bad_losses >= self.patience:
+            raise NumericsError(
+                f"Expected finite losses, got {bad} in {self.bad_losses} rollouts in a row, after "
+                f"{self.model.num_timesteps} tokens: nothing is learned. Try smaller rewards (shaping.clip, "
+                "shaping.scale)."
+            )
 
     def _on_training_end(self) -> None:
         self.logger.record("train/skipped_updates", self.skipped)

@@ -42,6 +42,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.best = self.path / "best"
+        self.was_empty = False
 
     @classmethod
     def create(cls, out: str | None, name: str) -> RunFolder:
@@ -60,7 +61,8 @@ class RunFolder:
             raise CommandError(f"Expected a folder to write to, got {run.path}: {error.strerror}.") from error
         if run.about.is_file():
             raise CommandError(f"Expected a new folder, got the run {out}: go on with --resume {out}.")
-        if any(not part.startswith(".") and part != "config.yml" for part in others):
+        run.was_empty = not others
+        if any(not part.startswith(".") and part not in ("config.yml", "log.txt") for part in others):
             raise CommandError(f"Expected a new or empty folder, got {out} with {', '.join(others[:3])}.")
         return run
 
@@ -100,6 +102,14 @@ class RunFolder:
             "versions": {"textenv": textenv_version, "python": sys.version.split()[0], **_versions()},
         }
         write_text(self.about, json.dumps(about, indent=1) + "\n")
+
+    def withdraw(self) -> None:
+        """Let the folder be used for a run that is begun anew, after one that never trained; a log stays."""
+        ours = [self.about, self.path / "vocabulary.json", *([self.config] if self.was_empty else [])]
+        for file in ours:
+            file.unlink(missing_ok=True)
+        if not any(path.name != "lock" for path in self.path.iterdir()):
+            shutil.rmtree(self.path)
 
     def changed_versions(self) -> list[str]:
         """Return what is installed now in another version than the run was begun with."""

@@ -58,7 +58,12 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
     with run.locked():
         run.cut(-1)
         run.begin(dumped, __version__)
-        return _train(run, config, options)
+        try:
+            return _train(run, config, options)
+        except CommandError as error:
+            if error.code == Exit.REFUSED and not read_rows(run.metrics):  # what is mended is a new run, not this one
+                run.withdraw()
+            raise
 
 
 def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str, options: TrainOptions) -> int:
@@ -116,8 +121,9 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     try:
         return _run(run, config, options, screen)
     except Exception as error:
-        run.keep_traceback()
         known = as_command_error(error, run.path)
+        if known is not error or known.code != Exit.REFUSED:
+            run.keep_traceback()
         place = "" if known is error else f" (the traceback is in {run.log})"
         raise CommandError(f"{known}{place}", known.code) from error
     finally:
@@ -152,8 +158,8 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line) as interrupts:
         callbacks = [
             *training_callbacks(config),
-            evaluate,
             FiniteUpdates(),
+            evaluate,
             SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),
             Recorder(run, writer, partial(_show_row, views)),
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),

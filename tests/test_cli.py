@@ -75,6 +75,7 @@ def test_json_lines_are_those_of_the_file(model, tmp_path, capsys):
     [
         (["trian"], "Expected a verb among .*, got 'trian': did you mean 'train'"),
         (["train", "--model.topk", "3"], "model.topk 3: did you mean 'model.top_k'"),
+        (["train", "--algorithm.learning_rat", "3"], "learning_rat 3: did you mean 'algorithm.learning_rate'"),
         (["train", "--seed", "x"], "seed.*Expected a <class 'int'>. Got value: x"),
         (["train", "nowhere.yml"], "Expected a configuration file, got nowhere.yml: No such file"),
         (["train", "--resume", "nowhere"], "Expected the folder of a run, got nowhere, which has no run.json"),
@@ -111,6 +112,20 @@ def test_configurations_that_are_refused(text, message, tmp_path, model, capfd, 
         assert run("train", file, *words, "--out", tmp_path / "run") == 2
         assert re.search(message, capfd.readouterr().err) or "YAML" in message
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_a_run_that_was_refused_before_it_trained_can_be_begun_again(model, tmp_path, capfd):
+    out, own = tmp_path / "run", tmp_path / "own"
+    own.mkdir()
+    (own / "config.yml").write_text("seed: 3\n")
+    for folder in (out, own):
+        assert run("train", *settings(model, folder, rollouts=1, **{"algorithm.args": "{clip_ranje: 1}"})) == 2
+        assert "unexpected keyword argument 'clip_ranje'" in capfd.readouterr().err
+    assert [path.name for path in sorted(out.iterdir())] == ["lock", "log.txt"]
+    assert (own / "config.yml").is_file()
+    assert run("train", *settings(model, out, rollouts=1), "--quiet") == 0
+    assert run("train", *settings(tmp_path / "no", tmp_path / "none"), "--quiet") == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_text_with_a_colon_is_no_path():

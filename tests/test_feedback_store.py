@@ -194,7 +194,7 @@ def test_an_answer_sent_twice_counts_once(store):
     shown = store.next("ann")
     assert store.choose(shown, "a") == store.choose(shown, "a")
     assert len(store.answers()) == 1
-    with pytest.raises(ValueError, match="Expected an unanswered item, got item 1, answered by ann. Undo it first"):
+    with pytest.raises(ValueError, match=r"Expected an unanswered item, got item 1, answered by ann\. Undo it first"):
         store.choose(shown, "b")
 
 
@@ -255,6 +255,9 @@ def test_bad_answers_are_refused(store):
         store.choose(shown, "c")
     with pytest.raises(ValueError, match="Expected an answer to compare item 1, got one to rank"):
         store.rank(shown, [0, 1])
+    store.add("p", ["x"])
+    with pytest.raises(ValueError, match="Expected an answer to score item 2, got one to compare"):
+        store.choose(store.next("bob", kind="score"), "a")
     with pytest.raises(ValueError, match="Expected `seconds` to be 0 or more"):
         store.choose(shown, "a", seconds=-1)
     with pytest.raises(ValueError, match="Expected the number of something that bob was shown"):

@@ -235,6 +235,7 @@ class FeedbackStore:
             ValueError: If the item is of another kind or has another answer already, or the scores are not one number
                 within the scale for each completion.
         """
+        _check_kind(item, "score")
         value = check_value("score", scores, len(item.order), item.scale)
         assert isinstance(value, tuple)
         added = tuple(score for _, score in sorted(zip(item.order, value, strict=True)))
@@ -249,7 +250,8 @@ class FeedbackStore:
         Raises:
             ValueError: If the item is of another kind or has another answer already, or the choice is none.
         """
-        places = {"a": item.order[0], "b": item.order[-1], "tie": "tie", "both_bad": "both_bad"}
+        _check_kind(item, "compare")
+        places = {"a": item.order[0], "b": item.order[1], "tie": "tie", "both_bad": "both_bad"}
         if choice not in places:
             raise ValueError(f"Expected one of {', '.join(places)}, got {choice!r:.80}.")
         return self._answer(item, "compare", check_value("compare", places[choice], 2, item.scale), seconds)
@@ -263,6 +265,7 @@ class FeedbackStore:
         Raises:
             ValueError: If the item is of another kind or has another answer already, or a number is missing or doubled.
         """
+        _check_kind(item, "rank")
         value = check_value("rank", ranking, len(item.order), item.scale)
         assert isinstance(value, tuple)
         return self._answer(item, "rank", tuple(item.order[int(place)] for place in value), seconds)
@@ -272,8 +275,6 @@ class FeedbackStore:
         return self._answer(item, "skip", None, seconds)
 
     def _answer(self, item: Item, kind: str, value: Value, seconds: float | None) -> int:
-        if kind not in (item.kind, "skip"):
-            raise ValueError(f"Expected an answer to {item.kind} item {item.id}, got one to {kind}.")
         _check_seconds(seconds)
         with self._db.writing():
             row = self._db.execute("SELECT * FROM answers WHERE showing = ? AND stands", (item.showing,)).fetchone()
@@ -363,6 +364,11 @@ class FeedbackStore:
             unanswered, repeats, fresh = (self._db.execute(s, asked).fetchall() for s in (_OPEN, _REPEATS, _FRESH))
         left = sum(1 + row["comes_again"] for row in unanswered) + len(repeats) + sum(1 + row["gold"] for row in fresh)
         return Progress(counts.get(0, 0), counts.get(1, 0), left)
+
+
+def _check_kind(item: Item, kind: str) -> None:
+    if item.kind != kind:
+        raise ValueError(f"Expected an answer to {item.kind} item {item.id}, got one to {kind}.")
 
 
 def _check_seconds(seconds: float | None) -> float | None:

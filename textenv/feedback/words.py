@@ -38,7 +38,7 @@ _WORDS = {
     "waiting": ("New texts appear here by themselves.", "有新文本时会自动显示。"),
     "progress": ("{done} of {all}", "{done} / {all}"),
     "progress_skipped": ("{skipped} skipped", "跳过 {skipped}"),
-    "keys": ("Keys", "快捷键"),
+    "shortcuts": ("Keys", "快捷键"),
     "keys_score": ("1–9 score, ↑ ↓ text, ← → change, Enter send", "1–9 打分，↑ ↓ 选择文本，← → 调整，Enter 提交"),
     "keys_compare": ("A or ←, B or →, T equally good, X both bad", "A 或 ←，B 或 →，T 一样好，X 都不好"),
     "keys_rank": ("1–8 next best, Backspace last one back, Enter send", "1–8 选下一名，Backspace 撤回一名，Enter 提交"),

@@ -58,7 +58,7 @@ _WORDS = {
     "scores": ("Scores", "分数"),
     "time": ("Time", "时间"),
     "answer": ("Answer", "回答"),
-    "seconds": ("Seconds", "秒"),
+    "seconds": ("Took", "用时"),
     "more": ("More", "更多"),
     "no_answers": ("No answers yet.", "还没有回答。"),
     "agreement": ("Agreement of raters (Krippendorff's α)", "评价者一致性（Krippendorff α）"),

@@ -29,7 +29,7 @@ function row(answer) {
   }
   if (typeof answer.value === "string") said.append(element("div", "quiet", words[answer.value]));
   const time = new Date(answer.time * 1000).toLocaleString(document.documentElement.lang);
-  const seconds = answer.seconds === null ? "" : answer.seconds.toFixed(1);
+  const seconds = answer.seconds === null ? "" : `${answer.seconds.toFixed(1)} s`;
   made.append(element("td", "about nowrap", time), element("td", "about", answer.rater), element("td", "about nowrap", words[answer.kind]));
   made.append(element("td", "text", answer.prompt), said, element("td", "number", seconds));
   return made;

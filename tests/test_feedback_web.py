@@ -2,9 +2,12 @@
 
 import json
 import socket
+from urllib.error import URLError
 from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
+from browsing import Server
 
 from textenv.feedback.store import FeedbackStore
 
@@ -370,3 +373,26 @@ def test_an_address_in_use_is_an_error(store):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(OSError, match="in use"):
             web.serve(store, port=taken.getsockname()[1])
+
+
+def test_the_real_server_is_killed_and_another_goes_on(store):
+    """In a process of its own, where files are sent and connections end as the test client's never do."""
+    store.add("p", ["x"])
+    server = Server(store.path)
+    here = {"origin": server.url.rstrip("/"), "content-type": "application/json", "cookie": "rater=ann"}
+
+    def ask(path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        with urlopen(Request(server.url + path, data, here)) as response:
+            return response.read()
+
+    assert ask("static/rate.js") == (web.FOLDER / "static" / "rate.js").read_bytes()
+    shown = json.loads(ask("api/next", {}))["item"]
+    server.kill()
+    with pytest.raises(URLError):
+        ask("api/next", {})
+    server = Server(store.path, json.dumps({"port": server.port}))
+    assert json.loads(ask("api/next", {}))["item"] == shown
+    ask("api/answer", {"showing": shown["showing"], "kind": "score", "value": [5]})
+    server.kill()
+    assert [answer.value for answer in store.answers()] == [(5.0,)]

@@ -1,7 +1,9 @@
 """The rating server, asked without a browser: what it answers, what it keeps to itself, and whom it refuses."""
 
+import importlib
 import json
 import socket
+import sys
 from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
@@ -396,3 +398,10 @@ def test_the_real_server_is_killed_and_another_goes_on(store):
     ask("api/answer", {"showing": shown["showing"], "kind": "score", "value": [5]})
     server.kill()
     assert [answer.value for answer in store.answers()] == [(5.0,)]
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "textenv.feedback.web")
+    with pytest.raises(ImportError, match=r"pip install textenv\[feedback\]"):
+        importlib.import_module("textenv.feedback.web")

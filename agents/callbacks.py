@@ -27,6 +27,7 @@ from textenv.tokenizer import Tokenizer
 from .checkpoint import is_between_iterations, save_step
 from .curves import CURVES, check_matplotlib, draw_curves
 from .generation import Generation, generate
+from .reward_share import RewardShare
 from .vec_env import TextVecEnv
 
 
@@ -35,9 +36,10 @@ class EpisodeMetrics(BaseCallback):
 
     Keys: `reward/task` and `reward/<part>` (the task reward and its named parts), `episode/length` (tokens),
     `episode/end_<reason>` (the share of each end reason), `time/tokens_per_second` (since the last rollout's end, the
-    update included). Where the reward fails: `episode/dropped`, the number of episodes that it left out, which no other
-    figure has, and `episode/failed`, of those with a penalty in place of a score (the part "failure"); both are logged
-    from the first one on. The README's table says what every key means.
+    update included), `time/reward_share` (which share of that time the reward took; with a `TextVecEnv`). Where the
+    reward fails: `episode/dropped`, the number of episodes that it left out, which no other figure has, and
+    `episode/failed`, of those with a penalty in place of a score (the part "failure"); both are logged from the first
+    one on. The README's table says what every key means.
 
     Example:
         >>> from agents import EpisodeMetrics
@@ -49,6 +51,8 @@ class EpisodeMetrics(BaseCallback):
         self._clock = time.perf_counter()
         self._timesteps = self.model.num_timesteps
         self._has_failed = False
+        env = self.training_env.unwrapped
+        self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
 
     def _on_step(self) -> bool:
         self._infos += [info for info in self.locals["infos"] if "end_reason" in info]
@@ -66,6 +70,9 @@ class EpisodeMetrics(BaseCallback):
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
         self._clock, self._timesteps = now, self.model.num_timesteps
         self.logger.record("time/tokens_per_second", speed)
+        if self._rewards is not None:
+            self.logger.record("time/reward_share", self._rewards.share)
+            self._rewards = RewardShare(self._rewards.lanes)
         n_dropped = sum(info["dropped"] for info in infos)
         n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)
         self._has_failed = self._has_failed or n_dropped + n_failed > 0

@@ -15,11 +15,14 @@ from textenv.episode import EndReason
 from .buffers import SequenceRolloutBuffer
 from .patient import tolerance
 from .policies import LMPolicy
+from .reward_share import RewardShare
 from .rollout_steps import sequence_buffer, text_vec_env
 
 MIN_EPISODES = 32  # of fewer nothing is concluded: they wait for those of the next rollout
 N_SEQUENCES = 4  # as many are read again before the update
 NEGATIVE_KL = -1e-3  # nats a token; nearer to 0 it is noise
+MOST_REWARD = 0.5  # the share of a run's time beyond which the reward is slow
+MIN_SECONDS = 1.0  # of less nobody minds
 
 
 class TrainingWarnings(BaseCallback):
@@ -27,7 +30,8 @@ class TrainingWarnings(BaseCallback):
 
     At the end of each rollout, before its update, it looks for: all rewards equal, all episodes cut by length, the
     end token as the first token everywhere, a divergence from the reference below zero for long, probabilities that
-    the update does not find again (first ratios away from 1), and a collapse of the entropy. "All" are 32 episodes or
+    the update does not find again (first ratios away from 1), a collapse of the entropy, and a reward that takes more
+    than half of the time. "All" are 32 episodes or
     more, of one rollout or several. It reads a few sequences once more and changes nothing. It needs a
     `SequenceRolloutBuffer`; in the list of callbacks its place does not matter.
 
@@ -54,7 +58,8 @@ class TrainingWarnings(BaseCallback):
 
     def _on_training_start(self) -> None:
         sequence_buffer(self.model)
-        self._rules = text_vec_env(self.model.get_env()).env.rules
+        env = text_vec_env(self.model.get_env())
+        self._rules, self._rewards = env.env.rules, RewardShare(env.lanes)
         self._infos: list[dict[str, Any]] = []
 
     def _on_step(self) -> bool:
@@ -67,6 +72,7 @@ class TrainingWarnings(BaseCallback):
             self._look_at_rewards(self._infos)
             self._look_at_ends(self._infos)
             self._infos = []
+        self._look_at_time()
         self._look_at_divergence()
         self._look_at_ratios(buffer)
         self._look_at_entropy(buffer)
@@ -96,6 +102,17 @@ class TrainingWarnings(BaseCallback):
                 f"All {len(infos)} last episodes are an end token and nothing else. Does an empty text earn "
                 "most, as under a penalty on length or on KL, or do prompts end like finished texts? Reward an empty "
                 "text less, and encode prompts without what closes a text.",
+            )
+
+    def _look_at_time(self) -> None:
+        seconds, share = self._rewards.seconds, self._rewards.share
+        if share > MOST_REWARD and seconds > MIN_SECONDS:
+            self._warn(
+                "time",
+                f"The reward takes {share:.0%} of the time, {seconds:.0f} s so far: does it load something at every "
+                "call, or wait for each row in turn? Score texts when they end (score_at='done') or a rollout's "
+                "together ('rollout_end'), all rows in one call (BatchReward), servers side by side (HTTPJudge, "
+                "AsyncFunction), and texts that come again once (Cached).",
             )
 
     def _look_at_divergence(self) -> None:

@@ -28,6 +28,8 @@ from .checkpoint import is_between_iterations, save_step
 from .curves import CURVES, check_matplotlib, draw_curves
 from .generation import Generation, generate
 from .reward_share import RewardShare
+from .rollout_steps import remember
+from .scored import ScoredEpisodes
 from .vec_env import TextVecEnv
 
 
@@ -46,26 +48,32 @@ class EpisodeMetrics(BaseCallback):
         >>> callback = EpisodeMetrics()  # model.learn(100_000, callback=callback)
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_failed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"has_failed": self._has_failed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._has_failed = state["has_failed"]
+
     def _on_training_start(self) -> None:
-        self._infos: list[dict[str, Any]] = []
+        self._episodes = ScoredEpisodes(self.training_env)
         self._clock = time.perf_counter()
         self._timesteps = self.model.num_timesteps
-        self._has_failed = False
+        remember(self.model, self)
         env = self.training_env.unwrapped
         self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
 
     def _on_step(self) -> bool:
-        self._infos += [info for info in self.locals["infos"] if "end_reason" in info]
+        self._episodes.see(self.locals["infos"])
         return True
 
     def _on_rollout_end(self) -> None:
-        # Read only now: late scores have been added to the infos in the meantime, save to those that wait for a group.
-        infos = [info for info in self._infos if info["scored"]]
-        self._infos = [info for info in self._infos if not info["scored"]]
-        env = self.training_env.unwrapped
-        if isinstance(env, TextVecEnv) and env.keeps_infos:  # the env has those too that waited in a checkpoint
-            dropped = [info for info in infos if info["dropped"]]  # which the env leaves out
-            infos, self._infos = [*env.scored.values(), *dropped], []
+        infos = self._episodes.take()
         now = time.perf_counter()
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
         self._clock, self._timesteps = now, self.model.num_timesteps

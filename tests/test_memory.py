@@ -52,8 +52,15 @@ def largest_difference(one, other):
     return max(float((first - weights(other)[name]).abs().max()) for name, first in weights(one).items())
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("options", [{}, {"rollout_buffer_kwargs": {"micro_batch_tokens": 100}}])
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        ("forward", {}),
+        ("backward", {"rollout_buffer_kwargs": {"micro_batch_tokens": 100}}),
+        pytest.param("backward", {}, marks=pytest.mark.slow),
+        pytest.param("forward", {"rollout_buffer_kwargs": {"micro_batch_tokens": 100}}, marks=pytest.mark.slow),
+    ],
+)
 def test_an_update_is_repeated_in_halves_and_equals_the_whole(where, options):
     # By plain descent: AdamW divides by gradients next to nothing, rounding and all.
     sgd = {"policy_kwargs": {"optimizer_class": torch.optim.SGD}, **options}

@@ -64,6 +64,16 @@ class Failures:
         """What a failed row gets in place of a score."""
         return {FAILURE: float(self.on_failure)} if _is_number(self.on_failure) else DROPPED
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes into JSON."""
+        recent = "".join("1" if failed else "0" for failed in self._recent)
+        return {"n_failed": self.n_failed, "has_warned": self._has_warned, "recent": recent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.n_failed, self._has_warned = state["n_failed"], state["has_warned"]
+        self._recent = deque((failed == "1" for failed in state["recent"]), maxlen=WINDOW)
+
     def note(
         self, who: str, causes: Mapping[int, Exception], prompts: Sequence[Prompt], preds: Sequence[Preds], tried: str
     ) -> None:

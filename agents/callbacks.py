@@ -27,6 +27,7 @@ from textenv.tokenizer import Tokenizer
 from .checkpoint import is_between_iterations, save_step
 from .curves import CURVES, check_matplotlib, draw_curves
 from .generation import Generation, generate
+from .printable import printable
 from .reward_share import RewardShare
 from .rollout_steps import remember
 from .scored import ScoredEpisodes
@@ -171,11 +172,6 @@ def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
     for row in zip(*columns.values(), strict=True):
         table.add_row(*(Text.assemble((printable(sample.prompt), "dim"), printable(sample.text)) for sample in row))
     return table
-
-
-def printable(text: str) -> str:
-    """Return a text whose control characters are shown, not obeyed."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _page(text: str) -> str:

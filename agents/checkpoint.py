@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -223,6 +224,10 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
     """Save a checkpoint as "step_<timesteps>" in a folder, and remove all older ones but the newest `keep` in all."""
     newest = Path(folder) / f"step_{model.num_timesteps:012d}"
     save_checkpoint(model, newest)
+    try:
+        verify_checkpoint(newest)  # before what is known to be whole goes
+    except CheckpointError as error:
+        raise OSError(errno.EIO, str(error)) from error
     # What is newer than the newest is another run's, or damaged, and not ours to count.
     for old in sorted(path for path in Path(folder).glob("step_*") if path <= newest)[:-keep]:
         shutil.rmtree(old)

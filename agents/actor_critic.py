@@ -14,6 +14,7 @@ from .critic import TrunkCritic, ValueHead
 from .encoder_decoder import Seq2SeqBackbone, Seq2SeqCache
 from .lagged import LaggedCopy
 from .language_model import LanguageModel
+from .memory import evaluate_in_memory
 from .sampling import Sampling, TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, prompt_lengths, unpack_observations
 from .value_norm import ValueNorm
@@ -62,6 +63,7 @@ class LMActorCritic(nn.Module):
         self.value_norm = None if value_norm is None else ValueNorm(value_norm)
         # Within a rollout whose buffer has asked for it: values are zeros until it has whole sequences valued.
         self.values_late = False
+        self.most_tokens: int | None = None  # that an update reads at a time, where memory has once been too small
         self.sampling = sampling
         self.autocast = autocast
         self.use_cache = cache and backbone.is_cacheable
@@ -192,21 +194,25 @@ class LMActorCritic(nn.Module):
 
         Returns:
             Outputs of the critic (values, where there is no `value_norm`), log-probabilities and entropies, each (N,)
-            float32.
+            float32. Where gradients are on, they can be differentiated once; see `evaluate_in_memory`.
         """
+        if torch.is_grad_enabled():
+            values, log_probs, entropies = evaluate_in_memory(self, batch, actions)
+            return values, log_probs, entropies
+        return self.evaluate_parts(batch, actions)
+
+    def evaluate_parts(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score actions as `evaluate`, whatever memory that takes."""
         parts, order = [], []
-        for chunk in batch.chunks():
-            taken = actions[torch.as_tensor(chunk.transitions, device=actions.device)]
-            if batch.micro_batch_tokens is not None and torch.is_grad_enabled():
-                parts.append(checkpoint(self._evaluate_chunk, chunk, taken, use_reentrant=False))
-            else:
-                parts.append(self._evaluate_chunk(chunk, taken))
+        for chunk in batch.chunks(self.most_tokens):
+            parts.append(self.evaluate_chunk(chunk, actions[torch.as_tensor(chunk.transitions, device=actions.device)]))
             order.append(torch.as_tensor(chunk.transitions))
         inverse = torch.cat(order).argsort().to(actions.device)
         values, log_probs, entropies = (torch.cat(part)[inverse] for part in zip(*parts, strict=True))
         return values, log_probs, entropies
 
-    def _evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the actions of a part of a batch, (n,), in one forward."""
         hidden, logits = self._read_chunk(chunk)
         outputs = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
         return outputs, *self._score(hidden, logits, actions, chunk)

@@ -122,6 +122,8 @@ def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, t
     arguments: dict[str, Any] = {"seed": seed, **config.args}
     if config.reward is not None:
         arguments["reward"] = as_reward(config.reward)
+    if config.on_failure != "raise":
+        arguments["on_failure"] = config.on_failure
     if config.masks:
         arguments["mask"] = [build(mask, MASKS, "mask", trust.modules) for mask in config.masks]
     if config.max_new_tokens is not None:

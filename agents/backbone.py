@@ -20,10 +20,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.activations import NewGELUActivation
+
+from textenv.model_loading import load_whole
 
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
+from .layers import disable_dropout, fuse_activations
 from .trainable import Trainable, is_checkpointing, set_trainable
 
 PROBE_LENGTH = 4
@@ -57,6 +59,7 @@ class Pretrained:
 
     Raises:
         ImportError: When built, if a package that `quantization_config` needs is missing.
+        ValueError: When built, if the folder lacks a tensor of the model, or has others.
 
     Example:
         >>> import pickle
@@ -78,13 +81,18 @@ class Pretrained:
             return self._auto_class(self.config).from_config(self.config)
         config = AutoConfig.from_pretrained(self.name, **self.kwargs)
         try:
-            model = self._auto_class(config).from_pretrained(self.name, **self.kwargs)
+            model = load_whole(self._auto_class(config), self.name, fresh_head=self._makes_head, **self.kwargs)
         except ImportError as error:
             if "quantization_config" not in self.kwargs:
                 raise
             raise ImportError(f"Expected what `quantization_config` needs to be installed: {error}") from error
         self.config = model.config
         return model
+
+    @property
+    def _makes_head(self) -> bool:
+        """Whether a head that the folder lacks is a new one."""
+        return False
 
     @staticmethod
     def _auto_class(config: PreTrainedConfig) -> Any:
@@ -102,8 +110,13 @@ class PretrainedRewardModel(Pretrained):
 
     Args:
         name: A name on the hub or the path of a folder, for `AutoModelForSequenceClassification.from_pretrained`.
-        **kwargs: Its other arguments. `dtype` is float32 unless given.
+        **kwargs: Its other arguments. `dtype` is float32 unless given. With `num_labels` a head that the folder lacks
+            is a fresh one; without, it must be there.
     """
+
+    @property
+    def _makes_head(self) -> bool:
+        return "num_labels" in self.kwargs  # which says how large the new one is
 
     @staticmethod
     def _auto_class(config: PreTrainedConfig) -> Any:
@@ -193,31 +206,6 @@ def check_length(model: PreTrainedModel, n_tokens: int) -> None:
             f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens: "
             "lower max_prompt_tokens or max_new_tokens."
         )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout and layer-drop probability to 0, so that training mode changes nothing (invariant A6).
-
-    Modules that call `functional.dropout` keep the probability as a plain number under some name with "drop" in it.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
-
-
-def fuse_activations(model: nn.Module) -> None:
-    """Replace GPT-2's activation, written out in eight operations, by PyTorch's own of the same formula.
-
-    The tanh approximation of GELU (Hendrycks & Gimpel, 2016): equal up to rounding, without weights, and about a
-    quarter of a small model's time less.
-    """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 class Backbone(nn.Module):

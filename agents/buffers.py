@@ -102,6 +102,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.waiting: dict[int, Transitions] = {}
         self.waiting_episodes: dict[Place, EndedEpisode] = {}
         self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # a checkpoint's, until attached
+        self.remembering: dict[str, Any] = {}  # callbacks of which checkpoints keep what they have seen
+        self.remembered: dict[str, dict[str, Any]] = {}  # a checkpoint's, until they are there
         # Seeded from numpy's generator, which SB3 has seeded, and its own from then on: what else draws from that one
         # (an evaluation, a user's reward) does not change the order of minibatches.
         self.rng = np.random.default_rng(np.random.randint(2**31))

@@ -10,8 +10,6 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from textenv.rewards.base import BatchReward
-
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
 from .doctor import check as examine
@@ -79,7 +77,7 @@ def make_agent(
 
     Returns:
         The algorithm, ready for `learn`. With `score_at="rollout_end"` the `LateScores` step is attached, with
-        `samples_per_prompt` the step `SampleGroups`, and `DropEpisodes` where the reward says that it may drop some.
+        `samples_per_prompt` the step `SampleGroups`, and `DropEpisodes` where the env's reward may drop some.
 
     Raises:
         ValueError: If the algorithm is another one, with the reason, or does not know the env's mask, or asks for one.
@@ -137,7 +135,7 @@ def make_agent(
         SampleGroups().attach(model)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
-    elif isinstance(vec_env.env.reward, BatchReward) and vec_env.env.reward.may_drop:
+    elif vec_env.env.may_drop:
         DropEpisodes().attach(model)
     if check:
         report = examine(model)

@@ -27,6 +27,10 @@ from textenv.tokenizer import Tokenizer
 from .checkpoint import is_between_iterations, save_step
 from .curves import CURVES, check_matplotlib, draw_curves
 from .generation import Generation, generate
+from .printable import printable
+from .reward_share import RewardShare
+from .rollout_steps import remember
+from .scored import ScoredEpisodes
 from .vec_env import TextVecEnv
 
 
@@ -35,37 +39,49 @@ class EpisodeMetrics(BaseCallback):
 
     Keys: `reward/task` and `reward/<part>` (the task reward and its named parts), `episode/length` (tokens),
     `episode/end_<reason>` (the share of each end reason), `time/tokens_per_second` (since the last rollout's end, the
-    update included). Where the reward fails: `episode/dropped`, the number of episodes that it left out, which no other
-    figure has, and `episode/failed`, of those with a penalty in place of a score (the part "failure"); both are logged
-    from the first one on. The README's table says what every key means.
+    update included), `time/reward_share` (which share of that time the reward took; with a `TextVecEnv`). Where the
+    reward fails: `episode/dropped`, the number of episodes that it left out, which no other figure has, and
+    `episode/failed`, of those with a penalty in place of a score (the part "failure"); both are logged from the first
+    one on. The README's table says what every key means.
 
     Example:
         >>> from agents import EpisodeMetrics
         >>> callback = EpisodeMetrics()  # model.learn(100_000, callback=callback)
     """
 
-    def _on_training_start(self) -> None:
-        self._infos: list[dict[str, Any]] = []
-        self._clock = time.perf_counter()
-        self._timesteps = self.model.num_timesteps
+    def __init__(self) -> None:
+        super().__init__()
         self._has_failed = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"has_failed": self._has_failed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._has_failed = state["has_failed"]
+
+    def _on_training_start(self) -> None:
+        self._episodes = ScoredEpisodes(self.training_env)
+        self._clock = time.perf_counter()
+        self._timesteps = self.model.num_timesteps
+        remember(self.model, self)
+        env = self.training_env.unwrapped
+        self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
+
     def _on_step(self) -> bool:
-        self._infos += [info for info in self.locals["infos"] if "end_reason" in info]
+        self._episodes.see(self.locals["infos"])
         return True
 
     def _on_rollout_end(self) -> None:
-        # Read only now: late scores have been added to the infos in the meantime, save to those that wait for a group.
-        infos = [info for info in self._infos if info["scored"]]
-        self._infos = [info for info in self._infos if not info["scored"]]
-        env = self.training_env.unwrapped
-        if isinstance(env, TextVecEnv) and env.keeps_infos:  # the env has those too that waited in a checkpoint
-            dropped = [info for info in infos if info["dropped"]]  # which the env leaves out
-            infos, self._infos = [*env.scored.values(), *dropped], []
+        infos = self._episodes.take()
         now = time.perf_counter()
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
         self._clock, self._timesteps = now, self.model.num_timesteps
         self.logger.record("time/tokens_per_second", speed)
+        if self._rewards is not None:
+            self.logger.record("time/reward_share", self._rewards.share)
+            self._rewards = RewardShare(self._rewards.lanes)
         n_dropped = sum(info["dropped"] for info in infos)
         n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)
         self._has_failed = self._has_failed or n_dropped + n_failed > 0
@@ -156,11 +172,6 @@ def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
     for row in zip(*columns.values(), strict=True):
         table.add_row(*(Text.assemble((printable(sample.prompt), "dim"), printable(sample.text)) for sample in row))
     return table
-
-
-def printable(text: str) -> str:
-    """Return a text whose control characters are shown, not obeyed."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _page(text: str) -> str:

@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 from .backbone import n_positions
-from .callbacks import printable
 from .config import TrainConfig
 from .generation import generate
+from .printable import printable
 from .refusal import Exit
 from .verb_config import ChatOptions, TrustOptions
 from .verbs import Writer, open_writer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from .buffers import SequenceRolloutBuffer, step_name
 from .files import replaced_folder, sha256
 from .optim import load_optimizer, optimizer_state
 from .policies import LMPolicy
+from .probe import check_probe, probe_logits
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
 from .transitions import Transitions
 from .waiting import EndedEpisode
@@ -73,6 +75,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         "episodes": {name: torch.as_tensor(array) for name, array in arrays.items()},
         "waiting": _waiting_tensors(buffer),
         "token_sets": buffer.token_sets.state_dict(buffer.waiting_sets()),
+        "probe": {"logits": probe_logits(cast("LMPolicy", model.policy).lm.backbone)},
         "generators": _generator_states(model),
     }
     assert model._last_episode_starts is not None and model.ep_info_buffer is not None
@@ -86,6 +89,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         "numpy_random": _numpy_state(),
         "minibatches": buffer.rng.bit_generator.state,
         "steps": {name: state for name, (_, state) in buffer.saved_steps.items()},  # loaded, and not attached yet
+        "remembered": buffer.remembered | {name: one.state_dict() for name, one in buffer.remembering.items()},
     }
     tensors.update({f"step_{name}": content for name, (content, _) in buffer.saved_steps.items()})
     for step in buffer.before_returns:
@@ -116,7 +120,8 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
 
     Args:
         model: A model built with the same arguments as the saved one.
-        folder: What `save_checkpoint` wrote. Its files are verified, and none of them is unpickled.
+        folder: What `save_checkpoint` wrote. Its files are verified, and none of them is unpickled. Where the loaded
+            model gives other logits than the saved one gave, a warning says so, with the versions of then and now.
 
     Raises:
         CheckpointError: If a file is missing, damaged or of another model; the model is then unchanged.
@@ -152,7 +157,14 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     for step in buffer.before_returns:
         if isinstance(step, RolloutStep) and step_name(step) in buffer.saved_steps:
             step.load_state_dict(*buffer.saved_steps.pop(step_name(step)))
+    buffer.remembered = dict(meta.get("remembered", {}))  # checkpoints of before have none
+    for name in buffer.remembering.keys() & buffer.remembered.keys():
+        buffer.remembering[name].load_state_dict(buffer.remembered.pop(name))
     _load_generators(model, tensors["generators"], meta)
+    if "probe" in tensors:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        backbone = cast("LMPolicy", model.policy).lm.backbone
+        check_probe(backbone, tensors["probe"]["logits"], manifest["versions"], versions())
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
@@ -212,6 +224,10 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
     """Save a checkpoint as "step_<timesteps>" in a folder, and remove all older ones but the newest `keep` in all."""
     newest = Path(folder) / f"step_{model.num_timesteps:012d}"
     save_checkpoint(model, newest)
+    try:
+        verify_checkpoint(newest)  # before what is known to be whole goes
+    except CheckpointError as error:
+        raise OSError(errno.EIO, str(error)) from error
     # What is newer than the newest is another run's, or damaged, and not ours to count.
     for old in sorted(path for path in Path(folder).glob("step_*") if path <= newest)[:-keep]:
         shutil.rmtree(old)
@@ -222,15 +238,20 @@ def _manifest(folder: Path, num_timesteps: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "num_timesteps": num_timesteps,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "stable_baselines3": stable_baselines3.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
         "files": {
             file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
         },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "stable_baselines3": stable_baselines3.__version__,
+        "numpy": np.__version__,
     }
 
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from textenv.model_loading import load_whole
 from textenv.rewards.text_model import TextModel
 
 from .backbone import check_fits
@@ -169,7 +170,8 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
     if not isinstance(lm, PreTrainedConfig):
         # A head of another size is not an error: a fresh one is put on.
         labels["ignore_mismatched_sizes"] = True
-        return AutoModelForSequenceClassification.from_pretrained(lm, dtype=torch.float32, **labels)
+        labels["dtype"] = torch.float32
+        return load_whole(AutoModelForSequenceClassification, str(lm), fresh_head=True, **labels)
     config = copy.deepcopy(lm)
     for key, value in labels.items():
         setattr(config, key, value)

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from .config import DEMO_SETTINGS, TrainConfig, TrainOptions, argument_help
+from .printable import printable
 from .refusal import CommandError, Exit
 from .verb_config import (
     ChatOptions,
     CompareOptions,
     EvaluateOptions,
+    ExportFlags,
     ExportOptions,
     GenerateOptions,
     RewardModelConfig,
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{_nearest(words[0], VERBS)}")
         return int(VERBS[words[0]].run(words[1:]))
     except CommandError as error:
-        print(f"textenv: {error}", file=sys.stderr)
+        print(f"textenv: {printable(str(error))}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("textenv: interrupted", file=sys.stderr)
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return Exit.DONE
         known = as_command_error(error, Path.cwd())
-        print(f"textenv: {known}", file=sys.stderr)
+        print(f"textenv: {printable(str(known))}", file=sys.stderr)
         return known.code
 
 
@@ -301,7 +303,7 @@ def _chat(words: list[str]) -> int:
 
 
 def _export(words: list[str]) -> int:
-    chosen, options = _options("export", "RUN DIR", words, ExportOptions)
+    chosen, options = _options("export", "RUN DIR [--sb3-zip]", words, ExportOptions, ExportFlags)
     config = run_config(chosen.run)
     from .verbs import export_run
 
@@ -337,22 +339,33 @@ def _tasks(words: list[str]) -> int:
     return Exit.DONE
 
 
-def _options(verb: str, usage: str, words: list[str], config: type) -> tuple[Any, Any]:
-    parser = make_parser(verb, usage, config, TrustOptions)
-    chosen, options, _ = _split(parser, words, config, TrustOptions)
-    return chosen, options
+def _options(verb: str, usage: str, words: list[str], config: type, options: type = TrustOptions) -> tuple[Any, Any]:
+    parser = make_parser(verb, usage, config, options)
+    chosen, allowed, _ = _split(parser, words, config, options)
+    return chosen, allowed
 
 
 def run_config(path: str) -> TrainConfig:
     """Return the configuration of a run."""
     from .run_folder import RunFolder
 
+    _refuse_zip(path)
     return read_config(RunFolder.open(path).config)
 
 
 def run_or_model(path: str) -> TrainConfig | None:
     """Return the configuration of a run; None where there is a model or a name instead."""
+    _refuse_zip(path)
     return run_config(path) if (Path(path) / "run.json").is_file() else None
+
+
+def _refuse_zip(path: str) -> None:
+    if path.endswith(".zip"):
+        raise CommandError(
+            f"Expected the folder of a run or of a model, got the file {path}, which is SB3's and holds pickles: read "
+            "it in Python, model = agents.load_sb3_zip(path, make_agent(...)), then agents.export(model, tokenizer, "
+            "folder)."
+        )
 
 
 VERBS = {

@@ -32,6 +32,8 @@ class EnvConfig:
         args: Other arguments of the environment, as `data`, `stop_strings` or `score_at`.
         prompts: For "text": a .jsonl, .csv or .txt file.
         reward: A reward by name, or its id and args; where the task has none of its own.
+        on_failure: What becomes of a text whose reward raises or is no number: "raise" stops the run, "drop" leaves it
+            out (up to 5 %), a number is its reward. Rewards that ask servers have their own.
         masks: Which tokens are allowed next; needs the algorithm "maskable_ppo".
         max_new_tokens: The most tokens of an episode; the environment's own number by default.
     """
@@ -40,6 +42,7 @@ class EnvConfig:
     args: dict[str, Any] = field(default_factory=dict)
     prompts: str | None = None
     reward: Named | str | None = None
+    on_failure: Literal["raise", "drop"] | float = "raise"
     masks: list[Named | str] = field(default_factory=list)
     max_new_tokens: int | None = None
 

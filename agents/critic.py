@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from textenv.rewards.reward_stats import RewardStats
 
-from .backbone import LMLike, PretrainedRewardModel, build_model, check_fits, disable_dropout, fuse_activations
+from .backbone import LMLike, PretrainedRewardModel, build_model, check_fits
+from .layers import disable_dropout, fuse_activations
 
 PROBE_LENGTH = 4
 PROBE_TOLERANCE = 1e-4

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+import warnings
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from textenv import demo
 
@@ -28,6 +32,7 @@ SHAPE = {
 }
 TRAINING = {"batch_size": 64, "learning_rate": 1e-2}
 N_REVIEWS = 8000
+_elsewhere: dict[str, Path] = {}  # folders of this process, where the cache cannot be written to
 
 
 def cache_folder() -> Path:
@@ -41,6 +46,7 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
 
     A GPT-2 of 2 layers and width 64 (about 0.1 M parameters) and one token a word, trained on 8,000 reviews, always
     from the same seed. It is made in some seconds and kept under a name that changes with the grammar and settings.
+    Where the cache cannot be written to, it is kept for this process alone.
 
     Args:
         folder: The cache; `cache_folder()` by default.
@@ -52,9 +58,10 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
     """
     texts = demo.reviews(N_REVIEWS, seed=0)
     recipe = json.dumps([SHAPE, TRAINING, n_epochs, texts, torch.__version__]).encode()
-    target = (folder or cache_folder()) / f"demo-{hashlib.sha256(recipe).hexdigest()[:12]}"
-    if target.is_dir():
-        return target
+    name = f"demo-{hashlib.sha256(recipe).hexdigest()[:12]}"
+    target = (folder or cache_folder()) / name
+    if target.is_dir() or name in _elsewhere:
+        return _elsewhere.get(name, target)
     tokenizer = word_tokenizer(demo.vocabulary())
     eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **SHAPE)  # type: ignore[arg-type]
@@ -71,7 +78,21 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
         progress_bar=progress_bar,
         **TRAINING,  # type: ignore[arg-type]
     )
+    try:
+        _write(target, model, tokenizer)
+    except OSError as error:
+        target = _elsewhere[name] = Path(tempfile.mkdtemp(prefix="textenv-"))
+        atexit.register(shutil.rmtree, target, ignore_errors=True)
+        _write(target, model, tokenizer)
+        warnings.warn(
+            f"The cache {folder or cache_folder()} cannot be written to ({error}): the demo model is kept in "
+            "a folder of this process alone. TEXTENV_CACHE names another cache.",
+            stacklevel=2,
+        )
+    return target
+
+
+def _write(target: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with replaced_folder(target) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-    return target

@@ -32,8 +32,8 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield beside
         for path in sorted(beside.rglob("*")):
-            if path.is_file():
-                sync(path)
+            sync(path)
+        sync(beside)
         if target.exists():
             target.rename(aside)
         beside.rename(target)

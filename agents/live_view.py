@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from .callbacks import printable
+from .printable import printable
 from .screens import Remaining, clock, figures
 
 Row = dict[str, Any]

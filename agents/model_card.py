@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from .config import Named, TrainConfig
+from .printable import printable
 
 
 def model_card(config: TrainConfig, about: Mapping[str, Any], results: str) -> str:
@@ -22,9 +24,10 @@ def model_card(config: TrainConfig, about: Mapping[str, Any], results: str) -> s
     reward = config.env.reward
     described = json.dumps(asdict(reward), ensure_ascii=False) if isinstance(reward, Named) else reward
     settings = json.dumps(asdict(config), ensure_ascii=False, indent=1).replace("```", "'''")
+    settings = printable(settings)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     commit = about["git"]["textenv"]
-    fields = ["---", f"license: {config.license or 'unknown'}", "library_name: transformers"]
+    fields = ["---", f"license: {_plain(config.license or 'unknown')}", "library_name: transformers"]
     if config.model.name != "demo":
         fields.append(f"base_model: {json.dumps(config.model.name)}")
     return "\n".join(
@@ -56,5 +59,10 @@ def model_card(config: TrainConfig, about: Mapping[str, Any], results: str) -> s
     )
 
 
+def _plain(text: str) -> str:
+    """Return a text as a value of YAML."""
+    return text if re.fullmatch(r"[\w.+-]+", text) else json.dumps(text)
+
+
 def _text(text: str) -> str:
-    return html.escape(" ".join(text.split()).replace("`", "'"))
+    return html.escape(printable(" ".join(text.split())).replace("`", "'"))

@@ -31,6 +31,7 @@ from .policies import LMPolicy
 from .preferences import Labelled, Ranking, hh_pairs
 from .reward_model import score_texts, train_reward_model
 from .rollout_steps import DropEpisodes, LateScores, RolloutStep
+from .sb3_zip import load_sb3_zip
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA
 from .training_warnings import TrainingWarnings
@@ -86,6 +87,7 @@ __all__ = [
     "hh_pairs",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_sb3_zip",
     "make_agent",
     "sample_table",
     "save_checkpoint",

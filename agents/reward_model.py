@@ -23,10 +23,11 @@ from transformers import (
 from textenv.rewards.reward_stats import RewardStats
 from textenv.tokenizer import Tokenizer
 
-from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, disable_dropout, n_positions
+from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, n_positions
 from .critic import TrunkCritic, score_head
 from .files import replaced_folder
 from .interrupted import claim_folder, origin, work_folder
+from .layers import disable_dropout
 from .preferences import Labelled, Ranking, encode_texts
 from .pretrain import fit, similar_lengths
 from .reward_figures import RewardFigures, figures

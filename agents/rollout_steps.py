@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -198,6 +198,28 @@ def final_reward(buffer: SequenceRolloutBuffer, env: TextVecEnv, place: Place) -
         return buffer.rewards[row : row + 1, lane]
     episode = buffer.waiting_episodes.get(place)
     return None if episode is None else episode.part.rewards[-1:]
+
+
+class Remembering(Protocol):
+    """A callback of which checkpoints keep what it has seen; training goes on without it, too."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes into JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+
+
+def remember(model: BaseAlgorithm, callback: Remembering) -> None:
+    """Have checkpoints keep what a callback has seen; give it what the one that was loaded has kept.
+
+    Models with another buffer than a `SequenceRolloutBuffer` have no checkpoints.
+    """
+    buffer, name = model.rollout_buffer, step_name(callback)  # type: ignore[attr-defined]
+    if isinstance(buffer, SequenceRolloutBuffer):
+        buffer.remembering[name] = callback
+        if name in buffer.remembered:
+            callback.load_state_dict(buffer.remembered.pop(name))
 
 
 def sequence_buffer(model: BaseAlgorithm) -> SequenceRolloutBuffer:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from .printable import printable
 from .run_folder import to_line
 
 Row = dict[str, Any]
@@ -96,7 +97,7 @@ class PlainScreen:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
     def row(self, row: Row) -> None:
         """Print an iteration's figures in a line."""
@@ -118,7 +119,7 @@ class JsonScreen:
 
     def say(self, text: str) -> None:
         """Print a line on the standard error."""
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def row(self, row: Row) -> None:
         """Print a row as `metrics.jsonl` has it."""

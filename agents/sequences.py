@@ -119,10 +119,15 @@ class SequenceBatch:
         part.n_prompt = None if self.n_prompt is None else self.n_prompt[sequences]
         return part, places
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the batch in parts of similar length, so that little padding is read."""
+    def chunks(self, most_tokens: int | None = None) -> Iterator[Chunk]:
+        """Yield the batch in parts of similar length, so that little padding is read.
+
+        Args:
+            most_tokens: The most tokens of a part, where that is fewer than `micro_batch_tokens`.
+        """
         device = self.tokens.device
-        for sequences in bucket_by_length(self.lengths, self.micro_batch_tokens):
+        bounds = [bound for bound in (self.micro_batch_tokens, most_tokens) if bound is not None]
+        for sequences in bucket_by_length(self.lengths, min(bounds, default=None)):
             local = np.full(len(self.lengths), -1)
             local[sequences] = np.arange(len(sequences))
             transitions = np.flatnonzero(local[self.rows] >= 0)

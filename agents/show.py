@@ -10,11 +10,11 @@ from textenv.env import TextEnv
 from textenv.vector import TextVectorEnv
 
 from .assemble import assemble
-from .callbacks import printable
 from .config import DEMO, TrainConfig
 from .demo import demo_model
 from .evaluation import sequence_of
 from .policies import LMPolicy
+from .printable import printable
 from .reference import build_reference, divergences
 from .refusal import CommandError, Exit
 from .verb_config import ShowOptions, TrustOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,19 +15,38 @@ from textenv.episode import EndReason
 from .buffers import SequenceRolloutBuffer
 from .patient import tolerance
 from .policies import LMPolicy
-from .rollout_steps import sequence_buffer, text_vec_env
+from .reward_share import RewardShare
+from .rollout_steps import remember, sequence_buffer, text_vec_env
+from .scored import ScoredEpisodes
 
 MIN_EPISODES = 32  # of fewer nothing is concluded: they wait for those of the next rollout
 N_SEQUENCES = 4  # as many are read again before the update
 NEGATIVE_KL = -1e-3  # nats a token; nearer to 0 it is noise
+MOST_REWARD = 0.5  # the share of a run's time beyond which the reward is slow
+MIN_SECONDS = 1.0  # of less nobody minds
+
+
+class Ended(NamedTuple):
+    """What is looked at of an episode that has ended; a dropped one has no reward."""
+
+    end_reason: str
+    n_tokens: int
+    reward: float | None
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> Ended:
+        """Return what its info says."""
+        reward = None if info["dropped"] else float(info["episode"]["r"])
+        return cls(str(info["end_reason"]), info["episode"]["l"], reward)
 
 
 class TrainingWarnings(BaseCallback):
-    """Warns, each once in a run, of what makes training pointless or wrong, and names likely cause and cure.
+    """Warns, once a run, resumed or not, of what makes training pointless or wrong; names likely cause and cure.
 
     At the end of each rollout, before its update, it looks for: all rewards equal, all episodes cut by length, the
     end token as the first token everywhere, a divergence from the reference below zero for long, probabilities that
-    the update does not find again (first ratios away from 1), and a collapse of the entropy. "All" are 32 episodes or
+    the update does not find again (first ratios away from 1), a collapse of the entropy, and a reward that takes more
+    than half of the time. "All" are 32 episodes or
     more, of one rollout or several. It reads a few sequences once more and changes nothing. It needs a
     `SequenceRolloutBuffer`; in the list of callbacks its place does not matter.
 
@@ -51,28 +70,47 @@ class TrainingWarnings(BaseCallback):
         self._given: set[str] = set()
         self._first_entropy: float | None = None
         self._divergences: deque[float] = deque(maxlen=patience)
+        self._recent: list[Ended] = []  # episodes of which there are too few yet
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, so that a resumed run warns as one that was never stopped."""
+        return {
+            "given": sorted(self._given),
+            "first_entropy": self._first_entropy,
+            "divergences": list(self._divergences),
+            "recent": [list(episode) for episode in self._recent],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._given, self._first_entropy = set(state["given"]), state["first_entropy"]
+        self._divergences = deque(state["divergences"], maxlen=self.patience)
+        self._recent = [Ended(*episode) for episode in state["recent"]]
 
     def _on_training_start(self) -> None:
         sequence_buffer(self.model)
-        self._rules = text_vec_env(self.model.get_env()).env.rules
-        self._infos: list[dict[str, Any]] = []
+        env = text_vec_env(self.model.get_env())
+        self._rules, self._rewards = env.env.rules, RewardShare(env.lanes)
+        self._episodes = ScoredEpisodes(self.training_env)
+        remember(self.model, self)
 
     def _on_step(self) -> bool:
-        self._infos += [info for info in self.locals["infos"] if "end_reason" in info]
+        self._episodes.see(self.locals["infos"])
         return True
 
     def _on_rollout_end(self) -> None:
         buffer = sequence_buffer(self.model)
-        if len(self._infos) >= MIN_EPISODES:
-            self._look_at_rewards(self._infos)
-            self._look_at_ends(self._infos)
-            self._infos = []
+        self._recent += [Ended.of(info) for info in self._episodes.take()]
+        if len(self._recent) >= MIN_EPISODES:
+            self._look_at_rewards([episode.reward for episode in self._recent if episode.reward is not None])
+            self._look_at_ends(self._recent)
+            self._recent = []
+        self._look_at_time()
         self._look_at_divergence()
         self._look_at_ratios(buffer)
         self._look_at_entropy(buffer)
 
-    def _look_at_rewards(self, infos: list[dict[str, Any]]) -> None:
-        rewards = [info["episode"]["r"] for info in infos if not info["dropped"]]
+    def _look_at_rewards(self, rewards: list[float]) -> None:
         if rewards and min(rewards) == max(rewards):
             self._warn(
                 "rewards",
@@ -81,21 +119,32 @@ class TrainingWarnings(BaseCallback):
                 "solved? Print a few texts (SampleTable) with their rewards, and give partial credit.",
             )
 
-    def _look_at_ends(self, infos: list[dict[str, Any]]) -> None:
+    def _look_at_ends(self, episodes: list[Ended]) -> None:
         can_stop = bool(self._rules.stop_ids or self._rules.stop_strings)
-        if can_stop and all(info["end_reason"] is EndReason.LENGTH for info in infos):
+        if can_stop and all(episode.end_reason == EndReason.LENGTH for episode in episodes):
             self._warn(
                 "length",
-                f"All {len(infos)} last episodes were cut by length: the policy never ends a text. Is the end "
+                f"All {len(episodes)} last episodes were cut by length: the policy never ends a text. Is the end "
                 f"token another one than stop_ids={list(self._rules.stop_ids)}, or max_new_tokens="
                 f"{self._rules.max_new_tokens} too short? Give the env the model's own stop_ids, or raise the limit.",
             )
-        if all(info["end_reason"] is EndReason.EOS and info["episode"]["l"] == 1 for info in infos):
+        if all(episode.end_reason == EndReason.EOS and episode.n_tokens == 1 for episode in episodes):
             self._warn(
                 "empty texts",
-                f"All {len(infos)} last episodes are an end token and nothing else. Does an empty text earn "
+                f"All {len(episodes)} last episodes are an end token and nothing else. Does an empty text earn "
                 "most, as under a penalty on length or on KL, or do prompts end like finished texts? Reward an empty "
                 "text less, and encode prompts without what closes a text.",
+            )
+
+    def _look_at_time(self) -> None:
+        seconds, share = self._rewards.seconds, self._rewards.share
+        if share > MOST_REWARD and seconds > MIN_SECONDS:
+            self._warn(
+                "time",
+                f"The reward takes {share:.0%} of the time, {seconds:.0f} s so far: does it load something at every "
+                "call, or wait for each row in turn? Score texts when they end (score_at='done') or a rollout's "
+                "together ('rollout_end'), all rows in one call (BatchReward), servers side by side (HTTPJudge, "
+                "AsyncFunction), and texts that come again once (Cached).",
             )
 
     def _look_at_divergence(self) -> None:

@@ -182,10 +182,13 @@ class TextVecEnv(VecEnv):
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the running episodes and the prompts' order: arrays, and what goes into JSON."""
         arrays, meta = self.lanes.state_dict()
-        return arrays, {**meta, "np_random": self.env.np_random.bit_generator.state}
+        own = {"np_random": self.env.np_random.bit_generator.state, "failures": self.env.failures.state_dict()}
+        return arrays, {**meta, **own}
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> np.ndarray:
         """Go on from what `state_dict` returned; return the observations, (B, L)."""
         observations = self.lanes.load_state_dict(arrays, meta)
         self.env.np_random.bit_generator.state = meta["np_random"]
+        if "failures" in meta:  # checkpoints of before have none
+            self.env.failures.load_state_dict(meta["failures"])
         return observations

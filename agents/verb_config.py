@@ -92,6 +92,19 @@ class ExportOptions:
 
 
 @dataclass
+class ExportFlags(TrustOptions):
+    """What the command line alone says.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+        sb3_zip: Write sb3.zip as well, as SB3's model.save does: it holds pickles; see agents.load_sb3_zip.
+    """
+
+    sb3_zip: bool = False
+
+
+@dataclass
 class ShowOptions:
     """Replay an episode of a run's newest model token by token, with reward, value and divergence.
 

@@ -22,7 +22,7 @@ from .policies import LMPolicy
 from .refusal import CommandError, Exit
 from .run_checkpoints import checkpoint_to_load
 from .run_folder import RunFolder
-from .verb_config import EvaluateOptions, ExportOptions, GenerateOptions, TrustOptions
+from .verb_config import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, TrustOptions
 
 CHUNK = 64  # prompts that are continued together, and printed when they are done
 N_COMPARED = 8  # prompts by which an exported model is checked
@@ -120,11 +120,12 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
             seed=chosen.seed + start,
         ):
             row = {"prompt": str(one.prompt), "text": one.text, "end_reason": str(one.end_reason)}
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            line = json.dumps(row, ensure_ascii=False)
+            print(line if line.isprintable() else json.dumps(row), flush=True)  # JSON lets C1 control codes through
     return Exit.DONE
 
 
-def export_run(config: TrainConfig, chosen: ExportOptions, options: TrustOptions) -> int:
+def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags) -> int:
     """Write a run's newest model with its adapters merged, and check that the folder generates the same.
 
     Raises:
@@ -145,5 +146,11 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: TrustOptions
     if texts[0] != texts[1]:
         place = next(i for i, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1])
         raise CommandError(f"Expected {folder} to generate what the run does, got another text at prompt {place}.", 1)
+    if options.sb3_zip:
+        parts.agent.save(folder / "sb3.zip")
+        print(
+            f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files; whoever gets it reads its weights without "
+            "them by agents.load_sb3_zip"
+        )
     print(f"{folder}: generates the same as {run.path} on {len(texts[0])} prompts")
     return Exit.DONE

@@ -119,7 +119,7 @@ def test_the_label_of_each_prompt():
             assert found == [1.0 - shift] * len(TEXTS)
     with pytest.raises(RewardError, match=r"Expected a label of .*'label0'.*got 'joy'"):
         env = TextEnv(["a"], CharTokenizer(), reward=reward)
-        env._lanes._call_rewards([Prompt("a", row={"intent": "joy"})], [preds_of("good")], [True])
+        env._lanes.reward_calls.score([Prompt("a", row={"intent": "joy"})], [preds_of("good")], [True], False)
 
 
 def test_c8_the_model_sees_text_and_never_the_policys_ids():

@@ -12,12 +12,14 @@ from gymnasium import spaces
 
 from textenv.completion import Preds
 from textenv.episode import PADDING, SEPARATOR, EpisodeRules
+from textenv.failures import Failures, OnFailure
 from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
 from textenv.priority import PrioritySampling
 from textenv.prompts import Order, Prompt, PromptLike, PromptReader, PromptRows, read_rows
-from textenv.rewarding import RewardFunction, Score, ScoreAt, score_each
-from textenv.rewards.base import BatchReward, RewardLike, check_choice, score_rows
+from textenv.rewarding import RewardFunction, Score, ScoreAt, check_rewards, score_each
+from textenv.rewards.asynchronous import AsyncReward
+from textenv.rewards.base import BatchReward, RewardLike, RowReward, ask_rows, check_choice
 from textenv.rewards.registry import read_reward
 from textenv.tokenizer import Tokenizer
 from textenv.vocabulary import Vocabulary
@@ -70,6 +72,11 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         score_at: "step" calls the reward for every token, "done" for finished episodes only, "rollout_end" for all
             finished episodes of a rollout in one call (see `agents.LateScores`; without it, as "done"). Unset, a
             `BatchReward` says it itself; anything else is called for every token.
+        on_failure: What becomes of a row whose reward raises, or is no finite number. "raise": the error stops the run.
+            "drop": the episode is left out of training and counted, and too many stop the run (see `Failures`). A
+            number: that is its reward, as the part "failure". A `BatchReward` or `get_rewards` that raises fails for
+            all rows of the call. An `AsyncReward` has its own. There is no time limit: Python cannot end a function
+            that does not return. `AsyncFunction(judge, time_limit=30)` and `HTTPJudge` have one.
         samples_per_prompt: How many episodes each prompt is given to, a group: one draw of the order. Lanes take the
             members one after the other, as they become free, so `n_envs` need not be a multiple of it, and the members
             need not stand in neighbouring lanes, nor in step. `preds.group` and `info["group"]` number the groups. With
@@ -117,6 +124,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         stop_strings: Sequence[str] = (),
         length_limit: Literal["terminate", "truncate"] = "terminate",
         score_at: ScoreAt | None = None,
+        on_failure: OnFailure = "raise",
         samples_per_prompt: int = 1,
         order: Order | PrioritySampling = "shuffle",
         max_turns: int = 1,
@@ -135,6 +143,12 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.reward = self._check_reward(reward)
         own_choice: ScoreAt = self.reward.score_at if isinstance(self.reward, BatchReward) else "step"
         self.score_at: ScoreAt = own_choice if score_at is None else score_at
+        self.failures = Failures(on_failure)
+        if on_failure != "raise" and isinstance(self.reward, AsyncReward):
+            raise ValueError(
+                f"Expected on_failure to be given to the {type(self.reward).__name__}, got {on_failure!r} for the "
+                "env: what waits for answers decides over those that do not come."
+            )
         _check_at_least_one("samples_per_prompt", samples_per_prompt)
         self.samples_per_prompt = samples_per_prompt
         self.order = order
@@ -249,8 +263,27 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         the rows that are there, maybe one of a group.
         """
         if isinstance(self.reward, BatchReward):
-            return [reward.score for reward in score_rows(self.reward, prompts, preds, dones)]
+            scores = ask_rows(self.reward, prompts, preds, dones)
+            if self.on_failure == "raise":  # else each row is looked at by itself
+                check_rewards(scores, prompts, preds)
+            return scores
         return score_each(self.get_reward, prompts, preds, dones, "`get_reward`")
+
+    @property
+    def on_failure(self) -> OnFailure:
+        """What becomes of a row whose reward fails."""
+        return self.failures.on_failure
+
+    @property
+    def may_drop(self) -> bool:
+        """Whether episodes may have no reward, and are to be left out of training."""
+        return self.on_failure == "drop" or (isinstance(self.reward, BatchReward) and self.reward.may_drop)
+
+    @property
+    def scores_rows_apart(self) -> bool:
+        """Whether a row's reward has nothing to do with the others of the call."""
+        by_row = not isinstance(self.reward, BatchReward) or isinstance(self.reward, RowReward)
+        return by_row and type(self).get_rewards is TextEnv.get_rewards
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | None:
         """Answer a turn of the policy, or end the episode with None; define it for an episode of several turns.

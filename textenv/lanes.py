@@ -25,7 +25,8 @@ from textenv.finished import (
 )
 from textenv.masks import LaneMasks
 from textenv.prompts import Prompt, PromptLike
-from textenv.rewarding import DROPPED, Reward, RewardError, check_rewards, describe
+from textenv.reward_calls import RewardCalls
+from textenv.rewarding import describe
 from textenv.tokenizer import BOUNDARY_TOKENS, decode_continuation
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Lanes:
         self.unscored: list[FinishedEpisode] = []
         self.waiting: list[FinishedEpisode] = []  # passed over by `score_unscored`: their group was not whole
         self.start_time = time.monotonic()
+        self.reward_calls = RewardCalls(env)
         self.masks = LaneMasks(env.masks, env.vocabulary, n_lanes)
         self._clear()
 
@@ -90,6 +92,7 @@ class Lanes:
         self.prompts = [Prompt() for _ in range(n)]
         self.groups = np.full(n, NO_GROUP, dtype=np.int64)
         self.over = np.zeros(n, dtype=bool)
+        self.failed = np.zeros(n, dtype=bool)  # the episodes of which the reward failed at some token
         self.closed: list[list[Turn]] = [[] for _ in range(n)]
         self.closed_ids: list[list[int]] = [[] for _ in range(n)]
         self.states: list[dict[str, Any]] = [{} for _ in range(n)]
@@ -124,7 +127,7 @@ class Lanes:
         self.tokens[lane] = PADDING
         self.closed[lane], self.closed_ids[lane], self.states[lane], self.parts[lane] = [], [], {}, {}
         self.generated[lane] = 0
-        self.returns[lane] = 0.0
+        self.returns[lane], self.failed[lane] = 0.0, False
         prompt, self.groups[lane] = self.dealer.deal()
         self.idle[lane] = prompt is None
         self.prompts[lane] = Prompt() if prompt is None else prompt
@@ -275,40 +278,22 @@ class Lanes:
         lanes = np.flatnonzero(~self.idle).tolist()
         if self.env.score_at != "step":
             lanes = [] if self.defer_scores else sorted(final_preds)
-        scored = self._call_rewards(
+        scored = self.reward_calls.score(
             [self.prompts[lane] for lane in lanes],
             [final_preds[lane] if lane in final_preds else self.preds(lane) for lane in lanes],
             [lane in final_preds for lane in lanes],
+            self.accepts_dropped,
         )
         for lane, reward in zip(lanes, scored, strict=True):
-            rewards[lane], dropped[lane] = reward.value, reward.is_dropped
+            rewards[lane], self.failed[lane] = reward.value, self.failed[lane] or reward.has_failed
+            is_left_out = self.failed[lane] and self.env.on_failure == "drop"
+            dropped[lane] = reward.is_dropped or is_left_out
             self.returns[lane] += reward.value
             for name, part in reward.parts.items():
                 self.parts[lane][name] = self.parts[lane].get(name, 0.0) + part
+        if lanes and final_preds:
+            self.env.failures.count(len(final_preds), int(self.failed[list(final_preds)].sum()))
         return rewards, dropped
-
-    def _call_rewards(self, prompts: list[Prompt], preds: list[Preds], dones: list[bool]) -> list[Reward]:
-        if not prompts:
-            return []
-        try:
-            values = self.env.get_rewards(prompts, preds, dones)
-        except RewardError:
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"`get_rewards` raised {type(error).__name__}: {error}, on {len(prompts)} rows, the first of them "
-                f"{describe(prompts[0], preds[0])}."
-            ) from error
-        rewards = check_rewards(values, prompts, preds)
-        for prompt, one, done, reward in zip(prompts, preds, dones, rewards, strict=True):
-            if reward.is_dropped and not (done and self.accepts_dropped):
-                raise RewardError(
-                    f"Expected a reward of every {'' if done else 'un'}finished row, got {DROPPED!r} "
-                    f"({describe(prompt, one)}). Finished episodes can be left out by a SequenceRolloutBuffer with the "
-                    "step LateScores (score_at='rollout_end') or DropEpisodes, and by agents.evaluate; let the reward "
-                    "return a number elsewhere (on_failure=0.0)."
-                )
-        return rewards
 
     def open_groups(self) -> set[int]:
         """Return the groups of which members run or are still to be dealt."""
@@ -323,11 +308,13 @@ class Lanes:
             Place, info and score of each, groups in the order in which their last members ended.
         """
         finished, waiting = split_groups(self.waiting + self.unscored, self.open_groups(), self.dealer.group_size)
-        scored = self._call_rewards(
+        scored = self.reward_calls.score(
             [episode.prompt for episode in finished],
             [episode.preds for episode in finished],
             [True] * len(finished),
+            self.accepts_dropped,
         )
+        self.env.failures.count(len(scored), sum(reward.has_failed for reward in scored))
         self.unscored, self.waiting = [], waiting  # only now: where the reward fails they stay
         for episode, reward in zip(finished, scored, strict=True):
             episode.info["episode"]["r"] += reward.value
@@ -351,7 +338,7 @@ class Lanes:
         """
         if self.unscored or self.dealer.cursor is None:
             raise RuntimeError("Expected to be saved after `reset` and between rollouts, with every episode scored.")
-        arrays = {name: getattr(self, name).copy() for name in STATE_ARRAYS}
+        arrays = {name: getattr(self, name).copy() for name in (*STATE_ARRAYS, "failed")}
         return arrays, {
             **self.dealer.state_dict(),
             "n_steps": self.n_steps,
@@ -378,6 +365,7 @@ class Lanes:
         self.dealer.load_state_dict(meta)
         for name in STATE_ARRAYS:
             setattr(self, name, np.array(arrays[name]))
+        self.failed = np.array(arrays.get("failed", np.zeros_like(self.over)))  # checkpoints of before have none
         self.n_steps, self.reset_at = meta["n_steps"], meta["reset_at"]
         places = zip(self.idle, meta["prompts"], strict=True)
         self.prompts = [Prompt() if idle else saved_prompt(self.env, place) for idle, place in places]

@@ -45,12 +45,14 @@ class RewardFunction(Protocol):
 class Reward(NamedTuple):
     """A checked reward: its value, and the named parts that sum to it (empty for a bare number).
 
-    With `is_dropped` the row has none: the value is 0.
+    With `is_dropped` the row has none: the value is 0. With `has_failed` it stands for the one that the hook failed to
+    give (`on_failure`).
     """
 
     value: float
     parts: dict[str, float]
     is_dropped: bool = False
+    has_failed: bool = False
 
     @property
     def score(self) -> Score:
@@ -96,18 +98,24 @@ def check_rewards(values: Any, prompts: Sequence[Prompt], preds: Sequence[Preds]
     Raises:
         RewardError: If the length differs or a value is None, text, NaN or infinite.
     """
+    check_length(values, len(prompts))
+    return [check_reward(*row) for row in zip(values, prompts, preds, strict=True)]
+
+
+def check_length(values: Any, n_rows: int) -> None:
+    """Raise RewardError where values are no sequence of one reward a row."""
     try:
         length = None if isinstance(values, (str, Mapping)) else len(values)
     except TypeError:
         length = None
     if length is None:
-        raise RewardError(f"Expected `get_rewards` to return a sequence of {len(prompts)} rewards, got {values!r:.80}.")
-    if length != len(prompts):
-        raise RewardError(f"Expected `get_rewards` to return {len(prompts)} rewards, one a row, got {length}.")
-    return [_check(*row) for row in zip(values, prompts, preds, strict=True)]
+        raise RewardError(f"Expected `get_rewards` to return a sequence of {n_rows} rewards, got {values!r:.80}.")
+    if length != n_rows:
+        raise RewardError(f"Expected `get_rewards` to return {n_rows} rewards, one a row, got {length}.")
 
 
-def _check(value: Any, prompt: Prompt, preds: Preds) -> Reward:
+def check_reward(value: Any, prompt: Prompt, preds: Preds) -> Reward:
+    """Return the reward of one row, checked; see `check_rewards`."""
     if value is DROPPED:
         return Reward(0.0, {}, is_dropped=True)
     if isinstance(value, Mapping):

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import math
 import threading
-import warnings
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from textenv.completion import Preds
+from textenv.failures import Failures, OnFailure, RowError
 from textenv.prompts import Prompt
-from textenv.rewarding import DROPPED, FAILURE, RewardError, Score, ScoreAt, check_rewards, describe
+from textenv.rewarding import Score, ScoreAt, check_rewards
 from textenv.rewards.base import BatchReward, check_choice
 from textenv.rewards.registry import make_reward
 
@@ -26,20 +25,6 @@ Result = TypeVar("Result")
 
 LONGEST_WAIT = 60.0  # seconds between two attempts; who asks for more is not waited for
 POLL = 0.1  # seconds; where a wait without a limit cannot be interrupted, as on Windows, Ctrl-C is seen after so long
-
-
-class RowError(Exception):
-    """Why a row has no score; `AsyncReward.score_row` raises it to say whether asking again may help.
-
-    Args:
-        message: The cause.
-        again: Whether the row is worth another attempt.
-        wait: The least seconds to wait before it.
-    """
-
-    def __init__(self, message: str, again: bool = True, wait: float = 0.0) -> None:
-        super().__init__(message)
-        self.again, self.wait = again, wait
 
 
 @dataclass(kw_only=True)
@@ -59,12 +44,10 @@ class AsyncReward(BatchReward):
         retries: How often a row is asked again.
         backoff: The seconds before the first retry, doubled for each further one, times a random number in [0.5, 1.5].
         on_failure: What becomes of a row that has failed for good. "raise": `RewardError`, which lists all that have.
-            "drop": the episode is left out of training (`textenv.rewards.DROPPED`). A number: that is its reward, as
-            the part "failure". Dropped and penalised rows are warned of once and counted.
+            "drop": the episode is left out of training (`textenv.rewards.DROPPED`), and too many stop the run (see
+            `textenv.failures.Failures`). A number: that is its reward, as the part "failure". Dropped and penalised
+            rows are warned of once and counted.
         score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
-
-    Attributes:
-        n_failed: How many rows have failed so far.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -83,7 +66,7 @@ class AsyncReward(BatchReward):
     time_limit: float = 30.0
     retries: int = 2
     backoff: float = 1.0
-    on_failure: Literal["raise", "drop"] | float = "raise"
+    on_failure: OnFailure = "raise"
     score_at: ScoreAt = "rollout_end"
 
     def __post_init__(self) -> None:
@@ -94,11 +77,13 @@ class AsyncReward(BatchReward):
             raise ValueError(f"Expected `time_limit` to be positive, got {self.time_limit}.")
         if self.retries < 0 or not self.backoff >= 0:
             raise ValueError(f"Expected `retries` and `backoff` of 0 or more, got {self.retries} and {self.backoff}.")
-        if self.on_failure not in ("raise", "drop") and not _is_number(self.on_failure):
-            raise ValueError(f"Expected `on_failure` to be 'raise', 'drop' or a number, got {self.on_failure!r}.")
+        self.failures = Failures(self.on_failure)
         self.may_drop = self.on_failure == "drop"
-        self.n_failed = 0
-        self._has_warned = False
+
+    @property
+    def n_failed(self) -> int:
+        """How many rows have failed so far."""
+        return self.failures.n_failed
 
     @abstractmethod
     async def score_row(self, prompt: Prompt, preds: Preds) -> Score:
@@ -118,9 +103,10 @@ class AsyncReward(BatchReward):
         answers = run_apart(self._score_rows(prompts, preds))
         causes = {row: answer for row, answer in enumerate(answers) if isinstance(answer, Exception)}
         if causes:
-            self._note(causes, prompts, preds)
-        instead: Score = {FAILURE: float(self.on_failure)} if _is_number(self.on_failure) else DROPPED
-        return [instead if isinstance(answer, Exception) else answer for answer in answers]
+            tried = f", each asked {self.retries + 1} times at most"
+            self.failures.note(type(self).__name__, causes, prompts, preds, tried)
+        self.failures.count(len(answers), len(causes))
+        return [self.failures.instead if isinstance(answer, Exception) else answer for answer in answers]
 
     async def _score_rows(self, prompts: Sequence[Prompt], preds: Sequence[Preds]) -> list[Score | Exception]:
         turns = asyncio.Semaphore(self.concurrency)
@@ -162,21 +148,6 @@ class AsyncReward(BatchReward):
     def _pause(self, attempt: int, failure: Exception, jitter: Random) -> float:
         pause = min(self.backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5), LONGEST_WAIT)
         return max(pause, failure.wait) if isinstance(failure, RowError) else pause
-
-    def _note(self, causes: dict[int, Exception], prompts: Sequence[Prompt], preds: Sequence[Preds]) -> None:
-        """Count failed rows, and raise or warn."""
-        self.n_failed += len(causes)
-        rows = [f"{describe(prompts[row], preds[row])}: {_cause(error)}" for row, error in causes.items()]
-        how_many = f"{type(self).__name__} has no score of {len(causes)} of {len(prompts)} rows"
-        if self.on_failure == "raise":
-            listed = "\n- ".join([f"{how_many}, each asked {self.retries + 1} times at most:", *rows])
-            raise RewardError(listed) from next(iter(causes.values()))
-        if not self._has_warned:
-            self._has_warned = True
-            what = "are dropped" if self.on_failure == "drop" else f"earn {self.on_failure:g}"
-            warnings.warn(
-                f"{how_many}; such rows {what}. The first: {rows[0]}. Not said again; see n_failed.", stacklevel=3
-            )
 
 
 @dataclass
@@ -258,11 +229,3 @@ def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
         has_ended.wait()
         thread.join()
     return outcome.result()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _cause(error: Exception) -> str:
-    return str(error) if isinstance(error, (RowError, RewardError)) else f"{type(error).__name__}: {error}"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from textenv.completion import Preds
 from textenv.prompts import Prompt
-from textenv.rewarding import Reward, RewardFunction, Score, ScoreAt, check_rewards, score_each
+from textenv.rewarding import Reward, RewardFunction, Score, ScoreAt, check_length, check_rewards, score_each
 
 Reads = Literal["completion", "whole"]
 
@@ -80,16 +80,23 @@ def score_rows(
     Raises:
         RewardError: If a reward is no finite number; the message names its row.
     """
+    return check_rewards(ask_rows(reward, prompts, preds, dones), prompts, preds)
+
+
+def ask_rows(
+    reward: RewardFunction, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
+) -> list[Score]:
+    """Return what a reward says of rows, as `score_rows` does, one a row, but not looked at."""
     if not isinstance(reward, BatchReward):
-        return check_rewards(score_each(reward, prompts, preds, dones), prompts, preds)
+        return score_each(reward, prompts, preds, dones)
     chosen = [row for row, done in enumerate(dones) if done or reward.score_at == "step"]
-    rewards = [Reward(0.0, {}) for _ in dones]
+    scores: list[Score] = [0.0 for _ in dones]
     if chosen:
-        rows, texts = [prompts[row] for row in chosen], [preds[row] for row in chosen]
-        values = reward.score(rows, texts, [dones[row] for row in chosen])
-        for row, scored in zip(chosen, check_rewards(values, rows, texts), strict=True):
-            rewards[row] = scored
-    return rewards
+        values = reward.score(*([column[row] for row in chosen] for column in (prompts, preds, dones)))  # type: ignore[arg-type]
+        check_length(values, len(chosen))
+        for row, value in zip(chosen, values, strict=True):
+            scores[row] = value
+    return scores
 
 
 def read_text(reads: Reads, prompt: Prompt, preds: Preds) -> str:

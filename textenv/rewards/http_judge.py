@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from textenv.completion import Preds
+from textenv.failures import RowError
 from textenv.prompts import Prompt
 from textenv.rewarding import Score
-from textenv.rewards.asynchronous import AsyncReward, RowError
+from textenv.rewards.asynchronous import AsyncReward
 
 if TYPE_CHECKING:
     import httpx

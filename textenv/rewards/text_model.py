@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from textenv.model_loading import load_whole
+
 ModelLike = str | PathLike[str] | PreTrainedModel
 
 
@@ -57,7 +59,8 @@ class TextModel:
             self.model: Any = model
         else:
             tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            self.model = auto_class.from_pretrained(model, dtype=read_dtype("float32" if dtype is None else dtype))
+            weights = read_dtype("float32" if dtype is None else dtype)
+            self.model = load_whole(auto_class, model, any_more=True, dtype=weights)
         # A model that transformers has placed itself (quantised, on several devices) is left alone unless asked.
         if dtype is not None:
             self.model.to(dtype=read_dtype(dtype))

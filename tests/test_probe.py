@@ -1,0 +1,80 @@
+"""The logits that a checkpoint keeps: a model that computes something else is noticed when it is loaded."""
+
+import json
+import time
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+
+from agents import load_checkpoint, save_checkpoint
+from agents.probe import probe_logits
+from tests.models import CACHED, make_policy, tiny
+from tests.seq2seq import tiny_seq2seq
+from tests.training import tiny_agent
+
+
+def loaded(model, folder):
+    """What is said when a checkpoint is loaded."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_checkpoint(model, folder)
+    return [str(one.message) for one in caught]
+
+
+def saved(folder, **kwargs):
+    model = tiny_agent(**kwargs)
+    model.learn(32)
+    return save_checkpoint(model, folder)
+
+
+def with_versions(folder, **versions):
+    """Have a checkpoint say that it was written with other versions."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["versions"] |= versions
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def double_attention(module, inputs, output):
+    return (2 * output[0], *output[1:])
+
+
+def test_a_model_that_computes_otherwise_is_warned_of_with_the_versions(tmp_path):
+    folder = saved(tmp_path / "saved")
+    assert loaded(tiny_agent(), folder) == []
+    other = tiny_agent()
+    other.policy.backbone.model.transformer.h[0].attn.register_forward_hook(double_attention)
+    [said] = loaded(other, folder)
+    assert "other logits than when the checkpoint was written" in said and "Versions: the same" in said
+    with_versions(folder, torch="1.0", transformers="2.0")
+    [said] = loaded(other, folder)
+    assert f"torch 1.0 -> {torch.__version__}, transformers 2.0 ->" in said and "numpy" not in said
+    assert loaded(tiny_agent(), folder) == []  # another version alone is none
+
+
+def test_it_is_small_and_costs_next_to_nothing(tmp_path):
+    folder = saved(tmp_path / "saved")
+    kept = safetensors.torch.load_file(folder / "probe.safetensors")["logits"]
+    assert kept.dtype == torch.float32 and kept.shape == (3, 33)
+    backbone = make_policy().lm.backbone
+    begun = time.perf_counter()
+    probe_logits(backbone)
+    assert time.perf_counter() - begun < 0.5
+
+
+def test_checkpoints_of_before_have_none(tmp_path):
+    folder = saved(tmp_path / "saved")
+    (folder / "probe.safetensors").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["probe.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert loaded(tiny_agent(), folder) == []
+
+
+@pytest.mark.parametrize("family", [*CACHED, "t5", "bart"])
+def test_every_family_has_a_probe(family):
+    policy = make_policy(tiny(family) if family in CACHED else tiny_seq2seq(family))
+    first = probe_logits(policy.lm.backbone)
+    policy.set_training_mode(True)
+    assert torch.equal(first, probe_logits(policy.lm.backbone)) and first.std() > 0

@@ -1,0 +1,92 @@
+"""Asking the env's reward for rows: checked, timed, and with what `on_failure` says of the rows that it fails on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from textenv.completion import Preds
+from textenv.prompts import Prompt
+from textenv.rewarding import DROPPED, Reward, RewardError, check_length, check_reward, check_rewards, describe
+
+if TYPE_CHECKING:
+    from textenv.env import TextEnv
+
+
+class RewardCalls:
+    """The calls of an env's reward.
+
+    Args:
+        env: The env, whose `on_failure` decides over rows that have no reward.
+
+    Attributes:
+        seconds: How long they have taken so far, by a clock that does not jump.
+    """
+
+    def __init__(self, env: TextEnv) -> None:
+        self.env = env
+        self.seconds = 0.0
+
+    def score(
+        self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool], accepts_dropped: bool
+    ) -> list[Reward]:
+        """Return the checked rewards of rows; of one that failed, what it gets instead, with `has_failed`.
+
+        Raises:
+            RewardError: If the reward raises or returns no finite number, unless `on_failure` says otherwise; if it
+                drops a row that must have a reward.
+        """
+        if not prompts:
+            return []
+        begun = time.monotonic()
+        try:
+            if self.env.on_failure == "raise":
+                rewards = check_rewards(self._ask(prompts, preds, dones), prompts, preds)
+            else:
+                rewards = self._score_apart(prompts, preds, dones)
+        finally:
+            self.seconds += time.monotonic() - begun
+        for prompt, one, done, reward in zip(prompts, preds, dones, rewards, strict=True):
+            if reward.is_dropped and not ((done or reward.has_failed) and accepts_dropped):
+                raise RewardError(
+                    f"Expected a reward of every {'' if done else 'un'}finished row, got {DROPPED!r} "
+                    f"({describe(prompt, one)}). Finished episodes can be left out by a SequenceRolloutBuffer with the "
+                    "step LateScores (score_at='rollout_end') or DropEpisodes, and by agents.evaluate; let the reward "
+                    "return a number elsewhere (on_failure=0.0)."
+                )
+        return rewards
+
+    def _ask(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Any:
+        try:
+            return self.env.get_rewards(prompts, preds, dones)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"`get_rewards` raised {type(error).__name__}: {error}, on {len(prompts)} rows, the first of them "
+                f"{describe(prompts[0], preds[0])}."
+            ) from error
+
+    def _score_apart(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[Reward]:
+        """Return the rewards of rows; those of a call that raises fail, and those that get no finite number."""
+        n, failures = len(prompts), self.env.failures
+        calls = [[row] for row in range(n)] if self.env.scores_rows_apart else [list(range(n))]
+        causes: dict[int, Exception] = {}
+        rewards = check_rewards([failures.instead] * n, prompts, preds)
+        for rows in calls:
+            try:
+                some = [prompts[row] for row in rows], [preds[row] for row in rows], [dones[row] for row in rows]
+                values = self._ask(*some)
+                check_length(values, len(rows))
+            except RewardError as error:
+                causes.update(dict.fromkeys(rows, error))
+                continue
+            for row, value in zip(rows, values, strict=True):
+                try:
+                    rewards[row] = check_reward(value, prompts[row], preds[row])
+                except RewardError as error:
+                    causes[row] = error
+        if causes:
+            failures.note("The reward", causes, prompts, preds, "")
+        return [reward._replace(has_failed=row in causes) for row, reward in enumerate(rewards)]

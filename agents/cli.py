@@ -19,13 +19,13 @@ from .config import DEMO_SETTINGS, TrainConfig, TrainOptions, argument_help
 from .refusal import CommandError, Exit
 from .verb_config import (
     ChatOptions,
+    ClassifierConfig,
     CompareOptions,
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
     RewardModelConfig,
     SFTConfig,
-    SFTOptions,
     ShowOptions,
     StageOptions,
     TrustOptions,
@@ -242,25 +242,32 @@ def _train(words: list[str]) -> int:
 
 
 def _sft(words: list[str]) -> int:
-    config, options = _stage("sft", words, SFTConfig, SFTOptions)
+    config, options = _stage("sft", words, SFTConfig)
     from .stage_verbs import tune_model
 
     return tune_model(config, options)
 
 
+def _classifier(words: list[str]) -> int:
+    config, options = _stage("classifier", words, ClassifierConfig)
+    from .stage_verbs import classify
+
+    return classify(config, options)
+
+
 def _reward_model(words: list[str]) -> int:
-    config, options = _stage("reward-model", words, RewardModelConfig, StageOptions)
+    config, options = _stage("reward-model", words, RewardModelConfig)
     from .stage_verbs import train_scorer
 
     return train_scorer(config, options)
 
 
-def _stage(verb: str, words: list[str], config: type, options: type) -> tuple[Any, Any]:
-    parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, options)
+def _stage(verb: str, words: list[str], config: type) -> tuple[Any, Any]:
+    parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, StageOptions)
     words = _with_config(words)
     _check_file(words)
-    chosen, allowed, _ = _split(parser, words, config, options)
-    if chosen.data is None or chosen.out is None:
+    chosen, allowed, _ = _split(parser, words, config, StageOptions)
+    if chosen.out is None or (chosen.data is None and chosen.task is None):
         raise CommandError(f"Expected --data FILE and --out DIR for textenv {verb}.")
     return chosen, allowed
 
@@ -354,6 +361,7 @@ def run_or_model(path: str) -> TrainConfig | None:
 VERBS = {
     "train": Verb("train a model on a task; go on with a run", _train),
     "sft": Verb("tune a model on texts, or on prompts and references", _sft),
+    "classifier": Verb("train a model that tells labels of texts apart", _classifier),
     "reward-model": Verb("train a model that scores texts", _reward_model),
     "evaluate": Verb("a run's figures before and after, with intervals", _evaluate),
     "generate": Verb("continue the prompts of a file, as lines of JSON", _generate),

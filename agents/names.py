@@ -22,6 +22,7 @@ METRICS = {
     "distinct": "textenv.metrics.surface:Distinct",
     "words": "textenv.metrics.surface:Length",
     "perplexity": "textenv.metrics.model:Perplexity",
+    "intent_accuracy": "textenv.metrics.model:IntentAccuracy",
 }
 MASKS = {
     "allowed": "textenv.masks:AllowedMask",

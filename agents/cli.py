@@ -59,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"textenv: {error}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        print("textenv: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        more = ": the same command with --resume goes on" if interrupt.args else ""  # a stage has saved its state
+        print(f"textenv: interrupted{more}", file=sys.stderr)
         return Exit.SIGNAL + 2
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
         from .failures import as_command_error
@@ -268,7 +269,7 @@ def _stage(verb: str, words: list[str], config: type) -> tuple[Any, Any]:
     _check_file(words)
     chosen, allowed, _ = _split(parser, words, config, StageOptions)
     if chosen.out is None or (chosen.data is None and chosen.task is None):
-        raise CommandError(f"Expected --data FILE and --out DIR for textenv {verb}.")
+        raise CommandError(f"Expected --data FILE, or --task NAME, and --out DIR for textenv {verb}.")
     return chosen, allowed
 
 
@@ -331,7 +332,7 @@ def _compare(words: list[str]) -> int:
 
 def _tasks(words: list[str]) -> int:
     parser = ArgumentParser(
-        prog="textenv tasks", description="List tasks, rewards, metrics and masks.", exit_on_error=False
+        prog="textenv tasks", description="List tasks, rewards, metrics, masks and loggers.", exit_on_error=False
     )
     parse(parser, words)
     from .catalogue import catalogue
@@ -370,7 +371,7 @@ VERBS = {
     "export": Verb("write a run's model as a Hugging Face folder", _export),
     "compare": Verb("several runs in one picture and a table", _compare),
     "doctor": Verb("check model, tokenizer, reward and settings before training", _doctor),
-    "tasks": Verb("list tasks, rewards, metrics and masks", _tasks),
+    "tasks": Verb("list tasks, rewards, metrics, masks and loggers", _tasks),
 }
 
 

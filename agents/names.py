@@ -32,6 +32,12 @@ MASKS = {
     "json_schema": "textenv.grammar_masks:JSONSchemaMask",
     "grammar": "textenv.grammar_masks:GrammarMask",
 }
+LOGGERS = {
+    "tensorboard": "TensorBoard's events, in the folder of the run.",
+    "curves": "A picture of reward, divergence and length, in the folder of the run.",
+    "wandb": "Weights & Biases; its arguments are those of `wandb.init`.",
+    "trackio": "trackio; its arguments are those of `trackio.init`.",
+}
 OWN = ("textenv", "agents")
 PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:([A-Za-z_]\w*)")
 LOOSE_PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:.*", flags=re.DOTALL)

@@ -154,7 +154,9 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     )
     print(f"{len(trained.losses)} steps, loss {trained.losses[-1]:.3f} in the last")
     if trained.held_out is not None:
-        print(f"held out: {trained.held_out}")
+        one = trained.held_out
+        interval = f"{one.accuracy:.3f} [{one.low:.3f}, {one.high:.3f}]"
+        print(f"held out: {interval} of {one.n_pairs} pairs in the right order, loss {one.loss:.3f}")
     print(f"model: {config.out}")
     return Exit.DONE
 

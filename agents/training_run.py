@@ -28,7 +28,7 @@ from .finite_updates import FiniteUpdates
 from .interrupts import Interrupts
 from .live_view import LiveScreen
 from .model_card import model_card
-from .names import find
+from .names import LOGGERS, build, find, look_here
 from .recording import Recorder, RowWriter, SampleRecorder
 from .refusal import CommandError, Exit
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
@@ -50,7 +50,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
     Returns:
         The exit code.
     """
-    check_loggers(config.loggers)
+    check_loggers(config.loggers, options)
     if options.dry_run:
         return dry_run(config, options)
     run = RunFolder.create(config.out, task_name(config))
@@ -66,7 +66,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
     Raises:
         CommandError: If a key differs that `--change` does not name.
     """
-    check_loggers(config.loggers)
+    check_loggers(config.loggers, options)
     changed = {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
     screen = make_screen(config, options)
     for key, (old, new) in changed.items():
@@ -200,7 +200,7 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     """Write curves, results and the model with its card, and say where they are."""
     config = parts.config
     rows = read_rows(run.metrics)
-    if "curves" in config.loggers:
+    if "curves" in [_named(one).id for one in config.loggers]:
         draw_curves(run.path / "curves.png", {run.path.name: rows}, task_name(config))
     history = json.loads((run.path / "history.json").read_text(encoding="utf-8"))
     before, after = history[0], history[-1]
@@ -224,32 +224,45 @@ def _shown(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:#.3g}"
 
 
-def check_loggers(loggers: list[Named | str]) -> None:
+def _named(logger: Named | str) -> Named:
+    return Named(logger) if isinstance(logger, str) else logger
+
+
+def check_loggers(loggers: list[Named | str], options: TrainOptions) -> None:
     """Raise CommandError for a logger that is not known, and ImportError, with the cure, for one not installed."""
-    known = ("tensorboard", "curves", *TRACKERS)
-    for one in loggers:
-        name = one if isinstance(one, str) else one.id
-        if name not in known and ":" not in name:
-            raise CommandError(f"Expected a logger among {', '.join(known)} or module:Class, got {name!r}.")
-        if name == "curves":
+    if options.allow:
+        look_here()
+    for one in map(_named, loggers):
+        if one.id not in LOGGERS and ":" not in one.id:
+            raise CommandError(f"Expected a logger among {', '.join(LOGGERS)} or module:Class, got {one.id!r}.")
+        if ":" in one.id:
+            find(one.id, options.allow)
+        if one.id == "curves":
             check_matplotlib()
-        if name in TRACKERS:
-            check_tracker(name)
+        if one.id in TRACKERS:
+            check_tracker(one.id)
+        elif one.id in LOGGERS and one.args:
+            raise CommandError(f"Expected no arguments of the logger {one.id!r}, got {sorted(one.args)}.")
 
 
 def make_loggers(run: RunFolder, parts: Parts, options: TrainOptions) -> list[KVWriter]:
-    """Return the writers that the configuration names, beside the run's own rows."""
+    """Return the writers that the configuration names, beside the run's own rows.
+
+    Raises:
+        CommandError: If a user's own class has other arguments, or is no writer.
+    """
     made: list[KVWriter] = []
-    for one in parts.config.loggers:
-        named = Named(one) if isinstance(one, str) else one
-        if named.id == "tensorboard":
+    for one in map(_named, parts.config.loggers):
+        if one.id == "tensorboard":
             made.append(TensorBoardOutputFormat(str(run.path / "tensorboard")))
-        elif ":" in named.id:
-            made.append(find(named.id, options.allow)(**named.args))
+        elif ":" in one.id:
+            writer = build(one, {}, "logger", options.allow)
+            if not isinstance(writer, KVWriter):
+                raise CommandError(f"Expected a KVWriter of Stable-Baselines3 at {one.id!r}, got {writer!r:.80}.")
+            made.append(writer)
     return made
 
 
 def make_trackers(run: RunFolder, config: TrainConfig) -> list[Tracker]:
     """Return the W&B or trackio runs that the configuration names."""
-    named = [Named(one) if isinstance(one, str) else one for one in config.loggers]
-    return [Tracker(one, run, config) for one in named if one.id in TRACKERS]
+    return [Tracker(one, run, config) for one in map(_named, config.loggers) if one.id in TRACKERS]

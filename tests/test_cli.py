@@ -16,7 +16,7 @@ from agents import cli
 from agents.config import TrainConfig, argument_help
 from agents.names import check_allowed
 from agents.refusal import CommandError
-from tests.command import ROLLOUT, ROOT, environment, rows, run, settings, small_model
+from tests.command import ROLLOUT, environment, rows, run, settings, small_model
 
 
 @pytest.fixture(scope="module")
@@ -204,16 +204,3 @@ def test_a_tracker_that_is_not_there_is_refused_before_the_run(model, tmp_path, 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run("train", *settings(model, tmp_path / "run", loggers="[wandb]")) == 2
     assert "pip install 'textenv[wandb]'" in capfd.readouterr().err and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yml")), ids=lambda path: path.stem)
-def test_ready_configurations_open_with_their_command_and_figure(path):
-    text = path.read_text()
-    opening = text.split("\n\n")[0] if text.startswith("#") else ""
-    assert f"textenv train examples/configs/{path.name}" in opening
-    assert "minute" in opening and "Expect" in opening
-    assert cli.train_config([str(path)])[0].total_tokens > 0
-
-
-def test_the_demo_configuration_is_what_train_does_alone():
-    assert cli.train_config([])[0] == cli.train_config([str(ROOT / "examples" / "configs" / "demo.yml")])[0]

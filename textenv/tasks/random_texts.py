@@ -32,17 +32,20 @@ def random_texts(task: str, n: int, seed: int = 0) -> list[str]:
     return [" ".join(word(rng) for _ in range(rng.integers(8, 25))) for _ in range(n)]
 
 
+def _word(rng: np.random.Generator) -> str:
+    return WORDS[rng.integers(len(WORDS))]
+
+
 def _word_or_number(rng: np.random.Generator) -> str:
-    return str(rng.integers(100)) if rng.random() < 0.3 else str(rng.choice(WORDS))
+    return str(rng.integers(100)) if rng.random() < 0.3 else _word(rng)
 
 
 def _word_or_date(rng: np.random.Generator) -> str:
     if rng.random() >= 0.2:
-        return str(rng.choice(WORDS))
+        return _word(rng)
     year, month, day = rng.integers(1900, 2100), rng.integers(1, 13), rng.integers(1, 29)
-    return str(
-        rng.choice([f"{year}", f"{day:02d}/{month:02d}/{year}", f"{year}-{year + 1}", f"{year}-{month:02d}-{day:02d}"])
-    )
+    forms = [f"{year}", f"{day:02d}/{month:02d}/{year}", f"{year}-{year + 1}", f"{year}-{month:02d}-{day:02d}"]
+    return forms[rng.integers(len(forms))]
 
 
 MAKERS: dict[str, Callable[[np.random.Generator], str]] = {

@@ -154,7 +154,7 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     except ArgumentError as error:
         known = [action.dest for action in parser._actions]
         message = " ".join(str(error).split())
-        found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|option) ['\"]([\w.]+)['\"]", message)
+        found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
         group = re.search(r"Group '([\w.]+)'", message)
         name = (f"{group[1]}." if group else "") + (found[1] or found[2]) if found else ""
         hint = _nearest(name, known) if name and name not in known else ""

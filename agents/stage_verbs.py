@@ -29,7 +29,7 @@ def tune_model(config: SFTConfig, options: StageOptions) -> int:
     """Tune a model and print its losses."""
     trust = Trust(options.allow, options.trust_remote_code)
     texts = read_texts(config)
-    if config.fresh:
+    if _is_fresh(config):
         lm, tokenizer = _fresh_model(config, texts.train)
     else:
         name = _name(config.model)
@@ -56,6 +56,12 @@ def tune_model(config: SFTConfig, options: StageOptions) -> int:
         print("perplexity {:.2f} -> {:.2f}".format(*(Tuned.perplexity(loss) for loss in both)))
     print(f"model: {config.out}")
     return Exit.DONE
+
+
+def _is_fresh(config: SFTConfig | ClassifierConfig) -> bool:
+    if config.fresh and config.model != DEMO:
+        raise CommandError(f"Expected either `model` or `fresh`, got {config.model!r} and {config.fresh}.")
+    return bool(config.fresh)
 
 
 def _fresh_model(config: SFTConfig, texts: Sequence[Text]) -> tuple[Any, PreTrainedTokenizerBase | None]:
@@ -93,7 +99,7 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
     """Train a classifier and print its figures."""
     labels = read_labels(config)
     names = config.labels or list(LABEL_NAMES.get(config.task or "", sorted({row.label for row in labels.train})))
-    own = _name(config.model) if not config.fresh else None
+    own = None if _is_fresh(config) else _name(config.model)
     source = config.tokenizer or own
     if source is None:
         raise CommandError("Expected --tokenizer NAME with `fresh`: a fresh classifier has none of its own.")

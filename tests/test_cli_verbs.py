@@ -41,7 +41,7 @@ def test_every_verb_has_help(verb, capsys):
 def test_tasks_has_a_line_each(capsys):
     assert run("tasks") == 0
     said = capsys.readouterr().out
-    for name in ("demo", "vader", "classifier", "rouge", "perplexity", "regex", "grammar"):
+    for name in ("demo", "vader", "classifier", "rouge", "perplexity", "intent_accuracy", "regex", "grammar", "curves"):
         assert re.search(rf"^  {name} +[A-Z].{{20}}", said, flags=re.MULTILINE), name
 
 

@@ -127,6 +127,24 @@ def test_fresh_models_that_are_none(sizes, message):
         fresh_config(sizes)
 
 
+def test_a_model_is_given_or_fresh(data, tmp_path, capsys):
+    words = [
+        "--task",
+        "Reviews",
+        "--data",
+        data["Reviews"],
+        "--model",
+        "gpt2",
+        "--fresh",
+        TINY,
+        "--out",
+        tmp_path / "m",
+    ]
+    for verb in ("sft", "classifier"):
+        assert run(verb, *words) == 2
+        assert "Expected either `model` or `fresh`, got 'gpt2' and" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_fresh_model_and_its_tokenizer_learn_from_a_task(data, tmp_path, capsys):
     words = ["--task", "Reviews", "--data", data["Reviews"], "--fresh", TINY, "--learning_rate", "1e-2", "--quiet"]

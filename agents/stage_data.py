@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, get_args
 
 from textenv.prompts import read_rows
 from textenv.tasks import dailydialog, hh, reviews, zh_reviews
@@ -16,15 +16,14 @@ from .refusal import CommandError
 from .sft_data import Text
 from .verb_config import SFTConfig, StageConfig
 
-Row = TypeVar("Row")
 N_RANDOM_TEXTS = 6_000  # of which a tenth is held out
 
 
-class Parts(NamedTuple, Generic[Row]):
+class Rows(NamedTuple):
     """What is trained on, and what is measured and not trained on."""
 
-    train: list[Row]
-    held_out: list[Row]
+    train: list[Any]
+    held_out: list[Any]
 
 
 class Label(NamedTuple):
@@ -34,49 +33,55 @@ class Label(NamedTuple):
     label: str
 
 
-def read_texts(config: SFTConfig) -> Parts[Text]:
+def read_texts(config: SFTConfig) -> Rows:
     """Return texts, or pairs of prompt and reference, as `agents.sft.tune` takes them.
 
     Raises:
         CommandError: If rows have neither, or the task has none.
     """
-    return _read(config, TEXTS, lambda row, where: _text(row, where, config))
+    if config.task is not None:
+        return _of_task(config, config.task, TEXTS)
+    return _of_files(config, lambda row, where: _text(row, where, config))
 
 
-def read_labels(config: StageConfig) -> Parts[Label]:
-    """Return texts with the names of their labels.
+def read_labels(config: StageConfig) -> Rows:
+    """Return texts with the names of their labels, as `Label`s.
 
     Raises:
         CommandError: If rows have other columns, or the task has no labels.
     """
-    return _read(config, LABELS, _label)
+    if config.task is not None:
+        return _of_task(config, config.task, LABELS)
+    return _of_files(config, _label)
 
 
-def read_preferences(config: StageConfig) -> Parts[Any]:
+def read_preferences(config: StageConfig) -> Rows:
     """Return rankings, those of hh-rlhf included, or texts with a number each.
 
     Raises:
         CommandError: If rows have other columns, or the task has no preferences.
     """
     if config.task is not None:
-        return _read(config, PREFERENCES, lambda row, where: row)
-    return Parts(_preferences(config.data), _preferences(config.held_out))
+        return _of_task(config, config.task, PREFERENCES)
+    return Rows(_preferences(config.data), _preferences(config.held_out))
 
 
-def _read(config: StageConfig, tasks: Mapping[str, Callable[..., Any]], read: Callable[[Any, str], Row]) -> Parts[Row]:
-    if config.task is None:
-        both = [
-            [read(row, f"row {number} of {path}") for number, row in enumerate(file_rows(path), 1)] if path else []
-            for path in (config.data, config.held_out)
-        ]
-        return Parts(*both)
-    if config.task not in tasks:
-        raise CommandError(f"Expected `task` to be one of {', '.join(tasks)} for this stage, got {config.task!r}.")
+def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[..., Any]]) -> Rows:
+    if task not in readers:
+        raise CommandError(f"Expected `task` to be one of {', '.join(readers)} for this stage, got {task!r}.")
     if config.held_out is not None:
         raise CommandError("Expected `held_out` without `task`, which holds out a tenth itself, got both.")
-    if config.data is None and config.task not in MAKERS:
-        raise CommandError(f"Expected --data FOLDER, the data set of the task {config.task}, got none.")
-    return Parts(*(list(tasks[config.task](config.data, part)) for part in get_args(Part)))
+    if config.data is None and task not in MAKERS:
+        raise CommandError(f"Expected --data FOLDER, the data set of the task {task}, got none.")
+    return Rows(*(list(readers[task](config.data, part)) for part in get_args(Part)))
+
+
+def _of_files(config: StageConfig, read: Callable[[Any, str], Any]) -> Rows:
+    both = [
+        [read(row, f"row {number} of {path}") for number, row in enumerate(file_rows(path), 1)] if path else []
+        for path in (config.data, config.held_out)
+    ]
+    return Rows(*both)
 
 
 def file_rows(path: str) -> list[Any]:

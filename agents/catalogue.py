@@ -1,11 +1,11 @@
-"""What a configuration can name: tasks, rewards, metrics and masks, with a line each; without torch."""
+"""What a configuration can name: tasks, rewards, metrics, masks and loggers, with a line each; without torch."""
 
 from __future__ import annotations
 
 from textenv import TASKS
 from textenv.rewards.registry import _ENTRY_POINTS as REWARDS
 
-from .names import MASKS, METRICS, first_line
+from .names import LOGGERS, MASKS, METRICS, first_line
 
 
 def catalogue() -> str:
@@ -18,4 +18,5 @@ def catalogue() -> str:
             lines += ["", room]
         found = {name: first_line(path) for name, path in names.items() if not path.endswith(":TextEnv")}
         lines += [f"  {name:<20}{line}" for name, line in found.items() if line is not None]
+    lines += ["", "loggers", *(f"  {name:<20}{line}" for name, line in LOGGERS.items())]
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from .printable import printable
 from .refusal import CommandError, Exit
 from .verb_config import (
     ChatOptions,
+    ClassifierConfig,
     CompareOptions,
     EvaluateOptions,
     ExportFlags,
@@ -27,7 +28,6 @@ from .verb_config import (
     GenerateOptions,
     RewardModelConfig,
     SFTConfig,
-    SFTOptions,
     ShowOptions,
     StageOptions,
     TrustOptions,
@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"textenv: {printable(str(error))}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        print("textenv: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        more = ": the same command with --resume goes on" if interrupt.args else ""  # a stage has saved its state
+        print(f"textenv: interrupted{more}", file=sys.stderr)
         return Exit.SIGNAL + 2
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
         from .failures import as_command_error
@@ -159,7 +160,7 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     except ArgumentError as error:
         known = [action.dest for action in parser._actions]
         message = " ".join(str(error).split())
-        found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|option) ['\"]([\w.]+)['\"]", message)
+        found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
         group = re.search(r"Group '([\w.]+)'", message)
         name = (f"{group[1]}." if group else "") + (found[1] or found[2]) if found else ""
         hint = _nearest(name, known) if name and name not in known else ""
@@ -248,26 +249,33 @@ def _train(words: list[str]) -> int:
 
 
 def _sft(words: list[str]) -> int:
-    config, options = _stage("sft", words, SFTConfig, SFTOptions)
+    config, options = _stage("sft", words, SFTConfig)
     from .stage_verbs import tune_model
 
     return tune_model(config, options)
 
 
+def _classifier(words: list[str]) -> int:
+    config, options = _stage("classifier", words, ClassifierConfig)
+    from .stage_verbs import classify
+
+    return classify(config, options)
+
+
 def _reward_model(words: list[str]) -> int:
-    config, options = _stage("reward-model", words, RewardModelConfig, StageOptions)
+    config, options = _stage("reward-model", words, RewardModelConfig)
     from .stage_verbs import train_scorer
 
     return train_scorer(config, options)
 
 
-def _stage(verb: str, words: list[str], config: type, options: type) -> tuple[Any, Any]:
-    parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, options)
+def _stage(verb: str, words: list[str], config: type) -> tuple[Any, Any]:
+    parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, StageOptions)
     words = _with_config(words)
     _check_file(words)
-    chosen, allowed, _ = _split(parser, words, config, options)
-    if chosen.data is None or chosen.out is None:
-        raise CommandError(f"Expected --data FILE and --out DIR for textenv {verb}.")
+    chosen, allowed, _ = _split(parser, words, config, StageOptions)
+    if chosen.out is None or (chosen.data is None and chosen.task is None):
+        raise CommandError(f"Expected --data FILE, or --task NAME, and --out DIR for textenv {verb}.")
     return chosen, allowed
 
 
@@ -330,7 +338,7 @@ def _compare(words: list[str]) -> int:
 
 def _tasks(words: list[str]) -> int:
     parser = ArgumentParser(
-        prog="textenv tasks", description="List tasks, rewards, metrics and masks.", exit_on_error=False
+        prog="textenv tasks", description="List tasks, rewards, metrics, masks and loggers.", exit_on_error=False
     )
     parse(parser, words)
     from .catalogue import catalogue
@@ -371,6 +379,7 @@ def _refuse_zip(path: str) -> None:
 VERBS = {
     "train": Verb("train a model on a task; go on with a run", _train),
     "sft": Verb("tune a model on texts, or on prompts and references", _sft),
+    "classifier": Verb("train a model that tells labels of texts apart", _classifier),
     "reward-model": Verb("train a model that scores texts", _reward_model),
     "evaluate": Verb("a run's figures before and after, with intervals", _evaluate),
     "generate": Verb("continue the prompts of a file, as lines of JSON", _generate),
@@ -379,7 +388,7 @@ VERBS = {
     "export": Verb("write a run's model as a Hugging Face folder", _export),
     "compare": Verb("several runs in one picture and a table", _compare),
     "doctor": Verb("check model, tokenizer, reward and settings before training", _doctor),
-    "tasks": Verb("list tasks, rewards, metrics and masks", _tasks),
+    "tasks": Verb("list tasks, rewards, metrics, masks and loggers", _tasks),
 }
 
 

@@ -22,6 +22,7 @@ METRICS = {
     "distinct": "textenv.metrics.surface:Distinct",
     "words": "textenv.metrics.surface:Length",
     "perplexity": "textenv.metrics.model:Perplexity",
+    "intent_accuracy": "textenv.metrics.model:IntentAccuracy",
 }
 MASKS = {
     "allowed": "textenv.masks:AllowedMask",
@@ -30,6 +31,12 @@ MASKS = {
     "regex": "textenv.grammar_masks:RegexMask",
     "json_schema": "textenv.grammar_masks:JSONSchemaMask",
     "grammar": "textenv.grammar_masks:GrammarMask",
+}
+LOGGERS = {
+    "tensorboard": "TensorBoard's events, in the folder of the run.",
+    "curves": "A picture of reward, divergence and length, in the folder of the run.",
+    "wandb": "Weights & Biases; its arguments are those of `wandb.init`.",
+    "trackio": "trackio; its arguments are those of `trackio.init`.",
 }
 OWN = ("textenv", "agents")
 PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:([A-Za-z_]\w*)")

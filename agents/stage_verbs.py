@@ -1,35 +1,45 @@
-"""The commands `textenv sft` and `textenv reward-model`: from files and a configuration to `tune` and its sibling."""
+"""The stages before PPO as commands, `sft`, `classifier` and `reward-model`: from a configuration to a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
-from textenv.prompts import read_rows
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from .assemble import Trust, load_lm, load_tokenizer
 from .backbone import PretrainedRewardModel
+from .classifier import LabelledTexts, train_classifier
 from .config import DEMO
 from .demo import demo_model
-from .preferences import Labelled, Ranking, hh_pairs
+from .pretrain import char_tokenizer
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model
 from .sft import Tuned, tune
 from .sft_data import Text
-from .verb_config import RewardModelConfig, SFTConfig, SFTOptions, StageOptions
+from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
+from .verb_config import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
+
+MIN_COUNT = 2  # of a character that gets a token of its own
+END = 0  # the end token of the tokenizers that are made here
 
 
-def tune_model(config: SFTConfig, options: SFTOptions) -> int:
+def tune_model(config: SFTConfig, options: StageOptions) -> int:
     """Tune a model and print its losses."""
-    assert config.data is not None and config.out is not None
-    name = _name(config.model)
     trust = Trust(options.allow, options.trust_remote_code)
+    texts = read_texts(config)
+    if _is_fresh(config):
+        lm, tokenizer = _fresh_model(config, texts.train)
+    else:
+        name = _name(config.model)
+        lm, tokenizer = load_lm(name, trust), load_tokenizer(name, trust)
     tuned = tune(
-        load_lm(name, trust),
-        texts(config.data, config),
-        config.out,
-        tokenizer=load_tokenizer(name, trust),
-        held_out=texts(config.held_out, config) if config.held_out else (),
+        lm,
+        texts.train,
+        _out(config),
+        tokenizer=tokenizer,
+        held_out=texts.held_out,
         packing=config.packing,
         n_epochs=config.n_epochs,
         batch_size=config.batch_size,
@@ -48,39 +58,96 @@ def tune_model(config: SFTConfig, options: SFTOptions) -> int:
     return Exit.DONE
 
 
-def texts(path: str, config: SFTConfig) -> list[Text]:
-    """Read texts, or pairs of prompt and reference.
+def _is_fresh(config: SFTConfig | ClassifierConfig) -> bool:
+    if config.fresh and config.model != DEMO:
+        raise CommandError(f"Expected either `model` or `fresh`, got {config.model!r} and {config.fresh}.")
+    return bool(config.fresh)
+
+
+def _fresh_model(config: SFTConfig, texts: Sequence[Text]) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """Return the config of a model with fresh weights, and its tokenizer; None where `tune` makes one of byte pairs."""
+    sizes = {"bos_token_id": END, "eos_token_id": END, **config.fresh}
+    if config.fresh_tokenizer == "byte_pairs":
+        return fresh_config(sizes), None
+    tokenizer = char_tokenizer([text if isinstance(text, str) else "".join(text) for text in texts], MIN_COUNT)
+    return fresh_config({**sizes, "vocab_size": len(tokenizer)}), tokenizer
+
+
+def fresh_config(sizes: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of a model by its type and sizes.
 
     Raises:
-        CommandError: If a row has neither.
+        CommandError: If the type is missing or unknown, or a size is none of its own.
+
+    Example:
+        >>> fresh_config({"model_type": "gpt2", "n_layer": 2}).n_layer
+        2
     """
-    found: list[Text] = []
-    for number, row in enumerate(_rows(path), 1):
-        if not isinstance(row, Mapping):
-            found.append(str(row))
-        elif {config.prompt_column, config.reference_column} <= row.keys():
-            found.append((row[config.prompt_column], row[config.reference_column]))
-        elif config.text_column in row:
-            found.append(row[config.text_column])
-        else:
-            raise CommandError(
-                f"Expected {config.prompt_column} and {config.reference_column}, or {config.text_column}, in row "
-                f"{number} of {path}, got {sorted(row)}."
-            )
-    return found
+    rest = dict(sizes)
+    kind = rest.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(kind)
+    except ValueError as error:
+        raise CommandError(f"Expected the model_type of a fresh model, as gpt2, got {kind!r}.") from error
+    unknown = sorted(name for name in rest if not hasattr(config, name))
+    if unknown:
+        raise CommandError(f"Expected sizes of {kind}, got {', '.join(unknown)}, which its config has not.")
+    return AutoConfig.for_model(kind, **rest)
+
+
+def classify(config: ClassifierConfig, options: StageOptions) -> int:
+    """Train a classifier and print its figures."""
+    labels = read_labels(config)
+    names = config.labels or list(LABEL_NAMES.get(config.task or "", sorted({row.label for row in labels.train})))
+    own = None if _is_fresh(config) else _name(config.model)
+    source = config.tokenizer or own
+    if source is None:
+        raise CommandError("Expected --tokenizer NAME with `fresh`: a fresh classifier has none of its own.")
+    tokenizer = load_tokenizer(_name(source), Trust(options.allow, options.trust_remote_code))
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.fresh}
+    texts, numbers = _numbered(labels.train, names)
+    trained = train_classifier(
+        own or fresh_config(sizes),
+        tokenizer,
+        texts,
+        numbers,
+        _out(config),
+        held_out=_numbered(labels.held_out, names) if labels.held_out else None,
+        label_names=names,
+        n_epochs=config.n_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        resume=options.resume,
+        progress_bar=not options.quiet,
+    )
+    print(f"{trained.n_steps} steps")
+    for what, one in (("trained on", trained.training), ("held out", trained.held_out)):
+        if one is not None:
+            print(f"{what}: accuracy {one.accuracy:.3f} [{one.low:.3f}, {one.high:.3f}] of {one.n_texts} texts")
+    print(f"model: {config.out}")
+    return Exit.DONE
+
+
+def _numbered(rows: Sequence[Label], names: Sequence[str]) -> LabelledTexts:
+    for row in rows:
+        if row.label not in names:
+            raise CommandError(f"Expected labels among {', '.join(names)}, got {row.label!r}: give --labels.")
+    return [row.text for row in rows], [names.index(row.label) for row in rows]
 
 
 def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     """Train a reward model and print its figures."""
-    assert config.data is not None and config.out is not None
     name = _name(config.model)
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
+    examples = read_preferences(config)
     trained = train_reward_model(
         PretrainedRewardModel(name, num_labels=1, **more),
         load_tokenizer(name, Trust(options.allow, options.trust_remote_code)),
-        examples(config.data),
-        config.out,
-        held_out=examples(config.held_out) if config.held_out else (),
+        examples.train,
+        _out(config),
+        held_out=examples.held_out,
         loss=config.loss,
         centring=config.centring,
         n_epochs=config.n_epochs,
@@ -88,37 +155,22 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
         learning_rate=config.learning_rate,
         max_tokens=config.max_tokens,
         seed=config.seed,
+        resume=options.resume,
         progress_bar=not options.quiet,
     )
     print(f"{len(trained.losses)} steps, loss {trained.losses[-1]:.3f} in the last")
     if trained.held_out is not None:
-        print(f"held out: {trained.held_out}")
+        one = trained.held_out
+        interval = f"{one.accuracy:.3f} [{one.low:.3f}, {one.high:.3f}]"
+        print(f"held out: {interval} of {one.n_pairs} pairs in the right order, loss {one.loss:.3f}")
     print(f"model: {config.out}")
     return Exit.DONE
 
 
-def examples(path: str) -> Any:
-    """Read pairs, those of hh-rlhf included, or labelled texts.
-
-    Raises:
-        CommandError: If the rows have other columns.
-    """
-    rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in _rows(path)]
-    columns = set.intersection(*(set(row) for row in rows)) if rows else set()
-    if {"text", "label"} <= columns:
-        return [Labelled(row["text"], float(row["label"])) for row in rows]
-    if not {"chosen", "rejected"} <= columns:
-        raise CommandError(f"Expected chosen and rejected, or text and label, in {path}, got {sorted(columns)}.")
-    if "prompt" not in columns and all("\n\nAssistant:" in row["chosen"] for row in rows):
-        return hh_pairs(rows)
-    return [Ranking((row["chosen"], row["rejected"]), row.get("prompt", "")) for row in rows]
-
-
-def _rows(path: str) -> list[Any]:
-    try:
-        return list(read_rows(path))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"Expected rows in {path}, got: {error}") from error
+def _out(config: StageConfig) -> str:
+    transformers_logging.disable_progress_bar()
+    assert config.out is not None  # the command line has refused it
+    return config.out
 
 
 def _name(model: str) -> str:

@@ -8,18 +8,17 @@ import sys
 import warnings
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Logger
 
 from textenv import __version__
 
 from .assemble import Parts, Trust, assemble, task_name, training_callbacks
 from .checkpoint import load_checkpoint
-from .config import DEMO, FREE_ON_RESUME, Named, TrainConfig, TrainOptions
-from .curves import check_matplotlib, draw_curves
+from .config import DEMO, FREE_ON_RESUME, TrainConfig, TrainOptions
+from .curves import draw_curves
 from .dry_run import dry_run
 from .evaluation_callback import Evaluate
 from .exporting import export
@@ -28,14 +27,13 @@ from .files import replaced_folder, write_text
 from .finite_updates import FiniteUpdates
 from .interrupts import Interrupts, write_line
 from .live_view import LiveScreen
+from .loggers import check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
-from .names import find
 from .recording import Recorder, RowWriter, SampleRecorder
 from .refusal import CommandError, Exit
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
-from .trackers import TRACKERS, Tracker, check_tracker
 
 SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
 
@@ -51,7 +49,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
     Returns:
         The exit code.
     """
-    check_loggers(config.loggers)
+    check_loggers(config.loggers, options)
     if options.dry_run:
         return dry_run(config, options)
     run = RunFolder.create(config.out, task_name(config))
@@ -72,7 +70,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
     Raises:
         CommandError: If a key differs that `--change` does not name.
     """
-    check_loggers(config.loggers)
+    check_loggers(config.loggers, options)
     changed = {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
     screen = make_screen(config, options)
     for key, (old, new) in changed.items():
@@ -208,7 +206,7 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     """Write curves, results and the model with its card, and say where they are."""
     config = parts.config
     rows = read_rows(run.metrics)
-    if "curves" in config.loggers:
+    if "curves" in [named(one).id for one in config.loggers]:
         draw_curves(run.path / "curves.png", {run.path.name: rows}, task_name(config))
     history = json.loads((run.path / "history.json").read_text(encoding="utf-8"))
     before, after = history[0], history[-1]
@@ -230,53 +228,3 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
 
 def _shown(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:#.3g}"
-
-
-def check_loggers(loggers: list[Named | str]) -> None:
-    """Raise CommandError for a logger that is not known, and ImportError, with the cure, for one not installed."""
-    known = ("tensorboard", "curves", *TRACKERS)
-    for one in loggers:
-        name = one if isinstance(one, str) else one.id
-        if name not in known and ":" not in name:
-            raise CommandError(f"Expected a logger among {', '.join(known)} or module:Class, got {name!r}.")
-        if name == "curves":
-            check_matplotlib()
-        if name == "tensorboard" and find_spec(name) is None:
-            raise ImportError("Expected tensorboard for the logger of that name: pip install 'textenv[plot]'.")
-        if name in TRACKERS:
-            check_tracker(name)
-
-
-def make_loggers(run: RunFolder, config: TrainConfig, options: TrainOptions, done: int = 0) -> list[KVWriter]:
-    """Return the writers that the configuration names, beside the run's own rows.
-
-    Args:
-        run: The run's folder.
-        config: Its configuration.
-        options: What the command line alone says.
-        done: Tokens that the run has behind it: TensorBoard forgets what it was told of later ones.
-    """
-    made: list[KVWriter] = []
-    for one in config.loggers:
-        named = Named(one) if isinstance(one, str) else one
-        if named.id == "tensorboard":
-            made.append(_tensorboard(str(run.path / "tensorboard"), done))
-        elif ":" in named.id:
-            made.append(find(named.id, options.allow)(**named.args))
-    return made
-
-
-def _tensorboard(folder: str, done: int) -> KVWriter:
-    from torch.utils.tensorboard import SummaryWriter  # optional
-
-    made = TensorBoardOutputFormat(folder)
-    if done:
-        made.writer.close()
-        made.writer = SummaryWriter(folder, purge_step=done + 1)
-    return made
-
-
-def make_trackers(run: RunFolder, config: TrainConfig, sent: int) -> list[Tracker]:
-    """Return the W&B or trackio runs that the configuration names."""
-    named = [Named(one) if isinstance(one, str) else one for one in config.loggers]
-    return [Tracker(one, run, config, sent) for one in named if one.id in TRACKERS]

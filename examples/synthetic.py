@@ -30,53 +30,33 @@ from transformers.utils import logging as transformers_logging
 from agents import AdaptiveCoef, EpisodeMetrics, Evaluation, KLPenalty, Pretrained, RewardCurves, evaluate, make_agent
 from agents.files import write_text
 from agents.pretrain import bpe_tokenizer, pretrain
-from textenv import Preds, Prompt, TextEnv, demo
+from textenv import Preds, Prompt, TextEnv
 from textenv.metrics.surface import Distinct
 from textenv.rewards import BatchReward
+from textenv.tasks.random_texts import random_texts
 
 N_SAMPLES = 200
-WORDS = demo.vocabulary()
 
 
 class Settings(NamedTuple):
     """What differs between the tasks."""
 
-    env: str
+    name: str
     learning_rate: float
     n_tokens: int
 
 
 TASKS = {
-    "increasing_numbers": Settings("textenv/IncreasingNumbers-v0", 4e-3, 160_000),
-    "dates": Settings("textenv/Dates-v0", 2e-3, 30_000),
+    "increasing_numbers": Settings("IncreasingNumbers", 4e-3, 160_000),
+    "dates": Settings("Dates", 2e-3, 30_000),
 }
-
-
-def random_texts(task: str, n: int, seed: int = 0) -> list[str]:
-    """Write texts of 8 to 24 words: three of ten a number below 100, or one of five a year or date in some form."""
-    rng = np.random.default_rng(seed)
-    word = {"increasing_numbers": _word_or_number, "dates": _word_or_date}[task]
-    return [" ".join(word(rng) for _ in range(rng.integers(8, 25))) for _ in range(n)]
-
-
-def _word_or_number(rng: np.random.Generator) -> str:
-    return str(rng.integers(100)) if rng.random() < 0.3 else str(rng.choice(WORDS))
-
-
-def _word_or_date(rng: np.random.Generator) -> str:
-    if rng.random() >= 0.2:
-        return str(rng.choice(WORDS))
-    year, month, day = rng.integers(1900, 2100), rng.integers(1, 13), rng.integers(1, 29)
-    return str(
-        rng.choice([f"{year}", f"{day:02d}/{month:02d}/{year}", f"{year}-{year + 1}", f"{year}-{month:02d}-{day:02d}"])
-    )
 
 
 def small_model(task: str, folder: Path, smoke: bool) -> Path:
     """Train a tokenizer and a GPT-2 on random texts, and return their folder; what is there already is kept."""
     if folder.is_dir():
         return folder
-    texts = random_texts(task, 500 if smoke else 6_000)
+    texts = random_texts(TASKS[task].name, 500 if smoke else 6_000)
     tokenizer = bpe_tokenizer(texts, vocab_size=512)
     eos = tokenizer.eos_token_id
     shape = dict(n_layer=1, n_embd=32, n_head=2) if smoke else dict(n_layer=2, n_embd=96, n_head=4)
@@ -150,7 +130,7 @@ def main() -> None:
     out = args.out or Path("runs") / args.task
     lm = args.lm or str(small_model(args.task, out / "base", args.smoke))
     tokenizer = AutoTokenizer.from_pretrained(lm)
-    env = gym.make(settings.env, tokenizer=tokenizer).unwrapped
+    env = gym.make(f"textenv/{settings.name}-v0", tokenizer=tokenizer).unwrapped
     model = make_agent(
         training_env(env, args.control),
         Pretrained(lm),

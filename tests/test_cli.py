@@ -14,7 +14,7 @@ from agents import cli
 from agents.config import TrainConfig, argument_help
 from agents.names import check_allowed
 from agents.refusal import CommandError
-from tests.command import ROLLOUT, ROOT, environment, rows, run, settings, small_model
+from tests.command import ROLLOUT, environment, rows, run, settings, small_model
 
 
 @pytest.fixture(scope="module")
@@ -152,17 +152,82 @@ def test_help_is_fast_and_loads_no_torch():
     assert loaded == "[]" and float(seconds) < 2.0  # of all verbs; one takes 0.3
 
 
-def test_a_users_own_reward_by_module_and_class(tmp_path, model, monkeypatch):
-    (tmp_path / "own_rewards.py").write_text(
-        "class Words:\n    def __init__(self, word): self.word = word\n"
-        "    def __call__(self, prompt, preds, done): return float(self.word in preds.text) if done else 0.0\n"
-    )
+OWN = """
+from stable_baselines3.common.logger import KVWriter
+from textenv.metrics import mean_of
+class Words:
+    def __init__(self, word): self.word = word
+    def __call__(self, prompt, preds, done): return float(self.word in preds.text) if done else 0.0
+class Share:
+    def __init__(self, word): self.word = word
+    def __call__(self, prompts, texts, references): return {self.word: mean_of([self.word in text for text in texts])}
+class Steps(KVWriter):
+    def __init__(self, file): self.file = file
+    def write(self, key_values, key_excluded, step=0):
+        if "reward/own" in key_values: open(self.file, "a").write(f"{step} {key_values['reward/own']}\\n")
+    def close(self): open(self.file, "a").write("closed\\n")
+"""
+OWN_CONFIG = """
+env:
+  reward:
+    id: sum
+    args:
+      parts: {own: {id: "own_parts:Words", args: {word: great}}, form: {id: regex, args: {pattern: "g+", whole: false}}}
+      weights: {form: 0.5}
+evaluation:
+  metrics: [{id: distinct, args: {orders: [3]}}, {id: "own_parts:Share", args: {word: great}}, words]
+loggers: [{id: curves}, {id: "own_parts:Steps", args: {file: steps.txt}}]
+"""
+
+
+@pytest.fixture
+def own_parts(tmp_path, monkeypatch):
+    """A folder with a user's own classes, and a configuration that names them beside built-in ones by id and args."""
+    (tmp_path / "own_parts.py").write_text(OWN)
+    (tmp_path / "own.yml").write_text(OWN_CONFIG)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "own.yml").write_text("env: {reward: {id: 'own_rewards:Words', args: {word: great}}}\nseed: 3\n")
-    words = settings(model, tmp_path / "run", rollouts=1)
-    assert run("train", "own.yml", *words, "--allow", "own_rewards", "--quiet") == 0
-    assert rows(tmp_path / "run")[-1]["tokens"] == ROLLOUT
+    return tmp_path
+
+
+def test_a_reward_a_metric_and_a_logger_by_id_and_args_or_by_module_and_class(own_parts, model):
+    words = settings(model, own_parts / "run", rollouts=2)
+    words.remove("--loggers=[]")
+    assert run("train", "own.yml", *words, "--allow", "own_parts", "--quiet") == 0
+    lines = rows(own_parts / "run")
+    parts = {row["tokens"]: (row["reward/own"], row["reward/form"], row["reward/task"]) for row in lines[1:]}
+    assert all(own + form == pytest.approx(task) for own, form, task in parts.values())
+    assert any(form > 0 for _, form, _ in parts.values())
+    figures = json.loads((own_parts / "run" / "results.json").read_text())["after"]["figures"]
+    assert {"distinct_3", "great", "length_words", "reward/own"} <= figures.keys() and "distinct_1" not in figures
+    assert figures["great"] == figures["reward/own"]
+    *written, last = (own_parts / "steps.txt").read_text().splitlines()
+    assert written == [f"{tokens} {own}" for tokens, (own, _, _) in parts.items()] and last == "closed"
+    assert (own_parts / "run" / "curves.png").is_file() and not (own_parts / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--loggers=[{id: tensorboard, args: {folder: x}}]"],
+            "no arguments of the logger 'tensorboard', got",
+        ),
+        (["--loggers=['own_parts:Nothing']"], "Expected 'own_parts:Nothing' to be there"),
+        (["--loggers=['own_parts:Steps']"], "Expected the arguments of own_parts:Steps, got"),
+        (
+            ["--loggers=[{id: 'own_parts:Words', args: {word: a}}]"],
+            "Expected a KVWriter of Stable-Baselines3 at 'own",
+        ),
+        (["--evaluation.metrics=['own_parts:Share']"], "Expected the arguments of own_parts:Share, got"),
+        (["--evaluation.metrics=[rogue]"], "Expected a metric among rouge, .* or module:Class, got 'rogue'"),
+        (["--env.reward={id: 'own_parts:Words', args: {w: a}}"], "unexpected keyword argument 'w'"),
+        (["--env.reward=keywords"], "'module:name' or one of .*, got 'keywords'"),
+    ],
+)
+def test_parts_that_cannot_be_built_are_refused(words, message, own_parts, model, capfd):
+    assert run("train", *settings(model, own_parts / "run"), *words, "--allow", "own_parts", "--quiet") == 2
+    assert re.search(message, capfd.readouterr().err)
 
 
 @pytest.mark.slow
@@ -175,16 +240,3 @@ def test_the_package_loads_its_names_when_they_are_asked_for():
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.stdout == "module 'agents' has no attribute 'nothing'\n", done.stderr
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yml")), ids=lambda path: path.stem)
-def test_ready_configurations_open_with_their_command_and_figure(path):
-    text = path.read_text()
-    opening = text.split("\n\n")[0] if text.startswith("#") else ""
-    assert f"textenv train examples/configs/{path.name}" in opening
-    assert "minute" in opening and "Expect" in opening
-    assert cli.train_config([str(path)])[0].total_tokens > 0
-
-
-def test_the_demo_configuration_is_what_train_does_alone():
-    assert cli.train_config([])[0] == cli.train_config([str(ROOT / "examples" / "configs" / "demo.yml")])[0]

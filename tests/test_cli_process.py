@@ -31,6 +31,8 @@ def place(tmp_path_factory):
     (folder / "texts.txt").write_text("\n".join(demo.reviews(16)))
     pairs = [{"prompt": f"the {one} was ", "chosen": "great .", "rejected": "awful ."} for one in ("lamp", "phone")] * 4
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    labelled = [{"text": f"the lamp was {word} .", "label": word} for word in ("great", "awful")] * 4
+    (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled)))
     code, out, err = command("train", *settings("small", "run", N_ROLLOUTS, loggers="[curves]"), cwd=folder)
     assert code == 0, err
     assert re.search(rf"{N_ROLLOUTS * ROLLOUT:,} / {N_ROLLOUTS * ROLLOUT:,} tokens +reward \d", out)
@@ -47,6 +49,11 @@ CALLS = {  # what stands behind each verb, and what it prints or leaves
         "--model small --data pairs.jsonl --out scorer --quiet",
         r"model: scorer",
         "scorer/model.safetensors",
+    ),
+    "classifier": (
+        "--model small --data labelled.jsonl --out judge --quiet",
+        r"judge",
+        "judge/model.safetensors",
     ),
     "evaluate": ("run --metrics [distinct] --n_prompts 4", r"\| reward \|", "run/evaluation.json"),
     "generate": ("run --prompts prompts.txt --max_new_tokens 3", r'^\{"prompt": "this phone is"', None),

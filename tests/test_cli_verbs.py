@@ -41,7 +41,7 @@ def test_every_verb_has_help(verb, capsys):
 def test_tasks_has_a_line_each(capsys):
     assert run("tasks") == 0
     said = capsys.readouterr().out
-    for name in ("demo", "vader", "classifier", "rouge", "perplexity", "regex", "grammar"):
+    for name in ("demo", "vader", "classifier", "rouge", "perplexity", "intent_accuracy", "regex", "grammar", "curves"):
         assert re.search(rf"^  {name} +[A-Z].{{20}}", said, flags=re.MULTILINE), name
 
 
@@ -185,4 +185,4 @@ def test_stages_say_what_their_files_lack(model, tmp_path, capsys):
         assert run(verb, "--model", model, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out") == 2
         assert f"Expected {words}" in capsys.readouterr().err
         assert run(verb) == 2
-        assert "Expected --data FILE and --out DIR" in capsys.readouterr().err
+        assert "Expected --data FILE, or --task NAME, and --out DIR" in capsys.readouterr().err

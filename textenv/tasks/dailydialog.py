@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from textenv.env import TextEnv
 from textenv.episode import EndReason
 from textenv.hub import read_dataset
 from textenv.prompts import Prompt
-from textenv.rewards.base import BatchReward, RewardLike
+from textenv.rewards.base import BatchReward, RewardLike, check_choice
 from textenv.rewards.compose import WeightedSum
 from textenv.tasks.each_turn import EachTurn
+from textenv.tasks.parts import HELD_OUT, Part
 from textenv.tokenizer import Tokenizer
 
 INTENTS = ("inform", "question", "directive", "commissive")  # the acts 1 to 4 of the data set
@@ -115,7 +116,7 @@ def _dialogue(turns: Sequence[str], acts: Sequence[int], where: str) -> Dialogue
 
 
 def split_dialogues(
-    dialogues: Sequence[Dialogue], held_back: float = 0.1, seed: int = 0
+    dialogues: Sequence[Dialogue], held_back: float = HELD_OUT, seed: int = 0
 ) -> tuple[list[Dialogue], list[Dialogue]]:
     """Return dialogues to train on and dialogues held back, drawn whole: no dialogue has turns on both sides.
 
@@ -215,6 +216,7 @@ class DailyDialog(TextEnv):
         reward: Instead of the default; of one reply, also with `max_turns`.
         classifier: The intent classifier of the default reward: a name on the hub or a folder.
         split: The split of `data`.
+        part: Dialogues to train on, or the tenth that is held back, as `split_dialogues` draws them; all by default.
         history: How many turns a prompt has at most.
         separator: What closes a turn.
         max_turns: The most replies of an episode.
@@ -245,6 +247,7 @@ class DailyDialog(TextEnv):
         reward: RewardLike | None = None,
         classifier: str | PathLike[str] = INTENT_CLASSIFIER,
         split: str | None = None,
+        part: Part | None = None,
         history: int = 5,
         separator: str = "\n",
         max_turns: int = 1,
@@ -253,6 +256,9 @@ class DailyDialog(TextEnv):
         **kwargs: Any,
     ) -> None:
         dialogues = read_dialogues(data, split) if isinstance(data, (str, PathLike)) else data
+        if part is not None:
+            check_choice("part", part, get_args(Part))
+            dialogues = split_dialogues(dialogues)[get_args(Part).index(part)]
         rows = dialogue_rows(dialogues, history, separator)
         reward = intent_and_meteor(classifier) if reward is None else reward
         if isinstance(self, Conversation):

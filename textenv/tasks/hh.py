@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from textenv.env import TextEnv
 from textenv.hub import read_dataset
-from textenv.rewards.base import RewardLike
+from textenv.rewards.base import RewardLike, check_choice
+from textenv.tasks.parts import HELD_OUT, Part
 from textenv.tokenizer import Tokenizer
 
 HUMAN = "\n\nHuman:"
@@ -132,6 +133,18 @@ def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], 
     return train, held_out
 
 
+def part_of(pairs: Sequence[Pair], part: Part) -> list[Pair]:
+    """Return the pairs to train on, or the tenth that `hold_out` keeps apart, always the same.
+
+    Example:
+        >>> pairs = [Pair(f"{HUMAN} {i}{ASSISTANT}", " a", " b") for i in range(20)]
+        >>> len(part_of(pairs, "train")), len(part_of(pairs, "held_out"))
+        (18, 2)
+    """
+    check_choice("part", part, get_args(Part))
+    return hold_out(pairs, max(1, round(HELD_OUT * len(pairs))))[get_args(Part).index(part)]
+
+
 class HH(TextEnv):
     r"""Write the assistant's next reply; `gymnasium.make("textenv/HH-v0", data=..., tokenizer=..., reward=...)`.
 
@@ -144,6 +157,7 @@ class HH(TextEnv):
         tokenizer: The policy's, as for `TextEnv`.
         reward: As for `TextEnv`: `{"name": "preference", "model": folder}` is a trained reward model.
         split: The split of a data set on the hub.
+        part: Pairs to train on, or the tenth that is held out; see `part_of`. All by default.
         max_new_tokens: The most tokens of a reply.
         max_prompt_tokens: The most tokens of a prompt.
         truncation_side: Where a longer dialogue loses tokens; "left" keeps its last turns.
@@ -169,12 +183,14 @@ class HH(TextEnv):
         *,
         reward: RewardLike | None = None,
         split: str = "train",
+        part: Part | None = None,
         max_new_tokens: int = 64,
         max_prompt_tokens: int = 128,
         truncation_side: Literal["left", "right"] | None = "left",
         **kwargs: Any,
     ) -> None:
         pairs = read_pairs(data, split) if isinstance(data, (str, PathLike)) else data
+        pairs = pairs if part is None else part_of(pairs, part)
         super().__init__(
             [pair._asdict() for pair in pairs],
             tokenizer,

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from textenv.env import TextEnv
 from textenv.hub import read_dataset
 from textenv.rewards.base import RewardLike, check_choice
+from textenv.tasks.parts import HELD_OUT, Part
 from textenv.tokenizer import Tokenizer
 
-Part = Literal["train", "held_out"]
 FILES = ("rt-polarity.neg", "rt-polarity.pos")  # in the order of the labels
 LABELS = ("negative", "positive")
-HELD_OUT = 0.1  # of all reviews
 # Dashes and quotes of Windows, which Latin-1 reads as control characters.
 WINDOWS = {code: bytes([code]).decode("cp1252", "replace") for code in range(0x80, 0xA0)}
 

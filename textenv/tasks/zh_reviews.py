@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
 from textenv.env import TextEnv
-from textenv.rewards.base import RewardLike
+from textenv.rewards.base import RewardLike, check_choice
+from textenv.tasks.parts import HELD_OUT, Part
 from textenv.tokenizer import Tokenizer
 
 FILE = "ranked.tsv"
@@ -110,6 +111,18 @@ def _groups(rankings: Rankings) -> list[list[tuple[str, ...]]]:
     return [[rankings[place] for place in sorted(group)] for group in groups.values()]
 
 
+def part_of(rankings: Rankings, part: Part) -> list[tuple[str, ...]]:
+    """Return the rankings to train on, or the tenth that `split_rankings` keeps apart, always the same.
+
+    Example:
+        >>> rankings = [(f"{i} good", f"{i} bad") for i in range(20)]
+        >>> len(part_of(rankings, "train")), len(part_of(rankings, "held_out"))
+        (18, 2)
+    """
+    check_choice("part", part, get_args(Part))
+    return split_rankings(rankings, {"train": 1 - HELD_OUT, "held_out": HELD_OUT})[part]
+
+
 class ZhReviews(TextEnv):
     """Write a Chinese review; made by `gymnasium.make("textenv/ZhReviews-v0", ...)` too.
 
@@ -120,6 +133,7 @@ class ZhReviews(TextEnv):
         tokenizer: The policy's. `agents.pretrain.char_tokenizer` makes one that knows Chinese.
         reward: As for `TextEnv`; `textenv.rewards.preference.Preference` takes a reward model that learned from the
             rankings.
+        part: Whether the reviews are those to train on or of the tenth that is held out; see `part_of`. All by default.
         n_characters: How many characters of a review are a prompt. Shorter reviews are left out.
         max_new_tokens: The most tokens that are written.
         **kwargs: What else `TextEnv` takes.
@@ -141,11 +155,13 @@ class ZhReviews(TextEnv):
         tokenizer: Tokenizer,
         *,
         reward: RewardLike | None = None,
+        part: Part | None = None,
         n_characters: int = 3,
         max_new_tokens: int = 32,
         **kwargs: Any,
     ) -> None:
         rankings = read_rankings(data) if isinstance(data, (str, PathLike)) else data
+        rankings = rankings if part is None else part_of(rankings, part)
         found = openings(rankings, n_characters)
         prompts = [prompt for place, opening in enumerate(found) for prompt in (opening, PROMPTS[place % len(PROMPTS)])]
         super().__init__(prompts, tokenizer, reward=reward, max_new_tokens=max_new_tokens, **kwargs)

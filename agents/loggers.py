@@ -1,0 +1,83 @@
+"""Where a run's figures go besides its own rows: TensorBoard, trackers, and writers of the user's own."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
+
+from .config import Named, TrainConfig, TrainOptions
+from .curves import check_matplotlib
+from .names import LOGGERS, build, find, look_here
+from .refusal import CommandError
+from .run_folder import RunFolder
+from .trackers import TRACKERS, Tracker, check_tracker
+
+
+def named(logger: Named | str) -> Named:
+    """Return a logger of a configuration with its arguments, none where it is a bare name."""
+    return Named(logger) if isinstance(logger, str) else logger
+
+
+def check_loggers(loggers: list[Named | str], options: TrainOptions) -> None:
+    """Raise CommandError for a logger that is not known, and ImportError, with the cure, for one not installed."""
+    if options.allow:
+        look_here()
+    for one in map(named, loggers):
+        if one.id not in LOGGERS and ":" not in one.id:
+            raise CommandError(f"Expected a logger among {', '.join(LOGGERS)} or module:Class, got {one.id!r}.")
+        if ":" in one.id:
+            find(one.id, options.allow)
+        if one.id == "curves":
+            check_matplotlib()
+        if one.id == "tensorboard" and find_spec(one.id) is None:
+            raise ImportError("Expected tensorboard for the logger of that name: pip install 'textenv[plot]'.")
+        if one.id in TRACKERS:
+            check_tracker(one.id)
+        elif one.id in LOGGERS and one.args:
+            raise CommandError(f"Expected no arguments of the logger {one.id!r}, got {sorted(one.args)}.")
+
+
+def make_loggers(run: RunFolder, config: TrainConfig, options: TrainOptions, done: int = 0) -> list[KVWriter]:
+    """Return the writers that the configuration names, beside the run's own rows.
+
+    Args:
+        run: The run's folder.
+        config: Its configuration.
+        options: What the command line alone says.
+        done: Tokens that the run has behind it: TensorBoard forgets what it was told of later ones.
+
+    Raises:
+        CommandError: If a user's own class has other arguments, or is no writer.
+    """
+    made: list[KVWriter] = []
+    for one in map(named, config.loggers):
+        if one.id == "tensorboard":
+            made.append(_tensorboard(str(run.path / "tensorboard"), done))
+        elif ":" in one.id:
+            writer = build(one, {}, "logger", options.allow)
+            if not isinstance(writer, KVWriter):
+                raise CommandError(f"Expected a KVWriter of Stable-Baselines3 at {one.id!r}, got {writer!r:.80}.")
+            made.append(writer)
+    return made
+
+
+def _tensorboard(folder: str, done: int) -> KVWriter:
+    from torch.utils.tensorboard import SummaryWriter  # optional
+
+    made = TensorBoardOutputFormat(folder)
+    if done:
+        made.writer.close()
+        made.writer = SummaryWriter(folder, purge_step=done + 1)
+    return made
+
+
+def make_trackers(run: RunFolder, config: TrainConfig, sent: int) -> list[Tracker]:
+    """Return the W&B or trackio runs that the configuration names.
+
+    Args:
+        run: The run's folder.
+        config: Its configuration.
+        sent: The tokens up to which they have been told all.
+    """
+    return [Tracker(one, run, config, sent) for one in map(named, config.loggers) if one.id in TRACKERS]

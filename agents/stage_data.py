@@ -1,0 +1,193 @@
+"""What the stages before PPO learn from: rows of files, or the data set of a task in its two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
+
+from textenv.prompts import read_rows
+from textenv.tasks import dailydialog, hh, reviews, zh_reviews
+from textenv.tasks.parts import Part
+from textenv.tasks.random_texts import MAKERS, random_texts
+
+from .preferences import Labelled, Ranking, hh_pairs
+from .pretrain import EOS_TOKEN
+from .refusal import CommandError
+from .sft_data import Text
+from .verb_config import SFTConfig, StageConfig
+
+N_RANDOM_TEXTS = 6_000  # of which a tenth is held out
+
+
+class Rows(NamedTuple):
+    """What is trained on, and what is measured and not trained on."""
+
+    train: list[Any]
+    held_out: list[Any]
+
+
+class Label(NamedTuple):
+    """A text and the name of its label."""
+
+    text: str
+    label: str
+
+
+def read_texts(config: SFTConfig) -> Rows:
+    """Return texts, or pairs of prompt and reference, as `agents.sft.tune` takes them.
+
+    Raises:
+        CommandError: If rows have neither, or the task has none.
+    """
+    if config.task is not None:
+        return _of_task(config, config.task, TEXTS)
+    return _of_files(config, lambda row, where: _text(row, where, config))
+
+
+def read_labels(config: StageConfig) -> Rows:
+    """Return texts with the names of their labels, as `Label`s.
+
+    Raises:
+        CommandError: If rows have other columns, or the task has no labels.
+    """
+    if config.task is not None:
+        return _of_task(config, config.task, LABELS)
+    return _of_files(config, _label)
+
+
+def read_preferences(config: StageConfig) -> Rows:
+    """Return rankings, those of hh-rlhf included, or texts with a number each.
+
+    Raises:
+        CommandError: If rows have other columns, or the task has no preferences.
+    """
+    if config.task is not None:
+        return _of_task(config, config.task, PREFERENCES)
+    return Rows(_preferences(config.data), _preferences(config.held_out))
+
+
+def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[..., Any]]) -> Rows:
+    if task not in readers:
+        raise CommandError(f"Expected `task` to be one of {', '.join(readers)} for this stage, got {task!r}.")
+    if config.held_out is not None:
+        raise CommandError("Expected `held_out` without `task`, which holds out a tenth itself, got both.")
+    if config.data is None and task not in MAKERS:
+        raise CommandError(f"Expected --data FOLDER, the data set of the task {task}, got none.")
+    return Rows(*(list(readers[task](config.data, part)) for part in get_args(Part)))
+
+
+def _of_files(config: StageConfig, read: Callable[[Any, str], Any]) -> Rows:
+    both = [
+        [read(row, f"row {number} of {path}") for number, row in enumerate(file_rows(path), 1)] if path else []
+        for path in (config.data, config.held_out)
+    ]
+    return Rows(*both)
+
+
+def file_rows(path: str) -> list[Any]:
+    """Return the rows of a .txt, .jsonl or .csv file.
+
+    Raises:
+        CommandError: If there is no such file.
+    """
+    try:
+        return list(read_rows(path))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"Expected rows in {path}, got: {error}") from error
+
+
+def _text(row: Any, where: str, config: SFTConfig) -> Text:
+    prompt, reference, text = config.prompt_column, config.reference_column, config.text_column
+    if not isinstance(row, Mapping):
+        return str(row)
+    if {prompt, reference} <= row.keys():
+        return row[prompt], row[reference]
+    if text in row:
+        return row[text]
+    raise CommandError(f"Expected {prompt} and {reference}, or {text}, in {where}, got {sorted(row)}.")
+
+
+def _label(row: Any, where: str) -> Label:
+    if not isinstance(row, Mapping) or not {"text", "label"} <= row.keys():
+        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise CommandError(f"Expected text and label in {where}, got {found}.")
+    return Label(row["text"], str(row["label"]))
+
+
+def _preferences(path: str | None) -> list[Any]:
+    if path is None:
+        return []
+    rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in file_rows(path)]
+    columns = set.intersection(*(set(row) for row in rows)) if rows else set()
+    if {"text", "label"} <= columns:
+        return [Labelled(row["text"], float(row["label"])) for row in rows]
+    if not {"chosen", "rejected"} <= columns:
+        raise CommandError(f"Expected chosen and rejected, or text and label, in {path}, got {sorted(columns)}.")
+    if "prompt" not in columns and all("\n\nAssistant:" in row["chosen"] for row in rows):
+        return hh_pairs(rows)
+    return [Ranking((row["chosen"], row["rejected"]), row.get("prompt", "")) for row in rows]
+
+
+def _review_texts(data: str, part: Part) -> list[Text]:
+    return [review.text for review in reviews.part_of(reviews.read_reviews(data), part)]
+
+
+def _review_labels(data: str, part: Part) -> list[Label]:
+    found = reviews.part_of(reviews.read_reviews(data), part)
+    return [Label(review.text, reviews.LABELS[review.label]) for review in found]
+
+
+def _dialogues(data: str, part: Part) -> Sequence[dailydialog.Dialogue]:
+    return dailydialog.split_dialogues(dailydialog.read_dialogues(data))[get_args(Part).index(part)]
+
+
+def _dialogue_texts(data: str, part: Part) -> list[Text]:
+    return ["".join(f"{turn}\n" for turn in one.turns) for one in _dialogues(data, part)]
+
+
+def _dialogue_labels(data: str, part: Part) -> list[Label]:
+    return [
+        Label(turn, dailydialog.INTENTS[intent])
+        for one in _dialogues(data, part)
+        for turn, intent in zip(one.turns, one.intents, strict=True)
+    ]
+
+
+def _chosen_replies(data: str, part: Part) -> list[Text]:
+    return [pair.prompt + pair.chosen for pair in hh.part_of(hh.read_pairs(data), part)]
+
+
+def _pairs(data: str, part: Part) -> list[Ranking]:
+    return [Ranking((one.chosen, one.rejected), one.prompt) for one in hh.part_of(hh.read_pairs(data), part)]
+
+
+def _zh_texts(data: str, part: Part) -> list[Text]:
+    rankings = zh_reviews.part_of(zh_reviews.read_rankings(data), part)
+    # As answers to their first characters, long ones lose their end, and nothing begins midway.
+    return [(text[:1], text[1:]) for ranking in rankings for text in ranking]
+
+
+def _zh_rankings(data: str, part: Part) -> list[Ranking]:
+    return [Ranking(ranking) for ranking in zh_reviews.part_of(zh_reviews.read_rankings(data), part)]
+
+
+def _random(task: str) -> Callable[[str | None, Part], list[Text]]:
+    def made(data: str | None, part: Part) -> list[Text]:
+        texts = random_texts(task, N_RANDOM_TEXTS)
+        n_held_out = N_RANDOM_TEXTS // 10
+        # As GPT-2's: a text begins behind the end token of the one before it.
+        return [EOS_TOKEN + text for text in (texts[:n_held_out] if part == "held_out" else texts[n_held_out:])]
+
+    return made
+
+
+TEXTS: dict[str, Callable[..., list[Text]]] = {
+    "Reviews": _review_texts,
+    "DailyDialog": _dialogue_texts,
+    "HH": _chosen_replies,
+    "ZhReviews": _zh_texts,
+    **{task: _random(task) for task in MAKERS},
+}
+LABELS = {"Reviews": _review_labels, "DailyDialog": _dialogue_labels}
+PREFERENCES = {"HH": _pairs, "ZhReviews": _zh_rankings}
+LABEL_NAMES = {"Reviews": reviews.LABELS, "DailyDialog": dailydialog.INTENTS}

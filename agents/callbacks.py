@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
 
 from textenv.episode import EndReason
+from textenv.printable import printable
 from textenv.prompts import PromptLike
 from textenv.rewarding import FAILURE
 from textenv.tokenizer import Tokenizer
@@ -156,11 +157,6 @@ def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
     for row in zip(*columns.values(), strict=True):
         table.add_row(*(Text.assemble((printable(sample.prompt), "dim"), printable(sample.text)) for sample in row))
     return table
-
-
-def printable(text: str) -> str:
-    """Return a text whose control characters are shown, not obeyed."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _page(text: str) -> str:

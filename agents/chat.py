@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from textenv.printable import printable
+
 from .backbone import n_positions
-from .callbacks import printable
 from .config import TrainConfig
 from .generation import generate
 from .refusal import Exit

@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 
 from textenv.env import TextEnv
+from textenv.printable import printable
 from textenv.vector import TextVectorEnv
 
 from .assemble import assemble
-from .callbacks import printable
 from .config import DEMO, TrainConfig
 from .demo import demo_model
 from .evaluation import sequence_of

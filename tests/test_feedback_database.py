@@ -1,0 +1,173 @@
+"""The file under a store of feedback: shared by threads and processes, and never without what was acknowledged."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from textenv.feedback.records import Record
+from textenv.feedback.store import FeedbackStore
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "answers.db"
+
+
+@pytest.fixture
+def store(path):
+    with FeedbackStore(path, seed=0) as opened:
+        yield opened
+
+
+def pair(store, prompt="It was", **options):
+    return store.add(prompt, [" good.", " bad."], kind="compare", **options)
+
+
+@pytest.mark.parametrize("content", [b"This is no database." * 100, "other"])
+def test_other_files_are_refused_and_left_alone(path, content):
+    if content == "other":
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE films (name TEXT)")
+        db.close()
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="Expected a store of feedback"):
+        FeedbackStore(path)
+    assert path.read_bytes() == before
+
+
+def test_later_versions_are_refused(path):
+    FeedbackStore(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version=9")
+    db.close()
+    with pytest.raises(ValueError, match="Expected a store of version 1, got version 9"):
+        FeedbackStore(path)
+
+
+def test_a_write_waits_for_another(path):
+    with FeedbackStore(path, timeout=10) as store:
+        pair(store)
+        shown = store.next("ann")
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(0.3, other.execute, ("COMMIT",))
+        release.start()
+        start = time.monotonic()
+        store.choose(shown, "a")
+        assert time.monotonic() - start > 0.2
+        release.join()
+        other.close()
+        assert len(store.answers()) == 1
+
+
+def test_a_lock_that_stays_is_an_error_and_nothing_is_written(path):
+    with FeedbackStore(path, timeout=0.1) as store:
+        pair(store)
+        shown = store.next("ann")
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            store.choose(shown, "a")
+        other.execute("COMMIT")
+        other.close()
+        assert store.answers() == []
+        store.choose(shown, "a")
+
+
+def test_every_answer_is_synchronised_with_the_disk(store):
+    assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+    assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_threads_share_a_store(store):
+    for number in range(40):
+        pair(store, f"{number}")
+    failures = []
+
+    def work(rater):
+        try:
+            while (shown := store.next(rater)) is not None:
+                store.choose(shown, "a")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"rater{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and {answer.item for answer in store.answers()} == set(range(1, 41))
+
+
+RATE = """
+import sys
+from textenv.feedback.store import FeedbackStore
+store = FeedbackStore(sys.argv[1])
+while (shown := store.next(sys.argv[2])) is not None:
+    store.choose(shown, "a")
+    print(shown.id, flush=True)
+"""
+
+
+def rating(path, rater):
+    arguments = [sys.executable, "-c", RATE, str(path), rater]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_processes_share_a_store_and_one_that_is_killed_loses_nothing(path):
+    store = FeedbackStore(path)
+    for number in range(150):
+        pair(store, f"{number}", raters=2)
+    processes = [rating(path, rater) for rater in ("ann", "bob")]
+    said = [processes[0].stdout.readline() for _ in range(20)]
+    processes[0].send_signal(signal.SIGKILL)
+    said += processes[0].communicate()[0].splitlines(keepends=True)
+    acknowledged = {int(line) for line in said if line.endswith("\n")}
+    processes[1].communicate()
+    assert processes[1].returncode == 0
+    items = {rater: {answer.item for answer in store.answers() if answer.rater == rater} for rater in ("ann", "bob")}
+    assert 20 <= len(acknowledged) < 150 and acknowledged <= items["ann"]
+    assert len(items["ann"] - acknowledged) <= 1  # written, and killed before it was said
+    assert items["bob"] == set(range(1, 151))
+    assert store.next("ann").id not in items["ann"]
+    store.close()
+
+
+def test_two_processes_make_one_file(path):
+    processes = [rating(path, f"rater{n}") for n in range(2)]
+    assert [process.wait() for process in processes] == [0] * 2
+    for process in processes:
+        process.stdout.close()
+    with FeedbackStore(path) as store:
+        assert store.answers() == []
+
+
+def test_large_stores_answer_quickly(path):
+    with FeedbackStore(path) as store:
+        store.record(Record("compare", f"{n}", ["x", "y"], 0, "ann") for n in range(3000))
+        pair(store, gold=True)
+        start = time.monotonic()
+        assert store.next("ann") is not None and store.progress("ann").done == 3000
+        assert len(store.answers(since=2990)) == 10
+        assert time.monotonic() - start < 1.0
+
+
+def test_values_are_json_in_the_file(store, path):
+    store.add("p", ["x", "y"], kind="rank")
+    store.rank(store.next("ann"), [1, 0])
+    with sqlite3.connect(path) as db:
+        (value,) = db.execute("SELECT value FROM answers").fetchone()
+    db.close()
+    assert sorted(json.loads(value)) == [0, 1]

@@ -1,0 +1,133 @@
+"""The file under a store of feedback: its tables, and transactions that threads and processes share."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+APPLICATION = 0x74786662  # what SQLite's header says the file is: "txfb"
+VERSION = 1
+SCHEMA = (
+    """CREATE TABLE items (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, prompt TEXT NOT NULL, run TEXT,
+        low REAL NOT NULL, high REAL NOT NULL, raters INTEGER NOT NULL, gold INTEGER NOT NULL, time REAL NOT NULL)""",
+    """CREATE TABLE completions (
+        item INTEGER NOT NULL REFERENCES items, place INTEGER NOT NULL, text TEXT NOT NULL, model TEXT,
+        PRIMARY KEY (item, place)) WITHOUT ROWID""",
+    """CREATE TABLE showings (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, item INTEGER NOT NULL REFERENCES items, rater TEXT NOT NULL,
+        repeat INTEGER NOT NULL, places TEXT NOT NULL, handed REAL NOT NULL, UNIQUE (item, rater, repeat))""",
+    "CREATE INDEX showings_of_a_rater ON showings (rater)",
+    # numbers are never used again, and there is one writer at a time: a reader who goes by them misses nothing
+    """CREATE TABLE answers (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, showing INTEGER NOT NULL REFERENCES showings, kind TEXT NOT NULL,
+        value TEXT NOT NULL, seconds REAL, time REAL NOT NULL, stands INTEGER NOT NULL,
+        undoes INTEGER UNIQUE REFERENCES answers)""",
+    "CREATE UNIQUE INDEX one_standing_answer ON answers (showing) WHERE stands",
+)
+
+
+class Database:
+    """A connection that threads share, to a file that processes share.
+
+    What is written is on the disk when its transaction ends (a write-ahead log, synchronous=FULL).
+
+    Args:
+        path: The file; it is made where there is none.
+        timeout: How long to wait for a locked file, in seconds.
+
+    Raises:
+        ValueError: If the file is something else, or was written by another version.
+        sqlite3.OperationalError: If the file cannot be opened, or stays locked.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
+        self.path = os.fspath(path)
+        self._timeout = timeout
+        self._lock = threading.Lock()  # the connection is one, the threads that a server calls from are many
+        self._connection = sqlite3.connect(self.path, timeout=timeout, isolation_level=None, check_same_thread=False)
+        self._connection.row_factory = sqlite3.Row
+        try:
+            self._prepare()
+        except BaseException as error:
+            self._connection.close()
+            if type(error) is sqlite3.DatabaseError:
+                raise ValueError(f"Expected a store of feedback or a new file, got {self.path}: {error}.") from error
+            raise
+
+    def _prepare(self) -> None:
+        if self._tables() and self._header("application_id") != APPLICATION:
+            raise ValueError(f"Expected a store of feedback, got {self.path}, a database of another kind.")
+        self._log_ahead()
+        self.execute("PRAGMA synchronous=FULL")
+        self.execute("PRAGMA foreign_keys=ON")
+        with self.writing():
+            if not self._tables():
+                for statement in SCHEMA:
+                    self.execute(statement)
+                self.execute(f"PRAGMA application_id={APPLICATION}")
+                self.execute(f"PRAGMA user_version={VERSION}")
+        version = self._header("user_version")
+        if version != VERSION:
+            raise ValueError(f"Expected a store of version {VERSION}, got version {version} in {self.path}.")
+
+    def _tables(self) -> int:
+        return int(self.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+
+    def _header(self, name: str) -> int:
+        return int(self.execute(f"PRAGMA {name}").fetchone()[0])
+
+    def _log_ahead(self) -> None:
+        end = time.monotonic() + self._timeout
+        while True:  # SQLite itself does not wait here when two open a new file at once
+            try:
+                self.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within, everything is written or nothing, and nobody else writes; when it ends it is on the disk."""
+        with self._lock:
+            # IMMEDIATE: a transaction that reads first and is overtaken could not be retried by waiting
+            self.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within, all that is read was written at one moment."""
+        with self._lock:
+            self.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self.execute("COMMIT")
+
+    def execute(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
+        """Run a statement; within `writing` or `reading`."""
+        return self._connection.execute(statement, values)
+
+    def insert(self, table: str, **row: Any) -> int:
+        """Write a row and return its number; within `writing`."""
+        names, places = ", ".join(row), ", ".join("?" * len(row))
+        cursor = self.execute(f"INSERT INTO {table} ({names}) VALUES ({places})", tuple(row.values()))
+        return int(cursor.lastrowid or 0)
+
+    def close(self) -> None:
+        """Close the file; the last of its processes who does tidies the log away."""
+        with self._lock:
+            self._connection.close()

@@ -1,0 +1,208 @@
+"""What passes between raters and a store: the item that is shown, and the answer that comes back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+Kind = Literal["score", "compare", "rank"]
+Choice = Literal["a", "b", "tie", "both_bad"]
+
+KINDS: tuple[str, ...] = get_args(Kind)
+CHOICES: tuple[str, ...] = get_args(Choice)
+UNDECIDED = ("tie", "both_bad")
+MAX_COMPLETIONS = 8  # what number keys can rank, and a reader can hold in mind
+SIZES = {"score": (1, MAX_COMPLETIONS), "compare": (2, 2), "rank": (2, MAX_COMPLETIONS)}
+
+# A score for each completion, the place of the better one or "tie" or "both_bad", places from the best; None: skipped
+Value = tuple[float, ...] | int | str | tuple[int, ...] | None
+
+
+class Item(NamedTuple):
+    """A question as one rater sees it.
+
+    Attributes:
+        id: The item's number, as `FeedbackStore.add` returned it.
+        showing: The number of this showing: of this item to this rater, for the first time or once more.
+        rater: Who is asked.
+        kind: What is asked: "score" each, "compare" two, or "rank" all.
+        prompt: What the completions go on from.
+        completions: In the order in which this rater sees them, drawn at random and stored.
+        order: The place of each in the list that was added.
+        scale: The lowest and the highest score.
+    """
+
+    id: int
+    showing: int
+    rater: str
+    kind: str
+    prompt: str
+    completions: tuple[str, ...]
+    order: tuple[int, ...]
+    scale: tuple[float, float]
+
+
+class Answer(NamedTuple):
+    """What a rater did with an item, with completions in the order in which they were added.
+
+    Attributes:
+        id: Its number; numbers rise in the order of writing and are never used again.
+        item: The item's number.
+        kind: "score", "compare", "rank", "skip" or "undo".
+        rater: Who did it.
+        prompt: The item's prompt.
+        completions: The item's completions.
+        value: Of "score", a number for each completion; of "compare", the place of the better one, or "tie" or
+            "both_bad"; of "rank", the places from the best to the worst; None otherwise.
+        models: The model that wrote each completion, or None.
+        run: The run that they come from, or None.
+        scale: The lowest and the highest score.
+        order: The places in the order in which the rater saw them.
+        repeat: 0, or 1 where the rater saw a gold item for the second time.
+        seconds: How long the rater took, or None where that is not known.
+        time: When it was written, in seconds since 1970.
+        undoes: For "undo", the number of the answer that no longer counts.
+
+    Example:
+        >>> answer = Answer(1, 1, "rank", "ann", "It was ", ("bad", "good", "fair"), (1, 2, 0))
+        >>> [(answer.completions[better], answer.completions[worse]) for better, worse in answer.pairs()]
+        [('good', 'fair'), ('good', 'bad'), ('fair', 'bad')]
+    """
+
+    id: int
+    item: int
+    kind: str
+    rater: str
+    prompt: str
+    completions: tuple[str, ...]
+    value: Value = None
+    models: tuple[str | None, ...] = ()
+    run: str | None = None
+    scale: tuple[float, float] = (1, 5)
+    order: tuple[int, ...] = ()
+    repeat: int = 0
+    seconds: float | None = None
+    time: float = 0.0
+    undoes: int | None = None
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the places of all pairs that the answer decides, the better one first; none for a tie."""
+        if self.kind == "compare" and isinstance(self.value, int):
+            return [(self.value, 1 - self.value)]
+        if self.kind == "rank" and isinstance(self.value, tuple):
+            return list(itertools.combinations([int(place) for place in self.value], 2))
+        if self.kind == "score" and isinstance(self.value, tuple):
+            scores = self.value
+            return [
+                (better, worse)
+                for better, worse in itertools.permutations(range(len(scores)), 2)
+                if scores[better] > scores[worse]
+            ]
+        return []
+
+
+class Progress(NamedTuple):
+    """How far a rater is: answers that stand, items skipped, and what is left; gold items count twice."""
+
+    done: int
+    skipped: int
+    left: int
+
+
+class Record(NamedTuple):
+    """An answer that was given elsewhere, for `FeedbackStore.record`; what each field is, `Answer` says."""
+
+    kind: Kind
+    prompt: str
+    completions: Sequence[str]
+    value: Any
+    rater: str
+    models: Sequence[str | None] | None = None
+    run: str | None = None
+    scale: tuple[float, float] = (1, 5)
+    seconds: float | None = None
+    time: float | None = None
+
+
+def check_rater(rater: str) -> str:
+    """Return a rater's name without spaces around it.
+
+    Raises:
+        ValueError: If it is empty, longer than 64 characters, or holds a character that cannot be printed.
+    """
+    name = rater.strip() if isinstance(rater, str) else ""
+    if not 0 < len(name) <= 64 or not name.isprintable():
+        raise ValueError(f"Expected a rater's name of 1 to 64 printable characters, got {rater!r:.80}.")
+    return name
+
+
+def check_question(kind: str, prompt: str, completions: Sequence[str]) -> None:
+    """Refuse what cannot be asked.
+
+    Raises:
+        ValueError: If the kind is unknown, a text is no text or UTF-8 cannot write it, or the completions are too many
+            or too few for the kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"Expected `kind` to be one of {', '.join(KINDS)}, got {kind!r}.")
+    if isinstance(completions, str) or not all(isinstance(text, str) for text in (prompt, *completions)):
+        raise ValueError(f"Expected a text as prompt and a list of texts as completions, got {completions!r:.80}.")
+    low, high = SIZES[kind]
+    if not low <= len(completions) <= high:
+        amount = str(low) if low == high else f"{low} to {high}"
+        raise ValueError(f"Expected {amount} completions to {kind}, got {len(completions)}.")
+    for text in (prompt, *completions):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Expected texts that UTF-8 can write, got {text!r:.80}: {error.reason}.") from error
+
+
+def check_value(kind: str, value: Any, n: int, scale: tuple[float, float]) -> Value:
+    """Return an answer in its one form: floats for scores, whole numbers for places.
+
+    Args:
+        kind: "score", "compare" or "rank".
+        value: Scores, the better one's place or "tie" or "both_bad", or places from the best.
+        n: How many completions there are.
+        scale: The lowest and the highest score.
+
+    Raises:
+        ValueError: If scores are not `n` numbers within the scale, a choice is none, or places leave one out or name
+            one twice.
+    """
+    if kind == "compare":
+        if value in UNDECIDED or (_is_whole(value) and value in (0, 1)):
+            return value
+        raise ValueError(f"Expected 0 or 1, {' or '.join(UNDECIDED)}, got {value!r:.80}.")
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != n:
+        raise ValueError(f"Expected a list of {n} to {kind} {n} completions, got {value!r:.80}.")
+    if kind == "rank":
+        if not all(_is_whole(place) for place in value) or sorted(value) != list(range(n)):
+            raise ValueError(f"Expected each of the places 0 to {n - 1} once, got {value!r:.80}.")
+        return tuple(value)
+    low, high = scale
+    if not all(_is_number(score) and low <= score <= high for score in value):
+        raise ValueError(f"Expected scores from {low:g} to {high:g}, got {value!r:.80}.")
+    return tuple(float(score) for score in value)
+
+
+def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
+    """Return the lowest and the highest score.
+
+    Raises:
+        ValueError: If they are not two finite numbers, the lower first.
+    """
+    if len(scale) != 2 or not all(_is_number(end) for end in scale) or not scale[0] < scale[1]:
+        raise ValueError(f"Expected `scale` to be the lowest and the highest score, got {scale!r}.")
+    return scale
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,390 @@
+"""Where the questions for people and their answers lie: one SQLite file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+
+from textenv.feedback.database import Database
+from textenv.feedback.records import (
+    Answer,
+    Choice,
+    Item,
+    Kind,
+    Progress,
+    Record,
+    Value,
+    check_question,
+    check_rater,
+    check_scale,
+    check_value,
+)
+
+LEASE = 600.0  # seconds for which an item that was shown counts as being in a rater's hands
+GOLD_GAP = 10  # answers of a rater between the two times that a gold item is shown
+
+# An item is offered to a rater who never saw it until enough others answered it; what others have in hand comes last.
+_FRESH = """
+SELECT items.id, gold, raters,
+    (SELECT count(DISTINCT rater) FROM showings JOIN answers ON showing = showings.id
+        WHERE item = items.id AND stands AND answers.kind != 'skip') AS answered,
+    (SELECT count(*) FROM showings WHERE item = items.id AND handed > :since
+        AND NOT EXISTS (SELECT 1 FROM answers WHERE showing = showings.id AND stands)) AS held
+FROM items WHERE kind = coalesce(:kind, kind) AND answered < raters
+    AND NOT EXISTS (SELECT 1 FROM showings WHERE item = items.id AND rater = :rater)
+ORDER BY answered + held >= raters, items.id
+"""
+_OPEN = """
+SELECT showings.id, gold AND NOT repeat AS comes_again FROM showings JOIN items ON items.id = item
+WHERE rater = :rater AND kind = coalesce(:kind, kind)
+    AND NOT EXISTS (SELECT 1 FROM answers WHERE showing = showings.id AND stands)
+ORDER BY handed DESC, showings.id DESC
+"""
+# Gold items that the rater answered once, with the number of answers that the rater gave since.
+_REPEATS = """
+SELECT items.id,
+    (SELECT count(*) FROM answers AS later JOIN showings AS other ON other.id = later.showing
+        WHERE other.rater = :rater AND later.stands AND later.id > answers.id) AS since
+FROM items JOIN showings ON item = items.id JOIN answers ON showing = showings.id
+WHERE gold AND rater = :rater AND stands AND answers.kind != 'skip' AND items.kind = coalesce(:kind, items.kind)
+    AND NOT EXISTS (SELECT 1 FROM showings WHERE item = items.id AND rater = :rater AND repeat = 1)
+ORDER BY answers.id
+"""
+_ANSWERS = """
+SELECT answers.*, item, rater, repeat, places, prompt, run, low, high
+FROM answers JOIN showings ON showings.id = showing JOIN items ON items.id = item
+WHERE answers.id > :since AND (stands OR undoes <= :since) ORDER BY answers.id
+"""
+
+
+class FeedbackStore:
+    """Questions for people and their answers, in one SQLite file that processes and threads share.
+
+    An answer is on the disk when the method returns (a write-ahead log, synchronous=FULL): a process that is killed, or
+    a machine that is, loses nothing that was acknowledged. Who writes waits up to `timeout` seconds for another who
+    does. Nothing is deleted: an undo is a row more, so that a reader who asks for what came `since` sees it too.
+
+    A rater's items come one by one from `next`, each in an order of completions that is drawn once for each showing and
+    stored; a showing that was not answered comes again as it was. Gold items come twice to each rater, in another
+    order, ten answers later or at the end. Files of pairs, rankings and scores: `textenv.feedback.exchange`; how far
+    raters agree: `textenv.feedback.agreement`.
+
+    Args:
+        path: The file; it is made where there is none, in a folder that exists.
+        timeout: How long to wait for a locked file, in seconds.
+        seed: Of the orders of completions; None draws one.
+
+    Raises:
+        ValueError: If the file is something else, or was written by a later version.
+        sqlite3.OperationalError: If the file cannot be opened, or stays locked.
+
+    Example:
+        >>> import os, tempfile
+        >>> store = FeedbackStore(os.path.join(tempfile.mkdtemp(), "answers.db"))
+        >>> item = store.add("It was", [" good.", " bad."], kind="compare", models=["new", "old"])
+        >>> shown = store.next("ann")
+        >>> store.choose(shown, "ab"[shown.completions.index(" good.")], seconds=2.5)
+        1
+        >>> [(answer.completions[better], answer.rater) for answer in store.answers() for better, _ in answer.pairs()]
+        [(' good.', 'ann')]
+    """
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float = 30.0, seed: int | None = None) -> None:
+        self._db = Database(path, timeout)
+        self._random = random.Random(seed)
+
+    def close(self) -> None:
+        """Close the file; the last who does tidies the log away."""
+        self._db.close()
+
+    def __enter__(self) -> FeedbackStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(
+        self,
+        prompt: str,
+        completions: Sequence[str],
+        kind: Kind = "score",
+        *,
+        models: str | Sequence[str | None] | None = None,
+        run: str | None = None,
+        raters: int = 1,
+        gold: bool = False,
+        scale: tuple[float, float] = (1, 5),
+    ) -> int:
+        """Add a question.
+
+        Args:
+            prompt: What the completions go on from.
+            completions: One to eight texts to score, two to compare, two to eight to rank.
+            kind: "score", "compare" or "rank".
+            models: Who wrote the completions: one name for all, or one each. Raters do not see it.
+            run: Where they come from. Raters do not see it.
+            raters: How many raters are to answer.
+            gold: Show the item to each rater a second time, to see whether the answer is the same.
+            scale: The lowest and the highest score.
+
+        Returns:
+            The item's number.
+
+        Raises:
+            ValueError: If a text is no text, or the completions are too many or too few.
+        """
+        with self._db.writing():
+            return self._add(prompt, completions, kind, models, run, raters, gold, scale)
+
+    def _add(
+        self,
+        prompt: str,
+        completions: Sequence[str],
+        kind: str,
+        models: str | Sequence[str | None] | None,
+        run: str | None,
+        raters: int = 1,
+        gold: bool = False,
+        scale: tuple[float, float] = (1, 5),
+    ) -> int:
+        check_question(kind, prompt, completions)
+        low, high = check_scale(scale)
+        if raters < 1:
+            raise ValueError(f"Expected `raters` to be 1 or more, got {raters}.")
+        if models is None or isinstance(models, str):
+            models = [models] * len(completions)
+        if len(models) != len(completions):
+            raise ValueError(f"Expected one of `models` for each completion, got {len(models)} of {len(completions)}.")
+        item = self._db.insert(
+            "items",
+            **dict(kind=kind, prompt=str(prompt), run=run, low=low, high=high),
+            **dict(raters=raters, gold=gold, time=time.time()),
+        )
+        for place, (text, model) in enumerate(zip(completions, models, strict=True)):
+            self._db.insert("completions", item=item, place=place, text=str(text), model=model)
+        return item
+
+    def next(self, rater: str, kind: Kind | None = None) -> Item | None:
+        """Return what the rater is to answer next, or None.
+
+        First what was shown and not answered, then gold items that are due, then new items in the order of adding,
+        those in other raters' hands last, then the gold items that are left.
+        """
+        rater = check_rater(rater)
+        asked = {"rater": rater, "kind": kind, "since": time.time() - LEASE}
+        with self._db.writing():
+            unanswered = self._db.execute(_OPEN, asked).fetchone()
+            if unanswered is not None:
+                self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), unanswered["id"]))
+                return self._item(unanswered["id"])
+            repeated = self._db.execute(_REPEATS, asked).fetchone()
+            fresh = self._db.execute(_FRESH, asked).fetchone()
+            if repeated is not None and (fresh is None or repeated["since"] >= GOLD_GAP):
+                return self._show(repeated["id"], rater, repeat=1)
+            return None if fresh is None else self._show(fresh["id"], rater, repeat=0)
+
+    def _show(self, item: int, rater: str, repeat: int) -> Item:
+        n = self._db.execute("SELECT count(*) FROM completions WHERE item = ?", (item,)).fetchone()[0]
+        places = self._random.sample(range(n), n)
+        before = self._db.execute("SELECT places FROM showings WHERE item = ? AND rater = ?", (item, rater)).fetchone()
+        while n > 1 and before is not None and places == json.loads(before["places"]):
+            places = self._random.sample(range(n), n)
+        return self._item(self._insert_showing(item, rater, repeat, places))
+
+    def _insert_showing(self, item: int, rater: str, repeat: int, places: Sequence[int]) -> int:
+        drawn = json.dumps(list(places))
+        return self._db.insert("showings", item=item, rater=rater, repeat=repeat, places=drawn, handed=time.time())
+
+    def _item(self, showing: int) -> Item:
+        row = self._db.execute(
+            "SELECT item, rater, places, kind, prompt, low, high FROM showings JOIN items ON items.id = item "
+            "WHERE showings.id = ?",
+            (showing,),
+        ).fetchone()
+        texts = [text for text, _ in self._completions(row["item"])]
+        order = tuple(json.loads(row["places"]))
+        shown = tuple(texts[place] for place in order)
+        scale = (row["low"], row["high"])
+        return Item(row["item"], showing, row["rater"], row["kind"], row["prompt"], shown, order, scale)
+
+    def _completions(self, item: int) -> list[tuple[str, str | None]]:
+        rows = self._db.execute("SELECT text, model FROM completions WHERE item = ? ORDER BY place", (item,))
+        return [(row["text"], row["model"]) for row in rows]
+
+    def showing(self, number: int, rater: str) -> Item:
+        """Return an item as it was shown to a rater: what a page that holds only the number answers.
+
+        Raises:
+            ValueError: If the rater was shown no such thing.
+        """
+        with self._db.reading():
+            found = self._db.execute("SELECT rater FROM showings WHERE id = ?", (number,)).fetchone()
+            if found is None or found["rater"] != rater:
+                raise ValueError(f"Expected the number of something that {rater} was shown, got {number}.")
+            return self._item(number)
+
+    def score(self, item: Item, scores: Sequence[float], seconds: float | None = None) -> int:
+        """Write a score for each completion, in the order shown, and return the answer's number.
+
+        Raises:
+            ValueError: If the item is of another kind or has another answer already, or the scores are not one number
+                within the scale for each completion.
+        """
+        _check_kind(item, "score")
+        value = check_value("score", scores, len(item.order), item.scale)
+        assert isinstance(value, tuple)
+        added = tuple(score for _, score in sorted(zip(item.order, value, strict=True)))
+        return self._answer(item, "score", added, seconds)
+
+    def choose(self, item: Item, choice: Choice, seconds: float | None = None) -> int:
+        """Write which of two completions is better: the first shown, "a", the second, "b", "tie" or "both_bad".
+
+        Returns:
+            The answer's number.
+
+        Raises:
+            ValueError: If the item is of another kind or has another answer already, or the choice is none.
+        """
+        _check_kind(item, "compare")
+        places = {"a": item.order[0], "b": item.order[1], "tie": "tie", "both_bad": "both_bad"}
+        if choice not in places:
+            raise ValueError(f"Expected one of {', '.join(places)}, got {choice!r:.80}.")
+        return self._answer(item, "compare", check_value("compare", places[choice], 2, item.scale), seconds)
+
+    def rank(self, item: Item, ranking: Sequence[int], seconds: float | None = None) -> int:
+        """Write the order of the completions, best first: each is named by its number in the order shown, from 0.
+
+        Returns:
+            The answer's number.
+
+        Raises:
+            ValueError: If the item is of another kind or has another answer already, or a number is missing or doubled.
+        """
+        _check_kind(item, "rank")
+        value = check_value("rank", ranking, len(item.order), item.scale)
+        assert isinstance(value, tuple)
+        return self._answer(item, "rank", tuple(item.order[int(place)] for place in value), seconds)
+
+    def skip(self, item: Item, seconds: float | None = None) -> int:
+        """Write that the rater does not answer; the item is not offered to them again. Returns the answer's number."""
+        return self._answer(item, "skip", None, seconds)
+
+    def _answer(self, item: Item, kind: str, value: Value, seconds: float | None) -> int:
+        _check_seconds(seconds)
+        with self._db.writing():
+            row = self._db.execute("SELECT * FROM answers WHERE showing = ? AND stands", (item.showing,)).fetchone()
+            if row is None:
+                return self._insert_answer(item.showing, kind, value, seconds, time.time())
+            if (row["kind"], row["value"]) == (kind, json.dumps(value)):
+                return int(row["id"])  # sent again by someone who did not hear that it arrived
+            raise ValueError(
+                f"Expected an unanswered item, got item {item.id}, answered by {item.rater}. Undo it first."
+            )
+
+    def _insert_answer(self, showing: int, kind: str, value: Value, seconds: float | None, when: float) -> int:
+        row = dict(showing=showing, kind=kind, value=json.dumps(value), seconds=seconds, time=when, stands=True)
+        return self._db.insert("answers", **row)
+
+    def undo(self, rater: str) -> Item | None:
+        """Take the rater's last answer or skip back, and return its item, which is the rater's next; None without one.
+
+        Done again it takes back the answer before.
+        """
+        rater = check_rater(rater)
+        with self._db.writing():
+            last = self._db.execute(
+                "SELECT answers.id, showing FROM answers JOIN showings ON showings.id = showing "
+                "WHERE rater = ? AND stands ORDER BY answers.id DESC",
+                (rater,),
+            ).fetchone()
+            if last is None:
+                return None
+            self._db.execute("UPDATE answers SET stands = 0 WHERE id = ?", (last["id"],))
+            row = dict(showing=last["showing"], kind="undo", value="null", time=time.time(), stands=False)
+            self._db.insert("answers", **row, undoes=last["id"])
+            self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), last["showing"]))
+            return self._item(last["showing"])
+
+    def answers(self, since: int = 0) -> list[Answer]:
+        """Return the answers that count and were written after answer `since`, in the order of writing.
+
+        An answer that is undone by now is left out; where a reader had it, because its number is not after `since`, the
+        undo is in its place: an answer of kind "undo" whose `undoes` is the number.
+        """
+        with self._db.reading():
+            rows = self._db.execute(_ANSWERS, {"since": since}).fetchall()
+            texts = {item: self._completions(item) for item in {row["item"] for row in rows}}
+        return [_read_answer(row, texts[row["item"]]) for row in rows]
+
+    def record(self, records: Iterable[Record]) -> list[int]:
+        """Write answers that were given elsewhere, with their questions, which are not asked again: all or none.
+
+        Returns:
+            The answers' numbers.
+
+        Raises:
+            ValueError: If one of them is no answer, naming the record by its number, from 1.
+        """
+        numbers = []
+        with self._db.writing():
+            for number, record in enumerate(records, start=1):
+                try:
+                    numbers.append(self._record(record))
+                except ValueError as error:
+                    raise ValueError(f"Record {number}: {error}") from error
+        return numbers
+
+    def _record(self, record: Record) -> int:
+        n = len(record.completions)
+        question = record.prompt, record.completions, record.kind
+        item = self._add(*question, record.models, record.run, scale=record.scale)
+        value = check_value(record.kind, record.value, n, record.scale)
+        showing = self._insert_showing(item, check_rater(record.rater), repeat=0, places=range(n))
+        when = time.time() if record.time is None else record.time
+        return self._insert_answer(showing, record.kind, value, _check_seconds(record.seconds), when)
+
+    def progress(self, rater: str, kind: Kind | None = None) -> Progress:
+        """Return how far a rater is."""
+        rater = check_rater(rater)
+        asked = {"rater": rater, "kind": kind, "since": time.time() - LEASE}
+        with self._db.reading():
+            counts = dict(
+                self._db.execute(
+                    "SELECT answers.kind = 'skip', count(*) FROM answers JOIN showings ON showings.id = showing "
+                    "JOIN items ON items.id = item WHERE rater = :rater AND stands "
+                    "AND items.kind = coalesce(:kind, items.kind) GROUP BY 1",
+                    asked,
+                ).fetchall()
+            )
+            unanswered, repeats, fresh = (self._db.execute(s, asked).fetchall() for s in (_OPEN, _REPEATS, _FRESH))
+        left = sum(1 + row["comes_again"] for row in unanswered) + len(repeats) + sum(1 + row["gold"] for row in fresh)
+        return Progress(counts.get(0, 0), counts.get(1, 0), left)
+
+
+def _check_kind(item: Item, kind: str) -> None:
+    if item.kind != kind:
+        raise ValueError(f"Expected an answer to {item.kind} item {item.id}, got one to {kind}.")
+
+
+def _check_seconds(seconds: float | None) -> float | None:
+    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"Expected `seconds` to be 0 or more, got {seconds}.")
+    return seconds
+
+
+def _read_answer(row: sqlite3.Row, texts: Sequence[tuple[str, str | None]]) -> Answer:
+    value = json.loads(row["value"])
+    return Answer(
+        **{name: row[name] for name in ("id", "item", "kind", "rater", "prompt", "run", "repeat", "seconds", "time")},
+        completions=tuple(text for text, _ in texts),
+        models=tuple(model for _, model in texts),
+        value=tuple(value) if isinstance(value, list) else value,
+        scale=(row["low"], row["high"]),
+        order=tuple(json.loads(row["places"])),
+        undoes=row["undoes"],
+    )

@@ -23,6 +23,8 @@ from .verb_config import (
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
+    RateConfig,
+    RateOptions,
     RewardModelConfig,
     SFTConfig,
     SFTOptions,
@@ -249,19 +251,23 @@ def _sft(words: list[str]) -> int:
 
 
 def _reward_model(words: list[str]) -> int:
-    config, options = _stage("reward-model", words, RewardModelConfig, StageOptions)
+    words = [word.replace("--from-feedback", "--from_feedback") for word in words]
+    config, options = _stage("reward-model", words, RewardModelConfig, StageOptions, ("data", "from_feedback"))
     from .stage_verbs import train_scorer
 
     return train_scorer(config, options)
 
 
-def _stage(verb: str, words: list[str], config: type, options: type) -> tuple[Any, Any]:
+def _stage(
+    verb: str, words: list[str], config: type, options: type, sources: Sequence[str] = ("data",)
+) -> tuple[Any, Any]:
     parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, options)
     words = _with_config(words)
     _check_file(words)
     chosen, allowed, _ = _split(parser, words, config, options)
-    if chosen.data is None or chosen.out is None:
-        raise CommandError(f"Expected --data FILE and --out DIR for textenv {verb}.")
+    given = [name for name in sources if getattr(chosen, name) is not None]
+    if len(given) != 1 or chosen.out is None:
+        raise CommandError(f"Expected --{' FILE or --'.join(sources)} FILE and --out DIR for textenv {verb}.")
     return chosen, allowed
 
 
@@ -294,6 +300,16 @@ def _chat(words: list[str]) -> int:
     from .chat import talk
 
     return talk(config, chosen, options)
+
+
+def _rate(words: list[str]) -> int:
+    words = ["--model", *words] if words and not words[0].startswith("-") else words
+    parser = make_parser("rate", "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]", RateConfig, RateOptions)
+    chosen, options, _ = _split(parser, words, RateConfig, RateOptions)
+    config = None if chosen.model is None else run_or_model(chosen.model)
+    from .rate import rate
+
+    return rate(config, chosen, options)
 
 
 def _export(words: list[str]) -> int:
@@ -358,6 +374,7 @@ VERBS = {
     "evaluate": Verb("a run's figures before and after, with intervals", _evaluate),
     "generate": Verb("continue the prompts of a file, as lines of JSON", _generate),
     "chat": Verb("talk with a model in the terminal", _chat),
+    "rate": Verb("have people score what a model writes, and train on it", _rate),
     "show": Verb("replay an episode token by token", _show),
     "export": Verb("write a run's model as a Hugging Face folder", _export),
     "compare": Verb("several runs in one picture and a table", _compare),

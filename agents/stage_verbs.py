@@ -11,6 +11,7 @@ from .assemble import Trust, load_lm, load_tokenizer
 from .backbone import PretrainedRewardModel
 from .config import DEMO
 from .demo import demo_model
+from .feedback_data import read_feedback
 from .preferences import Labelled, Ranking, hh_pairs
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model
@@ -72,15 +73,16 @@ def texts(path: str, config: SFTConfig) -> list[Text]:
 
 def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     """Train a reward model and print its figures."""
-    assert config.data is not None and config.out is not None
+    assert config.out is not None
     name = _name(config.model)
+    data, held_out = _scorer_data(config)
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
     trained = train_reward_model(
         PretrainedRewardModel(name, num_labels=1, **more),
         load_tokenizer(name, Trust(options.allow, options.trust_remote_code)),
-        examples(config.data),
+        data,
         config.out,
-        held_out=examples(config.held_out) if config.held_out else (),
+        held_out=held_out,
         loss=config.loss,
         centring=config.centring,
         n_epochs=config.n_epochs,
@@ -95,6 +97,19 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
         print(f"held out: {trained.held_out}")
     print(f"model: {config.out}")
     return Exit.DONE
+
+
+def _scorer_data(config: RewardModelConfig) -> tuple[Any, Any]:
+    """Return what is trained on, and what is measured."""
+    held_out = examples(config.held_out) if config.held_out else ()
+    if config.from_feedback is None:
+        assert config.data is not None
+        return examples(config.data), held_out
+    found = read_feedback(config.from_feedback, everything=config.held_out is not None)
+    kind = type(found.data[0]).__name__.lower()
+    print(f"{config.from_feedback}: {len(found.data)} {kind} examples", end="")
+    print(f", {len(found.held_out)} of other prompts held out" if found.held_out else "")
+    return found.data, held_out or found.held_out
 
 
 def examples(path: str) -> Any:

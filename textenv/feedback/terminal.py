@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from textenv.feedback.records import Answer, Choice, Item, Kind
+from textenv.feedback.asked import StandingAnswers
+from textenv.feedback.records import Choice, Item, Kind
 from textenv.feedback.store import FeedbackStore
 from textenv.printable import printable
 
@@ -54,8 +56,7 @@ class RatingTerminal:
         self.store, self.rater, self.kind = store, rater, kind
         self.console = console or Console(highlight=False)
         self.read = read or (lambda prompt: self.console.input(Text(prompt)))
-        self._counted: dict[int, Answer] = {}
-        self._seen = 0  # the number of the newest answer in `_counted`
+        self._standing = StandingAnswers(store)
 
     def run(self, items: Collection[int] | None = None, wait: bool = False) -> bool:
         """Ask until nothing is left, and return True; False where the rater quits.
@@ -142,20 +143,15 @@ class RatingTerminal:
             self.store.rank(item, [int(word) - 1 for word in line.split()], seconds)
         else:
             low, high = item.scale
-            scores = [number for word in line.split() if (number := _number(word)) is not None and low <= number <= high]
-            if len(scores) != len(line.split()) or len(scores) != len(item.completions):
+            scores = [number for number in map(_number, line.split()) if low <= number <= high]
+            if not len(scores) == len(line.split()) == len(item.completions):
                 raise wrong
             self.store.score(item, scores, seconds)
 
     def status(self) -> str:
         """Return how many answers of the rater count, and the mean of the scores."""
-        for answer in self.store.answers(since=self._seen):
-            self._seen = answer.id
-            if answer.undoes is not None:
-                self._counted.pop(answer.undoes, None)
-            elif answer.rater == self.rater and answer.kind != "skip":
-                self._counted[answer.id] = answer
-        values = [answer.value for answer in self._counted.values()]
+        own = [a for a in self._standing.update() if a.rater == self.rater and self.kind in (None, a.kind)]
+        values = [answer.value for answer in own if answer.kind != "skip"]
         scores = [score for value in values if isinstance(value, tuple) for score in value if isinstance(score, float)]
         n = f"{len(values)} answer{'' if len(values) == 1 else 's'}"
         return f"{n}, mean {statistics.fmean(scores):.2f}" if scores else n
@@ -176,8 +172,8 @@ def _wanted(item: Item) -> str:
     return f"{'a score' if n == 1 else f'{n} scores'} from {low:g} to {high:g}"
 
 
-def _number(word: str) -> float | None:
+def _number(word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        return None
+        return math.nan  # which is in no range

@@ -1,0 +1,135 @@
+"""The command `textenv rate`: a model's completions become questions, which people answer in a terminal or browser."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+from tqdm.auto import tqdm
+
+from textenv import demo
+from textenv.env import TextEnv
+from textenv.feedback.asked import questions_of
+from textenv.feedback.records import Kind, check_rater
+from textenv.feedback.store import FeedbackStore
+from textenv.feedback.terminal import RatingTerminal
+from textenv.prompts import Prompt, PromptLike, read_rows
+
+from .config import DEMO, TrainConfig
+from .demo import demo_model
+from .generation import generate
+from .policies import LMPolicy
+from .refusal import CommandError, Exit
+from .verb_config import RateConfig, RateOptions
+from .verbs import Writer, open_writer
+
+CHUNK = 16  # prompts that are continued together; what is written of them survives an interrupt
+N_COMPLETIONS = {"score": 1, "compare": 2, "rank": 4}
+
+
+def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -> int:
+    """Put a model's completions into the store, and ask a person.
+
+    Args:
+        config: The configuration of the run that `chosen.model` is, if it is one.
+        chosen: What is asked, of whom and where.
+        options: How.
+
+    Raises:
+        CommandError: If options do not go together.
+    """
+    if options.web and (options.terminal or options.train):
+        raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
+    rater = check_rater(chosen.rater or getpass.getuser())
+    if options.train:
+        from .rate_training import train_by_hand
+
+        return train_by_hand(config, chosen, options, rater)
+    with FeedbackStore(chosen.db) as store:
+        if chosen.model is not None:
+            prompts = read_prompts(chosen)
+            name = str(demo_model()) if chosen.model == DEMO else chosen.model
+            n_new = ask(store, open_writer(name, config, options), prompts, chosen)
+            print(f"{n_new} new questions in {chosen.db}")
+        if options.web:
+            from textenv.feedback.web import serve
+
+            serve(store, host=chosen.host, port=chosen.port, token=chosen.token)
+            return Exit.DONE
+        if chosen.model is None:
+            print(f"what waits in {chosen.db}, and what comes; Ctrl-C or q ends")
+        RatingTerminal(store, rater, chosen.kind).run(wait=chosen.model is None)
+        progress = store.progress(rater, chosen.kind)
+    print(f"{rater}: {progress.done} answered, {progress.skipped} skipped, {progress.left} left in {chosen.db}")
+    if progress.done:
+        print(f"next: textenv reward-model --from-feedback {chosen.db} --out DIR")
+    return Exit.DONE
+
+
+def read_prompts(chosen: RateConfig) -> list[PromptLike]:
+    """Return the prompts of the file, or those of the demo.
+
+    Raises:
+        CommandError: If there are none.
+    """
+    if chosen.prompts is None and chosen.model == DEMO:
+        return list(demo.prompts())
+    if chosen.prompts is None:
+        raise CommandError(f"Expected --prompts FILE for textenv rate {chosen.model}.")
+    try:
+        return list(read_rows(chosen.prompts))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"Expected prompts in {chosen.prompts}, got: {error}") from error
+
+
+def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], chosen: RateConfig) -> int:
+    """Add the questions that the same model and settings have not led to before, and return how many.
+
+    Each is in the store before the next chunk of prompts is continued.
+    """
+    kind: Kind = chosen.kind or "score"
+    n = N_COMPLETIONS[kind] if chosen.n is None else chosen.n
+    size = n if kind == "rank" else N_COMPLETIONS[kind]
+    if n < 1 or n % size or (kind == "rank" and n < 2):
+        raise CommandError(f"Expected {'an even' if kind == 'compare' else 'another'} --n to {kind}, got {n}.")
+    scale = (chosen.low, chosen.high)
+    run = f"{chosen.model} {fingerprint(writer.policy, kind, n, scale, chosen.max_new_tokens, chosen.seed)}"
+    known = Counter(question.prompt for question in questions_of(chosen.db, run))
+    n_new = 0
+    for start in tqdm(range(0, len(prompts), CHUNK), desc="completions", unit="chunk", disable=None):
+        rows = prompts[start : start + CHUNK]
+        env = TextEnv(rows, writer.tokenizer, reward=_no_reward, max_new_tokens=1)  # type: ignore[arg-type]
+        missing: list[PromptLike] = []
+        for row, prompt in zip(rows, env.prompts, strict=True):
+            there = min(known[str(prompt)], n // size)
+            known[str(prompt)] -= there
+            missing += [row] * (n - there * size)
+        if not missing:
+            continue
+        written = generate(
+            writer.policy,
+            missing,
+            writer.tokenizer,  # type: ignore[arg-type]
+            max_new_tokens=chosen.max_new_tokens,
+            seed=chosen.seed + start,
+        )
+        for place in range(0, len(written), size):
+            part = written[place : place + size]
+            texts, options = [one.text for one in part], {"run": run, "raters": chosen.raters, "scale": scale}
+            store.add(str(part[0].prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
+            n_new += 1
+    return n_new
+
+
+def fingerprint(policy: LMPolicy, *settings: object) -> str:
+    """Return what tells a model's weights, together with settings, from others."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, weight in policy.backbone.model.state_dict().items():
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _no_reward(prompt: Prompt, preds: object, done: bool) -> float:
+    return 0.0

@@ -147,7 +147,8 @@ def check_question(kind: str, prompt: str, completions: Sequence[str]) -> None:
     """
     if kind not in KINDS:
         raise ValueError(f"Expected `kind` to be one of {', '.join(KINDS)}, got {kind!r}.")
-    if isinstance(completions, str) or not all(isinstance(text, str) for text in (prompt, *completions)):
+    texts = [prompt, *completions] if isinstance(completions, Sequence) else [None]
+    if isinstance(completions, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"Expected a text as prompt and a list of texts as completions, got {completions!r:.80}.")
     low, high = SIZES[kind]
     if not low <= len(completions) <= high:
@@ -195,9 +196,31 @@ def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
     Raises:
         ValueError: If they are not two finite numbers, the lower first.
     """
-    if len(scale) != 2 or not all(_is_number(end) for end in scale) or not scale[0] < scale[1]:
+    pair = tuple(scale) if isinstance(scale, Sequence) and len(scale) == 2 else ()
+    if not pair or not all(_is_number(end) for end in pair) or not pair[0] < pair[1]:
         raise ValueError(f"Expected `scale` to be the lowest and the highest score, got {scale!r}.")
-    return scale
+    return scale[0], scale[1]
+
+
+def check_seconds(name: str, seconds: float | None) -> float | None:
+    """Return a duration, or a time since 1970.
+
+    Raises:
+        ValueError: If it is neither None nor a finite number from 0.
+    """
+    if seconds is not None and not (_is_number(seconds) and seconds >= 0):
+        raise ValueError(f"Expected `{name}` to be 0 or more, got {seconds!r:.80}.")
+    return seconds
+
+
+def check_names(names: Sequence[str | None]) -> None:
+    """Refuse names of models and runs that are neither texts nor None.
+
+    Raises:
+        ValueError: If one is something else.
+    """
+    if not all(name is None or isinstance(name, str) for name in names):
+        raise ValueError(f"Expected names of models and runs to be texts or None, got {names!r:.80}.")
 
 
 def _is_whole(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import sqlite3
@@ -19,9 +18,11 @@ from textenv.feedback.records import (
     Progress,
     Record,
     Value,
+    check_names,
     check_question,
     check_rater,
     check_scale,
+    check_seconds,
     check_value,
 )
 
@@ -154,6 +155,7 @@ class FeedbackStore:
     ) -> int:
         check_question(kind, prompt, completions)
         low, high = check_scale(scale)
+        check_names([run, *([models] if isinstance(models, str) else models or [])])
         if raters < 1:
             raise ValueError(f"Expected `raters` to be 1 or more, got {raters}.")
         if models is None or isinstance(models, str):
@@ -275,7 +277,7 @@ class FeedbackStore:
         return self._answer(item, "skip", None, seconds)
 
     def _answer(self, item: Item, kind: str, value: Value, seconds: float | None) -> int:
-        _check_seconds(seconds)
+        check_seconds("seconds", seconds)
         with self._db.writing():
             row = self._db.execute("SELECT * FROM answers WHERE showing = ? AND stands", (item.showing,)).fetchone()
             if row is None:
@@ -340,13 +342,15 @@ class FeedbackStore:
         return numbers
 
     def _record(self, record: Record) -> int:
-        n = len(record.completions)
         question = record.prompt, record.completions, record.kind
         item = self._add(*question, record.models, record.run, scale=record.scale)
+        n = len(record.completions)
         value = check_value(record.kind, record.value, n, record.scale)
         showing = self._insert_showing(item, check_rater(record.rater), repeat=0, places=range(n))
-        when = time.time() if record.time is None else record.time
-        return self._insert_answer(showing, record.kind, value, _check_seconds(record.seconds), when)
+        when = check_seconds("time", record.time)
+        return self._insert_answer(
+            showing, record.kind, value, check_seconds("seconds", record.seconds), when or time.time()
+        )
 
     def progress(self, rater: str, kind: Kind | None = None) -> Progress:
         """Return how far a rater is."""
@@ -369,12 +373,6 @@ class FeedbackStore:
 def _check_kind(item: Item, kind: str) -> None:
     if item.kind != kind:
         raise ValueError(f"Expected an answer to {item.kind} item {item.id}, got one to {kind}.")
-
-
-def _check_seconds(seconds: float | None) -> float | None:
-    if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"Expected `seconds` to be 0 or more, got {seconds}.")
-    return seconds
 
 
 def _read_answer(row: sqlite3.Row, texts: Sequence[tuple[str, str | None]]) -> Answer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 import time
@@ -46,8 +45,8 @@ class Database:
         sqlite3.OperationalError: If the file cannot be opened, or stays locked.
     """
 
-    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str, timeout: float) -> None:
+        self.path = path
         self._timeout = timeout
         self._lock = threading.Lock()  # the connection is one, the threads that a server calls from are many
         self._connection = sqlite3.connect(self.path, timeout=timeout, isolation_level=None, check_same_thread=False)

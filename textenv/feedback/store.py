@@ -96,7 +96,8 @@ class FeedbackStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 30.0, seed: int | None = None) -> None:
-        self._db = Database(path, timeout)
+        self.path = os.fspath(path)
+        self._db = Database(self.path, timeout)
         self._random = random.Random(seed)
 
     def close(self) -> None:

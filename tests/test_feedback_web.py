@@ -1,0 +1,371 @@
+"""The rating server, asked without a browser: what it answers, what it keeps to itself, and whom it refuses."""
+
+import json
+import socket
+from urllib.parse import quote
+
+import pytest
+
+from textenv.feedback.store import FeedbackStore
+
+pytest.importorskip("starlette", reason="needs starlette: pip install textenv[feedback]")
+pytest.importorskip("httpx2", reason="needs httpx2, which starlette's test client uses")
+
+from starlette.testclient import TestClient
+
+from textenv.feedback import web
+from textenv.feedback.guard import MAX_BODY
+from textenv.feedback.words import _WORDS, words
+
+TOKEN = "a-token-of-enough-characters"
+HERE = "http://127.0.0.1:8000"
+
+
+@pytest.fixture
+def store(tmp_path):
+    with FeedbackStore(tmp_path / "answers.db", seed=0) as opened:
+        yield opened
+
+
+def visit(store, rater="ann", **options):
+    """A browser on our page, as far as the server can tell."""
+    client = TestClient(web.make_app(store, **options), base_url=HERE, follow_redirects=False)
+    client.headers.update({"origin": HERE, "sec-fetch-site": "same-origin"})
+    if rater:
+        assert client.post("/api/rater", json={"rater": rater}).status_code == 200
+    return client
+
+
+def fill(store):
+    store.add("score this", ["x", "y"], models=["secret-model"] * 2, run="secret-run", gold=True)
+    store.add("compare this", ["x", "y"], kind="compare", models="secret-model")
+    store.add("rank this", ["x", "y", "z"], kind="rank", models="secret-model")
+
+
+VALUES = {"score": [4, 2], "compare": "b", "rank": [2, 0, 1]}
+
+
+def rate_all(client):
+    state = client.post("/api/next", json={}).json()
+    while (item := state["item"]) is not None:
+        body = {"showing": item["showing"], "kind": item["kind"], "value": VALUES[item["kind"]], "seconds": 1.5}
+        state = client.post("/api/answer", json=body).json()
+    return state
+
+
+def test_all_kinds_are_answered_and_stored(store):
+    fill(store)
+    client = visit(store)
+    state = rate_all(client)
+    assert state == {"item": None, "progress": {"done": 4, "skipped": 0, "left": 0}}
+    score, compare, rank, again = found = store.answers()
+    assert [answer.kind for answer in found] == ["score", "compare", "rank", "score"]
+    assert [answer.repeat for answer in found] == [0, 0, 0, 1]
+    assert [score.value[place] for place in score.order] == [4.0, 2.0]
+    assert compare.value == compare.order[1]
+    assert rank.value == tuple(rank.order[shown] for shown in (2, 0, 1))
+    assert again.order == score.order[::-1] and again.value == score.value[::-1]
+    assert {(answer.rater, answer.seconds) for answer in found} == {("ann", 1.5)}
+
+
+def test_the_page_learns_neither_models_nor_repeats(store):
+    fill(store)
+    client = visit(store)
+    item = client.post("/api/next", json={}).json()["item"]
+    assert set(item) == {"showing", "kind", "prompt", "completions", "scale"}
+    rate_all(client)
+    everything = [client.get(path).text for path in ("/", "/history", "/api/history")]
+    assert not any("secret" in text for text in everything)
+
+
+def test_reload_skip_and_undo(store):
+    fill(store)
+    client = visit(store)
+    first = client.post("/api/next", json={}).json()
+    assert client.post("/api/next", json={}).json() == first
+    number = first["item"]["showing"]
+    second = client.post("/api/answer", json={"showing": number, "kind": "skip"}).json()
+    assert second["progress"] == {"done": 0, "skipped": 1, "left": 2}
+    back = client.post("/api/undo", json={}).json()
+    assert back == {"undone": True, **first}
+    assert client.post("/api/undo", json={}).json()["undone"] is False
+
+
+def test_kinds_are_kept_apart(store):
+    fill(store)
+    client = visit(store, kind="rank")
+    state = client.post("/api/next", json={}).json()
+    assert state["item"]["kind"] == "rank" and state["progress"]["left"] == 1
+
+
+def test_raters_are_kept_apart(store):
+    store.add("p", ["x", "y"], kind="compare", raters=2)
+    ann, bob = visit(store, "ann"), visit(store, "李 / bob;")
+    item = ann.post("/api/next", json={}).json()["item"]
+    theirs = bob.post("/api/answer", json={"showing": item["showing"], "kind": "compare", "value": "a"})
+    assert theirs.status_code == 400 and "Expected the number of something" in theirs.json()["error"]
+    rate_all(bob), rate_all(ann)
+    assert [answer.rater for answer in store.answers()] == ["李 / bob;", "ann"]
+
+
+def test_who_rates_is_asked_and_forgotten(store):
+    client = visit(store, rater="")
+    assert "name.js" in client.get("/").text and "name.js" in client.get("/history").text
+    assert client.post("/api/next", json={}).status_code == 400
+    for bad in ("", " ", "x" * 65, "a\nb", 5):
+        assert client.post("/api/rater", json={"rater": bad}).status_code == 400
+    client.post("/api/rater", json={"rater": " ann "})
+    assert "rate.js" in client.get("/").text
+    client.post("/api/rater", json={})
+    assert "name.js" in client.get("/").text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"showing": 1, "kind": "rank", "value": [0, 0, 1]},
+        {"showing": 1, "kind": "rank", "value": [0, 1]},
+        {"showing": 1, "kind": "rank", "value": [0, 1, 3]},
+        {"showing": 1, "kind": "rank", "value": None},
+        {"showing": 1, "kind": "rank", "value": "012"},
+        {"showing": 1, "kind": "rank", "value": [0, 1, 2], "seconds": -1},
+        {"showing": 1, "kind": "rank", "value": [0, 1, 2], "seconds": "1"},
+        {"showing": 1, "kind": "score", "value": [1, 1, 1]},
+        {"showing": 1, "kind": "compare", "value": {"a": 1}},
+        {"showing": 1, "kind": "undo"},
+        {"showing": 1},
+        {"showing": 2, "kind": "skip"},
+        {"showing": True, "kind": "skip"},
+        {"showing": 2**70, "kind": "skip"},
+        {"showing": "1", "kind": "skip"},
+        [],
+    ],
+)
+def test_answers_that_are_none_are_refused(store, body):
+    store.add("p", ["x", "y", "z"], kind="rank")
+    client = visit(store)
+    client.post("/api/next", json={})
+    response = client.post("/api/answer", json=body)
+    assert response.status_code == 400 and "Expected" in response.json()["error"]
+    assert store.answers() == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 9000, '{"showing": ' + "9" * 9000 + "}", "\xff"])
+def test_bodies_that_are_no_json_are_refused(store, text):
+    client = visit(store)
+    response = client.post("/api/answer", content=text.encode("latin-1"), headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "Expected" in response.json()["error"]
+
+
+def test_long_bodies_are_refused_and_not_read(store):
+    client = visit(store)
+    headers = {"content-type": "application/json"}
+    fits = json.dumps({"rater": "ann"}).ljust(MAX_BODY)
+    assert client.post("/api/rater", content=fits, headers=headers).status_code == 200
+    assert client.post("/api/rater", content=fits + " ", headers=headers).status_code == 413
+    read = []
+
+    def endless():
+        while len(read) < 1000:
+            read.append(1)
+            yield b" " * 8192
+
+    assert client.post("/api/rater", content=endless(), headers=headers).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("host", "local", "network"),
+    [
+        ("127.0.0.1:8000", 200, 200),
+        ("localhost", 200, 200),
+        ("LOCALHOST:1", 200, 200),
+        ("[::1]:8000", 200, 200),
+        ("192.168.1.7:8000", 403, 200),
+        ("evil.example:8000", 403, 403),
+        ("127.0.0.1.evil.example", 403, 403),
+        ("localhost@evil.example", 403, 403),
+        ("[::1", 403, 403),
+        ("", 403, 403),
+    ],
+)
+def test_foreign_hosts_are_refused(store, host, local, network):
+    assert visit(store).get("/", headers={"host": host}).status_code == local
+    assert visit(store, any_address=True).get("/", headers={"host": host}).status_code == network
+
+
+def test_names_of_hosts_that_are_given(store):
+    client = visit(store, names=["rating.example"])
+    assert client.get("/", headers={"host": "Rating.Example:8000"}).status_code == 200
+    assert client.get("/", headers={"host": "localhost"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": HERE}, 200),
+        ({"sec-fetch-site": "same-origin"}, 200),
+        ({}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://127.0.0.1:9999"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "none"}, 403),
+        ({"origin": HERE, "sec-fetch-site": "cross-site"}, 403),
+        ({"origin": "http://evil.example", "sec-fetch-site": "same-origin"}, 403),
+    ],
+)
+def test_writing_from_other_sites_is_refused(store, headers, status):
+    client = TestClient(web.make_app(store), base_url=HERE)
+    assert client.post("/api/rater", json={"rater": "ann"}, headers=headers).status_code == status
+
+
+def test_what_a_form_of_another_site_could_send_is_refused(store):
+    client = visit(store)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        response = client.post("/api/rater", content='{"rater": "ann"}', headers={"content-type": kind})
+        assert response.status_code == 415
+    for path in ("/api/next", "/api/answer", "/api/undo", "/api/rater"):
+        assert client.get(path).status_code == 405
+
+
+def test_the_token_leaves_the_url_for_a_cookie(store):
+    client = visit(store, rater="", token=TOKEN)
+    assert client.get("/").status_code == 401
+    response = client.get(f"/history?token={TOKEN}&language=zh")
+    assert (response.status_code, response.headers["location"]) == (303, "/history?language=zh")
+    cookie = response.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and TOKEN not in cookie.split("=")[0]
+    assert client.get("/").status_code == 200
+    assert TOKEN not in client.get("/").text
+
+
+@pytest.mark.parametrize("token", ["wrong", "", TOKEN[:-1], TOKEN + "a", "é"])
+def test_wrong_tokens_are_refused(store, token):
+    store.add("p", ["x"])
+    client = visit(store, rater="", token=TOKEN)
+    assert client.get("/", params={"token": token}).status_code == 401
+    client.cookies.set(web.Guard(None, (), False, TOKEN, "/static/", None).cookie, quote(token))
+    for path in ("/", "/history", "/api/history", "/export?form=pairs", "/nothing"):
+        assert client.get(path).status_code == 401
+    for path in ("/api/next", "/api/answer", "/api/undo", "/api/rater", f"/api/next?token={TOKEN}"):
+        response = client.post(path, json={})
+        assert response.status_code == 401 and response.json() == {"error": "Expected the token."}
+    assert client.get("/static/style.css").status_code == 200
+
+
+def test_the_redirect_stays_here(store):
+    client = visit(store, rater="", token=TOKEN)
+    assert client.get(f"{HERE}//evil.example/?token={TOKEN}").headers["location"] == "/evil.example/"
+
+
+def test_every_answer_has_the_headers(store):
+    client = visit(store)
+    refused = client.get("/", headers={"host": "evil.example"})
+    for response in (client.get("/"), client.get("/static/rate.js"), client.get("/nothing"), refused):
+        policy = response.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';")
+        assert "frame-ancestors 'none'" in policy and "unsafe" not in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["referrer-policy"] == "no-referrer"
+        assert response.headers["cache-control"] == "no-store"
+
+
+def test_pages_hold_no_inline_script_or_style_and_nothing_from_elsewhere(store):
+    client = visit(store)
+    for path in ("/", "/history"):
+        page = client.get(path).text
+        assert "<style" not in page and " style=" not in page and " on" + "click=" not in page
+        assert "http" not in page.replace("HTTP", "") and "//" not in page
+    for file in sorted((web.FOLDER / "static").iterdir()):
+        text = file.read_text(encoding="utf-8")
+        assert "innerHTML" not in text and "https:" not in text, file
+
+
+def test_markup_in_names_is_text(store):
+    client = visit(store, "<script>alert(1)</script>'\"")
+    assert "<script>alert" not in client.get("/").text and "<script>alert" not in client.get("/history").text
+
+
+def test_history_filters_and_pages(store, monkeypatch):
+    for number in range(5):
+        store.add(f"Prompt {number}", ["x", "y"], kind="compare", raters=2)
+    store.add("other", ["x"])
+    ann, bob = visit(store, "ann"), visit(store, "bob")
+    rate_one = {"compare": "a", "score": [3]}
+    for client in (ann, bob):
+        state = client.post("/api/next", json={}).json()
+        while (item := state["item"]) is not None:
+            body = {"showing": item["showing"], "kind": item["kind"], "value": rate_one[item["kind"]]}
+            state = client.post("/api/answer", json=body).json()
+    every = ann.get("/api/history").json()
+    assert (every["n"], every["raters"], every["me"]) == (11, ["ann", "bob"], "ann")
+    assert [row["id"] for row in every["rows"]] == list(range(11, 0, -1))
+    assert every["agreement"]["compare"]["units"] == 5
+    assert ann.get("/api/history?rater=bob&kind=compare").json()["n"] == 5
+    assert ann.get("/api/history?kind=score&rater=bob").json()["n"] == 0
+    assert [row["prompt"] for row in ann.get("/api/history?search=pROMPT 3").json()["rows"]] == ["Prompt 3"] * 2
+    monkeypatch.setattr(web, "PAGE", 4)
+    assert [row["id"] for row in ann.get("/api/history?start=8").json()["rows"]] == [3, 2, 1]
+    assert ann.get("/api/history?start=x").status_code == 400
+
+
+def test_agreement_that_is_not_known_is_null(store):
+    """NaN is no JSON: a browser would refuse all of the history."""
+    store.add("p", ["x"], raters=2)
+    for name in ("ann", "bob"):
+        store.score(store.next(name), [3])
+    assert visit(store).get("/api/history").json()["agreement"]["score"] == {"alpha": None, "units": 1, "raters": 2}
+
+
+def test_downloads(store):
+    fill(store)
+    client = visit(store)
+    rate_all(client)
+    response = client.get("/export?form=pairs&kind=rank")
+    assert response.headers["content-disposition"] == 'attachment; filename="pairs.jsonl"'
+    rows = [json.loads(line) for line in response.text.splitlines()]
+    assert len(rows) == 3 and {row["prompt"] for row in rows} == {"rank this"}
+    assert client.get("/export?form=scores&rater=bob").text == ""
+    assert client.get("/export?form=../../x").status_code == 400
+
+
+def test_languages_and_themes(store):
+    client = visit(store)
+    assert 'lang="en"' in client.get("/").text
+    chinese = client.get("/", headers={"accept-language": "zh-CN,zh;q=0.9"}).text
+    assert 'lang="zh"' in chinese and words("zh")["skip"] in chinese
+    client.get("/?language=zh"), client.get("/?theme=dark")
+    assert 'lang="zh" data-theme="dark"' in client.get("/").text
+    client.get("/?language=en"), client.get("/?theme=<script>")
+    assert 'lang="en" data-theme="dark"' in client.get("/").text
+
+
+def test_every_word_has_both_languages():
+    for name, texts in _WORDS.items():
+        assert len(texts) == 2 and all(texts), name
+        marks = [sorted(part.split("}")[0] for part in text.split("{")[1:]) for text in texts]
+        assert marks[0] == marks[1], name
+
+
+def test_a_locked_store_is_said(store):
+    store.add("p", ["x"])
+    with FeedbackStore(store.path, timeout=0.05) as impatient:
+        client = visit(impatient)
+        with store._db.writing():
+            response = client.post("/api/next", json={})
+    assert response.status_code == 503 and "database is locked" in response.json()["error"]
+
+
+def test_other_addresses_need_a_token(store):
+    with pytest.raises(ValueError, match=r"Expected a `token` to listen on 0\.0\.0\.0"):
+        web.serve(store, host="0.0.0.0")
+    for token in ("short", "has spaces in it, so it would need quotes", ""):
+        with pytest.raises(ValueError, match="Expected a `token` of"):
+            web.serve(store, token=token)
+
+
+def test_an_address_in_use_is_an_error(store):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(OSError, match="in use"):
+            web.serve(store, port=taken.getsockname()[1])

@@ -1,0 +1,73 @@
+// The table of answers: filtered by the server, fifty at a time.
+
+import { byId, call, element, words } from "./page.js";
+
+const filters = byId("filters");
+let start = 0;
+
+function query(more) {
+  return new URLSearchParams({ ...Object.fromEntries(new FormData(filters)), ...more }).toString();
+}
+
+// What an answer says of each completion: the mark that stands before it.
+function marks({ kind, value, completions }) {
+  if (kind === "score") return value.map(String);
+  if (kind === "compare") return completions.map((_, place) => (place === value ? "✓" : "·"));
+  if (kind === "rank") return completions.map((_, place) => `#${value.indexOf(place) + 1}`);
+  return completions.map(() => "·");
+}
+
+function row(answer) {
+  const made = element("tr");
+  const said = element("td", "said");
+  const shown = marks(answer);
+  const order = answer.kind === "rank" ? answer.value : answer.completions.map((_, place) => place);
+  for (const place of order) {
+    const line = element("div");
+    line.append(element("span", "mark", shown[place]), element("span", "text", answer.completions[place]));
+    said.append(line);
+  }
+  if (typeof answer.value === "string") said.append(element("div", "quiet", words[answer.value]));
+  const time = new Date(answer.time * 1000).toLocaleString(document.documentElement.lang);
+  const seconds = answer.seconds === null ? "" : answer.seconds.toFixed(1);
+  made.append(element("td", "nowrap", time), element("td", "", answer.rater), element("td", "nowrap", words[answer.kind]));
+  made.append(element("td", "text", answer.prompt), said, element("td", "number", seconds));
+  return made;
+}
+
+function sum({ agreement, self_agreement }) {
+  const between = Object.entries(agreement).map(
+    ([kind, { alpha, units, raters }]) =>
+      `${words[kind]} ${alpha === null ? "–" : alpha.toFixed(2)} (n = ${units}, ${words.rater}: ${raters})`,
+  );
+  const own = Object.entries(self_agreement).map(([rater, { alike, items }]) => `${rater} ${alike.toFixed(2)} (n = ${items})`);
+  return [
+    between.length ? `${words.agreement}: ${between.join(", ")}` : "",
+    own.length ? `${words.self_agreement}: ${own.join(", ")}` : "",
+  ].filter(Boolean).join(" · ");
+}
+
+async function load(from) {
+  const asked = query({ start: from });
+  try {
+    const found = await call(`/api/history?${asked}`);
+    if (asked !== query({ start: from })) return; // the filters went on while this was on its way
+    start = from + found.rows.length;
+    if (from === 0) byId("rows").replaceChildren();
+    byId("rows").append(...found.rows.map(row));
+    byId("more").hidden = start >= found.n;
+    byId("status").textContent = found.n ? `${start} / ${found.n}` : words.no_answers;
+    byId("agreement").textContent = sum(found);
+    const raters = filters.elements.rater;
+    const known = [...raters.options].map((option) => option.value);
+    for (const name of found.raters.filter((name) => !known.includes(name))) raters.append(new Option(name, name));
+  } catch (error) {
+    byId("status").textContent = error.message;
+  }
+  for (const link of document.querySelectorAll("[data-form]")) link.href = `/export?${query({ form: link.dataset.form })}`;
+}
+
+filters.addEventListener("input", () => load(0));
+filters.addEventListener("submit", (event) => event.preventDefault());
+byId("more").addEventListener("click", () => load(start));
+load(0);

@@ -1,0 +1,300 @@
+"""The page on which people score, compare and rank: a Starlette app over a store, and the server that runs it."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import re
+import socket
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlencode
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.templating import Jinja2Templates
+
+from textenv.feedback.agreement import agreement, self_agreement
+from textenv.feedback.exchange import rows_of
+from textenv.feedback.guard import Guard
+from textenv.feedback.records import Answer, Item, Kind, check_rater
+from textenv.feedback.store import FeedbackStore
+from textenv.feedback.words import LANGUAGES, words
+
+FOLDER = Path(__file__).resolve().parent
+THEMES = ("light", "dark")
+YEAR = 365 * 24 * 3600  # seconds that the browser keeps name, language and theme
+PAGE = 50  # answers of the history sent at a time
+TOKEN = re.compile("[A-Za-z0-9_-]{16,}")  # what fits into URLs and cookies as it is
+
+
+class Pages:
+    """The endpoints: three pages, and the JSON that their scripts send and get.
+
+    Args:
+        store: Where questions and answers lie.
+        kind: What is asked here; None for any.
+    """
+
+    def __init__(self, store: FeedbackStore, kind: Kind | None) -> None:
+        self.store = store
+        self.kind = kind
+        self.templates = Jinja2Templates(directory=FOLDER / "templates")
+        self.routes = [
+            Route("/", self.rate),
+            Route("/history", self.history),
+            Route("/export", self.export),
+            Route("/api/history", self.answers),
+            Route("/api/rater", self.enter, methods=["POST"]),
+            Route("/api/next", self.next, methods=["POST"]),
+            Route("/api/answer", self.answer, methods=["POST"]),
+            Route("/api/undo", self.undo, methods=["POST"]),
+            Mount("/static", StaticFiles(directory=FOLDER / "static")),
+        ]
+
+    def page(self, request: Request, name: str, status: int = 200) -> Response:
+        """Return a page in the visitor's language and theme, which the URL may change."""
+        language = _preferred(request, "language", LANGUAGES, _accepted_language(request))
+        theme = _preferred(request, "theme", THEMES, "")
+        context = {"words": words(language), "language": language, "languages": LANGUAGES, "theme": theme}
+        response = self.templates.TemplateResponse(
+            request, f"{name}.html", {**context, "page": name, "rater": _rater(request)}, status_code=status
+        )
+        for key, value in {"language": language, "theme": theme}.items():
+            if request.query_params.get(key) == value:
+                response.set_cookie(key, value, max_age=YEAR, httponly=True, samesite="strict")
+        return response
+
+    def unauthorised(self, request: Request) -> Response:
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"error": "Expected the token."}, status_code=401)
+        return self.page(request, "token", status=401)
+
+    def rate(self, request: Request) -> Response:
+        return self.page(request, "rate" if _rater(request) else "name")
+
+    def history(self, request: Request) -> Response:
+        return self.page(request, "history" if _rater(request) else "name")
+
+    async def enter(self, request: Request) -> Response:
+        """Remember who rates; without a name, forget it."""
+        body = await _body(request)
+        response = JSONResponse({})
+        if body.get("rater") is None:
+            response.delete_cookie("rater", httponly=True, samesite="strict")
+        else:
+            name = quote(check_rater(body["rater"]))
+            response.set_cookie("rater", name, max_age=YEAR, httponly=True, samesite="strict")
+        return response
+
+    async def next(self, request: Request) -> Response:
+        rater = _known_rater(request)
+        return JSONResponse(await run_in_threadpool(self._state, rater))
+
+    async def answer(self, request: Request) -> Response:
+        """Write an answer; what comes back is the next item, and the sign that the answer is on the disk."""
+        rater, body = _known_rater(request), await _body(request)
+        return JSONResponse(await run_in_threadpool(self._answer, rater, body))
+
+    async def undo(self, request: Request) -> Response:
+        rater = _known_rater(request)
+        item = await run_in_threadpool(self.store.undo, rater)
+        return JSONResponse({"undone": item is not None, **await run_in_threadpool(self._state, rater)})
+
+    def _state(self, rater: str) -> dict[str, Any]:
+        item = self.store.next(rater, self.kind)
+        progress = self.store.progress(rater, self.kind)
+        return {"item": None if item is None else _shown(item), "progress": progress._asdict()}
+
+    def _answer(self, rater: str, body: dict[str, Any]) -> dict[str, Any]:
+        number, kind, seconds = body.get("showing"), body.get("kind"), body.get("seconds")
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 2**63:
+            raise ValueError(f"Expected `showing` to be the number of a showing, got {number!r:.80}.")
+        item = self.store.showing(number, rater)
+        if kind == "skip":
+            self.store.skip(item, seconds)
+        elif kind == "score":
+            self.store.score(item, body.get("value"), seconds)  # type: ignore[arg-type]
+        elif kind == "compare":
+            self.store.choose(item, body.get("value"), seconds)  # type: ignore[arg-type]
+        elif kind == "rank":
+            self.store.rank(item, body.get("value"), seconds)  # type: ignore[arg-type]
+        else:
+            raise ValueError(f"Expected `kind` to be score, compare, rank or skip, got {kind!r:.80}.")
+        return self._state(rater)
+
+    def answers(self, request: Request) -> Response:
+        """Return a page of the history, the newest first, and how far raters agree."""
+        rater = _known_rater(request)
+        every = self.store.answers()
+        found = [answer for answer in reversed(every) if _matches(answer, request)]
+        start = max(0, int(request.query_params.get("start", "0")))
+        raters = sorted({answer.rater for answer in every} | {rater})
+        between = {kind: {**one._asdict(), "alpha": _number(one.alpha)} for kind, one in agreement(every).items()}
+        own = {name: one._asdict() for name, one in self_agreement(every).items()}
+        rows = [_row(answer) for answer in found[start : start + PAGE]]
+        more = {"raters": raters, "me": rater, "agreement": between, "self_agreement": own}
+        return JSONResponse({"rows": rows, "n": len(found), **more})
+
+    def export(self, request: Request) -> Response:
+        """Return the answers that the filters let through as lines of JSON."""
+        _known_rater(request)
+        form = request.query_params.get("form", "")
+        kept = [answer for answer in self.store.answers() if _matches(answer, request)]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(kept, form)]  # type: ignore[arg-type]
+        disposition = {"content-disposition": f'attachment; filename="{form}.jsonl"'}
+        return Response("".join(lines), media_type="application/jsonl", headers=disposition)
+
+
+def make_app(
+    store: FeedbackStore,
+    *,
+    kind: Kind | None = None,
+    token: str | None = None,
+    names: Iterable[str] = ("localhost",),
+    any_address: bool = False,
+) -> Starlette:
+    """Return the app, for a server of your own; `serve` runs one.
+
+    Args:
+        store: Where questions and answers lie.
+        kind: What is asked; None for any.
+        token: What visitors must have; see `Guard`.
+        names: The names by which visitors reach the server.
+        any_address: Whether they may reach it by any numeric address, too; see `Guard`.
+    """
+    pages = Pages(store, kind)
+    guard = Middleware(Guard, names, any_address, token, open_path="/static/", unauthorised=pages.unauthorised)
+    handlers: dict[Any, Any] = {ValueError: _bad_request, sqlite3.OperationalError: _busy}
+    return Starlette(routes=pages.routes, middleware=[guard], exception_handlers=handlers)
+
+
+def serve(
+    store: FeedbackStore,
+    *,
+    kind: Kind | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    names: Sequence[str] = (),
+    announce: Callable[[str], object] = print,
+) -> None:
+    """Serve the page until Ctrl+C.
+
+    Who can reach the server may rate under any name; on this machine alone that needs no token.
+
+    Args:
+        store: Where questions and answers lie; others may use the file at the same time.
+        kind: What is asked; None for any.
+        host: The address to listen on: "127.0.0.1" for this machine alone, "0.0.0.0" for its networks.
+        port: 0 takes a free one.
+        token: What visitors must have: 16 letters, digits, - and _ or more. An address that others can reach needs one.
+        names: Names of this machine by which others reach it, beside `localhost` and its own.
+        announce: Is told the address to open, once the server listens.
+
+    Raises:
+        ValueError: If the token is missing, short, or has other characters.
+        OSError: If the address cannot be listened on.
+    """
+    local = _is_local(host)
+    if token is None and not local:
+        raise ValueError(
+            f"Expected a `token` to listen on {host}, which others can reach, got none. Pass one, as "
+            "secrets.token_urlsafe() makes them, or listen on 127.0.0.1."
+        )
+    if token is not None and not TOKEN.fullmatch(token):
+        raise ValueError(f"Expected a `token` of {TOKEN.pattern}, got one of {len(token)} characters.")
+    known = ["localhost", *names] if local else ["localhost", socket.gethostname(), *names]
+    app = make_app(store, kind=kind, token=token, names=known, any_address=not local)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family)
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    query = "" if token is None else "?" + urlencode({"token": token})
+    announce(f"http://{shown}:{listening.getsockname()[1]}/{query}")
+    # no access log: it would hold the token
+    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    config = uvicorn.Config(app, ws="none", lifespan="off", proxy_headers=False, timeout_graceful_shutdown=3, **quiet)
+    with suppress(KeyboardInterrupt), listening:  # Ctrl+C is how it ends
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Expected JSON, got {type(error).__name__}.") from error
+    if not isinstance(body, dict):
+        raise ValueError(f"Expected an object, got {body!r:.80}.")
+    return body
+
+
+def _rater(request: Request) -> str:
+    """Return the name in the cookie, or "" where there is none that is fit."""
+    try:
+        return check_rater(unquote(request.cookies.get("rater", "")))
+    except ValueError:
+        return ""
+
+
+def _known_rater(request: Request) -> str:
+    rater = _rater(request)
+    if not rater:
+        raise ValueError("Expected to know who rates, got no name. Reload the page.")
+    return rater
+
+
+def _preferred(request: Request, name: str, known: Collection[str], default: str) -> str:
+    asked, kept = request.query_params.get(name, ""), request.cookies.get(name, "")
+    return next((value for value in (asked, kept) if value in known), default)
+
+
+def _accepted_language(request: Request) -> str:
+    return "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+
+
+def _shown(item: Item) -> dict[str, Any]:
+    """What the page learns of an item: neither its models nor whether it comes a second time."""
+    texts = {"prompt": item.prompt, "completions": item.completions}
+    return {"showing": item.showing, "kind": item.kind, **texts, "scale": item.scale}
+
+
+def _matches(answer: Answer, request: Request) -> bool:
+    query = request.query_params
+    rater, kind, search = query.get("rater"), query.get("kind"), query.get("search", "").casefold()
+    texts = (answer.prompt, *answer.completions)
+    found = not search or any(search in text.casefold() for text in texts)
+    return found and (not rater or answer.rater == rater) and (not kind or answer.kind == kind)
+
+
+def _row(answer: Answer) -> dict[str, Any]:
+    wanted = ("id", "rater", "kind", "prompt", "completions", "value", "seconds", "time")
+    return {name: value for name, value in answer._asdict().items() if name in wanted}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _bad_request(request: Request, error: ValueError) -> Response:
+    return JSONResponse({"error": str(error)}, status_code=400)
+
+
+def _busy(request: Request, error: sqlite3.OperationalError) -> Response:
+    return JSONResponse({"error": f"The answer is not written: {error}."}, status_code=503)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import sqlite3
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from textenv import demo
 from textenv.env import TextEnv
@@ -21,7 +24,7 @@ from .config import DEMO, TrainConfig
 from .demo import demo_model
 from .generation import generate
 from .policies import LMPolicy
-from .refusal import CommandError, Exit
+from .refusal import CommandError, Exit, StorageError
 from .verb_config import RateConfig, RateOptions
 from .verbs import Writer, open_writer
 
@@ -30,7 +33,7 @@ N_COMPLETIONS = {"score": 1, "compare": 2, "rank": 4}
 
 
 def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -> int:
-    """Put a model's completions into the store, and ask a person.
+    """Put a model's completions into the store, and ask people.
 
     Args:
         config: The configuration of the run that `chosen.model` is, if it is one.
@@ -38,15 +41,23 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
         options: How.
 
     Raises:
-        CommandError: If options do not go together.
+        CommandError: If options do not go together, or the store cannot be written to.
     """
     if options.web and (options.terminal or options.train):
         raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
     rater = check_rater(chosen.rater or getpass.getuser())
-    if options.train:
-        from .rate_training import train_by_hand
+    transformers_logging.disable_progress_bar()
+    try:
+        if options.train:
+            from .rate_training import train_by_hand
 
-        return train_by_hand(config, chosen, options, rater)
+            return train_by_hand(config, chosen, options, rater)
+        return _rate(config, chosen, options, rater)
+    except sqlite3.Error as error:
+        raise StorageError(f"Expected a store of feedback to write to, got {chosen.db}: {error}.") from error
+
+
+def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, rater: str) -> int:
     with FeedbackStore(chosen.db) as store:
         if chosen.model is not None:
             prompts = read_prompts(chosen)
@@ -54,9 +65,7 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
             n_new = ask(store, open_writer(name, config, options), prompts, chosen)
             print(f"{n_new} new questions in {chosen.db}")
         if options.web:
-            from textenv.feedback.web import serve
-
-            serve(store, host=chosen.host, port=chosen.port, token=chosen.token)
+            serve_page(store, chosen)
             return Exit.DONE
         if chosen.model is None:
             print(f"what waits in {chosen.db}, and what comes; Ctrl-C or q ends")
@@ -66,6 +75,14 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
     if progress.done:
         print(f"next: textenv reward-model --from-feedback {chosen.db} --out DIR")
     return Exit.DONE
+
+
+def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
+    """Serve the page until Ctrl-C."""
+    from textenv.feedback.web import serve  # an extra: pip install textenv[web]
+
+    announce = partial(print, "the page of raters, until Ctrl-C:", flush=True)
+    serve(store, kind=chosen.kind, host=chosen.host, port=chosen.port, token=chosen.token, announce=announce)
 
 
 def read_prompts(chosen: RateConfig) -> list[PromptLike]:

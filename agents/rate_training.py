@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import statistics
 import warnings
 from collections.abc import Collection, Sequence
@@ -33,6 +34,7 @@ from .refusal import CommandError, Exit
 from .verb_config import RateConfig, RateOptions
 
 SAVE_EVERY = 10  # updates; those since are made again from the answers in the store
+TARGET_KL = 0.03  # nats a token, at which an update of so few samples ends
 SHOWN = 10  # scores of a mean
 FIXED = ("model", "prompts", "n", "low", "high", "max_new_tokens", "seed", "learning_rate", "kl")
 
@@ -86,7 +88,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         folder = f"{chosen.model}/model"
         if not Path(folder).is_dir():
             raise CommandError(f"Expected a finished run, got {chosen.model} without a model: resume it first.")
-    claim(out, chosen)
+    session = claim(out, chosen)
     tokenizer = load_tokenizer(folder, trust)
     reward = FirstEpisodes(HumanReward(chosen.db, scale=(chosen.low, chosen.high)))
     env = TextEnv(
@@ -107,7 +109,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         terminal = RatingTerminal(store, rater)
         reward.human.attend = lambda items: _answer(terminal, items)
         try:
-            learn(agent, reward, out, chosen.updates)
+            learn(agent, reward, out, session, chosen.updates)
         except KeyboardInterrupt:
             print()
     export(agent, tokenizer, out / "model")
@@ -119,17 +121,19 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     return Exit.DONE
 
 
-def claim(out: Path, chosen: RateConfig) -> None:
-    """Note what a session's model depends on, or refuse to go on with one of other settings."""
+def claim(out: Path, chosen: RateConfig) -> str:
+    """Note what a session's model depends on, and return its name; refuse to go on with one of other settings."""
     own = {name: vars(chosen)[name] for name in FIXED}
     file = out / "session.json"
     if not file.is_file():
-        write_text(file, json.dumps(own, indent=1) + "\n")
-        return
+        name = f"session {secrets.token_hex(4)}"
+        write_text(file, json.dumps({"name": name, **own}, indent=1) + "\n")
+        return name
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = [f"{name} {before.get(name)!r}" for name in FIXED if before.get(name) != own[name]]
     if changed:
         raise CommandError(f"Expected the settings of the session in {out}, got others ({', '.join(changed)} then).")
+    return str(before["name"])
 
 
 def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm:
@@ -142,6 +146,7 @@ def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm
         learning_rate=chosen.learning_rate,
         n_steps=chosen.max_new_tokens,
         batch_size=n * chosen.max_new_tokens,
+        target_kl=TARGET_KL,
         rollout_buffer_kwargs={"complete_episodes": True, "normalize_advantage": False},
         seed=chosen.seed,
     )
@@ -150,14 +155,14 @@ def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm
     return agent
 
 
-def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, n_updates: int | None) -> None:
+def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, session: str, n_updates: int | None) -> None:
     """Update after update, each from new episodes, until there are so many, or somebody interrupts."""
     size = agent.n_steps * agent.n_envs
     update = agent.num_timesteps // size
     while n_updates is None or update < n_updates:
         update += 1
         # The same text in another update is another question; a session that goes on finds its own answered.
-        reward.human.run = f"{out.absolute()} update {update}"
+        reward.human.run = f"{session} update {update}"
         agent._last_obs = None  # new episodes in all lanes: what was begun before the update is not its own
         try:
             with warnings.catch_warnings():

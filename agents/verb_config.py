@@ -232,9 +232,9 @@ class RateConfig:
         high: The highest score.
         max_new_tokens: The most tokens of a completion.
         seed: Of the sampling.
-        host: Where the page of --web listens; another address than the loopback's demands a token.
-        port: Its port; 0 takes a free one.
-        token: What the page asks raters for; one is drawn by default.
+        host: With --web, the address to listen on; one that others can reach needs a token.
+        port: With --web, its port; 0 takes a free one.
+        token: With --web, what visitors must have: 16 letters, digits, - and _ or more.
         out: With --train, where the trained model and its checkpoints go.
         learning_rate: With --train; the small model of the demo needs about 1e-3.
         kl: With --train, the penalty on leaving the model as it was, in scores from -1 to 1 per nat.
@@ -253,7 +253,7 @@ class RateConfig:
     max_new_tokens: int = 32
     seed: int = 0
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = 0
     token: str | None = None
     out: str | None = None
     learning_rate: float = 1e-5

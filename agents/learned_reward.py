@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from textenv.completion import Preds
 from textenv.feedback.records import Answer
 from textenv.prompts import Prompt
@@ -67,17 +69,18 @@ class LearnedReward(BatchReward):
         if self.folder is None and self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="textenv-")  # removed with this object
         folder = f"{self._temporary.name}/model" if self.folder is None else self.folder
-        train_reward_model(
-            name,
-            load_tokenizer(name),
-            examples_of(answers),
-            folder,
-            n_epochs=self.n_epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-            progress_bar=False,
-        )
+        with torch.enable_grad():  # a rollout and an evaluation build no graph
+            train_reward_model(
+                name,
+                load_tokenizer(name),
+                examples_of(answers),
+                folder,
+                n_epochs=self.n_epochs,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                seed=self.seed,
+                progress_bar=False,
+            )
         self._scorer = Preference(folder, stats="stored")
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:

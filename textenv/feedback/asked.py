@@ -37,7 +37,7 @@ def questions_of(path: str | os.PathLike[str], run: str) -> list[Question]:
         >>> questions_of(path, "mine")
         [Question(id=1, kind='compare', prompt='It was', completions=(' good.', ' bad.'), scale=(1.0, 5.0))]
     """
-    database = Database(path, TIMEOUT)
+    database = Database(os.fspath(path), TIMEOUT)
     try:
         with database.reading():
             rows = database.execute(_ASKED, (run,)).fetchall()

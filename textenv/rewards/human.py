@@ -16,7 +16,7 @@ from textenv.feedback.asked import StandingAnswers, questions_of
 from textenv.feedback.records import Answer, Kind, check_scale
 from textenv.feedback.store import FeedbackStore
 from textenv.prompts import Prompt
-from textenv.rewarding import DROPPED, RewardError, Score
+from textenv.rewarding import DROPPED, Score
 from textenv.rewards.base import BatchReward, RewardLike, check_choice
 from textenv.rewards.registry import read_reward
 
@@ -46,8 +46,10 @@ class HumanReward(BatchReward):
 
     With `learned`, a reward model scores at once, and people are asked about some of the texts meanwhile: those that
     stand evenly between the worst and the best score. Whenever there are `every` answers more, the model learns from
-    all that the store has (Christiano et al., 2017, section 2.2). Before the first time, answers are waited for, if the
-    store has none.
+    all that the store has (Christiano et al., 2017, section 2.2). So many must be there to begin with: `textenv rate
+    MODEL` collects them.
+
+    Evaluations ask as well: with people who are waited for, keep them small.
 
     Args:
         db: The store's file.
@@ -56,7 +58,7 @@ class HumanReward(BatchReward):
         raters: How many people are to answer each question.
         learned: A reward with a method `fit`, or its name or mapping: "agents.learned_reward:LearnedReward".
         kind: With `learned`, what people are asked: to "score" a text, or to "compare" or "rank" texts of one prompt.
-        every: With `learned`, how many new answers it takes to learn again.
+        every: With `learned`, how many answers it takes to learn, and to learn again.
         n_asked: With `learned`, how many questions may wait for an answer.
 
     Attributes:
@@ -64,7 +66,7 @@ class HumanReward(BatchReward):
             them on the spot; None.
 
     Raises:
-        ValueError: If a number or the kind is out of its range.
+        ValueError: If a number or the kind is out of its range, or the store has too few answers to learn from.
         TypeError: If `learned` has no method `fit`.
 
     Example:
@@ -100,60 +102,73 @@ class HumanReward(BatchReward):
             raise ValueError(f"Expected `raters`, `every` and `n_asked` to be at least 1, got {numbers}.")
         if self.learned is None and self.kind != "score":
             raise ValueError(f"Expected kind='score' without `learned`, got {self.kind!r}, which gives no numbers.")
+        self._standing: StandingAnswers | None = None
+        self._asked: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {}  # the numbers of questions, by run
+        self._n_learned = 0  # of how many answers the learner knows
+        self._has_warned = False
         self._learner: Learner | None = None
         if self.learned is not None:
             found: Any = read_reward(self.learned)
             if not isinstance(found, Learner):
                 raise TypeError(f"Expected `learned` to be a reward with a method `fit`, got {found!r:.80}.")
             self._learner = found
-        self._n_learned = 0  # of how many answers the learner knows
-        self._has_warned = False
+            n = sum(answer.value is not None for answer in self._open().update())
+            if n < self.every:
+                raise ValueError(
+                    f"Expected {self.every} answers in {self.db} to learn from (`every`), got {n}: collect them first, "
+                    "with textenv rate MODEL --prompts FILE."
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_standing": None, "attend": None}  # a file that is open cannot be pickled
+
+    def _open(self) -> StandingAnswers:
+        """Open the store, once."""
+        if self._standing is None:
+            self._standing = StandingAnswers(FeedbackStore(self.db))
+        return self._standing
+
+    def _known(self) -> dict[tuple[str, tuple[str, ...]], int]:
+        """Return the run's questions of this kind and scale, by prompt and texts: their numbers."""
+        if self.run not in self._asked:
+            self._asked[self.run] = {
+                (one.prompt, one.completions): one.id
+                for one in questions_of(self.db, self.run)
+                if (one.kind, one.scale) == (self.kind, self.scale)
+            }
+        return self._asked[self.run]
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
-        """Return the rewards of the rows.
+        """Return the rewards of the rows."""
+        standing = self._open()
+        texts = [(str(prompt), one.text) for prompt, one in zip(prompts, preds, strict=True)]
+        if self._learner is None:
+            asked = [self._ask(prompt, [text]) for prompt, text in texts]
+            return _means(asked, self._wait(asked))
+        answers = standing.update()
+        if not self._n_learned or len(answers) - self._n_learned >= self.every:
+            self._learner.fit(answers)
+            self._n_learned = len(answers)
+        scores = self._learner.score(prompts, preds, dones)
+        n_open = len(set(self._known().values()) - {answer.item for answer in answers})
+        for question in _questions(texts, scores, self.kind, self.n_asked - n_open):
+            self._ask(*question)
+        return scores
 
-        Raises:
-            RewardError: If there is nothing to learn from, since all was skipped.
-        """
-        with FeedbackStore(self.db) as store:
-            standing = StandingAnswers(store)
-            texts = [(str(prompt), one.text) for prompt, one in zip(prompts, preds, strict=True)]
-            if self._learner is None:
-                asked = self._ask(store, [(prompt, [text]) for prompt, text in texts])
-                return _means(asked, self._wait(standing, asked))
-            answers = standing.update()
-            if not self._n_learned and not _decided(answers):
-                answers = self._wait(standing, self._ask(store, _groups(texts, None, self.kind, self.every)))
-            if not self._n_learned or len(answers) - self._n_learned >= self.every:
-                if not _decided(answers):
-                    raise RewardError(f"Expected answers in {self.db} to learn from, got {len(answers)} skips.")
-                self._learner.fit(answers)
-                self._n_learned = len(answers)
-            scores = self._learner.score(prompts, preds, dones)
-            n_open = self._n_open(answers)
-            if n_open < self.n_asked:
-                self._ask(store, _groups(texts, scores, self.kind, self.n_asked - n_open))
-            return scores
+    def _ask(self, prompt: str, texts: Sequence[str]) -> int:
+        """Add a question, unless it was asked before, and return its number."""
+        known, key = self._known(), (prompt, tuple(texts))
+        if key not in known:
+            options: dict[str, Any] = {"run": self.run, "raters": self.raters, "scale": self.scale}
+            known[key] = self._open().store.add(prompt, texts, self.kind, **options)
+        return known[key]
 
-    def _ask(self, store: FeedbackStore, questions: Sequence[tuple[str, Sequence[str]]]) -> list[int]:
-        """Add the questions that were not asked before, and return the numbers of all."""
-        known = {
-            (one.prompt, one.completions): one.id
-            for one in questions_of(self.db, self.run)
-            if (one.kind, one.scale) == (self.kind, self.scale)
-        }
-        for prompt, texts in questions:
-            if (prompt, tuple(texts)) not in known:
-                options = {"run": self.run, "raters": self.raters, "scale": self.scale}
-                known[prompt, tuple(texts)] = store.add(prompt, texts, self.kind, **options)  # type: ignore[arg-type]
-        return [known[prompt, tuple(texts)] for prompt, texts in questions]
-
-    def _wait(self, standing: StandingAnswers, items: Collection[int]) -> list[Answer]:
+    def _wait(self, items: Collection[int]) -> list[Answer]:
         """Return the answers that count, once so many raters as are wanted have answered or skipped each item."""
         if self.attend is not None:
             self.attend(items)
         while True:
-            answers = standing.update()
+            answers = self._open().update()
             raters: dict[int, set[str]] = defaultdict(set)
             for answer in answers:
                 raters[answer.item].add(answer.rater)
@@ -166,14 +181,6 @@ class HumanReward(BatchReward):
                 warnings.warn(message, stacklevel=4)
             time.sleep(POLL)
 
-    def _n_open(self, answers: Sequence[Answer]) -> int:
-        closed = {answer.item for answer in answers}
-        return sum(question.id not in closed for question in questions_of(self.db, self.run))
-
-
-def _decided(answers: Sequence[Answer]) -> list[Answer]:
-    return [answer for answer in answers if answer.value is not None]
-
 
 def _means(items: Sequence[int], answers: Sequence[Answer]) -> list[Score]:
     """Return the mean of the scores of each item; dropped where all have skipped it."""
@@ -184,23 +191,20 @@ def _means(items: Sequence[int], answers: Sequence[Answer]) -> list[Score]:
     return [statistics.fmean(given[item]) if given[item] else DROPPED for item in items]
 
 
-def _groups(
-    texts: Sequence[tuple[str, str]], scores: Sequence[Score] | None, kind: Kind, n: int
+def _questions(
+    texts: Sequence[tuple[str, str]], scores: Sequence[Score], kind: Kind, n: int
 ) -> list[tuple[str, list[str]]]:
-    """Return at most `n` questions about rows: texts of one prompt together, evenly spread over the scores."""
-    values = [score if isinstance(score, float) else 0.0 for score in scores or [0.0] * len(texts)]
+    """Return at most `n` questions about rows: prompt and texts, from the best to the worst, evenly spread."""
     by_prompt: dict[str, dict[str, float]] = defaultdict(dict)
-    for (prompt, text), value in zip(texts, values, strict=True):
-        by_prompt[prompt][text] = value
+    for (prompt, text), score in zip(texts, scores, strict=True):
+        by_prompt[prompt][text] = score if isinstance(score, float) else 0.0
+    size, least = GROUP[kind], min(GROUP[kind], 2)
     questions = []
-    size, least = GROUP[kind], 1 if kind == "score" else 2
     for prompt, found in by_prompt.items():
         distinct = list(found)
-        for start in range(0, len(distinct), size):
-            part = distinct[start : start + size]
-            if len(part) >= least:
-                questions.append((statistics.fmean(found[text] for text in part), prompt, part))
+        parts = [distinct[start : start + size] for start in range(0, len(distinct), size)]
+        questions += [(statistics.fmean(found[text] for text in p), prompt, p) for p in parts if len(p) >= least]
     questions.sort(key=lambda question: -question[0])
-    if len(questions) > n:  # the best and the worst among them
-        questions = [questions[i * (len(questions) - 1) // max(n - 1, 1)] for i in range(n)]
+    if len(questions) > n:
+        questions = [questions[i * (len(questions) - 1) // max(n - 1, 1)] for i in range(max(n, 0))]
     return [(prompt, part) for _, prompt, part in questions]

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from textenv import demo
 from textenv.env import TextEnv
 from textenv.feedback.asked import questions_of
-from textenv.feedback.records import Kind, check_rater
+from textenv.feedback.records import MAX_COMPLETIONS, Kind, check_rater, check_scale
 from textenv.feedback.store import FeedbackStore
 from textenv.feedback.terminal import RatingTerminal
 from textenv.prompts import Prompt, PromptLike, read_rows
@@ -45,7 +45,8 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
     """
     if options.web and (options.terminal or options.train):
         raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
-    rater = check_rater(chosen.rater or getpass.getuser())
+    rater = check_rater(getpass.getuser() if chosen.rater is None else chosen.rater)
+    check_scale((chosen.low, chosen.high))
     transformers_logging.disable_progress_bar()
     try:
         if options.train:
@@ -60,7 +61,7 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
 def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, rater: str) -> int:
     with FeedbackStore(chosen.db) as store:
         if chosen.model is not None:
-            prompts = read_prompts(chosen)
+            prompts, _ = read_prompts(chosen), question_of(chosen)
             name = str(demo_model()) if chosen.model == DEMO else chosen.model
             n_new = ask(store, open_writer(name, config, options), prompts, chosen)
             print(f"{n_new} new questions in {chosen.db}")
@@ -106,11 +107,7 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
 
     Each is in the store before the next chunk of prompts is continued.
     """
-    kind: Kind = chosen.kind or "score"
-    n = N_COMPLETIONS[kind] if chosen.n is None else chosen.n
-    size = n if kind == "rank" else N_COMPLETIONS[kind]
-    if n < 1 or n % size or (kind == "rank" and n < 2):
-        raise CommandError(f"Expected {'an even' if kind == 'compare' else 'another'} --n to {kind}, got {n}.")
+    kind, n, size = question_of(chosen)
     scale = (chosen.low, chosen.high)
     run = f"{chosen.model} {fingerprint(writer.policy, kind, n, scale, chosen.max_new_tokens, chosen.seed)}"
     known = Counter(question.prompt for question in questions_of(chosen.db, run))
@@ -138,6 +135,22 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
             store.add(str(part[0].prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
             n_new += 1
     return n_new
+
+
+def question_of(chosen: RateConfig) -> tuple[Kind, int, int]:
+    """Return what is asked, how many completions a prompt gets, and how many of them a question has.
+
+    Raises:
+        CommandError: If so many cannot be dealt to questions.
+    """
+    kind: Kind = chosen.kind or "score"
+    n = N_COMPLETIONS[kind] if chosen.n is None else chosen.n
+    size = n if kind == "rank" else N_COMPLETIONS[kind]
+    if kind == "rank" and not 2 <= n <= MAX_COMPLETIONS:
+        raise CommandError(f"Expected --n from 2 to {MAX_COMPLETIONS} to rank, got {n}.")
+    if n < 1 or n % size:
+        raise CommandError(f"Expected a positive {'even ' if size == 2 else ''}--n to {kind}, got {n}.")
+    return kind, n, size
 
 
 def fingerprint(policy: LMPolicy, *settings: object) -> str:

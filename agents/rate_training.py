@@ -103,6 +103,9 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     for line in damage:
         print(line)
     if checkpoint is not None:
+        env_of_agent = agent.get_env()
+        assert env_of_agent is not None
+        env_of_agent.reset()  # uses up the seed, with which the prompts would begin anew at the next one
         load_checkpoint(agent, checkpoint)
         print(f"goes on from {checkpoint}")
     with FeedbackStore(chosen.db) as store:

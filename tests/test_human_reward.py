@@ -87,6 +87,7 @@ def test_what_was_asked_before_is_not_asked_again(db):
         first.attend = lambda items: by_length(store)
         assert first.score(*rows("a", "b")) == [2.0, 2.0]
         again = HumanReward(db)  # a run that was stopped and goes on
+        again.attend = lambda items: pytest.fail(f"asked for {items}")
         assert again.score(*rows("b", "a")) == [2.0, 2.0]
         assert len(store.answers()) == 2
         other = HumanReward(db, run="another run")

@@ -162,7 +162,8 @@ def test_the_loop_goes_on_where_it_was_killed_and_asks_nothing_twice(model, here
     assert rate(model, lines[3:], *words, "--out", "parts", "--db", "parts.db", monkeypatch=monkeypatch) == 0
     assert "goes on from parts/checkpoints/step_000000000008" in capsys.readouterr().out
     whole, parts = answers("whole.db"), answers("parts.db")
-    assert [one.completions for one in parts] == [one.completions for one in whole] and len(whole) == 7
+    assert len(whole) == 7
+    assert [one[:2] + one[4:7] for one in parts] == [one[:2] + one[4:7] for one in whole]  # prompts, texts and scores
     one, other = weights("whole/model"), weights("parts/model")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

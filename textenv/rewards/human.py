@@ -62,8 +62,8 @@ class HumanReward(BatchReward):
         n_asked: With `learned`, how many questions may wait for an answer.
 
     Attributes:
-        attend: A function that is given the numbers of the questions that are waited for, and may have somebody answer
-            them on the spot; None.
+        attend: A function that is given the numbers of the questions that lack an answer, before they are waited for, and
+            may have somebody answer them on the spot; None.
 
     Raises:
         ValueError: If a number or the kind is out of its range, or the store has too few answers to learn from.
@@ -165,19 +165,22 @@ class HumanReward(BatchReward):
 
     def _wait(self, items: Collection[int]) -> list[Answer]:
         """Return the answers that count, once so many raters as are wanted have answered or skipped each item."""
-        if self.attend is not None:
-            self.attend(items)
+        has_attended = self.attend is None
         while True:
             answers = self._open().update()
             raters: dict[int, set[str]] = defaultdict(set)
             for answer in answers:
                 raters[answer.item].add(answer.rater)
-            n_missing = sum(len(raters[item]) < self.raters for item in set(items))
-            if not n_missing:
+            missing = [item for item in dict.fromkeys(items) if len(raters[item]) < self.raters]
+            if not missing:
                 return answers
+            if not has_attended:
+                has_attended = True
+                self.attend(missing)
+                continue
             if not self._has_warned:
                 self._has_warned = True
-                message = f"waiting for {n_missing} answers: textenv rate --db {self.db}. Not said again."
+                message = f"waiting for {len(missing)} answers: textenv rate --db {self.db}. Not said again."
                 warnings.warn(message, stacklevel=4)
             time.sleep(POLL)
 

@@ -1,10 +1,15 @@
 """The rating server, asked without a browser: what it answers, what it keeps to itself, and whom it refuses."""
 
+import importlib
 import json
 import socket
+import sys
+from urllib.error import URLError
 from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import pytest
+from browsing import Server
 
 from textenv.feedback.store import FeedbackStore
 
@@ -344,6 +349,7 @@ def test_languages_and_themes(store):
 def test_every_word_has_both_languages():
     for name, texts in _WORDS.items():
         assert len(texts) == 2 and all(texts), name
+        assert not hasattr(dict, name), name  # a template would take the method for the word
         marks = [sorted(part.split("}")[0] for part in text.split("{")[1:]) for text in texts]
         assert marks[0] == marks[1], name
 
@@ -369,3 +375,33 @@ def test_an_address_in_use_is_an_error(store):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(OSError, match="in use"):
             web.serve(store, port=taken.getsockname()[1])
+
+
+def test_the_real_server_is_killed_and_another_goes_on(store):
+    """In a process of its own, where files are sent and connections end as the test client's never do."""
+    store.add("p", ["x"])
+    server = Server(store.path)
+    here = {"origin": server.url.rstrip("/"), "content-type": "application/json", "cookie": "rater=ann"}
+
+    def ask(path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        with urlopen(Request(server.url + path, data, here)) as response:
+            return response.read()
+
+    assert ask("static/rate.js") == (web.FOLDER / "static" / "rate.js").read_bytes()
+    shown = json.loads(ask("api/next", {}))["item"]
+    server.kill()
+    with pytest.raises(URLError):
+        ask("api/next", {})
+    server = Server(store.path, json.dumps({"port": server.port}))
+    assert json.loads(ask("api/next", {}))["item"] == shown
+    ask("api/answer", {"showing": shown["showing"], "kind": "score", "value": [5]})
+    server.kill()
+    assert [answer.value for answer in store.answers()] == [(5.0,)]
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "textenv.feedback.web")
+    with pytest.raises(ImportError, match=r"pip install textenv\[feedback\]"):
+        importlib.import_module("textenv.feedback.web")

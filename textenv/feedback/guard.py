@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import secrets
-from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterable
 from urllib.parse import urlencode, urlsplit
 
 from starlette.datastructures import MutableHeaders
@@ -82,7 +81,7 @@ class Guard:
         if response is None:
             body = await _read(request)
             if body is not None:
-                await self.app(scope, _replay(body), send_guarded)
+                await self.app(scope, _replay(body, receive), send_guarded)
                 return
             response = _refusal(413, f"Expected at most {MAX_BODY} bytes.")
         await response(scope, receive, send_guarded)
@@ -149,10 +148,11 @@ async def _read(request: Request) -> bytes | None:
     return body
 
 
-def _replay(body: bytes) -> Receive:
-    messages: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Receive the body that was read, then what `receive` has, which is that the visitor went away."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def receive() -> Message:
-        return messages.pop() if messages else {"type": "http.disconnect"}
+    async def received() -> Message:
+        return messages.pop() if messages else await receive()
 
-    return receive
+    return received

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
-from starlette.templating import Jinja2Templates
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
+    from starlette.templating import Jinja2Templates
+except ImportError as error:
+    raise ImportError("The rating page needs starlette, uvicorn and jinja2: pip install textenv[feedback]") from error
 
 from textenv.feedback.agreement import agreement, self_agreement
 from textenv.feedback.exchange import rows_of
@@ -179,6 +182,10 @@ def make_app(
     return Starlette(routes=pages.routes, middleware=[guard], exception_handlers=handlers)
 
 
+def _say(address: str) -> None:
+    print(address, flush=True)  # at once, also where the output goes into a file
+
+
 def serve(
     store: FeedbackStore,
     *,
@@ -187,7 +194,7 @@ def serve(
     port: int = 0,
     token: str | None = None,
     names: Sequence[str] = (),
-    announce: Callable[[str], object] = print,
+    announce: Callable[[str], object] = _say,
 ) -> None:
     """Serve the page until Ctrl+C.
 
@@ -200,7 +207,7 @@ def serve(
         port: 0 takes a free one.
         token: What visitors must have: 16 letters, digits, - and _ or more. An address that others can reach needs one.
         names: Names of this machine by which others reach it, beside `localhost` and its own.
-        announce: Is told the address to open, once the server listens.
+        announce: Is told the address to open, once the server listens; prints it.
 
     Raises:
         ValueError: If the token is missing, short, or has other characters.

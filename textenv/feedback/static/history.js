@@ -1,6 +1,6 @@
 // The table of answers: filtered by the server, fifty at a time.
 
-import { byId, call, element, words } from "./page.js";
+import { byId, call, element, trimmed, words } from "./page.js";
 
 const filters = byId("filters");
 let start = 0;
@@ -24,13 +24,13 @@ function row(answer) {
   const order = answer.kind === "rank" ? answer.value : answer.completions.map((_, place) => place);
   for (const place of order) {
     const line = element("div");
-    line.append(element("span", "mark", shown[place]), element("span", "text", answer.completions[place]));
+    line.append(element("span", "mark", shown[place]), element("span", "text", trimmed(answer.completions[place])));
     said.append(line);
   }
   if (typeof answer.value === "string") said.append(element("div", "quiet", words[answer.value]));
   const time = new Date(answer.time * 1000).toLocaleString(document.documentElement.lang);
-  const seconds = answer.seconds === null ? "" : answer.seconds.toFixed(1);
-  made.append(element("td", "nowrap", time), element("td", "", answer.rater), element("td", "nowrap", words[answer.kind]));
+  const seconds = answer.seconds === null ? "" : `${answer.seconds.toFixed(1)} s`;
+  made.append(element("td", "about nowrap", time), element("td", "about", answer.rater), element("td", "about nowrap", words[answer.kind]));
   made.append(element("td", "text", answer.prompt), said, element("td", "number", seconds));
   return made;
 }

@@ -4,11 +4,11 @@
 // `draft` is what a reload brings back; `changed` is called whenever it changes, `send(value)` to answer at once.
 
 import { draggable } from "./order.js";
-import { element, words } from "./page.js";
+import { element, trimmed, words } from "./page.js";
 
 function card(label, text) {
   const made = element("article", "card completion");
-  made.append(element("span", "label", label), element("p", "text", text));
+  made.append(element("span", "label", label), element("p", "text", trimmed(text)));
   return made;
 }
 
@@ -126,7 +126,7 @@ function rank(item, place, draft, changed) {
         const row = element("li", at < draft.length ? "" : "unset");
         row.dataset.number = number;
         row.append(element("span", "at", at < draft.length ? `${at + 1}.` : "–"), element("span", "label", String(number + 1)));
-        row.append(element("span", "short", at < draft.length ? item.completions[number] : words.not_ranked));
+        row.append(element("span", "short", at < draft.length ? trimmed(item.completions[number]) : words.not_ranked));
         return row;
       }),
     );

@@ -10,6 +10,9 @@ export function element(tag, className = "", text = "") {
   return made;
 }
 
+// A completion starts where the prompt ends, often with the space between them, which its own box makes superfluous.
+export const trimmed = (text) => text.replace(/^ /, "");
+
 // Sends an object, or asks for one where there is none to send; throws what the server says is wrong.
 export async function call(path, body) {
   const send = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };

@@ -62,8 +62,8 @@ class HumanReward(BatchReward):
         n_asked: With `learned`, how many questions may wait for an answer.
 
     Attributes:
-        attend: A function that is given the numbers of the questions that lack an answer, before they are waited for, and
-            may have somebody answer them on the spot; None.
+        attend: A function that is given the numbers of the questions that lack an answer, before they are waited for,
+            and may have somebody answer them on the spot; None.
 
     Raises:
         ValueError: If a number or the kind is out of its range, or the store has too few answers to learn from.

@@ -74,6 +74,7 @@ class Browser:
     def enter(self, url, rater="ann"):
         """Open a page and say who rates."""
         self.driver.get(url)
+        self.keep("name")
         self.one("#rater").send_keys(rater)
         self.press("\ue007")
         self.until(lambda: self.all("#item, #nothing"))

@@ -126,7 +126,7 @@ class Guard:
             response = RedirectResponse(path, status_code=303)
             response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
             return response
-        if brought is None and self._is_token(request.cookies.get(self.cookie, "")):
+        if self._is_token(request.cookies.get(self.cookie, "")):
             return None
         return self.unauthorised(request)
 

@@ -80,7 +80,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
 
 def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
     """Serve the page until Ctrl-C."""
-    from textenv.feedback.web import serve  # an extra: pip install textenv[web]
+    from textenv.feedback.web import serve  # an extra: pip install textenv[feedback]
 
     announce = partial(print, "the page of raters, until Ctrl-C:", flush=True)
     serve(store, kind=chosen.kind, host=chosen.host, port=chosen.port, token=chosen.token, announce=announce)

@@ -7,6 +7,7 @@ import hashlib
 import sqlite3
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from tqdm.auto import tqdm
@@ -29,6 +30,7 @@ from .verb_config import RateConfig, RateOptions
 from .verbs import Writer, open_writer
 
 CHUNK = 16  # prompts that are continued together; what is written of them survives an interrupt
+DATABASE = "ratings.db"
 N_COMPLETIONS = {"score": 1, "compare": 2, "rank": 4}
 
 
@@ -47,6 +49,10 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
         raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
     rater = check_rater(getpass.getuser() if chosen.rater is None else chosen.rater)
     check_scale((chosen.low, chosen.high))
+    if options.train and (chosen.model is None or chosen.out is None or chosen.kind not in (None, "score")):
+        raise CommandError("Expected a model, --out DIR and no other --kind than score for textenv rate --train.")
+    db = chosen.db or (f"{chosen.out}/{DATABASE}" if options.train else DATABASE)
+    chosen = replace(chosen, db=db)
     transformers_logging.disable_progress_bar()
     try:
         if options.train:
@@ -55,10 +61,11 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
             return train_by_hand(config, chosen, options, rater)
         return _rate(config, chosen, options, rater)
     except sqlite3.Error as error:
-        raise StorageError(f"Expected a store of feedback to write to, got {chosen.db}: {error}.") from error
+        raise StorageError(f"Expected a store of feedback to write to, got {db}: {error}.") from error
 
 
 def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, rater: str) -> int:
+    assert chosen.db is not None
     with FeedbackStore(chosen.db) as store:
         if chosen.model is not None:
             prompts, _ = read_prompts(chosen), question_of(chosen)
@@ -107,6 +114,7 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
 
     Each is in the store before the next chunk of prompts is continued.
     """
+    assert chosen.db is not None
     kind, n, size = question_of(chosen)
     scale = (chosen.low, chosen.high)
     run = f"{chosen.model} {fingerprint(writer.policy, kind, n, scale, chosen.max_new_tokens, chosen.seed)}"

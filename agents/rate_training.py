@@ -78,10 +78,9 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     """Ask and update until the person quits; the model is exported then, and the same command goes on.
 
     Raises:
-        CommandError: If options are missing, or `--out` has a session of other settings.
+        CommandError: If the run is not finished, or `--out` has a session of other settings.
     """
-    if chosen.model is None or chosen.out is None or chosen.kind not in (None, "score"):
-        raise CommandError("Expected a model, --out DIR and no other --kind than score for textenv rate --train.")
+    assert chosen.model is not None and chosen.out is not None and chosen.db is not None
     out, trust = Path(chosen.out), Trust(options.allow, options.trust_remote_code)
     folder = str(demo_model()) if chosen.model == DEMO else chosen.model
     if config is not None:
@@ -109,7 +108,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         load_checkpoint(agent, checkpoint)
         print(f"goes on from {checkpoint}")
     with FeedbackStore(chosen.db) as store:
-        terminal = RatingTerminal(store, rater)
+        terminal = RatingTerminal(store, rater, "score")
         reward.human.attend = lambda items: _answer(terminal, items)
         try:
             learn(agent, reward, out, session, chosen.updates)

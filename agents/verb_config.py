@@ -223,7 +223,7 @@ class RateConfig:
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
         prompts: A .jsonl, .csv or .txt file; those of the built-in reviews for "demo".
-        db: Where questions and answers are kept.
+        db: Where questions and answers are kept; ratings.db by default, with --train in the folder `out`.
         kind: What is asked; "score" by default, and without a model whatever waits.
         n: Completions a prompt: 1 to score, 2 to compare, 4 to rank by default. With --train, samples an update.
         rater: Who answers; the user's name by default.
@@ -243,7 +243,7 @@ class RateConfig:
 
     model: str | None = None
     prompts: str | None = None
-    db: str = "ratings.db"
+    db: str | None = None
     kind: Literal["score", "compare", "rank"] | None = None
     n: int | None = None
     rater: str | None = None

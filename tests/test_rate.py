@@ -137,7 +137,7 @@ def test_every_sample_of_the_loop_is_of_the_model_of_then(model, here, monkeypat
         ("1", "5.00"),
         ("2", "3.00"),
     ]  # the third was skipped
-    assert "model: hand/model   answers: ratings.db" in said
+    assert "model: hand/model   answers: hand/ratings.db" in said
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (model, "hand/model"))
     assert not torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
     assert rate(model, [], *words[:-4], "--learning_rate", "0.1", monkeypatch=monkeypatch) == 2

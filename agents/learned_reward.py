@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from textenv.completion import Preds
 from textenv.feedback.records import Answer
@@ -69,6 +70,15 @@ class LearnedReward(BatchReward):
         if self.folder is None and self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="textenv-")  # removed with this object
         folder = f"{self._temporary.name}/model" if self.folder is None else self.folder
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # a fresh head is news the first time at most
+        try:
+            self._train(name, answers, folder)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        self._scorer = Preference(folder, stats="stored")
+
+    def _train(self, name: str, answers: Sequence[Answer], folder: str) -> None:
         with torch.enable_grad():  # a rollout and an evaluation build no graph
             train_reward_model(
                 name,
@@ -81,7 +91,6 @@ class LearnedReward(BatchReward):
                 seed=self.seed,
                 progress_bar=False,
             )
-        self._scorer = Preference(folder, stats="stored")
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
         """Return a number a row.

@@ -3,12 +3,15 @@
 import re
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
-from agents import Labelled, Ranking
+from agents import Labelled, LearnedReward, Ranking
 from agents.feedback_data import examples_of, read_feedback
 from agents.refusal import CommandError
 from tests.command import run, small_model
 from tests.people import Rater
+from textenv import Preds, Prompt
 from textenv.feedback.records import Answer
 from textenv.feedback.store import FeedbackStore
 
@@ -87,6 +90,19 @@ def test_labels_that_are_alike_are_not_held_out(tmp_path):
         while (item := store.next("ann")) is not None:
             store.score(item, [3])
     assert len(read_feedback(path).data) == 18 and read_feedback(path).held_out == []
+
+
+def test_a_learned_reward_ranks_as_it_was_told_and_learns_again(tmp_path):
+    reward = LearnedReward(str(small_model(tmp_path / "small")), n_epochs=20, learning_rate=0.01)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
+    preds = [Preds(tokenizer, tokenizer.encode(text)) for text in ("great", "awful")]
+    with pytest.raises(RuntimeError, match="Expected `fit` before `score`"):
+        reward.score([Prompt("p ")] * 2, preds, [True] * 2)
+    for value, is_better in (((0, 1), True), ((1, 0), False)):
+        with torch.no_grad():  # as in a rollout
+            reward.fit([answer("rank", ("great", "awful"), value)] * 8)
+            good, bad = reward.score([Prompt("p ")] * 2, preds, [True] * 2)
+        assert (good > bad) is is_better and abs(good + bad) < 0.1 and abs(good - bad) == pytest.approx(2.0, abs=0.1)
 
 
 def test_the_command_trains_on_feedback(tmp_path, capsys):

@@ -7,7 +7,6 @@ import signal
 import sys
 import urllib.request
 
-import pexpect
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,12 @@ PROMPTS = ["this phone is", "the lamp was", "my new radio is", "this phone is"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return small_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def pexpect():
+    """A terminal for a process."""
+    return pytest.importorskip("pexpect")
 
 
 @pytest.fixture
@@ -167,7 +172,7 @@ def test_the_loop_goes_on_where_it_was_killed_and_asks_nothing_twice(model, here
 
 
 @pytest.mark.slow
-def test_a_session_in_a_terminal_that_is_killed(model, here, monkeypatch, capsys):
+def test_a_session_in_a_terminal_that_is_killed(model, here, pexpect, monkeypatch, capsys):
     command = ["-m", "agents.cli", "rate", str(model), "--prompts", "prompts.txt", "--rater", "ann"]
     options = {"env": environment(), "encoding": "utf-8", "timeout": 60, "cwd": str(here)}
     child = pexpect.spawn(sys.executable, [*command, "--max_new_tokens", "4"], **options)
@@ -191,7 +196,7 @@ def test_a_run_is_rated_by_its_newest_model_and_goes_on_by_hand(model, here, mon
 
 
 @pytest.mark.slow
-def test_the_page_serves_what_was_asked(model, here):
+def test_the_page_serves_what_was_asked(model, here, pexpect):
     pytest.importorskip("uvicorn")
     command = ["-m", "agents.cli", "rate", str(model), "--prompts", "prompts.txt", "--web", "--max_new_tokens", "4"]
     options = {"env": environment(), "encoding": "utf-8", "timeout": 60, "cwd": str(here)}

@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-import pexpect
 import pytest
 from rich.console import Console
 
@@ -23,6 +22,12 @@ from textenv.feedback.terminal import RatingTerminal
 with FeedbackStore(sys.argv[1]) as store:
     print("all" if RatingTerminal(store, sys.argv[2]).run() else "quit", store.progress(sys.argv[2]))
 """
+
+
+@pytest.fixture
+def pexpect():
+    """A terminal for a process."""
+    return pytest.importorskip("pexpect")
 
 
 @pytest.fixture
@@ -136,24 +141,24 @@ def test_standing_answers_follow_undo_and_leave_repeats_out(store):
     assert questions_of(store._db.path, "other") == []
 
 
-def spawn(path, rater):
+def spawn(pexpect, path, rater):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
     return pexpect.spawn(
         sys.executable, ["-c", SCRIPT, str(path), rater], env=environment, encoding="utf-8", timeout=20
     )
 
 
-def test_in_a_terminal_that_is_killed_nothing_acknowledged_is_lost(store, tmp_path):
+def test_in_a_terminal_that_is_killed_nothing_acknowledged_is_lost(store, tmp_path, pexpect):
     for number in range(4):
         store.add("It was", [f" text {number}"])
-    child = spawn(tmp_path / "answers.db", "ann")
+    child = spawn(pexpect, tmp_path / "answers.db", "ann")
     child.expect("text 0"), child.sendline("4")
     child.expect("1 answer, mean 4.00"), child.sendline("2")
     child.expect("2 answers, mean 3.00")
     child.send("5")  # not yet a line
     child.kill(signal.SIGKILL), child.wait()
     assert [answer.value for answer in store.answers()] == [(4.0,), (2.0,)]
-    child = spawn(tmp_path / "answers.db", "ann")
+    child = spawn(pexpect, tmp_path / "answers.db", "ann")
     child.expect("text 2"), child.expect("2 answers, mean 3.00")
     child.sendline("u"), child.expect("Undone: the answer to score 2"), child.sendline("1")
     child.expect("mean 2.50"), child.sendline("q")
@@ -162,20 +167,20 @@ def test_in_a_terminal_that_is_killed_nothing_acknowledged_is_lost(store, tmp_pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_ctrl_d_end_it(store, tmp_path):
+def test_ctrl_c_and_ctrl_d_end_it(store, tmp_path, pexpect):
     store.add("It was", [" good."])
     for key, said in (("\x04", "quit Progress"), ("\x03", "KeyboardInterrupt")):
-        child = spawn(tmp_path / "answers.db", "ann")
+        child = spawn(pexpect, tmp_path / "answers.db", "ann")
         child.expect("0 answers"), child.send(key), child.expect(said), child.expect(pexpect.EOF)
     assert store.next("bob") is not None and store.answers() == []
 
 
 @pytest.mark.slow
-def test_two_raters_at_once_share_the_questions(store, tmp_path):
+def test_two_raters_at_once_share_the_questions(store, tmp_path, pexpect):
     n = 12
     for number in range(n):
         store.add("It was", [f" text {number}."])
-    children = {name: spawn(tmp_path / "answers.db", name) for name in ("ann", "bob")}
+    children = {name: spawn(pexpect, tmp_path / "answers.db", name) for name in ("ann", "bob")}
     for turn in range(n // 2):
         for child in children.values():
             child.expect(rf"{turn} answers?"), child.sendline("3")

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,19 @@ def test_two_raters_at_once_share_the_questions(store, tmp_path, pexpect):
     answers = store.answers()
     assert len({answer.item for answer in answers}) == len(answers) == n
     assert {answer.rater for answer in answers} == {"ann", "bob"}
+
+
+def test_waits_for_what_comes(store, monkeypatch):
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            store.add("It was", [" late."])
+
+    monkeypatch.setattr(time, "sleep", pause)
+    done, shown, asked = rate(store, ["4", "q"], wait=False)
+    assert done and not asked
+    store.add("It was", [" early."])
+    done, shown, asked = rate(store, ["4", "q"], wait=True)
+    assert not done and shown.index("early") < shown.index("late") and len(pauses) == 3

@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
 
 from textenv.episode import EndReason
+from textenv.printable import printable
 from textenv.prompts import PromptLike
 from textenv.rewarding import FAILURE
 from textenv.tokenizer import Tokenizer
@@ -27,7 +28,6 @@ from textenv.tokenizer import Tokenizer
 from .checkpoint import is_between_iterations, save_step
 from .curves import CURVES, check_matplotlib, draw_curves
 from .generation import Generation, generate
-from .printable import printable
 from .reward_share import RewardShare
 from .rollout_steps import remember
 from .scored import ScoredEpisodes

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from textenv.printable import printable
+
 from .backbone import n_positions
 from .config import TrainConfig
 from .generation import generate
-from .printable import printable
 from .refusal import Exit
 from .verb_config import ChatOptions, TrustOptions
 from .verbs import Writer, open_writer

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import itertools
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
-from .config import DEMO_SETTINGS, TrainConfig, TrainOptions, argument_help
-from .printable import printable
+from .arguments import check_file, make_options_parser, make_parser, nearest, parse, split, with_config
+from .config import DEMO_SETTINGS, TrainConfig, TrainOptions
 from .refusal import CommandError, Exit
 from .verb_config import (
     ChatOptions,
@@ -26,14 +21,14 @@ from .verb_config import (
     ExportFlags,
     ExportOptions,
     GenerateOptions,
+    RateConfig,
+    RateOptions,
     RewardModelConfig,
     SFTConfig,
     ShowOptions,
     StageOptions,
     TrustOptions,
 )
-
-ONLY_HERE = "only on the command line"
 
 
 class Verb(NamedTuple):
@@ -56,11 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_overview())
             return Exit.DONE
         if words[0] not in VERBS:
-            raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{_nearest(words[0], VERBS)}")
+            raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{nearest(words[0], VERBS)}")
         return int(VERBS[words[0]].run(words[1:]))
     except CommandError as error:
-        print(f"textenv: {printable(str(error))}", file=sys.stderr)
-        return error.code
+        return _refuse(error)
     except KeyboardInterrupt as interrupt:
         more = ": the same command with --resume goes on" if interrupt.args else ""  # a stage has saved its state
         print(f"textenv: interrupted{more}", file=sys.stderr)
@@ -71,9 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return Exit.DONE
-        known = as_command_error(error, Path.cwd())
-        print(f"textenv: {printable(str(known))}", file=sys.stderr)
-        return known.code
+        return _refuse(as_command_error(error, Path.cwd()))
+
+
+def _refuse(error: CommandError) -> int:
+    from textenv.printable import printable
+
+    print(f"textenv: {printable(str(error))}", file=sys.stderr)
+    return error.code
 
 
 def _overview() -> str:
@@ -85,138 +84,15 @@ def _overview() -> str:
     )
 
 
-def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f": did you mean {near[0]!r}?" if near else "."
-
-
-def make_parser(verb: str, usage: str, config: type, options: type | None = None) -> ArgumentParser:
-    """Return a verb's parser: the fields of a dataclass, and of another one that configurations cannot set.
-
-    Args:
-        verb: Its name.
-        usage: What stands behind it.
-        config: What a configuration file may have as well, where `usage` has one.
-        options: What the command line alone says.
-    """
-    description = (config.__doc__ or "").partition("\n")[0]
-    parser = ArgumentParser(
-        prog=f"textenv {verb}",
-        usage=f"textenv {verb} {usage}",
-        description=description,
-        exit_on_error=False,
-        allow_abbrev=False,  # else a key that lacks its last letters is taken for it
-    )
-    if "CONFIG" in usage:
-        parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; what follows overrides it.")
-    parser.add_class_arguments(config, as_group=False, as_positional=True)
-    helps = _helps(config)
-    if options is not None:
-        _add_options(parser.add_argument_group(ONLY_HERE), options)
-    for action in parser._actions:
-        if action.dest in helps:
-            action.help = helps[action.dest]
-    return parser
-
-
-def make_options_parser(options: type) -> argparse.ArgumentParser:
-    """Return a parser of the options alone, which knows of no configuration file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _add_options(parser, options)
-    return parser
-
-
-def _add_options(group: Any, options: type) -> None:
-    texts = argument_help(options)
-    for one in fields(options):
-        flag = f"--{one.name}"
-        kind = str(one.type)  # a text, since annotations are not evaluated there
-        if kind == "bool":
-            both = dict.fromkeys((flag, flag.replace("_", "-")))
-            group.add_argument(*both, action="store_true", help=texts[one.name])
-        elif kind.startswith("list"):
-            group.add_argument(flag, action="append", default=[], metavar="NAME", help=texts[one.name])
-        else:
-            group.add_argument(flag, type=str, metavar=one.name.upper(), help=texts[one.name])
-
-
-def _helps(config: type, above: str = "") -> dict[str, str]:
-    """Return the help of every argument of a dataclass and those in it, by dotted name."""
-    texts = {f"{above}{name}": text for name, text in argument_help(config).items()}
-    for name, kind in get_type_hints(config).items():
-        if is_dataclass(kind) and isinstance(kind, type):
-            texts |= _helps(kind, f"{above}{name}.")
-    return texts
-
-
-def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
-    """Parse what stands behind a verb.
-
-    Raises:
-        CommandError: For unknown names, with the nearest known one, and for wrong types.
-    """
-    try:
-        return parser.parse_args(words)
-    except ArgumentError as error:
-        known = [action.dest for action in parser._actions]
-        message = " ".join(str(error).split())
-        found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
-        group = re.search(r"Group '([\w.]+)'", message)
-        name = (f"{group[1]}." if group else "") + (found[1] or found[2]) if found else ""
-        hint = _nearest(name, known) if name and name not in known else ""
-        raise CommandError(message.rstrip(".") + (hint or ".")) from error
-
-
-def _with_config(words: list[str]) -> list[str]:
-    """Put --config in front of a configuration file that is given bare."""
-    return ["--config", *words] if words and not words[0].startswith("-") else words
-
-
-def _check_file(words: list[str]) -> None:
-    """Refuse a configuration file that is not there, or is no plain YAML, in a line."""
-    import yaml
-
-    for flag, path in itertools.pairwise(words):
-        if flag != "--config":
-            continue
-        try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CommandError(f"Expected a configuration file, got {path}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
-            raise CommandError(f"Expected plain YAML in {path}, got: {' '.join(str(error).split())}") from error
-        if not isinstance(found, dict):
-            raise CommandError(f"Expected keys and values in {path}, got {type(found).__name__}.")
-
-
-def _split(parser: ArgumentParser, words: list[str], config: type, options: type) -> tuple[Any, Any, str]:
-    """Return the configuration, the options, and the configuration as YAML.
-
-    Raises:
-        CommandError: If a configuration file has set an option: it would allow itself what only a person may.
-    """
-    parsed = parse(parser, words)
-    alone = make_options_parser(options).parse_known_args(words)[0]
-    for one in fields(options):
-        if getattr(parsed, one.name) != getattr(alone, one.name):
-            raise CommandError(f"Expected {one.name} {ONLY_HERE}, got it in a configuration file.")
-    names = [one.name for one in fields(options)]
-    rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
-    built = parser.instantiate(rest)
-    dumped = parser.dump(rest, skip_validation=True)
-    chosen = {one.name: getattr(parsed, one.name) for one in fields(options)}
-    return config(**{one.name: getattr(built, one.name) for one in fields(config)}), options(**chosen), dumped
-
-
 def train_config(words: list[str], verb: str = "train", options: type = TrainOptions) -> tuple[TrainConfig, Any, str]:
     """Return what `textenv train`, or another verb of a configuration, was told, and the configuration as YAML."""
     parser = make_parser(verb, "[CONFIG.yml] [--key value ...]", TrainConfig, options)
-    words = _with_config(words)
-    _check_file(words)
+    words = with_config(words)
+    check_file(words)
     names = {word.partition("=")[0] for word in words}
     if not names & {"--config", "--env.id", "--model.name", "--env", "--model"}:
         parser.set_defaults(DEMO_SETTINGS)
-    return _split(parser, words, TrainConfig, options)
+    return split(parser, words, TrainConfig, options)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -263,19 +139,20 @@ def _classifier(words: list[str]) -> int:
 
 
 def _reward_model(words: list[str]) -> int:
-    config, options = _stage("reward-model", words, RewardModelConfig)
+    words = [word.replace("--from-feedback", "--from_feedback") for word in words]
+    config, options = _stage("reward-model", words, RewardModelConfig, ("data", "task", "from_feedback"))
     from .stage_verbs import train_scorer
 
     return train_scorer(config, options)
 
 
-def _stage(verb: str, words: list[str], config: type) -> tuple[Any, Any]:
+def _stage(verb: str, words: list[str], config: type, sources: Sequence[str] = ("data", "task")) -> tuple[Any, Any]:
     parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, StageOptions)
-    words = _with_config(words)
-    _check_file(words)
-    chosen, allowed, _ = _split(parser, words, config, StageOptions)
-    if chosen.out is None or (chosen.data is None and chosen.task is None):
-        raise CommandError(f"Expected --data FILE, or --task NAME, and --out DIR for textenv {verb}.")
+    words = with_config(words)
+    check_file(words)
+    chosen, allowed, _ = split(parser, words, config, StageOptions)
+    if chosen.out is None or all(getattr(chosen, source) is None for source in sources):
+        raise CommandError(f"Expected --out DIR, and --{' or --'.join(sources)}, for textenv {verb}.")
     return chosen, allowed
 
 
@@ -308,6 +185,16 @@ def _chat(words: list[str]) -> int:
     from .chat import talk
 
     return talk(config, chosen, options)
+
+
+def _rate(words: list[str]) -> int:
+    words = ["--model", *words] if words and not words[0].startswith("-") else words
+    parser = make_parser("rate", "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]", RateConfig, RateOptions)
+    chosen, options, _ = split(parser, words, RateConfig, RateOptions)
+    config = None if chosen.model is None else run_or_model(chosen.model)
+    from .rate import rate
+
+    return rate(config, chosen, options)
 
 
 def _export(words: list[str]) -> int:
@@ -349,7 +236,7 @@ def _tasks(words: list[str]) -> int:
 
 def _options(verb: str, usage: str, words: list[str], config: type, options: type = TrustOptions) -> tuple[Any, Any]:
     parser = make_parser(verb, usage, config, options)
-    chosen, allowed, _ = _split(parser, words, config, options)
+    chosen, allowed, _ = split(parser, words, config, options)
     return chosen, allowed
 
 
@@ -384,6 +271,7 @@ VERBS = {
     "evaluate": Verb("a run's figures before and after, with intervals", _evaluate),
     "generate": Verb("continue the prompts of a file, as lines of JSON", _generate),
     "chat": Verb("talk with a model in the terminal", _chat),
+    "rate": Verb("have people score what a model writes, and train on it", _rate),
     "show": Verb("replay an episode token by token", _show),
     "export": Verb("write a run's model as a Hugging Face folder", _export),
     "compare": Verb("several runs in one picture and a table", _compare),

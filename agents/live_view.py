@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from .printable import printable
+from textenv.printable import printable
+
 from .screens import Remaining, clock, figures
 
 Row = dict[str, Any]

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from textenv.printable import printable
+
 from .config import Named, TrainConfig
-from .printable import printable
 
 
 def model_card(config: TrainConfig, about: Mapping[str, Any], results: str) -> str:

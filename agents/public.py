@@ -26,6 +26,7 @@ from .flat_policy import FlatLMPolicy
 from .generation import Generation, generate
 from .groups import SampleGroups
 from .kl import AdaptiveCoef, KLPenalty
+from .learned_reward import LearnedReward
 from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
 from .preferences import Labelled, Ranking, hh_pairs
@@ -59,6 +60,7 @@ __all__ = [
     "Labelled",
     "LastLayers",
     "LateScores",
+    "LearnedReward",
     "LoRA",
     "MaskableLMPolicy",
     "MaskableSequenceRolloutBuffer",

@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from .printable import printable
+from textenv.printable import printable
+
 from .run_folder import to_line
 
 Row = dict[str, Any]

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 
 from textenv.env import TextEnv
+from textenv.printable import printable
 from textenv.vector import TextVectorEnv
 
 from .assemble import assemble
@@ -14,7 +15,6 @@ from .config import DEMO, TrainConfig
 from .demo import demo_model
 from .evaluation import sequence_of
 from .policies import LMPolicy
-from .printable import printable
 from .reference import build_reference, divergences
 from .refusal import CommandError, Exit
 from .verb_config import ShowOptions, TrustOptions

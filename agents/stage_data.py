@@ -10,11 +10,12 @@ from textenv.tasks import dailydialog, hh, reviews, zh_reviews
 from textenv.tasks.parts import Part
 from textenv.tasks.random_texts import MAKERS, random_texts
 
+from .feedback_data import read_feedback
 from .preferences import Labelled, Ranking, hh_pairs
 from .pretrain import EOS_TOKEN
 from .refusal import CommandError
 from .sft_data import Text
-from .verb_config import SFTConfig, StageConfig
+from .verb_config import RewardModelConfig, SFTConfig, StageConfig
 
 N_RANDOM_TEXTS = 6_000  # of which a tenth is held out
 
@@ -55,12 +56,17 @@ def read_labels(config: StageConfig) -> Rows:
     return _of_files(config, _label)
 
 
-def read_preferences(config: StageConfig) -> Rows:
+def read_preferences(config: RewardModelConfig) -> Rows:
     """Return rankings, those of hh-rlhf included, or texts with a number each.
 
     Raises:
-        CommandError: If rows have other columns, or the task has no preferences.
+        CommandError: If rows have other columns, the task has no preferences, or there is no store of feedback.
     """
+    if config.from_feedback is not None:
+        if config.data is not None or config.task is not None:
+            raise CommandError("Expected --from-feedback in the place of --data and --task, got both.")
+        found = read_feedback(config.from_feedback, everything=config.held_out is not None)
+        return Rows(list(found.data), _preferences(config.held_out) or list(found.held_out))
     if config.task is not None:
         return _of_task(config, config.task, PREFERENCES)
     return Rows(_preferences(config.data), _preferences(config.held_out))

@@ -142,6 +142,7 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     name = _name(config.model)
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
     examples = read_preferences(config)
+    print(f"{len(examples.train)} examples, {len(examples.held_out)} held out")
     trained = train_reward_model(
         PretrainedRewardModel(name, num_labels=1, **more),
         load_tokenizer(name, Trust(options.allow, options.trust_remote_code)),

@@ -246,8 +246,9 @@ class RewardModelConfig(StageConfig):
         task: A task of `textenv tasks`, whose data set `data` then is; a tenth of it is held out.
         data: A .jsonl or .csv file with the columns chosen, rejected and perhaps prompt; or text and label. With
             `task` a folder, or the data set's name on the hub.
+        from_feedback: In its place, the answers of people that `textenv rate` has put into this file.
         out: Where the model goes.
-        held_out: A file that is measured and not trained on.
+        held_out: A file that is measured and not trained on; a tenth of the prompts, with `from_feedback`.
         loss: Where scores are compared: at the last token, or at all from the first difference on.
         centring: Keeps scores around zero.
         n_epochs: Passes over the data.
@@ -257,7 +258,72 @@ class RewardModelConfig(StageConfig):
         seed: Of a fresh head and of the order of the data.
     """
 
+    from_feedback: str | None = None
     loss: Literal["last", "tokens"] = "last"
     centring: float = 0.0
     n_epochs: float = 1.0
     learning_rate: float = 1e-5
+
+
+@dataclass
+class RateConfig:
+    """Have people score, compare or rank what a model writes; without a model, what waits for an answer already.
+
+    Interrupted, the same command goes on: nothing is generated twice, and nothing that was answered is asked again.
+
+    Args:
+        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        prompts: A .jsonl, .csv or .txt file; those of the built-in reviews for "demo".
+        db: Where questions and answers are kept; ratings.db by default, with --train in the folder `out`.
+        kind: What is asked; "score" by default, and without a model whatever waits.
+        n: Completions a prompt: 1 to score, 2 to compare, 4 to rank by default. With --train, samples an update.
+        rater: Who answers; the user's name by default.
+        raters: How many people are to answer each question.
+        low: The lowest score.
+        high: The highest score.
+        max_new_tokens: The most tokens of a completion.
+        seed: Of the sampling.
+        host: With --web, the address to listen on; one that others can reach needs a token.
+        port: With --web, its port; 0 takes a free one.
+        token: With --web, what visitors must have: 16 letters, digits, - and _ or more.
+        out: With --train, where the trained model and its checkpoints go.
+        learning_rate: With --train; the small model of the demo needs about 1e-3.
+        kl: With --train, the penalty on leaving the model as it was, in scores from -1 to 1 per nat.
+        updates: With --train, how many at most.
+    """
+
+    model: str | None = None
+    prompts: str | None = None
+    db: str | None = None
+    kind: Literal["score", "compare", "rank"] | None = None
+    n: int | None = None
+    rater: str | None = None
+    raters: int = 1
+    low: float = 1.0
+    high: float = 5.0
+    max_new_tokens: int = 32
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str | None = None
+    out: str | None = None
+    learning_rate: float = 1e-5
+    kl: float = 0.05
+    updates: int | None = None
+
+
+@dataclass
+class RateOptions(TrustOptions):
+    """What the command line alone says.
+
+    Args:
+        allow: A module that the configuration may import.
+        trust_remote_code: Let a model from the hub run its own code.
+        terminal: Answer here in the terminal: the default.
+        web: Answer on a page in the browser.
+        train: Score samples in the terminal, with an update of the model after every one, or every n.
+    """
+
+    terminal: bool = False
+    web: bool = False
+    train: bool = False

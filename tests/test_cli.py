@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from agents import cli
+from agents.arguments import make_parser
 from agents.config import TrainConfig, argument_help
 from agents.names import check_allowed
 from agents.refusal import CommandError
@@ -135,7 +136,7 @@ def test_a_text_with_a_colon_is_no_path():
 
 
 def test_every_argument_has_help():
-    parser = cli.make_parser("train", "[CONFIG]", TrainConfig)
+    parser = make_parser("train", "[CONFIG]", TrainConfig)
     assert [action.dest for action in parser._actions if not action.help] == []
     assert argument_help(TrainConfig)["seed"] == "Of everything random."
 

@@ -57,6 +57,7 @@ CALLS = {  # what stands behind each verb, and what it prints or leaves
     ),
     "evaluate": ("run --metrics [distinct] --n_prompts 4", r"\| reward \|", "run/evaluation.json"),
     "generate": ("run --prompts prompts.txt --max_new_tokens 3", r'^\{"prompt": "this phone is"', None),
+    "rate": ("small --prompts prompts.txt --max_new_tokens 3 --db answers.db", r"1 answered, 0 skipped", "answers.db"),
     "chat": ("run --max_new_tokens 3", r"\S", None),
     "show": ("run --prompt 1", r"reward", None),
     "export": ("run exported", r"exported", "exported/model.safetensors"),
@@ -69,7 +70,7 @@ CALLS = {  # what stands behind each verb, and what it prints or leaves
 @pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "train"])
 def test_each_verb(verb, place):
     words, prints, leaves = CALLS[verb]
-    code, out, err = command(verb, *words.split(), cwd=place, given="this phone is\n")
+    code, out, err = command(verb, *words.split(), cwd=place, given="3\n" if verb == "rate" else "this phone is\n")
     assert (code == 0 or verb == "doctor") and "Traceback" not in err, err
     assert re.search(prints, out, flags=re.MULTILINE), out
     assert leaves is None or (place / leaves).stat().st_size > 0

@@ -185,4 +185,4 @@ def test_stages_say_what_their_files_lack(model, tmp_path, capsys):
         assert run(verb, "--model", model, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out") == 2
         assert f"Expected {words}" in capsys.readouterr().err
         assert run(verb) == 2
-        assert "Expected --data FILE, or --task NAME, and --out DIR" in capsys.readouterr().err
+        assert re.search("Expected --out DIR, and --data or --task", capsys.readouterr().err)

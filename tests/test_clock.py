@@ -96,7 +96,11 @@ def test_the_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
 
 def test_no_clock_but_these_is_read():
     """Time that is measured comes from a clock that cannot jump; the others stamp logs and name folders."""
-    allowed = {"http_judge.py": "Retry-After is a date", "run_folder.py": "stamps and names"}
+    allowed = {
+        "http_judge.py": "Retry-After is a date",
+        "run_folder.py": "stamps and names",
+        "store.py": "stamps, and in whose hands an item is, which only orders",
+    }
     root = os.path.dirname(os.path.dirname(cli.__file__))
     found = {}
     for package in ("agents", "textenv"):

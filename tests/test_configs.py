@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agents import cli
+from agents import arguments, cli
 from agents.stage_verbs import fresh_config
 from agents.verb_config import ClassifierConfig, EvaluateOptions, RewardModelConfig, SFTConfig
 from tests.command import ROOT, run
@@ -38,8 +38,8 @@ def commands(path):
 
 
 def stage_config(verb, words):
-    parser = cli.make_parser(verb, "[CONFIG.yml]", STAGES[verb], cli.StageOptions)
-    return cli._split(parser, cli._with_config(words), STAGES[verb], cli.StageOptions)[0]
+    parser = arguments.make_parser(verb, "[CONFIG.yml]", STAGES[verb], cli.StageOptions)
+    return arguments.split(parser, arguments.with_config(words), STAGES[verb], cli.StageOptions)[0]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -70,8 +70,8 @@ def test_its_commands_are_understood_and_make_what_the_next_ones_read(path):
             if fresh := vars(config).get("fresh"):
                 assert fresh_config(fresh).model_type == fresh["model_type"]
         else:
-            parser = cli.make_parser(verb, "RUN", EvaluateOptions, cli.TrustOptions)
-            needed, out = {cli.parse(parser, words).run}, None
+            parser = arguments.make_parser(verb, "RUN", EvaluateOptions, cli.TrustOptions)
+            needed, out = {arguments.parse(parser, words).run}, None
         if path in TRAINED:
             assert needed <= made, "an earlier command makes it"
         made.add(out)

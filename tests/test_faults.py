@@ -19,13 +19,13 @@ from agents.checkpoint import CheckpointError, latest_checkpoint, save_step, ver
 from agents.config import TrainConfig
 from agents.demo import demo_model
 from agents.model_card import model_card
-from agents.printable import printable
 from agents.recording import Recorder
 from agents.refusal import CommandError
 from agents.run_folder import RunFolder
 from agents.screens import PlainScreen
 from tests.command import ROLLOUT, run, settings, small_model
 from tests.training import tiny_agent
+from textenv.printable import printable
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\r\u202e<script>alert(1)</script>"
 

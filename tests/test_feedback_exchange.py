@@ -146,9 +146,11 @@ def test_unknown_forms_are_refused(store):
 
 def test_reward_models_read_pairs_and_scores(filled, tmp_path):
     from agents.preferences import Labelled, Ranking
-    from agents.stage_verbs import examples
+    from agents.stage_data import read_preferences
+    from agents.verb_config import RewardModelConfig
 
     export(filled, tmp_path / "pairs.jsonl", "pairs")
     export(filled, tmp_path / "scores.jsonl", "scores")
-    assert examples(str(tmp_path / "pairs.jsonl"))[0] == Ranking(("y", "x"), "compare0")
-    assert examples(str(tmp_path / "scores.jsonl"))[0] == Labelled("scorex", 4.0)
+    first = Ranking(("y", "x"), "compare0")
+    for name, expected in (("pairs", first), ("scores", Labelled("scorex", 4.0))):
+        assert read_preferences(RewardModelConfig(data=str(tmp_path / f"{name}.jsonl"))).train[0] == expected

@@ -10,6 +10,7 @@ from textenv.rewards.asynchronous import AsyncFunction, AsyncReward
 from textenv.rewards.base import BatchReward, RowReward, score_rows
 from textenv.rewards.compose import Cached, Clip, Ensemble, Gate, Scale, WeightedSum
 from textenv.rewards.http_judge import ChatJudge, HTTPJudge
+from textenv.rewards.human import HumanReward
 from textenv.rewards.lexicon import Vader
 from textenv.rewards.overlap import Bleu, Chrf, Meteor, Rouge, SacreBleu
 from textenv.rewards.registry import make_reward, read_reward, register_reward
@@ -29,6 +30,7 @@ __all__ = [
     "Format",
     "Gate",
     "HTTPJudge",
+    "HumanReward",
     "Keyword",
     "Length",
     "Meteor",

@@ -33,6 +33,7 @@ _ENTRY_POINTS = {
     "preference": f"{_ROOM}.preference:Preference",
     "likelihood": f"{_ROOM}.likelihood:Likelihood",
     "similarity": f"{_ROOM}.similarity:Similarity",
+    "human": f"{_ROOM}.human:HumanReward",
     "async": f"{_ROOM}.asynchronous:AsyncFunction",
     "http": f"{_ROOM}.http_judge:HTTPJudge",
     "chat": f"{_ROOM}.http_judge:ChatJudge",

@@ -1,0 +1,143 @@
+"""From the words behind a verb to its configuration and options; without torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+
+from .config import argument_help
+from .refusal import CommandError
+
+ONLY_HERE = "only on the command line"
+
+
+def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """Return the end of a sentence: the known name that is most like this one, if one is."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else "."
+
+
+def make_parser(verb: str, usage: str, config: type, options: type | None = None) -> ArgumentParser:
+    """Return a verb's parser: the fields of a dataclass, and of another one that configurations cannot set.
+
+    Args:
+        verb: Its name.
+        usage: What stands behind it.
+        config: What a configuration file may have as well, where `usage` has one.
+        options: What the command line alone says.
+    """
+    description = (config.__doc__ or "").partition("\n")[0]
+    parser = ArgumentParser(
+        prog=f"textenv {verb}",
+        usage=f"textenv {verb} {usage}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,  # else a key that lacks its last letters is taken for it
+    )
+    if "CONFIG" in usage:
+        parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; what follows overrides it.")
+    parser.add_class_arguments(config, as_group=False, as_positional=True)
+    helps = _helps(config)
+    if options is not None:
+        _add_options(parser.add_argument_group(ONLY_HERE), options)
+    for action in parser._actions:
+        if action.dest in helps:
+            action.help = helps[action.dest]
+    return parser
+
+
+def make_options_parser(options: type) -> argparse.ArgumentParser:
+    """Return a parser of the options alone, which knows of no configuration file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_options(parser, options)
+    return parser
+
+
+def _add_options(group: Any, options: type) -> None:
+    texts = argument_help(options)
+    for one in fields(options):
+        flag = f"--{one.name}"
+        kind = str(one.type)  # a text, since annotations are not evaluated there
+        if kind == "bool":
+            both = dict.fromkeys((flag, flag.replace("_", "-")))
+            group.add_argument(*both, action="store_true", help=texts[one.name])
+        elif kind.startswith("list"):
+            group.add_argument(flag, action="append", default=[], metavar="NAME", help=texts[one.name])
+        else:
+            group.add_argument(flag, type=str, metavar=one.name.upper(), help=texts[one.name])
+
+
+def _helps(config: type, above: str = "") -> dict[str, str]:
+    """Return the help of every argument of a dataclass and those in it, by dotted name."""
+    texts = {f"{above}{name}": text for name, text in argument_help(config).items()}
+    for name, kind in get_type_hints(config).items():
+        if is_dataclass(kind) and isinstance(kind, type):
+            texts |= _helps(kind, f"{above}{name}.")
+    return texts
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
+    """Parse what stands behind a verb.
+
+    Raises:
+        CommandError: For unknown names, with the nearest known one, and for wrong types.
+    """
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        known = [action.dest for action in parser._actions]
+        message = " ".join(str(error).split())
+        found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
+        group = re.search(r"Group '([\w.]+)'", message)
+        name = (f"{group[1]}." if group else "") + (found[1] or found[2]) if found else ""
+        hint = nearest(name, known) if name and name not in known else ""
+        raise CommandError(message.rstrip(".") + (hint or ".")) from error
+
+
+def with_config(words: list[str]) -> list[str]:
+    """Put --config in front of a configuration file that is given bare."""
+    return ["--config", *words] if words and not words[0].startswith("-") else words
+
+
+def check_file(words: list[str]) -> None:
+    """Refuse a configuration file that is not there, or is no plain YAML, in a line."""
+    import yaml
+
+    for flag, path in itertools.pairwise(words):
+        if flag != "--config":
+            continue
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CommandError(f"Expected a configuration file, got {path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise CommandError(f"Expected plain YAML in {path}, got: {' '.join(str(error).split())}") from error
+        if not isinstance(found, dict):
+            raise CommandError(f"Expected keys and values in {path}, got {type(found).__name__}.")
+
+
+def split(parser: ArgumentParser, words: list[str], config: type, options: type) -> tuple[Any, Any, str]:
+    """Return the configuration, the options, and the configuration as YAML.
+
+    Raises:
+        CommandError: If a configuration file has set an option: it would allow itself what only a person may.
+    """
+    parsed = parse(parser, words)
+    alone = make_options_parser(options).parse_known_args(words)[0]
+    for one in fields(options):
+        if getattr(parsed, one.name) != getattr(alone, one.name):
+            raise CommandError(f"Expected {one.name} {ONLY_HERE}, got it in a configuration file.")
+    names = [one.name for one in fields(options)]
+    rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
+    built = parser.instantiate(rest)
+    dumped = parser.dump(rest, skip_validation=True)
+    chosen = {one.name: getattr(parsed, one.name) for one in fields(options)}
+    return config(**{one.name: getattr(built, one.name) for one in fields(config)}), options(**chosen), dumped

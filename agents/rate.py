@@ -1,0 +1,173 @@
+"""The command `textenv rate`: a model's completions become questions, which people answer in a terminal or browser."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import sqlite3
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from textenv import demo
+from textenv.env import TextEnv
+from textenv.feedback.asked import questions_of
+from textenv.feedback.records import MAX_COMPLETIONS, Kind, check_rater, check_scale
+from textenv.feedback.store import FeedbackStore
+from textenv.feedback.terminal import RatingTerminal
+from textenv.prompts import Prompt, PromptLike, read_rows
+
+from .config import DEMO, TrainConfig
+from .demo import demo_model
+from .generation import generate
+from .policies import LMPolicy
+from .refusal import CommandError, Exit, StorageError
+from .verb_config import RateConfig, RateOptions
+from .verbs import Writer, open_writer
+
+CHUNK = 16  # prompts that are continued together; what is written of them survives an interrupt
+DATABASE = "ratings.db"
+N_COMPLETIONS = {"score": 1, "compare": 2, "rank": 4}
+
+
+def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -> int:
+    """Put a model's completions into the store, and ask people.
+
+    Args:
+        config: The configuration of the run that `chosen.model` is, if it is one.
+        chosen: What is asked, of whom and where.
+        options: How.
+
+    Raises:
+        CommandError: If options do not go together, or the store cannot be written to.
+    """
+    if options.web and (options.terminal or options.train):
+        raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
+    rater = check_rater(getpass.getuser() if chosen.rater is None else chosen.rater)
+    check_scale((chosen.low, chosen.high))
+    if options.train and (chosen.model is None or chosen.out is None or chosen.kind not in (None, "score")):
+        raise CommandError("Expected a model, --out DIR and no other --kind than score for textenv rate --train.")
+    db = chosen.db or (f"{chosen.out}/{DATABASE}" if options.train else DATABASE)
+    chosen = replace(chosen, db=db)
+    transformers_logging.disable_progress_bar()
+    try:
+        if options.train:
+            from .rate_training import train_by_hand
+
+            return train_by_hand(config, chosen, options, rater)
+        return _rate(config, chosen, options, rater)
+    except sqlite3.Error as error:
+        raise StorageError(f"Expected a store of feedback to write to, got {db}: {error}.") from error
+
+
+def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, rater: str) -> int:
+    assert chosen.db is not None
+    with FeedbackStore(chosen.db) as store:
+        if chosen.model is not None:
+            prompts, _ = read_prompts(chosen), question_of(chosen)
+            name = str(demo_model()) if chosen.model == DEMO else chosen.model
+            n_new = ask(store, open_writer(name, config, options), prompts, chosen)
+            print(f"{n_new} new questions in {chosen.db}")
+        if options.web:
+            serve_page(store, chosen)
+            return Exit.DONE
+        if chosen.model is None:
+            print(f"what waits in {chosen.db}, and what comes; Ctrl-C or q ends")
+        RatingTerminal(store, rater, chosen.kind).run(wait=chosen.model is None)
+        progress = store.progress(rater, chosen.kind)
+    print(f"{rater}: {progress.done} answered, {progress.skipped} skipped, {progress.left} left in {chosen.db}")
+    if progress.done:
+        print(f"next: textenv reward-model --from-feedback {chosen.db} --out DIR")
+    return Exit.DONE
+
+
+def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
+    """Serve the page until Ctrl-C."""
+    from textenv.feedback.web import serve  # an extra: pip install textenv[feedback]
+
+    announce = partial(print, "the page of raters, until Ctrl-C:", flush=True)
+    serve(store, kind=chosen.kind, host=chosen.host, port=chosen.port, token=chosen.token, announce=announce)
+
+
+def read_prompts(chosen: RateConfig) -> list[PromptLike]:
+    """Return the prompts of the file, or those of the demo.
+
+    Raises:
+        CommandError: If there are none.
+    """
+    if chosen.prompts is None and chosen.model == DEMO:
+        return list(demo.prompts())
+    if chosen.prompts is None:
+        raise CommandError(f"Expected --prompts FILE for textenv rate {chosen.model}.")
+    try:
+        return list(read_rows(chosen.prompts))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"Expected prompts in {chosen.prompts}, got: {error}") from error
+
+
+def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], chosen: RateConfig) -> int:
+    """Add the questions that the same model and settings have not led to before, and return how many.
+
+    Each is in the store before the next chunk of prompts is continued.
+    """
+    assert chosen.db is not None
+    kind, n, size = question_of(chosen)
+    scale = (chosen.low, chosen.high)
+    run = f"{chosen.model} {fingerprint(writer.policy, kind, n, scale, chosen.max_new_tokens, chosen.seed)}"
+    known = Counter(question.prompt for question in questions_of(chosen.db, run))
+    n_new = 0
+    for start in tqdm(range(0, len(prompts), CHUNK), desc="completions", unit="chunk", disable=None):
+        rows = prompts[start : start + CHUNK]
+        env = TextEnv(rows, writer.tokenizer, reward=_no_reward, max_new_tokens=1)  # type: ignore[arg-type]
+        missing: list[PromptLike] = []
+        for row, prompt in zip(rows, env.prompts, strict=True):
+            there = min(known[str(prompt)], n // size)
+            known[str(prompt)] -= there
+            missing += [row] * (n - there * size)
+        if not missing:
+            continue
+        written = generate(
+            writer.policy,
+            missing,
+            writer.tokenizer,  # type: ignore[arg-type]
+            max_new_tokens=chosen.max_new_tokens,
+            seed=chosen.seed + start,
+        )
+        for place in range(0, len(written), size):
+            part = written[place : place + size]
+            texts, options = [one.text for one in part], {"run": run, "raters": chosen.raters, "scale": scale}
+            store.add(str(part[0].prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
+            n_new += 1
+    return n_new
+
+
+def question_of(chosen: RateConfig) -> tuple[Kind, int, int]:
+    """Return what is asked, how many completions a prompt gets, and how many of them a question has.
+
+    Raises:
+        CommandError: If so many cannot be dealt to questions.
+    """
+    kind: Kind = chosen.kind or "score"
+    n = N_COMPLETIONS[kind] if chosen.n is None else chosen.n
+    size = n if kind == "rank" else N_COMPLETIONS[kind]
+    if kind == "rank" and not 2 <= n <= MAX_COMPLETIONS:
+        raise CommandError(f"Expected --n from 2 to {MAX_COMPLETIONS} to rank, got {n}.")
+    if n < 1 or n % size:
+        raise CommandError(f"Expected a positive {'even ' if size == 2 else ''}--n to {kind}, got {n}.")
+    return kind, n, size
+
+
+def fingerprint(policy: LMPolicy, *settings: object) -> str:
+    """Return what tells a model's weights, together with settings, from others."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, weight in policy.backbone.model.state_dict().items():
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _no_reward(prompt: Prompt, preds: object, done: bool) -> float:
+    return 0.0

@@ -112,10 +112,10 @@ def test_the_command_trains_on_feedback(tmp_path, capsys):
     assert run("reward-model", "--from-feedback", tmp_path / "answers.db", *words) == 0
     said = capsys.readouterr().out
     assert "18 examples, 2 held out" in said
-    assert float(re.search(r"accuracy=(\d\.\d+)", said)[1]) == 1.0
+    assert float(re.search(r"held out: (\d\.\d+) \[", said)[1]) == 1.0
     assert run("reward-model", f"--from-feedback={tmp_path / 'nowhere.db'}", *words) == 2
     assert run("reward-model", "--data", "x.jsonl", "--from-feedback", tmp_path / "answers.db", *words) == 2
     assert run("reward-model", *words) == 2
     said = capsys.readouterr().err.splitlines()
-    assert "got no file" in said[0] and "Expected --data FILE or --from_feedback FILE and --out DIR" in said[1]
-    assert said[1] == said[2]
+    assert "got no file" in said[0] and "Expected --from-feedback in the place of --data and --task" in said[1]
+    assert "Expected --out DIR, and --data or --task or --from_feedback" in said[2]

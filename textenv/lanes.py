@@ -244,8 +244,8 @@ class Lanes:
                 return EndReason.LENGTH
         elif len(ids) > rules.max_response_tokens:
             raise ValueError(
-                f"Expected a response of at most max_response_tokens={rules.max_response_tokens} tokens, got {len(ids)} "
-                f"({describe(self.prompts[lane], preds)}): shorten it in `respond`, or raise the limit."
+                f"Expected a response of at most max_response_tokens={rules.max_response_tokens} tokens, got "
+                f"{len(ids)} ({describe(self.prompts[lane], preds)}): shorten it in `respond`, or raise the limit."
             )
         self.tokens[lane, start : start + len(ids)] = ids
         self.lengths[lane] = self.turn_starts[lane] = start + len(ids)

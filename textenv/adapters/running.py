@@ -97,9 +97,8 @@ class RunningGames:
             try:
                 result = running.game.step(text)
             except Exception as error:
-                raise GameError(
-                    f"The game of seed {running.seed} raised {error!r:.400} at {text!r:.80}, after {running.texts!r:.200}."
-                ) from error
+                where = f"at {text!r:.80}, after {running.texts!r:.200}"
+                raise GameError(f"The game of seed {running.seed} raised {error!r:.400} {where}.") from error
         if not isinstance(result, tuple) or len(result) != 5 or not isinstance(result[0], str):
             raise GameError(
                 f"Expected `step` of {type(running.game).__name__} to return text, reward, terminated, truncated and "

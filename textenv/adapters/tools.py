@@ -90,6 +90,8 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 }
 LARGEST = 10**15  # of every number on the way
 LARGEST_EXPONENT = 50
+GRAMMAR = "expected numbers with + - * / // % ** and brackets"
+RANGE = "expected real numbers up to 1e15"
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,15 @@ class Calculator:
         if len(text) > self.max_chars:
             raise ToolError(f"expected at most {self.max_chars} characters")
         try:
-            value = _value(ast.parse(text, mode="eval").body)
-        except SyntaxError as error:
-            raise ToolError("expected numbers with + - * / // % ** and brackets") from error
+            tree = ast.parse(text, mode="eval")
+        except (SyntaxError, ValueError) as error:  # ValueError: null bytes, in Python 3.10
+            raise ToolError(GRAMMAR) from error
+        try:
+            value = _value(tree.body)
         except ZeroDivisionError as error:
             raise ToolError("division by zero") from error
+        except OverflowError as error:
+            raise ToolError(RANGE) from error
         return format(value, "d" if isinstance(value, int) else ".10g")
 
 
@@ -133,10 +139,10 @@ def _value(node: ast.AST) -> int | float:
         if isinstance(node.op, ast.Pow) and abs(right) > LARGEST_EXPONENT:
             raise ToolError(f"expected exponents up to {LARGEST_EXPONENT}")
         return _bounded(OPERATORS[type(node.op)](left, right))
-    raise ToolError("expected numbers with + - * / // % ** and brackets")
+    raise ToolError(GRAMMAR)
 
 
 def _bounded(value: Any) -> int | float:
     if isinstance(value, complex) or not abs(value) <= LARGEST:
-        raise ToolError("expected real numbers up to 1e15")
+        raise ToolError(RANGE)
     return value

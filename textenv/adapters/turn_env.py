@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from textenv.adapters.game import Game, Outcome
 from textenv.adapters.running import RunningGames
@@ -43,7 +43,7 @@ class TurnEnv(TextEnv):
         chat: Whether opening and replies are a user's messages, and turns the assistant's, by the tokenizer's chat
             template; else texts follow each other as they are.
         stop_ids: As in `TextEnv`, and so are all below.
-        max_prompt_tokens: The longest opening.
+        max_prompt_tokens: The longest opening. Unset, the longest of the `n_games`; other seeds may have longer ones.
         samples_per_prompt: How many times each game is played before the next: a group.
         order: In which order games are played.
         mask: Which tokens are allowed next.

@@ -39,7 +39,7 @@ def test_a_call_is_answered_and_not_played():
 def test_a_result_is_observed_and_never_trained():
     env = TurnEnv(tool_sum, TOKENIZER, turn_tokens=20, max_new_tokens=60, n_games=2, stop=["</calc>"])
     env.reset(options={"prompts": [{"seed": 0}]})
-    steps = write(env, "<calc>12*30</calc>")
+    steps = [env.step(token) for token in TOKENIZER.encode("<calc>12*30</calc>")]
     observation = steps[-1][0]
     assert TOKENIZER.decode(observation[observation >= 0].tolist()) == "12*30 = <calc>12*30</calc> = 360 . "
     steps += write(env, "360/")
@@ -79,9 +79,9 @@ def test_the_calculator_calculates(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "1+", "x", "__import__('os')", "1 if 1 else 2", "[1]", "'a'*3", "True", "1j", "(-8)**0.5", "1/0", "1%0", "0**-1",
-     "10**16", "9**9**9", "2**51", "10**10*10**10", "1e10**40", "1e999", "1" * 101, "(" * 60 + "1" + ")" * 40, "1 2", "f(1)", "1;2",
-     "1\n2", "\0"],
+    ["", "1+", "x", "__import__('os')", "1 if 1 else 2", "[1]", "'a'*3", "True", "1j", "(-8)**0.5", "1/0", "1%0",
+     "0**-1", "10**16", "9**9**9", "2**51", "10**10*10**10", "1e10**40", "1e999", "1" * 101, "(" * 60 + "1" + ")" * 40,
+     "1 2", "f(1)", "1;2", "1\n2", "\0"],
 )  # fmt: skip
 def test_the_calculator_refuses_all_else(text):
     with pytest.raises(ToolError):

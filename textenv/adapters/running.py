@@ -66,13 +66,13 @@ class RunningGames:
         Raises:
             GameError: If the game raises, breaks its protocol, or answers otherwise than it did.
         """
-        texts, running = [turn.text for turn in turns], self._running.get(lane)
+        texts, running = [turn.text.strip() for turn in turns], self._running.get(lane)
         if running is not None and running.seed == seed and running.texts == texts and running.last is not None:
             return running.last
         if running is None or running.seed != seed or running.texts != texts[:-1]:
             self._check_same(seed, 0, self._begin(lane, seed), opening)
-            for number, turn in enumerate(turns[:-1], start=1):
-                self._check_same(seed, number, self._step(lane, turn.text).text, turn.response)
+            for number, (text, turn) in enumerate(zip(texts[:-1], turns, strict=False), start=1):
+                self._check_same(seed, number, self._step(lane, text).text, turn.response)
         return self._step(lane, texts[-1])
 
     def _begin(self, lane: int, seed: int) -> str:

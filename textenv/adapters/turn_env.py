@@ -20,11 +20,12 @@ from textenv.tokenizer import Tokenizer
 class TurnEnv(TextEnv):
     """A game as a `TextEnv`: the policy writes a turn token by token, the game is played, its reply is observed.
 
-    A turn ends with EOS, a stop string or its `turn_tokens`-th token. The reward of a turn is that of its last token;
-    all its other tokens earn 0. The reply is observed, never trained: between turns the observation grows by its tokens
-    (of a chat, by what the chat template writes up to the assistant's next turn), and what stood there stays, token for
-    token. The game ends the episode: terminated where it says so, else truncated (end reason "length") where it says
-    so, or where `max_new_tokens` leaves no room for the reply and a whole turn more.
+    A turn ends with EOS, a stop string or its `turn_tokens`-th token; the game gets its text without those and without
+    white space around it. The reward of a turn is that of its last token; all its other tokens earn 0. The reply is
+    observed, never trained: between turns the observation grows by its tokens (of a chat, by what the chat template
+    writes up to the assistant's next turn), and what stood there stays, token for token. The game ends the episode:
+    terminated where it says so, else truncated (end reason "length") where it says so, or where `max_new_tokens` leaves
+    no room for the reply and a whole turn more.
 
     A prompt is the opening of a numbered game: its row is `{"seed": n}`. Rows of other seeds, as
     `reset(options={"prompts": [{"seed": 10_000}]})` takes them, are games that training has not seen.
@@ -39,7 +40,7 @@ class TurnEnv(TextEnv):
         turn_tokens: The most tokens of one turn.
         max_new_tokens: The room behind the opening: the most tokens of all turns and replies together.
         n_games: How many games there are to train on: the seeds from 0. Their openings are read at once.
-        stop: Texts that end a turn as soon as they appear; the game gets the turn without them.
+        stop: Texts that end a turn as soon as they appear.
         chat: Whether opening and replies are a user's messages, and turns the assistant's, by the tokenizer's chat
             template; else texts follow each other as they are.
         stop_ids: As in `TextEnv`, and so are all below.

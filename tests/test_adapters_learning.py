@@ -1,0 +1,207 @@
+"""Games are learnt: well above chance, and not where what they need is taken away."""
+
+import random
+import re
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from agents import make_agent
+from agents.pretrain import pretrain, word_tokenizer
+from tests import fakes
+from tests.training import tiny_config
+from textenv.adapters import Calculator, ToolGame, TurnEnv
+from textenv.adapters.gem import GemGame
+from textenv.adapters.textarena import TextArenaGame
+from textenv.lanes import Lanes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning"),
+]
+N_EPISODES = 300
+
+
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.library)])
+def source(request, monkeypatch):
+    """The stand-ins of the libraries, or the libraries."""
+    if request.param == "fake":
+        for module, content in {**fakes.textarena(), **fakes.gem()}.items():
+            monkeypatch.setitem(sys.modules, module, content)
+    return request.param
+
+
+def won(env, act):
+    """The share of unseen games whose last reward is 1."""
+    lanes = Lanes(env, N_EPISODES)
+    observations = lanes.reset(prompts=[{"seed": 10_000 + number} for number in range(N_EPISODES)])
+    n_won = 0
+    while not lanes.idle.all():
+        result = lanes.step(act(observations))
+        observations = result.observations
+        n_won += sum(result.rewards[lane] == 1.0 for lane in result.final_observations)
+    return n_won / N_EPISODES
+
+
+def play(model, env):
+    return won(env, lambda observations: model.predict(observations, deterministic=False)[0])
+
+
+def agent(env, lm=None, **kwargs):
+    lm = lm or tiny_config(vocab_size=len(env.tokenizer), n_embd=32)
+    settings = {"n_envs": 64, "n_steps": 6, "batch_size": 384, "n_epochs": 8, "learning_rate": 3e-3, **kwargs}
+    return make_agent(env, lm, device="cpu", seed=0, **settings)
+
+
+def trained(texts, tokenizer, n_epochs=2.0, **shape):
+    """A tiny model that continues texts."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(tiny_config(vocab_size=len(tokenizer), n_embd=32, **shape))
+    pretrain(model, tokenizer, texts, n_epochs=n_epochs, learning_rate=1e-2, progress_bar=False)
+    return model
+
+
+# GuessTheNumber, of 7 numbers in 3 guesses: halving finds all, guessing without the hints 3 of 7
+
+NUMBERS = [str(number) for number in range(1, 8)]
+GUESSES = word_tokenizer([*NUMBERS, "guess", "higher", "lower", "invalid"])
+
+
+def hint(text):
+    return next((word for word in ("higher", "lower", "invalid") if word in text), "guess")
+
+
+def no_hint(text):
+    return "invalid" if "invalid" in text else "guess"
+
+
+class Won(TurnEnv):
+    """TextArena pays for a near miss, also for two invalid moves behind a first guess of 4: only wins count here."""
+
+    def get_reward(self, prompt, preds, done):
+        return float(done and self.outcome(prompt, preds).reward == 1.0)
+
+
+def guess_env(library, to_text):
+    make = {
+        "textarena": partial(TextArenaGame, "GuessTheNumber-v0", max_number=7, to_action="[{}]".format),
+        "gem": partial(GemGame, "game:GuessTheNumber-v0-easy", max_number=7, to_action="\\boxed{{{}}}".format),
+    }[library]
+    return Won(partial(make, to_text=to_text), GUESSES, turn_tokens=1, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("library", ["textarena", "gem"])
+def test_guess_the_number(source, library):
+    if source == "real":
+        pytest.importorskip(library)
+    env = guess_env(library, hint)
+    rng, ids = np.random.default_rng(0), [GUESSES.convert_tokens_to_ids(number) for number in NUMBERS]
+    at_random = won(env, lambda observations: rng.choice(ids, size=len(observations)))
+    shares = {}
+    for to_text in (hint, no_hint):
+        env = guess_env(library, to_text)
+        model = agent(env)
+        model.learn(64 * 6 * 60)
+        shares[to_text.__name__] = play(model, env)
+    print(library, at_random, shares)
+    assert at_random < 0.45
+    assert shares["hint"] > 0.75
+    assert shares["no_hint"] < 0.5
+
+
+# Tic-tac-toe against a random opponent
+
+CELLS = [str(cell) for cell in range(9)]
+MOVES = word_tokenizer([*CELLS, "go", "invalid"])
+LINES = fakes.ArenaTicTacToe.LINES
+
+
+def random_game(seed):
+    """A game of legal moves at random, as the policy would see it."""
+    rng = random.Random(seed)
+    moves = rng.sample(CELLS, 9)
+    for n_moves in range(5, 10):
+        own = moves[(n_moves - 1) % 2 : n_moves : 2]
+        if any(set(line) <= set(own) for line in LINES):
+            return " ".join(["go", *moves[:n_moves]])
+    return " ".join(["go", *moves])
+
+
+def random_opponent(text):
+    free = re.findall(r"\[\d\]", text.rsplit("Available Moves:", 1)[1])
+    return random.choice(free)
+
+
+def last_move(text):
+    if "invalid move" in text:
+        return "invalid"
+    return (re.findall(r"Player 1 placed their symbol \(X\) in cell (\d)", text) or ["go"])[-1]
+
+
+class Unpaid(TurnEnv):
+    """The control: nothing is earned."""
+
+    def get_reward(self, prompt, preds, done):
+        return 0.0
+
+
+def test_tic_tac_toe(source):
+    if source == "real":
+        pytest.importorskip("textarena")
+    make = partial(TextArenaGame, "TicTacToe-v0", [random_opponent], to_text=last_move, to_action="[{}]".format)
+    env, unpaid = (cls(make, MOVES, turn_tokens=1, max_new_tokens=13) for cls in (TurnEnv, Unpaid))
+    lm = trained([random_game(seed) for seed in range(2000)], MOVES, n_epochs=4)
+    shares = [play(agent(env, lm=lm), env)]
+    for training in (env, unpaid):
+        model = agent(training, lm=lm, n_envs=128, batch_size=768, learning_rate=2e-3)
+        model.learn(128 * 6 * 40)
+        shares.append(play(model, env))
+    print("tic-tac-toe", shares)
+    start, end, control = shares
+    assert start < 0.65
+    assert end > start + 0.15
+    assert control < start + 0.08
+
+
+# A product in two turns: the tool has to be called, and its result to be written
+
+PRODUCTS = word_tokenizer([*map(str, range(100)), "*", "=", "<calc>", "</calc>"])
+
+
+class Product:
+    def reset(self, *, seed):
+        self.a, self.b = random.randint(2, 9), random.randint(2, 9)
+        return f"{self.a} * {self.b} =", {}
+
+    def step(self, text):
+        return "", float(text == str(self.a * self.b)), True, False, {}
+
+
+def product_text(seed):
+    """Half the time an answer out of the blue; else a call, and half the time what it gave."""
+    rng = random.Random(seed)
+    a, b, wrong = rng.randint(2, 9), rng.randint(2, 9), rng.randint(4, 81)
+    if seed % 2:
+        return f"{a} * {b} = {wrong}"
+    return f"{a} * {b} = <calc> {a} * {b} </calc> {a * b} {a * b if seed % 4 else wrong}"
+
+
+def test_a_tool_is_used():
+    settings = {"turn_tokens": 6, "max_new_tokens": 16, "stop": ["</calc>"]}
+    with_tool = TurnEnv(partial(ToolGame, Product, {"calc": Calculator()}, reply="{}"), PRODUCTS, **settings)
+    without = TurnEnv(Product, PRODUCTS, **settings)
+    lm = trained([product_text(seed) for seed in range(3000)], PRODUCTS, n_epochs=4)
+    shares = [play(agent(with_tool, lm=lm), with_tool)]
+    for env in (with_tool, without):
+        model = agent(env, lm=lm, n_steps=10, batch_size=640, n_epochs=4, learning_rate=1e-3)
+        model.learn(64 * 10 * 15)
+        shares.append(play(model, env))
+    print("product", shares)
+    start, end, control = shares
+    assert start < 0.5
+    assert end > 0.85
+    assert control < 0.2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from agents import make_agent
+from agents import Pretrained, make_agent
 from agents.pretrain import pretrain, word_tokenizer
 from tests import fakes
 from tests.training import tiny_config
@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning"),
 ]
 N_EPISODES = 300
+N_ITERATIONS = 20
 
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.library)])
@@ -51,23 +52,23 @@ def play(model, env):
     return won(env, lambda observations: model.predict(observations, deterministic=False)[0])
 
 
-def agent(env, lm=None, **kwargs):
-    lm = lm or tiny_config(vocab_size=len(env.tokenizer), n_embd=32)
-    settings = {"n_envs": 64, "n_steps": 6, "batch_size": 384, "n_epochs": 8, "learning_rate": 3e-3, **kwargs}
+def agent(env, lm, **kwargs):
+    settings = {"n_envs": 128, "n_steps": 6, "batch_size": 192, "n_epochs": 4, "learning_rate": 2e-3, **kwargs}
     return make_agent(env, lm, device="cpu", seed=0, **settings)
 
 
-def trained(texts, tokenizer, n_epochs=2.0, **shape):
+def trained(folder, texts, tokenizer, n_epochs=2.0):
     """A tiny model that continues texts."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(tiny_config(vocab_size=len(tokenizer), n_embd=32, **shape))
+    model = GPT2LMHeadModel(tiny_config(vocab_size=len(tokenizer), n_embd=32))
     pretrain(model, tokenizer, texts, n_epochs=n_epochs, learning_rate=1e-2, progress_bar=False)
-    return model
+    model.save_pretrained(folder)
+    return Pretrained(str(folder))
 
 
-# GuessTheNumber, of 7 numbers in 3 guesses: halving finds all, guessing without the hints 3 of 7
+# GuessTheNumber, of 3 numbers in 2 guesses: with the hint all are found, without it at most 2 of 3
 
-NUMBERS = [str(number) for number in range(1, 8)]
+NUMBERS = ["1", "2", "3"]
 GUESSES = word_tokenizer([*NUMBERS, "guess", "higher", "lower", "invalid"])
 
 
@@ -88,29 +89,35 @@ class Won(TurnEnv):
 
 def guess_env(library, to_text):
     make = {
-        "textarena": partial(TextArenaGame, "GuessTheNumber-v0", max_number=7, to_action="[{}]".format),
-        "gem": partial(GemGame, "game:GuessTheNumber-v0-easy", max_number=7, to_action="\\boxed{{{}}}".format),
+        "textarena": partial(TextArenaGame, "GuessTheNumber-v0", max_number=3, to_action="[{}]".format),
+        "gem": partial(GemGame, "game:GuessTheNumber-v0-easy", max_number=3, to_action="\\boxed{{{}}}".format),
     }[library]
-    return Won(partial(make, to_text=to_text), GUESSES, turn_tokens=1, max_new_tokens=5)
+    room = {"turn_tokens": 1, "max_new_tokens": 3, "length_limit": "terminate"}  # two guesses and a hint
+    return Won(partial(make, to_text=to_text), GUESSES, **room)
+
+
+def random_guesses(seed):
+    rng = random.Random(seed)
+    return " ".join(["guess", rng.choice(NUMBERS), rng.choice(["higher", "lower"]), rng.choice(NUMBERS)])
 
 
 @pytest.mark.parametrize("library", ["textarena", "gem"])
-def test_guess_the_number(source, library):
+def test_guess_the_number(source, library, tmp_path):
     if source == "real":
         pytest.importorskip(library)
     env = guess_env(library, hint)
     rng, ids = np.random.default_rng(0), [GUESSES.convert_tokens_to_ids(number) for number in NUMBERS]
     at_random = won(env, lambda observations: rng.choice(ids, size=len(observations)))
-    shares = {}
+    lm, shares = trained(tmp_path, [random_guesses(seed) for seed in range(2000)], GUESSES), {}
     for to_text in (hint, no_hint):
         env = guess_env(library, to_text)
-        model = agent(env)
-        model.learn(64 * 6 * 60)
+        model = agent(env, lm, n_steps=4, batch_size=128, learning_rate=3e-3)
+        model.learn(128 * 4 * 14)
         shares[to_text.__name__] = play(model, env)
     print(library, at_random, shares)
-    assert at_random < 0.45
-    assert shares["hint"] > 0.75
-    assert shares["no_hint"] < 0.5
+    assert at_random < 0.65
+    assert shares["hint"] > 0.85
+    assert shares["no_hint"] < 0.75
 
 
 # Tic-tac-toe against a random opponent
@@ -149,16 +156,16 @@ class Unpaid(TurnEnv):
         return 0.0
 
 
-def test_tic_tac_toe(source):
+def test_tic_tac_toe(source, tmp_path):
     if source == "real":
         pytest.importorskip("textarena")
     make = partial(TextArenaGame, "TicTacToe-v0", [random_opponent], to_text=last_move, to_action="[{}]".format)
-    env, unpaid = (cls(make, MOVES, turn_tokens=1, max_new_tokens=13) for cls in (TurnEnv, Unpaid))
-    lm = trained([random_game(seed) for seed in range(2000)], MOVES, n_epochs=4)
-    shares = [play(agent(env, lm=lm), env)]
+    env, unpaid = (cls(make, MOVES, turn_tokens=1, max_new_tokens=20) for cls in (TurnEnv, Unpaid))
+    lm = trained(tmp_path, [random_game(seed) for seed in range(2000)], MOVES, n_epochs=4)
+    shares = [play(agent(env, lm), env)]
     for training in (env, unpaid):
-        model = agent(training, lm=lm, n_envs=128, batch_size=768, learning_rate=2e-3)
-        model.learn(128 * 6 * 40)
+        model = agent(training, lm)
+        model.learn(128 * 6 * N_ITERATIONS)
         shares.append(play(model, env))
     print("tic-tac-toe", shares)
     start, end, control = shares
@@ -190,15 +197,15 @@ def product_text(seed):
     return f"{a} * {b} = <calc> {a} * {b} </calc> {a * b} {a * b if seed % 4 else wrong}"
 
 
-def test_a_tool_is_used():
-    settings = {"turn_tokens": 6, "max_new_tokens": 16, "stop": ["</calc>"]}
+def test_a_tool_is_used(tmp_path):
+    settings = {"turn_tokens": 6, "max_new_tokens": 18, "stop": ["</calc>"], "length_limit": "terminate"}
     with_tool = TurnEnv(partial(ToolGame, Product, {"calc": Calculator()}, reply="{}"), PRODUCTS, **settings)
     without = TurnEnv(Product, PRODUCTS, **settings)
-    lm = trained([product_text(seed) for seed in range(3000)], PRODUCTS, n_epochs=4)
-    shares = [play(agent(with_tool, lm=lm), with_tool)]
+    lm = trained(tmp_path, [product_text(seed) for seed in range(3000)], PRODUCTS, n_epochs=4)
+    shares = [play(agent(with_tool, lm), with_tool)]
     for env in (with_tool, without):
-        model = agent(env, lm=lm, n_steps=10, batch_size=640, n_epochs=4, learning_rate=1e-3)
-        model.learn(64 * 10 * 15)
+        model = agent(env, lm, n_envs=64, n_steps=12)
+        model.learn(64 * 12 * N_ITERATIONS)
         shares.append(play(model, env))
     print("product", shares)
     start, end, control = shares

@@ -82,6 +82,11 @@ def test_one_turn_of_the_whole_room():
     assert write(env, "4/")[-1][1:4] == (1.0, True, False)
 
 
+def test_a_game_gets_turns_without_white_space_around_them():
+    """Word tokenizers and SentencePiece write a space in front of every word."""
+    assert write(begin(guess_env()), " 4/")[-1][1:4] == (1.0, True, False)
+
+
 def test_outcome_has_what_the_game_said():
     seen = []
 

@@ -43,6 +43,9 @@ class TurnEnv(TextEnv):
         stop: Texts that end a turn as soon as they appear.
         chat: Whether opening and replies are a user's messages, and turns the assistant's, by the tokenizer's chat
             template; else texts follow each other as they are.
+        length_limit: Whether a game that is broken off, or has no room left, is "truncate"d, as Gymnasium has it, or
+            "terminate"d. The value of going on is added to what a truncated episode has earned, so that training does
+            not mind the end; where the room is part of the task (so many guesses), terminate.
         stop_ids: As in `TextEnv`, and so are all below.
         max_prompt_tokens: The longest opening. Unset, the longest of the `n_games`; other seeds may have longer ones.
         samples_per_prompt: How many times each game is played before the next: a group.
@@ -81,6 +84,7 @@ class TurnEnv(TextEnv):
         n_games: int = 1000,
         stop: Sequence[str] = (),
         chat: bool = False,
+        length_limit: Literal["terminate", "truncate"] = "truncate",
         stop_ids: Sequence[int] | None = None,
         max_prompt_tokens: int | None = None,
         samples_per_prompt: int = 1,
@@ -100,7 +104,7 @@ class TurnEnv(TextEnv):
             turn_tokens=turn_tokens,
             stop_strings=stop,
             stop_ids=stop_ids,
-            length_limit="truncate",
+            length_limit=length_limit,
             max_prompt_tokens=max_prompt_tokens,
             samples_per_prompt=samples_per_prompt,
             order=order,

@@ -1,5 +1,6 @@
 """The adapters of other libraries: each against a stand-in, and against the library where it is installed."""
 
+import copy
 import logging
 import random
 import re
@@ -9,11 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
+from agents import generate
 from tests import fakes
 from tests.games import PRINTABLE, TOKENIZER, check_envs, plays_the_same_again
+from tests.training import tiny_agent, tiny_config
 from textenv.adapters import GameError, TurnEnv
 from textenv.adapters.gem import GemGame
 from textenv.adapters.openenv import OpenEnvGame
@@ -122,6 +126,35 @@ def test_textarena_a_random_opponent_plays_the_same_again(textarena):
     assert plays_the_same_again(partial(tic_tac_toe, [at_random]), "048")
     own = random.Random(1)  # the control: a generator that no game has for itself
     assert not plays_the_same_again(partial(tic_tac_toe, [lambda text: f"[{own.choice(free_cells(text))}]"]), "048")
+
+
+class Frozen:
+    """A copy of the policy as it was, which plays the other seat."""
+
+    def __init__(self, policy):
+        self.policy = copy.deepcopy(policy)
+
+    def __call__(self, text):
+        seed = random.getrandbits(31)  # the game's own
+        [one] = generate(self.policy, [text[-40:]], PRINTABLE, max_new_tokens=2, seed=seed, progress_bar=False)
+        free = free_cells(text)
+        return f"[{free[sum(one.ids) % len(free)]}]"
+
+
+def test_textarena_self_play_against_a_frozen_copy(textarena):
+    lm = tiny_config(vocab_size=len(PRINTABLE), n_positions=2048)
+    settings = {"turn_tokens": 2, "max_new_tokens": 1000, "n_games": 8}
+    plain = TurnEnv(partial(tic_tac_toe, [first_free]), PRINTABLE, **settings)
+    frozen = Frozen(tiny_agent(plain, lm=lm, n_envs=2, n_steps=4).policy)
+    weights = [weight.clone() for weight in frozen.policy.parameters()]
+    make = partial(tic_tac_toe, [frozen], seat=1)
+    env = TurnEnv(make, PRINTABLE, **settings)
+    assert len({re.search(r"in cell (\d)", prompt).group(1) for prompt in env.prompts}) > 1  # its moves, it begins
+    model = tiny_agent(env, lm=lm, n_envs=8, n_steps=4)
+    model.learn(64)
+    assert all(torch.equal(one, other) for one, other in zip(weights, frozen.policy.parameters()))
+    assert not all(torch.equal(one, other) for one, other in zip(weights, model.policy.parameters()))
+    assert plays_the_same_again(make, "048")
 
 
 def test_textarena_seats():

@@ -9,9 +9,9 @@ Written for textarena 0.7.4. Its traps:
 - `step` returns no reward: rewards come from `close`, once the game is over, and so all of it is the last turn's.
 - An invalid move costs nothing the first time and loses at once the second (`error_allowance`). The player is asked
   again either way, an opponent too.
-- Some games crash on what a policy may write: GuessTheNumber raises UnboundLocalError where the turn after the last
-  holds no number. `GameError` names seed and turns.
-- Its own players reward a draw with 0 and an invalid move of the opponent with 1: a win may be the opponent's slip.
+- An invalid move of an opponent that ends the game counts as a win: a reward of 1 may be the other's slip.
+- GuessTheNumber pays for a near miss, also where two invalid moves end it: a first guess in the middle and then
+  nonsense earns 0.7 of 1 without a hint being read.
 - Importing it needs openai, nltk, chess, python-dotenv, requests and websockets.
 """
 

@@ -115,7 +115,7 @@ def test_guess_the_number(source, library, tmp_path):
         shares[to_text.__name__] = play(model, env)
     print(library, at_random, shares)
     assert at_random < 0.65
-    assert shares["hint"] > 0.85
+    assert shares["hint"] > 0.8
     assert shares["no_hint"] < 0.75
 
 
@@ -208,6 +208,6 @@ def test_a_tool_is_used(tmp_path):
         shares.append(play(model, env))
     print("product", shares)
     start, end, control = shares
-    assert start < 0.6
-    assert end > 0.75
-    assert control < 0.5  # it learns some of the 36 products by heart
+    assert start < 0.4
+    assert end > 0.6
+    assert control < end - 0.2  # without the tool it learns some of the 36 products by heart

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from textenv.completion import Preds
-from textenv.episode import PADDING, SEPARATOR, EpisodeRules
+from textenv.episode import PADDING, SEPARATOR, EndReason, EpisodeRules
 from textenv.failures import Failures, OnFailure
 from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
@@ -46,6 +46,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     is observed, never trained; None ends the episode. Where the prompt is a chat, the text is the content of a user's
     message, and what is observed is all that the chat template writes up to the assistant's next turn: allow for it in
     `max_response_tokens`. A template that rewrites earlier messages cannot do that: the error says what to do instead.
+    `turn_tokens` shares one room between turns and replies, as `textenv.adapters.TurnEnv` has it.
 
     The instance keeps no state of an episode besides its own row: the same instance serves all lanes of a
     `TextVectorEnv` or `TextVecEnv`. Hooks that need memory write into `preds.state`, which lives one episode.
@@ -86,6 +87,9 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             `PrioritySampling` draws more often what earns little, varies or was seldom seen.
         max_turns: The most turns of the policy, where `respond` is defined.
         max_response_tokens: The most tokens of a reply, where `respond` is defined.
+        turn_tokens: In place of these two: the most tokens of one turn. `max_new_tokens` is then the room of all that
+            stands behind the prompt, replies included. Each turn is given to `respond`, the last one too, and where
+            the room left is too small for the reply and a whole turn more, the episode ends by length.
         mask: Which tokens are allowed next, for a policy that asks `action_masks`, as sb3-contrib's MaskablePPO does:
             a mask (`RegexMask(...)`), a function (prompt, preds) that returns their ids or a bool array (V,), or a list
             of these, of which all must allow a token. Masks see the current turn. `step` accepts what they forbid.
@@ -129,6 +133,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         order: Order | PrioritySampling = "shuffle",
         max_turns: int = 1,
         max_response_tokens: int = 0,
+        turn_tokens: int | None = None,
         mask: MaskLike | Sequence[MaskLike] | None = None,
         seed: int | None = None,
         render_mode: str | None = None,
@@ -155,7 +160,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.seed = seed
         self.render_mode = render_mode
         self.is_multi_turn = type(self).respond is not TextEnv.respond
-        self._check_turns(max_new_tokens, max_turns, max_response_tokens)
+        self._check_turns(max_new_tokens, max_turns, max_response_tokens, turn_tokens)
         if max_prompt_tokens is not None:
             _check_at_least_one("max_prompt_tokens", max_prompt_tokens)
         self.rules = EpisodeRules(
@@ -165,6 +170,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             length_limit=length_limit,
             max_turns=max_turns,
             max_response_tokens=max_response_tokens,
+            turn_tokens=turn_tokens,
         )
         if any(not stop for stop in self.rules.stop_strings):
             raise ValueError(f"Expected `stop_strings` without an empty one, got {self.rules.stop_strings}.")
@@ -189,9 +195,19 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             )
         return None if reward is None else read_reward(reward)
 
-    def _check_turns(self, max_new_tokens: int, max_turns: int, max_response_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"Expected `max_new_tokens` to be at least 1, got {max_new_tokens}.")
+    def _check_turns(
+        self, max_new_tokens: int, max_turns: int, max_response_tokens: int, turn_tokens: int | None
+    ) -> None:
+        _check_at_least_one("max_new_tokens", max_new_tokens)
+        if turn_tokens is not None:
+            if not self.is_multi_turn or (max_turns, max_response_tokens) != (1, 0):
+                raise ValueError(
+                    "Expected `turn_tokens` where `respond` is defined, and without max_turns and max_response_tokens, "
+                    "which it replaces."
+                )
+            if not 1 <= turn_tokens <= max_new_tokens:
+                raise ValueError(f"Expected `turn_tokens` in [1, max_new_tokens={max_new_tokens}], got {turn_tokens}.")
+            return
         if self.is_multi_turn and (max_turns < 2 or max_response_tokens < 1):
             raise ValueError(
                 f"Expected max_turns >= 2 and max_response_tokens >= 1, since {type(self).__name__} defines `respond`; "
@@ -285,8 +301,10 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         by_row = not isinstance(self.reward, BatchReward) or isinstance(self.reward, RowReward)
         return by_row and type(self).get_rewards is TextEnv.get_rewards
 
-    def respond(self, prompt: Prompt, preds: Preds) -> str | None:
+    def respond(self, prompt: Prompt, preds: Preds) -> str | Literal[EndReason.LENGTH] | None:
         """Answer a turn of the policy, or end the episode with None; define it for an episode of several turns.
+
+        `EndReason.LENGTH` ends it as one that was cut: see `length_limit`.
 
         Args:
             prompt: The prompt.

@@ -21,7 +21,7 @@ class EndReason(str, Enum):
     STOP = "stop"
     """The policy wrote one of `stop_strings`."""
     LENGTH = "length"
-    """The policy wrote as many tokens as it may."""
+    """The policy wrote as many tokens as it may, there is no room for another turn, or `respond` says so."""
     ENV = "env"
     """The environment ended it: `respond` returned None, or the last of `max_turns` turns was over."""
 
@@ -41,6 +41,7 @@ class EpisodeRules:
         length_limit: Whether reaching it terminates (the default: how far one is can be seen) or truncates.
         max_turns: The most turns the policy takes.
         max_response_tokens: The most tokens of one reply of the environment.
+        turn_tokens: The most tokens of a turn; `max_new_tokens` then counts replies as well. None for any.
     """
 
     stop_ids: tuple[int, ...]
@@ -49,6 +50,7 @@ class EpisodeRules:
     length_limit: Literal["terminate", "truncate"]
     max_turns: int = 1
     max_response_tokens: int = 0
+    turn_tokens: int | None = None
 
     @property
     def room(self) -> int:

@@ -199,7 +199,10 @@ class Lanes:
         self.generated[active] += 1
 
     def _ended_turns(self, actions: np.ndarray) -> dict[int, EndReason]:
-        turns = ended_turns(self.env.rules, actions, self.generated, self.limits, self._tail)
+        limits, turn_tokens = self.limits, self.env.rules.turn_tokens
+        if turn_tokens is not None:
+            limits = self.generated - (self.lengths - self.turn_starts) + turn_tokens
+        turns = ended_turns(self.env.rules, actions, self.generated, limits, self._tail)
         return {lane: reason for lane, reason in turns.items() if not self.idle[lane]}
 
     def _ended_episodes(self, turns: dict[int, EndReason]) -> dict[int, EndReason]:
@@ -207,13 +210,14 @@ class Lanes:
         if not self.env.is_multi_turn:
             return turns
         rules = self.env.rules
-        ends = {}
+        ends: dict[int, EndReason] = {}
         for lane, reason in turns.items():
             # The last token allowed leaves no room for another turn, however this one ended.
-            if self.generated[lane] >= self.limits[lane]:
-                ends[lane] = reason
-            elif len(self.closed[lane]) + 1 >= rules.max_turns or not self._respond(lane, reason):
-                ends[lane] = EndReason.ENV
+            is_last = self.generated[lane] >= self.limits[lane]
+            if rules.turn_tokens is None and (is_last or len(self.closed[lane]) + 1 >= rules.max_turns):
+                ends[lane] = reason if is_last else EndReason.ENV
+            elif (end := self._respond(lane, reason)) is not None:
+                ends[lane] = end
         return ends
 
     def _tail(self, lane: int) -> str:
@@ -226,27 +230,31 @@ class Lanes:
         context = self.tokens[lane, max(start - BOUNDARY_TOKENS - 1, 0) : start]
         return context[context >= 0].tolist()
 
-    def _respond(self, lane: int, reason: EndReason) -> bool:
-        """Let the env answer a turn; return whether it did."""
+    def _respond(self, lane: int, reason: EndReason) -> EndReason | None:
+        """Let the env answer a turn; return why the episode ends with it, or None where it goes on."""
         preds = self.preds(lane, reason)
         response = self.env.respond(self.prompts[lane], preds)
-        if response is None:
-            return False
+        if response is None or response is EndReason.LENGTH:
+            return EndReason.ENV if response is None else EndReason.LENGTH
         if not isinstance(response, str):
             raise TypeError(f"Expected `respond` to return a str or None, got {response!r:.80}.")
         rules, messages = self.env.rules, self.prompts[lane].messages
         ids = encode_reply(self.env.tokenizer, messages, preds, response, self._tail(lane), rules.stop_strings)
-        if len(ids) > self.env.rules.max_response_tokens:
+        start = int(self.lengths[lane])
+        if rules.turn_tokens is not None:
+            room = self.limits[lane] - (start - len(self.prompts[lane].ids) - 1)
+            if len(ids) + rules.turn_tokens > room:
+                return EndReason.LENGTH
+        elif len(ids) > rules.max_response_tokens:
             raise ValueError(
-                f"Expected a response of at most max_response_tokens={self.env.rules.max_response_tokens} tokens, got "
+                f"Expected a response of at most max_response_tokens={rules.max_response_tokens} tokens, got "
                 f"{len(ids)} ({describe(self.prompts[lane], preds)}): shorten it in `respond`, or raise the limit."
             )
-        start = self.lengths[lane]
         self.tokens[lane, start : start + len(ids)] = ids
         self.lengths[lane] = self.turn_starts[lane] = start + len(ids)
         self.closed[lane].append(Turn(preds.turns[-1].text, response))
         self.closed_ids[lane] = preds.ids.tolist()
-        return True
+        return None
 
     def preds(self, lane: int, end_reason: EndReason | None = None) -> Preds:
         """Return a snapshot of what the policy has written in a lane."""

@@ -8,7 +8,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -16,6 +16,7 @@ from gymnasium.utils.env_checker import check_env
 
 from textenv.completion import Preds
 from textenv.env import TextEnv
+from textenv.episode import EndReason
 from textenv.lanes import Lanes
 from textenv.prompts import Prompt
 from textenv.rewarding import Reward, RewardError, check_rewards, describe
@@ -182,7 +183,7 @@ class _Probe:
                 single = check_rewards([self.env.get_reward(prompt, _copied(one), done)], [prompt], [one])[0]
                 _check_same(reward, single, f"from `get_reward` as from `get_rewards` {row}: define only one of them")
 
-    def respond(self, prompt: Prompt, preds: Preds) -> str | None:
+    def respond(self, prompt: Prompt, preds: Preds) -> str | Literal[EndReason.LENGTH] | None:
         with _unchanged(self.env, "`respond`", [prompt]):
             again, response = self.env.respond(prompt, _copied(preds)), self.env.respond(prompt, preds)
         if response != again:

@@ -1,0 +1,20 @@
+"""Other libraries' text environments as token environments: one protocol, and a file a library, loaded when named.
+
+=========== =========================================================== ==================================
+library     file and class                                              tested with (Python 3.11)
+=========== =========================================================== ==================================
+Gymnasium   `textenv.adapters.gymnasium.GymnasiumGame`                  gymnasium 1.4.0
+TextArena   `textenv.adapters.textarena.TextArenaGame`                  textarena 0.7.4
+GEM         `textenv.adapters.gem.GemGame`                              gem-llm 0.1.0
+OpenEnv     `textenv.adapters.openenv.OpenEnvGame`                      openenv 0.10.0
+verifiers   `textenv.adapters.verifiers.VerifiersGame`                  verifiers 0.4.0
+=========== =========================================================== ==================================
+
+None of them is a dependency; each file says what its library's traps are.
+"""
+
+from textenv.adapters.game import Game, GameError, Outcome
+from textenv.adapters.tools import Calculator, ToolGame
+from textenv.adapters.turn_env import TurnEnv
+
+__all__ = ["Calculator", "Game", "GameError", "Outcome", "ToolGame", "TurnEnv"]

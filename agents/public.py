@@ -18,6 +18,8 @@ from .config import (
 )
 from .critic import RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
+from .data_parallel import DataParallel
+from .distributed import is_main_process
 from .evaluation import Evaluation, evaluate
 from .evaluation_callback import Evaluate
 from .exporting import export
@@ -42,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "CriticWarmup",
+    "DataParallel",
     "DoctorError",
     "DropEpisodes",
     "EnvConfig",
@@ -84,6 +87,7 @@ __all__ = [
     "export",
     "generate",
     "hh_pairs",
+    "is_main_process",
     "latest_checkpoint",
     "load_checkpoint",
     "make_agent",

@@ -1,0 +1,81 @@
+"""The gradient of an update whose data is spread over several processes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .actor_critic import LMActorCritic
+from .distributed import variable
+from .sequences import SequenceBatch
+
+
+class SharedGradient:
+    """Evaluates minibatches so that the backward pass leaves the gradient of all processes' data in each of them.
+
+    `DistributedDataParallel` averages the gradients of W processes while they are computed, so that what clips and
+    steps afterwards sees the same in each. The losses are means over a process's own n transitions; that of all N is
+    the mean of theirs with weights n W / N, the batch's `share`, by which the gradient of what is evaluated is
+    multiplied. The weights are those of rank 0 at the first minibatch.
+
+    Args:
+        lm: The policy's model.
+    """
+
+    def __init__(self, lm: LMActorCritic) -> None:
+        self.lm = lm
+        self._engine: DistributedDataParallel | None = None
+        self._trained: list[nn.Parameter] = []
+
+    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `LMActorCritic.evaluate` does; a backward through it must follow in every process."""
+        trained = [weight for weight in self.lm.parameters() if weight.requires_grad]
+        if list(map(id, trained)) != list(map(id, self._trained)):  # the first one, or a `CriticWarmup` is over
+            _check_device(self.lm)
+            with warnings.catch_warnings():  # torch 2.13 has another name for the option, which older ones lack
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+                self._engine = DistributedDataParallel(_Evaluation(self.lm), broadcast_buffers=False)
+            self._trained = trained
+        assert self._engine is not None and batch.share is not None, "a minibatch of the buffer"
+        values, log_probs, entropies = self._engine(batch, actions)
+        return tuple(_scaled_gradient(part, batch.share) for part in (values, log_probs, entropies))  # type: ignore[return-value]
+
+
+class _Evaluation(nn.Module):
+    """`evaluate` as a forward, which is what `DistributedDataParallel` wraps."""
+
+    def __init__(self, lm: LMActorCritic) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lm.evaluate(batch, actions)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.scale, None
+
+
+def _scaled_gradient(values: Tensor, scale: float) -> Tensor:
+    """Return the same values, whose gradient is multiplied on its way back."""
+    return _ScaledGradient.apply(values, scale)
+
+
+def _check_device(lm: LMActorCritic) -> None:
+    local = variable("LOCAL_RANK", 0)
+    if lm.backbone.device.type == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"Expected a GPU for each process of this machine, got {torch.cuda.device_count()} and LOCAL_RANK={local}: "
+            'start fewer processes, or train with device="cpu".'
+        )

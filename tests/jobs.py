@@ -1,0 +1,152 @@
+"""What the tests of several processes run in each of them."""
+
+import os
+
+import numpy as np
+import torch
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import A2C
+
+import agents.buffers
+import agents.kl
+import agents.minibatches
+import agents.shaping
+import agents.value_norm
+from agents import (
+    AdaptiveCoef,
+    CriticWarmup,
+    DropEpisodes,
+    KLPenalty,
+    LastLayers,
+    LoRA,
+    RewardShaping,
+    SeparateCritic,
+    SharedCritic,
+)
+from agents.actor_critic import LMActorCritic
+from agents.sampling import TokenDistribution
+from agents.shared_gradient import SharedGradient
+from tests.seq2seq import tiny_seq2seq
+from tests.training import tiny_agent, tiny_config, tiny_env
+from textenv import AllowedMask
+from textenv.rewards import DROPPED
+
+torch.set_num_threads(1)
+N_LANES = 8
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PROMPTS = [LETTERS[i % 26] + LETTERS[(7 * i) % 26] * (i % 5) for i in range(40)]
+GROUP_OF_LANE = np.array([0, 0, 0, 1, 0, 1, 1, 1])  # with 2 or 4 processes other numbers in each, and in some none
+
+
+def rank_and_size():
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def uneven(prompt, preds, done):
+    """A reward that differs a lot from prompt to prompt, so that a process's own statistics are not those of all."""
+    return (sum(preds.ids) / 40 + 3.0 * (prompt.number % 2) + 0.2 * prompt.number) if done else 0.0
+
+
+def uneven_or_dropped(prompt, preds, done):
+    """The same, with no score for some prompts: more of them in one process than in another."""
+    return DROPPED if done and prompt.number % 5 == 2 else uneven(prompt, preds, done)
+
+
+def choose_by_row():
+    """Make the next token a function of the row alone, never the end token: the same data in however many processes."""
+    if LMActorCritic.act.__name__ == "scripted_act":
+        return
+    chosen, act = [], LMActorCritic.act
+
+    def scripted_act(self, observations, *args, **kwargs):
+        places = torch.arange(observations.shape[1]) + 3
+        chosen[:] = [(observations.clamp(min=0) * places).sum(dim=1) % 31 + 1]
+        return act(self, observations, *args, **kwargs)
+
+    LMActorCritic.act = scripted_act
+    TokenDistribution.get_actions = lambda self, *args: chosen[0]
+
+
+def group_by_lane(counts, n_groups, rng):
+    """Deal the sequences of a rollout, one a lane, by the lanes of one process that all the processes' stand for."""
+    rank, size = rank_and_size()
+    group = GROUP_OF_LANE[np.arange(len(counts)) * size + rank]
+    return [np.flatnonzero(group == number) for number in range(n_groups)]
+
+
+def switch_off(name):
+    """Leave out one of the things on which the processes agree."""
+    alone = lambda value: [value]  # noqa: E731
+    if name == "weights":
+        evaluate = SharedGradient.evaluate
+
+        def unweighted(self, batch, actions):
+            batch.share = 1.0
+            return evaluate(self, batch, actions)
+
+        SharedGradient.evaluate = unweighted
+    elif name in ("advantages", "returns"):
+        module = agents.buffers if name == "advantages" else agents.value_norm
+
+        def moments(values):
+            return len(values), float(np.mean(values)), float(np.var(values))
+
+        module.moments = moments
+    elif name == "scores":
+        agents.shaping.gather = lambda scores: [scores] * (rank_and_size()[0] + 1)
+    elif name == "divergence":
+        agents.kl.gather = alone
+    else:
+        assert name is None
+
+
+def scripted_updates(n_minibatches, off=None, reward="uneven", steps=(), env_kwargs=None, **kwargs):
+    """Three rollouts and their updates; returns the weights afterwards, and figures on which all agree."""
+    choose_by_row()
+    switch_off(off)
+    if n_minibatches > 1:
+        agents.minibatches.even_groups = group_by_lane
+    env = tiny_env(globals()[reward], PROMPTS, **{"score_at": "done", **(env_kwargs or {})})
+    n_steps = env.rules.max_new_tokens
+    policy_kwargs = {"optimizer_class": torch.optim.SGD, "value_norm": "popart", **kwargs.pop("policy_kwargs", {})}
+    if kwargs.get("algorithm") is not A2C:
+        kwargs = {"batch_size": N_LANES * n_steps // n_minibatches, "n_epochs": 2, **kwargs}
+    model = tiny_agent(env, n_envs=N_LANES, **{"learning_rate": 0.05, **kwargs}, policy_kwargs=policy_kwargs)
+    adaptive = KLPenalty(AdaptiveCoef(init=0.5, target=0.01, horizon=20))
+    shaping = RewardShaping(clip=6.0, scale=True, whiten=True, missing_eos_penalty=0.1)
+    model.learn(3 * N_LANES * n_steps, callback=[adaptive, shaping, *steps])
+    weights = {name: weight.detach().numpy().copy() for name, weight in model.policy.named_parameters()}
+    return weights, {"coef": adaptive.coef, "scores": shaping.count, "tokens": model.num_timesteps}
+
+
+def options():
+    """The options that touch the update, each as arguments of `scripted_updates`."""
+    head = {"value_norm": None}
+    return {
+        "dropped": {"reward": "uneven_or_dropped", "steps": [DropEpisodes()]},
+        "LoRA": {"policy_kwargs": {"train": LoRA(r=2)}},
+        "LastLayers": {"policy_kwargs": {"train": LastLayers(1)}},
+        "head": {"policy_kwargs": {"train": "head"}},
+        "untied": {"lm": tiny_config(tie_word_embeddings=False)},
+        "SeparateCritic": {"policy_kwargs": {"critic": SeparateCritic(tiny_config()), **head}},
+        "detached": {"policy_kwargs": {"critic": SharedCritic(detach=True), "value_norm": "norm"}},
+        "gradient_checkpointing": {"policy_kwargs": {"gradient_checkpointing": True}},
+        "micro_batch_tokens": {"rollout_buffer_kwargs": {"micro_batch_tokens": 12, "normalize_advantage": True}},
+        "bfloat16": {"policy_kwargs": {"autocast": "bfloat16"}},
+        "temperature": {"policy_kwargs": {"temperature": 0.7, "repetition_penalty": 1.2}},
+        "warmup": {"steps": [CriticWarmup(1)]},
+        "late": {"env_kwargs": {"score_at": "rollout_end"}},
+        "A2C": {"algorithm": A2C},
+        "mask": {"algorithm": MaskablePPO, "env_kwargs": {"mask": AllowedMask(tuple(range(1, 33)))}},
+        "encoder-decoder": {"lm": tiny_seq2seq(vocab_size=33)},
+        "grpo": {
+            "env_kwargs": {"samples_per_prompt": 2},
+            "rollout_buffer_kwargs": {"advantage": "grpo"},
+            "vf_coef": 0.0,
+        },
+    }
+
+
+def every_option():
+    """The weights after `scripted_updates` with each of `options`."""
+    return {name: scripted_updates(1, **kwargs)[0] for name, kwargs in options().items()}

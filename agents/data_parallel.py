@@ -64,8 +64,8 @@ class DataParallel(RolloutStep):
     def begin(self) -> None:
         """Log once for all from here on; take the time."""
         self._clock = time.perf_counter()
-        logger = self.algorithm.logger
-        if not isinstance(logger, SharedLogger):
+        logger = vars(self.algorithm).get("_logger")  # none before the first `learn`
+        if logger is not None and not isinstance(logger, SharedLogger):
             self.algorithm._logger = SharedLogger(logger)  # not `set_logger`, after which SB3 would make no new ones
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:

@@ -122,41 +122,44 @@ def _meet(rank: int, size: int) -> dist.Store:
     if not host:
         raise ValueError(f"Expected MASTER_ADDR, the host of rank 0, beside WORLD_SIZE={size}, got none.")
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which serves all restarts
-    deadline = time.monotonic() + JOIN_SECONDS
+    serves = rank == 0 and not has_agent
+    seconds = timedelta(seconds=JOIN_SECONDS)
     try:
         base = dist.TCPStore(
-            host,
-            port,
-            size,
-            is_master=rank == 0 and not has_agent,
-            timeout=timedelta(seconds=JOIN_SECONDS),
-            wait_for_workers=False,
-            multi_tenant=True,
+            host, port, size, is_master=serves, timeout=seconds, wait_for_workers=False, multi_tenant=True
         )
     except dist.DistError as error:
-        raise TimeoutError(
-            f"Expected rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT), got no answer in {JOIN_SECONDS:.0f} s."
-        ) from error
+        does = "to open" if serves else f"within {JOIN_SECONDS:.0f} s an answer of rank 0 at"
+        raise TimeoutError(f"Expected {does} {host}:{port} (MASTER_ADDR, MASTER_PORT), got: {error}") from error
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
-    first = int(store.compare_set("size", "", str(size)))
-    if first != size:
-        store.set("refused", f"rank {rank} was told WORLD_SIZE={size}, and the first to come {first}")
-    if store.add(f"rank {rank}", 1) > 1:
-        store.set("refused", f"two processes were told RANK={rank}")
-    while True:
-        missing = [other for other in range(size) if not store.check([f"rank {other}"])]
-        if store.check(["refused"]):
-            reason = store.get("refused").decode()
-            raise ValueError(
-                f"Expected {size} processes with the same WORLD_SIZE and a RANK each, got others: {reason}."
-            )
-        if not missing:
-            return store
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"Expected {size} processes at {host}:{port} within {JOIN_SECONDS:.0f} s, got none of rank {missing}."
-            )
-        time.sleep(0.05)
+    refusal = _refusal(store, rank, size)
+    if refusal is not None:
+        if serves:
+            time.sleep(1.0)  # the others read it here
+        raise refusal
+    return store
+
+
+def _refusal(store: dist.Store, rank: int, size: int) -> Exception | None:
+    """Wait until all have come, and return what is wrong with them."""
+    deadline, missing = time.monotonic() + JOIN_SECONDS, list(range(size))
+    try:
+        first = int(store.compare_set("size", "", str(size)))
+        if first != size:
+            store.set("refused", f"rank {rank} was told WORLD_SIZE={size}, and the first to come {first}")
+        if store.add(f"rank {rank}", 1) > 1:
+            store.set("refused", f"two processes were told RANK={rank}")
+        while missing and time.monotonic() < deadline:
+            if store.check(["refused"]):
+                reason = store.get("refused").decode()
+                return ValueError(f"Expected {size} processes, with the same WORLD_SIZE and a RANK each, but {reason}.")
+            missing = [other for other in range(size) if not store.check([f"rank {other}"])]
+            time.sleep(0.05)
+    except dist.DistError:  # rank 0, which serves, has given up before
+        missing = missing or [0]
+    if missing:
+        return TimeoutError(f"Expected {size} processes within {JOIN_SECONDS:.0f} s, got none of rank {missing}.")
+    return None
 
 
 def gather(value: Value) -> list[Value]:

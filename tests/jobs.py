@@ -1,33 +1,51 @@
 """What the tests of several processes run in each of them."""
 
+import io
 import os
+import warnings
 
 import numpy as np
 import torch
-from sb3_contrib import MaskablePPO
-from stable_baselines3 import A2C
+from rich.console import Console
+from sb3_contrib import TRPO, MaskablePPO
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
 
 import agents.buffers
+import agents.distributed
 import agents.kl
 import agents.minibatches
 import agents.shaping
 import agents.value_norm
 from agents import (
     AdaptiveCoef,
+    Checkpoints,
     CriticWarmup,
+    DataParallel,
     DropEpisodes,
+    EpisodeMetrics,
+    Evaluate,
     KLPenalty,
     LastLayers,
+    LMPolicy,
     LoRA,
+    RewardCurves,
     RewardShaping,
+    SampleTable,
     SeparateCritic,
+    SequenceRolloutBuffer,
     SharedCritic,
+    TextVecEnv,
+    export,
+    load_checkpoint,
+    save_checkpoint,
 )
 from agents.actor_critic import LMActorCritic
 from agents.sampling import TokenDistribution
 from agents.shared_gradient import SharedGradient
 from tests.seq2seq import tiny_seq2seq
-from tests.training import tiny_agent, tiny_config, tiny_env
+from tests.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
 from textenv import AllowedMask
 from textenv.rewards import DROPPED
 
@@ -150,3 +168,160 @@ def options():
 def every_option():
     """The weights after `scripted_updates` with each of `options`."""
     return {name: scripted_updates(1, **kwargs)[0] for name, kwargs in options().items()}
+
+
+def shared_agent(n_prompts=200, **kwargs):
+    """An agent of 8 lanes whose segments wait for the end of their episode, and the numbers of prompts it is given."""
+    prompts = [LETTERS[i % 26] + LETTERS[i // 26] for i in range(n_prompts)]
+    env = tiny_env(uneven, prompts, score_at="done")
+    model = tiny_agent(
+        env,
+        **{
+            "n_envs": N_LANES,
+            "n_steps": 6,
+            "batch_size": 24,
+            "rollout_buffer_kwargs": {"complete_episodes": True, "normalize_advantage": True},
+            **kwargs,
+        },
+    )
+    dealer, numbers = model.get_env().lanes.dealer, []
+    deal = dealer.deal
+
+    def noted():
+        prompt, group = deal()
+        numbers.append(prompt.number)
+        return prompt, group
+
+    dealer.deal = noted
+    return model, numbers
+
+
+def part_of_a_run(folder, n_iterations, load=None, save=None):
+    """Go on from a checkpoint for some iterations and save again; returns weights, figures and the prompts dealt."""
+    model, numbers = shared_agent()
+    penalty = KLPenalty(AdaptiveCoef(init=0.5, target=0.01, horizon=20))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if load is not None:
+            load_checkpoint(model, folder / load)
+            penalty.attach(model)
+    before = {"coef": penalty.coef, "tokens": model.num_timesteps, "weights": sum_of_weights(model)}
+    total = n_iterations * N_LANES * model.n_steps
+    model.learn(total, callback=penalty, reset_num_timesteps=load is None)
+    if save is not None:
+        save_checkpoint(model, folder / save)
+    weights = {name: weight.detach().numpy().copy() for name, weight in model.policy.named_parameters()}
+    after = {"coef": penalty.coef, "tokens": model.num_timesteps, "weights": sum_of_weights(model)}
+    said = [str(one.message) for one in caught if "checkpoint" in str(one.message)]
+    return weights, before, after, numbers, said
+
+
+def sum_of_weights(model):
+    return sum(float(weight.detach().double().abs().sum()) for weight in model.policy.parameters())
+
+
+class Rows(KVWriter):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        self.rows = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.rows.append((step, dict(key_values)))
+
+    def close(self):
+        pass
+
+
+class RecordRank(BaseCallback):
+    """Logs a figure that differs between processes, and one that rank 1 alone has."""
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        rank, size = rank_and_size()
+        self.logger.record("own/rank", rank)
+        if rank == size - 1:
+            self.logger.record("own/last", 7)
+            self.logger.record("episode/dropped", 3)
+
+
+def logged_run(folder):
+    """A run that evaluates, shows, saves, draws and stops early; what each process saw of it."""
+    model, numbers = shared_agent(learning_rate=0.0)
+    rows, console = Rows(), Console(file=io.StringIO())
+    model.set_logger(Logger(None, [rows]))
+    evaluate = Evaluate(
+        ["ab", "c"], TOKENIZER, every=48, folder=folder / "best", patience=2, reward=uneven, max_new_tokens=4
+    )
+    callbacks = [
+        EpisodeMetrics(),
+        RecordRank(),
+        evaluate,
+        SampleTable(["ab"], TOKENIZER, every=1, max_new_tokens=3, console=console),
+        Checkpoints(folder / "checkpoints", every=1, keep=2),
+        RewardCurves(folder / "curves.png"),
+    ]
+    model.learn(100 * 48, callback=callbacks)
+    export(model, None, folder / "model")
+    return model.num_timesteps, rows.rows, console.file.getvalue(), sorted(evaluate.history), numbers
+
+
+def unseeded():
+    """Two agents without a seed: their first weights, prompts and samples."""
+    torch.manual_seed(10 + rank_and_size()[0])  # of the server that the processes come from all have the same
+    model, numbers = shared_agent(seed=None)
+    first = sum_of_weights(model)
+    model.learn(48)
+    return first, numbers, model.rollout_buffer.actions.tolist()
+
+
+def refused(case):
+    """Build what several processes cannot train; the error comes from building or learning."""
+    agents.distributed.ANSWER_SECONDS = 1.0
+    env = tiny_env(uneven, PROMPTS, score_at="done")
+    if case == "lanes":
+        return tiny_agent(env, n_envs=3)
+    if case == "target_kl":
+        return tiny_agent(env, target_kl=0.1)
+    if case == "normalize_advantage":
+        return tiny_agent(env, normalize_advantage=True)
+    if case == "TRPO":
+        return tiny_agent(env, algorithm=TRPO)
+    if case == "settings":
+        return tiny_agent(env, n_epochs=1 + rank_and_size()[0])
+    if case == "batch":
+        return tiny_agent(env, batch_size=10).learn(16)
+    if case == "by hand":
+        return PPO(LMPolicy, **by_hand(env)).learn(16)
+    if case == "reward":
+        return tiny_agent(tiny_env(fails_in_one, PROMPTS, score_at="done")).learn(16)
+    assert case == "nothing"
+    PPO(LMPolicy, **by_hand(env)).learn(16, callback=DataParallel())
+    return "trained"
+
+
+def fails_in_one(prompt, preds, done):
+    if rank_and_size()[0] == 1:
+        raise OSError("the scorer is gone")
+    return 0.0
+
+
+def by_hand(env):
+    return {
+        "env": TextVecEnv(env, 4),
+        "n_steps": 4,
+        "batch_size": 16,
+        "n_epochs": 1,
+        "normalize_advantage": False,
+        "rollout_buffer_class": SequenceRolloutBuffer,
+        "policy_kwargs": {"lm": tiny_config()},
+        "device": "cpu",
+    }
+
+
+def join(seconds):
+    """Meet the others within some seconds."""
+    agents.distributed.JOIN_SECONDS = seconds
+    return tuple(agents.distributed.world())[:3]

@@ -1,9 +1,12 @@
 """Several processes train one policy: the same update as one, what they agree on, and who logs."""
 
+import re
+
 import numpy as np
 import pytest
 
-from tests.processes import train
+from agents.distributed import ProcessLost
+from tests.processes import free_port, launch, train
 
 SAME = 1e-6
 
@@ -42,3 +45,95 @@ def test_the_update_is_the_same_with_every_option():
         tolerance = 1e-4 if option == "bfloat16" else SAME
         for theirs in (first[option], second[option]):
             assert largest_difference(theirs, weights) < tolerance, option
+
+
+def test_a_run_of_two_processes_resumes_exactly(tmp_path):
+    whole = train(2, "part_of_a_run", tmp_path, 4)
+    train(2, "part_of_a_run", tmp_path, 2, None, "half")
+    resumed = train(2, "part_of_a_run", tmp_path, 2, "half")
+    for (weights, _, figures, *_), (again, before, same, _, said) in zip(whole, resumed):
+        assert largest_difference(weights, again) == 0 and figures == same and not said
+        assert before["tokens"] == 96 and same["tokens"] == 192, "of both processes"
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """2 -> 1 -> 2: weights, coefficient and counts go on, prompts do not repeat, and it is said what is lost."""
+    two = train(2, "part_of_a_run", tmp_path, 2, None, "two")
+    one = train(1, "part_of_a_run", tmp_path, 1, "two", "one")
+    again = train(2, "part_of_a_run", tmp_path, 1, "one")
+    for earlier, later in ((two, one), (one, again)):
+        for _, before, *_ in later:
+            assert before == earlier[0][2], "as it was saved"
+    numbers = [number for part in (two, one, again) for *_, dealt, _ in part for number in dealt]
+    assert len(numbers) == len(set(numbers)) > 30, "no prompt twice in an epoch"
+    said = [text for part in (two, one, again) for *_, texts in part for text in texts]
+    assert len(said) == 2, "by rank 0, when the number changes"
+    assert "is of 2 processes, and 1 go on" in said[0] and "8 running episodes" in said[0]
+    assert "is of 1 processes, and 2 go on" in said[1]
+
+
+def test_one_process_logs_evaluates_and_writes_for_all(tmp_path):
+    (tokens, rows, shown, evaluated, numbers), other = train(2, "logged_run", tmp_path)
+    # Both stop after two evaluations without a better figure, in the first step of the next rollout.
+    assert other[0] == tokens == 2 * 48 + 4 and other[3] == evaluated == [0, 48, 96]
+    assert other[1] == [] and other[2] == "" and "samples after 48 tokens" in shown
+    assert not set(numbers) & set(other[4]), "no prompt in both"
+    logged = {key: value for _, row in rows for key, value in row.items()}
+    assert logged["own/rank"] == 0.5 and logged["own/last"] == 7 and logged["episode/dropped"] == 3
+    assert logged["time/total_timesteps"] == 96 and "eval/reward" in logged
+    each = [logged[f"time/rollout_seconds/rank_{rank}"] for rank in (0, 1)]
+    assert logged["time/rollout_seconds"] == max(each) and min(each) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "checkpoints", "curves.png", "model"}
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2 and (tmp_path / "model" / "config.json").is_file()
+
+
+def test_without_a_seed_weights_and_order_are_shared_and_samples_are_not():
+    one, other = train(2, "unseeded")
+    assert one[0] == other[0] and not set(one[1]) & set(other[1]) and one[2] != other[2]
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "words"),
+    [
+        ("lanes", ValueError, "Expected n_envs to divide by the 2 processes, got 3"),
+        ("batch", ValueError, "Expected `batch_size` to divide n_steps \\* n_envs = 16, got 10"),
+        ("target_kl", ValueError, "Expected target_kl=None in several processes, got 0.1"),
+        ("normalize_advantage", ValueError, "Expected normalize_advantage=False of the algorithm"),
+        (
+            "settings",
+            ValueError,
+            r"Expected the same settings in all processes, got others in rank [01]: \['n_epochs'\]",
+        ),
+        ("TRPO", ValueError, "Expected one process for FlatLMPolicy, got several"),
+        ("by hand", RuntimeError, r"Expected the callback DataParallel\(\)"),
+    ],
+)
+def test_refusals(case, error, words):
+    for result in launch(2, "refused", case):
+        assert isinstance(result, error) and re.search(words, str(result)), result
+
+
+def test_an_algorithm_built_by_hand_takes_the_callback():
+    assert train(2, "refused", "nothing") == ["trained", "trained"]
+    assert train(1, "refused", "nothing") == ["trained"]
+
+
+def test_an_error_in_one_process_ends_the_others():
+    first, second = launch(2, "refused", "reward", timeout=30)
+    assert "the scorer is gone" in str(second)
+    assert isinstance(first, ProcessLost) and "rank 1" in str(first)
+
+
+def test_processes_that_were_started_wrongly_are_told():
+    ok = launch(2, "join", 20)
+    assert [one[:2] for one in ok] == [(0, 2), (1, 2)] and ok[0][2] == ok[1][2]
+    sizes = {0: {"WORLD_SIZE": "3"}}
+    for result in launch(2, "join", 20, environments=sizes):
+        assert isinstance(result, ValueError) and "was told WORLD_SIZE=" in str(result)
+    for result in launch(2, "join", 1, environments={rank: {"WORLD_SIZE": "3"} for rank in (0, 1)}):
+        assert isinstance(result, TimeoutError) and "got none of rank [2]" in str(result)
+    result = launch(1, "join", 1, environments={0: {"WORLD_SIZE": "2"}})[0]
+    assert isinstance(result, ValueError) and "variable RANK to be a number" in str(result)
+    alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    result = launch(1, "join", 1, environments={0: alone})[0]
+    assert isinstance(result, TimeoutError) and "an answer of rank 0 at 127.0.0.1" in str(result)

@@ -372,7 +372,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.generator_ready = True
         for group, share in groups:
             samples = self._samples(group)
-            samples.observations.share = share
+            samples.observations.share, samples.observations.old_log_probs = share, samples.old_log_prob
             yield samples
 
     def _samples(self, group: np.ndarray) -> SequenceSamples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -12,9 +12,21 @@ from stable_baselines3.common.logger import Logger
 
 from .buffers import SequenceRolloutBuffer
 from .distributed import gather, raise_together, world
+from .policies import LMPolicy
 from .rollout_steps import RolloutStep
+from .shared_gradient import AgreedTarget
 
-SETTINGS = ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")
+SETTINGS = (
+    "n_steps",
+    "batch_size",
+    "n_epochs",
+    "gamma",
+    "gae_lambda",
+    "ent_coef",
+    "vf_coef",
+    "max_grad_norm",
+    "target_kl",
+)
 SUMMED = ("episode/dropped", "episode/failed")  # numbers of episodes; other figures are means
 ROLLOUT_SECONDS = "time/rollout_seconds"
 
@@ -62,11 +74,16 @@ class DataParallel(RolloutStep):
                 raise ValueError(f"Expected the same settings in all processes, got others in rank {rank}: {unlike}.")
 
     def begin(self) -> None:
-        """Log once for all from here on; take the time."""
+        """Log once for all from here on, break off updates together; take the time."""
         self._clock = time.perf_counter()
         logger = vars(self.algorithm).get("_logger")  # none before the first `learn`
         if logger is not None and not isinstance(logger, SharedLogger):
             self.algorithm._logger = SharedLogger(logger)  # not `set_logger`, after which SB3 would make no new ones
+        target, shared = vars(self.algorithm).get("target_kl"), cast("LMPolicy", self.algorithm.policy).shared
+        assert shared is not None, "several processes"
+        shared.target = None if target is None else AgreedTarget(target)
+        if target is not None:
+            self.algorithm.target_kl = shared.target  # type: ignore[attr-defined]
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Count what the others have sampled, and record how long this process took."""
@@ -128,13 +145,7 @@ def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _refusal(model: BaseAlgorithm) -> ValueError | None:
     """Return what is wrong with an algorithm's settings where there are several processes."""
-    settings = vars(model)
-    if settings.get("target_kl") is not None:
-        return ValueError(
-            f"Expected target_kl=None in several processes, got {settings['target_kl']}: each would break off its "
-            "update by its own minibatch, and the others wait for it. Use fewer n_epochs, or KLPenalty(AdaptiveCoef)."
-        )
-    if settings.get("normalize_advantage"):
+    if vars(model).get("normalize_advantage"):
         return ValueError(
             "Expected normalize_advantage=False of the algorithm in several processes, got True, which is by the "
             "minibatch of each: pass rollout_buffer_kwargs=dict(normalize_advantage=True), which is by all of them."

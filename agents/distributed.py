@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -43,6 +44,7 @@ class World(NamedTuple):
 
 
 _joined: list[World] = []
+_written: Counter[str] = Counter()
 
 
 def world() -> World | None:
@@ -210,6 +212,28 @@ def once(write: Callable[[], Any]) -> None:
         except Exception as caught:
             error = caught
     raise_together(error)
+
+
+def by_main(name: str, write: Callable[[], Any]) -> None:
+    """Do what writes for all in the process of rank 0, which waits for nobody; others that call it wait for rank 0.
+
+    Args:
+        name: What is written: calls of the same name belong together, the first of each process, the second, ...
+        write: What writes.
+    """
+    here = world()
+    if here is None:
+        write()
+        return
+    _written[name] += 1
+    key = f"written {_written[name]} {name}"
+    if here.rank > 0:
+        here.store.wait([key], AGREE)
+        return
+    try:
+        write()
+    finally:
+        here.store.set(key, "1")
 
 
 def _together(here: World, call: Callable[[], Any]) -> None:

@@ -74,9 +74,11 @@ class SequenceBatch:
 
     Attributes:
         share: The weight of a minibatch's losses where several processes train (see `SharedGradient`), else None.
+        old_log_probs: The log-probabilities that its actions were sampled with, (N,), where there are several.
     """
 
     share: float | None = None
+    old_log_probs: Tensor | None = None
 
     def __init__(
         self,

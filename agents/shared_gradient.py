@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -10,8 +11,32 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .actor_critic import LMActorCritic
-from .distributed import variable
+from .distributed import gather, variable
 from .sequences import SequenceBatch
+
+
+class AgreedTarget(float):
+    """A `target_kl` by which all processes break off their update at the same minibatch, or none.
+
+    PPO compares its own minibatch's divergence with 1.5 times this. The product is what makes that comparison come out
+    as it does for the minibatch of all processes, of which `agreed` is the divergence.
+
+    Example:
+        >>> target = AgreedTarget(0.1)
+        >>> 1.5 * target, float(target)
+        (0.15000000000000002, 0.1)
+        >>> target.agreed = 0.2  # of all; here it is less
+        >>> 0.01 > 1.5 * target
+        True
+    """
+
+    agreed: float | None = None
+
+    def __rmul__(self, factor: float) -> float:
+        limit = factor * float(self)
+        if self.agreed is None:
+            return limit
+        return -math.inf if self.agreed > limit else math.inf
 
 
 class SharedGradient:
@@ -24,15 +49,19 @@ class SharedGradient:
 
     Args:
         lm: The policy's model.
+
+    Attributes:
+        target: The algorithm's `target_kl`, which is told the divergence of every minibatch; None where it has none.
     """
 
     def __init__(self, lm: LMActorCritic) -> None:
         self.lm = lm
+        self.target: AgreedTarget | None = None
         self._engine: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `LMActorCritic.evaluate` does; a backward through it must follow in every process."""
+        """Return what `LMActorCritic.evaluate` does; all processes must call it, and then go backward or none."""
         trained = [weight for weight in self.lm.parameters() if weight.requires_grad]
         if list(map(id, trained)) != list(map(id, self._trained)):  # the first one, or a `CriticWarmup` is over
             _check_device(self.lm)
@@ -42,7 +71,18 @@ class SharedGradient:
             self._trained = trained
         assert self._engine is not None and batch.share is not None, "a minibatch of the buffer"
         values, log_probs, entropies = self._engine(batch, actions)
+        if self.target is not None:
+            self.target.agreed = self._divergence(batch, log_probs.detach())
         return tuple(_scaled_gradient(part, batch.share) for part in (values, log_probs, entropies))  # type: ignore[return-value]
+
+    @staticmethod
+    def _divergence(batch: SequenceBatch, log_probs: Tensor) -> float:
+        """Return the mean of PPO's estimate of the divergence, exp(r) - 1 - r, over the minibatch of all processes."""
+        assert batch.share is not None and batch.old_log_probs is not None, "a minibatch of the buffer"
+        log_ratio = log_probs - batch.old_log_probs
+        own = float((log_ratio.exp() - 1 - log_ratio).mean())
+        weighted = gather(own * batch.share)
+        return sum(weighted) / len(weighted)
 
 
 class _Evaluation(nn.Module):

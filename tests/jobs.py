@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import warnings
 
 import numpy as np
@@ -38,6 +39,7 @@ from agents import (
     SharedCritic,
     TextVecEnv,
     export,
+    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -133,8 +135,13 @@ def scripted_updates(n_minibatches, off=None, reward="uneven", steps=(), env_kwa
     adaptive = KLPenalty(AdaptiveCoef(init=0.5, target=0.01, horizon=20))
     shaping = RewardShaping(clip=6.0, scale=True, whiten=True, missing_eos_penalty=0.1)
     model.learn(3 * N_LANES * n_steps, callback=[adaptive, shaping, *steps])
-    weights = {name: weight.detach().numpy().copy() for name, weight in model.policy.named_parameters()}
-    return weights, {"coef": adaptive.coef, "scores": shaping.count, "tokens": model.num_timesteps}
+    weights = weights_of(model)
+    figures = {"coef": adaptive.coef, "scores": shaping.count, "tokens": model.num_timesteps}
+    return weights, figures | {"updates": model._n_updates}
+
+
+def weights_of(model):
+    return {name: weight.detach().numpy().copy() for name, weight in model.policy.named_parameters()}
 
 
 def options():
@@ -151,6 +158,7 @@ def options():
         "gradient_checkpointing": {"policy_kwargs": {"gradient_checkpointing": True}},
         "micro_batch_tokens": {"rollout_buffer_kwargs": {"micro_batch_tokens": 12, "normalize_advantage": True}},
         "bfloat16": {"policy_kwargs": {"autocast": "bfloat16"}},
+        "target_kl": {"target_kl": 3e-4, "n_epochs": 4},
         "temperature": {"policy_kwargs": {"temperature": 0.7, "repetition_penalty": 1.2}},
         "warmup": {"steps": [CriticWarmup(1)]},
         "late": {"env_kwargs": {"score_at": "rollout_end"}},
@@ -166,8 +174,8 @@ def options():
 
 
 def every_option():
-    """The weights after `scripted_updates` with each of `options`."""
-    return {name: scripted_updates(1, **kwargs)[0] for name, kwargs in options().items()}
+    """What `scripted_updates` returns with each of `options`."""
+    return {name: scripted_updates(1, **kwargs) for name, kwargs in options().items()}
 
 
 def shared_agent(n_prompts=200, **kwargs):
@@ -210,7 +218,7 @@ def part_of_a_run(folder, n_iterations, load=None, save=None):
     model.learn(total, callback=penalty, reset_num_timesteps=load is None)
     if save is not None:
         save_checkpoint(model, folder / save)
-    weights = {name: weight.detach().numpy().copy() for name, weight in model.policy.named_parameters()}
+    weights = weights_of(model)
     after = {"coef": penalty.coef, "tokens": model.num_timesteps, "weights": sum_of_weights(model)}
     said = [str(one.message) for one in caught if "checkpoint" in str(one.message)]
     return weights, before, after, numbers, said
@@ -283,8 +291,6 @@ def refused(case):
     env = tiny_env(uneven, PROMPTS, score_at="done")
     if case == "lanes":
         return tiny_agent(env, n_envs=3)
-    if case == "target_kl":
-        return tiny_agent(env, target_kl=0.1)
     if case == "normalize_advantage":
         return tiny_agent(env, normalize_advantage=True)
     if case == "TRPO":
@@ -325,3 +331,27 @@ def join(seconds):
     """Meet the others within some seconds."""
     agents.distributed.JOIN_SECONDS = seconds
     return tuple(agents.distributed.world())[:3]
+
+
+def killed(where, folder, n_iterations=4):
+    """Train, saving each iteration; rank 1 kills itself in the third rollout or second update of the first attempt."""
+    agents.distributed.ANSWER_SECONDS = 1.0
+    model, _ = shared_agent()
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    done, iteration = model.num_timesteps, 2 * N_LANES * model.n_steps
+    is_victim = rank_and_size()[0] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def kill(*args):
+        if model.num_timesteps >= iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if is_victim and where == "update":
+        model.policy.optimizer.register_step_pre_hook(kill)
+    if is_victim and where == "rollout":
+        act = model.policy.lm.act
+        model.policy.lm.act = lambda *args, **kwargs: (kill(), act(*args, **kwargs))[1]
+    total = n_iterations * N_LANES * model.n_steps
+    model.learn(total - done, callback=Checkpoints(folder, every=1, keep=9), reset_num_timesteps=done == 0)
+    return weights_of(model), model.num_timesteps, done

@@ -67,7 +67,9 @@ class SharedGradient:
             _check_device(self.lm)
             with warnings.catch_warnings():  # torch 2.13 has another name for the option, which older ones lack
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-                self._engine = DistributedDataParallel(_Evaluation(self.lm), broadcast_buffers=False)
+                self._engine = DistributedDataParallel(
+                    _Evaluation(self.lm), broadcast_buffers=False, gradient_as_bucket_view=True
+                )
             self._trained = trained
         assert self._engine is not None and batch.share is not None, "a minibatch of the buffer"
         values, log_probs, entropies = self._engine(batch, actions)

@@ -308,6 +308,17 @@ def refused(case):
     return "trained"
 
 
+def refusals(cases):
+    """What `refused` returns or raises in each case."""
+    results = {}
+    for case in cases:
+        try:
+            results[case] = refused(case)
+        except Exception as error:
+            results[case] = error
+    return results
+
+
 def fails_in_one(prompt, preds, done):
     if rank_and_size()[0] == 1:
         raise OSError("the scorer is gone")
@@ -325,6 +336,28 @@ def by_hand(env):
         "policy_kwargs": {"lm": tiny_config()},
         "device": "cpu",
     }
+
+
+def likes_a(prompt, preds, done):
+    return float(np.mean(preds.ids == 1)) if done else 0.0
+
+
+def learn_a(learning_rate):
+    """Mean rewards of the first and the last rollout of an agent that is paid for the letter a."""
+    env = tiny_env(likes_a, PROMPTS, score_at="done", max_new_tokens=8)
+    model = tiny_agent(env, n_envs=32, n_epochs=4, batch_size=64, learning_rate=learning_rate, n_steps=8)
+    rows = Rows()
+    model.set_logger(Logger(None, [rows]))
+    model.learn(30 * 256, callback=EpisodeMetrics())
+    rewards = [row["reward/task"] for _, row in rows.rows if "reward/task" in row]
+    return rewards[0], np.mean(rewards[-3:])
+
+
+def join_as_initialised():
+    """Meet in a process group that the script has made."""
+    rank, size = rank_and_size()
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    return agents.distributed.gather(rank), agents.distributed.from_main(rank)
 
 
 def join(seconds):

@@ -6,15 +6,21 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from agents.distributed import ProcessLost
+from agents import DataParallel, cli
+from agents.distributed import ProcessLost, world
 from tests.processes import free_port, launch, train
+from tests.training import tiny_agent
 
 SAME = 1e-6
+SLOW = pytest.mark.slow
+OTHERS = ("advantages", "returns", "scores", "divergence")
 ROOT = Path(__file__).parent.parent
 
 
@@ -22,24 +28,26 @@ def largest_difference(one, other):
     return max(np.abs(one[name] - other[name]).max() for name in one)
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """The weights after three updates in one process."""
-    return {n: train(1, "scripted_updates", n)[0] for n in (1, 2)}
+@cache
+def alone(n_minibatches):
+    """The weights and figures after three updates in one process."""
+    return train(1, "scripted_updates", n_minibatches)[0]
 
 
-@pytest.mark.parametrize(("size", "n_minibatches"), [(2, 1), (2, 2), (4, 2)])
-def test_the_update_is_that_of_one_process_on_the_union_of_the_data(alone, size, n_minibatches):
-    weights, figures = alone[n_minibatches]
+@pytest.mark.parametrize(
+    ("size", "n_minibatches"), [pytest.param(2, 1, marks=SLOW), pytest.param(2, 2, marks=SLOW), (4, 2)]
+)
+def test_the_update_is_that_of_one_process_on_the_union_of_the_data(size, n_minibatches):
+    weights, figures = alone(n_minibatches)
     results = train(size, "scripted_updates", n_minibatches)
     for theirs, their_figures in results:
         assert largest_difference(theirs, weights) < SAME
         assert their_figures == pytest.approx(figures, rel=1e-5)
 
 
-@pytest.mark.parametrize("off", ["weights", "advantages", "returns", "scores", "divergence"])
-def test_without_agreement_the_update_is_another(alone, off):
-    weights, _ = alone[2]
+@pytest.mark.parametrize("off", ["weights", *(pytest.param(name, marks=SLOW) for name in OTHERS)])
+def test_without_agreement_the_update_is_another(off):
+    weights, _ = alone(2)
     (theirs, _), (others, _) = train(2, "scripted_updates", 2, off)
     assert max(largest_difference(theirs, weights), largest_difference(others, weights)) > 10 * SAME
 
@@ -101,35 +109,47 @@ def test_without_a_seed_weights_and_order_are_shared_and_samples_are_not():
     assert one[0] == other[0] and not set(one[1]) & set(other[1]) and one[2] != other[2]
 
 
-@pytest.mark.parametrize(
-    ("case", "error", "words"),
-    [
-        ("lanes", ValueError, "Expected n_envs to divide by the 2 processes, got 3"),
-        ("batch", ValueError, "Expected `batch_size` to divide n_steps \\* n_envs = 16, got 10"),
-        ("normalize_advantage", ValueError, "Expected normalize_advantage=False of the algorithm"),
-        (
-            "settings",
-            ValueError,
-            r"Expected the same settings in all processes, got others in rank [01]: \['n_epochs'\]",
-        ),
-        ("TRPO", ValueError, "Expected one process for FlatLMPolicy, got several"),
-        ("by hand", RuntimeError, r"Expected the callback DataParallel\(\)"),
-    ],
-)
-def test_refusals(case, error, words):
-    for result in launch(2, "refused", case):
-        assert isinstance(result, error) and re.search(words, str(result)), result
+REFUSED = {
+    "lanes": (ValueError, "Expected n_envs to divide by the 2 processes, got 3"),
+    "batch": (ValueError, "Expected `batch_size` to divide n_steps \\* n_envs = 16, got 10"),
+    "normalize_advantage": (ValueError, "Expected normalize_advantage=False of the algorithm"),
+    "settings": (ValueError, r"Expected the same settings in all processes, got others in rank [01]: \['n_epochs'\]"),
+    "TRPO": (ValueError, "Expected one process for FlatLMPolicy, got several"),
+    "by hand": (RuntimeError, r"Expected the callback DataParallel\(\)"),
+}
 
 
-def test_an_algorithm_built_by_hand_takes_the_callback():
-    assert train(2, "refused", "nothing") == ["trained", "trained"]
-    assert train(1, "refused", "nothing") == ["trained"]
+def test_refusals_and_an_algorithm_built_by_hand():
+    """What is refused is so in all processes, which can go on together."""
+    for results in train(2, "refusals", [*REFUSED, "nothing"]):
+        assert results.pop("nothing") == "trained"
+        for case, (error, words) in REFUSED.items():
+            assert isinstance(results[case], error) and re.search(words, str(results[case])), results[case]
 
 
 def test_an_error_in_one_process_ends_the_others():
     first, second = launch(2, "refused", "reward", timeout=30)
     assert "the scorer is gone" in str(second)
     assert isinstance(first, ProcessLost) and "rank 1" in str(first)
+
+
+def test_a_process_group_of_the_scripts_own_is_used():
+    assert train(2, "join_as_initialised") == [([0, 1], 0)] * 2
+
+
+def test_one_process_has_nothing_of_it(monkeypatch):
+    """No group, no wrapper, no step: what several processes need is not even looked at."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    model = tiny_agent()
+    model.learn(16, callback=DataParallel())
+    assert world() is None and not torch.distributed.is_initialized() and model.policy.shared is None
+    assert model.rollout_buffer.before_returns == [] and next(model.rollout_buffer.get()).observations.share is None
+
+
+def test_the_command_wants_one_process(monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train"]) == 2
+    assert "Expected one process for the command, got WORLD_SIZE=2" in capfd.readouterr().err
 
 
 def test_processes_that_were_started_wrongly_are_told():
@@ -169,6 +189,15 @@ def test_a_process_that_is_killed_in_a_rollout_is_named(tmp_path):
     first, second = launch(2, "killed", "rollout", tmp_path)
     assert isinstance(second, ChildProcessError) and time.monotonic() - start < 60
     assert isinstance(first, ProcessLost) and "got no answer of rank 1" in str(first)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_does():
+    ((first, last),) = train(1, "learn_a", 1e-2)
+    (ours, learnt), others = train(2, "learn_a", 1e-2)
+    assert first < 0.1 and ours < 0.1 and last > 0.8 and learnt > 0.8
+    (before, after), _ = train(2, "learn_a", 0.0)
+    assert abs(after - before) < 0.1, "the negative control"
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     arrays, env_meta = text_vec_env(model.get_env()).state_dict()
     if not is_between_iterations(model):
         raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
-    broken = [name for name, weight in model.policy.named_parameters() if not bool(weight.isfinite().all())]
+    broken = [name for name, weight in _weights(model) if not bool(weight.isfinite().all())]
     if broken:
         raise FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
     optimizer, groups = optimizer_state(model.policy.optimizer)
@@ -254,9 +254,10 @@ def _manifest(folder: Path, num_timesteps: int) -> dict[str, Any]:
 
 
 def _weights(model: OnPolicyAlgorithm) -> Iterable[tuple[str, Tensor]]:
-    """Yield each weight and buffer of the policy once: tied ones under their first name."""
-    yield from model.policy.named_parameters()
-    yield from model.policy.named_buffers()
+    """Yield each weight and buffer of the policy once: tied ones under their first name, and none that is offloaded."""
+    for name, tensor in (*model.policy.named_parameters(), *model.policy.named_buffers()):
+        if not tensor.is_meta:  # frozen, and read from where the model comes from
+            yield name, tensor
 
 
 def _check_same_shapes(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -288,11 +288,19 @@ def moments(values: np.ndarray) -> Moments:
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """Give all processes the weights and buffers of rank 0, where there are several."""
+    """Give all processes the weights and buffers of rank 0, where there are several.
+
+    Raises:
+        ValueError: If some are offloaded.
+    """
     here = world()
     if here is None:
         return
     for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                "Expected weights in memory in several processes, got some that `device_map` has offloaded."
+            )
         copy = tensor.detach().cpu().contiguous()
         _together(here, lambda copy=copy: dist.broadcast(copy, 0, group=here.group))  # type: ignore[misc]
         with torch.no_grad():

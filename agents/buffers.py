@@ -159,11 +159,6 @@ class SequenceRolloutBuffer(RolloutBuffer):
         Where tokens were sampled from a part of the vocabulary, the policy says so on `log_prob` (`log_prob.allowed`).
         """
         if self.pos == 0:
-            if world() is not None and "DataParallel" not in map(step_name, self.before_returns):
-                raise RuntimeError(
-                    "Expected the callback DataParallel() in several processes, got none: build the model with "
-                    "make_agent, or pass it to learn(). It checks settings, and logs for all."
-                )
             self._lm = vars(value).get("read_from")  # LMPolicy's
             if self._lm is not None:
                 self._lm.values_late = True
@@ -310,7 +305,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._mean, self._deviation = 0.0, 1.0
         if self.normalize_advantage:
             parts = [self._part(i).advantages for i in range(len(self._trained))]
-            n, mean, variance = moments(np.concatenate([np.zeros(0), *parts]))
+            n, mean, variance = moments("advantages", np.concatenate([np.zeros(0), *parts]))
             if n > 1:
                 self._mean, self._deviation = np.float32(mean), np.float32(math.sqrt(variance * n / (n - 1)) + 1e-8)
 
@@ -368,6 +363,11 @@ class SequenceRolloutBuffer(RolloutBuffer):
                 is since episodes were dropped, there are fewer minibatches.
         """
         assert self.full, "the rollout is not complete"
+        if world() is not None and "DataParallel" not in map(step_name, self.before_returns):
+            raise RuntimeError(
+                "Expected the callback DataParallel() in several processes, got none: build the model with make_agent, "
+                "or pass it to learn(). It checks settings, and logs for all."
+            )
         groups = deal(self._counts, self._n_dropped, self.buffer_size * self.n_envs, batch_size, self.rng)
         self.generator_ready = True
         for group, share in groups:

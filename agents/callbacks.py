@@ -194,7 +194,7 @@ class RewardCurves(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        values = merge(gather(dict(self.logger.name_to_value)))
+        values = merge(gather("figures", dict(self.logger.name_to_value)))
         row = {key: float(values.get(key, math.nan)) for key, _ in CURVES}
         self.history.append({"tokens": self.model.num_timesteps, **row})
 

@@ -68,7 +68,7 @@ class DataParallel(RolloutStep):
         self.algorithm = model
         settings = {name: repr(vars(model).get(name)) for name in SETTINGS}
         settings["weights"] = str([tuple(w.shape) for w in model.policy.parameters() if w.requires_grad])
-        for rank, theirs in enumerate(gather(settings)):
+        for rank, theirs in enumerate(gather("the settings", settings)):
             unlike = [name for name in settings if settings[name] != theirs[name]]
             if unlike:
                 raise ValueError(f"Expected the same settings in all processes, got others in rank {rank}: {unlike}.")
@@ -109,7 +109,7 @@ class SharedLogger(Logger):
 
     def dump(self, step: int = 0) -> None:
         """Write the means over the processes; what is no number is rank 0's."""
-        rows = gather((dict(self.name_to_value), dict(self.name_to_excluded)))
+        rows = gather("the log", (dict(self.name_to_value), dict(self.name_to_excluded)))
         merged = merge([values for values, _ in rows])
         excluded = {key: value for _, one in reversed(rows) for key, value in one.items()}
         self.name_to_value.clear()

@@ -164,28 +164,31 @@ def _refusal(store: dist.Store, rank: int, size: int) -> Exception | None:
     return None
 
 
-def gather(value: Value) -> list[Value]:
-    """Return what each process has, by rank: [value] where there is one process. All must call it.
+def gather(what: str, value: Value) -> list[Value]:
+    """Return what each process has, by rank: [value] where there is one process. All must call it, for the same thing.
 
     Raises:
         ProcessLost: If another process has ended, with its rank.
+        RuntimeError: If another process is at something else.
     """
     here = world()
     if here is None:
         return [value]
-    values: list[Any] = [None] * here.size
-    _together(here, lambda: dist.all_gather_object(values, value, group=here.group))
-    return values
+    found: list[Any] = [None] * here.size
+    _together(here, lambda: dist.all_gather_object(found, (what, value), group=here.group))
+    for rank, (theirs, _) in enumerate(found):
+        if theirs != what:
+            raise RuntimeError(
+                f"Expected all processes at the same, got rank {rank} at {theirs!r} and rank {here.rank} at {what!r}. "
+                "`if is_main_process()` may stand around what prints or writes, not around what builds, trains, checks "
+                "or saves an agent."
+            )
+    return [value for _, value in found]
 
 
-def from_main(value: Value) -> Value:
-    """Return what the process of rank 0 has. All must call it."""
-    here = world()
-    if here is None:
-        return value
-    values = [value]
-    _together(here, lambda: dist.broadcast_object_list(values, group=here.group))
-    return values[0]
+def from_main(what: str, value: Value) -> Value:
+    """Return what the process of rank 0 has. All must call it, as `gather`."""
+    return gather(what, value)[0]
 
 
 def raise_together(error: Exception | None) -> None:
@@ -195,7 +198,7 @@ def raise_together(error: Exception | None) -> None:
         Exception: The error given, if one is.
         ProcessLost: In the others.
     """
-    said = gather(None if error is None else f"{type(error).__name__}: {error}")
+    said = gather("an error", None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, text in enumerate(said):
@@ -266,19 +269,20 @@ class Moments(NamedTuple):
     variance: float  # the mean square of the distances to the mean
 
 
-def moments(values: np.ndarray) -> Moments:
+def moments(what: str, values: np.ndarray) -> Moments:
     """Return the moments of the numbers of all processes, (N,) each, in float64 (Chan et al., 1983, equation 2.1).
 
     Example:
         >>> import numpy as np
         >>> from agents.distributed import moments
-        >>> moments(np.array([1.0, 3.0]))
+        >>> moments("lengths", np.array([1.0, 3.0]))
         Moments(n=2, mean=2.0, variance=1.0)
     """
     numbers = np.asarray(values, dtype=np.float64)
     mean = float(numbers.mean()) if len(numbers) else 0.0
+    own = len(numbers), mean, float(((numbers - mean) ** 2).sum())
     count, total, squares = 0, 0.0, 0.0
-    for n, their_mean, their_squares in gather((len(numbers), mean, float(((numbers - mean) ** 2).sum()))):
+    for n, their_mean, their_squares in gather(what, own):
         if n > 0:
             distance = their_mean - total
             squares += their_squares + distance**2 * count * n / (count + n)

@@ -108,7 +108,8 @@ class Evaluate(BaseCallback):
 
     def _agree(self) -> None:
         """Let all processes know what rank 0 has measured, so that they stop together."""
-        self.history, self.best_value, self.best_at = from_main((self.history, self.best_value, self.best_at))
+        known = self.history, self.best_value, self.best_at
+        self.history, self.best_value, self.best_at = from_main("an evaluation", known)
 
     def _on_rollout_start(self) -> None:
         if not self.history or self.model.num_timesteps >= max(self.history) + self.every:

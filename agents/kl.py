@@ -155,10 +155,10 @@ class KLPenalty(RolloutStep):
         buffer.rewards[view.steps, view.lanes] -= self.coef * kl
         self._log(kl, view.steps, view.lanes, buffer)
         if self.controller is not None:
-            figures = gather((float(kl.sum()), sum(segment.is_finished for segment in buffer.segments)))
-            n_episodes = sum(n for _, n in figures)
+            own = float(kl.sum()), sum(segment.is_finished for segment in buffer.segments)
+            total, n_episodes = map(sum, zip(*gather("the divergence", own), strict=True))
             if n_episodes > 0:
-                self.coef = self.controller.next(self.coef, sum(s for s, _ in figures) / n_episodes, n_episodes)
+                self.coef = self.controller.next(self.coef, total / n_episodes, int(n_episodes))
 
     def _divergence(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> np.ndarray:
         assert self.reference is not None, "set when attached"

@@ -80,7 +80,7 @@ def deal(
     Raises:
         ValueError: As `count_minibatches`; in all processes, also where only one of them has no sequence.
     """
-    sizes = gather((len(counts), n_dropped))
+    sizes = gather("minibatches", (len(counts), n_dropped))
     n_sequences = sum(size[0] for size in sizes)
     n = count_minibatches(n_transitions * len(sizes), batch_size, n_sequences + sum(size[1] for size in sizes))
     n = min(n, n_sequences)  # fewer, where episodes were dropped
@@ -94,6 +94,6 @@ def deal(
         )
     groups = even_groups(counts, n, rng)
     trained = np.array([int(counts[group].sum()) if len(group) else 0 for group in groups])
-    total = np.sum(gather(trained), axis=0)
+    total = np.sum(gather("the weights of minibatches", trained), axis=0)
     shares = trained * len(sizes) / np.maximum(total, 1)
     return [(group if len(group) else np.array([0]), float(share)) for group, share in zip(groups, shares, strict=True)]

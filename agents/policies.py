@@ -160,7 +160,7 @@ class LMPolicy(ActorCriticPolicy):
         self.shared = None if here is None else SharedGradient(self.lm)
         if here is not None:  # the same weights, and samples of each process's own
             broadcast_weights(self.lm)
-            seed = from_main(seed) + 2 * here.rank
+            seed = from_main("a seed", seed) + 2 * here.rank
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self.predict_generator = torch.Generator().manual_seed(seed + 1)

@@ -22,7 +22,7 @@ OWN_META = ("episodes", "env", "python_random", "numpy_random", "minibatches")
 def add_other_ranks(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     """Put beside what a checkpoint keeps of this process what it keeps of the others, in place; all must call it."""
     own = {name: tensors[name] for name in OWN_TENSORS}, {name: meta[name] for name in OWN_META}
-    for rank, (their_tensors, their_meta) in enumerate(gather(own)[1:], start=1):
+    for rank, (their_tensors, their_meta) in enumerate(gather("a checkpoint", own)[1:], start=1):
         tensors.update({f"rank{rank}_{name}": content for name, content in their_tensors.items()})
         meta.setdefault("ranks", []).append(their_meta)
 

@@ -113,7 +113,7 @@ class RewardShaping(RolloutStep):
 
     def _shape_all(self, scores: np.ndarray) -> np.ndarray:
         """Shape the scores of this process among those of all: deviations and means are theirs."""
-        scores_of = gather(scores)
+        scores_of = gather("scores", scores)
         every = np.concatenate(scores_of)
         here = world()
         start = sum(map(len, scores_of[: 0 if here is None else here.rank]))

@@ -83,7 +83,7 @@ class SharedGradient:
         assert batch.share is not None and batch.old_log_probs is not None, "a minibatch of the buffer"
         log_ratio = log_probs - batch.old_log_probs
         own = float((log_ratio.exp() - 1 - log_ratio).mean())
-        weighted = gather(own * batch.share)
+        weighted = gather("the divergence", own * batch.share)
         return sum(weighted) / len(weighted)
 
 

@@ -87,7 +87,7 @@ class ValueNorm(nn.Module):
         if world() is None:
             here, spread = returns.mean(), returns.var(correction=0)
         else:
-            here, spread = map(returns.new_tensor, moments(returns.cpu().numpy())[1:])
+            here, spread = map(returns.new_tensor, moments("returns", returns.cpu().numpy())[1:])
         away = here - self.mean
         # The decaying averages of x and x^2 without their difference, which rounds badly where the mean is large.
         spread = spread + (1 - share) * away.square()

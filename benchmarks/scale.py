@@ -68,7 +68,7 @@ def work(settings: Settings, n_iterations: int) -> dict[str, Any]:
     model, clock = job.agent(), Clock()
     tokens = job.n_lanes * job.new_tokens
     model.learn((1 + n_iterations) * tokens, callback=clock, log_interval=None)
-    seconds = gather(time.perf_counter() - clock.start)
+    seconds = gather("the time", time.perf_counter() - clock.start)
     steps = n_iterations * model.n_epochs * (tokens // model.batch_size)
     size = len(seconds)
     gradient = sum(
@@ -77,7 +77,7 @@ def work(settings: Settings, n_iterations: int) -> dict[str, Any]:
     return {
         "processes": size,
         "tokens_per_second": n_iterations * tokens / max(seconds),
-        "cpu_per_token": sum(gather(time.process_time() - clock.cpu_start)) / (n_iterations * tokens),
+        "cpu_per_token": sum(gather("CPU time", time.process_time() - clock.cpu_start)) / (n_iterations * tokens),
         "rollout_share": clock.rollout_seconds / max(seconds),
         "moved": 2 * (size - 1) / size * gradient,
         "seen": (loopback() - clock.lo_start) / size / steps,

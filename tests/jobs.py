@@ -2,14 +2,13 @@
 
 import io
 import os
-import signal
 import warnings
 
 import numpy as np
 import torch
 from rich.console import Console
-from sb3_contrib import TRPO, MaskablePPO
-from stable_baselines3 import A2C, PPO
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
@@ -23,32 +22,29 @@ from agents import (
     AdaptiveCoef,
     Checkpoints,
     CriticWarmup,
-    DataParallel,
     DropEpisodes,
     EpisodeMetrics,
     Evaluate,
     KLPenalty,
     LastLayers,
-    LMPolicy,
     LoRA,
     RewardCurves,
     RewardShaping,
     SampleTable,
     SeparateCritic,
-    SequenceRolloutBuffer,
     SharedCritic,
-    TextVecEnv,
+    TrainingWarnings,
     export,
-    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from agents.actor_critic import LMActorCritic
+from agents.finite_updates import FiniteUpdates
 from agents.sampling import TokenDistribution
 from agents.shared_gradient import SharedGradient
 from tests.seq2seq import tiny_seq2seq
 from tests.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
-from textenv import AllowedMask
+from textenv import AllowedMask, PrioritySampling
 from textenv.rewards import DROPPED
 
 torch.set_num_threads(1)
@@ -96,7 +92,7 @@ def group_by_lane(counts, n_groups, rng):
 
 def switch_off(name):
     """Leave out one of the things on which the processes agree."""
-    alone = lambda value: [value]  # noqa: E731
+    alone = lambda what, value: [value]  # noqa: E731
     if name == "weights":
         evaluate = SharedGradient.evaluate
 
@@ -108,12 +104,12 @@ def switch_off(name):
     elif name in ("advantages", "returns"):
         module = agents.buffers if name == "advantages" else agents.value_norm
 
-        def moments(values):
+        def moments(what, values):
             return len(values), float(np.mean(values)), float(np.var(values))
 
         module.moments = moments
     elif name == "scores":
-        agents.shaping.gather = lambda scores: [scores] * (rank_and_size()[0] + 1)
+        agents.shaping.gather = lambda what, scores: [scores] * (rank_and_size()[0] + 1)
     elif name == "divergence":
         agents.kl.gather = alone
     else:
@@ -285,106 +281,28 @@ def unseeded():
     return first, numbers, model.rollout_buffer.actions.tolist()
 
 
-def refused(case):
-    """Build what several processes cannot train; the error comes from building or learning."""
-    agents.distributed.ANSWER_SECONDS = 1.0
-    env = tiny_env(uneven, PROMPTS, score_at="done")
-    if case == "lanes":
-        return tiny_agent(env, n_envs=3)
-    if case == "normalize_advantage":
-        return tiny_agent(env, normalize_advantage=True)
-    if case == "TRPO":
-        return tiny_agent(env, algorithm=TRPO)
-    if case == "settings":
-        return tiny_agent(env, n_epochs=1 + rank_and_size()[0])
-    if case == "batch":
-        return tiny_agent(env, batch_size=10).learn(16)
-    if case == "by hand":
-        return PPO(LMPolicy, **by_hand(env)).learn(16)
-    if case == "reward":
-        return tiny_agent(tiny_env(fails_in_one, PROMPTS, score_at="done")).learn(16)
-    assert case == "nothing"
-    PPO(LMPolicy, **by_hand(env)).learn(16, callback=DataParallel())
-    return "trained"
-
-
-def refusals(cases):
-    """What `refused` returns or raises in each case."""
-    results = {}
-    for case in cases:
-        try:
-            results[case] = refused(case)
-        except Exception as error:
-            results[case] = error
-    return results
-
-
-def fails_in_one(prompt, preds, done):
-    if rank_and_size()[0] == 1:
-        raise OSError("the scorer is gone")
-    return 0.0
-
-
-def by_hand(env):
-    return {
-        "env": TextVecEnv(env, 4),
-        "n_steps": 4,
-        "batch_size": 16,
-        "n_epochs": 1,
-        "normalize_advantage": False,
-        "rollout_buffer_class": SequenceRolloutBuffer,
-        "policy_kwargs": {"lm": tiny_config()},
-        "device": "cpu",
-    }
-
-
 def likes_a(prompt, preds, done):
     return float(np.mean(preds.ids == 1)) if done else 0.0
 
 
-def learn_a(learning_rate):
-    """Mean rewards of the first and the last rollout of an agent that is paid for the letter a."""
+def learn_a(learning_rate, seed=0):
+    """The first and last mean rewards of an agent that is paid for the letter a; None where nothing is logged."""
     env = tiny_env(likes_a, PROMPTS, score_at="done", max_new_tokens=8)
-    model = tiny_agent(env, n_envs=32, n_epochs=4, batch_size=64, learning_rate=learning_rate, n_steps=8)
+    model = tiny_agent(env, n_envs=16, n_epochs=4, batch_size=64, learning_rate=learning_rate, seed=seed)
     rows = Rows()
     model.set_logger(Logger(None, [rows]))
-    model.learn(30 * 256, callback=EpisodeMetrics())
+    model.learn(24 * 128, callback=EpisodeMetrics())
     rewards = [row["reward/task"] for _, row in rows.rows if "reward/task" in row]
-    return rewards[0], np.mean(rewards[-3:])
+    return (rewards[0], np.mean(rewards[-3:])) if rewards else None
 
 
-def join_as_initialised():
-    """Meet in a process group that the script has made."""
-    rank, size = rank_and_size()
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-    return agents.distributed.gather(rank), agents.distributed.from_main(rank)
-
-
-def join(seconds):
-    """Meet the others within some seconds."""
-    agents.distributed.JOIN_SECONDS = seconds
-    return tuple(agents.distributed.world())[:3]
-
-
-def killed(where, folder, n_iterations=4):
-    """Train, saving each iteration; rank 1 kills itself in the third rollout or second update of the first attempt."""
-    agents.distributed.ANSWER_SECONDS = 1.0
-    model, _ = shared_agent()
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    done, iteration = model.num_timesteps, 2 * N_LANES * model.n_steps
-    is_victim = rank_and_size()[0] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-
-    def kill(*args):
-        if model.num_timesteps >= iteration:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if is_victim and where == "update":
-        model.policy.optimizer.register_step_pre_hook(kill)
-    if is_victim and where == "rollout":
-        act = model.policy.lm.act
-        model.policy.lm.act = lambda *args, **kwargs: (kill(), act(*args, **kwargs))[1]
-    total = n_iterations * N_LANES * model.n_steps
-    model.learn(total - done, callback=Checkpoints(folder, every=1, keep=9), reset_num_timesteps=done == 0)
-    return weights_of(model), model.num_timesteps, done
+def beside():
+    """The doctor, warnings, NLPO, a critic of its own and prompts by priority, in a natural run; the prompts drawn."""
+    env = tiny_env(uneven, PROMPTS, score_at="done", order=PrioritySampling("spread"))
+    kwargs = {"top_p": 0.9, "top_p_lag": 2, "critic": SeparateCritic(tiny_config())}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = tiny_agent(env, n_envs=N_LANES, check=True, policy_kwargs=kwargs)
+        model.learn(3 * 32, callback=[TrainingWarnings(), FiniteUpdates(), KLPenalty(0.05)])
+    dealer = model.get_env().lanes.dealer
+    return sum_of_weights(model), model.num_timesteps, dealer.cursor.draws.tolist()

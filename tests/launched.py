@@ -4,9 +4,9 @@ import pickle
 import sys
 from pathlib import Path
 
-from tests import jobs
+from tests import mistakes
 
 if __name__ == "__main__":
     job, folder, argument = sys.argv[1:]
-    result = getattr(jobs, job)(argument, Path(folder) / "checkpoints")
-    (Path(folder) / f"rank{jobs.rank_and_size()[0]}.pickle").write_bytes(pickle.dumps(result))
+    result = getattr(mistakes, job)(argument, Path(folder) / "checkpoints")
+    (Path(folder) / f"rank{mistakes.rank_and_size()[0]}.pickle").write_bytes(pickle.dumps(result))

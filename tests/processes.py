@@ -5,11 +5,11 @@ import os
 import socket
 import traceback
 
-from tests import jobs
+from tests import jobs, mistakes
 
 # Children are forked from a server that has imported everything once, and never ran a backward pass.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.jobs"])
+CONTEXT.set_forkserver_preload(["tests.jobs", "tests.mistakes"])
 
 
 def free_port():
@@ -19,7 +19,7 @@ def free_port():
 
 
 def launch(size, job, *args, environments=None, timeout=60):
-    """What `tests.jobs.<job>(*args)` returns in each of `size` processes, or its exception; by rank."""
+    """What a function of `tests.jobs` or `tests.mistakes` returns in each of the processes, or raises; by rank."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):
@@ -58,7 +58,7 @@ def train(size, job, *args, **kwargs):
 def _child(pipe, names, job, args):
     os.environ.update(names)
     try:
-        result = getattr(jobs, job)(*args)
+        result = (vars(jobs).get(job) or vars(mistakes)[job])(*args)
     except BaseException as error:
         error.add_note(traceback.format_exc())
         result = error

@@ -115,6 +115,7 @@ REFUSED = {
     "normalize_advantage": (ValueError, "Expected normalize_advantage=False of the algorithm"),
     "settings": (ValueError, r"Expected the same settings in all processes, got others in rank [01]: \['n_epochs'\]"),
     "TRPO": (ValueError, "Expected one process for FlatLMPolicy, got several"),
+    "alone": (RuntimeError, "Expected all processes at the same, got rank . at '(saving|training)' and rank"),
     "by hand": (RuntimeError, r"Expected the callback DataParallel\(\)"),
 }
 
@@ -192,9 +193,16 @@ def test_a_process_that_is_killed_in_a_rollout_is_named(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_stands_beside_training_does_so_in_several_processes():
+    """The doctor, warnings, NLPO, a critic with a trunk of its own; draws by priority are each process's own."""
+    (weights, tokens, drawn), other = train(2, "beside")
+    assert other[:2] == (weights, tokens) and tokens == 96 and sum(drawn) > 12 and other[2] != drawn
+
+
+@pytest.mark.slow
 def test_two_processes_learn_as_one_does():
     ((first, last),) = train(1, "learn_a", 1e-2)
-    (ours, learnt), others = train(2, "learn_a", 1e-2)
+    (ours, learnt), _ = train(2, "learn_a", 1e-2)
     assert first < 0.1 and ours < 0.1 and last > 0.8 and learnt > 0.8
     (before, after), _ = train(2, "learn_a", 0.0)
     assert abs(after - before) < 0.1, "the negative control"

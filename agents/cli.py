@@ -56,10 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] not in VERBS:
             raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{_nearest(words[0], VERBS)}")
         if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise CommandError(
-                f"Expected one process for the command, got WORLD_SIZE={size}: several train a script of your own, "
-                "with make_agent (`torchrun --nproc_per_node 2 train.py`)."
-            )
+            raise CommandError(f"Expected one process, got WORLD_SIZE={size}: several train a script with make_agent.")
         return int(VERBS[words[0]].run(words[1:]))
     except CommandError as error:
         print(f"textenv: {error}", file=sys.stderr)

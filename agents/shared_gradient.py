@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .actor_critic import LMActorCritic
-from .distributed import gather, variable
+from .distributed import gather
 from .sequences import SequenceBatch
 
 
@@ -64,7 +64,6 @@ class SharedGradient:
         """Return what `LMActorCritic.evaluate` does; all processes must call it, and then go backward or none."""
         trained = [weight for weight in self.lm.parameters() if weight.requires_grad]
         if list(map(id, trained)) != list(map(id, self._trained)):  # the first one, or a `CriticWarmup` is over
-            _check_device(self.lm)
             with warnings.catch_warnings():  # torch 2.13 has another name for the option, which older ones lack
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
                 self._engine = DistributedDataParallel(
@@ -112,12 +111,3 @@ class _ScaledGradient(torch.autograd.Function):
 def _scaled_gradient(values: Tensor, scale: float) -> Tensor:
     """Return the same values, whose gradient is multiplied on its way back."""
     return _ScaledGradient.apply(values, scale)
-
-
-def _check_device(lm: LMActorCritic) -> None:
-    local = variable("LOCAL_RANK", 0)
-    if lm.backbone.device.type == "cuda" and local >= torch.cuda.device_count():
-        raise ValueError(
-            f"Expected a GPU for each process of this machine, got {torch.cuda.device_count()} and LOCAL_RANK={local}: "
-            'start fewer processes, or train with device="cpu".'
-        )

@@ -150,7 +150,7 @@ def test_one_process_has_nothing_of_it(monkeypatch):
 def test_the_command_wants_one_process(monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["train"]) == 2
-    assert "Expected one process for the command, got WORLD_SIZE=2" in capfd.readouterr().err
+    assert "Expected one process, got WORLD_SIZE=2" in capfd.readouterr().err
 
 
 def test_processes_that_were_started_wrongly_are_told():

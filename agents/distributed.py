@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +20,7 @@ Value = TypeVar("Value")
 
 JOIN_SECONDS = 300.0  # how long processes wait for each other at the start
 AGREE = timedelta(hours=4)  # the longest that one waits for another, which may be in an evaluation
+LEAVE_SECONDS = 10.0  # how long the process that serves the others waits for them at its end
 ANSWER_SECONDS = 5.0  # how long the others have to say that they live when one seems lost
 
 
@@ -108,6 +111,7 @@ def _join() -> World:
         rank, size = variable("RANK"), variable("WORLD_SIZE")
         store = _meet(rank, size)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        atexit.register(leave, store, rank, size)
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
     group = dist.new_group(backend="gloo", timeout=AGREE)
     assert group is not None, "this process is a member"
@@ -123,8 +127,7 @@ def _meet(rank: int, size: int) -> dist.Store:
     host, port = os.environ.get("MASTER_ADDR"), variable("MASTER_PORT")
     if not host:
         raise ValueError(f"Expected MASTER_ADDR, the host of rank 0, beside WORLD_SIZE={size}, got none.")
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which serves all restarts
-    serves = rank == 0 and not has_agent
+    serves = _serves(rank)
     seconds = timedelta(seconds=JOIN_SECONDS)
     try:
         base = dist.TCPStore(
@@ -140,6 +143,20 @@ def _meet(rank: int, size: int) -> dist.Store:
             time.sleep(1.0)  # the others read it here
         raise refusal
     return store
+
+
+def _serves(rank: int) -> bool:
+    """Whether the store that all look at is this process's: not where `torchrun` has one, which serves all restarts."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def leave(store: dist.Store, rank: int, size: int) -> None:
+    """At the end of a process: the one that serves the store stays a while for those that still look into it."""
+    deadline, others = time.monotonic() + LEAVE_SECONDS, [f"left {other}" for other in range(size)]
+    with suppress(dist.DistError):  # it has gone already
+        store.set(f"left {rank}", "1")
+        while _serves(rank) and time.monotonic() < deadline and not store.check(others):
+            time.sleep(0.05)
 
 
 def _refusal(store: dist.Store, rank: int, size: int) -> Exception | None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import torch
 from sb3_contrib import TRPO
@@ -81,6 +82,16 @@ def join_as_initialised():
     rank, size = rank_and_size()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     return agents.distributed.gather("ranks", rank), agents.distributed.from_main("a rank", rank)
+
+
+def leave_late(seconds):
+    """Leave the others, rank 1 after some seconds; how long that took."""
+    here = agents.distributed.world()
+    if here.rank == 1:
+        time.sleep(seconds)
+    start = time.monotonic()
+    agents.distributed.leave(here.store, here.rank, here.size)
+    return time.monotonic() - start
 
 
 def join(seconds):

@@ -138,6 +138,11 @@ def test_a_process_group_of_the_scripts_own_is_used():
     assert train(2, "join_as_initialised") == [([0, 1], 0)] * 2
 
 
+def test_the_process_that_serves_the_others_leaves_last():
+    first, second = train(2, "leave_late", 0.5)
+    assert first > 0.3 > second
+
+
 def test_one_process_has_nothing_of_it(monkeypatch):
     """No group, no wrapper, no step: what several processes need is not even looked at."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)

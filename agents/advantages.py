@@ -1,10 +1,12 @@
-"""Advantages of whole episodes from the returns of their group: no critic."""
+"""Advantages of whole episodes from the returns of their group, without a critic; and of those that came in parts."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import numpy as np
+
+from .transitions import Transitions
 
 Advantage = Literal["gae", "grpo", "grpo_mean", "rloo"]
 
@@ -46,3 +48,13 @@ def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advanta
             centred *= len(here) / (len(here) - 1)
         advantages[here] = centred
     return advantages.astype(np.float32)
+
+
+def carry(part: Transitions, advantage: float, next_value: float, gamma: float, gae_lambda: float) -> None:
+    """Compute a part's advantages and returns, in place, from those that follow it (generalized advantages)."""
+    for i in reversed(range(len(part.rewards))):
+        delta = part.rewards[i] + gamma * next_value - part.values[i]
+        advantage = delta + gamma * gae_lambda * advantage
+        part.advantages[i] = advantage
+        next_value = part.values[i]
+    part.returns[:] = part.advantages + part.values

@@ -26,7 +26,7 @@ from textenv.model_loading import load_whole
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
 from .layers import disable_dropout, fuse_activations
-from .trainable import Trainable, is_checkpointing, set_trainable
+from .trainable import Trainable, check_in_memory, is_checkpointing, set_trainable
 
 PROBE_LENGTH = 4
 PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
@@ -147,7 +147,7 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
 
     Raises:
         TypeError: If `lm` is a live model: `policy_kwargs` are pickled, its weights would be stored twice.
-        ValueError: If the model has trainable weights of 16 bits.
+        ValueError: If the model has trainable weights of 16 bits, or offloaded ones.
     """
     if isinstance(lm, nn.Module):
         raise TypeError(
@@ -163,6 +163,7 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
     else:
         raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
     set_trainable(model, train)
+    check_in_memory(model)
     _refuse_16_bits(model)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, get_args
 
@@ -16,9 +17,10 @@ from textenv.finished import Place
 from textenv.rewarding import RewardError
 
 from .actor_critic import LMActorCritic
-from .advantages import Advantage, group_advantages
+from .advantages import Advantage, carry, group_advantages
 from .critic import TrunkCritic, ValueHead
-from .minibatches import count_minibatches, even_groups
+from .distributed import moments, raise_together, world
+from .minibatches import deal
 from .sequences import SequenceBatch
 from .token_sets import AllowedTokens, TokenSets
 from .transitions import RolloutView, Segment, SequenceSamples, Transitions
@@ -241,11 +243,12 @@ class SequenceRolloutBuffer(RolloutBuffer):
     def _normalize_values(self, lm: LMActorCritic) -> None:
         """Bring the statistics of returns up to date, and note in which units minibatches are now."""
         norm, returns = lm.value_norm, [self._part(i).returns for i in range(len(self._trained))]
-        if norm is None or not returns:
+        if norm is None or (not returns and world() is None):
             return
         assert isinstance(lm.critic, ValueHead), "checked when the policy is built"
         before = norm.scale()
-        norm.update(torch.as_tensor(np.concatenate(returns), device=norm.mean.device), lm.critic.linear)
+        of_all = np.concatenate([np.zeros(0, dtype=np.float32), *returns])
+        norm.update(torch.as_tensor(of_all, device=norm.mean.device), lm.critic.linear)
         self._return_scale = norm.scale()
         # Old values are what the critic puts out before its first step: with "norm" it has not followed.
         self._value_scale = self._return_scale if norm.keeps_values else before
@@ -295,16 +298,18 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self._trained.append(segment)
         if self.groups is not None:
             self._gather_groups(self.groups)
-        if self._n_dropped and not self._trained:
-            raise RewardError(
-                f"Expected an episode to train on, got none: the reward dropped all {self._n_dropped} that ended. Does "
-                "what it asks answer at all? Let it raise to see the causes (on_failure='raise'), or raise n_steps."
-            )
+        none_left = RewardError(
+            f"Expected an episode to train on, got none: the reward dropped all {self._n_dropped} that ended. Does "
+            "what it asks answer at all? Let it raise to see the causes (on_failure='raise'), or raise n_steps."
+        )
+        raise_together(none_left if self._n_dropped and not self._trained else None)
         self._counts = np.array([len(self._part(i).actions) for i in range(len(self._trained))], dtype=np.int64)
         self._mean, self._deviation = 0.0, 1.0
-        if self.normalize_advantage and self._counts.sum() > 1:
-            advantages = np.concatenate([self._part(i).advantages for i in range(len(self._trained))])
-            self._mean, self._deviation = advantages.mean(), advantages.std(ddof=1) + np.float32(1e-8)
+        if self.normalize_advantage:
+            parts = [self._part(i).advantages for i in range(len(self._trained))]
+            n, mean, variance = moments("advantages", np.concatenate([np.zeros(0), *parts]))
+            if n > 1:
+                self._mean, self._deviation = np.float32(mean), np.float32(math.sqrt(variance * n / (n - 1)) + 1e-8)
 
     def _is_dropped(self, segment: Segment) -> bool:
         return (segment.end - 1, segment.lane) in self.dropped
@@ -318,17 +323,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def _join(self, earlier: Transitions, later: Transitions) -> Transitions:
         """Put the waiting part of an episode in front, and carry the advantages on into it."""
-        self._carry(earlier, later.advantages[0], later.values[0])
+        carry(earlier, later.advantages[0], later.values[0], self.gamma, self.gae_lambda)
         return Transitions(*(np.concatenate(pair) for pair in zip(earlier, later, strict=True)))
-
-    def _carry(self, part: Transitions, advantage: float, next_value: float) -> None:
-        """Compute a part's advantages and returns, in place, from what follows it."""
-        for i in reversed(range(len(part.rewards))):
-            delta = part.rewards[i] + self.gamma * next_value - part.values[i]
-            advantage = delta + self.gamma * self.gae_lambda * advantage
-            part.advantages[i] = advantage
-            next_value = part.values[i]
-        part.returns[:] = part.advantages + part.values
 
     def _gather_groups(self, groups: RolloutGroups) -> None:
         """Of the episodes that have ended, train those whose group is whole; let the others wait."""
@@ -342,7 +338,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._n_dropped = sum(episode.is_dropped for episode in whole.values())
         whole = {place: episode for place, episode in whole.items() if not episode.is_dropped}
         for place in whole.keys() & self.waiting_episodes.keys():  # a score may have come since
-            self._carry(whole[place].part, 0.0, 0.0)
+            carry(whole[place].part, 0.0, 0.0, self.gamma, self.gae_lambda)
         parts = [episode.part for episode in whole.values()]
         if self.advantage != "gae" and parts:
             returns = np.array([part.rewards.sum(dtype=np.float64) for part in parts])
@@ -362,18 +358,24 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """Yield one epoch of minibatches of whole sequences.
 
         Args:
-            batch_size: Transitions of a minibatch, on average; None yields everything at once.
+            batch_size: Transitions of a minibatch, of all processes, on average; None yields everything at once.
 
         Raises:
             ValueError: If it does not divide the rollout, or there are fewer sequences than minibatches; where that
                 is since episodes were dropped, there are fewer minibatches.
         """
         assert self.full, "the rollout is not complete"
-        n = count_minibatches(self.buffer_size * self.n_envs, batch_size, len(self._counts) + self._n_dropped)
-        n = min(n, len(self._counts))
+        if world() is not None and "DataParallel" not in map(step_name, self.before_returns):
+            raise RuntimeError(
+                "Expected the callback DataParallel() in several processes, got none: build the model with make_agent, "
+                "or pass it to learn(). It checks settings, and logs for all."
+            )
+        groups = deal(self._counts, self._n_dropped, self.buffer_size * self.n_envs, batch_size, self.rng)
         self.generator_ready = True
-        for group in even_groups(self._counts, n, self.rng):
-            yield self._samples(group)
+        for group, share in groups:
+            samples = self._samples(group)
+            samples.observations.share, samples.observations.old_log_probs = share, samples.old_log_prob
+            yield samples
 
     def _samples(self, group: np.ndarray) -> SequenceSamples:
         part = Transitions(*map(np.concatenate, zip(*(self._part(i) for i in group), strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeVar, cast
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
+from .data_parallel import DataParallel
 from .doctor import check as examine
 from .flat_policy import FlatLMPolicy
 from .groups import SampleGroups
@@ -61,12 +63,13 @@ def make_agent(
     learning_rate (TRPO)  1e-3 (1e-3)            of the value head alone; `target_kl` bounds the policy's steps
     ===================== ====================== ==============================================================
 
-    TRPO has no n_epochs, vf_coef and max_grad_norm.
+    TRPO has no n_epochs, vf_coef and max_grad_norm. In the processes that `torchrun` or `accelerate launch` started the
+    agent is trained by all: see `DataParallel`.
 
     Args:
         env: A `TextEnv`, a subclass, or what `gym.make` made of one.
         lm: The language model: a name or path, a config, or a spec such as `Pretrained(name)`.
-        n_envs: How many episodes run side by side.
+        n_envs: How many episodes run side by side, in all processes together.
         algorithm: The class: PPO, A2C, sb3-contrib's TRPO or MaskablePPO, or a subclass; policy and buffer follow.
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
@@ -122,14 +125,18 @@ def make_agent(
     has_groups = vec_env.env.samples_per_prompt > 1
     buffer_kwargs = {"advantage": "gae", "complete_episodes": has_groups, **(rollout_buffer_kwargs or {})}
     buffer_kwargs.setdefault("normalize_advantage", buffer_kwargs["advantage"] == "gae")
-    model = algorithm(
-        policy_class,
-        vec_env,
-        rollout_buffer_class=MaskableSequenceRolloutBuffer if is_maskable else SequenceRolloutBuffer,
-        rollout_buffer_kwargs=buffer_kwargs,
-        policy_kwargs={"lm": lm, **(policy_kwargs or {})},
-        **{**settings, **algorithm_kwargs},
-    )
+    with warnings.catch_warnings():
+        if vec_env.world is not None:  # `batch_size` is of all processes, and SB3 compares it with the rollout of one
+            warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+        model = algorithm(
+            policy_class,
+            vec_env,
+            rollout_buffer_class=MaskableSequenceRolloutBuffer if is_maskable else SequenceRolloutBuffer,
+            rollout_buffer_kwargs=buffer_kwargs,
+            policy_kwargs={"lm": lm, **(policy_kwargs or {})},
+            **{**settings, **algorithm_kwargs},
+        )
+    DataParallel().attach(model)
     cast("LMPolicy", model.policy).backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
     if has_groups or buffer_kwargs["advantage"] != "gae":
         SampleGroups().attach(model)

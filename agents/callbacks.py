@@ -27,6 +27,8 @@ from textenv.tokenizer import Tokenizer
 
 from .checkpoint import is_between_iterations, save_step
 from .curves import CURVES, check_matplotlib, draw_curves
+from .data_parallel import merge
+from .distributed import gather, is_main_process
 from .generation import Generation, generate
 from .reward_share import RewardShare
 from .rollout_steps import remember
@@ -150,6 +152,8 @@ class SampleTable(BaseCallback):
         self._show()
 
     def _show(self) -> None:
+        if not is_main_process():
+            return
         samples = generate(self.model, self.prompts, self.tokenizer, **self.options)
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))
@@ -201,12 +205,13 @@ class RewardCurves(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        values = self.logger.name_to_value
+        values = merge(gather("figures", dict(self.logger.name_to_value)))
         row = {key: float(values.get(key, math.nan)) for key, _ in CURVES}
         self.history.append({"tokens": self.model.num_timesteps, **row})
 
     def _on_training_end(self) -> None:
-        draw_curves(self.path, {"": self.history}, self.title)
+        if is_main_process():
+            draw_curves(self.path, {"": self.history}, self.title)
 
 
 class Checkpoints(BaseCallback):

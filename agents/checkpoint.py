@@ -21,10 +21,12 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
 from .buffers import SequenceRolloutBuffer, step_name
+from .distributed import is_main_process, once
 from .files import replaced_folder, sha256
 from .optim import load_optimizer, optimizer_state
 from .policies import LMPolicy
 from .probe import check_probe, probe_logits
+from .rank_states import add_other_ranks, choose_own, go_on_elsewhere, reseed
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
 from .transitions import Transitions
 from .waiting import EndedEpisode
@@ -42,7 +44,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
 
     Policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished episodes, what
     waits for the end of an episode or of its group, and the state of the steps before returns. On a CPU the next
-    update is the same bit for bit.
+    update is the same bit for bit. All of several processes call it, and rank 0 writes what each has of its own.
 
     Args:
         model: A model built with `make_agent`, or with `TextVecEnv` and `SequenceRolloutBuffer`. Save between
@@ -65,7 +67,7 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     arrays, env_meta = text_vec_env(model.get_env()).state_dict()
     if not is_between_iterations(model):
         raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
-    broken = [name for name, weight in model.policy.named_parameters() if not bool(weight.isfinite().all())]
+    broken = [name for name, weight in _weights(model) if not bool(weight.isfinite().all())]
     if broken:
         raise FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
     optimizer, groups = optimizer_state(model.policy.optimizer)
@@ -93,15 +95,20 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     }
     tensors.update({f"step_{name}": content for name, (content, _) in buffer.saved_steps.items()})
     for step in buffer.before_returns:
-        if isinstance(step, RolloutStep):
+        if isinstance(step, RolloutStep) and step.is_kept:
             tensors[f"step_{step_name(step)}"], meta["steps"][step_name(step)] = step.state_dict()
+    add_other_ranks(tensors, meta)
+    once(lambda: _write(folder, tensors, meta))
+    return Path(folder)
+
+
+def _write(folder: str | os.PathLike[str], tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     with replaced_folder(folder) as beside:
         for name, content in tensors.items():
             safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, beside / f"{name}.safetensors")
         (beside / "state.json").write_text(_json(meta), encoding="utf-8")
-        manifest = _manifest(beside, model.num_timesteps)
+        manifest = _manifest(beside, meta["counters"]["num_timesteps"])
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    return Path(folder)
 
 
 def is_between_iterations(model: OnPolicyAlgorithm) -> bool:
@@ -118,6 +125,9 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     Go on with `model.learn(the rest, reset_num_timesteps=False, callback=...)` and the same callbacks. A
     `KLPenalty` given there takes its reference from the checkpoint.
 
+    On another number of processes than it was saved from, a warning says what of their own states is given up; weights,
+    optimizer, steps and counters are taken over, and prompts go on behind the furthest that any process had drawn.
+
     Args:
         model: A model built with the same arguments as the saved one.
         folder: What `save_checkpoint` wrote. Its files are verified, and none of them is unpickled. Where the loaded
@@ -133,10 +143,14 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     weights = dict(_weights(model))
     _check_same_shapes(weights, tensors["policy"])
     _check_same_optimizer(model.policy.optimizer, meta["param_groups"])
+    is_elsewhere = not choose_own(tensors, meta)
     episodes = {name: tensor.numpy() for name, tensor in tensors["episodes"].items()}
     episode_starts = episodes.pop("episode_starts")
     try:
-        model._last_obs = env.load_state_dict(episodes, meta["env"])
+        if is_elsewhere:
+            model._last_obs, episode_starts = go_on_elsewhere(env, meta), np.ones(env.num_envs, dtype=bool)
+        else:
+            model._last_obs = env.load_state_dict(episodes, meta["env"])
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     model._last_episode_starts = episode_starts
@@ -146,8 +160,9 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
             weight.copy_(tensors["policy"][name])
     load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
     buffer.reset()
-    _load_waiting(buffer, tensors["waiting"])
-    buffer.token_sets.load_state_dict(tensors["token_sets"])
+    if not is_elsewhere:
+        _load_waiting(buffer, tensors["waiting"])
+        buffer.token_sets.load_state_dict(tensors["token_sets"])
     for name in COUNTERS:
         setattr(model, name, meta["counters"][name])
     model.ep_info_buffer = deque(meta["episodes"], maxlen=model._stats_window_size)
@@ -160,7 +175,10 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     buffer.remembered = dict(meta.get("remembered", {}))  # checkpoints of before have none
     for name in buffer.remembering.keys() & buffer.remembered.keys():
         buffer.remembering[name].load_state_dict(buffer.remembered.pop(name))
-    _load_generators(model, tensors["generators"], meta)
+    if is_elsewhere:
+        reseed(cast("LMPolicy", model.policy), tensors["generators"])
+    else:
+        _load_generators(model, tensors["generators"], meta)
     if "probe" in tensors:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         backbone = cast("LMPolicy", model.policy).lm.backbone
@@ -230,7 +248,8 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
         raise OSError(errno.EIO, str(error)) from error
     # What is newer than the newest is another run's, or damaged, and not ours to count.
     for old in sorted(path for path in Path(folder).glob("step_*") if path <= newest)[:-keep]:
-        shutil.rmtree(old)
+        if is_main_process():
+            shutil.rmtree(old)
     return newest
 
 
@@ -256,9 +275,10 @@ def versions() -> dict[str, str]:
 
 
 def _weights(model: OnPolicyAlgorithm) -> Iterable[tuple[str, Tensor]]:
-    """Yield each weight and buffer of the policy once: tied ones under their first name."""
-    yield from model.policy.named_parameters()
-    yield from model.policy.named_buffers()
+    """Yield each weight and buffer of the policy once: tied ones under their first name, and none that is offloaded."""
+    for name, tensor in (*model.policy.named_parameters(), *model.policy.named_buffers()):
+        if not tensor.is_meta:  # frozen, and read from where the model comes from
+            yield name, tensor
 
 
 def _check_same_shapes(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return Exit.DONE
         if words[0] not in VERBS:
             raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{nearest(words[0], VERBS)}")
+        if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise CommandError(f"Expected one process, got WORLD_SIZE={size}: several train a script with make_agent.")
         return int(VERBS[words[0]].run(words[1:]))
     except CommandError as error:
         return _refuse(error)

@@ -16,6 +16,7 @@ from textenv.metrics.scores import Metric
 from textenv.prompts import PromptLike
 from textenv.tokenizer import Tokenizer
 
+from .distributed import from_main, is_main_process
 from .evaluation import Evaluation, evaluate
 from .exporting import export
 from .files import replaced_folder, write_text
@@ -82,8 +83,9 @@ class Evaluate(BaseCallback):
         now, self._n_updates = self.model.num_timesteps, -1
         if now == 0:
             self.history, self.best_value, self.best_at = {}, -self.sign * math.inf, 0
-        if self.folder is not None:
+        if self.folder is not None and is_main_process():
             self._go_on(self.folder, now)
+        self._agree()
         # What comes after the checkpoint is measured again.
         self.history = {at: figures for at, figures in self.history.items() if at <= now}
 
@@ -104,6 +106,11 @@ class Evaluate(BaseCallback):
             rows = json.loads(history.read_text(encoding="utf-8"))
             self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in rows}
 
+    def _agree(self) -> None:
+        """Let all processes know what rank 0 has measured, so that they stop together."""
+        known = self.history, self.best_value, self.best_at
+        self.history, self.best_value, self.best_at = from_main("an evaluation", known)
+
     def _on_rollout_start(self) -> None:
         if not self.history or self.model.num_timesteps >= max(self.history) + self.every:
             self._evaluate()
@@ -122,6 +129,12 @@ class Evaluate(BaseCallback):
 
     def _evaluate(self) -> None:
         now, self._n_updates = self.model.num_timesteps, self.model._n_updates
+        if is_main_process():
+            self._measure(now)
+        self._agree()
+        self.logger.dump(now)
+
+    def _measure(self, now: int) -> None:
         result = evaluate(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)
         if self.best not in result.figures:
             raise ValueError(f"Expected `best` to be one of {list(result.figures)}, got {self.best!r}.")
@@ -139,7 +152,6 @@ class Evaluate(BaseCallback):
             write_text(self.folder / "history.json", json.dumps(rows, indent=1) + "\n")
         for name, number in self.history[now].items():
             self.logger.record(f"eval/{name}", number)
-        self.logger.dump(now)
 
     def _keep(self, folder: Path, result: Evaluation) -> None:
         with replaced_folder(folder) as beside:

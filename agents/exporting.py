@@ -8,6 +8,7 @@ from pathlib import Path
 from stable_baselines3.common.base_class import BaseAlgorithm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .distributed import by_main
 from .files import replaced_folder
 from .policies import LMPolicy
 from .trainable import merged_state_dict
@@ -21,7 +22,8 @@ def export(
     Adapters (LoRA) are merged into the weights that are written; the policy keeps them apart and can train on.
     An encoder-decoder loads with `AutoModelForSeq2SeqLM`.
 
-    The folder appears whole or not at all; one that is there already is replaced when the new one is complete.
+    The folder appears whole or not at all; one that is there already is replaced when the new one is complete. Of
+    several processes the one of rank 0 writes it, and the others wait until it is there.
 
     Args:
         model: A trained model, or its policy.
@@ -53,10 +55,14 @@ def export(
         pad_token_id=old.pad_token_id,
         decoder_start_token_id=config.decoder_start_token_id if config.is_encoder_decoder else None,
     )
-    with replaced_folder(folder) as beside:
-        with backbone.whole_model() as lm:
-            lm.save_pretrained(beside, state_dict=merged_state_dict(lm))
-        plain.save_pretrained(beside)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
+
+    def write() -> None:
+        with replaced_folder(folder) as beside:
+            with backbone.whole_model() as lm:
+                lm.save_pretrained(beside, state_dict=merged_state_dict(lm))
+            plain.save_pretrained(beside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+
+    by_main(f"export {Path(folder).absolute()}", write)
     return Path(folder)

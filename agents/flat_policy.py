@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from .backbone import Backbone
 from .critic import CriticSpec, SharedCritic
+from .distributed import world
 from .policies import LMPolicy
 from .sampling import TokenDistribution
 from .sequences import SequenceBatch
@@ -175,7 +176,7 @@ class FlatLMPolicy(LMPolicy):
         **kwargs: The other arguments of `LMPolicy`.
 
     Raises:
-        ValueError: As `LMPolicy`; for an encoder-decoder, gradient checkpointing and `top_p_lag`.
+        ValueError: As `LMPolicy`; for an encoder-decoder, gradient checkpointing, `top_p_lag` and several processes.
 
     Example:
         >>> from agents import FlatLMPolicy
@@ -206,6 +207,11 @@ class FlatLMPolicy(LMPolicy):
             raise ValueError(
                 f"Expected top_p_lag=None for {type(self).__name__}, got {kwargs['top_p_lag']}: TRPO differentiates "
                 "all parameters of a policy, and those of the lagged copy (NLPO) have no gradient. Use PPO."
+            )
+        if world() is not None:
+            raise ValueError(
+                f"Expected one process for {type(self).__name__}, got several: TRPO's conjugate gradients and line "
+                "search differentiate past what averages gradients, and each process would take its own step. Use PPO."
             )
         super().__init__(observation_space, action_space, lr_schedule, critic=critic, **kwargs)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .actor_critic import LMActorCritic
 from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer, step_name
+from .distributed import gather
 from .policies import LMPolicy
 from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of, version_of
 from .rollout_steps import RolloutStep, sequence_buffer
@@ -153,9 +154,11 @@ class KLPenalty(RolloutStep):
             kl = kl.clip(-self.clip, self.clip)
         buffer.rewards[view.steps, view.lanes] -= self.coef * kl
         self._log(kl, view.steps, view.lanes, buffer)
-        n_episodes = sum(segment.is_finished for segment in buffer.segments)
-        if self.controller is not None and n_episodes > 0:
-            self.coef = self.controller.next(self.coef, float(kl.sum()) / n_episodes, n_episodes)
+        if self.controller is not None:
+            own = float(kl.sum()), sum(segment.is_finished for segment in buffer.segments)
+            total, n_episodes = map(sum, zip(*gather("the divergence", own), strict=True))
+            if n_episodes > 0:
+                self.coef = self.controller.next(self.coef, total / n_episodes, int(n_episodes))
 
     def _divergence(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> np.ndarray:
         assert self.reference is not None, "set when attached"

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from .actor_critic import LMActorCritic
 from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic, TrunkCritic
+from .distributed import broadcast_weights, from_main, world
 from .encoder_decoder import Seq2SeqBackbone
 from .optim import scaled_optimizer
 from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
+from .shared_gradient import SharedGradient
 from .trainable import Trainable, checkpoint_layers
 from .vec_env import TerminalObservation
 
@@ -154,6 +156,11 @@ class LMPolicy(ActorCriticPolicy):
         self.lm = LMActorCritic(backbone, critic, sampling, **kwargs)
         # Drawn from torch's generator, which SB3 has seeded: the same seed gives the same run.
         seed = int(torch.randint(2**31, ()))
+        here = world()
+        self.shared = None if here is None else SharedGradient(self.lm)
+        if here is not None:  # the same weights, and samples of each process's own
+            broadcast_weights(self.lm)
+            seed = from_main("a seed", seed) + 2 * here.rank
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
@@ -256,7 +263,10 @@ class LMPolicy(ActorCriticPolicy):
                 "Expected rollout_buffer_class=SequenceRolloutBuffer with `value_norm`: the minibatches of the stock "
                 "buffer hold returns in units of reward."
             )
-        values, log_probs, entropy = self.lm.evaluate(_as_batch(obs), actions.long().flatten())
+        batch, actions = _as_batch(obs), actions.long().flatten()
+        # A minibatch of several processes' update.
+        evaluate = self.shared.evaluate if self.shared is not None and batch.share is not None else self.lm.evaluate
+        values, log_probs, entropy = evaluate(batch, actions)
         return values[:, None], log_probs, entropy
 
     def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]

@@ -18,6 +18,8 @@ from .config import (
 )
 from .critic import RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
+from .data_parallel import DataParallel
+from .distributed import is_main_process
 from .evaluation import Evaluation, evaluate
 from .evaluation_callback import Evaluate
 from .exporting import export
@@ -44,6 +46,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "CriticWarmup",
+    "DataParallel",
     "DoctorError",
     "DropEpisodes",
     "EnvConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "export",
     "generate",
     "hh_pairs",
+    "is_main_process",
     "latest_checkpoint",
     "load_checkpoint",
     "load_sb3_zip",

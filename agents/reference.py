@@ -108,7 +108,10 @@ def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextM
 
 
 def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Tensor]:
-    """Return the weights and buffers that the policy does not hold, each once: tied ones under their first name."""
+    """Return the weights and buffers that the policy does not hold, each once: tied ones under their first name.
+
+    What a device map has offloaded is left out: it never changes, and is read from where the model comes from.
+    """
     shared = {id(tensor) for tensor in (*policy.parameters(), *policy.buffers())}
     tensors: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
-    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared}
+    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared and not tensor.is_meta}

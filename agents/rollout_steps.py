@@ -26,6 +26,7 @@ class RolloutStep(BaseCallback):
     """
 
     rank = 3  # 0 groups, 1 scores, 2 their shaping, 3 penalties: lower ones run first, equal ones as attached
+    is_kept = True  # whether saved models and checkpoints know it, and ask for it
 
     def attach(self, model: BaseAlgorithm) -> None:
         """Put the step into the buffer's `before_returns`, in place of one of the same name.
@@ -44,6 +45,8 @@ class RolloutStep(BaseCallback):
             [*others, self], key=lambda step: step.rank if isinstance(step, RolloutStep) else last
         )
         buffer.before_rollout = [step.begin for step in buffer.before_returns if isinstance(step, RolloutStep)]
+        if not self.is_kept:
+            return
         buffer.expected_steps = [name, *(other for other in buffer.expected_steps if other != name)]
         # What SB3 stores with the model, so that a loaded one knows what is missing.
         model.rollout_buffer_kwargs = {  # type: ignore[attr-defined]

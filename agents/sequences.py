@@ -71,7 +71,14 @@ class SequenceBatch:
             forwards are repeated in the backward, which halves the memory and changes nothing else.
         allowed: Which tokens each transition was sampled from; None where all were.
         n_prompt: How many tokens of each sequence are the prompt's, (S,), on the host; an encoder-decoder needs it.
+
+    Attributes:
+        share: The weight of a minibatch's losses where several processes train (see `SharedGradient`), else None.
+        old_log_probs: The log-probabilities that its actions were sampled with, (N,), where there are several.
     """
+
+    share: float | None = None
+    old_log_probs: Tensor | None = None
 
     def __init__(
         self,

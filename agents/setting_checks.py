@@ -12,6 +12,7 @@ from textenv.env import TextEnv
 from textenv.tokenizer import encode_prompt
 
 from .buffers import SequenceRolloutBuffer
+from .distributed import world
 from .findings import Finding
 from .minibatches import MIN_SEQUENCES
 from .patient import Patient
@@ -213,10 +214,12 @@ def check_batches(patient: Patient) -> list[Finding]:
         cause = f"{type(model.rollout_buffer).__name__} has the update read the whole prefix again for every token."
         cure = "Build with make_agent, or pass rollout_buffer_class=SequenceRolloutBuffer."
         return [Finding("batches", "warning", f"n_steps {model.n_steps}, {model.n_envs} envs", cause, cure)]
-    size = model.n_steps * model.n_envs
+    here = world()
+    n_envs = model.n_envs * (1 if here is None else here.size)  # of all processes, as `batch_size` is
+    size = model.n_steps * n_envs
     batch_size = size if isinstance(model, A2C) else int(options.get("batch_size", size))
     # A lane that completes an episode every `max_new_tokens` steps at least.
-    sequences = model.n_envs * -(-model.n_steps // patient.env.rules.max_new_tokens)
+    sequences = n_envs * -(-model.n_steps // patient.env.rules.max_new_tokens)
     per_batch = sequences * batch_size / size
     measured = f"minibatches of {batch_size} of {size} tokens, at least {per_batch:.3g} sequences in each"
     if size % batch_size:

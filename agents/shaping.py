@@ -11,6 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from textenv.episode import EndReason
 
 from .buffers import SequenceRolloutBuffer
+from .distributed import gather, world
 from .rollout_steps import RolloutStep, final_reward, text_vec_env
 
 SMALL = 1e-8
@@ -94,11 +95,11 @@ class RewardShaping(RolloutStep):
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Change the rewards on the last tokens of the episodes whose score has come."""
         infos = self.env.scored
-        if not infos:
-            return
         scores = np.array([info["episode"]["r"] for info in infos.values()])  # (E,)
         is_cut = np.array([info["end_reason"] is EndReason.LENGTH for info in infos.values()])
-        shaped = self._shape(scores) if self._changes_scores else scores
+        shaped = self._shape_all(scores) if self._changes_scores else scores
+        if not infos:
+            return
         penalties = self.missing_eos_penalty * is_cut
         for place, score, new, penalty in zip(infos, scores, shaped, penalties, strict=True):
             reward = final_reward(buffer, self.env, place)
@@ -109,6 +110,14 @@ class RewardShaping(RolloutStep):
             reward -= np.float32(penalty)
         self.algorithm.logger.record("shaping/score", float((shaped - penalties).mean()))
         self.algorithm.logger.record("shaping/cut", float(is_cut.mean()))
+
+    def _shape_all(self, scores: np.ndarray) -> np.ndarray:
+        """Shape the scores of this process among those of all: deviations and means are theirs."""
+        scores_of = gather("scores", scores)
+        every = np.concatenate(scores_of)
+        here = world()
+        start = sum(map(len, scores_of[: 0 if here is None else here.rank]))
+        return self._shape(every)[start : start + len(scores)] if len(every) else scores
 
     def _shape(self, scores: np.ndarray) -> np.ndarray:
         if self.clip is not None:

@@ -96,6 +96,16 @@ def set_trainable(model: PreTrainedModel, train: Trainable | None) -> None:
         raise ValueError(f"Expected `train` to be 'all', 'head', LastLayers(n) or LoRA(...), got {train!r:.80}.")
 
 
+def check_in_memory(model: PreTrainedModel) -> None:
+    """Raise ValueError where a device map has offloaded what is trained: no optimizer would reach it."""
+    away = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.is_meta]
+    if away:
+        raise ValueError(
+            f"Expected trainable weights in memory, got {len(away)} that `device_map` has offloaded, {away[0]!r} "
+            "first: give the layers that are trained, or that get adapters, a device, and offload the frozen ones."
+        )
+
+
 def transformer_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """Return the layers of a model, the lowest first."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

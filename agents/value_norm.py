@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .distributed import moments, world
+
 VALUE_NORMS = ("norm", "popart")
 DECAY = 0.9  # of the weight of a rollout with each later one
 MIN_DEVIATION = 1e-4
@@ -75,13 +77,20 @@ class ValueNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, returns: Tensor, last_layer: nn.Linear | None = None) -> None:
-        """Take in the returns of a rollout, (N,); with "popart" rescale the critic's last layer accordingly."""
+        """Take in the returns of a rollout, (N,); with "popart" rescale the critic's last layer accordingly.
+
+        With several processes they are those of all of them.
+        """
         mean, deviation = self.mean.clone(), self._deviation()
         self.weight.mul_(DECAY).add_(1 - DECAY)
         share = (1 - DECAY) / self.weight  # of this rollout; 1 for the first
-        away = returns.mean() - self.mean
+        if world() is None:
+            here, spread = returns.mean(), returns.var(correction=0)
+        else:
+            here, spread = map(returns.new_tensor, moments("returns", returns.cpu().numpy())[1:])
+        away = here - self.mean
         # The decaying averages of x and x^2 without their difference, which rounds badly where the mean is large.
-        spread = returns.var(correction=0) + (1 - share) * away.square()
+        spread = spread + (1 - share) * away.square()
         self.variance.lerp_(spread, share)
         self.mean.add_(share * away)
         if self.keeps_values:

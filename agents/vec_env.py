@@ -17,6 +17,8 @@ from textenv.finished import Place
 from textenv.lanes import Lanes
 from textenv.vector import unwrap_text_env
 
+from .distributed import world
+
 
 class TerminalObservation(np.ndarray):
     """The last observation of a truncated episode, (L,), which knows those of the lanes truncated in the same step.
@@ -51,10 +53,11 @@ class TextVecEnv(VecEnv):
 
     Args:
         env: A `TextEnv`, a subclass, or what `gym.make` made of one.
-        n_envs: The number of lanes.
+        n_envs: The number of lanes. Several processes share them: each has as many, and every w-th prompt.
 
     Raises:
         TypeError: If `env` is no `TextEnv`, is wrapped in something that changes it, or overrides `step` or `reset`.
+        ValueError: If the lanes cannot be shared evenly.
 
     Example:
         >>> from agents import TextVecEnv
@@ -67,7 +70,14 @@ class TextVecEnv(VecEnv):
 
     def __init__(self, env: gym.Env[Any, Any], n_envs: int) -> None:
         self.env = unwrap_text_env(env)
+        self.world = world()
+        if self.world is not None:
+            if n_envs % self.world.size != 0:
+                raise ValueError(f"Expected n_envs to divide by the {self.world.size} processes, got {n_envs}.")
+            n_envs //= self.world.size
         self.lanes = Lanes(self.env, n_envs)
+        if self.world is not None:
+            self.lanes.dealer.shard = (self.world.rank, self.world.size)
         self.keeps_infos = False
         self.begin_rollout(keep_infos=False)
         super().__init__(n_envs, self.env.observation_space, self.env.action_space)
@@ -85,9 +95,13 @@ class TextVecEnv(VecEnv):
         self.lanes.defer_scores = self.lanes.accepts_dropped = False
         self.begin_rollout(keep_infos=False)
         order_seed = None
+        if seed is None and self.world is not None and self.lanes.dealer.cursor is None:
+            seed = self.world.seed  # the same order in all processes
         if seed is not None:  # as `TextEnv.reset` does: the order, and what the hooks draw from `self.np_random`
             self.env.np_random = seeding.np_random(int(seed))[0]
             order_seed = int(self.env.np_random.integers(2**31))
+            if self.world is not None and self.world.rank > 0:
+                self.env.np_random = seeding.np_random(int(seed) + self.world.rank)[0]
         return self.lanes.reset(order_seed, options.get("prompts"))
 
     def step_async(self, actions: np.ndarray) -> None:

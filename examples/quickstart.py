@@ -38,6 +38,7 @@ from agents import (
     RewardCurves,
     export,
     generate,
+    is_main_process,
     latest_checkpoint,
     load_checkpoint,
     make_agent,
@@ -137,7 +138,9 @@ def train(model: PPO, task: Task, n_tokens: int, out: Path, resume: bool) -> flo
         Checkpoints(out / "checkpoints", every=10),
     ]
     start = time.perf_counter()
-    model.learn(max(n_tokens - done, 0), callback=callbacks, progress_bar=True, reset_num_timesteps=done == 0)
+    model.learn(
+        max(n_tokens - done, 0), callback=callbacks, progress_bar=is_main_process(), reset_num_timesteps=done == 0
+    )
     return (model.num_timesteps - done) / (time.perf_counter() - start)
 
 
@@ -185,6 +188,8 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start, 1),
         "tokens_per_second": round(tokens_per_second),
     }
+    if not is_main_process():  # of several: torchrun --nproc_per_node 2 examples/quickstart.py
+        return
     report(console, figures, before, after)
     print(f"curves: {args.out / 'curves.png'}   model: {folder}")
     if args.json:

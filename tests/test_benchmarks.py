@@ -91,3 +91,32 @@ def test_all_scripts_run(tmp_path):
             assert row["ratio"] > 0
             assert re.search(r"\d", row["ours"]) and re.search(r"\d", row["theirs"])
     assert sum(row["target"] == "drawn in growth.png" for row in rows) == 3
+
+
+def test_scale_on_paper_by_hand(work):
+    """7 B parameters on 8 GPUs: 20 bytes each, a ring that sends 7/8 of the gradient twice, 26 operations a token."""
+    from scale_on_paper import Plan, table
+
+    plan = Plan(7, 8, lora=False)
+    assert plan.memory == 140e9 and plan.traffic == 2 * 7 / 8 * 28e9
+    assert plan.update_seconds == pytest.approx(26 * 7e9 * 64 * 512 / 395.6e12)
+    assert plan.rollout_seconds == pytest.approx(512 * 32 * 0.6e-3)
+    assert Plan(7, 8, lora=True).memory == pytest.approx(14.56e9)
+    assert table() in (ROOT / "docs" / "scaling.md").read_text()
+
+
+@pytest.mark.slow
+def test_scale_runs(tmp_path):
+    path = tmp_path / "rows.json"
+    result = subprocess.run(
+        [sys.executable, "benchmarks/scale.py", "--smoke", "--processes=2", "--iterations=1", f"--json={path}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(path.read_text())
+    assert row["processes"] == 2 and row["tokens_per_second"] > 0 and 0 < row["rollout_share"] < 1
+    assert row["seen"] == 0 or row["seen"] > row["moved"] > 0, "the loopback has seen the gradients"

@@ -258,3 +258,16 @@ def test_the_cursors_state_is_epoch_and_position(n):
 def test_a_prompt_by_itself():
     prompt = Prompt("ab", ids=[1, 2])
     assert prompt.row == {"prompt": "ab"} and prompt.number == -1 and prompt.max_new_tokens is None
+
+
+@pytest.mark.parametrize(("n", "size"), [(10, 2), (7, 3), (2, 3), (5, 1)])
+def test_a_shared_order_is_dealt_without_repeats(n, size):
+    """Draw i of the whole order is that of cursor i mod w; a state goes on with another number of cursors."""
+    whole = PromptCursor(n, "shuffle", seed=3)
+    expected = [whole.advance() for _ in range(6 * size)]
+    cursors = [PromptCursor(n, "shuffle", 3, (rank, size)) for rank in range(size)]
+    assert [cursor.advance() for _ in range(6) for cursor in cursors] == expected
+    assert max(cursor.n_drawn for cursor in cursors) == whole.n_drawn
+    alone = PromptCursor(n, "shuffle", seed=0)
+    alone.load_state_dict(cursors[-1].state_dict())
+    assert [alone.advance() for _ in range(9)] == [whole.advance() for _ in range(9)]

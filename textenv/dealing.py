@@ -23,10 +23,15 @@ class PromptDealer:
 
     Args:
         env: The environment.
+
+    Attributes:
+        shard: (r, w) where w processes deal the env's prompts, set before the first `seed`: each draw of the order
+            goes to one of them. Draws by priority are each process's own, with rewards and a generator of its own.
     """
 
     def __init__(self, env: TextEnv) -> None:
         self.env = env
+        self.shard = (0, 1)
         self.cursor: PromptCursor | PriorityCursor | None = None
         self.queue: list[Prompt] | None = None
         self.n_groups = 0  # dealt so far
@@ -42,9 +47,9 @@ class PromptDealer:
         """Start the order of prompts and the numbers of groups anew."""
         order, n_prompts = self.env.order, len(self.env.prompts)
         if isinstance(order, PrioritySampling):
-            self.cursor = order.cursor(n_prompts, seed)
+            self.cursor = order.cursor(n_prompts, seed + self.shard[0])
         else:
-            self.cursor = PromptCursor(n_prompts, order, seed)
+            self.cursor = PromptCursor(n_prompts, order, seed, self.shard)
         self.n_groups, self.left = 0, 0
 
     def give(self, rows: Sequence[PromptLike]) -> None:

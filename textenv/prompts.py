@@ -255,6 +255,7 @@ class PromptCursor:
         n_prompts: How many prompts there are.
         order: "shuffle" draws a permutation an epoch; "sequential" keeps the source's order.
         seed: The seed of the permutations.
+        shard: (r, w) where w processes share the order: this one takes every w-th draw, from the r-th (of 0) on.
 
     Example:
         >>> cursor = PromptCursor(3, "shuffle", seed=0)
@@ -262,10 +263,11 @@ class PromptCursor:
         [0, 1, 2]
     """
 
-    def __init__(self, n_prompts: int, order: Order, seed: int) -> None:
+    def __init__(self, n_prompts: int, order: Order, seed: int, shard: tuple[int, int] = (0, 1)) -> None:
         self.n_prompts = n_prompts
         self.order = order
         self.seed = seed
+        self.shard = shard
         self.epoch = 0
         self.position = 0
         self._permutation = self._draw()
@@ -277,11 +279,18 @@ class PromptCursor:
 
     def advance(self) -> int:
         """Return the number of the next prompt."""
-        if self.position == self.n_prompts:
-            self.epoch, self.position = self.epoch + 1, 0
+        rank, size = self.shard
+        epoch, place = divmod(self.n_drawn + (rank - self.n_drawn) % size, self.n_prompts)
+        if epoch != self.epoch:
+            self.epoch = epoch
             self._permutation = self._draw()
-        self.position += 1
+        self.position = place + 1
         return self.number
+
+    @property
+    def n_drawn(self) -> int:
+        """How many draws of all processes lie behind this one's last, that one included."""
+        return self.epoch * self.n_prompts + self.position
 
     @property
     def number(self) -> int:

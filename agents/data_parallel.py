@@ -1,0 +1,153 @@
+"""What an algorithm needs in order to train in several processes: settings that agree, one log, common counts."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any, cast
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger
+
+from .buffers import SequenceRolloutBuffer
+from .distributed import gather, raise_together, world
+from .policies import LMPolicy
+from .rollout_steps import RolloutStep
+from .shared_gradient import AgreedTarget
+
+SETTINGS = (
+    "n_steps",
+    "batch_size",
+    "n_epochs",
+    "gamma",
+    "gae_lambda",
+    "ent_coef",
+    "vf_coef",
+    "max_grad_norm",
+    "target_kl",
+)
+SUMMED = ("episode/dropped", "episode/failed")  # numbers of episodes; other figures are means
+ROLLOUT_SECONDS = "time/rollout_seconds"
+
+
+class DataParallel(RolloutStep):
+    """Lets an unmodified algorithm train one policy in the processes that `torchrun` or `accelerate launch` started.
+
+    `make_agent` attaches it; to an algorithm that is built by hand it is passed as a callback. Alone in its process it
+    does nothing. What a script says is of the whole job: `n_envs` lanes, `batch_size` transitions of a minibatch and
+    `total_timesteps` are shared by the processes, so that the same script makes the same updates on any number of them.
+    `num_timesteps` counts the tokens of all.
+
+    Rank 0 logs, with the means over the processes of what each has recorded (numbers of episodes are added up);
+    `time/rollout_seconds` is the slowest process's, and `time/rollout_seconds/rank_<r>` that of each.
+
+    Raises:
+        ValueError: If the processes have different settings, or the algorithm decides something by its own data alone.
+
+    Example:
+        >>> from agents import DataParallel
+        >>> callbacks = [DataParallel()]  # PPO(LMPolicy, TextVecEnv(env, 64), ...).learn(100_000, callback=callbacks)
+    """
+
+    rank = -1  # before all others: it takes the time until here
+    is_kept = False  # what was trained in several processes may go on in one
+
+    def attach(self, model: BaseAlgorithm) -> None:
+        """Put the step in front of the buffer's others, where there are several processes."""
+        if world() is not None:
+            super().attach(model)
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Check what must agree.
+
+        Raises:
+            ValueError: See the class.
+        """
+        raise_together(_refusal(model))
+        self.algorithm = model
+        settings = {name: repr(vars(model).get(name)) for name in SETTINGS}
+        settings["weights"] = str([tuple(w.shape) for w in model.policy.parameters() if w.requires_grad])
+        for rank, theirs in enumerate(gather("the settings", settings)):
+            unlike = [name for name in settings if settings[name] != theirs[name]]
+            if unlike:
+                raise ValueError(f"Expected the same settings in all processes, got others in rank {rank}: {unlike}.")
+
+    def begin(self) -> None:
+        """Log once for all from here on, break off updates together; take the time."""
+        self._clock = time.perf_counter()
+        logger = vars(self.algorithm).get("_logger")  # none before the first `learn`
+        if logger is not None and not isinstance(logger, SharedLogger):
+            self.algorithm._logger = SharedLogger(logger)  # not `set_logger`, after which SB3 would make no new ones
+        target, shared = vars(self.algorithm).get("target_kl"), cast("LMPolicy", self.algorithm.policy).shared
+        assert shared is not None, "several processes"
+        shared.target = None if target is None else AgreedTarget(target)
+        if target is not None:
+            self.algorithm.target_kl = shared.target  # type: ignore[attr-defined]
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Count what the others have sampled, and record how long this process took."""
+        here = world()
+        assert here is not None, "set when attached"
+        self.algorithm.logger.record(ROLLOUT_SECONDS, time.perf_counter() - self._clock)
+        self.algorithm.num_timesteps += (here.size - 1) * buffer.buffer_size * buffer.n_envs
+
+
+class SharedLogger(Logger):
+    """A logger whose `dump`, called in all processes, writes in that of rank 0 what all have recorded.
+
+    Args:
+        logger: The process's own.
+    """
+
+    def __init__(self, logger: Logger) -> None:
+        here = world()
+        super().__init__(logger.dir, logger.output_formats if here is None or here.rank == 0 else [])
+        self.level = logger.level
+        self.name_to_value.update(logger.name_to_value)
+        self.name_to_excluded.update(logger.name_to_excluded)
+
+    def dump(self, step: int = 0) -> None:
+        """Write the means over the processes; what is no number is rank 0's."""
+        rows = gather("the log", (dict(self.name_to_value), dict(self.name_to_excluded)))
+        merged = merge([values for values, _ in rows])
+        excluded = {key: value for _, one in reversed(rows) for key, value in one.items()}
+        self.name_to_value.clear()
+        for key, value in merged.items():
+            self.record(key, value, excluded.get(key))
+        super().dump(step)
+
+
+def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is logged of the figures of several processes.
+
+    Example:
+        >>> merge([{"reward/task": 1.0}, {"reward/task": 2.0, "episode/dropped": 3}])
+        {'reward/task': 1.5, 'episode/dropped': 3.0}
+    """
+    parts: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        for key, value in row.items():
+            parts[key].append(value)
+    merged: dict[str, Any] = {}
+    for key, values in parts.items():
+        if not all(isinstance(value, (int, float, np.number)) for value in values):
+            merged[key] = values[0]
+        elif key == ROLLOUT_SECONDS:
+            merged[key] = max(values)
+            merged.update({f"{key}/rank_{rank}": row[key] for rank, row in enumerate(rows) if key in row})
+        elif all(value == values[0] for value in values) and key not in SUMMED:
+            merged[key] = values[0]  # a count stays one
+        else:
+            merged[key] = float(np.sum(values) if key in SUMMED else np.mean(values))
+    return merged
+
+
+def _refusal(model: BaseAlgorithm) -> ValueError | None:
+    """Return what is wrong with an algorithm's settings where there are several processes."""
+    if vars(model).get("normalize_advantage"):
+        return ValueError(
+            "Expected normalize_advantage=False of the algorithm in several processes, got True, which is by the "
+            "minibatch of each: pass rollout_buffer_kwargs=dict(normalize_advantage=True), which is by all of them."
+        )
+    return None

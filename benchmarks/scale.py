@@ -1,0 +1,142 @@
+"""What several processes gain: the same script on 1, 2 and 4 of them, each with its share of the lanes.
+
+    python benchmarks/scale.py [--processes 1 2 4] [--iterations 3] [--device cuda] [--smoke] [--json FILE]
+
+On a CPU (gloo) each process has one thread, so that there is nothing to gain beyond the cores that are free; on CUDA
+(NCCL) each has a GPU. One iteration comes first and is not counted. Columns:
+
+- tokens/s: of all processes, rollout and update, by wall clock; speed-up and efficiency are against one process.
+- CPU: process-CPU seconds of all processes for a token, over those of one process: what being several costs, also
+  where the cores are not free.
+- rollout: its share of the wall time; nothing moves in it.
+- moved a step: what one process sends in an optimizer step, by a ring all-reduce of its gradients, 2 (W - 1) / W of
+  their bytes; beside it, on Linux and a CPU, what the loopback device has seen in all, over processes and steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from work import Settings, prepare
+
+from agents.distributed import gather
+
+LANES = 64
+
+
+class Clock(BaseCallback):
+    """Times rollouts and whole iterations from the second one on."""
+
+    def _on_training_start(self) -> None:
+        self.rollouts, self.rollout_seconds = 0, 0.0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.rollouts == 1:
+            self.start, self.cpu_start, self.lo_start = time.perf_counter(), time.process_time(), loopback()
+        self.began = time.perf_counter()
+
+    def _on_rollout_end(self) -> None:
+        if self.rollouts > 0:
+            self.rollout_seconds += time.perf_counter() - self.began
+        self.rollouts += 1
+
+
+def loopback() -> int:
+    """Bytes that the loopback device has received; 0 where that is not known."""
+    path = Path("/proc/net/dev")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
+
+
+def work(settings: Settings, n_iterations: int) -> dict[str, Any]:
+    """Train for some iterations; return what rank 0 has to say of all."""
+    prepare()
+    job = settings.work(n_lanes=8 if settings.smoke else LANES)
+    model, clock = job.agent(), Clock()
+    tokens = job.n_lanes * job.new_tokens
+    model.learn((1 + n_iterations) * tokens, callback=clock, log_interval=None)
+    seconds = gather("the time", time.perf_counter() - clock.start)
+    steps = n_iterations * model.n_epochs * (tokens // model.batch_size)
+    size = len(seconds)
+    gradient = sum(
+        weight.numel() * weight.element_size() for weight in model.policy.parameters() if weight.requires_grad
+    )
+    return {
+        "processes": size,
+        "tokens_per_second": n_iterations * tokens / max(seconds),
+        "cpu_per_token": sum(gather("CPU time", time.process_time() - clock.cpu_start)) / (n_iterations * tokens),
+        "rollout_share": clock.rollout_seconds / max(seconds),
+        "moved": 2 * (size - 1) / size * gradient,
+        "seen": (loopback() - clock.lo_start) / size / steps,
+    }
+
+
+def launch(n: int, words: list[str]) -> dict[str, Any]:
+    """Run this file in `n` processes and return what the first one wrote."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port}"]
+        start = command if n > 1 else [sys.executable]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*start, __file__, *words, "--result", str(result)], check=True, env=environment)
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| processes | tokens/s | speed-up | efficiency | CPU | rollout | moved a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    first = rows[0]
+    for row in rows:
+        gain = row["tokens_per_second"] / first["tokens_per_second"]
+        cost = row["cpu_per_token"] / first["cpu_per_token"]
+        lines.append(
+            f"| {row['processes']} | {row['tokens_per_second']:,.0f} | {gain:.2f} | "
+            f"{gain * first['processes'] / row['processes']:.0%} | {cost:.2f} | "
+            f"{row['rollout_share']:.0%} | {row['moved'] / 1e6:.1f} MB ({row['seen'] / 1e6:.1f} seen) |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure each number of processes in turn, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="how many (default: 1 2 4)")
+    parser.add_argument("--iterations", type=int, default=3, help="rollouts and updates that are timed (default: 3)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (default: cpu)")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model: only to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of one of the processes
+    args = parser.parse_args()
+    if args.result is not None:
+        row = work(Settings(1, args.device, args.smoke), args.iterations)
+        if os.environ.get("RANK", "0") == "0":
+            args.result.write_text(json.dumps(row), encoding="utf-8")
+        return
+    words = [f"--iterations={args.iterations}", f"--device={args.device}", *(["--smoke"] if args.smoke else [])]
+    rows = [launch(n, words) for n in args.processes]
+    print(table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Runs a function in several processes that train together, as a launcher would start them."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+
+from tests import jobs, mistakes
+
+# Children are forked from a server that has imported everything once, and never ran a backward pass.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.jobs", "tests.mistakes"])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(size, job, *args, environments=None, timeout=60):
+    """What a function of `tests.jobs` or `tests.mistakes` returns in each of the processes, or raises; by rank."""
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
+        if size == 1:
+            names = {}
+        names |= {"LOCAL_RANK": str(rank), **((environments or {}).get(rank, {}))}
+        mine, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_child, args=(theirs, names, job, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(mine)
+        processes.append(process)
+    results = []
+    for rank, pipe in enumerate(pipes):
+        try:
+            results.append(pipe.recv() if pipe.poll(timeout) else TimeoutError(f"rank {rank} hangs"))
+        except EOFError:
+            results.append(ChildProcessError(f"rank {rank} was killed"))
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    return results
+
+
+def train(size, job, *args, **kwargs):
+    """As `launch`, where no process may fail."""
+    results = launch(size, job, *args, **kwargs)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def _child(pipe, names, job, args):
+    os.environ.update(names)
+    try:
+        result = (vars(jobs).get(job) or vars(mistakes)[job])(*args)
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        result = error
+    try:
+        pipe.send(result)
+    except Exception:
+        pipe.send(RuntimeError(f"{type(result).__name__}: {result}"))

@@ -141,6 +141,7 @@ class Frozen:
         return f"[{free[sum(one.ids) % len(free)]}]"
 
 
+@pytest.mark.slow
 def test_textarena_self_play_against_a_frozen_copy(textarena):
     lm = tiny_config(vocab_size=len(PRINTABLE), n_positions=2048)
     settings = {"turn_tokens": 2, "max_new_tokens": 1000, "n_games": 8}

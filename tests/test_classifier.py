@@ -77,6 +77,7 @@ def test_it_learns_and_its_folder_is_a_reward(family, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.slow
 def test_from_shuffled_labels_nothing_is_learned(tmp_path):
     labels = np.random.default_rng(0).permutation(TRAIN[1]).tolist()
     figures = trained(tmp_path / "m", labels=labels, held_out=TEST).held_out
@@ -95,6 +96,7 @@ def test_the_loss_is_the_models_own(tmp_path):
     assert model.config.id2label == dict(enumerate(NAMES)) and model.config.label2id["positive"] == 1
 
 
+@pytest.mark.slow
 def test_a_language_model_gets_a_head_and_a_classifier_is_trained_further(tmp_path):
     torch.manual_seed(0)
     GPT2LMHeadModel(CONFIGS["gpt2"]).save_pretrained(tmp_path / "lm")
@@ -103,6 +105,7 @@ def test_a_language_model_gets_a_head_and_a_classifier_is_trained_further(tmp_pa
     assert second.held_out.loss < first.held_out.loss
 
 
+@pytest.mark.slow
 def test_several_labels_and_longer_texts_that_are_cut_here_and_in_the_reward(tmp_path):
     texts, labels = ["the good", "the bad", "the plot"] * 20, [0, 1, 2] * 20
     with pytest.warns(UserWarning, match="are longer than max_length=2"):
@@ -116,6 +119,7 @@ def test_several_labels_and_longer_texts_that_are_cut_here_and_in_the_reward(tmp
     assert TOKENIZER.model_max_length > 1e9  # the caller's own
 
 
+@pytest.mark.slow
 def test_equal_seeds_train_the_same_and_global_generators_are_left_alone(tmp_path):
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()

@@ -51,6 +51,7 @@ def words(model, out, **more):
     return settings(model, out, ROLLOUTS, **{"evaluation.patience": 3, "evaluation.every": ROLLOUT, **more})
 
 
+@pytest.mark.slow
 def test_a_run_under_a_jumping_clock_is_the_run(model, tmp_path, monkeypatch, capfd):
     assert run("train", *words(model, tmp_path / "steady"), "--quiet") == 0
     stop, original = [True], Recorder._on_step

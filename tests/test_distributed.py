@@ -73,6 +73,7 @@ def test_a_run_of_two_processes_resumes_exactly(tmp_path):
         assert before["tokens"] == 96 and same["tokens"] == 192, "of both processes"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """2 -> 1 -> 2: weights, coefficient and counts go on, prompts do not repeat, and it is said what is lost."""
     two = train(2, "part_of_a_run", tmp_path, 2, None, "two")
@@ -89,6 +90,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert "is of 1 processes, and 2 go on" in said[1]
 
 
+@pytest.mark.slow
 def test_one_process_logs_evaluates_and_writes_for_all(tmp_path):
     (tokens, rows, shown, evaluated, numbers), other = train(2, "logged_run", tmp_path)
     # Both stop after two evaluations without a better figure, in the first step of the next rollout.
@@ -158,6 +160,7 @@ def test_the_command_wants_one_process(monkeypatch, capfd):
     assert "Expected one process, got WORLD_SIZE=2" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_that_were_started_wrongly_are_told():
     ok = launch(2, "join", 20)
     assert [one[:2] for one in ok] == [(0, 2), (1, 2)] and ok[0][2] == ok[1][2]
@@ -190,6 +193,7 @@ def torchrun(folder, *words, options=()):
     return done, time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_in_a_rollout_is_named(tmp_path):
     start = time.monotonic()
     first, second = launch(2, "killed", "rollout", tmp_path)

@@ -110,6 +110,7 @@ def test_the_divergence_is_the_sum_over_the_vocabulary_at_each_token(model):
     assert evaluate(policy, PROMPTS, TOKENIZER, reference=policy.lm).figures["kl"].value == 0.0
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_penalty_is_the_start():
     model, penalty = tiny_agent(), KLPenalty(0.1)
     with pytest.raises(ValueError, match="KLPenalty that was attached"):
@@ -291,6 +292,7 @@ def final(value):
     return lambda prompt, preds, done: value * done
 
 
+@pytest.mark.slow
 def test_a_worse_model_does_not_replace_the_best_of_before(tmp_path):
     model = learner()
     model.learn(64, callback=Evaluate(PROMPTS, TOKENIZER, folder=tmp_path, reward=final(5.0)))

@@ -35,6 +35,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_help_says_how_to_run_it():
     names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
     out = run("-c", ALL_HELP, *(f"examples/{name}" for name in names))  # in one process: each loads torch

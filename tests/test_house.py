@@ -11,6 +11,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,10 +59,12 @@ class Import(NamedTuple):
     relative: bool
 
 
+@cache
 def source(path: str, text: str) -> Source:
     return Source(path, text, ast.parse(text, path))
 
 
+@cache
 def read(*folders: str) -> list[Source]:
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
     return [source(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")) for file in files]

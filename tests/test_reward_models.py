@@ -293,6 +293,7 @@ def test_a_rollouts_texts_are_scored_in_one_call():
     assert all(weight.grad is None for weight in judge.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "learns"), [(1.0, True), (0.0, False)])
 def test_a_policy_learns_what_a_classifier_likes(factor, learns):
     """A classifier of characters that likes "b"; scaled to nothing, nothing is learned."""

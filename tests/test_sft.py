@@ -102,6 +102,7 @@ def test_it_learns_and_the_folder_loads_with_transformers_alone(kwargs, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.slow
 def test_references_are_learned_and_without_a_learning_rate_they_are_not(tmp_path):
     result = tune(PAIRS[:100], tmp_path / "m", held_out=PAIRS[100:], n_epochs=8)
     off = tune(PAIRS[:100], tmp_path / "off", held_out=PAIRS[100:], learning_rate=0.0)
@@ -109,6 +110,7 @@ def test_references_are_learned_and_without_a_learning_rate_they_are_not(tmp_pat
     assert off.held_out_loss == pytest.approx(off.held_out_loss_before)
 
 
+@pytest.mark.slow
 def test_a_path_is_tuned_further_with_its_own_tokenizer(tmp_path):
     first = tune(TEXTS, tmp_path / "a", held_out=TEXTS[:20], n_epochs=1)
     second = tune(TEXTS, tmp_path / "b", lm=str(tmp_path / "a"), tokenizer=None, held_out=TEXTS[:20], n_epochs=1)
@@ -147,6 +149,7 @@ def test_e8_after_ctrl_c_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
 
+@pytest.mark.slow
 def test_e10_equal_seeds_tune_the_same_and_global_generators_are_left_alone(tmp_path):
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()

@@ -112,6 +112,7 @@ def test_c9_the_penalty_is_for_those_cut_off_alone_and_once(score_at):
     assert n_cut > 3 and n_ended > 3
 
 
+@pytest.mark.slow
 def test_c9_one_penalty_in_several_turns_and_none_where_the_env_ends():
     class Talk(TextEnv):
         def get_reward(self, prompt, preds, done):
@@ -151,6 +152,7 @@ def test_c10_the_task_reward_in_the_logs_is_untouched():
     assert logged["shaping/score"] == pytest.approx(shaped - 100.0 * cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 3])
 def test_e8_the_running_figures_are_resumed(groups, tmp_path):
     """Bit for bit, with scores that wait for their group as well."""

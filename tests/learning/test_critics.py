@@ -32,6 +32,7 @@ def reward_model(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["separate", "reward model"])
 def test_e11_it_learns_with_a_critic_of_its_own(kind, reward_model):
     task = TASKS["always"]

@@ -51,7 +51,9 @@ def learn(model, iterations, callback=None):
     return before, share()
 
 
-@pytest.mark.parametrize("advantage", ["grpo", pytest.param("grpo_mean", marks=pytest.mark.slow), "rloo"])
+@pytest.mark.parametrize(
+    "advantage", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo_mean", "rloo"))]
+)
 def test_e11_group_relative_advantages_learn(advantage):
     """With groups of 5 in 64 lanes, which is no multiple."""
     env = TextEnv(PROMPTS, TOKENIZER, reward=share_of_c, samples_per_prompt=5, score_at="done", **RULES)
@@ -65,6 +67,7 @@ def test_e11_nothing_is_learned_with_the_reward_switched_off():
     assert abs(after - before) < 0.05
 
 
+@pytest.mark.slow
 def test_e11_a_reward_that_compares_the_members_of_a_group_learns():
     before, after = learn(
         build(Best(PROMPTS, TOKENIZER, samples_per_prompt=8, score_at="rollout_end", **RULES), "grpo"), 15

@@ -79,7 +79,10 @@ def learn(model, task, iterations=None, callback=None):
     return before, mean_score(model, task)
 
 
-@pytest.mark.parametrize("name", TASKS)
+HARD_ONES_SLOWLY = ["always", *(pytest.param(name, marks=pytest.mark.slow) for name in ("copy", "length"))]
+
+
+@pytest.mark.parametrize("name", HARD_ONES_SLOWLY)
 def test_e11_it_learns(name):
     """E11: always one token, a copy of the prompt's last token, a length: from chance to over 0.9."""
     task = TASKS[name]
@@ -87,6 +90,7 @@ def test_e11_it_learns(name):
     assert before < 0.35 and after > 0.9
 
 
+@pytest.mark.slow
 def test_e11_a2c_learns():
     task = TASKS["always"]
     before, after = learn(build(task, algorithm=A2C), task, iterations=30)
@@ -99,9 +103,8 @@ TRPO_TASKS = {  # the trust region takes the place of a learning rate and of an 
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["always", pytest.param("copy", marks=pytest.mark.slow), pytest.param("length", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
 def test_e11_trpo_learns(name):
     task = TRPO_TASKS[name]
     before, after = learn(build(task, algorithm=TRPO, n_critic_updates=2), task)
@@ -117,7 +120,7 @@ def test_e11_other_algorithms_do_not_learn_with_the_reward_switched_off(algorith
     assert after < 0.35 and abs(after - before) < 0.15
 
 
-@pytest.mark.parametrize("name", ["always", "copy", pytest.param("length", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", HARD_ONES_SLOWLY)
 def test_e11_it_does_not_learn_with_the_reward_switched_off(name):
     """The same budget with the same score, which is measured but not given."""
     task = TASKS[name]
@@ -126,6 +129,7 @@ def test_e11_it_does_not_learn_with_the_reward_switched_off(name):
     assert after < 0.35 and abs(after - before) < 0.15
 
 
+@pytest.mark.slow
 def test_e11_it_does_not_learn_a_reward_that_says_nothing():
     """Noise in place of the score: training moves, and not towards the task."""
     task, rng = TASKS["copy"], np.random.default_rng(0)
@@ -133,6 +137,7 @@ def test_e11_it_does_not_learn_a_reward_that_says_nothing():
     assert after < 0.45
 
 
+@pytest.mark.slow
 def test_e11_a_huge_penalty_keeps_it_at_the_start():
     """With a coefficient that outweighs the score a hundred times; a small one is no hindrance."""
     task, after = TASKS["always"], {}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -65,6 +66,12 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 CACHED = [name for name in FAMILIES if name != "mamba"]
 NON_LINEAR = ("gemma2", "cohere")
+
+
+def few(values, n):
+    """The values as parameters of a test: the first n of them in the default suite, all of them in the slow one."""
+    listed = list(values)
+    return [*listed[:n], *(pytest.param(value, marks=pytest.mark.slow) for value in listed[n:])]
 
 
 def tiny(family: str = "gpt2", **overrides: Any) -> PreTrainedConfig:

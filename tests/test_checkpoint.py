@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 from agents import KLPenalty
 from agents.callbacks import Checkpoints, EpisodeMetrics
 from agents.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from tests.models import few
 from tests.training import PROMPTS, Recorder, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import TextEnv
 
@@ -102,7 +103,7 @@ def disturb():
     random.random(), np.random.rand(3), torch.rand(3)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", few(RUNS, 6))
 def test_e8_a_resumed_run_is_the_run(run, tmp_path):
     """E8, bit for bit: weights, optimizer, episodes, prompts, rewards, generators and counters."""
     model, callbacks = build(run)

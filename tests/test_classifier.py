@@ -18,6 +18,7 @@ from transformers import (
 from agents.classifier import train_classifier
 from agents.pretrain import word_tokenizer
 from agents.reward_figures import wilson_interval
+from tests.models import few
 from tests.rewards import scores
 from textenv.rewards.classifier import Classifier
 
@@ -63,7 +64,7 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", few(CONFIGS, 1))
 def test_it_learns_and_its_folder_is_a_reward(family, tmp_path):
     made = trained(tmp_path / "m", family, held_out=TEST)
     assert made.n_steps == 50 and made.held_out.accuracy > 0.95 and made.held_out.n_texts == 200

@@ -163,7 +163,7 @@ def try_cell(cell, reward_model, folder):
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(i, marks=[] if i % 8 == 0 else pytest.mark.slow) for i in range(len(CELLS))]
+    "number", [pytest.param(i, marks=[] if i % 16 == 0 else pytest.mark.slow) for i in range(len(CELLS))]
 )
 def test_what_combines_trains_and_resumes(number, reward_model, tmp_path):
     cell = CELLS[number]

@@ -64,6 +64,7 @@ def test_the_update_is_the_same_with_every_option():
     assert 3 < alone["target_kl"][1]["updates"] < 12, "some updates were broken off"
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_resumes_exactly(tmp_path):
     whole = train(2, "part_of_a_run", tmp_path, 4)
     train(2, "part_of_a_run", tmp_path, 2, None, "half")

@@ -17,7 +17,7 @@ from agents.encoder_decoder import Seq2SeqBackbone
 from agents.exporting import export
 from agents.generation import generate
 from agents.sequences import SequenceBatch
-from tests.models import N_TOKENS, CheckRatio, collect, make_policy, make_ppo, observe
+from tests.models import N_TOKENS, CheckRatio, collect, few, make_policy, make_ppo, observe
 from tests.seq2seq import T5, expected_logits, tiny_seq2seq
 from tests.training import TOKENIZER, run_state, tiny_agent, tiny_env
 from textenv import CharTokenizer, TextEnv
@@ -100,7 +100,7 @@ def test_sb3_trains_it_unmodified(family, algorithm):
 
 
 @pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")  # of waiting segments
-@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("family", few(["t5", "bart"], 1))
 def test_e8_a_resumed_run_is_the_run(family, tmp_path):
     """Episodes of 7 tokens straddle rollouts of 5."""
 

@@ -27,7 +27,7 @@ from agents import (
     make_agent,
     save_checkpoint,
 )
-from tests.models import CheckRatio, collect, make_ppo, tiny
+from tests.models import CheckRatio, collect, few, make_ppo, tiny
 from tests.seq2seq import tiny_seq2seq
 from tests.training import TOKENIZER, run_state, same_weights, tiny_agent, tiny_config, tiny_env, weights
 from textenv import MaskError
@@ -80,7 +80,7 @@ class Written(CheckRatio):
 SAMPLING = [{}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}, {"top_p": 0.6, "top_p_lag": 1}]
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("temperature", few([0.7, 1.0, 1.3], 1))
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
 def test_a1_a5_the_ratio_is_one_and_forbidden_tokens_have_no_probability(sampling, temperature):
     """Over updates and episodes that straddle rollouts: never sampled, probability 0, entropy and gradient finite."""

@@ -9,7 +9,7 @@ from agents import cache, decoding
 from agents.backbone import Backbone
 from agents.decoding import N_GROUPS, Group, StepLayout, attention_by_row, column_groups, laid_out, sort_into_groups
 from tests.equivalence.test_cache import EVERYTHING, TOLERANCE, at_random, decode, make_policy, scripted, worst
-from tests.models import tiny
+from tests.models import few, tiny
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def moving(monkeypatch):
 FAMILIES_BESIDE = ["gpt2", "llama", "qwen2", "gpt_neox", "opt"]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES_BESIDE, "gemma3", "mistral"])
+@pytest.mark.parametrize("family", few([*FAMILIES_BESIDE, "gemma3", "mistral"], 3))
 def test_by_length_is_as_all_at_once(family, layouts, moving):
     policy = make_policy(tiny(family))
     layouts.clear()
@@ -46,7 +46,7 @@ def test_by_length_is_as_all_at_once(family, layouts, moving):
     assert 0 < read < 0.7 * everything
 
 
-@pytest.mark.parametrize("family", FAMILIES_BESIDE)
+@pytest.mark.parametrize("family", few(FAMILIES_BESIDE, 2))
 def test_new_rows_are_read_beside_the_others(family, layouts, monkeypatch, moving):
     """With them, with each in a forward of its own, and at random: the same as a full forward."""
     policy = make_policy(tiny(family))

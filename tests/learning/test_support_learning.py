@@ -7,6 +7,7 @@ from sb3_contrib import MaskablePPO
 from agents.build import make_agent
 from agents.generation import generate
 from tests.learning.test_learning import PROMPTS, TASKS, TOKENIZER, build, learn
+from tests.models import few
 from tests.training import tiny_config
 from textenv import AllowedMask, TextEnv
 
@@ -14,7 +15,7 @@ from textenv import AllowedMask, TextEnv
 SUPPORTS = {"top_k": {"top_k": 5}, "nlpo": {"top_p": 0.9, "top_p_lag": 2}}
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("support", few(reversed(SUPPORTS), 1))
 @pytest.mark.parametrize(
     ("name", "budget", "seed"),
     [

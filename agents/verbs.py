@@ -69,7 +69,7 @@ def open_writer(name: str, config: TrainConfig | None, options: TrustOptions) ->
 
 def make_policy(name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust) -> LMPolicy:
     """Return a model as a policy that samples as a configuration says, to write and not to train with."""
-    env = TextEnv([[0]], tokenizer, reward=_no_reward, max_new_tokens=1)  # type: ignore[arg-type]
+    env = TextEnv([[0]], tokenizer, reward=_no_reward, max_new_tokens=1)
     arguments = {key: value for key, value in policy_arguments(model).items() if key not in ("train", "critic")}
     spaces = env.observation_space, env.action_space
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import gymnasium as gym
@@ -105,6 +106,35 @@ def make_agent(
             f"Expected algorithm=MaskablePPO (sb3-contrib) for an env with `mask`, got {algorithm.__name__}, which "
             "would sample what the mask forbids."
         )
+    settings = {**settings_for(algorithm, vec_env, algorithm_kwargs), **algorithm_kwargs}
+    buffer_kwargs = buffer_settings(vec_env, rollout_buffer_kwargs)
+    with warnings.catch_warnings():
+        if vec_env.world is not None:  # `batch_size` is of all processes, and SB3 compares it with the rollout of one
+            warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+        model = algorithm(
+            policy_class,
+            vec_env,
+            rollout_buffer_class=MaskableSequenceRolloutBuffer if is_maskable else SequenceRolloutBuffer,
+            rollout_buffer_kwargs=buffer_kwargs,
+            policy_kwargs={"lm": lm, **(policy_kwargs or {})},
+            **settings,
+        )
+    attach_steps(model, vec_env)
+    if check:
+        report = examine(model)
+        report.raise_if_failed()
+        report.warn()
+    return model
+
+
+def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that `make_agent` has for an algorithm.
+
+    Args:
+        algorithm: Its class.
+        vec_env: What it trains on.
+        given: Other settings: `batch_size` follows the `n_steps` among them.
+    """
     settings: dict[str, Any] = {
         "gamma": 1.0,
         "gae_lambda": 0.95,
@@ -119,36 +149,30 @@ def make_agent(
     if issubclass(algorithm, A2C):
         settings["use_rms_prop"] = False
     else:
-        settings["batch_size"] = _batch_size(algorithm_kwargs.get("n_steps", settings["n_steps"]), n_envs)
+        n_envs = vec_env.num_envs * (1 if vec_env.world is None else vec_env.world.size)
+        settings["batch_size"] = _batch_size(given.get("n_steps", settings["n_steps"]), n_envs)
     if issubclass(algorithm, (PPO, MaskablePPO)):
         settings["n_epochs"] = 4
-    has_groups = vec_env.env.samples_per_prompt > 1
-    buffer_kwargs = {"advantage": "gae", "complete_episodes": has_groups, **(rollout_buffer_kwargs or {})}
-    buffer_kwargs.setdefault("normalize_advantage", buffer_kwargs["advantage"] == "gae")
-    with warnings.catch_warnings():
-        if vec_env.world is not None:  # `batch_size` is of all processes, and SB3 compares it with the rollout of one
-            warnings.filterwarnings("ignore", "You have specified a mini-batch size")
-        model = algorithm(
-            policy_class,
-            vec_env,
-            rollout_buffer_class=MaskableSequenceRolloutBuffer if is_maskable else SequenceRolloutBuffer,
-            rollout_buffer_kwargs=buffer_kwargs,
-            policy_kwargs={"lm": lm, **(policy_kwargs or {})},
-            **{**settings, **algorithm_kwargs},
-        )
+    return settings
+
+
+def buffer_settings(vec_env: TextVecEnv, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of the rollout buffer, with what `make_agent` has where none are given."""
+    settings = {"advantage": "gae", "complete_episodes": vec_env.env.samples_per_prompt > 1, **(given or {})}
+    settings.setdefault("normalize_advantage", settings["advantage"] == "gae")
+    return settings
+
+
+def attach_steps(model: OnPolicyAlgorithm, vec_env: TextVecEnv) -> None:
+    """Attach the steps that the environment asks for to a model's buffer, and check that its texts fit the model."""
     DataParallel().attach(model)
     cast("LMPolicy", model.policy).backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
-    if has_groups or buffer_kwargs["advantage"] != "gae":
+    if vec_env.env.samples_per_prompt > 1 or cast("SequenceRolloutBuffer", model.rollout_buffer).advantage != "gae":
         SampleGroups().attach(model)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
     elif vec_env.env.may_drop:
         DropEpisodes().attach(model)
-    if check:
-        report = examine(model)
-        report.raise_if_failed()
-        report.warn()
-    return model
 
 
 def _policy_class(algorithm: type) -> type[LMPolicy]:

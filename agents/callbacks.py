@@ -35,6 +35,8 @@ from .rollout_steps import remember
 from .scored import ScoredEpisodes
 from .vec_env import TextVecEnv
 
+MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
+
 
 class EpisodeMetrics(BaseCallback):
     """Logs, for each rollout, the means over the episodes that ended in it (or, scored later, got their score in it).
@@ -157,7 +159,7 @@ class SampleTable(BaseCallback):
         samples = generate(self.model, self.prompts, self.tokenizer, **self.options)
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))
-        page = "\n\n".join(f"**{_page(sample.prompt)}**{_page(sample.text)}" for sample in samples)
+        page = "\n\n".join(f"**{page_text(sample.prompt)}**{page_text(sample.text)}" for sample in samples)
         # Not by `logger.record`: the next dump has a later step, and after training there is none.
         for output in self.logger.output_formats:
             if isinstance(output, TensorBoardOutputFormat):
@@ -178,8 +180,14 @@ def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
     return table
 
 
-def _page(text: str) -> str:
-    return html.escape(printable(text))
+def page_text(text: str) -> str:
+    r"""Return a text as TensorBoard's page shows it: what a model wrote is neither HTML nor Markdown there.
+
+    Example:
+        >>> page_text("<b> [a](b)")
+        '&lt;b&gt; &#91;a&#93;(b)'
+    """
+    return html.escape(printable(text)).translate(MARKDOWN)
 
 
 class RewardCurves(BaseCallback):

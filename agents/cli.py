@@ -200,7 +200,7 @@ def _rate(words: list[str]) -> int:
 
 
 def _export(words: list[str]) -> int:
-    chosen, options = _options("export", "RUN DIR [--sb3-zip]", words, ExportOptions, ExportFlags)
+    chosen, options = _options("export", "RUN DIR [--sb3-zip] [--to_hub REPO]", words, ExportOptions, ExportFlags)
     config = run_config(chosen.run)
     from .verbs import export_run
 

@@ -202,8 +202,8 @@ class TrainConfig:
         kl: The KL penalty.
         shaping: What is done to scores.
         evaluation: Evaluations.
-        loggers: Where figures go besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio", or the
-            `module:Class` of a KVWriter of Stable-Baselines3; by name, or their id and args.
+        loggers: Where figures go besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio", "mlflow", or
+            the `module:Class` of a KVWriter of Stable-Baselines3; by name, or their id and args.
         samples: Prompts that are continued for samples.jsonl.
         samples_every: Rollouts from one such sample to the next.
         checkpoint_every: Rollouts from one checkpoint to the next.

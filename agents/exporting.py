@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .distributed import by_main
 from .files import replaced_folder
 from .policies import LMPolicy
+from .refusal import CommandError, Exit
 from .trainable import merged_state_dict
 
 
@@ -66,3 +69,34 @@ def export(
 
     by_main(f"export {Path(folder).absolute()}", write)
     return Path(folder)
+
+
+def check_repository(name: str) -> None:
+    """Raise CommandError for what is no name of a repository on the hub."""
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise CommandError(f"Expected the name of a repository, as you/model, got {name!r}: {error}") from error
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Upload a folder to the Hugging Face hub in one commit, and return its address there.
+
+    A repository that is new is private: what it shows, prompts and settings among them, is looked at before others see
+    it. One that is there stays as it is, and files of the same names are replaced.
+
+    Raises:
+        CommandError: If it fails; the folder stays.
+    """
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="A model trained by textenv")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CommandError(
+            f"Expected the hub to take {repository}, got: {reason} Log in with `hf auth login`; the folder {folder} is "
+            f"whole, and `hf upload {repository} {folder}` sends it.",
+            Exit.STORAGE,
+        ) from error
+    return str(made)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
 
+from .callbacks import page_text
 from .config import Named, TrainConfig, TrainOptions
 from .curves import check_matplotlib
 from .names import LOGGERS, build, find, look_here
 from .refusal import CommandError
 from .run_folder import RunFolder
-from .trackers import TRACKERS, Tracker, check_tracker
+from .trackers import TRACKERS, MLflowTracker, Tracker, check_tracker
+
+COLUMNS = ("prompt", "text", "end_reason", "reward")
 
 
 def named(logger: Named | str) -> Named:
@@ -66,18 +71,40 @@ def _tensorboard(folder: str, done: int) -> KVWriter:
     from torch.utils.tensorboard import SummaryWriter  # optional
 
     made = TensorBoardOutputFormat(folder)
-    if done:
-        made.writer.close()
-        made.writer = SummaryWriter(folder, purge_step=done + 1)
+    made.writer.close()
+    # TensorBoard forgets what is after a start only where it has seen one before: the first run says so too.
+    made.writer = SummaryWriter(folder, purge_step=done + 1 if done else 0)
     return made
 
 
-def make_trackers(run: RunFolder, config: TrainConfig, sent: int) -> list[Tracker]:
-    """Return the W&B or trackio runs that the configuration names.
+class SamplePages:
+    """Shows a run's samples among the texts of TensorBoard, under the key `samples`, as a table.
+
+    Args:
+        output: What writes the run's scalars: the texts go into the same file.
+    """
+
+    def __init__(self, output: TensorBoardOutputFormat) -> None:
+        self.output = output
+
+    def row(self, row: dict[str, Any]) -> None:
+        """There is nothing to do: the writer itself takes figures from the logger."""
+
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write samples as a page of Markdown."""
+        cells = [[page_text(str(row[name])).replace("\n", "<br>") for name in COLUMNS] for row in rows]
+        lines = ["|".join(line) for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
+        self.output.writer.add_text("samples", "\n".join(f"|{line}|" for line in lines), rows[0]["tokens"])
+        self.output.writer.flush()  # after training nothing else would
+
+
+def make_trackers(run: RunFolder, config: TrainConfig, sent: int) -> list[Tracker | MLflowTracker]:
+    """Return the runs of W&B, trackio or MLflow that the configuration names.
 
     Args:
         run: The run's folder.
         config: Its configuration.
         sent: The tokens up to which they have been told all.
     """
-    return [Tracker(one, run, config, sent) for one in map(named, config.loggers) if one.id in TRACKERS]
+    chosen = [one for one in map(named, config.loggers) if one.id in TRACKERS]
+    return [(MLflowTracker if one.id == "mlflow" else Tracker)(one, run, config, sent) for one in chosen]

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from textenv.printable import printable
 
+from .callbacks import page_text
 from .config import Named, TrainConfig
 
+SHOWN = 8  # prompts whose samples the card shows
 
-def model_card(config: TrainConfig, about: Mapping[str, Any], results: str) -> str:
+
+def model_card(
+    config: TrainConfig,
+    about: Mapping[str, Any],
+    results: str,
+    samples: Sequence[Mapping[str, Any]] = (),
+    reward_after: float | None = None,
+    curves: str | None = None,
+) -> str:
     """Return the card as Markdown with the fields that the hub reads.
 
     Args:
         config: The run's configuration.
         about: What `run.json` says.
         results: A table in Markdown.
+        samples: Rows of `samples.jsonl`: the first and the last of each prompt are shown beside each other.
+        reward_after: The mean reward that the hub lists the model with.
+        curves: The name of a picture beside the card.
     """
     reward = config.env.reward
     described = json.dumps(asdict(reward), ensure_ascii=False) if isinstance(reward, Named) else reward
@@ -35,6 +49,7 @@ def model_card(config: TrainConfig, about: Mapping[str, Any], results: str) -> s
         [
             *fields,
             "tags: [reinforcement-learning, textenv]",
+            *_listing(config, reward_after),
             "---",
             "",
             f"# {_text(config.model.name)}, trained on {_text(config.env.id)}",
@@ -50,6 +65,8 @@ def model_card(config: TrainConfig, about: Mapping[str, Any], results: str) -> s
             "",
             results,
             "",
+            *(["## Curves", "", f"![Reward, divergence and length over training]({curves})", ""] if curves else []),
+            *(["## Samples", "", *_sample_lines(samples), ""] if samples else []),
             "## Settings",
             "",
             "```json",
@@ -58,6 +75,29 @@ def model_card(config: TrainConfig, about: Mapping[str, Any], results: str) -> s
             "",
         ]
     )
+
+
+def _listing(config: TrainConfig, reward: float | None) -> list[str]:
+    """Return the fields by which the hub shows a model's figure, as it does those of huggingface_sb3."""
+    if reward is None or not math.isfinite(reward):
+        return []
+    task = {"type": "reinforcement-learning", "name": "reinforcement-learning"}
+    data = {"type": config.env.id, "name": config.env.id}
+    metric = {"type": "mean_reward", "name": "mean_reward", "value": round(reward, 4)}
+    name = config.algorithm.name.upper()
+    listed = [{"name": name, "results": [{"task": task, "dataset": data, "metrics": [metric]}]}]
+    return [f"model-index: {json.dumps(listed)}"]  # JSON is YAML
+
+
+def _sample_lines(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of what was written at first and at last, side by side."""
+    first, last = (at(row["tokens"] for row in samples) for at in (min, max))
+    before, after = ([row for row in samples if row["tokens"] == at][:SHOWN] for at in (first, last))
+    lines = [f"| prompt | after {first:,} tokens | after {last:,} tokens | reward |", "|---|---|---|---|"]
+    for old, new in zip(before, after):  # noqa: B905  (a run may change how many there are)
+        cells = [page_text(" ".join(text.split())) for text in (new["prompt"], old["text"], new["text"])]
+        lines.append(f"| {' | '.join(cells)} | {new['reward']:.3g} |")
+    return lines
 
 
 def _plain(text: str) -> str:

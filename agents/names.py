@@ -37,6 +37,7 @@ LOGGERS = {
     "curves": "A picture of reward, divergence and length, in the folder of the run.",
     "wandb": "Weights & Biases; its arguments are those of `wandb.init`.",
     "trackio": "trackio; its arguments are those of `trackio.init`.",
+    "mlflow": "MLflow; `tracking_uri`, `experiment_name`, and the arguments of `MlflowClient.create_run`.",
 }
 OWN = ("textenv", "agents")
 PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:([A-Za-z_]\w*)")

@@ -68,6 +68,9 @@ class LMPolicy(ActorCriticPolicy):
         optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
         optimizer_kwargs: Its arguments but the learning rate; by default no weight decay, and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.
+        net_arch: Not used, and neither is `activation_fn`: what searches for hyper-parameters, as rl_zoo3's, give to
+            every policy. The language model is what it is.
+        activation_fn: See `net_arch`.
 
     Raises:
         ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits.
@@ -108,6 +111,8 @@ class LMPolicy(ActorCriticPolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
+        net_arch: Any = None,
+        activation_fn: Any = None,
     ) -> None:
         self.lm_kwargs: dict[str, Any] = {
             "lm": lm,

@@ -122,7 +122,7 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
     n_new = 0
     for start in tqdm(range(0, len(prompts), CHUNK), desc="completions", unit="chunk", disable=None):
         rows = prompts[start : start + CHUNK]
-        env = TextEnv(rows, writer.tokenizer, reward=_no_reward, max_new_tokens=1)  # type: ignore[arg-type]
+        env = TextEnv(rows, writer.tokenizer, reward=_no_reward, max_new_tokens=1)
         missing: list[PromptLike] = []
         for row, prompt in zip(rows, env.prompts, strict=True):
             there = min(known[str(prompt)], n // size)

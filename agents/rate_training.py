@@ -92,7 +92,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     reward = FirstEpisodes(HumanReward(chosen.db, scale=(chosen.low, chosen.high)))
     env = TextEnv(
         read_prompts(chosen),
-        tokenizer,  # type: ignore[arg-type]
+        tokenizer,
         reward=reward,
         max_new_tokens=chosen.max_new_tokens,
         seed=chosen.seed,

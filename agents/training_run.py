@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from textenv import __version__
 
@@ -27,7 +27,7 @@ from .files import replaced_folder, write_text
 from .finite_updates import FiniteUpdates
 from .interrupts import Interrupts, write_line
 from .live_view import LiveScreen
-from .loggers import check_loggers, make_loggers, make_trackers, named
+from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
 from .recording import Recorder, RowWriter, SampleRecorder
 from .refusal import CommandError, Exit
@@ -148,10 +148,12 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
-    agent.set_logger(Logger(None, [writer, *make_loggers(run, config, options, done)]))
+    outputs = make_loggers(run, config, options, done)
+    agent.set_logger(Logger(None, [writer, *outputs]))
     evaluate = _evaluate(run, parts)
     trackers = make_trackers(run, config, sent)
-    views: list[Any] = [screen, *trackers]
+    pages = [SamplePages(one) for one in outputs if isinstance(one, TensorBoardOutputFormat)]
+    views: list[Any] = [screen, *trackers, *pages]
     kept = config.checkpoint_every, config.keep_checkpoints
     with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line) as interrupts:
         callbacks = [

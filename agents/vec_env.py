@@ -10,11 +10,12 @@ import numpy as np
 from gymnasium.utils import seeding
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, tile_images
 
-from textenv.env import render_row
 from textenv.finished import Place
 from textenv.lanes import Lanes
+from textenv.printable import printable
+from textenv.rendering import picture, render_row
 from textenv.vector import unwrap_text_env
 
 from .distributed import world
@@ -131,12 +132,21 @@ class TextVecEnv(VecEnv):
         self.env.close()
 
     def render(self, mode: str | None = None) -> Any:
-        """Return the lanes as a list of texts, or print them where the mode is "human"."""
-        texts = [render_row(self.env.tokenizer, row) for row in self.lanes.tokens]
+        """Return the lanes as a list of texts; print them ("human"), or draw them, as one picture ("rgb_array")."""
+        if (mode or self.render_mode) == "rgb_array":
+            return tile_images(self.get_images())
+        texts = self._texts()
         if (mode or self.render_mode) != "human":
             return texts
-        print("\n".join(texts))
+        print(printable("\n".join(texts)))
         return None
+
+    def get_images(self) -> list[np.ndarray]:
+        """Return a picture of each lane, (H, W, 3) uint8."""
+        return [picture(text) for text in self._texts()]
+
+    def _texts(self) -> list[str]:
+        return [render_row(self.env.tokenizer, row) for row in self.lanes.tokens]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return an attribute of the env, once for each lane asked for."""

@@ -99,9 +99,11 @@ class ExportFlags(TrustOptions):
         allow: A module that the configuration may import.
         trust_remote_code: Let a model from the hub run its own code.
         sb3_zip: Write sb3.zip as well, as SB3's model.save does: it holds pickles; see agents.load_sb3_zip.
+        to_hub: Upload the folder as this repository of the Hugging Face hub; a new one is private.
     """
 
     sb3_zip: bool = False
+    to_hub: str | None = None
 
 
 @dataclass

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from textenv.env import TextEnv
-from textenv.prompts import Prompt, PromptLike, read_rows
+from textenv.prompts import Prompt, PromptLike
+from textenv.prompts import read_rows as read_prompts
 
-from .assemble import Parts, Trust, assemble, load_lm, load_tokenizer, make_metric, policy_arguments
+from .assemble import Parts, Trust, assemble, load_lm, load_tokenizer, make_metric, policy_arguments, task_name
 from .checkpoint import load_checkpoint
 from .config import ModelConfig, TrainConfig
+from .curves import draw_curves
 from .doctor import check
 from .evaluation import evaluate
-from .exporting import export
+from .exporting import check_repository, export, upload
+from .files import write_text
 from .generation import generate
 from .model_card import model_card
 from .policies import LMPolicy
 from .refusal import CommandError, Exit
 from .run_checkpoints import checkpoint_to_load
-from .run_folder import RunFolder
+from .run_folder import RunFolder, read_rows, to_line
 from .verb_config import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, TrustOptions
 
 CHUNK = 64  # prompts that are continued together, and printed when they are done
@@ -69,7 +74,7 @@ def open_writer(name: str, config: TrainConfig | None, options: TrustOptions) ->
 
 def make_policy(name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust) -> LMPolicy:
     """Return a model as a policy that samples as a configuration says, to write and not to train with."""
-    env = TextEnv([[0]], tokenizer, reward=_no_reward, max_new_tokens=1)  # type: ignore[arg-type]
+    env = TextEnv([[0]], tokenizer, reward=_no_reward, max_new_tokens=1)
     arguments = {key: value for key, value in policy_arguments(model).items() if key not in ("train", "critic")}
     spaces = env.observation_space, env.action_space
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
@@ -105,7 +110,7 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
 def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:
     """Print a line of JSON for each text, as soon as those of its chunk are written."""
     try:
-        prompts: list[PromptLike] = list(read_rows(chosen.prompts))
+        prompts: list[PromptLike] = list(read_prompts(chosen.prompts))
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected prompts in {chosen.prompts}, got: {error}") from error
     writer = open_writer(chosen.model, config, options)
@@ -126,17 +131,17 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
 
 
 def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags) -> int:
-    """Write a run's newest model with its adapters merged, and check that the folder generates the same.
+    """Write a run's newest model with its adapters merged, its card, curves and samples, and upload it where asked.
 
     Raises:
-        CommandError: If it does not.
+        CommandError: If the folder does not generate the same, or the upload fails.
     """
+    if options.to_hub is not None:
+        check_repository(options.to_hub)
     parts = assemble(config, trust_of(options))
     run = load_newest(chosen.run, parts)
     folder = export(parts.agent, parts.tokenizer, chosen.folder)
-    results = run.path / "results.md"
-    table = results.read_text(encoding="utf-8") if results.is_file() else "Not evaluated yet."
-    (folder / "README.md").write_text(model_card(config, run.read_about(), table), encoding="utf-8")
+    _describe(folder, run, config)
     again = make_policy(str(folder), parts.tokenizer, config.model, Trust())
     texts = []
     for policy in (parts.agent.policy, again):
@@ -153,4 +158,24 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
             "them by agents.load_sb3_zip"
         )
     print(f"{folder}: generates the same as {run.path} on {len(texts[0])} prompts")
+    if options.to_hub is not None:
+        print(f"uploading {folder}", flush=True)
+        print(f"{upload(folder, options.to_hub)}: a new repository is private until its settings say otherwise")
     return Exit.DONE
+
+
+def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:
+    """Put a run's samples and curves, as far as there are some, and the card beside its model."""
+    table, results = "Not evaluated yet.", run.path / "results"
+    reward = None
+    if results.with_suffix(".md").is_file():
+        table = results.with_suffix(".md").read_text(encoding="utf-8")
+        reward = json.loads(results.with_suffix(".json").read_text(encoding="utf-8"))["after"]["figures"].get("reward")
+    samples, rows = read_rows(run.samples), read_rows(run.metrics)
+    if samples:
+        write_text(folder / run.samples.name, "".join(map(to_line, samples)))
+    curves = None
+    if rows and find_spec("matplotlib") is not None:
+        curves = "curves.png"
+        draw_curves(folder / curves, {run.path.name: rows}, task_name(config))
+    write_text(folder / "README.md", model_card(config, run.read_about(), table, samples, reward, curves))

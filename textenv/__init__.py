@@ -53,5 +53,5 @@ TASKS = {
     "Dates": "textenv.tasks.dates:Dates",
 }
 
-for name, env in TASKS.items():
+for name, env in {"Demo": "textenv.tasks.demo:Demo", **TASKS}.items():
     register(f"textenv/{name}-v0", env, vector_entry_point=partial(make_vector_env, env_type=env))

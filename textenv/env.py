@@ -11,12 +11,15 @@ import numpy as np
 from gymnasium import spaces
 
 from textenv.completion import Preds
-from textenv.episode import PADDING, SEPARATOR, EndReason, EpisodeRules
+from textenv.episode import SEPARATOR, EndReason, EpisodeRules
 from textenv.failures import Failures, OnFailure
 from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
+from textenv.named_tokenizer import read_tokenizer
+from textenv.printable import printable
 from textenv.priority import PrioritySampling
 from textenv.prompts import Order, Prompt, PromptLike, PromptReader, PromptRows, read_rows
+from textenv.rendering import MODES, check_render_mode, picture, render_row
 from textenv.rewarding import RewardFunction, Score, ScoreAt, check_rewards, score_each
 from textenv.rewards.asynchronous import AsyncReward
 from textenv.rewards.base import BatchReward, RewardLike, RowReward, ask_rows, check_choice
@@ -57,8 +60,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             .csv or .txt file. A row may carry its own, smaller `max_new_tokens`. Of a list all are read at once; any
             other sized sequence, as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row and stays
             where it is: a row is read again each time it is dealt.
-        tokenizer: A Hugging Face tokenizer, or anything with the members of `textenv.Tokenizer`. A prompt gets the
-            special tokens that open a text (BOS), not those that close it.
+        tokenizer: A Hugging Face tokenizer, or its name or folder, or anything with the members of
+            `textenv.Tokenizer`. A prompt gets the special tokens that open a text (BOS), not those that close it.
         reward: Instead of a subclass: a function with the contract of `get_reward`, a `textenv.rewards.BatchReward`,
             or the name of a reward, as "vader" (see `textenv.rewards.read_reward`).
         max_new_tokens: The most tokens that the policy writes in an episode.
@@ -94,7 +97,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             a mask (`RegexMask(...)`), a function (prompt, preds) that returns their ids or a bool array (V,), or a list
             of these, of which all must allow a token. Masks see the current turn. `step` accepts what they forbid.
         seed: The seed of the prompts' order, until `reset(seed=...)` gives another.
-        render_mode: "ansi" (`render` returns a str), "human" (it prints) or None.
+        render_mode: "ansi" (`render` returns a str), "human" (it prints), "rgb_array" (it draws; needs Pillow) or None.
 
     Raises:
         ValueError: For prompts, limits or options that cannot work; the message says what was expected.
@@ -111,12 +114,12 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         (1.0, False)
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": list(MODES), "render_fps": 4}
 
     def __init__(
         self,
         prompts: Sequence[PromptLike] | str | PathLike[str],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | str | PathLike[str],
         *,
         reward: RewardLike | None = None,
         max_new_tokens: int = 64,
@@ -143,8 +146,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         check_choice("score_at", score_at, (None, *get_args(ScoreAt)))
         if not isinstance(order, PrioritySampling):
             check_choice("order", order, get_args(Order))
-        check_choice("render_mode", render_mode, (None, "ansi", "human"))
-        self.tokenizer = tokenizer
+        check_render_mode(render_mode)
+        self.tokenizer = read_tokenizer(tokenizer)
         self.reward = self._check_reward(reward)
         own_choice: ScoreAt = self.reward.score_at if isinstance(self.reward, BatchReward) else "step"
         self.score_at: ScoreAt = own_choice if score_at is None else score_at
@@ -175,14 +178,16 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         if any(not stop for stop in self.rules.stop_strings):
             raise ValueError(f"Expected `stop_strings` without an empty one, got {self.rules.stop_strings}.")
         self.masks = read_masks(mask)
-        self.vocabulary = Vocabulary(tokenizer, self.rules.stop_ids)
-        self._reader = PromptReader(tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side)
+        self.vocabulary = Vocabulary(self.tokenizer, self.rules.stop_ids)
+        self._reader = PromptReader(
+            self.tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side
+        )
         self.prompts, longest = self._read_all(prompts)
         self.max_prompt_tokens = max_prompt_tokens or longest
         self._reader.max_prompt_tokens = self.max_prompt_tokens
         width = self.max_prompt_tokens + 1 + self.rules.room
-        self.observation_space = spaces.Box(SEPARATOR, len(tokenizer) - 1, (width,), np.int64)
-        self.action_space = spaces.Discrete(len(tokenizer))
+        self.observation_space = spaces.Box(SEPARATOR, len(self.tokenizer) - 1, (width,), np.int64)
+        self.action_space = spaces.Discrete(len(self.tokenizer))
         self._lanes = Lanes(self, 1, autoreset=False)
 
     def _check_reward(self, reward: RewardLike | None) -> RewardFunction | None:
@@ -368,23 +373,15 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         if not self.masks:
             raise AttributeError(f"Expected `mask` to be given to {type(self).__name__}, for it has no `action_masks`.")
 
-    def render(self) -> str | None:
-        """Return ("ansi") or print ("human") the prompt and what was generated, told apart."""
+    def render(self) -> Any:
+        """Return ("ansi"), draw ("rgb_array") or print ("human") the prompt and what was generated, told apart."""
         text = render_row(self.tokenizer, self._lanes.tokens[0])
+        if self.render_mode == "rgb_array":
+            return picture(text)
         if self.render_mode == "human":
-            print(text)
+            print(printable(text))
             return None
         return text
-
-
-def render_row(tokenizer: Tokenizer, observation: np.ndarray) -> str:
-    """Return an observation as text: the prompt, a bar, and the tokens since."""
-    end = int(np.flatnonzero(observation == SEPARATOR)[0])
-    since = observation[end + 1 :]
-    ids = since[since > PADDING].tolist()
-    prompt = tokenizer.decode(observation[:end].tolist())
-    whole = tokenizer.decode(observation[:end].tolist() + ids)
-    return f"{prompt} |{whole[len(prompt) :]}" if whole.startswith(prompt) else f"{prompt} | {tokenizer.decode(ids)}"
 
 
 def _check_at_least_one(name: str, value: int) -> None:

@@ -12,8 +12,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
-from textenv.env import TextEnv, render_row
+from textenv.env import TextEnv
 from textenv.lanes import Lanes
+from textenv.printable import printable
+from textenv.rendering import MODES, picture, render_row
 
 
 class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -40,7 +42,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """
 
     metadata: dict[str, Any] = {
-        "render_modes": ["ansi", "human"],
+        "render_modes": list(MODES),
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
@@ -91,13 +93,13 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.env.check_mask()
         return self.lanes.allowed
 
-    def render(self) -> tuple[str, ...] | None:
-        """Return ("ansi") or print ("human") every row."""
+    def render(self) -> tuple[Any, ...] | None:
+        """Return ("ansi"), draw ("rgb_array") or print ("human") every row."""
         texts = tuple(render_row(self.env.tokenizer, row) for row in self.lanes.tokens)
         if self.render_mode == "human":
-            print("\n".join(texts))
+            print(printable("\n".join(texts)))
             return None
-        return texts
+        return tuple(map(picture, texts)) if self.render_mode == "rgb_array" else texts
 
 
 def make_vector_env(num_envs: int, env_type: str = "textenv.env:TextEnv", **kwargs: Any) -> TextVectorEnv:

@@ -17,6 +17,7 @@ from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.episode import EndReason
 from textenv.hub import read_dataset
+from textenv.named_tokenizer import read_tokenizer
 from textenv.prompts import Prompt
 from textenv.rewards.base import BatchReward, RewardLike, check_choice
 from textenv.rewards.compose import WeightedSum
@@ -242,7 +243,7 @@ class DailyDialog(TextEnv):
     def __init__(
         self,
         data: Dialogues,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | str | PathLike[str],
         *,
         reward: RewardLike | None = None,
         classifier: str | PathLike[str] = INTENT_CLASSIFIER,
@@ -255,6 +256,7 @@ class DailyDialog(TextEnv):
         truncation_side: Literal["left", "right"] | None = "left",
         **kwargs: Any,
     ) -> None:
+        tokenizer = read_tokenizer(tokenizer)
         dialogues = read_dialogues(data, split) if isinstance(data, (str, PathLike)) else data
         if part is not None:
             check_choice("part", part, get_args(Part))

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 from textenv.env import TextEnv
+from textenv.named_tokenizer import read_tokenizer
 from textenv.prompts import PromptLike
 from textenv.rewards.rules import Regex
 from textenv.tasks.opening import opening
@@ -42,12 +43,13 @@ class Dates(TextEnv):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | str | PathLike[str],
         prompts: Sequence[PromptLike] | str | PathLike[str] | None = None,
         *,
         max_new_tokens: int = 30,
         **kwargs: Any,
     ) -> None:
+        tokenizer = read_tokenizer(tokenizer)
         super().__init__(
             opening(tokenizer) if prompts is None else prompts,
             tokenizer,

@@ -179,7 +179,7 @@ class HH(TextEnv):
     def __init__(
         self,
         data: str | PathLike[str] | Sequence[Pair],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | str | PathLike[str],
         *,
         reward: RewardLike | None = None,
         split: str = "train",

@@ -9,6 +9,7 @@ from typing import Any
 
 from textenv.completion import Preds
 from textenv.env import TextEnv
+from textenv.named_tokenizer import read_tokenizer
 from textenv.prompts import Prompt, PromptLike
 from textenv.rewards.base import RowReward
 from textenv.tasks.opening import opening
@@ -87,13 +88,14 @@ class IncreasingNumbers(TextEnv):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | str | PathLike[str],
         prompts: Sequence[PromptLike] | str | PathLike[str] | None = None,
         *,
         min_tokens: int = 20,
         max_new_tokens: int = 20,
         **kwargs: Any,
     ) -> None:
+        tokenizer = read_tokenizer(tokenizer)
         super().__init__(
             opening(tokenizer) if prompts is None else prompts,
             tokenizer,

@@ -117,7 +117,7 @@ class Reviews(TextEnv):
     def __init__(
         self,
         data: str | PathLike[str],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | str | PathLike[str],
         *,
         classifier: str | PathLike[str] | None = None,
         reward: RewardLike | None = None,

@@ -152,7 +152,7 @@ class ZhReviews(TextEnv):
     def __init__(
         self,
         data: str | PathLike[str] | Rankings,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | str | PathLike[str],
         *,
         reward: RewardLike | None = None,
         part: Part | None = None,

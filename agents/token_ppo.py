@@ -1,0 +1,123 @@
+"""PPO as `make_agent` sets it up, as classes: for programs that build an algorithm by its name, as rl_zoo3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gymnasium import Env
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from .buffers import SequenceRolloutBuffer
+from .build import attach_steps, buffer_settings, settings_for
+from .maskable import MaskableSequenceRolloutBuffer
+from .rollout_steps import text_vec_env
+from .vec_env import TextVecEnv
+
+
+class TokenPPO(PPO):
+    """SB3's PPO with lanes, buffer and settings of `make_agent`.
+
+    Environments that were made one by one, as SB3's `make_vec_env` does, become the lanes of the first of them: one
+    reward call a step, and one forward a sequence in the update. It trains as PPO does, which is unmodified, and saves
+    and loads as it.
+
+    Args:
+        policy: `LMPolicy`, or a subclass.
+        env: A `TextVecEnv`, a `TextEnv`, or a DummyVecEnv of them; None while a file is loaded without one.
+        n_minibatches: In place of `batch_size`: the minibatches of an epoch.
+        rollout_buffer_kwargs: As in `make_agent`.
+        **kwargs: The other arguments of PPO.
+
+    Raises:
+        TypeError: For environments that are wrapped, or in other processes.
+
+    Example:
+        >>> from agents.demo_policies import DemoPolicy
+        >>> # TokenPPO(DemoPolicy, gymnasium.make("textenv/Demo-v0")).learn(1000)
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        env: VecEnv | Env[Any, Any] | None = None,
+        n_minibatches: int | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        lanes = as_lanes(env)
+        if lanes is not None:
+            kwargs = _settings(type(self), lanes, n_minibatches, rollout_buffer_kwargs, kwargs)
+        super().__init__(policy, lanes, rollout_buffer_class=SequenceRolloutBuffer, **kwargs)  # type: ignore[arg-type]
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        _attach(self)
+
+
+class TokenMaskablePPO(MaskablePPO):
+    """sb3-contrib's MaskablePPO with lanes, buffer and settings of `make_agent`; see `TokenPPO`."""
+
+    def __init__(
+        self,
+        policy: Any,
+        env: VecEnv | Env[Any, Any] | None = None,
+        n_minibatches: int | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        lanes = as_lanes(env)
+        if lanes is not None:
+            lanes.env.check_mask()
+            kwargs = _settings(type(self), lanes, n_minibatches, rollout_buffer_kwargs, kwargs)
+        super().__init__(policy, lanes, rollout_buffer_class=MaskableSequenceRolloutBuffer, **kwargs)  # type: ignore[arg-type]
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        _attach(self)
+
+
+def as_lanes(env: VecEnv | Env[Any, Any] | None) -> TextVecEnv | None:
+    """Return the lanes of the first of some environments, as many as they are.
+
+    Raises:
+        TypeError: If they are wrapped in more than a Monitor, or in other processes.
+    """
+    if env is None or isinstance(env, TextVecEnv):
+        return env
+    if isinstance(env, VecEnv) and not isinstance(env, DummyVecEnv):
+        raise TypeError(
+            f"Expected environments in this process and in no wrapper, got {type(env).__name__}: their lanes share one "
+            "of them. In rl_zoo3 leave out --vec-env, normalize, frame_stack and vec_env_wrapper."
+        )
+    one, n_envs = (env.envs[0], env.num_envs) if isinstance(env, DummyVecEnv) else (env, 1)
+    while isinstance(one, Monitor):  # what it adds to infos the lanes write themselves
+        one = one.env
+    return TextVecEnv(one, n_envs)
+
+
+def _settings(
+    algorithm: type, lanes: TextVecEnv, n_minibatches: int | None, buffer: dict[str, Any] | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    settings = {
+        **settings_for(algorithm, lanes, given),
+        **given,
+        "rollout_buffer_kwargs": buffer_settings(lanes, buffer),
+    }
+    if n_minibatches is not None:
+        rollout = settings["n_steps"] * lanes.num_envs
+        if n_minibatches < 1 or rollout % n_minibatches != 0:
+            raise ValueError(
+                f"Expected `n_minibatches` to divide n_steps * n_envs = {rollout}, got {n_minibatches}: each epoch has "
+                "as many minibatches of about equal size."
+            )
+        settings["batch_size"] = rollout // n_minibatches
+    return settings
+
+
+def _attach(model: OnPolicyAlgorithm) -> None:
+    if model.env is not None:
+        attach_steps(model, text_vec_env(model.env))

@@ -1,0 +1,129 @@
+"""rl_zoo3 with two more algorithms, token_ppo and token_maskable_ppo: `python -m agents.zoo` is `rl_zoo3.train`.
+
+They train in lanes, with one forward a sequence, and their hyper-parameters are searched among those that suit a
+language model. rl_zoo3 alone trains `LMPolicy` by ppo, more slowly; see examples/zoo.
+
+    python -m agents.zoo --algo token_ppo --env textenv/Demo-v0 --gym-packages textenv \
+        --conf-file examples/zoo/token_ppo.yml -f logs
+    python -m agents.zoo ... -optimize --n-trials 50 --study-name demo --storage logs/demo.log
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+from stable_baselines3.common.callbacks import EvalCallback
+
+from .token_ppo import TokenMaskablePPO, TokenPPO
+
+ALGORITHMS = {"token_ppo": TokenPPO, "token_maskable_ppo": TokenMaskablePPO}
+EPOCHS = (1, 2, 4, 8)
+MINIBATCHES = (1, 2, 4, 8)
+CLIP_RANGES = (0.1, 0.2, 0.3)
+
+Parameters = dict[str, Any]
+
+
+class Trial(Protocol):
+    """What is asked of a trial of Optuna's."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """Return a number between two."""
+
+    def suggest_categorical(self, name: str, choices: tuple[Any, ...]) -> Any:
+        """Return one of the choices."""
+
+
+def sample_token_ppo(trial: Trial, n_actions: int, n_envs: int, additional_args: Mapping[str, Any]) -> Parameters:
+    """Draw hyper-parameters that suit a language model, for rl_zoo3's search.
+
+    `policy_kwargs`, with the model's name, the discount of 1 and `n_steps`, which goes with the length of texts, stay
+    as they are. The learning rate spans models of 10^5 parameters (1e-3) to 10^9 (1e-6).
+
+    Args:
+        trial: The trial.
+        n_actions: As rl_zoo3 has it; not used, and neither are the next two.
+        n_envs: How many lanes.
+        additional_args: Of replay buffers.
+    """
+    return convert_token_ppo(
+        {
+            "learning_rate": trial.suggest_float("learning_rate", 1e-6, 2e-3, log=True),
+            "n_epochs": trial.suggest_categorical("n_epochs", EPOCHS),
+            "n_minibatches": trial.suggest_categorical("n_minibatches", MINIBATCHES),
+            "clip_range": trial.suggest_categorical("clip_range", CLIP_RANGES),
+            "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 1e-3, 0.2, log=True),
+            "ent_coef": trial.suggest_float("ent_coef", 1e-6, 1e-2, log=True),
+            "vf_coef": trial.suggest_float("vf_coef", 0.02, 1.0, log=True),
+            "max_grad_norm": trial.suggest_float("max_grad_norm", 0.3, 2.0),
+        }
+    )
+
+
+def convert_token_ppo(sampled: Mapping[str, Any]) -> Parameters:
+    """Return what a trial has drawn as arguments of the algorithm.
+
+    Example:
+        >>> convert_token_ppo({"n_epochs": 4, "one_minus_gae_lambda": 0.25})
+        {'n_epochs': 4, 'gae_lambda': 0.75}
+    """
+    rest = {name: value for name, value in sampled.items() if name != "one_minus_gae_lambda"}
+    return {**rest, "gae_lambda": 1 - sampled["one_minus_gae_lambda"]}
+
+
+def register() -> None:
+    """Add the algorithms, and how their hyper-parameters are searched, to rl_zoo3's tables.
+
+    Raises:
+        ImportError: If rl_zoo3 is missing.
+    """
+    if importlib.util.find_spec("rl_zoo3") is None:
+        raise ImportError("Expected rl_zoo3 for agents.zoo: pip install 'textenv[zoo]'.")
+    search = importlib.import_module("rl_zoo3.hyperparams_opt")
+    for name, algorithm in ALGORITHMS.items():
+        importlib.import_module("rl_zoo3.utils").ALGOS[name] = algorithm
+        search.HYPERPARAMS_SAMPLER[name] = sample_token_ppo
+        search.HYPERPARAMS_CONVERTER[name] = convert_token_ppo
+
+
+def evaluate_samples(masked: bool) -> None:
+    """Have rl_zoo3 evaluate texts that are sampled, as training does; it takes the most probable ones otherwise.
+
+    The demo's model earns all there is with its most probable texts before any training, and a search would see no
+    difference.
+
+    Args:
+        masked: Under the env's masks, of which rl_zoo3 itself does not know.
+    """
+    manager = importlib.import_module("rl_zoo3.exp_manager")
+    base = MaskableEvalCallback if masked else EvalCallback
+    vars(manager).update(EvalCallback=_sampled(base), TrialEvalCallback=_sampled(manager.TrialEvalCallback, base))
+
+
+def _sampled(*bases: type) -> type:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        bases[0].__init__(self, *args, **{**kwargs, "deterministic": False})  # type: ignore[misc]
+
+    return type(f"Sampled{bases[0].__name__}", bases, {"__init__": init})
+
+
+def main() -> None:
+    """Run `rl_zoo3.train` with the words of the command line."""
+    register()
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--algo")
+    algorithm = parser.parse_known_args()[0].algo
+    if algorithm in ALGORITHMS:
+        evaluate_samples(masked=algorithm == "token_maskable_ppo")
+    sys.argv[0] = "agents.zoo"
+    importlib.import_module("rl_zoo3.train").train()
+
+
+if __name__ == "__main__":
+    main()

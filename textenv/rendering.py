@@ -1,0 +1,65 @@
+"""A row as text, and the text as a picture."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import numpy as np
+
+from textenv.episode import PADDING, SEPARATOR
+from textenv.printable import printable
+from textenv.tokenizer import Tokenizer
+
+MODES = ("ansi", "human", "rgb_array")
+SIZE = (640, 360)  # width and height of a picture, in pixels: the same for every text, as videos need
+FONT_SIZE = 16
+MARGIN = 12
+
+
+def check_render_mode(mode: str | None) -> None:
+    """Raise ValueError for a mode that is none, and ImportError, with the cure, where pictures need Pillow."""
+    if mode not in (None, *MODES):
+        raise ValueError(f"Expected `render_mode` to be one of {[None, *MODES]}, got {mode!r}.")
+    if mode == "rgb_array" and find_spec("PIL") is None:
+        raise ImportError("Expected Pillow for render_mode='rgb_array': pip install 'textenv[plot]'.")
+
+
+def render_row(tokenizer: Tokenizer, observation: np.ndarray) -> str:
+    """Return an observation as text: the prompt, a bar, and the tokens since."""
+    end = int(np.flatnonzero(observation == SEPARATOR)[0])
+    since = observation[end + 1 :]
+    ids = since[since > PADDING].tolist()
+    prompt = tokenizer.decode(observation[:end].tolist())
+    whole = tokenizer.decode(observation[:end].tolist() + ids)
+    return f"{prompt} |{whole[len(prompt) :]}" if whole.startswith(prompt) else f"{prompt} | {tokenizer.decode(ids)}"
+
+
+def picture(text: str) -> np.ndarray:
+    """Return a text in black on white, (360, 640, 3) uint8; of one that is too long for it the end.
+
+    The font is Pillow's own: a character that it lacks is a box.
+
+    Example:
+        >>> picture("a film | that").shape
+        (360, 640, 3)
+    """
+    from PIL import Image, ImageDraw, ImageFont  # optional
+
+    font = ImageFont.load_default(FONT_SIZE)
+    lines = [""]
+    for char in printable(text):
+        if char == "\n":
+            lines.append("")
+        elif font.getlength(lines[-1] + char) <= SIZE[0] - 2 * MARGIN:
+            lines[-1] += char
+        elif " " in lines[-1].strip() and char != " ":  # the word that it is of begins a line
+            before, _, word = lines[-1].rpartition(" ")
+            lines[-1:] = [before, word + char]
+        else:
+            lines.append(char.strip())
+    image = Image.new("RGB", SIZE, "white")
+    height = FONT_SIZE + 4
+    shown = lines[-((SIZE[1] - 2 * MARGIN) // height) :]
+    for number, line in enumerate(shown):
+        ImageDraw.Draw(image).text((MARGIN, MARGIN + number * height), line, "black", font)
+    return np.asarray(image).copy()

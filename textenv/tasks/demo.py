@@ -1,0 +1,58 @@
+"""The built-in demo as an environment of plain values: product reviews to be continued in a good mood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from textenv.completion import Preds
+from textenv.demo import prompts as openings
+from textenv.demo import score
+from textenv.env import TextEnv
+from textenv.masks import BannedMask
+from textenv.named_tokenizer import DEMO
+from textenv.prompts import Prompt, PromptLike
+from textenv.tokenizer import Tokenizer
+
+
+class Demo(TextEnv):
+    """Episodes that earn the share of positive mood words of a review when they end: `gym.make("textenv/Demo-v0")`.
+
+    It needs no data and no argument, and takes all of them as a YAML file has them: it is for programs that make
+    environments by name, as rl_zoo3. The language model of `agents.demo.demo_model` writes its texts.
+
+    Args:
+        tokenizer: The language model's; "demo" is that of the demo's model.
+        prompts: Other prompts, as `TextEnv` takes them.
+        max_new_tokens: The most tokens of a text.
+        banned: Words that may not be written, by a policy that asks for the mask.
+        **kwargs: Other arguments of `TextEnv`, the reward apart.
+
+    Example:
+        >>> import gymnasium
+        >>> env = gymnasium.make("textenv/Demo-v0", max_new_tokens=2, render_mode="ansi")
+        >>> _ = env.reset(seed=0)
+        >>> _ = env.step(44), env.step(3)
+        >>> env.render()
+        'this speaker is | great .'
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | str | PathLike[str] = DEMO,
+        prompts: Sequence[PromptLike] | str | PathLike[str] | None = None,
+        *,
+        max_new_tokens: int = 20,
+        banned: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        if banned:
+            kwargs["mask"] = BannedMask(texts=banned)
+        kwargs = {"score_at": "done", **kwargs}
+        rows = openings() if prompts is None else prompts
+        super().__init__(rows, tokenizer, max_new_tokens=max_new_tokens, **kwargs)
+
+    def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float:
+        """Return the share, in [0, 1], of the whole review."""
+        return score(prompt + preds.text) if done else 0.0

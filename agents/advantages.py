@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
 
+from .distributed import moments, world
 from .transitions import Transitions
 
 Advantage = Literal["gae", "grpo", "grpo_mean", "rloo"]
@@ -58,3 +60,17 @@ def carry(part: Transitions, advantage: float, next_value: float, gamma: float, 
         part.advantages[i] = advantage
         next_value = part.values[i]
     part.returns[:] = part.advantages + part.values
+
+
+def mean_and_deviation(advantages: np.ndarray) -> tuple[float, float]:
+    """Return what advantages (N,) are normalised by, over those of all processes: their mean and deviation.
+
+    They are 0 and 1 where there are fewer than two advantages.
+    """
+    if world() is None:
+        n, mean, deviation = len(advantages), 0.0, 1.0
+        if n > 1:  # in float32, as SB3 has it
+            mean, deviation = advantages.mean(), advantages.std(ddof=1) + np.float32(1e-8)
+        return mean, deviation
+    n, mean, variance = moments("advantages", advantages)
+    return (np.float32(mean), np.float32(math.sqrt(variance * n / (n - 1)) + 1e-8)) if n > 1 else (0.0, 1.0)

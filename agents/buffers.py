@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, get_args
 
@@ -17,9 +16,9 @@ from textenv.finished import Place
 from textenv.rewarding import RewardError
 
 from .actor_critic import LMActorCritic
-from .advantages import Advantage, carry, group_advantages
+from .advantages import Advantage, carry, group_advantages, mean_and_deviation
 from .critic import TrunkCritic, ValueHead
-from .distributed import moments, raise_together, world
+from .distributed import raise_together, world
 from .minibatches import deal
 from .sequences import SequenceBatch
 from .token_sets import AllowedTokens, TokenSets
@@ -307,9 +306,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._mean, self._deviation = 0.0, 1.0
         if self.normalize_advantage:
             parts = [self._part(i).advantages for i in range(len(self._trained))]
-            n, mean, variance = moments("advantages", np.concatenate([np.zeros(0), *parts]))
-            if n > 1:
-                self._mean, self._deviation = np.float32(mean), np.float32(math.sqrt(variance * n / (n - 1)) + 1e-8)
+            self._mean, self._deviation = mean_and_deviation(np.concatenate([np.zeros(0, dtype=np.float32), *parts]))
 
     def _is_dropped(self, segment: Segment) -> bool:
         return (segment.end - 1, segment.lane) in self.dropped

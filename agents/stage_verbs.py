@@ -41,13 +41,7 @@ def tune_model(config: SFTConfig, options: StageOptions) -> int:
         tokenizer=tokenizer,
         held_out=texts.held_out,
         packing=config.packing,
-        n_epochs=config.n_epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        resume=options.resume,
-        progress_bar=not options.quiet,
+        **_training(config, options),
     )
     print(f"{tuned.n_steps} steps, loss {tuned.train_loss:.3f} nats a token on what it was trained on")
     if tuned.held_out_loss is not None and tuned.held_out_loss_before is not None:
@@ -114,13 +108,7 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
         _out(config),
         held_out=_numbered(labels.held_out, names) if labels.held_out else None,
         label_names=names,
-        n_epochs=config.n_epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        resume=options.resume,
-        progress_bar=not options.quiet,
+        **_training(config, options),
     )
     print(f"{trained.n_steps} steps")
     for what, one in (("trained on", trained.training), ("held out", trained.held_out)):
@@ -151,13 +139,7 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
         held_out=examples.held_out,
         loss=config.loss,
         centring=config.centring,
-        n_epochs=config.n_epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        resume=options.resume,
-        progress_bar=not options.quiet,
+        **_training(config, options),
     )
     print(f"{len(trained.losses)} steps, loss {trained.losses[-1]:.3f} in the last")
     if trained.held_out is not None:
@@ -166,6 +148,16 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
         print(f"held out: {interval} of {one.n_pairs} pairs in the right order, loss {one.loss:.3f}")
     print(f"model: {config.out}")
     return Exit.DONE
+
+
+def _training(config: StageConfig, options: StageOptions) -> dict[str, Any]:
+    """Return what the three stages are told alike."""
+    names = ("n_epochs", "batch_size", "learning_rate", "max_tokens", "seed")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "resume": options.resume,
+        "progress_bar": not options.quiet,
+    }
 
 
 def _out(config: StageConfig) -> str:

@@ -74,6 +74,12 @@ def few(values, n):
     return [*listed[:n], *(pytest.param(value, marks=pytest.mark.slow) for value in listed[n:])]
 
 
+def seldom(values, n=1):
+    """The values as parameters of a test: the first n of them in the slow suite, the others by `pytest -m long`."""
+    marks = {True: pytest.mark.slow, False: pytest.mark.long}
+    return [pytest.param(value, marks=marks[i < n]) for i, value in enumerate(values)]
+
+
 def tiny(family: str = "gpt2", **overrides: Any) -> PreTrainedConfig:
     """The config of a model of two layers; its weights are large, so that logits differ clearly."""
     cls, options = FAMILIES[family]

@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel
 from agents import Pretrained, make_agent
 from agents.pretrain import pretrain, word_tokenizer
 from tests import fakes
+from tests.models import seldom
 from tests.training import tiny_config
 from textenv.adapters import Calculator, ToolGame, TurnEnv
 from textenv.adapters.gem import GemGame
@@ -20,7 +21,6 @@ from textenv.adapters.textarena import TextArenaGame
 from textenv.lanes import Lanes
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning"),
 ]
 N_EPISODES = 300
@@ -101,7 +101,7 @@ def random_guesses(seed):
     return " ".join(["guess", rng.choice(["1", *3 * ["2"], "3"]), rng.choice(["higher", "lower"]), rng.choice(NUMBERS)])
 
 
-@pytest.mark.parametrize("library", ["textarena", "gem"])
+@pytest.mark.parametrize("library", seldom(["textarena", "gem"]))
 def test_guess_the_number(source, library, tmp_path):
     if source == "real":
         pytest.importorskip(library)
@@ -156,6 +156,7 @@ class Unpaid(TurnEnv):
         return 0.0
 
 
+@pytest.mark.long
 def test_tic_tac_toe(source, tmp_path):
     if source == "real":
         pytest.importorskip("textarena")
@@ -197,6 +198,7 @@ def product_text(seed):
     return f"{a} * {b} = <calc> {a} * {b} </calc> {a * b} {a * b}"
 
 
+@pytest.mark.long
 def test_a_tool_is_used(tmp_path):
     settings = {"turn_tokens": 6, "max_new_tokens": 18, "stop": ["</calc>"], "length_limit": "terminate"}
     with_tool = TurnEnv(partial(ToolGame, Product, {"calc": Calculator()}, reply="{}"), PRODUCTS, **settings)
@@ -211,4 +213,4 @@ def test_a_tool_is_used(tmp_path):
     start, end, control = shares
     assert start < 0.4
     assert end > 0.6
-    assert control < end - 0.2  # without the tool it learns some of the 36 products by heart
+    assert control < end - 0.1  # without the tool it learns some of the 36 products by heart

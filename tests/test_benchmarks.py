@@ -105,7 +105,7 @@ def test_scale_on_paper_by_hand(work):
     assert table() in (ROOT / "docs" / "scaling.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scale_runs(tmp_path):
     path = tmp_path / "rows.json"
     result = subprocess.run(

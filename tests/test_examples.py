@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import seldom
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -59,8 +61,7 @@ def test_masked_json():
     assert run("examples/masked_json.py", "--smoke").count("100% valid") == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seldom(range(3)))
 def test_masked_json_learns_and_without_the_mask_it_does_not(tmp_path, seed):
     pytest.importorskip("llguidance")
     figures = {}
@@ -97,8 +98,7 @@ def test_quickstart_on_a_corpus_and_resumed(tmp_path):
     assert "resumed" in run(*command, "--tokens", 6144, "--resume")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seldom(range(5)))
 def test_quickstart_meets_its_bar(tmp_path, seed):
     """The main job, for real: from 0.5 to 0.95 and more, in the grammar and varied."""
     figures = tmp_path / "figures.json"

@@ -18,6 +18,7 @@ from agents.rate_training import FirstEpisodes, learn, make_trainee
 from agents.verb_config import RateConfig, RateOptions
 from agents.verbs import open_writer
 from tests.command import run
+from tests.models import seldom
 from tests.people import Crowd, Rater, mood
 from textenv import TextEnv, demo
 from textenv.feedback.store import FeedbackStore
@@ -72,8 +73,7 @@ def train(out, reward, seed):
     assert run("train", *(f"--{name}={value}" for name, value in given.items()), "--quiet") == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", seldom([0, 1]))
 @pytest.mark.parametrize("is_random", [False, True])
 def test_200_answers_teach_a_reward_model_and_it_teaches_the_policy(tmp_path, seed, is_random):
     """`textenv rate`, `reward-model --from-feedback`, `train`; with answers at random it comes to nothing."""
@@ -93,7 +93,7 @@ def test_200_answers_teach_a_reward_model_and_it_teaches_the_policy(tmp_path, se
         assert accuracy >= 0.8 and after > before + 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("is_random", [False, True])
 def test_a_learned_reward_folds_in_answers_while_the_policy_trains(tmp_path, is_random):
     db, seed = str(tmp_path / "ratings.db"), 0

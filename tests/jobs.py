@@ -12,7 +12,7 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
-import agents.buffers
+import agents.advantages
 import agents.distributed
 import agents.kl
 import agents.minibatches
@@ -102,7 +102,7 @@ def switch_off(name):
 
         SharedGradient.evaluate = unweighted
     elif name in ("advantages", "returns"):
-        module = agents.buffers if name == "advantages" else agents.value_norm
+        module = agents.advantages if name == "advantages" else agents.value_norm
 
         def moments(what, values):
             return len(values), float(np.mean(values)), float(np.var(values))

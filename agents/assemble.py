@@ -29,7 +29,7 @@ from .callbacks import EpisodeMetrics
 from .config import DEMO, EnvConfig, ModelConfig, Named, TrainConfig
 from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
-from .demo import demo_model
+from .demo import model_folder
 from .kl import AdaptiveCoef, KLPenalty
 from .names import MASKS, METRICS, as_reward, build, check_allowed, find, look_here
 from .refusal import CommandError
@@ -87,7 +87,7 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
     transformers_logging.disable_progress_bar()
     model = config.model
     metrics = [make_metric(metric, trust) for metric in config.evaluation.metrics]
-    folder = str(demo_model(progress_bar=progress_bar)) if model.name == DEMO else model.name
+    folder = model_folder(model.name, progress_bar)
     tokenizer = load_tokenizer(folder if model.tokenizer is None else model.tokenizer, trust)
     env = make_env(config.env, tokenizer, config.seed, trust)
     held_out = env
@@ -209,7 +209,7 @@ def _critic(model: ModelConfig) -> CriticSpec:
         return SharedCritic(detach=model.critic == "detached")
     if model.critic_model is None:
         raise CommandError(f"Expected --model.critic_model NAME with the critic {model.critic!r}.")
-    name = str(demo_model()) if model.critic_model == DEMO else model.critic_model
+    name = model_folder(model.critic_model)
     return SeparateCritic(Pretrained(name)) if model.critic == "separate" else RewardModelCritic(name)
 
 

@@ -149,10 +149,9 @@ def _reward_model(words: list[str]) -> int:
 
 
 def _stage(verb: str, words: list[str], config: type, sources: Sequence[str] = ("data", "task")) -> tuple[Any, Any]:
-    parser = make_parser(verb, "[CONFIG.yml] --data FILE --out DIR", config, StageOptions)
     words = with_config(words)
     check_file(words)
-    chosen, allowed, _ = split(parser, words, config, StageOptions)
+    chosen, allowed = _options(verb, "[CONFIG.yml] --data FILE --out DIR", words, config, StageOptions)
     if chosen.out is None or all(getattr(chosen, source) is None for source in sources):
         raise CommandError(f"Expected --out DIR, and --{' or --'.join(sources)}, for textenv {verb}.")
     return chosen, allowed
@@ -191,8 +190,8 @@ def _chat(words: list[str]) -> int:
 
 def _rate(words: list[str]) -> int:
     words = ["--model", *words] if words and not words[0].startswith("-") else words
-    parser = make_parser("rate", "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]", RateConfig, RateOptions)
-    chosen, options, _ = split(parser, words, RateConfig, RateOptions)
+    usage = "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]"
+    chosen, options = _options("rate", usage, words, RateConfig, RateOptions)
     config = None if chosen.model is None else run_or_model(chosen.model)
     from .rate import rate
 

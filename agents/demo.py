@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from textenv import demo
 
+from .config import DEMO
 from .files import replaced_folder
 from .pretrain import EOS_TOKEN, pretrain, word_tokenizer
 
@@ -90,6 +91,11 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
             stacklevel=2,
         )
     return target
+
+
+def model_folder(name: str, progress_bar: bool = True) -> str:
+    """Return what to load a model by: the folder of the built-in one for "demo", else the name itself."""
+    return str(demo_model(progress_bar=progress_bar)) if name == DEMO else name
 
 
 def _write(target: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ from textenv.rewards.preference import Preference
 
 from .assemble import load_tokenizer
 from .config import DEMO
-from .demo import demo_model
+from .demo import model_folder
 from .feedback_data import examples_of
 from .reward_model import train_reward_model
 
@@ -66,7 +66,7 @@ class LearnedReward(BatchReward):
         Raises:
             ValueError: If none of them says which text is better.
         """
-        name = str(demo_model()) if self.model == DEMO else self.model
+        name = model_folder(self.model)
         if self.folder is None and self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="textenv-")  # removed with this object
         folder = f"{self._temporary.name}/model" if self.folder is None else self.folder

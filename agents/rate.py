@@ -20,9 +20,10 @@ from textenv.feedback.records import MAX_COMPLETIONS, Kind, check_rater, check_s
 from textenv.feedback.store import FeedbackStore
 from textenv.feedback.terminal import RatingTerminal
 from textenv.prompts import Prompt, PromptLike, read_rows
+from textenv.rewards.human import GROUP
 
 from .config import DEMO, TrainConfig
-from .demo import demo_model
+from .demo import model_folder
 from .generation import generate
 from .policies import LMPolicy
 from .refusal import CommandError, Exit, StorageError
@@ -31,7 +32,6 @@ from .verbs import Writer, open_writer
 
 CHUNK = 16  # prompts that are continued together; what is written of them survives an interrupt
 DATABASE = "ratings.db"
-N_COMPLETIONS = {"score": 1, "compare": 2, "rank": 4}
 
 
 def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -> int:
@@ -69,7 +69,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
     with FeedbackStore(chosen.db) as store:
         if chosen.model is not None:
             prompts, _ = read_prompts(chosen), question_of(chosen)
-            name = str(demo_model()) if chosen.model == DEMO else chosen.model
+            name = model_folder(chosen.model)
             n_new = ask(store, open_writer(name, config, options), prompts, chosen)
             print(f"{n_new} new questions in {chosen.db}")
         if options.web:
@@ -152,8 +152,8 @@ def question_of(chosen: RateConfig) -> tuple[Kind, int, int]:
         CommandError: If so many cannot be dealt to questions.
     """
     kind: Kind = chosen.kind or "score"
-    n = N_COMPLETIONS[kind] if chosen.n is None else chosen.n
-    size = n if kind == "rank" else N_COMPLETIONS[kind]
+    n = GROUP[kind] if chosen.n is None else chosen.n
+    size = n if kind == "rank" else GROUP[kind]
     if kind == "rank" and not 2 <= n <= MAX_COMPLETIONS:
         raise CommandError(f"Expected --n from 2 to {MAX_COMPLETIONS} to rank, got {n}.")
     if n < 1 or n % size:

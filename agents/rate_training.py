@@ -24,8 +24,8 @@ from textenv.rewards.human import HumanReward
 from .assemble import Trust, load_lm, load_tokenizer
 from .build import make_agent
 from .checkpoint import load_checkpoint, newest_intact, save_step
-from .config import DEMO, TrainConfig
-from .demo import demo_model
+from .config import TrainConfig
+from .demo import model_folder
 from .exporting import export
 from .files import write_text
 from .kl import KLPenalty
@@ -82,7 +82,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     """
     assert chosen.model is not None and chosen.out is not None and chosen.db is not None
     out, trust = Path(chosen.out), Trust(options.allow, options.trust_remote_code)
-    folder = str(demo_model()) if chosen.model == DEMO else chosen.model
+    folder = model_folder(chosen.model)
     if config is not None:
         folder = f"{chosen.model}/model"
         if not Path(folder).is_dir():

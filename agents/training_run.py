@@ -77,8 +77,8 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
         screen.say(f"changed: {key}: {old!r} -> {new!r}")
     other = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME and key not in options.change]
     if other:
-        named = " ".join(f"--change {key}" for key in other)
-        raise CommandError(f"Expected the configuration of {run.path}, got others: to go on all the same, add {named}.")
+        flags = " ".join(f"--change {key}" for key in other)
+        raise CommandError(f"Expected the configuration of {run.path}, got others: to go on all the same, add {flags}.")
     with run.locked():
         if changed:
             write_text(run.config, dumped)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.feedback import pair
 from textenv.feedback.records import Record
 from textenv.feedback.store import FeedbackStore
 
@@ -27,10 +28,6 @@ def path(tmp_path):
 def store(path):
     with FeedbackStore(path, seed=0) as opened:
         yield opened
-
-
-def pair(store, prompt="It was", **options):
-    return store.add(prompt, [" good.", " bad."], kind="compare", **options)
 
 
 @pytest.mark.parametrize("content", [b"This is no database." * 100, "other"])

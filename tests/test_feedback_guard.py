@@ -15,26 +15,17 @@ pytest.importorskip("httpx2", reason="needs httpx2, which starlette's test clien
 
 from starlette.testclient import TestClient
 
+from tests.feedback import HERE, visit
 from textenv.feedback import web
 from textenv.feedback.guard import MAX_BODY
 
 TOKEN = "a-token-of-enough-characters"
-HERE = "http://127.0.0.1:8000"
 
 
 @pytest.fixture
 def store(tmp_path):
     with FeedbackStore(tmp_path / "answers.db", seed=0) as opened:
         yield opened
-
-
-def visit(store, rater="ann", **options):
-    """A browser on our page, as far as the server can tell."""
-    client = TestClient(web.make_app(store, **options), base_url=HERE, follow_redirects=False)
-    client.headers.update({"origin": HERE, "sec-fetch-site": "same-origin"})
-    if rater:
-        assert client.post("/api/rater", json={"rater": rater}).status_code == 200
-    return client
 
 
 def test_long_bodies_are_refused_and_not_read(store):

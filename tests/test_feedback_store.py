@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from tests.feedback import pair
 from textenv.feedback import store as store_module
 from textenv.feedback.records import Answer, Record
 from textenv.feedback.store import FeedbackStore
@@ -19,10 +20,6 @@ def path(tmp_path):
 def store(path):
     with FeedbackStore(path, seed=0) as opened:
         yield opened
-
-
-def pair(store, prompt="It was", **options):
-    return store.add(prompt, [" good.", " bad."], kind="compare", **options)
 
 
 def see(item, text):

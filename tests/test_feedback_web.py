@@ -14,27 +14,16 @@ from textenv.feedback.store import FeedbackStore
 pytest.importorskip("starlette", reason="needs starlette: pip install textenv[feedback]")
 pytest.importorskip("httpx2", reason="needs httpx2, which starlette's test client uses")
 
-from starlette.testclient import TestClient
 
+from tests.feedback import visit
 from textenv.feedback import web
 from textenv.feedback.words import _WORDS, words
-
-HERE = "http://127.0.0.1:8000"
 
 
 @pytest.fixture
 def store(tmp_path):
     with FeedbackStore(tmp_path / "answers.db", seed=0) as opened:
         yield opened
-
-
-def visit(store, rater="ann", **options):
-    """A browser on our page, as far as the server can tell."""
-    client = TestClient(web.make_app(store, **options), base_url=HERE, follow_redirects=False)
-    client.headers.update({"origin": HERE, "sec-fetch-site": "same-origin"})
-    if rater:
-        assert client.post("/api/rater", json={"rater": rater}).status_code == 200
-    return client
 
 
 def fill(store):

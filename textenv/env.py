@@ -151,12 +151,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.reward = self._check_reward(reward)
         own_choice: ScoreAt = self.reward.score_at if isinstance(self.reward, BatchReward) else "step"
         self.score_at: ScoreAt = own_choice if score_at is None else score_at
-        self.failures = Failures(on_failure)
-        if on_failure != "raise" and isinstance(self.reward, AsyncReward):
-            raise ValueError(
-                f"Expected on_failure to be given to the {type(self.reward).__name__}, got {on_failure!r} for the "
-                "env: what waits for answers decides over those that do not come."
-            )
+        self.failures = self._check_failures(on_failure)
         _check_at_least_one("samples_per_prompt", samples_per_prompt)
         self.samples_per_prompt = samples_per_prompt
         self.order = order
@@ -199,6 +194,15 @@ class TextEnv(gym.Env[np.ndarray, Any]):
                 f"done)`, or `reward=function`; got {'both' if overridden else 'neither'}."
             )
         return None if reward is None else read_reward(reward)
+
+    def _check_failures(self, on_failure: OnFailure) -> Failures:
+        failures = Failures(on_failure)
+        if on_failure != "raise" and isinstance(self.reward, AsyncReward):
+            raise ValueError(
+                f"Expected on_failure to be given to the {type(self.reward).__name__}, got {on_failure!r} for the "
+                "env: what waits for answers decides over those that do not come."
+            )
+        return failures
 
     def _check_turns(
         self, max_new_tokens: int, max_turns: int, max_response_tokens: int, turn_tokens: int | None

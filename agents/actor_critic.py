@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +20,9 @@ from .memory import evaluate_in_memory
 from .sampling import Sampling, TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, prompt_lengths, unpack_observations
 from .value_norm import ValueNorm
+
+if TYPE_CHECKING:
+    from .sharding import Shards
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,6 +76,7 @@ class LMActorCritic(nn.Module):
         cache_class = Seq2SeqCache if isinstance(backbone, Seq2SeqBackbone) else PrefixCache
         self.rollout_cache = cache_class(backbone)
         self.predict_cache = cache_class(backbone)
+        self.shards: Shards | None = None  # where the weights are spread over processes
         self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag, cache_class)
 
     def drop_caches(self) -> None:
@@ -86,9 +92,13 @@ class LMActorCritic(nn.Module):
             self.lagged.count_update(self.backbone)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LMActorCritic:
-        """Move or cast the weights; keys and values of the old ones are dropped."""
+        """Move or cast the weights; keys and values of the old ones are dropped. Shards stay where they are."""
         self.drop_caches()
-        return super()._apply(fn, recurse)
+        return self if self.shards is not None else super()._apply(fn, recurse)
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return hidden states (N, H) and logits (N, V) of the language model; the inputs are those of its `read`."""
+        return self.backbone(*inputs)
 
     def act(
         self,
@@ -201,14 +211,29 @@ class LMActorCritic(nn.Module):
             return values, log_probs, entropies
         return self.evaluate_parts(batch, actions)
 
-    def evaluate_parts(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score actions as `evaluate`, whatever memory that takes."""
-        parts, order = [], []
+    def evaluate_parts(
+        self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score actions as `evaluate`, whatever memory that takes.
+
+        Args:
+            batch: Sequences with N transitions.
+            actions: The tokens taken, (N,).
+            n_forwards: How many forwards to run, where each needs all processes: no fewer than there are parts. Those
+                of a batch with `micro_batch_tokens` are then run again in the backward pass.
+        """
+        evaluate, parts, order = self.evaluate_chunk, [], []
+        if n_forwards is not None and batch.micro_batch_tokens is not None:
+            evaluate = partial(checkpoint, self.evaluate_chunk, use_reentrant=False)
         for chunk in batch.chunks(self.most_tokens):
-            parts.append(self.evaluate_chunk(chunk, actions[torch.as_tensor(chunk.transitions, device=actions.device)]))
+            parts.append(evaluate(chunk, actions[torch.as_tensor(chunk.transitions, device=actions.device)]))
             order.append(torch.as_tensor(chunk.transitions))
         inverse = torch.cat(order).argsort().to(actions.device)
         values, log_probs, entropies = (torch.cat(part)[inverse] for part in zip(*parts, strict=True))
+        for _ in range(len(parts), n_forwards or 0):
+            one, places = batch.of_sequences(np.zeros(1, dtype=np.int64))
+            results = evaluate(next(one.chunks()), actions[torch.as_tensor(places, device=actions.device)])
+            values = values + 0.0 * torch.cat(results).sum()  # nothing, whose backward takes part in that of the others
         return values, log_probs, entropies
 
     def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,6 +313,12 @@ class LMActorCritic(nn.Module):
             values[places] = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
         return values
 
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """The type that `autocast` runs the model in."""
+        return AUTOCAST_DTYPES.get(self.autocast or "", torch.bfloat16)
+
     def _precision(self) -> torch.autocast:
-        dtype = AUTOCAST_DTYPES.get(self.autocast or "", torch.bfloat16)
-        return torch.autocast(self.backbone.device.type, dtype=dtype, enabled=self.autocast is not None)
+        return torch.autocast(
+            self.backbone.device.type, dtype=self.autocast_dtype, enabled=self.autocast is not None
+        )

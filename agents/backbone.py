@@ -320,7 +320,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        places = self._probe_places()
+        places = self.probe_places()
         was_training = self.model.training
         self.model.eval()
         head = self.model.get_output_embeddings()
@@ -345,7 +345,7 @@ class Backbone(nn.Module):
                 stacklevel=2,
             )
 
-    def _probe_places(self) -> tuple[Any, ...]:
+    def probe_places(self) -> tuple[Any, ...]:
         """Return the inputs of `read` for the last of a few tokens."""
         ids = torch.arange(PROBE_LENGTH, device=self.device)[None] % self.vocab_size  # (1, T)
         zero = torch.zeros(1, dtype=torch.long, device=self.device)

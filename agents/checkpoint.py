@@ -21,13 +21,15 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
 from .buffers import SequenceRolloutBuffer, step_name
-from .distributed import is_main_process, once
-from .files import replaced_folder, sha256
+from .distributed import is_main_process, once, raise_together
+from .files import sha256
 from .optim import load_optimizer, optimizer_state
 from .policies import LMPolicy
 from .probe import check_probe, probe_logits
 from .rank_states import add_other_ranks, choose_own, go_on_elsewhere, reseed
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
+from .shard_files import Tensors, read_shards, replaced_together, write_shards
+from .sharding import gathered, local, placed, released
 from .transitions import Transitions
 from .waiting import EndedEpisode
 
@@ -63,21 +65,34 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         >>> from agents import load_checkpoint, save_checkpoint
         >>> # save_checkpoint(model, "run/step_10000"); load_checkpoint(make_agent(...), "run/step_10000")
     """
-    buffer = sequence_buffer(model)
-    arrays, env_meta = text_vec_env(model.get_env()).state_dict()
     if not is_between_iterations(model):
         raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
-    broken = [name for name, weight in _weights(model) if not bool(weight.isfinite().all())]
-    if broken:
-        raise FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
+    lm = cast("LMPolicy", model.policy).lm
+    with gathered(lm):
+        probe = probe_logits(lm.backbone)
+    with released(lm):
+        tensors, meta = _state(model)
+        tensors["probe"] = {"logits": probe}
+        with replaced_together(folder) as beside:
+            whole = write_shards(beside, tensors)
+            once(lambda: _write(beside, whole, meta))
+    return Path(folder)
+
+
+def _state(model: OnPolicyAlgorithm) -> tuple[Tensors, dict[str, Any]]:
+    """Return what is to be saved, as tensors by file and as what fits JSON."""
+    buffer = sequence_buffer(model)
+    arrays, env_meta = text_vec_env(model.get_env()).state_dict()
+    broken = [name for name, weight in _weights(model) if not bool(local(weight).isfinite().all())]
+    error = FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
+    raise_together(error if broken else None)
     optimizer, groups = optimizer_state(model.policy.optimizer)
-    tensors: dict[str, dict[str, Tensor]] = {
+    tensors: Tensors = {
         "policy": dict(_weights(model)),
         "optimizer": optimizer,
         "episodes": {name: torch.as_tensor(array) for name, array in arrays.items()},
         "waiting": _waiting_tensors(buffer),
         "token_sets": buffer.token_sets.state_dict(buffer.waiting_sets()),
-        "probe": {"logits": probe_logits(cast("LMPolicy", model.policy).lm.backbone)},
         "generators": _generator_states(model),
     }
     assert model._last_episode_starts is not None and model.ep_info_buffer is not None
@@ -98,17 +113,15 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         if isinstance(step, RolloutStep) and step.is_kept:
             tensors[f"step_{step_name(step)}"], meta["steps"][step_name(step)] = step.state_dict()
     add_other_ranks(tensors, meta)
-    once(lambda: _write(folder, tensors, meta))
-    return Path(folder)
+    return tensors, meta
 
 
-def _write(folder: str | os.PathLike[str], tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-    with replaced_folder(folder) as beside:
-        for name, content in tensors.items():
-            safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, beside / f"{name}.safetensors")
-        (beside / "state.json").write_text(_json(meta), encoding="utf-8")
-        manifest = _manifest(beside, meta["counters"]["num_timesteps"])
-        (beside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+def _write(folder: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
+    for name, content in tensors.items():
+        safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(_json(meta), encoding="utf-8")
+    manifest = _manifest(folder, meta["counters"]["num_timesteps"])
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def is_between_iterations(model: OnPolicyAlgorithm) -> bool:
@@ -139,7 +152,11 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     verify_checkpoint(folder)
     path, buffer, env = Path(folder), sequence_buffer(model), text_vec_env(model.get_env())
     meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = {file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")}
+    lm = cast("LMPolicy", model.policy).lm
+    tensors: Tensors = {file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")}
+    for file, content in read_shards(path, lm.shards).items():
+        tensors[file].update(content)
+    model.policy.set_training_mode(True)  # drops what was cached under the old weights; keeps shards alone
     weights = dict(_weights(model))
     _check_same_shapes(weights, tensors["policy"])
     _check_same_optimizer(model.policy.optimizer, meta["param_groups"])
@@ -154,10 +171,9 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     model._last_episode_starts = episode_starts
-    model.policy.set_training_mode(True)  # drops what was cached under the old weights
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(tensors["policy"][name])
+            weight.copy_(placed(tensors["policy"][name], weight))
     load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
     buffer.reset()
     if not is_elsewhere:
@@ -181,8 +197,8 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         _load_generators(model, tensors["generators"], meta)
     if "probe" in tensors:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        backbone = cast("LMPolicy", model.policy).lm.backbone
-        check_probe(backbone, tensors["probe"]["logits"], manifest["versions"], versions())
+        with gathered(lm):
+            check_probe(lm.backbone, tensors["probe"]["logits"], manifest["versions"], versions())
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
@@ -259,7 +275,9 @@ def _manifest(folder: Path, num_timesteps: int) -> dict[str, Any]:
         "num_timesteps": num_timesteps,
         "versions": versions(),
         "files": {
-            file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
+            file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
         },
     }
 

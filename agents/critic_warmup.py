@@ -55,6 +55,11 @@ class CriticWarmup(RolloutStep):
                 "Expected another algorithm than TRPO with CriticWarmup, got TRPO, which differentiates the policy in "
                 "every update: it has n_critic_updates, and its critic learns apart from the policy."
             )
+        if policy.lm.shards is not None:
+            raise ValueError(
+                "Expected weights that are whole in each process with CriticWarmup, got sharded ones, of which "
+                "`fully_shard` settles once what is trained. Warm up without, and go on from that checkpoint."
+            )
         of_critic = set(policy.lm.critic.parameters())
         # The optimizer has what is trained, also where an earlier warm-up has taken it out of the gradient.
         optimized = [weight for group in policy.optimizer.param_groups for weight in group["params"]]

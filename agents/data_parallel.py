@@ -65,8 +65,10 @@ class DataParallel(RolloutStep):
             ValueError: See the class.
         """
         raise_together(_refusal(model))
+        shards = cast("LMPolicy", model.policy).lm.shards
         self.algorithm = model
         settings = {name: repr(vars(model).get(name)) for name in SETTINGS}
+        settings["shard"] = "" if shards is None else f"{shards.spec} on {shards.device}"
         settings["weights"] = str([tuple(w.shape) for w in model.policy.parameters() if w.requires_grad])
         for rank, theirs in enumerate(gather("the settings", settings)):
             unlike = [name for name in settings if settings[name] != theirs[name]]
@@ -145,6 +147,9 @@ def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _refusal(model: BaseAlgorithm) -> ValueError | None:
     """Return what is wrong with an algorithm's settings where there are several processes."""
+    shards = cast("LMPolicy", model.policy).lm.shards
+    if shards is not None and shards.device.type != model.device.type:
+        return ValueError(f"Expected Sharded(device={model.device.type!r}), as the algorithm's, got {shards.spec}.")
     if vars(model).get("normalize_advantage"):
         return ValueError(
             "Expected normalize_advantage=False of the algorithm in several processes, got True, which is by the "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 Value = TypeVar("Value")
+Owner = TypeVar("Owner")
 
 JOIN_SECONDS = 300.0  # how long processes wait for each other at the start
 AGREE = timedelta(hours=4)  # the longest that one waits for another, which may be in an evaluation
@@ -48,6 +51,8 @@ class World(NamedTuple):
 
 _joined: list[World] = []
 _written: Counter[str] = Counter()
+_helpers: dict[str, Callable[[], None]] = {}  # what to run when others are at something that needs all
+_turns = itertools.count()
 
 
 def world() -> World | None:
@@ -191,8 +196,15 @@ def gather(what: str, value: Value) -> list[Value]:
     here = world()
     if here is None:
         return [value]
-    found: list[Any] = [None] * here.size
-    _together(here, lambda: dist.all_gather_object(found, (what, value), group=here.group))
+    while True:
+        found: list[Any] = [None] * here.size
+        _together(here, lambda found=found: dist.all_gather_object(found, (what, value), group=here.group))  # type: ignore[misc]
+        turn = next((theirs for theirs, _ in found if theirs in _helpers), None)
+        if turn is None or turn == what:
+            break
+        _helpers[turn]()
+    if turn is not None:
+        return [value]
     for rank, (theirs, _) in enumerate(found):
         if theirs != what:
             raise RuntimeError(
@@ -201,6 +213,33 @@ def gather(what: str, value: Value) -> list[Value]:
                 "or saves an agent."
             )
     return [value for _, value in found]
+
+
+def offer_help(owner: Owner, work: Callable[[Owner], None]) -> str:
+    """Say what this process does, as long as `owner` lives, when others are at something that all must take part in.
+
+    Returns:
+        The name of their turn, for `take_turn`: the same in all processes that offer the same things in the same order.
+    """
+    name, reference = f"turn {next(_turns)}", weakref.ref(owner)
+
+    def help_others() -> None:
+        here = reference()
+        assert here is not None, "else the name is gone"
+        work(here)
+
+    _helpers[name] = help_others
+    weakref.finalize(owner, _helpers.pop, name, None)
+    return name
+
+
+def take_turn(name: str) -> None:
+    """Return when all others do the same, or take part in it by what they have offered.
+
+    Whoever waits for the others, in any function of this file, helps meanwhile; so each may have as many turns as it
+    needs, and no two need the same number.
+    """
+    gather(name, None)
 
 
 def from_main(what: str, value: Value) -> Value:
@@ -244,6 +283,13 @@ def by_main(name: str, write: Callable[[], Any]) -> None:
     here = world()
     if here is None:
         write()
+        return
+    if _helpers:  # what writes may need the others: they wait where they can help
+        try:
+            if here.rank == 0:
+                write()
+        finally:
+            gather(f"writing {name}", None)
         return
     _written[name] += 1
     key = f"written {_written[name]} {name}"

@@ -186,7 +186,7 @@ class Seq2SeqBackbone(Backbone):
                     stack.enter_context(child.register_forward_hook(unsqueeze))
             yield
 
-    def _probe_places(self) -> tuple[Any, ...]:
+    def probe_places(self) -> tuple[Any, ...]:
         """Return a prompt of `PROBE_LENGTH` tokens and one less since, read at the end."""
         ids = torch.arange(2 * PROBE_LENGTH - 1, device=self.device)[None] % self.vocab_size  # (1, T)
         zero = torch.zeros(1, dtype=torch.long, device=self.device)

@@ -16,10 +16,11 @@ from textenv.metrics.scores import Metric
 from textenv.prompts import PromptLike
 from textenv.tokenizer import Tokenizer
 
-from .distributed import from_main, is_main_process
+from .distributed import from_main, is_main_process, once
 from .evaluation import Evaluation, evaluate
 from .exporting import export
-from .files import replaced_folder, write_text
+from .files import write_text
+from .shard_files import replaced_together
 
 
 class Evaluate(BaseCallback):
@@ -129,12 +130,15 @@ class Evaluate(BaseCallback):
 
     def _evaluate(self) -> None:
         now, self._n_updates = self.model.num_timesteps, self.model._n_updates
-        if is_main_process():
-            self._measure(now)
+        best_value, result = self.best_value, self._measure(now) if is_main_process() else None
         self._agree()
+        if self.folder is not None and self.best_value != best_value:
+            self._keep(self.folder / "best", result)
+        if self.folder is not None and is_main_process():
+            self._write_history(self.folder)
         self.logger.dump(now)
 
-    def _measure(self, now: int) -> None:
+    def _measure(self, now: int) -> Evaluation:
         result = evaluate(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)
         if self.best not in result.figures:
             raise ValueError(f"Expected `best` to be one of {list(result.figures)}, got {self.best!r}.")
@@ -142,24 +146,29 @@ class Evaluate(BaseCallback):
         value = self.history[now][self.best]
         if self.sign * value > self.sign * self.best_value:
             self.best_value, self.best_at = value, now
-            if self.folder is not None:
-                self._keep(self.folder / "best", result)
-        if self.folder is not None:
-            rows = [
-                {"num_timesteps": at, "figures": {name: v if math.isfinite(v) else None for name, v in figures.items()}}
-                for at, figures in self.history.items()
-            ]
-            write_text(self.folder / "history.json", json.dumps(rows, indent=1) + "\n")
         for name, number in self.history[now].items():
             self.logger.record(f"eval/{name}", number)
+        return result
 
-    def _keep(self, folder: Path, result: Evaluation) -> None:
-        with replaced_folder(folder) as beside:
+    def _keep(self, folder: Path, result: Evaluation | None) -> None:
+        """Write the model and what was measured; all processes do, and rank 0 has what was measured."""
+        with replaced_together(folder) as beside:
             tokenizer = self.tokenizer if isinstance(self.tokenizer, PreTrainedTokenizerBase) else None
             export(self.model, tokenizer, beside / "model")
-            result.save(beside / "evaluation")
-            best = {"figure": self.best, "value": self.best_value, "num_timesteps": self.best_at}
-            (beside / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
+            once(lambda: self._write_best(beside, result))
+
+    def _write_best(self, folder: Path, result: Evaluation | None) -> None:
+        assert result is not None, "rank 0 has measured"
+        result.save(folder / "evaluation")
+        best = {"figure": self.best, "value": self.best_value, "num_timesteps": self.best_at}
+        (folder / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
+
+    def _write_history(self, folder: Path) -> None:
+        rows = [
+            {"num_timesteps": at, "figures": {name: v if math.isfinite(v) else None for name, v in figures.items()}}
+            for at, figures in self.history.items()
+        ]
+        write_text(folder / "history.json", json.dumps(rows, indent=1) + "\n")
 
 
 def _numbers(figures: dict[str, float | None]) -> dict[str, float]:

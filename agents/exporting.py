@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .backbone import Backbone
 from .distributed import by_main
 from .files import replaced_folder
 from .policies import LMPolicy
@@ -49,8 +51,9 @@ def export(
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
-    backbone = policy.backbone
-    config, old = backbone.model.config, backbone.model.generation_config
+    shards = policy.lm.shards
+    whole = policy.lm if shards is None else shards.whole()
+    config, old = policy.backbone.model.config, policy.backbone.model.generation_config
     # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
     plain = GenerationConfig(
         bos_token_id=old.bos_token_id,
@@ -60,8 +63,9 @@ def export(
     )
 
     def write() -> None:
+        assert whole is not None, "in the process of rank 0"
         with replaced_folder(folder) as beside:
-            with backbone.whole_model() as lm:
+            with cast("Backbone", whole.backbone).whole_model() as lm:
                 lm.save_pretrained(beside, state_dict=merged_state_dict(lm))
             plain.save_pretrained(beside)
             if tokenizer is not None:

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from torch.distributed.tensor import DTensor
 
+from .distributed import gather
 from .refusal import NumericsError
+from .sharding import local
 
 
 class FiniteUpdates(BaseCallback):
@@ -39,8 +42,11 @@ class FiniteUpdates(BaseCallback):
 
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-        sums = [weight.grad.sum() for weight in weights]  # a NaN or infinity makes its sum one, and costs one pass
-        if not sums or bool(torch.stack([one.float() for one in sums]).isfinite().all()):
+        sums = [local(weight.grad).sum() for weight in weights]  # a NaN or infinity makes it one, and costs one pass
+        is_finite = not sums or bool(torch.stack([one.float() for one in sums]).isfinite().all())
+        if any(isinstance(weight, DTensor) for weight in weights):  # others have other shards
+            is_finite = all(gather("finite gradients", is_finite))
+        if is_finite:
             self.in_a_row = 0
             return
         for weight in weights:

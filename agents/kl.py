@@ -17,6 +17,7 @@ from .distributed import gather
 from .policies import LMPolicy
 from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of, version_of
 from .rollout_steps import RolloutStep, sequence_buffer
+from .sharding import placed
 from .transitions import RolloutView
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3", "exact"]
@@ -197,7 +198,7 @@ class KLPenalty(RolloutStep):
                 f"Expected the `reference` that was saved, got another: {unlike[:5]} differ. Pass the same."
             )
         for name, weight in own.items():
-            weight.data.copy_(tensors[name])
+            weight.data.copy_(placed(tensors[name], weight))
         self.coef = meta["coef"]
 
 

@@ -119,7 +119,7 @@ def _head_difference(backbone: Backbone, largest: float) -> float:
 
     A soft cap bends large logits only; see `Backbone`.
     """
-    ids, *places = backbone._probe_places()
+    ids, *places = backbone.probe_places()
     head = backbone.model.get_output_embeddings()
     now = float(backbone(ids, *places)[1].abs().max())
     hook = head.register_forward_hook(lambda module, inputs, output: output * (largest / max(now, 1e-6)))

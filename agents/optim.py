@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import placed
+
 
 def scaled_optimizer(
     optimizer_class: type[torch.optim.Optimizer], scales: Mapping[nn.Parameter, float], lr: float, **kwargs: Any
@@ -80,7 +82,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[Any]) -> None:
     """Bring an optimizer of the same weights to a state that `optimizer_state` returned."""
     state: dict[int, dict[str, Tensor]] = {}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        weight = weights[int(index)]
+        state.setdefault(int(index), {})[name] = placed(tensor, weight) if tensor.shape == weight.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -21,6 +21,7 @@ from .encoder_decoder import Seq2SeqBackbone
 from .optim import scaled_optimizer
 from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
+from .sharding import Sharded, Shards
 from .shared_gradient import SharedGradient
 from .trainable import Trainable, checkpoint_layers
 from .vec_env import TerminalObservation
@@ -65,6 +66,7 @@ class LMPolicy(ActorCriticPolicy):
             `LoRA(...)`. The rest is frozen.
         gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
             third more time, the same gradient.
+        shard: `Sharded()` spreads weights, gradients and optimizer over the processes of a job, where there are several.
         optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
         optimizer_kwargs: Its arguments but the learning rate; by default no weight decay, and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.
@@ -108,6 +110,7 @@ class LMPolicy(ActorCriticPolicy):
         head_lr_scale: float = 1.0,
         train: Trainable = "all",
         gradient_checkpointing: bool = False,
+        shard: Sharded | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -128,6 +131,7 @@ class LMPolicy(ActorCriticPolicy):
             "value_norm": value_norm,
             "train": train,
             "gradient_checkpointing": gradient_checkpointing,
+            "shard": shard,
         }
         self.lr_scales = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
         if optimizer_kwargs is None:
@@ -154,6 +158,7 @@ class LMPolicy(ActorCriticPolicy):
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
         )
+        shard = kwargs.pop("shard") or Sharded.asked_for()
         critic = kwargs.pop("critic").build(backbone.hidden_size)
         if isinstance(critic, TrunkCritic):
             critic.check_fits(backbone.vocab_size, self.observation_space.shape[0] - 1)
@@ -166,6 +171,8 @@ class LMPolicy(ActorCriticPolicy):
         if here is not None:  # the same weights, and samples of each process's own
             broadcast_weights(self.lm)
             seed = from_main("a seed", seed) + 2 * here.rank
+            if shard is not None:  # before the optimizer, which is to see shards alone
+                self.lm.shards = Shards(self.lm, shard)
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
@@ -205,8 +212,16 @@ class LMPolicy(ActorCriticPolicy):
             **self.lr_scales,
         }
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs: with shards on the host, too."""
+        return super().device if self.lm.shards is None else self.lm.shards.device
+
     def set_training_mode(self, mode: bool) -> None:
-        """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8)."""
+        """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8).
+
+        Sharded weights are brought together for evaluation, so that all processes must call it.
+        """
         self.lm.values_late = False  # of a rollout that was broken off
         if mode and not self.training:
             self.lm.begin_update()
@@ -214,12 +229,35 @@ class LMPolicy(ActorCriticPolicy):
             self.lm.drop_caches()
             self._terminal_values = None
         self.train(mode)
+        if self.lm.shards is not None:
+            self.lm.shards.release() if mode else self.lm.shards.gather()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights.
+
+        Raises:
+            RuntimeError: If they are sharded.
+        """
+        self._check_whole()
+        return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights; cached keys and values of the old ones are dropped."""
+        """Load weights; cached keys and values of the old ones are dropped.
+
+        Raises:
+            RuntimeError: If they are sharded.
+        """
+        self._check_whole()
         self.lm.drop_caches()
         self._terminal_values = None
         return super().load_state_dict(*args, **kwargs)
+
+    def _check_whole(self) -> None:
+        if self.lm.shards is not None:
+            raise RuntimeError(
+                "Expected weights that are whole in each process, got sharded ones: use save_checkpoint and "
+                "load_checkpoint in place of save and load, and export for the language model."
+            )
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from .actor_critic import LMActorCritic
 from .backbone import Backbone, LMLike, build_model
+from .distributed import broadcast_weights
 from .encoder_decoder import Seq2SeqBackbone
 from .sequences import Chunk, SequenceBatch
+from .sharding import Shards, gathered
 from .trainable import adapted_layers, adapters_off
 
 
@@ -30,8 +32,10 @@ def start_of(policy: LMActorCritic) -> LMActorCritic:
 
 
 def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMActorCritic:
-    """Return a frozen copy without critic, which shares the weights `shared` with `lm`."""
+    """Return a frozen copy without critic, which shares the weights `shared` with `lm`; sharded if that is."""
     lm.drop_caches()
+    if lm.shards is not None:
+        return lm.shards.twin()
     kept: dict[int, object] = {id(weight): weight for weight in shared or []}
     if lm.lagged is not None:
         kept[id(lm.lagged)] = None  # it samples nothing
@@ -65,13 +69,17 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     backbone = backbone_class(model, policy.backbone.vocab_size, n_positions)
     sampling = replace(policy.sampling, top_p_lag=None)
     built = LMActorCritic(backbone, nn.Identity(), sampling, policy.autocast, cache=False)
+    if policy.shards is not None:
+        broadcast_weights(built)
+        built.requires_grad_(False).shards = Shards(built, policy.shards.spec)
+        return built.eval()
     return built.to(policy.backbone.device).eval()
 
 
 @torch.no_grad()
 def log_probs(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> Tensor:
     """Return what the reference says of actions, (N,), in nats."""
-    with _frozen(reference, policy):
+    with gathered(reference), _frozen(reference, policy):
         return reference.log_probs(batch, actions)
 
 
@@ -82,14 +90,15 @@ def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: Sequence
     Both read the same forwards; log-probabilities over the vocabulary are held for a part of the transitions at once.
     """
     result = torch.zeros(len(batch), device=batch.tokens.device)
-    for chunk in batch.chunks():
-        both = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
-        # An impossible token counts 0, and would be 0 * infinity.
-        parts = [
-            (ours.softmax(dim=-1) * (ours - theirs)).masked_fill(ours.isneginf(), 0.0).sum(dim=-1)
-            for ours, theirs in both
-        ]
-        result[torch.as_tensor(chunk.transitions, device=result.device)] = torch.cat(parts)
+    with gathered(reference):
+        for chunk in batch.chunks():
+            both = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
+            # An impossible token counts 0, and would be 0 * infinity.
+            parts = [
+                (ours.softmax(dim=-1) * (ours - theirs)).masked_fill(ours.isneginf(), 0.0).sum(dim=-1)
+                for ours, theirs in both
+            ]
+            result[torch.as_tensor(chunk.transitions, device=result.device)] = torch.cat(parts)
     return result
 
 

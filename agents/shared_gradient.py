@@ -62,6 +62,17 @@ class SharedGradient:
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `LMActorCritic.evaluate` does; all processes must call it, and then go backward or none."""
+        assert batch.share is not None, "a minibatch of the buffer"
+        if self.lm.shards is None:
+            values, log_probs, entropies = self._replicated(batch, actions)
+        else:  # `fully_shard` averages as well, and each of its forwards needs all processes
+            n_forwards = gather("the parts of a minibatch", sum(1 for _ in batch.chunks(self.lm.most_tokens)))
+            values, log_probs, entropies = self.lm.evaluate_parts(batch, actions, max(n_forwards))
+        if self.target is not None:
+            self.target.agreed = self._divergence(batch, log_probs.detach())
+        return tuple(_scaled_gradient(part, batch.share) for part in (values, log_probs, entropies))  # type: ignore[return-value]
+
+    def _replicated(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         trained = [weight for weight in self.lm.parameters() if weight.requires_grad]
         if list(map(id, trained)) != list(map(id, self._trained)):  # the first one, or a `CriticWarmup` is over
             with warnings.catch_warnings():  # torch 2.13 has another name for the option, which older ones lack
@@ -70,11 +81,8 @@ class SharedGradient:
                     _Evaluation(self.lm), broadcast_buffers=False, gradient_as_bucket_view=True
                 )
             self._trained = trained
-        assert self._engine is not None and batch.share is not None, "a minibatch of the buffer"
-        values, log_probs, entropies = self._engine(batch, actions)
-        if self.target is not None:
-            self.target.agreed = self._divergence(batch, log_probs.detach())
-        return tuple(_scaled_gradient(part, batch.share) for part in (values, log_probs, entropies))  # type: ignore[return-value]
+        assert self._engine is not None, "just made"
+        return self._engine(batch, actions)
 
     @staticmethod
     def _divergence(batch: SequenceBatch, log_probs: Tensor) -> float:

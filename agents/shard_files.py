@@ -1,0 +1,81 @@
+"""Sharded tensors on disk: each process writes its own part, and any number of processes reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor, zeros
+
+from .distributed import from_main, is_main_process, raise_together, world
+from .files import replaced_folder
+from .sharding import Shards
+
+FOLDER = "shards"
+Tensors = dict[str, dict[str, Tensor]]  # by file, by name
+
+
+@contextmanager
+def replaced_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield in all processes the folder that `replaced_folder` gives the one of rank 0; all must call it.
+
+    What goes wrong in the body must do so in all of them, as what `once` and `raise_together` raise does.
+    """
+    with ExitStack() as opened:
+        beside, error = Path(), None
+        if is_main_process():
+            try:
+                beside = opened.enter_context(replaced_folder(folder))
+            except OSError as caught:
+                error = caught
+        raise_together(error)
+        yield from_main("the folder of a checkpoint", beside)
+        try:
+            opened.close()
+        except OSError as caught:
+            error = caught
+        raise_together(error)
+
+
+def write_shards(folder: Path, tensors: Tensors) -> Tensors:
+    """Write what is sharded as safetensors, to be read by a path that all processes see; return what is not.
+
+    All processes must call it.
+    """
+    here = world()
+    sharded = {f"{file}/{name}": one for file, of in tensors.items() for name, one in of.items() if _is_sharded(one)}
+    if sharded:
+        assert here is not None, "several processes"
+        writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
+        dcp.save(sharded, storage_writer=writer, process_group=here.group)
+    return {file: {name: one for name, one in of.items() if not _is_sharded(one)} for file, of in tensors.items()}
+
+
+def read_shards(folder: Path, shards: Shards | None) -> Tensors:
+    """Return what `write_shards` wrote, each process its part of it, or all of it where nothing is sharded here."""
+    if not (folder / FOLDER).is_dir():
+        return {}
+    here, reader = world(), HuggingFaceStorageReader(str(folder / FOLDER))
+    kept = reader.read_metadata().state_dict_metadata
+    target = {
+        name: torch.zeros(one.size, dtype=one.properties.dtype)
+        if shards is None
+        else zeros(one.size, dtype=one.properties.dtype, device_mesh=shards.mesh, placements=shards.placements)
+        for name, one in kept.items()
+    }
+    dcp.load(target, storage_reader=reader, process_group=None if here is None else here.group, no_dist=here is None)
+    tensors: Tensors = {}
+    for key, tensor in target.items():
+        file, _, name = key.partition("/")
+        tensors.setdefault(file, {})[name] = tensor
+    return tensors
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)

@@ -319,6 +319,4 @@ class LMActorCritic(nn.Module):
         return AUTOCAST_DTYPES.get(self.autocast or "", torch.bfloat16)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(
-            self.backbone.device.type, dtype=self.autocast_dtype, enabled=self.autocast is not None
-        )
+        return torch.autocast(self.backbone.device.type, dtype=self.autocast_dtype, enabled=self.autocast is not None)

@@ -14,15 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
-import stable_baselines3
 import torch
-import transformers
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
 from .buffers import SequenceRolloutBuffer, step_name
 from .distributed import is_main_process, once, raise_together
-from .files import sha256
+from .manifest import CheckpointError, verify_checkpoint, versions, write_manifest
 from .optim import load_optimizer, optimizer_state
 from .policies import LMPolicy
 from .probe import check_probe, probe_logits
@@ -33,12 +31,7 @@ from .sharding import gathered, local, placed, released
 from .transitions import Transitions
 from .waiting import EndedEpisode
 
-FORMAT = 1
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another run than the model."""
 
 
 def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) -> Path:
@@ -65,13 +58,14 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         >>> from agents import load_checkpoint, save_checkpoint
         >>> # save_checkpoint(model, "run/step_10000"); load_checkpoint(make_agent(...), "run/step_10000")
     """
+    env_state = text_vec_env(model.get_env()).state_dict()
     if not is_between_iterations(model):
         raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
     lm = cast("LMPolicy", model.policy).lm
     with gathered(lm):
         probe = probe_logits(lm.backbone)
     with released(lm):
-        tensors, meta = _state(model)
+        tensors, meta = _state(model, *env_state)
         tensors["probe"] = {"logits": probe}
         with replaced_together(folder) as beside:
             whole = write_shards(beside, tensors)
@@ -79,10 +73,11 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     return Path(folder)
 
 
-def _state(model: OnPolicyAlgorithm) -> tuple[Tensors, dict[str, Any]]:
-    """Return what is to be saved, as tensors by file and as what fits JSON."""
+def _state(
+    model: OnPolicyAlgorithm, arrays: Mapping[str, np.ndarray], env_meta: Mapping[str, Any]
+) -> tuple[Tensors, dict[str, Any]]:
+    """Return what is to be saved, given the env's part, as tensors by file and as what fits JSON."""
     buffer = sequence_buffer(model)
-    arrays, env_meta = text_vec_env(model.get_env()).state_dict()
     broken = [name for name, weight in _weights(model) if not bool(local(weight).isfinite().all())]
     error = FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
     raise_together(error if broken else None)
@@ -120,8 +115,7 @@ def _write(folder: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
     for name, content in tensors.items():
         safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{name}.safetensors")
     (folder / "state.json").write_text(_json(meta), encoding="utf-8")
-    manifest = _manifest(folder, meta["counters"]["num_timesteps"])
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    write_manifest(folder, meta["counters"]["num_timesteps"])
 
 
 def is_between_iterations(model: OnPolicyAlgorithm) -> bool:
@@ -201,35 +195,6 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
             check_probe(lm.backbone, tensors["probe"]["logits"], manifest["versions"], versions())
 
 
-def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
-    """Check every file of a checkpoint against its manifest.
-
-    Returns:
-        The number of timesteps at which it was saved.
-
-    Raises:
-        CheckpointError: Naming the file, what was expected and what is there.
-    """
-    path = Path(folder)
-    if not (path / "manifest.json").is_file():
-        raise CheckpointError(f"Expected a checkpoint in {path}, got no manifest.json there.")
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'manifest.json'}: no JSON, so the checkpoint is damaged ({error}).") from error
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(f"Expected format {FORMAT} or older, got {manifest['format']}: install a newer textenv.")
-    for name, entry in manifest["files"].items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["size"]:
-            found = "missing" if size is None else f"{size} bytes"
-            raise CheckpointError(f"{file}: {found}, manifest says {entry['size']}.")
-        if sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file}: its content is not what was written (another sha256 than the manifest's).")
-    return manifest["num_timesteps"]
-
-
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """Return the newest checkpoint in a folder of them that verifies, by timesteps, or None."""
     found = []
@@ -267,29 +232,6 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
         if is_main_process():
             shutil.rmtree(old)
     return newest
-
-
-def _manifest(folder: Path, num_timesteps: int) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "num_timesteps": num_timesteps,
-        "versions": versions(),
-        "files": {
-            file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        },
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "stable_baselines3": stable_baselines3.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def _weights(model: OnPolicyAlgorithm) -> Iterable[tuple[str, Tensor]]:

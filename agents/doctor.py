@@ -94,7 +94,9 @@ def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Re
     if not isinstance(policy, LMPolicy):
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if policy.lm.shards is not None:
-        raise ValueError("Expected weights that are whole in each process, got sharded ones: examine it in one process.")
+        raise ValueError(
+            "Expected weights that are whole in each process, got sharded ones: examine it in one process."
+        )
     if env is None and algorithm is None:
         raise ValueError("Expected the env that the policy acts in: check(policy, env).")
     if env is None:

@@ -66,7 +66,7 @@ class LMPolicy(ActorCriticPolicy):
             `LoRA(...)`. The rest is frozen.
         gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
             third more time, the same gradient.
-        shard: `Sharded()` spreads weights, gradients and optimizer over the processes of a job, where there are several.
+        shard: `Sharded()` spreads weights, gradients and optimizer over the processes of a job that has several.
         optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
         optimizer_kwargs: Its arguments but the learning rate; by default no weight decay, and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.

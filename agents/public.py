@@ -5,7 +5,7 @@ from .backbone import Pretrained
 from .buffers import SequenceRolloutBuffer
 from .build import make_agent
 from .callbacks import Checkpoints, EpisodeMetrics, RewardCurves, SampleTable, sample_table
-from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import (
     AlgorithmConfig,
     EnvConfig,
@@ -29,6 +29,7 @@ from .generation import Generation, generate
 from .groups import SampleGroups
 from .kl import AdaptiveCoef, KLPenalty
 from .learned_reward import LearnedReward
+from .manifest import CheckpointError
 from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
 from .preferences import Labelled, Ranking, hh_pairs
@@ -36,6 +37,7 @@ from .reward_model import score_texts, train_reward_model
 from .rollout_steps import DropEpisodes, LateScores, RolloutStep
 from .sb3_zip import load_sb3_zip
 from .shaping import RewardShaping
+from .sharding import Sharded
 from .trainable import LastLayers, LoRA
 from .training_warnings import TrainingWarnings
 from .vec_env import TextVecEnv
@@ -81,6 +83,7 @@ __all__ = [
     "SeparateCritic",
     "SequenceRolloutBuffer",
     "ShapingConfig",
+    "Sharded",
     "SharedCritic",
     "TextVecEnv",
     "TrainConfig",

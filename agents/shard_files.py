@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, zeros
 
 from .distributed import from_main, is_main_process, raise_together, world
@@ -62,14 +65,17 @@ def read_shards(folder: Path, shards: Shards | None) -> Tensors:
     if not (folder / FOLDER).is_dir():
         return {}
     here, reader = world(), HuggingFaceStorageReader(str(folder / FOLDER))
-    kept = reader.read_metadata().state_dict_metadata
-    target = {
-        name: torch.zeros(one.size, dtype=one.properties.dtype)
-        if shards is None
-        else zeros(one.size, dtype=one.properties.dtype, device_mesh=shards.mesh, placements=shards.placements)
-        for name, one in kept.items()
-    }
-    dcp.load(target, storage_reader=reader, process_group=None if here is None else here.group, no_dist=here is None)
+    target: dict[str, Tensor] = {}
+    for name, one in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(one, TensorStorageMetadata), "safetensors have nothing else"
+        if shards is None:
+            target[name] = torch.zeros(one.size, dtype=one.properties.dtype)
+        else:
+            placing: dict[str, Any] = {"device_mesh": shards.mesh, "placements": shards.placements}
+            target[name] = zeros(one.size, dtype=one.properties.dtype, **placing)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant, in one process
+        dcp.load(target, storage_reader=reader, process_group=here and here.group, no_dist=here is None)
     tensors: Tensors = {}
     for key, tensor in target.items():
         file, _, name = key.partition("/")

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .backbone import Backbone
 from .critic import TrunkCritic, ValueHead
 from .distributed import gather, is_main_process, offer_help, take_turn, world
 
@@ -92,7 +93,7 @@ class Shards:
     def __init__(self, lm: LMActorCritic, spec: Sharded) -> None:
         here = world()
         assert here is not None, "several processes"
-        _refuse(lm, spec)
+        self._backbone = _checked(lm, spec)
         self.lm, self.spec, self.is_gathered = lm, spec, False
         self.device = get_device(spec.device)
         self.mesh = init_device_mesh(self.device.type, (here.size,))
@@ -172,11 +173,11 @@ class Shards:
         self.is_gathered = is_gathered
 
     def _probe(self) -> tuple[Any, ...]:
-        return tuple(place.to(self.device) for place in self.lm.backbone.probe_places())
+        return tuple(place.to(self.device) for place in self._backbone.probe_places())
 
     def _take_turns(self) -> None:
         """Have each forward of a trunk wait for the other processes to take part in it."""
-        trunks: list[tuple[nn.Module, Read]] = [(self.lm.backbone.model.base_model, self.lm.backbone.read)]
+        trunks: list[tuple[nn.Module, Read]] = [(self._backbone.model.base_model, self._backbone.read)]
         if isinstance(self.lm.critic, TrunkCritic):
             trunks.append((self.lm.critic.trunk, self.lm.critic.read))
         for trunk, read in trunks:
@@ -229,7 +230,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor, whole in each process, sharded as another one is; as it is where that is whole or of its kind."""
+    """Return a tensor that is whole in each process sharded as another one; one that is sharded already as it is."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     device = like.device_mesh.device_type
@@ -248,16 +249,19 @@ def _allocate(plain: LMActorCritic) -> LMActorCritic:
     return copy.deepcopy(plain, cast("dict[int, Any]", empty))
 
 
-def _refuse(lm: LMActorCritic, spec: Sharded) -> None:
-    model = lm.backbone.model
-    reason = None
-    if lm.lagged is not None:
+def _checked(lm: LMActorCritic, spec: Sharded) -> Backbone:
+    """Return the backbone of what can be sharded, or say why it cannot."""
+    backbone, reason = lm.backbone, None
+    if not isinstance(backbone, Backbone):
+        reason = f"a {type(backbone).__name__}, whose layers are not transformers'"
+    elif lm.lagged is not None:
         reason = "top_p_lag, whose copy follows the policy's whole weights"
     elif lm.value_norm is not None and lm.value_norm.keeps_values:
         reason = "value_norm='popart', which rewrites the value head between updates; use 'norm'"
-    elif vars(model).keys() & {"hf_quantizer", "hf_device_map"}:
+    elif vars(backbone.model).keys() & {"hf_quantizer", "hf_device_map"}:
         reason = "weights that `device_map` or `quantization_config` has placed"
     elif lm.backbone.is_encoder_decoder and not spec.gather:
-        reason = "an encoder-decoder with gather=False, whose encoder and decoder are not read as often; use gather=True"
+        reason = "an encoder-decoder, whose encoder and decoder are not read as often, in lock-step; use gather=True"
     if reason is not None:
         raise ValueError(f"Expected a policy that can be sharded, got {reason}.")
+    return cast("Backbone", backbone)

@@ -11,6 +11,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
+from torch.distributed.tensor import DTensor
 
 import agents.advantages
 import agents.distributed
@@ -41,6 +42,7 @@ from agents import (
 from agents.actor_critic import LMActorCritic
 from agents.finite_updates import FiniteUpdates
 from agents.sampling import TokenDistribution
+from agents.sharding import local, released
 from agents.shared_gradient import SharedGradient
 from tests.seq2seq import tiny_seq2seq
 from tests.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
@@ -137,7 +139,14 @@ def scripted_updates(n_minibatches, off=None, reward="uneven", steps=(), env_kwa
 
 
 def weights_of(model):
-    return {name: weight.detach().numpy().copy() for name, weight in model.policy.named_parameters()}
+    """The weights, each whole: all processes call it."""
+    with released(model.policy.lm):
+        weights = {name: whole(weight.detach()) for name, weight in model.policy.named_parameters()}
+    return {name: weight.numpy().copy() for name, weight in weights.items()}
+
+
+def whole(weight):
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def options():
@@ -174,6 +183,36 @@ def every_option():
     return {name: scripted_updates(1, **kwargs) for name, kwargs in options().items()}
 
 
+def sharded_updates(shards, names=("plain",)):
+    """What `scripted_updates` returns with each of some options, sharded in each of some ways."""
+    results = {}
+    for name in names:
+        for way, shard in shards.items():
+            kwargs = {"plain": {}, **options()}[name]
+            policy_kwargs = {"value_norm": "norm", **kwargs.get("policy_kwargs", {}), "shard": shard}
+            results[name, way] = scripted_updates(1, **{**kwargs, "policy_kwargs": policy_kwargs})
+    return results
+
+
+def what_is_kept(shard):
+    """The shares of weights, gradients and optimizer that a process keeps, and the logits that it then samples by."""
+    model = tiny_agent(policy_kwargs={"shard": shard, "lm": tiny_config(n_embd=32)}, n_envs=8)
+    kept, step = [], model.policy.optimizer.step
+
+    def noted(*args):
+        result = step(*args)
+        weights = list(model.policy.parameters())
+        moments = [state["exp_avg"] for state in model.policy.optimizer.state.values()]
+        for tensors in (weights, [weight.grad for weight in weights], moments):
+            assert all(isinstance(tensor, DTensor) for tensor in tensors)
+            kept.append(sum(local(tensor).numel() for tensor in tensors) / sum(tensor.numel() for tensor in tensors))
+        return result
+
+    model.policy.optimizer.step = noted
+    model.learn(32)
+    return kept[:3], model.policy.lm.shards.is_gathered
+
+
 def shared_agent(n_prompts=200, **kwargs):
     """An agent of 8 lanes whose segments wait for the end of their episode, and the numbers of prompts it is given."""
     prompts = [LETTERS[i % 26] + LETTERS[i // 26] for i in range(n_prompts)]
@@ -200,9 +239,9 @@ def shared_agent(n_prompts=200, **kwargs):
     return model, numbers
 
 
-def part_of_a_run(folder, n_iterations, load=None, save=None):
+def part_of_a_run(folder, n_iterations, load=None, save=None, shard=None):
     """Go on from a checkpoint for some iterations and save again; returns weights, figures and the prompts dealt."""
-    model, numbers = shared_agent()
+    model, numbers = shared_agent(policy_kwargs={"shard": shard})
     penalty = KLPenalty(AdaptiveCoef(init=0.5, target=0.01, horizon=20))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -221,7 +260,7 @@ def part_of_a_run(folder, n_iterations, load=None, save=None):
 
 
 def sum_of_weights(model):
-    return sum(float(weight.detach().double().abs().sum()) for weight in model.policy.parameters())
+    return sum(float(np.abs(weight.astype(np.float64)).sum()) for weight in weights_of(model).values())
 
 
 class Rows(KVWriter):
@@ -251,9 +290,9 @@ class RecordRank(BaseCallback):
             self.logger.record("episode/dropped", 3)
 
 
-def logged_run(folder):
+def logged_run(folder, shard=None):
     """A run that evaluates, shows, saves, draws and stops early; what each process saw of it."""
-    model, numbers = shared_agent(learning_rate=0.0)
+    model, numbers = shared_agent(learning_rate=0.0, policy_kwargs={"shard": shard})
     rows, console = Rows(), Console(file=io.StringIO())
     model.set_logger(Logger(None, [rows]))
     evaluate = Evaluate(

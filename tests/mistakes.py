@@ -11,15 +11,21 @@ from stable_baselines3 import PPO
 import agents.distributed
 from agents import (
     Checkpoints,
+    CriticWarmup,
     DataParallel,
     LMPolicy,
     SequenceRolloutBuffer,
+    Sharded,
     TextVecEnv,
     latest_checkpoint,
     load_checkpoint,
 )
+from agents.doctor import check
 from tests.jobs import N_LANES, PROMPTS, rank_and_size, shared_agent, uneven, weights_of
+from tests.seq2seq import tiny_seq2seq
 from tests.training import tiny_agent, tiny_config, tiny_env
+
+UNSHARDED = {"NLPO": {"top_p": 0.9, "top_p_lag": 2}, "popart": {"value_norm": "popart"}}
 
 
 def refused(case):
@@ -42,6 +48,18 @@ def refused(case):
         return PPO(LMPolicy, **by_hand(env)).learn(16)
     if case == "reward":
         return tiny_agent(tiny_env(fails_in_one, PROMPTS, score_at="done")).learn(16)
+    if case in UNSHARDED:
+        return tiny_agent(env, policy_kwargs={"shard": Sharded(), **UNSHARDED[case]})
+    if case == "gathered encoder-decoder":
+        return tiny_agent(env, lm=tiny_seq2seq(vocab_size=33), policy_kwargs={"shard": Sharded(gather=False)})
+    if case == "warm-up":
+        return tiny_agent(env, policy_kwargs={"shard": Sharded()}).learn(16, callback=CriticWarmup(1))
+    if case == "doctor":
+        return check(tiny_agent(env, policy_kwargs={"shard": Sharded()}))
+    if case == "save":
+        return tiny_agent(env, policy_kwargs={"shard": Sharded()}).save(os.devnull)
+    if case == "shard":
+        return tiny_agent(env, policy_kwargs={"shard": Sharded(offload=rank_and_size()[0] == 0)})
     assert case == "nothing"
     PPO(LMPolicy, **by_hand(env)).learn(16, callback=DataParallel())
     return "trained"
@@ -100,10 +118,10 @@ def join(seconds):
     return tuple(agents.distributed.world())[:3]
 
 
-def killed(where, folder, n_iterations=4):
+def killed(where, folder, n_iterations=4, shard=None):
     """Train, saving each iteration; rank 1 kills itself in the third rollout or second update of the first attempt."""
     agents.distributed.ANSWER_SECONDS = 1.0
-    model, _ = shared_agent()
+    model, _ = shared_agent(policy_kwargs={"shard": shard})
     checkpoint = latest_checkpoint(folder)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)

@@ -17,7 +17,8 @@ from transformers import LlamaConfig
 
 from agents import KLPenalty
 from agents.callbacks import Checkpoints, EpisodeMetrics
-from agents.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.manifest import verify_checkpoint
 from tests.models import few
 from tests.training import PROMPTS, Recorder, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import TextEnv

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from agents import training_run
-from agents.checkpoint import latest_checkpoint, verify_checkpoint
+from agents.checkpoint import latest_checkpoint
 from agents.interrupts import Interrupts
+from agents.manifest import verify_checkpoint
 from agents.recording import Recorder
 from tests.command import ROLLOUT, rows, run, settings, small_model, start
 

@@ -11,7 +11,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents import KLPenalty, LateScores, SampleGroups, SequenceRolloutBuffer
 from agents.advantages import group_advantages
 from agents.callbacks import Checkpoints, EpisodeMetrics
-from agents.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.manifest import CheckpointError
 from tests.training import TOKENIZER, Recorder, run_state, tiny_agent, tiny_env
 from textenv import TextEnv
 from textenv.lanes import Lanes

@@ -6,7 +6,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 
 from agents import SeparateCritic, load_checkpoint, save_checkpoint
-from agents.checkpoint import CheckpointError
+from agents.manifest import CheckpointError
 from agents.optim import scaled_optimizer
 from tests.models import make_policy, tiny
 from tests.training import run_state, tiny_agent

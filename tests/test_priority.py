@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from agents import LateScores, TextVecEnv, generate
-from agents.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.manifest import CheckpointError
 from tests.training import length_and_letters, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import CharTokenizer, PrioritySampling, TextEnv, TextVectorEnv
 from textenv.lanes import Lanes

@@ -268,7 +268,7 @@ class Backbone(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (N, V) of hidden states (N, H), where the head is linear."""
-        return self.model.get_output_embeddings()(hidden)[:, : self.vocab_size]
+        return self.model.get_output_embeddings()(hidden)[:, : self.vocab_size].to(hidden.device)
 
     def read(
         self,
@@ -301,9 +301,9 @@ class Backbone(nn.Module):
             inputs["past_key_values"] = cache
         with attention_by_row(self.model.config.get_text_config()):
             if self.head_is_linear:
-                return self.model.base_model(**inputs).last_hidden_state[rows, cols], None  # (N, H)
+                return at(self.model.base_model(**inputs).last_hidden_state, rows, cols), None  # (N, H)
             output = self.model(**inputs, output_hidden_states=True)
-        return output.hidden_states[-1][rows, cols], output.logits[rows, cols, : self.vocab_size]  # (N, H), (N, V)
+        return at(output.hidden_states[-1], rows, cols), at(output.logits[..., : self.vocab_size], rows, cols)
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
         """Return the keys and values of left-padded rows, (B, T)."""
@@ -380,6 +380,11 @@ class Backbone(nn.Module):
         except NotImplementedError:
             return False
         return close(logits[1:], expected)
+
+
+def at(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return what is at (rows, cols) of (B, T, ...), (N, ...), where the places are: a device map may end elsewhere."""
+    return states[rows.to(states.device), cols.to(states.device)].to(rows.device)
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -64,14 +64,14 @@ class ColumnLayer(DynamicLayer):
     def move(self, old: Tensor, new: Tensor, n_columns: int) -> None:
         """Move the last `n_columns` columns of some rows to other rows."""
         last = slice(self.columns - n_columns, self.columns)
-        for buffer in self.buffers:
-            buffer[new, :, last] = buffer[old, :, last]
+        for buffer in self.buffers:  # on the device of its layer
+            buffer[new.to(buffer.device), :, last] = buffer[old.to(buffer.device), :, last]
 
     def place(self, rows: Tensor, n_rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values of some rows so that they end at column `columns`."""
         self.allocate(n_rows, columns, keys, values)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
-            buffer[rows, :, columns - states.shape[2] : columns] = states.to(buffer.dtype)
+            buffer[rows.to(buffer.device), :, columns - states.shape[2] : columns] = states.to(buffer.dtype)
         self.columns = columns
 
     def shift(self, offset: int) -> None:

@@ -43,7 +43,7 @@ class FiniteUpdates(BaseCallback):
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
         sums = [local(weight.grad).sum() for weight in weights]  # a NaN or infinity makes it one, and costs one pass
-        is_finite = not sums or bool(torch.stack([one.float() for one in sums]).isfinite().all())
+        is_finite = not sums or bool(torch.stack([one.float().to(sums[0].device) for one in sums]).isfinite().all())
         if any(isinstance(weight, DTensor) for weight in weights):  # others have other shards
             is_finite = all(gather("finite gradients", is_finite))
         if is_finite:

@@ -1,6 +1,7 @@
 """What several processes gain: the same script on 1, 2 and 4 of them, each with its share of the lanes.
 
-    python benchmarks/scale.py [--processes 1 2 4] [--iterations 3] [--device cuda] [--smoke] [--json FILE]
+    python benchmarks/scale.py [--processes 1 2 4] [--weights copies sharded lock-step] [--iterations 3]
+                               [--device cuda] [--smoke] [--json FILE]
 
 On a CPU (gloo) each process has one thread, so that there is nothing to gain beyond the cores that are free; on CUDA
 (NCCL) each has a GPU. One iteration comes first and is not counted. Columns:
@@ -8,9 +9,11 @@ On a CPU (gloo) each process has one thread, so that there is nothing to gain be
 - tokens/s: of all processes, rollout and update, by wall clock; speed-up and efficiency are against one process.
 - CPU: process-CPU seconds of all processes for a token, over those of one process: what being several costs, also
   where the cores are not free.
-- rollout: its share of the wall time; nothing moves in it.
-- moved a step: what one process sends in an optimizer step, by a ring all-reduce of its gradients, 2 (W - 1) / W of
-  their bytes; beside it, on Linux and a CPU, what the loopback device has seen in all, over processes and steps.
+- rollout: its share of the wall time.
+- kept: weights and optimizer of one process, in MB.
+- moved a step: what one process sends in an optimizer step by rings, as a multiple (W - 1) / W of the bytes of what is
+  trained: 2 for an all-reduce of gradients; 3 with shards, which gather weights twice and reduce-scatter gradients;
+  beside it, on Linux and a CPU, what the loopback device has seen in all, rollouts too, over processes and steps.
 """
 
 from __future__ import annotations
@@ -27,11 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
 from work import Settings, prepare
 
+from agents import Sharded
 from agents.distributed import gather
+from agents.sharding import local
 
 LANES = 64
+WAYS = {"copies": None, "sharded": Sharded(), "lock-step": Sharded(gather=False)}
 
 
 class Clock(BaseCallback):
@@ -61,27 +68,33 @@ def loopback() -> int:
     return sum(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
 
 
-def work(settings: Settings, n_iterations: int) -> dict[str, Any]:
+def work(settings: Settings, n_iterations: int, weights: str) -> dict[str, Any]:
     """Train for some iterations; return what rank 0 has to say of all."""
     prepare()
     job = settings.work(n_lanes=8 if settings.smoke else LANES)
-    model, clock = job.agent(), Clock()
+    model, clock = job.agent(policy_kwargs={"shard": WAYS[weights]}), Clock()
     tokens = job.n_lanes * job.new_tokens
     model.learn((1 + n_iterations) * tokens, callback=clock, log_interval=None)
     seconds = gather("the time", time.perf_counter() - clock.start)
     steps = n_iterations * model.n_epochs * (tokens // model.batch_size)
     size = len(seconds)
-    gradient = sum(
-        weight.numel() * weight.element_size() for weight in model.policy.parameters() if weight.requires_grad
-    )
+    trained = [weight for weight in model.policy.parameters() if weight.requires_grad]
+    moments = [one for state in model.policy.optimizer.state.values() for one in state.values()]
     return {
         "processes": size,
+        "weights": weights,
+        "kept": n_bytes([local(tensor) for tensor in (*trained, *moments)]),
         "tokens_per_second": n_iterations * tokens / max(seconds),
         "cpu_per_token": sum(gather("CPU time", time.process_time() - clock.cpu_start)) / (n_iterations * tokens),
         "rollout_share": clock.rollout_seconds / max(seconds),
-        "moved": 2 * (size - 1) / size * gradient,
+        "moved": (2 if WAYS[weights] is None else 3) * (size - 1) / size * n_bytes(trained),
         "seen": (loopback() - clock.lo_start) / size / steps,
     }
+
+
+def n_bytes(tensors: list[Tensor]) -> int:
+    """The bytes of some tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def launch(n: int, words: list[str]) -> dict[str, Any]:
@@ -101,17 +114,18 @@ def launch(n: int, words: list[str]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| processes | tokens/s | speed-up | efficiency | CPU | rollout | moved a step |",
-        "|---|---|---|---|---|---|---|",
+        "| processes | weights | tokens/s | speed-up | efficiency | CPU | rollout | kept | moved a step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     first = rows[0]
     for row in rows:
         gain = row["tokens_per_second"] / first["tokens_per_second"]
         cost = row["cpu_per_token"] / first["cpu_per_token"]
         lines.append(
-            f"| {row['processes']} | {row['tokens_per_second']:,.0f} | {gain:.2f} | "
+            f"| {row['processes']} | {row['weights']} | {row['tokens_per_second']:,.0f} | {gain:.2f} | "
             f"{gain * first['processes'] / row['processes']:.0%} | {cost:.2f} | "
-            f"{row['rollout_share']:.0%} | {row['moved'] / 1e6:.1f} MB ({row['seen'] / 1e6:.1f} seen) |"
+            f"{row['rollout_share']:.0%} | {row['kept'] / 1e6:.1f} MB | "
+            f"{row['moved'] / 1e6:.1f} MB ({row['seen'] / 1e6:.1f} seen) |"
         )
     return "\n".join(lines)
 
@@ -120,6 +134,13 @@ def main() -> None:
     """Measure each number of processes in turn, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="how many (default: 1 2 4)")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=list(WAYS),
+        choices=list(WAYS),
+        help="how several processes hold them (default: each way in turn)",
+    )
     parser.add_argument("--iterations", type=int, default=3, help="rollouts and updates that are timed (default: 3)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (default: cpu)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model: only to see that it runs")
@@ -127,12 +148,13 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of one of the processes
     args = parser.parse_args()
     if args.result is not None:
-        row = work(Settings(1, args.device, args.smoke), args.iterations)
+        row = work(Settings(1, args.device, args.smoke), args.iterations, args.weights[0])
         if os.environ.get("RANK", "0") == "0":
             args.result.write_text(json.dumps(row), encoding="utf-8")
         return
     words = [f"--iterations={args.iterations}", f"--device={args.device}", *(["--smoke"] if args.smoke else [])]
-    rows = [launch(n, words) for n in args.processes]
+    kinds = [(n, way) for n in args.processes for way in (args.weights if n > 1 else ["copies"])]
+    rows = [launch(n, [*words, f"--weights={way}"]) for n, way in kinds]
     print(table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -19,45 +19,69 @@ LANES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 512, 4, 8  # lanes a GPU
 ADAPTERS = 0.005  # parameters of a LoRA, as a share of the model's
 
 
+WAYS = ("copies", "sharded", "lock-step")  # of holding the weights: see `agents.Sharded`
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is trained of a model of `billions` of parameters, a copy of it on each of `n_gpus`."""
+    """What is trained of a model of `billions` of parameters, and how its weights lie on each of `n_gpus`."""
 
     billions: float
     n_gpus: int
     lora: bool
+    way: str = "copies"
+
+    @property
+    def n(self) -> float:
+        """Parameters."""
+        return self.billions * 1e9
 
     @property
     def memory(self) -> float:
         """Bytes without activations, keys and values: weight, gradient, two moments, and the reference, in float32.
 
-        With LoRA a bfloat16 base, which is the reference too, and the first four of the adapters.
+        With LoRA a bfloat16 base, which is the reference too, and the first four of the adapters. Shards are a GPU's
+        part of that, beside what is gathered in bfloat16: policy and reference, or two layers of each in lock-step.
         """
-        n = self.billions * 1e9
-        return 2 * n + 16 * ADAPTERS * n if self.lora else 20 * n
+        kept = 2 * self.n + 16 * ADAPTERS * self.n if self.lora else 20 * self.n
+        if self.way == "copies":
+            return kept
+        gathered = 2 * self.n * (1 if self.lora else 2)
+        return kept / self.n_gpus + gathered * (1 if self.way == "sharded" else 2 / LAYERS[self.billions])
 
     @property
     def traffic(self) -> float:
-        """Bytes that a GPU sends in an optimizer step: a ring all-reduce of float32 gradients."""
-        trained = self.billions * 1e9 * (ADAPTERS if self.lora else 1)
-        return 2 * (self.n_gpus - 1) / self.n_gpus * 4 * trained
+        """Bytes that a GPU sends in an optimizer step, by rings.
+
+        Copies all-reduce float32 gradients. Shards gather bfloat16 weights forward and backward, and reduce-scatter.
+        """
+        share, trained = (self.n_gpus - 1) / self.n_gpus, self.n * (ADAPTERS if self.lora else 1)
+        return share * (2 * 4 * trained if self.way == "copies" else 2 * 2 * self.n + 4 * trained)
+
+    @property
+    def rollout_traffic(self) -> float:
+        """Bytes that a GPU sends in a rollout and where the reference reads it, once or for each token in lock-step."""
+        gathered = (self.n_gpus - 1) / self.n_gpus * 2 * self.n
+        once = 0 if self.lora else gathered  # the reference
+        return {"copies": 0, "sharded": gathered + once, "lock-step": NEW_TOKENS * gathered + once}[self.way]
 
     @property
     def rollout_seconds(self) -> float:
         """Decode steps, each of which reads the weights once, or waits for its launches."""
-        read = self.billions * 1e9 * (2 if self.lora else 4) / BANDWIDTH
+        in_16_bits = self.lora or self.way != "copies"
+        read = self.n * (2 if in_16_bits else 4) / BANDWIDTH
         return NEW_TOKENS * max(read, LAYERS[self.billions] * LAYER_SECONDS)
 
     @property
     def update_seconds(self) -> float:
         """2 operations a parameter for a forward, 4 for a backward (2 where the weights are frozen), the reference."""
         operations = EPOCHS * (4 if self.lora else 6) + 2
-        return operations * self.billions * 1e9 * LANES * NEW_TOKENS / FLOPS
+        return operations * self.n * LANES * NEW_TOKENS / FLOPS
 
     @property
     def traffic_seconds(self) -> float:
-        """As if nothing of it were hidden behind the backward pass."""
-        return EPOCHS * MINIBATCHES * self.traffic / LINKS[self.n_gpus]
+        """As if nothing of it were hidden behind forward and backward pass."""
+        return (EPOCHS * MINIBATCHES * self.traffic + self.rollout_traffic) / LINKS[self.n_gpus]
 
     @property
     def seconds(self) -> float:
@@ -68,22 +92,29 @@ class Plan:
         """A line of the table."""
         tokens = self.n_gpus * LANES * NEW_TOKENS / self.seconds
         efficiency = 1 - self.traffic_seconds / self.seconds
-        fits = "yes" if self.memory < MEMORY else "no"
         return (
-            f"| {self.billions:g} B | {'LoRA' if self.lora else 'all'} | {self.n_gpus} | {self.memory / 1e9:,.0f} GB "
-            f"| {fits} | {self.traffic / 1e9:.2f} GB | {self.rollout_seconds:.0f} + {self.update_seconds:.0f} + "
-            f"{self.traffic_seconds:.1f} s | {tokens:,.0f} | {efficiency:.0%} |"
+            f"| {self.billions:g} B | {'LoRA' if self.lora else 'all'} | {self.n_gpus} | {self.way} "
+            f"| {self.memory / 1e9:,.0f} GB{'' if self.memory < MEMORY else ': too much'} "
+            f"| {self.traffic / 1e9:.2f} GB | {self.rollout_traffic / 1e9:,.0f} GB "
+            f"| {self.rollout_seconds:.0f} + {self.update_seconds:.0f} + {self.traffic_seconds:.1f} s | {tokens:,.0f} "
+            f"| {efficiency:.0%} |"
         )
 
 
+def choose(billions: float, n_gpus: int, lora: bool) -> Plan:
+    """Return the first way of holding the weights that leaves a tenth of the memory for all else; else the last."""
+    plans = [Plan(billions, n_gpus, lora, way) for way in WAYS]
+    return next((plan for plan in plans if plan.memory < 0.9 * MEMORY), plans[-1])
+
+
 def table() -> str:
-    """All plans as Markdown."""
+    """All models as Markdown."""
     lines = [
-        "| model | trained | GPUs | a device | fits 80 GB | a step sends | rollout + update + traffic | tokens/s | "
-        "efficiency |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | trained | GPUs | weights | a device | a step sends | a rollout sends | rollout + update + traffic "
+        "| tokens/s | efficiency |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    plans = [Plan(size, n, lora) for size in LAYERS for lora in (False, True) for n in LINKS]
+    plans = [choose(size, n, lora) for size in LAYERS for lora in (False, True) for n in LINKS]
     return "\n".join([*lines, *(plan.row() for plan in plans)])
 
 

@@ -94,14 +94,23 @@ def test_all_scripts_run(tmp_path):
 
 
 def test_scale_on_paper_by_hand(work):
-    """7 B parameters on 8 GPUs: 20 bytes each, a ring that sends 7/8 of the gradient twice, 26 operations a token."""
-    from scale_on_paper import Plan, table
+    """7 B parameters on 8 GPUs: 20 bytes each, a ring that sends 7/8 of the gradient twice, 26 operations a token.
+
+    Shards: an eighth of that and two copies in 16 bits; 7/8 of the weights in 16 bits twice and of the gradient once.
+    """
+    from scale_on_paper import Plan, choose, table
 
     plan = Plan(7, 8, lora=False)
     assert plan.memory == 140e9 and plan.traffic == 2 * 7 / 8 * 28e9
     assert plan.update_seconds == pytest.approx(26 * 7e9 * 64 * 512 / 395.6e12)
     assert plan.rollout_seconds == pytest.approx(512 * 32 * 0.6e-3)
     assert Plan(7, 8, lora=True).memory == pytest.approx(14.56e9)
+    sharded = choose(7, 8, lora=False)
+    assert sharded.way == "sharded" and sharded.memory == 140e9 / 8 + 2 * 14e9
+    assert sharded.traffic == 7 / 8 * (2 * 14e9 + 28e9) and sharded.rollout_traffic == 7 / 8 * 2 * 14e9
+    lock_step = Plan(70, 8, lora=True, way="lock-step")
+    assert lock_step.rollout_traffic == 512 * 7 / 8 * 140e9
+    assert lock_step.memory == pytest.approx((140e9 + 16 * 0.005 * 70e9) / 8 + 2 / 80 * 140e9)
     assert table() in (ROOT / "docs" / "scaling.md").read_text()
 
 
@@ -109,7 +118,7 @@ def test_scale_on_paper_by_hand(work):
 def test_scale_runs(tmp_path):
     path = tmp_path / "rows.json"
     result = subprocess.run(
-        [sys.executable, "benchmarks/scale.py", "--smoke", "--processes=2", "--iterations=1", f"--json={path}"],
+        [sys.executable, "benchmarks/scale.py", "--smoke", "--processes", "2", "--iterations=1", f"--json={path}"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -117,6 +126,9 @@ def test_scale_runs(tmp_path):
         timeout=200,
     )
     assert result.returncode == 0, result.stderr
-    (row,) = json.loads(path.read_text())
-    assert row["processes"] == 2 and row["tokens_per_second"] > 0 and 0 < row["rollout_share"] < 1
-    assert row["seen"] == 0 or row["seen"] > row["moved"] > 0, "the loopback has seen the gradients"
+    rows = json.loads(path.read_text())
+    assert [row["weights"] for row in rows] == ["copies", "sharded", "lock-step"]
+    for row in rows:
+        assert row["processes"] == 2 and row["tokens_per_second"] > 0 and 0 < row["rollout_share"] < 1
+        assert row["seen"] == 0 or row["seen"] > row["moved"] > 0, "the loopback has seen the gradients"
+    assert 0.4 < rows[1]["kept"] / rows[0]["kept"] < 0.6

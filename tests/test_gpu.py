@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
-from agents import KLPenalty, generate, load_checkpoint, save_checkpoint
+from agents import KLPenalty, Pretrained, generate, load_checkpoint, save_checkpoint
+from agents.finite_updates import FiniteUpdates
 from tests.models import CheckRatio
-from tests.training import TOKENIZER, tiny_agent
+from tests.training import TOKENIZER, tiny_agent, tiny_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,3 +45,18 @@ def test_generate_and_checkpoint(tmp_path):
     load_checkpoint(other, tmp_path / "saved")
     texts = [[g.ids for g in generate(m, ["ab", "c"], TOKENIZER, n=3, max_new_tokens=4)] for m in (model, other)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_map_over_two_devices_trains_as_one(tmp_path):
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path)
+    parts = {"wte": 0, "wpe": 0, "h.0": 0, "h.1": 1, "ln_f": 1}
+    places = {**{f"transformer.{part}": device for part, device in parts.items()}, "lm_head": 1}
+    weights = []
+    for lm in (Pretrained(tmp_path, device_map={"": 0}), Pretrained(tmp_path, device_map=places)):
+        model = tiny_agent(lm=lm, device="cuda")
+        model.learn(64, callback=FiniteUpdates())
+        weights.append([weight.detach().cpu() for weight in model.policy.parameters()])
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(*weights, strict=True))

@@ -158,7 +158,7 @@ class LMPolicy(ActorCriticPolicy):
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
         )
-        shard = kwargs.pop("shard") or Sharded.asked_for()
+        shard: Sharded | None = kwargs.pop("shard")
         critic = kwargs.pop("critic").build(backbone.hidden_size)
         if isinstance(critic, TrunkCritic):
             critic.check_fits(backbone.vocab_size, self.observation_space.shape[0] - 1)
@@ -171,6 +171,7 @@ class LMPolicy(ActorCriticPolicy):
         if here is not None:  # the same weights, and samples of each process's own
             broadcast_weights(self.lm)
             seed = from_main("a seed", seed) + 2 * here.rank
+            shard = shard or Sharded.asked_for()
             if shard is not None:  # before the optimizer, which is to see shards alone
                 self.lm.shards = Shards(self.lm, shard)
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None

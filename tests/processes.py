@@ -3,13 +3,20 @@
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
+import time
 import traceback
+from pathlib import Path
 
 from tests import jobs, mistakes
 
 # Children are forked from a server that has imported everything once, and never ran a backward pass.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.jobs", "tests.mistakes"])
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def free_port():
@@ -53,6 +60,23 @@ def train(size, job, *args, **kwargs):
         if isinstance(result, BaseException):
             raise result
     return results
+
+
+def torchrun(folder, *words, options=()):
+    """Two processes of `tests/launched.py`; the finished process and the seconds it took."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, *options, "tests/launched.py", words[0], str(folder), *words[1:]],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return done, time.monotonic() - start
 
 
 def _child(pipe, names, job, args):

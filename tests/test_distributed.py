@@ -1,13 +1,9 @@
 """Several processes train one policy: the same update as one, what they agree on, and who logs."""
 
-import os
 import pickle
 import re
-import subprocess
-import sys
 import time
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +11,12 @@ import torch
 
 from agents import DataParallel, cli
 from agents.distributed import ProcessLost, world
-from tests.processes import free_port, launch, train
+from tests.processes import free_port, launch, torchrun, train
 from tests.training import tiny_agent
 
 SAME = 1e-6
 SLOW = pytest.mark.slow
 OTHERS = ("advantages", "returns", "scores", "divergence")
-ROOT = Path(__file__).parent.parent
 
 
 def largest_difference(one, other):
@@ -175,23 +170,6 @@ def test_processes_that_were_started_wrongly_are_told():
     alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     result = launch(1, "join", 1, environments={0: alone})[0]
     assert isinstance(result, TimeoutError) and "an answer of rank 0 at 127.0.0.1" in str(result)
-
-
-def torchrun(folder, *words, options=()):
-    """Two processes of `tests/launched.py`; the finished process and the seconds it took."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    start = time.monotonic()
-    done = subprocess.run(
-        [*command, *options, "tests/launched.py", words[0], str(folder), *words[1:]],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    return done, time.monotonic() - start
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Weights spread over processes: the same update as in one, what each keeps, files, refusals and deaths."""
 
+import pickle
 import re
 import time
 
@@ -13,7 +14,7 @@ from agents import Sharded, load_checkpoint
 from agents.distributed import ProcessLost
 from tests.jobs import options, shared_agent
 from tests.models import seldom
-from tests.processes import launch, train
+from tests.processes import launch, torchrun, train
 
 SAME = 1e-6
 SLOW = pytest.mark.slow
@@ -168,6 +169,20 @@ def test_refusals():
         assert results.pop("nothing") == "trained"
         for case, (error, words) in REFUSED.items():
             assert isinstance(results[case], error) and re.search(words, str(results[case])), results[case]
+
+
+@pytest.mark.long
+def test_torchrun_restarts_from_the_shards(tmp_path, monkeypatch):
+    """Killed in an update: the same weights as without, up to what it says of whole weights, and as many tokens."""
+    whole = train(2, "killed", "nowhere", tmp_path / "whole")
+    for name, value in ASKED.items():
+        monkeypatch.setenv(name, value)
+    done, seconds = torchrun(tmp_path, "killed", "update", options=["--max-restarts=1"])
+    assert done.returncode == 0 and seconds < 60, done.stderr[-3000:]
+    assert (max((tmp_path / "checkpoints").iterdir()) / "shards").is_dir()
+    for rank, (weights, tokens, _) in enumerate(whole):
+        again, same, resumed_at = pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes())
+        assert largest_difference(weights, again) < SAME and tokens == same == 192 and resumed_at == 48
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -30,9 +30,11 @@ from .curves import CURVES, check_matplotlib, draw_curves
 from .data_parallel import merge
 from .distributed import gather, is_main_process
 from .generation import Generation, generate
+from .policies import LMPolicy
 from .reward_share import RewardShare
 from .rollout_steps import remember
 from .scored import ScoredEpisodes
+from .sharding import gathered
 from .vec_env import TextVecEnv
 
 MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
@@ -154,8 +156,11 @@ class SampleTable(BaseCallback):
         self._show()
 
     def _show(self) -> None:
-        if not is_main_process():
-            return
+        with gathered(cast("LMPolicy", self.model.policy).lm):
+            if is_main_process():
+                self._print()
+
+    def _print(self) -> None:
         samples = generate(self.model, self.prompts, self.tokenizer, **self.options)
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))

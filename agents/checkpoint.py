@@ -150,7 +150,8 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     tensors: Tensors = {file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")}
     for file, content in read_shards(path, lm.shards).items():
         tensors[file].update(content)
-    model.policy.set_training_mode(True)  # drops what was cached under the old weights; keeps shards alone
+    if lm.shards is not None:
+        lm.shards.release()
     weights = dict(_weights(model))
     _check_same_shapes(weights, tensors["policy"])
     _check_same_optimizer(model.policy.optimizer, meta["param_groups"])
@@ -165,6 +166,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     model._last_episode_starts = episode_starts
+    model.policy.set_training_mode(True)  # drops what was cached under the old weights
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(placed(tensors["policy"][name], weight))

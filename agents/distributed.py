@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import time
 import weakref
@@ -52,7 +51,7 @@ class World(NamedTuple):
 _joined: list[World] = []
 _written: Counter[str] = Counter()
 _helpers: dict[str, Callable[[], None]] = {}  # what to run when others are at something that needs all
-_turns = itertools.count()
+_offered: Counter[str] = Counter()  # how many turns have been offered: as many in all processes
 
 
 def world() -> World | None:
@@ -221,7 +220,8 @@ def offer_help(owner: Owner, work: Callable[[Owner], None]) -> str:
     Returns:
         The name of their turn, for `take_turn`: the same in all processes that offer the same things in the same order.
     """
-    name, reference = f"turn {next(_turns)}", weakref.ref(owner)
+    _offered["turns"] += 1
+    name, reference = f"turn {_offered['turns']}", weakref.ref(owner)
 
     def help_others() -> None:
         here = reference()
@@ -284,7 +284,7 @@ def by_main(name: str, write: Callable[[], Any]) -> None:
     if here is None:
         write()
         return
-    if _helpers:  # what writes may need the others: they wait where they can help
+    if _offered:  # what writes may need the others: they wait where they can help
         try:
             if here.rank == 0:
                 write()

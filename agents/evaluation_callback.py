@@ -6,8 +6,10 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, cast
 
 from stable_baselines3.common.callbacks import BaseCallback
 from transformers import PreTrainedTokenizerBase
@@ -16,11 +18,15 @@ from textenv.metrics.scores import Metric
 from textenv.prompts import PromptLike
 from textenv.tokenizer import Tokenizer
 
+from .actor_critic import LMActorCritic
 from .distributed import from_main, is_main_process, once
 from .evaluation import Evaluation, evaluate
 from .exporting import export
 from .files import write_text
+from .kl import KLPenalty
+from .policies import LMPolicy
 from .shard_files import replaced_together
+from .sharding import gathered
 
 
 class Evaluate(BaseCallback):
@@ -130,13 +136,33 @@ class Evaluate(BaseCallback):
 
     def _evaluate(self) -> None:
         now, self._n_updates = self.model.num_timesteps, self.model._n_updates
-        best_value, result = self.best_value, self._measure(now) if is_main_process() else None
-        self._agree()
+        with ExitStack() as readable:
+            for lm in self._read:
+                readable.enter_context(gathered(lm))
+            best_value, result = self.best_value, self._measure(now) if is_main_process() else None
+            self._agree()
         if self.folder is not None and self.best_value != best_value:
             self._keep(self.folder / "best", result)
         if self.folder is not None and is_main_process():
             self._write_history(self.folder)
         self.logger.dump(now)
+
+    @property
+    def _read(self) -> list[LMActorCritic]:
+        """What an evaluation reads.
+
+        Raises:
+            ValueError: If it would build a reference, in one process, where weights are sharded.
+        """
+        policy, reference = cast("LMPolicy", self.model.policy).lm, self.kwargs.get("reference")
+        if isinstance(reference, KLPenalty):
+            reference = reference.reference
+        if policy.shards is not None and not isinstance(reference, (LMActorCritic, NoneType)):
+            raise ValueError(
+                "Expected a KLPenalty, or another policy's `lm`, as `reference` with sharded weights, got "
+                f"{reference!r:.80}: one process evaluates, and what it builds could not be sharded."
+            )
+        return [policy, reference] if isinstance(reference, LMActorCritic) else [policy]
 
     def _measure(self, now: int) -> Evaluation:
         result = evaluate(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)

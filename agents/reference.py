@@ -24,7 +24,7 @@ def start_of(policy: LMActorCritic) -> LMActorCritic:
 
     With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy that holds what is
     trained a second time; weights that are frozen in the policy are shared, so that with `LastLayers(n)` the reference
-    costs the memory of n layers.
+    costs the memory of n layers. A sharded policy's copy is sharded, and whole.
     """
     if adapted_layers(policy):
         return policy

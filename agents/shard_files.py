@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, zeros
 
@@ -56,7 +58,10 @@ def write_shards(folder: Path, tensors: Tensors) -> Tensors:
     if sharded:
         assert here is not None, "several processes"
         writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
-        dcp.save(sharded, storage_writer=writer, process_group=here.group)
+        try:
+            dcp.save(sharded, storage_writer=writer, process_group=here.group)
+        except CheckpointException as error:  # in all processes, of whichever
+            raise _storage_error(error) from error
     return {file: {name: one for name, one in of.items() if not _is_sharded(one)} for file, of in tensors.items()}
 
 
@@ -81,6 +86,14 @@ def read_shards(folder: Path, shards: Shards | None) -> Tensors:
         file, _, name = key.partition("/")
         tensors.setdefault(file, {})[name] = tensor
     return tensors
+
+
+def _storage_error(error: CheckpointException) -> OSError:
+    """Return what went wrong with files as that, whichever process it happened in."""
+    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+    number = next((one.errno for one in causes.values() if isinstance(one, OSError) and one.errno), errno.EIO)
+    said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+    return OSError(number, f"Expected to write the shards of all processes, got {said}")
 
 
 def _is_sharded(tensor: Tensor) -> bool:

@@ -48,8 +48,9 @@ class Sharded:
 
     Args:
         gather: Whether each process holds all weights, and keys and values of its own lanes, during a rollout. False
-            gathers a layer at a time there, too, for weights that do not fit: in lock-step, since every process must
-            take part in each forward of any other; one that has none of its own runs one of a few tokens.
+            gathers a layer at a time there, too, for weights that do not fit (embeddings and heads stay together): in
+            lock-step, since every process must take part in each forward of any other; one that has none of its own
+            runs one of a few tokens.
         offload: Keep shards and optimizer in the memory of the host; the update's step is computed there.
         device: As the algorithm's.
 
@@ -260,6 +261,10 @@ def _checked(lm: LMActorCritic, spec: Sharded) -> Backbone:
         reason = "value_norm='popart', which rewrites the value head between updates; use 'norm'"
     elif vars(backbone.model).keys() & {"hf_quantizer", "hf_device_map"}:
         reason = "weights that `device_map` or `quantization_config` has placed"
+    elif not spec.gather and not any(isinstance(module, GradientCheckpointingLayer) for module in lm.modules()):
+        reason = f"a {type(backbone.model).__name__} with gather=False, whose layers cannot be told apart"
+    elif not hasattr(FSDPModule, "reset_iter_state"):
+        reason = f"torch {torch.__version__}, whose `fully_shard` cannot be reset; 2.13 can"
     elif lm.backbone.is_encoder_decoder and not spec.gather:
         reason = "an encoder-decoder, whose encoder and decoder are not read as often, in lock-step; use gather=True"
     if reason is not None:

@@ -1,5 +1,6 @@
 """What the tests of several processes run in each of them."""
 
+import errno
 import io
 import os
 import warnings
@@ -18,6 +19,7 @@ import agents.distributed
 import agents.kl
 import agents.minibatches
 import agents.shaping
+import agents.shard_files
 import agents.value_norm
 from agents import (
     AdaptiveCoef,
@@ -309,6 +311,33 @@ def logged_run(folder, shard=None):
     model.learn(100 * 48, callback=callbacks)
     export(model, None, folder / "model")
     return model.num_timesteps, rows.rows, console.file.getvalue(), sorted(evaluate.history), numbers
+
+
+def measured_run(folder, shard):
+    """A run that ends after an update, evaluates against its reference, shows and saves; figures and what is kept."""
+    model, _ = shared_agent(policy_kwargs={"shard": shard})
+    penalty, console = KLPenalty(0.05), Console(file=io.StringIO())
+    evaluate = Evaluate(["ab"], TOKENIZER, every=48, reward=uneven, reference=penalty, max_new_tokens=4)
+    table = SampleTable(["ab"], TOKENIZER, every=1, max_new_tokens=3, console=console)
+    model.learn(96, callback=[penalty, evaluate, table, Checkpoints(folder / "checkpoints", every=1, keep=2)])
+    return evaluate.history, console.file.getvalue().count("samples after"), weights_of(model)
+
+
+def unwritable(folder, shard):
+    """Save where one process cannot write; what is raised."""
+    model, _ = shared_agent(policy_kwargs={"shard": shard})
+    model.learn(48)
+    save_checkpoint(model, folder / "saved")
+    if rank_and_size()[0] == 1:
+        agents.shard_files.HuggingFaceStorageWriter.write_data = full_disk
+    try:
+        save_checkpoint(model, folder / "saved")
+    except OSError as error:
+        return error.errno, str(error)
+
+
+def full_disk(self, plan, planner):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def unseeded():

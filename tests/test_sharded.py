@@ -1,5 +1,6 @@
 """Weights spread over processes: the same update as in one, what each keeps, files, refusals and deaths."""
 
+import errno
 import pickle
 import re
 import time
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from agents import Sharded, load_checkpoint
 from agents.distributed import ProcessLost
+from agents.manifest import verify_checkpoint
 from tests.jobs import options, shared_agent
 from tests.models import seldom
 from tests.processes import launch, torchrun, train
@@ -112,6 +114,27 @@ def test_one_process_evaluates_and_shows_and_all_write(way, tmp_path):
     for folder in (tmp_path / "model", tmp_path / "best" / "best" / "model"):
         exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_after_an_update_is_measured_and_shown(tmp_path):
+    whole, *others = (
+        train(2, "measured_run", tmp_path / way, shard)
+        for way, shard in {"whole": None, "gathered": Sharded(), "lock-step": Sharded(gather=False)}.items()
+    )
+    (history, n_shown, weights), _ = whole
+    assert list(history) == [0, 48, 96] and n_shown == 3 and history[96]["kl"] > 0 == history[0]["kl"]
+    for (theirs, their_n, their_weights), (_, nothing, _) in others:
+        assert largest_difference(weights, their_weights) < SAME and (their_n, nothing) == (n_shown, 0)
+        for at, figures in history.items():
+            assert theirs[at] == pytest.approx(figures, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_a_shard_that_cannot_be_written_is_an_error_of_storage_in_all(tmp_path):
+    for number, text in train(2, "unwritable", tmp_path, Sharded()):
+        assert number == errno.ENOSPC and "rank 1: [Errno 28] No space left" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"] and verify_checkpoint(tmp_path / "saved") == 48
 
 
 @pytest.mark.long

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
+
+MOST_NATS = 80.0  # of a weight that float32 holds
 
 Per: TypeAlias = Literal["token", "sequence"]
 
@@ -59,4 +62,4 @@ class Correction:
         if self.per == "sequence":
             log_ratios = np.bincount(rows, weights=log_ratios)[rows]
         # Bounded before the exponential, which a sum over a long sequence could overflow.
-        return np.exp(np.minimum(log_ratios, np.log(self.truncation))).astype(np.float32)
+        return np.exp(np.minimum(log_ratios, min(math.log(self.truncation), MOST_NATS))).astype(np.float32)

@@ -119,8 +119,8 @@ class EngineRollouts(RolloutStep):
                 f"Expected the rows of all {self.env.num_envs} lanes in a rollout that an engine writes, got "
                 f"{len(rows)}: `policy.predict` samples from the policy itself."
             )
-        is_idle = (rows < 0).all(axis=1)
-        goes_on = np.equal(rows, self._expected).all(axis=1)
+        is_idle = np.asarray((rows < 0).all(axis=1))
+        goes_on = np.asarray((rows == self._expected).all(axis=1))
         lanes = [lane for lane, plan in enumerate(self._plans) if not (is_idle[lane] or (goes_on[lane] and plan))]
         self._plan(rows, lanes)
         chosen = [plan.popleft() if plan else (0, 0.0) for plan in self._plans]  # of an idle lane nobody looks

@@ -119,12 +119,9 @@ class EngineRollouts(RolloutStep):
                 f"Expected the rows of all {self.env.num_envs} lanes in a rollout that an engine writes, got "
                 f"{len(rows)}: `policy.predict` samples from the policy itself."
             )
-        is_idle = np.asarray((rows < 0).all(axis=1))
         goes_on = np.asarray((rows == self._expected).all(axis=1))
-        lanes = [lane for lane, plan in enumerate(self._plans) if not (is_idle[lane] or (goes_on[lane] and plan))]
-        self._plan(rows, lanes)
-        chosen = [plan.popleft() if plan else (0, 0.0) for plan in self._plans]  # of an idle lane nobody looks
-        tokens, log_probs = zip(*chosen, strict=True)
+        self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (goes_on[lane] and plan)])
+        tokens, log_probs = zip(*(plan.popleft() for plan in self._plans), strict=True)
         self._expected, ends = rows.copy(), (rows != PADDING).sum(axis=1)
         inside = np.flatnonzero(ends < rows.shape[1])
         self._expected[inside, ends[inside]] = np.array(tokens)[inside]

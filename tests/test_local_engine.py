@@ -22,10 +22,10 @@ from tests.training import same_weights, tiny_agent, tiny_config, weights
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import os, sys, time
-from agents import LocalEngine
-from tests.training import tiny_config
 if __name__ == "__main__":
-    engine = LocalEngine(tiny_config(), vocab_size=33)
+    from transformers import GPT2Config
+    from agents.local_engine import LocalEngine
+    engine = LocalEngine(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40), vocab_size=33)
     print(engine._process.pid, flush=True)
     how = sys.argv[1]
     if how == "killed":
@@ -157,24 +157,28 @@ def test_ctrl_c_in_a_long_answer_is_noticed_and_ends_the_engine():
 
 
 @pytest.mark.slow
-def test_the_engine_ends_with_the_trainer_and_a_script_without_its_guard_is_told(tmp_path):
-    (tmp_path / "guarded.py").write_text(SCRIPT)
-    (tmp_path / "unguarded.py").write_text(SCRIPT.replace('if __name__ == "__main__":', "if True:"))
-    runs = {how: start_script(tmp_path / "guarded.py", how) for how in ("killed", "raises", "interrupted")}
-    runs["unguarded"] = start_script(tmp_path / "unguarded.py", "raises")
+def test_the_engine_ends_with_the_trainer(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    runs = {how: start_script(tmp_path / "train.py", how) for how in ("killed", "interrupted")}
     for how, trainer in runs.items():
         with trainer:
-            pid = trainer.stdout.readline()
+            pid = int(trainer.stdout.readline())
             if how == "interrupted":
                 os.killpg(trainer.pid, signal.SIGINT)
             trainer.wait(60)
             said = trainer.stderr.read()
-        assert trainer.returncode != 0
-        if how == "unguarded":
-            assert "EngineLost: Expected the engine's process to be ready" in said
-            assert 'put what the script runs under `if __name__ == "__main__":`' in said
-        else:
-            assert wait_for_end(int(pid)) and "SpawnProcess" not in said and "gloo" not in said
+        assert trainer.returncode != 0 and wait_for_end(pid)
+        assert "SpawnProcess" not in said and "gloo" not in said
+
+
+@pytest.mark.slow
+def test_a_script_without_its_guard_is_told(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT.replace('if __name__ == "__main__":', "if True:"))
+    with start_script(tmp_path / "train.py", "raises") as trainer:
+        trainer.wait(60)
+        said = trainer.stderr.read()
+    assert "EngineLost: Expected the engine's process to be ready" in said
+    assert 'put what the script runs under `if __name__ == "__main__":`' in said
 
 
 def start_script(path, *words):

@@ -36,9 +36,10 @@ class EngineRollouts(RolloutStep):
     In a rollout the policy's `forward` takes the next token of each lane from what the engine has written for it, as
     long as the lane's row is the row of before plus that token. All other rows (a new episode, a reply of the
     environment, a turn cut short by a stop string) are asked for in one call, the whole row as prompt. The first call
-    of a rollout also asks for the prompts that will be dealt next, as many as the last rollout began: lanes that end
-    early then find their text written. New weights are sent before a rollout, once an update, and nothing that old
-    weights have written is used after it. `predict`, evaluations and sample tables sample from the policy itself.
+    of a rollout also asks for the prompts that will be dealt next, as many as the last rollout began, so that lanes
+    that end early find their text written; where that was too few, the next call asks for as many as will be begun at
+    this rollout's pace. New weights are sent before a rollout, once an update, and nothing that old weights wrote is
+    used after it. `predict`, evaluations and sample tables sample from the policy itself.
 
     At the end of a rollout the policy reads each sequence once. What it says of the tokens are `log_probs`, from which
     PPO's ratio starts at exactly 1, and what penalties and warnings see; what the engine has said stays apart, as
@@ -130,28 +131,42 @@ class EngineRollouts(RolloutStep):
 
     def _plan(self, rows: np.ndarray, lanes: list[int]) -> None:
         """Give lanes a plan: one that was written for their prompt, or else one that is asked for now."""
-        missing = []
+        missing, is_short = [], False
         for lane in lanes:
             spare = self._spare.get(_key(rows[lane]))
-            self._n_begun += self._n_steps > 0 and rows[lane][rows[lane] != PADDING][-1] == SEPARATOR
+            is_new = self._n_steps > 0 and rows[lane][rows[lane] != PADDING][-1] == SEPARATOR
+            self._n_begun += is_new
             if spare:
                 self._plans[lane] = spare.popleft()
             else:
                 missing.append(lane)
-        if not missing:
-            return
+                is_short = is_short or is_new
+        if missing:
+            self._ask_for(rows, missing, self._how_far_ahead(is_short))
+
+    def _how_far_ahead(self, is_short: bool) -> int:
+        """Return how many prompts to ask for beside what is missing, given whether an episode had none written."""
+        if self._is_first:
+            return self._n_more
+        # As many as will begin if they go on as they did in this rollout.
+        left = self.buffer.buffer_size - self._n_steps
+        return math.ceil(self._n_begun / self._n_steps * left) if is_short else 0
+
+    def _ask_for(self, rows: np.ndarray, lanes: list[int], n_ahead: int) -> None:
+        """Ask for the rows of some lanes, and for the prompts behind those that are written already."""
         left = self.buffer.buffer_size - self._n_steps
         room = np.minimum(self.env.lanes.most_new_tokens(), left).clip(min=1)
         stop_ids = self.env.env.rules.stop_ids
-        requests = [Request(rows[lane][rows[lane] >= 0], int(room[lane]), stop_ids) for lane in missing]
-        coming = self.env.lanes.dealer.coming(self._n_more) if self._is_first else []
+        requests = [Request(rows[lane][rows[lane] >= 0], int(room[lane]), stop_ids) for lane in lanes]
+        n_spare = sum(len(plans) for plans in self._spare.values())
+        coming = self.env.lanes.dealer.coming(n_spare + n_ahead)[n_spare:]
         for prompt in coming:
             most_new = min(self.env.lanes.turn_limit(prompt), left)
             requests.append(Request(np.asarray(prompt.ids, dtype=np.int64), most_new, stop_ids))
         written = self._ask(requests)
-        for lane, plan in zip(missing, written, strict=False):
+        for lane, plan in zip(lanes, written, strict=False):
             self._plans[lane] = plan
-        for prompt, plan in zip(coming, written[len(missing) :], strict=True):
+        for prompt, plan in zip(coming, written[len(lanes) :], strict=True):
             self._spare[np.append(np.asarray(prompt.ids, dtype=np.int64), SEPARATOR).tobytes()].append(plan)
 
     def _ask(self, requests: list[Request]) -> list[Plan]:

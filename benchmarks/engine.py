@@ -30,17 +30,8 @@ def measure(settings: Settings) -> list[Row]:
     with LocalEngine(ragged.config(), ragged.vocab_size, device=settings.device, n_rows=work.n_lanes) as engine:
         pid = engine._process.pid
         assert pid is not None, "started"
-        rows = [
-            row(
-                f"equal lengths, {work.new_tokens} tokens an episode and a rollout",
-                engine,
-                pid,
-                settings,
-                work,
-                [],
-                work.new_tokens,
-            )
-        ]
+        claim = f"equal lengths, {work.new_tokens} tokens an episode and a rollout"
+        rows = [row(claim, engine, pid, settings, work, [], work.new_tokens)]
         claim = f"ended by EOS (mean {MEAN}, cap {ragged.new_tokens}), rollouts of {2 * ragged.new_tokens} steps"
         return [*rows, row(claim, engine, pid, settings, ragged, stop_ids, 2 * ragged.new_tokens)]
 

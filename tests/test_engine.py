@@ -1,5 +1,6 @@
 """Rollouts that another engine writes: the same updates as the policy's own, what is asked, and what is refused."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -132,28 +133,31 @@ def test_an_update_is_that_of_the_policys_own_rollout_of_the_same_tokens(case, m
 
 def test_what_is_asked_of_the_engine():
     """New weights and all rows at first, with as many prompts ahead as the last rollout began; then what is missing."""
-    engine, model = InProcess(), build(often(6), {})
-    recorder, step = Recorder(), EngineRollouts(engine)
-    model.learn(4 * STEPS * LANES, callback=[step, recorder])
+    different = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
+    engine, model = InProcess(), build({**often(4), "prompts": different}, {})
+    recorder, n_rollouts, steps = Recorder(), 5, []
+    generate = engine.generate
+    engine.generate = lambda *args: (steps.append(len(recorder.actions)), generate(*args))[1]
+    model.learn(n_rollouts * STEPS * LANES, callback=[EngineRollouts(engine), recorder])
     firsts = np.concatenate([[np.ones(LANES, dtype=bool)], np.array(recorder.dones)[:-1]])  # where an episode begins
-    begun = firsts.reshape(4, STEPS, LANES)[:, 1:].sum(axis=(1, 2))
-    calls = iter(engine.calls)
-    ahead = 0
-    for rollout in range(4):
-        first = next(calls)
-        assert len(first) == LANES + ahead
-        for lane, (tokens, most_new) in enumerate(first[:LANES]):
-            row = recorder.observations[rollout * STEPS][lane]
-            assert tokens == row[row >= 0].tolist()
-            n_written = len(tokens) - int((row == SEPARATOR).argmax())
-            assert most_new == min(LONGEST - n_written, STEPS)
-        later = 0
-        while later < begun[rollout] - ahead:
-            later += len(next(calls))
-        assert later == max(begun[rollout] - ahead, 0), "each of the others once, and no more"
-        ahead = begun[rollout]
-    assert next(calls, None) is None and engine.n_loads == 4 and len(set(engine.seeds)) == len(engine.seeds)
-    assert begun.min() > 3 and len(engine.calls) < 4 + begun.sum() / 2
+    begun = firsts.reshape(n_rollouts, STEPS, LANES)[:, 1:].sum(axis=(1, 2))
+    assert engine.n_loads == n_rollouts and len(set(engine.seeds)) == len(engine.seeds) and begun.min() > 5
+    prompts = {tuple(prompt.ids.tolist()) for prompt in model.env.env.prompts}
+    asked = np.zeros(n_rollouts, dtype=int)
+    for step, call in zip(steps, engine.calls):
+        rollout, place = divmod(step, STEPS)
+        observed = recorder.observations[step]
+        rows = [row[row >= 0].tolist() for row in observed]
+        n_missing = LANES if place == 0 else next(i for i in range(len(call), 0, -1) if call[i - 1][0] in rows)
+        assert all(tokens in rows for tokens, _ in call[:n_missing])
+        if place == 0:
+            assert len(call) == LANES + (begun[rollout - 1] if rollout else 0)
+            written = (observed >= 0).sum(axis=1) - (observed == SEPARATOR).argmax(axis=1)
+            assert [most_new for _, most_new in call[:LANES]] == np.minimum(LONGEST - written, STEPS).tolist()
+        for tokens, most_new in call[n_missing:]:
+            assert tuple(tokens) in prompts and most_new == min(LONGEST, STEPS - place)
+        asked[rollout] += len(call)
+    assert len(engine.calls) < begun.sum() / 2 and (asked >= LANES + begun).all(), "few calls, and each episode in one"
 
 
 def test_texts_written_ahead_go_to_the_prompts_they_continue():

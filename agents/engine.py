@@ -90,7 +90,7 @@ def unique(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     """Return weights by name, those that share their memory under the first name alone."""
     places: dict[tuple[int, tuple[int, ...]], str] = {}
     for name, weight in weights.items():
-        places.setdefault((weight.data_ptr() if weight.numel() else id(weight), tuple(weight.shape)), name)
+        places.setdefault((weight.data_ptr() or id(weight), tuple(weight.shape)), name)  # 0: empty, or offloaded
     return [(name, weights[name]) for name in places.values()]
 
 

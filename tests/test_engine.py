@@ -342,6 +342,14 @@ def test_wrong_answers_of_an_engine_are_refused(case):
         check_completions(requests, change(good), 33)
 
 
+def test_offloaded_weights_are_refused_when_they_are_sent():
+    model = build(often(6), {})
+    layer = model.policy.backbone.model.transformer.h[0].mlp.c_fc
+    layer.weight = torch.nn.Parameter(torch.empty_like(layer.weight, device="meta"))
+    with pytest.raises(ValueError, match=r"got 1 that are offloaded, 'transformer.h.0.mlp.c_fc.weight' first"):
+        model.learn(STEPS * LANES, callback=EngineRollouts(InProcess()))
+
+
 def test_rows_that_are_not_those_of_the_lanes_are_refused():
     model = build(often(6), {})
     EngineRollouts(InProcess()).attach(model)

@@ -362,7 +362,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         tokens, lengths = pad_sequences([self._trained[i].tokens for i in group], self.device)
         n_prompt = np.array([self._trained[i].n_prompt for i in group])
         advantages = (part.advantages - self._mean) / self._deviation
-        if self.correction is not None:  # after: a mean that was taken of weighted advantages would be no baseline
+        if self.correction is not None:  # after: what is subtracted is a baseline only where it is weighted too
             advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, rows)
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
         numbers = (values, part.log_probs, advantages.astype(np.float32), returns)

@@ -44,7 +44,7 @@ class EngineRollouts(RolloutStep):
     At the end of a rollout the policy reads each sequence once. What it says of the tokens are `log_probs`, from which
     PPO's ratio starts at exactly 1, and what penalties and warnings see; what the engine has said stays apart, as
     `behaviour_log_probs`. The ratio of both, truncated, weights the advantages of minibatches (see `Correction`), after
-    their normalisation: weighted first, the mean that is subtracted would depend on the action.
+    their normalisation: a mean that is subtracted is a baseline only where it is weighted too.
 
     Logged under `engine/`: `weight` (the mean of the weights before truncation; 1 but for noise if the engine's
     log-probabilities are those it samples with), `truncated` (the share of tokens cut), `kl_k1` and `kl_k3` (estimates
@@ -272,7 +272,7 @@ def _refusal(model: BaseAlgorithm) -> str | None:
         )
     if vars(model).get("normalize_advantage"):
         return (
-            "Expected normalize_advantage=False of the algorithm with EngineRollouts, got True, which would subtract a "
-            "mean of weighted advantages: pass rollout_buffer_kwargs=dict(normalize_advantage=True)."
+            "Expected normalize_advantage=False of the algorithm with EngineRollouts, got True, which subtracts a mean "
+            "after the weights and is biased: pass rollout_buffer_kwargs=dict(normalize_advantage=True)."
         )
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LOOPBACK = "127.0.0.1"
+MOST_BYTES = 1 << 26  # of tensors that are copied into one message; a larger one travels alone
 DTYPES = {
     str(dtype): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8)
@@ -45,31 +46,49 @@ class Wire:
         """Send a header, which must fit JSON, and tensors from whatever device."""
         shapes = [(str(tensor.dtype), list(tensor.shape)) for tensor in tensors]
         text = json.dumps({**header, "tensors": shapes}).encode()
-        self._put(torch.tensor([len(text)]))
+        self._put(torch.tensor([len(text)]).view(torch.uint8))
         self._put(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        for tensor in tensors:
-            if tensor.numel() > 0:
-                self._put(tensor.detach().cpu().contiguous().reshape(-1))
+        for places in _together([tensor.nbytes for tensor in tensors]):
+            self._put(torch.cat([_bytes_of(tensors[place].detach().cpu().contiguous()) for place in places]))
 
     def receive(self) -> tuple[dict[str, Any], list[Tensor]]:
         """Wait for a message; its tensors are on the host."""
-        length = self._take(torch.zeros(1, dtype=torch.int64))
-        text = self._take(torch.zeros(int(length), dtype=torch.uint8))
+        text = self._take(int(self._take(8).view(torch.int64)))
         header = json.loads(text.numpy().tobytes())
-        tensors = []
-        for name, shape in header.pop("tensors"):
-            tensor = torch.empty(shape, dtype=DTYPES[name])
-            if tensor.numel() > 0:
-                self._take(tensor.reshape(-1))
-            tensors.append(tensor)
+        tensors = [torch.empty(shape, dtype=DTYPES[name]) for name, shape in header.pop("tensors")]
+        for places in _together([tensor.nbytes for tensor in tensors]):
+            parts = self._take(sum(tensors[place].nbytes for place in places)).split(
+                [tensors[p].nbytes for p in places]
+            )
+            for place, part in zip(places, parts, strict=True):
+                _bytes_of(tensors[place]).copy_(part)
         return header, tensors
 
-    def _put(self, flat: Tensor) -> None:
-        self.group.send([flat.view(torch.uint8)], self.other, 0).wait(self.patience)
+    def _put(self, data: Tensor) -> None:
+        self.group.send([data], self.other, 0).wait(self.patience)
 
-    def _take(self, flat: Tensor) -> Tensor:
-        self.group.recv([flat.view(torch.uint8)], self.other, 0).wait(self.patience)
-        return flat
+    def _take(self, n_bytes: int) -> Tensor:
+        data = torch.empty(n_bytes, dtype=torch.uint8)
+        self.group.recv([data], self.other, 0).wait(self.patience)
+        return data
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _together(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the places of tensors that travel together, given their bytes: each message costs a busy machine time."""
+    places: list[int] = []
+    for place, size in enumerate(sizes):
+        if size == 0:
+            continue
+        if places and sum(sizes[one] for one in places) + size > MOST_BYTES:
+            yield places
+            places = []
+        places.append(place)
+    if places:
+        yield places
 
 
 def interruptible(call: Callable[[], Any]) -> Any:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from agents import EngineLost, EngineRollouts, LocalEngine
+from agents import EngineLost, EngineRollouts, LocalEngine, wire
 from agents.distributed import world
 from agents.engine import Request, named_weights
 from tests.engines import InProcess
@@ -57,6 +58,31 @@ def requests(most_new=4, n=5):
 def weights_to_send():
     with named_weights(tiny_agent().policy.backbone) as named:
         return [(name, weight.detach() + 0.01) for name, weight in named]
+
+
+def test_tensors_of_all_kinds_cross_the_wire_unchanged(monkeypatch):
+    monkeypatch.setattr(wire, "MOST_BYTES", 20)  # some travel together, some alone
+    store, ends = dist.HashStore(), {}
+
+    def meet(rank):
+        ends[rank] = wire.Wire(store, rank, timedelta(seconds=20))
+
+    threads = [threading.Thread(target=meet, args=(rank,)) for rank in (0, 1)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    sent = [torch.tensor(3.5), torch.zeros(0, 3), torch.tensor([True, False, True]), torch.randn(7, 9).T]
+    sent += [
+        torch.randn(3).bfloat16(),
+        torch.arange(5),
+        torch.tensor([], dtype=torch.int64),
+        torch.tensor([1, 2]).int(),
+    ]
+    receiving = threading.Thread(target=lambda: ends.update(found=ends[1].receive()))
+    receiving.start()
+    ends[0].send({"do": "écrire", "names": ["a"]}, sent)
+    receiving.join()
+    header, found = ends["found"]
+    assert header == {"do": "écrire", "names": ["a"]} and len(found) == len(sent)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, sent))
 
 
 def test_it_trains_answers_errors_and_is_noticed_when_it_is_killed():

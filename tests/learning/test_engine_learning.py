@@ -6,17 +6,16 @@ import pytest
 from agents import EngineRollouts, LocalEngine
 from tests.engines import InProcess
 from tests.learning.test_learning import TASKS, TOKENIZER, build, learn
-from tests.test_importance import Off
 from tests.training import tiny_config
 
 SEEDS = (2, 3)
+pytestmark = pytest.mark.slow
 
 
 def model_of():
     return tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, initializer_range=0.1)
 
 
-@pytest.mark.slow
 def test_it_learns_through_an_engine_in_16_bits_and_not_with_the_reward_switched_off():
     task = TASKS["always"]
     with LocalEngine(model_of(), vocab_size=len(TOKENIZER), autocast="bfloat16") as engine:
@@ -27,7 +26,6 @@ def test_it_learns_through_an_engine_in_16_bits_and_not_with_the_reward_switched
         assert after < 0.35 and abs(after - before) < 0.15
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("heat", [0.7, 2.0])
 def test_it_learns_from_an_engine_that_samples_at_another_temperature(heat):
     """Its log-probabilities say so, and the weights are of mean 1 before truncation."""
@@ -39,18 +37,3 @@ def test_it_learns_from_an_engine_that_samples_at_another_temperature(heat):
         results.append(after)
         assert before < 0.35
     assert np.min(results) > 0.8
-
-
-@pytest.mark.long
-def test_the_correction_helps_where_the_engine_explores_less():
-    """Texts of exactly four tokens from an engine at half the temperature, over six seeds (E11 without: 0.99)."""
-    task, means = TASKS["length"], []
-    for off in (False, True):
-        scores = []
-        for seed in range(6):
-            model = build(task, seed=seed)
-            step = EngineRollouts(InProcess(model_of(), len(TOKENIZER), heat=0.5))
-            step.correction = Off() if off else step.correction
-            scores.append(learn(model, task, callback=step)[1])
-        means.append(np.mean(scores))
-    assert means[0] > means[1] + 0.05

@@ -35,6 +35,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
     stored once and read once an epoch: the same loss and gradient in one forward. It works under unmodified PPO and
     A2C, with `LMPolicy`, and stores nothing of the size of the vocabulary.
 
+    `log_probs` are the policy's. `behaviour_log_probs` are those of what sampled: the same array, unless another engine
+    did (see `EngineRollouts`), whose importance weights then multiply the advantages of minibatches.
+
     `batch_size` stays in transitions: each epoch has exactly `n_steps * n_envs / batch_size` minibatches, of whole
     sequences and about equal numbers of transitions, in a new random order.
 

@@ -42,14 +42,14 @@ class EngineRollouts(RolloutStep):
     used after it. `predict`, evaluations and sample tables sample from the policy itself.
 
     At the end of a rollout the policy reads each sequence once. What it says of the tokens are `log_probs`, from which
-    PPO's ratio starts at exactly 1, and what penalties and warnings see; what the engine has said stays apart, as
+    PPO's ratio starts at 1, and what penalties and warnings see; what the engine has said stays apart, as
     `behaviour_log_probs`. The ratio of both, truncated, weights the advantages of minibatches (see `Correction`), after
     their normalisation: a mean that is subtracted is a baseline only where it is weighted too.
 
     Logged under `engine/`: `weight` (the mean of the weights before truncation; 1 but for noise if the engine's
     log-probabilities are those it samples with), `truncated` (the share of tokens cut), `kl_k1` and `kl_k3` (estimates
-    of the divergence of the policy from the engine's distribution, nats a token), `calls`, `used` (the share of the
-    written tokens that lanes took) and `seconds` (spent waiting for the engine).
+    of KL(engine, policy), nats a token), `calls`, `used` (the share of the written tokens that lanes took) and
+    `seconds` (spent waiting for the engine).
 
     Args:
         engine: What writes. It is not closed.

@@ -254,7 +254,8 @@ def test_the_policy_samples_itself_between_rollouts():
     assert len(engine.calls) == asked
 
 
-@pytest.mark.parametrize("case", ["everything", pytest.param("groups", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["everything", "groups"])
 def test_e8_a_resumed_run_is_the_run(case, tmp_path):
     env_kwargs, agent_kwargs, callbacks = CASES[case]
 

@@ -197,7 +197,7 @@ def test_the_engine_ends_with_the_trainer(tmp_path):
         assert "SpawnProcess" not in said and "gloo" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_script_without_its_guard_is_told(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT.replace('if __name__ == "__main__":', "if True:"))
     with start_script(tmp_path / "train.py", "raises") as trainer:

@@ -17,13 +17,14 @@ from textenv.rewarding import RewardError
 
 from .actor_critic import LMActorCritic
 from .advantages import Advantage, carry, group_advantages, mean_and_deviation
-from .critic import TrunkCritic, ValueHead
+from .critic import TrunkCritic
 from .distributed import raise_together, world
+from .importance import Correction
 from .minibatches import deal
-from .sequences import SequenceBatch
+from .sequences import SequenceBatch, pad_sequences
 from .token_sets import AllowedTokens, TokenSets
-from .transitions import RolloutView, Segment, SequenceSamples, Transitions
-from .value_norm import Scale
+from .transitions import RolloutView, Segment, SequenceSamples, Transitions, joined
+from .value_norm import Scale, scales_of
 from .waiting import EndedEpisode, RolloutGroups
 
 
@@ -33,6 +34,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
     The stock buffer stores the whole prefix with every token and the update reads each of them. Here a sequence is
     stored once and read once an epoch: the same loss and gradient in one forward. It works under unmodified PPO and
     A2C, with `LMPolicy`, and stores nothing of the size of the vocabulary.
+
+    `log_probs` are the policy's. `behaviour_log_probs` are those of what sampled: the same array, unless another engine
+    did (see `EngineRollouts`), whose importance weights then multiply the advantages of minibatches.
 
     `batch_size` stays in transitions: each epoch has exactly `n_steps * n_envs / batch_size` minibatches, of whole
     sequences and about equal numbers of transitions, in a new random order.
@@ -100,6 +104,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.expected_steps = list(expected_steps)
         self.before_returns: list[Callable[[SequenceRolloutBuffer], None]] = []
         self.before_rollout: list[Callable[[], None]] = []
+        self.correction: Correction | None = None  # where another engine samples; see `EngineRollouts`
         self.waiting: dict[int, Transitions] = {}
         self.waiting_episodes: dict[Place, EndedEpisode] = {}
         self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # a checkpoint's, until attached
@@ -126,6 +131,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.allowed = np.zeros(shape, dtype=np.int32)  # 0: the whole vocabulary
         for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
             setattr(self, name, np.zeros(shape, dtype=np.float32))
+        self.behaviour_log_probs = self.log_probs
         self._device_values: list[Tensor] = []
         self._device_log_probs: list[Tensor] = []
         self._lm: LMActorCritic | None = None
@@ -205,6 +211,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """
         self.values = torch.stack(self._device_values).float().cpu().numpy()  # (T, B)
         self.log_probs = torch.stack(self._device_log_probs).float().cpu().numpy()
+        self.behaviour_log_probs = self.log_probs  # the same array, unless another engine has sampled
         self._device_values, self._device_log_probs = [], []
         self.dones = np.asarray(dones, dtype=bool)
         for lane in range(self.n_envs):
@@ -227,7 +234,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         super().compute_returns_and_advantage(last_values.float(), dones)
         self._collect()
         if self._lm is not None:
-            self._normalize_values(self._lm)
+            returns = [self._part(i).returns for i in range(len(self._trained))]
+            self._value_scale, self._return_scale = scales_of(self._lm.value_norm, self._lm.critic, returns)
         self._lm = None
 
     def _value_late(self, lm: LMActorCritic) -> None:
@@ -239,26 +247,13 @@ class SequenceRolloutBuffer(RolloutBuffer):
                 values = lm.in_reward_units(lm.sequence_values(view.batch))
             self.values[view.steps, view.lanes] = values.cpu().numpy()
 
-    def _normalize_values(self, lm: LMActorCritic) -> None:
-        """Bring the statistics of returns up to date, and note in which units minibatches are now."""
-        norm, returns = lm.value_norm, [self._part(i).returns for i in range(len(self._trained))]
-        if norm is None or (not returns and world() is None):
-            return
-        assert isinstance(lm.critic, ValueHead), "checked when the policy is built"
-        before = norm.scale()
-        of_all = np.concatenate([np.zeros(0, dtype=np.float32), *returns])
-        norm.update(torch.as_tensor(of_all, device=norm.mean.device), lm.critic.linear)
-        self._return_scale = norm.scale()
-        # Old values are what the critic puts out before its first step: with "norm" it has not followed.
-        self._value_scale = self._return_scale if norm.keeps_values else before
-
     def view(self) -> RolloutView:
         """Return the rollout as whole sequences: what a step of `before_returns` needs to run a model over it."""
         parts = [np.arange(segment.start, segment.end) for segment in self.segments]
         steps = np.concatenate(parts)
         lanes = np.repeat([segment.lane for segment in self.segments], [len(part) for part in parts])
         rows = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        tokens, lengths = self._pad([segment.tokens for segment in self.segments])
+        tokens, lengths = pad_sequences([segment.tokens for segment in self.segments], self.device)
         allowed = self._allowed(self.allowed[steps, lanes])
         n_prompt = np.array([segment.n_prompt for segment in self.segments])
         cols = self.cols[steps, lanes]
@@ -267,13 +262,6 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def _allowed(self, numbers: np.ndarray) -> AllowedTokens | None:
         return AllowedTokens(self.token_sets, numbers) if self.is_masked else None
-
-    def _pad(self, sequences: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
-        lengths = np.array([len(tokens) for tokens in sequences])
-        padded = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
-        for row, tokens in enumerate(sequences):
-            padded[row, : len(tokens)] = tokens
-        return torch.as_tensor(padded, device=self.device), lengths
 
     def _collect(self) -> None:
         """Choose the sequences that are to be trained; their numbers stay where they are until a minibatch is made."""
@@ -287,7 +275,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
                 if earlier is not None and not self.episode_starts[segment.start, segment.lane]:
                     part = self._joined[len(self._trained)] = self._join(earlier, part)
                 if not segment.is_finished:
-                    self.waiting[segment.lane] = Transitions(*(array.copy() for array in part))
+                    self.waiting[segment.lane] = joined([part])
                     self._joined.pop(len(self._trained), None)
                     continue
             if self.groups is None and self._is_dropped(segment):
@@ -321,7 +309,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
     def _join(self, earlier: Transitions, later: Transitions) -> Transitions:
         """Put the waiting part of an episode in front, and carry the advantages on into it."""
         carry(earlier, later.advantages[0], later.values[0], self.gamma, self.gae_lambda)
-        return Transitions(*(np.concatenate(pair) for pair in zip(earlier, later, strict=True)))
+        return joined([earlier, later])
 
     def _gather_groups(self, groups: RolloutGroups) -> None:
         """Of the episodes that have ended, train those whose group is whole; let the others wait."""
@@ -346,10 +334,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             Segment(lane, 0, len(one.part.actions), one.tokens, True, one.n_prompt) for (_, lane), one in whole.items()
         ]
         self._joined = dict(enumerate(parts))
-        self.waiting_episodes = {
-            place: one._replace(part=Transitions(*(array.copy() for array in one.part)))
-            for place, one in waiting.items()
-        }
+        self.waiting_episodes = {place: one._replace(part=joined([one.part])) for place, one in waiting.items()}
 
     def get(self, batch_size: int | None = None) -> Generator[SequenceSamples, None, None]:  # type: ignore[override]
         """Yield one epoch of minibatches of whole sequences.
@@ -375,11 +360,13 @@ class SequenceRolloutBuffer(RolloutBuffer):
             yield samples
 
     def _samples(self, group: np.ndarray) -> SequenceSamples:
-        part = Transitions(*map(np.concatenate, zip(*(self._part(i) for i in group), strict=True)))
+        part = joined([self._part(i) for i in group])
         rows = np.repeat(np.arange(len(group)), self._counts[group])
-        tokens, lengths = self._pad([self._trained[i].tokens for i in group])
+        tokens, lengths = pad_sequences([self._trained[i].tokens for i in group], self.device)
         n_prompt = np.array([self._trained[i].n_prompt for i in group])
         advantages = (part.advantages - self._mean) / self._deviation
+        if self.correction is not None:  # after: what is subtracted is a baseline only where it is weighted too
+            advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, rows)
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
         numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
         return SequenceSamples(

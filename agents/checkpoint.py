@@ -262,16 +262,24 @@ def _waiting_tensors(buffer: SequenceRolloutBuffer) -> dict[str, Tensor]:
     """Return what waits in the buffer: "lane.field" of unfinished episodes, "step:lane.field" of whole ones."""
     arrays: dict[str, Any] = {}
     for lane, part in buffer.waiting.items():
-        arrays.update({f"{lane}.{name}": array for name, array in part._asdict().items()})
+        arrays.update({f"{lane}.{name}": array for name, array in _arrays(part).items()})
     for (step, lane), episode in buffer.waiting_episodes.items():
         numbers = {
             "group": np.array(episode.group),
             "n_prompt": np.array(episode.n_prompt),
             "is_dropped": np.array(episode.is_dropped),
         }
-        fields = {**episode.part._asdict(), **numbers, "tokens": episode.tokens}
+        fields = {**_arrays(episode.part), **numbers, "tokens": episode.tokens}
         arrays.update({f"{step}:{lane}.{name}": array for name, array in fields.items()})
     return {name: torch.as_tensor(array) for name, array in arrays.items()}
+
+
+def _arrays(part: Transitions) -> dict[str, np.ndarray]:
+    """Return the arrays of a part by name, each once."""
+    arrays = part._asdict()
+    if part.is_by_policy:
+        del arrays["behaviour_log_probs"]
+    return arrays
 
 
 def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) -> None:
@@ -281,6 +289,7 @@ def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) 
         parts.setdefault(where, {})[name] = tensor.numpy().copy()
     buffer.waiting, buffer.waiting_episodes = {}, {}
     for where, fields in parts.items():
+        fields.setdefault("behaviour_log_probs", fields["log_probs"])
         part = Transitions(*(fields[name] for name in Transitions._fields))
         if ":" in where:
             step, lane = map(int, where.split(":"))

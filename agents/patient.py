@@ -111,6 +111,7 @@ def undisturbed(policy: LMPolicy, env: TextEnv) -> Iterator[None]:
     """Leave weights' gradients, modes, caches and all random generators as they were, whatever happens inside."""
     lm = policy.lm
     caches, terminal = (lm.rollout_cache, lm.predict_cache), policy._terminal_values
+    take_from, policy.take_from = policy.take_from, None
     lm.rollout_cache, lm.predict_cache = (type(cache)(lm.backbone) for cache in caches)
     modes = [(module, module.training) for module in policy.modules()]
     gradients = [(weight, weight.grad) for weight in policy.parameters()]
@@ -130,7 +131,7 @@ def undisturbed(policy: LMPolicy, env: TextEnv) -> Iterator[None]:
             for generator, state in generators:
                 generator.set_state(state)
             lm.rollout_cache, lm.predict_cache = caches
-            policy._terminal_values = terminal
+            policy._terminal_values, policy.take_from = terminal, take_from
             random.setstate(python_state)
             np.random.set_state(cast("tuple[str, np.ndarray, int, int, float]", numpy_state))
             env.np_random.bit_generator.state = env_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn, cast
 
@@ -13,7 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .actor_critic import LMActorCritic
+from .actor_critic import LMActorCritic, Step
 from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic, TrunkCritic
 from .distributed import broadcast_weights, from_main, world
@@ -175,6 +176,8 @@ class LMPolicy(ActorCriticPolicy):
             if shard is not None:  # before the optimizer, which is to see shards alone
                 self.lm.shards = Shards(self.lm, shard)
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
+        # In a rollout that another engine writes: observations (B, L) to actions and log-probabilities (B,).
+        self.take_from: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
         scales = {weight: 1.0 for weight in self.parameters() if weight.requires_grad}
@@ -264,12 +267,17 @@ class LMPolicy(ActorCriticPolicy):
         """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).
 
         Where tokens were sampled from a part of the vocabulary, the log-probabilities carry it to the buffer. In a
-        rollout of a `SequenceRolloutBuffer` a critic with a trunk of its own gives zeros: the buffer values later.
+        rollout of a `SequenceRolloutBuffer` a critic with a trunk of its own gives zeros: the buffer values later. So
+        does every critic where another engine writes the rollout, whose log-probabilities these then are.
         """
         return self._step(obs, deterministic)
 
     def _step(self, obs: Tensor, deterministic: bool, allowed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        step = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache, allowed)
+        if self.take_from is None:
+            step = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache, allowed)
+        else:
+            actions, log_probs = self.take_from(obs)
+            step = Step(actions, torch.zeros_like(log_probs), log_probs, None)
         step.log_probs.allowed = step.allowed  # type: ignore[attr-defined]
         values = step.values[:, None]
         values.read_from = self.lm  # type: ignore[attr-defined]  # for the buffer: values once a sequence, statistics

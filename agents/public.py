@@ -20,6 +20,8 @@ from .critic import RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .data_parallel import DataParallel
 from .distributed import is_main_process
+from .engine import EngineLost, RolloutEngine
+from .engine_rollouts import EngineRollouts
 from .evaluation import Evaluation, evaluate
 from .evaluation_callback import Evaluate
 from .exporting import export
@@ -29,6 +31,7 @@ from .generation import Generation, generate
 from .groups import SampleGroups
 from .kl import AdaptiveCoef, KLPenalty
 from .learned_reward import LearnedReward
+from .local_engine import LocalEngine
 from .manifest import CheckpointError
 from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
@@ -51,6 +54,8 @@ __all__ = [
     "DataParallel",
     "DoctorError",
     "DropEpisodes",
+    "EngineLost",
+    "EngineRollouts",
     "EnvConfig",
     "EpisodeMetrics",
     "Evaluate",
@@ -67,6 +72,7 @@ __all__ = [
     "LateScores",
     "LearnedReward",
     "LoRA",
+    "LocalEngine",
     "MaskableLMPolicy",
     "MaskableSequenceRolloutBuffer",
     "ModelConfig",
@@ -77,6 +83,7 @@ __all__ = [
     "RewardCurves",
     "RewardModelCritic",
     "RewardShaping",
+    "RolloutEngine",
     "RolloutStep",
     "SampleGroups",
     "SampleTable",

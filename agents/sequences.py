@@ -46,6 +46,15 @@ def prompt_lengths(observations: Tensor) -> Tensor:
     return (observations == SEPARATOR).long().argmax(dim=1)
 
 
+def pad_sequences(sequences: list[np.ndarray], device: torch.device | str) -> tuple[Tensor, np.ndarray]:
+    """Return sequences as one tensor, (S, T), padded on the right with 0, and their lengths, (S,), on the host."""
+    lengths = np.array([len(tokens) for tokens in sequences])
+    padded = np.zeros((len(sequences), lengths.max()), dtype=np.int64)
+    for row, tokens in enumerate(sequences):
+        padded[row, : len(tokens)] = tokens
+    return torch.as_tensor(padded, device=device), lengths
+
+
 class Chunk(NamedTuple):
     """A part of a batch that is read in one forward."""
 

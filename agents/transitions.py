@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,21 @@ class Transitions(NamedTuple):
     advantages: np.ndarray
     returns: np.ndarray  # advantages + values, before any normalisation (invariant D1)
     allowed: np.ndarray  # int32: which of the buffer's token sets it was sampled from
+    behaviour_log_probs: np.ndarray  # by what sampled: `log_probs` itself, in the same memory, unless an engine did
+
+    @property
+    def is_by_policy(self) -> bool:
+        """Whether the policy itself has sampled: there is one array of log-probabilities."""
+        return np.may_share_memory(self.log_probs, self.behaviour_log_probs)
+
+
+def joined(parts: Sequence[Transitions]) -> Transitions:
+    """Return transitions one behind the other, in new arrays; with as few of them as the parts have."""
+    names = Transitions._fields
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names[:-1]}
+    if all(part.is_by_policy for part in parts):
+        return Transitions(**arrays, behaviour_log_probs=arrays["log_probs"])
+    return Transitions(**arrays, behaviour_log_probs=np.concatenate([part.behaviour_log_probs for part in parts]))
 
 
 class SequenceSamples(NamedTuple):

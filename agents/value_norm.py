@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .critic import ValueHead
 from .distributed import moments, world
 
 VALUE_NORMS = ("norm", "popart")
@@ -97,3 +98,24 @@ class ValueNorm(nn.Module):
             assert last_layer is not None, "checked when the policy is built"
             last_layer.weight.mul_(deviation / self._deviation())
             last_layer.bias.mul_(deviation).add_(mean - self.mean).div_(self._deviation())
+
+
+def scales_of(norm: ValueNorm | None, critic: nn.Module, returns: list[np.ndarray]) -> tuple[Scale, Scale]:
+    """Bring the statistics up to date with a rollout's returns; return in which units minibatches then are.
+
+    Args:
+        norm: The statistics; None where values are in units of reward.
+        critic: What predicts values.
+        returns: Of each sequence that is trained, (n,) each.
+
+    Returns:
+        The scales of old values and of returns.
+    """
+    if norm is None or (not returns and world() is None):
+        return Scale(), Scale()
+    assert isinstance(critic, ValueHead), "checked when the policy is built"
+    before = norm.scale()
+    of_all = np.concatenate([np.zeros(0, dtype=np.float32), *returns])
+    norm.update(torch.as_tensor(of_all, device=norm.mean.device), critic.linear)
+    # Old values are what the critic puts out before its first step: with "norm" it has not followed.
+    return (norm.scale() if norm.keeps_values else before), norm.scale()

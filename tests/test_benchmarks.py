@@ -132,3 +132,19 @@ def test_scale_runs(tmp_path):
         assert row["processes"] == 2 and row["tokens_per_second"] > 0 and 0 < row["rollout_share"] < 1
         assert row["seen"] == 0 or row["seen"] > row["moved"] > 0, "the loopback has seen the gradients"
     assert 0.4 < rows[1]["kept"] / rows[0]["kept"] < 0.6
+
+
+@pytest.mark.long
+def test_engine_runs(tmp_path):
+    path = tmp_path / "rows.json"
+    result = subprocess.run(
+        [sys.executable, "benchmarks/engine.py", "--smoke", f"--json={path}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    equal, ragged = json.loads(path.read_text())
+    assert equal["ratio"] > 0 and ragged["ratio"] > 0 and "equal lengths" in equal["claim"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,14 @@ class PromptDealer:
             self.left, self.group = self.env.samples_per_prompt, self._new_group()
         self.left -= 1
         return self.env.prompts[self.cursor.number], self.group
+
+    def coming(self, n: int) -> list[Prompt]:
+        """Return the next `n` prompts that will be dealt, or as many as are known: none where rewards decide."""
+        if self.queue is None and not isinstance(self.cursor, PromptCursor):
+            return []
+        ahead = copy.copy(self)
+        ahead.cursor, ahead.queue = copy.copy(self.cursor), None if self.queue is None else list(self.queue)
+        return [prompt for prompt, _ in (ahead.deal() for _ in range(n)) if prompt is not None]
 
     def observe(self, prompt: Prompt, reward: float) -> None:
         """Take note of what an episode has earned, where the order goes by it."""

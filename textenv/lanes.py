@@ -199,11 +199,21 @@ class Lanes:
         self.generated[active] += 1
 
     def _ended_turns(self, actions: np.ndarray) -> dict[int, EndReason]:
-        limits, turn_tokens = self.limits, self.env.rules.turn_tokens
-        if turn_tokens is not None:
-            limits = self.generated - (self.lengths - self.turn_starts) + turn_tokens
-        turns = ended_turns(self.env.rules, actions, self.generated, limits, self._tail)
+        turns = ended_turns(self.env.rules, actions, self.generated, self._turn_limits(), self._tail)
         return {lane: reason for lane, reason in turns.items() if not self.idle[lane]}
+
+    def _turn_limits(self) -> np.ndarray:
+        """Return how many tokens the policy will have written in each lane when its turn ends at the latest, (B,)."""
+        turn_tokens = self.env.rules.turn_tokens
+        return self.limits if turn_tokens is None else self.generated - (self.lengths - self.turn_starts) + turn_tokens
+
+    def most_new_tokens(self) -> np.ndarray:
+        """Return how many tokens the policy may still write in the turn that each lane is in, (B,)."""
+        return self._turn_limits() - self.generated
+
+    def turn_limit(self, prompt: Prompt) -> int:
+        """Return how many tokens the policy may write in the first turn after a prompt."""
+        return self.env.rules.turn_tokens or prompt.max_new_tokens or self.env.rules.max_new_tokens
 
     def _ended_episodes(self, turns: dict[int, EndReason]) -> dict[int, EndReason]:
         """Return the lanes whose episode is over, and why; a turn that the env answers is not the end of one."""

@@ -1,0 +1,278 @@
+"""Rollouts that another engine writes, and updates that know by how much it is not the policy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict, deque
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor
+
+from textenv.episode import PADDING, SEPARATOR
+
+from .buffers import SequenceRolloutBuffer
+from .critic import TrunkCritic
+from .distributed import world
+from .engine import Completion, Request, RolloutEngine, check_completions, named_weights
+from .flat_policy import FlatLMPolicy
+from .importance import Correction, Per
+from .policies import LMPolicy
+from .reference import version_of
+from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
+from .transitions import RolloutView
+
+Plan = deque[tuple[int, float]]  # tokens that an engine has written and their log-probabilities, the next one first
+
+
+class EngineRollouts(RolloutStep):
+    """Has another engine write the tokens of rollouts; values, log-probabilities and updates stay the policy's.
+
+    In a rollout the policy's `forward` takes the next token of each lane from what the engine has written for it, as
+    long as the lane's row is the row of before plus that token. All other rows (a new episode, a reply of the
+    environment, a turn cut short by a stop string) are asked for in one call, the whole row as prompt. The first call
+    of a rollout also asks for the prompts that will be dealt next, as many as the last rollout began, so that lanes
+    that end early find their text written; where that was too few, the next call asks for as many as will be begun at
+    this rollout's pace. New weights are sent before a rollout, once an update, and nothing that old weights wrote is
+    used after it. `predict`, evaluations and sample tables sample from the policy itself.
+
+    At the end of a rollout the policy reads each sequence once. What it says of the tokens are `log_probs`, from which
+    PPO's ratio starts at 1, and what penalties and warnings see; what the engine has said stays apart, as
+    `behaviour_log_probs`. The ratio of both, truncated, weights the advantages of minibatches (see `Correction`), after
+    their normalisation: a mean that is subtracted is a baseline only where it is weighted too.
+
+    Logged under `engine/`: `weight` (the mean of the weights before truncation; 1 but for noise if the engine's
+    log-probabilities are those it samples with), `truncated` (the share of tokens cut), `kl_k1` and `kl_k3` (estimates
+    of KL(engine, policy), nats a token), `calls`, `used` (the share of the written tokens that lanes took) and
+    `seconds` (spent waiting for the engine).
+
+    Args:
+        engine: What writes. It is not closed.
+        truncation: The largest weight; `math.inf` for none.
+        per: "token" weighs each token by its own ratio, "sequence" by the product over its sequence.
+
+    Raises:
+        ValueError: When attached, for what an engine cannot do: masks, top_k, top_p, min_p and repetition penalties,
+            encoder-decoders, TRPO, several processes, and `normalize_advantage` of the algorithm itself.
+
+    Example:
+        >>> from agents import EngineRollouts, LocalEngine
+        >>> # with LocalEngine("gpt2", vocab_size=len(tokenizer)) as engine:
+        >>> #     model.learn(100_000, callback=[EngineRollouts(engine), KLPenalty(0.02)])
+    """
+
+    rank = 0  # before all that looks at log-probabilities or values
+
+    def __init__(self, engine: RolloutEngine, truncation: float = 2.0, per: Per = "token", verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.engine = engine
+        self.correction = Correction(truncation, per)
+        self._sent: tuple[int, int] | None = None  # the version of the weights that the engine has
+        self._n_more = 0  # episodes that the last rollout began beside those it found
+
+    def _clear(self) -> None:
+        self._expected = np.full((self.env.num_envs, 1), PADDING)  # (B, L): the rows that go on as planned
+        self._plans: list[Plan] = [deque() for _ in range(self.env.num_envs)]
+        self._spare: dict[bytes, deque[Plan]] = defaultdict(deque)  # by prompt: for lanes that will come for it
+        self._is_first = True
+        self._n_steps = self._n_calls = self._n_written = self._n_begun = 0
+        self._seconds = 0.0
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Put the step between the policy and its sampling.
+
+        Raises:
+            ValueError: See the class.
+        """
+        self.algorithm, self.env = cast("OnPolicyAlgorithm", model), text_vec_env(model.get_env())
+        self.policy = cast("LMPolicy", model.policy)
+        refusal = _refusal(model)
+        if refusal is not None:
+            raise ValueError(refusal)
+        self.buffer = sequence_buffer(model)
+        self.buffer.correction = self.correction
+        for step in self.buffer.before_returns:  # an earlier call of learn()
+            if isinstance(step, EngineRollouts):
+                self._n_more = step._n_more
+
+    def begin(self) -> None:
+        """Forget what was written by the weights of before; sample by the engine from here to the rollout's end."""
+        self._clear()
+        self.policy.take_from = self.next_tokens
+
+    def _on_training_end(self) -> None:
+        self.policy.take_from = None  # where a rollout was broken off
+
+    def next_tokens(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next token of each lane and its log-probability by the engine, (B,) each, on the host.
+
+        Raises:
+            ValueError: If these are not the rows of all lanes, or the engine's answers are wrong.
+        """
+        rows = observations.cpu().numpy()
+        if len(rows) != self.env.num_envs:
+            raise ValueError(
+                f"Expected the rows of all {self.env.num_envs} lanes in a rollout that an engine writes, got "
+                f"{len(rows)}: `policy.predict` samples from the policy itself."
+            )
+        goes_on = np.asarray((rows == self._expected).all(axis=1))
+        self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (goes_on[lane] and plan)])
+        tokens, log_probs = zip(*(plan.popleft() for plan in self._plans), strict=True)
+        self._expected, ends = rows.copy(), (rows != PADDING).sum(axis=1)
+        inside = np.flatnonzero(ends < rows.shape[1])
+        self._expected[inside, ends[inside]] = np.array(tokens)[inside]
+        self._n_steps += 1
+        return torch.tensor(tokens), torch.tensor(log_probs, dtype=torch.float32)
+
+    def _plan(self, rows: np.ndarray, lanes: list[int]) -> None:
+        """Give lanes a plan: one that was written for their prompt, or else one that is asked for now."""
+        missing, is_short = [], False
+        for lane in lanes:
+            spare = self._spare.get(_key(rows[lane]))
+            is_new = self._n_steps > 0 and rows[lane][rows[lane] != PADDING][-1] == SEPARATOR
+            self._n_begun += is_new
+            if spare:
+                self._plans[lane] = spare.popleft()
+            else:
+                missing.append(lane)
+                is_short = is_short or is_new
+        if missing:
+            self._ask_for(rows, missing, self._how_far_ahead(is_short))
+
+    def _how_far_ahead(self, is_short: bool) -> int:
+        """Return how many prompts to ask for beside what is missing, given whether an episode had none written."""
+        if self._is_first:
+            return self._n_more
+        # As many as will begin if they go on as they did in this rollout.
+        left = self.buffer.buffer_size - self._n_steps
+        return math.ceil(self._n_begun / self._n_steps * left) if is_short else 0
+
+    def _ask_for(self, rows: np.ndarray, lanes: list[int], n_ahead: int) -> None:
+        """Ask for the rows of some lanes, and for the prompts behind those that are written already."""
+        left = self.buffer.buffer_size - self._n_steps
+        room = np.minimum(self.env.lanes.most_new_tokens(), left).clip(min=1)
+        stop_ids = self.env.env.rules.stop_ids
+        requests = [Request(rows[lane][rows[lane] >= 0], int(room[lane]), stop_ids) for lane in lanes]
+        n_spare = sum(len(plans) for plans in self._spare.values())
+        coming = self.env.lanes.dealer.coming(n_spare + n_ahead)[n_spare:]
+        for prompt in coming:
+            most_new = min(self.env.lanes.turn_limit(prompt), left)
+            requests.append(Request(np.asarray(prompt.ids, dtype=np.int64), most_new, stop_ids))
+        written = self._ask(requests)
+        for lane, plan in zip(lanes, written, strict=False):
+            self._plans[lane] = plan
+        for prompt, plan in zip(coming, written[len(lanes) :], strict=True):
+            self._spare[np.append(np.asarray(prompt.ids, dtype=np.int64), SEPARATOR).tobytes()].append(plan)
+
+    def _ask(self, requests: list[Request]) -> list[Plan]:
+        start = time.perf_counter()
+        if self._is_first:
+            self._send_weights()
+            self._is_first = False
+        # Of the policy's generator, which checkpoints keep: a resumed run draws the same.
+        seed = int(torch.randint(2**31, (), generator=self.policy.generator))
+        completions = self.engine.generate(requests, self.policy.lm.sampling.temperature, seed)
+        check_completions(requests, completions, self.policy.backbone.vocab_size)
+        self._seconds += time.perf_counter() - start
+        self._n_calls += 1
+        self._n_written += sum(len(completion.tokens) for completion in completions)
+        return [_plan_of(completion) for completion in completions]
+
+    def _send_weights(self) -> None:
+        # Both: a fused optimizer writes weights without a trace in their versions, loading them is no update.
+        version = self.algorithm._n_updates, version_of(self.policy.backbone)
+        if version != self._sent:
+            with named_weights(self.policy.backbone) as weights:
+                self.engine.load_weights(weights)
+            self._sent = version
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Have the policy read what was written: its log-probabilities and values take the place of the engine's."""
+        self.policy.take_from = None
+        self._n_more = self._n_begun
+        view, lm = buffer.view(), self.policy.lm
+        with torch.no_grad():
+            if isinstance(lm.critic, TrunkCritic):  # valued by the buffer
+                log_probs = lm.log_probs(view.batch, view.actions)
+            else:
+                values, log_probs, _ = lm.evaluate(view.batch, view.actions)
+                buffer.values[view.steps, view.lanes] = lm.in_reward_units(values).cpu().numpy()
+        buffer.log_probs = np.zeros_like(buffer.behaviour_log_probs)
+        buffer.log_probs[view.steps, view.lanes] = log_probs.cpu().numpy()
+        self._log(buffer, view)
+
+    def _log(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> None:
+        ours = buffer.log_probs[view.steps, view.lanes]
+        theirs = buffer.behaviour_log_probs[view.steps, view.lanes]
+        weights = replace(self.correction, truncation=math.inf).weights(ours, theirs, view.batch.rows)
+        log_ratios = (ours - theirs).astype(np.float64)
+        figures = {
+            "weight": float(weights.mean()),
+            "truncated": float((weights > self.correction.truncation).mean()),
+            "kl_k1": float(-log_ratios.mean()),
+            "kl_k3": float((np.expm1(log_ratios) - log_ratios).mean()),
+            "calls": self._n_calls,
+            "used": buffer.actions.size / max(self._n_written, 1),
+            "seconds": self._seconds,
+        }
+        for name, value in figures.items():
+            self.algorithm.logger.record(f"engine/{name}", value)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return how many episodes to ask for ahead: the engine has no state of its own between rollouts."""
+        return {}, {"n_more": self._n_more}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, int]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._n_more = meta["n_more"]
+
+
+def _plan_of(completion: Completion) -> Plan:
+    return deque(zip(completion.tokens.tolist(), completion.log_probs.tolist(), strict=True))
+
+
+def _key(row: np.ndarray) -> bytes:
+    """Return a row without its padding: equal for a new episode and for the prompt that it was dealt."""
+    return row[row != PADDING].astype(np.int64).tobytes()
+
+
+def _refusal(model: BaseAlgorithm) -> str | None:
+    """Return why an engine cannot write the rollouts of a model, if it cannot."""
+    policy, env = cast("LMPolicy", model.policy), text_vec_env(model.get_env()).env
+    sampling = policy.lm.sampling
+    if sampling.has_support or sampling.repetition_penalty != 1:
+        return (
+            f"Expected a temperature alone with EngineRollouts, got {sampling}: which tokens an engine has left out, "
+            "and what it has penalised, is not part of its answer, so the policy could not score under the same."
+        )
+    if env.masks:
+        return (
+            "Expected an env without `mask` with EngineRollouts, got one with: the engine writes many tokens ahead, "
+            "and what a mask allows depends on each of them."
+        )
+    if policy.backbone.is_encoder_decoder:
+        return (
+            "Expected a causal language model with EngineRollouts, got an encoder-decoder: a request is one row of "
+            "tokens, and does not say which of them the encoder reads."
+        )
+    if isinstance(policy, FlatLMPolicy):
+        return (
+            "Expected PPO or A2C with EngineRollouts, got TRPO: it bounds its steps by a divergence over states, which "
+            "would be those of the engine, unweighted."
+        )
+    if world() is not None:
+        return (
+            "Expected one process with EngineRollouts, got several: they would send their weights to one engine, or "
+            "start one each."
+        )
+    if vars(model).get("normalize_advantage"):
+        return (
+            "Expected normalize_advantage=False of the algorithm with EngineRollouts, got True, which subtracts a mean "
+            "after the weights and is biased: pass rollout_buffer_kwargs=dict(normalize_advantage=True)."
+        )
+    return None

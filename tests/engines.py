@@ -1,0 +1,45 @@
+"""Engines that write rollouts in the tests' own process."""
+
+import numpy as np
+
+from agents.engine import Completion
+from agents.engine_process import Setup, Writer, write
+from tests.training import tiny_config
+
+
+class InProcess:
+    """What runs in the process of a `LocalEngine`, without the process; it keeps what it was asked."""
+
+    def __init__(self, lm=None, vocab_size=33, autocast=None, n_rows=64, takes_weights=True, heat=1.0):
+        self.writer = Writer(Setup(0, lm or tiny_config(), vocab_size, autocast, "cpu", n_rows))
+        self.takes_weights, self.heat = takes_weights, heat
+        self.n_loads, self.calls, self.seeds = 0, [], []
+
+    def load_weights(self, weights):
+        self.n_loads += 1
+        if self.takes_weights or self.n_loads == 1:
+            self.writer.load({name: weight.detach().clone() for name, weight in weights})
+
+    def generate(self, requests, temperature, seed):
+        self.calls.append([(request.tokens.tolist(), request.most_new) for request in requests])
+        self.seeds.append(seed)
+        return write(self.writer.lm, requests, self.heat * temperature, seed, self.writer.n_rows)
+
+    def close(self):
+        """It holds nothing."""
+
+
+class Scripted:
+    """Writes the same tokens with the same log-probabilities, whatever it is asked."""
+
+    def __init__(self, tokens, log_probs):
+        self.completion = Completion(np.array(tokens), np.array(log_probs, dtype=np.float32))
+
+    def load_weights(self, weights):
+        """What it writes is fixed."""
+
+    def generate(self, requests, temperature, seed):
+        return [self.completion] * len(requests)
+
+    def close(self):
+        """It holds nothing."""

@@ -161,14 +161,14 @@ class Chain:
             server.call("close", {"sessions": [numbers[place] for numbers in ended]})
         header = {"rows": n_rows, "max_length": max_length}
         numbers = [int(server.call("open", header).header["session"]) for server in self.servers]
-        return Session(self, numbers, n_rows)
+        return Session(self, numbers, n_rows, max_length)
 
 
 class Session:
     """Rows that are decoded together, at one position; it ends when nobody holds it any more."""
 
-    def __init__(self, chain: Chain, numbers: list[int], n_rows: int) -> None:
-        self.chain, self.numbers, self.n_rows, self.position = chain, numbers, n_rows, 0
+    def __init__(self, chain: Chain, numbers: list[int], n_rows: int, max_length: int) -> None:
+        self.chain, self.numbers, self.n_rows, self.max_length, self.position = chain, numbers, n_rows, max_length, 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return what is behind the last block for new tokens, (B, t, H)."""

@@ -120,9 +120,10 @@ class RemoteLM(nn.Module):
 class SessionCache(RowCache):
     """Decodes in sessions, each of rows that were equally long when it was opened.
 
-    Servers take no padding masks, and all rows of a session are at one position. So a row that is new goes into a new
-    session, with all that are new beside it and as long; one that is not gone on with leaves its place empty, and its
-    session ends with the last of its rows. Rows that are the same as before get what they got then.
+    Servers take no padding masks, and all rows of a session are at one position. So a row that is new, or has outgrown
+    its session, goes into a new one, with all that are new beside it and as long; one that is not gone on with leaves
+    its place empty, and its session ends with the last of its rows. Rows that are the same as before get what they got
+    then.
     """
 
     backbone: RemoteLM
@@ -136,7 +137,7 @@ class SessionCache(RowCache):
     def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         lengths = lengths.clamp(min=1)
         growth, counts = torch.stack([self.growth(ids, lengths), lengths]).tolist()
-        is_old = [grown == 0 or (grown == 1 and row in self.places) for row, grown in enumerate(growth)]
+        is_old = [grown == 0 or (grown == 1 and self._has_room(row)) for row, grown in enumerate(growth)]
         if not any(is_old):
             self.drop()
         going_on: dict[Session, list[int]] = defaultdict(list)
@@ -159,6 +160,10 @@ class SessionCache(RowCache):
         self.remember(ids, lengths)
         return hidden, self.backbone.logits(hidden)
 
+    def _has_room(self, row: int) -> bool:
+        """Whether a row is in a session, which takes one token more."""
+        return row in self.places and self.places[row][0].position < self.places[row][0].max_length
+
     def _step(self, session: Session, rows: list[int], newest: Tensor) -> Tensor:
         """Go on with some rows of a session by a token each, (b,); those of its rows that are not among them leave."""
         for row in [row for row, (other, _) in self.places.items() if other is session and row not in rows]:
@@ -177,7 +182,7 @@ class SessionCache(RowCache):
             torch.tensor(rows).split(rows_a_message(embedded)),
             strict=True,
         ):
-            session = self.backbone.chain.open(len(part), self.backbone.longest)
+            session = self.backbone.chain.open(len(part), max(self.backbone.longest, 2 * part.shape[1]))
             results.append(self.backbone.run(part, session)[:, -1])
             self.places.update({row: (session, place) for place, row in enumerate(own.tolist())})
         return torch.cat(results)

@@ -43,7 +43,7 @@ from agents.finite_updates import FiniteUpdates
 from agents.sampling import TokenDistribution
 from agents.shared_gradient import SharedGradient
 from tests.seq2seq import tiny_seq2seq
-from tests.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
+from tests.training import TOKENIZER, tiny_agent, tiny_config, tiny_env, weights
 from textenv import AllowedMask, PrioritySampling
 from textenv.rewards import DROPPED
 
@@ -306,3 +306,12 @@ def beside():
         model.learn(3 * 32, callback=[TrainingWarnings(), FiniteUpdates(), KLPenalty(0.05)])
     dealer = model.get_env().lanes.dealer
     return sum_of_weights(model), model.num_timesteps, dealer.cursor.draws.tolist()
+
+
+def remote_rank(folder, addresses, key_file):
+    """Train a model whose blocks a third process holds, with a connection of this rank's own."""
+    from tests.remote import Remote  # not in all processes: it adds to `sys.path`
+
+    model = tiny_agent(n_envs=4, lm=Remote(folder, [], addresses, key_file).spec())
+    model.learn(3 * 16)
+    return weights(model)

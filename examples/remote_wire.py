@@ -58,7 +58,9 @@ class Message(NamedTuple):
             MessageError: If it is too large.
         """
         header = torch.frombuffer(bytearray(json.dumps(self.header).encode()), dtype=torch.uint8)
-        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.tensors.items()}
+        # Copied: two that are one in memory are refused by safetensors, as a gradient may be.
+        plain = torch.contiguous_format
+        tensors = {name: one.detach().float().cpu().clone(memory_format=plain) for name, one in self.tensors.items()}
         data = safetensors.torch.save({"header": header, **tensors})
         if len(data) > MAX_BYTES:
             raise MessageError(f"Expected a message of at most {MAX_BYTES:,} bytes, got {len(data):,}.")

@@ -130,14 +130,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the seed of training and sampling (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/remote"), help="where the results go")
-    parser.add_argument("--tokens", type=int, help="how many tokens to train on (default: 40960)")
+    parser.add_argument("--tokens", type=int, help="how many tokens to train on (default: 24576)")
     parser.add_argument("--lanes", type=int, help="how many texts are written side by side (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="where it starts; it falls to 0")
     parser.add_argument("--kl", type=float, default=0.05, help="the coefficient of the KL penalty")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
     args.lanes = args.lanes or (8 if args.smoke else 64)
-    args.tokens = args.tokens or (512 if args.smoke else 40_960)
+    args.tokens = args.tokens or (512 if args.smoke else 24_576)
     return args
 
 

@@ -61,9 +61,10 @@ def small_bloom(folder: Path, smoke: bool) -> Path:
     return folder
 
 
-def measure(model: PPO, tokenizer: PreTrainedTokenizerBase, seed: int, **kwargs) -> Evaluation:
-    """Write five reviews of each prompt, and score them."""
-    return evaluate(model, demo.prompts(), tokenizer, n=5, env=model.env.env, seed=seed, **kwargs)
+def measure(model: PPO, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, **kwargs) -> Evaluation:
+    """Write some reviews of each prompt, and score them."""
+    settings = dict(n=args.samples, env=model.env.env, seed=args.seed)
+    return evaluate(model, demo.prompts(), tokenizer, **settings, **kwargs)
 
 
 def in_grammar(evaluation: Evaluation) -> float:
@@ -86,13 +87,13 @@ def run(lm: RemoteBlocks, tokenizer: PreTrainedTokenizerBase, args: argparse.Nam
     )
     backend = model.policy.lm.backbone
     n_trained = sum(weight.numel() for weight in backend.parameters() if weight.requires_grad)
-    before = measure(model, tokenizer, args.seed)
+    before = measure(model, tokenizer, args)
     earlier = Counter(backend.chain.traffic)
     penalty = KLPenalty(args.kl)
     curves = RewardCurves(out / "curves.png", title=f"PPO through remote blocks: {name}")
     model.learn(args.tokens, callback=[penalty, EpisodeMetrics(), curves], progress_bar=True)
     traffic = backend.chain.traffic - earlier
-    after = measure(model, tokenizer, args.seed, before=before, reference=penalty)
+    after = measure(model, tokenizer, args, before=before, reference=penalty)
     after.save(out / "evaluation")
     save_checkpoint(model, out / "checkpoint")
     return {
@@ -137,6 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
     args.lanes = args.lanes or (8 if args.smoke else 64)
+    args.samples = 1 if args.smoke else 5
     args.tokens = args.tokens or (512 if args.smoke else 24_576)
     return args
 

@@ -43,7 +43,7 @@ from agents.finite_updates import FiniteUpdates
 from agents.sampling import TokenDistribution
 from agents.shared_gradient import SharedGradient
 from tests.seq2seq import tiny_seq2seq
-from tests.training import TOKENIZER, tiny_agent, tiny_config, tiny_env, weights
+from tests.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
 from textenv import AllowedMask, PrioritySampling
 from textenv.rewards import DROPPED
 
@@ -314,4 +314,4 @@ def remote_rank(folder, addresses, key_file):
 
     model = tiny_agent(n_envs=4, lm=Remote(folder, [], addresses, key_file).spec())
     model.learn(3 * 16)
-    return weights(model)
+    return weights_of(model)

@@ -290,20 +290,21 @@ def count_a(prompt, preds, done):
 @pytest.mark.slow
 @pytest.mark.parametrize("trains", [True, False])
 def test_ppo_learns_through_it_and_without_what_it_trains_it_does_not(trains, remote):
-    env = tiny_env(reward=count_a, max_new_tokens=6)
+    env = tiny_env(reward=count_a, max_new_tokens=4)
     model = tiny_agent(env, 16, lm=remote.spec(trains=trains), learning_rate=3e-2)
-    before = evaluate(model, ["ab", "c"], TOKENIZER, env=env, n=50).figures["reward"].value
-    model.learn(16 * 6 * 20)
-    after = evaluate(model, ["ab", "c"], TOKENIZER, env=env, n=50).figures["reward"].value
-    assert before < 1.0
-    assert after > 4.0 if trains else abs(after - before) < 1e-6
+    before = evaluate(model, ["ab", "c"], TOKENIZER, env=env, n=20).figures["reward"].value
+    model.learn(16 * 4 * 12)
+    after = evaluate(model, ["ab", "c"], TOKENIZER, env=env, n=20).figures["reward"].value
+    assert before < 0.7
+    assert after > 2.0 if trains else abs(after - before) < 1e-6
 
 
 @pytest.mark.slow
 def test_several_processes_train_together(remote):
-    results = train(2, "remote_rank", remote.folder, remote.addresses, remote.key_file)
-    assert same_weights(*results)
-    assert not torch.equal(results[0]["lm.backbone.virtual"], agent(remote).policy.lm.backbone.virtual)
+    first, second = train(2, "remote_rank", remote.folder, remote.addresses, remote.key_file)
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+    start = agent(remote).policy.lm.backbone.virtual.detach().numpy()
+    assert not np.allclose(first["lm.backbone.virtual"], start, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from agents.pretrain import pretrain, word_tokenizer
 from textenv import Preds, Prompt, TextEnv, demo
 
 N_BLOCKS = 4
+N_VIRTUAL = 8
 MAX_NEW_TOKENS = 32
 
 
@@ -54,7 +55,8 @@ def small_bloom(folder: Path, smoke: bool) -> Path:
     config = BloomConfig(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, **shape)
     torch.manual_seed(0)
     model = BloomForCausalLM(config)
-    pretrain(model, tokenizer, demo.reviews(8000), n_epochs=0.1 if smoke else 1.6, learning_rate=1e-2)
+    reviews = [f"{tokenizer.eos_token} {review}" for review in demo.reviews(8000)]  # behind the end of another text
+    pretrain(model, tokenizer, reviews, n_epochs=0.1 if smoke else 1.6, learning_rate=1e-2)
     with replaced_folder(folder) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
@@ -131,7 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the seed of training and sampling (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/remote"), help="where the results go")
-    parser.add_argument("--tokens", type=int, help="how many tokens to train on (default: 24576)")
+    parser.add_argument("--tokens", type=int, help="how many tokens to train on (default: 16384)")
     parser.add_argument("--lanes", type=int, help="how many texts are written side by side (default: 64)")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="where it starts; it falls to 0")
     parser.add_argument("--kl", type=float, default=0.05, help="the coefficient of the KL penalty")
@@ -139,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.lanes = args.lanes or (8 if args.smoke else 64)
     args.samples = 1 if args.smoke else 5
-    args.tokens = args.tokens or (512 if args.smoke else 24_576)
+    args.tokens = args.tokens or (512 if args.smoke else 16_384)
     return args
 
 
@@ -154,7 +156,9 @@ def main() -> None:
     with serving(folder, key_file, bounds=[0, N_BLOCKS // 2, N_BLOCKS]) as servers:
         addresses = tuple(server.address for server in servers)
         for name, trains in (("soft prompts and output layer", True), ("control", False)):
-            lm = RemoteBlocks(str(folder), addresses, str(key_file), trains=trains)
+            # End tokens, which the model knows in front of a text, are a beginning that disturbs it little.
+            virtual = (tokenizer.eos_token_id,) * N_VIRTUAL
+            lm = RemoteBlocks(str(folder), addresses, str(key_file), virtual, trains)
             figures[name] = run(lm, tokenizer, args, "control" if not trains else "trained")
     text = report(figures)
     write_text(args.out / "figures.json", json.dumps(figures, indent=1) + "\n")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class RemoteLM(nn.Module):
     Args:
         model: The model without its blocks.
         chain: The servers of the blocks.
-        n_virtual: How many virtual tokens stand in front of every text; they start as embeddings drawn at random.
+        virtual: The tokens as whose embeddings the virtual tokens begin, as many as these.
         trains: Whether virtual tokens and output layer are trained; False leaves nothing that learns here.
         vocab_size: How many tokens the tokenizer has.
         n_positions: The longest text, in tokens.
@@ -51,19 +51,24 @@ class RemoteLM(nn.Module):
     takes_cache = True
 
     def __init__(
-        self, model: PreTrainedModel, chain: Chain, n_virtual: int, trains: bool, vocab_size: int, n_positions: int
+        self,
+        model: PreTrainedModel,
+        chain: Chain,
+        virtual: Sequence[int],
+        trains: bool,
+        vocab_size: int,
+        n_positions: int,
     ) -> None:
         super().__init__()
-        check_fits(model, vocab_size, n_virtual + n_positions)
+        check_fits(model, vocab_size, len(virtual) + n_positions)
         disable_dropout(model)
         self.trunk = model.base_model.requires_grad_(False)
         # A layer of its own, also where the model ties it to the embeddings.
         self.head = copy.deepcopy(model.get_output_embeddings()).requires_grad_(trains)
         embeddings = model.get_input_embeddings().weight
-        drawn = torch.randint(vocab_size, (n_virtual,))
-        self.virtual = nn.Parameter(embeddings.detach()[drawn].clone(), requires_grad=trains)  # (n_virtual, H)
+        self.virtual = nn.Parameter(embeddings.detach()[list(virtual)].clone(), requires_grad=trains)  # (n, H)
         self.chain, self.vocab_size, self.hidden_size = chain, vocab_size, embeddings.shape[1]
-        self.longest = n_virtual + n_positions
+        self.longest = len(virtual) + n_positions
         self._blocks: Callable[[Tensor], Tensor] = chain
         blocks_of(self.trunk)[2].register_forward_pre_hook(self._through_blocks)
         self._check_head(model)
@@ -99,7 +104,7 @@ class RemoteLM(nn.Module):
         return SessionCache(self)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of whole rows (B, T), virtual tokens first, (B, n_virtual + T, H)."""
+        """Return the embeddings of whole rows (B, T), virtual tokens first, (B, n + T, H)."""
         virtual = self.virtual.expand(len(ids), -1, -1)
         return torch.cat([virtual, self.trunk.get_input_embeddings()(ids)], dim=1)
 
@@ -211,7 +216,8 @@ class RemoteBlocks:
         folder: Where the model is saved; its blocks are not read.
         addresses: The servers', in any order.
         key_file: The file with the key, which is not pickled.
-        n_virtual: How many virtual tokens stand in front of every text.
+        virtual: Tokens as whose embeddings the virtual tokens in front of every text begin: one of them several times,
+            or those of an instruction.
         trains: Whether virtual tokens and output layer are trained.
         seconds: How long a server's answer may take.
     """
@@ -219,7 +225,7 @@ class RemoteBlocks:
     folder: str
     addresses: tuple[Address, ...]
     key_file: str
-    n_virtual: int = 8
+    virtual: tuple[int, ...] = ()
     trains: bool = True
     seconds: float = 60.0
 
@@ -229,7 +235,7 @@ class RemoteBlocks:
         key, traffic = Path(self.key_file).read_bytes(), Counter[tuple[str, str]]()
         servers = [Server(tuple(address), key, self.seconds, traffic) for address in self.addresses]
         chain = Chain(servers, n_blocks, traffic)
-        return RemoteLM(model, chain, self.n_virtual, self.trains, vocab_size, n_positions)
+        return RemoteLM(model, chain, self.virtual, self.trains, vocab_size, n_positions)
 
 
 if __name__ == "__main__":

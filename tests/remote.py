@@ -36,10 +36,9 @@ class Remote(NamedTuple):
     key_file: Path
 
     def spec(self, **kwargs) -> RemoteBlocks:
-        return RemoteBlocks(str(self.folder), self.addresses, str(self.key_file), **{"n_virtual": 3, **kwargs})
+        return RemoteBlocks(str(self.folder), self.addresses, str(self.key_file), **{"virtual": (4, 9, 4), **kwargs})
 
-    def build(self, seed: int = 0, **kwargs) -> RemoteLM:
-        torch.manual_seed(seed)
+    def build(self, **kwargs) -> RemoteLM:
         return self.spec(**kwargs).build_backend(N_TOKENS, N_POSITIONS)
 
     def whole(self):

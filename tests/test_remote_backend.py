@@ -253,7 +253,7 @@ def test_copies_have_weights_of_their_own_and_share_the_servers(remote):
 
 def test_another_remote_model_may_be_the_reference(remote):
     model = agent(remote)
-    penalty = KLPenalty(0.1, reference=remote.spec(n_virtual=5))
+    penalty = KLPenalty(0.1, reference=remote.spec(virtual=(1, 2, 3, 4, 5)))
     model.learn(16, callback=penalty)
     assert not any(weight.requires_grad for weight in penalty.reference.parameters())
     assert len(penalty.reference.backbone.virtual) == 5

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -180,6 +181,7 @@ def main() -> None:
         print(listener.address[1], flush=True)
         if not args.until_stdin_closes:
             return serve(listener, key, host)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it, which ends this one
         threading.Thread(target=serve, args=(listener, key, host), daemon=True).start()
         sys.stdin.read()
 

@@ -27,6 +27,7 @@ import argparse
 import json
 import sys
 import threading
+from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any, NamedTuple, Protocol
@@ -85,7 +86,7 @@ class Message(NamedTuple):
 
 
 class Host(Protocol):
-    """Whoever holds the blocks `first` to `last` - 1 of a model; `S` below is what it keeps of a session."""
+    """Whoever holds the blocks `first` to `last` - 1 of a model."""
 
     first: int
     last: int
@@ -100,19 +101,20 @@ class Host(Protocol):
         ...
 
     def open(self, max_length: int) -> Any:
-        """Return a new S, for at most `max_length` tokens a row."""
+        """Return what is to be kept of a new session, for at most `max_length` tokens a row."""
         ...
 
     def step(self, session: Any, hidden: Tensor) -> Tensor:
-        """Go on with an S by the hidden states of new tokens, (B, t, H)."""
+        """Go on with a session by the hidden states of new tokens, (B, t, H); return what is behind the last block."""
         ...
 
 
-class _Session(NamedTuple):
+@dataclass
+class _Session:
     state: Any
     rows: int
     max_length: int
-    position: list[int]  # one number
+    position: int = 0
 
 
 class _Talk:
@@ -153,7 +155,7 @@ class _Talk:
         if min(rows, max_length) < 1 or held > MAX_HELD:
             raise MessageError(f"Expected sessions of 1 to {MAX_HELD:,} tokens in all, got {held:,}: close some.")
         self.n_opened += 1
-        self.sessions[self.n_opened] = _Session(self.host.open(max_length), rows, max_length, [0])
+        self.sessions[self.n_opened] = _Session(self.host.open(max_length), rows, max_length)
         return Message({"session": self.n_opened}, {})
 
     def step(self, message: Message) -> Message:
@@ -161,13 +163,16 @@ class _Talk:
         session = self.sessions.get(number)
         if session is None:
             raise MessageError(f"Expected an open session, got {number}.")
-        if len(hidden) != session.rows or session.position[0] + hidden.shape[1] > session.max_length:
+        if len(hidden) != session.rows or session.position + hidden.shape[1] > session.max_length:
             raise MessageError(
-                f"Expected {session.rows} rows and at most {session.max_length - session.position[0]} tokens more, got "
+                f"Expected {session.rows} rows and at most {session.max_length - session.position} tokens more, got "
                 f"{tuple(hidden.shape)}."
             )
-        session.position[0] += hidden.shape[1]
-        return Message({}, {"hidden": self.host.step(session.state, hidden)})
+        del self.sessions[number]  # unless the step succeeds: a part of it may be done
+        result = self.host.step(session.state, hidden)
+        session.position += hidden.shape[1]
+        self.sessions[number] = session
+        return Message({}, {"hidden": result})
 
     def close(self, message: Message) -> Message:
         for number in message.header["sessions"]:

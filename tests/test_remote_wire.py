@@ -36,7 +36,8 @@ class Doubling:
         return []
 
     def step(self, session, hidden):
-        session.append(hidden)
+        if float(hidden.max()) > 100:
+            raise FloatingPointError("too much for it")
         return 2 * hidden
 
 
@@ -134,6 +135,11 @@ def test_a_session_takes_its_rows_and_its_length_and_is_its_connection_s_own(add
         assert "2 rows and" in ask(connection, message(step, hidden=ROWS[:1, :1]))["error"]
         assert "open session, got 1" in ask(other, message(step, hidden=ROWS))["error"]
         assert ask(connection, message(step, hidden=ROWS[:, :1])) == {}
+        assert ask(connection, message(b'{"verb": "open", "rows": 2, "max_length": 4}')) == {"session": 2}
+        other_step = b'{"verb": "step", "session": 2}'
+        answer = ask(connection, message(other_step, hidden=ROWS + 101))
+        assert answer == {"error": "FloatingPointError: too much for it"}  # perhaps half done: it is over
+        assert "open session, got 2" in ask(connection, message(other_step, hidden=ROWS))["error"]
         assert ask(connection, message(b'{"verb": "close", "sessions": [1]}')) == {}
         assert "open session, got 1" in ask(connection, message(step, hidden=ROWS[:, :1]))["error"]
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cache import PrefixCache
 from .critic import TrunkCritic, ValueHead
-from .encoder_decoder import Seq2SeqBackbone, Seq2SeqCache
 from .lagged import LaggedCopy
 from .language_model import LanguageModel
 from .memory import evaluate_in_memory
+from .row_cache import RowCache
 from .sampling import Sampling, TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch, prompt_lengths, unpack_observations
 from .value_norm import ValueNorm
@@ -71,18 +70,17 @@ class LMActorCritic(nn.Module):
         self.most_tokens: int | None = None  # that an update reads at a time, where memory has once been too small
         self.sampling = sampling
         self.autocast = autocast
-        self.use_cache = cache and backbone.is_cacheable
         # An evaluation inside a rollout must not evict the rollout's rows.
-        cache_class = Seq2SeqCache if isinstance(backbone, Seq2SeqBackbone) else PrefixCache
-        self.rollout_cache = cache_class(backbone)
-        self.predict_cache = cache_class(backbone)
+        self.rollout_cache, self.predict_cache = backbone.new_cache(), backbone.new_cache()
+        self.use_cache = cache and self.rollout_cache is not None
         self.shards: Shards | None = None  # where the weights are spread over processes
-        self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag, cache_class)
+        self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag)
 
     def drop_caches(self) -> None:
         """Forget all keys and values: the weights are about to change."""
-        self.rollout_cache.drop()
-        self.predict_cache.drop()
+        for cache in (self.rollout_cache, self.predict_cache):
+            if cache is not None:
+                cache.drop()
         if self.lagged is not None:
             self.lagged.drop_caches()
 
@@ -105,7 +103,7 @@ class LMActorCritic(nn.Module):
         observations: Tensor,
         deterministic: bool = False,
         generator: torch.Generator | None = None,
-        cache: PrefixCache | None = None,
+        cache: RowCache | None = None,
         allowed: Tensor | None = None,
         with_values: bool = True,
     ) -> Step:
@@ -136,7 +134,7 @@ class LMActorCritic(nn.Module):
         return Step(actions, values, log_probs, support)
 
     @torch.no_grad()
-    def _lagged_logits(self, row: tuple[Tensor, ...], cache: PrefixCache | None) -> Tensor | None:
+    def _lagged_logits(self, row: tuple[Tensor, ...], cache: RowCache | None) -> Tensor | None:
         if self.lagged is None:
             return None
         own = self.lagged.rollout_cache if cache is self.rollout_cache else self.lagged.predict_cache
@@ -149,7 +147,9 @@ class LMActorCritic(nn.Module):
         if isinstance(self.critic, TrunkCritic):
             return self._trunk_values(*row[:2])
         # The last observations of a rollout go on from its cache; terminal ones, of other rows, leave it alone.
-        cache = self.rollout_cache if self.use_cache and self.rollout_cache.has_rows_of(*row) else None
+        cache = self.rollout_cache
+        if cache is not None and not (self.use_cache and cache.has_rows_of(*row)):
+            cache = None
         return self.in_reward_units(self.critic(self._read_last(self.backbone, row, cache)[0]))
 
     def _trunk_values(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class LMActorCritic(nn.Module):
         return (*row, prompt_lengths(observations)) if self.backbone.is_encoder_decoder else row
 
     def _read_last(
-        self, backbone: LanguageModel, row: tuple[Tensor, ...], cache: PrefixCache | None
+        self, backbone: LanguageModel, row: tuple[Tensor, ...], cache: RowCache | None
     ) -> tuple[Tensor, Tensor]:
         with self._precision():
             # Keys and values are written in place, which a backward pass could not go through.

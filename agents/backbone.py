@@ -25,6 +25,7 @@ from textenv.model_loading import load_whole
 
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
+from .language_model import BackendSpec
 from .layers import disable_dropout, fuse_activations
 from .trainable import Trainable, check_in_memory, is_checkpointing, set_trainable
 
@@ -41,7 +42,7 @@ class LMSpec(Protocol):
         """Return the model, with float32 weights where they are trained."""
 
 
-LMLike: TypeAlias = str | PathLike[str] | PreTrainedConfig | LMSpec
+LMLike: TypeAlias = str | PathLike[str] | PreTrainedConfig | LMSpec | BackendSpec
 
 
 class Pretrained:
@@ -250,6 +251,10 @@ class Backbone(nn.Module):
     def takes_cache(self) -> bool:
         """Whether a read may be given a cache now: layers that compute their activations again drop it."""
         return not (self.training and is_checkpointing(self.model))
+
+    def new_cache(self) -> PrefixCache | None:
+        """Return what decodes one token a row from cached keys and values; None where that would not be exact."""
+        return PrefixCache(self) if self.is_cacheable else None
 
     @contextmanager
     def whole_model(self) -> Iterator[PreTrainedModel]:

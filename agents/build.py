@@ -166,7 +166,7 @@ def buffer_settings(vec_env: TextVecEnv, given: Mapping[str, Any] | None) -> dic
 def attach_steps(model: OnPolicyAlgorithm, vec_env: TextVecEnv) -> None:
     """Attach the steps that the environment asks for to a model's buffer, and check that its texts fit the model."""
     DataParallel().attach(model)
-    cast("LMPolicy", model.policy).backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
+    cast("LMPolicy", model.policy).lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
     if vec_env.env.samples_per_prompt > 1 or cast("SequenceRolloutBuffer", model.rollout_buffer).advantage != "gae":
         SampleGroups().attach(model)
     if vec_env.env.score_at == "rollout_end":

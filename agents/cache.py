@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from .decoding import NewRow, StepLayout, column_groups, current_layout, laid_out, sort_into_groups
-from .language_model import LanguageModel
+from .row_cache import RowCache
 from .sequences import bucket_by_length
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
 
 GROWTH = 64  # columns by which a full buffer grows at least
 COMPACT_FROM = 16  # masked columns on the left that are not worth a copy
@@ -85,50 +88,31 @@ class ColumnLayer(DynamicLayer):
         self.columns += offset
 
 
-class PrefixCache:
-    """Decodes one token a row, reusing the keys and values of the tokens before it.
+class PrefixCache(RowCache):
+    """Decodes one token a row, reusing the keys and values of the tokens before it; see `RowCache`.
 
     Rows are aligned on the right: all share the column that is written next, and what lies left of a row's first
     token is masked, which to the model is ordinary left padding. A row is decoded incrementally only where it is the
     row read before plus one token; any other row is read anew (its keys and values are computed on their own and
-    copied in). So the result is a function of the tokens alone, whoever calls. Weights that an optimizer has changed
-    since are noticed; where they change otherwise, `drop` must be called.
+    copied in).
 
     Args:
         backbone: The model.
     """
 
-    def __init__(self, backbone: LanguageModel) -> None:
-        self.backbone = backbone
-        self.drop()
+    backbone: Backbone
 
     def drop(self) -> None:
         """Forget everything."""
+        super().drop()
         self.layers = Cache(layer_class_to_replicate=ColumnLayer)
         self.columns = 0
-        self.ids: Tensor | None = None
-        self.lengths: Tensor | None = None
         self.places = np.arange(0)  # of the rows in the layers' buffers
-        self.weights = tuple(self.backbone.parameters())
-        self.version = self._version()
 
-    def read(self, *row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return hidden states (B, H) and logits (B, V) at the last token of each row.
-
-        Args:
-            *row: Tokens, (B, T), padded on the right; how many of them are real, (B,), where a row of none is read for
-                nobody; and for an encoder-decoder how many of them are the prompt's, (B,).
-        """
-        try:
-            return self._read(*row)
-        except BaseException:  # in the middle of a step: some layers have its column, others do not
-            self.drop()
-            raise
-
-    def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         lengths = lengths.clamp(min=1)
         # The one synchronisation with the device in a step.
-        growth, counts = torch.stack([self._growth(ids, lengths), lengths]).tolist()
+        growth, counts = torch.stack([self.growth(ids, lengths), lengths]).tolist()
         if not any(growth):  # as when a rollout's last observations were valued, and the next one begins with them
             self._step_back()
             growth = [1] * len(growth)
@@ -145,7 +129,7 @@ class PrefixCache:
             self._prefill(ids, lengths, similar, counts[similar[0]] - 1)
         result = self._step(ids, lengths, n_tokens, beside)
         self.columns += 1
-        self.ids, self.lengths, self.version = ids, lengths, self._version()
+        self.remember(ids, lengths)
         return result
 
     def _reads_beside(self, fresh: list[int], counts: list[int], is_known: list[bool]) -> bool:
@@ -173,32 +157,11 @@ class PrefixCache:
         with laid_out(StepLayout(len(ids), groups, new_rows)):
             return self.backbone(tokens[:, None], places, places * 0, mask.long(), positions[:, None], self.layers)
 
-    def has_rows_of(self, ids: Tensor, lengths: Tensor) -> bool:
-        """Whether these rows are in the cache: at least one of as many goes on where it was left."""
-        return bool(self._extends(ids, lengths).any())
-
-    def _extends(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Return which rows are the row read before plus one token, (B,) bool."""
-        return self._growth(ids, lengths) == 1
-
-    def _growth(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Return how many tokens each row has more than the row read before it, -1 where it is another, (B,)."""
-        if self.ids is None or self.lengths is None or len(self.ids) != len(ids) or self.version != self._version():
-            return torch.full_like(lengths, -1)
-        width = min(ids.shape[1], self.ids.shape[1])
-        beyond = torch.arange(width, device=ids.device) >= self.lengths[:, None]  # (B, width)
-        same = ((ids[:, :width] == self.ids[:, :width]) | beyond).all(dim=1)
-        return torch.where(same & (lengths <= ids.shape[1]), lengths - self.lengths, -1)
-
     def _step_back(self) -> None:
         """Forget the newest column."""
         self.columns -= 1
         for layer in self._column_layers():
             layer.columns -= 1
-
-    def _version(self) -> int:
-        """Return how often the weights were written in place, which every optimizer does."""
-        return sum(weight._version for weight in self.weights)
 
     def _make_room(self, longest: int, n_prefill: int) -> None:
         """Drop columns on the left that no row needs; add some where a new prompt is longer than what is there."""

@@ -19,7 +19,7 @@ from .model_checks import (
     check_weights,
 )
 from .patient import Patient, Sample, take_sample, undisturbed
-from .policies import LMPolicy
+from .policies import ForeignBackendError, LMPolicy
 from .rollout_steps import text_vec_env
 from .setting_checks import (
     check_batches,
@@ -118,11 +118,14 @@ def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Re
 
 def _run(examine: Callable[..., list[Finding]], patient: Patient, *sample: Sample) -> list[Finding]:
     """Run one check; where the user's model or hooks raise in it, that is the finding."""
+    name = examine.__name__.removeprefix("check_").replace("_", " ")
     try:
         with undisturbed(patient.policy, patient.env):
             return examine(patient, *sample)
+    except ForeignBackendError as error:
+        return [Finding(name, "skipped", str(error))]
     except Exception as error:
-        return [_broken(examine.__name__.removeprefix("check_").replace("_", " "), error)]
+        return [_broken(name, error)]
 
 
 def _broken(name: str, error: Exception) -> Finding:

@@ -66,6 +66,9 @@ class Seq2SeqBackbone(Backbone):
                 f"up to {n_written} tokens: lower max_new_tokens."
             )
 
+    def new_cache(self) -> Seq2SeqCache | None:
+        return Seq2SeqCache(self) if self.is_cacheable else None  # type: ignore[arg-type]  # `read` has one input more
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (N, V) of hidden states (N, H)."""
         logits = self.model.get_output_embeddings()(hidden * self.head_scale)
@@ -222,7 +225,7 @@ class Seq2SeqCache(PrefixCache):
         backbone: The model.
     """
 
-    backbone: Seq2SeqBackbone  # type: ignore[assignment]
+    backbone: Seq2SeqBackbone
 
     def drop(self) -> None:
         """Forget everything."""
@@ -253,7 +256,8 @@ class Seq2SeqCache(PrefixCache):
         cache = EncoderDecoderCache(self.layers, Cache(layers=list(self.prompt_layers)))
         result = self.backbone.decode(last, is_prompt.long(), mask.long(), since[:, None], cache)
         self.columns += 1
-        self.ids, self.lengths, self.n_prompt, self.version = ids, lengths, n_prompt, self._version()
+        self.remember(ids, lengths)
+        self.n_prompt = n_prompt
         return result
 
     def has_rows_of(self, ids: Tensor, lengths: Tensor, n_prompt: Tensor) -> bool:  # type: ignore[override]
@@ -262,7 +266,7 @@ class Seq2SeqCache(PrefixCache):
 
     def _goes_on(self, ids: Tensor, lengths: Tensor, n_prompt: Tensor) -> Tensor:
         """Return which rows are the row read before plus one token behind the same prompt, (B,) bool."""
-        known = self._extends(ids, lengths)
+        known = self.growth(ids, lengths) == 1
         if self.n_prompt is None or len(self.n_prompt) != len(n_prompt):
             return known
         return known & (n_prompt == self.n_prompt)

@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 from .backbone import Backbone
 from .critic import CriticSpec, SharedCritic
 from .distributed import world
+from .language_model import BackendSpec
 from .policies import LMPolicy
 from .sampling import TokenDistribution
 from .sequences import SequenceBatch
@@ -202,6 +203,11 @@ class FlatLMPolicy(LMPolicy):
             raise ValueError(
                 f"Expected gradient_checkpointing=False for {type(self).__name__}, got True, whose second forward "
                 "would miss the vector that TRPO needs: lower memory with sub_sampling_factor."
+            )
+        if isinstance(kwargs.get("lm"), BackendSpec):
+            raise ValueError(
+                f"Expected a model of transformers for {type(self).__name__}, got {type(kwargs['lm']).__name__}: TRPO "
+                "differentiates twice, which a backend of one's own need not allow. Use PPO."
             )
         if kwargs.get("top_p_lag") is not None:
             raise ValueError(

@@ -96,10 +96,10 @@ def check_generator(model: BaseAlgorithm | LMPolicy, tokenizer: Tokenizer, n: in
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if n < 1:
         raise ValueError(f"Expected `n` to be at least 1, got {n}.")
-    if len(tokenizer) != policy.backbone.vocab_size:
+    if len(tokenizer) != policy.lm.backbone.vocab_size:
         raise ValueError(
-            f"Expected the tokenizer that the model was trained with, of {policy.backbone.vocab_size} tokens, got "
-            f"one of {len(tokenizer)}."
+            f"Expected the tokenizer that the model was trained with, of {policy.lm.backbone.vocab_size} tokens, "
+            f"got one of {len(tokenizer)}."
         )
     return policy
 
@@ -118,7 +118,7 @@ def run_episodes(
     Neither the policy's training nor the env's own row, order and `np_random` are touched. What the reward drops ends
     as any other, with `info["dropped"]`.
     """
-    policy.backbone.check_length(env.max_prompt_tokens, env.rules.room)
+    policy.lm.backbone.check_length(env.max_prompt_tokens, env.rules.room)
     envs = TextVectorEnv(env, min(n_envs, len(prompts)))
     envs.lanes.accepts_dropped = True
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +135,8 @@ def run_episodes(
             for lane, observation in result.final_observations.items():
                 ends[result.infos[lane]["group"]] = FinalStep(result.infos[lane], observation)  # as they were dealt
                 bar.update()
-    policy.lm.predict_cache.drop()
+    if policy.lm.predict_cache is not None:
+        policy.lm.predict_cache.drop()
     return [ends[place] for place in sorted(ends)]
 
 

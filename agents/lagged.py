@@ -7,7 +7,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .cache import PrefixCache
 from .language_model import LanguageModel
 
 
@@ -17,20 +16,18 @@ class LaggedCopy(nn.Module):
     Args:
         backbone: The language model to copy.
         every: After how many updates the copy is renewed, with the weights that sampled the last rollout.
-        cache_class: What decodes with it.
     """
 
     n_updates: Tensor
 
-    def __init__(self, backbone: LanguageModel, every: int, cache_class: type[PrefixCache] = PrefixCache) -> None:
+    def __init__(self, backbone: LanguageModel, every: int) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone)
         for weight in self.backbone.parameters():
             weight.requires_grad_(False)
         self.every = every
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
-        self.rollout_cache = cache_class(self.backbone)
-        self.predict_cache = cache_class(self.backbone)
+        self.rollout_cache, self.predict_cache = self.backbone.new_cache(), self.backbone.new_cache()
 
     @torch.no_grad()
     def count_update(self, backbone: LanguageModel) -> None:
@@ -43,5 +40,6 @@ class LaggedCopy(nn.Module):
 
     def drop_caches(self) -> None:
         """Forget all keys and values."""
-        self.rollout_cache.drop()
-        self.predict_cache.drop()
+        for cache in (self.rollout_cache, self.predict_cache):
+            if cache is not None:
+                cache.drop()

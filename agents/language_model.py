@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+
+from .row_cache import RowCache
 
 
 class LanguageModel(Protocol):
-    """A causal language model that is read at chosen places; an `nn.Module`, whose parameters are trained.
+    """A language model that is read at chosen places: an `nn.Module` that need not be transformers'.
 
-    A batch is (B, T) tokens, padded on the right without an attention mask, or on the left with one. What is read at
-    a place may depend on no token after it, and on no padding. Gradients flow from hidden states and logits to every
-    parameter with `requires_grad`.
+    This is all that actor, critic, buffers, KL penalty, evaluation and checkpoints ask of a model. What looks inside
+    one of transformers (`export`, adapters, some checks of the doctor) says so where the model is another.
+
+    A batch is (B, T) tokens, padded on the right, without an attention mask. What is read at a place may depend on no
+    token after it, and so on no padding; it must not be random. Gradients flow from hidden states and logits to every
+    parameter with `requires_grad`, once (`torch.autograd.grad`, no second derivative), and a forward may be repeated.
+    Parameters and buffers are what checkpoints and `model.save` keep. A copy (`copy.deepcopy`) has weights of its own.
 
     Attributes:
         vocab_size: How many tokens can be sampled: the columns of the logits.
         hidden_size: The size of the hidden states, which the critic reads.
-        is_cacheable: Whether a row can be decoded from keys and values that were computed for it alone, beside other
-            rows. Where not, `prefill` is never called, and neither mask, positions nor cache are ever passed.
-        takes_new_rows: Whether tokens of a new row may stand behind those of a step, as `StepLayout` says; False where
-            each row of a batch must be a row of the cache.
-        takes_cache: Whether a read may be given a cache now; False while layers compute their activations again.
-        is_encoder_decoder: Whether `read` wants, as a fourth input, how many tokens of each row are the prompt's.
+        is_encoder_decoder: Whether reads want, behind `cols` and in a cache behind the lengths, how many tokens of each
+            row are the prompt's, (B,).
 
     Example:
         >>> from agents.backbone import Backbone
@@ -36,18 +37,16 @@ class LanguageModel(Protocol):
 
     vocab_size: int
     hidden_size: int
-    is_cacheable: bool
-    takes_new_rows: bool
     is_encoder_decoder: bool
 
     @property
     def takes_cache(self) -> bool:
-        """Whether a read may be given a cache now."""
+        """Whether a cache may be read now; False while layers compute their activations again."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Where the model lives: tokens are given there, hidden states and logits come from there."""
         ...
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
@@ -58,19 +57,11 @@ class LanguageModel(Protocol):
         """Return hidden states (N, H) and logits (N, V); the inputs are those of `read`."""
         ...
 
-    def read(
-        self,
-        ids: Tensor,
-        rows: Tensor,
-        cols: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (N, H) at the places (rows, cols) of `ids` (B, T).
 
         The logits (N, V) come with them where they do not follow from the hidden states, else None and `logits` is
-        asked. With a cache `ids` are the tokens that follow what is in it, and it is extended in place.
+        asked.
         """
         ...
 
@@ -78,10 +69,32 @@ class LanguageModel(Protocol):
         """Return the logits (N, V) of hidden states (N, H), where `read` gave none."""
         ...
 
-    def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
-        """Return the keys and values of left-padded rows (B, T), a column a token."""
+    def new_cache(self) -> RowCache | None:
+        """Return what decodes one token a row from what it holds of the tokens before; several are in use at a time.
+
+        Its results are those of `read` at each row's last token, and it is never read where gradients are on. None
+        where there is no such thing: each token is then a read of the whole row.
+        """
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Give the weights; `PrefixCache` looks at their versions to notice that they were written."""
+        """Give the weights; a `RowCache` looks at their versions to notice that they were written."""
         ...
+
+
+@runtime_checkable
+class BackendSpec(Protocol):
+    """Something small that pickles and builds a `LanguageModel` of one's own; `policy_kwargs` hold it as `lm`.
+
+    The file that `model.save` writes has it, and `PPO.load` builds it again before the saved weights are copied in: it
+    holds names and addresses, no weights, connections or secrets.
+    """
+
+    def build_backend(self, vocab_size: int, n_positions: int) -> LanguageModel:
+        """Return the model, for a tokenizer of `vocab_size` tokens and texts of at most `n_positions`.
+
+        It decides what is trained by its weights' `requires_grad`; trained ones are float32.
+
+        Raises:
+            ValueError: If the model has fewer tokens or positions than that.
+        """

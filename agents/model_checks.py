@@ -71,10 +71,10 @@ def check_cache(patient: Patient, sample: Sample) -> list[Finding]:
     """Compare logits decoded with cached keys and values to full forwards, through restarts (invariants A7, A9)."""
     lm = patient.policy.lm
     if not lm.use_cache:
-        why = "switched off" if lm.backbone.is_cacheable else "the model does not decode exactly from a cache"
+        why = "switched off" if lm.rollout_cache is not None else "the model does not decode exactly from a cache"
         return [Finding("cache", "skipped", f"no cache ({why}): rollout time grows with the square of the length")]
     patient.policy.set_training_mode(False)
-    cache, off = type(lm.rollout_cache)(lm.backbone), 0.0
+    cache, off = lm.backbone.new_cache(), 0.0
     for observations in sample.observations:
         row = lm._unpack(observations)
         cached, full = (lm._read_last(lm.backbone, row, one)[1] for one in (cache, None))
@@ -189,7 +189,7 @@ def check_weights(patient: Patient, sample: Sample) -> list[Finding]:
     """Check that there is something to train, in float32, and that the optimizer holds all of it."""
     policy = patient.policy
     trainable = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-    in_model = [weight for weight in policy.backbone.parameters() if weight.requires_grad]
+    in_model = [weight for weight in policy.lm.backbone.parameters() if weight.requires_grad]
     small = [f"{name} ({weight.dtype})" for name, weight in trainable.items() if weight.element_size() < 4]
     held = {id(weight) for group in policy.optimizer.param_groups for weight in group["params"]}
     missing = [name for name, weight in trainable.items() if id(weight) not in held]

@@ -112,7 +112,7 @@ def undisturbed(policy: LMPolicy, env: TextEnv) -> Iterator[None]:
     lm = policy.lm
     caches, terminal = (lm.rollout_cache, lm.predict_cache), policy._terminal_values
     take_from, policy.take_from = policy.take_from, None
-    lm.rollout_cache, lm.predict_cache = (type(cache)(lm.backbone) for cache in caches)
+    lm.rollout_cache, lm.predict_cache = lm.backbone.new_cache(), lm.backbone.new_cache()
     modes = [(module, module.training) for module in policy.modules()]
     gradients = [(weight, weight.grad) for weight in policy.parameters()]
     generators = [(generator, generator.get_state()) for generator in (policy.generator, policy.predict_generator)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic, TrunkCritic
 from .distributed import broadcast_weights, from_main, world
 from .encoder_decoder import Seq2SeqBackbone
+from .language_model import BackendSpec, LanguageModel
 from .optim import scaled_optimizer
 from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
@@ -26,6 +27,10 @@ from .sharding import Sharded, Shards
 from .shared_gradient import SharedGradient
 from .trainable import Trainable, checkpoint_layers
 from .vec_env import TerminalObservation
+
+
+class ForeignBackendError(TypeError):
+    """What was asked for needs a model of transformers, and the policy's is none."""
 
 
 class LMPolicy(ActorCriticPolicy):
@@ -46,9 +51,10 @@ class LMPolicy(ActorCriticPolicy):
         observation_space: The env's.
         action_space: The env's; its size is the tokenizer's vocabulary.
         lr_schedule: Learning rate schedule.
-        lm: The language model: a name or path, a transformers config (fresh weights), or a spec such as
-            `Pretrained(name)`. Of an encoder-decoder (T5, BART), the encoder reads the prompt, once an episode, and the
-            decoder the tokens since, replies of a multi-turn environment included.
+        lm: The language model: a name or path, a transformers config (fresh weights), a spec such as
+            `Pretrained(name)`, or the `BackendSpec` of a model that is not transformers'. Of an encoder-decoder (T5,
+            BART), the encoder reads the prompt, once an episode, and the decoder the tokens since, replies of a
+            multi-turn environment included.
         critic: What values a prefix, by spec: `SharedCritic`, `SeparateCritic`, `RewardModelCritic`.
         temperature: Divides the logits, in the rollout and in the update alike; this and the next are `Sampling`'s.
         top_k: Sample from the so many most probable tokens.
@@ -76,7 +82,8 @@ class LMPolicy(ActorCriticPolicy):
         activation_fn: See `net_arch`.
 
     Raises:
-        ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits.
+        ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits; or
+            if `train` or `gradient_checkpointing` is given with a `BackendSpec`, which decides that itself.
 
     Example:
         >>> from agents import LMPolicy
@@ -151,11 +158,10 @@ class LMPolicy(ActorCriticPolicy):
         """Build language model, critic and optimizer in place of SB3's networks."""
         kwargs = dict(self.lm_kwargs)
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
-        language_model = build_model(kwargs.pop("lm"), kwargs.pop("train"))
-        if kwargs.pop("gradient_checkpointing"):
-            checkpoint_layers(language_model)
-        backbone = self._backbone_class(language_model)(
-            language_model,
+        backbone = self._build_backbone(
+            kwargs.pop("lm"),
+            kwargs.pop("train"),
+            kwargs.pop("gradient_checkpointing"),
             vocab_size=int(self.action_space.n),
             n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
         )
@@ -190,8 +196,32 @@ class LMPolicy(ActorCriticPolicy):
 
     @property
     def backbone(self) -> Backbone:
-        """The language model that `lm` trains, as transformers' model inside a `Backbone`."""
-        return cast("Backbone", self.lm.backbone)
+        """The language model that `lm` trains, as transformers' model inside a `Backbone`.
+
+        Raises:
+            ForeignBackendError: If it is another `LanguageModel`; that one is `lm.backbone`.
+        """
+        if not isinstance(self.lm.backbone, Backbone):
+            raise ForeignBackendError(
+                f"Expected a model of transformers, got {type(self.lm.backbone).__name__}, of which no more is known "
+                "than `LanguageModel` says (`policy.lm.backbone`)."
+            )
+        return self.lm.backbone
+
+    def _build_backbone(
+        self, lm: LMLike, train: Trainable, gradient_checkpointing: bool, vocab_size: int, n_positions: int
+    ) -> LanguageModel:
+        if isinstance(lm, BackendSpec):
+            if train != "all" or gradient_checkpointing:
+                raise ValueError(
+                    f"Expected neither `train` nor `gradient_checkpointing` with {type(lm).__name__}, which decides "
+                    f"what is trained and what is kept, got {train!r:.80} and {gradient_checkpointing}."
+                )
+            return lm.build_backend(vocab_size, n_positions)
+        model = build_model(lm, train)
+        if gradient_checkpointing:
+            checkpoint_layers(model)
+        return self._backbone_class(model)(model, vocab_size, n_positions)
 
     def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
         return Seq2SeqBackbone if language_model.config.is_encoder_decoder else Backbone

@@ -14,6 +14,7 @@ from .actor_critic import LMActorCritic
 from .backbone import Backbone, LMLike, build_model
 from .distributed import broadcast_weights
 from .encoder_decoder import Seq2SeqBackbone
+from .language_model import BackendSpec, LanguageModel
 from .sequences import Chunk, SequenceBatch
 from .sharding import Shards, gathered
 from .trainable import adapted_layers, adapters_off
@@ -51,7 +52,7 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     """Build another language model with the policy's vocabulary, sampling and precision, and freeze it.
 
     Args:
-        lm: A name or path, a config or a spec.
+        lm: A name or path, a config, a spec, or the `BackendSpec` of a model that is not transformers'.
         policy: The policy that is to be compared with it.
         n_positions: The longest sequence that will be asked for, in tokens.
 
@@ -60,20 +61,27 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     """
     # Fresh weights are drawn, also where a checkpoint's are to follow: a resumed run must go on with the same numbers.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model = build_model(lm, train=None)
-    if model.config.is_encoder_decoder != policy.backbone.is_encoder_decoder:
+        backbone, name = _build_backbone(lm, policy.backbone.vocab_size, n_positions)
+    if backbone.is_encoder_decoder != policy.backbone.is_encoder_decoder:
         kinds = ("an encoder-decoder", "a causal model")
         expected, got = kinds if policy.backbone.is_encoder_decoder else kinds[::-1]
-        raise ValueError(f"Expected {expected} as `reference`, as the policy is, got {got}, {type(model).__name__}.")
-    backbone_class = Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone
-    backbone = backbone_class(model, policy.backbone.vocab_size, n_positions)
+        raise ValueError(f"Expected {expected} as `reference`, as the policy is, got {got}, {name}.")
     sampling = replace(policy.sampling, top_p_lag=None)
     built = LMActorCritic(backbone, nn.Identity(), sampling, policy.autocast, cache=False)
     if policy.shards is not None:
         broadcast_weights(built)
         built.requires_grad_(False).shards = Shards(built, policy.shards.spec)
         return built.eval()
-    return built.to(policy.backbone.device).eval()
+    return built.to(policy.backbone.device).requires_grad_(False).eval()
+
+
+def _build_backbone(lm: LMLike, vocab_size: int, n_positions: int) -> tuple[LanguageModel, str]:
+    """Return a language model and what it is called."""
+    if isinstance(lm, BackendSpec):
+        return lm.build_backend(vocab_size, n_positions), type(lm).__name__
+    model = build_model(lm, train=None)
+    backbone_class = Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone
+    return backbone_class(model, vocab_size, n_positions), type(model).__name__
 
 
 @torch.no_grad()

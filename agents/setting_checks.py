@@ -152,7 +152,7 @@ def check_positions(patient: Patient) -> list[Finding]:
     """Check that prompt and completion fit the model's positions."""
     measured = f"up to {patient.env.max_prompt_tokens} tokens of prompt and {patient.env.rules.room} behind it"
     try:
-        patient.policy.backbone.check_length(patient.env.max_prompt_tokens, patient.env.rules.room)
+        patient.policy.lm.backbone.check_length(patient.env.max_prompt_tokens, patient.env.rules.room)
     except ValueError as error:
         cure = "Lower max_prompt_tokens or max_new_tokens."
         return [Finding("positions", "failed", measured, str(error), cure)]

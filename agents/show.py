@@ -65,7 +65,8 @@ def replay(
             ended = result.final_observations.get(0)
             observations.append(torch.as_tensor(result.observations[0] if ended is None else ended))
             if ended is not None:
-                policy.lm.predict_cache.drop()
+                if policy.lm.predict_cache is not None:
+                    policy.lm.predict_cache.drop()
                 return torch.stack(observations).to(policy.device), actions, rewards, result.infos[0]
 
 

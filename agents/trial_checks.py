@@ -43,7 +43,7 @@ def check_reward(patient: Patient) -> list[Finding]:
     prompts = list(islice(cycle(env.prompts), N_EPISODES))
     observations = lanes.reset(seed=0, prompts=prompts)
     lanes.limits = np.minimum(lanes.limits, TRIAL_TOKENS)
-    totals, cache, spent = [], type(lm.rollout_cache)(lm.backbone), 0.0
+    totals, cache, spent = [], lm.backbone.new_cache(), 0.0
     generator = torch.Generator().manual_seed(0)
     patient.policy.set_training_mode(False)
     while not lanes.idle.all():

@@ -374,3 +374,12 @@ def beside():
         model.learn(3 * 32, callback=[TrainingWarnings(), FiniteUpdates(), KLPenalty(0.05)])
     dealer = model.get_env().lanes.dealer
     return sum_of_weights(model), model.num_timesteps, dealer.cursor.draws.tolist()
+
+
+def remote_rank(folder, addresses, key_file):
+    """Train a model whose blocks a third process holds, with a connection of this rank's own."""
+    from tests.remote import Remote  # not in all processes: it adds to `sys.path`
+
+    model = tiny_agent(n_envs=4, lm=Remote(folder, [], addresses, key_file).spec())
+    model.learn(3 * 16)
+    return weights_of(model)

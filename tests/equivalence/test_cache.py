@@ -241,7 +241,7 @@ def test_a1_negative_control_a_lane_that_is_not_read_anew(monkeypatch):
 
     model = make_ppo(tiny("llama"))
     assert largest_ratio(model) < TOLERANCE
-    monkeypatch.setattr(cache.PrefixCache, "_growth", trusting)
+    monkeypatch.setattr(cache.PrefixCache, "growth", trusting)
     assert largest_ratio(make_ppo(tiny("llama"))) > 0.1
 
 

@@ -1,0 +1,190 @@
+"""A server of some blocks of a causal language model, frozen, for a client that holds the rest.
+
+    python examples/remote_blocks.py FOLDER --first 0 --last 2 --key-file KEY --port 7001
+
+FOLDER is one of `save_pretrained` (safetensors); only the weights of those blocks are read from it. It prints the port
+it listens on, at 127.0.0.1 unless `--host` says otherwise: the key proves who calls, but nothing is encrypted, so leave
+it there and go to other machines through a tunnel (ssh -L). `examples/remote_backend.py` starts two of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from itertools import pairwise
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from remote_wire import serve
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
+
+START_SECONDS = 120.0  # which loading torch may take on a busy machine
+
+
+def blocks_of(trunk: nn.Module) -> tuple[str, nn.ModuleList, nn.Module]:
+    """Return the name and list of a model's blocks, and the norm behind them: the child that follows the list.
+
+    Raises:
+        ValueError: If the model is built otherwise.
+    """
+    children = list(trunk.named_children())
+    places = [place for place, (_, child) in enumerate(children) if isinstance(child, nn.ModuleList)]
+    if len(places) != 1 or places[0] + 1 == len(children):
+        raise ValueError(f"Expected one list of blocks with a norm behind it, got {[name for name, _ in children]}.")
+    name, blocks = children[places[0]]
+    assert isinstance(blocks, nn.ModuleList)
+    return name, blocks, children[places[0] + 1][1]
+
+
+class Blocks:
+    """The blocks `first` to `last` - 1 of a model, frozen; what `remote_wire.serve` asks.
+
+    The model's own forward runs them, so that masks and positions (rotary, ALiBi) are computed as it does: its
+    embeddings are replaced by the hidden states given, and its last norm is not reached.
+
+    Args:
+        folder: Where the model is saved.
+        first: The first block.
+        last: The one behind the last.
+
+    Raises:
+        ValueError: If the model has no such blocks.
+    """
+
+    def __init__(self, folder: str | Path, first: int, last: int) -> None:
+        config = AutoConfig.from_pretrained(folder)
+        if not 0 <= first < last <= config.num_hidden_layers:
+            raise ValueError(f"Expected some of the model's {config.num_hidden_layers} blocks, got {first} to {last}.")
+        self.first, self.last, self.hidden_size = first, last, config.hidden_size
+        config = deepcopy(config)
+        # Embeddings are the client's; one row is what has to be there. Blocks are counted from 0, as is their cache.
+        config.num_hidden_layers, config.vocab_size, config.pad_token_id = last - first, 1, None
+        self.trunk: PreTrainedModel = AutoModel.from_config(config).requires_grad_(False).eval()
+        name, blocks, norm = blocks_of(self.trunk)
+        blocks.load_state_dict(_weights(Path(folder), name, first, last))
+        self._given: Tensor | None = None
+        self._behind: Tensor | None = None
+        blocks[0].register_forward_pre_hook(lambda module, inputs: (self._given, *inputs[1:]))
+        norm.register_forward_pre_hook(self._keep)
+
+    def _keep(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._behind = inputs[0]
+
+    def _run(self, hidden: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        hidden = hidden.to(self.trunk.device)
+        self._given, self._behind = hidden, None
+        self.trunk(inputs_embeds=hidden.detach(), past_key_values=cache, use_cache=cache is not None)
+        assert self._behind is not None, "the norm was reached"
+        return self._behind
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._run(hidden)
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> Tensor:
+        with torch.enable_grad():
+            hidden = hidden.to(self.trunk.device).requires_grad_()
+            return torch.autograd.grad(self._run(hidden), hidden, gradient.to(hidden.device))[0]
+
+    def open(self, max_length: int) -> DynamicCache:
+        return DynamicCache()
+
+    @torch.no_grad()
+    def step(self, session: DynamicCache, hidden: Tensor) -> Tensor:
+        return self._run(hidden, session)
+
+
+def _weights(folder: Path, name: str, first: int, last: int) -> dict[str, Tensor]:
+    """Read the weights of some blocks alone, named as in the list of them."""
+    weights = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as content:
+            for key in content.keys():  # noqa: SIM118  (no mapping)
+                found = re.fullmatch(rf"(?:\w+\.)?{name}\.(\d+)\.(.+)", key)
+                if found and first <= int(found[1]) < last:
+                    weights[f"{int(found[1]) - first}.{found[2]}"] = content.get_tensor(key).float()
+    return weights
+
+
+def new_key(file: Path) -> Path:
+    """Write a random key that its owner alone may read, and return the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    file.touch(mode=0o600)
+    file.write_text(secrets.token_hex(32))
+    return file
+
+
+class Started(NamedTuple):
+    """A server that was started here, and where it listens."""
+
+    process: subprocess.Popen[Any]
+    address: tuple[str, int]
+
+
+@contextmanager
+def serving(folder: Path, key_file: Path, bounds: Sequence[int]) -> Iterator[list[Started]]:
+    """Start a server for each stretch of blocks between `bounds`; they end with the context, and with this process."""
+    with ExitStack() as stack:
+        processes, servers = [], []
+        for first, last in pairwise(bounds):
+            options = ["--first", first, "--last", last, "--key-file", key_file, "--until-stdin-closes"]
+            command = [sys.executable, __file__, folder, *options]
+            pipe = subprocess.PIPE
+            processes.append(subprocess.Popen(list(map(str, command)), stdin=pipe, stdout=pipe, text=True))
+            stack.callback(_end, processes[-1])
+        for process in processes:  # which load at the same time
+            timer = threading.Timer(START_SECONDS, process.kill)
+            timer.start()
+            line = process.stdout.readline()
+            timer.cancel()
+            if not line:
+                raise RuntimeError(f"Expected a server to start, got exit code {process.wait()}; its words are above.")
+            servers.append(Started(process, ("127.0.0.1", int(line))))
+        yield servers
+
+
+def _end(server: subprocess.Popen[Any]) -> None:
+    server.stdin.close()
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    server.stdout.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the model is saved")
+    parser.add_argument("--first", type=int, required=True, help="the first block, counted from 0")
+    parser.add_argument("--last", type=int, required=True, help="the block behind the last one")
+    parser.add_argument("--key-file", type=Path, required=True, help="a file with what client and servers both know")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine's own)")
+    parser.add_argument("--port", type=int, default=0, help="the port (default: a free one)")
+    parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started it")
+    args = parser.parse_args()
+    host, key = Blocks(args.folder, args.first, args.last), args.key_file.read_bytes()
+    with Listener((args.host, args.port), backlog=16) as listener:
+        print(listener.address[1], flush=True)
+        if not args.until_stdin_closes:
+            return serve(listener, key, host)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it, which ends this one
+        threading.Thread(target=serve, args=(listener, key, host), daemon=True).start()
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""A causal language model whose blocks are elsewhere, as the policy of PPO: a backend of one's own.
+
+python examples/remote_lm.py runs nothing by itself: see examples/remote_backend.py
+
+This side holds what is small: embeddings, the last norm, the output layer, and what is trained: soft prompts (virtual
+tokens in front of every text; Lester et al., 2021) and the output layer. Hidden states and gradients go to the
+servers of `remote_blocks.py` and come back. `RemoteLM` is a `LanguageModel`, `RemoteBlocks` the spec that policies get.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from remote_blocks import blocks_of
+from remote_chain import Address, Chain, Server, Session, rows_a_message
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from agents.backbone import check_fits, check_length, close
+from agents.layers import disable_dropout
+from agents.row_cache import RowCache
+from textenv.model_loading import load_whole
+
+PROBE_LENGTH = 4
+
+
+class RemoteLM(nn.Module):
+    """The client of a causal language model whose blocks are elsewhere, and frozen: a `LanguageModel`.
+
+    Args:
+        model: The model without its blocks.
+        chain: The servers of the blocks.
+        virtual: The tokens as whose embeddings the virtual tokens begin, as many as these.
+        trains: Whether virtual tokens and output layer are trained; False leaves nothing that learns here.
+        vocab_size: How many tokens the tokenizer has.
+        n_positions: The longest text, in tokens.
+
+    Raises:
+        ValueError: If the model has fewer tokens or positions than that, or another kind of output layer than a linear
+            one.
+    """
+
+    is_encoder_decoder = False
+    takes_cache = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chain: Chain,
+        virtual: Sequence[int],
+        trains: bool,
+        vocab_size: int,
+        n_positions: int,
+    ) -> None:
+        super().__init__()
+        check_fits(model, vocab_size, len(virtual) + n_positions)
+        disable_dropout(model)
+        self.trunk = model.base_model.requires_grad_(False)
+        # A layer of its own, also where the model ties it to the embeddings.
+        self.head = copy.deepcopy(model.get_output_embeddings()).requires_grad_(trains)
+        embeddings = model.get_input_embeddings().weight
+        self.virtual = nn.Parameter(embeddings.detach()[list(virtual)].clone(), requires_grad=trains)  # (n, H)
+        self.chain, self.vocab_size, self.hidden_size = chain, vocab_size, embeddings.shape[1]
+        self.longest = len(virtual) + n_positions
+        self._blocks: Callable[[Tensor], Tensor] = chain
+        blocks_of(self.trunk)[2].register_forward_pre_hook(self._through_blocks)
+        self._check_head(model)
+
+    @torch.no_grad()
+    def _check_head(self, model: PreTrainedModel) -> None:
+        ids = torch.arange(PROBE_LENGTH)[None] % self.vocab_size  # (1, T)
+        embedded = self.embed(ids)
+        expected = model.eval()(inputs_embeds=embedded, use_cache=False).logits[0, :, : self.vocab_size]
+        if not close(self.logits(self.run(embedded)[0]), expected):
+            raise ValueError(
+                f"Expected logits of {type(model).__name__} to be its output layer's of the hidden states, got others."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.virtual.device
+
+    def check_length(self, n_tokens: int, n_written: int = 0) -> None:
+        check_length(self.trunk, len(self.virtual) + n_tokens + n_written)
+
+    def forward(self, ids: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.read(ids, rows, cols)
+        return hidden, self.logits(hidden)
+
+    def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, None]:
+        return self.run(self.embed(ids))[rows, cols + len(self.virtual)], None  # (N, H)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)[..., : self.vocab_size]
+
+    def new_cache(self) -> SessionCache:
+        return SessionCache(self)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the embeddings of whole rows (B, T), virtual tokens first, (B, n + T, H)."""
+        virtual = self.virtual.expand(len(ids), -1, -1)
+        return torch.cat([virtual, self.trunk.get_input_embeddings()(ids)], dim=1)
+
+    def run(self, embedded: Tensor, session: Session | None = None) -> Tensor:
+        """Return the hidden states (B, t, H) of embedded rows, or of the tokens by which a session goes on."""
+        start = 0 if session is None else session.position
+        positions = torch.arange(start, start + embedded.shape[1], device=embedded.device)[None]
+        self._blocks = self.chain if session is None else session
+        try:
+            return self.trunk(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
+        finally:
+            self._blocks = self.chain
+
+    def _through_blocks(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._blocks(inputs[0]), *inputs[1:])
+
+
+class SessionCache(RowCache):
+    """Decodes in sessions, each of rows that were equally long when it was opened.
+
+    Servers take no padding masks, and all rows of a session are at one position. So a row that is new, or has outgrown
+    its session, goes into a new one, with all that are new beside it and as long; one that is not gone on with leaves
+    its place empty, and its session ends with the last of its rows. Rows that are the same as before get what they got
+    then.
+    """
+
+    backbone: RemoteLM
+
+    def drop(self) -> None:
+        """Forget everything; the sessions end."""
+        super().drop()
+        self.places: dict[int, tuple[Session, int]] = {}  # of each row
+        self.hidden: Tensor | None = None  # (B, H)
+
+    def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = lengths.clamp(min=1)
+        growth, counts = torch.stack([self.growth(ids, lengths), lengths]).tolist()
+        is_old = [grown == 0 or (grown == 1 and self._has_room(row)) for row, grown in enumerate(growth)]
+        if not any(is_old):
+            self.drop()
+        going_on: dict[Session, list[int]] = defaultdict(list)
+        fresh: dict[int, list[int]] = defaultdict(list)
+        for row, grown in enumerate(growth):
+            if not is_old[row]:
+                self.places.pop(row, None)
+                fresh[counts[row]].append(row)
+            elif grown == 1:
+                going_on[self.places[row][0]].append(row)
+        hidden = self.hidden
+        hidden = (
+            torch.zeros(len(ids), self.backbone.hidden_size, device=ids.device) if hidden is None else hidden.clone()
+        )
+        for session, rows in going_on.items():
+            hidden[rows] = self._step(session, rows, ids[rows, lengths[rows] - 1])
+        for length, rows in fresh.items():
+            hidden[rows] = self._open(rows, ids[rows, :length])
+        self.hidden = hidden
+        self.remember(ids, lengths)
+        return hidden, self.backbone.logits(hidden)
+
+    def _has_room(self, row: int) -> bool:
+        """Whether a row is in a session, which takes one token more."""
+        return row in self.places and self.places[row][0].position < self.places[row][0].max_length
+
+    def _step(self, session: Session, rows: list[int], newest: Tensor) -> Tensor:
+        """Go on with some rows of a session by a token each, (b,); those of its rows that are not among them leave."""
+        for row in [row for row, (other, _) in self.places.items() if other is session and row not in rows]:
+            del self.places[row]
+        places = [self.places[row][1] for row in rows]
+        tokens = newest.new_zeros(session.n_rows, 1)  # an empty place is read on, for nobody
+        tokens[places, 0] = newest
+        embedded = self.backbone.trunk.get_input_embeddings()(tokens)
+        return self.backbone.run(embedded, session)[places, 0]
+
+    def _open(self, rows: list[int], ids: Tensor) -> Tensor:
+        """Read new rows, all of one length, (b, T), in new sessions: as few as messages hold."""
+        embedded, results = self.backbone.embed(ids), []
+        for part, own in zip(
+            embedded.split(rows_a_message(embedded)),
+            torch.tensor(rows).split(rows_a_message(embedded)),
+            strict=True,
+        ):
+            session = self.backbone.chain.open(len(part), max(self.backbone.longest, 2 * part.shape[1]))
+            results.append(self.backbone.run(part, session)[:, -1])
+            self.places.update({row: (session, place) for place, row in enumerate(own.tolist())})
+        return torch.cat(results)
+
+
+def load_without_blocks(folder: str) -> tuple[PreTrainedModel, int]:
+    """Return the rest of a causal model, and how many blocks it has."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.is_encoder_decoder:
+        raise ValueError(f"Expected a causal model in {folder}, got an encoder-decoder.")
+    n_blocks, config.num_hidden_layers = config.num_hidden_layers, 0
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the blocks' weights, which it finds besides, are no surprise
+    try:
+        model = load_whole(AutoModelForCausalLM, folder, any_more=True, config=config, dtype=torch.float32)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return model, n_blocks
+
+
+@dataclass(frozen=True)
+class RemoteBlocks:
+    """The spec of a `RemoteLM`, for `policy_kwargs=dict(lm=...)`; it pickles, and connects again when it is built.
+
+    Args:
+        folder: Where the model is saved; its blocks are not read.
+        addresses: The servers', in any order.
+        key_file: The file with the key, which is not pickled.
+        virtual: Tokens as whose embeddings the virtual tokens in front of every text begin: one of them several times,
+            or those of an instruction.
+        trains: Whether virtual tokens and output layer are trained.
+        seconds: How long a server's answer may take.
+    """
+
+    folder: str
+    addresses: tuple[Address, ...]
+    key_file: str
+    virtual: tuple[int, ...] = ()
+    trains: bool = True
+    seconds: float = 60.0
+
+    def build_backend(self, vocab_size: int, n_positions: int) -> RemoteLM:
+        """Connect, and load what is this side's of the model."""
+        model, n_blocks = load_without_blocks(self.folder)
+        key, traffic = Path(self.key_file).read_bytes(), Counter[tuple[str, str]]()
+        servers = [Server(tuple(address), key, self.seconds, traffic) for address in self.addresses]
+        chain = Chain(servers, n_blocks, traffic)
+        return RemoteLM(model, chain, self.virtual, self.trains, vocab_size, n_positions)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()

@@ -1,0 +1,227 @@
+"""What crosses the wire between a language model's client and the servers of its blocks: tensors and a line of JSON.
+
+python examples/remote_wire.py runs nothing by itself: see examples/remote_backend.py
+
+A message is a safetensors file: float32 tensors (B, T, H), and JSON as the bytes of a tensor `header`. Nothing is ever
+unpickled. This module needs torch and safetensors alone, so that whoever holds the blocks may live in an environment
+of its own, with the versions that it wants.
+
+======== ======================= ================================= =============================================
+verb     in the header           tensors                           answer
+======== ======================= ================================= =============================================
+about                                                              `first`, `last`, `hidden_size`
+forward                          hidden (B, T, H)                  hidden (B, T, H) behind the last block
+backward                         hidden (B, T, H), gradient of     gradient (B, T, H) by the first one; the forward
+                                 what is behind the last block     is computed again, and nothing is trained
+open     `rows`, `max_length`                                      `session`, at position 0
+step     `session`               hidden (B, t, H) of new tokens    hidden (B, t, H); the position grows by t
+close    `sessions`                                                nothing
+======== ======================= ================================= =============================================
+
+All rows of a session are at one position, and there are no padding masks. What goes wrong is answered by `error`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from typing import Any, NamedTuple, Protocol
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+MAX_BYTES = 1 << 26  # of a message
+HEADER_BYTES = 1 << 12  # what header and safetensors' own add to the tensors, at most
+MAX_HELD = 1 << 20  # tokens that the open sessions of a connection may come to hold
+
+
+class MessageError(ValueError):
+    """A message is not what it should be."""
+
+
+class Message(NamedTuple):
+    """One direction of an exchange."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]  # float32, (B, T, H)
+
+    def pack(self) -> bytes:
+        """Return it as bytes.
+
+        Raises:
+            MessageError: If it is too large.
+        """
+        header = torch.frombuffer(bytearray(json.dumps(self.header).encode()), dtype=torch.uint8)
+        # Copied: two that are one in memory are refused by safetensors, as a gradient may be.
+        plain = torch.contiguous_format
+        tensors = {name: one.detach().float().cpu().clone(memory_format=plain) for name, one in self.tensors.items()}
+        data = safetensors.torch.save({"header": header, **tensors})
+        if len(data) > MAX_BYTES:
+            raise MessageError(f"Expected a message of at most {MAX_BYTES:,} bytes, got {len(data):,}.")
+        return data
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Message:
+        """Return the message of some bytes.
+
+        Raises:
+            MessageError: If they are none.
+        """
+        try:
+            tensors = safetensors.torch.load(data)
+            header = json.loads(bytes(tensors.pop("header").tolist()))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise MessageError(f"Expected a safetensors file with JSON in `header`, got: {error!r:.200}") from error
+        wrong = [name for name, one in tensors.items() if one.dtype != torch.float32 or one.ndim != 3]
+        if not isinstance(header, dict) or wrong:
+            raise MessageError(f"Expected float32 tensors (B, T, H) and an object in `header`, got {wrong or header}.")
+        return cls(header, tensors)
+
+
+class Host(Protocol):
+    """Whoever holds the blocks `first` to `last` - 1 of a model."""
+
+    first: int
+    last: int
+    hidden_size: int
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return what is behind the last block, (B, T, H)."""
+        ...
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient by `hidden`, given that of what `forward` returns for it."""
+        ...
+
+    def open(self, max_length: int) -> Any:
+        """Return what is to be kept of a new session, for at most `max_length` tokens a row."""
+        ...
+
+    def step(self, session: Any, hidden: Tensor) -> Tensor:
+        """Go on with a session by the hidden states of new tokens, (B, t, H); return what is behind the last block."""
+        ...
+
+
+@dataclass
+class _Session:
+    state: Any
+    rows: int
+    max_length: int
+    position: int = 0
+
+
+class _Talk:
+    """The exchanges of one connection; its sessions end with it."""
+
+    def __init__(self, host: Host, lock: threading.Lock) -> None:
+        self.host, self.lock = host, lock
+        self.sessions: dict[int, _Session] = {}
+        self.n_opened = 0
+
+    def answer(self, data: bytes) -> bytes:
+        try:
+            message = Message.unpack(data)
+            verb = message.header.get("verb")
+            if verb not in ("about", "forward", "backward", "open", "step", "close"):
+                raise MessageError(f"Expected a known verb, got {verb!r:.80}.")
+            with self.lock:  # one computation at a time
+                return getattr(self, verb)(message).pack()
+        except Exception as error:  # the client is told; a shape that the model cannot take is its mistake, not ours
+            return Message({"error": f"{type(error).__name__}: {error}"[:2000]}, {}).pack()
+
+    def about(self, message: Message) -> Message:
+        host = self.host
+        return Message({"first": host.first, "last": host.last, "hidden_size": host.hidden_size}, {})
+
+    def forward(self, message: Message) -> Message:
+        return Message({}, {"hidden": self.host.forward(*self._tensors(message, "hidden"))})
+
+    def backward(self, message: Message) -> Message:
+        hidden, gradient = self._tensors(message, "hidden", "gradient")
+        if hidden.shape != gradient.shape:
+            raise MessageError(f"Expected a gradient of {tuple(hidden.shape)}, got {tuple(gradient.shape)}.")
+        return Message({}, {"gradient": self.host.backward(hidden, gradient)})
+
+    def open(self, message: Message) -> Message:
+        rows, max_length = self._numbers(message, "rows", "max_length")
+        held = sum(one.rows * one.max_length for one in self.sessions.values()) + rows * max_length
+        if min(rows, max_length) < 1 or held > MAX_HELD:
+            raise MessageError(f"Expected sessions of 1 to {MAX_HELD:,} tokens in all, got {held:,}: close some.")
+        self.n_opened += 1
+        self.sessions[self.n_opened] = _Session(self.host.open(max_length), rows, max_length)
+        return Message({"session": self.n_opened}, {})
+
+    def step(self, message: Message) -> Message:
+        [number], [hidden] = self._numbers(message, "session"), self._tensors(message, "hidden")
+        session = self.sessions.get(number)
+        if session is None:
+            raise MessageError(f"Expected an open session, got {number}.")
+        if len(hidden) != session.rows or session.position + hidden.shape[1] > session.max_length:
+            raise MessageError(
+                f"Expected {session.rows} rows and at most {session.max_length - session.position} tokens more, got "
+                f"{tuple(hidden.shape)}."
+            )
+        del self.sessions[number]  # unless the step succeeds: a part of it may be done
+        result = self.host.step(session.state, hidden)
+        session.position += hidden.shape[1]
+        self.sessions[number] = session
+        return Message({}, {"hidden": result})
+
+    def close(self, message: Message) -> Message:
+        for number in message.header["sessions"]:
+            self.sessions.pop(number, None)
+        return Message({}, {})
+
+    def _tensors(self, message: Message, *names: str) -> list[Tensor]:
+        given = {name: tuple(tensor.shape) for name, tensor in message.tensors.items()}
+        fits = all(shape[-1] == self.host.hidden_size and min(shape) > 0 for shape in given.values())
+        if given.keys() != set(names) or not fits:
+            raise MessageError(f"Expected {names}, each (B, T, {self.host.hidden_size}), got {given}.")
+        return [message.tensors[name] for name in names]
+
+    def _numbers(self, message: Message, *names: str) -> list[int]:
+        given = [message.header.get(name) for name in names]
+        if any(type(one) is not int for one in given):
+            raise MessageError(f"Expected whole numbers for {names}, got {given!r:.200}.")
+        return given
+
+
+def serve(listener: Listener, key: bytes, host: Host) -> None:
+    """Answer all who connect and know the key, each in a thread of its own, for ever or until the listener closes.
+
+    Args:
+        listener: Made without an `authkey`: the handshake of one who is silent must not keep others waiting.
+        key: What both sides know.
+        host: Whoever holds the blocks.
+    """
+    lock = threading.Lock()
+    while True:
+        try:
+            connection = listener.accept()
+        except OSError:  # closed
+            return
+        threading.Thread(target=_talk, args=(connection, key, _Talk(host, lock)), daemon=True).start()
+
+
+def _talk(connection: Connection, key: bytes, talk: _Talk) -> None:
+    with connection:
+        try:
+            deliver_challenge(connection, key)
+            answer_challenge(connection, key)
+            while True:
+                connection.send_bytes(talk.answer(connection.recv_bytes(MAX_BYTES)))
+        except EOFError:
+            return  # the client is done
+        except (OSError, AuthenticationError) as error:  # another key, too large a message, or a client that died
+            print(f"blocks {talk.host.first} to {talk.host.last - 1}: connection ended by {error!r}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()

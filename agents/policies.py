@@ -193,6 +193,9 @@ class LMPolicy(ActorCriticPolicy):
             if weight not in in_trunk:
                 scales[weight] *= self.lr_scales["head_lr_scale"]
         self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
+        lm = self.lm
+        # A fused step does not count in its weights' versions.
+        self.optimizer.register_step_post_hook(lambda *_: lm.drop_caches())
 
     @property
     def backbone(self) -> Backbone:

@@ -44,7 +44,7 @@ def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMAc
 
 
 def version_of(policy: nn.Module) -> int:
-    """Return a number that changes where weights are written in place, which every optimizer does."""
+    """Return a number that changes where weights are written in place, but for a fused optimizer's steps."""
     return sum(weight._version for weight in policy.parameters())
 
 

@@ -16,8 +16,9 @@ class RowCache(ABC):
     """Decodes one token a row from what was computed for the tokens before it, where that is of the same row.
 
     A row may be gone on with only where it is the row read before plus one token (`growth`), whoever calls, so that the
-    result is a function of the tokens alone. Weights that an optimizer has changed since are noticed; where they change
-    otherwise, `drop` must be called. `PrefixCache` holds keys and values; what else is held is a subclass's own.
+    result is a function of the tokens alone. Weights that were written in place since are noticed where PyTorch counts
+    it; where they change otherwise (by a fused optimizer: `LMPolicy` sees to its own), `drop` must be called.
+    `PrefixCache` holds keys and values; what else is held is a subclass's own.
 
     Args:
         backbone: The model.
@@ -69,5 +70,5 @@ class RowCache(ABC):
         return bool((self.growth(*row[:2]) == 1).any())
 
     def _version(self) -> int:
-        """Return how often the weights were written in place, which every optimizer does."""
+        """Return how often the weights were written in place, as PyTorch counts it."""
         return sum(weight._version for weight in self.weights)

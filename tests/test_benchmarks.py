@@ -61,11 +61,11 @@ def test_attentions_share_by_hand(work):
     assert growth.multiplications(long) == (48 + 2 * 3) * 3 / 2 + 2 * 3
 
 
-@pytest.mark.slow
-def test_all_scripts_run(tmp_path):
-    path = tmp_path / "rows.json"
+def run_script(folder, name, *words):
+    """The rows that a script writes, and what it prints."""
+    path = folder / "rows.json"
     result = subprocess.run(
-        [sys.executable, "benchmarks/run.py", "--quick", "--smoke", "--json", str(path)],
+        [sys.executable, f"benchmarks/{name}.py", *words, f"--json={path}"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -73,8 +73,13 @@ def test_all_scripts_run(tmp_path):
         timeout=900,
     )
     assert result.returncode == 0, result.stderr
-    assert re.search(r"^Commit \w+; Python 3", result.stdout)
-    rows = json.loads(path.read_text())
+    return json.loads(path.read_text()), result.stdout
+
+
+@pytest.mark.slow
+def test_all_scripts_run(tmp_path):
+    rows, printed = run_script(tmp_path, "run", "--quick", "--smoke")
+    assert re.search(r"^Commit \w+; Python 3", printed)
     claims = (
         "rollout, ",
         "update, equal",
@@ -116,17 +121,7 @@ def test_scale_on_paper_by_hand(work):
 
 @pytest.mark.long
 def test_scale_runs(tmp_path):
-    path = tmp_path / "rows.json"
-    result = subprocess.run(
-        [sys.executable, "benchmarks/scale.py", "--smoke", "--processes", "2", "--iterations=1", f"--json={path}"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(path.read_text())
+    rows, _ = run_script(tmp_path, "scale", "--smoke", "--processes", "2", "--iterations=1")
     assert [row["weights"] for row in rows] == ["copies", "sharded", "lock-step"]
     for row in rows:
         assert row["processes"] == 2 and row["tokens_per_second"] > 0 and 0 < row["rollout_share"] < 1
@@ -136,15 +131,5 @@ def test_scale_runs(tmp_path):
 
 @pytest.mark.long
 def test_engine_runs(tmp_path):
-    path = tmp_path / "rows.json"
-    result = subprocess.run(
-        [sys.executable, "benchmarks/engine.py", "--smoke", f"--json={path}"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr
-    equal, ragged = json.loads(path.read_text())
+    (equal, ragged), _ = run_script(tmp_path, "engine", "--smoke")
     assert equal["ratio"] > 0 and ragged["ratio"] > 0 and "equal lengths" in equal["claim"]

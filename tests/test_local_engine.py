@@ -22,7 +22,8 @@ from tests.training import same_weights, tiny_agent, tiny_config, weights
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job does not inherit
 if __name__ == "__main__":
     from transformers import GPT2Config
     from agents.local_engine import LocalEngine

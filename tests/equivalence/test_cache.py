@@ -330,9 +330,10 @@ def move(policy, observations):
     [evaluate_then_step, step_after_a_read, distribution_then_step, load_weights, move],
     ids=lambda f: f.__name__,
 )
-def test_a8_whatever_changes_the_weights(change):
-    """In a user's own loop too, without `set_training_mode`."""
-    policy = make_policy(optimizer_class=torch.optim.SGD, optimizer_kwargs={})
+@pytest.mark.parametrize("fused", [False, True])
+def test_a8_whatever_changes_the_weights(change, fused):
+    """In a user's own loop too, without `set_training_mode`; a fused step is not counted in the weights' versions."""
+    policy = make_policy(optimizer_class=torch.optim.SGD, optimizer_kwargs={"fused": fused})
     policy.optimizer.param_groups[0]["lr"] = 0.1
     steps = scripted(3)
     assert worst(policy, steps[:2]) < TOLERANCE

@@ -64,11 +64,25 @@ def train(size, job, *args, **kwargs):
 
 def torchrun(folder, *words, options=()):
     """Two processes of `tests/launched.py`; the finished process and the seconds it took."""
+    return run_script(folder, *words, options=["torch.distributed.run", "--nproc_per_node=2", *options])
+
+
+def accelerate(folder, *words, options=()):
+    """As `torchrun`, by `accelerate launch`."""
+    quiet = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    return run_script(folder, *words, options=["accelerate.commands.launch", "--num_processes=2", *quiet, *options])
+
+
+def run_script(folder, *words, options):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    launcher, *options = options
+    port = "--master_port" if "torch" in launcher else "--main_process_port"
     start = time.monotonic()
     done = subprocess.run(
-        [*command, *options, "tests/launched.py", words[0], str(folder), *words[1:]],
+        [
+            *(sys.executable, "-m", launcher, f"{port}={free_port()}", *options),
+            *("tests/launched.py", words[0], str(folder), *words[1:]),
+        ],
         capture_output=True,
         text=True,
         timeout=200,

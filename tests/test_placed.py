@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from agents import KLPenalty, LastLayers, LoRA, Pretrained, load_checkpoint, save_checkpoint
-from tests.training import same_weights, tiny_agent, tiny_config
+from tests.training import same_weights, tiny_agent, tiny_config, weights
 
 pytest.importorskip("accelerate")
 
@@ -87,3 +87,30 @@ def test_a_checkpoint_leaves_out_what_the_disk_has(folder, tmp_path):
     load_checkpoint(resumed, tmp_path / "half")
     resumed.learn(16, callback=KLPenalty(0.1, reference=reference), reset_num_timesteps=False)
     assert same_weights(in_memory(whole), in_memory(resumed)) and resumed.num_timesteps == 48
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_a_quantised_base_stays_as_it_is_while_its_adapters_train(bits, tmp_path):
+    """Where bitsandbytes is installed: SB3's `to` leaves it, and a checkpoint goes on where it was."""
+    pytest.importorskip("bitsandbytes")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=33, max_position_embeddings=64, eos_token_id=0, **shape)).save_pretrained(
+        tmp_path / "model"
+    )
+    spec = Pretrained(
+        tmp_path / "model", quantization_config=BitsAndBytesConfig(**{bits: True}), device_map={"": "cpu"}
+    )
+    model, other, moved_away = (tiny_agent(lm=spec, policy_kwargs={"train": LoRA(r=2)}) for _ in range(3))
+    moved_away.policy.to("meta")
+    assert not any(weight.is_meta for weight in moved_away.policy.backbone.parameters())
+    before = weights(model)
+    model.learn(32, callback=KLPenalty(0.05))
+    after = weights(model)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved and all("lora" in name or "critic" in name for name in moved)
+    assert any(not after[name].is_floating_point() for name in after.keys() - moved)
+    save_checkpoint(model, tmp_path / "saved")
+    load_checkpoint(other, tmp_path / "saved")
+    for one in (model, other):
+        one.learn(16, callback=KLPenalty(0.05), reset_num_timesteps=False)
+    assert same_weights(in_memory(model), in_memory(other))

@@ -284,7 +284,7 @@ class LMActorCritic(nn.Module):
     def log_probs(self, batch: SequenceBatch, actions: Tensor) -> Tensor:
         """Return the log-probabilities of actions, (N,), in nats: what a reference model is asked for."""
         result = actions.new_zeros(len(actions), dtype=torch.float32)
-        for chunk in batch.chunks():
+        for chunk in batch.chunks(self.most_tokens):
             places = torch.as_tensor(chunk.transitions, device=actions.device)
             hidden, logits = self._read_chunk(chunk)
             result[places] = self._score(hidden, logits, actions[places], chunk)[0]
@@ -299,7 +299,7 @@ class LMActorCritic(nn.Module):
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:
         """Return the distributions of all transitions of a batch, as one of (N, V)."""
         logits, order = [], []
-        for chunk in batch.chunks():
+        for chunk in batch.chunks(self.most_tokens):
             logits.append(torch.cat(list(self.log_probabilities(chunk))))
             order.append(torch.as_tensor(chunk.transitions))
         return TokenDistribution(torch.cat(logits)[torch.cat(order).argsort().to(logits[0].device)])
@@ -307,7 +307,7 @@ class LMActorCritic(nn.Module):
     def sequence_values(self, batch: SequenceBatch) -> Tensor:
         """Return the critic's outputs, as `evaluate` does, for all transitions of a batch, (N,)."""
         values = torch.zeros(len(batch), device=batch.tokens.device)
-        for chunk in batch.chunks():
+        for chunk in batch.chunks(self.most_tokens):
             hidden = None if isinstance(self.critic, TrunkCritic) else self._read_chunk(chunk)[0]
             places = torch.as_tensor(chunk.transitions, device=values.device)
             values[places] = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)

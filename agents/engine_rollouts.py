@@ -58,7 +58,8 @@ class EngineRollouts(RolloutStep):
 
     Raises:
         ValueError: When attached, for what an engine cannot do: masks, top_k, top_p, min_p and repetition penalties,
-            encoder-decoders, TRPO, several processes, and `normalize_advantage` of the algorithm itself.
+            encoder-decoders, models that are not transformers', TRPO, several processes, and the algorithm's own
+            `normalize_advantage`.
 
     Example:
         >>> from agents import EngineRollouts, LocalEngine
@@ -96,9 +97,9 @@ class EngineRollouts(RolloutStep):
             raise ValueError(refusal)
         self.buffer = sequence_buffer(model)
         self.buffer.correction = self.correction
-        for step in self.buffer.before_returns:  # an earlier call of learn()
-            if isinstance(step, EngineRollouts):
-                self._n_more = step._n_more
+        self._sent = None  # the engine may have had another model's
+        earlier = [step for step in self.buffer.before_returns if isinstance(step, EngineRollouts)]
+        self._n_more = earlier[-1]._n_more if earlier else 0  # of an earlier call of learn()
 
     def begin(self) -> None:
         """Forget what was written by the weights of before; sample by the engine from here to the rollout's end."""
@@ -106,7 +107,7 @@ class EngineRollouts(RolloutStep):
         self.policy.take_from = self.next_tokens
 
     def _on_training_end(self) -> None:
-        self.policy.take_from = None  # where a rollout was broken off
+        self.policy.take_from = None  # where a callback broke a rollout off
 
     def next_tokens(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next token of each lane and its log-probability by the engine, (B,) each, on the host.
@@ -121,7 +122,11 @@ class EngineRollouts(RolloutStep):
                 f"{len(rows)}: `policy.predict` samples from the policy itself."
             )
         goes_on = np.asarray((rows == self._expected).all(axis=1))
-        self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (goes_on[lane] and plan)])
+        try:
+            self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (goes_on[lane] and plan)])
+        except BaseException:
+            self.policy.take_from = None  # the rollout is over; Stable-Baselines3 tells nobody
+            raise
         tokens, log_probs = zip(*(plan.popleft() for plan in self._plans), strict=True)
         self._expected, ends = rows.copy(), (rows != PADDING).sum(axis=1)
         inside = np.flatnonzero(ends < rows.shape[1])
@@ -155,7 +160,9 @@ class EngineRollouts(RolloutStep):
     def _ask_for(self, rows: np.ndarray, lanes: list[int], n_ahead: int) -> None:
         """Ask for the rows of some lanes, and for the prompts behind those that are written already."""
         left = self.buffer.buffer_size - self._n_steps
-        room = np.minimum(self.env.lanes.most_new_tokens(), left).clip(min=1)
+        # The rows may be older than the env's lanes: Stable-Baselines3 keeps them after a rollout that was broken off.
+        width = rows.shape[1] - (rows != PADDING).sum(axis=1)
+        room = np.minimum(np.minimum(self.env.lanes.most_new_tokens(), left), width).clip(min=1)
         stop_ids = self.env.env.rules.stop_ids
         requests = [Request(rows[lane][rows[lane] >= 0], int(room[lane]), stop_ids) for lane in lanes]
         n_spare = sum(len(plans) for plans in self._spare.values())

@@ -18,7 +18,7 @@ from torch import Tensor
 from .actor_critic import AUTOCAST_DTYPES
 from .backbone import LMLike
 from .engine import Completion, EngineLost, Request
-from .engine_process import MEET, Setup, pack, serve, unpack
+from .engine_process import Setup, pack, serve, unpack
 from .wire import LOOPBACK, Wire, interruptible
 
 
@@ -40,7 +40,7 @@ class LocalEngine:
         autocast: "bfloat16" or "float16" computes in 16 bits. The policy's own precision may be another.
         device: Where the copy lives: "cpu", "cuda", "cuda:1", ...
         n_rows: The most texts that are written side by side.
-        patience: The longest that an answer may take, in seconds.
+        patience: The longest that building the model, and an answer, may take, in seconds.
 
     Raises:
         ValueError: If an argument is out of range, or the process cannot build the model, with the reason.
@@ -66,13 +66,14 @@ class LocalEngine:
         for name, value in (("vocab_size", vocab_size), ("n_rows", n_rows), ("patience", patience)):
             if not value > 0:
                 raise ValueError(f"Expected `{name}` to be positive, got {value}.")
+        self._patience = timedelta(seconds=patience)
         listening = socket.create_server((LOOPBACK, 0))
         store = dist.TCPStore(
             LOOPBACK,
             listening.getsockname()[1],
             is_master=True,
             wait_for_workers=False,
-            timeout=MEET,
+            timeout=self._patience,
             master_listen_fd=listening.detach(),
         )
         setup = Setup(store.port, lm, vocab_size, autocast, device, n_rows)
@@ -82,21 +83,23 @@ class LocalEngine:
         self._process.start()
         try:
             self._meet(store)
-            self._wire = Wire(store, rank=0, patience=timedelta(seconds=patience))
+            self._wire = Wire(store, rank=0, patience=self._patience)
         except BaseException:
             self.close()
             raise
 
     def _meet(self, store: dist.Store) -> None:
-        deadline = time.monotonic() + MEET.total_seconds()
+        deadline = time.monotonic() + self._patience.total_seconds()
         while not store.check(["ready"]):
             if store.check(["refused"]):
                 raise ValueError(f"Expected a model that the engine can build, got {store.get('refused').decode()}")
-            if not self._process.is_alive() or time.monotonic() > deadline:
+            if not self._process.is_alive():
                 raise EngineLost(
                     f"Expected the engine's process to be ready, got {self._state()}. Where a script starts it, "
                     'put what the script runs under `if __name__ == "__main__":`.'
                 )
+            if time.monotonic() > deadline:
+                raise EngineLost(f"Expected a model within {self._patience}, got none: raise `patience`.")
             time.sleep(0.05)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -44,6 +44,9 @@ class Wire:
 
     def send(self, header: dict[str, Any], tensors: Sequence[Tensor] = ()) -> None:
         """Send a header, which must fit JSON, and tensors from whatever device."""
+        unknown = sorted({str(tensor.dtype) for tensor in tensors} - DTYPES.keys())
+        if unknown:
+            raise ValueError(f"Expected tensors of {', '.join(DTYPES)}, got {', '.join(unknown)}.")
         shapes = [(str(tensor.dtype), list(tensor.shape)) for tensor in tensors]
         text = json.dumps({**header, "tensors": shapes}).encode()
         self._put(torch.tensor([len(text)]).view(torch.uint8))

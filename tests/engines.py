@@ -1,10 +1,15 @@
 """Engines that write rollouts in the tests' own process."""
 
 import numpy as np
+import torch
+from stable_baselines3 import PPO
 
 from agents.engine import Completion
 from agents.engine_process import Setup, Writer, write
-from tests.training import tiny_config
+from tests.models import randomise_critic
+from tests.training import tiny_agent, tiny_config, tiny_env
+
+LANES, STEPS, LONGEST = 6, 8, 7
 
 
 class InProcess:
@@ -43,3 +48,19 @@ class Scripted:
 
     def close(self):
         """It holds nothing."""
+
+
+def often(number):
+    """Every so manyth token ends the text: episodes of all lengths."""
+    return {"stop_ids": range(0, 33, number), "max_new_tokens": LONGEST}
+
+
+def build(env_kwargs, agent_kwargs):
+    settings = {"n_envs": LANES, "n_steps": STEPS, "learning_rate": 0.03, **agent_kwargs}
+    if settings.get("algorithm", PPO) is PPO:
+        settings |= {"batch_size": LANES * STEPS, "n_epochs": 2}
+    policy_kwargs = {"optimizer_class": torch.optim.SGD, **settings.pop("policy_kwargs", {})}
+    model = tiny_agent(tiny_env(**env_kwargs), policy_kwargs=policy_kwargs, **settings)
+    if "critic" not in policy_kwargs:
+        randomise_critic(model.policy)
+    return model

@@ -6,11 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from sb3_contrib import TRPO, MaskablePPO
-from stable_baselines3 import A2C, PPO
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
 
-import agents.engine_rollouts
 from agents import (
     Checkpoints,
     CriticWarmup,
@@ -27,18 +25,17 @@ from agents import (
     load_checkpoint,
     save_checkpoint,
 )
-from agents.engine import Completion, Request, check_completions
+from agents.engine import Request, check_completions
 from agents.engine_process import write
 from agents.sampling import TokenDistribution
-from tests.engines import InProcess
-from tests.models import collect, make_ppo, randomise_critic
-from tests.seq2seq import tiny_seq2seq
-from tests.training import TOKENIZER, Recorder, run_state, same_weights, tiny_agent, tiny_config, tiny_env, weights
-from textenv import AllowedMask, PrioritySampling, TextEnv
+from tests.engines import LANES, LONGEST, STEPS, InProcess, Scripted, build, often
+from tests.models import collect
+from tests.training import TOKENIZER, Recorder, run_state, same_weights, tiny_config, weights
+from textenv import PrioritySampling, TextEnv
 from textenv.episode import SEPARATOR
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")
-ROLLOUTS, LANES, STEPS, LONGEST = 3, 6, 8, 7
+ROLLOUTS = 3
 CLOSE = 1e-5
 
 
@@ -50,11 +47,6 @@ class Answers(TextEnv):
 
     def respond(self, prompt, preds):
         return "yz" if preds.ids[-1] % 2 else None
-
-
-def often(number):
-    """Every so manyth token ends the text: episodes of all lengths."""
-    return {"stop_ids": range(0, 33, number), "max_new_tokens": LONGEST}
 
 
 def complete(**kwargs):
@@ -82,17 +74,6 @@ CASES = {
     "priority": ({**often(4), "order": PrioritySampling("reward")}, {}, list),
     "warmup": (often(4), {}, lambda: [CriticWarmup(1)]),
 }
-
-
-def build(env_kwargs, agent_kwargs):
-    settings = {"n_envs": LANES, "n_steps": STEPS, "learning_rate": 0.03, **agent_kwargs}
-    if settings.get("algorithm", PPO) is PPO:
-        settings |= {"batch_size": LANES * STEPS, "n_epochs": 2}
-    policy_kwargs = {"optimizer_class": torch.optim.SGD, **settings.pop("policy_kwargs", {})}
-    model = tiny_agent(tiny_env(**env_kwargs), policy_kwargs=policy_kwargs, **settings)
-    if "critic" not in policy_kwargs:
-        randomise_critic(model.policy)
-    return model
 
 
 def trained(model, *callbacks):
@@ -226,6 +207,59 @@ def test_what_waits_keeps_what_the_engine_said():
     assert len(samples.actions) != STEPS * LANES, "some of the rollout before, some not yet"
 
 
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_the_weights_of_joined_parts_by_hand(per):
+    """What waited and the end of its episode: advantages as they were, times min(exp(ours - theirs), truncation)."""
+    model = build(often(20), complete())
+    model.learn(2 * STEPS * LANES, callback=EngineRollouts(InProcess(heat=0.5), truncation=1.5, per=per))
+    buffer = model.rollout_buffer
+    state = buffer.rng.bit_generator.state
+    weighted = next(buffer.get())
+    buffer.correction, buffer.rng.bit_generator.state = None, state
+    plain = next(buffer.get())
+    parts = [buffer._part(i) for i in range(len(buffer._trained))]
+    ours, theirs = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("log_probs", "behaviour_log_probs")
+    )
+    by_place = dict(zip(ours.tolist(), (ours - theirs).tolist()))
+    ratios = np.array([by_place[one] for one in plain.old_log_prob.tolist()])
+    rows = plain.observations.rows
+    if per == "sequence":
+        ratios = np.array([ratios[rows == row].sum() for row in rows])
+    expected = plain.advantages.numpy() * np.minimum(np.exp(ratios), 1.5)
+    np.testing.assert_allclose(weighted.advantages.numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert len(set(rows)) < len(rows) and not np.allclose(expected, plain.advantages.numpy())
+
+
+def test_one_step_serves_one_model_after_another():
+    step = EngineRollouts(InProcess())
+    for seed in (0, 1):
+        model = build(often(6), {"seed": seed})
+        buffer = collect(model, step)
+        assert np.abs(buffer.log_probs - buffer.behaviour_log_probs).max() < CLOSE
+
+
+def test_after_a_rollout_that_was_broken_off_no_more_is_asked_for_than_fits():
+    """Stable-Baselines3 goes on with rows at their end where the env has begun anew."""
+
+    class Stops(BaseCallback):
+        def _on_step(self):
+            return self.n_calls != STEPS - 1
+
+    model, engine = build(often(20), {}), InProcess()
+    model.learn(STEPS * LANES, callback=[EngineRollouts(engine), Stops()])
+    model.learn(STEPS * LANES, callback=EngineRollouts(engine), reset_num_timesteps=False)
+    width = model.observation_space.shape[0]
+    assert all(len(tokens) + most_new < width for call in engine.calls for tokens, most_new in call)
+
+
+def test_an_error_of_the_engine_gives_sampling_back_to_the_policy():
+    model = build(often(6), {})
+    with pytest.raises(ValueError, match="Expected"):
+        model.learn(STEPS * LANES, callback=EngineRollouts(Scripted([99], [0.0])))
+    assert model.policy.take_from is None
+
+
 @pytest.mark.slow
 def test_looking_at_the_policy_does_not_disturb_the_rollout():
     def run(*callbacks):
@@ -280,84 +314,6 @@ def test_a_resumed_run_without_the_engine_is_refused(tmp_path):
     load_checkpoint(other, tmp_path / "one")
     with pytest.raises(RuntimeError, match=r"Expected the steps \['EngineRollouts'\] before returns"):
         other.learn(STEPS * LANES, reset_num_timesteps=False)
-
-
-REFUSED = {
-    "top_k": ({}, {"policy_kwargs": {"top_k": 5}}, "Expected a temperature alone .* top_k=5"),
-    "top_p": ({}, {"policy_kwargs": {"top_p": 0.9}}, "Expected a temperature alone .* top_p=0.9"),
-    "min_p": ({}, {"policy_kwargs": {"min_p": 0.1}}, "Expected a temperature alone .* min_p=0.1"),
-    "top_p_lag": ({}, {"policy_kwargs": {"top_p": 0.9, "top_p_lag": 2}}, "Expected a temperature alone .* top_p_lag=2"),
-    "penalty": ({}, {"policy_kwargs": {"repetition_penalty": 1.2}}, "Expected a temperature alone .*penalty=1.2"),
-    "mask": (
-        {"mask": AllowedMask(tuple(range(1, 33)))},
-        {"algorithm": MaskablePPO, "batch_size": LANES * STEPS},
-        "Expected an env without `mask`",
-    ),
-    "encoder-decoder": ({}, {"lm": tiny_seq2seq(vocab_size=33)}, "Expected a causal language model"),
-    "TRPO": ({}, {"algorithm": TRPO, "policy_kwargs": {}}, "Expected PPO or A2C .* got TRPO"),
-    "normalize": ({}, {"normalize_advantage": True}, "Expected normalize_advantage=False of the algorithm"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_an_engine_cannot_do_is_refused(case):
-    env_kwargs, agent_kwargs, message = REFUSED[case]
-    engine, model = InProcess(), build(env_kwargs, agent_kwargs)
-    with pytest.raises(ValueError, match=message):
-        EngineRollouts(engine).attach(model)
-    assert engine.n_loads == 0 and model.policy.take_from is None
-
-
-def test_several_processes_and_the_stock_buffer_are_refused(monkeypatch):
-    with pytest.raises(TypeError, match="Expected rollout_buffer_class=SequenceRolloutBuffer"):
-        EngineRollouts(InProcess()).attach(make_ppo(rollout_buffer_class=RolloutBuffer))
-    model = build({}, {})
-    monkeypatch.setattr(agents.engine_rollouts, "world", lambda: object())
-    with pytest.raises(ValueError, match="Expected one process with EngineRollouts"):
-        EngineRollouts(InProcess()).attach(model)
-
-
-WRONG = {
-    "one too few": (lambda good: good[:-1], "Expected 2 completions of the engine, got 1"),
-    "nothing": (lambda good: [Completion(*(part[:0] for part in good[0])), good[1]], "1 to 4 tokens .* got 0 tokens"),
-    "too long": (lambda good: [Completion(np.ones(5, int), -np.ones(5)), good[1]], "1 to 4 tokens .* got 5 tokens"),
-    "without log-probabilities": (lambda good: [good[0]._replace(log_probs=-np.ones(1)), good[1]], "and 1 log-prob"),
-    "padding of the model": (
-        lambda good: [good[0]._replace(tokens=np.array([1, 33])), good[1]],
-        r"in \[0, 33\), got 33",
-    ),
-    "stop token left out": (lambda good: [Completion(*(part[:1] for part in good[0])), good[1]], "the stop token and"),
-    "goes on behind it": (lambda good: [good[0]._replace(tokens=np.array([0, 1])), good[1]], "stop ids at \\[0\\]"),
-    "not a number": (lambda good: [good[0]._replace(log_probs=np.array([-1.0, np.nan])), good[1]], "finite and not"),
-    "a probability": (lambda good: [good[0]._replace(log_probs=np.array([-1.0, 0.4])), good[1]], "finite and not"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_answers_of_an_engine_are_refused(case):
-    change, message = WRONG[case]
-    requests = [Request(np.array([3]), 4, (0,))] * 2
-    good = [Completion(np.array([1, 0]), np.array([-1.0, -2.0])), Completion(np.array([1, 2, 3, 4]), -np.ones(4))]
-    check_completions(requests, good, 33)
-    with pytest.raises(ValueError, match=message):
-        check_completions(requests, change(good), 33)
-
-
-def test_offloaded_weights_are_refused_when_they_are_sent():
-    model = build(often(6), {})
-    layer = model.policy.backbone.model.transformer.h[0].mlp.c_fc
-    layer.weight = torch.nn.Parameter(torch.empty_like(layer.weight, device="meta"))
-    with pytest.raises(ValueError, match=r"got 1 that are offloaded, 'transformer.h.0.mlp.c_fc.weight' first"):
-        model.learn(STEPS * LANES, callback=EngineRollouts(InProcess()))
-
-
-def test_rows_that_are_not_those_of_the_lanes_are_refused():
-    model = build(often(6), {})
-    EngineRollouts(InProcess()).attach(model)
-    model._setup_learn(STEPS * LANES)
-    model.rollout_buffer.reset()
-    with pytest.raises(ValueError, match=r"Expected the rows of all 6 lanes .* got 2"):
-        model.policy.forward(torch.as_tensor(model._last_obs[:2]))
 
 
 def test_the_engine_writes_what_a_plain_forward_says(n_requests=9):

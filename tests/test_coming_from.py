@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from agents.pretrain import bpe_tokenizer
+from tests.models import seldom
 from tests.seq2seq import T5
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -108,8 +109,7 @@ def fan(tmp_path_factory):
     return folder, names
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seldom(range(3)))
 def test_one_prompt_is_steered(fan, monkeypatch, seed):
     folder, names = fan
     monkeypatch.chdir(folder)

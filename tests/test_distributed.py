@@ -11,6 +11,7 @@ import torch
 
 from agents import DataParallel, cli
 from agents.distributed import ProcessLost, world
+from tests.models import seldom
 from tests.processes import free_port, launch, torchrun, train
 from tests.training import tiny_agent
 
@@ -40,7 +41,7 @@ def test_the_update_is_that_of_one_process_on_the_union_of_the_data(size, n_mini
         assert their_figures == pytest.approx(figures, rel=1e-5)
 
 
-@pytest.mark.parametrize("off", ["weights", *(pytest.param(name, marks=SLOW) for name in OTHERS)])
+@pytest.mark.parametrize("off", ["weights", *seldom(OTHERS, 1)])
 def test_without_agreement_the_update_is_another(off):
     weights, _ = alone(2)
     (theirs, _), (others, _) = train(2, "scripted_updates", 2, off)

@@ -16,7 +16,6 @@ from tests.processes import free_port, launch, torchrun, train
 from tests.training import tiny_agent
 
 SAME = 1e-6
-SLOW = pytest.mark.slow
 OTHERS = ("advantages", "returns", "scores", "divergence")
 
 
@@ -31,7 +30,8 @@ def alone(n_minibatches):
 
 
 @pytest.mark.parametrize(
-    ("size", "n_minibatches"), [pytest.param(2, 1, marks=SLOW), pytest.param(2, 2, marks=SLOW), (4, 2)]
+    ("size", "n_minibatches"),
+    [pytest.param(2, 1, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.slow), (4, 2)],
 )
 def test_the_update_is_that_of_one_process_on_the_union_of_the_data(size, n_minibatches):
     weights, figures = alone(n_minibatches)

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from remote_wire import serve
+from remote_wire import MAX_HELD, read_key, serve
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 START_SECONDS = 120.0  # which loading torch may take on a busy machine
+PER_LAYER = ("layer_types", "no_rope_layers")  # lists of a config from which those of some blocks can be taken
+INDICES = ("layer_idx", "layer_id", "layer_number")  # what blocks call their number, which chooses their cache
 
 
 def blocks_of(trunk: nn.Module) -> tuple[str, nn.ModuleList, nn.Module]:
@@ -41,11 +43,13 @@ def blocks_of(trunk: nn.Module) -> tuple[str, nn.ModuleList, nn.Module]:
     """
     children = list(trunk.named_children())
     places = [place for place, (_, child) in enumerate(children) if isinstance(child, nn.ModuleList)]
-    if len(places) != 1 or places[0] + 1 == len(children):
-        raise ValueError(f"Expected one list of blocks with a norm behind it, got {[name for name, _ in children]}.")
+    behind = children[places[-1] + 1 :][:1] if places else []
+    if len(places) != 1 or not behind or not type(behind[0][1]).__name__.endswith("Norm"):
+        found = {name: type(child).__name__ for name, child in children}
+        raise ValueError(f"Expected one list of blocks with a norm behind it, got {found}: not made for such a model.")
     name, blocks = children[places[0]]
     assert isinstance(blocks, nn.ModuleList)
-    return name, blocks, children[places[0] + 1][1]
+    return name, blocks, behind[0][1]
 
 
 class Blocks:
@@ -58,21 +62,23 @@ class Blocks:
         folder: Where the model is saved.
         first: The first block.
         last: The one behind the last.
+        device: Where they compute, in float32.
 
     Raises:
-        ValueError: If the model has no such blocks.
+        ValueError: If the model has no such blocks, or they would not be here what they are there.
     """
 
-    def __init__(self, folder: str | Path, first: int, last: int) -> None:
+    def __init__(self, folder: str | Path, first: int, last: int, device: str = "cpu") -> None:
         config = AutoConfig.from_pretrained(folder)
         if not 0 <= first < last <= config.num_hidden_layers:
             raise ValueError(f"Expected some of the model's {config.num_hidden_layers} blocks, got {first} to {last}.")
         self.first, self.last, self.hidden_size = first, last, config.hidden_size
-        config = deepcopy(config)
-        # Embeddings are the client's; one row is what has to be there. Blocks are counted from 0, as is their cache.
-        config.num_hidden_layers, config.vocab_size, config.pad_token_id = last - first, 1, None
-        self.trunk: PreTrainedModel = AutoModel.from_config(config).requires_grad_(False).eval()
+        config.vocab_size, config.pad_token_id = 1, None  # embeddings are the client's; one row has to be there
+        trunk = AutoModel.from_config(_config_of(config, first, last), dtype=torch.float32)
+        self.trunk: PreTrainedModel = trunk.requires_grad_(False).eval().to(device)
         name, blocks, norm = blocks_of(self.trunk)
+        with torch.device("meta"):  # without weights
+            _check_same(blocks, blocks_of(AutoModel.from_config(config))[1][first:last])
         blocks.load_state_dict(_weights(Path(folder), name, first, last))
         self._given: Tensor | None = None
         self._behind: Tensor | None = None
@@ -104,6 +110,42 @@ class Blocks:
     @torch.no_grad()
     def step(self, session: DynamicCache, hidden: Tensor) -> Tensor:
         return self._run(hidden, session)
+
+
+def _config_of(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
+    """Return the config of a model of some blocks alone, counted from 0, as is their cache."""
+    result = deepcopy(config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            if name in PER_LAYER:
+                setattr(result, name, value[first:last])
+            elif any(one != value[0] for one in value):
+                raise ValueError(f"Expected blocks that are alike, got `{name}`: {value}: not made for such a model.")
+    result.num_hidden_layers = last - first
+    return result
+
+
+def _check_same(blocks: nn.ModuleList, originals: nn.ModuleList) -> None:
+    """Refuse blocks that are built otherwise where they are counted from 0 than they are in the whole model."""
+    for block, original in zip(blocks, originals, strict=True):
+        built, wanted = _settings(block), _settings(original)
+        differing = sorted(name for name in built.keys() | wanted.keys() if built.get(name) != wanted.get(name))
+        if differing:
+            raise ValueError(
+                f"Expected blocks that do not depend on their place in the model, got {type(block).__name__} with "
+                f"another {', '.join(differing)}: not made for such a model."
+            )
+
+
+def _settings(block: nn.Module) -> dict[str, Any]:
+    """Return the plain attributes of all modules of a block, but for its number."""
+    plain = (int, float, str, tuple, list, type(None))
+    settings: dict[str, Any] = {}
+    for name, module in block.named_modules(prefix="block"):
+        settings[name] = type(module)
+        own = {key: value for key, value in vars(module).items() if key not in (*INDICES, "training") and key[0] != "_"}
+        settings |= {f"{name}.{key}": value for key, value in own.items() if isinstance(value, plain)}
+    return settings
 
 
 def _weights(folder: Path, name: str, first: int, last: int) -> dict[str, Tensor]:
@@ -147,9 +189,12 @@ def serving(folder: Path, key_file: Path, bounds: Sequence[int]) -> Iterator[lis
             stack.callback(_end, processes[-1])
         for process in processes:  # which load at the same time
             timer = threading.Timer(START_SECONDS, process.kill)
+            timer.daemon = True
             timer.start()
-            line = process.stdout.readline()
-            timer.cancel()
+            try:
+                line = process.stdout.readline()
+            finally:
+                timer.cancel()
             if not line:
                 raise RuntimeError(f"Expected a server to start, got exit code {process.wait()}; its words are above.")
             servers.append(Started(process, ("127.0.0.1", int(line))))
@@ -174,15 +219,19 @@ def main() -> None:
     parser.add_argument("--key-file", type=Path, required=True, help="a file with what client and servers both know")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine's own)")
     parser.add_argument("--port", type=int, default=0, help="the port (default: a free one)")
+    parser.add_argument("--device", default="cpu", help="where the blocks compute, such as cuda (default: cpu)")
+    held = "tokens that the open sessions of a client may hold, empty places included (default: %(default)s)"
+    parser.add_argument("--max-held", type=int, default=MAX_HELD, help=held)
     parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started it")
     args = parser.parse_args()
-    host, key = Blocks(args.folder, args.first, args.last), args.key_file.read_bytes()
+    key = read_key(args.key_file)
+    host = Blocks(args.folder, args.first, args.last, args.device)
     with Listener((args.host, args.port), backlog=16) as listener:
         print(listener.address[1], flush=True)
         if not args.until_stdin_closes:
-            return serve(listener, key, host)
+            return serve(listener, key, host, args.max_held)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it, which ends this one
-        threading.Thread(target=serve, args=(listener, key, host), daemon=True).start()
+        threading.Thread(target=serve, args=(listener, key, host, args.max_held), daemon=True).start()
         sys.stdin.read()
 
 

@@ -6,14 +6,15 @@ python examples/remote_chain.py runs nothing by itself: see examples/remote_back
 from __future__ import annotations
 
 import argparse
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
 import torch
-from remote_wire import HEADER_BYTES, MAX_BYTES, Message
+from remote_wire import HEADER_BYTES, MAX_BYTES, Message, limit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,13 +26,17 @@ class BlocksLostError(ConnectionError):
     """A server is gone, or does not answer; the message says which blocks it had."""
 
 
+class RefusedError(RuntimeError):
+    """A server says what was wrong."""
+
+
 class Server:
-    """A connection to a server of some blocks.
+    """A connection to a server of some blocks. Whatever ends a call in the middle, Ctrl-C too, closes it for good.
 
     Args:
         address: Where it listens.
         key: What both sides know.
-        seconds: How long an answer may take.
+        seconds: How long it may be silent: before it is connected, before an answer begins, and between its parts.
         traffic: Counts (verb, "messages") and (verb, "bytes"), both directions together.
 
     Raises:
@@ -42,11 +47,7 @@ class Server:
     def __init__(self, address: Address, key: bytes, seconds: float, traffic: Counter[tuple[str, str]]) -> None:
         self.name, self.seconds, self.traffic = f"{address[0]}:{address[1]}", seconds, traffic
         try:
-            self.connection = Client(address)
-            if not self.connection.poll(seconds):
-                raise TimeoutError("no challenge")  # it is something else that listens there
-            answer_challenge(self.connection, key)
-            deliver_challenge(self.connection, key)
+            self.connection = _connect(address, key, seconds)
         except AuthenticationError as error:
             raise PermissionError(f"Expected the key of the server at {self.name}, got another: {error}.") from error
         except (OSError, EOFError) as error:
@@ -60,25 +61,26 @@ class Server:
 
         Raises:
             BlocksLostError: If there is none.
-            RuntimeError: If the server says what was wrong.
+            RefusedError: If the server says what was wrong.
         """
         data = Message({"verb": verb, **(header or {})}, tensors).pack()
         try:
             self.connection.send_bytes(data)
-            if not self.connection.poll(self.seconds):
-                self.connection.close()  # an answer that came later would be taken for the next one's
-                raise TimeoutError(f"no answer in {self.seconds:g} seconds")
             reply = self.connection.recv_bytes(MAX_BYTES)
-        except (OSError, EOFError) as error:
+        except BaseException as error:
+            self.connection.close()  # an answer that came later would be taken for the next one's
+            if not isinstance(error, (OSError, EOFError)):
+                raise
+            got = f"no answer in {self.seconds:g} seconds" if isinstance(error, BlockingIOError) else repr(error)
             raise BlocksLostError(
-                f"Expected an answer of {self.name}, got {error!r}: they are lost. Start the server again, and go on "
-                "from the last checkpoint."
+                f"Expected an answer of {self.name}, got {got}: they are lost. Start the server again, and go on from "
+                "the last checkpoint."
             ) from error
         self.traffic[verb, "messages"] += 2
         self.traffic[verb, "bytes"] += len(data) + len(reply)
         answer = Message.unpack(reply)
         if "error" in answer.header:
-            raise RuntimeError(f"Expected {self.name} to {verb}, got: {answer.header['error']}")
+            raise RefusedError(f"Expected {self.name} to {verb}, got: {answer.header['error']}")
         return answer
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -98,6 +100,23 @@ class Server:
         return torch.cat(answers).to(hidden)
 
 
+def _connect(address: Address, key: bytes, seconds: float) -> Connection:
+    """Connect, and let both sides prove that they know the key."""
+    with socket.create_connection(address, seconds) as opened:
+        opened.setblocking(True)
+        connection = Connection(opened.detach())
+    try:
+        limit(connection, seconds)
+        answer_challenge(connection, key)
+        deliver_challenge(connection, key)
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, BlockingIOError):  # it is something else that listens there
+            raise TimeoutError(f"no challenge in {seconds:g} seconds") from error
+        raise
+    return connection
+
+
 def rows_a_message(hidden: Tensor, n_tensors: int = 1) -> int:
     """Return how many rows of hidden states (B, T, H) a message holds.
 
@@ -106,7 +125,8 @@ def rows_a_message(hidden: Tensor, n_tensors: int = 1) -> int:
     """
     n_rows = (MAX_BYTES - HEADER_BYTES) // (n_tensors * NUMBER_BYTES * hidden[0].numel())
     if n_rows < 1:
-        raise ValueError(f"Expected a row to fit a message of {MAX_BYTES:,} bytes, got {tuple(hidden.shape)}.")
+        got = f"{tuple(hidden.shape)} {n_tensors} times"
+        raise ValueError(f"Expected a row to fit a message of {MAX_BYTES:,} bytes, got {got}.")
     return n_rows
 
 
@@ -158,10 +178,12 @@ class Chain:
         """Open a session of some rows at every server; those that have ended are closed."""
         ended, self.ended = self.ended, []
         for place, server in enumerate(self.servers if ended else ()):
-            server.call("close", {"sessions": [numbers[place] for numbers in ended]})
-        header = {"rows": n_rows, "max_length": max_length}
-        numbers = [int(server.call("open", header).header["session"]) for server in self.servers]
-        return Session(self, numbers, n_rows, max_length)
+            server.call("close", {"sessions": [number for numbers in ended for number in numbers[place : place + 1]]})
+        session = Session(self, [], n_rows, max_length)  # which ends, if a server refuses, where it was opened
+        for server in self.servers:
+            answer = server.call("open", {"rows": n_rows, "max_length": max_length})
+            session.numbers.append(int(answer.header["session"]))
+        return session
 
 
 class Session:

@@ -14,11 +14,11 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from remote_blocks import blocks_of
-from remote_chain import Address, Chain, Server, Session, rows_a_message
+from remote_chain import Address, Chain, RefusedError, Server, Session, rows_a_message
+from remote_wire import read_key
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -44,7 +44,7 @@ class RemoteLM(nn.Module):
 
     Raises:
         ValueError: If the model has fewer tokens or positions than that, or another kind of output layer than a linear
-            one.
+            one; or if the longest text does not fit a message.
     """
 
     is_encoder_decoder = False
@@ -69,6 +69,8 @@ class RemoteLM(nn.Module):
         self.virtual = nn.Parameter(embeddings.detach()[list(virtual)].clone(), requires_grad=trains)  # (n, H)
         self.chain, self.vocab_size, self.hidden_size = chain, vocab_size, embeddings.shape[1]
         self.longest = len(virtual) + n_positions
+        # A gradient goes with the hidden states that it is of. Refused here rather than at the first long text.
+        rows_a_message(torch.empty(1, self.longest, self.hidden_size, device="meta"), 2 if trains else 1)
         self._blocks: Callable[[Tensor], Tensor] = chain
         blocks_of(self.trunk)[2].register_forward_pre_hook(self._through_blocks)
         self._check_head(model)
@@ -128,7 +130,7 @@ class SessionCache(RowCache):
     Servers take no padding masks, and all rows of a session are at one position. So a row that is new, or has outgrown
     its session, goes into a new one, with all that are new beside it and as long; one that is not gone on with leaves
     its place empty, and its session ends with the last of its rows. Rows that are the same as before get what they got
-    then.
+    then. Where a server refuses (its sessions hold too much, empty places included), all rows are read anew, once.
     """
 
     backbone: RemoteLM
@@ -140,6 +142,13 @@ class SessionCache(RowCache):
         self.hidden: Tensor | None = None  # (B, H)
 
     def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self._go_on(ids, lengths)
+        except RefusedError:
+            self.drop()
+        return self._go_on(ids, lengths)
+
+    def _go_on(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         lengths = lengths.clamp(min=1)
         growth, counts = torch.stack([self.growth(ids, lengths), lengths]).tolist()
         is_old = [grown == 0 or (grown == 1 and self._has_room(row)) for row, grown in enumerate(growth)]
@@ -219,7 +228,7 @@ class RemoteBlocks:
         virtual: Tokens as whose embeddings the virtual tokens in front of every text begin: one of them several times,
             or those of an instruction.
         trains: Whether virtual tokens and output layer are trained.
-        seconds: How long a server's answer may take.
+        seconds: How long a server may be silent where something is expected of it.
     """
 
     folder: str
@@ -232,7 +241,7 @@ class RemoteBlocks:
     def build_backend(self, vocab_size: int, n_positions: int) -> RemoteLM:
         """Connect, and load what is this side's of the model."""
         model, n_blocks = load_without_blocks(self.folder)
-        key, traffic = Path(self.key_file).read_bytes(), Counter[tuple[str, str]]()
+        key, traffic = read_key(self.key_file), Counter[tuple[str, str]]()
         servers = [Server(tuple(address), key, self.seconds, traffic) for address in self.addresses]
         chain = Chain(servers, n_blocks, traffic)
         return RemoteLM(model, chain, self.virtual, self.trains, vocab_size, n_positions)

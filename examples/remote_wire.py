@@ -24,12 +24,18 @@ All rows of a session are at one position, and there are no padding masks. What 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
+import socket
+import struct
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import safetensors.torch
@@ -40,6 +46,9 @@ from torch import Tensor
 MAX_BYTES = 1 << 26  # of a message
 HEADER_BYTES = 1 << 12  # what header and safetensors' own add to the tensors, at most
 MAX_HELD = 1 << 20  # tokens that the open sessions of a connection may come to hold
+KEY_BYTES = 16  # of a key, at least
+HANDSHAKE_SECONDS = 10.0  # which a client may be silent before it has proved that it knows the key
+CLOSED = (None, errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # of a listener; others pass, such as too many open files
 
 
 class MessageError(ValueError):
@@ -85,6 +94,26 @@ class Message(NamedTuple):
         return cls(header, tensors)
 
 
+def read_key(file: str | Path) -> bytes:
+    """Return the key in a file.
+
+    Raises:
+        ValueError: If it is so short that it can be guessed.
+    """
+    key = Path(file).read_bytes()
+    if len(key) < KEY_BYTES:
+        raise ValueError(f"Expected a key of at least {KEY_BYTES} bytes in {file}, got {len(key)}. Write a random one.")
+    return key
+
+
+def limit(connection: Connection, seconds: float | None) -> None:
+    """Let each read and write of a connection end with `BlockingIOError` after so long a silence; None: never."""
+    whole, rest = divmod(0 if seconds is None else max(1, round(seconds * 1e6)), 10**6)
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, rest))  # a timeval
+
+
 class Host(Protocol):
     """Whoever holds the blocks `first` to `last` - 1 of a model."""
 
@@ -120,8 +149,8 @@ class _Session:
 class _Talk:
     """The exchanges of one connection; its sessions end with it."""
 
-    def __init__(self, host: Host, lock: threading.Lock) -> None:
-        self.host, self.lock = host, lock
+    def __init__(self, host: Host, lock: threading.Lock, max_held: int) -> None:
+        self.host, self.lock, self.max_held = host, lock, max_held
         self.sessions: dict[int, _Session] = {}
         self.n_opened = 0
 
@@ -152,8 +181,11 @@ class _Talk:
     def open(self, message: Message) -> Message:
         rows, max_length = self._numbers(message, "rows", "max_length")
         held = sum(one.rows * one.max_length for one in self.sessions.values()) + rows * max_length
-        if min(rows, max_length) < 1 or held > MAX_HELD:
-            raise MessageError(f"Expected sessions of 1 to {MAX_HELD:,} tokens in all, got {held:,}: close some.")
+        if min(rows, max_length) < 1 or held > self.max_held:
+            raise MessageError(
+                f"Expected sessions of 1 to {self.max_held:,} tokens in all, got {held:,}. Close some, or start the "
+                "server with more (--max-held)."
+            )
         self.n_opened += 1
         self.sessions[self.n_opened] = _Session(self.host.open(max_length), rows, max_length)
         return Message({"session": self.n_opened}, {})
@@ -193,28 +225,34 @@ class _Talk:
         return given
 
 
-def serve(listener: Listener, key: bytes, host: Host) -> None:
+def serve(listener: Listener, key: bytes, host: Host, max_held: int = MAX_HELD) -> None:
     """Answer all who connect and know the key, each in a thread of its own, for ever or until the listener closes.
 
     Args:
         listener: Made without an `authkey`: the handshake of one who is silent must not keep others waiting.
         key: What both sides know.
         host: Whoever holds the blocks.
+        max_held: How many tokens the open sessions of a connection may come to hold, empty places included.
     """
     lock = threading.Lock()
     while True:
         try:
             connection = listener.accept()
-        except OSError:  # closed
-            return
-        threading.Thread(target=_talk, args=(connection, key, _Talk(host, lock)), daemon=True).start()
+        except OSError as error:
+            if error.errno in CLOSED:
+                return
+            time.sleep(0.1)  # whoever connects too often must not end it for the others
+            continue
+        threading.Thread(target=_talk, args=(connection, key, _Talk(host, lock, max_held)), daemon=True).start()
 
 
 def _talk(connection: Connection, key: bytes, talk: _Talk) -> None:
     with connection:
         try:
+            limit(connection, HANDSHAKE_SECONDS)
             deliver_challenge(connection, key)
             answer_challenge(connection, key)
+            limit(connection, None)  # a client may think for long
             while True:
                 connection.send_bytes(talk.answer(connection.recv_bytes(MAX_BYTES)))
         except EOFError:

@@ -29,9 +29,20 @@ from agents.language_model import LanguageModel
 from agents.policies import ForeignBackendError
 from agents.sampling import Sampling
 from agents.sequences import SequenceBatch
-from tests.models import N_TOKENS, CheckRatio, few, observe
+from tests.models import CheckRatio, few, observe
 from tests.processes import train
-from tests.remote import Whole, blocks_of_all, remote_chain, served
+from tests.remote import (
+    KEY,
+    N_POSITIONS,
+    SessionCache,
+    Whole,
+    blocks_of_all,
+    decode,
+    listen,
+    remote_chain,
+    rows_of,
+    served,
+)
 from tests.test_examples import run
 from tests.training import TOKENIZER, same_weights, tiny_agent, tiny_env, weights
 
@@ -43,12 +54,6 @@ LENGTHS = [5, 1, 9, 3, 3]
 def remote(tmp_path_factory):
     with served(tmp_path_factory.mktemp("remote")) as found:
         yield found
-
-
-def rows_of(lengths, width, seed=0):
-    """Right-padded tokens (B, width), with tokens in the padding too."""
-    rng = np.random.default_rng(seed)
-    return torch.as_tensor(rng.integers(0, N_TOKENS, (len(lengths), width)))
 
 
 def actor_critic(lm):
@@ -79,6 +84,14 @@ def test_hidden_states_logits_and_gradients_are_those_of_the_whole_model(family,
             for got, expected in zip(result, results[0], strict=True):
                 scale = max(1.0, float(expected.detach().abs().max()))
                 assert (got - expected).abs().max() < TOLERANCE * scale
+
+
+def test_a_text_that_fits_no_message_with_its_gradient_is_refused_at_once(remote, monkeypatch):
+    longest = N_POSITIONS + 3
+    monkeypatch.setattr(remote_chain, "MAX_BYTES", remote_chain.HEADER_BYTES + 2 * 4 * longest * 16 - 1)
+    with pytest.raises(ValueError, match=r"Expected a row to fit a message .* got \(1, 66, 16\) 2 times"):
+        remote.build()
+    assert remote.build(trains=False).longest == longest  # which sends no gradients
 
 
 @pytest.mark.parametrize("family", ["cohere", "gemma2"])
@@ -128,34 +141,45 @@ def test_rows_that_do_not_fit_a_message_go_in_parts(remote, monkeypatch):
 # Decoding in sessions
 
 
-def decode(lm, seed, n_steps):
-    """Rows that go on, are refilled, stay as they are or are cut, at random; the largest difference to full reads."""
-    rng = np.random.default_rng(seed)
-    n_rows, width = 6, 24
-    ids = torch.as_tensor(rng.integers(0, N_TOKENS, (n_rows, width)))
-    lengths = torch.as_tensor(rng.integers(0, 5, n_rows))
-    cache, off = lm.new_cache(), 0.0
-    for _ in range(n_steps):
-        with torch.no_grad():
-            hidden, logits = cache.read(ids, lengths)
-            expected = lm(ids, torch.arange(n_rows), lengths.clamp(min=1) - 1)
-        off = max(off, *(float((a - b).abs().max()) for a, b in zip((hidden, logits), expected)))
-        ids, lengths = ids.clone(), lengths.clone()
-        for row in range(n_rows):
-            choice = rng.random()
-            if choice < 0.15 or lengths[row] + 1 >= width:  # another row, perhaps as long as the old one would be
-                ids[row] = torch.as_tensor(rng.integers(0, N_TOKENS, width))
-                lengths[row] = int(lengths[row] + 1) % 8 if choice < 0.05 else int(rng.integers(0, 7))
-            elif choice < 0.9:
-                lengths[row] += 1
-    return off
-
-
 @pytest.mark.parametrize("seed", few(range(4), 1))
 def test_sessions_decode_as_full_reads_do(seed, remote):
     lm = remote.build()
     assert decode(lm, seed, 12 if seed == 0 else 40) < 1e-4
     assert lm.chain.traffic["step", "messages"] > 0
+
+
+def test_sessions_that_hold_too_much_are_read_anew(remote, monkeypatch):
+    """The servers take all rows once, and none of the empty places of those that were refilled."""
+    drops, drop = [], SessionCache.drop
+    monkeypatch.setattr(SessionCache, "drop", lambda self: (drops.append(1), drop(self))[1])
+    listeners = [listen(host, max_held=6 * (N_POSITIONS + 3)) for host in remote.hosts]
+    lm = remote._replace(addresses=tuple(listener.address for listener in listeners)).build()
+    assert decode(lm, 0, 12) < 1e-4
+    assert len(drops) > 3
+    monkeypatch.setattr(lm, "longest", 1 << 20)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"sessions of 1 to 396 tokens in all.* \(--max-held\)"):
+        lm.new_cache().read(rows_of([2], 3), torch.tensor([2]))
+    for listener in listeners:
+        listener.close()
+
+
+def test_a_step_that_ends_in_the_middle_costs_the_connection_and_no_answer_is_another_s(remote, monkeypatch):
+    lm, ids = remote.build(), rows_of([4], 4)
+    places = torch.tensor([0]), torch.tensor([3])
+    asked, receive = [], type(lm.chain.servers[1].connection).recv_bytes
+
+    def interrupted(self, *args):
+        if self is lm.chain.servers[1].connection:
+            asked.append(self)
+            raise KeyboardInterrupt
+        return receive(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(lm.chain.servers[1].connection), "recv_bytes", interrupted)
+        lm(ids, *places)
+    assert len(asked) == 1
+    with pytest.raises(remote_chain.BlocksLostError, match=r"blocks 3 to 3 at .* are lost\. Start the server again"):
+        lm(rows_of([4], 4, seed=1), *places)
 
 
 def test_a_cache_that_trusts_lengths_fails_the_same_check(remote, monkeypatch):
@@ -228,7 +252,7 @@ def test_it_is_saved_loaded_and_resumed(remote, tmp_path):
     model.learn(2 * 16, callback=KLPenalty(0.1))
     model.save(tmp_path / "model.zip")
     save_checkpoint(model, tmp_path / "checkpoint")
-    assert b"known to both" not in (tmp_path / "model.zip").read_bytes() + pickle.dumps(remote.spec())
+    assert KEY not in (tmp_path / "model.zip").read_bytes() + pickle.dumps(remote.spec())
     again = PPO.load(tmp_path / "model.zip", device="cpu")
     assert again.policy.lm.backbone.chain is not model.policy.lm.backbone.chain
     assert same_weights(weights(model), weights(again))

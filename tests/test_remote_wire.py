@@ -1,20 +1,25 @@
 """What crosses the wire to a server of blocks: tensors and JSON alone, and what happens where that is not so."""
 
+import errno
 import json
 import multiprocessing.connection
+import os
 import pickle
+import struct
 import subprocess
 import sys
 import threading
 import time
+from io import StringIO
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from tests.remote import KEY, N_BLOCKS, listen, remote_chain, remote_wire, served
+from tests.remote import KEY, N_BLOCKS, RemoteBlocks, listen, remote_blocks, remote_chain, remote_wire, served
 from tests.remote import save as save_model
 
 HIDDEN = 16
@@ -225,6 +230,94 @@ def test_a_server_that_hangs_or_dies_names_its_blocks(hangs, reason):
         thread.join(5)
 
 
+@pytest.mark.parametrize("sends", [False, True])
+def test_silence_in_the_middle_of_a_message_ends_the_call(sends):
+    """A part of an answer comes, or more is sent than anybody reads."""
+    done = threading.Event()
+
+    def half(listener):
+        with listener.accept() as connection:
+            deliver_challenge(connection, KEY)
+            answer_challenge(connection, KEY)
+            connection.recv_bytes()
+            connection.send_bytes(remote_wire.Message({"first": 0, "last": 1, "hidden_size": HIDDEN}, {}).pack())
+            if not sends:
+                connection.recv_bytes()
+                os.write(connection.fileno(), struct.pack("!i", 1000) + b"the rest never comes")
+            done.wait(10)
+
+    with Listener(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=half, args=(listener,), daemon=True)
+        thread.start()
+        server = connect(listener.address, seconds=0.2)
+        with pytest.raises(remote_chain.BlocksLostError, match=r"no answer in 0\.2 seconds"):
+            server.forward(torch.zeros(1, 1 << 19, HIDDEN) if sends else ROWS)
+        done.set()
+        thread.join(5)
+
+
+def test_a_client_that_says_nothing_is_left(monkeypatch, capfd):
+    monkeypatch.setattr(remote_wire, "HANDSHAKE_SECONDS", 0.2)
+    listener = listen(Doubling())
+    server = connect(listener.address)
+    silent = Client(listener.address)
+    assert silent.poll(5) and silent.recv_bytes()  # the challenge
+    assert silent.poll(5)
+    with pytest.raises((EOFError, ConnectionError)):
+        silent.recv_bytes()
+    assert torch.equal(server.forward(ROWS), 2 * ROWS)  # one that knows the key may think for longer
+    assert "connection ended by" in capfd.readouterr().err
+    silent.close()
+    listener.close()
+
+
+def test_too_many_open_files_do_not_end_a_server():
+    class Full(Listener):
+        errors = [errno.EMFILE, errno.ECONNABORTED]
+
+        def accept(self):
+            if self.errors:
+                raise OSError(self.errors.pop(), "not now")
+            return super().accept()
+
+    listener = Full(("127.0.0.1", 0))
+    threading.Thread(target=remote_wire.serve, args=(listener, KEY, Doubling()), daemon=True).start()
+    assert torch.equal(connect(listener.address).forward(ROWS), 2 * ROWS)
+    assert Full.errors == []
+    listener.close()
+    closed = threading.Thread(target=remote_wire.serve, args=(listener, KEY, Doubling()), daemon=True)
+    closed.start()
+    closed.join(5)
+    assert not closed.is_alive()
+
+
+@pytest.mark.parametrize("key", [b"", b"fifteen bytes  "])
+def test_a_key_that_can_be_guessed_is_refused_on_both_sides(key, tmp_path, monkeypatch):
+    (tmp_path / "key").write_bytes(key)
+    folder, error = save_model(tmp_path / "model"), f"Expected a key of at least 16 bytes in .*, got {len(key)}"
+    with pytest.raises(ValueError, match=error):
+        RemoteBlocks(str(folder), (), str(tmp_path / "key")).build_backend(33, 20)
+    options = ["remote_blocks.py", folder, "--first", 0, "--last", 1, "--key-file", tmp_path / "key"]
+    monkeypatch.setattr(sys, "argv", list(map(str, options)))
+    with pytest.raises(ValueError, match=error):
+        remote_blocks.main()
+
+
+def test_ctrl_c_while_servers_start_leaves_no_timer(monkeypatch):
+    class Interrupted(StringIO):
+        def readline(self):
+            raise KeyboardInterrupt
+
+    server = SimpleNamespace(stdin=StringIO(), stdout=Interrupted(), kill=lambda: None, wait=lambda *_: 0)
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: server)
+    with pytest.raises(KeyboardInterrupt), remote_blocks.serving(Path("folder"), Path("key"), [0, 1]):
+        pass
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for timer in timers:
+        timer.join(2)
+    assert not any(timer.is_alive() for timer in timers) and server.stdin.closed
+
+
 def test_missing_and_double_blocks_are_refused(tmp_path):
     with served(tmp_path) as remote:
         for addresses in (remote.addresses[:1], (*remote.addresses, remote.addresses[0])):
@@ -233,23 +326,18 @@ def test_missing_and_double_blocks_are_refused(tmp_path):
 
 
 def test_blocks_that_are_not_there_are_refused(tmp_path):
-    from remote_blocks import Blocks, blocks_of
-
     folder = save_model(tmp_path / "model")
     for bounds in ((2, 2), (3, 5), (-1, 2)):
         with pytest.raises(ValueError, match="Expected some of the model's 4 blocks"):
-            Blocks(folder, *bounds)
+            remote_blocks.Blocks(folder, *bounds)
     with pytest.raises(ValueError, match="Expected one list of blocks with a norm behind it"):
-        blocks_of(torch.nn.Sequential(torch.nn.Linear(1, 1)))
+        remote_blocks.blocks_of(torch.nn.Sequential(torch.nn.Linear(1, 1)))
 
 
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_all_end_with_their_context(tmp_path):
-    from remote_blocks import new_key, serving
-    from remote_lm import RemoteBlocks
-
-    folder, key = save_model(tmp_path / "model"), new_key(tmp_path / "key")
-    with serving(folder, key, [0, 2, N_BLOCKS]) as servers:
+    folder, key = save_model(tmp_path / "model"), remote_blocks.new_key(tmp_path / "key")
+    with remote_blocks.serving(folder, key, [0, 2, N_BLOCKS]) as servers:
         lm = RemoteBlocks(str(folder), tuple(one.address for one in servers), str(key)).build_backend(33, 20)
         ids, zero = torch.ones(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         assert lm(ids, zero, zero)[0].isfinite().all()

@@ -86,6 +86,7 @@ def test_tensors_of_all_kinds_cross_the_wire_unchanged(monkeypatch):
     assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, sent))
 
 
+@pytest.mark.slow
 def test_it_trains_answers_errors_and_is_noticed_when_it_is_killed():
     """One engine for all, since starting one takes seconds."""
     with LocalEngine(tiny_config(), vocab_size=33) as engine:

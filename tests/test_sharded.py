@@ -59,6 +59,7 @@ def test_the_update_is_the_same_with_every_option(names):
     check_same(alone, train(2, "sharded_updates", {"lock-step": Sharded(gather=False)}, lock_step, timeout=120))
 
 
+@pytest.mark.slow
 def test_each_process_keeps_its_share():
     for shares, is_gathered in train(2, "what_is_kept", Sharded()):
         assert all(0.45 < share < 0.55 for share in shares) and not is_gathered

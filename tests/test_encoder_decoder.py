@@ -17,7 +17,7 @@ from agents.encoder_decoder import Seq2SeqBackbone
 from agents.exporting import export
 from agents.generation import generate
 from agents.sequences import SequenceBatch
-from tests.models import N_TOKENS, CheckRatio, collect, few, make_policy, make_ppo, observe
+from tests.models import N_TOKENS, CheckRatio, collect, few, make_policy, make_ppo, observe, seldom
 from tests.seq2seq import T5, expected_logits, tiny_seq2seq
 from tests.training import TOKENIZER, run_state, tiny_agent, tiny_env
 from textenv import CharTokenizer, TextEnv
@@ -254,8 +254,7 @@ def emits_the_letter(reward_on: bool) -> float:
     return float(np.mean([one.text == str(one.prompt).strip("x") for one in written]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reward_on", [True, False])
+@pytest.mark.parametrize("reward_on", seldom([True, False]))
 def test_e11_it_learns_to_read_the_prompt(reward_on):
     share = emits_the_letter(reward_on)
     assert share > 0.9 if reward_on else share < 0.35

@@ -11,7 +11,7 @@ FIGURES = {"length", "reward", "reward/intent", "reward/meteor", "kl", "kl_token
 FIGURES |= {"rougeLsum", "sacrebleu", "chrf", "intent_accuracy", "perplexity", "length_words"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dailydialog_writes_its_table_and_finds_what_is_done(tmp_path):
     data, out = write_dialogues(tmp_path / "data", made_up(60)), tmp_path / "out"
     command = ("examples/dailydialog.py", "--data", data, "--smoke", "--seed", 1, "--out", out)

@@ -22,7 +22,7 @@ def write_pairs(folder, n=60):
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_and_finds_again_what_is_done(tmp_path):
     out = tmp_path / "out"
     write_pairs(tmp_path / "pairs")

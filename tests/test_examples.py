@@ -88,7 +88,7 @@ def test_quickstart_writes_figures_curves_and_a_model(tmp_path):
     assert (out / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quickstart_on_a_corpus_and_resumed(tmp_path):
     pytest.importorskip("vaderSentiment")
     corpus = tmp_path / "corpus.txt"

@@ -290,7 +290,7 @@ def learned(order, seed, n_tokens=2048):
     return np.mean(rewards)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_unsolved_prompts_are_learned_faster():
     """On equal tokens; with an exponent of 0 as with an order that has no priorities."""
     orders = {

@@ -349,7 +349,7 @@ def test_a_killed_process_is_named_and_all_end_with_their_context(tmp_path):
     assert [one.process.poll() for one in servers] == [0, -9]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_servers_end_with_the_process_that_started_them(tmp_path):
     """It is killed, and so closes nothing itself."""
     folder = save_model(tmp_path / "model")

@@ -78,8 +78,7 @@ def test_a_run_is_the_same_sharded_or_not(tmp_path):
         assert (tmp_path / way / "shards").is_dir() == (way != "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", seldom(["gathered", "lock-step", "offloaded"], 1))
+@pytest.mark.parametrize("way", seldom(["gathered", "lock-step", "offloaded"]))
 def test_a_sharded_run_resumes_exactly(way, tmp_path):
     whole = train(2, "part_of_a_run", tmp_path, 4, None, None, WAYS[way])
     train(2, "part_of_a_run", tmp_path, 2, None, "half", WAYS[way])

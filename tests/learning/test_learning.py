@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents import AdaptiveCoef, KLPenalty, LastLayers, LoRA, SharedCritic
 from agents.build import make_agent
 from agents.generation import generate
+from tests.models import seldom
 from tests.training import tiny_config
 from textenv import CharTokenizer, TextEnv
 
@@ -103,8 +104,7 @@ TRPO_TASKS = {  # the trust region takes the place of a learning rate and of an 
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", seldom(TASKS))
 def test_e11_trpo_learns(name):
     task = TRPO_TASKS[name]
     before, after = learn(build(task, algorithm=TRPO, n_critic_updates=2), task)

@@ -191,6 +191,7 @@ def own_parts(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_reward_a_metric_and_a_logger_by_id_and_args_or_by_module_and_class(own_parts, model):
     words = settings(model, own_parts / "run", rollouts=2)
     words.remove("--loggers=[]")

@@ -192,6 +192,7 @@ def trained(callbacks, env=None):
     return weights(model), model.policy.generator.get_state(), torch.get_rng_state(), np.random.get_state()[1].tolist()
 
 
+@pytest.mark.slow
 def test_e12_trained_parameters_are_bit_identical_with_or_without_evaluation(tmp_path):
     env, penalty = tiny_env(max_new_tokens=6), KLPenalty(0.1)
     look = Evaluate(["ab", "xy"], TOKENIZER, [Length()], every=1, folder=tmp_path, env=env, n=3, reference=penalty)
@@ -266,6 +267,7 @@ def test_training_stops_when_patience_ends(sign, n_evaluations):
     assert model._n_updates == 4 * (n_evaluations - 1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path):
     """The checkpoint is older than the last evaluation; best value, history and patience are those of one run."""
 

@@ -123,6 +123,7 @@ def test_key_paths(server):
         scores(HTTPJudge(server.url, key="result.1.score", **QUICK), ["abc"])
 
 
+@pytest.mark.slow
 def test_the_server_sees_no_more_rows_at_a_time_than_asked_for(server):
     server.delay = 0.03
     assert scores(HTTPJudge(server.url, concurrency=3), [f"{i:02}" for i in range(12)]) == [2.0] * 12

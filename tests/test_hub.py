@@ -105,6 +105,7 @@ def test_a_name_in_place_of_prompts_says_what_to_write(make_env):
         make_env("someone/reviews")
 
 
+@pytest.mark.slow
 def test_offline_a_name_says_so_and_a_folder_is_read(write):
     """HF_HUB_OFFLINE is read when the libraries are loaded: a process of its own."""
     folder = write("jsonl")

@@ -93,6 +93,7 @@ def test_other_files_are_refused(saved, tmp_path):
         load_sb3_zip(tmp_path / "nowhere.zip", saved)
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_only_when_asked_and_reads_none(tmp_path, capfd):
     model = small_model(tmp_path / "small")
     assert run("train", *settings(model, tmp_path / "run", rollouts=1), "--quiet") == 0

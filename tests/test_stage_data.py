@@ -161,6 +161,7 @@ def test_a_fresh_model_and_its_tokenizer_learn_from_a_task(data, tmp_path, capsy
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "zh").config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.slow
 def test_a_classifier_of_a_task_or_of_a_file(data, tmp_path, capsys):
     model = small_model(tmp_path / "small")
     sizes = '{"model_type": "distilbert", "n_layers": 1, "dim": 16, "hidden_dim": 16, "n_heads": 1}'

@@ -61,6 +61,7 @@ def test_e11_group_relative_advantages_learn(advantage):
     assert before < 0.35 and after > 0.9
 
 
+@pytest.mark.slow
 def test_e11_nothing_is_learned_with_the_reward_switched_off():
     env = TextEnv(PROMPTS, TOKENIZER, reward=lambda prompt, preds, done: 0.0, samples_per_prompt=5, **RULES)
     before, after = learn(build(env, "grpo"), 15)

@@ -27,7 +27,7 @@ from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
 from .language_model import BackendSpec
 from .layers import disable_dropout, fuse_activations
-from .trainable import Trainable, check_in_memory, is_checkpointing, set_trainable
+from .trainable import Trainable, check_in_memory, is_checkpointing, is_placed, set_trainable
 
 PROBE_LENGTH = 4
 PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
@@ -263,8 +263,7 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Backbone:
         """Move or cast the weights, but those that transformers dispatched or quantised stay where it put them."""
-        is_placed = not vars(self.model).keys().isdisjoint(("hf_quantizer", "hf_device_map"))
-        return self if is_placed else super()._apply(fn, recurse)
+        return self if is_placed(self.model) else super()._apply(fn, recurse)
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Return hidden states (N, H) and logits (N, V); the inputs are those of `read`."""

@@ -151,7 +151,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     for file, content in read_shards(path, lm.shards).items():
         tensors[file].update(content)
     if lm.shards is not None:
-        lm.shards.release()
+        lm.shards.bring(False)
     weights = dict(_weights(model))
     _check_same_shapes(weights, tensors["policy"])
     _check_same_optimizer(model.policy.optimizer, meta["param_groups"])

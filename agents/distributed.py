@@ -51,7 +51,7 @@ class World(NamedTuple):
 _joined: list[World] = []
 _written: Counter[str] = Counter()
 _helpers: dict[str, Callable[[], None]] = {}  # what to run when others are at something that needs all
-_offered: Counter[str] = Counter()  # how many turns have been offered: as many in all processes
+_offered: list[str] = []  # the turns that have ever been: as many in all processes
 
 
 def world() -> World | None:
@@ -220,8 +220,8 @@ def offer_help(owner: Owner, work: Callable[[Owner], None]) -> str:
     Returns:
         The name of their turn, for `take_turn`: the same in all processes that offer the same things in the same order.
     """
-    _offered["turns"] += 1
-    name, reference = f"turn {_offered['turns']}", weakref.ref(owner)
+    name, reference = f"turn {len(_offered)}", weakref.ref(owner)
+    _offered.append(name)
 
     def help_others() -> None:
         here = reference()

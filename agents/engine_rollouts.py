@@ -23,7 +23,6 @@ from .engine import Completion, Request, RolloutEngine, check_completions, named
 from .flat_policy import FlatLMPolicy
 from .importance import Correction, Per
 from .policies import LMPolicy
-from .reference import version_of
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
 from .transitions import RolloutView
 
@@ -73,7 +72,6 @@ class EngineRollouts(RolloutStep):
         super().__init__(verbose)
         self.engine = engine
         self.correction = Correction(truncation, per)
-        self._sent: tuple[int, int] | None = None  # the version of the weights that the engine has
         self._n_more = 0  # episodes that the last rollout began beside those it found
 
     def _clear(self) -> None:
@@ -97,7 +95,6 @@ class EngineRollouts(RolloutStep):
             raise ValueError(refusal)
         self.buffer = sequence_buffer(model)
         self.buffer.correction = self.correction
-        self._sent = None  # the engine may have had another model's
         earlier = [step for step in self.buffer.before_returns if isinstance(step, EngineRollouts)]
         self._n_more = earlier[-1]._n_more if earlier else 0  # of an earlier call of learn()
 
@@ -174,12 +171,13 @@ class EngineRollouts(RolloutStep):
         for lane, plan in zip(lanes, written, strict=False):
             self._plans[lane] = plan
         for prompt, plan in zip(coming, written[len(lanes) :], strict=True):
-            self._spare[np.append(np.asarray(prompt.ids, dtype=np.int64), SEPARATOR).tobytes()].append(plan)
+            self._spare[_key(np.append(prompt.ids, SEPARATOR))].append(plan)
 
     def _ask(self, requests: list[Request]) -> list[Plan]:
         start = time.perf_counter()
-        if self._is_first:
-            self._send_weights()
+        if self._is_first:  # the last rollout has been trained on since
+            with named_weights(self.policy.backbone) as weights:
+                self.engine.load_weights(weights)
             self._is_first = False
         # Of the policy's generator, which checkpoints keep: a resumed run draws the same.
         seed = int(torch.randint(2**31, (), generator=self.policy.generator))
@@ -189,14 +187,6 @@ class EngineRollouts(RolloutStep):
         self._n_calls += 1
         self._n_written += sum(len(completion.tokens) for completion in completions)
         return [_plan_of(completion) for completion in completions]
-
-    def _send_weights(self) -> None:
-        # Both: a fused optimizer writes weights without a trace in their versions, loading them is no update.
-        version = self.algorithm._n_updates, version_of(self.policy.backbone)
-        if version != self._sent:
-            with named_weights(self.policy.backbone) as weights:
-                self.engine.load_weights(weights)
-            self._sent = version
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Have the policy read what was written: its log-probabilities and values take the place of the engine's."""

@@ -23,7 +23,7 @@ from textenv.tokenizer import Tokenizer
 from .actor_critic import LMActorCritic
 from .backbone import LMLike
 from .files import write_text
-from .generation import FinalStep, Generation, check_generator, run_episodes
+from .generation import FinalStep, Generation, check_generator, no_reward, run_episodes
 from .kl import KLPenalty
 from .policies import LMPolicy
 from .reference import build_reference, divergences
@@ -165,7 +165,7 @@ def evaluate(
     is_scored = env is not None or reward is not None
     if env is None:
         settings = env_kwargs if is_scored else {"score_at": "done", **env_kwargs}
-        env = TextEnv(rows, tokenizer, reward=reward or _no_reward, **settings)
+        env = TextEnv(rows, tokenizer, reward=reward or no_reward, **settings)
         rows = list(env.prompts)
     episodes = run_episodes(policy, env, rows, deterministic, seed, n_envs, progress_bar)
     scores = {"length": mean_of([one.info["episode"]["l"] for one in episodes])}
@@ -184,10 +184,6 @@ def evaluate(
 
 def _prompts(generations: Sequence[Generation], n: int) -> list[list[int]]:
     return [one.prompt.ids.tolist() for one in generations[::n]]
-
-
-def _no_reward(prompt: Any, preds: Any, done: bool) -> float:
-    return 0.0
 
 
 def _reward_scores(episodes: Sequence[FinalStep]) -> dict[str, Scores]:

@@ -84,7 +84,7 @@ def generate(
     """
     policy = check_generator(model, tokenizer, n)
     rows = [prompt for prompt in prompts for _ in range(n)]
-    env = TextEnv(rows, tokenizer, reward=_no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
+    env = TextEnv(rows, tokenizer, reward=no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
     episodes = run_episodes(policy, env, env.prompts, deterministic, seed, n_envs, progress_bar)
     return [episode.generation for episode in episodes]
 
@@ -145,5 +145,6 @@ def _continuation(observation: np.ndarray) -> list[int]:
     return since[since >= 0].tolist()
 
 
-def _no_reward(prompt: Prompt, preds: Any, done: bool) -> float:
+def no_reward(prompt: Prompt, preds: Any, done: bool) -> float:
+    """Return 0: the reward of an env that is only to be written in."""
     return 0.0

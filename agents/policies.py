@@ -267,7 +267,7 @@ class LMPolicy(ActorCriticPolicy):
             self._terminal_values = None
         self.train(mode)
         if self.lm.shards is not None:
-            self.lm.shards.release() if mode else self.lm.shards.gather()
+            self.lm.shards.bring(not mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the weights.

@@ -19,12 +19,12 @@ from textenv.feedback.asked import questions_of
 from textenv.feedback.records import MAX_COMPLETIONS, Kind, check_rater, check_scale
 from textenv.feedback.store import FeedbackStore
 from textenv.feedback.terminal import RatingTerminal
-from textenv.prompts import Prompt, PromptLike, read_rows
+from textenv.prompts import PromptLike, read_rows
 from textenv.rewards.human import GROUP
 
 from .config import DEMO, TrainConfig
 from .demo import model_folder
-from .generation import generate
+from .generation import generate, no_reward
 from .policies import LMPolicy
 from .refusal import CommandError, Exit, StorageError
 from .verb_config import RateConfig, RateOptions
@@ -122,7 +122,7 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
     n_new = 0
     for start in tqdm(range(0, len(prompts), CHUNK), desc="completions", unit="chunk", disable=None):
         rows = prompts[start : start + CHUNK]
-        env = TextEnv(rows, writer.tokenizer, reward=_no_reward, max_new_tokens=1)
+        env = TextEnv(rows, writer.tokenizer, reward=no_reward, max_new_tokens=1)
         missing: list[PromptLike] = []
         for row, prompt in zip(rows, env.prompts, strict=True):
             there = min(known[str(prompt)], n // size)
@@ -167,7 +167,3 @@ def fingerprint(policy: LMPolicy, *settings: object) -> str:
     for name, weight in policy.backbone.model.state_dict().items():
         digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def _no_reward(prompt: Prompt, preds: object, done: bool) -> float:
-    return 0.0

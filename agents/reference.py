@@ -43,7 +43,7 @@ def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMAc
     return copy.deepcopy(lm, kept | {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()
 
 
-def version_of(policy: nn.Module) -> int:
+def version_of(policy: LMActorCritic) -> int:
     """Return a number that changes where weights are written in place, but for a fused optimizer's steps."""
     return sum(weight._version for weight in policy.parameters())
 

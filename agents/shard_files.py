@@ -53,8 +53,10 @@ def write_shards(folder: Path, tensors: Tensors) -> Tensors:
 
     All processes must call it.
     """
-    here = world()
-    sharded = {f"{file}/{name}": one for file, of in tensors.items() for name, one in of.items() if _is_sharded(one)}
+    here, sharded, whole = world(), {}, {}
+    for file, content in tensors.items():
+        sharded.update({f"{file}/{name}": one for name, one in content.items() if isinstance(one, DTensor)})
+        whole[file] = {name: one for name, one in content.items() if not isinstance(one, DTensor)}
     if sharded:
         assert here is not None, "several processes"
         writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
@@ -62,7 +64,7 @@ def write_shards(folder: Path, tensors: Tensors) -> Tensors:
             dcp.save(sharded, storage_writer=writer, process_group=here.group)
         except CheckpointException as error:  # in all processes, of whichever
             raise _storage_error(error) from error
-    return {file: {name: one for name, one in of.items() if not _is_sharded(one)} for file, of in tensors.items()}
+    return whole
 
 
 def read_shards(folder: Path, shards: Shards | None) -> Tensors:
@@ -94,7 +96,3 @@ def _storage_error(error: CheckpointException) -> OSError:
     number = next((one.errno for one in causes.values() if isinstance(one, OSError) and one.errno), errno.EIO)
     said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
     return OSError(number, f"Expected to write the shards of all processes, got {said}")
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .backbone import Backbone
 from .critic import TrunkCritic, ValueHead
 from .distributed import gather, is_main_process, offer_help, take_turn, world
+from .trainable import is_placed
 
 if TYPE_CHECKING:
     from .actor_critic import LMActorCritic
@@ -83,7 +84,7 @@ class Sharded:
 class Shards:
     """What keeps a policy's weights spread, and brings them together for those who read them.
 
-    Between `gather` and `release` the weights can be read by any forward without gradients; otherwise by
+    While they are gathered, the weights can be read by any forward without gradients; otherwise by
     `LMActorCritic.evaluate_parts`, called in all processes. Outside both, the parameters are `DTensor`s.
 
     Args:
@@ -120,17 +121,14 @@ class Shards:
         if not spec.gather:
             self._take_turns()
 
-    def gather(self) -> None:
-        """Bring the weights together, to be read without gradients; all processes must call it."""
-        if not self.is_gathered:
-            gather("gathering the weights", None)
-            self._set(True)
+    def bring(self, is_gathered: bool) -> None:
+        """Bring the weights together, to be read without gradients, or keep only this process's shards again.
 
-    def release(self) -> None:
-        """Keep only this process's shards again; all processes must call it."""
-        if self.is_gathered:
-            gather("releasing the weights", None)
-            self._set(False)
+        All processes must call it.
+        """
+        if self.is_gathered != is_gathered:
+            gather("gathering the weights" if is_gathered else "releasing the weights", None)
+            self._set(is_gathered)
 
     def whole(self) -> LMActorCritic | None:
         """Return a copy without critic that is not sharded, on the host, in the process of rank 0; None in others.
@@ -199,30 +197,27 @@ class Shards:
             self._is_helping = False
 
 
-@contextmanager
-def gathered(lm: LMActorCritic) -> Iterator[None]:
+def gathered(lm: LMActorCritic) -> AbstractContextManager[None]:
     """Within it, the weights can be read without gradients; where they are sharded, all processes must call it."""
-    if lm.shards is None or lm.shards.is_gathered:
-        yield
-        return
-    lm.shards.gather()
-    try:
-        yield
-    finally:
-        lm.shards.release()
+    return _brought(lm, True)
+
+
+def released(lm: LMActorCritic) -> AbstractContextManager[None]:
+    """Within it, parameters that are sharded are `DTensor`s; all processes must call it."""
+    return _brought(lm, False)
 
 
 @contextmanager
-def released(lm: LMActorCritic) -> Iterator[None]:
-    """Within it, parameters that are sharded are `DTensor`s; all processes must call it."""
-    if lm.shards is None or not lm.shards.is_gathered:
+def _brought(lm: LMActorCritic, is_gathered: bool) -> Iterator[None]:
+    if lm.shards is None:
         yield
         return
-    lm.shards.release()
+    before = lm.shards.is_gathered
+    lm.shards.bring(is_gathered)
     try:
         yield
     finally:
-        lm.shards.gather()
+        lm.shards.bring(before)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -259,7 +254,7 @@ def _checked(lm: LMActorCritic, spec: Sharded) -> Backbone:
         reason = "top_p_lag, whose copy follows the policy's whole weights"
     elif lm.value_norm is not None and lm.value_norm.keeps_values:
         reason = "value_norm='popart', which rewrites the value head between updates; use 'norm'"
-    elif vars(backbone.model).keys() & {"hf_quantizer", "hf_device_map"}:
+    elif is_placed(backbone.model):
         reason = "weights that `device_map` or `quantization_config` has placed"
     elif not spec.gather and not any(isinstance(module, GradientCheckpointingLayer) for module in lm.modules()):
         reason = f"a {type(backbone.model).__name__} with gather=False, whose layers cannot be told apart"

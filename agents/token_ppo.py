@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from gymnasium import Env
 from sb3_contrib import MaskablePPO
@@ -18,7 +18,31 @@ from .rollout_steps import text_vec_env
 from .vec_env import TextVecEnv
 
 
-class TokenPPO(PPO):
+class _InLanes:
+    """What both algorithms do beside SB3's: see `TokenPPO`."""
+
+    _buffer_class: type[SequenceRolloutBuffer] = SequenceRolloutBuffer
+
+    def __init__(
+        self,
+        policy: Any,
+        env: VecEnv | Env[Any, Any] | None = None,
+        n_minibatches: int | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        lanes = as_lanes(env)
+        if lanes is not None:
+            kwargs = _settings(type(self), lanes, n_minibatches, rollout_buffer_kwargs, kwargs)
+        super().__init__(policy, lanes, rollout_buffer_class=self._buffer_class, **kwargs)  # type: ignore[call-arg]
+
+    def _setup_model(self) -> None:
+        super()._setup_model()  # type: ignore[misc]
+        if self.env is not None:  # type: ignore[attr-defined]
+            attach_steps(cast("OnPolicyAlgorithm", self), text_vec_env(self.env))  # type: ignore[attr-defined]
+
+
+class TokenPPO(_InLanes, PPO):
     """SB3's PPO with lanes, buffer and settings of `make_agent`.
 
     Environments that were made one by one, as SB3's `make_vec_env` does, become the lanes of the first of them: one
@@ -40,44 +64,11 @@ class TokenPPO(PPO):
         >>> # TokenPPO(DemoPolicy, gymnasium.make("textenv/Demo-v0")).learn(1000)
     """
 
-    def __init__(
-        self,
-        policy: Any,
-        env: VecEnv | Env[Any, Any] | None = None,
-        n_minibatches: int | None = None,
-        rollout_buffer_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        lanes = as_lanes(env)
-        if lanes is not None:
-            kwargs = _settings(type(self), lanes, n_minibatches, rollout_buffer_kwargs, kwargs)
-        super().__init__(policy, lanes, rollout_buffer_class=SequenceRolloutBuffer, **kwargs)  # type: ignore[arg-type]
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
-        _attach(self)
-
-
-class TokenMaskablePPO(MaskablePPO):
+class TokenMaskablePPO(_InLanes, MaskablePPO):
     """sb3-contrib's MaskablePPO with lanes, buffer and settings of `make_agent`; see `TokenPPO`."""
 
-    def __init__(
-        self,
-        policy: Any,
-        env: VecEnv | Env[Any, Any] | None = None,
-        n_minibatches: int | None = None,
-        rollout_buffer_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        lanes = as_lanes(env)
-        if lanes is not None:
-            lanes.env.check_mask()
-            kwargs = _settings(type(self), lanes, n_minibatches, rollout_buffer_kwargs, kwargs)
-        super().__init__(policy, lanes, rollout_buffer_class=MaskableSequenceRolloutBuffer, **kwargs)  # type: ignore[arg-type]
-
-    def _setup_model(self) -> None:
-        super()._setup_model()
-        _attach(self)
+    _buffer_class = MaskableSequenceRolloutBuffer
 
 
 def as_lanes(env: VecEnv | Env[Any, Any] | None) -> TextVecEnv | None:
@@ -102,6 +93,8 @@ def as_lanes(env: VecEnv | Env[Any, Any] | None) -> TextVecEnv | None:
 def _settings(
     algorithm: type, lanes: TextVecEnv, n_minibatches: int | None, buffer: dict[str, Any] | None, given: dict[str, Any]
 ) -> dict[str, Any]:
+    if issubclass(algorithm, MaskablePPO):
+        lanes.env.check_mask()
     settings = {
         **settings_for(algorithm, lanes, given),
         **given,
@@ -116,8 +109,3 @@ def _settings(
             )
         settings["batch_size"] = rollout // n_minibatches
     return settings
-
-
-def _attach(model: OnPolicyAlgorithm) -> None:
-    if model.env is not None:
-        attach_steps(model, text_vec_env(model.env))

@@ -96,6 +96,11 @@ def set_trainable(model: PreTrainedModel, train: Trainable | None) -> None:
         raise ValueError(f"Expected `train` to be 'all', 'head', LastLayers(n) or LoRA(...), got {train!r:.80}.")
 
 
+def is_placed(model: PreTrainedModel) -> bool:
+    """Whether transformers has dispatched or quantised the weights, which then stay where it put them."""
+    return not vars(model).keys().isdisjoint(("hf_quantizer", "hf_device_map"))
+
+
 def check_in_memory(model: PreTrainedModel) -> None:
     """Raise ValueError where a device map has offloaded what is trained: no optimizer would reach it."""
     away = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.is_meta]

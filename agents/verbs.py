@@ -10,7 +10,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from textenv.env import TextEnv
-from textenv.prompts import Prompt, PromptLike
+from textenv.prompts import PromptLike
 from textenv.prompts import read_rows as read_prompts
 
 from .assemble import Parts, Trust, assemble, load_lm, load_tokenizer, make_metric, policy_arguments, task_name
@@ -21,7 +21,7 @@ from .doctor import check
 from .evaluation import evaluate
 from .exporting import check_repository, export, upload
 from .files import write_text
-from .generation import generate
+from .generation import generate, no_reward
 from .model_card import model_card
 from .policies import LMPolicy
 from .refusal import CommandError, Exit
@@ -74,14 +74,10 @@ def open_writer(name: str, config: TrainConfig | None, options: TrustOptions) ->
 
 def make_policy(name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust) -> LMPolicy:
     """Return a model as a policy that samples as a configuration says, to write and not to train with."""
-    env = TextEnv([[0]], tokenizer, reward=_no_reward, max_new_tokens=1)
+    env = TextEnv([[0]], tokenizer, reward=no_reward, max_new_tokens=1)
     arguments = {key: value for key, value in policy_arguments(model).items() if key not in ("train", "critic")}
     spaces = env.observation_space, env.action_space
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
-
-
-def _no_reward(prompt: Prompt, preds: object, done: bool) -> float:
-    return 0.0
 
 
 def examine(config: TrainConfig, options: TrustOptions) -> int:

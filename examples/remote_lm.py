@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from agents.backbone import check_fits, check_length, close
+from agents.backbone import PROBE_LENGTH, check_fits, check_length, close
 from agents.layers import disable_dropout
 from agents.row_cache import RowCache
 from textenv.model_loading import load_whole
-
-PROBE_LENGTH = 4
 
 
 class RemoteLM(nn.Module):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from io import StringIO
 from multiprocessing.connection import Client, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
@@ -204,9 +205,9 @@ def test_nobody_there_is_said():
         connect(address)
 
 
-@pytest.mark.parametrize(("hangs", "reason"), [(True, "no answer in 0.2 seconds"), (False, "EOFError|ConnectionReset")])
-def test_a_server_that_hangs_or_dies_names_its_blocks(hangs, reason):
-    """It says what it has, and nothing more."""
+@contextmanager
+def answering(behave, first, last):
+    """A server that says what it has, and then does as told; a client of it, and what to set when all is over."""
     done = threading.Event()
 
     def once(listener):
@@ -214,46 +215,46 @@ def test_a_server_that_hangs_or_dies_names_its_blocks(hangs, reason):
             deliver_challenge(connection, KEY)
             answer_challenge(connection, KEY)
             connection.recv_bytes()
-            connection.send_bytes(remote_wire.Message({"first": 5, "last": 9, "hidden_size": HIDDEN}, {}).pack())
-            connection.recv_bytes()
-            if hangs:
-                done.wait(10)
+            about = {"first": first, "last": last, "hidden_size": HIDDEN}
+            connection.send_bytes(remote_wire.Message(about, {}).pack())
+            behave(connection, done)
 
     with Listener(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=once, args=(listener,), daemon=True)
         thread.start()
-        server = connect(listener.address, seconds=0.2)
+        yield connect(listener.address, seconds=0.2)
+        done.set()
+        thread.join(5)
+
+
+@pytest.mark.parametrize(("hangs", "reason"), [(True, "no answer in 0.2 seconds"), (False, "EOFError|ConnectionReset")])
+def test_a_server_that_hangs_or_dies_names_its_blocks(hangs, reason):
+    """It says what it has, and nothing more."""
+
+    def nothing(connection, done):
+        connection.recv_bytes()
+        if hangs:
+            done.wait(10)
+
+    with answering(nothing, 5, 9) as server:
         for _ in range(2):  # and it stays so
             with pytest.raises(remote_chain.BlocksLostError, match=f"blocks 5 to 8 at .*({reason}|closed).*are lost"):
                 server.forward(ROWS)
-        done.set()
-        thread.join(5)
 
 
 @pytest.mark.parametrize("sends", [False, True])
 def test_silence_in_the_middle_of_a_message_ends_the_call(sends):
     """A part of an answer comes, or more is sent than anybody reads."""
-    done = threading.Event()
 
-    def half(listener):
-        with listener.accept() as connection:
-            deliver_challenge(connection, KEY)
-            answer_challenge(connection, KEY)
+    def half(connection, done):
+        if not sends:
             connection.recv_bytes()
-            connection.send_bytes(remote_wire.Message({"first": 0, "last": 1, "hidden_size": HIDDEN}, {}).pack())
-            if not sends:
-                connection.recv_bytes()
-                os.write(connection.fileno(), struct.pack("!i", 1000) + b"the rest never comes")
-            done.wait(10)
+            os.write(connection.fileno(), struct.pack("!i", 1000) + b"the rest never comes")
+        done.wait(10)
 
-    with Listener(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=half, args=(listener,), daemon=True)
-        thread.start()
-        server = connect(listener.address, seconds=0.2)
+    with answering(half, 0, 1) as server:
         with pytest.raises(remote_chain.BlocksLostError, match=r"no answer in 0\.2 seconds"):
             server.forward(torch.zeros(1, 1 << 19, HIDDEN) if sends else ROWS)
-        done.set()
-        thread.join(5)
 
 
 def test_a_client_that_says_nothing_is_left(monkeypatch, capfd):

@@ -26,7 +26,7 @@ from textenv.rewarding import FAILURE
 from textenv.tokenizer import Tokenizer
 
 from .checkpoint import is_between_iterations, save_step
-from .curves import CURVES, check_matplotlib, draw_curves
+from .curves import CURVES, check_matplotlib, check_picture, draw_curves
 from .data_parallel import merge
 from .distributed import gather, is_main_process
 from .generation import Generation, generate
@@ -213,6 +213,7 @@ class RewardCurves(BaseCallback):
 
     def _on_training_start(self) -> None:
         check_matplotlib()
+        check_picture(self.path)
 
     def _on_step(self) -> bool:
         return True

@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +22,10 @@ from torch import Tensor
 
 from .buffers import SequenceRolloutBuffer, step_name
 from .distributed import is_main_process, once, raise_together
+from .files import replaced_folder
 from .manifest import CheckpointError, verify_checkpoint, versions, write_manifest
 from .optim import load_optimizer, optimizer_state
+from .output_folders import output_folder
 from .policies import LMPolicy
 from .probe import check_probe, probe_logits
 from .rank_states import add_other_ranks, choose_own, go_on_elsewhere, reseed
@@ -31,10 +35,11 @@ from .sharding import gathered, local, placed, released
 from .transitions import Transitions
 from .waiting import EndedEpisode
 
+STEP = re.compile(r"step_\d{12}")  # the folders that `save_step` writes and removes
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
 
 
-def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) -> Path:
+def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Write all that the next update depends on, so that a resumed run equals one that was never stopped.
 
     Policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished episodes, what
@@ -44,7 +49,8 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     Args:
         model: A model built with `make_agent`, or with `TextVecEnv` and `SequenceRolloutBuffer`. Save between
             iterations: in a callback's `_on_rollout_start`, or after `learn`.
-        folder: Where to. It appears whole, or what was there stays.
+        folder: Where to: a folder that is absent or empty. It appears whole, or not at all.
+        overwrite: Whether an earlier checkpoint there may be replaced; nothing else ever is.
 
     Returns:
         The folder.
@@ -53,11 +59,17 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         RuntimeError: In the middle of a rollout, or before its update.
         TypeError: If an optimizer keeps something that is neither a number nor a tensor.
         FloatingPointError: If a weight is NaN or infinite: such a policy is never written.
+        ValueError: An `OutputFolderError` if something stands in the folder that would be lost.
 
     Example:
         >>> from agents import load_checkpoint, save_checkpoint
         >>> # save_checkpoint(model, "run/step_10000"); load_checkpoint(make_agent(...), "run/step_10000")
     """
+    _save(model, output_folder(folder, "checkpoint", overwrite))
+    return Path(folder)
+
+
+def _save(model: OnPolicyAlgorithm, written: AbstractContextManager[Path]) -> None:
     env_state = text_vec_env(model.get_env()).state_dict()
     if not is_between_iterations(model):
         raise RuntimeError("Expected to save between iterations, not inside a rollout or before its update.")
@@ -67,10 +79,9 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     with released(lm):
         tensors, meta = _state(model, *env_state)
         tensors["probe"] = {"logits": probe}
-        with replaced_together(folder) as beside:
+        with replaced_together(written) as beside:
             whole = write_shards(beside, tensors)
             once(lambda: _write(beside, whole, meta))
-    return Path(folder)
 
 
 def _state(
@@ -224,13 +235,14 @@ def newest_intact(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str
 def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: int) -> Path:
     """Save a checkpoint as "step_<timesteps>" in a folder, and remove all older ones but the newest `keep` in all."""
     newest = Path(folder) / f"step_{model.num_timesteps:012d}"
-    save_checkpoint(model, newest)
+    _save(model, replaced_folder(newest))  # of this name in a folder of checkpoints: an earlier, perhaps damaged one
     try:
         verify_checkpoint(newest)  # before what is known to be whole goes
     except CheckpointError as error:
         raise OSError(errno.EIO, str(error)) from error
     # What is newer than the newest is another run's, or damaged, and not ours to count.
-    for old in sorted(path for path in Path(folder).glob("step_*") if path <= newest)[:-keep]:
+    steps = sorted(path for path in Path(folder).glob("step_*") if STEP.fullmatch(path.name))
+    for old in [path for path in steps if path <= newest][:-keep]:
         if is_main_process():
             shutil.rmtree(old)
     return newest

@@ -24,8 +24,8 @@ from textenv.model_loading import load_whole
 from textenv.rewards.text_model import TextModel
 
 from .backbone import check_fits
-from .files import replaced_folder
 from .interrupted import origin, work_folder
+from .output_folders import check_output, output_folder
 from .reward_figures import wilson_interval
 from .trainer_guard import accelerate_expected, random_state_kept
 
@@ -81,6 +81,7 @@ def train_classifier(
     max_tokens: int | None = None,
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
     progress_bar: bool = True,
 ) -> ClassifierTraining:
     """Train any model for sequence classification on labelled texts, and save it.
@@ -95,7 +96,7 @@ def train_classifier(
         tokenizer: The model's tokenizer.
         texts: What is classified, N of them.
         labels: The number of each text's label, (N,), from 0.
-        folder: Where to; replaced when the new one is complete.
+        folder: Where to: a folder that is absent or empty.
         held_out: Texts and labels that are measured and not trained on.
         label_names: The labels' names in the order of their numbers; "LABEL_0" and so on by default.
         n_epochs: Passes over the data; may be a fraction.
@@ -105,11 +106,13 @@ def train_classifier(
             default.
         seed: Of fresh weights, dropout and the order of the data.
         resume: Whether to go on with a run of the same arguments that was interrupted; from the start if there is none.
+        overwrite: Whether an earlier classifier in `folder` may be replaced, once the new one is complete.
         progress_bar: Show one.
 
     Raises:
         ImportError: Without accelerate.
-        ValueError: If texts and labels do not match, a label is no number of the names, or fewer than two are named.
+        ValueError: If texts and labels do not match, a label is no number of the names, fewer than two are named, or
+            something stands in the folder that would be lost.
 
     Example:
         >>> from agents.classifier import train_classifier
@@ -118,6 +121,7 @@ def train_classifier(
         >>> #                         held_out=(others, their_labels), label_names=["negative", "positive"])
         >>> # print(made.held_out.accuracy); reward = Classifier("mood", label="positive")
     """
+    check_output(folder, "classifier", overwrite)  # before the work
     names = [f"LABEL_{i}" for i in range(max(labels, default=0) + 1)] if label_names is None else list(label_names)
     _check_labels("labels", (texts, labels), names)
     if held_out is not None:
@@ -139,7 +143,7 @@ def train_classifier(
     training = _measure(reader, texts, labels)
     measured = None if held_out is None else _measure(reader, *held_out)
     reader.tokenizer.model_max_length = reader.max_length
-    with replaced_folder(folder) as beside:
+    with output_folder(folder, "classifier", overwrite) as beside:
         model.save_pretrained(beside)
         reader.tokenizer.save_pretrained(beside)
     shutil.rmtree(work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .curves import check_matplotlib, draw_curves
+from .curves import check_matplotlib, check_picture, draw_curves
 from .refusal import Exit
 from .run_folder import RunFolder, read_rows
 
@@ -14,6 +14,7 @@ COLUMNS = ("reward/task", "kl/sequence", "episode/length", "eval/reward")
 def compare(paths: Sequence[str], out: str) -> int:
     """Draw the curves of runs and print their last figures, the reward's first as well."""
     check_matplotlib()
+    check_picture(out)
     runs = {}
     for path in paths:
         run = RunFolder.open(path)

@@ -13,6 +13,7 @@ CURVES = (
     ("kl/sequence", "KL from the reference, nats"),
     ("episode/length", "length, tokens"),
 )
+PNG = b"\x89PNG\r\n\x1a\n"  # what each file of that kind begins with
 
 
 def check_matplotlib() -> None:
@@ -52,6 +53,13 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     figure.savefig(beside, format="png", dpi=120)
     beside.replace(target)
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError where another file than a PNG stands, which a picture would replace."""
+    file = Path(path)
+    if file.is_dir() or (file.is_file() and not file.read_bytes().startswith(PNG)):
+        raise FileExistsError(f"Expected a new file, or a PNG to replace, got {file}, which is neither: name another.")
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -24,6 +24,7 @@ from .evaluation import Evaluation, evaluate
 from .exporting import export
 from .files import write_text
 from .kl import KLPenalty
+from .output_folders import check_output, output_folder
 from .policies import LMPolicy
 from .shard_files import replaced_together
 from .sharding import gathered
@@ -98,6 +99,7 @@ class Evaluate(BaseCallback):
 
     def _go_on(self, folder: Path, now: int) -> None:
         """Take up what an earlier part of the run has written."""
+        check_output(folder / "best", "best model", overwrite=True)
         best, history = folder / "best" / "best.json", folder / "history.json"
         if now == 0 and best.is_file():
             raise ValueError(
@@ -178,7 +180,7 @@ class Evaluate(BaseCallback):
 
     def _keep(self, folder: Path, result: Evaluation | None) -> None:
         """Write the model and what was measured; all processes do, and rank 0 has what was measured."""
-        with replaced_together(folder) as beside:
+        with replaced_together(output_folder(folder, "best model", overwrite=True)) as beside:
             tokenizer = self.tokenizer if isinstance(self.tokenizer, PreTrainedTokenizerBase) else None
             export(self.model, tokenizer, beside / "model")
             once(lambda: self._write_best(beside, result))

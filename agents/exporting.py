@@ -13,34 +13,39 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .backbone import Backbone
 from .distributed import by_main
-from .files import replaced_folder
+from .output_folders import output_folder
 from .policies import LMPolicy
 from .refusal import CommandError, Exit
 from .trainable import merged_state_dict
 
 
 def export(
-    model: BaseAlgorithm | LMPolicy, tokenizer: PreTrainedTokenizerBase | None, folder: str | os.PathLike[str]
+    model: BaseAlgorithm | LMPolicy,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | os.PathLike[str],
+    overwrite: bool = False,
 ) -> Path:
     """Write the language model (without value head) and tokenizer as `AutoModelForCausalLM` loads them.
 
     Adapters (LoRA) are merged into the weights that are written; the policy keeps them apart and can train on.
     An encoder-decoder loads with `AutoModelForSeq2SeqLM`.
 
-    The folder appears whole or not at all; one that is there already is replaced when the new one is complete. Of
-    several processes the one of rank 0 writes it, and the others wait until it is there.
+    The folder appears whole or not at all. Of several processes the one of rank 0 writes it, and the others wait until
+    it is there.
 
     Args:
         model: A trained model, or its policy.
         tokenizer: A Hugging Face tokenizer; None writes the model alone.
-        folder: Where to.
+        folder: Where to: a folder that is absent or empty.
+        overwrite: Whether an earlier export there may be replaced, once the new one is complete; nothing else ever is.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: If the policy is no `LMPolicy`, or the tokenizer cannot be saved.
-        ValueError: If there are adapters beside quantised weights, which cannot be merged.
+        ValueError: If there are adapters beside quantised weights, which cannot be merged; an `OutputFolderError` if
+            something stands in the folder that would be lost.
 
     Example:
         >>> from agents import export
@@ -53,7 +58,19 @@ def export(
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
     shards = policy.lm.shards
     whole = policy.lm if shards is None else shards.whole()
-    config, old = policy.backbone.model.config, policy.backbone.model.generation_config
+
+    def write() -> None:
+        assert whole is not None, "in the process of rank 0"
+        with output_folder(folder, "language model", overwrite) as beside:
+            write_model(cast("Backbone", whole.backbone), tokenizer, beside)
+
+    by_main(f"export {Path(folder).absolute()}", write)
+    return Path(folder)
+
+
+def write_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write a language model, its adapters merged, and a tokenizer into a folder that is there."""
+    config, old = backbone.model.config, backbone.model.generation_config
     # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
     plain = GenerationConfig(
         bos_token_id=old.bos_token_id,
@@ -61,18 +78,11 @@ def export(
         pad_token_id=old.pad_token_id,
         decoder_start_token_id=config.decoder_start_token_id if config.is_encoder_decoder else None,
     )
-
-    def write() -> None:
-        assert whole is not None, "in the process of rank 0"
-        with replaced_folder(folder) as beside:
-            with cast("Backbone", whole.backbone).whole_model() as lm:
-                lm.save_pretrained(beside, state_dict=merged_state_dict(lm))
-            plain.save_pretrained(beside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(beside)
-
-    by_main(f"export {Path(folder).absolute()}", write)
-    return Path(folder)
+    with backbone.whole_model() as lm:
+        lm.save_pretrained(folder, state_dict=merged_state_dict(lm))
+    plain.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def check_repository(name: str) -> None:

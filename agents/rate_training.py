@@ -29,6 +29,7 @@ from .demo import model_folder
 from .exporting import export
 from .files import write_text
 from .kl import KLPenalty
+from .output_folders import check_output
 from .rate import read_prompts
 from .refusal import CommandError, Exit
 from .verb_config import RateConfig, RateOptions
@@ -88,6 +89,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         if not Path(folder).is_dir():
             raise CommandError(f"Expected a finished run, got {chosen.model} without a model: resume it first.")
     session = claim(out, chosen)
+    check_output(out / "model", "language model", overwrite=True)
     tokenizer = load_tokenizer(folder, trust)
     reward = FirstEpisodes(HumanReward(chosen.db, scale=(chosen.low, chosen.high)))
     env = TextEnv(
@@ -114,7 +116,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
             learn(agent, reward, out, session, chosen.updates)
         except KeyboardInterrupt:
             print()
-    export(agent, tokenizer, out / "model")
+    export(agent, tokenizer, out / "model", overwrite=True)
     given = [score for scores in reward.scores for score in scores]
     if given:
         ends = (statistics.fmean(part) for part in (given[:SHOWN], given[-SHOWN:]))

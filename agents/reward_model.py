@@ -25,9 +25,9 @@ from textenv.tokenizer import Tokenizer
 
 from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, n_positions
 from .critic import TrunkCritic, score_head
-from .files import replaced_folder
 from .interrupted import claim_folder, origin, work_folder
 from .layers import disable_dropout
+from .output_folders import check_output, output_folder
 from .preferences import Labelled, Ranking, encode_texts
 from .pretrain import fit, similar_lengths
 from .reward_figures import RewardFigures, figures
@@ -67,6 +67,7 @@ def train_reward_model(
     max_tokens: int | None = None,
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
     progress_bar: bool = True,
 ) -> RewardTraining:
     """Train a causal model with a linear score head, and save it as `AutoModelForSequenceClassification` loads it.
@@ -84,7 +85,7 @@ def train_reward_model(
         lm: A name or path (of a language model or of a reward model), a config, or a spec that builds a reward model.
         tokenizer: The model's tokenizer.
         data: `Ranking`s (pairs are rankings of two), or `Labelled` texts.
-        folder: Where to; replaced when the new one is complete.
+        folder: Where to: a folder that is absent or empty.
         held_out: Data of the same kind that is not trained on.
         loss: "last": of the scores at the last token. "tokens": the mean over all places from the first difference
             of two texts to the end of the longer one; behind the end of the shorter one its last score counts.
@@ -96,11 +97,12 @@ def train_reward_model(
         max_tokens: Where a text is longer it loses its start; the model's positions by default.
         seed: Of a fresh head and of the order of the data.
         resume: Whether to go on with a run of the same arguments that was interrupted; from the start if there is none.
+        overwrite: Whether an earlier reward model in `folder` may be replaced, once the new one is complete.
         progress_bar: Show one.
 
     Raises:
         ValueError: If there is no data, a ranking has fewer than two texts, the model is not causal, or the
-            interrupted run had other arguments.
+            interrupted run had other arguments, or something stands in the folder that would be lost.
 
     Example:
         >>> from agents import Ranking, RewardModelCritic, train_reward_model
@@ -108,6 +110,7 @@ def train_reward_model(
         >>> # train_reward_model("gpt2", AutoTokenizer.from_pretrained("gpt2"), pairs, "my-reward-model")
         >>> policy_kwargs = dict(critic=RewardModelCritic("my-reward-model"))
     """
+    check_output(folder, "reward model", overwrite)  # before the work
     if loss not in get_args(Loss):
         raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
     _check_data("data", data)
@@ -139,7 +142,7 @@ def train_reward_model(
     )
     scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
     stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))
-    with replaced_folder(folder) as beside:
+    with output_folder(folder, "reward model", overwrite) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         stats.save(beside)

@@ -20,8 +20,8 @@ from transformers import (
 from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
-from .files import replaced_folder
 from .interrupted import origin, work_folder
+from .output_folders import check_output, output_folder
 from .pretrain import IGNORED, bpe_tokenizer
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
 from .trainer_guard import accelerate_expected, random_state_kept
@@ -72,6 +72,7 @@ def tune(
     max_tokens: int | None = None,
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
     progress_bar: bool = True,
 ) -> Tuned:
     """Tune a causal language model on texts, or on references that answer prompts, and save it.
@@ -90,7 +91,7 @@ def tune(
         lm: A name or path, a config (fresh weights) or a spec.
         data: Texts, or (prompt, reference) pairs. A reference goes on from its prompt: it begins with the space if
             there is one between them.
-        folder: Where to; replaced when the new one is complete.
+        folder: Where to: a folder that is absent or empty.
         tokenizer: The model's; by default the one of the name or path, and for a config a byte-level BPE of
             `config.vocab_size` tokens trained on the data.
         held_out: Data that is measured and not trained on.
@@ -101,18 +102,21 @@ def tune(
         max_tokens: The longest row; the model's positions by default. See `encode_sample` for what is longer.
         seed: Of fresh weights, dropout and the order of the data.
         resume: Whether to go on with a run of the same arguments that was interrupted; from the start if there is none.
+        overwrite: Whether an earlier language model in `folder` may be replaced, once the new one is complete.
         progress_bar: Show one.
 
     Raises:
         ImportError: Without accelerate.
         ValueError: If there is no data, the tokenizer has no end token, the model is an encoder-decoder or cannot
-            tell packed texts apart, or the interrupted run had other arguments.
+            tell packed texts apart, the interrupted run had other arguments, or something stands in the folder that
+            would be lost.
 
     Example:
         >>> from agents import sft
         >>> pairs = [("The film was", " good."), ("The actors were", " great.")]
         >>> # sft.tune("gpt2", pairs, "my-model", held_out=..., n_epochs=2).held_out_loss
     """
+    check_output(folder, "language model", overwrite)  # before the work
     if not data:
         raise ValueError("Expected at least one text, got none.")
     with accelerate_expected():
@@ -140,7 +144,7 @@ def tune(
         model.eval()
         after = mean_loss(model, tests, batch_size) if tests else None
         train_loss = mean_loss(model, rows[:N_MEASURED], batch_size)
-    with replaced_folder(folder) as beside:
+    with output_folder(folder, "language model", overwrite) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
     shutil.rmtree(work)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, zeros
 
 from .distributed import from_main, is_main_process, raise_together, world
-from .files import replaced_folder
 from .sharding import Shards
 
 FOLDER = "shards"
@@ -27,17 +25,20 @@ Tensors = dict[str, dict[str, Tensor]]  # by file, by name
 
 
 @contextmanager
-def replaced_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield in all processes the folder that `replaced_folder` gives the one of rank 0; all must call it.
+def replaced_together(written: AbstractContextManager[Path]) -> Iterator[Path]:
+    """Yield in all processes the folder that the one of rank 0 enters; all must call it.
 
     What goes wrong in the body must do so in all of them, as what `once` and `raise_together` raise does.
+
+    Args:
+        written: What `replaced_folder` or `output_folder` returns; entered in the process of rank 0 alone.
     """
     with ExitStack() as opened:
         beside, error = Path(), None
         if is_main_process():
             try:
-                beside = opened.enter_context(replaced_folder(folder))
-            except OSError as caught:
+                beside = opened.enter_context(written)
+            except (OSError, ValueError) as caught:
                 error = caught
         raise_together(error)
         yield from_main("the folder of a checkpoint", beside)

@@ -156,6 +156,7 @@ def _training(config: StageConfig, options: StageOptions) -> dict[str, Any]:
     return {
         **{name: getattr(config, name) for name in names},
         "resume": options.resume,
+        "overwrite": options.overwrite,
         "progress_bar": not options.quiet,
     }
 

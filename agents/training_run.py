@@ -8,7 +8,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
@@ -21,14 +21,16 @@ from .config import DEMO, FREE_ON_RESUME, TrainConfig, TrainOptions
 from .curves import draw_curves
 from .dry_run import dry_run
 from .evaluation_callback import Evaluate
-from .exporting import export
+from .exporting import write_model
 from .failures import as_command_error
-from .files import replaced_folder, write_text
+from .files import write_text
 from .finite_updates import FiniteUpdates
 from .interrupts import Interrupts, write_line
 from .live_view import LiveScreen
 from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
+from .output_folders import output_folder
+from .policies import LMPolicy
 from .recording import Recorder, RowWriter, SampleRecorder
 from .refusal import CommandError, Exit
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
@@ -218,13 +220,9 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     text = "\n".join(table)
     write_text(run.path / "results.md", text + "\n")
     write_text(run.path / "results.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
-    with replaced_folder(run.model) as beside:
-        export(parts.agent, parts.tokenizer, beside / "model")
-        card = model_card(config, run.read_about(), text)
-        for path in (beside / "model").iterdir():
-            path.rename(beside / path.name)
-        (beside / "model").rmdir()
-        (beside / "README.md").write_text(card, encoding="utf-8")
+    with output_folder(run.model, "language model", overwrite=True) as beside:
+        write_model(cast(LMPolicy, parts.agent.policy).backbone, parts.tokenizer, beside)
+        (beside / "README.md").write_text(model_card(config, run.read_about(), text), encoding="utf-8")
     screen.say(f"{text}\nmodel: {run.model}   best: {run.best / 'model'}   figures: {run.metrics}")
 
 

@@ -100,10 +100,12 @@ class ExportFlags(TrustOptions):
         trust_remote_code: Let a model from the hub run its own code.
         sb3_zip: Write sb3.zip as well, as SB3's model.save does: it holds pickles; see agents.load_sb3_zip.
         to_hub: Upload the folder as this repository of the Hugging Face hub; a new one is private.
+        overwrite: Replace an earlier export in the folder.
     """
 
     sb3_zip: bool = False
     to_hub: str | None = None
+    overwrite: bool = False
 
 
 @dataclass
@@ -142,10 +144,12 @@ class StageOptions(TrustOptions):
         allow: A module that the configuration may import.
         trust_remote_code: Let a model from the hub run its own code.
         resume: Go on with a run of the same arguments that was interrupted.
+        overwrite: Replace an earlier output of the same kind in --out.
         quiet: No progress bar.
     """
 
     resume: bool = False
+    overwrite: bool = False
     quiet: bool = False
 
 

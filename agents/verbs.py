@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,10 +19,11 @@ from .config import ModelConfig, TrainConfig
 from .curves import draw_curves
 from .doctor import check
 from .evaluation import evaluate
-from .exporting import check_repository, export, upload
+from .exporting import check_repository, upload, write_model
 from .files import write_text
 from .generation import generate, no_reward
 from .model_card import model_card
+from .output_folders import check_output, output_folder
 from .policies import LMPolicy
 from .refusal import CommandError, Exit
 from .run_checkpoints import checkpoint_to_load
@@ -131,33 +132,49 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
 
     Raises:
         CommandError: If the folder does not generate the same, or the upload fails.
+        OutputFolderError: If something stands in the folder that would be lost.
     """
     if options.to_hub is not None:
         check_repository(options.to_hub)
+    target = {"overwrite": options.overwrite, "keep": [chosen.run]}
+    check_output(chosen.folder, "language model", **target)  # type: ignore[arg-type]  # before the work
     parts = assemble(config, trust_of(options))
-    run = load_newest(chosen.run, parts)
-    folder = export(parts.agent, parts.tokenizer, chosen.folder)
-    _describe(folder, run, config)
-    again = make_policy(str(folder), parts.tokenizer, config.model, Trust())
-    texts = []
-    for policy in (parts.agent.policy, again):
-        prompts = list(parts.env.prompts)[:N_COMPARED]
-        room = {"max_new_tokens": min(COMPARED_TOKENS, parts.env.rules.max_new_tokens), "deterministic": True}
-        texts.append([one.ids for one in generate(policy, prompts, parts.tokenizer, **room)])  # type: ignore[arg-type]
-    if texts[0] != texts[1]:
-        place = next(i for i, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1])
-        raise CommandError(f"Expected {folder} to generate what the run does, got another text at prompt {place}.", 1)
+    run, folder = load_newest(chosen.run, parts), Path(chosen.folder)
+    policy = cast("LMPolicy", parts.agent.policy)
+    with output_folder(folder, "language model", **target) as beside:  # type: ignore[arg-type]
+        write_model(policy.backbone, parts.tokenizer, beside)
+        _describe(beside, run, config)
+        n_compared = _check_same(policy, make_policy(str(beside), parts.tokenizer, config.model, Trust()), parts)
+        if options.sb3_zip:
+            parts.agent.save(beside / "sb3.zip")
     if options.sb3_zip:
-        parts.agent.save(folder / "sb3.zip")
         print(
             f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files; whoever gets it reads its weights without "
             "them by agents.load_sb3_zip"
         )
-    print(f"{folder}: generates the same as {run.path} on {len(texts[0])} prompts")
+    print(f"{folder}: generates the same as {run.path} on {n_compared} prompts")
     if options.to_hub is not None:
         print(f"uploading {folder}", flush=True)
         print(f"{upload(folder, options.to_hub)}: a new repository is private until its settings say otherwise")
     return Exit.DONE
+
+
+def _check_same(policy: LMPolicy, exported: LMPolicy, parts: Parts) -> int:
+    """Check that an exported model generates what the run's policy does; return on how many prompts."""
+    prompts = list(parts.env.prompts)[:N_COMPARED]
+    room = {"max_new_tokens": min(COMPARED_TOKENS, parts.env.rules.max_new_tokens), "deterministic": True}
+    ours, theirs = (
+        [one.ids for one in generate(each, prompts, parts.tokenizer, **room)]  # type: ignore[arg-type]
+        for each in (policy, exported)
+    )
+    if ours != theirs:
+        place = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        raise CommandError(
+            f"Expected the exported model to generate what the run does, got another text at prompt {place}: nothing "
+            "was written.",
+            Exit.FAILED,
+        )
+    return len(prompts)
 
 
 def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:

@@ -189,7 +189,7 @@ def reinforce(
     model = make_agent(env, supervised, n_envs=size.n_envs, seed=seed, learning_rate=rate, n_epochs=2)
     train(model, size.n_tokens, out, "DailyDialog: PPO for intent match and METEOR", [KLPenalty(KL_COEF)])
     after = evaluate(model, prompts, tokenizer, metrics, before=before, **settings)
-    export(model, tokenizer, out / "model")
+    export(model, tokenizer, out / "model", overwrite=True)
     after.save(out / "results")
     apart = max(1, len(before.generations) // 6)
     named = {"supervised": before, "supervised + PPO": after}

@@ -225,7 +225,7 @@ def reinforce(pairs: Sequence[Pair], held_out: Sequence[Pair], out: Path, size: 
     before = evaluate(model, prompts, tokenizer, metrics, **options)
     train(model, size.n_tokens, out, "replies: PPO for a reward model's score", [KLPenalty(KL_COEF)])
     after = evaluate(model, prompts, tokenizer, metrics, before=before, **options)
-    export(model, tokenizer, out / "policy")
+    export(model, tokenizer, out / "policy", overwrite=True)
     before.save(out / "before")
     after.save(out / "results")
     return after

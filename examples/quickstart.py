@@ -177,7 +177,7 @@ def main() -> None:
     n_tokens = args.tokens or (4096 if args.smoke else task.n_tokens)
     tokens_per_second = train(model, task, n_tokens, args.out, args.resume)
 
-    folder = export(model, tokenizer, args.out / "model")
+    folder = export(model, tokenizer, args.out / "model", overwrite=True)
     after = sample(make_agent(env, str(folder), seed=args.seed), task, tokenizer, args.seed)
     texts = [generation.prompt + generation.text for generation in after]
     figures = {

@@ -31,7 +31,8 @@ from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTraine
 from transformers.utils import logging as transformers_logging
 
 from agents import EpisodeMetrics, Evaluation, KLPenalty, RewardCurves, evaluate, make_agent, save_checkpoint
-from agents.files import replaced_folder, write_text
+from agents.files import write_text
+from agents.output_folders import output_folder
 from agents.pretrain import pretrain, word_tokenizer
 from textenv import Preds, Prompt, TextEnv, demo
 
@@ -59,7 +60,7 @@ def small_bloom(folder: Path, smoke: bool) -> Path:
     model = BloomForCausalLM(config)
     reviews = [f"{tokenizer.eos_token} {review}" for review in demo.reviews(8000)]  # behind the end of another text
     pretrain(model, tokenizer, reviews, n_epochs=0.1 if smoke else 1.6, learning_rate=1e-2)
-    with replaced_folder(folder) as beside:
+    with output_folder(folder, "language model", overwrite=True) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
     return folder

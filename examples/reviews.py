@@ -171,7 +171,7 @@ def reinforce(data: str, out: Path, size: Size, seed: int, console: Console) -> 
         [KLPenalty(KL_COEF)],
     )
     after = evaluate(model, prompts, tokenizer, metrics, before=before, **options)
-    export(model, tokenizer, out / "policy")
+    export(model, tokenizer, out / "policy", overwrite=True)
     before.save(out / "before")
     after.save(out / "results")
     console.print(sample_table({"before": before.generations[:6], "after": after.generations[:6]}))

@@ -293,7 +293,7 @@ def reinforce(parts: dict[str, Rows], out: Path, size: Size, seed: int, console:
         name: evaluate(model, rows, tokenizer, metrics, before=before[name], **options)
         for name, rows in prompts.items()
     }
-    export(model, tokenizer, out / "policy")
+    export(model, tokenizer, out / "policy", overwrite=True)
     for name in prompts:
         step = max(1, len(after[name].generations) // 8)
         console.print(

@@ -154,10 +154,10 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(where, tmp
     with monkeypatch.context() as patch:
         break_at(patch, where, failure)
         with pytest.raises(OSError, match="disk full"):
-            save_checkpoint(model, saved)
+            save_checkpoint(model, saved, overwrite=True)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
     assert list(tmp_path.iterdir()) == [saved]
-    save_checkpoint(model, saved)
+    save_checkpoint(model, saved, overwrite=True)
     assert list(tmp_path.iterdir()) == [saved]
     load_checkpoint(model, saved)
 
@@ -192,13 +192,13 @@ def test_kill_9_inside_a_save_leaves_a_checkpoint_that_loads(where, tmp_path, mo
     child = os.fork()
     if child == 0:  # never returns into pytest
         break_at(monkeypatch, where, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        save_checkpoint(model, folder)
+        save_checkpoint(model, folder, overwrite=True)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     latest = latest_checkpoint(tmp_path)
     assert verify_checkpoint(latest) == 20
     load_checkpoint(build(), latest)
-    save_checkpoint(model, folder)  # the next save removes what was left over
+    save_checkpoint(model, folder, overwrite=True)  # the next save removes what was left over
     assert list(tmp_path.iterdir()) == [folder]
 
 

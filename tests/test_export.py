@@ -152,17 +152,17 @@ def test_e9_what_the_checkpoint_said_about_sampling_is_not_exported(tmp_path):
 def test_a_folder_is_replaced_whole_or_not_at_all(trained, tmp_path, monkeypatch):
     model, tokenizer = trained
     folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "left_over.txt").write_text("old")
+    export(model, None, folder)
+    without = sorted(path.name for path in folder.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(type(tokenizer), "save_pretrained", fail)  # the model is written by then
         with pytest.raises(OSError, match="disk full"):
-            export(model, tokenizer, folder)
+            export(model, tokenizer, folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert [path.name for path in folder.iterdir()] == ["left_over.txt"]
-    export(model, tokenizer, folder)
+    assert sorted(path.name for path in folder.iterdir()) == without
+    export(model, tokenizer, folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert not (folder / "left_over.txt").exists() and (folder / "config.json").exists()
+    assert (folder / "tokenizer.json").exists() and "tokenizer.json" not in without
 
 
 def fail(*args, **kwargs):

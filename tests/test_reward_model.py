@@ -144,7 +144,7 @@ def test_b8_over_long_texts_lose_as_many_tokens_at_the_start():
 def test_any_number_of_steps(tmp_path):
     """Of 10 steps the schedule's warm-up would have no length."""
     for n in (1, 10, 11):
-        assert len(train(some_pairs(n), tmp_path / "model", batch_size=1, n_epochs=1, held_out=()).losses) == n
+        assert len(train(some_pairs(n), tmp_path / f"{n}", batch_size=1, n_epochs=1, held_out=()).losses) == n
 
 
 def test_held_out_labels_that_say_nothing_are_refused_before_training(tmp_path):
@@ -264,7 +264,9 @@ def test_a_critic_without_stats_is_refused(tmp_path):
 def test_e10_equal_seeds_train_the_same_and_the_global_generator_is_left_alone(tmp_path):
     torch.manual_seed(4)
     state = torch.get_rng_state()
-    losses = [train(some_pairs(20), tmp_path / "m", n_epochs=2, seed=s).losses.tolist() for s in (0, 0, 1)]
+    losses = [
+        train(some_pairs(20), tmp_path / f"{i}", n_epochs=2, seed=s).losses.tolist() for i, s in enumerate((0, 0, 1))
+    ]
     assert losses[0] == losses[1] != losses[2]
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -74,12 +74,17 @@ def _scores(answer: Answer) -> Iterator[dict[str, Any]]:
             yield {**scored, "scale": list(answer.scale), "model": model}
 
 
-def export(store: FeedbackStore, path: str | PathLike[str], form: Form) -> int:
+def export(store: FeedbackStore, path: str | PathLike[str], form: Form, overwrite: bool = False) -> int:
     """Write the answers that count as a file of one JSON object a line, and return how many; see `rows_of`.
 
     The file appears whole or stays as it was.
+
+    Raises:
+        FileExistsError: If there is a file, and it is not said that it may be overwritten.
     """
     target = Path(path).absolute()
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"Expected a new file, got {target}, which exists: overwrite=True replaces it.")
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(store.answers(), form)]
     try:

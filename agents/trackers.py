@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import pandas
-
 from .config import Named, TrainConfig
 from .files import write_text
 from .run_folder import RunFolder
@@ -60,7 +58,9 @@ class Tracker:
     def samples(self, rows: Sequence[Row]) -> None:
         """Send samples as a table."""
         if rows[0]["tokens"] > self.sent:
-            self.module.log({"samples": self.module.Table(dataframe=_table(rows))}, step=rows[0]["tokens"])
+            table = _columns(rows)
+            data = [list(row) for row in zip(*table.values(), strict=True)]
+            self.module.log({"samples": self.module.Table(columns=list(table), data=data)}, step=rows[0]["tokens"])
 
     def close(self) -> None:
         """Say that the run is over."""
@@ -121,7 +121,7 @@ class MLflowTracker:
     def samples(self, rows: Sequence[Row]) -> None:
         """Append samples to the table."""
         if rows[0]["tokens"] > self.sent:
-            self.client.log_table(self.run_id, _table(rows), "samples.json")
+            self.client.log_table(self.run_id, _columns(rows), "samples.json")
 
     def close(self) -> None:
         """Say that the run is over."""
@@ -144,8 +144,9 @@ def _figures(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "tokens" and value == value}
 
 
-def _table(rows: Sequence[Row]) -> pandas.DataFrame:
-    return pandas.DataFrame([{key: value for key, value in row.items() if key != "parts"} for row in rows])
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Return samples by column: all three trackers take plain lists, so that none needs pandas from here."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "parts"}
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Row:

@@ -39,8 +39,9 @@ class FakeTracker(types.ModuleType):
     def log(self, values, step):
         self.sent.append((step, values))
 
-    def Table(self, dataframe):
-        return list(dataframe.columns)
+    def Table(self, columns, data):
+        assert data and {len(row) for row in data} == {len(columns)}
+        return columns
 
     def finish(self):
         self.is_over = True
@@ -106,7 +107,7 @@ class FakeMLflow(types.ModuleType):
 
     def log_table(self, run_id, data, artifact_file):
         assert artifact_file == "samples.json"
-        self.runs[run_id].tables += data.to_dict("records")
+        self.runs[run_id].tables += [dict(zip(data, row)) for row in zip(*data.values())]
 
 
 def begun(folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+
+from textenv.extras import check_extra, needs
 
 from .config import Named, TrainConfig
 from .files import write_text
@@ -43,7 +44,8 @@ class Tracker:
         self.sent = sent
         os.environ.setdefault("TRACKIO_DIR", str(run.path / "trackio"))
         os.environ.setdefault("WANDB_DIR", str(run.path))
-        self.module: Any = importlib.import_module(named.id)
+        with needs(named.id, named.id, "the logger of that name"):
+            self.module: Any = importlib.import_module(named.id)
         own = _own_name(run)
         options = {"project": EXPERIMENT, "name": own, "config": asdict(config), "resume": "allow"}
         if named.id == "wandb":
@@ -88,7 +90,8 @@ class MLflowTracker:
         check_tracker(named.id)
         self.sent = sent
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        self.mlflow: Any = importlib.import_module("mlflow")
+        with needs("mlflow", "mlflow", "the logger of that name"):
+            self.mlflow: Any = importlib.import_module("mlflow")
         options = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), "run_name": _own_name(run), **named.args}
         experiment, address = options.pop("experiment_name", EXPERIMENT), options.pop("tracking_uri")
         place = None if address else (run.path / "mlflow").resolve().as_uri()
@@ -130,8 +133,7 @@ class MLflowTracker:
 
 def check_tracker(name: str) -> None:
     """Raise ImportError, with the cure, where the package of a tracker is missing."""
-    if importlib.util.find_spec(name) is None:
-        raise ImportError(f"Expected {name} for the logger of that name: pip install 'textenv[{name}]'.")
+    check_extra(name, name, "the logger of that name")
 
 
 def _own_name(run: RunFolder) -> str:

@@ -203,14 +203,6 @@ def test_the_trackers_themselves_take_what_they_are_sent(name, model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-@pytest.mark.parametrize(("logger", "extra"), [("wandb", "wandb"), ("tensorboard", "plot")])
-def test_a_logger_that_is_not_there_is_refused_before_the_run(logger, extra, model, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("agents.loggers.find_spec", lambda name: None)
-    assert run("train", *settings(model, tmp_path / "run", loggers=f"[{logger}]")) == 2
-    assert f"pip install 'textenv[{extra}]'" in capfd.readouterr().err and not (tmp_path / "run").exists()
-
-
 def scalars(run_folder, tag):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from textenv import __version__
+from textenv.extras import MissingExtraError
 
 from .assemble import Parts, Trust, assemble, task_name, training_callbacks
 from .checkpoint import load_checkpoint
@@ -121,9 +122,10 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
         return _run(run, config, options, screen)
     except Exception as error:
         known = as_command_error(error, run.path)
-        if known is not error or known.code not in MENDED:
+        says_all = known is error or isinstance(error, MissingExtraError)
+        if not says_all or known.code not in MENDED:
             run.keep_traceback()
-        place = "" if known is error else f" (the traceback is in {run.log})"
+        place = "" if says_all else f" (the traceback is in {run.log})"
         raise CommandError(f"{known}{place}", known.code) from error
     finally:
         warnings.showwarning = previous

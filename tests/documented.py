@@ -48,19 +48,25 @@ def commands():
 
 
 def of_page(text):
-    """The commands of a page: in blocks that are no Python, in the text, and in tables of verbs."""
-    found = []
-    for language, block in FENCE.findall(text):
-        if language != "python":
-            found += of_lines(block.splitlines())
-        else:
-            found += of_comments(block)
+    """The commands of a page: in blocks and their comments, in the text, and in tables of verbs."""
     rest = FENCE.sub("", text)
+    found = of_blocks(text)
+    for language, block in FENCE.findall(text):
+        found += of_comments(block) if language == "python" else []
     found += of_lines([line[4:] for line in rest.splitlines() if line.startswith("    ")])
-    found += of_inline(rest)
-    for first, second in TABLE_ROW.findall(rest):
-        found += of_verbs(first.replace("\\|", "|"), second)
-    return found
+    return found + of_inline(rest) + of_tables(rest)
+
+
+def of_blocks(text):
+    """The commands of a page's blocks that are no Python."""
+    blocks = [block for language, block in FENCE.findall(text) if language != "python"]
+    return [words for block in blocks for words in of_lines(block.splitlines())]
+
+
+def of_tables(text):
+    """The commands of a page's tables of verbs."""
+    rows = [(first.replace("\\|", "|"), second) for first, second in TABLE_ROW.findall(text)]
+    return [words for first, second in rows for words in of_verbs(first, second)]
 
 
 def of_verbs(first, second):

@@ -245,6 +245,9 @@ class RewardModelConfig(StageConfig):
 
     Args:
         model: A name on the hub, or a folder; "demo" is the built-in one.
+        fresh: Instead of `model`, the sizes of one with fresh weights, as its transformers config has them:
+            `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, n_positions: 128}`.
+        tokenizer: Its name or folder, where it is not the model's own.
         task: A task of `textenv tasks`, whose data set `data` then is; a tenth of it is held out.
         data: A .jsonl or .csv file with the columns chosen, rejected and perhaps prompt; or text and label. With
             `task` a folder, or the data set's name on the hub.
@@ -257,9 +260,11 @@ class RewardModelConfig(StageConfig):
         batch_size: Rankings of a minibatch.
         learning_rate: The peak.
         max_tokens: The longest text.
-        seed: Of a fresh head and of the order of the data.
+        seed: Of fresh weights and of the order of the data.
     """
 
+    fresh: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
     from_feedback: str | None = None
     loss: Literal["last", "tokens"] = "last"
     centring: float = 0.0

@@ -15,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 from .config import argument_help
 from .refusal import CommandError
+from .values import check_values
 
 ONLY_HERE = "only on the command line"
 
@@ -49,6 +50,7 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
     if options is not None:
         _add_options(parser.add_argument_group(ONLY_HERE), options)
     for action in parser._actions:
+        check_values(action)
         if action.dest in helps:
             action.help = helps[action.dest]
     return parser
@@ -56,9 +58,21 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
 
 def make_options_parser(options: type) -> argparse.ArgumentParser:
     """Return a parser of the options alone, which knows of no configuration file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_options(parser, options)
     return parser
+
+
+def parse_options(options: type, words: list[str]) -> argparse.Namespace:
+    """Return the options alone of what stands behind a verb.
+
+    Raises:
+        CommandError: If one lacks its value, or has one and takes none.
+    """
+    try:
+        return make_options_parser(options).parse_known_args(words)[0]
+    except argparse.ArgumentError as error:
+        raise CommandError(f"{error}.") from error
 
 
 def _add_options(group: Any, options: type) -> None:
@@ -131,7 +145,7 @@ def split(parser: ArgumentParser, words: list[str], config: type, options: type)
         CommandError: If a configuration file has set an option: it would allow itself what only a person may.
     """
     parsed = parse(parser, words)
-    alone = make_options_parser(options).parse_known_args(words)[0]
+    alone = parse_options(options, words)
     for one in fields(options):
         if getattr(parsed, one.name) != getattr(alone, one.name):
             raise CommandError(f"Expected {one.name} {ONLY_HERE}, got it in a configuration file.")

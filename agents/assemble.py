@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import gymnasium as gym
+import torch
 from sb3_contrib import TRPO, MaskablePPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -20,24 +21,28 @@ from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.metrics.scores import Metric
 from textenv.prompts import Prompt
+from textenv.signatures import check_arguments, needed
 from textenv.tokenizer import Tokenizer
 from textenv.vector import unwrap_text_env
 
 from .backbone import Pretrained
 from .build import make_agent
 from .callbacks import EpisodeMetrics
-from .config import DEMO, EnvConfig, ModelConfig, Named, TrainConfig
+from .config import DEMO, AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig
 from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .demo import model_folder
 from .kl import AdaptiveCoef, KLPenalty
-from .names import MASKS, METRICS, as_reward, build, check_allowed, find, look_here
+from .names import MASKS, METRICS, as_reward, build, call, check_allowed, find, look_here
 from .refusal import CommandError
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA, Trainable
 from .training_warnings import TrainingWarnings
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
+SETTINGS = ("n_steps", "batch_size", "n_epochs")  # that an algorithm may lack
+# Arguments of an algorithm that are ours to give.
+OWN_ARGUMENTS = ("policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model")
 DEFAULT_LEARNING_RATE = 1e-5  # as `make_agent` has it
 
 
@@ -84,6 +89,8 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
         look_here()
     for value in (config.env, config.evaluation, config.loggers, config.algorithm.args):
         check_allowed(list(vars(value).values()) if hasattr(value, "__dict__") else value, trust.modules)
+    _check_algorithm(config.algorithm)
+    _check_device(config.device)
     transformers_logging.disable_progress_bar()
     model = config.model
     metrics = [make_metric(metric, trust) for metric in config.evaluation.metrics]
@@ -134,21 +141,25 @@ def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, t
         return _named_env(config.id, known, arguments, trust)
     if config.id == DEMO:
         arguments = {"reward": mood, "score_at": "done", **arguments}
-        return TextEnv(config.prompts or demo.prompts(), known, **arguments)
+        return call(TextEnv, arguments, "env.args", prompts=config.prompts or demo.prompts(), tokenizer=known)
     if config.prompts is None or config.reward is None:
         raise CommandError('Expected --env.prompts FILE and --env.reward NAME with --env.id "text".')
-    return TextEnv(config.prompts, known, **arguments)
+    return call(TextEnv, arguments, "env.args", prompts=config.prompts, tokenizer=known)
 
 
 def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust: Trust) -> TextEnv:
     short = name.removeprefix("textenv/").removesuffix("-v0")
-    if short in TASKS:
-        made: Any = gym.make(f"textenv/{short}-v0", tokenizer=tokenizer, **arguments)
-    elif ":" in name:
-        made = find(name, trust.modules)(tokenizer=tokenizer, **arguments)
-    else:
+    if short not in TASKS and ":" not in name:
         raise CommandError(f"Expected `env.id` to be demo, text, {', '.join(TASKS)} or module:Class, got {name!r}.")
-    return unwrap_text_env(made)
+    made = find(TASKS.get(short, name), trust.modules)
+    for one in needed(made):
+        if one not in ("tokenizer", *arguments):
+            key, what = ("prompts", "FILE") if one == "prompts" else (f"args.{one}", "VALUE")
+            what = "FOLDER" if one == "data" else what
+            also = " (of its data set, or the name of one on the hub)" if one == "data" else ""
+            flag = f"--env.{key} {what}"
+            raise CommandError(f"Expected {flag}{also} for the task {name}, got none: add {flag} to the command.")
+    return unwrap_text_env(call(made, arguments, f"the task {name}", tokenizer=tokenizer))
 
 
 def make_metric(metric: Named | str, trust: Trust) -> Metric:
@@ -166,9 +177,31 @@ def load_lm(name: str, trust: Trust) -> Pretrained:
     return Pretrained(name, trust_remote_code=True) if trust.remote_code else Pretrained(name)
 
 
+def _check_device(name: str) -> None:
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise CommandError(f"Expected device to be auto, cpu, cuda or another of torch's, got {name!r}.") from error
+
+
+def _check_algorithm(algorithm: AlgorithmConfig) -> None:
+    made = ALGORITHMS[algorithm.name]
+    own = {"seed": "seed", "device": "device", **{name: f"algorithm.{name}" for name in vars(algorithm)}}
+    for name in algorithm.args.keys() & own.keys():
+        raise CommandError(f"Expected {own[name]} in the place of algorithm.args.{name}, got the latter.")
+    takes = inspect.signature(made).parameters
+    for name in SETTINGS:
+        if getattr(algorithm, name) is not None and name not in takes:
+            raise CommandError(f"Expected no algorithm.{name} with {algorithm.name}, got {getattr(algorithm, name)}.")
+    try:
+        check_arguments(made, algorithm.args, "algorithm.args", without=(*OWN_ARGUMENTS, *own))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
 def _agent(config: TrainConfig, env: TextEnv, folder: str, trust: Trust) -> OnPolicyAlgorithm:
     algorithm, model = config.algorithm, config.model
-    given = {name: getattr(algorithm, name) for name in ("n_steps", "batch_size", "n_epochs")}
+    given = {name: getattr(algorithm, name) for name in SETTINGS}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if algorithm.schedule == "linear":
         settings["learning_rate"] = LinearSchedule(algorithm.learning_rate or DEFAULT_LEARNING_RATE, 0.0, 1.0)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from .arguments import check_file, make_options_parser, make_parser, nearest, parse, split, with_config
+from .arguments import check_file, make_parser, nearest, parse, parse_options, split, with_config
 from .config import DEMO_SETTINGS, TrainConfig, TrainOptions
 from .refusal import CommandError, Exit
+from .stage_folders import check_folders
 from .verb_config import (
     ChatOptions,
     ClassifierConfig,
@@ -110,7 +111,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _train(words: list[str]) -> int:
-    resumed = make_options_parser(TrainOptions).parse_known_args(words)[0].resume
+    resumed = parse_options(TrainOptions, words).resume
     if resumed is not None:
         from .run_folder import RunFolder
 
@@ -121,6 +122,7 @@ def _train(words: list[str]) -> int:
 
         return resume(run, config, before, dumped, options)
     config, options, dumped = train_config(words)
+    check_folders(with_config(words), config)
     from .training_run import start
 
     return start(config, dumped, options)
@@ -154,11 +156,13 @@ def _stage(verb: str, words: list[str], config: type, sources: Sequence[str] = (
     chosen, allowed = _options(verb, "[CONFIG.yml] --data FILE --out DIR", words, config, StageOptions)
     if chosen.out is None or all(getattr(chosen, source) is None for source in sources):
         raise CommandError(f"Expected --out DIR, and --{' or --'.join(sources)}, for textenv {verb}.")
+    check_folders(words, chosen)
     return chosen, allowed
 
 
 def _doctor(words: list[str]) -> int:
     config, options, _ = train_config(words, "doctor", TrustOptions)
+    check_folders(with_config(words), config)
     from .verbs import examine
 
     return examine(config, options)

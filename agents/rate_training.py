@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import statistics
 import warnings
 from collections.abc import Collection, Sequence
@@ -30,7 +31,7 @@ from .exporting import export
 from .files import write_text
 from .kl import KLPenalty
 from .rate import read_prompts
-from .refusal import CommandError, Exit
+from .refusal import CommandError, Exit, Interrupted
 from .verb_config import RateConfig, RateOptions
 
 SAVE_EVERY = 10  # updates; those since are made again from the answers in the store
@@ -79,6 +80,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
 
     Raises:
         CommandError: If the run is not finished, or `--out` has a session of other settings.
+        Interrupted: After Ctrl-C, once the model is exported.
     """
     assert chosen.model is not None and chosen.out is not None and chosen.db is not None
     out, trust = Path(chosen.out), Trust(options.allow, options.trust_remote_code)
@@ -110,16 +112,22 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     with FeedbackStore(chosen.db) as store:
         terminal = RatingTerminal(store, rater, "score")
         reward.human.attend = lambda items: _answer(terminal, items)
+        is_interrupted = False
         try:
             learn(agent, reward, out, session, chosen.updates)
+        except _HasQuit:
+            print()
         except KeyboardInterrupt:
             print()
+            is_interrupted = True
     export(agent, tokenizer, out / "model")
     given = [score for scores in reward.scores for score in scores]
     if given:
         ends = (statistics.fmean(part) for part in (given[:SHOWN], given[-SHOWN:]))
         print("mean score of the first and of the last {}: {:.2f}, {:.2f}".format(min(SHOWN, len(given)), *ends))
     print(f"model: {out / 'model'}   answers: {chosen.db}")
+    if is_interrupted:
+        raise Interrupted("interrupted, and the model is written: the same command goes on.", signal.SIGINT)
     return Exit.DONE
 
 
@@ -180,11 +188,15 @@ def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, session: s
             save_step(agent, out / "checkpoints", keep=2)
 
 
+class _HasQuit(BaseException):
+    """The person has had enough; as Ctrl-C, it is no error of the reward that asks them."""
+
+
 def _answer(terminal: RatingTerminal, items: Collection[int]) -> None:
     """Have the person answer.
 
     Raises:
-        KeyboardInterrupt: If they quit.
+        _HasQuit: If they quit.
     """
     if not terminal.run(items):
-        raise KeyboardInterrupt
+        raise _HasQuit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from .sft_data import Text
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
 from .verb_config import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
 
+ENOUGH = 40  # examples of a reward model: the fewest that examples/people.md has a figure for
 MIN_COUNT = 2  # of a character that gets a token of its own
 END = 0  # the end token of the tokenizers that are made here
 
@@ -140,7 +142,14 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     lm, tokenizer = _reader(config, options)
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
     examples = read_preferences(config)
-    print(f"{len(examples.train)} examples, {len(examples.held_out)} held out")
+    n = len(examples.train)
+    print(f"{n} examples, {len(examples.held_out)} held out")
+    if n < ENOUGH:
+        print(
+            f"warning: {n} examples are too few for a reward model: {ENOUGH} are the least, and 200 better, by what was "
+            "measured with a simulated rater (examples/people.md).",
+            file=sys.stderr,
+        )
     trained = train_reward_model(
         PretrainedRewardModel(lm, num_labels=1, **more) if isinstance(lm, str) else lm,
         tokenizer,

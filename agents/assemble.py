@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,21 +25,22 @@ from textenv.tokenizer import Tokenizer
 from textenv.vector import unwrap_text_env
 
 from .backbone import Pretrained
-from .build import make_agent
+from .build import make_agent, usual_learning_rate
 from .callbacks import EpisodeMetrics
 from .config import DEMO, EnvConfig, ModelConfig, Named, TrainConfig
 from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .demo import model_folder
 from .kl import AdaptiveCoef, KLPenalty
+from .language_model import LengthError
 from .names import MASKS, METRICS, as_reward, build, check_allowed, find, look_here
+from .policies import LMPolicy
 from .refusal import CommandError
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA, Trainable
 from .training_warnings import TrainingWarnings
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
-DEFAULT_LEARNING_RATE = 1e-5  # as `make_agent` has it
 
 
 class Trust(NamedTuple):
@@ -87,8 +89,8 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
     transformers_logging.disable_progress_bar()
     model = config.model
     metrics = [make_metric(metric, trust) for metric in config.evaluation.metrics]
-    folder = model_folder(model.name, progress_bar)
-    tokenizer = load_tokenizer(folder if model.tokenizer is None else model.tokenizer, trust)
+    model_folder(model.name, progress_bar)  # made here, where one may say whether that is shown
+    tokenizer = load_tokenizer(model.tokenizer or model.name, trust)
     env = make_env(config.env, tokenizer, config.seed, trust)
     held_out = env
     evaluation = config.evaluation
@@ -96,7 +98,11 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
         other = EnvConfig(**{**vars(config.env), "args": {**config.env.args, **evaluation.env_args}})
         other.prompts = evaluation.prompts or other.prompts
         held_out = make_env(other, tokenizer, config.seed, trust)
-    return Parts(config, tokenizer, env, held_out, _agent(config, env, folder, trust), metrics)
+    with _lengths_by_key(env, "env.args"):
+        agent = _agent(config, env, trust)
+    with _lengths_by_key(held_out, "evaluation.env_args"):  # which are longer, it may be
+        cast("LMPolicy", agent.policy).lm.backbone.check_length(held_out.max_prompt_tokens, held_out.rules.room)
+    return Parts(config, tokenizer, env, held_out, agent, metrics)
 
 
 def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase:  # noqa: B008
@@ -105,8 +111,9 @@ def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase
     Raises:
         CommandError: If there is none.
     """
+    folder = model_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust.remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected the tokenizer of {name!r}, got: {str(error).splitlines()[0]}") from error
 
@@ -124,8 +131,8 @@ def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, t
         arguments["reward"] = as_reward(config.reward)
     if config.on_failure != "raise":
         arguments["on_failure"] = config.on_failure
-    if config.masks:
-        arguments["mask"] = [build(mask, MASKS, "mask", trust.modules) for mask in config.masks]
+    if masks := make_masks(config, trust):
+        arguments["mask"] = masks
     if config.max_new_tokens is not None:
         arguments["max_new_tokens"] = config.max_new_tokens
     if config.id not in (DEMO, "text"):
@@ -140,6 +147,11 @@ def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, t
     return TextEnv(config.prompts, known, **arguments)
 
 
+def make_masks(config: EnvConfig, trust: Trust) -> list[Any]:
+    """Build the masks that a configuration names."""
+    return [build(mask, MASKS, "mask", trust.modules) for mask in config.masks]
+
+
 def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust: Trust) -> TextEnv:
     short = name.removeprefix("textenv/").removesuffix("-v0")
     if short in TASKS:
@@ -147,7 +159,8 @@ def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust
     elif ":" in name:
         made = find(name, trust.modules)(tokenizer=tokenizer, **arguments)
     else:
-        raise CommandError(f"Expected `env.id` to be demo, text, {', '.join(TASKS)} or module:Class, got {name!r}.")
+        known = ", ".join(["demo", "text", *(task for task in TASKS if task != "Text")])  # which is "text"
+        raise CommandError(f"Expected `env.id` to be {known} or module:Class, got {name!r}.")
     return unwrap_text_env(made)
 
 
@@ -166,12 +179,13 @@ def load_lm(name: str, trust: Trust) -> Pretrained:
     return Pretrained(name, trust_remote_code=True) if trust.remote_code else Pretrained(name)
 
 
-def _agent(config: TrainConfig, env: TextEnv, folder: str, trust: Trust) -> OnPolicyAlgorithm:
+def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm:
     algorithm, model = config.algorithm, config.model
     given = {name: getattr(algorithm, name) for name in ("n_steps", "batch_size", "n_epochs")}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if algorithm.schedule == "linear":
-        settings["learning_rate"] = LinearSchedule(algorithm.learning_rate or DEFAULT_LEARNING_RATE, 0.0, 1.0)
+        rate = algorithm.learning_rate or usual_learning_rate(ALGORITHMS[algorithm.name])
+        settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)
     elif algorithm.learning_rate is not None:
         settings["learning_rate"] = algorithm.learning_rate
     if algorithm.advantage != "gae":
@@ -179,7 +193,7 @@ def _agent(config: TrainConfig, env: TextEnv, folder: str, trust: Trust) -> OnPo
     buffer = {"advantage": algorithm.advantage, "micro_batch_tokens": algorithm.micro_batch_tokens}
     return make_agent(
         env,
-        load_lm(folder, trust),
+        load_lm(model.name, trust),
         n_envs=algorithm.n_envs,
         algorithm=ALGORITHMS[algorithm.name],
         policy_kwargs=policy_arguments(model),
@@ -188,6 +202,18 @@ def _agent(config: TrainConfig, env: TextEnv, folder: str, trust: Trust) -> OnPo
         device=config.device,
         **{**settings, **algorithm.args},
     )
+
+
+@contextmanager
+def _lengths_by_key(env: TextEnv, args: str) -> Iterator[None]:
+    """Say by the keys of a configuration what is longer than the model can read."""
+    try:
+        yield
+    except LengthError as error:
+        raise CommandError(
+            f"{error.fact}, {env.max_prompt_tokens} of the longest prompt and {env.rules.room} behind it: lower "
+            f"--env.max_new_tokens, {env.rules.max_new_tokens} now, or cut prompts: --{args} '{{max_prompt_tokens: N}}'."
+        ) from error
 
 
 def policy_arguments(model: ModelConfig) -> dict[str, Any]:
@@ -209,7 +235,7 @@ def _critic(model: ModelConfig) -> CriticSpec:
         return SharedCritic(detach=model.critic == "detached")
     if model.critic_model is None:
         raise CommandError(f"Expected --model.critic_model NAME with the critic {model.critic!r}.")
-    name = model_folder(model.critic_model)
+    name = model.critic_model
     return SeparateCritic(Pretrained(name)) if model.critic == "separate" else RewardModelCritic(name)
 
 

@@ -12,7 +12,6 @@ from .assemble import Trust, load_lm, load_tokenizer
 from .backbone import PretrainedRewardModel
 from .classifier import LabelledTexts, train_classifier
 from .config import DEMO
-from .demo import model_folder
 from .pretrain import char_tokenizer
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model
@@ -32,8 +31,7 @@ def tune_model(config: SFTConfig, options: StageOptions) -> int:
     if _is_fresh(config):
         lm, tokenizer = _fresh_model(config, texts.train)
     else:
-        name = model_folder(config.model)
-        lm, tokenizer = load_lm(name, trust), load_tokenizer(name, trust)
+        lm, tokenizer = load_lm(config.model, trust), load_tokenizer(config.model, trust)
     tuned = tune(
         lm,
         texts.train,
@@ -93,11 +91,11 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
     """Train a classifier and print its figures."""
     labels = read_labels(config)
     names = config.labels or list(LABEL_NAMES.get(config.task or "", sorted({row.label for row in labels.train})))
-    own = None if _is_fresh(config) else model_folder(config.model)
+    own = None if _is_fresh(config) else config.model
     source = config.tokenizer or own
     if source is None:
         raise CommandError("Expected --tokenizer NAME with `fresh`: a fresh classifier has none of its own.")
-    tokenizer = load_tokenizer(model_folder(source), Trust(options.allow, options.trust_remote_code))
+    tokenizer = load_tokenizer(source, Trust(options.allow, options.trust_remote_code))
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.fresh}
     texts, numbers = _numbered(labels.train, names)
     trained = train_classifier(
@@ -127,13 +125,12 @@ def _numbered(rows: Sequence[Label], names: Sequence[str]) -> LabelledTexts:
 
 def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     """Train a reward model and print its figures."""
-    name = model_folder(config.model)
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
     examples = read_preferences(config)
     print(f"{len(examples.train)} examples, {len(examples.held_out)} held out")
     trained = train_reward_model(
-        PretrainedRewardModel(name, num_labels=1, **more),
-        load_tokenizer(name, Trust(options.allow, options.trust_remote_code)),
+        PretrainedRewardModel(config.model, num_labels=1, **more),
+        load_tokenizer(config.model, Trust(options.allow, options.trust_remote_code)),
         examples.train,
         _out(config),
         held_out=examples.held_out,

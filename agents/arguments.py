@@ -73,7 +73,8 @@ def _two_defaults(key: str) -> str:
     """Return what help says of a key whose default depends on the model; the rest it says by itself."""
     for settings, case in ((DEMO_SETTINGS, ""), (DEMO_PPO_SETTINGS, f" and {' or '.join(PPO_NAMES)}")):
         if key in settings:
-            return f' (type: %(type)s, default: {settings[key]} with the model "{DEMO}"{case}, else %(default)s)'
+            case += ", where that divides a rollout" if key == "algorithm.batch_size" else ""
+            return f' (type: %(type)s, default: {settings[key]} with the model "{DEMO}"{case}; else %(default)s)'
     return ""
 
 

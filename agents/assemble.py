@@ -89,7 +89,7 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
     transformers_logging.disable_progress_bar()
     model = config.model
     metrics = [make_metric(metric, trust) for metric in config.evaluation.metrics]
-    model_folder(model.name, progress_bar)  # made here, where one may say whether that is shown
+    find_model(model.name, progress_bar)
     tokenizer = load_tokenizer(model.tokenizer or model.name, trust)
     env = make_env(config.env, tokenizer, config.seed, trust)
     held_out = env
@@ -105,13 +105,25 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
     return Parts(config, tokenizer, env, held_out, agent, metrics)
 
 
+def find_model(name: str, progress_bar: bool = True) -> str:
+    """Return what to load a model by, as `model_folder` does.
+
+    Raises:
+        CommandError: If it is the folder of a run, or the name of nothing.
+    """
+    try:
+        return model_folder(name, progress_bar)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
 def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase:  # noqa: B008
     """Return the tokenizer of a name or folder.
 
     Raises:
         CommandError: If there is none.
     """
-    folder = model_folder(name)
+    folder = find_model(name)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
     except (OSError, ValueError) as error:
@@ -212,7 +224,8 @@ def _lengths_by_key(env: TextEnv, args: str) -> Iterator[None]:
     except LengthError as error:
         raise CommandError(
             f"{error.fact}, {env.max_prompt_tokens} of the longest prompt and {env.rules.room} behind it: lower "
-            f"--env.max_new_tokens, {env.rules.max_new_tokens} now, or cut prompts: --{args} '{{max_prompt_tokens: N}}'."
+            f"--env.max_new_tokens, {env.rules.max_new_tokens} now, or cut prompts: "
+            f"--{args} '{{max_prompt_tokens: N}}'."
         ) from error
 
 

@@ -103,8 +103,8 @@ def train_config(words: list[str], verb: str = "train", options: type = TrainOpt
     words = with_config(words)
     check_file(words)
     if not {"-h", "--help"} & set(words):
-        given = parse(parser, [word for word in words if not word.startswith("--print_config")])
-        parser.set_defaults(default_settings(given.model.name, given.algorithm.name))
+        plain = [word for word in words if not word.startswith("--print_config")]
+        parser.set_defaults(default_settings(split(parser, plain, TrainConfig, options)[0]))
     return split(parser, words, TrainConfig, options)
 
 

@@ -279,16 +279,24 @@ FREE_ON_RESUME = (
 )
 
 
-def default_settings(model: str, algorithm: str) -> dict[str, Any]:
-    """Return the defaults, by dotted key, that are others for a model and an algorithm than those of `TrainConfig`.
+def default_settings(given: TrainConfig) -> dict[str, Any]:
+    """Return the defaults, by dotted key, that are others for what is given than those of `TrainConfig`.
 
     Example:
-        >>> default_settings("gpt2", "ppo"), default_settings("demo", "a2c")["env.max_new_tokens"]
-        ({}, 32)
+        >>> default_settings(TrainConfig())["algorithm.batch_size"]
+        512
+        >>> default_settings(TrainConfig(model=ModelConfig("gpt2")))
+        {}
     """
-    if model != DEMO:
+    if given.model.name != DEMO:
         return {}
-    return DEMO_SETTINGS | (DEMO_PPO_SETTINGS if algorithm in PPO_NAMES else {})
+    settings, algorithm = dict(DEMO_SETTINGS), given.algorithm
+    if algorithm.name in PPO_NAMES:
+        settings |= DEMO_PPO_SETTINGS
+        n_steps = algorithm.n_steps or given.env.max_new_tokens or settings["env.max_new_tokens"]
+        if n_steps * algorithm.n_envs % settings["algorithm.batch_size"]:
+            del settings["algorithm.batch_size"]  # which has to divide the rollout
+    return settings
 
 
 def argument_help(config: type) -> dict[str, str]:

@@ -64,7 +64,10 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
                 run.withdraw()
             raise
         except KeyboardInterrupt as error:
-            raise _interrupted(run) from error
+            known = _interrupted(run)
+            if not run.has_checkpoint():
+                run.withdraw()
+            raise known from error
 
 
 def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str, options: TrainOptions) -> int:

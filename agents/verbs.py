@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from textenv import demo
 from textenv.env import TextEnv
@@ -95,6 +96,7 @@ def open_writer(name: str, config: TrainConfig | None, options: TrustOptions) ->
         own = {"stop_ids": rules.stop_ids, "stop_strings": rules.stop_strings, "mask": make_masks(config.env, trust)}
         own |= {key: config.env.args[key] for key in ("prompt_column",) if key in config.env.args}
         return Writer(parts.agent.policy, parts.tokenizer, parts.env.prompts, rules.max_new_tokens, own)  # type: ignore[arg-type]
+    transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(name, trust)
     prompts = demo.prompts() if name == DEMO else ()
     return Writer(make_policy(name, tokenizer, ModelConfig(), trust), tokenizer, prompts)

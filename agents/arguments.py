@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from .config import argument_help
+from .config import DEMO, DEMO_PPO_SETTINGS, DEMO_SETTINGS, PPO_NAMES, TrainConfig, argument_help
 from .refusal import CommandError
 from .values import check_values
 
@@ -26,7 +26,9 @@ def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f": did you mean {near[0]!r}?" if near else "."
 
 
-def make_parser(verb: str, usage: str, config: type, options: type | None = None) -> ArgumentParser:
+def make_parser(
+    verb: str, usage: str, config: type, options: type | None = None, does: str | None = None
+) -> ArgumentParser:
     """Return a verb's parser: the fields of a dataclass, and of another one that configurations cannot set.
 
     Args:
@@ -34,12 +36,12 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
         usage: What stands behind it.
         config: What a configuration file may have as well, where `usage` has one.
         options: What the command line alone says.
+        does: What the verb does, where that is not what the first line of `config` says.
     """
-    description = (config.__doc__ or "").partition("\n")[0]
     parser = ArgumentParser(
         prog=f"textenv {verb}",
         usage=f"textenv {verb} {usage}",
-        description=description,
+        description=does or _first_line(config),
         exit_on_error=False,
         allow_abbrev=False,  # else a key that lacks its last letters is taken for it
     )
@@ -52,8 +54,30 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
     for action in parser._actions:
         check_values(action)
         if action.dest in helps:
-            action.help = helps[action.dest]
+            action.help = helps[action.dest] + (_two_defaults(action.dest) if config is TrainConfig else "")
+        elif action.dest.endswith(".help"):
+            action.help = argparse.SUPPRESS  # it would explain our dataclasses
+        elif action.dest == "print_config":
+            action.help = "Print all keys with the values that would be used, and exit."
+            action.metavar = ""
+    for group in parser._action_groups:
+        kind = getattr(group, "group_class", None)  # of the dataclass whose fields it has
+        if kind is not None:
+            group.title = f"{group.dest}: {_first_line(kind)}".rstrip(".")
     return parser
+
+
+def _first_line(config: type) -> str:
+    return (config.__doc__ or "").partition("\n")[0]
+
+
+def _two_defaults(key: str) -> str:
+    """Return what help says of a key whose default depends on the model; the rest it says by itself."""
+    for settings, case in ((DEMO_SETTINGS, ""), (DEMO_PPO_SETTINGS, f" and {' or '.join(PPO_NAMES)}")):
+        if key in settings:
+            case += ", where that divides a rollout" if key == "algorithm.batch_size" else ""
+            return f' (type: %(type)s, default: {settings[key]} with the model "{DEMO}"{case}; else %(default)s)'
+    return ""
 
 
 def make_options_parser(options: type) -> argparse.ArgumentParser:

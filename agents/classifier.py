@@ -25,6 +25,7 @@ from textenv.model_loading import load_whole
 from textenv.rewards.text_model import TextModel
 
 from .backbone import check_fits
+from .demo import model_folder
 from .files import replaced_folder
 from .interrupted import origin, work_folder
 from .reward_figures import wilson_interval
@@ -173,7 +174,7 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
         # A head of another size is not an error: a fresh one is put on.
         labels["ignore_mismatched_sizes"] = True
         labels["dtype"] = torch.float32
-        return load_whole(AutoModelForSequenceClassification, str(lm), fresh_head=True, **labels)
+        return load_whole(AutoModelForSequenceClassification, model_folder(os.fspath(lm)), fresh_head=True, **labels)
     config = copy.deepcopy(lm)
     for key, value in labels.items():
         setattr(config, key, value)

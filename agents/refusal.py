@@ -46,7 +46,7 @@ class StorageError(CommandError):
 
 
 class Interrupted(CommandError):
-    """A signal asked to stop, and the run is saved."""
+    """A signal asked to stop, and the run is saved as far as it can be."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, Exit.SIGNAL + signal_number)

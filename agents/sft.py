@@ -21,6 +21,7 @@ from textenv.extras import check_extra
 from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
+from .demo import model_folder
 from .files import replaced_folder
 from .interrupted import origin, work_folder
 from .pretrain import IGNORED, bpe_tokenizer
@@ -127,7 +128,7 @@ def tune(
         model = build_model(lm)
         _check_model(model, packing)
         limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
-        check_fits(model, len(tokenizer), limit)
+        check_fits(model, len(tokenizer), limit, "lower max_tokens")
         end = cast("int", tokenizer.eos_token_id)
         rows, tests = (
             [[sample] for text in texts for sample in encode_sample(cast("Tokenizer", tokenizer), text, end, limit)]
@@ -177,7 +178,7 @@ def _with_tokenizer(
         lm.bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         lm.pad_token_id = tokenizer.pad_token_id
     elif tokenizer is None and isinstance(lm, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(lm)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(os.fspath(lm)))
     if tokenizer is None:
         raise ValueError("Expected `tokenizer` with a spec, got None: pass the tokenizer of the model.")
     if tokenizer.eos_token_id is None:

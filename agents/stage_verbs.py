@@ -13,7 +13,6 @@ from .assemble import Trust, load_lm, load_tokenizer
 from .backbone import PretrainedRewardModel
 from .classifier import LabelledTexts, train_classifier
 from .config import DEMO
-from .demo import model_folder
 from .pretrain import char_tokenizer
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model
@@ -34,8 +33,7 @@ def tune_model(config: SFTConfig, options: StageOptions) -> int:
     if _is_fresh(config):
         lm, tokenizer = _fresh_model(config, texts.train)
     else:
-        name = model_folder(config.model)
-        lm, tokenizer = load_lm(name, trust), load_tokenizer(name, trust)
+        lm, tokenizer = load_lm(config.model, trust), load_tokenizer(config.model, trust)
     tuned = tune(
         lm,
         texts.train,
@@ -119,11 +117,11 @@ def _reader(
     config: ClassifierConfig | RewardModelConfig, options: StageOptions
 ) -> tuple[str | PreTrainedConfig, PreTrainedTokenizerBase]:
     """Return what reads texts, a name or folder or the config of a model with fresh weights, and its tokenizer."""
-    own = None if _is_fresh(config) else model_folder(config.model)
+    own = None if _is_fresh(config) else config.model
     source = config.tokenizer or own
     if source is None:
         raise CommandError("Expected --tokenizer NAME with `fresh`, got none: fresh weights have no tokenizer yet.")
-    tokenizer = load_tokenizer(model_folder(source), Trust(options.allow, options.trust_remote_code))
+    tokenizer = load_tokenizer(source, Trust(options.allow, options.trust_remote_code))
     if own is not None:
         return own, tokenizer
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.fresh}
@@ -139,17 +137,17 @@ def _numbered(rows: Sequence[Label], names: Sequence[str]) -> LabelledTexts:
 
 def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     """Train a reward model and print its figures."""
-    lm, tokenizer = _reader(config, options)
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
     examples = read_preferences(config)
     n = len(examples.train)
     print(f"{n} examples, {len(examples.held_out)} held out")
     if n < ENOUGH:
         print(
-            f"warning: {n} examples are too few for a reward model: {ENOUGH} are the least, and 200 better, by what was "
-            "measured with a simulated rater (examples/people.md).",
+            f"warning: {n} examples are too few for a reward model: {ENOUGH} are the least, and 200 better, by what "
+            "was measured with a simulated rater (examples/people.md).",
             file=sys.stderr,
         )
+    lm, tokenizer = _reader(config, options)
     trained = train_reward_model(
         PretrainedRewardModel(lm, num_labels=1, **more) if isinstance(lm, str) else lm,
         tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import warnings
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from .live_view import LiveScreen
 from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
 from .recording import Recorder, RowWriter, SampleRecorder
-from .refusal import CommandError, Exit
+from .refusal import CommandError, Exit, Interrupted
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
@@ -56,7 +57,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         return dry_run(config, options)
     run = RunFolder.create(config.out, task_name(config))
     with run.locked():
-        run.cut(-1)
+        run.clear()
         run.begin(dumped, __version__)
         try:
             return _train(run, config, options)
@@ -64,6 +65,11 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
             if error.code in MENDED and not read_rows(run.metrics):  # what is mended is a new run, not this one
                 run.withdraw()
             raise
+        except KeyboardInterrupt as error:
+            known = _interrupted(run)
+            if not run.has_checkpoint():
+                run.withdraw()
+            raise known from error
 
 
 def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str, options: TrainOptions) -> int:
@@ -84,7 +90,15 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
     with run.locked():
         if changed:
             write_text(run.config, dumped)
-        return _train(run, config, options)
+        try:
+            return _train(run, config, options)
+        except KeyboardInterrupt as error:
+            raise _interrupted(run) from error
+
+
+def _interrupted(run: RunFolder) -> Interrupted:
+    """Return how the command ends where Ctrl-C comes before training has begun, or after it has ended."""
+    return Interrupted(f"interrupted; {run.how_to_go_on()}", signal.SIGINT)
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], above: str = "") -> dict[str, tuple[Any, Any]]:
@@ -160,7 +174,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     pages = [SamplePages(one) for one in outputs if isinstance(one, TensorBoardOutputFormat)]
     views: list[Any] = [screen, *trackers, *pages]
     kept = config.checkpoint_every, config.keep_checkpoints
-    with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line) as interrupts:
+    with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line, run.how_to_go_on) as interrupts:
         callbacks = [
             *training_callbacks(config),
             FiniteUpdates(),

@@ -123,7 +123,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="how many tokens to train on")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tokens is not None and args.tokens < 1:
+        parser.error(f"Expected --tokens of 1 or more, got {args.tokens}.")
+    for path in args.corpus or ():
+        if not path.is_file():
+            parser.error(f"Expected text files behind --corpus, got {path}, which is none.")
+    return args
 
 
 def train(model: PPO, task: Task, n_tokens: int, out: Path, resume: bool) -> float:

@@ -176,6 +176,6 @@ def split(parser: ArgumentParser, words: list[str], config: type, options: type)
     names = [one.name for one in fields(options)]
     rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
     built = parser.instantiate(rest)
-    dumped = parser.dump(rest, skip_validation=True)
+    dumped = parser.dump(rest, skip_validation=True, skip_unset=False)  # null is no default
     chosen = {one.name: getattr(parsed, one.name) for one in fields(options)}
     return config(**{one.name: getattr(built, one.name) for one in fields(config)}), options(**chosen), dumped

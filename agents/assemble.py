@@ -258,7 +258,7 @@ def _lengths_by_key(env: TextEnv, args: str) -> Iterator[None]:
         raise CommandError(
             f"{error.fact}, {env.max_prompt_tokens} of the longest prompt and {env.rules.room} behind it: lower "
             f"--env.max_new_tokens, {env.rules.max_new_tokens} now, or cut prompts: "
-            f"--{args} '{{max_prompt_tokens: N}}'."
+            f"--{args} '{{max_prompt_tokens: N, truncation_side: left}}'."
         ) from error
 
 

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from textenv.extras import check_extra
 from textenv.model_loading import load_whole
 
 from .cache import PrefixCache
@@ -59,7 +60,8 @@ class Pretrained:
             the frozen base of a LoRA is held in 8 or 4 bits.
 
     Raises:
-        ImportError: When built, if a package that `quantization_config` needs is missing.
+        ImportError: When built, if a package is missing: accelerate (extra `sft`) for `device_map` or
+            `quantization_config`, and what else the latter needs, as bitsandbytes.
         ValueError: When built, if the folder lacks a tensor of the model, or has others.
 
     Example:
@@ -80,13 +82,11 @@ class Pretrained:
         if self.name is None:
             assert self.config is not None, "pickled only once built"
             return self._auto_class(self.config).from_config(self.config)
+        for option in ("device_map", "quantization_config"):
+            if self.kwargs.get(option) is not None:
+                check_extra("sft", "accelerate", f"Pretrained({option}=...)")
         config = AutoConfig.from_pretrained(self.name, **self.kwargs)
-        try:
-            model = load_whole(self._auto_class(config), self.name, fresh_head=self._makes_head, **self.kwargs)
-        except ImportError as error:
-            if "quantization_config" not in self.kwargs:
-                raise
-            raise ImportError(f"Expected what `quantization_config` needs to be installed: {error}") from error
+        model = load_whole(self._auto_class(config), self.name, fresh_head=self._makes_head, **self.kwargs)
         self.config = model.config
         return model
 

@@ -198,7 +198,7 @@ def page_text(text: str) -> str:
 class RewardCurves(BaseCallback):
     """Draws the reward, the divergence from the reference and the length over training, as a PNG at the end.
 
-    Needs matplotlib: `pip install textenv[plot]`. Needs `EpisodeMetrics` before it in the list of callbacks; the
+    Needs matplotlib: `pip install "textenv[plot]"`. Needs `EpisodeMetrics` before it in the list of callbacks; the
     divergence is drawn where a `KLPenalty` logs it.
 
     Args:

@@ -82,7 +82,7 @@ def _overview() -> str:
     return (
         "usage: textenv VERB ...\n\nReinforcement learning of language models on text.\n\n"
         f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` says what each takes.\n"
-        "Exit codes: 2 usage or refusal, 3 numerics, 4 reward, 5 storage, 130 interrupted."
+        "Exit codes: 2 usage or refusal, 3 numerics, 4 reward, 5 storage, 6 missing package, 130 interrupted."
     )
 
 

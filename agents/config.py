@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 DEMO = "demo"
+PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # the default loggers, and their packages
 
 
 @dataclass
@@ -21,6 +23,11 @@ class Named:
 
     id: str
     args: dict[str, Any] = field(default_factory=dict)
+
+
+def default_loggers() -> list[Named | str]:
+    """Return the loggers of a configuration that names none: those of the extra `plot` whose packages are installed."""
+    return [logger for logger, package in PLOTTED.items() if find_spec(package) is not None]
 
 
 @dataclass
@@ -203,7 +210,8 @@ class TrainConfig:
         shaping: What is done to scores.
         evaluation: Evaluations.
         loggers: Where figures go besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio", "mlflow", or
-            the `module:Class` of a KVWriter of Stable-Baselines3; by name, or their id and args.
+            the `module:Class` of a KVWriter of Stable-Baselines3; by name, or their id and args. By default the
+            first two, as far as the extra `plot` is installed.
         samples: Prompts that are continued for samples.jsonl.
         samples_every: Rollouts from one such sample to the next.
         checkpoint_every: Rollouts from one checkpoint to the next.
@@ -221,7 +229,7 @@ class TrainConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    loggers: list[Named | str] = field(default_factory=lambda: ["tensorboard", "curves"])
+    loggers: list[Named | str] = field(default_factory=default_loggers)
     samples: int = 4
     samples_every: int = 10
     checkpoint_every: int = 10

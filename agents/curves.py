@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from textenv.extras import check_extra, needs
+
 CURVES = (
     ("reward/task", "reward"),
     ("kl/sequence", "KL from the reference, nats"),
@@ -17,10 +19,7 @@ CURVES = (
 
 def check_matplotlib() -> None:
     """Raise ImportError, with the cure, where matplotlib is missing: before training, not after."""
-    try:
-        import matplotlib  # noqa: F401  (optional)
-    except ImportError as error:
-        raise ImportError("Expected matplotlib, which draws the curves: pip install 'textenv[plot]'.") from error
+    check_extra("plot", "matplotlib", "the curves")
 
 
 def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> None:
@@ -31,8 +30,9 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
         runs: Rows of figures by the run's name, each with "tokens"; what is missing, None or NaN leaves a gap.
         title: What stands above it.
     """
-    from matplotlib.figure import Figure  # optional
-    from matplotlib.ticker import EngFormatter
+    with needs("plot", "matplotlib", "the curves"):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
 
     points = {(name, key): _points(rows, key) for name, rows in runs.items() for key, _ in CURVES}
     drawn = [(key, label) for key, label in CURVES if any(points[name, key] for name in runs)]

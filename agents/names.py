@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Named
-from .refusal import CommandError
+from .refusal import CommandError, Exit
 
 METRICS = {
     "rouge": "textenv.metrics.overlap:ROUGE",
@@ -87,6 +87,10 @@ def find(path: str, allowed: Collection[str]) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise CommandError(
+                f"Expected what {path!r} imports to be installed, got: {error}.", Exit.MISSING
+            ) from error
         raise CommandError(f"Expected {path!r} to be there, got: {error}.") from error
 
 

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from textenv import demo
 from textenv.env import TextEnv
+from textenv.extras import check_extra
 from textenv.feedback.asked import questions_of
 from textenv.feedback.records import MAX_COMPLETIONS, Kind, check_rater, check_scale
 from textenv.feedback.store import FeedbackStore
@@ -47,6 +48,9 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
     """
     if options.web and (options.terminal or options.train):
         raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
+    if options.web:  # before a model writes what nobody could see
+        for package in ("starlette", "uvicorn", "jinja2"):
+            check_extra("feedback", package, "the rating page")
     rater = check_rater(getpass.getuser() if chosen.rater is None else chosen.rater)
     check_scale((chosen.low, chosen.high))
     if options.train and (chosen.model is None or chosen.out is None or chosen.kind not in (None, "score")):
@@ -87,7 +91,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
 
 def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
     """Serve the page until Ctrl-C."""
-    from textenv.feedback.web import serve  # an extra: pip install textenv[feedback]
+    from textenv.feedback.web import serve
 
     announce = partial(print, "the page of raters, until Ctrl-C:", flush=True)
     serve(store, kind=chosen.kind, host=chosen.host, port=chosen.port, token=chosen.token, announce=announce)

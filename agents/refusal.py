@@ -14,6 +14,7 @@ class Exit(IntEnum):
     NUMERICS = 3
     REWARD = 4
     STORAGE = 5
+    MISSING = 6  # a package, or the one that is there is another's
     SIGNAL = 128  # plus the signal's number: 130 after Ctrl-C
 
 

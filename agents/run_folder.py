@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class RunFolder:
         Raises:
             CommandError: If there is something else, or it cannot be written to.
         """
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         base = "".join(char if char.isalnum() else "-" for char in name)[:40]
         run = cls(out or Path("runs") / f"{base}-{stamp}-{secrets.token_hex(2)}")
         try:
@@ -96,7 +96,7 @@ class RunFolder:
         write_text(self.config, config)
         about = {
             "format": FORMAT,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv[1:],
             "git": {"textenv": _commit(Path(__file__).parent), "here": _commit(Path.cwd())},
             "versions": {"textenv": textenv_version, "python": sys.version.split()[0], **_versions()},

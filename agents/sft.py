@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from textenv.extras import check_extra
 from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
@@ -24,7 +25,7 @@ from .files import replaced_folder
 from .interrupted import origin, work_folder
 from .pretrain import IGNORED, bpe_tokenizer
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
-from .trainer_guard import accelerate_expected, random_state_kept
+from .trainer_guard import random_state_kept
 
 DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds
 N_MEASURED = 256  # rows of the training data that are measured at the end
@@ -80,7 +81,7 @@ def tune(
     loads with `AutoModelForCausalLM` alone, and is what `Pretrained` and `train_reward_model` take.
 
     transformers' `Trainer` runs it: it brings resuming, the schedule and large machines, and needs no data but labels;
-    TRL's trainer would add a dependency for nothing more. It needs accelerate: `pip install textenv[sft]`.
+    TRL's trainer would add a dependency for nothing more. It needs accelerate: `pip install "textenv[sft]"`.
     (`pretrain`, for the small models made from scratch in a minute, needs nothing.)
 
     After Ctrl-C the state waits beside the folder, in `.<name>.training`, and `resume=True` goes on from there to the
@@ -115,8 +116,9 @@ def tune(
     """
     if not data:
         raise ValueError("Expected at least one text, got none.")
-    with accelerate_expected():
-        from .sft_trainer import prepare, train, training_arguments
+    check_extra("sft", "accelerate", "transformers' Trainer")
+    from .sft_trainer import prepare, train, training_arguments
+
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
     with random_state_kept():

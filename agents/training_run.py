@@ -14,10 +14,11 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from textenv import __version__
+from textenv.extras import MissingExtraError
 
 from .assemble import Parts, Trust, assemble, task_name, training_callbacks
 from .checkpoint import load_checkpoint
-from .config import DEMO, FREE_ON_RESUME, TrainConfig, TrainOptions
+from .config import DEMO, FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
 from .curves import draw_curves
 from .dry_run import dry_run
 from .evaluation_callback import Evaluate
@@ -35,6 +36,7 @@ from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
 
+MENDED = (Exit.REFUSED, Exit.MISSING)  # by the user, and then the same command trains: no run began
 SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
 
 
@@ -59,7 +61,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         try:
             return _train(run, config, options)
         except CommandError as error:
-            if error.code == Exit.REFUSED and not read_rows(run.metrics):  # what is mended is a new run, not this one
+            if error.code in MENDED and not read_rows(run.metrics):  # what is mended is a new run, not this one
                 run.withdraw()
             raise
 
@@ -120,9 +122,10 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
         return _run(run, config, options, screen)
     except Exception as error:
         known = as_command_error(error, run.path)
-        if known is not error or known.code != Exit.REFUSED:
+        says_all = known is error or isinstance(error, MissingExtraError)
+        if not says_all or known.code not in MENDED:
             run.keep_traceback()
-        place = "" if known is error else f" (the traceback is in {run.log})"
+        place = "" if says_all else f" (the traceback is in {run.log})"
         raise CommandError(f"{known}{place}", known.code) from error
     finally:
         warnings.showwarning = previous
@@ -133,6 +136,8 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     if config.env.id == config.model.name == DEMO:
         screen.say("the built-in demo: a tiny GPT-2 learns to write positive reviews")
     screen.say(f"run: {run.path}")
+    if config.loggers == default_loggers() and (absent := [name for name in PLOTTED if name not in config.loggers]):
+        screen.say(f'without {" and ".join(absent)}, which pip install "textenv[plot]" brings')
     checkpoint = checkpoint_to_load(run, screen.say)
     parts = assemble(config, Trust(options.allow, options.trust_remote_code), progress_bar=not options.quiet)
     agent = parts.agent

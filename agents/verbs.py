@@ -171,7 +171,9 @@ def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:
     if samples:
         write_text(folder / run.samples.name, "".join(map(to_line, samples)))
     curves = None
-    if rows and find_spec("matplotlib") is not None:
+    if rows and find_spec("matplotlib") is None:
+        print('without a picture of the curves, which pip install "textenv[plot]" brings')
+    elif rows:
         curves = "curves.png"
         draw_curves(folder / curves, {run.path.name: rows}, task_name(config))
     write_text(folder / "README.md", model_card(config, run.read_about(), table, samples, reward, curves))

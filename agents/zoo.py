@@ -20,6 +20,8 @@ from typing import Any, Protocol
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from stable_baselines3.common.callbacks import EvalCallback
 
+from textenv.extras import check_extra
+
 from .token_ppo import TokenMaskablePPO, TokenPPO
 
 ALGORITHMS = {"token_ppo": TokenPPO, "token_maskable_ppo": TokenMaskablePPO}
@@ -83,8 +85,7 @@ def register() -> None:
     Raises:
         ImportError: If rl_zoo3 is missing.
     """
-    if importlib.util.find_spec("rl_zoo3") is None:
-        raise ImportError("Expected rl_zoo3 for agents.zoo: pip install 'textenv[zoo]'.")
+    check_extra("zoo", "rl_zoo3", "agents.zoo")
     search = importlib.import_module("rl_zoo3.hyperparams_opt")
     for name, algorithm in ALGORITHMS.items():
         importlib.import_module("rl_zoo3.utils").ALGOS[name] = algorithm

@@ -47,6 +47,7 @@ from agents import (
 from agents.demo import demo_model
 from agents.pretrain import bpe_tokenizer, pretrain
 from textenv import Preds, Prompt, TextEnv, demo
+from textenv.extras import needs
 
 N_SAMPLES = 200
 
@@ -80,7 +81,8 @@ def demo_task(smoke: bool) -> Task:
 
 def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
     """Train a tokenizer and a GPT-2 on the files' lines; score by vaderSentiment."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # an extra: pip install textenv[sentiment]
+    with needs("sentiment", "vaderSentiment", "the reward of a corpus"):
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8", errors="replace").split("\n")]
     texts = [line for line in lines if len(line.split()) > 4]

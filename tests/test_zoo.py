@@ -125,12 +125,6 @@ def test_a_long_text_is_drawn_to_its_end_and_no_line_leaves_the_picture():
     assert np.array_equal(ink("one two"), ink("one two"))
 
 
-def test_pictures_without_pillow_are_refused_before_the_run(monkeypatch):
-    monkeypatch.setattr("textenv.rendering.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"Expected Pillow.*pip install 'textenv\[plot\]'"):
-        Demo(render_mode="rgb_array")
-
-
 # Policies
 
 
@@ -249,12 +243,6 @@ def test_register_adds_to_the_tables_and_evaluations_sample(monkeypatch):
     for callback in (plain, trial):
         assert isinstance(callback, MaskableEvalCallback) and not callback.deterministic and callback.use_masking
     assert isinstance(trial, TrialEval) and trial.trial == "trial"
-
-
-def test_without_rl_zoo3_the_cure_is_said(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'textenv\[zoo\]'"):
-        zoo.register()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

@@ -4,8 +4,11 @@ The names are those of `agents.public`. They are loaded when the first of them i
 that the command line can say what it does without.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from textenv_command import check_agents
 
 if TYPE_CHECKING:
     from .public import *  # noqa: F403
@@ -19,6 +22,8 @@ def __getattr__(name: str) -> Any:
         found = vars(import_module(f"{__name__}.{module}")).get(name)
         if getattr(found, "__module__", "") == f"{__name__}.{module}":
             return found
+    if f"{__name__}.public" not in sys.modules:
+        check_agents()
     public = vars(import_module(f"{__name__}.public"))
     if "__all__" in public:  # else it is being loaded, and asks for a module
         globals().update({key: public[key] for key in (*public["__all__"], "__all__")})

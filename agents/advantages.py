@@ -62,7 +62,7 @@ def carry(part: Transitions, advantage: float, next_value: float, gamma: float, 
     part.returns[:] = part.advantages + part.values
 
 
-def mean_and_deviation(advantages: np.ndarray) -> tuple[float, float]:
+def mean_and_deviation(advantages: np.ndarray) -> tuple[float | np.float32, float | np.float32]:
     """Return what advantages (N,) are normalised by, over those of all processes: their mean and deviation.
 
     They are 0 and 1 where there are fewer than two advantages.

@@ -13,8 +13,9 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from .config import argument_help
+from .config import DEMO, DEMO_PPO_SETTINGS, DEMO_SETTINGS, PPO_NAMES, TrainConfig, argument_help
 from .refusal import CommandError
+from .values import check_values
 
 ONLY_HERE = "only on the command line"
 
@@ -25,7 +26,9 @@ def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f": did you mean {near[0]!r}?" if near else "."
 
 
-def make_parser(verb: str, usage: str, config: type, options: type | None = None) -> ArgumentParser:
+def make_parser(
+    verb: str, usage: str, config: type, options: type | None = None, does: str | None = None
+) -> ArgumentParser:
     """Return a verb's parser: the fields of a dataclass, and of another one that configurations cannot set.
 
     Args:
@@ -33,12 +36,12 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
         usage: What stands behind it.
         config: What a configuration file may have as well, where `usage` has one.
         options: What the command line alone says.
+        does: What the verb does, where that is not what the first line of `config` says.
     """
-    description = (config.__doc__ or "").partition("\n")[0]
     parser = ArgumentParser(
         prog=f"textenv {verb}",
         usage=f"textenv {verb} {usage}",
-        description=description,
+        description=does or _first_line(config),
         exit_on_error=False,
         allow_abbrev=False,  # else a key that lacks its last letters is taken for it
     )
@@ -49,16 +52,51 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
     if options is not None:
         _add_options(parser.add_argument_group(ONLY_HERE), options)
     for action in parser._actions:
+        check_values(action)
         if action.dest in helps:
-            action.help = helps[action.dest]
+            action.help = helps[action.dest] + (_two_defaults(action.dest) if config is TrainConfig else "")
+        elif action.dest.endswith(".help"):
+            action.help = argparse.SUPPRESS  # it would explain our dataclasses
+        elif action.dest == "print_config":
+            action.help = "Print all keys with the values that would be used, and exit."
+            action.metavar = ""
+    for group in parser._action_groups:
+        kind = getattr(group, "group_class", None)  # of the dataclass whose fields it has
+        if kind is not None:
+            group.title = f"{group.dest}: {_first_line(kind)}".rstrip(".")
     return parser
+
+
+def _first_line(config: type) -> str:
+    return (config.__doc__ or "").partition("\n")[0]
+
+
+def _two_defaults(key: str) -> str:
+    """Return what help says of a key whose default depends on the model; the rest it says by itself."""
+    for settings, case in ((DEMO_SETTINGS, ""), (DEMO_PPO_SETTINGS, f" and {' or '.join(PPO_NAMES)}")):
+        if key in settings:
+            case += ", where that divides a rollout" if key == "algorithm.batch_size" else ""
+            return f' (type: %(type)s, default: {settings[key]} with the model "{DEMO}"{case}; else %(default)s)'
+    return ""
 
 
 def make_options_parser(options: type) -> argparse.ArgumentParser:
     """Return a parser of the options alone, which knows of no configuration file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_options(parser, options)
     return parser
+
+
+def parse_options(options: type, words: list[str]) -> argparse.Namespace:
+    """Return the options alone of what stands behind a verb.
+
+    Raises:
+        CommandError: If one lacks its value, or has one and takes none.
+    """
+    try:
+        return make_options_parser(options).parse_known_args(words)[0]
+    except argparse.ArgumentError as error:
+        raise CommandError(f"{error}.") from error
 
 
 def _add_options(group: Any, options: type) -> None:
@@ -131,13 +169,13 @@ def split(parser: ArgumentParser, words: list[str], config: type, options: type)
         CommandError: If a configuration file has set an option: it would allow itself what only a person may.
     """
     parsed = parse(parser, words)
-    alone = make_options_parser(options).parse_known_args(words)[0]
+    alone = parse_options(options, words)
     for one in fields(options):
         if getattr(parsed, one.name) != getattr(alone, one.name):
             raise CommandError(f"Expected {one.name} {ONLY_HERE}, got it in a configuration file.")
     names = [one.name for one in fields(options)]
     rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
     built = parser.instantiate(rest)
-    dumped = parser.dump(rest, skip_validation=True)
+    dumped = parser.dump(rest, skip_validation=True, skip_unset=False)  # null is no default
     chosen = {one.name: getattr(parsed, one.name) for one in fields(options)}
     return config(**{one.name: getattr(built, one.name) for one in fields(config)}), options(**chosen), dumped

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import gymnasium as gym
+import torch
 from sb3_contrib import TRPO, MaskablePPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -20,25 +22,30 @@ from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.metrics.scores import Metric
 from textenv.prompts import Prompt
+from textenv.signatures import check_arguments, needed
 from textenv.tokenizer import Tokenizer
 from textenv.vector import unwrap_text_env
 
 from .backbone import Pretrained
-from .build import make_agent
+from .build import make_agent, usual_learning_rate
 from .callbacks import EpisodeMetrics
-from .config import DEMO, EnvConfig, ModelConfig, Named, TrainConfig
+from .config import DEMO, AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig
 from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .demo import model_folder
 from .kl import AdaptiveCoef, KLPenalty
-from .names import MASKS, METRICS, as_reward, build, check_allowed, find, look_here
+from .language_model import LengthError
+from .names import MASKS, METRICS, as_reward, build, call, check_allowed, find, look_here
+from .policies import LMPolicy
 from .refusal import CommandError
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA, Trainable
 from .training_warnings import TrainingWarnings
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
-DEFAULT_LEARNING_RATE = 1e-5  # as `make_agent` has it
+SETTINGS = ("n_steps", "batch_size", "n_epochs")  # that an algorithm may lack
+# Arguments of an algorithm that are ours to give.
+OWN_ARGUMENTS = ("policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model")
 
 
 class Trust(NamedTuple):
@@ -84,11 +91,13 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
         look_here()
     for value in (config.env, config.evaluation, config.loggers, config.algorithm.args):
         check_allowed(list(vars(value).values()) if hasattr(value, "__dict__") else value, trust.modules)
+    _check_algorithm(config.algorithm)
+    _check_device(config.device)
     transformers_logging.disable_progress_bar()
     model = config.model
     metrics = [make_metric(metric, trust) for metric in config.evaluation.metrics]
-    folder = model_folder(model.name, progress_bar)
-    tokenizer = load_tokenizer(folder if model.tokenizer is None else model.tokenizer, trust)
+    find_model(model.name, progress_bar)
+    tokenizer = load_tokenizer(model.tokenizer or model.name, trust)
     env = make_env(config.env, tokenizer, config.seed, trust)
     held_out = env
     evaluation = config.evaluation
@@ -96,7 +105,23 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
         other = EnvConfig(**{**vars(config.env), "args": {**config.env.args, **evaluation.env_args}})
         other.prompts = evaluation.prompts or other.prompts
         held_out = make_env(other, tokenizer, config.seed, trust)
-    return Parts(config, tokenizer, env, held_out, _agent(config, env, folder, trust), metrics)
+    with _lengths_by_key(env, "env.args"):
+        agent = _agent(config, env, trust)
+    with _lengths_by_key(held_out, "evaluation.env_args"):  # which are longer, it may be
+        cast("LMPolicy", agent.policy).lm.backbone.check_length(held_out.max_prompt_tokens, held_out.rules.room)
+    return Parts(config, tokenizer, env, held_out, agent, metrics)
+
+
+def find_model(name: str, progress_bar: bool = True) -> str:
+    """Return what to load a model by, as `model_folder` does.
+
+    Raises:
+        CommandError: If it is the folder of a run, or the name of nothing.
+    """
+    try:
+        return model_folder(name, progress_bar)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase:  # noqa: B008
@@ -105,8 +130,9 @@ def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase
     Raises:
         CommandError: If there is none.
     """
+    folder = find_model(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust.remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected the tokenizer of {name!r}, got: {str(error).splitlines()[0]}") from error
 
@@ -124,8 +150,8 @@ def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, t
         arguments["reward"] = as_reward(config.reward)
     if config.on_failure != "raise":
         arguments["on_failure"] = config.on_failure
-    if config.masks:
-        arguments["mask"] = [build(mask, MASKS, "mask", trust.modules) for mask in config.masks]
+    if masks := make_masks(config, trust):
+        arguments["mask"] = masks
     if config.max_new_tokens is not None:
         arguments["max_new_tokens"] = config.max_new_tokens
     if config.id not in (DEMO, "text"):
@@ -134,21 +160,31 @@ def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, t
         return _named_env(config.id, known, arguments, trust)
     if config.id == DEMO:
         arguments = {"reward": mood, "score_at": "done", **arguments}
-        return TextEnv(config.prompts or demo.prompts(), known, **arguments)
+        return call(TextEnv, arguments, "env.args", prompts=config.prompts or demo.prompts(), tokenizer=known)
     if config.prompts is None or config.reward is None:
         raise CommandError('Expected --env.prompts FILE and --env.reward NAME with --env.id "text".')
-    return TextEnv(config.prompts, known, **arguments)
+    return call(TextEnv, arguments, "env.args", prompts=config.prompts, tokenizer=known)
+
+
+def make_masks(config: EnvConfig, trust: Trust) -> list[Any]:
+    """Build the masks that a configuration names."""
+    return [build(mask, MASKS, "mask", trust.modules) for mask in config.masks]
 
 
 def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust: Trust) -> TextEnv:
     short = name.removeprefix("textenv/").removesuffix("-v0")
-    if short in TASKS:
-        made: Any = gym.make(f"textenv/{short}-v0", tokenizer=tokenizer, **arguments)
-    elif ":" in name:
-        made = find(name, trust.modules)(tokenizer=tokenizer, **arguments)
-    else:
-        raise CommandError(f"Expected `env.id` to be demo, text, {', '.join(TASKS)} or module:Class, got {name!r}.")
-    return unwrap_text_env(made)
+    if short not in TASKS and ":" not in name:
+        known = ", ".join(["demo", "text", *(task for task in TASKS if task != "Text")])  # which is "text"
+        raise CommandError(f"Expected `env.id` to be {known} or module:Class, got {name!r}.")
+    made = find(TASKS.get(short, name), trust.modules)
+    for one in needed(made):
+        if one not in ("tokenizer", *arguments):
+            key, what = ("prompts", "FILE") if one == "prompts" else (f"args.{one}", "VALUE")
+            what = "FOLDER" if one == "data" else what
+            also = " (of its data set, or the name of one on the hub)" if one == "data" else ""
+            flag = f"--env.{key} {what}"
+            raise CommandError(f"Expected {flag}{also} for the task {name}, got none: add {flag} to the command.")
+    return unwrap_text_env(call(made, arguments, f"the task {name}", tokenizer=tokenizer))
 
 
 def make_metric(metric: Named | str, trust: Trust) -> Metric:
@@ -166,12 +202,35 @@ def load_lm(name: str, trust: Trust) -> Pretrained:
     return Pretrained(name, trust_remote_code=True) if trust.remote_code else Pretrained(name)
 
 
-def _agent(config: TrainConfig, env: TextEnv, folder: str, trust: Trust) -> OnPolicyAlgorithm:
+def _check_device(name: str) -> None:
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise CommandError(f"Expected device to be auto, cpu, cuda or another of torch's, got {name!r}.") from error
+
+
+def _check_algorithm(algorithm: AlgorithmConfig) -> None:
+    made = ALGORITHMS[algorithm.name]
+    own = {"seed": "seed", "device": "device", **{name: f"algorithm.{name}" for name in vars(algorithm)}}
+    for name in algorithm.args.keys() & own.keys():
+        raise CommandError(f"Expected {own[name]} in the place of algorithm.args.{name}, got the latter.")
+    takes = inspect.signature(made).parameters
+    for name in SETTINGS:
+        if getattr(algorithm, name) is not None and name not in takes:
+            raise CommandError(f"Expected no algorithm.{name} with {algorithm.name}, got {getattr(algorithm, name)}.")
+    try:
+        check_arguments(made, algorithm.args, "algorithm.args", without=(*OWN_ARGUMENTS, *own))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm:
     algorithm, model = config.algorithm, config.model
-    given = {name: getattr(algorithm, name) for name in ("n_steps", "batch_size", "n_epochs")}
+    given = {name: getattr(algorithm, name) for name in SETTINGS}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if algorithm.schedule == "linear":
-        settings["learning_rate"] = LinearSchedule(algorithm.learning_rate or DEFAULT_LEARNING_RATE, 0.0, 1.0)
+        rate = algorithm.learning_rate or usual_learning_rate(ALGORITHMS[algorithm.name])
+        settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)
     elif algorithm.learning_rate is not None:
         settings["learning_rate"] = algorithm.learning_rate
     if algorithm.advantage != "gae":
@@ -179,7 +238,7 @@ def _agent(config: TrainConfig, env: TextEnv, folder: str, trust: Trust) -> OnPo
     buffer = {"advantage": algorithm.advantage, "micro_batch_tokens": algorithm.micro_batch_tokens}
     return make_agent(
         env,
-        load_lm(folder, trust),
+        load_lm(model.name, trust),
         n_envs=algorithm.n_envs,
         algorithm=ALGORITHMS[algorithm.name],
         policy_kwargs=policy_arguments(model),
@@ -188,6 +247,19 @@ def _agent(config: TrainConfig, env: TextEnv, folder: str, trust: Trust) -> OnPo
         device=config.device,
         **{**settings, **algorithm.args},
     )
+
+
+@contextmanager
+def _lengths_by_key(env: TextEnv, args: str) -> Iterator[None]:
+    """Say by the keys of a configuration what is longer than the model can read."""
+    try:
+        yield
+    except LengthError as error:
+        raise CommandError(
+            f"{error.fact}, {env.max_prompt_tokens} of the longest prompt and {env.rules.room} behind it: lower "
+            f"--env.max_new_tokens, {env.rules.max_new_tokens} now, or cut prompts: "
+            f"--{args} '{{max_prompt_tokens: N, truncation_side: left}}'."
+        ) from error
 
 
 def policy_arguments(model: ModelConfig) -> dict[str, Any]:
@@ -209,7 +281,7 @@ def _critic(model: ModelConfig) -> CriticSpec:
         return SharedCritic(detach=model.critic == "detached")
     if model.critic_model is None:
         raise CommandError(f"Expected --model.critic_model NAME with the critic {model.critic!r}.")
-    name = model_folder(model.critic_model)
+    name = model.critic_model
     return SeparateCritic(Pretrained(name)) if model.critic == "separate" else RewardModelCritic(name)
 
 

@@ -21,17 +21,20 @@ from transformers import (
     PreTrainedModel,
 )
 
+from textenv.extras import check_extra
 from textenv.model_loading import load_whole
 
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
-from .language_model import BackendSpec
+from .language_model import BackendSpec, LengthError
 from .layers import disable_dropout, fuse_activations
 from .trainable import Trainable, check_in_memory, is_checkpointing, is_placed, set_trainable
 
 PROBE_LENGTH = 4
 PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
 PROBE_TOLERANCE = 1e-3
+SHORTER = "lower max_prompt_tokens or max_new_tokens"
+ELSEWHERE = {"cache_dir", "token", "local_files_only"}  # with these a name is not looked for where it usually is
 
 
 @runtime_checkable
@@ -54,12 +57,13 @@ class Pretrained:
 
     Args:
         name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`, or
-            `AutoModelForSeq2SeqLM` where its config says `is_encoder_decoder`.
+            `AutoModelForSeq2SeqLM` where its config says `is_encoder_decoder`; "demo" is the built-in one.
         **kwargs: Its other arguments. `dtype` is float32 unless given. With a `quantization_config` of transformers
             the frozen base of a LoRA is held in 8 or 4 bits.
 
     Raises:
-        ImportError: When built, if a package that `quantization_config` needs is missing.
+        ImportError: When built, if a package is missing: accelerate (extra `sft`) for `device_map` or
+            `quantization_config`, and what else the latter needs, as bitsandbytes.
         ValueError: When built, if the folder lacks a tensor of the model, or has others.
 
     Example:
@@ -80,13 +84,14 @@ class Pretrained:
         if self.name is None:
             assert self.config is not None, "pickled only once built"
             return self._auto_class(self.config).from_config(self.config)
-        config = AutoConfig.from_pretrained(self.name, **self.kwargs)
-        try:
-            model = load_whole(self._auto_class(config), self.name, fresh_head=self._makes_head, **self.kwargs)
-        except ImportError as error:
-            if "quantization_config" not in self.kwargs:
-                raise
-            raise ImportError(f"Expected what `quantization_config` needs to be installed: {error}") from error
+        for option in ("device_map", "quantization_config"):
+            if self.kwargs.get(option) is not None:
+                check_extra("sft", "accelerate", f"Pretrained({option}=...)")
+        from .demo import model_folder  # later: the demo's model is trained with what builds on this module
+
+        name = self.name if ELSEWHERE & self.kwargs.keys() else model_folder(self.name)
+        config = AutoConfig.from_pretrained(name, **self.kwargs)
+        model = load_whole(self._auto_class(config), name, fresh_head=self._makes_head, **self.kwargs)
         self.config = model.config
         return model
 
@@ -184,7 +189,7 @@ def _auto_model(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
+def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int, cure: str = SHORTER) -> None:
     """Raise ValueError where the model has fewer embedding rows or positions than that."""
     rows = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     if rows < vocab_size:
@@ -192,7 +197,7 @@ def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int) -> Non
             f"Expected a model with at least the {vocab_size} tokens of the tokenizer, got {rows} embedding rows. "
             "Use the model's own tokenizer, or resize_token_embeddings and save the model."
         )
-    check_length(model, n_positions)
+    check_length(model, n_positions, cure)
 
 
 def n_positions(model: PreTrainedModel) -> int | None:
@@ -200,14 +205,12 @@ def n_positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_length(model: PreTrainedModel, n_tokens: int) -> None:
-    """Raise ValueError where sequences of `n_tokens` are longer than the model can read."""
+def check_length(model: PreTrainedModel, n_tokens: int, cure: str = SHORTER) -> None:
+    """Raise LengthError where sequences of `n_tokens` are longer than the model can read."""
     limit = n_positions(model)
     if limit is not None and n_tokens > limit:
-        raise ValueError(
-            f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens: "
-            "lower max_prompt_tokens or max_new_tokens."
-        )
+        fact = f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens"
+        raise LengthError(fact, cure, n_tokens - limit)
 
 
 class Backbone(nn.Module):

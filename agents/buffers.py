@@ -291,7 +291,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         )
         raise_together(none_left if self._n_dropped and not self._trained else None)
         self._counts = np.array([len(self._part(i).actions) for i in range(len(self._trained))], dtype=np.int64)
-        self._mean, self._deviation = 0.0, 1.0
+        self._mean: float | np.float32 = 0.0
+        self._deviation: float | np.float32 = 1.0
         if self.normalize_advantage:
             parts = [self._part(i).advantages for i in range(len(self._trained))]
             self._mean, self._deviation = mean_and_deviation(np.concatenate([np.zeros(0, dtype=np.float32), *parts]))

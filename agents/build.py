@@ -127,6 +127,11 @@ def make_agent(
     return model
 
 
+def usual_learning_rate(algorithm: type) -> float:
+    """Return the learning rate that `make_agent` has for an algorithm: for TRPO, that of the value head alone."""
+    return 1e-3 if issubclass(algorithm, TRPO) else 1e-5
+
+
 def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that `make_agent` has for an algorithm.
 
@@ -138,13 +143,11 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
     settings: dict[str, Any] = {
         "gamma": 1.0,
         "gae_lambda": 0.95,
-        "learning_rate": 1e-5,
+        "learning_rate": usual_learning_rate(algorithm),
         "n_steps": vec_env.env.rules.max_new_tokens,
         "normalize_advantage": False,
     }
-    if issubclass(algorithm, TRPO):
-        settings["learning_rate"] = 1e-3
-    else:
+    if not issubclass(algorithm, TRPO):
         settings.update(vf_coef=0.1, max_grad_norm=1.0)
     if issubclass(algorithm, A2C):
         settings["use_rms_prop"] = False

@@ -120,7 +120,7 @@ class SampleTable(BaseCallback):
         prompts: What to continue, once each.
         tokenizer: The tokenizer that the model trains with.
         every: Rollouts from one table to the next.
-        max_new_tokens: The most tokens of a sample.
+        max_new_tokens: The most tokens of a sample; unset, as in `generate`: as many as in training.
         seed: The seed of the sampling: the same for every table, so that they can be compared.
         console: Where to print; rich's default console.
         **env_kwargs: Other arguments of `generate`: the env's `mask`, `stop_ids`, `stop_strings`, ...
@@ -131,7 +131,7 @@ class SampleTable(BaseCallback):
         prompts: Sequence[PromptLike],
         tokenizer: Tokenizer,
         every: int = 10,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         seed: int = 0,
         console: Console | None = None,
         **env_kwargs: Any,
@@ -198,7 +198,7 @@ def page_text(text: str) -> str:
 class RewardCurves(BaseCallback):
     """Draws the reward, the divergence from the reference and the length over training, as a PNG at the end.
 
-    Needs matplotlib: `pip install textenv[plot]`. Needs `EpisodeMetrics` before it in the list of callbacks; the
+    Needs matplotlib: `pip install "textenv[plot]"`. Needs `EpisodeMetrics` before it in the list of callbacks; the
     divergence is drawn where a `KLPenalty` logs it.
 
     Args:

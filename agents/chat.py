@@ -9,8 +9,8 @@ from textenv.printable import printable
 
 from .backbone import n_positions
 from .config import TrainConfig
-from .generation import generate
-from .refusal import Exit
+from .generation import USUAL_TOKENS, generate
+from .refusal import CommandError, Exit
 from .verb_config import ChatOptions, TrustOptions
 from .verbs import Writer, open_writer
 
@@ -29,24 +29,42 @@ class Talk:
 
     def __init__(self, writer: Writer, options: ChatOptions) -> None:
         self.writer, self.options = writer, options
+        self.positions = n_positions(writer.policy.backbone.model) or DEFAULT_POSITIONS
+        self.most = self._answer_length()
         self.messages: list[dict[str, str]] = []
         self.seed = options.seed
 
     def answer(self, line: str) -> str:
         """Return the model's answer to a line, and remember both."""
         self.messages.append({"role": "user", "content": line})
-        limit = (n_positions(self.writer.policy.backbone.model) or DEFAULT_POSITIONS) - self.options.max_new_tokens
         [one] = generate(
             self.writer.policy,
-            [self._ids()[-max(limit, 1) :]],
+            [self._ids()[self.most - self.positions :]],
             self.writer.tokenizer,  # type: ignore[arg-type]
-            max_new_tokens=self.options.max_new_tokens,
+            max_new_tokens=self.most,
             deterministic=self.options.greedy,
             seed=self.seed,
+            **self.writer.options,
         )
         self.seed += 1
         self.messages.append({"role": "assistant", "content": one.text})
         return one.text
+
+    def _answer_length(self) -> int:
+        """Return the most tokens of an answer, which leaves room for a prompt."""
+        given, wanted = self.options.max_new_tokens, self.writer.most or USUAL_TOKENS
+        if given is not None and given >= self.positions:
+            raise CommandError(
+                f"Expected --max_new_tokens below {self.positions}, which is all that the model can read, got {given}."
+            )
+        if given is not None or wanted <= self.positions // 2:
+            return given or wanted
+        half = self.positions // 2
+        print(
+            f"textenv: Answers have at most {half} tokens, not {wanted}: the model reads {self.positions} in all.",
+            file=sys.stderr,
+        )
+        return half
 
     def _ids(self) -> list[int]:
         tokenizer: Any = self.writer.tokenizer

@@ -20,14 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from textenv.extras import check_extra
 from textenv.model_loading import load_whole
 from textenv.rewards.text_model import TextModel
 
 from .backbone import check_fits
+from .demo import model_folder
 from .interrupted import origin, work_folder
 from .output_folders import check_output, output_folder
 from .reward_figures import wilson_interval
-from .trainer_guard import accelerate_expected, random_state_kept
+from .trainer_guard import random_state_kept
 
 LabelledTexts = tuple[Sequence[str], Sequence[int]]  # texts, and the number of each one's label
 
@@ -88,7 +90,7 @@ def train_classifier(
 
     Texts are read as the reward `Classifier` reads them, special tokens of the tokenizer included, so that what is
     measured here is what rewards. transformers' `Trainer` runs it, which needs accelerate:
-    `pip install textenv[sft]`. Ctrl-C, resuming and random generators are as in `agents.sft.tune`.
+    `pip install "textenv[sft]"`. Ctrl-C, resuming and random generators are as in `agents.sft.tune`.
 
     Args:
         lm: A name or path (a fresh head is put on a model without one of that many labels), or a config, of BERT or
@@ -126,8 +128,9 @@ def train_classifier(
     _check_labels("labels", (texts, labels), names)
     if held_out is not None:
         _check_labels("held_out", held_out, names)
-    with accelerate_expected():
-        from .sft_trainer import prepare, train, training_arguments
+    check_extra("sft", "accelerate", "transformers' Trainer")
+    from .sft_trainer import prepare, train, training_arguments
+
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
     with random_state_kept():
@@ -175,7 +178,7 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
         # A head of another size is not an error: a fresh one is put on.
         labels["ignore_mismatched_sizes"] = True
         labels["dtype"] = torch.float32
-        return load_whole(AutoModelForSequenceClassification, str(lm), fresh_head=True, **labels)
+        return load_whole(AutoModelForSequenceClassification, model_folder(os.fspath(lm)), fresh_head=True, **labels)
     config = copy.deepcopy(lm)
     for key, value in labels.items():
         setattr(config, key, value)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from .arguments import check_file, make_options_parser, make_parser, nearest, parse, split, with_config
-from .config import DEMO_SETTINGS, TrainConfig, TrainOptions
+from .arguments import check_file, make_parser, nearest, parse, parse_options, split, with_config
+from .config import DEMO, TrainConfig, TrainOptions, default_settings
 from .refusal import CommandError, Exit
+from .stage_folders import check_folders
 from .verb_config import (
     ChatOptions,
     ClassifierConfig,
@@ -58,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _refuse(error)
     except KeyboardInterrupt as interrupt:
-        more = ": the same command with --resume goes on" if interrupt.args else ""  # a stage has saved its state
-        print(f"textenv: interrupted{more}", file=sys.stderr)
+        print(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}", file=sys.stderr)
         return Exit.SIGNAL + 2
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
         from .failures import as_command_error
@@ -68,6 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return Exit.DONE
         return _refuse(as_command_error(error, Path.cwd()))
+
+
+def _what_is_saved(verb: str, has_state: bool) -> str:
+    """Return how to go on after Ctrl-C, where a stage may have saved its state, or a run has none yet."""
+    if has_state:
+        return ": the same command with --resume goes on"
+    if verb == "train":
+        return ": nothing was saved yet, the same command starts again"
+    return ": the same command starts again, with --resume from what was saved last" if verb in STAGES else ""
 
 
 def _refuse(error: CommandError) -> int:
@@ -82,18 +91,21 @@ def _overview() -> str:
     return (
         "usage: textenv VERB ...\n\nReinforcement learning of language models on text.\n\n"
         f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` says what each takes.\n"
-        "Exit codes: 2 usage or refusal, 3 numerics, 4 reward, 5 storage, 130 interrupted."
+        "Exit codes: 0 done, 1 unexpected (of doctor: something to mend), 2 usage or refusal, 3 numerics, 4 reward,\n"
+        "5 storage, 6 a missing package, 130 and 143 interrupted."
     )
 
 
 def train_config(words: list[str], verb: str = "train", options: type = TrainOptions) -> tuple[TrainConfig, Any, str]:
     """Return what `textenv train`, or another verb of a configuration, was told, and the configuration as YAML."""
-    parser = make_parser(verb, "[CONFIG.yml] [--key value ...]", TrainConfig, options)
+    does = VERBS[verb].does
+    usage = "[CONFIG.yml] [--key value ...]"
+    parser = make_parser(verb, usage, TrainConfig, options, f"{does[0].upper()}{does[1:]}.")
     words = with_config(words)
     check_file(words)
-    names = {word.partition("=")[0] for word in words}
-    if not names & {"--config", "--env.id", "--model.name", "--env", "--model"}:
-        parser.set_defaults(DEMO_SETTINGS)
+    if not {"-h", "--help"} & set(words):
+        plain = [word for word in words if not word.startswith("--print_config")]
+        parser.set_defaults(default_settings(split(parser, plain, TrainConfig, options)[0]))
     return split(parser, words, TrainConfig, options)
 
 
@@ -110,7 +122,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _train(words: list[str]) -> int:
-    resumed = make_options_parser(TrainOptions).parse_known_args(words)[0].resume
+    resumed = parse_options(TrainOptions, words).resume
     if resumed is not None:
         from .run_folder import RunFolder
 
@@ -121,6 +133,7 @@ def _train(words: list[str]) -> int:
 
         return resume(run, config, before, dumped, options)
     config, options, dumped = train_config(words)
+    check_folders(with_config(words), config)
     from .training_run import start
 
     return start(config, dumped, options)
@@ -154,11 +167,13 @@ def _stage(verb: str, words: list[str], config: type, sources: Sequence[str] = (
     chosen, allowed = _options(verb, "[CONFIG.yml] --data FILE --out DIR", words, config, StageOptions)
     if chosen.out is None or all(getattr(chosen, source) is None for source in sources):
         raise CommandError(f"Expected --out DIR, and --{' or --'.join(sources)}, for textenv {verb}.")
+    check_folders(words, chosen)
     return chosen, allowed
 
 
 def _doctor(words: list[str]) -> int:
     config, options, _ = train_config(words, "doctor", TrustOptions)
+    check_folders(with_config(words), config)
     from .verbs import examine
 
     return examine(config, options)
@@ -218,6 +233,7 @@ def _compare(words: list[str]) -> int:
     n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     runs = [str(list(words[:n_runs])).replace("'", '"')] if n_runs else []
     parser = make_parser("compare", "RUN RUN ... [--out FILE]", CompareOptions)
+    next(action for action in parser._actions if action.dest == "runs").metavar = "RUN"
     parsed = parse(parser, [*runs, *words[n_runs:]])
     from .compare import compare
 
@@ -252,7 +268,24 @@ def run_config(path: str) -> TrainConfig:
 def run_or_model(path: str) -> TrainConfig | None:
     """Return the configuration of a run; None where there is a model or a name instead."""
     _refuse_zip(path)
-    return run_config(path) if (Path(path) / "run.json").is_file() else None
+    if (Path(path) / "run.json").is_file():
+        return run_config(path)
+    if path != DEMO:
+        _check_model(path)
+    return None
+
+
+def _check_model(path: str) -> None:
+    from textenv.model_loading import check_name
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise CommandError(
+            f"Expected the folder of a run, with run.json, or of a model, with config.json, got {path}, with neither."
+        )
+    try:
+        check_name(path, f'the folder of a run or of a model, the name of a model on the hub, or "{DEMO}"')
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _refuse_zip(path: str) -> None:
@@ -264,6 +297,7 @@ def _refuse_zip(path: str) -> None:
         )
 
 
+STAGES = ("sft", "classifier", "reward-model")
 VERBS = {
     "train": Verb("train a model on a task; go on with a run", _train),
     "sft": Verb("tune a model on texts, or on prompts and references", _sft),

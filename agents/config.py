@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 DEMO = "demo"
+PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # the default loggers, and their packages
 
 
 @dataclass
@@ -23,6 +25,11 @@ class Named:
     args: dict[str, Any] = field(default_factory=dict)
 
 
+def default_loggers() -> list[Named | str]:
+    """Return the loggers of a configuration that names none: those of the extra `plot` whose packages are installed."""
+    return [logger for logger, package in PLOTTED.items() if find_spec(package) is not None]
+
+
 @dataclass
 class EnvConfig:
     """What an episode is, and what it earns.
@@ -30,12 +37,12 @@ class EnvConfig:
     Args:
         id: "demo" (the built-in reviews), "text" (prompts and a reward), a task of `textenv tasks`, or `module:Class`.
         args: Other arguments of the environment, as `data`, `stop_strings` or `score_at`.
-        prompts: For "text": a .jsonl, .csv or .txt file.
+        prompts: For "text": a .jsonl, .csv or .txt file; for the others, prompts in place of their own.
         reward: A reward by name, or its id and args; where the task has none of its own.
         on_failure: What becomes of a text whose reward raises or is no number: "raise" stops the run, "drop" leaves it
             out (up to 5 %), a number is its reward. Rewards that ask servers have their own.
         masks: Which tokens are allowed next; needs the algorithm "maskable_ppo".
-        max_new_tokens: The most tokens of an episode; the environment's own number by default.
+        max_new_tokens: The most tokens of an episode; null is the environment's own number, 64 for "text".
     """
 
     id: str = DEMO
@@ -52,8 +59,8 @@ class ModelConfig:
     """The language model, what of it is trained, its critic and its sampling.
 
     Args:
-        name: A name on the hub, or a folder; "demo" is a tiny GPT-2 that is made in seconds.
-        tokenizer: Its name or folder, where that is another.
+        name: A name on the hub, or a folder; "demo" is a tiny GPT-2 of 64 positions that is made in seconds.
+        tokenizer: The name or folder of its tokenizer, where that is another.
         train: What is trained.
         last_layers: How many layers, with train "last_layers".
         lora_r: The rank of the adapters, with train "lora".
@@ -94,16 +101,16 @@ class ModelConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """The algorithm. What is not given is as `agents.make_agent` has it.
+    """The algorithm; null is what `agents.make_agent` has.
 
     Args:
         name: The class of Stable-Baselines3 or sb3-contrib.
         n_envs: Episodes side by side.
-        learning_rate: The learning rate at the start.
+        learning_rate: The learning rate at the start; null is 1e-5, or 1e-3 with trpo, of the critic alone.
         schedule: Whether it stays, or falls to zero at the end.
-        n_steps: Tokens of a rollout in each of them.
-        batch_size: Tokens of a minibatch.
-        n_epochs: Passes over a rollout.
+        n_steps: Tokens of a rollout in each of them; null is env.max_new_tokens.
+        batch_size: Tokens of a minibatch; null is an eighth of a rollout, or more where it has few texts.
+        n_epochs: Passes over a rollout; null is 4.
         advantage: "gae" with a critic; the others compare the samples of a prompt (env.args: samples_per_prompt).
         micro_batch_tokens: Split minibatches into parts of so many tokens, to save memory.
         critic_warmup: Rollouts in which the critic alone learns.
@@ -203,7 +210,8 @@ class TrainConfig:
         shaping: What is done to scores.
         evaluation: Evaluations.
         loggers: Where figures go besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio", "mlflow", or
-            the `module:Class` of a KVWriter of Stable-Baselines3; by name, or their id and args.
+            the `module:Class` of a KVWriter of Stable-Baselines3; by name, or their id and args. By default the
+            first two, as far as the extra `plot` is installed.
         samples: Prompts that are continued for samples.jsonl.
         samples_every: Rollouts from one such sample to the next.
         checkpoint_every: Rollouts from one checkpoint to the next.
@@ -221,7 +229,7 @@ class TrainConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    loggers: list[Named | str] = field(default_factory=lambda: ["tensorboard", "curves"])
+    loggers: list[Named | str] = field(default_factory=default_loggers)
     samples: int = 4
     samples_every: int = 10
     checkpoint_every: int = 10
@@ -253,15 +261,19 @@ class TrainOptions:
     json: bool = False
 
 
-# What the built-in demo sets besides; see examples/quickstart.py, which is the same in Python.
-DEMO_SETTINGS = {
+# The defaults with the built-in model, which is small and new; with any other they are those of the dataclasses above.
+# See examples/quickstart.py, which is the same in Python.
+DEMO_SETTINGS: dict[str, Any] = {
     "total_tokens": 56_000,
     "env.max_new_tokens": 32,
     "algorithm.learning_rate": 1.5e-3,
     "algorithm.schedule": "linear",
+}
+DEMO_PPO_SETTINGS: dict[str, Any] = {  # besides, with the algorithms that have them
     "algorithm.batch_size": 512,
     "algorithm.args": {"target_kl": 0.05},
 }
+PPO_NAMES = ("ppo", "maskable_ppo")
 # What may change when a run is resumed without changing what comes out of it.
 FREE_ON_RESUME = (
     "device",
@@ -273,6 +285,26 @@ FREE_ON_RESUME = (
     "samples_every",
     "samples",
 )
+
+
+def default_settings(given: TrainConfig) -> dict[str, Any]:
+    """Return the defaults, by dotted key, that are others for what is given than those of `TrainConfig`.
+
+    Example:
+        >>> default_settings(TrainConfig())["algorithm.batch_size"]
+        512
+        >>> default_settings(TrainConfig(model=ModelConfig("gpt2")))
+        {}
+    """
+    if given.model.name != DEMO:
+        return {}
+    settings, algorithm = dict(DEMO_SETTINGS), given.algorithm
+    if algorithm.name in PPO_NAMES:
+        settings |= DEMO_PPO_SETTINGS
+        n_steps = algorithm.n_steps or given.env.max_new_tokens or settings["env.max_new_tokens"]
+        if n_steps * algorithm.n_envs % settings["algorithm.batch_size"]:
+            del settings["algorithm.batch_size"]  # which has to divide the rollout
+    return settings
 
 
 def argument_help(config: type) -> dict[str, str]:

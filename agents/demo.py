@@ -15,6 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from textenv import demo
+from textenv.model_loading import check_name
 
 from .config import DEMO
 from .files import replaced_folder
@@ -94,8 +95,20 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
 
 
 def model_folder(name: str, progress_bar: bool = True) -> str:
-    """Return what to load a model by: the folder of the built-in one for "demo", else the name itself."""
-    return str(demo_model(progress_bar=progress_bar)) if name == DEMO else name
+    """Return what to load a model or tokenizer by: the folder of the built-in one for "demo", else the name itself.
+
+    Raises:
+        ValueError: If it is the folder of a run, or the name of nothing.
+    """
+    if name == DEMO:
+        return str(demo_model(progress_bar=progress_bar))
+    if (Path(name) / "run.json").is_file():
+        raise ValueError(
+            f"Expected the folder of a model, got {name!r}, that of a run: its model is {name}/model once it is "
+            f"finished, and `textenv export {name} DIR` writes the newest."
+        )
+    check_name(name, 'the folder of a model, its name on the hub, or "demo"')
+    return name
 
 
 def _write(target: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .backbone import PROBE_LENGTH, Backbone, close
 from .cache import ColumnLayer, PrefixCache
+from .language_model import LengthError
 from .sequences import bucket_by_length
 
 
@@ -56,14 +57,14 @@ class Seq2SeqBackbone(Backbone):
         if limit is None:
             return
         if n_tokens > limit:
-            raise ValueError(
-                f"Expected prompts to fit the encoder's {limit} positions, got up to {n_tokens} tokens: lower "
-                "max_prompt_tokens."
-            )
+            fact = f"Expected prompts to fit the encoder's {limit} positions, got up to {n_tokens} tokens"
+            raise LengthError(fact, "lower max_prompt_tokens", None)
         if n_written + 1 > limit:
-            raise ValueError(
+            raise LengthError(
                 f"Expected completions to fit the decoder's {limit} positions, of which its first token takes one, got "
-                f"up to {n_written} tokens: lower max_new_tokens."
+                f"up to {n_written} tokens",
+                "lower max_new_tokens",
+                n_written + 1 - limit,
             )
 
     def new_cache(self) -> Seq2SeqCache | None:

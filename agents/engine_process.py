@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from .actor_critic import LMActorCritic
 from .backbone import PROBE_LENGTH, Backbone, LMLike, build_model
 from .engine import Completion, Request, unique
 from .sampling import Sampling
-from .wire import LOOPBACK, Wire
+from .wire import LOOPBACK, Wire, interruptible
 
 MEET = timedelta(minutes=5)
 FOREVER = timedelta(days=365)  # between two rollouts there may be any evaluation
@@ -40,8 +41,19 @@ class Setup(NamedTuple):
 
 
 def serve(setup: Setup) -> None:
-    """Build the model, and answer until the process that started this one ends."""
+    """Build the model, and answer until the process that started this one ends, or ends this one.
+
+    It ends in order: what libraries have registered, as tqdm a semaphore, is reported as leaked of one who is killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the trainer decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        _answer_all(setup)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
+
+
+def _answer_all(setup: Setup) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     store = dist.TCPStore(LOOPBACK, setup.port, is_master=False, timeout=MEET)
     try:
@@ -53,7 +65,7 @@ def serve(setup: Setup) -> None:
     wire = Wire(store, rank=1, patience=FOREVER)
     while True:
         try:
-            header, tensors = wire.receive()
+            header, tensors = interruptible(wire.receive)
         except RuntimeError:  # the trainer has gone
             return
         try:

@@ -23,7 +23,7 @@ from textenv.tokenizer import Tokenizer
 from .actor_critic import LMActorCritic
 from .backbone import LMLike
 from .files import write_text
-from .generation import FinalStep, Generation, check_generator, no_reward, run_episodes
+from .generation import FinalStep, Generation, check_generator, env_that_fits, no_reward, run_episodes
 from .kl import KLPenalty
 from .policies import LMPolicy
 from .reference import build_reference, divergences
@@ -147,7 +147,8 @@ def evaluate(
         seed: The seed of the sampling and of the resampling.
         n_envs: The most rows side by side.
         progress_bar: Show one.
-        **env_kwargs: Arguments of `TextEnv`: `max_new_tokens`, `references_column`, `stop_strings`, ...
+        **env_kwargs: Arguments of `TextEnv`: `max_new_tokens` (unset, as in `generate`), `references_column`,
+            `stop_strings`, ...
 
     Raises:
         ValueError: If arguments contradict each other, a metric returns a name twice or another number of rows, or
@@ -164,8 +165,10 @@ def evaluate(
     rows = [prompt for prompt in prompts for _ in range(n)]
     is_scored = env is not None or reward is not None
     if env is None:
-        settings = env_kwargs if is_scored else {"score_at": "done", **env_kwargs}
-        env = TextEnv(rows, tokenizer, reward=reward or no_reward, **settings)
+        settings = dict(env_kwargs) if is_scored else {"score_at": "done", **env_kwargs}
+        given = settings.pop("max_new_tokens", None)
+        scored = {"reward": reward or no_reward, **settings}
+        env = env_that_fits(model, lambda most: TextEnv(rows, tokenizer, max_new_tokens=most, **scored), given)
         rows = list(env.prompts)
     episodes = run_episodes(policy, env, rows, deterministic, seed, n_envs, progress_bar)
     scores = {"length": mean_of([one.info["episode"]["l"] for one in episodes])}

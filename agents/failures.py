@@ -13,7 +13,7 @@ from .refusal import CommandError, Exit
 from .run_checkpoints import FULL, explain
 
 WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-REFUSALS = (ImportError, OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
+REFUSALS = (OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
 
 
 def as_command_error(error: Exception, path: Path) -> CommandError:
@@ -32,6 +32,8 @@ def as_command_error(error: Exception, path: Path) -> CommandError:
         return CommandError(line, Exit.NUMERICS)
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in WRITING):
         return CommandError(explain(error, path, 0), Exit.STORAGE)
+    if isinstance(error, ImportError):
+        return CommandError(line, Exit.MISSING)
     if isinstance(error, REFUSALS):
         return CommandError(line, Exit.REFUSED)
     return CommandError(f"{type(error).__name__}: {line}", Exit.FAILED)

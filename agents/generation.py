@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,11 @@ from textenv.prompts import Prompt, PromptLike
 from textenv.tokenizer import Tokenizer
 from textenv.vector import TextVectorEnv
 
+from .language_model import LengthError
 from .policies import LMPolicy
+from .vec_env import TextVecEnv
+
+USUAL_TOKENS = 64  # of a text, where a policy was not trained on any; as `TextEnv` has it
 
 
 class Generation(NamedTuple):
@@ -47,7 +52,7 @@ def generate(
     tokenizer: Tokenizer,
     n: int = 1,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     deterministic: bool = False,
     seed: int = 0,
     n_envs: int = 64,
@@ -64,7 +69,8 @@ def generate(
         prompts: Texts, rows or lists of token ids.
         tokenizer: The tokenizer that the model was trained with.
         n: How many continuations of each prompt.
-        max_new_tokens: The most tokens of each.
+        max_new_tokens: The most tokens of each; unset, as many as in training, or 64 for a policy alone, and fewer,
+            with a warning, where the model has no room for so many.
         deterministic: Take the most probable token instead of sampling.
         seed: The seed of the sampling: the same seed, prompts and `n_envs` give the same texts.
         n_envs: The most rows side by side.
@@ -84,9 +90,55 @@ def generate(
     """
     policy = check_generator(model, tokenizer, n)
     rows = [prompt for prompt in prompts for _ in range(n)]
-    env = TextEnv(rows, tokenizer, reward=no_reward, score_at="done", max_new_tokens=max_new_tokens, **env_kwargs)
+    settings = {"reward": no_reward, "score_at": "done", **env_kwargs}
+    env = env_that_fits(model, lambda most: TextEnv(rows, tokenizer, max_new_tokens=most, **settings), max_new_tokens)
     episodes = run_episodes(policy, env, env.prompts, deterministic, seed, n_envs, progress_bar)
     return [episode.generation for episode in episodes]
+
+
+def env_that_fits(
+    model: BaseAlgorithm | LMPolicy, make_env: Callable[[int], TextEnv], max_new_tokens: int | None
+) -> TextEnv:
+    """Return an env to write in: of texts as long as asked for, else as in training, as far as the model has room."""
+    if max_new_tokens is not None:
+        return make_env(max_new_tokens)
+    wanted = trained_length(model)
+    env = make_env(wanted)
+    most = fitting_length(model if isinstance(model, LMPolicy) else model.policy, env.max_prompt_tokens, wanted)  # type: ignore[arg-type]
+    if most == wanted:
+        return env
+    warnings.warn(f"{shorter_texts(most, wanted, env.max_prompt_tokens)}; max_new_tokens chooses.", stacklevel=3)
+    return make_env(most)
+
+
+def trained_length(model: BaseAlgorithm | LMPolicy) -> int:
+    """Return the most tokens of a text that a model was trained with, or 64 where it does not know."""
+    envs = None if isinstance(model, LMPolicy) else model.get_env()
+    inner = None if envs is None else envs.unwrapped
+    return inner.env.rules.max_new_tokens if isinstance(inner, TextVecEnv) else USUAL_TOKENS
+
+
+def fitting_length(policy: LMPolicy, n_prompt: int, wanted: int) -> int:
+    """Return how many tokens may be written behind prompts of up to `n_prompt` tokens: at most those wanted.
+
+    Raises:
+        ValueError: If the model has no room for a single one.
+    """
+    try:
+        policy.lm.backbone.check_length(n_prompt, wanted)
+    except LengthError as error:
+        if error.excess is None or error.excess >= wanted:
+            raise ValueError(
+                f"Expected prompts that leave the model room for a text, got one of {n_prompt} tokens: shorten it, or "
+                "give max_prompt_tokens and truncation_side, which cut prompts."
+            ) from error
+        return wanted - error.excess
+    return wanted
+
+
+def shorter_texts(most: int, wanted: int, n_prompt: int) -> str:
+    """Return what is said where texts have less room than is usual."""
+    return f"Texts have at most {most} tokens, not {wanted}: behind prompts of up to {n_prompt} the model reads no more"
 
 
 def check_generator(model: BaseAlgorithm | LMPolicy, tokenizer: Tokenizer, n: int) -> LMPolicy:

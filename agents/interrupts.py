@@ -24,13 +24,14 @@ class Interrupts:
 
     Args:
         tell: What is called with a line for the person, inside the handler: it must not wait for a lock.
+        how_to_go_on: What says, when a second signal ends the process, what can be done then.
 
     Attributes:
         number: The signal that came, 0 until then.
     """
 
-    def __init__(self, tell: Callable[[str], None] = write_line) -> None:
-        self.number, self.tell = 0, tell
+    def __init__(self, tell: Callable[[str], None] = write_line, how_to_go_on: Callable[[], str] = str) -> None:
+        self.number, self.tell, self.how_to_go_on = 0, tell, how_to_go_on
         self._old: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -45,7 +46,7 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:  # checkpoints are written beside and renamed: the last one is whole
-            write_line(f"{SHOW_CURSOR if os.isatty(2) else ''}stopped at once")
+            write_line(f"{SHOW_CURSOR if os.isatty(2) else ''}stopped at once; {self.how_to_go_on()}")
             os._exit(Exit.SIGNAL + number)
         self.number = number
         self.tell("stopping when this iteration is done and saved; once more stops at once")

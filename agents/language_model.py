@@ -11,6 +11,24 @@ from torch import Tensor, nn
 from .row_cache import RowCache
 
 
+class LengthError(ValueError):
+    """Texts are longer than a model can read.
+
+    Args:
+        fact: What was expected, and what is there.
+        cure: What may be changed.
+        excess: How many tokens fewer would have to be written; None where the prompts alone are too long.
+    """
+
+    def __init__(self, fact: str, cure: str, excess: int | None) -> None:
+        super().__init__(fact, cure, excess)
+        self.fact, self.cure, self.excess = fact, cure, excess
+
+    def __str__(self) -> str:
+        """Return both as a sentence."""
+        return f"{self.fact}: {self.cure}."
+
+
 class LanguageModel(Protocol):
     """A language model that is read at chosen places: an `nn.Module` that need not be transformers'.
 
@@ -50,7 +68,10 @@ class LanguageModel(Protocol):
         ...
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
-        """Raise ValueError where `n_tokens`, and `n_written` behind them, are more than the model can read."""
+        """Raise ValueError where `n_tokens`, and `n_written` behind them, are more than the model can read.
+
+        As a `LengthError` it says how many tokens fewer would do, so that lengths nobody chose can be cut to them.
+        """
         ...
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from textenv.rewards.preference import Preference
 
 from .assemble import load_tokenizer
 from .config import DEMO
-from .demo import model_folder
 from .feedback_data import examples_of
 from .reward_model import train_reward_model
 
@@ -66,23 +65,22 @@ class LearnedReward(BatchReward):
         Raises:
             ValueError: If none of them says which text is better.
         """
-        name = model_folder(self.model)
         if self.folder is None and self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="textenv-")  # removed with this object
         folder = f"{self._temporary.name}/model" if self.folder is None else self.folder
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # a fresh head is news the first time at most
         try:
-            self._train(name, answers, folder)
+            self._train(answers, folder)
         finally:
             transformers_logging.set_verbosity(verbosity)
         self._scorer = Preference(folder, stats="stored")
 
-    def _train(self, name: str, answers: Sequence[Answer], folder: str) -> None:
+    def _train(self, answers: Sequence[Answer], folder: str) -> None:
         with torch.enable_grad():  # a rollout and an evaluation build no graph
             train_reward_model(
-                name,
-                load_tokenizer(name),
+                self.model,
+                load_tokenizer(self.model),
                 examples_of(answers),
                 folder,
                 n_epochs=self.n_epochs,

@@ -21,6 +21,8 @@ from .engine import Completion, EngineLost, Request
 from .engine_process import Setup, pack, serve, unpack
 from .wire import LOOPBACK, Wire, interruptible
 
+GRACE = 5.0  # seconds in which the process is to end by itself
+
 
 class LocalEngine:
     """Writes rollouts in a process of its own, with a copy of the language model, for `EngineRollouts`.
@@ -161,6 +163,8 @@ class LocalEngine:
     def close(self) -> None:
         """End the process; a second call does nothing."""
         self._wire = None
+        self._process.terminate()  # as the interpreter does at its end
+        self._process.join(GRACE)
         self._process.kill()  # it keeps nothing that could be lost
         self._process.join()
 

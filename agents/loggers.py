@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
+
+from textenv.extras import check_extra, needs
 
 from .callbacks import page_text
 from .config import Named, TrainConfig, TrainOptions
@@ -35,8 +36,8 @@ def check_loggers(loggers: list[Named | str], options: TrainOptions) -> None:
             find(one.id, options.allow)
         if one.id == "curves":
             check_matplotlib()
-        if one.id == "tensorboard" and find_spec(one.id) is None:
-            raise ImportError("Expected tensorboard for the logger of that name: pip install 'textenv[plot]'.")
+        if one.id == "tensorboard":
+            check_extra("plot", "tensorboard", "the logger of that name")
         if one.id in TRACKERS:
             check_tracker(one.id)
         elif one.id in LOGGERS and one.args:
@@ -68,7 +69,8 @@ def make_loggers(run: RunFolder, config: TrainConfig, options: TrainOptions, don
 
 
 def _tensorboard(folder: str, done: int) -> KVWriter:
-    from torch.utils.tensorboard import SummaryWriter  # optional
+    with needs("plot", "tensorboard", "the logger of that name"):
+        from torch.utils.tensorboard import SummaryWriter
 
     made = TensorBoardOutputFormat(folder)
     made.writer.close()

@@ -198,7 +198,8 @@ def check_weights(patient: Patient, sample: Sample) -> list[Finding]:
     findings = []
     if not in_model:
         cause = "Every weight of the language model is frozen: only the value head learns."
-        findings.append(Finding("weights", "failed", measured, cause, "Set requires_grad, or add an adapter."))
+        cure = "Set requires_grad in the spec's build(), or pass policy_kwargs=dict(train=LoRA())."
+        findings.append(Finding("weights", "failed", measured, cause, cure))
     if small:
         cause = f"Steps of a small learning rate round to nothing in 16 bits: {', '.join(small[:3])}."
         cure = "Load with dtype=torch.float32 and pass policy_kwargs=dict(autocast='bfloat16') for speed."

@@ -7,12 +7,12 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from .config import Named
-from .refusal import CommandError
+from .refusal import CommandError, Exit
 
 METRICS = {
     "rouge": "textenv.metrics.overlap:ROUGE",
@@ -87,6 +87,10 @@ def find(path: str, allowed: Collection[str]) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise CommandError(
+                f"Expected what {path!r} imports to be installed, got: {error}.", Exit.MISSING
+            ) from error
         raise CommandError(f"Expected {path!r} to be there, got: {error}.") from error
 
 
@@ -100,10 +104,27 @@ def build(named: Named | str, names: Mapping[str, str], kind: str, allowed: Coll
     path = names.get(one.id, one.id)
     if ":" not in path:
         raise CommandError(f"Expected a {kind} among {', '.join(names)} or module:Class, got {one.id!r}.")
+    return call(find(path, allowed), one.args, f"the {kind} {one.id!r}")
+
+
+def call(made: Callable[..., Any], arguments: Mapping[str, Any], name: str, **given: Any) -> Any:
+    """Call a class or function with the arguments of a configuration, beside others that we give it.
+
+    Raises:
+        CommandError: If it does not take them, or needs one more, or sets one itself.
+    """
+    from textenv.signatures import check_arguments  # which loads gymnasium
+
     try:
-        return find(path, allowed)(**one.args)
+        check_arguments(made, {**arguments, **given}, name)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    try:
+        return made(**given, **arguments)
     except TypeError as error:
-        raise CommandError(f"Expected the arguments of {path}, got {sorted(one.args)}: {error}.") from error
+        if own := re.search(r"multiple values for keyword argument '(\w+)'", str(error)):
+            raise CommandError(f"Expected no argument {own[1]!r} for {name}, which sets it itself.") from error
+        raise CommandError(f"Expected the arguments of {name}, got {sorted(arguments)}: {error}.") from error
 
 
 def as_reward(value: Any) -> Any:

@@ -9,29 +9,31 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from textenv import demo
 from textenv.env import TextEnv
+from textenv.extras import check_extra
 from textenv.feedback.asked import questions_of
 from textenv.feedback.records import MAX_COMPLETIONS, Kind, check_rater, check_scale
 from textenv.feedback.store import FeedbackStore
 from textenv.feedback.terminal import RatingTerminal
-from textenv.prompts import PromptLike, read_rows
+from textenv.prompts import PromptLike
 from textenv.rewards.human import GROUP
 
 from .config import DEMO, TrainConfig
-from .demo import model_folder
 from .generation import generate, no_reward
 from .policies import LMPolicy
 from .refusal import CommandError, Exit, StorageError
 from .verb_config import RateConfig, RateOptions
-from .verbs import Writer, open_writer
+from .verbs import Writer, open_writer, read_prompts, text_length
 
 CHUNK = 16  # prompts that are continued together; what is written of them survives an interrupt
 DATABASE = "ratings.db"
+RATED_TOKENS = 32  # of a text by a model that is no run's: people read it
 
 
 def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -> int:
@@ -47,10 +49,18 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
     """
     if options.web and (options.terminal or options.train):
         raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
+    if options.web:  # before a model writes what nobody could see
+        for package in ("starlette", "uvicorn", "jinja2"):
+            check_extra("feedback", package, "the rating page")
     rater = check_rater(getpass.getuser() if chosen.rater is None else chosen.rater)
     check_scale((chosen.low, chosen.high))
     if options.train and (chosen.model is None or chosen.out is None or chosen.kind not in (None, "score")):
         raise CommandError("Expected a model, --out DIR and no other --kind than score for textenv rate --train.")
+    if chosen.model is None and chosen.db is None and not Path(DATABASE).is_file():
+        raise CommandError(
+            f"Expected a model to write what is rated, as textenv rate {DEMO}, or --db FILE with questions that wait, "
+            f"got neither, and there is no {DATABASE} here."
+        )
     db = chosen.db or (f"{chosen.out}/{DATABASE}" if options.train else DATABASE)
     chosen = replace(chosen, db=db)
     transformers_logging.disable_progress_bar()
@@ -68,9 +78,10 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
     assert chosen.db is not None
     with FeedbackStore(chosen.db) as store:
         if chosen.model is not None:
-            prompts, _ = read_prompts(chosen), question_of(chosen)
-            name = model_folder(chosen.model)
-            n_new = ask(store, open_writer(name, config, options), prompts, chosen)
+            prompts, _ = rated_prompts(chosen), question_of(chosen)
+            writer = open_writer(chosen.model, config, options)
+            most = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
+            n_new = ask(store, writer, prompts, replace(chosen, max_new_tokens=most))
             print(f"{n_new} new questions in {chosen.db}")
         if options.web:
             serve_page(store, chosen)
@@ -87,13 +98,13 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
 
 def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
     """Serve the page until Ctrl-C."""
-    from textenv.feedback.web import serve  # an extra: pip install textenv[feedback]
+    from textenv.feedback.web import serve
 
     announce = partial(print, "the page of raters, until Ctrl-C:", flush=True)
     serve(store, kind=chosen.kind, host=chosen.host, port=chosen.port, token=chosen.token, announce=announce)
 
 
-def read_prompts(chosen: RateConfig) -> list[PromptLike]:
+def rated_prompts(chosen: RateConfig) -> list[PromptLike]:
     """Return the prompts of the file, or those of the demo.
 
     Raises:
@@ -103,10 +114,7 @@ def read_prompts(chosen: RateConfig) -> list[PromptLike]:
         return list(demo.prompts())
     if chosen.prompts is None:
         raise CommandError(f"Expected --prompts FILE for textenv rate {chosen.model}.")
-    try:
-        return list(read_rows(chosen.prompts))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"Expected prompts in {chosen.prompts}, got: {error}") from error
+    return read_prompts(chosen.prompts)
 
 
 def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], chosen: RateConfig) -> int:
@@ -136,6 +144,7 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
             writer.tokenizer,  # type: ignore[arg-type]
             max_new_tokens=chosen.max_new_tokens,
             seed=chosen.seed + start,
+            **writer.options,
         )
         for place in range(0, len(written), size):
             part = written[place : place + size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import statistics
 import warnings
 from collections.abc import Collection, Sequence
@@ -24,15 +25,15 @@ from textenv.rewards.human import HumanReward
 from .assemble import Trust, load_lm, load_tokenizer
 from .build import make_agent
 from .checkpoint import load_checkpoint, newest_intact, save_step
-from .config import TrainConfig
-from .demo import model_folder
+from .config import ModelConfig, TrainConfig
 from .exporting import export
 from .files import write_text
 from .kl import KLPenalty
 from .output_folders import check_output
-from .rate import read_prompts
-from .refusal import CommandError, Exit
+from .rate import RATED_TOKENS, rated_prompts
+from .refusal import CommandError, Exit, Interrupted
 from .verb_config import RateConfig, RateOptions
+from .verbs import Writer, make_policy, text_length
 
 SAVE_EVERY = 10  # updates; those since are made again from the answers in the store
 TARGET_KL = 0.03  # nats a token, at which an update of so few samples ends
@@ -80,23 +81,27 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
 
     Raises:
         CommandError: If the run is not finished, or `--out` has a session of other settings.
+        Interrupted: After Ctrl-C, once the model is exported.
     """
     assert chosen.model is not None and chosen.out is not None and chosen.db is not None
     out, trust = Path(chosen.out), Trust(options.allow, options.trust_remote_code)
-    folder = model_folder(chosen.model)
+    folder = chosen.model
     if config is not None:
         folder = f"{chosen.model}/model"
         if not Path(folder).is_dir():
             raise CommandError(f"Expected a finished run, got {chosen.model} without a model: resume it first.")
     session = claim(out, chosen)
     check_output(out / "model", "language model", overwrite=True)
-    tokenizer = load_tokenizer(folder, trust)
+    tokenizer, prompts = load_tokenizer(folder, trust), rated_prompts(chosen)
+    trained = None if config is None else config.env.max_new_tokens
+    writer = Writer(make_policy(folder, tokenizer, ModelConfig(), trust), tokenizer, most=trained)
+    most = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
     reward = FirstEpisodes(HumanReward(chosen.db, scale=(chosen.low, chosen.high)))
     env = TextEnv(
-        read_prompts(chosen),
+        prompts,
         tokenizer,
         reward=reward,
-        max_new_tokens=chosen.max_new_tokens,
+        max_new_tokens=most,
         seed=chosen.seed,
     )
     agent = make_trainee(env, load_lm(folder, trust), chosen)
@@ -112,16 +117,22 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     with FeedbackStore(chosen.db) as store:
         terminal = RatingTerminal(store, rater, "score")
         reward.human.attend = lambda items: _answer(terminal, items)
+        is_interrupted = False
         try:
             learn(agent, reward, out, session, chosen.updates)
+        except _HasQuit:
+            print()
         except KeyboardInterrupt:
             print()
+            is_interrupted = True
     export(agent, tokenizer, out / "model", overwrite=True)
     given = [score for scores in reward.scores for score in scores]
     if given:
         ends = (statistics.fmean(part) for part in (given[:SHOWN], given[-SHOWN:]))
         print("mean score of the first and of the last {}: {:.2f}, {:.2f}".format(min(SHOWN, len(given)), *ends))
     print(f"model: {out / 'model'}   answers: {chosen.db}")
+    if is_interrupted:
+        raise Interrupted("interrupted, and the model is written: the same command goes on.", signal.SIGINT)
     return Exit.DONE
 
 
@@ -142,14 +153,14 @@ def claim(out: Path, chosen: RateConfig) -> str:
 
 def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm:
     """Return PPO whose rollout has room for one episode a lane, with nothing that would compare so few."""
-    n = chosen.n or 1
+    n, n_steps = chosen.n or 1, env.rules.max_new_tokens
     agent: OnPolicyAlgorithm = make_agent(
         env,
         lm,
         n_envs=n,
         learning_rate=chosen.learning_rate,
-        n_steps=chosen.max_new_tokens,
-        batch_size=n * chosen.max_new_tokens,
+        n_steps=n_steps,
+        batch_size=n * n_steps,
         target_kl=TARGET_KL,
         rollout_buffer_kwargs={"complete_episodes": True, "normalize_advantage": False},
         seed=chosen.seed,
@@ -182,11 +193,15 @@ def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, session: s
             save_step(agent, out / "checkpoints", keep=2)
 
 
+class _HasQuit(BaseException):
+    """The person has had enough; as Ctrl-C, it is no error of the reward that asks them."""
+
+
 def _answer(terminal: RatingTerminal, items: Collection[int]) -> None:
     """Have the person answer.
 
     Raises:
-        KeyboardInterrupt: If they quit.
+        _HasQuit: If they quit.
     """
     if not terminal.run(items):
-        raise KeyboardInterrupt
+        raise _HasQuit

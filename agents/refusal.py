@@ -14,6 +14,7 @@ class Exit(IntEnum):
     NUMERICS = 3
     REWARD = 4
     STORAGE = 5
+    MISSING = 6  # a package, or the one that is there is another's
     SIGNAL = 128  # plus the signal's number: 130 after Ctrl-C
 
 
@@ -45,7 +46,7 @@ class StorageError(CommandError):
 
 
 class Interrupted(CommandError):
-    """A signal asked to stop, and the run is saved."""
+    """A signal asked to stop, and the run is saved as far as it can be."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, Exit.SIGNAL + signal_number)

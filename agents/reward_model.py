@@ -116,7 +116,7 @@ def train_reward_model(
     _check_data("data", data)
     model = build_reward_model(lm, seed)
     limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
-    check_fits(model, len(tokenizer), limit)
+    check_fits(model, len(tokenizer), limit, "lower max_tokens")
     _set_special_tokens(model, tokenizer)
     examples = [_encode(tokenizer, example, limit) for example in data]
     tests = []

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .files import sync, write_text
 from .refusal import CommandError
 
 FORMAT = 1
+LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", "history.json", "best", "tensorboard")
 PACKAGES = ("torch", "transformers", "stable_baselines3", "sb3_contrib", "gymnasium", "numpy", "peft")
 
 
@@ -48,10 +49,12 @@ class RunFolder:
     def create(cls, out: str | None, name: str) -> RunFolder:
         """Make the folder of a new run: `out`, which is new or empty, or one of its own below runs/.
 
+        A run that was ended before anything of it was saved is as good as none; `clear` removes what it has left.
+
         Raises:
             CommandError: If there is something else, or it cannot be written to.
         """
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         base = "".join(char if char.isalnum() else "-" for char in name)[:40]
         run = cls(out or Path("runs") / f"{base}-{stamp}-{secrets.token_hex(2)}")
         try:
@@ -60,7 +63,9 @@ class RunFolder:
         except OSError as error:
             raise CommandError(f"Expected a folder to write to, got {run.path}: {error.strerror}.") from error
         if run.about.is_file():
-            raise CommandError(f"Expected a new folder, got the run {out}: go on with --resume {out}.")
+            if run.has_checkpoint():
+                raise CommandError(f"Expected a new folder, got the run {out}: go on with --resume {out}.")
+            return run
         run.was_empty = not others
         if any(not part.startswith(".") and part not in ("config.yml", "log.txt") for part in others):
             raise CommandError(f"Expected a new or empty folder, got {out} with {', '.join(others[:3])}.")
@@ -75,7 +80,9 @@ class RunFolder:
         """
         run = cls(path)
         if not run.about.is_file():
-            raise CommandError(f"Expected the folder of a run, got {path}, which has no run.json.")
+            raise CommandError(
+                f"Expected the folder of a run, got {path}, which has no run.json: `textenv train --out DIR` makes one."
+            )
         about = run.read_about()
         if about.get("format", 0) > FORMAT:
             raise CommandError(
@@ -96,18 +103,37 @@ class RunFolder:
         write_text(self.config, config)
         about = {
             "format": FORMAT,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv[1:],
             "git": {"textenv": _commit(Path(__file__).parent), "here": _commit(Path.cwd())},
             "versions": {"textenv": textenv_version, "python": sys.version.split()[0], **_versions()},
         }
         write_text(self.about, json.dumps(about, indent=1) + "\n")
 
+    def has_checkpoint(self) -> bool:
+        """Return whether anything was saved that a run can go on from."""
+        return any(self.checkpoints.glob("step_*"))
+
+    def how_to_go_on(self) -> str:
+        """Return what a person can do after the run was stopped: resume it, or start again where nothing was saved."""
+        if self.has_checkpoint():
+            return f"go on with: textenv train --resume {self.path}"
+        return f"nothing was saved yet in {self.path}: the same command starts again"
+
+    def clear(self) -> None:
+        """Remove what a run has left that saved nothing; the configuration, which may be a user's, and the log stay."""
+        for name in LEFT:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
     def withdraw(self) -> None:
         """Let the folder be used for a run that is begun anew, after one that never trained; a log stays."""
-        ours = [self.about, self.path / "vocabulary.json", *([self.config] if self.was_empty else [])]
-        for file in ours:
-            file.unlink(missing_ok=True)
+        self.clear()
+        if self.was_empty:
+            self.config.unlink(missing_ok=True)
         if not any(path.name != "lock" for path in self.path.iterdir()):
             shutil.rmtree(self.path)
 

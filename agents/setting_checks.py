@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, cast
 
 from stable_baselines3 import A2C
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from textenv.env import TextEnv
 from textenv.tokenizer import encode_prompt
@@ -21,7 +22,12 @@ MAX_PROMPTS = 200  # as many are looked at
 FAR_ROWS = 1.5  # embedding rows, as a multiple of the tokenizer's tokens, that speak for another tokenizer
 KEPT_DISCOUNT = 0.75  # of a score at the end, what the first token should still see
 SMALL_MODEL = 10_000_000  # weights; below, larger steps are usual
-LEARNING_RATES = (1e-8, 1e-4, 1e-3)  # hardly moves; much for a pretrained model, and for a small one
+LOWEST_RATE = 1e-8  # hardly moves
+USUAL_RATES = {  # the most, and what is usual, of a pretrained model, a small one, and fresh weights
+    "pretrained": (1e-4, "1e-6 to 1e-5 is usual; 1e-4 for adapters."),
+    "small": (5e-3, "3e-4 to 4e-3 is usual for so few weights."),
+    "fresh": (1e-2, "1e-4 to 1e-3 is usual for fresh weights."),
+}
 WARPERS = (
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
@@ -46,10 +52,17 @@ def check_stop_tokens(patient: Patient) -> list[Finding]:
             Finding("stop tokens", "warning", measured, cause, "Give the env stop_ids=[...] or stop_strings=[...].")
         ]
     of_model = _model_eos(patient)
-    strangers = sorted(of_model - set(rules.stop_ids))
+    writable = {token for token in of_model if 0 <= token < n_tokens}
+    strangers = sorted(writable - set(rules.stop_ids))
     if strangers:
         cause = f"The model ends its texts with {sorted(of_model)}, of which {strangers} do not end an episode."
-        cure = f"Give the env stop_ids={sorted(of_model | set(rules.stop_ids))}, or the model's own tokenizer."
+        cure = f"Give the env stop_ids={sorted(writable | set(rules.stop_ids))}, or the model's own tokenizer."
+        return [Finding("stop tokens", "warning", measured, cause, cure)]
+    if of_model and not writable and rules.stop_ids:
+        cause = (
+            f"The model's own end, {sorted(of_model)}, is outside the {n_tokens} tokens: its export would never end."
+        )
+        cure = f"Give its config eos_token_id={rules.stop_ids[0]}, or the env and the model one tokenizer."
         return [Finding("stop tokens", "warning", measured, cause, cure)]
     closed = [
         prompt for prompt in env.prompts[:MAX_PROMPTS] if len(prompt.ids) > 1 and prompt.ids[-1] in rules.stop_ids
@@ -98,18 +111,18 @@ def check_opening(patient: Patient) -> list[Finding]:
 def check_generation_config(patient: Patient) -> list[Finding]:
     """Name what the checkpoint wants of sampling and training ignores (invariant A4)."""
     config = patient.policy.backbone.model.generation_config
-    temperature = patient.policy.lm.sampling.temperature
-    set_here = {} if config is None else config.to_dict()
-    ignored = {name: set_here.get(name) for name in WARPERS if set_here.get(name) not in NEUTRAL}
-    if ignored.get("temperature") == temperature:
-        del ignored["temperature"]
-    measured = f"sampling at temperature {temperature}, nothing else"
+    here = asdict(patient.policy.lm.sampling)
+    set_there = {} if config is None else config.to_dict()
+    wanted = {name: set_there.get(name) for name in WARPERS if set_there.get(name) not in NEUTRAL}
+    ignored = {name: value for name, value in wanted.items() if here.get(name) != value}
+    others = [f"{name} {value}" for name, value in here.items() if name != "temperature" and value not in NEUTRAL]
+    measured = f"sampling at temperature {here['temperature']}, {', '.join(others) or 'nothing else'}"
     if not ignored:
         return [Finding("generation config", "ok", measured)]
-    cause = (
-        f"The checkpoint's generation_config has {ignored}, which training ignores and `generate` of an export obeys."
-    )
-    cure = "Set policy_kwargs=dict(temperature=...) if wanted, and clear the rest from the exported folder."
+    cause = f"The checkpoint's generation_config has {ignored}, which training ignores and an export leaves out."
+    cure = "Set them to None in the generation_config of model.policy.backbone.model."
+    if ours := ", ".join(f"{name}={value}" for name, value in ignored.items() if name in here):
+        cure = f"Pass policy_kwargs=dict({ours}) if texts are to be sampled so; s{cure[1:]}"
     return [Finding("generation config", "warning", measured, cause, cure)]
 
 
@@ -196,13 +209,15 @@ def check_learning_rate(patient: Patient) -> list[Finding]:
         return [Finding("learning rate", "skipped", "a policy without an algorithm")]
     rate = float(patient.model.lr_schedule(1.0))
     n_weights = sum(weight.numel() for weight in patient.policy.parameters() if weight.requires_grad)
-    lowest, much, much_for_small = LEARNING_RATES
-    highest = much_for_small if n_weights < SMALL_MODEL else much
+    is_fresh = isinstance(patient.policy.lm_kwargs["lm"], PreTrainedConfig)
+    highest, usual = USUAL_RATES["fresh" if is_fresh else "small" if n_weights < SMALL_MODEL else "pretrained"]
     measured = f"{rate:.1e} for {n_weights:,} trained weights"
-    if lowest <= rate <= highest:
+    if LOWEST_RATE <= rate <= highest:
         return [Finding("learning rate", "ok", measured)]
-    cause = "The model forgets its language at so much." if rate > highest else "The weights will hardly move."
-    return [Finding("learning rate", "warning", measured, cause, "1e-6 to 1e-5 is usual; 1e-4 for adapters.")]
+    cause = "The weights will hardly move."
+    if rate > highest:
+        cause = "Steps of this size undo each other." if is_fresh else "The model forgets its language at so much."
+    return [Finding("learning rate", "warning", measured, cause, usual)]
 
 
 def check_batches(patient: Patient) -> list[Finding]:
@@ -225,18 +240,25 @@ def check_batches(patient: Patient) -> list[Finding]:
     if size % batch_size:
         cause = "The batch size does not divide the rollout, which the buffer refuses."
         return [Finding("batches", "failed", measured, cause, "Pass a divisor of n_steps * n_envs as batch_size.")]
-    findings = [_few(measured)] if per_batch < MIN_SEQUENCES else []
+    findings = []
+    if per_batch < MIN_SEQUENCES:
+        enough = [n for n in range(batch_size, size + 1) if size % n == 0 and sequences * n >= MIN_SEQUENCES * size]
+        findings = [_few(measured, enough[0] if enough else None, isinstance(model, A2C))]
     findings += _normalised_twice(options, model.rollout_buffer, measured)
     if model.n_steps < patient.env.rules.max_new_tokens and not model.rollout_buffer.complete_episodes:
         cause = f"A rollout of {model.n_steps} steps ends inside episodes of up to {patient.env.rules.max_new_tokens}."
-        cure = "Pass n_steps=max_new_tokens, or rollout_buffer_kwargs=dict(complete_episodes=True)."
+        longest = patient.env.rules.max_new_tokens
+        cure = f"Pass n_steps={longest}, or rollout_buffer_kwargs=dict(complete_episodes=True)."
         findings.append(Finding("batches", "warning", measured, cause, cure))
     return findings or [Finding("batches", "ok", measured)]
 
 
-def _few(measured: str) -> Finding:
+def _few(measured: str, batch_size: int | None, is_whole: bool) -> Finding:
     cause = f"Of fewer than {MIN_SEQUENCES} sequences advantages can hardly be told from noise."
-    return Finding("batches", "warning", measured, cause, "Raise batch_size or n_envs.")
+    cure = "Raise n_envs." if is_whole else "Raise n_envs, and batch_size with it."
+    if batch_size is not None:
+        cure = f"Pass batch_size={batch_size} or more."
+    return Finding("batches", "warning", measured, cause, cure)
 
 
 def _normalised_twice(options: dict[str, Any], buffer: SequenceRolloutBuffer, measured: str) -> list[Finding]:

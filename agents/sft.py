@@ -17,14 +17,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from textenv.extras import check_extra
 from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
+from .demo import model_folder
 from .interrupted import origin, work_folder
 from .output_folders import check_output, output_folder
 from .pretrain import IGNORED, bpe_tokenizer
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
-from .trainer_guard import accelerate_expected, random_state_kept
+from .trainer_guard import random_state_kept
 
 DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds
 N_MEASURED = 256  # rows of the training data that are measured at the end
@@ -81,7 +83,7 @@ def tune(
     loads with `AutoModelForCausalLM` alone, and is what `Pretrained` and `train_reward_model` take.
 
     transformers' `Trainer` runs it: it brings resuming, the schedule and large machines, and needs no data but labels;
-    TRL's trainer would add a dependency for nothing more. It needs accelerate: `pip install textenv[sft]`.
+    TRL's trainer would add a dependency for nothing more. It needs accelerate: `pip install "textenv[sft]"`.
     (`pretrain`, for the small models made from scratch in a minute, needs nothing.)
 
     After Ctrl-C the state waits beside the folder, in `.<name>.training`, and `resume=True` goes on from there to the
@@ -119,8 +121,9 @@ def tune(
     check_output(folder, "language model", overwrite)  # before the work
     if not data:
         raise ValueError("Expected at least one text, got none.")
-    with accelerate_expected():
-        from .sft_trainer import prepare, train, training_arguments
+    check_extra("sft", "accelerate", "transformers' Trainer")
+    from .sft_trainer import prepare, train, training_arguments
+
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
     with random_state_kept():
@@ -129,7 +132,7 @@ def tune(
         model = build_model(lm)
         _check_model(model, packing)
         limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
-        check_fits(model, len(tokenizer), limit)
+        check_fits(model, len(tokenizer), limit, "lower max_tokens")
         end = cast("int", tokenizer.eos_token_id)
         rows, tests = (
             [[sample] for text in texts for sample in encode_sample(cast("Tokenizer", tokenizer), text, end, limit)]
@@ -179,7 +182,7 @@ def _with_tokenizer(
         lm.bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         lm.pad_token_id = tokenizer.pad_token_id
     elif tokenizer is None and isinstance(lm, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(lm)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(os.fspath(lm)))
     if tokenizer is None:
         raise ValueError("Expected `tokenizer` with a spec, got None: pass the tokenizer of the model.")
     if tokenizer.eos_token_id is None:

@@ -12,7 +12,6 @@ from textenv.vector import TextVectorEnv
 
 from .assemble import assemble
 from .config import TrainConfig
-from .demo import model_folder
 from .evaluation import sequence_of
 from .policies import LMPolicy
 from .reference import build_reference, divergences
@@ -74,6 +73,6 @@ def _divergence(policy: LMPolicy, env: TextEnv, config: TrainConfig, last: torch
     """Return the divergence at each token; None where replies, masks or a support make other tokens possible."""
     if env.masks or env.is_multi_turn or policy.lm.sampling.has_support:
         return None
-    name = config.kl.reference or model_folder(config.model.name)
+    name = config.kl.reference or config.model.name
     reference = build_reference(name, policy.lm, env.max_prompt_tokens + env.rules.room)
     return divergences(reference, policy.lm, sequence_of(last)).tolist()

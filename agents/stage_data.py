@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from textenv.prompts import read_rows
@@ -94,12 +96,15 @@ def file_rows(path: str) -> list[Any]:
     """Return the rows of a .txt, .jsonl or .csv file.
 
     Raises:
-        CommandError: If there is no such file.
+        CommandError: If there is no such file, or nothing in it.
     """
     try:
-        return list(read_rows(path))
+        rows = list(read_rows(path)) if Path(path).is_file() else None
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected rows in {path}, got: {error}") from error
+    if not rows:
+        raise CommandError(f"Expected rows in {path}, got {'no such file' if rows is None else 'none'}.")
+    return rows
 
 
 def _text(row: Any, where: str, config: SFTConfig) -> Text:
@@ -107,28 +112,66 @@ def _text(row: Any, where: str, config: SFTConfig) -> Text:
     if not isinstance(row, Mapping):
         return str(row)
     if {prompt, reference} <= row.keys():
-        return row[prompt], row[reference]
+        return text_of(row, prompt, where), text_of(row, reference, where)
     if text in row:
-        return row[text]
-    raise CommandError(f"Expected {prompt} and {reference}, or {text}, in {where}, got {sorted(row)}.")
+        return text_of(row, text, where)
+    raise CommandError(f"Expected {prompt} and {reference}, or {text}, in {where}, got {sorted(map(str, row))}.")
 
 
 def _label(row: Any, where: str) -> Label:
     if not isinstance(row, Mapping) or not {"text", "label"} <= row.keys():
-        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        found = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise CommandError(f"Expected text and label in {where}, got {found}.")
-    return Label(row["text"], str(row["label"]))
+    if row["label"] in (None, ""):
+        raise CommandError(f"Expected a label in the column label of {where}, got {row['label']!r}.")
+    return Label(text_of(row, "text", where), str(row["label"]))
+
+
+def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
+    """Return a cell that must be a text.
+
+    Raises:
+        CommandError: If it is another thing, or is missing from a line of a .csv.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise CommandError(f"Expected a text in the column {column} of {where}, got {value!r:.80}.")
+    return value
+
+
+def _number_of(row: Mapping[str, Any], column: str, where: str) -> float:
+    value = row[column]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise CommandError(
+            f"Expected a number in the column {column} of {where}, got {value!r:.80}: a reward model learns scores; "
+            "textenv classifier learns labels by name."
+        )
+    return number
 
 
 def _preferences(path: str | None) -> list[Any]:
     if path is None:
         return []
     rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in file_rows(path)]
+    places = [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
     columns = set.intersection(*(set(row) for row in rows)) if rows else set()
     if {"text", "label"} <= columns:
-        return [Labelled(row["text"], float(row["label"])) for row in rows]
+        numbered = zip(rows, places, strict=True)
+        return [Labelled(text_of(row, "text", where), _number_of(row, "label", where)) for row, where in numbered]
     if not {"chosen", "rejected"} <= columns:
-        raise CommandError(f"Expected chosen and rejected, or text and label, in {path}, got {sorted(columns)}.")
+        pairs = ({"text", "label"}, {"chosen", "rejected"})
+        bad = next((place for place, row in enumerate(rows) if not any(pair <= row.keys() for pair in pairs)), None)
+        where, found = (path, columns) if bad is None else (places[bad], rows[bad])
+        raise CommandError(
+            f"Expected chosen and rejected, or text and label, in {where}, got {sorted(map(str, found))}."
+        )
+    for row, where in zip(rows, places, strict=True):
+        for column in {"chosen", "rejected", "prompt"} & row.keys():
+            text_of(row, column, where)
     if "prompt" not in columns and all("\n\nAssistant:" in row["chosen"] for row in rows):
         return hh_pairs(rows)
     return [Ranking((row["chosen"], row["rejected"]), row.get("prompt", "")) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from .assemble import Trust, load_lm, load_tokenizer
 from .backbone import PretrainedRewardModel
 from .classifier import LabelledTexts, train_classifier
 from .config import DEMO
-from .demo import model_folder
 from .pretrain import char_tokenizer
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model
@@ -21,6 +21,7 @@ from .sft_data import Text
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
 from .verb_config import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
 
+ENOUGH = 40  # examples of a reward model: the fewest that examples/people.md has a figure for
 MIN_COUNT = 2  # of a character that gets a token of its own
 END = 0  # the end token of the tokenizers that are made here
 
@@ -32,8 +33,7 @@ def tune_model(config: SFTConfig, options: StageOptions) -> int:
     if _is_fresh(config):
         lm, tokenizer = _fresh_model(config, texts.train)
     else:
-        name = model_folder(config.model)
-        lm, tokenizer = load_lm(name, trust), load_tokenizer(name, trust)
+        lm, tokenizer = load_lm(config.model, trust), load_tokenizer(config.model, trust)
     tuned = tune(
         lm,
         texts.train,
@@ -52,7 +52,7 @@ def tune_model(config: SFTConfig, options: StageOptions) -> int:
     return Exit.DONE
 
 
-def _is_fresh(config: SFTConfig | ClassifierConfig) -> bool:
+def _is_fresh(config: SFTConfig | ClassifierConfig | RewardModelConfig) -> bool:
     if config.fresh and config.model != DEMO:
         raise CommandError(f"Expected either `model` or `fresh`, got {config.model!r} and {config.fresh}.")
     return bool(config.fresh)
@@ -93,15 +93,10 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
     """Train a classifier and print its figures."""
     labels = read_labels(config)
     names = config.labels or list(LABEL_NAMES.get(config.task or "", sorted({row.label for row in labels.train})))
-    own = None if _is_fresh(config) else model_folder(config.model)
-    source = config.tokenizer or own
-    if source is None:
-        raise CommandError("Expected --tokenizer NAME with `fresh`: a fresh classifier has none of its own.")
-    tokenizer = load_tokenizer(model_folder(source), Trust(options.allow, options.trust_remote_code))
-    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.fresh}
+    lm, tokenizer = _reader(config, options)
     texts, numbers = _numbered(labels.train, names)
     trained = train_classifier(
-        own or fresh_config(sizes),
+        lm,
         tokenizer,
         texts,
         numbers,
@@ -118,6 +113,21 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
     return Exit.DONE
 
 
+def _reader(
+    config: ClassifierConfig | RewardModelConfig, options: StageOptions
+) -> tuple[str | PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Return what reads texts, a name or folder or the config of a model with fresh weights, and its tokenizer."""
+    own = None if _is_fresh(config) else config.model
+    source = config.tokenizer or own
+    if source is None:
+        raise CommandError("Expected --tokenizer NAME with `fresh`, got none: fresh weights have no tokenizer yet.")
+    tokenizer = load_tokenizer(source, Trust(options.allow, options.trust_remote_code))
+    if own is not None:
+        return own, tokenizer
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.fresh}
+    return fresh_config(sizes), tokenizer
+
+
 def _numbered(rows: Sequence[Label], names: Sequence[str]) -> LabelledTexts:
     for row in rows:
         if row.label not in names:
@@ -127,13 +137,20 @@ def _numbered(rows: Sequence[Label], names: Sequence[str]) -> LabelledTexts:
 
 def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     """Train a reward model and print its figures."""
-    name = model_folder(config.model)
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
     examples = read_preferences(config)
-    print(f"{len(examples.train)} examples, {len(examples.held_out)} held out")
+    n = len(examples.train)
+    print(f"{n} examples, {len(examples.held_out)} held out")
+    if n < ENOUGH:
+        print(
+            f"warning: {n} examples are too few for a reward model: {ENOUGH} are the least, and 200 better, by what "
+            "was measured with a simulated rater (examples/people.md).",
+            file=sys.stderr,
+        )
+    lm, tokenizer = _reader(config, options)
     trained = train_reward_model(
-        PretrainedRewardModel(name, num_labels=1, **more),
-        load_tokenizer(name, Trust(options.allow, options.trust_remote_code)),
+        PretrainedRewardModel(lm, num_labels=1, **more) if isinstance(lm, str) else lm,
+        tokenizer,
         examples.train,
         _out(config),
         held_out=examples.held_out,

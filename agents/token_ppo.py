@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 from gymnasium import Env
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
-from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from textenv.finished import Place
 
 from .buffers import SequenceRolloutBuffer
 from .build import attach_steps, buffer_settings, settings_for
@@ -84,10 +88,41 @@ def as_lanes(env: VecEnv | Env[Any, Any] | None) -> TextVecEnv | None:
             f"Expected environments in this process and in no wrapper, got {type(env).__name__}: their lanes share one "
             "of them. In rl_zoo3 leave out --vec-env, normalize, frame_stack and vec_env_wrapper."
         )
-    one, n_envs = (env.envs[0], env.num_envs) if isinstance(env, DummyVecEnv) else (env, 1)
+    envs = env.envs if isinstance(env, DummyVecEnv) else [env]
+    one, writers = envs[0], [_writer(each) for each in envs]
     while isinstance(one, Monitor):  # what it adds to infos the lanes write themselves
         one = one.env
-    return TextVecEnv(one, n_envs)
+    return _MonitoredLanes(one, writers)
+
+
+class _MonitoredLanes(TextVecEnv):
+    """Lanes that write the episodes' rows into the files of the Monitors in whose place they stand."""
+
+    def __init__(self, env: Env[Any, Any], writers: Sequence[ResultsWriter | None]) -> None:
+        super().__init__(env, len(writers))
+        self.writers = writers
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        observations, rewards, dones, infos = super().step_wait()
+        for lane in np.flatnonzero(dones).tolist():
+            if not self.lanes.defer_scores:  # else the reward is not known yet
+                self._write(lane, infos[lane])
+        return observations, rewards, dones, infos
+
+    def score_unscored(self) -> Sequence[tuple[Place, dict[str, Any], float]]:
+        scores = super().score_unscored()
+        for (_, lane), info, _ in scores:
+            self._write(lane, info)
+        return scores
+
+    def _write(self, lane: int, info: dict[str, Any]) -> None:
+        writer = self.writers[lane]
+        if writer is not None and not info["dropped"]:
+            writer.write_row({name: info["episode"][name] for name in ("r", "l", "t")})
+
+
+def _writer(env: Env[Any, Any]) -> ResultsWriter | None:
+    return env.results_writer if isinstance(env, Monitor) else None
 
 
 def _settings(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import pandas
+from textenv.extras import check_extra, needs
 
 from .config import Named, TrainConfig
 from .files import write_text
@@ -45,7 +44,8 @@ class Tracker:
         self.sent = sent
         os.environ.setdefault("TRACKIO_DIR", str(run.path / "trackio"))
         os.environ.setdefault("WANDB_DIR", str(run.path))
-        self.module: Any = importlib.import_module(named.id)
+        with needs(named.id, named.id, "the logger of that name"):
+            self.module: Any = importlib.import_module(named.id)
         own = _own_name(run)
         options = {"project": EXPERIMENT, "name": own, "config": asdict(config), "resume": "allow"}
         if named.id == "wandb":
@@ -60,7 +60,9 @@ class Tracker:
     def samples(self, rows: Sequence[Row]) -> None:
         """Send samples as a table."""
         if rows[0]["tokens"] > self.sent:
-            self.module.log({"samples": self.module.Table(dataframe=_table(rows))}, step=rows[0]["tokens"])
+            table = _columns(rows)
+            data = [list(row) for row in zip(*table.values(), strict=True)]
+            self.module.log({"samples": self.module.Table(columns=list(table), data=data)}, step=rows[0]["tokens"])
 
     def close(self) -> None:
         """Say that the run is over."""
@@ -88,7 +90,8 @@ class MLflowTracker:
         check_tracker(named.id)
         self.sent = sent
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        self.mlflow: Any = importlib.import_module("mlflow")
+        with needs("mlflow", "mlflow", "the logger of that name"):
+            self.mlflow: Any = importlib.import_module("mlflow")
         options = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), "run_name": _own_name(run), **named.args}
         experiment, address = options.pop("experiment_name", EXPERIMENT), options.pop("tracking_uri")
         place = None if address else (run.path / "mlflow").resolve().as_uri()
@@ -121,7 +124,7 @@ class MLflowTracker:
     def samples(self, rows: Sequence[Row]) -> None:
         """Append samples to the table."""
         if rows[0]["tokens"] > self.sent:
-            self.client.log_table(self.run_id, _table(rows), "samples.json")
+            self.client.log_table(self.run_id, _columns(rows), "samples.json")
 
     def close(self) -> None:
         """Say that the run is over."""
@@ -130,8 +133,7 @@ class MLflowTracker:
 
 def check_tracker(name: str) -> None:
     """Raise ImportError, with the cure, where the package of a tracker is missing."""
-    if importlib.util.find_spec(name) is None:
-        raise ImportError(f"Expected {name} for the logger of that name: pip install 'textenv[{name}]'.")
+    check_extra(name, name, "the logger of that name")
 
 
 def _own_name(run: RunFolder) -> str:
@@ -144,8 +146,9 @@ def _figures(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "tokens" and value == value}
 
 
-def _table(rows: Sequence[Row]) -> pandas.DataFrame:
-    return pandas.DataFrame([{key: value for key, value in row.items() if key != "parts"} for row in rows])
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Return samples by column: all three trackers take plain lists, so that none needs pandas from here."""
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "parts"}
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Row:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from textenv.extras import needs
+
 ADAPTER = "default"
 
 
@@ -43,7 +45,7 @@ class LoRA:
     """Train low-rank adapters beside the frozen weights: W + alpha / r * B A (Hu et al., 2021, section 4.1).
 
     B starts at zero, so that the policy starts as the model is. Adapters have no dropout and are float32, whatever
-    the frozen weights are. Needs peft: `pip install textenv[lora]`.
+    the frozen weights are. Needs peft: `pip install "textenv[lora]"`.
 
     Args:
         r: The rank of A and B.
@@ -169,10 +171,8 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _add_adapters(model: PreTrainedModel, train: LoRA) -> None:
-    try:
+    with needs("lora", "peft", str(train)):
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError(f"Expected peft for {train}, which is not installed: pip install textenv[lora].") from error
     targets = "all-linear" if train.target_modules is None else list(train.target_modules)
     config = LoraConfig(r=train.r, lora_alpha=train.alpha, target_modules=targets, lora_dropout=0.0)  # type: ignore[arg-type]
     embedding = model.get_input_embeddings().weight

@@ -1,4 +1,4 @@
-"""What stands around any use of transformers' `Trainer`: the extra that it needs, and random states left alone."""
+"""What stands around any use of transformers' `Trainer`, which seeds them: random states are left alone."""
 
 from __future__ import annotations
 
@@ -8,17 +8,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-
-
-@contextmanager
-def accelerate_expected() -> Iterator[None]:
-    """Name the extra where the imports within fail for want of accelerate."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(
-            "Expected accelerate for transformers' Trainer, which is not installed: pip install textenv[sft]."
-        ) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import warnings
 from dataclasses import asdict
@@ -14,10 +15,11 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from textenv import __version__
+from textenv.extras import MissingExtraError
 
 from .assemble import Parts, Trust, assemble, task_name, training_callbacks
 from .checkpoint import load_checkpoint
-from .config import DEMO, FREE_ON_RESUME, TrainConfig, TrainOptions
+from .config import DEMO, FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
 from .curves import draw_curves
 from .dry_run import dry_run
 from .evaluation_callback import Evaluate
@@ -32,11 +34,12 @@ from .model_card import model_card
 from .output_folders import output_folder
 from .policies import LMPolicy
 from .recording import Recorder, RowWriter, SampleRecorder
-from .refusal import CommandError, Exit
+from .refusal import CommandError, Exit, Interrupted
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
 
+MENDED = (Exit.REFUSED, Exit.MISSING)  # by the user, and then the same command trains: no run began
 SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
 
 
@@ -56,14 +59,19 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         return dry_run(config, options)
     run = RunFolder.create(config.out, task_name(config))
     with run.locked():
-        run.cut(-1)
+        run.clear()
         run.begin(dumped, __version__)
         try:
             return _train(run, config, options)
         except CommandError as error:
-            if error.code == Exit.REFUSED and not read_rows(run.metrics):  # what is mended is a new run, not this one
+            if error.code in MENDED and not read_rows(run.metrics):  # what is mended is a new run, not this one
                 run.withdraw()
             raise
+        except KeyboardInterrupt as error:
+            known = _interrupted(run)
+            if not run.has_checkpoint():
+                run.withdraw()
+            raise known from error
 
 
 def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str, options: TrainOptions) -> int:
@@ -84,7 +92,15 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
     with run.locked():
         if changed:
             write_text(run.config, dumped)
-        return _train(run, config, options)
+        try:
+            return _train(run, config, options)
+        except KeyboardInterrupt as error:
+            raise _interrupted(run) from error
+
+
+def _interrupted(run: RunFolder) -> Interrupted:
+    """Return how the command ends where Ctrl-C comes before training has begun, or after it has ended."""
+    return Interrupted(f"interrupted; {run.how_to_go_on()}", signal.SIGINT)
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], above: str = "") -> dict[str, tuple[Any, Any]]:
@@ -122,9 +138,10 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
         return _run(run, config, options, screen)
     except Exception as error:
         known = as_command_error(error, run.path)
-        if known is not error or known.code != Exit.REFUSED:
+        says_all = known is error or isinstance(error, MissingExtraError)
+        if not says_all or known.code not in MENDED:
             run.keep_traceback()
-        place = "" if known is error else f" (the traceback is in {run.log})"
+        place = "" if says_all else f" (the traceback is in {run.log})"
         raise CommandError(f"{known}{place}", known.code) from error
     finally:
         warnings.showwarning = previous
@@ -135,6 +152,8 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     if config.env.id == config.model.name == DEMO:
         screen.say("the built-in demo: a tiny GPT-2 learns to write positive reviews")
     screen.say(f"run: {run.path}")
+    if config.loggers == default_loggers() and (absent := [name for name in PLOTTED if name not in config.loggers]):
+        screen.say(f'without {" and ".join(absent)}, which pip install "textenv[plot]" brings')
     checkpoint = checkpoint_to_load(run, screen.say)
     parts = assemble(config, Trust(options.allow, options.trust_remote_code), progress_bar=not options.quiet)
     agent = parts.agent
@@ -157,7 +176,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     pages = [SamplePages(one) for one in outputs if isinstance(one, TensorBoardOutputFormat)]
     views: list[Any] = [screen, *trackers, *pages]
     kept = config.checkpoint_every, config.keep_checkpoints
-    with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line) as interrupts:
+    with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line, run.how_to_go_on) as interrupts:
         callbacks = [
             *training_callbacks(config),
             FiniteUpdates(),

@@ -45,18 +45,19 @@ class GenerateOptions:
     """Continue prompts, and print a line of JSON for each text.
 
     Args:
-        model: The folder of a run, or the name or folder of a model.
-        prompts: A .jsonl, .csv or .txt file.
+        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        prompts: A .jsonl, .csv or .txt file; by default the prompts of the run, or the built-in ones for "demo".
         n: Texts a prompt.
-        max_new_tokens: The most tokens of a text.
+        max_new_tokens: The most tokens of a text; by default as many as the run was trained with, or 64 for a model,
+            and fewer where it has no room for so many.
         greedy: Take the most probable token instead of sampling.
         seed: Of the sampling.
     """
 
     model: str
-    prompts: str = "prompts.txt"
+    prompts: str | None = None
     n: int = 1
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     greedy: bool = False
     seed: int = 0
 
@@ -66,14 +67,15 @@ class ChatOptions:
     """Talk with a model; what was said before stays in its prompt. /reset forgets it, /exit ends.
 
     Args:
-        model: The folder of a run, or the name or folder of a model.
-        max_new_tokens: The most tokens of an answer.
+        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        max_new_tokens: The most tokens of an answer; by default as many as the run was trained with, or 64 for a model,
+            and at most half of what it can read.
         greedy: Take the most probable token instead of sampling.
         seed: Of the sampling.
     """
 
     model: str
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     greedy: bool = False
     seed: int = 0
 
@@ -249,6 +251,9 @@ class RewardModelConfig(StageConfig):
 
     Args:
         model: A name on the hub, or a folder; "demo" is the built-in one.
+        fresh: Instead of `model`, the sizes of one with fresh weights, as its transformers config has them:
+            `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, n_positions: 128}`.
+        tokenizer: Its name or folder, where it is not the model's own.
         task: A task of `textenv tasks`, whose data set `data` then is; a tenth of it is held out.
         data: A .jsonl or .csv file with the columns chosen, rejected and perhaps prompt; or text and label. With
             `task` a folder, or the data set's name on the hub.
@@ -261,9 +266,11 @@ class RewardModelConfig(StageConfig):
         batch_size: Rankings of a minibatch.
         learning_rate: The peak.
         max_tokens: The longest text.
-        seed: Of a fresh head and of the order of the data.
+        seed: Of fresh weights and of the order of the data.
     """
 
+    fresh: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
     from_feedback: str | None = None
     loss: Literal["last", "tokens"] = "last"
     centring: float = 0.0
@@ -280,14 +287,16 @@ class RateConfig:
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
         prompts: A .jsonl, .csv or .txt file; those of the built-in reviews for "demo".
-        db: Where questions and answers are kept; ratings.db by default, with --train in the folder `out`.
+        db: Where questions and answers are kept; ratings.db by default, with --train in the folder `out`. Without a
+            model a file that is not there yet is only begun where it is named.
         kind: What is asked; "score" by default, and without a model whatever waits.
         n: Completions a prompt: 1 to score, 2 to compare, 4 to rank by default. With --train, samples an update.
         rater: Who answers; the user's name by default.
         raters: How many people are to answer each question.
         low: The lowest score.
         high: The highest score.
-        max_new_tokens: The most tokens of a completion.
+        max_new_tokens: The most tokens of a completion; by default as many as the run was trained with, or 32 for a
+            model, and fewer where it has no room for so many.
         seed: Of the sampling.
         host: With --web, the address to listen on; one that others can reach needs a token.
         port: With --web, its port; 0 takes a free one.
@@ -307,7 +316,7 @@ class RateConfig:
     raters: int = 1
     low: float = 1.0
     high: float = 5.0
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
     seed: int = 0
     host: str = "127.0.0.1"
     port: int = 0

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
+from textenv import demo
 from textenv.env import TextEnv
 from textenv.prompts import PromptLike
-from textenv.prompts import read_rows as read_prompts
+from textenv.prompts import read_rows as read_rows_of
 
-from .assemble import Parts, Trust, assemble, load_lm, load_tokenizer, make_metric, policy_arguments, task_name
+from .assemble import (
+    Parts,
+    Trust,
+    assemble,
+    load_lm,
+    load_tokenizer,
+    make_masks,
+    make_metric,
+    policy_arguments,
+    task_name,
+)
 from .checkpoint import load_checkpoint
-from .config import ModelConfig, TrainConfig
+from .config import DEMO, ModelConfig, TrainConfig
 from .curves import draw_curves
 from .doctor import check
 from .evaluation import evaluate
 from .exporting import check_repository, upload, write_model
 from .files import write_text
-from .generation import generate, no_reward
+from .generation import USUAL_TOKENS, fitting_length, generate, no_reward, shorter_texts
 from .model_card import model_card
 from .output_folders import check_output, output_folder
 from .policies import LMPolicy
@@ -36,10 +50,21 @@ COMPARED_TOKENS = 32
 
 
 class Writer(NamedTuple):
-    """A policy with its tokenizer, to write with."""
+    """A policy with its tokenizer, to write with.
+
+    Args:
+        policy: The policy.
+        tokenizer: Its tokenizer.
+        prompts: What is continued where nothing else is asked for: the run's, or the built-in ones.
+        most: The most tokens of a text in training; None for a model.
+        options: How a text began and ended in training, as arguments of `TextEnv`.
+    """
 
     policy: LMPolicy
     tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[PromptLike] = ()
+    most: int | None = None
+    options: Mapping[str, Any] = {}
 
 
 def trust_of(options: TrustOptions) -> Trust:
@@ -68,9 +93,45 @@ def open_writer(name: str, config: TrainConfig | None, options: TrustOptions) ->
     if config is not None:
         parts = assemble(config, trust)
         load_newest(name, parts)
-        return Writer(parts.agent.policy, parts.tokenizer)  # type: ignore[arg-type]
+        rules = parts.env.rules
+        own = {"stop_ids": rules.stop_ids, "stop_strings": rules.stop_strings, "mask": make_masks(config.env, trust)}
+        own |= {key: config.env.args[key] for key in ("prompt_column",) if key in config.env.args}
+        return Writer(parts.agent.policy, parts.tokenizer, parts.env.prompts, rules.max_new_tokens, own)  # type: ignore[arg-type]
+    transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(name, trust)
-    return Writer(make_policy(name, tokenizer, ModelConfig(), trust), tokenizer)
+    prompts = demo.prompts() if name == DEMO else ()
+    return Writer(make_policy(name, tokenizer, ModelConfig(), trust), tokenizer, prompts)
+
+
+def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None, usual: int = USUAL_TOKENS) -> int:
+    """Return the most tokens of a text: what is given; else what training had, or is usual, as far as there is room.
+
+    Args:
+        writer: What writes.
+        prompts: What it is to continue.
+        given: What the command line says.
+        usual: The number for a model that is no run's.
+
+    Raises:
+        CommandError: If there is no room for what is given, or behind the prompts for anything.
+    """
+    wanted = given or writer.most or usual
+    env = TextEnv(prompts, writer.tokenizer, reward=no_reward, max_new_tokens=wanted, **writer.options)
+    try:
+        most = fitting_length(writer.policy, env.max_prompt_tokens, wanted)
+    except ValueError as error:
+        raise CommandError(
+            f"Expected prompts that leave the model room for a text, got one of {env.max_prompt_tokens} tokens: "
+            "shorten it."
+        ) from error
+    if most < wanted and given is not None:
+        raise CommandError(
+            f"Expected --max_new_tokens {most} or less behind prompts of up to {env.max_prompt_tokens} tokens, for "
+            f"which the model has room, got {given}."
+        )
+    if most < wanted:
+        print(f"textenv: {shorter_texts(most, wanted, env.max_prompt_tokens)}.", file=sys.stderr)
+    return most
 
 
 def make_policy(name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust) -> LMPolicy:
@@ -79,6 +140,21 @@ def make_policy(name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfi
     arguments = {key: value for key, value in policy_arguments(model).items() if key not in ("train", "critic")}
     spaces = env.observation_space, env.action_space
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
+
+
+def read_prompts(path: str) -> list[PromptLike]:
+    """Return the prompts of a file.
+
+    Raises:
+        CommandError: If there are none.
+    """
+    try:
+        prompts = list(read_rows_of(path))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"Expected prompts in {path}, got: {error}") from error
+    if not prompts:
+        raise CommandError(f"Expected prompts in {path}, got an empty file.")
+    return prompts
 
 
 def examine(config: TrainConfig, options: TrustOptions) -> int:
@@ -106,20 +182,22 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
 
 def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:
     """Print a line of JSON for each text, as soon as those of its chunk are written."""
-    try:
-        prompts: list[PromptLike] = list(read_prompts(chosen.prompts))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"Expected prompts in {chosen.prompts}, got: {error}") from error
+    prompts = [] if chosen.prompts is None else read_prompts(chosen.prompts)
+    if chosen.prompts is None and config is None and chosen.model != DEMO:
+        raise CommandError(f"Expected --prompts FILE for textenv generate {chosen.model}, which is no run, got none.")
     writer = open_writer(chosen.model, config, options)
+    prompts = prompts or list(writer.prompts)
+    most = text_length(writer, prompts, chosen.max_new_tokens)
     for start in range(0, len(prompts), CHUNK):
         for one in generate(
             writer.policy,
             prompts[start : start + CHUNK],
             writer.tokenizer,  # type: ignore[arg-type]
             chosen.n,
-            max_new_tokens=chosen.max_new_tokens,
+            max_new_tokens=most,
             deterministic=chosen.greedy,
             seed=chosen.seed + start,
+            **writer.options,
         ):
             row = {"prompt": str(one.prompt), "text": one.text, "end_reason": str(one.end_reason)}
             line = json.dumps(row, ensure_ascii=False)
@@ -188,7 +266,9 @@ def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:
     if samples:
         write_text(folder / run.samples.name, "".join(map(to_line, samples)))
     curves = None
-    if rows and find_spec("matplotlib") is not None:
+    if rows and find_spec("matplotlib") is None:
+        print('without a picture of the curves, which pip install "textenv[plot]" brings')
+    elif rows:
         curves = "curves.png"
         draw_curves(folder / curves, {run.path.name: rows}, task_name(config))
     write_text(folder / "README.md", model_card(config, run.read_about(), table, samples, reward, curves))

@@ -1,11 +1,12 @@
-"""rl_zoo3 with two more algorithms, token_ppo and token_maskable_ppo: `python -m agents.zoo` is `rl_zoo3.train`.
+"""rl_zoo3 with two more algorithms, token_ppo and token_maskable_ppo: `python -m agents.zoo train` and `enjoy`.
 
 They train in lanes, with one forward a sequence, and their hyper-parameters are searched among those that suit a
 language model. rl_zoo3 alone trains `LMPolicy` by ppo, more slowly; see examples/zoo.
 
-    python -m agents.zoo --algo token_ppo --env textenv/Demo-v0 --gym-packages textenv \
+    python -m agents.zoo train --algo token_ppo --env textenv/Demo-v0 --gym-packages textenv \
         --conf-file examples/zoo/token_ppo.yml -f logs
-    python -m agents.zoo ... -optimize --n-trials 50 --study-name demo --storage logs/demo.log
+    python -m agents.zoo train ... -optimize --n-trials 50 --study-name demo --storage logs/demo.log
+    python -m agents.zoo enjoy --algo token_ppo --env textenv/Demo-v0 --gym-packages textenv -f logs --stochastic
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from textenv.extras import check_extra
 
 from .token_ppo import TokenMaskablePPO, TokenPPO
 
-ALGORITHMS = {"token_ppo": TokenPPO, "token_maskable_ppo": TokenMaskablePPO}
+SCRIPTS = ("train", "enjoy")
+MASKED = "token_maskable_ppo"
+ALGORITHMS = {"token_ppo": TokenPPO, MASKED: TokenMaskablePPO}
 EPOCHS = (1, 2, 4, 8)
 MINIBATCHES = (1, 2, 4, 8)
 CLIP_RANGES = (0.1, 0.2, 0.3)
@@ -83,8 +90,7 @@ def register() -> None:
     Raises:
         ImportError: If rl_zoo3 is missing.
     """
-    if importlib.util.find_spec("rl_zoo3") is None:
-        raise ImportError("Expected rl_zoo3 for agents.zoo: pip install 'textenv[zoo]'.")
+    check_extra("zoo", "rl_zoo3", "agents.zoo")
     search = importlib.import_module("rl_zoo3.hyperparams_opt")
     for name, algorithm in ALGORITHMS.items():
         importlib.import_module("rl_zoo3.utils").ALGOS[name] = algorithm
@@ -113,16 +119,41 @@ def _sampled(*bases: type) -> type:
     return type(f"Sampled{bases[0].__name__}", bases, {"__init__": init})
 
 
+def enjoy_masked() -> None:
+    """Have rl_zoo3's enjoy write under the env's masks, of which it does not know: it predicts without them."""
+    enjoy = importlib.import_module("rl_zoo3.enjoy")
+    create = enjoy.create_test_env
+    created: list[VecEnv] = []
+
+    def create_and_keep(*args: Any, **kwargs: Any) -> VecEnv:
+        created[:] = [create(*args, **kwargs)]
+        return created[0]
+
+    class Masked(TokenMaskablePPO):
+        def predict(self, *args: Any, **kwargs: Any) -> Any:
+            return super().predict(*args, **{**kwargs, "action_masks": get_action_masks(created[0])})
+
+    vars(enjoy).update(create_test_env=create_and_keep)
+    enjoy.ALGOS[MASKED] = Masked
+
+
 def main() -> None:
-    """Run `rl_zoo3.train` with the words of the command line."""
+    """Run `train` or `enjoy` of rl_zoo3, whichever the first word is, with the other words of the command line."""
+    script = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if script not in SCRIPTS:
+        sys.exit(
+            f"Expected `python -m agents.zoo {'|'.join(SCRIPTS)} ...`, got {script}: --help follows one of the two."
+        )
     register()
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo")
     algorithm = parser.parse_known_args()[0].algo
-    if algorithm in ALGORITHMS:
-        evaluate_samples(masked=algorithm == "token_maskable_ppo")
-    sys.argv[0] = "agents.zoo"
-    importlib.import_module("rl_zoo3.train").train()
+    if script == "enjoy" and algorithm == MASKED:
+        enjoy_masked()
+    elif script == "train" and algorithm in ALGORITHMS:
+        evaluate_samples(masked=algorithm == MASKED)
+    sys.argv[:2] = [f"agents.zoo {script}"]
+    getattr(importlib.import_module(f"rl_zoo3.{script}"), script)()
 
 
 if __name__ == "__main__":

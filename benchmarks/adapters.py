@@ -25,7 +25,7 @@ def measure(settings: Settings) -> list[Row]:
     """Measure all rows."""
     claim = f"update, LoRA (r={RANK}), against all weights"
     if find_spec("peft") is None:
-        return [Row.missing(claim, "pip install peft", "-")]
+        return [Row.missing(claim, 'pip install "textenv[lora]"', "-")]
     work = settings.work()
     models = [
         work.agent(n_epochs=1, learning_rate=1e-7, policy_kwargs={"train": train}) for train in ("all", LoRA(r=RANK))

@@ -15,9 +15,10 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
 from stable_baselines3 import PPO
 from work import Row, Settings, Work, pairs, rollout, run_script, timed
+
+from textenv.extras import check_extra, needs
 
 SHAPE = {"n_layer": 2, "width": 64, "n_head": 2, "vocab_size": 1000}
 PANELS: dict[str, dict[str, Any]] = {
@@ -41,6 +42,7 @@ class Point(NamedTuple):
 
 def measure(settings: Settings) -> list[Row]:
     """Measure all points, draw them, and compare short and long."""
+    check_extra("plot", "matplotlib", "the picture")  # before the minutes of measuring
     panels = {name: [point(settings, x, dict(panel)) for x in panel["at"]] for name, panel in PANELS.items()}
     path = Path(__file__).with_name("growth.png" if settings.device == "cpu" else f"growth-{settings.device}.png")
     if settings.smoke:
@@ -87,6 +89,8 @@ def panel_row(name: str, points: list[Point]) -> Row:
 
 def draw(panels: dict[str, list[Point]], path: Path) -> None:
     """Draw a panel for each axis, with a line for the rollout and one for the update."""
+    with needs("plot", "matplotlib", "the picture"):
+        from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True)
     grid[0].set_ylabel("µs a token")

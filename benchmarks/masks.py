@@ -47,7 +47,8 @@ def both_masks(settings: Settings, vocab_size: int) -> list[Row]:
     bare = work.agent(tokenizer=tokenizer, stop_ids=[0])
     rows = compare(settings, work, bare, tokenizer, "a constant mask", BannedMask([1]))
     if find_spec("llguidance") is None:
-        return [*rows, Row.missing(f"masked step, a JSON schema, V={work.vocab_size:,}", "pip install llguidance", "-")]
+        claim = f"masked step, a JSON schema, V={work.vocab_size:,}"
+        return [*rows, Row.missing(claim, 'pip install "textenv[grammar]"', "-")]
     return [*rows, *compare(settings, work, bare, tokenizer, "a JSON schema", JSONSchemaMask(SCHEMA))]
 
 

@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe import check_settings, stage, train
+from recipe import check_settings, read_data, stage, train
 from rich.console import Console
 from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, GPT2Config, PreTrainedTokenizerBase
@@ -231,8 +231,8 @@ def main() -> None:
     logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # the data set has spaces before its full stops
     start, size = time.perf_counter(), SMOKE if args.smoke else FULL
     out = args.out or Path(f"runs/dailydialog_{args.seed}")
+    dialogues, held_back = split_dialogues(read_data(read_dialogues, args.data), seed=args.seed)
     check_settings(out, {"data": args.data, "seed": args.seed, "smoke": args.smoke, "turns": args.turns})
-    dialogues, held_back = split_dialogues(read_dialogues(args.data), seed=args.seed)
     stage(out / "supervised.json", tune, dialogues, held_back, out / "supervised", size, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(out / "supervised")
     halves = {"reward": dialogues[::2], "judge": dialogues[1::2]}

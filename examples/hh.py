@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from recipe import check_settings, stage, train
+from recipe import check_settings, read_data, stage, train
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 from torch.nn import functional
@@ -245,8 +245,8 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # a new score head is what is wanted
     start, size, out = time.process_time(), SMOKE if args.smoke else FULL, args.out
+    pairs, held_out = hold_out(read_data(read_pairs, args.data), size.n_held_out)
     check_settings(out, {"data": args.data, "seed": args.seed, "smoke": args.smoke})
-    pairs, held_out = hold_out(read_pairs(args.data), size.n_held_out)
     tuned = stage(out / "tuned.json", tune, pairs, held_out, out / "tuned", size, args.seed)
     print(f"perplexity of held-out chosen dialogues after tuning: {tuned['held_out_perplexity']:.1f}")
     rows = stage(out / "pairs.json", learn_reward, pairs, held_out, out / "tuned", out / "reward", size, args.seed)

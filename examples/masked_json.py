@@ -2,8 +2,8 @@
 
     python examples/masked_json.py
 
-A tiny model with fresh weights rates a product, character by character. `JSONSchemaMask` (pip install
-textenv[grammar]) allows only what goes on to JSON of the schema, and sb3-contrib's own MaskablePPO learns to give the
+A tiny model with fresh weights rates a product, character by character. `JSONSchemaMask` (`pip install
+"textenv[grammar]"`) allows only what goes on to JSON of the schema, and sb3-contrib's MaskablePPO learns to give the
 highest rating. Expect, on two cores and in about half a minute: all texts are valid before and after, and the mean
 rating goes from about 50 to above 90. With `--no-mask`, for comparison, hardly any text is valid, and so plain PPO
 has nothing to learn from.

@@ -47,6 +47,7 @@ from agents import (
 from agents.demo import demo_model
 from agents.pretrain import bpe_tokenizer, pretrain
 from textenv import Preds, Prompt, TextEnv, demo
+from textenv.extras import needs
 
 N_SAMPLES = 200
 
@@ -80,7 +81,8 @@ def demo_task(smoke: bool) -> Task:
 
 def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
     """Train a tokenizer and a GPT-2 on the files' lines; score by vaderSentiment."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # an extra: pip install textenv[sentiment]
+    with needs("sentiment", "vaderSentiment", "the reward of a corpus"):
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8", errors="replace").split("\n")]
     texts = [line for line in lines if len(line.split()) > 4]
@@ -121,7 +123,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="how many tokens to train on")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tokens is not None and args.tokens < 1:
+        parser.error(f"Expected --tokens of 1 or more, got {args.tokens}.")
+    for path in args.corpus or ():
+        if not path.is_file():
+            parser.error(f"Expected text files behind --corpus, got {path}, which is none.")
+    return args
 
 
 def train(model: PPO, task: Task, n_tokens: int, out: Path, resume: bool) -> float:

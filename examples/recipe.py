@@ -27,6 +27,14 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     write_text(file, json.dumps(settings))
 
 
+def read_data(read: Callable[..., Any], data: str | Path) -> Any:
+    """Return what a task's reader makes of --data, or end with a line that says what is wrong with it."""
+    try:
+        return read(data)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--data: {error}") from error
+
+
 def stage(file: Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """Run a stage of the work and note in `file` what it came to, unless an earlier run has finished it."""
     if file.is_file():

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from recipe import check_settings, stage, train
+from recipe import check_settings, read_data, stage, train
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, GPT2Config, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -191,8 +191,8 @@ def main() -> None:
     args = parse_arguments()
     transformers_logging.disable_progress_bar()
     start, console, size = time.perf_counter(), Console(), SMOKE if args.smoke else FULL
+    reviews = read_data(read_reviews, args.data)
     check_settings(args.out, {"data": args.data, "seed": args.seed, "smoke": args.smoke})
-    reviews = read_reviews(args.data)
     train_part, held_out = part_of(reviews, "train"), part_of(reviews, "held_out")
     stage(args.out / "tuned.json", tune, train_part, held_out, args.out / "tuned", size, args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.out / "tuned")

@@ -120,7 +120,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="how many tokens to train on")
     parser.add_argument("--control", action="store_true", help="deal the rewards to the texts at random")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tokens is not None and args.tokens < 1:
+        parser.error(f"Expected --tokens of 1 or more, got {args.tokens}.")
+    return args
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from recipe import check_settings, stage, train
+from recipe import check_settings, read_data, stage, train
 from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
@@ -316,11 +316,11 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     start, console, out = time.perf_counter(), Console(), args.out
     size = SMOKE if args.smoke else FULL
-    check_settings(out, {"data": str(args.data.resolve()), "seed": args.seed, **size._asdict()})
     parts: dict[str, Rows] = {
         name: [tuple(text[: size.n_characters] for text in texts) for texts in rankings]
-        for name, rankings in split_rankings(read_rankings(args.data), SHARES, args.seed).items()
+        for name, rankings in split_rankings(read_data(read_rankings, args.data), SHARES, args.seed).items()
     }
+    check_settings(out, {"data": str(args.data.resolve()), "seed": args.seed, **size._asdict()})
     stage(out / "tune.json", lambda: tune(parts, out / "tuned", size, args.seed))
     for name in ("reward", "judge"):
         stage(

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 
 import pytest
 
@@ -8,6 +9,8 @@ from textenv import CharTokenizer, TextEnv
 
 # Before torch is loaded: more threads than a tiny model can use make it slower, and so do two test processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts what it sends to the background with Ctrl-C ignored, and processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def no_reward(prompt, preds, done):

@@ -1,5 +1,6 @@
 """What cannot work is refused by name: expected, got, and the cure; errors of a reward name lane and prompt."""
 
+import contextlib
 import math
 
 import gymnasium as gym
@@ -226,6 +227,16 @@ WHERE = r"\(lane 1, prompt 'bad', text 'y'\)"
 def test_a_reward_that_is_no_finite_number(step_with, value):
     with pytest.raises(RewardError, match=rf"(?s)Expected a reward to be a finite number, got .*{WHERE}"):
         step_with(value)
+
+
+@pytest.mark.parametrize("value", [[1.0], (1.0,), np.array([[1.0, 2.0]]), {"style": [1.0]}])
+def test_a_reward_that_is_a_list_of_one_is_told_to_be_the_number(step_with, value):
+    with pytest.raises(RewardError, match=rf"(?s)got .*: return the number itself, not a list of one {WHERE}"):
+        step_with(value)
+    for other in ([1.0, 2.0], "1", {}):
+        with pytest.raises(RewardError) if other else contextlib.nullcontext() as caught:
+            step_with(other)
+        assert other == {} or "return the number" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, None, "x"])

@@ -1,7 +1,6 @@
 """Classifiers: what is learned, and not from shuffled labels; what is saved, and what `Classifier` makes of it."""
 
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -131,13 +130,6 @@ def test_equal_seeds_train_the_same_and_global_generators_are_left_alone(tmp_pat
     assert states() == before and CONFIGS["bert"].to_dict() == config
     a, b, c = (weights_of(tmp_path / name) for name in "abc")
     assert same(a, b) and not same(a, c)
-
-
-def test_without_accelerate_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.delattr("agents.sft_trainer", raising=False)
-    monkeypatch.setitem(sys.modules, "agents.sft_trainer", None)
-    with pytest.raises(ImportError, match=r"pip install textenv\[sft\]"):
-        trained(tmp_path / "m")
 
 
 @pytest.mark.parametrize(

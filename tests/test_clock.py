@@ -35,7 +35,7 @@ class Jumping:
         class Now(datetimes.datetime):
             @classmethod
             def now(cls, tz=None):
-                return cls.fromtimestamp(clock.seconds() % 4e9, tz or datetimes.timezone.utc)
+                return cls.fromtimestamp(clock.seconds() % 4e9, tz or datetimes.UTC)
 
         monkeypatch.setattr(time, "time", self.seconds)
         monkeypatch.setattr(time, "time_ns", lambda: int(self.seconds() * 1e9))

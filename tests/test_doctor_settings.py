@@ -108,7 +108,7 @@ def test_the_reward_sees_two_episodes_to_their_end():
 def test_d7_settings_that_do_not_suit_text_are_named():
     env = tiny_env(max_new_tokens=64)
     assert_names(one("discount", agent(env=env, gamma=0.99)), "discount", "warning", "52.6%", "gamma=1.0")
-    assert_names(one("learning_rate", agent(learning_rate=0.1)), "learning rate", "warning", "forgets")
+    assert_names(one("learning_rate", agent(learning_rate=0.1)), "learning rate", "warning", "undo each other")
     assert_names(one("learning_rate", agent(learning_rate=0.0)), "learning rate", "warning", "hardly move")
 
 

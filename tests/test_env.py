@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
-from gymnasium.wrappers import RecordEpisodeStatistics
+from gymnasium.wrappers import OrderEnforcing, RecordEpisodeStatistics
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from textenv import CharTokenizer, EndReason, TextEnv
@@ -115,6 +115,15 @@ def test_statistics_of_gymnasium_need_another_key_as_documented(make_env):
     env.reset()
     info = env.step(EOS)[4]
     assert info["statistics"]["r"] == info["episode"]["r"] == 1.0
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, OrderEnforcing])
+def test_statistics_of_gymnasium_with_their_default_key_are_told_another_one(make_env, wrap):
+    env = wrap(RecordEpisodeStatistics(wrap(make_env(reward=Recorder(1.0)))))
+    with pytest.raises(
+        ValueError, match=r"RecordEpisodeStatistics\(env, stats_key='statistics'\) around a TextEnv.*got"
+    ):
+        env.reset()
 
 
 # The order of the prompts

@@ -108,3 +108,36 @@ def test_quickstart_meets_its_bar(tmp_path, seed):
     assert result["reward_after"] >= 0.95
     assert result["parse_rate"] >= 0.8
     assert result["distinct"] >= 150
+
+
+WRONG = """
+import contextlib, io, runpy, sys
+sys.path.insert(0, "examples")  # as for a script
+for line in sys.argv[1:]:
+    sys.argv = line.split()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        print(line, "|", end.code, errors.getvalue().splitlines()[-1:])
+"""
+
+
+@pytest.mark.slow
+def test_wrong_paths_and_numbers_end_in_a_line_and_claim_no_folder(tmp_path):
+    """What was mistyped once can be typed rightly with the same --out."""
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    wanted = {
+        f"examples/reviews.py --out {out} --data {tmp_path / 'empty'}": "--data: Expected the files rt-polarity.neg",
+        f"examples/hh.py --out {out} --data {tmp_path / 'empty'}": "--data: Expected files that end in .jsonl",
+        f"examples/dailydialog.py --out {out} --data {tmp_path / 'empty'}": "--data: Expected",
+        f"examples/zh_reviews.py --out {out} --data {tmp_path / 'empty'}": "--data: Expected",
+        f"examples/quickstart.py --out {out} --tokens 0": "Expected --tokens of 1 or more, got 0.",
+        f"examples/quickstart.py --out {out} --corpus nowhere.txt": "behind --corpus, got nowhere.txt, which is none.",
+        f"examples/synthetic.py --out {out} --tokens -1": "Expected --tokens of 1 or more, got -1.",
+        f"examples/remote_backend.py --out {out} --lanes 0": "Expected --lanes of 1 or more, got 0.",
+    }
+    said = dict(line.split(" | ", 1) for line in run("-c", WRONG, *wanted).splitlines() if " | " in line)
+    assert [line for line, words in wanted.items() if words not in said.get(line, "")] == []
+    assert not out.exists()

@@ -11,7 +11,7 @@ from browsing import PATIENCE, Browser, Server, need_browser
 
 from textenv.feedback.store import FeedbackStore
 
-pytest.importorskip("starlette", reason="needs starlette: pip install textenv[feedback]")
+pytest.importorskip("starlette", reason='needs starlette: pip install "textenv[feedback]"')
 pytestmark = pytest.mark.slow
 
 ENTER, BACKSPACE, LEFT, CONTROL = "\ue007", "\ue003", "\ue012", "\ue009"

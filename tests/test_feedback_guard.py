@@ -10,7 +10,7 @@ from browsing import Server
 
 from textenv.feedback.store import FeedbackStore
 
-pytest.importorskip("starlette", reason="needs starlette: pip install textenv[feedback]")
+pytest.importorskip("starlette", reason='needs starlette: pip install "textenv[feedback]"')
 pytest.importorskip("httpx2", reason="needs httpx2, which starlette's test client uses")
 
 from starlette.testclient import TestClient

@@ -123,12 +123,6 @@ def test_offline_a_name_says_so_and_a_folder_is_read(write):
     assert "split 'test', got 'nobody/nothing', tried as both: ConnectionError" in error and "Offline" in error
 
 
-def test_without_datasets_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"'some/name' by name needs datasets: pip install textenv\[hub\]"):
-        read_dataset("some/name")
-
-
 def test_chats_of_a_data_set_are_lists_of_messages(write, read):
     messages = [{"role": "user", "content": "hi"}]
     assert read(write("parquet", [{"prompt": messages}]))[0]["prompt"] == messages

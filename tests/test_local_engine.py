@@ -1,6 +1,7 @@
 """An engine in a process of its own: it is real, it is fast to say what is wrong, and it leaves nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,24 @@ if __name__ == "__main__":
     if how == "raises":
         raise RuntimeError("the trainer is at its end")
     time.sleep(60)
+"""
+
+# As docs/engines.md has it, without `with` and without `close()`; the second process draws a bar, whose lock is a
+# semaphore of the system's.
+DOCUMENTED = """
+import sys
+if __name__ == "__main__":
+    import transformers
+    from agents import EngineRollouts, LocalEngine, make_agent
+    from agents.demo import demo_model
+    from textenv.tasks.demo import Demo
+    transformers.utils.logging.disable_progress_bar()  # of this process
+    env, lm = Demo(max_new_tokens=4), str(demo_model())
+    engine = LocalEngine(lm, vocab_size=len(env.tokenizer))
+    make_agent(env, lm=lm, n_envs=2).learn(4, callback=EngineRollouts(engine))
+    if sys.argv[1] == "closed":
+        engine.close()
+    print(engine._process.pid)
 """
 
 
@@ -219,3 +238,17 @@ def start_script(path, *words):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["left", "closed"])
+def test_a_script_ends_without_a_word(how, tmp_path):
+    """No "leaked semaphore" of multiprocessing's, above all."""
+    (tmp_path / "script.py").write_text(DOCUMENTED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "script.py", how], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    said = [line for line in re.split("[\r\n]+", done.stderr) if line and not line.startswith("Loading weights")]
+    assert (done.returncode, said) == (0, []) and not is_running(int(done.stdout))
+    assert "Loading weights" in done.stderr  # the semaphore was there

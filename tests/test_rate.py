@@ -118,7 +118,7 @@ def test_broken_off_while_it_writes_nothing_is_written_twice(model, here, monkey
             "a positive even --n to compare, got 3",
         ),
         (["{model}", "--prompts", "prompts.txt", "--kind", "rank", "--n", "9"], "--n from 2 to 8 to rank, got 9"),
-        (["{model}", "--prompts", "prompts.txt", "--n", "0"], "a positive --n to score, got 0"),
+        (["{model}", "--prompts", "prompts.txt", "--n", "0"], "Expected n to be 1 or more, got 0"),
         (["{model}", "--prompts", "prompts.txt", "--train"], "--out DIR"),
         (["{model}", "--prompts", "prompts.txt", "--train", "--out", "o", "--kind", "rank"], "no other --kind"),
         (["--train", "--out", "o"], "Expected a model"),
@@ -147,6 +147,27 @@ def test_every_sample_of_the_loop_is_of_the_model_of_then(model, here, monkeypat
     assert not torch.equal(before.transformer.wte.weight, after.transformer.wte.weight)
     assert rate(model, [], *words[:-4], "--learning_rate", "0.1", monkeypatch=monkeypatch) == 2
     assert "learning_rate 0.01 then" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_the_loop_ends_with_130_and_quitting_with_0_and_both_write_the_model(
+    model, here, monkeypatch, capsys
+):
+    """Ctrl-C where a line is awaited; what was scored before is learned, and the same command asks no more of it."""
+    words = ["--train", "--out", "hand", "--learning_rate", "0.01", "--updates", "2"]
+    with monkeypatch.context() as patch:
+        lines = iter(["5"])
+        patch.setattr(
+            "rich.console.input", lambda: next(lines, None) or signal.raise_signal(signal.SIGINT), raising=False
+        )
+        assert rate(model, [], *words, monkeypatch=patch) == 130
+    said = capsys.readouterr()
+    assert "update 1: mean of the last 1 scores 5.00" in said.out and "model: hand/model" in said.out
+    assert said.err.endswith("textenv: interrupted, and the model is written: the same command goes on.\n")
+    assert (here / "hand" / "model" / "config.json").is_file() and len(answers("hand/ratings.db")) == 1
+    assert rate(model, ["q"], *words, monkeypatch=monkeypatch) == 0
+    assert "update 1: mean of the last 1 scores 5.00" in capsys.readouterr().out
+    assert rate(model, ["4"], *words, monkeypatch=monkeypatch) == 0
+    assert len(answers("hand/ratings.db")) == 2
 
 
 def weights(folder):

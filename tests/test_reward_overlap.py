@@ -1,6 +1,5 @@
 """Overlap with references and lexicon sentiment: by hand, and as the libraries themselves say."""
 
-import builtins
 import math
 import pickle
 import warnings
@@ -124,33 +123,6 @@ def test_vader_by_hand():
     plain, negative = scores(Vader(reads="whole"), ["film", "film"], prompts=["a ", "a bad "])
     assert plain == 0.0 > negative
     assert scores(Vader("neg"), ["film"]) == [0.0]
-
-
-@pytest.mark.parametrize(
-    ("name", "extra"),
-    [("meteor", "overlap"), ("rouge", "overlap"), ("bleu", "overlap"), ("chrf", "overlap"), ("sacrebleu", "overlap"),
-     ("vader", "sentiment")],
-)  # fmt: skip
-def test_errors_name_the_extra(monkeypatch, name, extra):
-    import sys
-
-    for module in list(sys.modules):
-        if module.split(".")[0] in ("nltk", "rouge_score", "sacrebleu", "vaderSentiment"):
-            monkeypatch.delitem(sys.modules, module)
-    real = builtins.__import__
-
-    def without(module, *args, **kwargs):
-        if module.split(".")[0] == "vaderSentiment":
-            raise ImportError(module)
-        return real(module, *args, **kwargs)
-
-    def gone(module):
-        raise ImportError(module)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(overlap, "import_module", gone)
-    with pytest.raises(ImportError, match=rf"textenv\[{extra}\]"):
-        make_reward(name)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import random
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -160,13 +159,6 @@ def test_e10_equal_seeds_tune_the_same_and_global_generators_are_left_alone(tmp_
     assert states() == before
     a, b, c = (weights_of(tmp_path / name) for name in "abc")
     assert same(a, b) and not same(a, c)
-
-
-def test_without_accelerate_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.delattr("agents.sft_trainer")
-    monkeypatch.setitem(sys.modules, "agents.sft_trainer", None)
-    with pytest.raises(ImportError, match=r"pip install textenv\[sft\]"):
-        tune(TEXTS, tmp_path / "m")
 
 
 @pytest.mark.parametrize(

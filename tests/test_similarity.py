@@ -124,14 +124,6 @@ def test_what_is_missing_is_said(folder):
         scores(Similarity(folder, text="bad", dtype="float99"), ["a"])
 
 
-def test_without_the_library_the_error_names_the_extra(folder, monkeypatch):
-    monkeypatch.setattr("textenv.rewards.similarity.find_spec", lambda name: None)
-    with pytest.raises(
-        ImportError, match=r"Similarity needs sentence-transformers: pip install 'textenv\[similarity\]'"
-    ):
-        Similarity(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "rises"), [(1.0, True), (-1.0, False)])
 def test_a_policy_learns_to_be_near_a_text_or_far_from_it(folder, sign, rises):

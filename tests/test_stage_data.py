@@ -16,7 +16,9 @@ from agents.verb_config import ClassifierConfig, RewardModelConfig, SFTConfig
 from tests.command import run, small_model
 from tests.task_data import write_data
 from tests.test_reward_model_controls import press_ctrl_c, weights_of
-from textenv import TASKS, CharTokenizer
+from textenv import TASKS, CharTokenizer, Preds, Prompt
+from textenv.feedback.store import FeedbackStore
+from textenv.rewards.preference import Preference
 from textenv.tasks.dailydialog import INTENTS, DailyDialog, read_dialogues, split_dialogues
 from textenv.tasks.hh import HH, hold_out, read_pairs
 from textenv.tasks.zh_reviews import PROMPTS, ZhReviews, read_rankings, split_rankings
@@ -140,7 +142,7 @@ def test_a_model_is_given_or_fresh(data, tmp_path, capsys):
         "--out",
         tmp_path / "m",
     ]
-    for verb in ("sft", "classifier"):
+    for verb in ("sft", "classifier", "reward-model"):
         assert run(verb, *words) == 2
         assert "Expected either `model` or `fresh`, got 'gpt2' and" in capsys.readouterr().err
 
@@ -183,11 +185,54 @@ def test_a_classifier_of_a_task_or_of_a_file(data, tmp_path, capsys):
     assert tuple(made.id2label.values()) == INTENTS
 
 
-def test_a_reward_model_goes_on_after_ctrl_c(tmp_path, monkeypatch, capsys):
+SCORER = '{"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}'
+
+
+def write_preferences(folder, better, worse):
+    """The same preference as pairs, as labels and as the answers of a person, each with the words that name it."""
+    prompts = [f"{number} the {one} was " for one in ("lamp", "phone") for number in range(16)]
+    pairs = [{"prompt": prompt, "chosen": f"{better} .", "rejected": f"{worse} ."} for prompt in prompts]
+    labels = [{"text": f"{prompt}{word} .", "label": n} for prompt in prompts for word, n in ((better, 1), (worse, 0))]
+    for name, rows in (("pairs", pairs), ("labels", labels)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with FeedbackStore(str(folder / "answers.db")) as store:
+        for prompt in prompts:
+            store.add(prompt, [f"{better} .", f"{worse} ."], kind="compare")
+        while (item := store.next("ann")) is not None:
+            store.choose(item, "a" if item.completions[0] == f"{better} ." else "b")
+    sources = {name: ["--data", folder / f"{name}.jsonl"] for name in ("pairs", "labels")}
+    return {**sources, "feedback": ["--from-feedback", folder / "answers.db"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["pairs", "labels", "feedback"])
+@pytest.mark.parametrize(("better", "worse"), [("great", "awful"), ("awful", "great")])  # told the reverse, it says so
+def test_a_fresh_reward_model_ranks_as_it_was_told_and_is_a_reward(better, worse, source, tmp_path):
+    sources, model = write_preferences(tmp_path, better, worse), small_model(tmp_path / "small")
+    words = ["--fresh", SCORER, "--tokenizer", model, *sources[source], "--out", tmp_path / "scorer", "--quiet"]
+    assert run("reward-model", *words, "--learning_rate", "1e-2", "--n_epochs", "8", "--batch_size", "8") == 0
+    made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").config
+    assert (made.n_layer, made.n_positions, made.vocab_size) == (1, 32, len(AutoTokenizer.from_pretrained(model)))
+    reward, tokenizer = Preference(str(tmp_path / "scorer"), stats="stored"), AutoTokenizer.from_pretrained(model)
+    scores = [
+        reward(Prompt("3 the lamp was "), Preds(tokenizer, tokenizer.encode(f"{word} .")), True)
+        for word in (better, worse)
+    ]
+    assert scores[0] > scores[1] + 1.0  # standard deviations of the training texts' scores
+
+
+def test_a_fresh_reward_model_is_told_its_tokenizer(tmp_path, capsys):
+    sources = write_preferences(tmp_path, "great", "awful")
+    assert run("reward-model", "--fresh", SCORER, *sources["pairs"], "--out", tmp_path / "scorer") == 2
+    assert "Expected --tokenizer NAME with `fresh`, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_fresh", [False, True])
+def test_a_reward_model_goes_on_after_ctrl_c(is_fresh, tmp_path, monkeypatch, capsys):
     model = small_model(tmp_path / "small")
-    pairs = [{"prompt": f"the {one} was ", "chosen": "great .", "rejected": "awful ."} for one in ("lamp", "phone")]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 16)))
-    words = ["--model", model, "--data", tmp_path / "pairs.jsonl", "--batch_size", "4", "--quiet"]
+    sources = write_preferences(tmp_path, "great", "awful")
+    words = [*sources["pairs"], *(["--fresh", SCORER, "--tokenizer", model] if is_fresh else ["--model", model])]
+    words += ["--batch_size", "4", "--quiet"]
     assert run("reward-model", *words, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         press_ctrl_c(patch, step=3)

@@ -39,8 +39,9 @@ class FakeTracker(types.ModuleType):
     def log(self, values, step):
         self.sent.append((step, values))
 
-    def Table(self, dataframe):
-        return list(dataframe.columns)
+    def Table(self, columns, data):
+        assert data and {len(row) for row in data} == {len(columns)}
+        return columns
 
     def finish(self):
         self.is_over = True
@@ -106,7 +107,7 @@ class FakeMLflow(types.ModuleType):
 
     def log_table(self, run_id, data, artifact_file):
         assert artifact_file == "samples.json"
-        self.runs[run_id].tables += data.to_dict("records")
+        self.runs[run_id].tables += [dict(zip(data, row)) for row in zip(*data.values())]
 
 
 def begun(folder):
@@ -200,14 +201,6 @@ def test_the_trackers_themselves_take_what_they_are_sent(name, model, tmp_path):
             steps = [step for (step,) in found]
         assert steps == [ROLLOUT, 2 * ROLLOUT]
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
-
-
-@pytest.mark.parametrize(("logger", "extra"), [("wandb", "wandb"), ("tensorboard", "plot")])
-def test_a_logger_that_is_not_there_is_refused_before_the_run(logger, extra, model, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("agents.loggers.find_spec", lambda name: None)
-    assert run("train", *settings(model, tmp_path / "run", loggers=f"[{logger}]")) == 2
-    assert f"pip install 'textenv[{extra}]'" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
 
 def scalars(run_folder, tag):

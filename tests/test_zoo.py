@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import os
+import re
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
@@ -123,12 +125,6 @@ def test_a_long_text_is_drawn_to_its_end_and_no_line_leaves_the_picture():
         assert dark.any() and not dark[:, -12:].any() and not dark[-8:].any()
     assert not np.array_equal(ink("word " * 400 + "end"), ink("word " * 400 + "fin"))
     assert np.array_equal(ink("one two"), ink("one two"))
-
-
-def test_pictures_without_pillow_are_refused_before_the_run(monkeypatch):
-    monkeypatch.setattr("textenv.rendering.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"Expected Pillow.*pip install 'textenv\[plot\]'"):
-        Demo(render_mode="rgb_array")
 
 
 # Policies
@@ -251,12 +247,6 @@ def test_register_adds_to_the_tables_and_evaluations_sample(monkeypatch):
     assert isinstance(trial, TrialEval) and trial.trial == "trial"
 
 
-def test_without_rl_zoo3_the_cure_is_said(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'textenv\[zoo\]'"):
-        zoo.register()
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_configurations_name_what_is_there(path):
     [(name, settings)] = yaml.safe_load(path.read_text()).items()
@@ -265,17 +255,95 @@ def test_configurations_name_what_is_there(path):
     assert path.stem in ("ppo", *zoo.ALGORITHMS) and f"examples/zoo/{path.name}" in path.read_text()
 
 
+def script(monkeypatch, name, called):
+    """A module of rl_zoo3's whose function of the same name keeps the command line, as `main` imports it."""
+    module = types.ModuleType(f"rl_zoo3.{name}")
+    setattr(module, name, lambda: called.append([name, *sys.argv]))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_the_first_word_is_the_script_and_the_others_are_its_own(monkeypatch):
+    called, evaluated = [], []
+    script(monkeypatch, "train", called)
+    script(monkeypatch, "enjoy", called)
+    monkeypatch.setattr(zoo, "register", lambda: None)
+    monkeypatch.setattr(zoo, "evaluate_samples", lambda masked: evaluated.append(masked))
+    for words in ("train --algo token_ppo -f logs", "enjoy --algo token_ppo --stochastic", "train --algo ppo"):
+        monkeypatch.setattr(sys, "argv", ["zoo.py", *words.split()])
+        zoo.main()
+    assert called == [
+        ["train", "agents.zoo train", "--algo", "token_ppo", "-f", "logs"],
+        ["enjoy", "agents.zoo enjoy", "--algo", "token_ppo", "--stochastic"],
+        ["train", "agents.zoo train", "--algo", "ppo"],
+    ]
+    assert evaluated == [False]  # enjoy has options for it, and ppo is rl_zoo3's
+    for words in ([], ["--algo", "token_ppo"], ["play"]):
+        monkeypatch.setattr(sys, "argv", ["zoo.py", *words])
+        with pytest.raises(SystemExit, match=r"Expected `python -m agents.zoo train\|enjoy ...`, got"):
+            zoo.main()
+
+
+def test_enjoying_is_masked(monkeypatch, tmp_path):
+    banned = sorted(demo.POSITIVE)[:20]
+    model = TokenMaskablePPO(
+        MaskableLMPolicy, dummy(2, banned=banned), policy_kwargs={"lm": lm()}, device="cpu", seed=0
+    )
+    model.save(tmp_path / "model.zip")
+    enjoy = script(monkeypatch, "enjoy", [])
+    enjoy.create_test_env, enjoy.ALGOS = dummy, {}
+    zoo.enjoy_masked()
+    env = enjoy.create_test_env(4, banned=banned)
+    masked = enjoy.ALGOS["token_maskable_ppo"].load(tmp_path / "model.zip", device="cpu", seed=0)
+    unmasked = TokenMaskablePPO.load(tmp_path / "model.zip", device="cpu", seed=0)
+    words, written = env.envs[0].unwrapped.tokenizer.words, {}
+    for one in (masked, unmasked):
+        observations, taken = env.reset(), set()
+        for _ in range(60):
+            actions, _ = one.predict(observations, deterministic=False)
+            taken |= {words[action] for action in actions}
+            observations = env.step(actions)[0] if one is masked else env.reset()
+        written[one] = taken
+    assert len(written[masked]) > 10 and not written[masked] & set(banned)
+    assert written[unmasked] & set(banned)  # as rl_zoo3 itself would have it
+
+
+@pytest.mark.parametrize("score_at", ["step", "rollout_end"])
+def test_the_monitors_of_lanes_have_a_row_an_episode(score_at, tmp_path):
+    env = make_vec_env(
+        lambda **given: gymnasium.spec(DEMO).make(**given),
+        4,
+        seed=0,
+        monitor_dir=str(tmp_path),
+        env_kwargs={"max_new_tokens": 4, "score_at": score_at},
+    )
+    model = TokenPPO(LMPolicy, env, n_steps=16, policy_kwargs={"lm": lm()}, device="cpu", seed=0)
+    seen = []
+    model.learn(128, callback=lambda local, _: seen.extend(i for i in local["infos"] if "episode" in i) or True)
+    rows = load_results(str(tmp_path))
+    assert len(rows) == len(seen) >= 32 and {path.name for path in tmp_path.iterdir()} == {
+        f"{lane}.monitor.csv" for lane in range(4)
+    }
+    assert sorted(rows["r"]) == pytest.approx(sorted(info["episode"]["r"] for info in seen)) and rows["r"].max() > 0
+    assert sorted(rows["l"]) == sorted(info["episode"]["l"] for info in seen)
+
+
 # The thing itself
 
 
 def train(tmp_path, algorithm, *words):
-    module = "rl_zoo3.train" if algorithm == "ppo" else "agents.zoo"
-    small = ["n_envs:2"] if algorithm == "ppo" else ["n_envs:8", "n_minibatches:1"]
-    command = [sys.executable, "-m", module, "--algo", algorithm, "--env", DEMO, "--gym-packages", "textenv"]
-    command += ["--conf-file", str(ROOT / "examples" / "zoo" / f"{algorithm}.yml"), "-n", "128", "--seed", "0"]
-    command += ["--eval-episodes", "2", "-f", "logs", *words, "-params", *small, "n_steps:32"]
-    if algorithm != "token_ppo":
-        command += ["batch_size:64"] if algorithm == "ppo" else []
+    small = ["n_envs:2", "batch_size:64"] if algorithm == "ppo" else ["n_envs:8", "n_minibatches:1"]
+    config = str(ROOT / "examples" / "zoo" / f"{algorithm}.yml")
+    return run(
+        *(tmp_path, "train", algorithm, "--conf-file", config, "-n", "128", "--seed", "0", "--eval-episodes", "8"),
+        *(*words, "-params", *small, "n_steps:32"),
+    )
+
+
+def run(tmp_path, script, algorithm, *words):
+    module = [f"rl_zoo3.{script}"] if algorithm == "ppo" else ["agents.zoo", script]
+    command = [sys.executable, "-m", *module, "--algo", algorithm, "--env", DEMO, "--gym-packages", "textenv"]
+    command += ["-f", "logs", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -285,13 +353,34 @@ def train(tmp_path, algorithm, *words):
 @REAL
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ppo", "token_ppo", "token_maskable_ppo"])
-def test_rl_zoo3_trains_evaluates_resumes_and_searches(algorithm, tmp_path):
+def test_rl_zoo3_trains_evaluates_resumes_and_enjoys(algorithm, tmp_path):
     pytest.importorskip("rl_zoo3", reason="rl_zoo3 is not installed")
     mask = ["--env-kwargs", "banned:['but']"] if algorithm == "token_maskable_ppo" else []
     said = train(tmp_path, algorithm, "--eval-freq", "64", *mask)
     assert "Eval num_timesteps=" in said and "Saving to" in said
     saved = next((tmp_path / "logs" / algorithm).glob("textenv-Demo-v0_1/textenv-Demo-v0.zip"))
+    assert len(load_results(str(saved.parent))) >= 8
     assert "Loading pretrained agent" in train(tmp_path, algorithm, "--trained-agent", str(saved), *mask)
-    if algorithm != "ppo":  # rl_zoo3's own draws rollouts of up to 4096 steps
-        said = train(tmp_path, algorithm, "-optimize", "--n-trials", "2", "--no-optim-plots", *mask)
-        assert "Number of finished trials:  2" in said and "Writing report" in said
+    one_prompt = ["--env-kwargs", "prompts:['our old radio was']"]  # the mask is taken from the run
+    greedy = rewards(run(tmp_path, "enjoy", algorithm, "-n", "120", "--no-render", *one_prompt))
+    sampled = rewards(said := run(tmp_path, "enjoy", algorithm, "-n", "300", "--stochastic", *one_prompt))
+    assert len(greedy) >= 4 and len(set(greedy)) == 1 and len(set(sampled)) > 1
+    assert "our old radio was | " in said
+    if mask:
+        assert "but" not in said.split()
+
+
+def rewards(said):
+    return [float(line.removeprefix("Episode Reward:")) for line in said.splitlines() if line.startswith("Episode R")]
+
+
+@REAL
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", sorted(zoo.ALGORITHMS))
+def test_the_trials_of_a_search_differ(algorithm, tmp_path):
+    pytest.importorskip("rl_zoo3", reason="rl_zoo3 is not installed")
+    mask = ["--env-kwargs", "banned:['but']"] if algorithm == "token_maskable_ppo" else []
+    said = train(tmp_path, algorithm, "-optimize", "--n-trials", "3", "--no-optim-plots", *mask)
+    values = [float(value) for value in re.findall(r"finished with value: ([\d.]+)", said)]
+    assert len(values) == 3 and len(set(values)) > 1 and max(values) < 1
+    assert "gamma" not in said and "net_arch" not in said and "Writing report" in said

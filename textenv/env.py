@@ -26,6 +26,7 @@ from textenv.rewards.base import BatchReward, RewardLike, RowReward, ask_rows, c
 from textenv.rewards.registry import read_reward
 from textenv.tokenizer import Tokenizer
 from textenv.vocabulary import Vocabulary
+from textenv.wrapped import check_wrappers
 
 
 class TextEnv(gym.Env[np.ndarray, Any]):
@@ -333,6 +334,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         Returns:
             The observation, (L,) int64, and an empty dict.
         """
+        check_wrappers()
         super().reset(seed=seed)
         order_seed = None if seed is None else int(self.np_random.integers(2**31))
         observations = self._lanes.reset(order_seed, (options or {}).get("prompts"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ SEPARATOR = -2  # stands between the prompt and the tokens since
 PADDING = -1  # fills an observation behind its last token
 
 
-class EndReason(str, Enum):
+class EndReason(StrEnum):
     """Why an episode ended."""
 
     EOS = "eos"
@@ -24,10 +24,6 @@ class EndReason(str, Enum):
     """The policy wrote as many tokens as it may, there is no room for another turn, or `respond` says so."""
     ENV = "env"
     """The environment ended it: `respond` returned None, or the last of `max_turns` turns was over."""
-
-    def __str__(self) -> str:
-        """Return the value, which is how the reason reads in logs."""
-        return self.value
 
 
 @dataclass(frozen=True)

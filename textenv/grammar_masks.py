@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textenv.completion import Preds
+from textenv.extras import needs
 from textenv.masks import Allowed, MaskError
 from textenv.prompts import Prompt
 from textenv.rewarding import describe
@@ -135,12 +136,8 @@ class JSONSchemaMask:
 
 
 def _llguidance() -> Any:
-    try:
+    with needs("grammar", "llguidance", "RegexMask, JSONSchemaMask and GrammarMask"):
         import llguidance
-    except ImportError as error:
-        raise ImportError(
-            "RegexMask, JSONSchemaMask and GrammarMask need llguidance: pip install 'textenv[grammar]'."
-        ) from error
     return llguidance
 
 

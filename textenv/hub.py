@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
+from textenv.extras import needs
+
 
 def read_dataset(name: str | PathLike[str], split: str = "train", **options: Any) -> Sequence[Mapping[str, Any]]:
     """Return the rows of one split through `datasets.load_dataset`, read from disk as they are asked for.
@@ -19,19 +21,15 @@ def read_dataset(name: str | PathLike[str], split: str = "train", **options: Any
         options: What else `datasets.load_dataset` takes, as `revision`.
 
     Raises:
-        ImportError: Without datasets: `pip install textenv[hub]`.
+        ImportError: Without datasets: `pip install "textenv[hub]"`.
         ValueError: If there is no such data set or split; the message has what was tried and why it failed.
 
     Example:
         >>> read_dataset("cornell-movie-review-data/rotten_tomatoes")[0]["label"]  # doctest: +SKIP
         1
     """
-    try:
-        from datasets import load_dataset  # optional
-    except ImportError as error:
-        raise ImportError(
-            f"Reading the data set {fspath(name)!r} by name needs datasets: pip install textenv[hub]"
-        ) from error
+    with needs("hub", "datasets", f"the data set {fspath(name)!r}"):
+        from datasets import load_dataset
     try:
         return load_dataset(fspath(name), split=split, **options)
     except (OSError, ValueError) as error:  # missing, offline, gated, another split, files of two kinds

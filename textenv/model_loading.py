@@ -1,10 +1,88 @@
-"""Loading a model's weights whole: transformers draws what a folder lacks at random, and says so in a log line."""
+"""Loading models: names that stand for nothing are refused soon, and weights that a folder lacks are not drawn."""
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Iterable
-from os import PathLike
+from functools import cache
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
+
+LOOK_UP_SECONDS = 5.0  # for one question to the hub, where transformers asks again and again for half a minute
+
+
+def check_name(name: str | PathLike[str], expected: str = "the folder of a model or its name on the hub") -> None:
+    """Raise ValueError unless a name is that of a folder, of a model downloaded before, or of one on the hub.
+
+    The hub is asked once in a process, for at most `LOOK_UP_SECONDS`, and with HF_HUB_OFFLINE=1 not at all.
+
+    Args:
+        name: What a model or tokenizer is to be loaded by.
+        expected: What it may be, for the message.
+
+    Example:
+        >>> check_name(".")  # any folder: what is in it is looked at when it is loaded
+    """
+    text = fspath(name)
+    if Path(text).is_dir():
+        return
+    try:
+        _look_up(text)
+    except LookupError as error:
+        raise ValueError(f"Expected {expected}, got {text!r}: there is no such folder, and {error.args[0]}.") from error
+
+
+@cache
+def _look_up(name: str) -> None:
+    """Raise LookupError, which says why, where a model is neither downloaded nor on the hub; success is remembered."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        snapshot_download(name, local_files_only=True)
+        return
+    except HFValidationError as error:
+        raise LookupError("no model of the hub can be called so") from error
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise LookupError("it was not downloaded before, and HF_HUB_OFFLINE forbids to ask the hub") from error
+    answer = _ask_hub(name)
+    if isinstance(answer, RepositoryNotFoundError) and not isinstance(answer, GatedRepoError):
+        raise LookupError(f"{constants.ENDPOINT} has no such model, or a private one, for which `hf auth login` asks")
+    # Any other answer of the hub is left to transformers, which says how to get at a gated model.
+    if answer is not None and not isinstance(answer, HfHubHTTPError):
+        raise LookupError(f"it was not downloaded before, and {constants.ENDPOINT} cannot be reached: {answer}")
+
+
+def _ask_hub(name: str) -> Exception | None:
+    """Return why the hub does not tell of a model; None if it does.
+
+    In a thread, since the time limit of a request holds for each of the hub's addresses, and for no look-up of them.
+    """
+    from huggingface_hub import HfApi
+
+    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name, timeout=LOOK_UP_SECONDS)
+            answers.put(None)
+        except Exception as error:  # of whatever library carries the request: it is the answer
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=LOOK_UP_SECONDS)
+    except queue.Empty:
+        return TimeoutError(f"no answer within {LOOK_UP_SECONDS:g} s")
 
 
 def load_whole(

@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from typing import cast
 
 from textenv.demo import vocabulary
+from textenv.model_loading import check_name
 from textenv.tokenizer import Tokenizer
 
 DEMO = "demo"
@@ -64,6 +65,7 @@ def _load(name: str) -> Tokenizer:
         return WordTokenizer(vocabulary())
     from transformers import AutoTokenizer  # textenv itself does not need it
 
+    check_name(name, f"{DEMO!r} or a tokenizer's name or folder")
     try:
         return cast("Tokenizer", AutoTokenizer.from_pretrained(name))
     except (OSError, ValueError) as error:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import numpy as np
 
 from textenv.episode import PADDING, SEPARATOR
+from textenv.extras import check_extra, needs
 from textenv.printable import printable
 from textenv.tokenizer import Tokenizer
 
@@ -20,8 +19,8 @@ def check_render_mode(mode: str | None) -> None:
     """Raise ValueError for a mode that is none, and ImportError, with the cure, where pictures need Pillow."""
     if mode not in (None, *MODES):
         raise ValueError(f"Expected `render_mode` to be one of {[None, *MODES]}, got {mode!r}.")
-    if mode == "rgb_array" and find_spec("PIL") is None:
-        raise ImportError("Expected Pillow for render_mode='rgb_array': pip install 'textenv[plot]'.")
+    if mode == "rgb_array":
+        check_extra("plot", "PIL", "render_mode='rgb_array'")
 
 
 def render_row(tokenizer: Tokenizer, observation: np.ndarray) -> str:
@@ -43,7 +42,8 @@ def picture(text: str) -> np.ndarray:
         >>> picture("a film | that").shape
         (360, 640, 3)
     """
-    from PIL import Image, ImageDraw, ImageFont  # optional
+    with needs("plot", "PIL", "a picture of a text"):
+        from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(FONT_SIZE)
     lines = [""]

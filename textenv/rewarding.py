@@ -130,5 +130,9 @@ def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RewardError(f"Expected {what} to be a finite number, got {value!r:.80} ({describe(prompt, preds)}).")
+        # TextRL's rewards return a list of one.
+        is_one = not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__") and len(value) == 1
+        cure = ": return the number itself, not a list of one" if is_one else ""
+        where = describe(prompt, preds)
+        raise RewardError(f"Expected {what} to be a finite number, got {value!r:.80}{cure} ({where}).")
     return number

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from textenv.extras import needs
+
 
 class NoWordNet:
     """A WordNet in which no word has a synonym."""
@@ -19,7 +21,8 @@ def installed_wordnet() -> Any | None:
     Raises:
         ImportError: Without nltk.
     """
-    from nltk.corpus import wordnet  # optional
+    with needs("overlap", "nltk", "METEOR"):
+        from nltk.corpus import wordnet
 
     try:
         wordnet.ensure_loaded()

@@ -19,6 +19,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from textenv.extras import needs
+
 
 class GemGame:
     """A GEM environment as a game.
@@ -66,7 +68,8 @@ def _import_gem() -> Any:
     """Import gem, and leave logging as it was."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    import gem
+    with needs("gem", "gem", "GemGame"):
+        import gem
 
     root.handlers[:] = handlers
     root.setLevel(level)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from textenv.adapters.game import GameError
+from textenv.extras import needs
 
 MOVES = 1000  # of the opponents between two turns of the policy
 
@@ -75,7 +76,8 @@ class TextArenaGame:
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
         """Make a game and begin it; opponents whose turn is first move."""
-        import textarena
+        with needs("textarena", "textarena", "TextArenaGame"):
+            import textarena
 
         env = textarena.make(self.env_id, **self.kwargs)
         while isinstance(env, textarena.Wrapper):

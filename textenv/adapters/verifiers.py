@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from textenv.adapters.game import GameError
+from textenv.extras import needs
 
 
 class VerifiersGame:
@@ -79,7 +80,8 @@ def _check_single_turn(task: Any) -> None:
 
 def _trace(task: Any, text: str) -> Any:
     """Return the record of a conversation in which the task was asked and the model said `text`."""
-    import verifiers.v1 as vf
+    with needs("verifiers", "verifiers", "VerifiersGame"):
+        import verifiers.v1 as vf
 
     system = [] if task.data.system_prompt is None else [vf.SystemMessage(content=task.data.system_prompt)]
     prompt = task.data.prompt

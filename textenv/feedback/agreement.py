@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from textenv.extras import needs
 from textenv.feedback.records import UNDECIDED, Answer
 
 
@@ -42,7 +43,7 @@ def agreement(answers: Iterable[Answer]) -> dict[str, Agreement]:
     library: of scores with squared differences; of choices, and of which of each two ranked completions is better, with
     the same or not. Every rater's first answer to an item counts.
 
-    Needs krippendorff: `pip install textenv[feedback]`.
+    Needs krippendorff: `pip install "textenv[feedback]"`.
 
     Raises:
         ImportError: Without krippendorff.
@@ -97,10 +98,8 @@ def _values(answer: Answer) -> dict[tuple[int, ...], float]:
 
 
 def _alpha(kind: str, units: Sequence[Mapping[str, float]]) -> Agreement:
-    try:
-        import krippendorff  # optional
-    except ImportError as error:
-        raise ImportError("Agreement between raters needs krippendorff: pip install textenv[feedback]") from error
+    with needs("feedback", "krippendorff", "the agreement between raters"):
+        import krippendorff
     raters = sorted({rater for unit in units for rater in unit})
     table = np.array([[unit.get(rater, np.nan) for unit in units] for rater in raters])  # (raters, units)
     if len(np.unique(table[~np.isnan(table)])) == 1:

@@ -8,10 +8,13 @@ import secrets
 from collections.abc import Callable, Iterable
 from urllib.parse import urlencode, urlsplit
 
-from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from textenv.extras import needs
+
+with needs("feedback", "starlette", "the rating page"):
+    from starlette.datastructures import MutableHeaders
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, RedirectResponse, Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 16 * 1024  # bytes: an answer is less than one kilobyte
 SAFE = ("GET", "HEAD")

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
 
-try:
+from textenv.extras import needs
+from textenv.feedback.agreement import agreement, self_agreement
+from textenv.feedback.exchange import rows_of
+from textenv.feedback.guard import Guard
+from textenv.feedback.records import Answer, Item, Kind, check_rater
+from textenv.feedback.store import FeedbackStore
+from textenv.feedback.words import LANGUAGES, words
+
+with needs("feedback", "starlette, uvicorn and jinja2", "the rating page"):
     import uvicorn
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -24,15 +32,6 @@ try:
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
     from starlette.templating import Jinja2Templates
-except ImportError as error:
-    raise ImportError("The rating page needs starlette, uvicorn and jinja2: pip install textenv[feedback]") from error
-
-from textenv.feedback.agreement import agreement, self_agreement
-from textenv.feedback.exchange import rows_of
-from textenv.feedback.guard import Guard
-from textenv.feedback.records import Answer, Item, Kind, check_rater
-from textenv.feedback.store import FeedbackStore
-from textenv.feedback.words import LANGUAGES, words
 
 FOLDER = Path(__file__).resolve().parent
 THEMES = ("light", "dark")

@@ -8,16 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from textenv.extras import needs
 from textenv.metrics.scores import Scores, check_references, mean_of
 from textenv.wordnet import NoWordNet, installed_wordnet
 
 Split = Callable[[str], list[str]]
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-
-
-def missing(library: str, error: ImportError) -> ImportError:
-    """Return an error that names the extra to install."""
-    return ImportError(f"Expected {library}, which computes this metric: pip install 'textenv[overlap]' ({error}).")
 
 
 def words_and_marks(text: str) -> list[str]:
@@ -34,7 +30,7 @@ class ROUGE:
     """ROUGE F1 in [0, 1] by rouge_score: `rouge1`, `rouge2`, `rougeL`, `rougeLsum` (Lin, 2004).
 
     The mean over the rows of the best reference's F1. `rougeLsum` takes lines for sentences. Needs
-    `pip install textenv[overlap]`.
+    `pip install "textenv[overlap]"`.
 
     Args:
         types: Which of them.
@@ -54,10 +50,8 @@ class ROUGE:
     def __init__(
         self, types: Sequence[str] = ROUGE_TYPES, use_stemmer: bool = False, split: Split | None = None
     ) -> None:
-        try:
-            from rouge_score.rouge_scorer import RougeScorer  # optional
-        except ImportError as error:
-            raise missing("rouge_score", error) from error
+        with needs("overlap", "rouge_score", "the metric ROUGE"):
+            from rouge_score.rouge_scorer import RougeScorer
         unknown = [one for one in types if not re.fullmatch(r"rouge([1-9]|L|Lsum)", one)]
         if unknown or not types:
             raise ValueError(f"Expected `types` among {list(ROUGE_TYPES)} or another rouge<n>, got {list(types)}.")
@@ -88,7 +82,7 @@ class Meteor:
 
     The mean over the rows of the best reference's score. Its name says what was measured: `meteor` where WordNet's data
     is installed (`python -m nltk.downloader wordnet`), else `meteor_without_wordnet`, which matches no synonyms and is
-    lower. Needs `pip install textenv[overlap]`.
+    lower. Needs `pip install "textenv[overlap]"`.
 
     Args:
         split: Cuts a text into words, compared in lower case: by default at white space and around marks.
@@ -104,17 +98,15 @@ class Meteor:
 
     def __init__(self, split: Split = words_and_marks) -> None:
         self.split = split
-        try:
-            self.wordnet = installed_wordnet()
-        except ImportError as error:
-            raise missing("nltk", error) from error
+        self.wordnet = installed_wordnet()
         self.name = "meteor" if self.wordnet is not None else "meteor_without_wordnet"
 
     def __call__(
         self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
     ) -> dict[str, Scores]:
         """Return the mean score."""
-        from nltk.translate.meteor_score import meteor_score  # optional
+        with needs("overlap", "nltk", "the metric METEOR"):
+            from nltk.translate.meteor_score import meteor_score
 
         check_references(texts, references)
         values = [
@@ -125,7 +117,7 @@ class Meteor:
 
 
 class BLEU:
-    """Corpus BLEU in [0, 100] by SacreBLEU (Post, 2018): `sacrebleu`. Needs `pip install textenv[overlap]`.
+    """Corpus BLEU in [0, 100] by SacreBLEU (Post, 2018): `sacrebleu`. Needs `pip install "textenv[overlap]"`.
 
     Args:
         tokenize: SacreBLEU's tokenizer: "13a", "zh", "char", ...
@@ -140,10 +132,8 @@ class BLEU:
     """
 
     def __init__(self, tokenize: str = "13a", lowercase: bool = False) -> None:
-        try:
-            from sacrebleu.metrics import BLEU as SacreBLEU  # optional
-        except ImportError as error:
-            raise missing("sacrebleu", error) from error
+        with needs("overlap", "sacrebleu", "the metric BLEU"):
+            from sacrebleu.metrics import BLEU as SacreBLEU
         self.scorer = SacreBLEU(tokenize=tokenize, lowercase=lowercase)
 
     def __call__(
@@ -156,7 +146,7 @@ class BLEU:
 class ChrF:
     """Corpus chrF in [0, 100] by SacreBLEU (Popović, 2015): `chrf`, or `chrf++` with words.
 
-    Needs `pip install textenv[overlap]`.
+    Needs `pip install "textenv[overlap]"`.
 
     Args:
         word_order: The longest n-gram of words that is counted beside those of characters; 2 is chrF++.
@@ -170,10 +160,8 @@ class ChrF:
     """
 
     def __init__(self, word_order: int = 0) -> None:
-        try:
-            from sacrebleu.metrics import CHRF  # optional
-        except ImportError as error:
-            raise missing("sacrebleu", error) from error
+        with needs("overlap", "sacrebleu", "the metric chrF"):
+            from sacrebleu.metrics import CHRF
         self.scorer = CHRF(word_order=word_order)
         self.name = "chrf" + "+" * word_order
 

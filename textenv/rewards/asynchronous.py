@@ -135,7 +135,7 @@ class AsyncReward(BatchReward):
             try:
                 value = await asyncio.wait_for(self.score_row(prompt, preds), self.time_limit)
                 return check_rewards([value], [prompt], [preds])[0].score
-            except asyncio.TimeoutError:  # not yet the built-in one in Python 3.10
+            except TimeoutError:
                 failure = RowError(f"no answer within {self.time_limit:g} s")
             except Exception as error:
                 failure = error

@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from textenv.completion import Preds
+from textenv.extras import needs
 from textenv.failures import RowError
 from textenv.prompts import Prompt
 from textenv.rewarding import Score
@@ -39,7 +39,7 @@ class HTTPJudge(AsyncReward):
     and answers without a score are asked for again, after what the header Retry-After says; other statuses are not.
     Redirects are not followed. Proxies are taken from the environment.
 
-    Needs httpx: `pip install textenv[judge]`.
+    Needs httpx: `pip install "textenv[judge]"`.
 
     Args:
         url: Where to; http or https. A key belongs into `api_key_variable`, not into it.
@@ -243,10 +243,9 @@ class ChatJudge(HTTPJudge):
 
 
 def _load_httpx() -> Any:
-    try:
-        return import_module("httpx")
-    except ImportError as error:
-        raise ImportError("HTTPJudge needs httpx: pip install 'textenv[judge]'.") from error
+    with needs("judge", "httpx", "HTTPJudge"):
+        import httpx
+    return httpx
 
 
 def _seconds(retry_after: str) -> float:

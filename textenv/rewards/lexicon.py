@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from textenv.completion import Preds
+from textenv.extras import needs
 from textenv.prompts import Prompt
 from textenv.rewards.base import Reads, RowReward, check_choice, read_text
 
@@ -14,7 +15,7 @@ from textenv.rewards.base import Reads, RowReward, check_choice, read_text
 class Vader(RowReward):
     """How positive an English text is, by VADER's lexicon and rules (Hutto and Gilbert 2014).
 
-    Needs vaderSentiment: `pip install textenv[sentiment]`.
+    Needs vaderSentiment: `pip install "textenv[sentiment]"`.
 
     Args:
         part: "compound", in [-1, 1], or the share of the text that is "pos", "neg" or "neu", in [0, 1].
@@ -33,10 +34,8 @@ class Vader(RowReward):
     def __post_init__(self) -> None:
         check_choice("part", self.part, ("compound", "pos", "neg", "neu"))
         check_choice("reads", self.reads, ("completion", "whole"))
-        try:
+        with needs("sentiment", "vaderSentiment", "Vader"):
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError as error:
-            raise ImportError("Vader needs vaderSentiment: pip install 'textenv[sentiment]'.") from error
         self._analyzer = SentimentIntensityAnalyzer()
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:

@@ -1,31 +1,26 @@
 """Overlap of the completion with reference texts: METEOR, ROUGE, BLEU, SacreBLEU and chrF, by the usual libraries.
 
 All are of one text and lie in [0, 1], and see `prompt.references` (`TextEnv(references_column=...)`). They need
-`pip install textenv[overlap]`.
+`pip install "textenv[overlap]"`.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Literal
+from typing import Literal
 
 from textenv.completion import Preds
+from textenv.extras import needs
 from textenv.prompts import Prompt
 from textenv.rewards.base import RowReward, check_choice, read_references
 from textenv.wordnet import NoWordNet, installed_wordnet
 
 
-def _load(module: str, reward: object, library: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{type(reward).__name__} needs {library}: pip install 'textenv[overlap]'.") from error
-
-
 def _words(text: str) -> list[str]:
-    return import_module("nltk.tokenize").wordpunct_tokenize(text)
+    with needs("overlap", "nltk", "the words of METEOR and BLEU"):
+        from nltk.tokenize import wordpunct_tokenize
+    return wordpunct_tokenize(text)
 
 
 @dataclass
@@ -56,8 +51,9 @@ class Meteor(RowReward):
     wordnet: bool | None = None
 
     def __post_init__(self) -> None:
-        _load("nltk.tokenize", self, "nltk")
-        self._meteor_score = _load("nltk.translate.meteor_score", self, "nltk").meteor_score
+        with needs("overlap", "nltk", "the reward Meteor"):
+            from nltk.translate.meteor_score import meteor_score
+        self._meteor_score = meteor_score
         self._has_wordnet = self.wordnet is not False and installed_wordnet() is not None
         if self.wordnet and not self._has_wordnet:
             raise LookupError("Expected WordNet to be installed: nltk.download('wordnet').")
@@ -76,8 +72,8 @@ class Meteor(RowReward):
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
         references = [_words(reference) for reference in read_references(prompt)]
-        wordnet = import_module("nltk.corpus").wordnet if self._has_wordnet else NoWordNet()
-        return float(self._meteor_score(references, _words(preds.text), wordnet=wordnet))
+        wordnet = installed_wordnet() if self._has_wordnet else None
+        return float(self._meteor_score(references, _words(preds.text), wordnet=wordnet or NoWordNet()))
 
 
 @dataclass
@@ -106,8 +102,9 @@ class Rouge(RowReward):
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, ("rouge1", "rouge2", "rougeL", "rougeLsum"))
         check_choice("measure", self.measure, ("fmeasure", "precision", "recall"))
-        scorer = _load("rouge_score.rouge_scorer", self, "rouge-score").RougeScorer
-        self._scorer = scorer([self.kind], use_stemmer=self.stem)
+        with needs("overlap", "rouge_score", "the reward Rouge"):
+            from rouge_score.rouge_scorer import RougeScorer
+        self._scorer = RougeScorer([self.kind], use_stemmer=self.stem)
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
@@ -137,9 +134,9 @@ class Bleu(RowReward):
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"Expected `n` to be at least 1, got {self.n}.")
-        _load("nltk.tokenize", self, "nltk")
-        bleu = _load("nltk.translate.bleu_score", self, "nltk")
-        self._sentence_bleu, self._smooth = bleu.sentence_bleu, bleu.SmoothingFunction().method1
+        with needs("overlap", "nltk", "the reward Bleu"):
+            from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+        self._sentence_bleu, self._smooth = sentence_bleu, SmoothingFunction().method1
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
@@ -169,8 +166,9 @@ class SacreBleu(RowReward):
     lowercase: bool = False
 
     def __post_init__(self) -> None:
-        bleu = _load("sacrebleu.metrics", self, "sacrebleu").BLEU
-        self._metric = bleu(tokenize=self.tokenize, lowercase=self.lowercase, effective_order=True)
+        with needs("overlap", "sacrebleu", "the reward SacreBleu"):
+            from sacrebleu.metrics import BLEU
+        self._metric = BLEU(tokenize=self.tokenize, lowercase=self.lowercase, effective_order=True)
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""
@@ -196,8 +194,9 @@ class Chrf(RowReward):
     lowercase: bool = False
 
     def __post_init__(self) -> None:
-        chrf = _load("sacrebleu.metrics", self, "sacrebleu").CHRF
-        self._metric = chrf(word_order=self.word_order, lowercase=self.lowercase)
+        with needs("overlap", "sacrebleu", "the reward Chrf"):
+            from sacrebleu.metrics import CHRF
+        self._metric = CHRF(word_order=self.word_order, lowercase=self.lowercase)
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
         """Return the score, in [0, 1]."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from textenv.rewarding import RewardFunction
 from textenv.rewards.base import BatchReward, RewardLike
+from textenv.signatures import check_arguments
 
 _ROOM = "textenv.rewards"
 _ENTRY_POINTS = {
@@ -67,7 +68,7 @@ def make_reward(name: str, **options: Any) -> RewardFunction:
         **options: The arguments of the class; a function takes none.
 
     Raises:
-        ValueError: If the name is unknown, or options are given for a function.
+        ValueError: If the name is unknown, the class has other arguments, or options are given for a function.
 
     Example:
         >>> make_reward("length", target=20)
@@ -79,6 +80,7 @@ def make_reward(name: str, **options: Any) -> RewardFunction:
         raise ValueError(f"Expected 'module:name' or one of {sorted(_ENTRY_POINTS)}, got {name!r}.")
     found = vars(import_module(module)).get(attribute)
     if isinstance(found, type):
+        check_arguments(found, options, f"the reward {name!r}")
         return found(**options)
     if found is None or options:
         raise ValueError(f"Expected a class{'' if options else ' or function'} at {entry_point!r}, got {found!r}.")

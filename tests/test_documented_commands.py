@@ -98,6 +98,8 @@ def textenv(words, monkeypatch):
     module, *engines = ENGINES[verb]
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "open", lambda path: SimpleNamespace(config=ROOT / DEMO))
+        patch.setattr(cli, "check_folders", lambda words, config: None)  # FOLDER and RUN stand for what is not there
+        patch.setattr(cli, "_check_model", lambda path: None)
         for engine in engines:
             patch.setattr(importlib.import_module(module), engine, lambda *args: called.append(verb) or 0)
         code = cli.main([verb, *rest])

@@ -2,6 +2,7 @@
 
 python .ci/extras.py EXTRA             does it
 python .ci/extras.py --missing EXTRA   does it without the extra, where the error must say how to install it
+python .ci/extras.py --list            names those that there are for this Python
 """
 
 import json
@@ -24,8 +25,8 @@ FEW = {"total_tokens": 512, "algorithm.n_envs": 16, "algorithm.n_steps": 16, "al
 
 
 def textenv(*words: object) -> str:
-    """Run the command in a process of its own, as the installed script does."""
-    command = [sys.executable, "-c", "import sys; from agents.cli import main; sys.exit(main())", *map(str, words)]
+    """Run the command in a process of its own, as the installed script."""
+    command = [sys.executable, "-m", "textenv_command", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == MISSING:
         raise ImportError(done.stderr)
@@ -250,11 +251,14 @@ def verifiers(folder: Path) -> None:
 
 
 EXTRAS = [plot, grammar, sentiment, lora, overlap, sft, hub, similarity, judge, feedback, wandb, trackio, mlflow, zoo]
-EXTRAS += [textarena, gem, openenv, verifiers]
+EXTRAS += [textarena, openenv, verifiers, *([gem] if sys.version_info < (3, 12) else [])]
 
 
 def main(words: list[str]) -> None:
     """Do what an extra is for, or see how its absence is told."""
+    if words == ["--list"]:
+        print(*(one.__name__ for one in EXTRAS))
+        return
     *missing, name = words
     os.environ["OMP_NUM_THREADS"] = "1"
     feature = {one.__name__: one for one in EXTRAS}[name]

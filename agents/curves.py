@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from textenv.extras import check_extra, needs
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-from textenv.extras import check_extra, needs
 
 CURVES = (
     ("reward/task", "reward"),
@@ -98,7 +98,8 @@ def _running_median(curve: Sequence[float]) -> Sequence[float]:
 
 
 def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]]) -> None:
-    from matplotlib.ticker import EngFormatter  # optional
+    with needs("plot", "matplotlib", "the curves"):
+        from matplotlib.ticker import EngFormatter
 
     for name, points in curves.items():
         marker = "o" if len(points) == 1 else ""  # one point is no line

@@ -129,8 +129,8 @@ def fitting_length(policy: LMPolicy, n_prompt: int, wanted: int) -> int:
     except LengthError as error:
         if error.excess is None or error.excess >= wanted:
             raise ValueError(
-                f"Expected prompts that leave the model room for a text, got one of {n_prompt} tokens: shorten it, or "
-                "give max_prompt_tokens and truncation_side, which cut prompts."
+                f"Expected prompts that leave the model room for a text, got one of {n_prompt} tokens ({error.fact}): "
+                "shorten it, or give max_prompt_tokens and truncation_side, which cut prompts."
             ) from error
         return wanted - error.excess
     return wanted

@@ -138,6 +138,7 @@ def _numbered(rows: Sequence[Label], names: Sequence[str]) -> LabelledTexts:
 def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     """Train a reward model and print its figures."""
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
+    lm, tokenizer = _reader(config, options)
     examples = read_preferences(config)
     n = len(examples.train)
     print(f"{n} examples, {len(examples.held_out)} held out")
@@ -147,7 +148,6 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
             "was measured with a simulated rater (examples/people.md).",
             file=sys.stderr,
         )
-    lm, tokenizer = _reader(config, options)
     trained = train_reward_model(
         PretrainedRewardModel(lm, num_labels=1, **more) if isinstance(lm, str) else lm,
         tokenizer,

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from textenv.extras import check_extra, needs
+from textenv.signatures import check_arguments
 
 from .config import Named, TrainConfig
 from .files import write_text
@@ -46,6 +47,7 @@ class Tracker:
         os.environ.setdefault("WANDB_DIR", str(run.path))
         with needs(named.id, named.id, "the logger of that name"):
             self.module: Any = importlib.import_module(named.id)
+        check_arguments(self.module.init, named.args, f"the logger {named.id!r}")
         own = _own_name(run)
         options = {"project": EXPERIMENT, "name": own, "config": asdict(config), "resume": "allow"}
         if named.id == "wandb":
@@ -96,6 +98,7 @@ class MLflowTracker:
         experiment, address = options.pop("experiment_name", EXPERIMENT), options.pop("tracking_uri")
         place = None if address else (run.path / "mlflow").resolve().as_uri()
         self.client = self.mlflow.MlflowClient(address or f"sqlite:///{run.path.resolve() / 'mlflow.db'}")
+        check_arguments(self.client.create_run, {"experiment_id", *options}, "the logger 'mlflow'")
         kept = run.path / "mlflow.json"
         if kept.is_file():
             self.run_id = json.loads(kept.read_text(encoding="utf-8"))["run_id"]

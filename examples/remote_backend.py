@@ -142,6 +142,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kl", type=float, default=0.05, help="the coefficient of the KL penalty")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
+    for name in ("tokens", "lanes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"Expected --{name} of 1 or more, got {getattr(args, name)}.")
     args.lanes = args.lanes or (8 if args.smoke else 64)
     args.samples = 1 if args.smoke else 5
     args.tokens = args.tokens or (512 if args.smoke else 16_384)

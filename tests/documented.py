@@ -18,6 +18,7 @@ BEGINS = re.compile(rf"\s*(?:[A-Z_]+=\S* )*(?:{'|'.join(PROGRAMS)}) ")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")  # which a line's end may break
 ASIDE = re.compile(r": ((?:torchrun|accelerate launch|python \S+\.py|pytest|textenv) .*)")  # "on GPUs: torchrun ..."
+REMARK = re.compile(r" {2,}\([^()]*\)$")  # behind a command: "...   (goes on)"
 OPTIONAL = re.compile(r"\[(-[^\]]*)\]")
 TABLE_ROW = re.compile(r"^\| (`.*?) \| (.*) \|$", flags=re.MULTILINE)
 
@@ -112,7 +113,7 @@ def of_lines(lines):
     found, open_line = [], ""
     for line in lines:
         found += of_lines(ASIDE.findall(line.partition(" # ")[2]))
-        open_line += OPTIONAL.sub(r"\1", line)
+        open_line += OPTIONAL.sub(r"\1", REMARK.sub("", line))
         if open_line.endswith("\\"):
             open_line = open_line[:-1]
             continue

@@ -27,13 +27,26 @@ from textenv.adapters.verifiers import VerifiersGame
 REAL = pytest.mark.library
 
 
+def installed(name):
+    """The library; the reason of a skip is the module that is missing, which may be one that the library needs."""
+    return pytest.importorskip(name)
+
+
+def test_a_skip_names_the_module_that_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "half_installed.py").write_text("import what_it_needs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, missing in (("half_installed", "what_it_needs"), ("not_installed", "not_installed")):
+        with pytest.raises(pytest.skip.Exception, match=f"could not import '{name}': No module named '{missing}'"):
+            installed(name)
+
+
 def library(name, fake=None):
     """A fixture: the library's stand-in, and the library."""
 
     @pytest.fixture(params=["fake", pytest.param("real", marks=REAL)])
     def fixture(request, monkeypatch):
         if request.param == "real":
-            return pytest.importorskip(name, reason=f"{name} is not installed")
+            return installed(name)
         if fake is not None:
             for module, content in fake().items():
                 monkeypatch.setitem(sys.modules, module, content)

@@ -21,6 +21,7 @@ PACKAGES = {"PIL": "pillow", "gem": "gem-llm", "yaml": "pyyaml"}
 # The only modules that may import at their head what an extra brings, and the extra; nothing else imports them at its
 # head. None is an environment of its own, which `benchmarks/iteration.py` names where it is missing.
 LATE = {
+    "textenv/feedback/connections.py": "feedback",
     "textenv/feedback/guard.py": "feedback",
     "textenv/feedback/web.py": "feedback",
     "benchmarks/trl_peer.py": None,

@@ -275,7 +275,7 @@ def params():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "words", "ill", "cured"), params())
+@pytest.mark.parametrize(("name", "words", "ill", "cured"), list(params()))
 def test_what_a_cure_says_is_accepted_and_helps(name, words, ill, cured):
     report = examine(name, ill())
     assert any(words in cure for cure in cures(report, name)), str(report)

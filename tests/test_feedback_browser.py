@@ -178,6 +178,43 @@ def test_eight_can_be_ranked(browser, store, serve):
     assert ["abcdefgh"[place] for place in saved(browser, 1, store).value] == shown[::-1]
 
 
+KEYS = {  # by what is asked: the kind, the texts, the scale
+    ("rank", 4, (1, 5)): (
+        "1–4 next best, Backspace last one back, Enter send",
+        "1–4 选下一名，Backspace 撤回一名，Enter 提交",
+    ),
+    ("rank", 2, (1, 5)): (
+        "1–2 next best, Backspace last one back, Enter send",
+        "1–2 选下一名，Backspace 撤回一名，Enter 提交",
+    ),
+    ("score", 1, (1, 5)): ("1–5 score, ← → change, Enter send", "1–5 打分，← → 调整，Enter 提交"),
+    ("score", 3, (0, 10)): (
+        "0–9 score, ↑ ↓ text, ← → change, Enter send",
+        "0–9 打分，↑ ↓ 选择文本，← → 调整，Enter 提交",
+    ),
+    ("score", 1, (8.5, 9.5)): ("9 score, ← → change, Enter send", "9 打分，← → 调整，Enter 提交"),
+    ("score", 1, (-5, -1)): ("← → change, Enter send", "← → 调整，Enter 提交"),
+    ("compare", 2, (1, 5)): ("A or ←, B or →, T equally good, X both bad", "A 或 ←，B 或 →，T 一样好，X 都不好"),
+}
+
+
+def test_the_keys_that_are_named_are_those_that_do_something(browser, store, serve):
+    for number, (kind, n, scale) in enumerate(KEYS):
+        store.add(f"question {number}", ["x"] * n, kind, scale=scale)
+    browser.enter(serve().url)
+    for number, (asked, (english, chinese)) in enumerate(KEYS.items()):
+        browser.shows(f"question {number}")
+        assert browser.texts(".keys") == [f"Keys: {english}, S skip, U undo"]
+        browser.keep(f"keys_{asked[0]}_{number}")
+        browser.driver.get(browser.driver.current_url.split("?")[0] + "?language=zh")
+        browser.shows(f"question {number}")
+        assert browser.texts(".keys") == [f"快捷键: {chinese}，S 跳过，U 撤销"]
+        browser.keep(f"keys_{asked[0]}_{number}_zh")
+        browser.driver.get(browser.driver.current_url.split("?")[0] + "?language=en")
+        browser.shows(f"question {number}")
+        browser.press("s")
+
+
 def test_a_reload_brings_back_the_same_item_and_what_was_begun(browser, store, serve):
     store.add("p", ["w", "x", "y", "z"], kind="rank")
     browser.enter(serve().url)

@@ -45,7 +45,7 @@ def test_all_kinds_are_answered_and_stored(store):
     fill(store)
     client = visit(store)
     state = rate_all(client)
-    assert state == {"item": None, "progress": {"done": 4, "skipped": 0, "left": 0}}
+    assert state == {"item": None, "progress": {"done": 4, "skipped": 0, "left": 0}, "last": 4}
     score, compare, rank, again = found = store.answers()
     assert [answer.kind for answer in found] == ["score", "compare", "rank", "score"]
     assert [answer.repeat for answer in found] == [0, 0, 0, 1]
@@ -74,9 +74,45 @@ def test_reload_skip_and_undo(store):
     number = first["item"]["showing"]
     second = client.post("/api/answer", json={"showing": number, "kind": "skip"}).json()
     assert second["progress"] == {"done": 0, "skipped": 1, "left": 2}
-    back = client.post("/api/undo", json={}).json()
-    assert back == {"undone": True, **first}
-    assert client.post("/api/undo", json={}).json()["undone"] is False
+    assert (first["last"], second["last"]) == (None, 1)
+    assert client.post("/api/undo", json={"answer": 1}).json() == first
+    assert [answer.kind for answer in store.answers()] == []
+
+
+def test_an_undo_sent_again_takes_back_nothing_more(store):
+    fill(store)
+    client = visit(store)
+    state = client.post("/api/next", json={}).json()
+    for _ in range(2):
+        body = {"showing": state["item"]["showing"], "kind": "skip"}
+        state = client.post("/api/answer", json=body).json()
+    undone = [client.post("/api/undo", json={"answer": state["last"]}).json() for _ in range(3)]
+    assert undone[0] == undone[1] == undone[2] and undone[0]["last"] == 1
+    assert [answer.id for answer in store.answers()] == [1]
+    assert client.post("/api/undo", json={"answer": 1}).json()["last"] is None
+    assert store.answers() == []
+
+
+@pytest.mark.parametrize("body", [{}, {"answer": 0}, {"answer": 9}, {"answer": 2}, {"answer": [1]}, {"answer": "1"}])
+def test_what_is_no_answer_of_the_raters_is_not_taken_back(store, body):
+    store.add("p", ["x"], raters=2)
+    for name in ("ann", "bob"):
+        store.score(store.next(name), [1])
+    response = visit(store).post("/api/undo", json=body)
+    assert response.status_code == 400 and "Expected" in response.json()["error"]
+    assert len(store.answers()) == 2
+
+
+@pytest.mark.parametrize("kind", ["score", "compare", "rank", "skip"])
+@pytest.mark.parametrize("value", [[[1], [2]], {"a": 1}, [{"a": 1}, None], [1e999, 2], "a" * 999, True, [[]] * 2])
+def test_values_of_another_shape_are_refused(store, kind, value):
+    store.add("p", ["x", "y"], kind="score" if kind == "skip" else kind)
+    client = visit(store)
+    number = client.post("/api/next", json={}).json()["item"]["showing"]
+    text = json.dumps({"showing": number, "kind": kind, "value": value})
+    response = client.post("/api/answer", content=text, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "Expected" in response.json()["error"]
+    assert store.answers() == []
 
 
 def test_kinds_are_kept_apart(store):
@@ -125,6 +161,10 @@ def test_who_rates_is_asked_and_forgotten(store):
         {"showing": 2, "kind": "skip"},
         {"showing": True, "kind": "skip"},
         {"showing": 2**70, "kind": "skip"},
+        {"showing": 1, "kind": ["rank"], "value": [0, 1, 2]},
+        {"showing": 1, "kind": {}, "value": [0, 1, 2]},
+        {"showing": 1, "kind": "rank", "value": [0, 1, 2], "seconds": [1]},
+        {"showing": 1, "kind": "rank", "value": [0, 1, 2], "models": ["m"]},
         {"showing": "1", "kind": "skip"},
         [],
     ],
@@ -181,7 +221,9 @@ def test_history_filters_and_pages(store, monkeypatch):
     assert [row["prompt"] for row in ann.get("/api/history?search=pROMPT 3").json()["rows"]] == ["Prompt 3"] * 2
     monkeypatch.setattr(web, "PAGE", 4)
     assert [row["id"] for row in ann.get("/api/history?start=8").json()["rows"]] == [3, 2, 1]
-    assert ann.get("/api/history?start=x").status_code == 400
+    for start in ("x", "-1", "9" * 5000, "١"):
+        refused = ann.get("/api/history", params={"start": start})
+        assert refused.status_code == 400 and "Expected `start` to be a whole number" in refused.json()["error"]
 
 
 def test_agreement_that_is_not_known_is_null(store):

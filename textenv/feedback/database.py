@@ -10,24 +10,40 @@ from contextlib import contextmanager
 from typing import Any
 
 APPLICATION = 0x74786662  # what SQLite's header says the file is: "txfb"
-VERSION = 1
+VERSION = 2
 SCHEMA = (
     """CREATE TABLE items (
         id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, prompt TEXT NOT NULL, run TEXT,
-        low REAL NOT NULL, high REAL NOT NULL, raters INTEGER NOT NULL, gold INTEGER NOT NULL, time REAL NOT NULL)""",
+        low REAL NOT NULL, high REAL NOT NULL, raters INTEGER NOT NULL, gold INTEGER NOT NULL, time REAL NOT NULL,
+        answered INTEGER NOT NULL DEFAULT 0)""",
+    "CREATE INDEX open_by_kind ON items (kind, id) WHERE answered < raters",
     """CREATE TABLE completions (
         item INTEGER NOT NULL REFERENCES items, place INTEGER NOT NULL, text TEXT NOT NULL, model TEXT,
         PRIMARY KEY (item, place)) WITHOUT ROWID""",
     """CREATE TABLE showings (
         id INTEGER PRIMARY KEY AUTOINCREMENT, item INTEGER NOT NULL REFERENCES items, rater TEXT NOT NULL,
-        repeat INTEGER NOT NULL, places TEXT NOT NULL, handed REAL NOT NULL, UNIQUE (item, rater, repeat))""",
-    "CREATE INDEX showings_of_a_rater ON showings (rater)",
+        kind TEXT NOT NULL, repeat INTEGER NOT NULL, places TEXT NOT NULL, handed REAL NOT NULL,
+        is_open INTEGER NOT NULL DEFAULT 1, due INTEGER NOT NULL DEFAULT 0, owed INTEGER NOT NULL DEFAULT 0,
+        UNIQUE (item, rater, repeat))""",
+    "CREATE INDEX open_showings ON showings (rater, kind, handed, id) WHERE is_open",
+    "CREATE INDEX due_showings ON showings (rater, kind, due) WHERE due > 0",
     # numbers are never used again, and there is one writer at a time: a reader who goes by them misses nothing
     """CREATE TABLE answers (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, showing INTEGER NOT NULL REFERENCES showings, kind TEXT NOT NULL,
-        value TEXT NOT NULL, seconds REAL, time REAL NOT NULL, stands INTEGER NOT NULL,
+        id INTEGER PRIMARY KEY AUTOINCREMENT, showing INTEGER NOT NULL REFERENCES showings, rater TEXT NOT NULL,
+        kind TEXT NOT NULL, value TEXT NOT NULL, seconds REAL, time REAL NOT NULL, stands INTEGER NOT NULL,
         undoes INTEGER UNIQUE REFERENCES answers)""",
     "CREATE UNIQUE INDEX one_standing_answer ON answers (showing) WHERE stands",
+    "CREATE INDEX standing_answers ON answers (rater, id) WHERE stands",
+    # counts, which `queues` keeps; gold items count twice in n, owed and seen
+    "CREATE TABLE open_items (kind TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE raters (
+        rater TEXT NOT NULL, kind TEXT NOT NULL, last INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
+        skipped INTEGER NOT NULL DEFAULT 0, owed INTEGER NOT NULL DEFAULT 0, seen INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (rater, kind)) WITHOUT ROWID""",
+    """CREATE TABLE passed (
+        rater TEXT NOT NULL, kind TEXT NOT NULL, item INTEGER NOT NULL REFERENCES items,
+        PRIMARY KEY (rater, kind, item)) WITHOUT ROWID""",
+    "CREATE INDEX passed_items ON passed (item)",
 )
 
 

@@ -12,7 +12,7 @@ from textenv.extras import needs
 
 with needs("feedback", "starlette", "the rating page"):
     from starlette.datastructures import MutableHeaders
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, RedirectResponse, Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -82,7 +82,10 @@ class Guard:
         request = Request(scope, receive)
         response = self._refuse_site(request) or self._refuse_stranger(request)
         if response is None:
-            body = await _read(request)
+            try:
+                body = await _read(request)
+            except ClientDisconnect:  # in the middle of it: nobody is there to be answered
+                return
             if body is not None:
                 await self.app(scope, _replay(body, receive), send_guarded)
                 return

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from textenv.feedback.database import Database
+from textenv.feedback.queues import Queues
 from textenv.feedback.records import (
     Answer,
     Choice,
@@ -27,37 +28,9 @@ from textenv.feedback.records import (
 )
 
 LEASE = 600.0  # seconds for which an item that was shown counts as being in a rater's hands
-GOLD_GAP = 10  # answers of a rater between the two times that a gold item is shown
 
-# An item is offered to a rater who never saw it until enough others answered it; what others have in hand comes last.
-_FRESH = """
-SELECT items.id, gold, raters,
-    (SELECT count(DISTINCT rater) FROM showings JOIN answers ON showing = showings.id
-        WHERE item = items.id AND stands AND answers.kind != 'skip') AS answered,
-    (SELECT count(*) FROM showings WHERE item = items.id AND handed > :since
-        AND NOT EXISTS (SELECT 1 FROM answers WHERE showing = showings.id AND stands)) AS held
-FROM items WHERE kind = coalesce(:kind, kind) AND answered < raters
-    AND NOT EXISTS (SELECT 1 FROM showings WHERE item = items.id AND rater = :rater)
-ORDER BY answered + held >= raters, items.id
-"""
-_OPEN = """
-SELECT showings.id, gold AND NOT repeat AS comes_again FROM showings JOIN items ON items.id = item
-WHERE rater = :rater AND kind = coalesce(:kind, kind)
-    AND NOT EXISTS (SELECT 1 FROM answers WHERE showing = showings.id AND stands)
-ORDER BY handed DESC, showings.id DESC
-"""
-# Gold items that the rater answered once, with the number of answers that the rater gave since.
-_REPEATS = """
-SELECT items.id,
-    (SELECT count(*) FROM answers AS later JOIN showings AS other ON other.id = later.showing
-        WHERE other.rater = :rater AND later.stands AND later.id > answers.id) AS since
-FROM items JOIN showings ON item = items.id JOIN answers ON showing = showings.id
-WHERE gold AND rater = :rater AND stands AND answers.kind != 'skip' AND items.kind = coalesce(:kind, items.kind)
-    AND NOT EXISTS (SELECT 1 FROM showings WHERE item = items.id AND rater = :rater AND repeat = 1)
-ORDER BY answers.id
-"""
 _ANSWERS = """
-SELECT answers.*, item, rater, repeat, places, prompt, run, low, high
+SELECT answers.*, item, repeat, places, prompt, run, low, high
 FROM answers JOIN showings ON showings.id = showing JOIN items ON items.id = item
 WHERE answers.id > :since AND (stands OR undoes <= :since) ORDER BY answers.id
 """
@@ -98,6 +71,7 @@ class FeedbackStore:
     def __init__(self, path: str | os.PathLike[str], timeout: float = 30.0, seed: int | None = None) -> None:
         self.path = os.fspath(path)
         self._db = Database(self.path, timeout)
+        self._queues = Queues(self._db)
         self._random = random.Random(seed)
 
     def close(self) -> None:
@@ -170,6 +144,7 @@ class FeedbackStore:
         )
         for place, (text, model) in enumerate(zip(completions, models, strict=True)):
             self._db.insert("completions", item=item, place=place, text=str(text), model=model)
+        self._queues.add(item, kind, gold)
         return item
 
     def next(self, rater: str, kind: Kind | None = None) -> Item | None:
@@ -179,17 +154,17 @@ class FeedbackStore:
         those in other raters' hands last, then the gold items that are left.
         """
         rater = check_rater(rater)
-        asked = {"rater": rater, "kind": kind, "since": time.time() - LEASE}
         with self._db.writing():
-            unanswered = self._db.execute(_OPEN, asked).fetchone()
-            if unanswered is not None:
-                self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), unanswered["id"]))
-                return self._item(unanswered["id"])
-            repeated = self._db.execute(_REPEATS, asked).fetchone()
-            fresh = self._db.execute(_FRESH, asked).fetchone()
-            if repeated is not None and (fresh is None or repeated["since"] >= GOLD_GAP):
-                return self._show(repeated["id"], rater, repeat=1)
-            return None if fresh is None else self._show(fresh["id"], rater, repeat=0)
+            found = self._queues.next(rater, kind, time.time() - LEASE)
+            if found is None:
+                return None
+            if found.showing is not None:
+                self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), found.showing))
+                return self._item(found.showing)
+            assert found.item is not None, "a showing or an item"
+            if not found.repeat:
+                self._queues.move_on(rater, found.item)
+            return self._show(found.item, rater, found.repeat)
 
     def _show(self, item: int, rater: str, repeat: int) -> Item:
         n = self._db.execute("SELECT count(*) FROM completions WHERE item = ?", (item,)).fetchone()[0]
@@ -200,12 +175,15 @@ class FeedbackStore:
         return self._item(self._insert_showing(item, rater, repeat, places))
 
     def _insert_showing(self, item: int, rater: str, repeat: int, places: Sequence[int]) -> int:
-        drawn = json.dumps(list(places))
-        return self._db.insert("showings", item=item, rater=rater, repeat=repeat, places=drawn, handed=time.time())
+        kind = self._db.execute("SELECT kind FROM items WHERE id = ?", (item,)).fetchone()["kind"]
+        row = dict(item=item, rater=rater, kind=kind, repeat=repeat, places=json.dumps(list(places)))
+        showing = self._db.insert("showings", **row, handed=time.time())
+        self._queues.show(showing, item, rater, repeat)
+        return showing
 
     def _item(self, showing: int) -> Item:
         row = self._db.execute(
-            "SELECT item, rater, places, kind, prompt, low, high FROM showings JOIN items ON items.id = item "
+            "SELECT item, rater, places, items.kind, prompt, low, high FROM showings JOIN items ON items.id = item "
             "WHERE showings.id = ?",
             (showing,),
         ).fetchone()
@@ -255,7 +233,7 @@ class FeedbackStore:
         """
         _check_kind(item, "compare")
         places = {"a": item.order[0], "b": item.order[1], "tie": "tie", "both_bad": "both_bad"}
-        if choice not in places:
+        if not isinstance(choice, str) or choice not in places:
             raise ValueError(f"Expected one of {', '.join(places)}, got {choice!r:.80}.")
         return self._answer(item, "compare", check_value("compare", places[choice], 2, item.scale), seconds)
 
@@ -282,36 +260,57 @@ class FeedbackStore:
         with self._db.writing():
             row = self._db.execute("SELECT * FROM answers WHERE showing = ? AND stands", (item.showing,)).fetchone()
             if row is None:
-                return self._insert_answer(item.showing, kind, value, seconds, time.time())
+                return self._insert_answer(item.showing, item.rater, kind, value, seconds, time.time())
             if (row["kind"], row["value"]) == (kind, json.dumps(value)):
                 return int(row["id"])  # sent again by someone who did not hear that it arrived
             raise ValueError(
                 f"Expected an unanswered item, got item {item.id}, answered by {item.rater}. Undo it first."
             )
 
-    def _insert_answer(self, showing: int, kind: str, value: Value, seconds: float | None, when: float) -> int:
-        row = dict(showing=showing, kind=kind, value=json.dumps(value), seconds=seconds, time=when, stands=True)
-        return self._db.insert("answers", **row)
+    def _insert_answer(
+        self, showing: int, rater: str, kind: str, value: Value, seconds: float | None, when: float
+    ) -> int:
+        row = dict(showing=showing, rater=rater, kind=kind, value=json.dumps(value), seconds=seconds, time=when)
+        answer = self._db.insert("answers", **row, stands=True)
+        self._queues.answer(showing, kind)
+        return answer
 
-    def undo(self, rater: str) -> Item | None:
-        """Take the rater's last answer or skip back, and return its item, which is the rater's next; None without one.
+    def last_answer(self, rater: str) -> int | None:
+        """Return the number of the rater's last answer or skip that counts, which `undo` takes back, or None."""
+        with self._db.reading():
+            return self._last_answer(check_rater(rater))
 
-        Done again it takes back the answer before.
+    def _last_answer(self, rater: str) -> int | None:
+        last = "SELECT id FROM answers WHERE rater = ? AND stands ORDER BY id DESC LIMIT 1"
+        row = self._db.execute(last, (rater,)).fetchone()
+        return None if row is None else int(row["id"])
+
+    def undo(self, rater: str, answer: int | None = None) -> Item | None:
+        """Take an answer or skip of the rater's back, and return its item, which is the rater's next; None without one.
+
+        Args:
+            rater: Who takes it back.
+            answer: Its number; the last one by default. Done again without a number, it takes back the answer before;
+                with the number it changes nothing, as for someone who did not hear that it was done.
+
+        Raises:
+            ValueError: If the rater gave no such answer.
         """
         rater = check_rater(rater)
         with self._db.writing():
-            last = self._db.execute(
-                "SELECT answers.id, showing FROM answers JOIN showings ON showings.id = showing "
-                "WHERE rater = ? AND stands ORDER BY answers.id DESC",
-                (rater,),
-            ).fetchone()
-            if last is None:
+            number = self._last_answer(rater) if answer is None else answer
+            if number is None:
                 return None
-            self._db.execute("UPDATE answers SET stands = 0 WHERE id = ?", (last["id"],))
-            row = dict(showing=last["showing"], kind="undo", value="null", time=time.time(), stands=False)
-            self._db.insert("answers", **row, undoes=last["id"])
-            self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), last["showing"]))
-            return self._item(last["showing"])
+            row = self._db.execute("SELECT * FROM answers WHERE id = ?", (number,)).fetchone()
+            if row is None or row["rater"] != rater or row["kind"] == "undo":
+                raise ValueError(f"Expected the number of an answer that {rater} gave, got {number}.")
+            if row["stands"]:
+                self._db.execute("UPDATE answers SET stands = 0 WHERE id = ?", (number,))
+                undo = dict(showing=row["showing"], rater=rater, kind="undo", value="null", time=time.time())
+                self._db.insert("answers", **undo, stands=False, undoes=number)
+                self._queues.answer(row["showing"], row["kind"], by=-1)
+                self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), row["showing"]))
+            return self._item(row["showing"])
 
     def answers(self, since: int = 0) -> list[Answer]:
         """Return the answers that count and were written after answer `since`, in the order of writing.
@@ -347,28 +346,14 @@ class FeedbackStore:
         item = self._add(*question, record.models, record.run, scale=record.scale)
         n = len(record.completions)
         value = check_value(record.kind, record.value, n, record.scale)
-        showing = self._insert_showing(item, check_rater(record.rater), repeat=0, places=range(n))
-        when = check_seconds("time", record.time)
-        return self._insert_answer(
-            showing, record.kind, value, check_seconds("seconds", record.seconds), when or time.time()
-        )
+        rater, when = check_rater(record.rater), check_seconds("time", record.time) or time.time()
+        showing = self._insert_showing(item, rater, repeat=0, places=range(n))
+        return self._insert_answer(showing, rater, record.kind, value, check_seconds("seconds", record.seconds), when)
 
     def progress(self, rater: str, kind: Kind | None = None) -> Progress:
         """Return how far a rater is."""
-        rater = check_rater(rater)
-        asked = {"rater": rater, "kind": kind, "since": time.time() - LEASE}
         with self._db.reading():
-            counts = dict(
-                self._db.execute(
-                    "SELECT answers.kind = 'skip', count(*) FROM answers JOIN showings ON showings.id = showing "
-                    "JOIN items ON items.id = item WHERE rater = :rater AND stands "
-                    "AND items.kind = coalesce(:kind, items.kind) GROUP BY 1",
-                    asked,
-                ).fetchall()
-            )
-            unanswered, repeats, fresh = (self._db.execute(s, asked).fetchall() for s in (_OPEN, _REPEATS, _FRESH))
-        left = sum(1 + row["comes_again"] for row in unanswered) + len(repeats) + sum(1 + row["gold"] for row in fresh)
-        return Progress(counts.get(0, 0), counts.get(1, 0), left)
+            return self._queues.progress(check_rater(rater), kind)
 
 
 def _check_kind(item: Item, kind: str) -> None:

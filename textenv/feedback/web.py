@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote, urlencode
 
 from textenv.extras import needs
 from textenv.feedback.agreement import agreement, self_agreement
+from textenv.feedback.connections import BoundedConnection
 from textenv.feedback.exchange import rows_of
 from textenv.feedback.guard import Guard
 from textenv.feedback.records import Answer, Item, Kind, check_rater
@@ -90,7 +91,7 @@ class Pages:
 
     async def enter(self, request: Request) -> Response:
         """Remember who rates; without a name, forget it."""
-        body = await _body(request)
+        body = await _body(request, "rater")
         response = JSONResponse({})
         if body.get("rater") is None:
             response.delete_cookie("rater", httponly=True, samesite="strict")
@@ -100,30 +101,31 @@ class Pages:
         return response
 
     async def next(self, request: Request) -> Response:
-        rater = _known_rater(request)
+        rater, _ = _known_rater(request), await _body(request)
         return JSONResponse(await run_in_threadpool(self._state, rater))
 
     async def answer(self, request: Request) -> Response:
         """Write an answer; what comes back is the next item, and the sign that the answer is on the disk."""
-        rater, body = _known_rater(request), await _body(request)
+        rater, body = _known_rater(request), await _body(request, "showing", "kind", "value", "seconds")
         return JSONResponse(await run_in_threadpool(self._answer, rater, body))
 
     async def undo(self, request: Request) -> Response:
-        rater = _known_rater(request)
-        item = await run_in_threadpool(self.store.undo, rater)
-        return JSONResponse({"undone": item is not None, **await run_in_threadpool(self._state, rater)})
+        """Take back the answer that the page names: a request that comes twice takes back one."""
+        rater, body = _known_rater(request), await _body(request, "answer")
+        return JSONResponse(await run_in_threadpool(self._undo, rater, body))
 
     def _state(self, rater: str) -> dict[str, Any]:
         item = self.store.next(rater, self.kind)
         progress = self.store.progress(rater, self.kind)
-        return {"item": None if item is None else _shown(item), "progress": progress._asdict()}
+        shown = None if item is None else _shown(item)
+        return {"item": shown, "progress": progress._asdict(), "last": self.store.last_answer(rater)}
 
     def _answer(self, rater: str, body: dict[str, Any]) -> dict[str, Any]:
-        number, kind, seconds = body.get("showing"), body.get("kind"), body.get("seconds")
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 2**63:
-            raise ValueError(f"Expected `showing` to be the number of a showing, got {number!r:.80}.")
-        item = self.store.showing(number, rater)
+        item = self.store.showing(_number_in(body, "showing"), rater)
+        kind, seconds = body.get("kind"), body.get("seconds")
         if kind == "skip":
+            if body.get("value") is not None:
+                raise ValueError(f"Expected no value where an item is skipped, got {body['value']!r:.80}.")
             self.store.skip(item, seconds)
         elif kind == "score":
             self.store.score(item, body.get("value"), seconds)  # type: ignore[arg-type]
@@ -135,12 +137,16 @@ class Pages:
             raise ValueError(f"Expected `kind` to be score, compare, rank or skip, got {kind!r:.80}.")
         return self._state(rater)
 
+    def _undo(self, rater: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.store.undo(rater, _number_in(body, "answer"))
+        return self._state(rater)
+
     def answers(self, request: Request) -> Response:
         """Return a page of the history, the newest first, and how far raters agree."""
         rater = _known_rater(request)
         every = self.store.answers()
         found = [answer for answer in reversed(every) if _matches(answer, request)]
-        start = max(0, int(request.query_params.get("start", "0")))
+        start = _start(request)
         raters = sorted({answer.rater for answer in every} | {rater})
         between = {kind: {**one._asdict(), "alpha": _number(one.alpha)} for kind, one in agreement(every).items()}
         own = {name: one._asdict() for name, one in self_agreement(every).items()}
@@ -227,9 +233,11 @@ def serve(
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     query = "" if token is None else "?" + urlencode({"token": token})
     announce(f"http://{shown}:{listening.getsockname()[1]}/{query}")
-    # no access log: it would hold the token
-    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-    config = uvicorn.Config(app, ws="none", lifespan="off", proxy_headers=False, timeout_graceful_shutdown=3, **quiet)
+    # no access log: it would hold the token; no warnings: anybody can send what is no request, and fill the disk
+    quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
+    plain: dict[str, Any] = {"ws": "none", "lifespan": "off", "proxy_headers": False, **quiet}
+    # backlog: asyncio accepts as many at once, before one of them is counted
+    config = uvicorn.Config(app, http=BoundedConnection, backlog=64, timeout_graceful_shutdown=3, **plain)
     with suppress(KeyboardInterrupt), listening:  # Ctrl+C is how it ends
         uvicorn.Server(config).run(sockets=[listening])
 
@@ -241,14 +249,31 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request, *names: str) -> dict[str, Any]:
+    """Return the object that was sent, of values by these names alone."""
     try:
         body = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected JSON, got {type(error).__name__}.") from error
-    if not isinstance(body, dict):
-        raise ValueError(f"Expected an object, got {body!r:.80}.")
+    if not isinstance(body, dict) or not body.keys() <= set(names):
+        expected = f"an object of {', '.join(names)}" if names else "an empty object"
+        raise ValueError(f"Expected {expected}, got {body!r:.80}.")
     return body
+
+
+def _number_in(body: dict[str, Any], name: str) -> int:
+    number = body.get(name)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 2**63:
+        raise ValueError(f"Expected `{name}` to be the number of one, got {number!r:.80}.")
+    return number
+
+
+def _start(request: Request) -> int:
+    """Return the place of the first answer of the history that is asked for."""
+    start = request.query_params.get("start", "0")
+    if not re.fullmatch("[0-9]{1,18}", start):
+        raise ValueError(f"Expected `start` to be a whole number from 0, got {start!r:.80}.")
+    return int(start)
 
 
 def _rater(request: Request) -> str:

@@ -1,4 +1,5 @@
 // The three kinds of question. Each draws the completions of an item into a place and returns
+//   keys: what its keys do, as it stands below the item;
 //   key(event): whether the key was one of its own;
 //   value(): the answer as the server wants it, or null while it is not complete.
 // `draft` is what a reload brings back; `changed` is called whenever it changes, `send(value)` to answer at once.
@@ -10,6 +11,13 @@ function card(label, text) {
   const made = element("article", "card completion");
   made.append(element("span", "label", label), element("p", "text", trimmed(text)));
   return made;
+}
+
+// What the number keys that are in use do, as "1–4 next best"; nothing where none is.
+function numbered(name, digits) {
+  if (!digits.length) return [];
+  const [first, last] = [digits[0], digits.at(-1)];
+  return [words[name].replace("{digits}", first === last ? first : `${first}–${last}`)];
 }
 
 function score(item, place, draft, changed) {
@@ -64,7 +72,10 @@ function score(item, place, draft, changed) {
   }
   show();
   const complete = () => rows.every((_, number) => Number.isFinite(draft[number]));
-  return { key, value: () => (complete() ? rows.map((_, number) => draft[number]) : null) };
+  const digits = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].filter((digit) => digit >= low && digit <= high);
+  const walks = rows.length > 1 ? [words.keys_text] : [];
+  const keys = [...numbered("keys_score", digits), ...walks, words.keys_change, words.keys_send];
+  return { keys, key, value: () => (complete() ? rows.map((_, number) => draft[number]) : null) };
 }
 
 function compare(item, place, draft, changed, send) {
@@ -93,7 +104,7 @@ function compare(item, place, draft, changed, send) {
     if (choice) send(choice);
     return Boolean(choice);
   }
-  return { key, value: () => null };
+  return { keys: [words.keys_compare], key, value: () => null };
 }
 
 function rank(item, place, draft, changed) {
@@ -151,13 +162,15 @@ function rank(item, place, draft, changed) {
   function key(event) {
     const number = Number(event.key) - 1;
     if (event.key === "Backspace") back();
-    else if (/^[1-8]$/.test(event.key) && number < count) {
+    else if (/^[1-9]$/.test(event.key) && number < count) {
       if (!draft.includes(number)) toggle(number);
     } else return false;
     return true;
   }
   show();
-  return { key, value: () => (draft.length === count ? [...draft] : null) };
+  const digits = item.completions.map((_, number) => number + 1);
+  const keys = [...numbered("keys_rank", digits), words.keys_back, words.keys_send];
+  return { keys, key, value: () => (draft.length === count ? [...draft] : null) };
 }
 
 export const kinds = { score, compare, rank };

@@ -5,6 +5,7 @@ import { byId, call, words } from "./page.js";
 
 const POLL = 3000; // ms between looks for new items when there are none
 let item = null;
+let last = null; // the number of the answer that undo takes back: asked for twice, it is taken back once
 let asked = null; // what kinds.js made of it
 let draft = [];
 let busy = false;
@@ -28,7 +29,8 @@ function show(state) {
   byId("item").hidden = byId("skip").hidden = !item;
   byId("nothing").hidden = Boolean(item);
   document.querySelector(".keys").hidden = !item;
-  byId("undo").disabled = done + skipped === 0;
+  last = state.last;
+  byId("undo").disabled = last === null;
   if (!item) {
     asked = null;
     byId("send").hidden = true;
@@ -42,12 +44,12 @@ function draw() {
   const one = item.kind === "score" && item.completions.length === 1;
   byId("question").textContent = words[one ? "ask_score_one" : `ask_${item.kind}`];
   byId("prompt").textContent = item.prompt;
-  byId("keys").textContent = words[`keys_${item.kind}`];
   byId("send").hidden = item.kind === "compare";
   byId("answer").replaceChildren();
   byId("item").dataset.kind = item.kind;
   asked = null;
   asked = kinds[item.kind](item, byId("answer"), draft, changed, (value) => send(item.kind, value));
+  byId("keys").textContent = [...asked.keys, words.keys_all].join(words.comma);
   changed();
   seconds = 0;
   since = document.hidden ? null : performance.now();
@@ -83,7 +85,7 @@ function send(kind, value) {
 
 const submit = () => asked && send(item.kind, asked.value());
 const skip = () => send("skip", null);
-const undo = () => exchange("/api/undo", {}, (state) => (state.undone ? words.undone : words.nothing_to_undo));
+const undo = () => (last === null ? say(words.nothing_to_undo) : exchange("/api/undo", { answer: last }, () => words.undone));
 
 byId("send").addEventListener("click", submit);
 byId("skip").addEventListener("click", skip);

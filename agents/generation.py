@@ -127,7 +127,9 @@ def fitting_length(policy: LMPolicy, n_prompt: int, wanted: int) -> int:
     try:
         policy.lm.backbone.check_length(n_prompt, wanted)
     except LengthError as error:
-        if error.excess is None or error.excess >= wanted:
+        if error.excess is None:
+            raise
+        if error.excess >= wanted:
             raise ValueError(
                 f"Expected prompts that leave the model room for a text, got one of {n_prompt} tokens ({error.fact}): "
                 "shorten it, or give max_prompt_tokens and truncation_side, which cut prompts."

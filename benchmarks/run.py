@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from work import Row, Settings, arguments, finish, prepare, settings
 
-SCRIPTS = ("rollout", "update", "iteration", "adapters", "masks", "late_scores", "overhead", "memory", "growth")
+SCRIPTS = (
+    *("rollout", "update", "iteration", "adapters", "masks", "late_scores", "overhead", "memory", "growth"),
+    "feedback",
+)
 LIBRARIES = ("torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
 
 

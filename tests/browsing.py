@@ -98,6 +98,17 @@ class Browser:
         else:
             chain.send_keys(*keys).perform()
 
+    def drag(self, selector, start, end):
+        """Drag one of a list's rows to the place of another."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        rows = self.all(selector)
+        gap = rows[end].rect["y"] - rows[start].rect["y"]
+        chain = ActionChains(self.driver).click_and_hold(rows[start])
+        chain.move_by_offset(0, int(gap / 2)).move_by_offset(
+            0, int(gap / 2 + (4 if gap > 0 else -4))
+        ).release().perform()
+
     def run(self, script, *arguments):
         return self.driver.execute_script(script, *arguments)
 

@@ -95,7 +95,7 @@ def test_a_bare_path_is_loaded_by_name_again(tmp_path):
     loaded = PPO.load(tmp_path / "agent.zip", device="cpu")
     assert torch.equal(log_probabilities(loaded.policy), log_probabilities(model.policy))
     shutil.rmtree(path)
-    with pytest.raises(ValueError, match="model.*there is no such folder"):
+    with pytest.raises(ValueError, match=r"model.*there is no such folder"):
         PPO.load(tmp_path / "agent.zip", device="cpu")
 
 

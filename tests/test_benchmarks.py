@@ -88,6 +88,7 @@ def test_all_scripts_run(tmp_path):
         "update of a token",
         "SB3, env",
         "buffer, ",
+        "rating page, ",
     )
     for claim in (*claims, "PPO iteration with KL (", "masked step, ", "masks stored, ", LATE):
         mine = [row for row in rows if row["claim"].startswith(claim)]

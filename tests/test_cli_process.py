@@ -112,7 +112,7 @@ def test_exit_codes_of_rewards(name, place):
         (["trian"], "did you mean 'train'?"),
         (["train", "--algorithm.learning_rat=1"], "did you mean 'algorithm.learning_rate'?"),
         (["train", "--resume=nowhere"], "Expected the folder of a run, got nowhere"),
-        (["train", "--model.name=./nowhere", "--out=none"], "Expected the tokenizer of './nowhere'"),
+        (["train", "--model.name=./nowhere", "--out=none"], "got './nowhere': there is no such folder"),
         (["evaluate", "small"], "Expected the folder of a run, got small"),
     ],
 )

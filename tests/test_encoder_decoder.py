@@ -177,6 +177,8 @@ def test_each_half_has_its_own_limit():
             policy.get_distribution(rows)
     with pytest.raises(ValueError, match="the encoder's 8 positions"):
         generate(policy, ["a" * 9], CharTokenizer())
+    with pytest.warns(UserWarning, match="at most 7 tokens, not 64"):
+        assert len(generate(policy, ["a" * 8], CharTokenizer(), stop_ids=())[0].ids) == 7
 
 
 def test_no_token_to_begin_with():

@@ -27,7 +27,7 @@ def chromium():
 
 
 @pytest.fixture
-def browser(chromium):
+def browser(chromium, serve):  # whose servers end after it has been asked: the page goes on to look for new items
     chromium.forget()
     yield chromium
     assert chromium.complaints() == []
@@ -152,21 +152,12 @@ def test_rank_by_number_keys_and_by_dragging(browser, store, serve):
         if not card.find_element("css selector", ".badge").text:
             card.click()
     assert preview() == shown
-    drag(browser, 3, 0)
+    browser.drag(".order li", 3, 0)
     assert preview() == [shown[place] for place in (3, 0, 1, 2)]
-    drag(browser, 0, 2)
+    browser.drag(".order li", 0, 2)
     assert preview() == [shown[place] for place in (0, 1, 3, 2)]
     browser.one("#send").click()
     assert [texts[place] for place in saved(browser, 2, store).value] == [shown[place] for place in (0, 1, 3, 2)]
-
-
-def drag(browser, start, end):
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    rows = browser.all(".order li")
-    gap = rows[end].rect["y"] - rows[start].rect["y"]
-    chain = ActionChains(browser.driver).click_and_hold(rows[start])
-    chain.move_by_offset(0, int(gap / 2)).move_by_offset(0, int(gap / 2 + (4 if gap > 0 else -4))).release().perform()
 
 
 def test_eight_can_be_ranked(browser, store, serve):
@@ -178,40 +169,27 @@ def test_eight_can_be_ranked(browser, store, serve):
     assert ["abcdefgh"[place] for place in saved(browser, 1, store).value] == shown[::-1]
 
 
-KEYS = {  # by what is asked: the kind, the texts, the scale
-    ("rank", 4, (1, 5)): (
-        "1–4 next best, Backspace last one back, Enter send",
-        "1–4 选下一名，Backspace 撤回一名，Enter 提交",
-    ),
-    ("rank", 2, (1, 5)): (
-        "1–2 next best, Backspace last one back, Enter send",
-        "1–2 选下一名，Backspace 撤回一名，Enter 提交",
-    ),
-    ("score", 1, (1, 5)): ("1–5 score, ← → change, Enter send", "1–5 打分，← → 调整，Enter 提交"),
-    ("score", 3, (0, 10)): (
-        "0–9 score, ↑ ↓ text, ← → change, Enter send",
-        "0–9 打分，↑ ↓ 选择文本，← → 调整，Enter 提交",
-    ),
-    ("score", 1, (8.5, 9.5)): ("9 score, ← → change, Enter send", "9 打分，← → 调整，Enter 提交"),
-    ("score", 1, (-5, -1)): ("← → change, Enter send", "← → 调整，Enter 提交"),
-    ("compare", 2, (1, 5)): ("A or ←, B or →, T equally good, X both bad", "A 或 ←，B 或 →，T 一样好，X 都不好"),
-}
+KEYS = (  # what is asked: the kind, the texts, the scale; and what the line of keys begins with
+    ("rank", 4, (1, 5), "1–4 next best, Backspace", "1–4 选下一名，Backspace"),
+    ("score", 1, (1, 5), "1–5 score, ← → change, Enter", "1–5 打分，← → 调整，Enter"),
+    ("score", 3, (0, 10), "0–9 score, ↑ ↓ text, ← →", "0–9 打分，↑ ↓ 选择文本，← →"),
+    ("score", 1, (8.5, 9.5), "9 score, ← →", "9 打分，← →"),
+    ("score", 1, (-5, -1), "← → change", "← → 调整"),
+    ("compare", 2, (1, 5), "A or ←, B or →", "A 或 ←，B 或 →"),
+)
 
 
 def test_the_keys_that_are_named_are_those_that_do_something(browser, store, serve):
-    for number, (kind, n, scale) in enumerate(KEYS):
+    for number, (kind, n, scale, *_) in enumerate(KEYS):
         store.add(f"question {number}", ["x"] * n, kind, scale=scale)
-    browser.enter(serve().url)
-    for number, (asked, (english, chinese)) in enumerate(KEYS.items()):
-        browser.shows(f"question {number}")
-        assert browser.texts(".keys") == [f"Keys: {english}, S skip, U undo"]
-        browser.keep(f"keys_{asked[0]}_{number}")
-        browser.driver.get(browser.driver.current_url.split("?")[0] + "?language=zh")
-        browser.shows(f"question {number}")
-        assert browser.texts(".keys") == [f"快捷键: {chinese}，S 跳过，U 撤销"]
-        browser.keep(f"keys_{asked[0]}_{number}_zh")
-        browser.driver.get(browser.driver.current_url.split("?")[0] + "?language=en")
-        browser.shows(f"question {number}")
+    browser.enter(url := serve().url)
+    for number, (kind, _, _, *heads) in enumerate(KEYS):
+        for language, first, head, last in zip(("en", "zh"), ("Keys: ", "快捷键: "), heads, ("U undo", "U 撤销")):
+            browser.driver.get(f"{url}?language={language}")
+            browser.shows(f"question {number}")
+            [line] = browser.texts(".keys")
+            assert line.startswith(first + head) and line.endswith(last), line
+            browser.keep(f"keys_{kind}_{number}_{language}")
         browser.press("s")
 
 

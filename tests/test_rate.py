@@ -231,8 +231,7 @@ def test_the_page_serves_what_was_asked(model, here, pexpect):
 
 def test_a_page_that_others_can_reach_needs_a_token(here, capsys):
     pytest.importorskip("uvicorn")
-    FeedbackStore("ratings.db").close()
-    assert run("rate", "--web", "--host", "0.0.0.0") == 2
+    assert run("rate", "--db", "ratings.db", "--web", "--host", "0.0.0.0") == 2
     assert "Expected a `token` to listen on 0.0.0.0" in capsys.readouterr().err
 
 

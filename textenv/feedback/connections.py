@@ -34,7 +34,7 @@ class BoundedConnection(H11Protocol):
         """Take up a connection, for which another may have to go."""
         super().connection_made(transport)
         self._made = self.loop.time()
-        self._limit = self.loop.call_later(REQUEST_SECONDS, transport.abort)
+        self._limit = self.loop.call_later(REQUEST_SECONDS, transport.close)
         every = [one for one in self.connections if isinstance(one, BoundedConnection)]
         same = [one for one in every if one._address() == self._address()]
         if len(same) > FROM_ONE_ADDRESS:
@@ -54,7 +54,7 @@ class BoundedConnection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take up bytes: of a request that has its time, until it is whole."""
         if self._limit is None:
-            self._limit = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+            self._limit = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
         super().data_received(data)
         if not self.owes_request:
             self._stop_clock()

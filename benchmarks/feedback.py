@@ -1,0 +1,66 @@
+"""What an answer costs the rating page: in a store of 100,000 items, against one of 100.
+
+    python benchmarks/feedback.py [--quick]
+
+An answer as the page has it: the next item, the answer to it, how far the rater is, and the answer taken back. In both
+stores the rater has answered half of the items, which other raters are still to answer, and a tenth are gold. The files
+lie in memory where there is such a folder: a disk's time to keep an answer is the same in both.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from work import Row, Settings, pairs, run_script
+
+from textenv.feedback.store import FeedbackStore
+
+SIZES = (100, 100_000)
+SMOKE_SIZES = (40, 400)
+ANSWERS = 50  # a measurement
+MOST = 2.0
+MEMORY = Path("/dev/shm")
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure all rows."""
+    small, large = SMOKE_SIZES if settings.smoke else SIZES
+    claim = f"rating page, an answer, {large:,} items against {small:,}, time"
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        one, other = (filled(Path(folder) / f"{n}.db", n) for n in (small, large))
+        with one, other:
+            result = pairs(lambda: answers(one), lambda: answers(other), settings.n_pairs)
+    each = [f"{1000 / speed:,.2f} ms/answer" for speed in (result.b, result.a)]
+    target = f"<= {MOST:.2f}x (less is better)"
+    return [Row(claim, *each, result.ratio, result.spread, target, result.ratio <= MOST)]
+
+
+def filled(path: Path, n: int) -> FeedbackStore:
+    """A store of n items, of which a rater has answered half."""
+    store = FeedbackStore(path, seed=0)
+    for number in range(n):
+        store.add(f"prompt {number}", [" good.", " bad."], "compare", raters=2, gold=number % 10 == 0)
+    for _ in range(n // 2):
+        answer(store)
+    return store
+
+
+def answer(store: FeedbackStore) -> None:
+    """Answer what comes next."""
+    shown = store.next("ann")
+    assert shown is not None
+    store.choose(shown, "a", seconds=1.5)
+
+
+def answers(store: FeedbackStore) -> int:
+    """Answer as the page does, and take each back, so that all measurements find the same; return how many."""
+    for _ in range(ANSWERS):
+        answer(store)
+        assert store.progress("ann").left > 0
+        assert store.undo("ann", store.last_answer("ann")) is not None
+    return ANSWERS
+
+
+if __name__ == "__main__":
+    run_script(__doc__, measure)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas
 
+from textenv.json_files import read_json
+
 from .config import Named, TrainConfig
 from .files import write_text
 from .run_folder import RunFolder
@@ -95,7 +97,7 @@ class MLflowTracker:
         self.client = self.mlflow.MlflowClient(address or f"sqlite:///{run.path.resolve() / 'mlflow.db'}")
         kept = run.path / "mlflow.json"
         if kept.is_file():
-            self.run_id = json.loads(kept.read_text(encoding="utf-8"))["run_id"]
+            self.run_id = read_json(kept, {"run_id": str})["run_id"]
             self.client.update_run(self.run_id, status="RUNNING")
         else:
             found = self.client.get_experiment_by_name(experiment)

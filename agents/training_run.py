@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import warnings
 from dataclasses import asdict
 from functools import partial
@@ -14,13 +15,14 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from textenv import __version__
+from textenv.json_files import read_json
 
 from .assemble import Parts, Trust, assemble, task_name, training_callbacks
 from .checkpoint import load_checkpoint
 from .config import DEMO, FREE_ON_RESUME, TrainConfig, TrainOptions
 from .curves import draw_curves
 from .dry_run import dry_run
-from .evaluation_callback import Evaluate
+from .evaluation_callback import HISTORY, Evaluate
 from .exporting import export
 from .failures import as_command_error
 from .files import replaced_folder, write_text
@@ -34,6 +36,7 @@ from .refusal import CommandError, Exit
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
+from .storage import is_full
 
 SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
 
@@ -114,18 +117,18 @@ def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
 def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     """Train under the lock; turn what goes wrong into one line, an exit code and a traceback in the log."""
     screen = make_screen(config, options)
-    previous = warnings.showwarning
+    previous = warnings.showwarning, threading.excepthook
     warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
+    threading.excepthook = lambda ended: None if is_full(ended.exc_value) else previous[1](ended)  # TensorBoard's
     try:
         return _run(run, config, options, screen)
     except Exception as error:
         known = as_command_error(error, run.path)
-        if known is not error or known.code != Exit.REFUSED:
-            run.keep_traceback()
-        place = "" if known is error else f" (the traceback is in {run.log})"
+        is_kept = (known is not error or known.code != Exit.REFUSED) and run.keep_traceback()
+        place = f" (the traceback is in {run.log})" if is_kept and known is not error else ""
         raise CommandError(f"{known}{place}", known.code) from error
     finally:
-        warnings.showwarning = previous
+        warnings.showwarning, threading.excepthook = previous
         screen.close()
 
 
@@ -171,10 +174,10 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
                 log_interval=1,
                 reset_num_timesteps=checkpoint is None,
             )
-    agent.logger.close()
-    for tracker in trackers:
-        tracker.close()
-    _finish(run, parts, screen)
+        agent.logger.close()
+        for tracker in trackers:
+            tracker.close()
+        _finish(run, parts, screen)
     return Exit.DONE
 
 
@@ -210,7 +213,9 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     rows = read_rows(run.metrics)
     if "curves" in [named(one).id for one in config.loggers]:
         draw_curves(run.path / "curves.png", {run.path.name: rows}, task_name(config))
-    history = json.loads((run.path / "history.json").read_text(encoding="utf-8"))
+    history = read_json(run.path / "history.json", HISTORY)
+    if not history:
+        raise CommandError(f"Expected at least one evaluation in {run.path / 'history.json'}, got none.")
     before, after = history[0], history[-1]
     table = ["| figure | before | after |", "|---|---|---|"]
     for name, value in after["figures"].items():

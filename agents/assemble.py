@@ -19,6 +19,7 @@ from textenv import TASKS, demo
 from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.metrics.scores import Metric
+from textenv.model_loading import readable
 from textenv.prompts import Prompt
 from textenv.tokenizer import Tokenizer
 from textenv.vector import unwrap_text_env
@@ -106,7 +107,8 @@ def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase
         CommandError: If there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust.remote_code)
+        with readable(name):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust.remote_code)
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected the tokenizer of {name!r}, got: {str(error).splitlines()[0]}") from error
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from textenv.model_loading import load_whole
+from textenv.model_loading import load_whole, readable
 
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
@@ -80,7 +80,8 @@ class Pretrained:
         if self.name is None:
             assert self.config is not None, "pickled only once built"
             return self._auto_class(self.config).from_config(self.config)
-        config = AutoConfig.from_pretrained(self.name, **self.kwargs)
+        with readable(self.name):
+            config = AutoConfig.from_pretrained(self.name, **self.kwargs)
         try:
             model = load_whole(self._auto_class(config), self.name, fresh_head=self._makes_head, **self.kwargs)
         except ImportError as error:

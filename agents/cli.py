@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from .arguments import check_file, make_options_parser, make_parser, nearest, parse, split, with_config
 from .config import DEMO_SETTINGS, TrainConfig, TrainOptions
-from .refusal import CommandError, Exit
+from .refusal import CommandError, Exit, StageStopped
 from .verb_config import (
     ChatOptions,
     ClassifierConfig,
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(error)
     except KeyboardInterrupt as interrupt:
         more = ": the same command with --resume goes on" if interrupt.args else ""  # a stage has saved its state
-        print(f"textenv: interrupted{more}", file=sys.stderr)
-        return Exit.SIGNAL + 2
+        _say(f"textenv: interrupted{more}")
+        return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
         from .failures import as_command_error
 
@@ -73,8 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(error: CommandError) -> int:
     from textenv.printable import printable
 
-    print(f"textenv: {printable(str(error))}", file=sys.stderr)
+    _say(f"textenv: {printable(str(error))}")
     return error.code
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # of a terminal that is gone: the exit code still says it
+        print(line, file=sys.stderr, flush=True)
 
 
 def _overview() -> str:

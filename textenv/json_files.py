@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import reprlib
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 # list, or {key: shape} for an object: what other keys it has is free, or of one shape where `str` is the key.
 Shape = Any
 
+NOTHING = object()  # what stands at a key that is not there
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object"}
 
 
@@ -54,37 +57,37 @@ def parse_json(text: str, shape: Shape, where: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected JSON in {where}, got {text[:40]!r} ({error}).") from error
-    wrong = _mismatch(value, shape, "")
+    wrong = next(_mismatches(value, shape, ""), None)
     if wrong is not None:
         place, expected, got = wrong
-        raise ValueError(f"Expected {expected}{f' as `{place}`' if place else ''} in {where}, got {got}.")
+        at = f" as `{place}`" if place else ""
+        shown = "nothing" if got is NOTHING else reprlib.repr(got)
+        raise ValueError(f"Expected {_name(expected)}{at} in {where}, got {shown}.")
     return value
 
 
-def _mismatch(value: Any, shape: Shape, place: str) -> tuple[str, str, str] | None:
-    """Return the first place that is of another shape, with what was expected and what is there."""
-    wrong = (place, _name(shape), f"{value!r:.60}")
+def _mismatches(value: Any, shape: Shape, place: str) -> Iterator[tuple[str, Shape, Any]]:
+    """Give each place that is of another shape, the shape that was expected, and what is there."""
     if isinstance(shape, tuple):
-        return wrong if all(_mismatch(value, one, place) for one in shape) else None
-    if isinstance(shape, list):
-        found = (
-            [_mismatch(one, shape[0], f"{place}[{i}]") for i, one in enumerate(value)] if _is(value, list) else [wrong]
-        )
-        return next(filter(None, found), None)
-    if isinstance(shape, dict):
-        if not _is(value, dict):
-            return wrong
-        above = f"{place}." if place else ""
-        named = {key: one for key, one in shape.items() if key is not str}
-        for key, one in named.items():
-            if key not in value:
-                return f"{above}{key}", _name(one), "nothing"
-        shapes = {key: named.get(key, shape.get(str, object)) for key in value}
-        return next(filter(None, (_mismatch(value[key], one, above + key) for key, one in shapes.items())), None)
-    return None if _is(value, shape) else wrong
+        if all(any(_mismatches(value, one, place)) for one in shape):
+            yield place, shape, value
+    elif isinstance(shape, (list, dict)) and not isinstance(value, type(shape)):
+        yield place, shape, value
+    elif isinstance(shape, list):
+        for i, one in enumerate(value):
+            yield from _mismatches(one, shape[0], f"{place}[{i}]")
+    elif isinstance(shape, dict):
+        for key in {**shape, **value}:
+            expected = shape.get(key, shape.get(str, object))
+            if key is not str:
+                yield from _mismatches(value.get(key, NOTHING), expected, f"{place}.{key}" if place else key)
+    elif not _is(value, shape):
+        yield place, shape, value
 
 
 def _is(value: Any, kind: Any) -> bool:
+    if value is NOTHING:
+        return False
     if kind is None or value is None:
         return value is None and kind in (None, object)
     if isinstance(value, bool):

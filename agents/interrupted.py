@@ -27,6 +27,7 @@ from .storage import explain
 
 SAVE_STEPS = 500  # how often the state is written, against a process that is killed
 RETRY_STEPS = 20  # how soon again, where it could not be
+KEPT = 2  # of the newest: one could be damaged
 STATE = "checkpoint"  # what the name of a state begins with: it is the one of transformers' `Trainer`
 
 
@@ -78,7 +79,7 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
 
 
 class States:
-    """Writes the states of a stage: each is sealed once it is whole, and then those of before go.
+    """Writes the states of a stage: each is sealed once it is whole, and then older ones go.
 
     One that cannot be written is said, and tried again soon; training goes on, and those of before stay.
 
@@ -112,9 +113,8 @@ class States:
             self.failure = f"The state after step {step} could not be written: {explain(error, folder)}"
             warnings.warn(f"{self.failure} Training goes on, and it is tried again.", stacklevel=3)
             return
-        for old in numbered(self.work, STATE):
-            if old != folder:
-                shutil.rmtree(old)
+        for old in [path for path in numbered(self.work, STATE) if path != folder][KEPT - 1 :]:
+            shutil.rmtree(old)
 
     def stopped(self, step: int, number: int) -> BaseException:
         """Return what is raised behind the step that a signal has ended: that the state is saved, or that it is not."""

@@ -8,8 +8,7 @@ import os
 import random
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +24,15 @@ from textenv.json_files import read_json
 from .buffers import SequenceRolloutBuffer, step_name
 from .distributed import is_main_process, once, raise_together
 from .files import restore_folder
-from .manifest import CheckpointError, numbered, read_manifest, verify_checkpoint, versions, write_manifest
+from .manifest import (
+    CheckpointError,
+    numbered,
+    of_our_making,
+    read_manifest,
+    verify_checkpoint,
+    versions,
+    write_manifest,
+)
 from .optim import load_optimizer, optimizer_state
 from .policies import LMPolicy
 from .probe import check_probe, probe_logits
@@ -164,25 +171,12 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     once(lambda: restore_folder(path))
     verify_checkpoint(path)
     lm = cast("LMPolicy", model.policy).lm
-    with _of_our_making(path):
+    with of_our_making(path):
         tensors, meta = _read(path, lm.shards)
         _load(model, tensors, meta)
     if "probe" in tensors:
         with gathered(lm):
             check_probe(lm.backbone, tensors["probe"]["logits"], read_manifest(path)["versions"], versions())
-
-
-@contextmanager
-def _of_our_making(folder: Path) -> Iterator[None]:
-    """Refuse what verifies, and still is not what was saved: files that somebody made by hand."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(
-            f"Expected in {folder} what `save_checkpoint` writes, got something else ({type(error).__name__}: {error})."
-        ) from error
 
 
 def _read(path: Path, shards: Shards | None) -> tuple[Tensors, dict[str, Any]]:

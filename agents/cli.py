@@ -111,6 +111,8 @@ def read_config(path: Path) -> TrainConfig:
     """
     try:
         return train_config(["--config", str(path)])[0]
+    except UnicodeDecodeError as error:
+        raise CommandError(f"Expected YAML in {path}, got bytes that are no UTF-8.") from error
     except CommandError as error:
         raise CommandError(f"{path}: {error} If an older textenv wrote it, mend that line.", error.code) from error
 

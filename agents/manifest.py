@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import stable_baselines3
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from textenv.json_files import read_json
 
@@ -27,6 +30,8 @@ SHAPE = {
     "files": {str: {"size": int, "sha256": str}},
     "sha256": str,  # of the rest, so that nothing in it changes unnoticed
 }
+
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class CheckpointError(ValueError):
@@ -121,6 +126,25 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
     return int(manifest["num_timesteps"])
+
+
+@contextmanager
+def of_our_making(folder: Path) -> Iterator[None]:
+    """Refuse, within, what verifies and still cannot be loaded: files that somebody made by hand.
+
+    Raises:
+        CheckpointError: For what is raised within that says so.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}") from error
+    except (*UNREADABLE, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected in {folder} what was saved there, got something else ({type(error).__name__}: {error})."
+        ) from error
 
 
 def newest_intact(folder: str | os.PathLike[str], name: str = "step") -> tuple[Path | None, list[str]]:

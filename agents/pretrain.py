@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .interrupted import States, load_state, stop_requests, write_state
+from .manifest import of_our_making
 
 EOS_TOKEN = "</s>"
 UNKNOWN_TOKEN = "<unk>"
@@ -175,7 +176,8 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=rising)
     seen: list[Tensor] = []
     if state is not None:
-        seen = load_state(state, model, optimizer)
+        with of_our_making(state):
+            seen = load_state(state, model, optimizer)
         schedule.load_state_dict({"last_epoch": len(seen), "_step_count": len(seen) + 1})
     asked = stop_requests()
     model.train()

@@ -21,6 +21,7 @@ from textenv import TASKS, demo
 from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.metrics.scores import Metric
+from textenv.model_loading import readable
 from textenv.prompts import Prompt
 from textenv.signatures import check_arguments, needed
 from textenv.tokenizer import Tokenizer
@@ -132,7 +133,8 @@ def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase
     """
     folder = find_model(name)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        with readable(folder):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected the tokenizer of {name!r}, got: {str(error).splitlines()[0]}") from error
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from textenv.extras import check_extra
-from textenv.model_loading import load_whole
+from textenv.model_loading import load_whole, readable
 
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
@@ -90,7 +90,8 @@ class Pretrained:
         from .demo import model_folder  # later: the demo's model is trained with what builds on this module
 
         name = self.name if ELSEWHERE & self.kwargs.keys() else model_folder(self.name)
-        config = AutoConfig.from_pretrained(name, **self.kwargs)
+        with readable(name):
+            config = AutoConfig.from_pretrained(name, **self.kwargs)
         model = load_whole(self._auto_class(config), name, fresh_head=self._makes_head, **self.kwargs)
         self.config = model.config
         return model

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +16,24 @@ from typing import Any, cast
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor
 
+from textenv.json_files import read_json
+
 from .buffers import SequenceRolloutBuffer, step_name
 from .distributed import is_main_process, once, raise_together
-from .files import replaced_folder
-from .manifest import CheckpointError, verify_checkpoint, versions, write_manifest
+from .files import replaced_folder, restore_folder
+from .manifest import (
+    CheckpointError,
+    numbered,
+    of_our_making,
+    read_manifest,
+    verify_checkpoint,
+    versions,
+    write_manifest,
+)
 from .optim import load_optimizer, optimizer_state
 from .output_folders import output_folder
 from .policies import LMPolicy
@@ -31,12 +41,22 @@ from .probe import check_probe, probe_logits
 from .rank_states import add_other_ranks, choose_own, go_on_elsewhere, reseed
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
 from .shard_files import Tensors, read_shards, replaced_together, write_shards
-from .sharding import gathered, local, placed, released
+from .sharding import Shards, gathered, local, placed, released
 from .transitions import Transitions
 from .waiting import EndedEpisode
 
-STEP = re.compile(r"step_\d{12}")  # the folders that `save_step` writes and removes
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
+FILES = ("policy", "optimizer", "episodes", "waiting", "token_sets", "generators")
+STATE = {
+    "counters": dict.fromkeys(COUNTERS, float),
+    "episodes": [dict],
+    "env": dict,
+    "param_groups": [{"params": list}],
+    "python_random": list,
+    "numpy_random": list,
+    "minibatches": dict,
+    "steps": dict,
+}
 
 
 def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -152,15 +172,40 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
             model gives other logits than the saved one gave, a warning says so, with the versions of then and now.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or of another model; the model is then unchanged.
+        CheckpointError: If a file is missing, damaged or of another model; the model is then unchanged. Or if
+            files were made by hand: then it may not be.
     """
-    verify_checkpoint(folder)
-    path, buffer, env = Path(folder), sequence_buffer(model), text_vec_env(model.get_env())
-    meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    path = Path(folder)
+    once(lambda: restore_folder(path))
+    verify_checkpoint(path)
     lm = cast("LMPolicy", model.policy).lm
-    tensors: Tensors = {file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")}
-    for file, content in read_shards(path, lm.shards).items():
-        tensors[file].update(content)
+    with of_our_making(path):
+        tensors, meta = _read(path, lm.shards)
+        _load(model, tensors, meta)
+    if "probe" in tensors:
+        with gathered(lm):
+            check_probe(lm.backbone, tensors["probe"]["logits"], read_manifest(path)["versions"], versions())
+
+
+def _read(path: Path, shards: Shards | None) -> tuple[Tensors, dict[str, Any]]:
+    """Return tensors by file, and the rest, as they were saved."""
+    meta = read_json(path / "state.json", STATE)
+    tensors: Tensors = {}
+    for file in path.glob("*.safetensors"):
+        try:
+            tensors[file.stem] = safetensors.torch.load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: no safetensors ({error}).") from error
+    for name, content in read_shards(path, shards).items():
+        tensors[name].update(content)
+    for name in (*FILES, *(f"step_{step}" for step in meta["steps"])):
+        if name not in tensors:
+            raise CheckpointError(f"{path / name}.safetensors: missing.")
+    return tensors, meta
+
+
+def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> None:
+    lm, buffer, env = cast("LMPolicy", model.policy).lm, sequence_buffer(model), text_vec_env(model.get_env())
     if lm.shards is not None:
         lm.shards.bring(False)
     weights = dict(_weights(model))
@@ -202,10 +247,6 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         reseed(cast("LMPolicy", model.policy), tensors["generators"])
     else:
         _load_generators(model, tensors["generators"], meta)
-    if "probe" in tensors:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        with gathered(lm):
-            check_probe(lm.backbone, tensors["probe"]["logits"], manifest["versions"], versions())
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -219,19 +260,6 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return max(found)[1] if found else None
 
 
-def newest_intact(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
-    """Return the newest "step_<timesteps>" of a folder that verifies, or None, and what is wrong with newer ones."""
-    damage = []
-    for path in sorted(Path(folder).glob("step_*"), reverse=True):
-        try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            damage.append(str(error))
-        else:
-            return path, damage
-    return None, damage
-
-
 def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: int) -> Path:
     """Save a checkpoint as "step_<timesteps>" in a folder, and remove all older ones but the newest `keep` in all."""
     newest = Path(folder) / f"step_{model.num_timesteps:012d}"
@@ -241,8 +269,7 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
     except CheckpointError as error:
         raise OSError(errno.EIO, str(error)) from error
     # What is newer than the newest is another run's, or damaged, and not ours to count.
-    steps = sorted(path for path in Path(folder).glob("step_*") if STEP.fullmatch(path.name))
-    for old in [path for path in steps if path <= newest][:-keep]:
+    for old in [path for path in numbered(folder) if path <= newest][keep:]:
         if is_main_process():
             shutil.rmtree(old)
     return newest

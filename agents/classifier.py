@@ -26,7 +26,7 @@ from textenv.rewards.text_model import TextModel
 
 from .backbone import check_fits
 from .demo import model_folder
-from .interrupted import origin, work_folder
+from .interrupted import origin, prepare, work_folder
 from .output_folders import check_output, output_folder
 from .reward_figures import wilson_interval
 from .trainer_guard import random_state_kept
@@ -90,7 +90,7 @@ def train_classifier(
 
     Texts are read as the reward `Classifier` reads them, special tokens of the tokenizer included, so that what is
     measured here is what rewards. transformers' `Trainer` runs it, which needs accelerate:
-    `pip install "textenv[sft]"`. Ctrl-C, resuming and random generators are as in `agents.sft.tune`.
+    `pip install "textenv[sft]"`. Signals, resuming and random generators are as in `agents.sft.tune`.
 
     Args:
         lm: A name or path (a fresh head is put on a model without one of that many labels), or a config, of BERT or
@@ -129,7 +129,7 @@ def train_classifier(
     if held_out is not None:
         _check_labels("held_out", held_out, names)
     check_extra("sft", "accelerate", "transformers' Trainer")
-    from .sft_trainer import prepare, train, training_arguments
+    from .sft_trainer import train, training_arguments
 
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from .arguments import check_file, make_parser, nearest, parse, parse_options, split, with_config
 from .config import DEMO, TrainConfig, TrainOptions, default_settings
-from .refusal import CommandError, Exit
+from .refusal import CommandError, Exit, StageStopped
 from .stage_folders import check_folders
 from .verb_config import (
     ChatOptions,
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _refuse(error)
     except KeyboardInterrupt as interrupt:
-        print(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}", file=sys.stderr)
-        return Exit.SIGNAL + 2
+        _say(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}")
+        return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
         from .failures import as_command_error
 
@@ -82,8 +83,13 @@ def _what_is_saved(verb: str, has_state: bool) -> str:
 def _refuse(error: CommandError) -> int:
     from textenv.printable import printable
 
-    print(f"textenv: {printable(str(error))}", file=sys.stderr)
+    _say(f"textenv: {printable(str(error))}")
     return error.code
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # of a terminal that is gone: the exit code still says it
+        print(line, file=sys.stderr, flush=True)
 
 
 def _overview() -> str:
@@ -117,6 +123,8 @@ def read_config(path: Path) -> TrainConfig:
     """
     try:
         return train_config(["--config", str(path)])[0]
+    except UnicodeDecodeError as error:
+        raise CommandError(f"Expected YAML in {path}, got bytes that are no UTF-8.") from error
     except CommandError as error:
         raise CommandError(f"{path}: {error} If an older textenv wrote it, mend that line.", error.code) from error
 

@@ -17,8 +17,8 @@ from .evaluation import evaluate
 from .finite_updates import FiniteUpdates
 from .refusal import Exit
 from .run_checkpoints import needed
-from .run_folder import size
 from .screens import clock
+from .storage import size
 
 
 class Stopwatch(BaseCallback):

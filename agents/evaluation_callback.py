@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,20 +15,25 @@ from typing import Any, cast
 from stable_baselines3.common.callbacks import BaseCallback
 from transformers import PreTrainedTokenizerBase
 
+from textenv.json_files import read_json
 from textenv.metrics.scores import Metric
 from textenv.prompts import PromptLike
 from textenv.tokenizer import Tokenizer
 
 from .actor_critic import LMActorCritic
-from .distributed import from_main, is_main_process, once
+from .distributed import from_main, is_main_process, once, world
 from .evaluation import Evaluation, evaluate
 from .exporting import export
-from .files import write_text
+from .files import restore_folder, write_text
 from .kl import KLPenalty
 from .output_folders import check_output, output_folder
 from .policies import LMPolicy
 from .shard_files import replaced_together
 from .sharding import gathered
+from .storage import explain, is_full
+
+BEST = {"figure": str, "value": float, "num_timesteps": int}
+HISTORY = [{"num_timesteps": int, "figures": {str: (float, None)}}]
 
 
 class Evaluate(BaseCallback):
@@ -101,19 +107,32 @@ class Evaluate(BaseCallback):
         """Take up what an earlier part of the run has written."""
         check_output(folder / "best", "best model", overwrite=True)
         best, history = folder / "best" / "best.json", folder / "history.json"
+        restore_folder(folder / "best")
         if now == 0 and best.is_file():
             raise ValueError(
                 f"Expected a folder without the best model of another run, got {folder}: give another one, or load a "
                 "checkpoint and learn(reset_num_timesteps=False) to go on with that run."
             )
         if best.is_file():
-            kept = json.loads(best.read_text(encoding="utf-8"))
+            kept = read_json(best, BEST)
             if kept["figure"] != self.best:
                 raise ValueError(f"Expected best={kept['figure']!r}, as in {folder}, got {self.best!r}.")
             self.best_value, self.best_at = kept["value"], kept["num_timesteps"]
         if now > 0 and history.is_file():  # the best model is written first, so that a killed run measures it again
-            rows = json.loads(history.read_text(encoding="utf-8"))
-            self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in rows}
+            self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in read_json(history, HISTORY)}
+            if not best.is_file():
+                self._remember_best(folder / "best", now)
+
+    def _remember_best(self, lost: Path, now: int) -> None:
+        """Go on by the figures where somebody has removed the best model: patience counts from it all the same."""
+        for at, figures in self.history.items():
+            if at <= now and self.sign * figures.get(self.best, math.nan) > self.sign * self.best_value:
+                self.best_value, self.best_at = figures[self.best], at
+        if math.isfinite(self.best_value):
+            warnings.warn(
+                f"{lost} is gone: the best model, of {self.best_at:,} tokens, is lost; a better one is kept again.",
+                stacklevel=2,
+            )
 
     def _agree(self) -> None:
         """Let all processes know what rank 0 has measured, so that they stop together."""
@@ -134,19 +153,31 @@ class Evaluate(BaseCallback):
 
     def _on_training_end(self) -> None:
         if self._n_updates != self.model._n_updates:
-            self._evaluate()
+            self._evaluate(is_last=True)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, is_last: bool = False) -> None:
         now, self._n_updates = self.model.num_timesteps, self.model._n_updates
         with ExitStack() as readable:
             for lm in self._read:
                 readable.enter_context(gathered(lm))
-            best_value, result = self.best_value, self._measure(now) if is_main_process() else None
+            best, result = (self.best_value, self.best_at), self._measure(now) if is_main_process() else None
             self._agree()
-        if self.folder is not None and self.best_value != best_value:
-            self._keep(self.folder / "best", result)
-        if self.folder is not None and is_main_process():
-            self._write_history(self.folder)
+        try:
+            if self.folder is not None and self.best_value != best[0]:
+                self._keep(self.folder / "best", result)
+            best = self.best_value, self.best_at
+            if self.folder is not None and is_main_process():
+                self._write_history(self.folder)
+        except OSError as error:
+            if is_last or not is_full(error) or world() is not None:
+                raise
+            del self.history[now]
+            self.best_value, self.best_at = best
+            warnings.warn(
+                f"The evaluation at {now:,} tokens could not be kept: {explain(error, self.folder or '.')} It is made "
+                "again after the next iteration.",
+                stacklevel=2,
+            )
         self.logger.dump(now)
 
     @property

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from textenv.rewarding import RewardError
 
 from .refusal import CommandError, Exit
-from .run_checkpoints import FULL, explain
+from .storage import FULL, explain
 
 WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 REFUSALS = (OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
@@ -31,7 +31,7 @@ def as_command_error(error: Exception, path: Path) -> CommandError:
     if isinstance(error, FloatingPointError):
         return CommandError(line, Exit.NUMERICS)
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno in WRITING):
-        return CommandError(explain(error, path, 0), Exit.STORAGE)
+        return CommandError(explain(error, path), Exit.STORAGE)
     if isinstance(error, ImportError):
         return CommandError(line, Exit.MISSING)
     if isinstance(error, REFUSALS):

@@ -1,4 +1,4 @@
-"""Training that Ctrl-C stops between two steps: its state waits in a folder, and the same arguments go on from it."""
+"""Training before PPO that is stopped or killed: its states wait in a folder, from which the same arguments go on."""
 
 from __future__ import annotations
 
@@ -6,59 +6,38 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .files import replaced_folder
+from textenv.json_files import read_json
+
+from .files import naming, write_text
+from .interrupts import Interrupts, raise_interrupt, write_line
+from .manifest import newest_intact, numbered, seal
 from .optim import load_optimizer, optimizer_state
+from .refusal import StageStopped, StorageError
+from .storage import explain
 
 SAVE_STEPS = 500  # how often the state is written, against a process that is killed
+RETRY_STEPS = 20  # how soon again, where it could not be
+KEPT = 2  # of the newest: one could be damaged
+STATE = "checkpoint"  # what the name of a state begins with: it is the one of transformers' `Trainer`
 
 
-class CtrlC:
-    """Within the block, a first Ctrl-C is noted in `pressed`, and a second one raises `KeyboardInterrupt` at once.
-
-    In another thread than the main one nothing changes: no other may set handlers.
-
-    Example:
-        >>> import signal
-        >>> with CtrlC() as ctrl_c:
-        ...     signal.raise_signal(signal.SIGINT)
-        ...     print(ctrl_c.pressed)
-        True
-    """
-
-    pressed = False
-
-    def __enter__(self) -> CtrlC:
-        self._is_main = threading.current_thread() is threading.main_thread()
-        self._previous = signal.signal(signal.SIGINT, self._press) if self._is_main else None
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._is_main:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _press(self, *args: Any) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed = True
-
-
-def interrupted_at(step: int) -> KeyboardInterrupt:
-    """Return what is raised once the state is saved."""
-    return KeyboardInterrupt(f"stopped after step {step}; `resume=True` goes on from there")
+def stop_requests() -> Interrupts:
+    """Return what notes Ctrl-C, SIGTERM and SIGHUP while a stage trains; once more, and KeyboardInterrupt is raised."""
+    return Interrupts(write_line, "step", raise_interrupt)
 
 
 def work_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return where the state of a run waits, beside the folder that its result goes to."""
+    """Return where the states of a run wait, beside the folder that its result goes to."""
     target = Path(folder).absolute()
     return target.with_name(f".{target.name}.training")
 
@@ -68,47 +47,98 @@ def origin(model: PreTrainedModel, lm: object) -> tuple[str, str | None]:
     return model.config.to_json_string(), os.fspath(lm) if isinstance(lm, (str, os.PathLike)) else None
 
 
-def claim_folder(work: Path, arguments: object, has_state: bool) -> None:
-    """Make the folder of a run's state, empty unless it has the state of an interrupted run to go on with.
+def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
+    """Return the newest state that is whole, to go on from it; without one, make the folder of states anew.
+
+    What is half-made or damaged is passed over, with a warning.
 
     Args:
         work: The folder.
         arguments: All that the result depends on, the data included; compared by its `repr`.
-        has_state: Whether there is a state in the folder that is wanted.
+        resume: Whether to go on with what is there.
 
     Raises:
-        ValueError: If that state is of other arguments or data.
+        ValueError: If the states are of other arguments or data.
     """
+    found, damage = newest_intact(work, STATE) if resume else (None, [])
+    goes_on = "training begins anew" if found is None else f"going on from {found}"
+    for message in damage:
+        warnings.warn(f"{message.rstrip('.')}; {goes_on}.", stacklevel=3)
     fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
     mark = work / "fingerprint"
-    if not has_state or not mark.is_file():
+    if found is None:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        mark.write_text(fingerprint)
-    elif mark.read_text() != fingerprint:
+        write_text(mark, fingerprint)
+        return None
+    if not mark.is_file() or mark.read_bytes() != fingerprint.encode():
         raise ValueError(
             f"Expected the arguments and data of the interrupted run in {work}, got others: repeat them, or start "
             "anew with resume=False."
         )
+    return found
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
-    """Write weights, optimizer and the losses so far, whole or not at all."""
+class States:
+    """Writes the states of a stage: each is sealed once it is whole, and then older ones go.
+
+    One that cannot be written is said, and tried again soon; training goes on, and those of before stay.
+
+    Args:
+        work: The folder that `prepare` made.
+
+    Attributes:
+        failure: Why the last one could not be written; None where it was.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.failure: str | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a state is to be written behind this step."""
+        return step % SAVE_STEPS == 0 or (self.failure is not None and step % RETRY_STEPS == 0)
+
+    def save(self, step: int, write: Callable[[Path], object]) -> None:
+        """Have the state behind a step written into a folder, and seal it."""
+        folder = self.work / f"{STATE}-{step}"
+        self.failure = None
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left of it
+            folder.mkdir(parents=True)
+            with naming(folder):
+                write(folder)
+                seal(folder, step)
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last one is how torch says that a disk is full
+            shutil.rmtree(folder, ignore_errors=True)
+            self.failure = f"The state after step {step} could not be written: {explain(error, folder)}"
+            warnings.warn(f"{self.failure} Training goes on, and it is tried again.", stacklevel=3)
+            return
+        for old in [path for path in numbered(self.work, STATE) if path != folder][KEPT - 1 :]:
+            shutil.rmtree(old)
+
+    def stopped(self, step: int, number: int) -> BaseException:
+        """Return what is raised behind the step that a signal has ended: that the state is saved, or that it is not."""
+        if self.failure is not None:
+            return StorageError(self.failure)
+        return StageStopped(f"stopped after step {step}; `resume=True` goes on from there", number)
+
+
+def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
+    """Write weights, optimizer and the losses so far."""
     tensors, groups = optimizer_state(optimizer)
     parts = {"model": dict(_weights(model)), "optimizer": tensors, "losses": {"losses": torch.stack(losses)}}
-    with replaced_folder(folder) as beside:
-        for name, content in parts.items():
-            safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, beside / f"{name}.safetensors")
-        (beside / "groups.json").write_text(json.dumps(groups), encoding="utf-8")
+    for name, content in parts.items():
+        safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{name}.safetensors")
+    (folder / "groups.json").write_text(json.dumps(groups), encoding="utf-8")
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Bring model and optimizer to the state that `save_state` wrote; return the loss of each step."""
+    """Bring model and optimizer to the state that `write_state` wrote; return the loss of each step."""
     parts = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
     with torch.no_grad():
         for name, weight in _weights(model).items():
             weight.copy_(parts["model"][name])
-    load_optimizer(optimizer, parts["optimizer"], json.loads((folder / "groups.json").read_text(encoding="utf-8")))
+    load_optimizer(optimizer, parts["optimizer"], read_json(folder / "groups.json", [{"params": list}]))
     device = next(model.parameters()).device
     return list(safetensors.torch.load_file(folder / "losses.safetensors", device=str(device))["losses"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from .curves import check_matplotlib
 from .names import LOGGERS, build, find, look_here
 from .refusal import CommandError
 from .run_folder import RunFolder
+from .storage import is_full
 from .trackers import TRACKERS, MLflowTracker, Tracker, check_tracker
 
 COLUMNS = ("prompt", "text", "end_reason", "reward")
@@ -59,7 +61,7 @@ def make_loggers(run: RunFolder, config: TrainConfig, options: TrainOptions, don
     made: list[KVWriter] = []
     for one in map(named, config.loggers):
         if one.id == "tensorboard":
-            made.append(_tensorboard(str(run.path / "tensorboard"), done))
+            made.append(TensorBoard(str(run.path / "tensorboard"), done))
         elif ":" in one.id:
             writer = build(one, {}, "logger", options.allow)
             if not isinstance(writer, KVWriter):
@@ -68,15 +70,54 @@ def make_loggers(run: RunFolder, config: TrainConfig, options: TrainOptions, don
     return made
 
 
-def _tensorboard(folder: str, done: int) -> KVWriter:
-    with needs("plot", "tensorboard", "the logger of that name"):
-        from torch.utils.tensorboard import SummaryWriter
+class TensorBoard(TensorBoardOutputFormat):
+    """What SB3 writes for TensorBoard; while the disk is full, it waits and goes into a new file of events afterwards.
 
-    made = TensorBoardOutputFormat(folder)
-    made.writer.close()
-    # TensorBoard forgets what is after a start only where it has seen one before: the first run says so too.
-    made.writer = SummaryWriter(folder, purge_step=done + 1 if done else 0)
-    return made
+    Args:
+        folder: Where the files of events are.
+        done: Tokens that the run has behind it: TensorBoard forgets what it was told of later ones.
+    """
+
+    def __init__(self, folder: str, done: int = 0) -> None:
+        super().__init__(folder)
+        self.writer.close()
+        self.folder, self.is_broken = folder, False
+        # TensorBoard forgets what is after a start only where it has seen one before: the first run says so too.
+        self._open(purge_step=done + 1 if done else 0)
+        self.waiting: deque[tuple[dict[str, Any], dict[str, Any], int]] = deque()
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+        """Write figures and texts, or keep them where the disk is full."""
+        self.waiting.append((dict(key_values), dict(key_excluded), step))
+        try:
+            self._send()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self.is_broken = True  # its thread has ended
+
+    def _open(self, purge_step: int | None = None) -> None:
+        with needs("plot", "tensorboard", "the logger of that name"):
+            from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(self.folder, purge_step=purge_step)
+
+    def _send(self) -> None:
+        if self.is_broken:
+            self._open()
+            self.is_broken = False
+        while self.waiting:
+            super().write(*self.waiting[0])
+            self.waiting.popleft()
+
+    def close(self) -> None:
+        """Send what waits, and close the file.
+
+        Raises:
+            OSError: If the disk is still full.
+        """
+        self._send()
+        super().close()
 
 
 class SamplePages:
@@ -96,8 +137,10 @@ class SamplePages:
         """Write samples as a page of Markdown."""
         cells = [[page_text(str(row[name])).replace("\n", "<br>") for name in COLUMNS] for row in rows]
         lines = ["|".join(line) for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
-        self.output.writer.add_text("samples", "\n".join(f"|{line}|" for line in lines), rows[0]["tokens"])
-        self.output.writer.flush()  # after training nothing else would
+        page = "\n".join(f"|{line}|" for line in lines)
+        self.output.write(
+            {"samples": page}, {"samples": ()}, rows[0]["tokens"]
+        )  # and flushed: after training nothing is
 
 
 def make_trackers(run: RunFolder, config: TrainConfig, sent: int) -> list[Tracker | MLflowTracker]:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import stable_baselines3
 import torch
 import transformers
+from safetensors import SafetensorError
 
-from .files import sha256
+from textenv.json_files import read_json
+
+from .files import sha256, sync
 
 FORMAT = 1
+MANIFEST = "manifest.json"
+SHAPE = {
+    "format": int,
+    "num_timesteps": int,
+    "versions": {str: str},
+    "files": {str: {"size": int, "sha256": str}},
+    "sha256": str,  # of the rest, so that nothing in it changes unnoticed
+}
+
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class CheckpointError(ValueError):
@@ -32,7 +50,18 @@ def write_manifest(folder: Path, num_timesteps: int) -> None:
             if file.is_file()
         },
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    manifest["sha256"] = _digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def seal(folder: Path, num_timesteps: int) -> None:
+    """Make a checkpoint of a folder that was written in place: all on the disk, and then the manifest."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    write_manifest(folder, num_timesteps)
+    for path in (folder / MANIFEST, folder, folder.parent):
+        sync(path)
 
 
 def versions() -> dict[str, str]:
@@ -45,6 +74,33 @@ def versions() -> dict[str, str]:
     }
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, as it was written.
+
+    Raises:
+        CheckpointError: If there is none, it is of a newer format, or anything in it has changed.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"Expected a checkpoint in {folder}, got no {MANIFEST} there.")
+    try:
+        if (format := read_json(file, {"format": int})["format"]) > FORMAT:
+            raise CheckpointError(f"Expected format {FORMAT} or older, got {format}: install a newer textenv.")
+        manifest = read_json(file, SHAPE)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if _digest(manifest) != manifest["sha256"]:
+        raise CheckpointError(f"{file}: its content is not what was written (another sha256 than it says itself).")
+    return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
     """Check every file of a checkpoint against its manifest.
 
@@ -55,20 +111,64 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
         CheckpointError: Naming the file, what was expected and what is there.
     """
     path = Path(folder)
-    if not (path / "manifest.json").is_file():
-        raise CheckpointError(f"Expected a checkpoint in {path}, got no manifest.json there.")
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'manifest.json'}: no JSON, so the checkpoint is damaged ({error}).") from error
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(f"Expected format {FORMAT} or older, got {manifest['format']}: install a newer textenv.")
+    manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["size"]:
-            found = "missing" if size is None else f"{size} bytes"
-            raise CheckpointError(f"{file}: {found}, manifest says {entry['size']}.")
-        if sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file}: its content is not what was written (another sha256 than the manifest's).")
-    return manifest["num_timesteps"]
+        try:
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry["size"]:
+                found = "missing" if size is None else f"{size} bytes"
+                raise CheckpointError(f"{file}: {found}, manifest says {entry['size']}.")
+            if sha256(file) != entry["sha256"]:
+                raise CheckpointError(
+                    f"{file}: its content is not what was written (another sha256 than the manifest's)."
+                )
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
+    return int(manifest["num_timesteps"])
+
+
+@contextmanager
+def of_our_making(folder: Path) -> Iterator[None]:
+    """Refuse, within, what verifies and still cannot be loaded: files that somebody made by hand.
+
+    Raises:
+        CheckpointError: For what is raised within that says so.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}") from error
+    except (*UNREADABLE, SafetensorError) as error:
+        raise CheckpointError(
+            f"Expected in {folder} what was saved there, got something else ({type(error).__name__}: {error})."
+        ) from error
+
+
+def newest_intact(folder: str | os.PathLike[str], name: str = "step") -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint of a folder that verifies, or None, and what is wrong with newer ones.
+
+    Args:
+        folder: Where they are.
+        name: What their names begin with: behind it stands how far the training was.
+    """
+    damage = []
+    for path in numbered(folder, name):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            damage.append(str(error))
+        else:
+            return path, damage
+    return None, damage
+
+
+def numbered(folder: str | os.PathLike[str], name: str = "step") -> list[Path]:
+    """Return the checkpoints of a folder, intact or not, the newest first: "step_12", or "name-12"."""
+    found = []
+    for path in Path(folder).glob(f"{name}[-_]*"):
+        if number := re.fullmatch(rf"{name}[-_](\d+)", path.name, re.ASCII):
+            found.append((int(number[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]

@@ -17,7 +17,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .interrupted import SAVE_STEPS, CtrlC, interrupted_at, load_state, save_state
+from .interrupted import States, load_state, stop_requests, write_state
+from .manifest import of_our_making
 
 EOS_TOKEN = "</s>"
 UNKNOWN_TOKEN = "<unk>"
@@ -146,6 +147,7 @@ def fit(
     *,
     description: str,
     progress_bar: bool = True,
+    states: States | None = None,
     state: Path | None = None,
 ) -> Tensor:
     """Minimise a loss, a minibatch a step: AdamW with a one-cycle schedule, gradients clipped at a norm of 1.
@@ -158,26 +160,29 @@ def fit(
         learning_rate: The schedule's peak.
         description: What the progress bar says.
         progress_bar: Show one.
-        state: A folder. If it is there, its state is gone on from; Ctrl-C has the state written to it.
+        states: Where the state is written every so often, and when a signal asks to stop; None notes no signals.
+        state: The one to go on from.
 
     Returns:
         The loss of each step, (n_steps,).
 
     Raises:
-        KeyboardInterrupt: With `state`, once the state is saved.
+        StageStopped: With `states`, after a signal, once the state is saved.
+        StorageError: If it could not be.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     rising = 0.2 if n_steps == 10 else 0.1  # a tenth of 10 steps has no length, by which torch divides
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=rising)
     seen: list[Tensor] = []
-    if state is not None and state.is_dir():
-        seen = load_state(state, model, optimizer)
+    if state is not None:
+        with of_our_making(state):
+            seen = load_state(state, model, optimizer)
         schedule.load_state_dict({"last_epoch": len(seen), "_step_count": len(seen) + 1})
-    ctrl_c = CtrlC()
+    asked = stop_requests()
     model.train()
     with (
-        nullcontext() if state is None else ctrl_c,
+        nullcontext() if states is None else asked,
         tqdm(total=n_steps, initial=len(seen), desc=description, disable=not progress_bar, unit="step") as bar,
     ):
         for batch in islice(batches, len(seen), n_steps):
@@ -191,10 +196,11 @@ def fit(
             bar.update()
             if len(seen) % 20 == 0:
                 bar.set_postfix(loss=f"{float(seen[-1]):.3f}")
-            if state is not None and (ctrl_c.pressed or len(seen) % SAVE_STEPS == 0):
-                save_state(state, model, optimizer, seen)
-            if ctrl_c.pressed and len(seen) < n_steps:
-                raise interrupted_at(len(seen))
+            is_asked = asked.number != 0 and len(seen) < n_steps
+            if states is not None and (is_asked or states.is_due(len(seen))):
+                states.save(len(seen), lambda folder: write_state(folder, model, optimizer, seen))
+            if states is not None and is_asked:
+                raise states.stopped(len(seen), asked.number)
     model.eval()
     return torch.stack(seen)
 

@@ -17,6 +17,7 @@ from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.feedback.store import FeedbackStore
 from textenv.feedback.terminal import RatingTerminal
+from textenv.json_files import read_json
 from textenv.prompts import Prompt
 from textenv.rewarding import DROPPED, RewardError, Score
 from textenv.rewards.base import BatchReward
@@ -24,11 +25,12 @@ from textenv.rewards.human import HumanReward
 
 from .assemble import Trust, load_lm, load_tokenizer
 from .build import make_agent
-from .checkpoint import load_checkpoint, newest_intact, save_step
+from .checkpoint import load_checkpoint, save_step
 from .config import ModelConfig, TrainConfig
 from .exporting import export
 from .files import write_text
 from .kl import KLPenalty
+from .manifest import newest_intact
 from .output_folders import check_output
 from .rate import RATED_TOKENS, rated_prompts
 from .refusal import CommandError, Exit, Interrupted
@@ -144,7 +146,7 @@ def claim(out: Path, chosen: RateConfig) -> str:
         name = f"session {secrets.token_hex(4)}"
         write_text(file, json.dumps({"name": name, **own}, indent=1) + "\n")
         return name
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file, {"name": str})
     changed = [f"{name} {before.get(name)!r}" for name in FIXED if before.get(name) != own[name]]
     if changed:
         raise CommandError(f"Expected the settings of the session in {out}, got others ({', '.join(changed)} then).")

@@ -13,7 +13,7 @@ from textenv.env import TextEnv
 
 from .generation import run_episodes
 from .policies import LMPolicy
-from .run_folder import RunFolder, append_row, read_rows
+from .run_folder import SAMPLE, RunFolder, read_rows
 
 Row = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Recorder(BaseCallback):
             return
         row = {"tokens": self.model.num_timesteps, **dict(sorted(self.writer.row.items()))}
         self.writer.row = {}
-        append_row(self.run.metrics, row)
+        self.run.append(self.run.metrics, [row])
         self.show(row)
 
 
@@ -99,7 +99,7 @@ class SampleRecorder(BaseCallback):
         self.run, self.env, self.n, self.every, self.show = run, env, n, every, show
 
     def _on_training_start(self) -> None:
-        self.tokens = max((row["tokens"] for row in read_rows(self.run.samples)), default=-1)
+        self.tokens = max((row["tokens"] for row in read_rows(self.run.samples, SAMPLE)), default=-1)
 
     def _on_step(self) -> bool:
         return True
@@ -121,8 +121,7 @@ class SampleRecorder(BaseCallback):
         policy = cast("LMPolicy", self.model.policy)
         steps = run_episodes(policy, self.env, self.env.prompts[: self.n])
         rows = [{"tokens": now, **sample_row(step.info)} for step in steps]
-        for row in rows:
-            append_row(self.run.samples, row)
+        self.run.append(self.run.samples, rows)
         self.show(rows)
 
 

@@ -50,3 +50,16 @@ class Interrupted(CommandError):
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, Exit.SIGNAL + signal_number)
+
+
+class StageStopped(KeyboardInterrupt):
+    """A signal asked to stop training before PPO, and its state is saved.
+
+    Args:
+        message: After which step, and how to go on.
+        signal_number: The signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.code = Exit.SIGNAL + signal_number

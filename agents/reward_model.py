@@ -25,7 +25,7 @@ from textenv.tokenizer import Tokenizer
 
 from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, n_positions
 from .critic import TrunkCritic, score_head
-from .interrupted import claim_folder, origin, work_folder
+from .interrupted import States, origin, prepare, work_folder
 from .layers import disable_dropout
 from .output_folders import check_output, output_folder
 from .preferences import Labelled, Ranking, encode_texts
@@ -78,8 +78,9 @@ def train_reward_model(
     a text (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
 
     The loop is the one of `pretrain`: transformers' `Trainer` would need a collator, a loss and an evaluation of its
-    own for rankings, which is all that there is here. After Ctrl-C the state waits beside the folder, in
-    `.<name>.training`, and `resume=True` goes on from there, on a CPU to the same weights bit for bit.
+    own for rankings, which is all that there is here. Every 500 steps, and after Ctrl-C, SIGTERM or
+    SIGHUP, the state is kept beside the folder, in `.<name>.training`, and `resume=True` goes on from the newest whole
+    one, on a CPU to the same weights bit for bit.
 
     Args:
         lm: A name or path (of a language model or of a reward model), a config, or a spec that builds a reward model.
@@ -127,9 +128,8 @@ def train_reward_model(
     batches = similar_lengths(lengths, batch_size, np.random.default_rng(seed))
     n_steps = max(1, round(n_epochs * len(examples) / batch_size))
     work = work_folder(folder)
-    state = work / "state"
     arguments = (origin(model, lm), examples, loss, centring, n_steps, batch_size, learning_rate, seed)
-    claim_folder(work, arguments, has_state=resume and state.is_dir())
+    state = prepare(work, arguments, resume)
     seen = fit(
         model,
         batches,
@@ -138,6 +138,7 @@ def train_reward_model(
         learning_rate,
         description="reward model",
         progress_bar=progress_bar,
+        states=States(work),
         state=state,
     )
     scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)

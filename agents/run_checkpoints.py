@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from safetensors import SafetensorError
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from .checkpoint import is_between_iterations, newest_intact, save_step
+from .checkpoint import is_between_iterations, save_step
 from .interrupts import Interrupts
+from .manifest import newest_intact
 from .refusal import CommandError, Interrupted, NumericsError, StorageError
-from .run_folder import RunFolder, size
+from .run_folder import RunFolder
+from .storage import explain, is_full
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BYTES_A_WEIGHT = 12  # itself and the two moments of AdamW, in float32
 
 
@@ -25,7 +23,7 @@ class RunCheckpoints(BaseCallback):
     """Saves the run every so many rollouts, at the end, and when a signal has asked to stop.
 
     A checkpoint that cannot be written leaves those of before intact; training goes on, and it is tried again after
-    the next iteration.
+    the next iteration. So are rows that wait for room on the disk, which a checkpoint does not overtake.
 
     Args:
         run: The run's folder.
@@ -37,7 +35,7 @@ class RunCheckpoints(BaseCallback):
 
     Raises:
         Interrupted: After a signal, once the iteration is over and saved.
-        StorageError: If the last checkpoint could not be written.
+        StorageError: If the last checkpoint, or the last rows, could not be written.
         NumericsError: If weights are not finite.
     """
 
@@ -56,6 +54,7 @@ class RunCheckpoints(BaseCallback):
         self.run, self.every, self.keep = run, every, keep
         self.interrupts, self.is_over, self.say = interrupts, is_over, say
         self.failure: str | None = None
+        self.rows_failure: str | None = None
 
     def _on_training_start(self) -> None:
         self.saved = self.model.num_timesteps
@@ -64,6 +63,7 @@ class RunCheckpoints(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
+        self._write_rows()
         now = self.model.num_timesteps
         size = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]
         is_due = now // size % self.every == 0 or self.failure is not None
@@ -77,20 +77,34 @@ class RunCheckpoints(BaseCallback):
             )
 
     def _on_training_end(self) -> None:
+        self._write_rows()
         if is_between_iterations(cast("OnPolicyAlgorithm", self.model)):
             self._save()
         self._check()  # after an early stop, in the first step of a rollout, it was saved before
 
     def _check(self) -> None:
-        if self.failure is not None:
-            raise StorageError(self.failure)
+        failure = self.rows_failure if self.run.waiting else self.failure
+        if failure is not None:
+            raise StorageError(failure)
+
+    def _write_rows(self) -> None:
+        try:
+            self.run.write_waiting()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self.rows_failure = f"Rows could not be written, and wait: {explain(error, self.run.path)}"
+            self.say(self.rows_failure)
 
     def _save(self) -> None:
+        if self.run.waiting:  # the rows of what a checkpoint has behind it come first
+            self.failure = self.rows_failure
+            return
         try:
             save_step(cast("OnPolicyAlgorithm", self.model), self.run.checkpoints, self.keep)
         except FloatingPointError as error:
             raise NumericsError(str(error)) from error
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             self.failure = f"The checkpoint could not be written: {explain(error, self.run.path, needed(self.model))}"
             self.say(self.failure)
         else:
@@ -101,16 +115,6 @@ def needed(model: object) -> int:
     """Return about how many bytes a checkpoint takes."""
     policy = cast("OnPolicyAlgorithm", model).policy
     return sum(weight.numel() * (BYTES_A_WEIGHT if weight.requires_grad else 4) for weight in policy.parameters())
-
-
-def explain(error: Exception, path: Path, n_bytes: int) -> str:
-    """Say why something could not be written: with a full disk, what it needs and what there is."""
-    number = error.errno if isinstance(error, OSError) else None
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    free = shutil.disk_usage(path).free
-    if number in FULL or n_bytes > free:
-        return f"needs {size(n_bytes)}, {size(free)} free at {path} ({reason})."
-    return f"{reason} at {path}."
 
 
 def checkpoint_to_load(run: RunFolder, say: Callable[[str], None] | None = None) -> Path | None:

@@ -11,18 +11,24 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .files import sync, write_text
+from textenv.json_files import Shape, parse_json, read_json
+
+from .files import clear_leftovers, naming, write_text
 from .refusal import CommandError
+from .storage import is_full, size
 
 FORMAT = 1
 LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", "history.json", "best", "tensorboard")
+ROW = {"tokens": int, str: (float, None)}
+SAMPLE = {"tokens": int, "prompt": str, "text": str, "end_reason": str, "reward": float, "parts": {str: float}}
+ABOUT = {"started": str, "versions": {str: str}, "git": {str: (str, None)}}
 PACKAGES = ("torch", "transformers", "stable_baselines3", "sb3_contrib", "gymnasium", "numpy", "peft")
 
 
@@ -31,6 +37,9 @@ class RunFolder:
 
     Args:
         path: Where it is.
+
+    Attributes:
+        waiting: Rows that a full disk has kept from being written, by file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -44,6 +53,7 @@ class RunFolder:
         self.model = self.path / "model"
         self.best = self.path / "best"
         self.was_empty = False
+        self.waiting: dict[Path, str] = {}
 
     @classmethod
     def create(cls, out: str | None, name: str) -> RunFolder:
@@ -83,20 +93,26 @@ class RunFolder:
             raise CommandError(
                 f"Expected the folder of a run, got {path}, which has no run.json: `textenv train --out DIR` makes one."
             )
-        about = run.read_about()
-        if about.get("format", 0) > FORMAT:
-            raise CommandError(
-                f"Expected a run of format {FORMAT} or older, got {about['format']} in {path}: install textenv "
-                f"{about['versions'].get('textenv', 'of then')} or newer."
-            )
+        run.read_about()
         return run
 
     def read_about(self) -> dict[str, Any]:
-        """Return what `run.json` says: format, versions, commits, when it was started and with which command."""
+        """Return what `run.json` says: format, versions, commits, when it was started and with which command.
+
+        Raises:
+            CommandError: If it is damaged, or of a newer format.
+        """
         try:
-            return json.loads(self.about.read_text(encoding="utf-8"))
+            about: dict[str, Any] = read_json(self.about, {"format": int, "versions": {str: str}})
+            if about["format"] > FORMAT:
+                newer = about["versions"].get("textenv", "of then")
+                raise CommandError(
+                    f"Expected a run of format {FORMAT} or older, got {about['format']} in {self.path}: install "
+                    f"textenv {newer} or newer."
+                )
+            return dict(read_json(self.about, ABOUT))
         except ValueError as error:
-            raise CommandError(f"Expected JSON in {self.about}, got something else ({error}).") from error
+            raise CommandError(str(error)) from error
 
     def begin(self, config: str, textenv_version: str) -> None:
         """Write the resolved config and what the run is made with; `run.json` comes last."""
@@ -139,7 +155,7 @@ class RunFolder:
 
     def changed_versions(self) -> list[str]:
         """Return what is installed now in another version than the run was begun with."""
-        then, now = self.read_about().get("versions", {}), _versions()
+        then, now = self.read_about()["versions"], _versions()
         return [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
 
     def check_vocabulary(self, tokens: Mapping[str, int]) -> None:
@@ -152,7 +168,7 @@ class RunFolder:
         own = {"size": len(tokens), "sha256": hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()}
         if not file.is_file():
             write_text(file, json.dumps(own) + "\n")
-        elif (kept := json.loads(file.read_text(encoding="utf-8"))) != own:
+        elif (kept := read_json(file, {"size": int, "sha256": str})) != own:
             raise CommandError(
                 f"Expected the tokenizer that {self.path} was begun with, of {kept['size']} tokens, got another, of "
                 f"{own['size']} tokens: give the one of then as model.tokenizer."
@@ -178,17 +194,9 @@ class RunFolder:
             stream.truncate(0)
             stream.write(f"pid {os.getpid()} since {datetime.now().astimezone().isoformat(timespec='seconds')}\n")
             stream.flush()
-            self._clear_leftovers()
+            for folder in (self.path, self.checkpoints):
+                clear_leftovers(folder)
             yield
-
-    def _clear_leftovers(self) -> None:
-        """Remove what a killed process has half-written: with the lock held, nobody is writing."""
-        for folder in (self.path, self.checkpoints):
-            for path in folder.glob(".*.partial-*"):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
 
     def check_space(self, needed: int) -> None:
         """Raise CommandError where the disk has less room than so many bytes."""
@@ -198,28 +206,41 @@ class RunFolder:
 
     def cut(self, tokens: int) -> None:
         """Forget the rows of later than so many tokens: they are made again. -1 forgets all."""
-        for file in (self.metrics, self.samples):
+        for file, shape in ((self.metrics, ROW), (self.samples, SAMPLE)):
             if file.is_file():
-                rows = [row for row in read_rows(file) if row["tokens"] <= tokens]
+                rows = [row for row in read_rows(file, shape) if row["tokens"] <= tokens]
                 write_text(file, "".join(to_line(row) for row in rows))
         if tokens < 0:
             shutil.rmtree(self.best, ignore_errors=True)
             (self.path / "history.json").unlink(missing_ok=True)
 
-    def keep_traceback(self) -> None:
-        """Append the traceback of the current exception to the log."""
-        with self.log.open("a", encoding="utf-8") as stream:
-            stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
+    def append(self, file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows to one of its files; while the disk is full they wait in `waiting`, in memory."""
+        self.waiting[file] = self.waiting.get(file, "") + "".join(map(to_line, rows))
+        try:
+            self.write_waiting()
+        except OSError as error:
+            if not is_full(error):
+                raise
 
+    def write_waiting(self) -> None:
+        """Write the rows that wait.
 
-def size(n_bytes: int) -> str:
-    """Return a number of bytes for people.
+        Raises:
+            OSError: If the disk is still full; they go on waiting.
+        """
+        for file, text in list(self.waiting.items()):
+            append_text(file, text)
+            del self.waiting[file]
 
-    Example:
-        >>> size(1_234_000_000), size(56_000)
-        ('1.2 GB', '0.1 MB')
-    """
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+    def keep_traceback(self) -> bool:
+        """Append the traceback of the current exception to the log; False where that fails: it is not what matters."""
+        try:
+            with self.log.open("a", encoding="utf-8") as stream:
+                stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
+        except OSError:
+            return False
+        return True
 
 
 def to_line(row: Mapping[str, Any]) -> str:
@@ -233,28 +254,39 @@ def to_line(row: Mapping[str, Any]) -> str:
     return json.dumps(plain, ensure_ascii=False) + "\n"
 
 
-def append_row(file: Path, row: Mapping[str, Any]) -> None:
-    """Append a row; it is on the disk when this returns."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(to_line(row))
-    sync(file)
+def append_text(file: Path, text: str) -> None:
+    """Append to a file: the text is on the disk when this returns, and nothing of it is there when it raises."""
+    content = text.encode()
+    with naming(file), file.open("ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            while content:
+                content = content[stream.write(content) :]
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(before)
+            raise
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path, shape: Shape = ROW) -> list[dict[str, Any]]:
     """Return the rows of a file; a last line that was cut off by a kill is left out.
 
+    Args:
+        file: What may not be there: it has no rows then.
+        shape: What a row must look like.
+
     Raises:
-        CommandError: If another line is no JSON.
+        CommandError: If another line is no such row.
     """
-    rows = []
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise CommandError(f"Expected JSON in line {number} of {file}, got {line[:40]!r}.") from error
-    return rows
+    if not file.is_file():
+        return []
+    try:
+        *lines, _ = file.read_text(encoding="utf-8").split("\n")  # texts may have other ends of lines in them
+        return [parse_json(line, shape, f"line {number} of {file}") for number, line in enumerate(lines, 1)]
+    except UnicodeDecodeError as error:
+        raise CommandError(f"Expected lines of JSON in {file}, got bytes that are no UTF-8.") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _versions() -> dict[str, str]:

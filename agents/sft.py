@@ -18,11 +18,12 @@ from transformers import (
 )
 
 from textenv.extras import check_extra
+from textenv.model_loading import readable
 from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
 from .demo import model_folder
-from .interrupted import origin, work_folder
+from .interrupted import origin, prepare, work_folder
 from .output_folders import check_output, output_folder
 from .pretrain import IGNORED, bpe_tokenizer
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
@@ -86,8 +87,9 @@ def tune(
     TRL's trainer would add a dependency for nothing more. It needs accelerate: `pip install "textenv[sft]"`.
     (`pretrain`, for the small models made from scratch in a minute, needs nothing.)
 
-    After Ctrl-C the state waits beside the folder, in `.<name>.training`, and `resume=True` goes on from there to the
-    same weights as if nothing had happened. Random generators of the process are left as they were.
+    Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is kept beside the folder, in `.<name>.training`,
+    and `resume=True` goes on from the newest whole one, to the same weights as if nothing had happened. Random
+    generators of the process are left as they were.
 
     Args:
         lm: A name or path, a config (fresh weights) or a spec.
@@ -122,7 +124,7 @@ def tune(
     if not data:
         raise ValueError("Expected at least one text, got none.")
     check_extra("sft", "accelerate", "transformers' Trainer")
-    from .sft_trainer import prepare, train, training_arguments
+    from .sft_trainer import train, training_arguments
 
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
@@ -182,7 +184,9 @@ def _with_tokenizer(
         lm.bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         lm.pad_token_id = tokenizer.pad_token_id
     elif tokenizer is None and isinstance(lm, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(os.fspath(lm)))
+        source = model_folder(os.fspath(lm))
+        with readable(source):
+            tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer is None:
         raise ValueError("Expected `tokenizer` with a spec, got None: pass the tokenizer of the model.")
     if tokenizer.eos_token_id is None:

@@ -1,4 +1,4 @@
-"""How transformers' `Trainer` runs training on labels, stops at Ctrl-C and goes on; needs accelerate to be imported."""
+"""How transformers' `Trainer` trains on labels, stops when asked and goes on; needs accelerate to be imported."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from .interrupted import SAVE_STEPS, CtrlC, claim_folder, interrupted_at
+from .interrupted import States, stop_requests
+from .interrupts import Interrupts
 
 
 def training_arguments(
@@ -27,9 +27,7 @@ def training_arguments(
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         weight_decay=0.01,
-        save_strategy="steps",
-        save_steps=SAVE_STEPS,
-        save_total_limit=1,
+        save_strategy="no",  # `_Saving` says when, and `States` which of them stays
         logging_steps=20,
         report_to="none",
         remove_unused_columns=False,
@@ -37,15 +35,33 @@ def training_arguments(
     )
 
 
-class _StopOnInterrupt(TrainerCallback):
-    """Stops behind the step in which Ctrl-C came, having saved the state."""
+class SealedTrainer(Trainer):
+    """A `Trainer` whose checkpoints are sealed once they are whole; one that cannot be written is tried again.
 
-    def __init__(self, ctrl_c: CtrlC) -> None:
-        self.ctrl_c = ctrl_c
+    Args:
+        states: What seals them, and knows where they are.
+        **kwargs: As of `Trainer`.
+    """
+
+    def __init__(self, states: States, **kwargs: Any) -> None:
+        self.states = states
+        super().__init__(**kwargs)
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        save = super()._save_checkpoint
+        self.states.save(self.state.global_step, lambda folder: save(*args))  # it knows the folder by the step
+
+
+class _Saving(TrainerCallback):
+    """Says when the state is saved, and stops behind the step in which a signal came."""
+
+    def __init__(self, states: States, asked: Interrupts) -> None:
+        self.states, self.asked = states, asked
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.ctrl_c.pressed:
-            control.should_save = control.should_training_stop = True
+        is_asked = self.asked.number != 0
+        control.should_save = is_asked or self.states.is_due(state.global_step)
+        control.should_training_stop = control.should_training_stop or is_asked
 
 
 def train(
@@ -53,7 +69,7 @@ def train(
     rows: Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     arguments: TrainingArguments,
-    checkpoint: str | None,
+    checkpoint: Path | None,
 ) -> int:
     """Run the `Trainer`; return the number of steps.
 
@@ -65,29 +81,25 @@ def train(
         checkpoint: What `prepare` returned.
 
     Raises:
-        KeyboardInterrupt: Once the state is saved.
+        StageStopped: After a signal, once the state is saved.
+        StorageError: If it could not be.
     """
     # The trainer writes it into the config that is saved; models that never cache have none.
     use_cache = vars(model.config).get("use_cache")
-    with CtrlC() as ctrl_c:
-        trainer = Trainer(
+    states = States(Path(str(arguments.output_dir)))
+    with stop_requests() as asked:
+        trainer = SealedTrainer(
+            states,
             model=model,
             args=arguments,
             train_dataset=cast("Any", rows),
             data_collator=cast("Any", collate),
-            callbacks=[_StopOnInterrupt(ctrl_c)],
+            callbacks=[_Saving(states, asked)],
         )
         trainer.remove_callback(PrinterCallback)
-        steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
-    if ctrl_c.pressed and steps < trainer.state.max_steps:
-        raise interrupted_at(steps)
+        steps = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).global_step
+    if asked.number and steps < trainer.state.max_steps:
+        raise states.stopped(steps, asked.number)
     if use_cache is not None:
         model.config.use_cache = use_cache
     return steps
-
-
-def prepare(work: Path, arguments: object, resume: bool) -> str | None:
-    """Return the checkpoint to go on from, if there is one; else empty the folder for the state."""
-    checkpoint = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
-    claim_folder(work, arguments, has_state=checkpoint is not None)
-    return checkpoint

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from textenv.extras import check_extra, needs
+from textenv.json_files import read_json
 from textenv.signatures import check_arguments
 
 from .config import Named, TrainConfig
@@ -101,7 +102,7 @@ class MLflowTracker:
         check_arguments(self.client.create_run, {"experiment_id", *options}, "the logger 'mlflow'")
         kept = run.path / "mlflow.json"
         if kept.is_file():
-            self.run_id = json.loads(kept.read_text(encoding="utf-8"))["run_id"]
+            self.run_id = read_json(kept, {"run_id": str})["run_id"]
             self.client.update_run(self.run_id, status="RUNNING")
         else:
             found = self.client.get_experiment_by_name(experiment)

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import warnings
 from dataclasses import asdict
 from functools import partial
@@ -16,18 +17,19 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from textenv import __version__
 from textenv.extras import MissingExtraError
+from textenv.json_files import read_json
 
 from .assemble import Parts, Trust, assemble, task_name, training_callbacks
 from .checkpoint import load_checkpoint
 from .config import DEMO, FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
 from .curves import draw_curves
 from .dry_run import dry_run
-from .evaluation_callback import Evaluate
+from .evaluation_callback import HISTORY, Evaluate
 from .exporting import write_model
 from .failures import as_command_error
 from .files import write_text
 from .finite_updates import FiniteUpdates
-from .interrupts import Interrupts, write_line
+from .interrupts import Interrupts, leave, write_line
 from .live_view import LiveScreen
 from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
@@ -38,6 +40,7 @@ from .refusal import CommandError, Exit, Interrupted
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
+from .storage import is_full
 
 MENDED = (Exit.REFUSED, Exit.MISSING)  # by the user, and then the same command trains: no run began
 SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
@@ -132,19 +135,19 @@ def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
 def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     """Train under the lock; turn what goes wrong into one line, an exit code and a traceback in the log."""
     screen = make_screen(config, options)
-    previous = warnings.showwarning
+    previous = warnings.showwarning, threading.excepthook
     warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
+    threading.excepthook = lambda ended: None if is_full(ended.exc_value) else previous[1](ended)  # TensorBoard's
     try:
         return _run(run, config, options, screen)
     except Exception as error:
         known = as_command_error(error, run.path)
         says_all = known is error or isinstance(error, MissingExtraError)
-        if not says_all or known.code not in MENDED:
-            run.keep_traceback()
-        place = "" if says_all else f" (the traceback is in {run.log})"
+        is_kept = (not says_all or known.code not in MENDED) and run.keep_traceback()
+        place = f" (the traceback is in {run.log})" if is_kept and not says_all else ""
         raise CommandError(f"{known}{place}", known.code) from error
     finally:
-        warnings.showwarning = previous
+        warnings.showwarning, threading.excepthook = previous
         screen.close()
 
 
@@ -176,7 +179,8 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     pages = [SamplePages(one) for one in outputs if isinstance(one, TensorBoardOutputFormat)]
     views: list[Any] = [screen, *trackers, *pages]
     kept = config.checkpoint_every, config.keep_checkpoints
-    with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line, run.how_to_go_on) as interrupts:
+    tell = screen.note if isinstance(screen, LiveScreen) else write_line
+    with Interrupts(tell, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
         callbacks = [
             *training_callbacks(config),
             FiniteUpdates(),
@@ -192,10 +196,10 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
                 log_interval=1,
                 reset_num_timesteps=checkpoint is None,
             )
-    agent.logger.close()
-    for tracker in trackers:
-        tracker.close()
-    _finish(run, parts, screen)
+        agent.logger.close()
+        for tracker in trackers:
+            tracker.close()
+        _finish(run, parts, screen)
     return Exit.DONE
 
 
@@ -231,7 +235,9 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     rows = read_rows(run.metrics)
     if "curves" in [named(one).id for one in config.loggers]:
         draw_curves(run.path / "curves.png", {run.path.name: rows}, task_name(config))
-    history = json.loads((run.path / "history.json").read_text(encoding="utf-8"))
+    history = read_json(run.path / "history.json", HISTORY)
+    if not history:
+        raise CommandError(f"Expected at least one evaluation in {run.path / 'history.json'}, got none.")
     before, after = history[0], history[-1]
     table = ["| figure | before | after |", "|---|---|---|"]
     for name, value in after["figures"].items():

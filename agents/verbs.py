@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from textenv import demo
 from textenv.env import TextEnv
+from textenv.json_files import read_json
 from textenv.prompts import PromptLike
 from textenv.prompts import read_rows as read_rows_of
 
@@ -41,12 +42,13 @@ from .output_folders import check_output, output_folder
 from .policies import LMPolicy
 from .refusal import CommandError, Exit
 from .run_checkpoints import checkpoint_to_load
-from .run_folder import RunFolder, read_rows, to_line
+from .run_folder import SAMPLE, RunFolder, read_rows, to_line
 from .verb_config import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, TrustOptions
 
 CHUNK = 64  # prompts that are continued together, and printed when they are done
 N_COMPARED = 8  # prompts by which an exported model is checked
 COMPARED_TOKENS = 32
+RESULTS = {"after": {"figures": {str: (float, None)}}}
 
 
 class Writer(NamedTuple):
@@ -261,8 +263,8 @@ def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:
     reward = None
     if results.with_suffix(".md").is_file():
         table = results.with_suffix(".md").read_text(encoding="utf-8")
-        reward = json.loads(results.with_suffix(".json").read_text(encoding="utf-8"))["after"]["figures"].get("reward")
-    samples, rows = read_rows(run.samples), read_rows(run.metrics)
+        reward = read_json(results.with_suffix(".json"), RESULTS)["after"]["figures"].get("reward")
+    samples, rows = read_rows(run.samples, SAMPLE), read_rows(run.metrics)
     if samples:
         write_text(folder / run.samples.name, "".join(map(to_line, samples)))
     curves = None

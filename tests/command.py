@@ -70,6 +70,15 @@ def start(*words, cwd=ROOT, **kwargs):
     return subprocess.Popen(command, cwd=cwd, env=environment(), **{**pipes, **kwargs})
 
 
+def in_a_fork(*words):
+    """Run the command in a forked process, which has all that is loaded here; its id."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(run(*words))
+    return pid
+
+
 def rows(folder, name="metrics.jsonl"):
     """The rows of a run but for what the clock says."""
     lines = [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]

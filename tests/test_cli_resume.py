@@ -19,7 +19,7 @@ from agents.checkpoint import latest_checkpoint
 from agents.interrupts import Interrupts
 from agents.manifest import verify_checkpoint
 from agents.recording import Recorder
-from tests.command import ROLLOUT, rows, run, settings, small_model, start
+from tests.command import ROLLOUT, in_a_fork, rows, run, settings, small_model, start
 
 ROLLOUTS = 5
 
@@ -300,15 +300,6 @@ def test_a_file_size_limit_ends_with_5_and_leaves_what_was(model, tmp_path):
     assert error.strip().splitlines()[-1].startswith("textenv: ")
     assert not list((tmp_path / "run").rglob("step_*"))
     assert run("train", "--resume", tmp_path / "run", "--quiet") == 0
-
-
-def in_a_fork(*words):
-    """Run the command in a forked process, which has all that is loaded here; its id."""
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(run(*words))
-    return pid
 
 
 @pytest.mark.slow

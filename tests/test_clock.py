@@ -10,7 +10,8 @@ import time
 import pytest
 
 from agents import cli
-from agents.checkpoint import latest_checkpoint, newest_intact, save_step
+from agents.checkpoint import latest_checkpoint, save_step
+from agents.manifest import newest_intact
 from agents.recording import Recorder
 from agents.run_folder import read_rows
 from tests.command import ROLLOUT, rows, run, settings, small_model

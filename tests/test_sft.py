@@ -136,8 +136,9 @@ def test_e8_after_ctrl_c_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path, mo
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        real = sft_trainer.Trainer
-        patch.setattr(sft_trainer, "Trainer", lambda **k: real(**{**k, "callbacks": [*k["callbacks"], PressCtrlC()]}))
+        real = sft_trainer.SealedTrainer
+        press = lambda *a, **k: real(*a, **{**k, "callbacks": [*k["callbacks"], PressCtrlC()]})  # noqa: E731
+        patch.setattr(sft_trainer, "SealedTrainer", press)
         with pytest.raises(KeyboardInterrupt, match="stopped after step 11; `resume=True` goes on"):
             tune(TEXTS, tmp_path / "parts", lm=config)
     assert not (tmp_path / "parts").exists()

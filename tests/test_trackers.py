@@ -159,10 +159,10 @@ def test_mlflow_goes_where_it_is_told(tmp_path, monkeypatch):
 
 def test_tensorboard_shows_samples_as_text_and_not_as_markup():
     written = []
-    writer = SimpleNamespace(add_text=lambda *given: written.append(given), flush=lambda: None)
+    output = SimpleNamespace(write=lambda values, excluded, step: written.append((*values.items(), step)))
     hostile = "<script>|a|\n![x](http://y) *b* \x1b[31m"
-    SamplePages(SimpleNamespace(writer=writer)).samples([sample(64), sample(64, hostile)])
-    [(tag, page, step)] = written
+    SamplePages(output).samples([sample(64), sample(64, hostile)])
+    [((tag, page), step)] = written
     assert (tag, step) == ("samples", 64)
     lines = page.splitlines()
     assert lines[:3] == ["|prompt|text|end_reason|reward|", "|---|---|---|---|", "|a film|good|eos|0.5|"]

@@ -1,15 +1,27 @@
-"""Loading models: names that stand for nothing are refused soon, and weights that a folder lacks are not drawn."""
+"""Loading models: names of nothing are refused soon, damage is named, what a folder lacks is not drawn at random."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from textenv.json_files import read_json
+
+# The files of a folder that transformers reads as objects; without these keys it raises a KeyError.
+OBJECTS: dict[str, dict[Any, Any]] = {
+    "config.json": {},
+    "generation_config.json": {},
+    "tokenizer_config.json": {},
+    "special_tokens_map.json": {},
+    "model.safetensors.index.json": {"weight_map": {str: str}},
+    "tokenizer.json": {"model": dict, "added_tokens": [dict]},
+}
 LOOK_UP_SECONDS = 5.0  # for one question to the hub, where transformers asks again and again for half a minute
 
 
@@ -98,9 +110,10 @@ def load_whole(
         **kwargs: The other arguments.
 
     Raises:
-        ValueError: If the folder lacks a tensor of the model, or has others.
+        ValueError: If the folder lacks a tensor of the model, or has others, or a file is damaged.
     """
-    model, found = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    with readable(name):
+        model, found = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     body = f"{model.base_model_prefix}."
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if fresh_head:
@@ -118,6 +131,45 @@ def load_whole(
             "with transformers, save_pretrained(folder), and give that folder."
         )
     return model
+
+
+@contextmanager
+def readable(name: str | PathLike[str]) -> Iterator[None]:
+    """Name the file where what transformers loads within is damaged.
+
+    Args:
+        name: What it is loaded by; a name on the hub has no files here, and is let through.
+
+    Raises:
+        ValueError: If a file of the folder is damaged, or transformers raises what only a damaged one makes it raise.
+    """
+    folder = Path(name)
+    for file, shape in OBJECTS.items():
+        if (folder / file).is_file():
+            read_json(folder / file, shape)
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # a KeyError, a SafetensorError, ...: it takes files for what they should be
+        if isinstance(error, (OSError, ValueError)) and (not folder.is_dir() or str(folder) in str(error)):
+            raise  # transformers says what is wrong
+        damaged = next(filter(_is_damaged, sorted(folder.glob("*.safetensors"))), folder)
+        raise ValueError(f"Expected to load {damaged}, got {type(error).__name__}: {_line(error)}") from error
+
+
+def _is_damaged(file: Path) -> bool:
+    from safetensors import SafetensorError, safe_open  # comes with transformers
+
+    try:
+        with safe_open(file, "np"):
+            return False
+    except SafetensorError:
+        return True
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from textenv.json_files import read_json
+
 STATS_FILE = "reward_stats.json"
 
 
@@ -52,6 +54,7 @@ class RewardStats:
 
         Raises:
             FileNotFoundError: If it has none.
+            ValueError: If it is damaged.
         """
         file = Path(folder) / STATS_FILE
         if not file.is_file():
@@ -59,4 +62,5 @@ class RewardStats:
                 f"Expected {STATS_FILE} in the folder of the reward model, got none in {str(folder)!r}: give "
                 "stats=RewardStats(mean, std), write it by RewardStats.of(scores).save(folder), or leave `stats` out."
             )
-        return cls(**json.loads(file.read_text(encoding="utf-8")))
+        stats = read_json(file, {"mean": float, "std": float})
+        return cls(stats["mean"], stats["std"])

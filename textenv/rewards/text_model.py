@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.model_loading import check_name, load_whole
+from textenv.model_loading import check_name, load_whole, readable
 
 ModelLike = str | PathLike[str] | PreTrainedModel
 
@@ -59,7 +59,9 @@ class TextModel:
             self.model: Any = model
         else:
             check_name(model)
-            tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+            if tokenizer is None:
+                with readable(model):
+                    tokenizer = AutoTokenizer.from_pretrained(model)
             weights = read_dtype("float32" if dtype is None else dtype)
             self.model = load_whole(auto_class, model, any_more=True, dtype=weights)
         # A model that transformers has placed itself (quantised, on several devices) is left alone unless asked.

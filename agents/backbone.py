@@ -84,9 +84,8 @@ class Pretrained:
         if self.name is None:
             assert self.config is not None, "pickled only once built"
             return self._auto_class(self.config).from_config(self.config)
-        for option in ("device_map", "quantization_config"):
-            if self.kwargs.get(option) is not None:
-                check_extra("sft", "accelerate", f"Pretrained({option}=...)")
+        for option in {"device_map", "quantization_config"} & self.kwargs.keys():
+            check_extra("sft", "accelerate", f"Pretrained({option}=...)")
         from .demo import model_folder  # later: the demo's model is trained with what builds on this module
 
         name = self.name if ELSEWHERE & self.kwargs.keys() else model_folder(self.name)

@@ -58,7 +58,7 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
         resume: Whether to go on with what is there.
 
     Raises:
-        ValueError: If the states are of other arguments or data.
+        ValueError: If the states are of other arguments or data, or the folder is not one of states.
     """
     found, damage = newest_intact(work, STATE) if resume else (None, [])
     goes_on = "training begins anew" if found is None else f"going on from {found}"
@@ -67,6 +67,11 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
     fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
     mark = work / "fingerprint"
     if found is None:
+        foreign = (
+            [] if mark.is_file() or not work.is_dir() else [path.name for path in work.iterdir() if path.name[0] != "."]
+        )
+        if foreign:
+            raise ValueError(f"Expected no folder {work}, where a stage keeps its states, got one with {foreign[0]}.")
         shutil.rmtree(work, ignore_errors=True)
         write_text(mark, fingerprint)
         return None

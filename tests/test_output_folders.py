@@ -246,3 +246,12 @@ def test_a_picture_and_a_file_of_answers_replace_nothing_else(home, tmp_path, ca
     assert thesis.read_text() == "mine"
     for _ in range(2):  # its own picture is replaced
         assert run("compare", home / "runs" / "a", "--out", tmp_path / "compare.png") == 0
+
+
+@pytest.mark.parametrize("write", [by_tune, by_train_classifier, by_train_reward_model])
+def test_the_folder_of_states_beside_an_output_is_not_cleared_where_it_is_not_ours(write, home, tmp_path):
+    write_text(tmp_path / ".out.training" / "thesis.tex", "mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"where a stage keeps its states, got one with thesis\.tex"):
+        write(home, tmp_path / "out", True)
+    assert contents(tmp_path) == before

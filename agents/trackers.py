@@ -48,12 +48,13 @@ class Tracker:
         os.environ.setdefault("WANDB_DIR", str(run.path))
         with needs(named.id, named.id, "the logger of that name"):
             self.module: Any = importlib.import_module(named.id)
-        check_arguments(self.module.init, named.args, f"the logger {named.id!r}")
         own = _own_name(run)
         options = {"project": EXPERIMENT, "name": own, "config": asdict(config), "resume": "allow"}
         if named.id == "wandb":
             options["id"] = own
-        self.module.init(**{**options, **named.args})
+        options |= named.args
+        check_arguments(self.module.init, options, f"the logger {named.id!r}")
+        self.module.init(**options)
 
     def row(self, row: Row) -> None:
         """Send an iteration's figures."""

@@ -28,8 +28,6 @@ BUDGETS = {
     + ["--evaluation.n_prompts=2", "--evaluation.n=1", "--quiet"],
     "evaluate": ["--n_prompts", "2"],
     "reward-model": ["--n_epochs", "2", "--quiet"],
-    "generate": ["--max_new_tokens", "16"],
-    "chat": ["--max_new_tokens", "16"],
     "rate": ["--max_new_tokens", "8"],
     "doctor": [],
 }

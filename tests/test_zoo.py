@@ -316,13 +316,9 @@ def episodes(folder):
 
 @pytest.mark.parametrize("score_at", ["step", "rollout_end"])
 def test_the_monitors_of_lanes_have_a_row_an_episode(score_at, tmp_path):
-    env = make_vec_env(
-        lambda **given: gymnasium.spec(DEMO).make(**given),
-        4,
-        seed=0,
-        monitor_dir=str(tmp_path),
-        env_kwargs={"max_new_tokens": 4, "score_at": score_at},
-    )
+    kwargs = {"max_new_tokens": 4, "score_at": score_at}
+    make = gymnasium.spec(DEMO).make
+    env = make_vec_env(lambda **given: make(**given), 4, seed=0, monitor_dir=str(tmp_path), env_kwargs=kwargs)
     model = TokenPPO(LMPolicy, env, n_steps=16, policy_kwargs={"lm": lm()}, device="cpu", seed=0)
     seen = []
     model.learn(128, callback=lambda local, _: seen.extend(i for i in local["infos"] if "episode" in i) or True)

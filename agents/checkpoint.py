@@ -182,9 +182,9 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     with of_our_making(path):
         tensors, meta = _read(path, lm.shards)
         _load(model, tensors, meta)
-    if "probe" in tensors:
-        with gathered(lm):
-            check_probe(lm.backbone, tensors["probe"]["logits"], read_manifest(path)["versions"], versions())
+        if "probe" in tensors:
+            with gathered(lm):
+                check_probe(lm.backbone, tensors["probe"]["logits"], read_manifest(path)["versions"], versions())
 
 
 def _read(path: Path, shards: Shards | None) -> tuple[Tensors, dict[str, Any]]:

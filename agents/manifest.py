@@ -85,7 +85,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"Expected a checkpoint in {folder}, got no {MANIFEST} there.")
     try:
         if (format := read_json(file, {"format": int})["format"]) > FORMAT:
-            raise CheckpointError(f"Expected format {FORMAT} or older, got {format}: install a newer textenv.")
+            raise CheckpointError(
+                f"Expected format {FORMAT} or older, got {format}: install a newer textenv to read {folder}."
+            )
         manifest = read_json(file, SHAPE)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error

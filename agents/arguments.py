@@ -66,11 +66,11 @@ def _add_options(group: Any, options: type) -> None:
     for one in fields(options):
         flag = f"--{one.name}"
         kind = str(one.type)  # a text, since annotations are not evaluated there
+        both = dict.fromkeys((flag, flag.replace("_", "-")))
         if kind == "bool":
-            both = dict.fromkeys((flag, flag.replace("_", "-")))
             group.add_argument(*both, action="store_true", help=texts[one.name])
         elif kind.startswith("list"):
-            group.add_argument(flag, action="append", default=[], metavar="NAME", help=texts[one.name])
+            group.add_argument(*both, action="append", default=[], metavar="NAME", help=texts[one.name])
         else:
             group.add_argument(flag, type=str, metavar=one.name.upper(), help=texts[one.name])
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import gymnasium as gym
 from sb3_contrib import TRPO, MaskablePPO
@@ -19,84 +19,99 @@ from textenv import TASKS, demo
 from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.metrics.scores import Metric
+from textenv.model_loading import from_pretrained
 from textenv.prompts import Prompt
 from textenv.tokenizer import Tokenizer
+from textenv.trust import Kind, Trust, only_with
 from textenv.vector import unwrap_text_env
 
 from .backbone import Pretrained
 from .build import make_agent
 from .callbacks import EpisodeMetrics
-from .config import DEMO, EnvConfig, ModelConfig, Named, TrainConfig
+from .config import DEMO, EnvConfig, ModelConfig, Named, TrainConfig, TrainOptions
 from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .demo import model_folder
 from .kl import AdaptiveCoef, KLPenalty
-from .names import MASKS, METRICS, as_reward, build, check_allowed, find, look_here
+from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, find
 from .refusal import CommandError
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA, Trainable
 from .training_warnings import TrainingWarnings
+from .verb_config import TrustOptions
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
+ENV = Kind("environment", "a TextEnv", lambda found: issubclass(found, TextEnv))
 DEFAULT_LEARNING_RATE = 1e-5  # as `make_agent` has it
 
 
-class Trust(NamedTuple):
-    """What the command line, and nothing else, allows.
+class Parts:
+    """What a run works with; each part is built when it is first asked for.
 
     Args:
-        modules: Modules that a configuration may import beside our own.
-        remote_code: Whether a model's own code may run.
+        config: The run's configuration.
+        trust: What it may have imported and run.
+        progress_bar: Show one while the demo's model is made.
     """
 
-    modules: Collection[str] = ()
-    remote_code: bool = False
+    def __init__(self, config: TrainConfig, trust: Trust, progress_bar: bool = False) -> None:
+        transformers_logging.disable_progress_bar()
+        self.config, self.trust, self.progress_bar = config, trust, progress_bar
 
+    @cached_property
+    def folder(self) -> str:
+        """The model's folder, or its name on the hub."""
+        return model_folder(self.config.model.name, self.progress_bar)
 
-class Parts(NamedTuple):
-    """What a run works with.
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        name = self.config.model.tokenizer
+        return load_tokenizer(self.folder if name is None else name, self.trust)
 
-    Args:
-        config: Its configuration.
-        tokenizer: The model's.
-        env: What is trained on.
-        held_out: What is evaluated on; the same where the configuration names nothing else.
-        agent: The algorithm.
-        metrics: The metrics of evaluations.
-    """
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        """The metrics of evaluations."""
+        return [make_metric(metric, self.trust) for metric in self.config.evaluation.metrics]
 
-    config: TrainConfig
-    tokenizer: PreTrainedTokenizerBase
-    env: TextEnv
-    held_out: TextEnv
-    agent: OnPolicyAlgorithm
-    metrics: list[Metric]
+    @cached_property
+    def env(self) -> TextEnv:
+        """What is trained on."""
+        return make_env(self.config.env, self.tokenizer, self.config.seed, self.trust)
+
+    @cached_property
+    def held_out(self) -> TextEnv:
+        """What is evaluated on; the same where the configuration names nothing else."""
+        evaluation, env = self.config.evaluation, self.config.env
+        if evaluation.prompts is None and not evaluation.env_args:
+            return self.env
+        other = EnvConfig(**{**vars(env), "args": {**env.args, **evaluation.env_args}})
+        other.prompts = evaluation.prompts or other.prompts
+        return make_env(other, self.tokenizer, self.config.seed, self.trust)
+
+    @cached_property
+    def agent(self) -> OnPolicyAlgorithm:
+        """The algorithm, with the policy."""
+        with only_with(self.trust):
+            return _agent(self.config, self.env, self.folder, self.trust)
 
 
 def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = False) -> Parts:  # noqa: B008
-    """Build what a configuration describes.
+    """Build all that a configuration describes.
 
     Raises:
         CommandError: If it names something that may not be imported, or is not there.
         ValueError: If its parts do not go together; the message says which, as the parts themselves have it.
     """
-    if trust.modules:
-        look_here()
-    for value in (config.env, config.evaluation, config.loggers, config.algorithm.args):
-        check_allowed(list(vars(value).values()) if hasattr(value, "__dict__") else value, trust.modules)
-    transformers_logging.disable_progress_bar()
-    model = config.model
-    metrics = [make_metric(metric, trust) for metric in config.evaluation.metrics]
-    folder = model_folder(model.name, progress_bar)
-    tokenizer = load_tokenizer(folder if model.tokenizer is None else model.tokenizer, trust)
-    env = make_env(config.env, tokenizer, config.seed, trust)
-    held_out = env
-    evaluation = config.evaluation
-    if evaluation.prompts is not None or evaluation.env_args:
-        other = EnvConfig(**{**vars(config.env), "args": {**config.env.args, **evaluation.env_args}})
-        other.prompts = evaluation.prompts or other.prompts
-        held_out = make_env(other, tokenizer, config.seed, trust)
-    return Parts(config, tokenizer, env, held_out, _agent(config, env, folder, trust), metrics)
+    parts = Parts(config, trust, progress_bar)
+    for name in ("metrics", "tokenizer", "env", "held_out", "agent"):  # what takes no time first
+        getattr(parts, name)
+    return parts
+
+
+def trust_of(options: TrustOptions | TrainOptions) -> Trust:
+    """Return what the command line allows."""
+    return Trust(options.allow, options.trust_remote_code, options.allow_env)
 
 
 def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase:  # noqa: B008
@@ -106,7 +121,7 @@ def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase
         CommandError: If there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust.remote_code)
+        return from_pretrained(AutoTokenizer, name, trust_remote_code=trust.remote_code)
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected the tokenizer of {name!r}, got: {str(error).splitlines()[0]}") from error
 
@@ -118,6 +133,11 @@ def mood(prompt: Prompt, preds: Preds, done: bool) -> float:
 
 def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, trust: Trust) -> TextEnv:
     """Build the environment that a configuration names."""
+    with only_with(trust):
+        return _make_env(config, tokenizer, seed, trust)
+
+
+def _make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, trust: Trust) -> TextEnv:
     known = cast("Tokenizer", tokenizer)
     arguments: dict[str, Any] = {"seed": seed, **config.args}
     if config.reward is not None:
@@ -125,7 +145,7 @@ def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, t
     if config.on_failure != "raise":
         arguments["on_failure"] = config.on_failure
     if config.masks:
-        arguments["mask"] = [build(mask, MASKS, "mask", trust.modules) for mask in config.masks]
+        arguments["mask"] = [build(mask, MASKS, MASK, trust) for mask in config.masks]
     if config.max_new_tokens is not None:
         arguments["max_new_tokens"] = config.max_new_tokens
     if config.id not in (DEMO, "text"):
@@ -145,7 +165,7 @@ def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust
     if short in TASKS:
         made: Any = gym.make(f"textenv/{short}-v0", tokenizer=tokenizer, **arguments)
     elif ":" in name:
-        made = find(name, trust.modules)(tokenizer=tokenizer, **arguments)
+        made = find(name, ENV, trust)(tokenizer=tokenizer, **arguments)
     else:
         raise CommandError(f"Expected `env.id` to be demo, text, {', '.join(TASKS)} or module:Class, got {name!r}.")
     return unwrap_text_env(made)
@@ -156,9 +176,9 @@ def make_metric(metric: Named | str, trust: Trust) -> Metric:
     one = Named(metric) if isinstance(metric, str) else metric
     if one.id == "perplexity" and isinstance(one.args.get("model"), str):
         judge = one.args["model"]
-        arguments = {**one.args, "model": Pretrained(judge).build().eval(), "tokenizer": load_tokenizer(judge, trust)}
-        one = Named(one.id, arguments)
-    return build(one, METRICS, "metric", trust.modules)
+        parts = {"model": load_lm(judge, trust).build().eval(), "tokenizer": load_tokenizer(judge, trust)}
+        one = Named(one.id, {**one.args, **parts})
+    return build(one, METRICS, METRIC, trust)
 
 
 def load_lm(name: str, trust: Trust) -> Pretrained:
@@ -213,7 +233,7 @@ def _critic(model: ModelConfig) -> CriticSpec:
     return SeparateCritic(Pretrained(name)) if model.critic == "separate" else RewardModelCritic(name)
 
 
-def training_callbacks(config: TrainConfig) -> list[BaseCallback]:
+def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:
     """Return what works on rollouts: figures, shaping, penalty, warm-up and warnings."""
     callbacks: list[BaseCallback] = [EpisodeMetrics(), TrainingWarnings()]
     shaping, kl = config.shaping, config.kl
@@ -221,7 +241,8 @@ def training_callbacks(config: TrainConfig) -> list[BaseCallback]:
         callbacks.append(RewardShaping(shaping.clip, shaping.scale, shaping.whiten, shaping.missing_eos_penalty))
     if kl.coef:
         coef = kl.coef if kl.target is None else AdaptiveCoef(kl.coef, kl.target, kl.horizon)
-        callbacks.append(KLPenalty(coef, kl.reference, kl.estimator, kl.clip))
+        reference = None if kl.reference is None else load_lm(kl.reference, trust)
+        callbacks.append(KLPenalty(coef, reference, kl.estimator, kl.clip))
     if config.algorithm.critic_warmup:
         callbacks.append(CriticWarmup(config.algorithm.critic_warmup))
     return callbacks

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from textenv.model_loading import load_whole
+from textenv.model_loading import from_config, from_pretrained, load_whole
 
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
@@ -32,6 +32,7 @@ from .trainable import Trainable, check_in_memory, is_checkpointing, is_placed, 
 PROBE_LENGTH = 4
 PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
 PROBE_TOLERANCE = 1e-3
+TRUST = "trust_remote_code"
 
 
 @runtime_checkable
@@ -79,8 +80,8 @@ class Pretrained:
         """Return the checkpoint's model, or after unpickling a fresh one of its config, to load weights into."""
         if self.name is None:
             assert self.config is not None, "pickled only once built"
-            return self._auto_class(self.config).from_config(self.config)
-        config = AutoConfig.from_pretrained(self.name, **self.kwargs)
+            return from_config(self._auto_class(self.config), self.config, self.kwargs.get(TRUST, False))
+        config = from_pretrained(AutoConfig, self.name, **self.kwargs)
         try:
             model = load_whole(self._auto_class(config), self.name, fresh_head=self._makes_head, **self.kwargs)
         except ImportError as error:
@@ -103,7 +104,7 @@ class Pretrained:
         """Pickle the config alone once it is known."""
         if self.config is None or "quantization_config" in self.kwargs:  # a config builds no quantised weights
             return self.__dict__.copy()
-        return {"name": None, "kwargs": {}, "config": self.config}
+        return {"name": None, "kwargs": {TRUST: True} if self.kwargs.get(TRUST) else {}, "config": self.config}
 
 
 class PretrainedRewardModel(Pretrained):
@@ -156,7 +157,7 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
             "would be pickled into every saved file. Save it with save_pretrained(folder) and pass Pretrained(folder)."
         )
     if isinstance(lm, PreTrainedConfig):
-        model = _auto_model(lm).from_config(lm)
+        model = from_config(_auto_model(lm), lm)
     elif isinstance(lm, (str, PathLike)):
         model = Pretrained(str(lm)).build()
     elif isinstance(lm, LMSpec):

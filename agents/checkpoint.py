@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from torch import Tensor
+from torch import Tensor, nn
 
 from .buffers import SequenceRolloutBuffer, step_name
 from .distributed import is_main_process, once, raise_together
@@ -31,6 +31,7 @@ from .sharding import gathered, local, placed, released
 from .transitions import Transitions
 from .waiting import EndedEpisode
 
+CRITIC = "lm.critic."  # how the names of its weights begin
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
 
 
@@ -78,12 +79,12 @@ def _state(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return what is to be saved, given the env's part, as tensors by file and as what fits JSON."""
     buffer = sequence_buffer(model)
-    broken = [name for name, weight in _weights(model) if not bool(local(weight).isfinite().all())]
+    broken = [name for name, weight in _weights(model.policy) if not bool(local(weight).isfinite().all())]
     error = FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
     raise_together(error if broken else None)
     optimizer, groups = optimizer_state(model.policy.optimizer)
     tensors: Tensors = {
-        "policy": dict(_weights(model)),
+        "policy": dict(_weights(model.policy)),
         "optimizer": optimizer,
         "episodes": {name: torch.as_tensor(array) for name, array in arrays.items()},
         "waiting": _waiting_tensors(buffer),
@@ -152,7 +153,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
         tensors[file].update(content)
     if lm.shards is not None:
         lm.shards.bring(False)
-    weights = dict(_weights(model))
+    weights = dict(_weights(model.policy))
     _check_same_shapes(weights, tensors["policy"])
     _check_same_optimizer(model.policy.optimizer, meta["param_groups"])
     is_elsewhere = not choose_own(tensors, meta)
@@ -197,6 +198,24 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
             check_probe(lm.backbone, tensors["probe"]["logits"], manifest["versions"], versions())
 
 
+def load_policy(policy: LMPolicy, folder: str | os.PathLike[str]) -> None:
+    """Bring a policy that is to write, and not to be trained, to the saved one's weights; critics are left as they are.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or of another model.
+    """
+    verify_checkpoint(folder)
+    saved = {"policy": safetensors.torch.load_file(Path(folder) / "policy.safetensors")}
+    for file, content in read_shards(Path(folder), policy.lm.shards).items():
+        saved.setdefault(file, {}).update(content)
+    weights = {name: tensor for name, tensor in _weights(policy) if not name.startswith(CRITIC)}
+    found = {name: tensor for name, tensor in saved["policy"].items() if not name.startswith(CRITIC)}
+    _check_same_shapes(weights, found)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(placed(found[name], weight))
+
+
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """Return the newest checkpoint in a folder of them that verifies, by timesteps, or None."""
     found = []
@@ -236,9 +255,9 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
     return newest
 
 
-def _weights(model: OnPolicyAlgorithm) -> Iterable[tuple[str, Tensor]]:
-    """Yield each weight and buffer of the policy once: tied ones under their first name, and none that is offloaded."""
-    for name, tensor in (*model.policy.named_parameters(), *model.policy.named_buffers()):
+def _weights(policy: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Yield each weight and buffer of a policy once: tied ones under their first name, and none that is offloaded."""
+    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
         if not tensor.is_meta:  # frozen, and read from where the model comes from
             yield name, tensor
 

@@ -16,7 +16,7 @@ WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 REFUSALS = (ImportError, OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
 
 
-def as_command_error(error: Exception, path: Path) -> CommandError:
+def as_command_error(error: BaseException, path: Path) -> CommandError:
     """Return an error as one line and an exit code.
 
     Args:

@@ -21,7 +21,7 @@ from textenv.rewarding import DROPPED, RewardError, Score
 from textenv.rewards.base import BatchReward
 from textenv.rewards.human import HumanReward
 
-from .assemble import Trust, load_lm, load_tokenizer
+from .assemble import load_lm, load_tokenizer, trust_of
 from .build import make_agent
 from .checkpoint import load_checkpoint, newest_intact, save_step
 from .config import TrainConfig
@@ -81,7 +81,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         CommandError: If the run is not finished, or `--out` has a session of other settings.
     """
     assert chosen.model is not None and chosen.out is not None and chosen.db is not None
-    out, trust = Path(chosen.out), Trust(options.allow, options.trust_remote_code)
+    out, trust = Path(chosen.out), trust_of(options)
     folder = model_folder(chosen.model)
     if config is not None:
         folder = f"{chosen.model}/model"

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from textenv.model_loading import from_pretrained
 from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
@@ -175,7 +176,7 @@ def _with_tokenizer(
         lm.bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         lm.pad_token_id = tokenizer.pad_token_id
     elif tokenizer is None and isinstance(lm, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(lm)
+        tokenizer = from_pretrained(AutoTokenizer, lm)
     if tokenizer is None:
         raise ValueError("Expected `tokenizer` with a spec, got None: pass the tokenizer of the model.")
     if tokenizer.eos_token_id is None:

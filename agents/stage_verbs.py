@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .assemble import Trust, load_lm, load_tokenizer
+from .assemble import load_lm, load_tokenizer, trust_of
 from .backbone import PretrainedRewardModel
 from .classifier import LabelledTexts, train_classifier
 from .config import DEMO
@@ -27,7 +27,7 @@ END = 0  # the end token of the tokenizers that are made here
 
 def tune_model(config: SFTConfig, options: StageOptions) -> int:
     """Tune a model and print its losses."""
-    trust = Trust(options.allow, options.trust_remote_code)
+    trust = trust_of(options)
     texts = read_texts(config)
     if _is_fresh(config):
         lm, tokenizer = _fresh_model(config, texts.train)
@@ -97,7 +97,7 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
     source = config.tokenizer or own
     if source is None:
         raise CommandError("Expected --tokenizer NAME with `fresh`: a fresh classifier has none of its own.")
-    tokenizer = load_tokenizer(model_folder(source), Trust(options.allow, options.trust_remote_code))
+    tokenizer = load_tokenizer(model_folder(source), trust_of(options))
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.fresh}
     texts, numbers = _numbered(labels.train, names)
     trained = train_classifier(
@@ -133,7 +133,7 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     print(f"{len(examples.train)} examples, {len(examples.held_out)} held out")
     trained = train_reward_model(
         PretrainedRewardModel(name, num_labels=1, **more),
-        load_tokenizer(name, Trust(options.allow, options.trust_remote_code)),
+        load_tokenizer(name, trust_of(options)),
         examples.train,
         _out(config),
         held_out=examples.held_out,

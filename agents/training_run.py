@@ -14,8 +14,9 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from textenv import __version__
+from textenv.rewarding import RAISED
 
-from .assemble import Parts, Trust, assemble, task_name, training_callbacks
+from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
 from .checkpoint import load_checkpoint
 from .config import DEMO, FREE_ON_RESUME, TrainConfig, TrainOptions
 from .curves import draw_curves
@@ -49,7 +50,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
     Returns:
         The exit code.
     """
-    check_loggers(config.loggers, options)
+    check_loggers(config.loggers, trust_of(options))
     if options.dry_run:
         return dry_run(config, options)
     run = RunFolder.create(config.out, task_name(config))
@@ -70,7 +71,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
     Raises:
         CommandError: If a key differs that `--change` does not name.
     """
-    check_loggers(config.loggers, options)
+    check_loggers(config.loggers, trust_of(options))
     changed = {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
     screen = make_screen(config, options)
     for key, (old, new) in changed.items():
@@ -118,7 +119,7 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
     try:
         return _run(run, config, options, screen)
-    except Exception as error:
+    except RAISED as error:
         known = as_command_error(error, run.path)
         if known is not error or known.code != Exit.REFUSED:
             run.keep_traceback()
@@ -134,7 +135,8 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         screen.say("the built-in demo: a tiny GPT-2 learns to write positive reviews")
     screen.say(f"run: {run.path}")
     checkpoint = checkpoint_to_load(run, screen.say)
-    parts = assemble(config, Trust(options.allow, options.trust_remote_code), progress_bar=not options.quiet)
+    trust = trust_of(options)
+    parts = assemble(config, trust, progress_bar=not options.quiet)
     agent = parts.agent
     run.check_vocabulary(parts.tokenizer.get_vocab())
     if changed := run.changed_versions():
@@ -148,7 +150,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
-    outputs = make_loggers(run, config, options, done)
+    outputs = make_loggers(run, config, trust, done)
     agent.set_logger(Logger(None, [writer, *outputs]))
     evaluate = _evaluate(run, parts)
     trackers = make_trackers(run, config, sent)
@@ -157,7 +159,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     kept = config.checkpoint_every, config.keep_checkpoints
     with Interrupts(screen.note if isinstance(screen, LiveScreen) else write_line) as interrupts:
         callbacks = [
-            *training_callbacks(config),
+            *training_callbacks(config, trust),
             FiniteUpdates(),
             evaluate,
             SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),

@@ -7,14 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from stable_baselines3.common.utils import get_device
 from transformers import PreTrainedTokenizerBase
 
 from textenv.env import TextEnv
 from textenv.prompts import PromptLike
 from textenv.prompts import read_rows as read_prompts
+from textenv.trust import Trust
 
-from .assemble import Parts, Trust, assemble, load_lm, load_tokenizer, make_metric, policy_arguments, task_name
-from .checkpoint import load_checkpoint
+from .assemble import Parts, assemble, load_lm, load_tokenizer, make_metric, policy_arguments, task_name, trust_of
+from .backbone import n_positions
+from .checkpoint import load_checkpoint, load_policy
 from .config import ModelConfig, TrainConfig
 from .curves import draw_curves
 from .doctor import check
@@ -31,6 +35,7 @@ from .verb_config import EvaluateOptions, ExportFlags, ExportOptions, GenerateOp
 
 CHUNK = 64  # prompts that are continued together, and printed when they are done
 N_COMPARED = 8  # prompts by which an exported model is checked
+COMPARED_PROMPT = 4  # tokens of each
 COMPARED_TOKENS = 32
 
 
@@ -41,48 +46,65 @@ class Writer(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def trust_of(options: TrustOptions) -> Trust:
-    """Return what the command line allows."""
-    return Trust(options.allow, options.trust_remote_code)
-
-
-def load_newest(path: str, parts: Parts) -> RunFolder:
-    """Bring a run's parts to its newest checkpoint, which must be intact; return its folder.
+def newest(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[RunFolder, Path]:
+    """Return a run's folder and its newest checkpoint, which must be intact.
 
     Raises:
-        CommandError: If there is none, or it is damaged.
+        CommandError: If there is none, it is damaged, or the tokenizer is another than the run's.
     """
     run = RunFolder.open(path)
     checkpoint = checkpoint_to_load(run)
     if checkpoint is None:
         raise CommandError(f"Expected a checkpoint in {run.checkpoints}, got none: textenv train --resume {path}")
-    run.check_vocabulary(parts.tokenizer.get_vocab())
+    run.check_vocabulary(tokenizer.get_vocab())
+    return run, checkpoint
+
+
+def load_newest(path: str, parts: Parts) -> RunFolder:
+    """Bring a run's agent to its newest checkpoint; return its folder."""
+    run, checkpoint = newest(path, parts.tokenizer)
     load_checkpoint(parts.agent, checkpoint)
     return run
 
 
 def open_writer(name: str, config: TrainConfig | None, options: TrustOptions) -> Writer:
-    """Return what writes: a run's newest policy, or a model by name or folder."""
+    """Return what writes: a run's newest policy, or a model by name or folder.
+
+    Of a run nothing else is built: neither its environment and rewards, nor what it logs to.
+    """
     trust = trust_of(options)
-    if config is not None:
-        parts = assemble(config, trust)
-        load_newest(name, parts)
-        return Writer(parts.agent.policy, parts.tokenizer)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(name, trust)
-    return Writer(make_policy(name, tokenizer, ModelConfig(), trust), tokenizer)
+    if config is None:
+        tokenizer = load_tokenizer(name, trust)
+        return Writer(make_policy(name, tokenizer, ModelConfig(), trust), tokenizer)
+    parts = Parts(config, trust)
+    _, checkpoint = newest(name, parts.tokenizer)
+    policy = make_policy(parts.folder, parts.tokenizer, config.model, trust, as_trained=True)
+    load_policy(policy, checkpoint)
+    return Writer(policy.to(get_device(config.device)), parts.tokenizer)
 
 
-def make_policy(name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust) -> LMPolicy:
-    """Return a model as a policy that samples as a configuration says, to write and not to train with."""
+def make_policy(
+    name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust, as_trained: bool = False
+) -> LMPolicy:
+    """Return a model as a policy that samples as a configuration says, to write and not to train with.
+
+    Args:
+        name: The model's name or folder.
+        tokenizer: Its tokenizer.
+        model: The configuration.
+        trust: What it may have run.
+        as_trained: With the adapters that the configuration trains, whose weights are to come.
+    """
     env = TextEnv([[0]], tokenizer, reward=no_reward, max_new_tokens=1)
-    arguments = {key: value for key, value in policy_arguments(model).items() if key not in ("train", "critic")}
+    left_out = {"critic"} if as_trained else {"critic", "train"}
+    arguments = {key: value for key, value in policy_arguments(model).items() if key not in left_out}
     spaces = env.observation_space, env.action_space
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
 
 
 def examine(config: TrainConfig, options: TrustOptions) -> int:
     """Print what the doctor finds; the exit code is 1 where training would be wrong."""
-    report = check(assemble(config, trust_of(options)).agent)
+    report = check(Parts(config, trust_of(options)).agent)
     print(report)
     return Exit.DONE if report.ok else Exit.FAILED
 
@@ -134,20 +156,23 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
     """
     if options.to_hub is not None:
         check_repository(options.to_hub)
-    parts = assemble(config, trust_of(options))
-    run = load_newest(chosen.run, parts)
-    folder = export(parts.agent, parts.tokenizer, chosen.folder)
+    run = RunFolder.open(chosen.run)
+    writer = open_writer(chosen.run, config, options)
+    folder = export(writer.policy, writer.tokenizer, chosen.folder)
     _describe(folder, run, config)
-    again = make_policy(str(folder), parts.tokenizer, config.model, Trust())
+    again = make_policy(str(folder), writer.tokenizer, config.model, Trust())
     texts = []
-    for policy in (parts.agent.policy, again):
-        prompts = list(parts.env.prompts)[:N_COMPARED]
-        room = {"max_new_tokens": min(COMPARED_TOKENS, parts.env.rules.max_new_tokens), "deterministic": True}
-        texts.append([one.ids for one in generate(policy, prompts, parts.tokenizer, **room)])  # type: ignore[arg-type]
+    for policy in (writer.policy, again):
+        prompts = _some_prompts(len(writer.tokenizer))
+        room = (n_positions(policy.backbone.model) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
+        settings = {"max_new_tokens": min(COMPARED_TOKENS, room), "deterministic": True}
+        texts.append([one.ids for one in generate(policy, prompts, writer.tokenizer, **settings)])  # type: ignore[arg-type]
     if texts[0] != texts[1]:
         place = next(i for i, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1])
         raise CommandError(f"Expected {folder} to generate what the run does, got another text at prompt {place}.", 1)
     if options.sb3_zip:
+        parts = Parts(config, trust_of(options))
+        load_newest(chosen.run, parts)
         parts.agent.save(folder / "sb3.zip")
         print(
             f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files; whoever gets it reads its weights without "
@@ -158,6 +183,11 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
         print(f"uploading {folder}", flush=True)
         print(f"{upload(folder, options.to_hub)}: a new repository is private until its settings say otherwise")
     return Exit.DONE
+
+
+def _some_prompts(n_tokens: int) -> list[PromptLike]:
+    """Return prompts of any tokens: an export is compared without the run's own, which may come from anywhere."""
+    return np.random.default_rng(0).integers(n_tokens, size=(N_COMPARED, COMPARED_PROMPT)).tolist()
 
 
 def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from typing import cast
 
 from textenv.demo import vocabulary
+from textenv.model_loading import from_pretrained
 from textenv.tokenizer import Tokenizer
 
 DEMO = "demo"
@@ -65,7 +66,7 @@ def _load(name: str) -> Tokenizer:
     from transformers import AutoTokenizer  # textenv itself does not need it
 
     try:
-        return cast("Tokenizer", AutoTokenizer.from_pretrained(name))
+        return cast("Tokenizer", from_pretrained(AutoTokenizer, name))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"Expected {DEMO!r} or a tokenizer's name or folder, got {name!r}: {reason}") from error

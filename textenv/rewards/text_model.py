@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.model_loading import load_whole
+from textenv.model_loading import from_pretrained, load_whole
 
 ModelLike = str | PathLike[str] | PreTrainedModel
 
@@ -58,7 +58,7 @@ class TextModel:
                 raise ValueError("Expected the model's own `tokenizer` beside a model in this process, got none.")
             self.model: Any = model
         else:
-            tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+            tokenizer = from_pretrained(AutoTokenizer, model) if tokenizer is None else tokenizer
             weights = read_dtype("float32" if dtype is None else dtype)
             self.model = load_whole(auto_class, model, any_more=True, dtype=weights)
         # A model that transformers has placed itself (quantised, on several devices) is left alone unless asked.

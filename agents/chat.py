@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from textenv.printable import printable
+from textenv.templates import apply_template
 
 from .backbone import n_positions
 from .config import TrainConfig
@@ -51,7 +52,8 @@ class Talk:
     def _ids(self) -> list[int]:
         tokenizer: Any = self.writer.tokenizer
         if tokenizer.chat_template is not None:
-            return list(tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=False))
+            text = apply_template(tokenizer, self.messages, "what was said", add_generation_prompt=True)
+            return list(tokenizer.encode(text, add_special_tokens=False))
         return list(tokenizer.encode(" ".join(message["content"] for message in self.messages)))
 
 

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = ": the same command with --resume goes on" if interrupt.args else ""  # a stage has saved its state
         print(f"textenv: interrupted{more}", file=sys.stderr)
         return Exit.SIGNAL + 2
-    except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError) as error:
         from .failures import as_command_error
 
         if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does

@@ -13,6 +13,7 @@ from .refusal import CommandError, Exit
 from .run_checkpoints import FULL, explain
 
 WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+SIZES = (MemoryError, OverflowError, RecursionError)
 REFUSALS = (ImportError, OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
 
 
@@ -34,4 +35,6 @@ def as_command_error(error: BaseException, path: Path) -> CommandError:
         return CommandError(explain(error, path, 0), Exit.STORAGE)
     if isinstance(error, REFUSALS):
         return CommandError(line, Exit.REFUSED)
+    if isinstance(error, SIZES):
+        return CommandError(f"Expected sizes that this machine can hold, got {type(error).__name__}: {line}")
     return CommandError(f"{type(error).__name__}: {line}", Exit.FAILED)

@@ -88,7 +88,7 @@ class RunFolder:
         """Return what `run.json` says: format, versions, commits, when it was started and with which command."""
         try:
             return json.loads(self.about.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CommandError(f"Expected JSON in {self.about}, got something else ({error}).") from error
 
     def begin(self, config: str, textenv_version: str) -> None:
@@ -225,7 +225,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise CommandError(f"Expected JSON in line {number} of {file}, got {line[:40]!r}.") from error
     return rows

@@ -104,7 +104,7 @@ def find_class(path: Any, kind: Kind, trust: Trust) -> type:
         raise ValueError(f"Expected {path!r} to be there, got a module without it.")
     if not isinstance(found, type) or found.__module__ != module:
         what = f"one of {found.__module__}" if isinstance(found, type) else f"a {type(found).__name__}"
-        raise ValueError(f"Expected a class that {module} defines, got {path!r}, {what}.")
+        raise ValueError(f"Expected {kind.what}, that {module} defines, got {path!r}, {what}.")
     if inspect.isabstract(found) or vars(found).get("_is_protocol") or not kind.fits(found):
         raise ValueError(f"Expected {kind.what} at {path!r}, as a {kind.name} is, got another class.")
     return found

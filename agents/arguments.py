@@ -45,8 +45,12 @@ def make_parser(verb: str, usage: str, config: type, options: type | None = None
         options: What the command line alone says.
     """
     set_loader(MODE, _load, (YAMLError,))
-    # It would import what stands behind a key `class_path`; by that it also knows its own way to a `Named`.
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["agents.Named", "agents.config.Named"])
+    # It would import, and in arguments build, what stands behind a key `class_path`; so it knows `Named` itself, too.
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=["agents.Named", "agents.config.Named"],
+        instantiate_subclass_spec_in_any=False,
+    )
     description = (config.__doc__ or "").partition("\n")[0]
     parser = ArgumentParser(
         prog=f"textenv {verb}",

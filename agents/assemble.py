@@ -33,7 +33,7 @@ from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .demo import model_folder
 from .kl import AdaptiveCoef, KLPenalty
-from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, find
+from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, find
 from .refusal import CommandError
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA, Trainable
@@ -133,7 +133,7 @@ def mood(prompt: Prompt, preds: Preds, done: bool) -> float:
 
 def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, trust: Trust) -> TextEnv:
     """Build the environment that a configuration names."""
-    with only_with(trust):
+    with built_for(config.id, {"reward": config.reward, **config.args}, trust):
         return _make_env(config, tokenizer, seed, trust)
 
 

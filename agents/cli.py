@@ -30,6 +30,9 @@ from .verb_config import (
     TrustOptions,
 )
 
+# What the parts of a run raise where they are given what they cannot work with.
+HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
+
 
 class Verb(NamedTuple):
     """A verb of the command: what it does in a line, and the function that takes what comes behind it."""
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = ": the same command with --resume goes on" if interrupt.args else ""  # a stage has saved its state
         print(f"textenv: interrupted{more}", file=sys.stderr)
         return Exit.SIGNAL + 2
-    except (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError) as error:
+    except HANDLED as error:
         from .failures import as_command_error
 
         if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does

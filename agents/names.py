@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,27 @@ def build(named: Named | str, names: Mapping[str, str], kind: Kind, trust: Trust
     if ":" not in path:
         raise CommandError(f"Expected a {kind.name} among {', '.join(names)} or module:Class, got {one.id!r}.")
     found = find(path, kind, trust)
-    with only_with(trust):
+    with built_for(path, one.args, trust):
         try:
             return found(**one.args)
         except TypeError as error:
             raise CommandError(f"Expected the arguments of {path}, got {sorted(one.args)}: {error}.") from error
+
+
+@contextmanager
+def built_for(path: str, arguments: Mapping[str, Any], trust: Trust) -> Iterator[None]:
+    """Within, something is built of a configuration's names and arguments, which may be of any type and shape.
+
+    Raises:
+        CommandError: If it stumbles over one that it has no name for.
+    """
+    with only_with(trust):
+        try:
+            yield
+        except (AttributeError, LookupError, AssertionError, re.error) as error:
+            raise CommandError(
+                f"Expected arguments that fit {path}, got {dict(arguments)!r:.200}: {type(error).__name__}: {error}."
+            ) from error
 
 
 def find(path: str, kind: Kind, trust: Trust) -> Any:

@@ -12,7 +12,7 @@ from textenv.prompts import Prompt
 
 ScoreAt = Literal["step", "done", "rollout_end"]
 FAILURE = "failure"  # the reward part of a row that got a penalty in place of a score
-LARGEST = 1e15  # of a reward: losses sum the squares of returns in float32, which ends at 3.4e38
+LARGEST = 1e15  # of a reward: gradients of values have its size, and their norm sums squares in float32, up to 3e38
 # What the code of a reward may raise that is its failure; Ctrl-C is none, while sys.exit is no way to end a run.
 RAISED = (Exception, SystemExit)
 
@@ -137,7 +137,7 @@ def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
         raise RewardError(f"Expected {what} to be a finite number, got {value!r:.80} ({describe(prompt, preds)}).")
     if abs(number) > LARGEST:
         raise RewardError(
-            f"Expected {what} to be at most {LARGEST:g} in size, as float32 can square it, got {value!r:.80} "
+            f"Expected {what} to be at most {LARGEST:g} in size, whose square float32 can hold, got {value!r:.80} "
             f"({describe(prompt, preds)})."
         )
     return number

@@ -8,15 +8,25 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
+from yaml import YAMLError
 
 from .config import DEMO, DEMO_PPO_SETTINGS, DEMO_SETTINGS, PPO_NAMES, TrainConfig, argument_help
+from .plain_yaml import check_bounds, read_yaml
 from .refusal import CommandError
 from .values import check_values
 
+MODE = "textenv"  # of jsonargparse: its YAML, with bounds
 ONLY_HERE = "only on the command line"
 
 
@@ -38,11 +48,19 @@ def make_parser(
         options: What the command line alone says.
         does: What the verb does, where that is not what the first line of `config` says.
     """
+    set_loader(MODE, _load, (YAMLError,))
+    # It would import, and in arguments build, what stands behind a key `class_path`; so it knows `Named` itself, too.
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=["agents.Named", "agents.config.Named"],
+        instantiate_subclass_spec_in_any=False,
+    )
     parser = ArgumentParser(
         prog=f"textenv {verb}",
         usage=f"textenv {verb} {usage}",
         description=does or _first_line(config),
         exit_on_error=False,
+        parser_mode=MODE,
         allow_abbrev=False,  # else a key that lacks its last letters is taken for it
     )
     if "CONFIG" in usage:
@@ -104,11 +122,11 @@ def _add_options(group: Any, options: type) -> None:
     for one in fields(options):
         flag = f"--{one.name}"
         kind = str(one.type)  # a text, since annotations are not evaluated there
+        both = dict.fromkeys((flag, flag.replace("_", "-")))
         if kind == "bool":
-            both = dict.fromkeys((flag, flag.replace("_", "-")))
             group.add_argument(*both, action="store_true", help=texts[one.name])
         elif kind.startswith("list"):
-            group.add_argument(flag, action="append", default=[], metavar="NAME", help=texts[one.name])
+            group.add_argument(*both, action="append", default=[], metavar="NAME", help=texts[one.name])
         else:
             group.add_argument(flag, type=str, metavar=one.name.upper(), help=texts[one.name])
 
@@ -130,9 +148,13 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
     """
     try:
         return parser.parse_args(words)
-    except ArgumentError as error:
+    except (ArgumentError, ImportError) as error:  # ImportError: how it refuses an import, at some places
         known = [action.dest for action in parser._actions]
         message = " ".join(str(error).split())
+        if denied := re.search(r"Importing '([^']*)' is not allowed, denied by", message):
+            raise CommandError(
+                f"Expected names, or keys and values, got the class {denied[1]!r}: id: module:Class, args: {{...}}."
+            ) from error
         found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
         group = re.search(r"Group '([\w.]+)'", message)
         name = (f"{group[1]}." if group else "") + (found[1] or found[2]) if found else ""
@@ -147,19 +169,15 @@ def with_config(words: list[str]) -> list[str]:
 
 def check_file(words: list[str]) -> None:
     """Refuse a configuration file that is not there, or is no plain YAML, in a line."""
-    import yaml
-
     for flag, path in itertools.pairwise(words):
-        if flag != "--config":
-            continue
-        try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CommandError(f"Expected a configuration file, got {path}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
-            raise CommandError(f"Expected plain YAML in {path}, got: {' '.join(str(error).split())}") from error
-        if not isinstance(found, dict):
-            raise CommandError(f"Expected keys and values in {path}, got {type(found).__name__}.")
+        if flag == "--config":
+            read_yaml(path)
+
+
+def _load(text: str) -> Any:
+    """Return a value of a configuration, as jsonargparse reads YAML; also one of another file that it names."""
+    check_bounds(text)
+    return get_loader("yaml")(text)
 
 
 def split(parser: ArgumentParser, words: list[str], config: type, options: type) -> tuple[Any, Any, str]:
@@ -176,6 +194,6 @@ def split(parser: ArgumentParser, words: list[str], config: type, options: type)
     names = [one.name for one in fields(options)]
     rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
     built = parser.instantiate(rest)
-    dumped = parser.dump(rest, skip_validation=True, skip_unset=False)  # null is no default
+    dumped = parser.dump(rest, format="yaml", skip_validation=True, skip_unset=False)  # null is no default
     chosen = {one.name: getattr(parsed, one.name) for one in fields(options)}
     return config(**{one.name: getattr(built, one.name) for one in fields(config)}), options(**chosen), dumped

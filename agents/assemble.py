@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from sb3_contrib import TRPO, MaskablePPO
@@ -21,96 +22,118 @@ from textenv import TASKS, demo
 from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.metrics.scores import Metric
-from textenv.model_loading import readable
-from textenv.prompts import Prompt
+from textenv.model_loading import from_pretrained
+from textenv.prompts import Prompt, PromptLike
 from textenv.signatures import check_arguments, needed
 from textenv.tokenizer import Tokenizer
+from textenv.trust import Kind, Trust, only_with
 from textenv.vector import unwrap_text_env
 
 from .backbone import Pretrained
 from .build import make_agent, usual_learning_rate
 from .callbacks import EpisodeMetrics
-from .config import DEMO, AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig
+from .config import DEMO, AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrainOptions
 from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .demo import model_folder
+from .generation import no_reward
 from .kl import AdaptiveCoef, KLPenalty
 from .language_model import LengthError
-from .names import MASKS, METRICS, as_reward, build, call, check_allowed, find, look_here
+from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, call, find
 from .policies import LMPolicy
 from .refusal import CommandError
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA, Trainable
 from .training_warnings import TrainingWarnings
+from .verb_config import TrustOptions
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
 SETTINGS = ("n_steps", "batch_size", "n_epochs")  # that an algorithm may lack
 # Arguments of an algorithm that are ours to give.
 OWN_ARGUMENTS = ("policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model")
+ENV = Kind("environment", "a TextEnv", lambda found: issubclass(found, TextEnv))
+# Arguments of environments that say how they reward.
+REWARDING = ("reward", "classifier", "references_column", "score_at", "on_failure")
 
 
-class Trust(NamedTuple):
-    """What the command line, and nothing else, allows.
-
-    Args:
-        modules: Modules that a configuration may import beside our own.
-        remote_code: Whether a model's own code may run.
-    """
-
-    modules: Collection[str] = ()
-    remote_code: bool = False
-
-
-class Parts(NamedTuple):
-    """What a run works with.
+class Parts:
+    """What a run works with; each part is built when it is first asked for.
 
     Args:
-        config: Its configuration.
-        tokenizer: The model's.
-        env: What is trained on.
-        held_out: What is evaluated on; the same where the configuration names nothing else.
-        agent: The algorithm.
-        metrics: The metrics of evaluations.
+        config: The run's configuration.
+        trust: What it may have imported and run.
+        progress_bar: Show one while the demo's model is made.
     """
 
-    config: TrainConfig
-    tokenizer: PreTrainedTokenizerBase
-    env: TextEnv
-    held_out: TextEnv
-    agent: OnPolicyAlgorithm
-    metrics: list[Metric]
+    def __init__(self, config: TrainConfig, trust: Trust, progress_bar: bool = False) -> None:
+        _check_algorithm(config.algorithm)
+        _check_device(config.device)
+        transformers_logging.disable_progress_bar()
+        self.config, self.trust, self.progress_bar = config, trust, progress_bar
+
+    @cached_property
+    def folder(self) -> str:
+        """The model's folder, or its name on the hub."""
+        return find_model(self.config.model.name, self.progress_bar)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        folder = self.folder  # looked for first
+        return load_tokenizer(self.config.model.tokenizer or folder, self.trust)
+
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        """The metrics of evaluations."""
+        return [make_metric(metric, self.trust) for metric in self.config.evaluation.metrics]
+
+    @cached_property
+    def env(self) -> TextEnv:
+        """What is trained on."""
+        return make_env(self.config.env, self.tokenizer, self.config.seed, self.trust)
+
+    def unscored(self, prompts: Sequence[PromptLike] = ()) -> TextEnv:
+        """Return what is trained on as one that is only written in: no reward is built, nor prompts read if given."""
+        env = self.config.env
+        other = EnvConfig(**{**vars(env), "prompts": prompts}) if prompts and env.id in (DEMO, "text") else env
+        return make_env(other, self.tokenizer, self.config.seed, self.trust, is_scored=False)
+
+    @cached_property
+    def held_out(self) -> TextEnv:
+        """What is evaluated on; the same where the configuration names nothing else."""
+        evaluation, env = self.config.evaluation, self.config.env
+        if evaluation.prompts is None and not evaluation.env_args:
+            return self.env
+        other = EnvConfig(**{**vars(env), "args": {**env.args, **evaluation.env_args}})
+        other.prompts = evaluation.prompts or other.prompts
+        return make_env(other, self.tokenizer, self.config.seed, self.trust)
+
+    @cached_property
+    def agent(self) -> OnPolicyAlgorithm:
+        """The algorithm, with the policy."""
+        with only_with(self.trust), _lengths_by_key(self.env, "env.args"):
+            return _agent(self.config, self.env, self.trust)
 
 
 def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = False) -> Parts:  # noqa: B008
-    """Build what a configuration describes.
+    """Build all that a configuration describes.
 
     Raises:
         CommandError: If it names something that may not be imported, or is not there.
         ValueError: If its parts do not go together; the message says which, as the parts themselves have it.
     """
-    if trust.modules:
-        look_here()
-    for value in (config.env, config.evaluation, config.loggers, config.algorithm.args):
-        check_allowed(list(vars(value).values()) if hasattr(value, "__dict__") else value, trust.modules)
-    _check_algorithm(config.algorithm)
-    _check_device(config.device)
-    transformers_logging.disable_progress_bar()
-    model = config.model
-    metrics = [make_metric(metric, trust) for metric in config.evaluation.metrics]
-    find_model(model.name, progress_bar)
-    tokenizer = load_tokenizer(model.tokenizer or model.name, trust)
-    env = make_env(config.env, tokenizer, config.seed, trust)
-    held_out = env
-    evaluation = config.evaluation
-    if evaluation.prompts is not None or evaluation.env_args:
-        other = EnvConfig(**{**vars(config.env), "args": {**config.env.args, **evaluation.env_args}})
-        other.prompts = evaluation.prompts or other.prompts
-        held_out = make_env(other, tokenizer, config.seed, trust)
-    with _lengths_by_key(env, "env.args"):
-        agent = _agent(config, env, trust)
+    parts = Parts(config, trust, progress_bar)
+    for name in ("metrics", "tokenizer", "env", "held_out", "agent"):  # what takes no time first
+        getattr(parts, name)
+    held_out = parts.held_out
     with _lengths_by_key(held_out, "evaluation.env_args"):  # which are longer, it may be
-        cast("LMPolicy", agent.policy).lm.backbone.check_length(held_out.max_prompt_tokens, held_out.rules.room)
-    return Parts(config, tokenizer, env, held_out, agent, metrics)
+        cast("LMPolicy", parts.agent.policy).lm.backbone.check_length(held_out.max_prompt_tokens, held_out.rules.room)
+    return parts
+
+
+def trust_of(options: TrustOptions | TrainOptions) -> Trust:
+    """Return what the command line allows."""
+    return Trust(options.allow, options.trust_remote_code, options.allow_env)
 
 
 def find_model(name: str, progress_bar: bool = True) -> str:
@@ -133,8 +156,7 @@ def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase
     """
     folder = find_model(name)
     try:
-        with readable(folder):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        return from_pretrained(AutoTokenizer, folder, trust_remote_code=trust.remote_code)
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected the tokenizer of {name!r}, got: {str(error).splitlines()[0]}") from error
 
@@ -144,13 +166,31 @@ def mood(prompt: Prompt, preds: Preds, done: bool) -> float:
     return demo.score(prompt + preds.text)
 
 
-def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, trust: Trust) -> TextEnv:
-    """Build the environment that a configuration names."""
-    known = cast("Tokenizer", tokenizer)
+def make_env(
+    config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, trust: Trust, is_scored: bool = True
+) -> TextEnv:
+    """Build the environment that a configuration names.
+
+    Args:
+        config: Its part of a run's configuration.
+        tokenizer: The model's.
+        seed: The run's.
+        trust: What may be imported.
+        is_scored: With its reward; without, as one that is only written in, where that can be left out.
+    """
+    with built_for(config.id, {"reward": config.reward, **config.args}, trust):
+        return _make_env(config, cast("Tokenizer", tokenizer), seed, trust, is_scored)
+
+
+def _make_env(config: EnvConfig, known: Tokenizer, seed: int, trust: Trust, is_scored: bool) -> TextEnv:
     arguments: dict[str, Any] = {"seed": seed, **config.args}
-    if config.reward is not None:
+    if not is_scored:
+        arguments = {key: value for key, value in arguments.items() if key not in REWARDING}
+    if not is_scored and (config.reward is not None or "reward" in config.args or _takes_reward(config.id, trust)):
+        arguments["reward"] = no_reward
+    elif config.reward is not None:
         arguments["reward"] = as_reward(config.reward)
-    if config.on_failure != "raise":
+    if is_scored and config.on_failure != "raise":
         arguments["on_failure"] = config.on_failure
     if masks := make_masks(config, trust):
         arguments["mask"] = masks
@@ -170,15 +210,25 @@ def make_env(config: EnvConfig, tokenizer: PreTrainedTokenizerBase, seed: int, t
 
 def make_masks(config: EnvConfig, trust: Trust) -> list[Any]:
     """Build the masks that a configuration names."""
-    return [build(mask, MASKS, "mask", trust.modules) for mask in config.masks]
+    return [build(mask, MASKS, MASK, trust) for mask in config.masks]
 
 
-def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust: Trust) -> TextEnv:
+def _env_class(name: str, trust: Trust) -> Any:
+    if name in (DEMO, "text"):
+        return TextEnv
     short = name.removeprefix("textenv/").removesuffix("-v0")
     if short not in TASKS and ":" not in name:
         known = ", ".join(["demo", "text", *(task for task in TASKS if task != "Text")])  # which is "text"
         raise CommandError(f"Expected `env.id` to be {known} or module:Class, got {name!r}.")
-    made = find(TASKS.get(short, name), trust.modules)
+    return find(TASKS.get(short, name), ENV, trust)
+
+
+def _takes_reward(name: str, trust: Trust) -> bool:
+    return "reward" in inspect.signature(_env_class(name, trust)).parameters
+
+
+def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust: Trust) -> TextEnv:
+    made = _env_class(name, trust)
     for one in needed(made):
         if one not in ("tokenizer", *arguments):
             key, what = ("prompts", "FILE") if one == "prompts" else (f"args.{one}", "VALUE")
@@ -194,9 +244,9 @@ def make_metric(metric: Named | str, trust: Trust) -> Metric:
     one = Named(metric) if isinstance(metric, str) else metric
     if one.id == "perplexity" and isinstance(one.args.get("model"), str):
         judge = one.args["model"]
-        arguments = {**one.args, "model": Pretrained(judge).build().eval(), "tokenizer": load_tokenizer(judge, trust)}
-        one = Named(one.id, arguments)
-    return build(one, METRICS, "metric", trust.modules)
+        parts = {"model": load_lm(judge, trust).build().eval(), "tokenizer": load_tokenizer(judge, trust)}
+        one = Named(one.id, {**one.args, **parts})
+    return build(one, METRICS, METRIC, trust)
 
 
 def load_lm(name: str, trust: Trust) -> Pretrained:
@@ -287,7 +337,7 @@ def _critic(model: ModelConfig) -> CriticSpec:
     return SeparateCritic(Pretrained(name)) if model.critic == "separate" else RewardModelCritic(name)
 
 
-def training_callbacks(config: TrainConfig) -> list[BaseCallback]:
+def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:
     """Return what works on rollouts: figures, shaping, penalty, warm-up and warnings."""
     callbacks: list[BaseCallback] = [EpisodeMetrics(), TrainingWarnings()]
     shaping, kl = config.shaping, config.kl
@@ -295,7 +345,8 @@ def training_callbacks(config: TrainConfig) -> list[BaseCallback]:
         callbacks.append(RewardShaping(shaping.clip, shaping.scale, shaping.whiten, shaping.missing_eos_penalty))
     if kl.coef:
         coef = kl.coef if kl.target is None else AdaptiveCoef(kl.coef, kl.target, kl.horizon)
-        callbacks.append(KLPenalty(coef, kl.reference, kl.estimator, kl.clip))
+        reference = None if kl.reference is None else load_lm(kl.reference, trust)
+        callbacks.append(KLPenalty(coef, reference, kl.estimator, kl.clip))
     if config.algorithm.critic_warmup:
         callbacks.append(CriticWarmup(config.algorithm.critic_warmup))
     return callbacks

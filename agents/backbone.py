@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from textenv.extras import check_extra
-from textenv.model_loading import load_whole, readable
+from textenv.model_loading import from_config, from_pretrained, load_whole
 
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
@@ -35,6 +35,7 @@ PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
 PROBE_TOLERANCE = 1e-3
 SHORTER = "lower max_prompt_tokens or max_new_tokens"
 ELSEWHERE = {"cache_dir", "token", "local_files_only"}  # with these a name is not looked for where it usually is
+TRUST = "trust_remote_code"
 
 
 @runtime_checkable
@@ -83,14 +84,13 @@ class Pretrained:
         """Return the checkpoint's model, or after unpickling a fresh one of its config, to load weights into."""
         if self.name is None:
             assert self.config is not None, "pickled only once built"
-            return self._auto_class(self.config).from_config(self.config)
-        for option in {"device_map", "quantization_config"} & self.kwargs.keys():
+            return from_config(self._auto_class(self.config), self.config, self.kwargs.get(TRUST, False))
+        for option in [one for one in ("device_map", "quantization_config") if self.kwargs.get(one) is not None]:
             check_extra("sft", "accelerate", f"Pretrained({option}=...)")
         from .demo import model_folder  # later: the demo's model is trained with what builds on this module
 
         name = self.name if ELSEWHERE & self.kwargs.keys() else model_folder(self.name)
-        with readable(name):
-            config = AutoConfig.from_pretrained(name, **self.kwargs)
+        config = from_pretrained(AutoConfig, name, **self.kwargs)
         model = load_whole(self._auto_class(config), name, fresh_head=self._makes_head, **self.kwargs)
         self.config = model.config
         return model
@@ -108,7 +108,7 @@ class Pretrained:
         """Pickle the config alone once it is known."""
         if self.config is None or "quantization_config" in self.kwargs:  # a config builds no quantised weights
             return self.__dict__.copy()
-        return {"name": None, "kwargs": {}, "config": self.config}
+        return {"name": None, "kwargs": {TRUST: True} if self.kwargs.get(TRUST) else {}, "config": self.config}
 
 
 class PretrainedRewardModel(Pretrained):
@@ -161,7 +161,7 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
             "would be pickled into every saved file. Save it with save_pretrained(folder) and pass Pretrained(folder)."
         )
     if isinstance(lm, PreTrainedConfig):
-        model = _auto_model(lm).from_config(lm)
+        model = from_config(_auto_model(lm), lm)
     elif isinstance(lm, (str, PathLike)):
         model = Pretrained(str(lm)).build()
     elif isinstance(lm, LMSpec):

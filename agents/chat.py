@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from textenv.printable import printable
+from textenv.templates import apply_template
 
 from .backbone import n_positions
 from .config import TrainConfig
@@ -14,6 +15,7 @@ from .refusal import CommandError, Exit
 from .verb_config import ChatOptions, TrustOptions
 from .verbs import Writer, open_writer
 
+ANY_PROMPT = [[0]]  # in the place of the run's, which are not read
 DEFAULT_POSITIONS = 1024  # of models that nothing bounds
 
 
@@ -69,13 +71,14 @@ class Talk:
     def _ids(self) -> list[int]:
         tokenizer: Any = self.writer.tokenizer
         if tokenizer.chat_template is not None:
-            return list(tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=False))
+            text = apply_template(tokenizer, self.messages, "what was said", add_generation_prompt=True)
+            return list(tokenizer.encode(text, add_special_tokens=False))
         return list(tokenizer.encode(" ".join(message["content"] for message in self.messages)))
 
 
 def talk(config: TrainConfig | None, chosen: ChatOptions, options: TrustOptions) -> int:
     """Answer line after line until the end of the input."""
-    session = Talk(open_writer(chosen.model, config, options), chosen)
+    session = Talk(open_writer(chosen.model, config, options, ANY_PROMPT), chosen)
     is_terminal = sys.stdin.isatty()
     while True:
         if is_terminal:

@@ -16,9 +16,8 @@ from typing import Any, cast
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from torch import Tensor
+from torch import Tensor, nn
 
 from textenv.json_files import read_json
 
@@ -40,7 +39,7 @@ from .policies import LMPolicy
 from .probe import check_probe, probe_logits
 from .rank_states import add_other_ranks, choose_own, go_on_elsewhere, reseed
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
-from .shard_files import Tensors, read_shards, replaced_together, write_shards
+from .shard_files import Tensors, read_shards, read_tensors, replaced_together, write_shards
 from .sharding import Shards, gathered, local, placed, released
 from .transitions import Transitions
 from .waiting import EndedEpisode
@@ -109,12 +108,12 @@ def _state(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return what is to be saved, given the env's part, as tensors by file and as what fits JSON."""
     buffer = sequence_buffer(model)
-    broken = [name for name, weight in _weights(model) if not bool(local(weight).isfinite().all())]
+    broken = [name for name, weight in named_tensors(model.policy) if not bool(local(weight).isfinite().all())]
     error = FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
     raise_together(error if broken else None)
     optimizer, groups = optimizer_state(model.policy.optimizer)
     tensors: Tensors = {
-        "policy": dict(_weights(model)),
+        "policy": dict(named_tensors(model.policy)),
         "optimizer": optimizer,
         "episodes": {name: torch.as_tensor(array) for name, array in arrays.items()},
         "waiting": _waiting_tensors(buffer),
@@ -192,10 +191,7 @@ def _read(path: Path, shards: Shards | None) -> tuple[Tensors, dict[str, Any]]:
     meta = read_json(path / "state.json", STATE)
     tensors: Tensors = {}
     for file in path.glob("*.safetensors"):
-        try:
-            tensors[file.stem] = safetensors.torch.load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: no safetensors ({error}).") from error
+        tensors[file.stem] = read_tensors(file)
     for name, content in read_shards(path, shards).items():
         tensors[name].update(content)
     for name in (*FILES, *(f"step_{step}" for step in meta["steps"])):
@@ -208,8 +204,8 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
     lm, buffer, env = cast("LMPolicy", model.policy).lm, sequence_buffer(model), text_vec_env(model.get_env())
     if lm.shards is not None:
         lm.shards.bring(False)
-    weights = dict(_weights(model))
-    _check_same_shapes(weights, tensors["policy"])
+    weights = dict(named_tensors(model.policy))
+    check_same_shapes(weights, tensors["policy"])
     _check_same_optimizer(model.policy.optimizer, meta["param_groups"])
     is_elsewhere = not choose_own(tensors, meta)
     episodes = {name: tensor.numpy() for name, tensor in tensors["episodes"].items()}
@@ -275,14 +271,15 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
     return newest
 
 
-def _weights(model: OnPolicyAlgorithm) -> Iterable[tuple[str, Tensor]]:
-    """Yield each weight and buffer of the policy once: tied ones under their first name, and none that is offloaded."""
-    for name, tensor in (*model.policy.named_parameters(), *model.policy.named_buffers()):
+def named_tensors(policy: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Yield each weight and buffer of a policy once: tied ones under their first name, and none that is offloaded."""
+    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
         if not tensor.is_meta:  # frozen, and read from where the model comes from
             yield name, tensor
 
 
-def _check_same_shapes(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def check_same_shapes(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the saved tensors are those that a model has."""
     unlike = sorted(weights.keys() ^ saved.keys())
     unlike += sorted(name for name in weights.keys() & saved.keys() if weights[name].shape != saved[name].shape)
     if unlike:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from textenv.extras import check_extra
-from textenv.model_loading import load_whole
+from textenv.model_loading import from_config, load_whole
 from textenv.rewards.text_model import TextModel
 
 from .backbone import check_fits
@@ -182,7 +182,7 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
     config = copy.deepcopy(lm)
     for key, value in labels.items():
         setattr(config, key, value)
-    return AutoModelForSequenceClassification.from_config(config)
+    return from_config(AutoModelForSequenceClassification, config)
 
 
 def _collate(rows: Sequence[tuple[list[int], int]], pad_id: int) -> dict[str, Tensor]:

@@ -32,6 +32,9 @@ from .verb_config import (
     TrustOptions,
 )
 
+# What the parts of a run raise where they are given what they cannot work with.
+HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
+
 
 class Verb(NamedTuple):
     """A verb of the command: what it does in a line, and the function that takes what comes behind it."""
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         _say(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}")
         return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2
-    except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
+    except HANDLED as error:
         from .failures import as_command_error
 
         if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does

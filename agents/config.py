@@ -246,6 +246,7 @@ class TrainOptions:
         resume: Go on with the run in this folder; give changed keys beside it.
         change: A key that may differ from the resumed run's, which then is another run than if never stopped.
         allow: A module that the configuration may import.
+        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
         trust_remote_code: Let a model from the hub run its own code.
         dry_run: One rollout and one update, and what the whole run would take.
         quiet: Print errors only.
@@ -255,6 +256,7 @@ class TrainOptions:
     resume: str | None = None
     change: list[str] = field(default_factory=list)
     allow: list[str] = field(default_factory=list)
+    allow_env: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
     dry_run: bool = False
     quiet: bool = False

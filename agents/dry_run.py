@@ -11,7 +11,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 
-from .assemble import Parts, Trust, assemble, training_callbacks
+from .assemble import Parts, assemble, training_callbacks, trust_of
 from .config import TrainConfig, TrainOptions
 from .evaluation import evaluate
 from .finite_updates import FiniteUpdates
@@ -33,12 +33,13 @@ class Stopwatch(BaseCallback):
 
 def dry_run(config: TrainConfig, options: TrainOptions) -> int:
     """Train for one iteration, evaluate once, and print time, memory and disk of the whole run."""
-    parts = assemble(config, Trust(options.allow, options.trust_remote_code), progress_bar=not options.quiet)
+    trust = trust_of(options)
+    parts = assemble(config, trust, progress_bar=not options.quiet)
     agent, watch = parts.agent, Stopwatch()
     agent.set_logger(Logger(None, []))
     start = time.monotonic()
     tokens = agent.n_steps * agent.n_envs
-    agent.learn(tokens, callback=CallbackList([*training_callbacks(config), FiniteUpdates(), watch]))
+    agent.learn(tokens, callback=CallbackList([*training_callbacks(config, trust), FiniteUpdates(), watch]))
     end = time.monotonic()
     evaluation = _seconds_of_evaluation(parts)
     n_iterations = math.ceil(config.total_tokens / tokens)

@@ -13,10 +13,11 @@ from .refusal import CommandError, Exit
 from .storage import FULL, explain
 
 WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+SIZES = (MemoryError, OverflowError, RecursionError)
 REFUSALS = (OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
 
 
-def as_command_error(error: Exception, path: Path) -> CommandError:
+def as_command_error(error: BaseException, path: Path) -> CommandError:
     """Return an error as one line and an exit code.
 
     Args:
@@ -36,4 +37,6 @@ def as_command_error(error: Exception, path: Path) -> CommandError:
         return CommandError(line, Exit.MISSING)
     if isinstance(error, REFUSALS):
         return CommandError(line, Exit.REFUSED)
+    if isinstance(error, SIZES):
+        return CommandError(f"Expected sizes that this machine can hold, got {type(error).__name__}: {line}")
     return CommandError(f"{type(error).__name__}: {line}", Exit.FAILED)

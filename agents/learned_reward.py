@@ -16,6 +16,7 @@ from textenv.prompts import Prompt
 from textenv.rewarding import ScoreAt
 from textenv.rewards.base import BatchReward
 from textenv.rewards.preference import Preference
+from textenv.trust import check_written
 
 from .assemble import load_tokenizer
 from .config import DEMO
@@ -33,7 +34,8 @@ class LearnedReward(BatchReward):
 
     Args:
         model: What each training starts from: a name or folder of a language or reward model; "demo" is the built-in.
-        folder: Where the newest reward model is kept; a temporary folder by default.
+        folder: Where the newest reward model is kept, in a configuration below the current folder; a temporary folder
+            by default.
         n_epochs: Passes over the answers: they are few.
         batch_size: Answers of a minibatch.
         learning_rate: The peak.
@@ -56,6 +58,8 @@ class LearnedReward(BatchReward):
     score_at: ScoreAt = "rollout_end"
 
     def __post_init__(self) -> None:
+        if self.folder is not None:
+            check_written(self.folder)
         self._scorer: Preference | None = None
         self._temporary: Any = None
 

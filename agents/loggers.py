@@ -9,16 +9,18 @@ from typing import Any
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
 
 from textenv.extras import check_extra, needs
+from textenv.trust import Kind, Trust
 
 from .callbacks import page_text
-from .config import Named, TrainConfig, TrainOptions
+from .config import Named, TrainConfig
 from .curves import check_matplotlib
-from .names import LOGGERS, build, find, look_here
+from .names import LOGGERS, build, find
 from .refusal import CommandError
 from .run_folder import RunFolder
 from .storage import is_full
-from .trackers import TRACKERS, MLflowTracker, Tracker, check_tracker
+from .trackers import TRACKERS, MLflowTracker, Tracker, check_tracker, check_tracker_arguments
 
+LOGGER = Kind("logger", "a KVWriter of Stable-Baselines3", lambda found: issubclass(found, KVWriter))
 COLUMNS = ("prompt", "text", "end_reason", "reward")
 
 
@@ -27,46 +29,42 @@ def named(logger: Named | str) -> Named:
     return Named(logger) if isinstance(logger, str) else logger
 
 
-def check_loggers(loggers: list[Named | str], options: TrainOptions) -> None:
+def check_loggers(loggers: list[Named | str], trust: Trust) -> None:
     """Raise CommandError for a logger that is not known, and ImportError, with the cure, for one not installed."""
-    if options.allow:
-        look_here()
     for one in map(named, loggers):
         if one.id not in LOGGERS and ":" not in one.id:
             raise CommandError(f"Expected a logger among {', '.join(LOGGERS)} or module:Class, got {one.id!r}.")
         if ":" in one.id:
-            find(one.id, options.allow)
+            find(one.id, LOGGER, trust)
         if one.id == "curves":
             check_matplotlib()
         if one.id == "tensorboard":
             check_extra("plot", "tensorboard", "the logger of that name")
         if one.id in TRACKERS:
             check_tracker(one.id)
+            check_tracker_arguments(one, trust)
         elif one.id in LOGGERS and one.args:
             raise CommandError(f"Expected no arguments of the logger {one.id!r}, got {sorted(one.args)}.")
 
 
-def make_loggers(run: RunFolder, config: TrainConfig, options: TrainOptions, done: int = 0) -> list[KVWriter]:
+def make_loggers(run: RunFolder, config: TrainConfig, trust: Trust, done: int = 0) -> list[KVWriter]:
     """Return the writers that the configuration names, beside the run's own rows.
 
     Args:
         run: The run's folder.
         config: Its configuration.
-        options: What the command line alone says.
+        trust: What the command line allows.
         done: Tokens that the run has behind it: TensorBoard forgets what it was told of later ones.
 
     Raises:
-        CommandError: If a user's own class has other arguments, or is no writer.
+        CommandError: If a user's own class has other arguments.
     """
     made: list[KVWriter] = []
     for one in map(named, config.loggers):
         if one.id == "tensorboard":
             made.append(TensorBoard(str(run.path / "tensorboard"), done))
         elif ":" in one.id:
-            writer = build(one, {}, "logger", options.allow)
-            if not isinstance(writer, KVWriter):
-                raise CommandError(f"Expected a KVWriter of Stable-Baselines3 at {one.id!r}, got {writer!r:.80}.")
-            made.append(writer)
+            made.append(build(one, {}, LOGGER, trust))
     return made
 
 

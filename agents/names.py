@@ -1,15 +1,16 @@
-"""What names in a configuration stand for, and what may be imported for them; without torch."""
+"""What names in a configuration stand for, and the objects that are built of them; without torch."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import importlib.util
 import re
-import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from textenv.trust import Kind, Trust, find_class, is_called_with, only_with
 
 from .config import Named
 from .refusal import CommandError, Exit
@@ -39,72 +40,33 @@ LOGGERS = {
     "trackio": "trackio; its arguments are those of `trackio.init`.",
     "mlflow": "MLflow; `tracking_uri`, `experiment_name`, and the arguments of `MlflowClient.create_run`.",
 }
-OWN = ("textenv", "agents")
-PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:([A-Za-z_]\w*)")
-LOOSE_PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:.*", flags=re.DOTALL)
+METRIC = Kind(
+    "metric",
+    "a class with __call__(self, prompts, texts, references)",
+    is_called_with("prompts", "texts", "references"),
+)
+_is_token_mask = is_called_with("vocabulary", method="start")
+_is_mask_function = is_called_with("prompt", "preds")
+MASK = Kind(
+    "mask",
+    "a class with start(self, vocabulary), or with __call__(self, prompt, preds)",
+    lambda found: _is_token_mask(found) or _is_mask_function(found),
+)
 
 
-def check_allowed(value: Any, allowed: Collection[str]) -> None:
-    """Raise CommandError if anything in a value of a configuration names a module that may not be imported.
-
-    Example:
-        >>> check_allowed({"id": "sum", "args": {"rewards": ["textenv.rewards.rules:Length"]}}, allowed=())
-    """
-    if isinstance(value, Named):
-        check_allowed([value.id, value.args], allowed)
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            check_allowed(part, allowed)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            check_allowed(part, allowed)
-    elif isinstance(value, str) and (found := LOOSE_PATH.fullmatch(value)):
-        # "Human: hello" is a text; what begins as a module that is there may be meant to have it imported.
-        is_path = PATH.fullmatch(value) is not None or importlib.util.find_spec(found[1]) is not None
-        if is_path and found[1] not in (*OWN, *allowed):
-            root = found[1]
-            raise CommandError(
-                f"Expected a configuration that imports {' and '.join(OWN)} only, got {value!r}: if you trust it, add "
-                f"--allow {root} to the command."
-            )
-
-
-def look_here() -> None:
-    """Have modules looked for in the current folder as well, last of all: those that a user allows by name."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-
-
-def find(path: str, allowed: Collection[str]) -> Any:
-    """Import what "module:name" stands for.
-
-    Raises:
-        CommandError: If it may not be imported, or there is no such thing.
-    """
-    check_allowed(path, allowed)
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
-            raise CommandError(
-                f"Expected what {path!r} imports to be installed, got: {error}.", Exit.MISSING
-            ) from error
-        raise CommandError(f"Expected {path!r} to be there, got: {error}.") from error
-
-
-def build(named: Named | str, names: Mapping[str, str], kind: str, allowed: Collection[str]) -> Any:
+def build(named: Named | str, names: Mapping[str, str], kind: Kind, trust: Trust) -> Any:
     """Build the object of a name, or of a "module:Class", with its arguments.
 
     Raises:
-        CommandError: If the name is unknown, or its arguments are not those of the class.
+        CommandError: If the name is unknown, its class may not be imported, or its arguments are not those of it.
     """
     one = Named(named) if isinstance(named, str) else named
     path = names.get(one.id, one.id)
     if ":" not in path:
-        raise CommandError(f"Expected a {kind} among {', '.join(names)} or module:Class, got {one.id!r}.")
-    return call(find(path, allowed), one.args, f"the {kind} {one.id!r}")
+        raise CommandError(f"Expected a {kind.name} among {', '.join(names)} or module:Class, got {one.id!r}.")
+    found = find(path, kind, trust)
+    with built_for(path, one.args, trust):
+        return call(found, one.args, f"the {kind.name} {one.id!r}")
 
 
 def call(made: Callable[..., Any], arguments: Mapping[str, Any], name: str, **given: Any) -> Any:
@@ -124,7 +86,37 @@ def call(made: Callable[..., Any], arguments: Mapping[str, Any], name: str, **gi
     except TypeError as error:
         if own := re.search(r"multiple values for keyword argument '(\w+)'", str(error)):
             raise CommandError(f"Expected no argument {own[1]!r} for {name}, which sets it itself.") from error
-        raise CommandError(f"Expected the arguments of {name}, got {sorted(arguments)}: {error}.") from error
+        raise CommandError(f"Expected the arguments of {name}, got {sorted(map(str, arguments))}: {error}.") from error
+
+
+@contextmanager
+def built_for(path: str, arguments: Mapping[str, Any], trust: Trust) -> Iterator[None]:
+    """Within, something is built of a configuration's names and arguments, which may be of any type and shape.
+
+    Raises:
+        CommandError: If it stumbles over one that it has no name for.
+    """
+    with only_with(trust):
+        try:
+            yield
+        except (AttributeError, LookupError, AssertionError, re.error) as error:
+            raise CommandError(
+                f"Expected arguments that fit {path}, got {dict(arguments)!r:.200}: {type(error).__name__}: {error}."
+            ) from error
+
+
+def find(path: str, kind: Kind, trust: Trust) -> Any:
+    """Return the class that `textenv.trust.find_class` finds.
+
+    Raises:
+        CommandError: If its module may not be imported, or it is no such class, or what it imports is missing.
+    """
+    try:
+        return find_class(path, kind, trust)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise CommandError(f"Expected what {path!r} imports to be installed, got: {error}.", Exit.MISSING) from error
 
 
 def as_reward(value: Any) -> Any:
@@ -138,7 +130,10 @@ def as_reward(value: Any) -> Any:
         value = {"id": value.id, "args": value.args}
     if isinstance(value, Mapping):
         if "id" in value and value.keys() <= {"id", "args"}:
-            return {"name": value["id"], **{key: as_reward(part) for key, part in (value.get("args") or {}).items()}}
+            args = value.get("args") or {}
+            if not isinstance(args, Mapping):
+                raise CommandError(f"Expected the args of the reward {value['id']!r} by name, got {args!r:.80}.")
+            return {**{key: as_reward(part) for key, part in args.items()}, "name": value["id"]}
         return {key: as_reward(part) for key, part in value.items()}
     return [as_reward(part) for part in value] if isinstance(value, list) else value
 

@@ -79,7 +79,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
     with FeedbackStore(chosen.db) as store:
         if chosen.model is not None:
             prompts, _ = rated_prompts(chosen), question_of(chosen)
-            writer = open_writer(chosen.model, config, options)
+            writer = open_writer(chosen.model, config, options, prompts)
             most = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
             n_new = ask(store, writer, prompts, replace(chosen, max_new_tokens=most))
             print(f"{n_new} new questions in {chosen.db}")

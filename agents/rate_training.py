@@ -23,7 +23,7 @@ from textenv.rewarding import DROPPED, RewardError, Score
 from textenv.rewards.base import BatchReward
 from textenv.rewards.human import HumanReward
 
-from .assemble import Trust, load_lm, load_tokenizer
+from .assemble import load_lm, load_tokenizer, trust_of
 from .build import make_agent
 from .checkpoint import load_checkpoint, save_step
 from .config import ModelConfig, TrainConfig
@@ -86,7 +86,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         Interrupted: After Ctrl-C, once the model is exported.
     """
     assert chosen.model is not None and chosen.out is not None and chosen.db is not None
-    out, trust = Path(chosen.out), Trust(options.allow, options.trust_remote_code)
+    out, trust = Path(chosen.out), trust_of(options)
     folder = chosen.model
     if config is not None:
         folder = f"{chosen.model}/model"

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from textenv.model_loading import from_config
 from textenv.rewards.reward_stats import RewardStats
 from textenv.tokenizer import Tokenizer
 
@@ -163,7 +164,7 @@ def build_reward_model(lm: LMLike, seed: int = 0) -> PreTrainedModel:
         if isinstance(lm, PreTrainedConfig):
             config = copy.deepcopy(lm)
             config.num_labels = 1
-            model = AutoModelForSequenceClassification.from_config(config)
+            model = from_config(AutoModelForSequenceClassification, config)
         elif isinstance(lm, LMSpec):
             model = lm.build()
         else:

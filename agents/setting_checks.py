@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from textenv.env import TextEnv
+from textenv.templates import apply_template
 from textenv.tokenizer import encode_prompt
 
 from .buffers import SequenceRolloutBuffer
@@ -131,8 +132,8 @@ def check_chat_template(patient: Patient) -> list[Finding]:
     env = patient.env
     if not isinstance(env.tokenizer, PreTrainedTokenizerBase) or env.tokenizer.chat_template is None:
         return [Finding("chat template", "ok", "the tokenizer has none")]
-    rendered = env.tokenizer.apply_chat_template([{"role": "user", "content": "CONTENT"}], tokenize=False)
-    before, _, after = str(rendered).partition("CONTENT")
+    rendered = apply_template(env.tokenizer, [{"role": "user", "content": "CONTENT"}], "a message")
+    before, _, after = rendered.partition("CONTENT")
     marker = after.strip() or before.strip()
     prompts = env.prompts[:MAX_PROMPTS]
     # Decoded from the ids: a prompt's text may lack the special tokens.

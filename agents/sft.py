@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from textenv.extras import check_extra
-from textenv.model_loading import readable
+from textenv.model_loading import from_pretrained
 from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
@@ -184,9 +184,7 @@ def _with_tokenizer(
         lm.bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         lm.pad_token_id = tokenizer.pad_token_id
     elif tokenizer is None and isinstance(lm, (str, os.PathLike)):
-        source = model_folder(os.fspath(lm))
-        with readable(source):
-            tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = from_pretrained(AutoTokenizer, model_folder(os.fspath(lm)))
     if tokenizer is None:
         raise ValueError("Expected `tokenizer` with a spec, got None: pass the tokenizer of the model.")
     if tokenizer.eos_token_id is None:

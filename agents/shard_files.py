@@ -1,4 +1,4 @@
-"""Sharded tensors on disk: each process writes its own part, and any number of processes reads them."""
+"""Tensors on disk, also sharded ones: each process writes its part, and any number of processes reads them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, zeros
 
 from .distributed import from_main, is_main_process, raise_together, world
+from .manifest import CheckpointError
 from .sharding import Shards
 
 FOLDER = "shards"
@@ -66,6 +69,18 @@ def write_shards(folder: Path, tensors: Tensors) -> Tensors:
         except CheckpointException as error:  # in all processes, of whichever
             raise _storage_error(error) from error
     return whole
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name.
+
+    Raises:
+        CheckpointError: If it is not of safetensors.
+    """
+    try:
+        return safetensors.torch.load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: no safetensors ({error}).") from error
 
 
 def read_shards(folder: Path, shards: Shards | None) -> Tensors:

@@ -10,14 +10,14 @@ from textenv.env import TextEnv
 from textenv.printable import printable
 from textenv.vector import TextVectorEnv
 
-from .assemble import assemble
+from .assemble import Parts, load_lm, trust_of
 from .config import TrainConfig
 from .evaluation import sequence_of
 from .policies import LMPolicy
 from .reference import build_reference, divergences
 from .refusal import CommandError, Exit
 from .verb_config import ShowOptions, TrustOptions
-from .verbs import load_newest, trust_of
+from .verbs import load_newest
 
 
 def show(config: TrainConfig, chosen: ShowOptions, options: TrustOptions) -> int:
@@ -25,7 +25,7 @@ def show(config: TrainConfig, chosen: ShowOptions, options: TrustOptions) -> int
 
     The divergence is the exact one from the reference, or from the model that training began with.
     """
-    parts = assemble(config, trust_of(options))
+    parts = Parts(config, trust_of(options))
     load_newest(chosen.run, parts)
     env, policy = parts.env, cast("LMPolicy", parts.agent.policy)
     if not 0 <= chosen.prompt < len(env.prompts):
@@ -33,7 +33,7 @@ def show(config: TrainConfig, chosen: ShowOptions, options: TrustOptions) -> int
     observations, actions, rewards, info = replay(policy, env, chosen.prompt, chosen.seed)
     with torch.no_grad():
         values = policy.predict_values(observations[:-1])[:, 0].tolist()
-        divergence = _divergence(policy, env, config, observations[-1:])
+        divergence = _divergence(policy, parts, observations[-1:])
     print(f"prompt: {printable(str(info['prompt']))}\n\n{'token':<16}{'reward':>9}{'value':>9}{'KL, nats':>10}")
     for place, (action, reward, value) in enumerate(zip(actions, rewards, values, strict=True)):
         nats = f"{divergence[place]:10.4f}" if divergence is not None else " " * 10
@@ -69,10 +69,11 @@ def replay(
                 return torch.stack(observations).to(policy.device), actions, rewards, result.infos[0]
 
 
-def _divergence(policy: LMPolicy, env: TextEnv, config: TrainConfig, last: torch.Tensor) -> list[float] | None:
+def _divergence(policy: LMPolicy, parts: Parts, last: torch.Tensor) -> list[float] | None:
     """Return the divergence at each token; None where replies, masks or a support make other tokens possible."""
+    env = parts.env
     if env.masks or env.is_multi_turn or policy.lm.sampling.has_support:
         return None
-    name = config.kl.reference or config.model.name
-    reference = build_reference(name, policy.lm, env.max_prompt_tokens + env.rules.room)
+    reference_lm = load_lm(parts.config.kl.reference or parts.folder, parts.trust)
+    reference = build_reference(reference_lm, policy.lm, env.max_prompt_tokens + env.rules.room)
     return divergences(reference, policy.lm, sequence_of(last)).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .assemble import Trust, load_lm, load_tokenizer
+from .assemble import load_lm, load_tokenizer, trust_of
 from .backbone import PretrainedRewardModel
 from .classifier import LabelledTexts, train_classifier
 from .config import DEMO
@@ -28,7 +28,7 @@ END = 0  # the end token of the tokenizers that are made here
 
 def tune_model(config: SFTConfig, options: StageOptions) -> int:
     """Tune a model and print its losses."""
-    trust = Trust(options.allow, options.trust_remote_code)
+    trust = trust_of(options)
     texts = read_texts(config)
     if _is_fresh(config):
         lm, tokenizer = _fresh_model(config, texts.train)
@@ -121,7 +121,7 @@ def _reader(
     source = config.tokenizer or own
     if source is None:
         raise CommandError("Expected --tokenizer NAME with `fresh`, got none: fresh weights have no tokenizer yet.")
-    tokenizer = load_tokenizer(source, Trust(options.allow, options.trust_remote_code))
+    tokenizer = load_tokenizer(source, trust_of(options))
     if own is not None:
         return own, tokenizer
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **config.fresh}

@@ -14,12 +14,19 @@ from typing import Any
 from textenv.extras import check_extra, needs
 from textenv.json_files import read_json
 from textenv.signatures import check_arguments
+from textenv.trust import Trust
 
 from .config import Named, TrainConfig
 from .files import write_text
+from .refusal import CommandError
 from .run_folder import RunFolder
 
-TRACKERS = ("wandb", "trackio", "mlflow")
+# With the arguments that a configuration may give: others say where the figures go, and keys of the user with them.
+TRACKERS = {
+    "wandb": ("project", "entity", "group", "job_type", "tags", "notes", "mode"),
+    "trackio": ("project", "group"),
+    "mlflow": ("experiment_name", "tags"),
+}
 EXPERIMENT = "textenv"
 MLFLOW_NAME = re.compile(r"[^\w\-. :/]", flags=re.ASCII)  # what it refuses in the name of a figure
 MLFLOW_CHARS = 6000  # of the value of a parameter
@@ -134,6 +141,16 @@ class MLflowTracker:
     def close(self) -> None:
         """Say that the run is over."""
         self.client.set_terminated(self.run_id)
+
+
+def check_tracker_arguments(named: Named, trust: Trust) -> None:
+    """Raise CommandError for arguments of a tracker that only a configuration which is trusted may give."""
+    others = sorted(named.args.keys() - set(TRACKERS[named.id]), key=str)
+    if others and named.id not in trust.modules:
+        raise CommandError(
+            f"Expected the arguments {', '.join(TRACKERS[named.id])} of the logger {named.id!r}, got {others}, which "
+            f"may send figures and keys anywhere: if you trust the configuration, add --allow {named.id}."
+        )
 
 
 def check_tracker(name: str) -> None:

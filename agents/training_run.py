@@ -18,8 +18,9 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from textenv import __version__
 from textenv.extras import MissingExtraError
 from textenv.json_files import read_json
+from textenv.rewarding import RAISED
 
-from .assemble import Parts, Trust, assemble, task_name, training_callbacks
+from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
 from .checkpoint import load_checkpoint
 from .config import DEMO, FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
 from .curves import draw_curves
@@ -57,7 +58,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
     Returns:
         The exit code.
     """
-    check_loggers(config.loggers, options)
+    check_loggers(config.loggers, trust_of(options))
     if options.dry_run:
         return dry_run(config, options)
     run = RunFolder.create(config.out, task_name(config))
@@ -83,7 +84,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
     Raises:
         CommandError: If a key differs that `--change` does not name.
     """
-    check_loggers(config.loggers, options)
+    check_loggers(config.loggers, trust_of(options))
     changed = {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
     screen = make_screen(config, options)
     for key, (old, new) in changed.items():
@@ -140,7 +141,7 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     threading.excepthook = lambda ended: None if is_full(ended.exc_value) else previous[1](ended)  # TensorBoard's
     try:
         return _run(run, config, options, screen)
-    except Exception as error:
+    except RAISED as error:
         known = as_command_error(error, run.path)
         says_all = known is error or isinstance(error, MissingExtraError)
         is_kept = (not says_all or known.code not in MENDED) and run.keep_traceback()
@@ -158,7 +159,8 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     if config.loggers == default_loggers() and (absent := [name for name in PLOTTED if name not in config.loggers]):
         screen.say(f'without {" and ".join(absent)}, which pip install "textenv[plot]" brings')
     checkpoint = checkpoint_to_load(run, screen.say)
-    parts = assemble(config, Trust(options.allow, options.trust_remote_code), progress_bar=not options.quiet)
+    trust = trust_of(options)
+    parts = assemble(config, trust, progress_bar=not options.quiet)
     agent = parts.agent
     run.check_vocabulary(parts.tokenizer.get_vocab())
     if changed := run.changed_versions():
@@ -172,7 +174,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
-    outputs = make_loggers(run, config, options, done)
+    outputs = make_loggers(run, config, trust, done)
     agent.set_logger(Logger(None, [writer, *outputs]))
     evaluate = _evaluate(run, parts)
     trackers = make_trackers(run, config, sent)
@@ -182,7 +184,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     tell = screen.note if isinstance(screen, LiveScreen) else write_line
     with Interrupts(tell, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
         callbacks = [
-            *training_callbacks(config),
+            *training_callbacks(config, trust),
             FiniteUpdates(),
             evaluate,
             SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),

@@ -14,10 +14,12 @@ class TrustOptions:
 
     Args:
         allow: A module that the configuration may import.
+        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
         trust_remote_code: Let a model from the hub run its own code.
     """
 
     allow: list[str] = field(default_factory=list)
+    allow_env: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
 
 
@@ -99,6 +101,7 @@ class ExportFlags(TrustOptions):
 
     Args:
         allow: A module that the configuration may import.
+        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
         trust_remote_code: Let a model from the hub run its own code.
         sb3_zip: Write sb3.zip as well, as SB3's model.save does: it holds pickles; see agents.load_sb3_zip.
         to_hub: Upload the folder as this repository of the Hugging Face hub; a new one is private.
@@ -144,6 +147,7 @@ class StageOptions(TrustOptions):
 
     Args:
         allow: A module that the configuration may import.
+        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
         trust_remote_code: Let a model from the hub run its own code.
         resume: Go on with a run of the same arguments that was interrupted.
         overwrite: Replace an earlier output of the same kind in --out.
@@ -333,6 +337,7 @@ class RateOptions(TrustOptions):
 
     Args:
         allow: A module that the configuration may import.
+        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
         trust_remote_code: Let a model from the hub run its own code.
         terminal: Answer here in the terminal: the default.
         web: Answer on a page in the browser.

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+import numpy as np
+from stable_baselines3.common.utils import get_device
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -17,10 +19,10 @@ from textenv.env import TextEnv
 from textenv.json_files import read_json
 from textenv.prompts import PromptLike
 from textenv.prompts import read_rows as read_rows_of
+from textenv.trust import Trust
 
 from .assemble import (
     Parts,
-    Trust,
     assemble,
     load_lm,
     load_tokenizer,
@@ -28,7 +30,9 @@ from .assemble import (
     make_metric,
     policy_arguments,
     task_name,
+    trust_of,
 )
+from .backbone import n_positions
 from .checkpoint import load_checkpoint
 from .config import DEMO, ModelConfig, TrainConfig
 from .curves import draw_curves
@@ -43,10 +47,12 @@ from .policies import LMPolicy
 from .refusal import CommandError, Exit
 from .run_checkpoints import checkpoint_to_load
 from .run_folder import SAMPLE, RunFolder, read_rows, to_line
+from .saved_policy import load_policy
 from .verb_config import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, TrustOptions
 
 CHUNK = 64  # prompts that are continued together, and printed when they are done
 N_COMPARED = 8  # prompts by which an exported model is checked
+COMPARED_PROMPT = 4  # tokens of each
 COMPARED_TOKENS = 32
 RESULTS = {"after": {"figures": {str: (float, None)}}}
 
@@ -69,40 +75,64 @@ class Writer(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
-def trust_of(options: TrustOptions) -> Trust:
-    """Return what the command line allows."""
-    return Trust(options.allow, options.trust_remote_code)
-
-
-def load_newest(path: str, parts: Parts) -> RunFolder:
-    """Bring a run's parts to its newest checkpoint, which must be intact; return its folder.
+def newest(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[RunFolder, Path]:
+    """Return a run's folder and its newest checkpoint, which must be intact.
 
     Raises:
-        CommandError: If there is none, or it is damaged.
+        CommandError: If there is none, it is damaged, or the tokenizer is another than the run's.
     """
     run = RunFolder.open(path)
     checkpoint = checkpoint_to_load(run)
     if checkpoint is None:
         raise CommandError(f"Expected a checkpoint in {run.checkpoints}, got none: textenv train --resume {path}")
-    run.check_vocabulary(parts.tokenizer.get_vocab())
+    run.check_vocabulary(tokenizer.get_vocab())
+    return run, checkpoint
+
+
+def load_newest(path: str, parts: Parts) -> RunFolder:
+    """Bring a run's agent to its newest checkpoint; return its folder."""
+    run, checkpoint = newest(path, parts.tokenizer)
     load_checkpoint(parts.agent, checkpoint)
     return run
 
 
-def open_writer(name: str, config: TrainConfig | None, options: TrustOptions) -> Writer:
-    """Return what writes: a run's newest policy, or a model by name or folder."""
+def open_writer(
+    name: str, config: TrainConfig | None, options: TrustOptions, prompts: Sequence[PromptLike] = ()
+) -> Writer:
+    """Return what writes: a run's newest policy, or a model by name or folder.
+
+    Of a run neither the rewards are built nor what it logs to, and its prompts are read only where none are given.
+
+    Args:
+        name: The run or model.
+        config: The run's configuration; None for a model.
+        options: What the command line allows.
+        prompts: What is to be continued, in the place of the run's.
+    """
     trust = trust_of(options)
-    if config is not None:
-        parts = assemble(config, trust)
-        load_newest(name, parts)
-        rules = parts.env.rules
-        own = {"stop_ids": rules.stop_ids, "stop_strings": rules.stop_strings, "mask": make_masks(config.env, trust)}
-        own |= {key: config.env.args[key] for key in ("prompt_column",) if key in config.env.args}
-        return Writer(parts.agent.policy, parts.tokenizer, parts.env.prompts, rules.max_new_tokens, own)  # type: ignore[arg-type]
-    transformers_logging.disable_progress_bar()
-    tokenizer = load_tokenizer(name, trust)
-    prompts = demo.prompts() if name == DEMO else ()
-    return Writer(make_policy(name, tokenizer, ModelConfig(), trust), tokenizer, prompts)
+    if config is None:
+        transformers_logging.disable_progress_bar()
+        tokenizer = load_tokenizer(name, trust)
+        policy = make_policy(name, tokenizer, ModelConfig(), trust)
+        return Writer(policy, tokenizer, prompts or (demo.prompts() if name == DEMO else ()))
+    parts = Parts(config, trust)
+    policy = open_policy(name, parts)
+    env = parts.unscored(prompts)
+    own = {
+        "stop_ids": env.rules.stop_ids,
+        "stop_strings": env.rules.stop_strings,
+        "mask": make_masks(config.env, trust),
+    }
+    own |= {key: config.env.args[key] for key in ("prompt_column",) if key in config.env.args}
+    return Writer(policy, parts.tokenizer, env.prompts, env.rules.max_new_tokens, own)
+
+
+def open_policy(path: str, parts: Parts) -> LMPolicy:
+    """Return a run's newest policy, to write and not to train with."""
+    _, checkpoint = newest(path, parts.tokenizer)
+    policy = make_policy(parts.folder, parts.tokenizer, parts.config.model, parts.trust, as_trained=True)
+    load_policy(policy, checkpoint)
+    return policy.to(get_device(parts.config.device))
 
 
 def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None, usual: int = USUAL_TOKENS) -> int:
@@ -136,10 +166,21 @@ def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None
     return most
 
 
-def make_policy(name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust) -> LMPolicy:
-    """Return a model as a policy that samples as a configuration says, to write and not to train with."""
+def make_policy(
+    name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust, as_trained: bool = False
+) -> LMPolicy:
+    """Return a model as a policy that samples as a configuration says, to write and not to train with.
+
+    Args:
+        name: The model's name or folder.
+        tokenizer: Its tokenizer.
+        model: The configuration.
+        trust: What it may have run.
+        as_trained: With the adapters that the configuration trains, whose weights are to come.
+    """
     env = TextEnv([[0]], tokenizer, reward=no_reward, max_new_tokens=1)
-    arguments = {key: value for key, value in policy_arguments(model).items() if key not in ("train", "critic")}
+    left_out = {"critic"} if as_trained else {"critic", "train"}
+    arguments = {key: value for key, value in policy_arguments(model).items() if key not in left_out}
     spaces = env.observation_space, env.action_space
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
 
@@ -161,7 +202,7 @@ def read_prompts(path: str) -> list[PromptLike]:
 
 def examine(config: TrainConfig, options: TrustOptions) -> int:
     """Print what the doctor finds; the exit code is 1 where training would be wrong."""
-    report = check(assemble(config, trust_of(options)).agent)
+    report = check(Parts(config, trust_of(options)).agent)
     print(report)
     return Exit.DONE if report.ok else Exit.FAILED
 
@@ -187,7 +228,7 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
     prompts = [] if chosen.prompts is None else read_prompts(chosen.prompts)
     if chosen.prompts is None and config is None and chosen.model != DEMO:
         raise CommandError(f"Expected --prompts FILE for textenv generate {chosen.model}, which is no run, got none.")
-    writer = open_writer(chosen.model, config, options)
+    writer = open_writer(chosen.model, config, options, prompts)
     prompts = prompts or list(writer.prompts)
     most = text_length(writer, prompts, chosen.max_new_tokens)
     for start in range(0, len(prompts), CHUNK):
@@ -218,33 +259,37 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
         check_repository(options.to_hub)
     target = {"overwrite": options.overwrite, "keep": [chosen.run]}
     check_output(chosen.folder, "language model", **target)  # type: ignore[arg-type]  # before the work
-    parts = assemble(config, trust_of(options))
-    run, folder = load_newest(chosen.run, parts), Path(chosen.folder)
-    policy = cast("LMPolicy", parts.agent.policy)
+    run, folder = RunFolder.open(chosen.run), Path(chosen.folder)
+    parts = Parts(config, trust_of(options))
+    policy, tokenizer = open_policy(chosen.run, parts), parts.tokenizer
     with output_folder(folder, "language model", **target) as beside:  # type: ignore[arg-type]
-        write_model(policy.backbone, parts.tokenizer, beside)
+        write_model(policy.backbone, tokenizer, beside)
         _describe(beside, run, config)
-        n_compared = _check_same(policy, make_policy(str(beside), parts.tokenizer, config.model, Trust()), parts)
+        _check_same(policy, make_policy(str(beside), tokenizer, config.model, Trust()), tokenizer)
         if options.sb3_zip:
+            load_newest(chosen.run, parts)
             parts.agent.save(beside / "sb3.zip")
     if options.sb3_zip:
         print(
             f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files; whoever gets it reads its weights without "
             "them by agents.load_sb3_zip"
         )
-    print(f"{folder}: generates the same as {run.path} on {n_compared} prompts")
+    print(f"{folder}: generates the same as {run.path} on {N_COMPARED} prompts")
     if options.to_hub is not None:
         print(f"uploading {folder}", flush=True)
         print(f"{upload(folder, options.to_hub)}: a new repository is private until its settings say otherwise")
     return Exit.DONE
 
 
-def _check_same(policy: LMPolicy, exported: LMPolicy, parts: Parts) -> int:
-    """Check that an exported model generates what the run's policy does; return on how many prompts."""
-    prompts = list(parts.env.prompts)[:N_COMPARED]
-    room = {"max_new_tokens": min(COMPARED_TOKENS, parts.env.rules.max_new_tokens), "deterministic": True}
+def _check_same(policy: LMPolicy, exported: LMPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that an exported model generates what the run's policy does."""
+    # Behind any tokens: the run's own prompts may come from anywhere.
+    shape = (N_COMPARED, COMPARED_PROMPT)
+    prompts: list[PromptLike] = np.random.default_rng(0).integers(len(tokenizer), size=shape).tolist()
+    room = (n_positions(policy.backbone.model) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
+    settings = {"max_new_tokens": min(COMPARED_TOKENS, room), "deterministic": True}
     ours, theirs = (
-        [one.ids for one in generate(each, prompts, parts.tokenizer, **room)]  # type: ignore[arg-type]
+        [one.ids for one in generate(each, prompts, tokenizer, **settings)]  # type: ignore[arg-type]
         for each in (policy, exported)
     )
     if ours != theirs:
@@ -254,7 +299,6 @@ def _check_same(policy: LMPolicy, exported: LMPolicy, parts: Parts) -> int:
             "was written.",
             Exit.FAILED,
         )
-    return len(prompts)
 
 
 def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:

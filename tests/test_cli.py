@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM
 from agents import cli
 from agents.arguments import make_parser
 from agents.config import TrainConfig, argument_help
-from agents.names import check_allowed
-from agents.refusal import CommandError
 from tests.command import ROLLOUT, environment, rows, run, settings, small_model
 
 
@@ -99,8 +97,8 @@ def test_refusals(words, message, capfd):
         ("trust_remote_code: true", "Expected trust_remote_code only on the command line"),
         ("seed: !!python/object/apply:os.getcwd []", "Expected plain YAML"),
         ("env: {reward: 'os:getcwd'}", "add --allow os"),
-        ("env: {reward: {id: sum, args: {rewards: [{id: 'shutil:rmtree'}]}}}", "add --allow shutil"),
-        ("env: {args: {reward: {name: 'shutil:no name'}}}", "add --allow shutil"),
+        ("env: {reward: {id: sum, args: {parts: {a: {id: 'shutil:rmtree'}}}}}", "add --allow shutil"),
+        ("env: {args: {reward: {name: 'shutil:no name'}}}", "Expected the name of a reward, or module:Class"),
         ("loggers: ['subprocess:Popen']", "add --allow subprocess"),
         ("env: {id: 'os:Env'}", "add --allow os"),
     ],
@@ -129,12 +127,6 @@ def test_a_run_that_was_refused_before_it_trained_can_be_begun_again(model, tmp_
     assert run("train", *settings(model, out, rollouts=1), "--quiet") == 0
     assert run("train", *settings(tmp_path / "no", tmp_path / "none"), "--quiet") == 2
     assert not (tmp_path / "none").exists()
-
-
-def test_a_text_with_a_colon_is_no_path():
-    check_allowed({"stop_strings": ["Human:", "Human: hello", "nobody: os"]}, ())
-    with pytest.raises(CommandError, match="add --allow os"):
-        check_allowed({"a": [{"b": "os.path:join"}]}, ("shutil",))
 
 
 def test_every_argument_has_help():

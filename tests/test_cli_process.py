@@ -92,15 +92,16 @@ def test_json_is_a_line_of_json_an_iteration(place):
 REWARDS = {
     "infinite": ("return float('inf')", 4, "Expected a reward to be a finite number, got inf"),
     "raises": ("raise KeyError('no')", 4, "raised KeyError: 'no'"),
-    "huge": ("return 1e30", 3, "Expected finite losses"),  # its square is not
+    "huge": ("return 1e30", 4, "Expected a reward to be at most 1e+15 in size, whose square float32 can hold"),
+    "ends": ("raise SystemExit(0)", 4, "raised SystemExit: 0"),
 }
 
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_exit_codes_of_rewards(name, place):
     body, expected, message = REWARDS[name]
-    (place / f"{name}.py").write_text(f"def reward(prompt, preds, done):\n    {body}\n")
-    words = settings("small", name, **{"env.reward": f"{name}:reward", "kl.coef": 0})
+    (place / f"{name}.py").write_text(f"class Reward:\n    def __call__(self, prompt, preds, done):\n        {body}\n")
+    words = settings("small", name, **{"env.reward": f"{name}:Reward", "kl.coef": 0})
     code, _, err = command("train", *words, "--allow", name, "--quiet", cwd=place)
     assert (code, err.count("\n")) == (expected, 1) and message in err, err
     assert "Traceback" in (place / name / "log.txt").read_text()

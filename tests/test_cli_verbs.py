@@ -77,7 +77,7 @@ def test_an_exported_model_that_writes_otherwise_is_said(done, model, tmp_path, 
     torch.nn.init.normal_(other.get_input_embeddings().weight, std=3.0)
     other.save_pretrained(tmp_path / "other")
     make = verbs.make_policy
-    monkeypatch.setattr(verbs, "make_policy", lambda name, *rest: make(str(tmp_path / "other"), *rest))
+    monkeypatch.setattr(verbs, "make_policy", lambda name, *rest, **more: make(str(tmp_path / "other"), *rest, **more))
     assert run("export", done, tmp_path / "model") == 1
     assert "another text at prompt" in capsys.readouterr().err
 

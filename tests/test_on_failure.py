@@ -163,10 +163,10 @@ def test_options_that_cannot_work_are_refused():
 
 @pytest.mark.parametrize(("on_failure", "code"), [("drop", 4), ("-1.0", 0), ("raise", 4)])
 def test_from_a_configuration(on_failure, code, tmp_path, monkeypatch, capfd):
-    lines = "def failing(prompt, preds, done):\n    if done and len(preds) % 2 == 0:\n        raise OSError('no')\n"
-    lines += "    return 1.0\n"
+    lines = "class Failing:\n    def __call__(self, prompt, preds, done):\n"
+    lines += "        if done and len(preds) % 2 == 0:\n            raise OSError('no')\n        return 1.0\n"
     (tmp_path / "own_failing.py").write_text(lines)
-    (tmp_path / "c.yml").write_text(f"env:\n  reward: own_failing:failing\n  on_failure: {on_failure}\n")
+    (tmp_path / "c.yml").write_text(f"env:\n  reward: own_failing:Failing\n  on_failure: {on_failure}\n")
     monkeypatch.chdir(tmp_path)
     words = settings(small_model(tmp_path / "model"), tmp_path / "run", rollouts=2)
     assert run("train", tmp_path / "c.yml", *words, "--allow", "own_failing", "--quiet") == code

@@ -78,7 +78,7 @@ def test_an_overridden_step_or_reset_is_refused_with_the_way_out(make_env, metho
 
 
 def test_no_lanes_are_refused(make_env):
-    with pytest.raises(ValueError, match="Expected at least one lane, got 0"):
+    with pytest.raises(ValueError, match="Expected 1 to 65,536 lanes, got 0"):
         TextVectorEnv(make_env(), 0)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from textenv.completion import Preds
 from textenv.episode import EndReason
+from textenv.templates import apply_template
 from textenv.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "Hello"}, as `apply_chat_template` takes it
@@ -58,12 +59,8 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = 
             "`tokenizer.chat_template`, or give prompts as texts."
         )
     is_open = messages[-1]["role"] == "assistant"
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=not is_open, continue_final_message=is_open
-        )
-    except Exception as error:  # whatever the template raises
-        raise ValueError(f"The chat template refuses {where}: {type(error).__name__}: {error}.") from error
+    options = {"add_generation_prompt": not is_open, "continue_final_message": is_open}
+    return apply_template(tokenizer, list(messages), where, **options)
 
 
 def _is_message(message: Message) -> bool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from textenv.env import TextEnv
 
 
+MAX_LANES = 2**16
 STATE_ARRAYS = ("tokens", "lengths", "turn_starts", "generated", "limits", "idle", "over", "returns", "groups")
 
 
@@ -61,8 +62,10 @@ class Lanes:
     """
 
     def __init__(self, env: TextEnv, n_lanes: int, autoreset: bool = True) -> None:
-        if n_lanes < 1:
-            raise ValueError(f"Expected at least one lane, got {n_lanes}.")
+        if not 1 <= n_lanes <= MAX_LANES:
+            raise ValueError(
+                f"Expected 1 to {MAX_LANES:,} lanes, got {n_lanes:,}: 64 to 1,024 are usual (n_envs, num_envs)."
+            )
         self.env = env
         self.n_lanes = n_lanes
         self.autoreset = autoreset

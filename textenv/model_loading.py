@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from textenv.json_files import read_json
+from textenv.trust import runs_remote_code
 
 # The files of a folder that transformers reads as objects; without these keys it raises a KeyError.
 OBJECTS: dict[str, dict[Any, Any]] = {
@@ -97,10 +98,50 @@ def _ask_hub(name: str) -> Exception | None:
         return TimeoutError(f"no answer within {LOOK_UP_SECONDS:g} s")
 
 
+def from_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -> Any:
+    """Return `auto_class.from_pretrained(name, **kwargs)`, which asks nobody whether to run a model's code.
+
+    Args:
+        auto_class: A class of transformers.
+        name: A name on the hub or the path of a folder.
+        **kwargs: The other arguments. `trust_remote_code` is what the command line says, and False elsewhere.
+
+    Raises:
+        ValueError: If it has code of its own that may not run, or a file is damaged.
+    """
+    with readable(name):
+        try:
+            return auto_class.from_pretrained(name, **{"trust_remote_code": runs_remote_code(), **kwargs})
+        except ValueError as error:
+            raise refused_code(error, name) from error
+
+
+def from_config(auto_class: Any, config: Any, trust_remote_code: bool = False) -> Any:
+    """Return `auto_class.from_config(config)`, a model with fresh weights, as `from_pretrained` loads one with its own.
+
+    Raises:
+        ValueError: If it has code of its own that may not run.
+    """
+    try:
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise refused_code(error, config.name_or_path or config.model_type) from error
+
+
+def refused_code(error: ValueError, name: object) -> ValueError:
+    """Return an error of loading a model; where it asks for trust in the model's own code, with how to give it."""
+    if "trust_remote_code=True" not in str(error):
+        return error
+    return ValueError(
+        f"Expected a model without code of its own, got {str(name)!r}, which has some: if you trust it, "
+        "--trust_remote_code on the command line, or trust_remote_code=True, lets it run."
+    )
+
+
 def load_whole(
     auto_class: Any, name: str | PathLike[str], *, fresh_head: bool = False, any_more: bool = False, **kwargs: Any
 ) -> Any:
-    """Return `auto_class.from_pretrained(name, **kwargs)`, whose weights are all those of the folder.
+    """Return `from_pretrained(auto_class, name, **kwargs)`, whose weights are all those of the folder.
 
     Args:
         auto_class: A class of transformers.
@@ -112,8 +153,7 @@ def load_whole(
     Raises:
         ValueError: If the folder lacks a tensor of the model, or has others, or a file is damaged.
     """
-    with readable(name):
-        model, found = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    model, found = from_pretrained(auto_class, name, output_loading_info=True, **kwargs)
     body = f"{model.base_model_prefix}."
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if fresh_head:

@@ -8,7 +8,7 @@ from os import PathLike, fspath
 from typing import cast
 
 from textenv.demo import vocabulary
-from textenv.model_loading import check_name, readable
+from textenv.model_loading import check_name, from_pretrained
 from textenv.tokenizer import Tokenizer
 
 DEMO = "demo"
@@ -67,8 +67,7 @@ def _load(name: str) -> Tokenizer:
 
     check_name(name, f"{DEMO!r} or a tokenizer's name or folder")
     try:
-        with readable(name):
-            return cast("Tokenizer", AutoTokenizer.from_pretrained(name))
+        return cast("Tokenizer", from_pretrained(AutoTokenizer, name))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"Expected {DEMO!r} or a tokenizer's name or folder, got {name!r}: {reason}") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from textenv.chat import Message, is_chat, render_chat
+from textenv.lines import read_csv, read_json, read_lines
 from textenv.tokenizer import Tokenizer, encode_prompt
 
 # A text, a row of a data set, token ids, or the messages of a chat.
@@ -71,7 +70,8 @@ def read_rows(path: str | PathLike[str]) -> list[Any]:
     """Read prompts from a file: `.jsonl` (a JSON value a line), `.csv` (a header) or `.txt` (a prompt a line).
 
     Raises:
-        ValueError: If the file does not exist, ends otherwise, or holds a line that is not JSON (named by number).
+        ValueError: If the file does not exist, ends otherwise, or holds a line that is not JSON, or a line or cell of
+            more than 4,000,000 characters (named by number).
     """
     file = Path(fspath(path))
     if not file.is_file():
@@ -81,21 +81,12 @@ def read_rows(path: str | PathLike[str]) -> list[Any]:
             f"the Hugging Face hub is textenv.read_dataset({fspath(path)!r})."
         )
     if file.suffix == ".csv":
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            return list(csv.DictReader(stream))
-    numbered = enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1)
-    lines = [(number, line) for number, line in numbered if line.strip()]
+        return read_csv(file)
     if file.suffix == ".txt":
-        return [line for _, line in lines]
+        return [line for _, line in read_lines(file)]
     if file.suffix != ".jsonl":
         raise ValueError(f"Expected a file that ends in .jsonl, .csv or .txt, got {fspath(path)!r}.")
-    rows = []
-    for number, line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Expected JSON on line {number} of {fspath(path)!r}: {error}.") from error
-    return rows
+    return [read_json(line, f"line {number} of {fspath(path)!r}") for number, line in read_lines(file)]
 
 
 class PromptReader:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from textenv.completion import Preds
 from textenv.prompts import Prompt
-from textenv.rewarding import DROPPED, Reward, RewardError, check_length, check_reward, check_rewards, describe
+from textenv.rewarding import DROPPED, RAISED, Reward, RewardError, check_length, check_reward, check_rewards, describe
 
 if TYPE_CHECKING:
     from textenv.env import TextEnv
@@ -62,7 +62,7 @@ class RewardCalls:
             return self.env.get_rewards(prompts, preds, dones)
         except RewardError:
             raise
-        except Exception as error:
+        except RAISED as error:
             raise RewardError(
                 f"`get_rewards` raised {type(error).__name__}: {error}, on {len(prompts)} rows, the first of them "
                 f"{describe(prompts[0], preds[0])}."

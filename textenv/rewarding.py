@@ -12,6 +12,9 @@ from textenv.prompts import Prompt
 
 ScoreAt = Literal["step", "done", "rollout_end"]
 FAILURE = "failure"  # the reward part of a row that got a penalty in place of a score
+LARGEST = 1e15  # of a reward: gradients of values have its size, and their norm sums squares in float32, up to 3e38
+# What the code of a reward may raise that is its failure; Ctrl-C is none, while sys.exit is no way to end a run.
+RAISED = (Exception, SystemExit)
 
 
 class Dropped(Enum):
@@ -81,7 +84,7 @@ def score_each(
     for prompt, completion, done in zip(prompts, preds, dones, strict=True):
         try:
             rewards.append(reward(prompt, completion, done))
-        except Exception as error:
+        except RAISED as error:
             where = describe(prompt, completion)
             raise RewardError(f"{name} raised {type(error).__name__}: {error} ({where}).") from error
     return rewards
@@ -96,7 +99,7 @@ def check_rewards(values: Any, prompts: Sequence[Prompt], preds: Sequence[Preds]
         preds: The completions of the rows.
 
     Raises:
-        RewardError: If the length differs or a value is None, text, NaN or infinite.
+        RewardError: If the length differs or a value, or the sum of its parts, is no finite real number up to 1e15.
     """
     check_length(values, len(prompts))
     return [check_reward(*row) for row in zip(values, prompts, preds, strict=True)]
@@ -120,19 +123,32 @@ def check_reward(value: Any, prompt: Prompt, preds: Preds) -> Reward:
         return Reward(0.0, {}, is_dropped=True)
     if isinstance(value, Mapping):
         parts = {str(name): _number(part, f"the reward part {name!r}", prompt, preds) for name, part in value.items()}
-        return Reward(math.fsum(parts.values()), parts)
+        return Reward(_number(math.fsum(parts.values()), "the sum of a reward's parts", prompt, preds), parts)
     return Reward(_number(value, "a reward", prompt, preds), {})
 
 
-def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
+def _length(value: Any) -> int | None:
     try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        return len(value)
+    except Exception:  # also of a value of any library: a tensor of no dimensions
+        return None
+
+
+def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
+    is_none = isinstance(value, (str, bytes, complex)) or "complex" in str(getattr(value, "dtype", ""))
+    try:
+        number = math.nan if is_none else float(value)
+    except Exception:  # a value of any library: a tensor without data, a column of a table
         number = math.nan
     if not math.isfinite(number):
         # TextRL's rewards return a list of one.
-        is_one = not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__len__") and len(value) == 1
+        is_one = not isinstance(value, (str, bytes, Mapping)) and _length(value) == 1
         cure = ": return the number itself, not a list of one" if is_one else ""
         where = describe(prompt, preds)
         raise RewardError(f"Expected {what} to be a finite number, got {value!r:.80}{cure} ({where}).")
+    if abs(number) > LARGEST:
+        raise RewardError(
+            f"Expected {what} to be at most {LARGEST:g} in size, whose square float32 can hold, got {value!r:.80} "
+            f"({describe(prompt, preds)})."
+        )
     return number

@@ -37,7 +37,9 @@ def check_arguments(
             raise ValueError(f"Expected {there} for {name}, got {one!r}{_nearest(one, known)}")
     missing = [one for one in known if parameters[one].default is Parameter.empty and one not in given]
     if missing:
-        raise ValueError(f"Expected the argument {missing[0]!r} for {name}, got {', '.join(sorted(given)) or 'none'}.")
+        raise ValueError(
+            f"Expected the argument {missing[0]!r} for {name}, got {', '.join(sorted(map(str, given))) or 'none'}."
+        )
 
 
 def needed(function: Callable[..., Any]) -> list[str]:
@@ -72,6 +74,6 @@ def _by_name(parameters: Iterable[Parameter]) -> tuple[dict[str, Parameter], boo
     )
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def _nearest(name: object, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f": did you mean {near[0]!r}?" if near else "."

@@ -75,6 +75,8 @@ class PythonTool:
         Raises:
             ToolError: With the exception that it raised, or the limit that it reached.
         """
+        if not _is_text(text):
+            raise ToolError("expected a text that UTF-8 can write, got a lone surrogate")
         limits = [str(limit) for limit in (self.seconds, self.megabytes, self.max_chars)]
         try:
             child = subprocess.run(
@@ -94,6 +96,17 @@ class PythonTool:
         if child.returncode > 0:
             raise RuntimeError(f"The child process of PythonTool failed: {child.stderr[-400:]}")
         is_value, said = json.loads(child.stdout)
+        if not _is_text(said):
+            raise ToolError("expected a result that UTF-8 can write, got a lone surrogate")
         if not is_value:
             raise ToolError(said)
         return said
+
+
+def _is_text(text: str) -> bool:
+    """Return whether a tokenizer can read a text: half of a pair of UTF-16 is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -91,6 +91,7 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 LARGEST = 10**15  # of every number on the way
 LARGEST_EXPONENT = 50
 GRAMMAR = "expected numbers with + - * / // % ** and brackets"
+NESTED = "expected fewer brackets and signs within each other"
 RANGE = "expected real numbers up to 1e15"
 
 
@@ -118,12 +119,16 @@ class Calculator:
             raise ToolError(f"expected at most {self.max_chars} characters")
         try:
             tree = ast.parse(text, mode="eval")
-        except (SyntaxError, ValueError) as error:  # ValueError: null bytes, in Python 3.10
+        except (SyntaxError, ValueError) as error:  # ValueError: null bytes in Python 3.10, and lone surrogates
             raise ToolError(GRAMMAR) from error
+        except (RecursionError, MemoryError) as error:  # the parser's stack is full
+            raise ToolError(NESTED) from error
         try:
             value = _value(tree.body)
         except ZeroDivisionError as error:
             raise ToolError("division by zero") from error
+        except RecursionError as error:
+            raise ToolError(NESTED) from error
         except OverflowError as error:
             raise ToolError(RANGE) from error
         return format(value, "d" if isinstance(value, int) else ".10g")

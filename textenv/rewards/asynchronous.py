@@ -19,7 +19,8 @@ from textenv.failures import Failures, OnFailure, RowError
 from textenv.prompts import Prompt
 from textenv.rewarding import Score, ScoreAt, check_rewards
 from textenv.rewards.base import BatchReward, check_choice
-from textenv.rewards.registry import make_reward
+from textenv.rewards.registry import make_named
+from textenv.trust import Kind, is_called_with
 
 Result = TypeVar("Result")
 
@@ -133,7 +134,7 @@ class AsyncReward(BatchReward):
             if attempt > 0:
                 await asyncio.sleep(self._pause(attempt, failure, jitter))
             try:
-                value = await asyncio.wait_for(self.score_row(prompt, preds), self.time_limit)
+                value = await asyncio.wait_for(self._ask(prompt, preds), self.time_limit)
                 return check_rewards([value], [prompt], [preds])[0].score
             except TimeoutError:
                 failure = RowError(f"no answer within {self.time_limit:g} s")
@@ -145,9 +146,23 @@ class AsyncReward(BatchReward):
                 return RowError(f"{failure}; to be asked again in {failure.wait:.0f} s, over {LONGEST_WAIT:.0f}")
         return failure
 
+    async def _ask(self, prompt: Prompt, preds: Preds) -> Score:
+        try:
+            return await self.score_row(prompt, preds)
+        except SystemExit as error:  # in a task it would end the event loop, and with it the other rows
+            raise RowError(f"SystemExit: {error}") from error
+
     def _pause(self, attempt: int, failure: Exception, jitter: Random) -> float:
         pause = min(self.backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5), LONGEST_WAIT)
         return max(pause, failure.wait) if isinstance(failure, RowError) else pause
+
+
+_is_called = is_called_with("prompt", "preds")
+JUDGE = Kind(
+    "judge",
+    "a class with async def __call__(self, prompt, preds)",
+    lambda found: _is_called(found) and inspect.iscoroutinefunction(found.__call__),
+)
 
 
 @dataclass
@@ -155,7 +170,7 @@ class AsyncFunction(AsyncReward):
     """An `AsyncReward` of a coroutine function, `async def judge(prompt, preds)`.
 
     Args:
-        function: The function, or its "module:name".
+        function: The function, or its "module:name"; in a configuration, that of a class with such a `__call__`.
         **options: Those of `AsyncReward`.
 
     Raises:
@@ -174,7 +189,7 @@ class AsyncFunction(AsyncReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        found: Any = make_reward(self.function) if isinstance(self.function, str) else self.function
+        found: Any = make_named(self.function, JUDGE, {}) if isinstance(self.function, str) else self.function
         if not is_coroutine_function(found):
             raise TypeError(f"Expected a function `async def judge(prompt, preds)`, got {found!r:.80}.")
         self._function = found

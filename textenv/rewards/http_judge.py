@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from textenv.failures import RowError
 from textenv.prompts import Prompt
 from textenv.rewarding import Score
 from textenv.rewards.asynchronous import AsyncReward
+from textenv.trust import check_variable
 
 if TYPE_CHECKING:
     import httpx
@@ -47,7 +49,7 @@ class HTTPJudge(AsyncReward):
             "choices.0.score". There stands a number, or a mapping of named ones, whose sum is the score.
         row_columns: The columns of `prompt.row` that are sent.
         api_key_variable: The environment variable with a key, which is sent as `Authorization: Bearer ...`. It is read
-            when it is used, and stored nowhere.
+            when it is used, and stored nowhere. In a configuration, one that the command line allows (--allow_env).
         max_bytes: The largest answer.
         **options: Those of `AsyncReward`: `concurrency`, `time_limit`, `retries`, `backoff`, `on_failure`, `score_at`.
 
@@ -82,6 +84,8 @@ class HTTPJudge(AsyncReward):
             raise ValueError(f"Expected a `key` as 'a.b' and `max_bytes` >= 1, got {self.key!r}, {self.max_bytes}.")
         if isinstance(self.row_columns, str):
             raise ValueError(f"Expected `row_columns` to be a list of names, got the text {self.row_columns!r}.")
+        if self.api_key_variable is not None:
+            check_variable(self.api_key_variable)
         self._api_key()
 
     def body(self, prompt: Prompt, preds: Preds) -> dict[str, Any]:
@@ -219,12 +223,16 @@ class ChatJudge(HTTPJudge):
                 f"Expected low < high and a `pattern` with a group, got {self.low}, {self.high}, {self.pattern!r}."
             )
         try:
-            self.question.format(prompt="", completion="", references="")
-        except (LookupError, ValueError, AttributeError) as error:
+            places = [place[1:] for place in Formatter().parse(self.question) if place[1] is not None]
+        except ValueError as error:
+            places = [(str(error), "", None)]
+        # A format or an attribute would let a text of the configuration ask for any amount of memory.
+        wrong = [name for name, *rest in places if name not in ("prompt", "completion", "references") or any(rest)]
+        if wrong:
             raise ValueError(
                 "Expected a `question` with {prompt}, {completion} and {references} alone, and other braces doubled, "
-                f"got {self.question!r:.80}: {type(error).__name__} {error}."
-            ) from error
+                f"got {self.question!r:.80}: {wrong[0]!r}."
+            )
 
     def body(self, prompt: Prompt, preds: Preds) -> dict[str, Any]:
         """Return what is posted for a row."""

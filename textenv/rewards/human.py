@@ -19,6 +19,7 @@ from textenv.prompts import Prompt
 from textenv.rewarding import DROPPED, Score
 from textenv.rewards.base import BatchReward, RewardLike, check_choice
 from textenv.rewards.registry import read_reward
+from textenv.trust import check_written
 
 POLL = 0.5  # seconds between two looks for answers
 GROUP = {"score": 1, "compare": 2, "rank": 4}  # the most texts of one question
@@ -52,7 +53,7 @@ class HumanReward(BatchReward):
     Evaluations ask as well: with people who are waited for, keep them small.
 
     Args:
-        db: The store's file.
+        db: The store's file; a new one of a configuration lies below the current folder, with a name in .db.
         scale: The lowest and the highest score that people may give.
         run: Under which name the store keeps the questions.
         raters: How many people are to answer each question.
@@ -97,6 +98,8 @@ class HumanReward(BatchReward):
         low, high = check_scale(self.scale)
         self.scale = (float(low), float(high))
         check_choice("kind", self.kind, tuple(GROUP))
+        if not (os.path.isfile(self.db) and os.path.getsize(self.db)):  # else it is a store, or refused as none
+            check_written(self.db, ".db")
         if min(self.raters, self.every, self.n_asked) < 1:
             numbers = f"{self.raters}, {self.every} and {self.n_asked}"
             raise ValueError(f"Expected `raters`, `every` and `n_asked` to be at least 1, got {numbers}.")

@@ -15,6 +15,7 @@ from textenv.rewarding import ScoreAt
 from textenv.rewards.base import BatchReward, Reads, check_choice, read_text
 from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_model import ModelLike, TextModel
+from textenv.templates import apply_template
 
 
 @dataclass
@@ -116,6 +117,4 @@ class Preference(BatchReward):
             messages.append({"role": "assistant", "content": turn.text})
             if turn.response is not None:
                 messages.append({"role": "user", "content": turn.response})
-        text = self._model.tokenizer.apply_chat_template(messages, tokenize=False)
-        assert isinstance(text, str)
-        return text
+        return apply_template(self._model.tokenizer, messages, "a text to be scored")

@@ -10,7 +10,14 @@ from typing import Any
 from textenv.rewarding import RewardFunction
 from textenv.rewards.base import BatchReward, RewardLike
 from textenv.signatures import check_arguments
+from textenv.trust import Kind, current_trust, find_class, is_called_with
 
+_is_called = is_called_with("prompt", "preds", "done")
+REWARD = Kind(
+    "reward",
+    "a BatchReward, or a class with __call__(self, prompt, preds, done)",
+    lambda found: issubclass(found, BatchReward) or _is_called(found),
+)
 _ROOM = "textenv.rewards"
 _ENTRY_POINTS = {
     "length": f"{_ROOM}.rules:Length",
@@ -64,23 +71,33 @@ def make_reward(name: str, **options: Any) -> RewardFunction:
     """Return the reward of a name, or of a "module:name", which is imported.
 
     Args:
-        name: A registered name, or where to find a class or function.
+        name: A registered name, or where to find a class or function; in a configuration, a class.
         **options: The arguments of the class; a function takes none.
 
     Raises:
-        ValueError: If the name is unknown, the class has other arguments, or options are given for a function.
+        ValueError: If the name is unknown, the class has other arguments, or options are given for a function; in a
+            configuration, if the command line does not allow the module, or it defines no such reward.
 
     Example:
         >>> make_reward("length", target=20)
         Length(target=20, unit='tokens')
     """
-    entry_point = _ENTRY_POINTS.get(name, name)
-    module, colon, attribute = entry_point.partition(":")
-    if not colon:
+    return make_named(name, REWARD, options)
+
+
+def make_named(name: str, kind: Kind, options: Mapping[str, Any]) -> Any:
+    """Return what a name stands for, as `make_reward` does, where it may be of another kind than a reward."""
+    entry_point = _ENTRY_POINTS.get(name, name) if isinstance(name, str) else name
+    if not isinstance(entry_point, str) or ":" not in entry_point:
         raise ValueError(f"Expected 'module:name' or one of {sorted(_ENTRY_POINTS)}, got {name!r}.")
-    found = vars(import_module(module)).get(attribute)
+    trust = current_trust()
+    if trust is not None and name not in _ENTRY_POINTS:
+        found: Any = find_class(entry_point, kind, trust)
+    else:
+        module, _, attribute = entry_point.partition(":")
+        found = vars(import_module(module)).get(attribute)
     if isinstance(found, type):
-        check_arguments(found, options, f"the reward {name!r}")
+        check_arguments(found, options, f"the {kind.name} {name!r}")
         return found(**options)
     if found is None or options:
         raise ValueError(f"Expected a class{'' if options else ' or function'} at {entry_point!r}, got {found!r}.")

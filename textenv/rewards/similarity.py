@@ -11,6 +11,7 @@ import torch
 
 from textenv.completion import Preds
 from textenv.extras import check_extra, needs
+from textenv.model_loading import refused_code
 from textenv.prompts import Prompt
 from textenv.rewarding import ScoreAt
 from textenv.rewards.base import BatchReward, Reads, check_choice, read_references, read_text
@@ -106,7 +107,10 @@ class Similarity(BatchReward):
 
         model, dtype = self.model, self.dtype
         if not isinstance(model, SentenceTransformer):
-            model = SentenceTransformer(str(model), device="cpu")  # left to itself it would take a GPU
+            try:
+                model = SentenceTransformer(str(model), device="cpu")  # left to itself it would take a GPU
+            except ValueError as error:
+                raise refused_code(error, model) from error
             dtype = "float32" if dtype is None else dtype
         if dtype is not None:
             model.to(read_dtype(dtype))

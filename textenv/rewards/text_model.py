@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.model_loading import check_name, load_whole, readable
+from textenv.model_loading import check_name, from_pretrained, load_whole
 
 ModelLike = str | PathLike[str] | PreTrainedModel
 
@@ -59,9 +59,7 @@ class TextModel:
             self.model: Any = model
         else:
             check_name(model)
-            if tokenizer is None:
-                with readable(model):
-                    tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = from_pretrained(AutoTokenizer, model) if tokenizer is None else tokenizer
             weights = read_dtype("float32" if dtype is None else dtype)
             self.model = load_whole(auto_class, model, any_more=True, dtype=weights)
         # A model that transformers has placed itself (quantised, on several devices) is left alone unless asked.

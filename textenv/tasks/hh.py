@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike, fspath
@@ -19,6 +18,7 @@ import numpy as np
 
 from textenv.env import TextEnv
 from textenv.hub import read_dataset
+from textenv.lines import numbered, read_json
 from textenv.rewards.base import RewardLike, check_choice
 from textenv.tasks.parts import HELD_OUT, Part
 from textenv.tokenizer import Tokenizer
@@ -93,15 +93,11 @@ def _file_rows(folder: Path) -> Iterator[tuple[Any, str]]:
     if not files:
         raise ValueError(f"Expected files that end in .jsonl or .jsonl.gz in {fspath(folder)!r}, got none.")
     for file in files:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        for number, line in enumerate(raw.decode("utf-8").split("\n"), start=1):
-            where = f"line {number} of {fspath(file)!r}"
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"Expected JSON on {where}: {error}.") from error
-                yield row, where
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
+            for number, line in numbered(stream, file):
+                where = f"line {number} of {fspath(file)!r}"
+                if line.strip():
+                    yield read_json(line, where), where
 
 
 def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:

@@ -9,7 +9,7 @@ from typing import Any
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
 
 from textenv.extras import check_extra, needs
-from textenv.trust import Kind, Trust
+from textenv.trust import Kind, Trust, check_written
 
 from .callbacks import page_text
 from .config import Named, TrainConfig
@@ -72,11 +72,12 @@ class TensorBoard(TensorBoardOutputFormat):
     """What SB3 writes for TensorBoard; while the disk is full, it waits and goes into a new file of events afterwards.
 
     Args:
-        folder: Where the files of events are.
+        folder: Where the files of events are; of a configuration, below the current folder.
         done: Tokens that the run has behind it: TensorBoard forgets what it was told of later ones.
     """
 
     def __init__(self, folder: str, done: int = 0) -> None:
+        check_written(folder)
         super().__init__(folder)
         self.writer.close()
         self.folder, self.is_broken = folder, False

@@ -12,11 +12,11 @@ import yaml
 from agents import cli
 from agents.assemble import ALGORITHMS
 from agents.build import settings_for, usual_learning_rate
-from agents.checkpoint import newest_intact
 from agents.config import DEMO_PPO_SETTINGS, DEMO_SETTINGS, TrainConfig, argument_help
 from agents.evaluation import evaluate
 from agents.generation import generate
 from agents.interrupts import Interrupts
+from agents.manifest import newest_intact
 from agents.refusal import Exit
 from agents.run_folder import RunFolder
 from agents.sft import tune

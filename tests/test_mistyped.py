@@ -246,7 +246,7 @@ def test_commands_are_read_from_opening_comments_alone():
             "a text in the column rejected of row 2 of a.csv, got None",
         ),
         ("reward-model", "a.jsonl", '{"chosen": "a"}', "chosen and rejected, or text and label, in row 1 of a.jsonl"),
-        ("reward-model", "a.csv", "good,bad\na,b,c\n", "in row 1 of a.csv, got ['None', 'bad', 'good']"),
+        ("reward-model", "a.csv", "good,bad\na,b,c\n", "2 cells, as the header has, got more in row 1 of 'a.csv'"),
         ("classifier", "a.jsonl", '{"text": 1, "label": 1}', "a text in the column text of row 1 of a.jsonl, got 1"),
         ("classifier", "a.csv", "text,label\na,x\nb\n", "a label in the column label of row 2 of a.csv, got None"),
         (

@@ -87,7 +87,7 @@ LOOKED_AT = {
         "textenv.grammar_masks": "GrammarMask JSONSchemaMask RegexMask _Matching",
         "textenv.masks": "AllowedMask BannedMask MinLengthMask _FunctionMask",
     },
-    LOGGER: {"agents.recording": "RowWriter"},
+    LOGGER: {"agents.loggers": "TensorBoard", "agents.recording": "RowWriter"},
     ENV: {
         "textenv.adapters.turn_env": "TurnEnv",
         "textenv.env": "TextEnv",

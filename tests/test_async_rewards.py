@@ -245,6 +245,18 @@ def test_a_session_is_shared_by_the_rows_of_a_call_and_closed():
     assert seen == ["open", "closed"]
 
 
+def test_a_judge_that_ends_the_process_has_failed():
+    async def ending(prompt, preds):
+        if preds.text == "a":
+            raise SystemExit(0)
+        return 1.0
+
+    with pytest.raises(RewardError, match=r"(?s)has no score of 1 of 2 rows.*SystemExit: 0"):
+        AsyncFunction(ending, retries=0).score(*rows(["a", "b"]))
+    with pytest.warns(UserWarning, match="such rows earn -1"):
+        assert scores(AsyncFunction(ending, retries=0, on_failure=-1.0), ["a", "b"]) == [-1.0, 1.0]
+
+
 async def judge_length(prompt, preds):
     return float(len(preds.text))
 

@@ -221,7 +221,25 @@ WHERE = r"\(lane 1, prompt 'bad', text 'y'\)"
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, -math.inf, None, "1.0", np.str_("x"), b"1", [1.0], np.ones(2), 1j, 10**400, object()],
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        None,
+        "1.0",
+        np.str_("x"),
+        b"1",
+        [1.0],
+        np.ones(2),
+        1j,
+        10**400,
+        object(),
+        np.complex64(1),
+        np.array(1 + 0j),
+        torch.tensor(1j),
+        torch.tensor(1 + 0j),
+        torch.tensor(1.0, device="meta"),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_reward_that_is_no_finite_number(step_with, value):
@@ -243,6 +261,45 @@ def test_a_reward_that_is_a_list_of_one_is_told_to_be_the_number(step_with, valu
 def test_a_part_that_is_no_finite_number(step_with, value):
     with pytest.raises(RewardError, match=rf"Expected the reward part 'style' to be a finite number, got .*{WHERE}"):
         step_with({"length": 1.0, "style": value})
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 1e16, 10**300, np.float64(1e39), {"a": 9e14, "b": 9e14}])
+def test_a_reward_that_float32_cannot_square(step_with, value):
+    with pytest.raises(RewardError, match=rf"at most 1e\+15 in size, whose square float32 can hold, got .*{WHERE}"):
+        step_with(value)
+
+
+@pytest.mark.parametrize("value", [1e39, {"a": 1e308, "b": 1e308}, 1j, torch.tensor(1.0, device="meta"), SystemExit(0)])
+def test_on_failure_decides_over_them_by_row(value):
+    """The other row of the call keeps its reward, and Ctrl-C is no failure of a reward."""
+
+    def reward(prompt, preds, done):
+        if prompt != "bad":
+            return 1.0
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    envs = [
+        TextVectorEnv(
+            TextEnv(
+                ["a", "bad"], CharTokenizer(), reward=reward, on_failure=choice, order="sequential", max_new_tokens=1
+            ),
+            2,
+        )
+        for choice in (-2.0, "raise")
+    ]
+    for one in envs:
+        one.reset(seed=0)
+    with pytest.warns(UserWarning, match="such rows earn -2"):
+        assert envs[0].step(np.array([1, 1]))[1].tolist() == [1.0, -2.0]
+    with pytest.raises(RewardError, match="lane 1, prompt 'bad'"):
+        envs[1].step(np.array([1, 1]))
+    value = KeyboardInterrupt()
+    for one in envs:
+        one.reset(seed=0)
+        with pytest.raises(KeyboardInterrupt):
+            one.step(np.array([1, 1]))
 
 
 @pytest.mark.parametrize("value", [1, True, np.float32(1), np.int64(1), np.array(1.0), {"a": 0.25, "b": 0.75}])

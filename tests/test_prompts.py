@@ -1,11 +1,13 @@
 """Prompts: the sources they come from, what a row may hold, how they are cut, and in which order they come."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 
 from textenv import CharTokenizer
+from textenv.lines import MAX_CHARS
 from textenv.prompts import Prompt, PromptCursor, PromptReader, read_rows
 
 BOS = 33  # behind the 33 tokens of CharTokenizer
@@ -120,6 +122,36 @@ def test_bad_json_is_named_by_its_line(write):
     with pytest.raises(ValueError, match=r"Expected JSON on line 3 of '.*p.jsonl'") as caught:
         read_rows(write("p.jsonl", '"a"\n\n{"prompt": \n'))
     assert isinstance(caught.value.__cause__, json.JSONDecodeError)
+
+
+LONG = MAX_CHARS + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.jsonl", '"a"\n' + "[" * 100_000, "JSON on line 2 of .*, got one that is too deep to read"),
+        ("p.jsonl", '"a"\n' + "1" * 5000, "Expected JSON on line 2 of .*: Exceeds the limit"),
+        ("p.jsonl", '"' + "x" * LONG, "lines of at most 4,000,000 characters, got a longer one: line 1 of .*p.jsonl"),
+        ("p.txt", "a\n" + "x" * LONG, "got a longer one: line 2 of .*p.txt"),
+        ("p.csv", "prompt\na\n" + "x" * LONG, "cells of at most 4,000,000 characters, .* in row 2 of .*p.csv"),
+        ("p.csv", 'prompt\n"' + "x\n" * LONG, "with their quotes closed, got field larger than .* in row 1 of .*p.csv"),
+        ("p.csv", "prompt\na\nb,c", "Expected 1 cells, as the header has, got more in row 2 of .*p.csv"),
+        ("p.txt", b"\xff\xfe", "Expected UTF-8 in .*p.txt"),
+    ],
+)
+def test_what_is_too_much_is_named_by_its_place(write, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_rows(write(name, text))
+
+
+def test_long_cells_and_lines_are_read(write):
+    """Over the limit of the csv module, which is as it was behind it."""
+    before, long = csv.field_size_limit(), "x" * 1_000_000
+    assert before < len(long)
+    assert read_rows(write("p.csv", f"prompt\n{long}\n")) == [{"prompt": long}]
+    assert read_rows(write("p.txt", f"{long}\r\nb")) == [long, "b"]
+    assert csv.field_size_limit() == before
 
 
 def test_another_suffix_is_refused(write):

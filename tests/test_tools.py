@@ -88,6 +88,23 @@ def test_the_calculator_refuses_all_else(text):
         Calculator()(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["-" * 100_000 + "1", "+".join(["1"] * 50_000), "1" + "**1" * 5000, "(" * 100_000 + "1" + ")" * 100_000,
+             "not " * 5000 + "1", "9**9**9", "9" * 5000, "\ud800", "[" * 100_000],
+    ids=lambda text: text[:6].encode("ascii", "replace").decode(),
+)  # fmt: skip
+def test_a_calculator_of_long_expressions_refuses_them_too(text):
+    with pytest.raises(ToolError, match=r"^expected"):
+        Calculator(max_chars=10**6)(text)
+
+
+@pytest.mark.parametrize(("text", "message"), [("'\ud800'", "expected a text"), ("chr(0xd800)", "expected a result")])
+def test_half_a_character_is_no_text(text, message):
+    """A tokenizer that was given it would end the training."""
+    with pytest.raises(ToolError, match=f"{message} that UTF-8 can write, got a lone surrogate"):
+        PythonTool()(text)
+
+
 def test_python_evaluates_an_expression():
     tool = PythonTool()
     assert tool("sorted({w: len(w) for w in 'to be or not'.split()}.items())[0]") == "('be', 2)"

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import warnings
+from functools import partial
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from agents.build import settings_for, usual_learning_rate
 from agents.config import DEMO_PPO_SETTINGS, DEMO_SETTINGS, TrainConfig, argument_help
 from agents.evaluation import evaluate
 from agents.generation import generate
-from agents.interrupts import Interrupts
+from agents.interrupts import Interrupts, leave
 from agents.manifest import newest_intact
 from agents.refusal import Exit
 from agents.run_folder import RunFolder
@@ -155,7 +156,7 @@ def test_they_are_capped_with_a_warning_and_what_is_asked_for_is_not():
         ValueError, match="32 positions, got up to 33 tokens: lower max_prompt_tokens or max_new_tokens"
     ):
         generate(policy, ["abc"], TOKENIZER, max_new_tokens=30)
-    with pytest.raises(ValueError, match=r"leave the model room for a text, got one of 32 tokens: .* max_prompt"):
+    with pytest.raises(ValueError, match=r"leave the model room for a text, got one of 32 tokens .*: .* max_prompt"):
         generate(policy, ["a" * 32], TOKENIZER)
     cut = {"max_prompt_tokens": 30, "truncation_side": "left"}
     with pytest.warns(UserWarning, match="at most 2 tokens"):
@@ -291,7 +292,7 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing_in_the_way(model, tmp
     assert not (tmp_path / "run").exists()
     assert run("train", *words) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "export", pressed)  # training is over and saved
+        patch.setattr(training_run, "write_model", pressed)  # training is over and saved
         assert run("train", "--resume", tmp_path / "run") == 130
     assert f"interrupted; go on with: textenv train --resume {tmp_path / 'run'}" in capsys.readouterr().err
 
@@ -316,7 +317,8 @@ def test_a_second_signal_says_how_to_go_on(monkeypatch):
     lines, codes = [], []
     monkeypatch.setattr("agents.interrupts.write_line", lines.append)
     monkeypatch.setattr("os._exit", codes.append)
-    with Interrupts(lines.append, lambda: "nothing was saved yet in run: the same command starts again"):
+    again = partial(leave, how_to_go_on=lambda: "nothing was saved yet in run: the same command starts again")
+    with Interrupts(lines.append, again=again):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert codes == [130] and lines[1].endswith(

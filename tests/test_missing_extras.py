@@ -35,8 +35,10 @@ from textenv.metrics import overlap as metrics
 from textenv.rendering import picture
 from textenv.rewards import ChatJudge, HTTPJudge, overlap
 from textenv.rewards.lexicon import Vader
+from textenv.rewards.registry import REWARD
 from textenv.rewards.similarity import Similarity
 from textenv.tasks.demo import Demo
+from textenv.trust import Trust
 
 
 @pytest.fixture
@@ -187,7 +189,7 @@ def test_a_missing_package_of_the_users_own_class_is_no_misspelt_name(tmp_path, 
     monkeypatch.syspath_prepend(tmp_path)
     for path, code in [("own_needs:Reward", Exit.MISSING), ("own_need:Reward", Exit.REFUSED)]:
         with pytest.raises(CommandError, match=r"Expected .*own_need.*got: No module named") as caught:
-            find(path, ("own_needs", "own_need"))
+            find(path, REWARD, Trust(("own_needs", "own_need")))
         assert caught.value.code == code
 
 

@@ -22,13 +22,13 @@ from textenv.trust import Trust, find_class, only_with
 
 MAIN = "{id: 'agents.cli:main', args: {arguments: [train, --allow, os, --out, ../beside/run]}}"
 WRITE = "{id: 'agents.files:write_text', args: {file: ../beside/made, text: x}}"
-IMPORT = "{id: 'textenv.rewards.overlap:import_module', args: {name: antigravity}}"
+IMPORT = "{id: 'textenv.rewards.registry:import_module', args: {name: antigravity}}"
 LAUGHS = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefgh")]
 MERGES = [f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}" for a, b in pairwise("abcdefgh")]
 HOSTILE = {
     "a function": (f"env: {{reward: {MAIN}}}", "agents.cli defines, got 'agents.cli:main', a function"),
     "a writer": (f"env: {{reward: {WRITE}}}", "got 'agents.files:write_text', a function"),
-    "a re-export": (f"env: {{reward: {IMPORT}}}", "got 'textenv.rewards.overlap:import_module', a function"),
+    "a re-export": (f"env: {{reward: {IMPORT}}}", "got 'textenv.rewards.registry:import_module', a function"),
     "another's class": ("env: {reward: {id: 'textenv.rules:Any'}}", "Expected 'textenv.rules:Any' to be there"),
     "a re-exported class": ("env: {reward: 'textenv.rewards:Length'}", "got 'textenv.rewards:Length', one of"),
     "a class of no such kind": (
@@ -50,7 +50,10 @@ HOSTILE = {
         "env: {reward: {id: human, args: {db: a.db, learned: {id: 'agents.cli:main', args: {arguments: []}}}}}",
         "a function",
     ),
-    "a name in the name's place": ("env: {reward: {name: 'os:getcwd'}}", "Named"),
+    "a name in the name's place": (
+        "env: {reward: {name: 'os:getcwd'}}",
+        "Expected env.reward to be {id: NAME, args: {...}}",
+    ),
     "an environment's argument": ("env: {args: {reward: {name: 'os:mkdir', path: ../beside/made}}}", "add --allow os"),
     "a metric": (f"evaluation: {{metrics: [{MAIN}]}}", "a class with __call__(self, prompts, texts, references), that"),
     "a reward as metric": (
@@ -68,7 +71,7 @@ HOSTILE = {
         "env: {id: 'textenv.adapters.turn_env:TurnEnv', args: {game: 'os:system'}}",
         "Expected `game` to be a class",
     ),
-    "a class path": ("env: {reward: {class_path: antigravity.x}}", "got the class 'antigravity.x'"),
+    "a class path": ("env: {reward: {class_path: antigravity.x}}", "Expected env.reward to be {id: NAME, args: {...}}"),
     "the class path of a group": ("env: {class_path: antigravity.x}", "got the class 'antigravity.x'"),
     "a class path as text": ("model: antigravity.x", "got the class 'antigravity.x'"),
     "a variable": (

@@ -17,7 +17,7 @@ class Named:
     """A reward, metric, mask, logger or environment by its name.
 
     Args:
-        id: A name that `textenv tasks` lists, or `module:Class`; the module is allowed with `--allow`.
+        id: A name that `textenv tasks` lists, or `module:Class`, which the module defines; allowed with `--allow`.
         args: The arguments of the class.
     """
 

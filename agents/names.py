@@ -36,9 +36,9 @@ MASKS = {
 LOGGERS = {
     "tensorboard": "TensorBoard's events, in the folder of the run.",
     "curves": "A picture of reward, divergence and length, in the folder of the run.",
-    "wandb": "Weights & Biases; its arguments are those of `wandb.init`.",
-    "trackio": "trackio; its arguments are those of `trackio.init`.",
-    "mlflow": "MLflow; `tracking_uri`, `experiment_name`, and the arguments of `MlflowClient.create_run`.",
+    "wandb": "Weights & Biases; its arguments are those of `wandb.init`, of which some need `--allow wandb`.",
+    "trackio": "trackio; its arguments are those of `trackio.init`, of which some need `--allow trackio`.",
+    "mlflow": "MLflow; `experiment_name`, `tags`; with `--allow mlflow` `tracking_uri` and others of `create_run`.",
 }
 METRIC = Kind(
     "metric",

@@ -226,9 +226,11 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(model, tmp_path, monkeyp
 )
 def test_a_bad_reward_ends_with_4(reward, message, model, tmp_path, monkeypatch, capfd):
     name = f"bad_{abs(hash(reward))}"
-    (tmp_path / f"{name}.py").write_text(f"def reward(prompt, preds, done):\n    {reward}\n")
+    (tmp_path / f"{name}.py").write_text(
+        f"class Reward:\n    def __call__(self, prompt, preds, done):\n        {reward}\n"
+    )
     monkeypatch.chdir(tmp_path)
-    words = settings(model, tmp_path / "run", **{"env.reward": f"{name}:reward"})
+    words = settings(model, tmp_path / "run", **{"env.reward": f"{name}:Reward"})
     assert run("train", *words, "--allow", name, "--quiet") == 4
     error = capfd.readouterr().err
     assert message in error and "lane" in error and "prompt" in error and error.count("\n") == 1

@@ -211,10 +211,10 @@ def test_escape_codes_are_shown_on_the_terminal(model, tmp_path, monkeypatch, ca
     PlainScreen(10).say(f"warning: {HOSTILE}")
     assert is_harmless(capfd.readouterr().out)
     (tmp_path / "loud.py").write_text(
-        f"class Reward:\n    def __call__(self, prompt, preds, done):\n        raise ValueError({HOSTILE!r})\n"
+        f"class Loud:\n    def __call__(self, prompt, preds, done):\n        raise ValueError({HOSTILE!r})\n"
     )
     monkeypatch.chdir(tmp_path)
-    words = settings(model, tmp_path / "run", **{"env.reward": "loud:Reward"})
+    words = settings(model, tmp_path / "run", **{"env.reward": "loud:Loud"})
     assert run("train", *words, "--allow", "loud", "--quiet") == 4
     assert is_harmless(error := capfd.readouterr().err) and "\\x1b[2J" in error
 

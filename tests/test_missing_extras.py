@@ -14,7 +14,7 @@ from agents import LoRA, Pretrained, RewardCurves, zoo
 from agents.backbone import build_model
 from agents.classifier import train_classifier
 from agents.compare import compare
-from agents.config import Named, TrainConfig, TrainOptions, default_loggers
+from agents.config import Named, TrainConfig, default_loggers
 from agents.curves import draw_curves
 from agents.failures import as_command_error
 from agents.loggers import check_loggers
@@ -65,7 +65,7 @@ VOTES = [Answer(0, item, "score", rater, "", ("x",), (item,)) for rater in ("ann
 
 
 def logger(name):
-    return lambda: check_loggers([name], TrainOptions())
+    return lambda: check_loggers([name], Trust())
 
 
 def verifiers_turn():

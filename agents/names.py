@@ -131,9 +131,9 @@ def as_reward(value: Any) -> Any:
     if isinstance(value, Mapping):
         if "id" in value and value.keys() <= {"id", "args"}:
             args = value.get("args") or {}
-            if not isinstance(args, Mapping):
+            if not isinstance(args, Mapping) or "name" in args:  # its name is its id
                 raise CommandError(f"Expected the args of the reward {value['id']!r} by name, got {args!r:.80}.")
-            return {**{key: as_reward(part) for key, part in args.items()}, "name": value["id"]}
+            return {"name": value["id"], **{key: as_reward(part) for key, part in args.items()}}
         return {key: as_reward(part) for key, part in value.items()}
     return [as_reward(part) for part in value] if isinstance(value, list) else value
 

@@ -130,7 +130,9 @@ def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_does_not_replace_the_cause(model, tmp_path, monkeypatch, capfd):
-    (tmp_path / "broken.py").write_text("def reward(prompt, preds, done):\n    raise KeyError('the cause')\n")
+    (tmp_path / "broken.py").write_text(
+        "class Broken:\n    def __call__(self, prompt, preds, done):\n        raise KeyError('the cause')\n"
+    )
     monkeypatch.chdir(tmp_path)
     opened = Path.open
 
@@ -140,7 +142,7 @@ def test_a_log_that_cannot_be_written_does_not_replace_the_cause(model, tmp_path
         return opened(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", full)
-    words = settings(model, tmp_path / "run", **{"env.reward": "broken:reward"})
+    words = settings(model, tmp_path / "run", **{"env.reward": "broken:Broken"})
     assert run("train", *words, "--allow", "broken", "--quiet") == 4
     error = capfd.readouterr().err
     assert "the cause" in error and "traceback is in" not in error and "No space" not in error

@@ -6,7 +6,10 @@ import shutil
 import pytest
 
 from tests.command import ROOT, run, settings, small_model
+from tests.rewards import preds_of
+from textenv import Prompt
 from textenv.model_loading import from_config
+from textenv.rewards import make_reward
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +68,15 @@ def test_every_loader_of_transformers_goes_by_ours():
             code = [line for line in file.read_text().splitlines() if ">>>" not in line and "`" not in line]
             found = [line for line in code if ".from_pretrained(" in line or ".from_config(" in line]
             assert not found or file.name == "model_loading.py", (file, found)
+
+
+def test_modules_of_a_sentence_transformer_are_its_own_alone(model, tmp_path):
+    """Its `modules.json` names classes to import, of a file in the folder among others."""
+    pytest.importorskip("sentence_transformers", reason="needs the extra similarity")
+    folder = shutil.copytree(model, tmp_path / "embedder")
+    (folder / "own_code.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass C: pass\n")
+    (folder / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "own_code.C"}]))
+    reward = make_reward("similarity", model=str(folder), text="good")
+    with pytest.raises(ValueError, match=r"Expected a model without code of its own, got '.*embedder'"):
+        reward.score([Prompt("a")], [preds_of("b")], [True])
+    assert not (tmp_path / "mark").exists()

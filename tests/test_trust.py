@@ -22,7 +22,7 @@ from textenv.trust import Trust, find_class, only_with
 
 MAIN = "{id: 'agents.cli:main', args: {arguments: [train, --allow, os, --out, ../beside/run]}}"
 WRITE = "{id: 'agents.files:write_text', args: {file: ../beside/made, text: x}}"
-IMPORT = "{id: 'textenv.rewards.registry:import_module', args: {name: antigravity}}"
+IMPORT = "{id: 'textenv.rewards.registry:import_module', args: {package: antigravity}}"
 LAUGHS = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefgh")]
 MERGES = [f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}" for a, b in pairwise("abcdefgh")]
 HOSTILE = {

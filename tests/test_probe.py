@@ -1,7 +1,6 @@
 """The logits that a checkpoint keeps: a model that computes something else is noticed when it is loaded."""
 
 import json
-import time
 import warnings
 
 import pytest
@@ -58,9 +57,10 @@ def test_it_is_small_and_costs_next_to_nothing(tmp_path):
     kept = safetensors.torch.load_file(folder / "probe.safetensors")["logits"]
     assert kept.dtype == torch.float32 and kept.shape == (3, 33)
     backbone = make_policy().lm.backbone
-    begun = time.perf_counter()
+    read = []
+    backbone.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: read.append(ids[0].numel()))
     probe_logits(backbone)
-    assert time.perf_counter() - begun < 0.5
+    assert 0 < sum(read) <= 64, "tokens"
 
 
 def test_checkpoints_of_before_have_none(tmp_path):

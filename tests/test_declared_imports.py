@@ -119,14 +119,12 @@ def unsaid(files: list[Source], known: Declared) -> list[str]:
     for file in files:
         calls = list(ast.walk(file.tree))
         named = {words[0] for call in calls if (words := constants(call, "needs", "check_extra"))}
+        there = OWN | sys.stdlib_module_names | known.required.union(*(known.extras.get(extra, ()) for extra in named))
         for call in calls:
             for name in constants(call, "import_module")[:1]:
                 root = (name or ".").split(".")[0]
-                if root and root not in OWN | sys.stdlib_module_names and package_of(root) not in known.required:
-                    extras = {extra for extra in named if package_of(root) in known.extras.get(extra, ())}
-                    problems += (
-                        [] if extras else [f"{file.path}:{call.lineno}: imports {root}, whose extra is not said"]
-                    )
+                if root and not {root, package_of(root)} & there:
+                    problems.append(f"{file.path}:{call.lineno}: imports {root}, whose extra is not said")
             words = constants(call, "check_extra")
             if len(words) > 1 and None not in words[:2] and package_of(words[1]) not in known.extras.get(words[0], ()):
                 problems.append(f"{file.path}:{call.lineno}: {words[0]} does not bring {words[1]}")

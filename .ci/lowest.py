@@ -1,7 +1,4 @@
-"""Print the lowest versions that setup.cfg admits as constraints; torch, whose wheels are large, has none.
-
-    python .ci/lowest.py > lowest.txt && pip install -c lowest.txt -e .
-"""
+"""Print the lowest versions that setup.cfg admits as constraints; torch, whose wheels are large, has none."""
 
 import configparser
 import re

@@ -174,7 +174,15 @@ def mlflow(folder: Path) -> None:
 
 def zoo(folder: Path) -> None:
     words = "--algo token_ppo --env textenv/Demo-v0 --gym-packages textenv -n 128 -f logs -params n_envs:8 n_steps:8"
-    command = [sys.executable, "-m", "agents.zoo", "train", "--conf-file", ROOT / "examples/zoo/token_ppo.yml", *words.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "agents.zoo",
+        "train",
+        "--conf-file",
+        ROOT / "examples/zoo/token_ppo.yml",
+        *words.split(),
+    ]
     done = subprocess.run([*command, "n_minibatches:1"], cwd=folder, capture_output=True, text=True, check=False)
     if "pip install" in done.stderr:
         raise ImportError(done.stderr)

@@ -124,7 +124,7 @@ def test_a_row_error_says_whether_and_when_to_ask_again(monkeypatch):
 
 def test_an_attempt_that_takes_too_long_is_cancelled():
     reward = Slow(seconds=30.0, time_limit=0.05, retries=1, **QUICK)
-    with pytest.raises(RewardError, match=r"no answer within 0\.05 s"):
+    with pytest.raises(RewardError, match=r"no answer within 0\.05 s"):  # and no score, which the ends would give
         scores(reward, ["a", "b"])
     assert reward.running == 0 and reward.ended == 4 and no_rewards_thread()
 
@@ -197,6 +197,7 @@ def test_an_interrupt_leaves_nothing_running():
     finally:
         helper.join()
         signal.signal(signal.SIGINT, before)
+    assert sorted(reward.asked) == ["a", "b"]  # neither ended, whose place "c" would have had
     assert sorted(cleaned) == ["a", "b"] and reward.running == 0 and no_rewards_thread()
 
 

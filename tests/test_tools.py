@@ -1,5 +1,7 @@
 """Tools: calls by a stated syntax, results that are observed, and limits that hold."""
 
+import json
+import subprocess
 from functools import partial
 
 import pytest
@@ -121,14 +123,19 @@ def test_python_has_little_memory():
 
 @pytest.mark.parametrize("text", ["9 ** 10 ** 9", "sum(i for i in range(10 ** 12))"])
 def test_python_has_little_time(text):
-    with pytest.raises(ToolError, match="not done after 1 seconds"):
+    with pytest.raises(ToolError, match="not done after 1 seconds"):  # without a limit it would not end
         PythonTool(seconds=1)(text)
 
 
 def test_python_sees_no_environment(monkeypatch):
-    monkeypatch.setenv("API_KEY", "secret")
-    monkeypatch.setattr(python_tool, "CHILD", "import json, os\nprint(json.dumps([True, ' '.join(os.environ)]))")
-    assert set(PythonTool()("1 + 1").split()) <= {"LC_CTYPE"}, "which Python sets itself, where there is no locale"
+    """Asked of a child that, unlike the tool's own, may say what it sees; so may the control, which inherits."""
+    tell = "import json, os; print(json.dumps([True, json.dumps(dict(os.environ))]))"
+    monkeypatch.setattr(python_tool, "CHILD", tell)
+    monkeypatch.setenv("SECRET_KEY", "sk-secret")
+    assert json.loads(PythonTool()("1")).keys() <= {"LC_CTYPE"}  # which Python itself may set
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *words, env, **more: run(*words, **more))
+    assert json.loads(PythonTool()("1"))["SECRET_KEY"] == "sk-secret"
 
 
 def test_python_limits_are_positive():

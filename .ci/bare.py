@@ -1,8 +1,6 @@
 """The installed wheel without extras: every module is imported, every verb has help, the demo is learnt.
 
-    python .ci/bare.py imports | help | train
-
-Runs outside the sources, in an environment that has `pip install textenv` and nothing else.
+`python .ci/bare.py imports`, or `help`, or `train`: outside the sources, in an environment that has the package alone.
 """
 
 import importlib

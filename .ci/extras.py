@@ -1,8 +1,7 @@
 """What each extra is for, done once: by the wheel in an environment that has this extra and nothing else.
 
-python .ci/extras.py EXTRA             does it
-python .ci/extras.py --missing EXTRA   does it without the extra, where the error must say how to install it
-python .ci/extras.py --list            names those that there are for this Python
+`python .ci/extras.py EXTRA` does it; with `--missing` it does it where the extra is not, and the error must say how to
+install it; `--list` names the extras that there are for this Python.
 """
 
 import json
@@ -175,7 +174,15 @@ def mlflow(folder: Path) -> None:
 
 def zoo(folder: Path) -> None:
     words = "--algo token_ppo --env textenv/Demo-v0 --gym-packages textenv -n 128 -f logs -params n_envs:8 n_steps:8"
-    command = [sys.executable, "-m", "agents.zoo", "--conf-file", ROOT / "examples/zoo/token_ppo.yml", *words.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "agents.zoo",
+        "train",
+        "--conf-file",
+        ROOT / "examples/zoo/token_ppo.yml",
+        *words.split(),
+    ]
     done = subprocess.run([*command, "n_minibatches:1"], cwd=folder, capture_output=True, text=True, check=False)
     if "pip install" in done.stderr:
         raise ImportError(done.stderr)
@@ -201,9 +208,6 @@ def gem(folder: Path) -> None:
 
 
 def openenv(folder: Path) -> None:
-    from textenv.adapters.openenv import OpenEnvGame
-
-    OpenEnvGame(object, int, str)  # which names the extra
     from openenv.core.env_server.interfaces import Environment
     from openenv.core.env_server.types import Action, Observation, State
 
@@ -226,16 +230,17 @@ def openenv(folder: Path) -> None:
         def state(self):
             return State()
 
+    from textenv.adapters.openenv import OpenEnvGame
+
     game = OpenEnvGame(Walk, to_action=lambda text: Step(size=int(text)), to_text=lambda seen: f"at {seen.at}")
     assert game.reset(seed=3)[0] == "at 3"
     assert game.step("2")[:3] == ("at 5", 1.0, True)
 
 
 def verifiers(folder: Path) -> None:
-    from textenv.adapters.verifiers import VerifiersGame
-
-    VerifiersGame([])  # which names the extra
     import verifiers.v1 as vf
+
+    from textenv.adapters.verifiers import VerifiersGame
 
     class Data(vf.TaskData):
         answer: str
@@ -250,6 +255,8 @@ def verifiers(folder: Path) -> None:
     assert game.step("ab")[1:3] == (1.0, True) and (game.reset(seed=0), game.step("no"))[1][1] == 0.0
 
 
+# Their games are made of what the caller has made with the library, whose absence ends the caller's own import.
+CALLERS = {"openenv", "verifiers"}
 EXTRAS = [plot, grammar, sentiment, lora, overlap, sft, hub, similarity, judge, feedback, wandb, trackio, mlflow, zoo]
 EXTRAS += [textarena, openenv, verifiers, *([gem] if sys.version_info < (3, 12) else [])]
 
@@ -262,7 +269,7 @@ def main(words: list[str]) -> None:
     *missing, name = words
     os.environ["OMP_NUM_THREADS"] = "1"
     feature = {one.__name__: one for one in EXTRAS}[name]
-    cure = f'pip install "textenv[{name}]"'
+    cure = f"No module named '{name}'" if name in CALLERS else f'pip install "textenv[{name}]"'
     with tempfile.TemporaryDirectory() as folder:
         try:
             feature(Path(folder))
@@ -271,7 +278,7 @@ def main(words: list[str]) -> None:
                 raise
             if cure not in str(error):
                 sys.exit(f"Expected an error with {cure!r}, got {type(error).__name__}: {error}")
-            print(str(error).strip())
+            print(str(error).strip().split("\n")[-1])
         else:
             if missing:
                 sys.exit(f"Expected an error with {cure!r}, got none.")

@@ -160,6 +160,6 @@ class Browser:
 
 def need_browser():
     """Skip, and say why, where there is no browser to test with."""
-    pytest.importorskip("selenium", reason="needs selenium: pip install textenv[dev]")
+    pytest.importorskip("selenium", reason='needs selenium: pip install "textenv[dev]"')
     if not CHROMIUM or not DRIVER:
         pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")

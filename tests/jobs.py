@@ -359,7 +359,7 @@ def learn_a(learning_rate, seed=0):
     model = tiny_agent(env, n_envs=16, n_epochs=4, batch_size=64, learning_rate=learning_rate, seed=seed)
     rows = Rows()
     model.set_logger(Logger(None, [rows]))
-    model.learn(24 * 128, callback=EpisodeMetrics())
+    model.learn(48 * 128, callback=EpisodeMetrics())
     rewards = [row["reward/task"] for _, row in rows.rows if "reward/task" in row]
     return (rewards[0], np.mean(rewards[-3:])) if rewards else None
 

@@ -63,9 +63,7 @@ def no_rewards_thread():
 
 def test_rows_are_asked_side_by_side_within_the_bound():
     reward = Slow(concurrency=4, seconds=0.05)
-    start = time.perf_counter()
     assert scores(reward, ["a", "bb", "ccc", "dddd"] * 3) == [1.0, 2.0, 3.0, 4.0] * 3
-    assert 0.14 < time.perf_counter() - start < 0.4  # three rounds; one after the other are 0.6
     assert reward.most == 4 and no_rewards_thread()
 
 
@@ -126,10 +124,8 @@ def test_a_row_error_says_whether_and_when_to_ask_again(monkeypatch):
 
 def test_an_attempt_that_takes_too_long_is_cancelled():
     reward = Slow(seconds=30.0, time_limit=0.05, retries=1, **QUICK)
-    start = time.perf_counter()
-    with pytest.raises(RewardError, match=r"no answer within 0\.05 s"):
+    with pytest.raises(RewardError, match=r"no answer within 0\.05 s"):  # and no score, which the ends would give
         scores(reward, ["a", "b"])
-    assert time.perf_counter() - start < 2.0
     assert reward.running == 0 and reward.ended == 4 and no_rewards_thread()
 
 
@@ -196,13 +192,12 @@ def test_an_interrupt_leaves_nothing_running():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         helper.start()
-        start = time.perf_counter()
         with pytest.raises(KeyboardInterrupt):
             scores(reward, ["a", "b", "c"])
     finally:
         helper.join()
         signal.signal(signal.SIGINT, before)
-    assert time.perf_counter() - start < 5.0
+    assert sorted(reward.asked) == ["a", "b"]  # neither ended, whose place "c" would have had
     assert sorted(cleaned) == ["a", "b"] and reward.running == 0 and no_rewards_thread()
 
 

@@ -135,16 +135,15 @@ def test_every_argument_has_help():
     assert argument_help(TrainConfig)["seed"] == "Of everything random."
 
 
-def test_help_is_fast_and_loads_no_torch():
+def test_help_loads_no_torch():
     code = (
-        "import sys, time; from agents.cli import VERBS, main\nfor verb in VERBS:\n"
+        "import sys; from agents.cli import VERBS, main\nfor verb in VERBS:\n"
         "    try: main([verb, '--help'])\n    except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'gymnasium'} & sys.modules.keys()), time.process_time())"
+        "print(sorted({'torch', 'transformers', 'gymnasium'} & sys.modules.keys()))"
     )
     out = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True).stdout
     assert "--algorithm.n_envs" in out
-    loaded, seconds = out.splitlines()[-1].rsplit(" ", 1)
-    assert loaded == "[]" and float(seconds) < 2.0  # of all verbs; one takes 0.3
+    assert out.splitlines()[-1] == "[]"
 
 
 OWN = """

@@ -1,11 +1,13 @@
 """A clock that jumps: rates, the time that is left, patience and the order of checkpoints do not care."""
 
+import ast
 import datetime as datetimes
 import os
 import random
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +117,57 @@ def test_no_clock_but_these_is_read():
                     if hits:
                         found[name] = hits
     assert found.keys() <= allowed.keys()
+
+
+CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time"}
+
+
+def reads_a_clock(node, known=()):
+    """Whether an expression calls a clock, or has a name that holds what one said."""
+    for one in ast.walk(node):
+        is_clock = isinstance(one, ast.Attribute) and one.attr in CLOCKS and ast.unparse(one.value) == "time"
+        if is_clock or (isinstance(one, ast.Name) and one.id in known):
+            return True
+    return False
+
+
+def races(text):
+    """Name the default tests of a file that assert how much time went by."""
+    tree, found = ast.parse(text), []
+    slow = ("mark.slow", "mark.long")
+    if any(mark in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign) for mark in slow):
+        return []
+    for test in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        marks = " ".join(map(ast.unparse, test.decorator_list))
+        if not test.name.startswith("test_") or marks.endswith(slow) or any(f"{mark} " in marks for mark in slow):
+            continue
+        known = set()
+        for node in ast.walk(test):
+            if isinstance(node, ast.Assign) and reads_a_clock(node.value, known):
+                known |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        asserted = [one for node in ast.walk(test) if isinstance(node, ast.Assert) for one in ast.walk(node)]
+        if any(isinstance(one, ast.Compare) and reads_a_clock(one, known) for one in asserted):
+            found.append(test.name)
+    return found
+
+
+def test_no_default_test_races_a_clock():
+    """A loaded machine is slow, and the test would fail for it; work that is counted is the same everywhere."""
+    found = {path.name: races(path.read_text(encoding="utf-8")) for path in Path(__file__).parent.rglob("test_*.py")}
+    assert {name: tests for name, tests in found.items() if tests} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_race"),
+    [
+        ("def test_a():\n    start = time.monotonic()\n    work()\n    assert time.monotonic() - start < 5", True),
+        ("def test_a():\n    s = time.time()\n    took = time.time() - s\n    assert all((1, took < 5))", True),
+        ("@mark.gpu\ndef test_a():\n    assert 0.1 < time.perf_counter() < 0.2", True),
+        ("@mark.slow\ndef test_a():\n    assert time.monotonic() < 5", False),
+        ("@mark.slow\n@mark.gpu\ndef test_a():\n    assert time.monotonic() < 5", False),
+        ("pytestmark = [mark.slow]\ndef test_a():\n    assert time.monotonic() < 5", False),
+        ("def test_a():\n    while time.monotonic() < end: pass\n    assert answer.time < 5", False),
+    ],
+)
+def test_a_race_is_seen(text, is_race):
+    assert races(text) == (["test_a"] if is_race else [])

@@ -8,7 +8,7 @@ import pytest
 from textenv.feedback.agreement import agreement, self_agreement
 from textenv.feedback.records import Answer
 
-krippendorff = pytest.importorskip("krippendorff", reason="needs krippendorff: pip install textenv[feedback]")
+krippendorff = pytest.importorskip("krippendorff", reason='needs krippendorff: pip install "textenv[feedback]"')
 
 
 def answers(kind, table, n=2, repeat=0, scale=(1, 5)):

@@ -10,7 +10,7 @@ import pytest
 
 from textenv import Prompt, TextVectorEnv, read_dataset
 
-datasets = pytest.importorskip("datasets", reason="pip install textenv[hub]")
+datasets = pytest.importorskip("datasets", reason='pip install "textenv[hub]"')
 
 ROWS = [{"q": "abc"[: 1 + i % 3], "answers": ["x", "yz"], "n": i} for i in range(7)]
 

@@ -165,7 +165,7 @@ def test_c5_the_policy_and_its_arguments_pickle_without_the_reference():
 def test_c10_the_task_reward_in_the_logs_is_untouched():
     """C10 and C1: logs and infos have the task reward; the penalty has keys of its own."""
     model, recorder = tiny_agent(), Recorder()
-    penalty = KLPenalty(100.0)
+    penalty = KLPenalty(100.0, estimator="k3")  # never negative
     model.learn(64, callback=[penalty, EpisodeMetrics(), recorder], log_interval=None)
     infos = [info for info, _ in recorder.episodes()]
     assert all(info["episode"]["r"] == pytest.approx(sum(info["reward_parts"].values())) for info in infos)

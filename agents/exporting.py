@@ -57,12 +57,12 @@ def export(
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
     shards = policy.lm.shards
-    whole = policy.lm if shards is None else shards.whole()
+    whole = None if shards is None else shards.whole()  # in the process of rank 0
+    backbone = policy.backbone if whole is None else cast("Backbone", whole.backbone)
 
     def write() -> None:
-        assert whole is not None, "in the process of rank 0"
         with output_folder(folder, "language model", overwrite) as beside:
-            write_model(cast("Backbone", whole.backbone), tokenizer, beside)
+            write_model(backbone, tokenizer, beside)
 
     by_main(f"export {Path(folder).absolute()}", write)
     return Path(folder)

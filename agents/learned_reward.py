@@ -91,6 +91,7 @@ class LearnedReward(BatchReward):
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 seed=self.seed,
+                overwrite=True,  # what was learned from fewer answers
                 progress_bar=False,
             )
 

@@ -9,8 +9,10 @@ from textenv import CharTokenizer, TextEnv
 
 # Before torch is loaded: more threads than a tiny model can use make it slower, and so do two test processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell starts what it sends to the background with Ctrl-C ignored, and processes that tests start would inherit that.
+# A shell starts what it sends to the background with Ctrl-C ignored, nohup ignores that a terminal hangs up, and
+# processes that tests start would inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def no_reward(prompt, preds, done):

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 from agents import load_checkpoint, save_checkpoint
+from agents.manifest import _digest
 from agents.probe import N_TOKENS, probe_logits
 from tests.models import CACHED, make_policy, tiny
 from tests.seq2seq import tiny_seq2seq
@@ -28,11 +29,15 @@ def saved(folder, **kwargs):
     return save_checkpoint(model, folder)
 
 
+def seal_by_hand(folder, manifest):
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": _digest(manifest)}))
+
+
 def with_versions(folder, **versions):
     """Have a checkpoint say that it was written with other versions."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["versions"] |= versions
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal_by_hand(folder, manifest)
 
 
 def double_attention(module, inputs, output):
@@ -68,7 +73,7 @@ def test_checkpoints_of_before_have_none(tmp_path):
     (folder / "probe.safetensors").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["files"]["probe.safetensors"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal_by_hand(folder, manifest)
     assert loaded(tiny_agent(), folder) == []
 
 

@@ -239,7 +239,7 @@ def test_another_checkpoint_as_reference(tmp_path):
         batch, actions = batch_of(), torch.tensor([5, 6, 7])
         expected = other.lm.log_probs(batch, actions)
         assert torch.allclose(log_probs(penalty.reference, model.policy.lm, batch, actions), expected, atol=1e-6)
-        save_checkpoint(model, tmp_path / "saved")
+        save_checkpoint(model, tmp_path / "saved", overwrite=True)
         resumed = tiny_agent(policy_kwargs={"temperature": 0.5})
         load_checkpoint(resumed, tmp_path / "saved")
         with pytest.raises(ValueError, match="Expected the `reference` that was saved, got another"):

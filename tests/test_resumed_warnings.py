@@ -77,7 +77,7 @@ def test_a_resumed_run_warns_as_one_that_was_never_stopped(build, others, words,
     for done in (2, 5):
         model = build()
         before = said(model, done, others(0))
-        save_checkpoint(model, tmp_path / "saved")
+        save_checkpoint(model, tmp_path / "saved", overwrite=True)
         again = build()
         load_checkpoint(again, tmp_path / "saved")
         assert before + said(again, ROLLOUTS - done, others(done)) == whole, done
@@ -90,7 +90,7 @@ def test_what_was_loaded_is_kept_where_nobody_asks_for_it(tmp_path):
     again = constant()
     load_checkpoint(again, tmp_path / "saved")
     again.learn(ROLLOUT, reset_num_timesteps=False)
-    save_checkpoint(again, tmp_path / "saved")
+    save_checkpoint(again, tmp_path / "saved", overwrite=True)
     last = constant()
     load_checkpoint(last, tmp_path / "saved")
     assert said(last, 5, []) == []  # it was said in the first part

@@ -331,7 +331,7 @@ def unwritable(folder, shard):
     if rank_and_size()[0] == 1:
         agents.shard_files.HuggingFaceStorageWriter.write_data = full_disk
     try:
-        save_checkpoint(model, folder / "saved")
+        save_checkpoint(model, folder / "saved", overwrite=True)
     except OSError as error:
         return error.errno, str(error)
 

@@ -110,7 +110,7 @@ def tune(
         vocab_size=len(tokenizer), n_positions=size.n_positions, bos_token_id=end, eos_token_id=end, **shape
     )
     whole = folder.with_name("dialogues")
-    options: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "resume": True, "batch_size": 8}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "seed": seed, "resume": True, "overwrite": True, "batch_size": 8}
     epochs = {"n_epochs": size.dialogue_epochs, "learning_rate": TUNING_RATE}
     if not whole.is_dir():
         sft.tune(config, texts, whole, packing=True, held_out=tests, **epochs, **options)
@@ -158,6 +158,7 @@ def classify(
         learning_rate=1e-3,
         seed=seed,
         resume=True,
+        overwrite=True,
     )
     assert trained.held_out is not None
     return {"held_back_accuracy": trained.held_out.accuracy, "n_texts": trained.held_out.n_texts}

@@ -100,10 +100,8 @@ def tune(pairs: Sequence[Pair], held_out: Sequence[Pair], folder: Path, size: Si
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     )
     texts, others = ([pair.prompt + pair.chosen for pair in part] for part in (pairs, held_out))
-    options = {"packing": True, "batch_size": 8, "learning_rate": 3e-3}
-    tuned = sft.tune(
-        config, texts, folder, held_out=others, n_epochs=size.tuning_epochs, seed=seed, resume=True, **options
-    )
+    options = {"packing": True, "batch_size": 8, "learning_rate": 3e-3, "resume": True, "overwrite": True}
+    tuned = sft.tune(config, texts, folder, held_out=others, n_epochs=size.tuning_epochs, seed=seed, **options)
     assert tuned.held_out_loss is not None
     return {"n_steps": tuned.n_steps, "held_out_perplexity": tuned.perplexity(tuned.held_out_loss)}
 
@@ -126,6 +124,7 @@ def learn_reward(
         max_tokens=MAX_TOKENS,
         seed=seed,
         resume=True,
+        overwrite=True,
     )
     assert trained.held_out is not None
     rows = {

@@ -110,6 +110,7 @@ def tune(reviews: Sequence[Review], held_out: Sequence[Review], folder: Path, si
         learning_rate=1e-3,
         seed=seed,
         resume=True,
+        overwrite=True,
     )
     assert tuned.held_out_loss is not None
     return {"n_steps": tuned.n_steps, "held_out_perplexity": tuned.perplexity(tuned.held_out_loss)}
@@ -145,6 +146,7 @@ def classify(
         learning_rate=5e-4,
         seed=seed,
         resume=True,
+        overwrite=True,
     )
     assert trained.held_out is not None
     return {"n_steps": trained.n_steps, "held_out": trained.held_out._asdict()}

@@ -220,6 +220,7 @@ def tune(parts: dict[str, Rows], folder: Path, size: Size, seed: int) -> dict[st
         learning_rate=3e-3,
         seed=seed,
         resume=True,
+        overwrite=True,
     )
     assert tuned.held_out_loss is not None
     return {"n_steps": tuned.n_steps, "held_out_perplexity": tuned.perplexity(tuned.held_out_loss)}
@@ -236,6 +237,7 @@ def learn_rankings(rankings: Rows, tuned: Path, folder: Path, size: Size, seed: 
         n_epochs=size.reward_epochs,
         learning_rate=1e-3,
         seed=seed,
+        overwrite=True,
     )
     return {"n_rankings": len(rankings), "last_loss": float(trained.losses[-20:].mean())}
 

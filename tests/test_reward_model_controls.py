@@ -45,7 +45,7 @@ def test_nothing_is_learned_from_shuffled_pairs_in_the_epochs_that_true_ones_tak
     true = train(some_pairs(500, 0), tmp_path / "true", held_out=test).held_out
     assert true.low > 0.85
     for seed in range(3):
-        trained = train(some_pairs(500, seed, shuffled=True), tmp_path / "shuffled", held_out=test)
+        trained = train(some_pairs(500, seed, shuffled=True), tmp_path / f"shuffled{seed}", held_out=test)
         assert trained.losses[-10:].mean() < 0.67  # the shuffled pairs themselves are learned by heart
         right.append(trained.held_out.accuracy)
     low, high = wilson_interval(float(np.mean(right)), len(test))
@@ -60,7 +60,9 @@ def test_centring_brings_the_mean_score_to_zero_and_keeps_the_accuracy(tmp_path)
         model.transformer.ln_f.bias.add_(OFFSET * weight / weight.square().sum())
     model.save_pretrained(tmp_path / "start")
     plain, centred = (
-        train(some_pairs(500, 0), tmp_path / "m", str(tmp_path / "start"), held_out=some_pairs(300, 100), centring=c)
+        train(
+            some_pairs(500, 0), tmp_path / f"m{c}", str(tmp_path / "start"), held_out=some_pairs(300, 100), centring=c
+        )
         for c in (0.0, 0.01)
     )
     assert plain.stats.mean > OFFSET and abs(centred.stats.mean) < OFFSET / 4

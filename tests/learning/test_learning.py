@@ -49,7 +49,7 @@ TASKS = {
         25,
         {"n_envs": 256, "learning_rate": 3e-3, "ent_coef": 0.1},
     ),
-    "length": Task(four_tokens, {"max_new_tokens": 8}, 20, {"n_envs": 64, "learning_rate": 5e-3, "ent_coef": 0.05}),
+    "length": Task(four_tokens, {"max_new_tokens": 8}, 32, {"n_envs": 64, "learning_rate": 5e-3, "ent_coef": 0.05}),
 }
 
 

@@ -189,12 +189,14 @@ def test_kill_9_at_random_moments_leaves_a_stage_that_goes_on(stage, whole, tmp_
         pid = os.fork()
         if pid == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            STAGES[stage](tmp_path / "m", resume=True)
-            os._exit(0)
+            try:
+                STAGES[stage](tmp_path / "m", resume=True, overwrite=True)
+            finally:
+                os._exit(0)  # whatever happened, the fork does not return into pytest
         time.sleep(choose.uniform(0.0, 0.4 * seconds))
         os.kill(pid, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert killed >= 6
-    STAGES[stage](tmp_path / "m", resume=True)
+    STAGES[stage](tmp_path / "m", resume=True, overwrite=True)
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == expected
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -74,8 +74,12 @@ def in_a_fork(*words):
     """Run the command in a forked process, which has all that is loaded here; its id."""
     pid = os.fork()
     if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(run(*words))
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = run(*words)
+        finally:
+            os._exit(code)  # whatever happened, the fork does not return into pytest
     return pid
 
 

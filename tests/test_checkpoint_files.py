@@ -191,9 +191,11 @@ def test_kill_9_inside_a_save_leaves_a_checkpoint_that_loads(where, tmp_path, mo
     model.learn(20)
     child = os.fork()
     if child == 0:  # never returns into pytest
-        break_at(monkeypatch, where, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        save_checkpoint(model, folder, overwrite=True)
-        os._exit(0)
+        try:
+            break_at(monkeypatch, where, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            save_checkpoint(model, folder, overwrite=True)
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     latest = latest_checkpoint(tmp_path)
     assert verify_checkpoint(latest) == 20

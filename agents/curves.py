@@ -144,10 +144,15 @@ def _mark_spikes(axis: Axes, curves: Mapping[str, Sequence[Point]], shown: tuple
     axis.set_ylim(bottom, top)
 
 
+def _begins_as_png(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(PNG)) == PNG
+
+
 def check_picture(path: str | os.PathLike[str]) -> None:
     """Raise FileExistsError where another file than a PNG stands, which a picture would replace."""
     file = Path(path)
-    if file.is_dir() or (file.is_file() and not file.read_bytes().startswith(PNG)):
+    if file.is_dir() or (file.is_file() and not _begins_as_png(file)):
         raise FileExistsError(f"Expected a new file, or a PNG to replace, got {file}, which is neither: name another.")
 
 

@@ -7,7 +7,9 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from textenv.json_files import read_json
 
 from .files import replaced_folder, write_text
 
@@ -16,7 +18,6 @@ SHOWN = 3  # names of what stands in a folder, in an error
 RUN = "run.json"  # what makes a folder that of a run
 
 Kind = Literal["language model", "classifier", "reward model", "checkpoint", "best model"]
-_KINDS = ("language model", "classifier", "reward model", "checkpoint", "best model")
 
 
 class OutputFolderError(ValueError):
@@ -110,12 +111,10 @@ def output_folder(
 def _read_mark(folder: Path) -> tuple[str, list[str]] | None:
     """Return the kind and the files of an earlier output; None where the folder has no whole mark of ours."""
     try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        mark = read_json(folder / MARK, {"kind": str, "files": [str]})
+    except (OSError, ValueError):
         return None
-    if not isinstance(mark, dict) or mark.get("kind") not in _KINDS or not isinstance(mark.get("files"), list):
-        return None
-    return mark["kind"], [str(name) for name in mark["files"]]
+    return (mark["kind"], mark["files"]) if mark["kind"] in get_args(Kind) else None
 
 
 def _shown(folder: Path) -> str:

@@ -212,7 +212,7 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
     parts = assemble(config, trust_of(options))
     RunFolder.open(chosen.run)
     checkpoint_to_load(RunFolder(chosen.run))  # a damaged one is refused before the work
-    metrics = parts.metrics + [make_metric(metric, trust_of(options)) for metric in chosen.metrics]
+    metrics = parts.metrics + [make_metric(metric, parts.trust) for metric in chosen.metrics]
     prompts = list(parts.held_out.prompts)[: chosen.n_prompts]
     arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "progress_bar": False}
     before = evaluate(parts.agent, prompts, parts.tokenizer, metrics, **arguments)  # type: ignore[arg-type]

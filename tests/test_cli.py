@@ -13,12 +13,7 @@ from transformers import AutoModelForCausalLM
 from agents import cli
 from agents.arguments import make_parser
 from agents.config import TrainConfig, argument_help
-from tests.command import ROLLOUT, environment, rows, run, settings, small_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
+from tests.command import ROLLOUT, environment, rows, run, settings
 
 
 @pytest.fixture(scope="module")

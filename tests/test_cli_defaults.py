@@ -21,16 +21,11 @@ from agents.manifest import newest_intact
 from agents.refusal import Exit
 from agents.run_folder import RunFolder
 from agents.sft import tune
-from tests.command import ROOT, rows, run, settings, small_model
+from tests.command import ROOT, rows, run, settings
 from tests.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LONG = "this phone is great and " * 5  # 25 tokens of the 32 that the small model reads
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="module")

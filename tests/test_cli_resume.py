@@ -19,14 +19,9 @@ from agents.checkpoint import latest_checkpoint
 from agents.interrupts import Interrupts
 from agents.manifest import verify_checkpoint
 from agents.recording import Recorder
-from tests.command import ROLLOUT, in_a_fork, rows, run, settings, small_model, start
+from tests.command import ROLLOUT, in_a_fork, rows, run, settings, start
 
 ROLLOUTS = 5
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="module")

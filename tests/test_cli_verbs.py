@@ -12,13 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from agents import cli, verbs
 from agents.live_view import LiveScreen
-from tests.command import ROLLOUT, run, settings, small_model
+from tests.command import ROLLOUT, run, settings
 from textenv import demo
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="module")

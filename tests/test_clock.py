@@ -16,7 +16,7 @@ from agents.checkpoint import latest_checkpoint, save_step
 from agents.manifest import newest_intact
 from agents.recording import Recorder
 from agents.run_folder import read_rows
-from tests.command import ROLLOUT, rows, run, settings, small_model
+from tests.command import ROLLOUT, rows, run, settings
 from tests.training import tiny_agent
 
 ROLLOUTS = 3
@@ -43,11 +43,6 @@ class Jumping:
         monkeypatch.setattr(time, "time", self.seconds)
         monkeypatch.setattr(time, "time_ns", lambda: int(self.seconds() * 1e9))
         monkeypatch.setattr("agents.run_folder.datetime", Now)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 def words(model, out, **more):

@@ -11,16 +11,11 @@ import pytest
 
 from agents import Evaluate, files, training_run
 from agents.manifest import CheckpointError, newest_intact, numbered, verify_checkpoint
-from tests.command import ROLLOUT, in_a_fork, rows, run, settings, small_model
+from tests.command import ROLLOUT, in_a_fork, rows, run, settings
 from tests.training import PROMPTS, TOKENIZER, tiny_agent
 from textenv.model_loading import readable
 
 DEAD = 99_999_999  # no process has this id
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,11 @@ from agents.recording import Recorder
 from agents.refusal import CommandError
 from agents.run_folder import RunFolder
 from agents.screens import PlainScreen
-from tests.command import ROLLOUT, run, settings, small_model
+from tests.command import ROLLOUT, run, settings
 from tests.training import tiny_agent
 from textenv.printable import printable
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\r\u202e<script>alert(1)</script>"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 # Signals

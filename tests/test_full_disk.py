@@ -18,15 +18,10 @@ from agents.loggers import TensorBoard
 from agents.recording import Recorder
 from agents.run_folder import append_text
 from agents.storage import explain
-from tests.command import ROLLOUT, rows, run, settings, small_model
+from tests.command import ROLLOUT, rows, run, settings
 from tests.test_cli_resume import same_runs
 
 ROLLOUTS = 6
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture

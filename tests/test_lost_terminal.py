@@ -13,15 +13,10 @@ from agents import interrupts
 from agents.checkpoint import latest_checkpoint
 from agents.interrupts import Interrupts, KeptStream
 from agents.recording import Recorder
-from tests.command import ROLLOUT, environment, rows, run, settings, small_model, start
+from tests.command import ROLLOUT, environment, rows, run, settings, start
 from tests.test_cli_resume import wait_for_rows
 
 LONG = 100_000
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 class Gone:

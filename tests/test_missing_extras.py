@@ -22,7 +22,7 @@ from agents.names import find
 from agents.refusal import CommandError, Exit
 from agents.sft import tune
 from agents.trackers import MLflowTracker, Tracker
-from tests.command import run, settings, small_model
+from tests.command import run, settings
 from tests.models import tiny
 from textenv import GrammarMask, JSONSchemaMask, RegexMask, read_dataset
 from textenv.adapters.gem import GemGame
@@ -52,11 +52,6 @@ def without(monkeypatch):
             monkeypatch.setitem(sys.modules, package, None)
 
     return take
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 PAGE = ("textenv.feedback.web", "textenv.feedback.guard")

@@ -15,7 +15,7 @@ from agents.config import TrainConfig
 from agents.stage_folders import made_by
 from agents.stage_verbs import ENOUGH
 from agents.values import LIMITS, as_list, in_words, limits_of
-from tests.command import ROOT, run, settings, small_model
+from tests.command import ROOT, run, settings
 from textenv import TASKS, TextEnv
 from textenv.rewards import make_reward
 from textenv.signatures import check_arguments, needed
@@ -26,11 +26,6 @@ CONFIGS = (
     *(verb_config.RewardModelConfig, verb_config.RateConfig),
 )
 CONFIG_FOLDER = ROOT / "examples" / "configs"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(autouse=True)

@@ -15,17 +15,12 @@ from agents import rate as rate_module
 from agents.rate import ask, fingerprint
 from agents.verb_config import RateConfig, RateOptions
 from agents.verbs import open_writer
-from tests.command import environment, run, settings, small_model
+from tests.command import environment, run, settings
 from tests.people import Crowd, Rater
 from textenv.feedback.asked import questions_of
 from textenv.feedback.store import FeedbackStore
 
 PROMPTS = ["this phone is", "the lamp was", "my new radio is", "this phone is"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture

@@ -5,16 +5,11 @@ import shutil
 
 import pytest
 
-from tests.command import ROOT, run, settings, small_model
+from tests.command import ROOT, run, settings
 from tests.rewards import preds_of
 from textenv import Prompt
 from textenv.model_loading import from_config
 from textenv.rewards import make_reward
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture

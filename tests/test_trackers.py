@@ -15,12 +15,7 @@ from agents.config import Named, TrainConfig
 from agents.loggers import SamplePages
 from agents.run_folder import RunFolder
 from agents.trackers import MLflowTracker
-from tests.command import ROLLOUT, rows, run, settings, small_model, start
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
+from tests.command import ROLLOUT, rows, run, settings, start
 
 
 class FakeTracker(types.ModuleType):

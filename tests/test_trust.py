@@ -13,7 +13,7 @@ from agents.assemble import Parts
 from agents.config import EnvConfig, Named, TrainConfig
 from agents.generation import no_reward
 from agents.names import MASK, METRIC
-from tests.command import run, settings, small_model
+from tests.command import run, settings
 from textenv import TextEnv
 from textenv.rewards import make_reward, read_reward
 from textenv.rewards.asynchronous import JUDGE
@@ -103,11 +103,6 @@ HOSTILE = {
         "alone",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="module")

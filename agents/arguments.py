@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import re
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -28,12 +26,6 @@ from .values import check_values
 
 MODE = "textenv"  # of jsonargparse: its YAML, with bounds
 ONLY_HERE = "only on the command line"
-
-
-def nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """Return the end of a sentence: the known name that is most like this one, if one is."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f": did you mean {near[0]!r}?" if near else "."
 
 
 def make_parser(
@@ -158,7 +150,11 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
         found = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
         group = re.search(r"Group '([\w.]+)'", message)
         name = (f"{group[1]}." if group else "") + (found[1] or found[2]) if found else ""
-        hint = nearest(name, known) if name and name not in known else ""
+        hint = ""
+        if name and name not in known:
+            from textenv.signatures import nearest  # which loads gymnasium
+
+            hint = nearest(name, known)
         raise CommandError(message.rstrip(".") + (hint or ".")) from error
 
 

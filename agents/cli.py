@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from .arguments import check_file, make_parser, nearest, parse, parse_options, split, with_config
+from .arguments import check_file, make_parser, parse, parse_options, split, with_config
 from .config import DEMO, TrainConfig, TrainOptions, default_settings
 from .refusal import CommandError, Exit, StageStopped
 from .stage_folders import check_folders
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_overview())
             return Exit.DONE
         if words[0] not in VERBS:
+            from textenv.signatures import nearest  # which loads gymnasium
+
             raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{nearest(words[0], VERBS)}")
         if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
             raise CommandError(f"Expected one process, got WORLD_SIZE={size}: several train a script with make_agent.")

@@ -34,7 +34,7 @@ def check_arguments(
     for one in given:
         if one not in known and (one in without or not is_open):
             there = f"arguments among {', '.join(known)}" if known else "no arguments"
-            raise ValueError(f"Expected {there} for {name}, got {one!r}{_nearest(one, known)}")
+            raise ValueError(f"Expected {there} for {name}, got {one!r}{nearest(one, known)}")
     missing = [one for one in known if parameters[one].default is Parameter.empty and one not in given]
     if missing:
         raise ValueError(
@@ -74,6 +74,12 @@ def _by_name(parameters: Iterable[Parameter]) -> tuple[dict[str, Parameter], boo
     )
 
 
-def _nearest(name: object, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+def nearest(name: object, known: Collection[str]) -> str:
+    """Return the end of a sentence: the known name that is most like this one, if one is.
+
+    Example:
+        >>> nearest("trian", ["sft", "train"])
+        ": did you mean 'train'?"
+    """
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f": did you mean {near[0]!r}?" if near else "."

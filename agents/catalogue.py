@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from textenv import TASKS
-from textenv.rewards.registry import _ENTRY_POINTS as REWARDS
+from textenv.rewards.registry import REWARDS
 
 from .names import LOGGERS, MASKS, METRICS, first_line
 

@@ -3,7 +3,14 @@
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    GPT2Config,
+    T5Config,
+)
 
 from agents import Pretrained, RewardModelCritic
 from agents.backbone import PretrainedRewardModel, build_model
@@ -11,6 +18,7 @@ from tests.command import run, settings, small_model
 from tests.models import tiny
 from tests.seq2seq import tiny_seq2seq
 from tests.training import tiny_config
+from textenv.model_loading import n_positions
 from textenv.rewards.preference import Preference
 
 
@@ -87,3 +95,11 @@ def test_the_command_refuses_before_it_trains(tmp_path, capfd):
     change(folder, lambda weights: weights.pop("transformer.ln_f.weight"))
     assert run("train", *settings(folder, tmp_path / "run"), "--quiet") == 2
     assert "'transformer.ln_f.weight', which would be random" in capfd.readouterr().err
+
+
+def test_positions_are_those_of_the_config_and_none_where_nothing_limits_them():
+    relative = T5Config()
+    assert n_positions(GPT2Config(n_positions=24)) == 24 and n_positions(relative) is None
+    assert n_positions(BartConfig(max_position_embeddings=8)) == 8
+    relative.max_position_embeddings = 7  # the name that is read
+    assert n_positions(relative) == 7

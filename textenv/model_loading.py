@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from functools import cache
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textenv.json_files import read_json
 from textenv.trust import runs_remote_code
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # The files of a folder that transformers reads as objects; without these keys it raises a KeyError.
 OBJECTS: dict[str, dict[Any, Any]] = {
@@ -171,6 +174,25 @@ def load_whole(
             "with transformers, save_pretrained(folder), and give that folder."
         )
     return model
+
+
+def n_positions(config: PretrainedConfig) -> int | None:
+    """Return the most tokens that a model's positions allow in a sequence; None where they set no limit.
+
+    Relative positions set none (T5, BLOOM's ALiBi). An encoder-decoder has as many for the prompt as for the
+    completion.
+
+    Args:
+        config: The model's config; of a model with several modalities, its text part is read.
+
+    Example:
+        >>> from transformers import GPT2Config, T5Config
+        >>> n_positions(GPT2Config(n_positions=24)), n_positions(T5Config())
+        (24, None)
+    """
+    # Configs that name it otherwise map this name to theirs (`attribute_map` of transformers' GPT2Config); those
+    # without a limit lack it.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

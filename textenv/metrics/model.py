@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from textenv.metrics.scores import Scores, mean_of
+from textenv.model_loading import n_positions
 from textenv.prompts import Prompt
 from textenv.tokenizer import Tokenizer, encode_prompt
 
@@ -66,9 +67,7 @@ class Perplexity:
         batch_tokens: int = 8192,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        # Absent where nothing bounds the length (BLOOM's ALiBi).
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_tokens: int | None = limit if max_tokens is None else max_tokens
+        self.max_tokens = n_positions(model.config) if max_tokens is None else max_tokens
         self.batch_tokens = batch_tokens
 
     def __call__(

@@ -19,7 +19,8 @@ REWARD = Kind(
     lambda found: issubclass(found, BatchReward) or _is_called(found),
 )
 _ROOM = "textenv.rewards"
-_ENTRY_POINTS = {
+# What each name stands for, as "module:name"; `register_reward` adds to it.
+REWARDS: dict[str, str] = {
     "length": f"{_ROOM}.rules:Length",
     "repetition": f"{_ROOM}.rules:Repetition",
     "keyword": f"{_ROOM}.rules:Keyword",
@@ -63,8 +64,8 @@ def register_reward(name: str, entry_point: str) -> None:
     """
     if ":" in name or ":" not in entry_point:
         raise ValueError(f"Expected a name and a 'module:name', got {name!r} and {entry_point!r}.")
-    if _ENTRY_POINTS.setdefault(name, entry_point) != entry_point:
-        raise ValueError(f"Expected a name that is free, got {name!r}, which stands for {_ENTRY_POINTS[name]!r}.")
+    if REWARDS.setdefault(name, entry_point) != entry_point:
+        raise ValueError(f"Expected a name that is free, got {name!r}, which stands for {REWARDS[name]!r}.")
 
 
 def make_reward(name: str, **options: Any) -> RewardFunction:
@@ -87,11 +88,11 @@ def make_reward(name: str, **options: Any) -> RewardFunction:
 
 def make_named(name: str, kind: Kind, options: Mapping[str, Any]) -> Any:
     """Return what a name stands for, as `make_reward` does, where it may be of another kind than a reward."""
-    entry_point = _ENTRY_POINTS.get(name, name) if isinstance(name, str) else name
+    entry_point = REWARDS.get(name, name) if isinstance(name, str) else name
     if not isinstance(entry_point, str) or ":" not in entry_point:
-        raise ValueError(f"Expected 'module:name' or one of {sorted(_ENTRY_POINTS)}, got {name!r}.")
+        raise ValueError(f"Expected 'module:name' or one of {sorted(REWARDS)}, got {name!r}.")
     trust = current_trust()
-    if trust is not None and name not in _ENTRY_POINTS:
+    if trust is not None and name not in REWARDS:
         found: Any = find_class(entry_point, kind, trust)
     else:
         module, _, attribute = entry_point.partition(":")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.model_loading import check_name, from_pretrained, load_whole
+from textenv.model_loading import check_name, from_pretrained, load_whole, n_positions
 
 ModelLike = str | PathLike[str] | PreTrainedModel
 
@@ -76,9 +76,8 @@ class TextModel:
         self._has_warned = False
 
     def _longest(self, max_length: int | None) -> int:
-        # Tokenizers without a limit of their own say 1e30; models of relative positions have none.
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limit = min(self.tokenizer.model_max_length, positions or self.tokenizer.model_max_length)
+        # A tokenizer without a limit of its own has 1e30 (transformers `tokenization_utils_base.VERY_LARGE_INTEGER`).
+        limit = min(self.tokenizer.model_max_length, n_positions(self.model.config) or self.tokenizer.model_max_length)
         if max_length is not None and not 1 <= max_length <= limit:
             raise ValueError(
                 f"Expected `max_length` in [1, {limit}], what tokenizer and model allow, got {max_length}."

@@ -34,7 +34,7 @@ KL_ROWS = 64  # episodes whose divergence is computed together
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of an evaluation, each with its 95 % interval (percentile bootstrap over prompts).
+    """The figures of an evaluation, each with its 95 % interval (BCa bootstrap over prompts).
 
     Attributes:
         scores: What each prompt adds to each figure; a row a prompt.

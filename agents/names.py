@@ -17,8 +17,9 @@ from .refusal import CommandError, Exit
 
 METRICS = {
     "rouge": "textenv.metrics.overlap:ROUGE",
-    "meteor": "textenv.metrics.overlap:Meteor",
-    "sacrebleu": "textenv.metrics.overlap:BLEU",
+    "meteor": "textenv.metrics.overlap:METEOR",
+    "bleu": "textenv.metrics.overlap:BLEU",
+    "sacrebleu": "textenv.metrics.overlap:SacreBLEU",
     "chrf": "textenv.metrics.overlap:ChrF",
     "distinct": "textenv.metrics.surface:Distinct",
     "words": "textenv.metrics.surface:Length",

@@ -53,7 +53,7 @@ from agents import (
 )
 from agents.classifier import train_classifier
 from agents.pretrain import bpe_tokenizer
-from textenv.metrics import BLEU, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Meteor, Perplexity
+from textenv.metrics import METEOR, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Perplexity, SacreBLEU
 from textenv.rewards import Length as LengthReward
 from textenv.rewards import WeightedSum
 from textenv.tasks.dailydialog import (
@@ -175,7 +175,8 @@ def reinforce(
     test = DailyDialog(held_back, tokenizer, reward=task, max_new_tokens=size.max_new_tokens, **options)
     model_of_texts = AutoModelForCausalLM.from_pretrained(supervised)
     metrics = [
-        *(ROUGE(), Meteor(), BLEU(), ChrF()),
+        *(ROUGE(kind) for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")),
+        *(METEOR(), SacreBLEU(), ChrF()),
         *(IntentAccuracy(out / "judge"), Perplexity(model_of_texts, tokenizer), Length(), Distinct((1, 2))),
     ]
     prompts = test.prompts[: size.n_prompts]

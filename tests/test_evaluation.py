@@ -42,7 +42,7 @@ def test_the_texts_are_those_of_generate(model):
 
 def test_figures_by_hand(model):
     """Reward and parts from the reward itself, metrics from the metrics themselves, references from the rows."""
-    metrics = [Length(), Distinct((1,), split=list), ROUGE(["rouge1"])]
+    metrics = [Length(), Distinct((1,), split=list), ROUGE("rouge1")]
     result = evaluate(model, ROWS, TOKENIZER, metrics, n=2, reward=length_and_letters, references_column="reply")
     texts = [one.text for one in result.generations]
     rewards = [length_and_letters(one.prompt, Preds(TOKENIZER, one.ids), True) for one in result.generations]
@@ -54,7 +54,7 @@ def test_figures_by_hand(model):
         "reward/letters": np.mean([reward["letters"] for reward in rewards]),
         "length_words": np.mean([len(text.split()) for text in texts]),
         "distinct_1": len(set("".join(texts))) / len("".join(texts)),
-        "rouge1": ROUGE()([""] * 10, texts, references)["rouge1"].value,
+        "rouge1": ROUGE("rouge1")([""] * 10, texts, references)["rouge1"].value,
     }
     assert {name: one.value for name, one in result.figures.items()} == pytest.approx(expected)
     assert result.scores["reward"].per_row.tolist() == pytest.approx(

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,9 +13,23 @@ from transformers import GPT2ForSequenceClassification
 from agents import evaluate
 from agents.pretrain import word_tokenizer
 from tests.models import N_TOKENS, make_policy, tiny
-from textenv import CharTokenizer, Prompt
-from textenv.metrics import BLEU, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Meteor, Perplexity, mean_of, overlap
-from textenv.metrics.bootstrap import difference, estimate, per_prompt, resampled
+from tests.rewards import scores
+from textenv import CharTokenizer, Prompt, metrics, rewards
+from textenv.metrics import (
+    BLEU,
+    METEOR,
+    ROUGE,
+    ChrF,
+    Distinct,
+    IntentAccuracy,
+    Length,
+    Perplexity,
+    SacreBLEU,
+    mean_of,
+)
+from textenv.metrics.bootstrap import difference, estimate, figures_of, per_prompt
+from textenv.metrics.scores import Scores
+from textenv.rewards import overlap_measures
 
 TEXTS = ["the cat sat on the mat .", "a dog", "", "there is a green house", "it rains in spring and autumn"]
 REFERENCES = [
@@ -38,19 +53,25 @@ def streams(references):
 
 def test_rouge_by_hand():
     """4 of 4 words against 5: P = 1, R = 4/5. Bigrams: 2 of 3 against 4. Longest common subsequence: 4."""
-    scores = ROUGE()([""], ["police killed the gunman"], [["police ended and killed the gunman".replace("and ", "")]])
+    kinds = [ROUGE(kind) for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")]
+    rows = [""], ["police killed the gunman"], [["police ended killed the gunman"]]
+    scores = {name: figure for rouge in kinds for name, figure in rouge(*rows).items()}
     assert scores["rouge1"].value == pytest.approx(2 * 1 * 0.8 / 1.8)
     assert scores["rouge2"].value == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     assert scores["rougeL"].value == scores["rougeLsum"].value == pytest.approx(8 / 9)
-    lines = ROUGE()([""], ["b c\na"], [["a\nb c"]])  # sentences in another order: only Lsum takes them one by one
-    assert lines["rougeL"].value == pytest.approx(2 / 3) and lines["rougeLsum"].value == 1.0
+    whole, lines = [rouge([""], ["b c\na"], [["a\nb c"]]) for rouge in kinds[2:]]
+    # sentences in another order: only Lsum takes them one by one
+    assert whole["rougeL"].value == pytest.approx(2 / 3) and lines["rougeLsum"].value == 1.0
+    assert list(ROUGE("rouge1", "recall")([""], ["a"], [["a"]])) == ["rouge1_recall"]
 
 
 def test_rouge_is_the_best_reference_and_the_mean_over_rows():
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
-    for name, scores in ROUGE(use_stemmer=True)(PROMPTS, TEXTS, REFERENCES).items():
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    for name in kinds:
+        scores = ROUGE(name, stem=True)(PROMPTS, TEXTS, REFERENCES)[name]
         best = [max(scorer.score(one, text)[name].fmeasure for one in own) for text, own in zip(TEXTS, REFERENCES)]
         assert scores.per_row.tolist() == pytest.approx(best)
         assert scores.value == pytest.approx(np.mean(best))
@@ -58,13 +79,13 @@ def test_rouge_is_the_best_reference_and_the_mean_over_rows():
 
 def test_rouge_of_characters():
     chinese = [""], ["很好看"], [["不好看"]]
-    assert ROUGE(["rouge1"])(*chinese)["rouge1"].value == 0.0
-    assert ROUGE(["rouge1"], split=list)(*chinese)["rouge1"].value == pytest.approx(2 / 3)
+    assert ROUGE("rouge1")(*chinese)["rouge1"].value == 0.0
+    assert ROUGE("rouge1", split=list)(*chinese)["rouge1"].value == pytest.approx(2 / 3)
 
 
 def without_wordnet(monkeypatch):
-    monkeypatch.setattr(overlap, "installed_wordnet", lambda: None)
-    return Meteor()
+    monkeypatch.setattr(overlap_measures, "installed_wordnet", lambda: None)
+    return METEOR()
 
 
 def test_meteor_by_hand(monkeypatch):
@@ -96,15 +117,8 @@ def test_meteor_with_wordnet_counts_synonyms_and_is_called_meteor(monkeypatch):
 
     rows = [""], ["a car"], [["a auto"]]
     without = without_wordnet(monkeypatch)(*rows)["meteor_without_wordnet"].value
-    monkeypatch.setattr(overlap, "installed_wordnet", WordNet)
-    assert without < Meteor()(*rows)["meteor"].value == pytest.approx(1 - 0.5 / 8)
-
-
-def test_words_are_those_of_nltk():
-    from nltk.tokenize import wordpunct_tokenize
-
-    for text in (*TEXTS, "It's... a well-known (odd) film!?", "很好看。", " "):
-        assert overlap.words_and_marks(text) == wordpunct_tokenize(text)
+    monkeypatch.setattr(overlap_measures, "installed_wordnet", WordNet)
+    assert without < METEOR()(*rows)["meteor"].value == pytest.approx(1 - 0.5 / 8)
 
 
 def test_missing_wordnet_data_is_found_out(monkeypatch):
@@ -114,37 +128,78 @@ def test_missing_wordnet_data_is_found_out(monkeypatch):
     from nltk.corpus import wordnet
 
     if type(wordnet).__name__ == "LazyCorpusLoader":  # else another test has loaded it
-        assert overlap.installed_wordnet() is None
+        assert overlap_measures.installed_wordnet() is None
 
 
 @pytest.mark.parametrize("references", [REFERENCES, [own[:1] for own in REFERENCES]])
-def test_bleu_and_chrf_are_sacrebleus(references):
-    from sacrebleu.metrics import BLEU as SacreBLEU
+def test_sacrebleu_and_chrf_are_those_of_the_corpus(references):
+    from sacrebleu.metrics import BLEU as Theirs
     from sacrebleu.metrics import CHRF
 
-    theirs = SacreBLEU().corpus_score(TEXTS, streams(references)).score
-    assert BLEU()(PROMPTS, TEXTS, references)["sacrebleu"].value == pytest.approx(theirs) and theirs > 10
+    theirs = Theirs().corpus_score(TEXTS, streams(references)).score / 100
+    assert SacreBLEU()(PROMPTS, TEXTS, references)["sacrebleu"].value == pytest.approx(theirs) and theirs > 0.1
     for order, name in ((0, "chrf"), (2, "chrf++")):
-        theirs = CHRF(word_order=order).corpus_score(TEXTS, streams(references)).score
+        theirs = CHRF(word_order=order).corpus_score(TEXTS, streams(references)).score / 100
         assert ChrF(order)(PROMPTS, TEXTS, references)[name].value == pytest.approx(theirs)
 
 
-@pytest.mark.parametrize("metric", [BLEU(), ChrF()], ids=["bleu", "chrf"])
+SAME = {
+    "METEOR": {"wordnet": False},
+    "ROUGE": {"kind": "rouge2", "measure": "recall", "stem": True},
+    "BLEU": {"n": 2},
+    "SacreBLEU": {"lowercase": True},
+    "ChrF": {"word_order": 2},
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_metric_and_the_reward_of_its_name_agree(name):
+    """In options, figures of each row and unit; the figure of all rows is their mean, or that of the counts' sums."""
+    reward, metric = vars(rewards)[name](**SAME[name]), vars(metrics)[name](**SAME[name])
+    earned = [scores(reward, [text], references=own)[0] for text, own in zip(TEXTS, REFERENCES)]
+    figure = metric(PROMPTS, TEXTS, REFERENCES)[reward.name]
+    assert figure.per_row == pytest.approx(earned) and 0 < max(earned) <= 1 and len(set(earned)) > 2
+    is_mean = math.isclose(figure.value, np.mean(earned))
+    assert is_mean == (name not in ("SacreBLEU", "ChrF"))
+
+
+def test_a_reward_and_a_metric_by_hand():
+    """Of 2 and 2 unigrams 2 and 1 match, of 1 and 1 bigrams 1 and 0, which counts 0.1 by nltk, 1/2 by sacrebleu."""
+    texts, references = ["a b", "a x"], [["a b"], ["a b"]]
+    for reward, metric, second in [
+        (rewards.ROUGE("rouge1"), metrics.ROUGE("rouge1"), 1 / 2),
+        (rewards.BLEU(n=2), metrics.BLEU(n=2), math.sqrt(1 / 2 * 0.1)),
+    ]:
+        assert scores(reward, texts, references=["a b"]) == pytest.approx([1.0, second])
+        assert metric(["", ""], texts, references)[metric.name].value == pytest.approx((1.0 + second) / 2)
+    both = rewards.SacreBLEU(), metrics.SacreBLEU()
+    assert scores(both[0], texts, references=["a b"]) == pytest.approx([1.0, math.sqrt(1 / 2 * 1 / 2)])
+    corpus = both[1](["", ""], texts, references)["sacrebleu"]
+    assert corpus.value == pytest.approx(math.sqrt(3 / 4 * 1 / 2))  # 3 of 4, 1 of 2: no mean
+
+
+@pytest.mark.parametrize("metric", [SacreBLEU(), ChrF()], ids=["bleu", "chrf"])
 def test_a_resampled_corpus_score_is_that_of_the_resampled_corpus(metric):
     """The sums of the rows' counts stand for the rows."""
     (scores,) = metric(PROMPTS, TEXTS, REFERENCES).values()
-    rows = np.random.default_rng(3).integers(len(TEXTS), size=len(TEXTS))
-    (drawn,) = metric(PROMPTS, [TEXTS[i] for i in rows], [REFERENCES[i] for i in rows]).values()
-    assert resampled(scores, seed=3, n_resamples=1)[0] == pytest.approx(drawn.value)
+    n = len(TEXTS)
+    resamples = np.random.default_rng(3).integers(n, size=(4, n))
+    without_one = np.array([[i for i in range(n) if i != left_out] for left_out in range(n)])
+    for drawn in (resamples, without_one):
+        figures = []
+        for rows in drawn:
+            (figure,) = metric([""] * len(rows), [TEXTS[i] for i in rows], [REFERENCES[i] for i in rows]).values()
+            figures.append(figure.value)
+        assert figures_of(scores, drawn) == pytest.approx(figures) and len(set(figures)) > 2
 
 
-def test_bleu_by_hand():
+def test_sacrebleu_by_hand():
     """Precisions 5/6, 3/5, 1/4 and none of 3, smoothed to 1/2 of 1/3; equally long."""
-    score = BLEU()([""], ["the cat sat on the mat"], [["the cat was on the mat"]])["sacrebleu"].value
-    assert score == pytest.approx(100 * (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25)
+    score = SacreBLEU()([""], ["the cat sat on the mat"], [["the cat was on the mat"]])["sacrebleu"].value
+    assert score == pytest.approx((5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25)
 
 
-@pytest.mark.parametrize("metric", [ROUGE(), Meteor(), BLEU(), ChrF()])
+@pytest.mark.parametrize("metric", [ROUGE(), METEOR(), BLEU(), SacreBLEU(), ChrF()])
 def test_a_text_without_references_is_named(metric):
     with pytest.raises(ValueError, match=r"references for each text, got \[\] for row 1: name the column"):
         metric(["", ""], ["a", "b"], [["a"], []])
@@ -154,9 +209,14 @@ def test_a_text_without_references_is_named(metric):
         metric(["", ""], ["a", "b"], [["a"]])
 
 
-def test_unknown_types_are_refused():
-    with pytest.raises(ValueError, match=r"Expected `types` among .* got \['rougeX'\]"):
-        ROUGE(["rougeX"])
+def test_unknown_kinds_and_splits_are_refused():
+    with pytest.raises(ValueError, match=r"Expected `kind` to be one of \['rouge1', .* got 'rougeX'"):
+        ROUGE("rougeX")
+    with pytest.raises(ValueError, match="Expected either `stem` or `split`, got both"):
+        ROUGE(stem=True, split=list)
+    for measure in (ROUGE, METEOR):
+        with pytest.raises(ValueError, match="Expected `split` to be a function from a text to its words, got 'list'"):
+            measure(split="list")
 
 
 # Surface
@@ -247,6 +307,32 @@ def test_an_interval_is_that_of_the_normal_approximation():
     assert estimate(mean_of(values)) == result != estimate(mean_of(values), seed=1)
 
 
+def test_an_interval_is_scipys():
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(4).lognormal(size=30)
+    squared = mean_of(values)._replace(figure=lambda sums: (sums[0] / sums[1]) ** 2)
+    for statistic, figure in [(np.mean, mean_of(values)), (lambda x, axis: x.mean(axis) ** 2, squared)]:
+        options = {"n_resamples": 400, "rng": np.random.default_rng(5), "batch": 100}
+        theirs = bootstrap((values,), statistic, **options).confidence_interval
+        found = estimate(figure, seed=5, n_resamples=400)
+        assert (found.low, found.high) == pytest.approx(tuple(theirs))
+    # skewed to the right: the interval reaches further up than down, which percentiles of a mean do less
+    assert found.high - found.value > 1.3 * (found.value - found.low)
+
+
+def test_rows_without_a_spread():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert estimate(mean_of([0.1] * 10)) == pytest.approx((0.1, 0.1, 0.1))
+        assert estimate(mean_of([0.0] * 3)) == (0.0, 0.0, 0.0)
+        assert estimate(mean_of([3.0])) == (3.0, None, None)  # a single one says nothing of it
+        assert estimate(mean_of([0.0, 1.0])) == (0.5, 0.0, 1.0)
+        assert difference(mean_of([1.0, 2.1, 3.3]), mean_of([0.0, 1.1, 2.3])) == pytest.approx((1.0, 1.0, 1.0))
+        some_are_empty = Scores(np.array([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))  # 8 of 27 draws have no figure
+        assert estimate(some_are_empty) == (0.5, None, None)
+
+
 def test_a_paired_difference_is_surer_than_two_figures():
     generator = np.random.default_rng(2)
     before = generator.normal(0.0, 5.0, size=200)
@@ -266,7 +352,8 @@ def test_texts_of_one_prompt_are_drawn_together():
 
 
 def test_metrics_are_imported_without_torch_and_the_libraries():
-    code = "import sys, textenv.metrics; print(*{'torch', 'transformers', 'nltk', 'sacrebleu'} & set(sys.modules))"
+    libraries = {"torch", "transformers", "nltk", "sacrebleu", "scipy"}
+    code = f"import sys, textenv.metrics, textenv.metrics.bootstrap; print(*{libraries} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
 

@@ -70,7 +70,7 @@ LOOKED_AT = {
         "textenv.rewards.human": "HumanReward",
         "textenv.rewards.lexicon": "Vader",
         "textenv.rewards.likelihood": "Likelihood",
-        "textenv.rewards.overlap": "Bleu Chrf Meteor Rouge SacreBleu",
+        "textenv.rewards.overlap": "BLEU ChrF METEOR ROUGE SacreBLEU",
         "textenv.rewards.preference": "Preference",
         "textenv.rewards.rules": "Format Keyword Length Regex Repetition",
         "textenv.rewards.similarity": "Similarity",
@@ -80,7 +80,7 @@ LOOKED_AT = {
     JUDGE: {},
     METRIC: {
         "textenv.metrics.model": "IntentAccuracy Perplexity",
-        "textenv.metrics.overlap": "BLEU ChrF Meteor ROUGE",
+        "textenv.metrics.overlap": "BLEU ChrF METEOR ROUGE SacreBLEU",
         "textenv.metrics.surface": "Distinct Length",
     },
     MASK: {

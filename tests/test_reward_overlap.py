@@ -8,32 +8,33 @@ import pytest
 
 from tests.rewards import scores
 from textenv.rewarding import RewardError
-from textenv.rewards import Bleu, Chrf, Meteor, Rouge, SacreBleu, Vader, make_reward, overlap
+from textenv.rewards import BLEU, METEOR, ROUGE, ChrF, SacreBLEU, Vader, make_reward
+from textenv.wordnet import NoWordNet
 
 TEXTS = ["the cat sat on the mat .", "a cat was sitting here", "", "on the mat the cat sat", "nothing at all"]
 REFERENCES = ["the cat sat on a mat .", "the cats sat down on the mat"]
-ALL = [Meteor(wordnet=False), Rouge(), Rouge("rouge2", "recall", stem=True), Bleu(), SacreBleu(), Chrf(), Chrf(2)]
+ALL = [METEOR(wordnet=False), ROUGE(), ROUGE("rouge2", "recall", stem=True), BLEU(), SacreBLEU(), ChrF(), ChrF(2)]
 
 
 def test_meteor_by_hand():
     # 6 words of 7 match exactly in two chunks: P = R = 6/7, penalty 0.5 (2/6)^3; a synonym is no match.
-    [score] = scores(Meteor(wordnet=False), ["the cat sat on one mat ."], references=REFERENCES[:1])
+    [score] = scores(METEOR(wordnet=False), ["the cat sat on one mat ."], references=REFERENCES[:1])
     assert score == pytest.approx((1 - 0.5 * (2 / 6) ** 3) * 6 / 7)
 
 
 def test_rouge_by_hand():
     text, reference = ["a b d c"], ["a b c"]
-    assert scores(Rouge("rouge1"), text, references=reference) == [pytest.approx(2 * 3 / (4 + 3))]
-    assert scores(Rouge("rougeL", "precision"), text, references=reference) == [3 / 4]
-    assert scores(Rouge("rouge2", "recall"), text, references=reference) == [1 / 2]
-    assert scores(Rouge("rouge1", "recall"), text, references=["x", "a", "a b c"]) == [1.0]
+    assert scores(ROUGE("rouge1"), text, references=reference) == [pytest.approx(2 * 3 / (4 + 3))]
+    assert scores(ROUGE("rougeL", "precision"), text, references=reference) == [3 / 4]
+    assert scores(ROUGE("rouge2", "recall"), text, references=reference) == [1 / 2]
+    assert scores(ROUGE("rouge1", "recall"), text, references=["x", "a", "a b c"]) == [1.0]
 
 
 def test_bleu_by_hand():
     # 3 of 3 words, 1 of 2 pairs, and shorter than the reference: exp(1 - 4/3)
-    [score] = scores(Bleu(n=2), ["a b d"], references=["a b c d"])
+    [score] = scores(BLEU(n=2), ["a b d"], references=["a b c d"])
     assert score == pytest.approx(math.sqrt(1 / 2) * math.exp(1 - 4 / 3))
-    assert scores(Bleu(), [""], references=["a"]) == [0.0]
+    assert scores(BLEU(), [""], references=["a"]) == [0.0]
 
 
 def test_same_as_the_libraries():
@@ -51,9 +52,7 @@ def test_same_as_the_libraries():
         "bleu": [
             bleu_score.sentence_bleu(split, text.split(), smoothing_function=smooth) if text else 0.0 for text in TEXTS
         ],
-        "meteor": [
-            meteor_score.meteor_score(split, wordpunct_tokenize(text), wordnet=overlap.NoWordNet()) for text in TEXTS
-        ],
+        "meteor": [meteor_score.meteor_score(split, wordpunct_tokenize(text), wordnet=NoWordNet()) for text in TEXTS],
     }
     for name, expected in theirs.items():
         reward = make_reward(name, **({"wordnet": False} if name == "meteor" else {}))
@@ -93,8 +92,8 @@ def test_meteor_with_wordnet_and_without(monkeypatch):
     monkeypatch.setattr(nltk.corpus, "wordnet", Synonyms())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        meteors = [Meteor(), Meteor(wordnet=True), Meteor(wordnet=False)]
-    assert [one.label for one in meteors] == ["METEOR", "METEOR", "METEOR (without WordNet)"]
+        meteors = [METEOR(), METEOR(wordnet=True), METEOR(wordnet=False)]
+    assert [one.name for one in meteors] == ["meteor", "meteor", "meteor_without_wordnet"]
     found = [scores(one, ["a big dog"], references=["a tall dog"])[0] for one in meteors]
     assert found[0] == found[1] == pytest.approx(1 - 0.5 / 27)
     assert found[2] == pytest.approx((1 - 0.5) * 2 / 3)
@@ -112,9 +111,9 @@ def test_meteor_says_that_wordnet_is_missing(monkeypatch):
 
     monkeypatch.setattr(nltk.corpus, "wordnet", Missing())
     with pytest.warns(UserWarning, match="without WordNet"):
-        assert Meteor().label == "METEOR (without WordNet)"
+        assert METEOR().name == "meteor_without_wordnet"
     with pytest.raises(LookupError, match=r"nltk.download\('wordnet'\)"):
-        Meteor(wordnet=True)
+        METEOR(wordnet=True)
 
 
 def test_vader_by_hand():
@@ -126,7 +125,7 @@ def test_vader_by_hand():
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: Rouge("rouge"), lambda: Rouge(measure="f1"), lambda: Bleu(0), lambda: Vader("all")]
+    "build", [lambda: ROUGE("rouge"), lambda: ROUGE(measure="f1"), lambda: BLEU(0), lambda: Vader("all")]
 )
 def test_wrong_options(build):
     with pytest.raises(ValueError, match=r"Expected .*got"):

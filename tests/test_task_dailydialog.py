@@ -17,7 +17,7 @@ from tests.models import N_ROWS, make_ppo, tiny
 from tests.training import tiny_agent, tiny_config
 from textenv import CharTokenizer, EndReason, Preds, Prompt
 from textenv.completion import Turn
-from textenv.rewards import DROPPED, BatchReward, Meteor, RowReward, Scale, WeightedSum
+from textenv.rewards import DROPPED, METEOR, BatchReward, RowReward, Scale, WeightedSum
 from textenv.tasks.dailydialog import (
     Conversation,
     DailyDialog,
@@ -180,7 +180,7 @@ def test_the_default_reward_is_that_of_the_classifier_and_meteor(monkeypatch):
     env.reset()
     info = write(env, "who is there\n")[-1]
     prompt, preds = env.prompts[0], Preds(TOKENIZER, TOKENIZER.encode("who is there"))
-    meteor = Meteor(wordnet=False)(prompt, preds, True)
+    meteor = METEOR(wordnet=False)(prompt, preds, True)
     assert 0.5 < meteor < 1
     assert info["reward_parts"] == {"intent": 0.0, "meteor": pytest.approx(meteor)}
     weighted = intent_and_meteor("my/intents", weights={"intent": 0.5})

@@ -12,19 +12,21 @@ from textenv.rewards.compose import Cached, Clip, Ensemble, Gate, Scale, Weighte
 from textenv.rewards.http_judge import ChatJudge, HTTPJudge
 from textenv.rewards.human import HumanReward
 from textenv.rewards.lexicon import Vader
-from textenv.rewards.overlap import Bleu, Chrf, Meteor, Rouge, SacreBleu
+from textenv.rewards.overlap import BLEU, METEOR, ROUGE, ChrF, SacreBLEU
 from textenv.rewards.registry import make_reward, read_reward, register_reward
 from textenv.rewards.rules import Format, Keyword, Length, Regex, Repetition
 
 __all__ = [
+    "BLEU",
     "DROPPED",
+    "METEOR",
+    "ROUGE",
     "AsyncFunction",
     "AsyncReward",
     "BatchReward",
-    "Bleu",
     "Cached",
     "ChatJudge",
-    "Chrf",
+    "ChrF",
     "Clip",
     "Ensemble",
     "Format",
@@ -33,13 +35,11 @@ __all__ = [
     "HumanReward",
     "Keyword",
     "Length",
-    "Meteor",
     "Regex",
     "Repetition",
-    "Rouge",
     "RowError",
     "RowReward",
-    "SacreBleu",
+    "SacreBLEU",
     "Scale",
     "Vader",
     "WeightedSum",

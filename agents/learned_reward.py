@@ -1,4 +1,4 @@
-"""A reward that is a model of people's answers, and learns again when there are more."""
+"""A reward model of people's answers that is trained again as more of them come in."""
 
 from __future__ import annotations
 
@@ -26,20 +26,24 @@ from .reward_model import train_reward_model
 
 @dataclass
 class LearnedReward(BatchReward):
-    """The score of a reward model that is trained anew on all answers whenever `fit` is called.
+    """The score of a reward model that each call of `fit` trains from its start on all answers so far.
 
-    For `textenv.rewards.HumanReward(..., learned=LearnedReward(...))`, which calls `fit`; before, there is no score.
-    Each training starts from `model`, so that it does not matter in which portions the answers came. Scores are
-    normalised to mean 0 and deviation 1 over the texts that were trained on.
+    Meant for `textenv.rewards.HumanReward(..., learned=LearnedReward(...))`, which calls `fit`. Each training starts
+    from `model`, so the portions in which the answers came in make no difference. Scores are normalised to mean 0 and
+    standard deviation 1 over the texts of the training data.
 
     Args:
-        model: What each training starts from: a name or folder of a language or reward model; "demo" is the built-in.
-        folder: Where the newest reward model is kept, in a configuration below the current folder; a temporary folder
-            by default.
-        n_epochs: Passes over the answers: they are few.
-        batch_size: Answers of a minibatch.
-        learning_rate: The peak.
-        seed: Of a fresh head and of the order of the answers.
+        model: The model that each training starts from: a language or reward model, as a folder or a name on the hub;
+            "demo" is the built-in model.
+        folder: Where the newest reward model is kept; None for a temporary folder. A configuration may only name a
+            folder below the current one.
+        n_epochs: Passes over the answers: ten, since they are few.
+        batch_size: Answers in a minibatch.
+        learning_rate: The peak of its schedule.
+        seed: Seeds a fresh head and the order of the answers.
+
+    Raises:
+        RuntimeError: If it is asked for a score before the first `fit`.
 
     Example:
         >>> from textenv.feedback.records import Answer
@@ -64,16 +68,16 @@ class LearnedReward(BatchReward):
         self._temporary: Any = None
 
     def fit(self, answers: Sequence[Answer]) -> None:
-        """Train on the answers, all there are.
+        """Train the reward model on all answers.
 
         Raises:
-            ValueError: If none of them says which text is better.
+            ValueError: If no answer says which text is better.
         """
         if self.folder is None and self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="textenv-")  # removed with this object
         folder = f"{self._temporary.name}/model" if self.folder is None else self.folder
         verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # a fresh head is news the first time at most
+        transformers_logging.set_verbosity_error()  # each `fit` would warn of the fresh head again
         try:
             self._train(answers, folder)
         finally:
@@ -81,7 +85,7 @@ class LearnedReward(BatchReward):
         self._scorer = Preference(folder, stats="stored")
 
     def _train(self, answers: Sequence[Answer], folder: str) -> None:
-        with torch.enable_grad():  # a rollout and an evaluation build no graph
+        with torch.enable_grad():  # `generation.run_episodes` scores its texts without gradients
             train_reward_model(
                 self.model,
                 load_tokenizer(self.model),
@@ -91,12 +95,12 @@ class LearnedReward(BatchReward):
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 seed=self.seed,
-                overwrite=True,  # what was learned from fewer answers
+                overwrite=True,  # the model of fewer answers
                 progress_bar=False,
             )
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
-        """Return a number a row.
+        """Return the score of each row.
 
         Raises:
             RuntimeError: Before the first `fit`.

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from textenv.completion import Preds
+from textenv.extras import needs
 from textenv.failures import Failures, OnFailure, RowError
 from textenv.prompts import Prompt
 from textenv.rewarding import Score, ScoreAt, check_rewards
@@ -78,6 +79,7 @@ class AsyncReward(BatchReward):
             raise ValueError(f"Expected `time_limit` to be positive, got {self.time_limit}.")
         if self.retries < 0 or not self.backoff >= 0:
             raise ValueError(f"Expected `retries` and `backoff` of 0 or more, got {self.retries} and {self.backoff}.")
+        _load_tenacity()
         self.failures = Failures(self.on_failure)
         self.may_drop = self.on_failure == "drop"
 
@@ -129,22 +131,32 @@ class AsyncReward(BatchReward):
 
     async def _answer(self, row: int, prompt: Prompt, preds: Preds) -> Score | Exception:
         """Return the score of a row, or why it has none."""
-        jitter, failure = Random(row), Exception("never asked")  # rows differ, and nobody else's numbers are drawn
-        for attempt in range(self.retries + 1):
-            if attempt > 0:
-                await asyncio.sleep(self._pause(attempt, failure, jitter))
-            try:
-                value = await asyncio.wait_for(self._ask(prompt, preds), self.time_limit)
-                return check_rewards([value], [prompt], [preds])[0].score
-            except TimeoutError:
-                failure = RowError(f"no answer within {self.time_limit:g} s")
-            except Exception as error:
-                failure = error
-            if isinstance(failure, RowError) and not failure.again:
-                return failure
-            if isinstance(failure, RowError) and failure.wait > LONGEST_WAIT:
-                return RowError(f"{failure}; to be asked again in {failure.wait:.0f} s, over {LONGEST_WAIT:.0f}")
-        return failure
+        tenacity = _load_tenacity()
+        jitter = Random(row)  # rows wait for different times, and the generators of others are left alone
+        # One object a row: tenacity keeps the state of an attempt in it (`BaseRetrying.iter_state`).
+        attempts = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(_is_worth_another),
+            stop=tenacity.stop_after_attempt(self.retries + 1),
+            wait=lambda state: self._pause(state.attempt_number, state.outcome.exception(), jitter),
+            reraise=True,
+        )
+        try:
+            return await attempts(self._ask_once, prompt, preds)
+        except Exception as error:
+            return error
+
+    async def _ask_once(self, prompt: Prompt, preds: Preds) -> Score:
+        """Return the checked score of a row, or raise why this attempt has none."""
+        try:
+            value = await asyncio.wait_for(self._ask(prompt, preds), self.time_limit)
+            return check_rewards([value], [prompt], [preds])[0].score
+        except TimeoutError as error:
+            raise RowError(f"no answer within {self.time_limit:g} s") from error
+        except RowError as error:
+            if error.again and error.wait > LONGEST_WAIT:
+                message = f"{error}; to be asked again in {error.wait:.0f} s, over {LONGEST_WAIT:.0f}"
+                raise RowError(message, again=False) from error
+            raise
 
     async def _ask(self, prompt: Prompt, preds: Preds) -> Score:
         try:
@@ -152,9 +164,21 @@ class AsyncReward(BatchReward):
         except SystemExit as error:  # in a task it would end the event loop, and with it the other rows
             raise RowError(f"SystemExit: {error}") from error
 
-    def _pause(self, attempt: int, failure: Exception, jitter: Random) -> float:
-        pause = min(self.backoff * 2 ** (attempt - 1) * jitter.uniform(0.5, 1.5), LONGEST_WAIT)
-        return max(pause, failure.wait) if isinstance(failure, RowError) else pause
+    def _pause(self, n_attempts: int, error: BaseException, jitter: Random) -> float:
+        """Return the seconds to wait after so many attempts, of which the last ended with the error."""
+        pause = min(self.backoff * 2 ** (n_attempts - 1) * jitter.uniform(0.5, 1.5), LONGEST_WAIT)
+        return max(pause, error.wait) if isinstance(error, RowError) else pause
+
+
+def _is_worth_another(error: BaseException) -> bool:
+    # A cancelled attempt, which is no `Exception`, is not made again.
+    return error.again if isinstance(error, RowError) else isinstance(error, Exception)
+
+
+def _load_tenacity() -> Any:
+    with needs("judge", "tenacity", "an AsyncReward"):
+        import tenacity
+    return tenacity
 
 
 _is_called = is_called_with("prompt", "preds")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from textenv.json_files import read_json
 
 from .buffers import SequenceRolloutBuffer, step_name
-from .distributed import is_main_process, once, raise_together
+from .distributed import once, raise_together
 from .files import replaced_folder, restore_folder
 from .manifest import (
     CheckpointError,
@@ -43,6 +43,7 @@ from .shard_files import Tensors, read_shards, read_tensors, replaced_together, 
 from .sharding import Shards, gathered, local, placed, released
 from .transitions import Transitions
 from .waiting import EndedEpisode
+from .world import is_main_process
 
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
 FILES = ("policy", "optimizer", "episodes", "waiting", "token_sets", "generators")

@@ -11,9 +11,10 @@ import torch
 from gymnasium.utils import seeding
 from torch import Tensor
 
-from .distributed import gather, world
+from .distributed import gather
 from .policies import LMPolicy
 from .vec_env import TextVecEnv
+from .world import world
 
 OWN_TENSORS = ("episodes", "waiting", "token_sets", "generators")
 OWN_META = ("episodes", "env", "python_random", "numpy_random", "minibatches", "remembered")

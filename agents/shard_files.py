@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, zeros
 
-from .distributed import from_main, is_main_process, raise_together, world
+from .distributed import from_main, raise_together
 from .manifest import CheckpointError
 from .sharding import Shards
+from .world import is_main_process, world
 
 FOLDER = "shards"
 Tensors = dict[str, dict[str, Tensor]]  # by file, by name

@@ -21,7 +21,7 @@ from textenv.prompts import PromptLike
 from textenv.tokenizer import Tokenizer
 
 from .actor_critic import LMActorCritic
-from .distributed import from_main, is_main_process, once, world
+from .distributed import from_main, once
 from .evaluation import Evaluation, evaluate
 from .exporting import export
 from .files import restore_folder, write_text
@@ -31,6 +31,7 @@ from .policies import LMPolicy
 from .shard_files import replaced_together
 from .sharding import gathered
 from .storage import explain, is_full
+from .world import is_main_process, world
 
 BEST = {"figure": str, "value": float, "num_timesteps": int}
 HISTORY = [{"num_timesteps": int, "figures": {str: (float, None)}}]

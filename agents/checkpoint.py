@@ -26,6 +26,7 @@ from .distributed import once, raise_together
 from .files import replaced_folder, restore_folder
 from .manifest import (
     CheckpointError,
+    newest_intact,
     numbered,
     of_our_making,
     read_manifest,
@@ -46,7 +47,7 @@ from .waiting import EndedEpisode
 from .world import is_main_process
 
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
-FILES = ("policy", "optimizer", "episodes", "waiting", "token_sets", "generators")
+FILES = ("policy", "optimizer", "episodes", "waiting", "token_sets", "generators", "probe")
 STATE = {
     "counters": dict.fromkeys(COUNTERS, float),
     "episodes": [dict],
@@ -56,6 +57,7 @@ STATE = {
     "numpy_random": list,
     "minibatches": dict,
     "steps": dict,
+    "remembered": dict,
 }
 
 
@@ -182,9 +184,8 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     with of_our_making(path):
         tensors, meta = _read(path, lm.shards)
         _load(model, tensors, meta)
-        if "probe" in tensors:
-            with gathered(lm):
-                check_probe(lm.backbone, tensors["probe"]["logits"], read_manifest(path)["versions"], versions())
+        with gathered(lm):
+            check_probe(lm.backbone, tensors["probe"]["logits"], read_manifest(path)["versions"], versions())
 
 
 def _read(path: Path, shards: Shards | None) -> tuple[Tensors, dict[str, Any]]:
@@ -237,7 +238,7 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
     for step in buffer.before_returns:
         if isinstance(step, RolloutStep) and step_name(step) in buffer.saved_steps:
             step.load_state_dict(*buffer.saved_steps.pop(step_name(step)))
-    buffer.remembered = dict(meta.get("remembered", {}))  # checkpoints of before have none
+    buffer.remembered = dict(meta["remembered"])
     for name in buffer.remembering.keys() & buffer.remembered.keys():
         buffer.remembering[name].load_state_dict(buffer.remembered.pop(name))
     if is_elsewhere:
@@ -248,13 +249,7 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """Return the newest checkpoint in a folder of them that verifies, by timesteps, or None."""
-    found = []
-    for path in Path(folder).glob("*/manifest.json"):
-        try:
-            found.append((verify_checkpoint(path.parent), path.parent))
-        except CheckpointError:
-            continue  # what was damaged is passed over; resuming says which one it took
-    return max(found)[1] if found else None
+    return newest_intact(folder, name=None)[0]
 
 
 def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: int) -> Path:
@@ -335,7 +330,7 @@ def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) 
                 fields["tokens"],
                 int(fields["n_prompt"]),
                 part,
-                bool(fields.get("is_dropped", False)),  # checkpoints of before have none
+                bool(fields["is_dropped"]),
             )
         else:
             buffer.waiting[int(where)] = part

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from textenv.json_files import read_json
 
 from .files import sha256, sync
 
-FORMAT = 1
+FORMAT = 2  # of what a checkpoint holds; another one is refused, older ones included
 MANIFEST = "manifest.json"
 SHAPE = {
     "format": int,
@@ -78,16 +79,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint, as it was written.
 
     Raises:
-        CheckpointError: If there is none, it is of a newer format, or anything in it has changed.
+        CheckpointError: If there is none, it is of another format, or anything in it has changed.
     """
     file = folder / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"Expected a checkpoint in {folder}, got no {MANIFEST} there.")
     try:
-        if (format := read_json(file, {"format": int})["format"]) > FORMAT:
-            raise CheckpointError(
-                f"Expected format {FORMAT} or older, got {format}: install a newer textenv to read {folder}."
+        if (format := read_json(file, {"format": int})["format"]) != FORMAT:
+            cure = (
+                "install a newer textenv to read it" if format > FORMAT else "only the textenv that wrote it reads it"
             )
+            raise CheckpointError(f"Expected format {FORMAT} in {file}, got {format}: {cure}.")
         manifest = read_json(file, SHAPE)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
@@ -149,12 +151,12 @@ def of_our_making(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def newest_intact(folder: str | os.PathLike[str], name: str = "step") -> tuple[Path | None, list[str]]:
+def newest_intact(folder: str | os.PathLike[str], name: str | None = "step") -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint of a folder that verifies, or None, and what is wrong with newer ones.
 
     Args:
-        folder: Where they are.
-        name: What their names begin with: behind it stands how far the training was.
+        folder: The folder that holds the checkpoints.
+        name: What their names begin with, as for `numbered`.
     """
     damage = []
     for path in numbered(folder, name):
@@ -167,10 +169,27 @@ def newest_intact(folder: str | os.PathLike[str], name: str = "step") -> tuple[P
     return None, damage
 
 
-def numbered(folder: str | os.PathLike[str], name: str = "step") -> list[Path]:
-    """Return the checkpoints of a folder, intact or not, the newest first: "step_12", or "name-12"."""
-    found = []
-    for path in Path(folder).glob(f"{name}[-_]*"):
-        if number := re.fullmatch(rf"{name}[-_](\d+)", path.name, re.ASCII):
-            found.append((int(number[1]), path))
-    return [path for _, path in sorted(found, reverse=True)]
+def numbered(folder: str | os.PathLike[str], name: str | None = "step") -> list[Path]:
+    """Return the checkpoints of a folder, intact or not, the newest first by the number of steps.
+
+    Args:
+        folder: The folder that holds the checkpoints.
+        name: What their names begin with, before "_" or "-" and the number of steps: "step" for "step_12". None takes
+            all folders that have a manifest, by the number of steps that it says.
+    """
+    steps: dict[Path, int] = {}
+    for path in Path(folder).glob("*"):
+        if name is not None:
+            if number := re.fullmatch(rf"{name}[-_](\d+)", path.name, re.ASCII):
+                steps[path] = int(number[1])
+        elif (path / MANIFEST).is_file():
+            steps[path] = _steps_of(path)
+    return sorted(steps, key=lambda path: (steps[path], path), reverse=True)
+
+
+def _steps_of(folder: Path) -> int:
+    """Return how many steps the manifest of a checkpoint says; more than any, where the manifest is damaged."""
+    try:
+        return int(read_manifest(folder)["num_timesteps"])
+    except CheckpointError:
+        return sys.maxsize  # first, so that the damage is reported whichever checkpoint is intact

@@ -28,9 +28,10 @@ from .files import restore_folder, write_text
 from .kl import KLPenalty
 from .output_folders import check_output, output_folder
 from .policies import LMPolicy
+from .refusal import is_full
 from .shard_files import replaced_together
 from .sharding import gathered
-from .storage import explain, is_full
+from .storage import explain
 from .world import is_main_process, world
 
 BEST = {"figure": str, "value": float, "num_timesteps": int}

@@ -12,9 +12,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from .checkpoint import is_between_iterations, save_step
 from .interrupts import Interrupts
 from .manifest import newest_intact
-from .refusal import CommandError, Interrupted, NumericsError, StorageError
+from .refusal import CommandError, Interrupted, NumericsError, StorageError, is_full
 from .run_folder import RunFolder
-from .storage import explain, is_full
+from .storage import explain
 
 BYTES_A_WEIGHT = 12  # itself and the two moments of AdamW, in float32
 

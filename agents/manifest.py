@@ -1,4 +1,4 @@
-"""What is in a checkpoint's folder, file by file, so that damage is noticed before anything is loaded."""
+"""The manifest of a checkpoint: size and hash of each file, by which damage is noticed before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from .files import sha256, sync
 
 FORMAT = 2  # of what a checkpoint holds; another one is refused, older ones included
 MANIFEST = "manifest.json"
-SHAPE = {
+SHAPE = {  # for `read_json`
     "format": int,
     "num_timesteps": int,
     "versions": {str: str},
     "files": {str: {"size": int, "sha256": str}},
-    "sha256": str,  # of the rest, so that nothing in it changes unnoticed
+    "sha256": str,  # of the manifest without this entry, so that a change of it is noticed, too
 }
 
+# What loading may raise where a file verifies and has another content than was saved.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -40,7 +41,7 @@ class CheckpointError(ValueError):
 
 
 def write_manifest(folder: Path, num_timesteps: int) -> None:
-    """Write "manifest.json": what is in a checkpoint's folder, and the versions that wrote it."""
+    """Write "manifest.json" into a checkpoint's folder: its files, and the versions of the libraries."""
     manifest = {
         "format": FORMAT,
         "num_timesteps": num_timesteps,
@@ -56,7 +57,7 @@ def write_manifest(folder: Path, num_timesteps: int) -> None:
 
 
 def seal(folder: Path, num_timesteps: int) -> None:
-    """Make a checkpoint of a folder that was written in place: all on the disk, and then the manifest."""
+    """Make a checkpoint of a folder that was written in place: sync its files to the disk, then write the manifest."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(folder.rglob("*")):
         sync(path)
@@ -66,7 +67,7 @@ def seal(folder: Path, num_timesteps: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Return the versions of the libraries that results depend on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -76,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, as it was written.
+    """Return the manifest of a checkpoint, once it is known to be as it was written.
 
     Raises:
         CheckpointError: If there is none, it is of another format, or anything in it has changed.
@@ -109,10 +110,10 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
     """Check every file of a checkpoint against its manifest.
 
     Returns:
-        The number of timesteps at which it was saved.
+        The number of timesteps (tokens) at which it was saved.
 
     Raises:
-        CheckpointError: Naming the file, what was expected and what is there.
+        CheckpointError: With the file, what was expected and what is there.
     """
     path = Path(folder)
     manifest = read_manifest(path)
@@ -121,8 +122,8 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
         try:
             size = file.stat().st_size if file.is_file() else None
             if size != entry["size"]:
-                found = "missing" if size is None else f"{size} bytes"
-                raise CheckpointError(f"{file}: {found}, manifest says {entry['size']}.")
+                actual = "missing" if size is None else f"{size} bytes"
+                raise CheckpointError(f"{file}: {actual}, manifest says {entry['size']}.")
             if sha256(file) != entry["sha256"]:
                 raise CheckpointError(
                     f"{file}: its content is not what was written (another sha256 than the manifest's)."
@@ -134,10 +135,13 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
 
 @contextmanager
 def of_our_making(folder: Path) -> Iterator[None]:
-    """Refuse, within, what verifies and still cannot be loaded: files that somebody made by hand.
+    """Turn errors of loading into a `CheckpointError`: the files verify and were still not saved by us, but by hand.
+
+    Args:
+        folder: The checkpoint, which the error names.
 
     Raises:
-        CheckpointError: For what is raised within that says so.
+        CheckpointError: In place of any error within that says that a file has an unexpected content.
     """
     try:
         yield

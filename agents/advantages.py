@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from .distributed import moments, world
+from .distributed import moments
 from .transitions import Transitions
+from .world import world
 
 Advantage = Literal["gae", "grpo", "grpo_mean", "rloo"]
 

@@ -18,7 +18,7 @@ from textenv.rewarding import RewardError
 from .actor_critic import LMActorCritic
 from .advantages import Advantage, carry, group_advantages, mean_and_deviation
 from .critic import TrunkCritic
-from .distributed import raise_together, world
+from .distributed import raise_together
 from .importance import Correction
 from .minibatches import deal
 from .sequences import SequenceBatch, pad_sequences
@@ -26,6 +26,7 @@ from .token_sets import AllowedTokens, TokenSets
 from .transitions import RolloutView, Segment, SequenceSamples, Transitions, joined
 from .value_norm import Scale, scales_of
 from .waiting import EndedEpisode, RolloutGroups
+from .world import world
 
 
 class SequenceRolloutBuffer(RolloutBuffer):

@@ -28,7 +28,7 @@ from textenv.tokenizer import Tokenizer
 from .checkpoint import is_between_iterations, save_step
 from .curves import CURVES, check_matplotlib, check_picture, draw_curves
 from .data_parallel import merge
-from .distributed import gather, is_main_process
+from .distributed import gather
 from .generation import Generation, generate
 from .policies import LMPolicy
 from .reward_share import RewardShare
@@ -36,6 +36,7 @@ from .rollout_steps import remember
 from .scored import ScoredEpisodes
 from .sharding import gathered
 from .vec_env import TextVecEnv
+from .world import is_main_process
 
 MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
 

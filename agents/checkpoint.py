@@ -1,11 +1,10 @@
-"""A run's whole state as a folder of safetensors and JSON: written whole or not at all, verified, never unpickled."""
+"""The whole state of training as a folder of safetensors and JSON: written whole or not at all, never unpickled."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import random
 import shutil
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from textenv.json_files import read_json
 
 from .buffers import SequenceRolloutBuffer, step_name
-from .distributed import is_main_process, once, raise_together
+from .distributed import once, raise_together
 from .files import replaced_folder, restore_folder
 from .manifest import (
     CheckpointError,
+    newest_intact,
     numbered,
     of_our_making,
     read_manifest,
@@ -37,16 +37,19 @@ from .optim import load_optimizer, optimizer_state
 from .output_folders import output_folder
 from .policies import LMPolicy
 from .probe import check_probe, probe_logits
-from .rank_states import add_other_ranks, choose_own, go_on_elsewhere, reseed
+from .random_states import generator_meta, generator_tensors, load_generators
+from .rank_states import add_other_ranks, begin_behind, reseed, take_own_rank
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
 from .shard_files import Tensors, read_shards, read_tensors, replaced_together, write_shards
 from .sharding import Shards, gathered, local, placed, released
 from .transitions import Transitions
 from .waiting import EndedEpisode
+from .world import is_main_process
 
+# Attributes of SB3's `BaseAlgorithm` that `learn` counts in and reads schedules by.
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
-FILES = ("policy", "optimizer", "episodes", "waiting", "token_sets", "generators")
-STATE = {
+FILES = ("policy", "optimizer", "episodes", "waiting", "token_sets", "generators", "probe")
+STATE = {  # the shape of state.json, for `read_json`
     "counters": dict.fromkeys(COUNTERS, float),
     "episodes": [dict],
     "env": dict,
@@ -55,20 +58,21 @@ STATE = {
     "numpy_random": list,
     "minibatches": dict,
     "steps": dict,
+    "remembered": dict,
 }
 
 
 def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Write all that the next update depends on, so that a resumed run equals one that was never stopped.
 
-    Policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished episodes, what
-    waits for the end of an episode or of its group, and the state of the steps before returns. On a CPU the next
-    update is the same bit for bit. All of several processes call it, and rank 0 writes what each has of its own.
+    That is policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished episodes,
+    transitions that wait for the end of their episode or group, and the state of the steps before returns. On a CPU
+    the next update is the same bit for bit. Of several processes all must call it; rank 0 writes each one's own state.
 
     Args:
         model: A model built with `make_agent`, or with `TextVecEnv` and `SequenceRolloutBuffer`. Save between
             iterations: in a callback's `_on_rollout_start`, or after `learn`.
-        folder: Where to: a folder that is absent or empty. It appears whole, or not at all.
+        folder: A folder that is absent or empty. It appears whole, or not at all.
         overwrite: Whether an earlier checkpoint there may be replaced; nothing else ever is.
 
     Returns:
@@ -76,9 +80,10 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], ov
 
     Raises:
         RuntimeError: In the middle of a rollout, or before its update.
-        TypeError: If an optimizer keeps something that is neither a number nor a tensor.
+        TypeError: If an optimizer keeps something that is neither a number nor a tensor, or an episode's state has
+            something that JSON would change.
         FloatingPointError: If a weight is NaN or infinite: such a policy is never written.
-        ValueError: An `OutputFolderError` if something stands in the folder that would be lost.
+        ValueError: An `OutputFolderError` if files in the folder would be lost.
 
     Example:
         >>> from agents import load_checkpoint, save_checkpoint
@@ -106,7 +111,7 @@ def _save(model: OnPolicyAlgorithm, written: AbstractContextManager[Path]) -> No
 def _state(
     model: OnPolicyAlgorithm, arrays: Mapping[str, np.ndarray], env_meta: Mapping[str, Any]
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Return what is to be saved, given the env's part, as tensors by file and as what fits JSON."""
+    """Return the state to save, given that of the env: tensors by file, and the rest, which fits JSON."""
     buffer = sequence_buffer(model)
     broken = [name for name, weight in named_tensors(model.policy) if not bool(local(weight).isfinite().all())]
     error = FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
@@ -118,7 +123,7 @@ def _state(
         "episodes": {name: torch.as_tensor(array) for name, array in arrays.items()},
         "waiting": _waiting_tensors(buffer),
         "token_sets": buffer.token_sets.state_dict(buffer.waiting_sets()),
-        "generators": _generator_states(model),
+        "generators": generator_tensors(model),
     }
     assert model._last_episode_starts is not None and model.ep_info_buffer is not None
     tensors["episodes"]["episode_starts"] = torch.as_tensor(model._last_episode_starts)
@@ -127,11 +132,9 @@ def _state(
         "episodes": list(model.ep_info_buffer),
         "env": env_meta,
         "param_groups": groups,
-        "python_random": random.getstate(),
-        "numpy_random": _numpy_state(),
-        "minibatches": buffer.rng.bit_generator.state,
-        "steps": {name: state for name, (_, state) in buffer.saved_steps.items()},  # loaded, and not attached yet
-        "remembered": buffer.remembered | {name: one.state_dict() for name, one in buffer.remembering.items()},
+        **generator_meta(model),
+        "steps": {name: state for name, (_, state) in buffer.saved_steps.items()},  # loaded for steps not attached yet
+        "remembered": buffer.remembered | {name: item.state_dict() for name, item in buffer.remembering.items()},
     }
     tensors.update({f"step_{name}": content for name, (content, _) in buffer.saved_steps.items()})
     for step in buffer.before_returns:
@@ -149,30 +152,35 @@ def _write(folder: Path, tensors: Tensors, meta: dict[str, Any]) -> None:
 
 
 def is_between_iterations(model: OnPolicyAlgorithm) -> bool:
-    """Whether the model can be saved: all that was sampled has been trained on, and the env stands where it looks."""
+    """Whether the model can be saved: it has trained on all samples, and its observation is the env's current one."""
     buffer, env = sequence_buffer(model), text_vec_env(model.get_env())
+    # SB3's `RolloutBuffer.get` sets `generator_ready`, `reset` clears it: a full buffer without it was not trained on.
     if 0 < buffer.pos < buffer.buffer_size or (buffer.full and not buffer.generator_ready):
         return False
     return np.array_equal(model._last_obs, env.lanes.tokens)  # type: ignore[arg-type]
 
 
 def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) -> None:
-    """Bring a model that was built as the saved one was to the saved state; go on with `learn`.
+    """Bring a model that was built like the saved one to the saved state.
 
-    Go on with `model.learn(the rest, reset_num_timesteps=False, callback=...)` and the same callbacks. A
+    Go on with `model.learn(remaining, reset_num_timesteps=False, callback=...)` and the same callbacks. A
     `KLPenalty` given there takes its reference from the checkpoint.
 
-    On another number of processes than it was saved from, a warning says what of their own states is given up; weights,
-    optimizer, steps and counters are taken over, and prompts go on behind the furthest that any process had drawn.
+    If the number of processes has changed, weights, optimizer, steps and counters are loaded, prompts go on behind the
+    furthest that any process had drawn, and a warning names the states of single processes that are given up.
 
     Args:
         model: A model built with the same arguments as the saved one.
-        folder: What `save_checkpoint` wrote. Its files are verified, and none of them is unpickled. Where the loaded
-            model gives other logits than the saved one gave, a warning says so, with the versions of then and now.
+        folder: A folder that `save_checkpoint` wrote. Its files are verified, and none of them is unpickled. If the
+            loaded model gives other logits than the saved one gave, a warning says so, with both versions.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or of another model; the model is then unchanged. Or if
-            files were made by hand: then it may not be.
+        CheckpointError: If a file is missing, damaged or of another model or format; the model is then unchanged. Also
+            if a file verifies but has other content than was saved, made by hand; the model may then be changed.
+
+    Example:
+        >>> from agents import latest_checkpoint, load_checkpoint
+        >>> # if folder := latest_checkpoint("run"): load_checkpoint(model, folder)
     """
     path = Path(folder)
     once(lambda: restore_folder(path))
@@ -181,13 +189,12 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
     with of_our_making(path):
         tensors, meta = _read(path, lm.shards)
         _load(model, tensors, meta)
-        if "probe" in tensors:
-            with gathered(lm):
-                check_probe(lm.backbone, tensors["probe"]["logits"], read_manifest(path)["versions"], versions())
+        with gathered(lm):
+            check_probe(lm.backbone, tensors["probe"]["logits"], read_manifest(path)["versions"], versions())
 
 
 def _read(path: Path, shards: Shards | None) -> tuple[Tensors, dict[str, Any]]:
-    """Return tensors by file, and the rest, as they were saved."""
+    """Return the saved state: tensors by file, and the rest."""
     meta = read_json(path / "state.json", STATE)
     tensors: Tensors = {}
     for file in path.glob("*.safetensors"):
@@ -207,24 +214,24 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
     weights = dict(named_tensors(model.policy))
     check_same_shapes(weights, tensors["policy"])
     _check_same_optimizer(model.policy.optimizer, meta["param_groups"])
-    is_elsewhere = not choose_own(tensors, meta)
+    is_other_size = not take_own_rank(tensors, meta)
     episodes = {name: tensor.numpy() for name, tensor in tensors["episodes"].items()}
     episode_starts = episodes.pop("episode_starts")
-    try:
-        if is_elsewhere:
-            model._last_obs, episode_starts = go_on_elsewhere(env, meta), np.ones(env.num_envs, dtype=bool)
+    try:  # SB3 `base_class._setup_learn` resets an env only where `_last_obs` is None: it is given here
+        if is_other_size:
+            model._last_obs, episode_starts = begin_behind(env, meta), np.ones(env.num_envs, dtype=bool)
         else:
             model._last_obs = env.load_state_dict(episodes, meta["env"])
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     model._last_episode_starts = episode_starts
-    model.policy.set_training_mode(True)  # drops what was cached under the old weights
+    model.policy.set_training_mode(True)  # drops keys and values that were cached under the old weights
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(placed(tensors["policy"][name], weight))
     load_optimizer(model.policy.optimizer, tensors["optimizer"], meta["param_groups"])
     buffer.reset()
-    if not is_elsewhere:
+    if not is_other_size:
         _load_waiting(buffer, tensors["waiting"])
         buffer.token_sets.load_state_dict(tensors["token_sets"])
     for name in COUNTERS:
@@ -236,35 +243,42 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
     for step in buffer.before_returns:
         if isinstance(step, RolloutStep) and step_name(step) in buffer.saved_steps:
             step.load_state_dict(*buffer.saved_steps.pop(step_name(step)))
-    buffer.remembered = dict(meta.get("remembered", {}))  # checkpoints of before have none
+    buffer.remembered = dict(meta["remembered"])
     for name in buffer.remembering.keys() & buffer.remembered.keys():
         buffer.remembering[name].load_state_dict(buffer.remembered.pop(name))
-    if is_elsewhere:
+    if is_other_size:
         reseed(cast("LMPolicy", model.policy), tensors["generators"])
     else:
-        _load_generators(model, tensors["generators"], meta)
+        load_generators(model, tensors["generators"], meta)
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """Return the newest checkpoint in a folder of them that verifies, by timesteps, or None."""
-    found = []
-    for path in Path(folder).glob("*/manifest.json"):
-        try:
-            found.append((verify_checkpoint(path.parent), path.parent))
-        except CheckpointError:
-            continue  # what was damaged is passed over; resuming says which one it took
-    return max(found)[1] if found else None
+    """Return the newest checkpoint of a folder, by timesteps, whose files are all intact; None if there is none.
+
+    Args:
+        folder: The folder that holds checkpoints, under any names, as `Checkpoints` writes it.
+
+    Example:
+        >>> from agents import latest_checkpoint
+        >>> latest_checkpoint("no-such-folder") is None
+        True
+    """
+    return newest_intact(folder, name=None)[0]
 
 
 def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: int) -> Path:
-    """Save a checkpoint as "step_<timesteps>" in a folder, and remove all older ones but the newest `keep` in all."""
-    newest = Path(folder) / f"step_{model.num_timesteps:012d}"
-    _save(model, replaced_folder(newest))  # of this name in a folder of checkpoints: an earlier, perhaps damaged one
+    """Save a checkpoint as "step_<timesteps>" in a folder, and remove older ones, so that `keep` stay.
+
+    Raises:
+        OSError: If it cannot be written, or what is on the disk is not what was written; the older ones then stay.
+    """
+    newest = Path(folder) / f"step_{model.num_timesteps:012d}"  # 12 digits: names sort as numbers do
+    _save(model, replaced_folder(newest))  # replaces only an earlier, perhaps damaged checkpoint of this step
     try:
-        verify_checkpoint(newest)  # before what is known to be whole goes
+        verify_checkpoint(newest)  # before older ones, which are known to be intact, are removed
     except CheckpointError as error:
         raise OSError(errno.EIO, str(error)) from error
-    # What is newer than the newest is another run's, or damaged, and not ours to count.
+    # Newer ones are another run's, or damaged: they are neither counted nor removed.
     for old in [path for path in numbered(folder) if path <= newest][keep:]:
         if is_main_process():
             shutil.rmtree(old)
@@ -272,33 +286,36 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
 
 
 def named_tensors(policy: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Yield each weight and buffer of a policy once: tied ones under their first name, and none that is offloaded."""
+    """Yield each weight and buffer of a policy once: tied ones under their first name, offloaded ones not at all."""
     for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
-        if not tensor.is_meta:  # frozen, and read from where the model comes from
+        if not tensor.is_meta:  # offloaded weights are frozen, and come with the model itself
             yield name, tensor
 
 
 def check_same_shapes(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the saved tensors are those that a model has."""
-    unlike = sorted(weights.keys() ^ saved.keys())
-    unlike += sorted(name for name in weights.keys() & saved.keys() if weights[name].shape != saved[name].shape)
-    if unlike:
-        raise CheckpointError(f"Expected the weights of the model that was saved, got others: {unlike[:5]} differ.")
+    """Raise CheckpointError unless the saved tensors have the names and shapes of a model's."""
+    differing = sorted(weights.keys() ^ saved.keys())
+    differing += sorted(name for name in weights.keys() & saved.keys() if weights[name].shape != saved[name].shape)
+    if differing:
+        raise CheckpointError(f"Expected the weights of the model that was saved, got others: {differing[:5]} differ.")
 
 
 def _check_same_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    here = [(len(group["params"]), sorted(group)) for group in optimizer.state_dict()["param_groups"]]
-    if here != [(len(group["params"]), sorted(group)) for group in groups]:
+    own = [(len(group["params"]), sorted(group)) for group in optimizer.state_dict()["param_groups"]]
+    if own != [(len(group["params"]), sorted(group)) for group in groups]:
         raise CheckpointError(
             f"Expected the optimizer that was saved, got {type(optimizer).__name__} with other weights or options."
         )
 
 
 def _waiting_tensors(buffer: SequenceRolloutBuffer) -> dict[str, Tensor]:
-    """Return what waits in the buffer: "lane.field" of unfinished episodes, "step:lane.field" of whole ones."""
+    """Return the transitions that wait in the buffer for a later rollout.
+
+    Their names are "lane.field" for unfinished episodes, "step:lane.field" for finished ones.
+    """
     arrays: dict[str, Any] = {}
-    for lane, part in buffer.waiting.items():
-        arrays.update({f"{lane}.{name}": array for name, array in _arrays(part).items()})
+    for lane, transitions in buffer.waiting.items():
+        arrays.update({f"{lane}.{name}": array for name, array in _arrays(transitions).items()})
     for (step, lane), episode in buffer.waiting_episodes.items():
         numbers = {
             "group": np.array(episode.group),
@@ -310,75 +327,45 @@ def _waiting_tensors(buffer: SequenceRolloutBuffer) -> dict[str, Tensor]:
     return {name: torch.as_tensor(array) for name, array in arrays.items()}
 
 
-def _arrays(part: Transitions) -> dict[str, np.ndarray]:
-    """Return the arrays of a part by name, each once."""
-    arrays = part._asdict()
-    if part.is_by_policy:
-        del arrays["behaviour_log_probs"]
+def _arrays(transitions: Transitions) -> dict[str, np.ndarray]:
+    """Return the arrays of transitions by name, each once."""
+    arrays = transitions._asdict()
+    if transitions.is_by_policy:
+        del arrays["behaviour_log_probs"]  # the same array as `log_probs`
     return arrays
 
 
 def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) -> None:
-    parts: dict[str, dict[str, np.ndarray]] = {}
+    """Put the transitions back that `_waiting_tensors` returned."""
+    fields_of: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
-        where, name = key.split(".")
-        parts.setdefault(where, {})[name] = tensor.numpy().copy()
+        origin, name = key.split(".")
+        fields_of.setdefault(origin, {})[name] = tensor.numpy().copy()
     buffer.waiting, buffer.waiting_episodes = {}, {}
-    for where, fields in parts.items():
+    for origin, fields in fields_of.items():
         fields.setdefault("behaviour_log_probs", fields["log_probs"])
-        part = Transitions(*(fields[name] for name in Transitions._fields))
-        if ":" in where:
-            step, lane = map(int, where.split(":"))
+        transitions = Transitions(*(fields[name] for name in Transitions._fields))
+        if ":" in origin:
+            step, lane = map(int, origin.split(":"))
             buffer.waiting_episodes[step, lane] = EndedEpisode(
                 int(fields["group"]),
                 fields["tokens"],
                 int(fields["n_prompt"]),
-                part,
-                bool(fields.get("is_dropped", False)),  # checkpoints of before have none
+                transitions,
+                bool(fields["is_dropped"]),
             )
         else:
-            buffer.waiting[int(where)] = part
-
-
-def _generator_states(model: OnPolicyAlgorithm) -> dict[str, Tensor]:
-    policy = cast("LMPolicy", model.policy)
-    states = {
-        "torch": torch.get_rng_state(),
-        "policy": policy.generator.get_state(),
-        "predict": policy.predict_generator.get_state(),
-    }
-    for index in range(torch.cuda.device_count()):
-        states[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
-    return states
-
-
-def _load_generators(model: OnPolicyAlgorithm, states: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    policy = cast("LMPolicy", model.policy)
-    policy.generator.set_state(states["policy"])
-    policy.predict_generator.set_state(states["predict"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in states:
-            torch.cuda.set_rng_state(states[f"cuda.{index}"], index)
-    version, internal, gauss = meta["python_random"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = meta["numpy_random"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    sequence_buffer(model).rng.bit_generator.state = meta["minibatches"]
-
-
-def _numpy_state() -> list[Any]:
-    name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
-    return [name, keys.tolist(), *rest]
+            buffer.waiting[int(origin)] = transitions
 
 
 def _json(meta: Mapping[str, Any]) -> str:
+    """Return the state as JSON, which the state of users' episodes must survive unchanged."""
     text = json.dumps(meta, ensure_ascii=False, default=_plain)
     states = [
-        [env["states"], [one["preds"]["state"] for one in env["waiting"]]]
+        [env["states"], [episode["preds"]["state"] for episode in env["waiting"]]]
         for env in (meta["env"], json.loads(text)["env"])
     ]
-    if states[0] != states[1]:  # a tuple, or a key that is no text
+    if states[0] != states[1]:  # a tuple became a list, or a number as a key a text
         raise TypeError("Expected `preds.state` to hold what JSON brings back as it was: texts, numbers, lists, dicts.")
     return text
 

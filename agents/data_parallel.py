@@ -11,10 +11,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 
 from .buffers import SequenceRolloutBuffer
-from .distributed import gather, raise_together, world
+from .distributed import gather, raise_together
 from .policies import LMPolicy
 from .rollout_steps import RolloutStep
 from .shared_gradient import AgreedTarget
+from .world import world
 
 SETTINGS = (
     "n_steps",

@@ -18,13 +18,13 @@ from textenv.episode import PADDING, SEPARATOR
 
 from .buffers import SequenceRolloutBuffer
 from .critic import TrunkCritic
-from .distributed import world
 from .engine import Completion, Request, RolloutEngine, check_completions, named_weights
 from .flat_policy import FlatLMPolicy
 from .importance import Correction, Per
 from .policies import LMPolicy
 from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
 from .transitions import RolloutView
+from .world import world
 
 Plan = deque[tuple[int, float]]  # tokens that an engine has written and their log-probabilities, the next one first
 

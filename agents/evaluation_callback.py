@@ -21,16 +21,18 @@ from textenv.prompts import PromptLike
 from textenv.tokenizer import Tokenizer
 
 from .actor_critic import LMActorCritic
-from .distributed import from_main, is_main_process, once, world
+from .distributed import from_main, once
 from .evaluation import Evaluation, evaluate
 from .exporting import export
 from .files import restore_folder, write_text
 from .kl import KLPenalty
 from .output_folders import check_output, output_folder
 from .policies import LMPolicy
+from .refusal import is_full
 from .shard_files import replaced_together
 from .sharding import gathered
-from .storage import explain, is_full
+from .storage import explain
+from .world import is_main_process, world
 
 BEST = {"figure": str, "value": float, "num_timesteps": int}
 HISTORY = [{"num_timesteps": int, "figures": {str: (float, None)}}]

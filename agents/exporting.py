@@ -1,4 +1,4 @@
-"""A trained policy as a Hugging Face folder that transformers loads alone."""
+"""The export of a trained policy as a Hugging Face folder, which transformers loads without this library."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def export(
     folder: str | os.PathLike[str],
     overwrite: bool = False,
 ) -> Path:
-    """Write the language model (without value head) and tokenizer as `AutoModelForCausalLM` loads them.
+    """Write the language model, without value head, and its tokenizer, for `AutoModelForCausalLM.from_pretrained`.
 
     Adapters (LoRA) are merged into the weights that are written; the policy keeps them apart and can train on.
     An encoder-decoder loads with `AutoModelForSeq2SeqLM`.
 
-    The folder appears whole or not at all. Of several processes the one of rank 0 writes it, and the others wait until
-    it is there.
+    The folder appears whole or not at all. Of several processes that of rank 0 writes it, and the others wait until it
+    is there.
 
     Args:
         model: A trained model, or its policy.
-        tokenizer: A Hugging Face tokenizer; None writes the model alone.
-        folder: Where to: a folder that is absent or empty.
+        tokenizer: A Hugging Face tokenizer; None writes the model without one.
+        folder: A folder that is absent or empty.
         overwrite: Whether an earlier export there may be replaced, once the new one is complete; nothing else ever is.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: If the policy is no `LMPolicy`, or the tokenizer cannot be saved.
-        ValueError: If there are adapters beside quantised weights, which cannot be merged; an `OutputFolderError` if
-            something stands in the folder that would be lost.
+        TypeError: If the policy is not an `LMPolicy`, or the tokenizer not a Hugging Face one.
+        ValueError: If there are adapters on quantised weights, which cannot be merged; an `OutputFolderError` if files
+            in the folder would be lost.
 
     Example:
         >>> from agents import export
@@ -69,9 +69,10 @@ def export(
 
 
 def write_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write a language model, its adapters merged, and a tokenizer into a folder that is there."""
+    """Write a language model, its adapters merged, and a tokenizer into an existing folder."""
     config, old = backbone.model.config, backbone.model.generation_config
-    # What the checkpoint said about penalties and warping is no part of what was trained (invariant A4).
+    # The `generation_config.json` that the model came with may name penalties and warpers (top-k, temperature), which
+    # transformers' `generate` would apply and the policy never did in training: only the token ids are kept.
     plain = GenerationConfig(
         bos_token_id=old.bos_token_id,
         eos_token_id=old.eos_token_id,
@@ -86,7 +87,7 @@ def write_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase | None, f
 
 
 def check_repository(name: str) -> None:
-    """Raise CommandError for what is no name of a repository on the hub."""
+    """Raise CommandError unless a name can be that of a repository on the Hugging Face hub, as "you/model"."""
     try:
         validate_repo_id(name)
     except ValueError as error:
@@ -94,13 +95,13 @@ def check_repository(name: str) -> None:
 
 
 def upload(folder: Path, repository: str) -> str:
-    """Upload a folder to the Hugging Face hub in one commit, and return its address there.
+    """Upload a folder to the Hugging Face hub in one commit, and return its URL there.
 
-    A repository that is new is private: what it shows, prompts and settings among them, is looked at before others see
-    it. One that is there stays as it is, and files of the same names are replaced.
+    A new repository is private, so that its owner sees the prompts and settings in it before others do. An existing
+    repository keeps its visibility, and files of the same names are replaced.
 
     Raises:
-        CommandError: If it fails; the folder stays.
+        CommandError: If the upload fails; the folder stays.
     """
     api = HfApi()
     try:

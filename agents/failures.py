@@ -1,4 +1,4 @@
-"""From what was raised to how the command ends."""
+"""The exit code and the one line with which the command ends after any error."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ from safetensors import SafetensorError
 
 from textenv.rewarding import RewardError
 
-from .refusal import CommandError, Exit
-from .storage import FULL, explain
+from .refusal import FULL, CommandError, Exit
+from .storage import explain
 
+# OSErrors of writing. Others, such as ENOENT for a file that the user names, are refusals.
 WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 SIZES = (MemoryError, OverflowError, RecursionError)
-REFUSALS = (OSError, ValueError, TypeError)  # those of the parts: "Expected X, got Y"
+REFUSALS = (OSError, ValueError, TypeError)  # raised by the parts, as "Expected X, got Y"
 
 
 def as_command_error(error: BaseException, path: Path) -> CommandError:
     """Return an error as one line and an exit code.
 
     Args:
-        error: What was raised.
-        path: Where was written, for errors of storage.
+        error: The error that was raised; a `CommandError` is returned as it is.
+        path: The folder that was written to, for errors of storage that name no path.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from agents.failures import as_command_error
+        >>> as_command_error(FloatingPointError("Expected finite weights, got a NaN."), Path("run")).code
+        3
     """
     if isinstance(error, CommandError):
         return error

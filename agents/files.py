@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half-written: beside, to the disk, then renamed."""
+"""Files and folders that are never half-written: written beside, synced to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,21 @@ from safetensors import SafetensorError
 def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder beside `folder` to write into, and put it in its place when all went well.
 
-    Files are on the disk before the rename. On an error what was there stays, and what was written is removed. A
-    process that is killed between two renames leaves what was there beside it: `restore_folder` puts it back.
+    Files are synced before the rename. On an error the old folder stays, and the new one is removed. A process that is
+    killed between the two renames leaves the old folder under a hidden name: `restore_folder` puts it back.
 
     Raises:
         NotADirectoryError: If `folder` exists and is a file.
         OSError: If it cannot be written, with its path where the system names none.
+
+    Example:
+        >>> import tempfile
+        >>> from agents.files import replaced_folder
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with replaced_folder(f"{parent}/run") as beside:
+        ...         _ = (beside / "notes.txt").write_text("whole")
+        ...     print([path.name for path in Path(parent).glob("**/*")])
+        ['run', 'notes.txt']
     """
     target = Path(folder).absolute()
     if target.exists() and not target.is_dir():
@@ -53,23 +62,23 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def restore_folder(folder: str | os.PathLike[str]) -> None:
-    """Put back, or remove, what processes that were killed while they wrote a folder have left beside it."""
+    """Put back, or remove, the hidden folders that killed processes have left beside a folder that they wrote."""
     target = Path(folder).absolute()
     _clear(target.parent.glob(f".{glob.escape(target.name)}.*-*"), _is_running)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Do so for all that a folder holds, of which nothing may be in the making: the caller has it locked."""
+    """Do as `restore_folder` for all content of a folder that the caller has locked: nobody else writes in it."""
     _clear(folder.glob(".*.*-*"), lambda pid: False)
 
 
 def _clear(paths: Iterator[Path], is_writing: Callable[[int], bool]) -> None:
     for path in sorted(paths):
-        left = re.fullmatch(r"\.(.+)\.(partial|old)-(\d{1,9})", path.name, re.ASCII)
-        if left is None or is_writing(int(left[3])):
+        leftover = re.fullmatch(r"\.(.+)\.(partial|old)-(\d{1,9})", path.name, re.ASCII)
+        if leftover is None or is_writing(int(leftover[3])):
             continue
-        target = path.with_name(left[1])
-        if left[2] == "old" and not target.exists():
+        target = path.with_name(leftover[1])
+        if leftover[2] == "old" and not target.exists():
             path.rename(target)
         elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -79,22 +88,26 @@ def _clear(paths: Iterator[Path], is_writing: Callable[[int], bool]) -> None:
 
 def _is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 is not sent: the call only looks whether the process is there
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # it is there, and another user's
         return True
     return True
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say in an error of writing which path it is about, where the system has not."""
+    """Give errors of writing within the path they are about, where the system has named none.
+
+    Raises:
+        OSError: In place of a SafetensorError, too, with the number that its text quotes.
+    """
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
+        quoted = re.search(r"os error (\d+)", str(error))  # as Rust's `std::io::Error` is printed
+        number = int(quoted[1]) if quoted else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
     except OSError as error:
         if error.errno is not None and error.filename is None:
@@ -112,16 +125,16 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the hash of a file's content."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
+        while block := stream.read(1 << 20):  # 1 MiB at a time: a file may be larger than memory
             digest.update(block)
     return digest.hexdigest()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, which appears whole or stays as it was; folders above it are made."""
+    """Write a text file (UTF-8), which appears whole or stays as it was; missing folders above it are made."""
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")

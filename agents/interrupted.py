@@ -1,4 +1,4 @@
-"""Training before PPO that is stopped or killed: its states wait in a folder, from which the same arguments go on."""
+"""The resumable states of a stage of training before PPO: saved in a folder, from which the same arguments go on."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ from .optim import load_optimizer, optimizer_state
 from .refusal import StageStopped, StorageError
 from .storage import explain
 
-SAVE_STEPS = 500  # how often the state is written, against a process that is killed
-RETRY_STEPS = 20  # how soon again, where it could not be
-KEPT = 2  # of the newest: one could be damaged
-STATE = "checkpoint"  # what the name of a state begins with: it is the one of transformers' `Trainer`
+SAVE_STEPS = 500  # steps from one state to the next: what a process that is killed loses at most
+RETRY_STEPS = 20  # steps to the next attempt after one that failed: a full disk may have room again soon
+KEPT = 2  # how many of the newest states stay: one could be damaged
+STATE = "checkpoint"  # names are "checkpoint-<step>", as transformers' `trainer_utils.PREFIX_CHECKPOINT_DIR` has it
 
 
 def stop_requests() -> Interrupts:
-    """Return what notes Ctrl-C, SIGTERM and SIGHUP while a stage trains; once more, and KeyboardInterrupt is raised."""
+    """Return a context that notes Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C or SIGTERM raises KeyboardInterrupt."""
     return Interrupts(write_line, "step", raise_interrupt)
 
 
 def work_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return where the states of a run wait, beside the folder that its result goes to."""
+    """Return the hidden folder of a stage's states, beside the folder of its result."""
     target = Path(folder).absolute()
     return target.with_name(f".{target.name}.training")
 
 
 def origin(model: PreTrainedModel, lm: object) -> tuple[str, str | None]:
-    """Return what a run began with, as its arguments say it: the model's config, and the name or path it came from."""
+    """Return what identifies the model that a stage began with: its config, and its name or path if it came by one."""
     return model.config.to_json_string(), os.fspath(lm) if isinstance(lm, (str, os.PathLike)) else None
 
 
 def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
-    """Return the newest state that is whole, to go on from it; without one, make the folder of states anew.
+    """Return the newest intact state, to go on from; if there is none, make an empty folder of states, and return None.
 
-    What is half-made or damaged is passed over, with a warning.
+    Damaged states are passed over, with a warning each.
 
     Args:
-        work: The folder.
+        work: The folder of states, of `work_folder`.
         arguments: All that the result depends on, the data included; compared by its `repr`.
-        resume: Whether to go on with what is there.
+        resume: Whether to go on with the states that are there.
 
     Raises:
-        ValueError: If the states are of other arguments or data, or the folder is not one of states.
+        ValueError: If the states are of other arguments or data, or the folder holds other things than states.
     """
-    found, damage = newest_intact(work, STATE) if resume else (None, [])
-    goes_on = "training begins anew" if found is None else f"going on from {found}"
+    newest, damage = newest_intact(work, STATE) if resume else (None, [])
+    goes_on = "training begins anew" if newest is None else f"going on from {newest}"
     for message in damage:
         warnings.warn(f"{message.rstrip('.')}; {goes_on}.", stacklevel=3)
     fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
     mark = work / "fingerprint"
-    if found is None:
+    if newest is None:
         foreign = (
             [] if mark.is_file() or not work.is_dir() else [path.name for path in work.iterdir() if path.name[0] != "."]
         )
@@ -80,19 +80,19 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
             f"Expected the arguments and data of the interrupted run in {work}, got others: repeat them, or start "
             "anew with resume=False."
         )
-    return found
+    return newest
 
 
 class States:
-    """Writes the states of a stage: each is sealed once it is whole, and then older ones go.
+    """The writer of a stage's states: each is sealed once it is complete, and then older ones are removed.
 
-    One that cannot be written is said, and tried again soon; training goes on, and those of before stay.
+    If a state cannot be written, a warning says so and it is tried again soon; training goes on, and older states stay.
 
     Args:
         work: The folder that `prepare` made.
 
     Attributes:
-        failure: Why the last one could not be written; None where it was.
+        failure: Why the last state could not be written; None if it was.
     """
 
     def __init__(self, work: Path) -> None:
@@ -100,20 +100,25 @@ class States:
         self.failure: str | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether a state is to be written behind this step."""
+        """Whether a state is to be written after this step."""
         return step % SAVE_STEPS == 0 or (self.failure is not None and step % RETRY_STEPS == 0)
 
     def save(self, step: int, write: Callable[[Path], object]) -> None:
-        """Have the state behind a step written into a folder, and seal it."""
+        """Write and seal the state after a step.
+
+        Args:
+            step: The number of steps that were made.
+            write: Writes the state into the folder that it is given.
+        """
         folder = self.work / f"{STATE}-{step}"
         self.failure = None
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left of it
+            shutil.rmtree(folder, ignore_errors=True)  # half a state, from a process that was killed
             folder.mkdir(parents=True)
             with naming(folder):
                 write(folder)
                 seal(folder, step)
-        except (OSError, SafetensorError, RuntimeError) as error:  # the last one is how torch says that a disk is full
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             shutil.rmtree(folder, ignore_errors=True)
             self.failure = f"The state after step {step} could not be written: {explain(error, folder)}"
             warnings.warn(f"{self.failure} Training goes on, and it is tried again.", stacklevel=3)
@@ -122,28 +127,28 @@ class States:
             shutil.rmtree(old)
 
     def stopped(self, step: int, number: int) -> BaseException:
-        """Return what is raised behind the step that a signal has ended: that the state is saved, or that it is not."""
+        """Return the error that ends training after a signal: it says whether the state after the step is saved."""
         if self.failure is not None:
             return StorageError(self.failure)
         return StageStopped(f"stopped after step {step}; `resume=True` goes on from there", number)
 
 
 def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
-    """Write weights, optimizer and the losses so far."""
+    """Write weights, optimizer and the loss of each step so far into a folder."""
     tensors, groups = optimizer_state(optimizer)
-    parts = {"model": dict(_weights(model)), "optimizer": tensors, "losses": {"losses": torch.stack(losses)}}
-    for name, content in parts.items():
+    files = {"model": dict(_weights(model)), "optimizer": tensors, "losses": {"losses": torch.stack(losses)}}
+    for name, content in files.items():
         safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{name}.safetensors")
     (folder / "groups.json").write_text(json.dumps(groups), encoding="utf-8")
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Bring model and optimizer to the state that `write_state` wrote; return the loss of each step."""
-    parts = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
+    files = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
     with torch.no_grad():
         for name, weight in _weights(model).items():
-            weight.copy_(parts["model"][name])
-    load_optimizer(optimizer, parts["optimizer"], read_json(folder / "groups.json", [{"params": list}]))
+            weight.copy_(files["model"][name])
+    load_optimizer(optimizer, files["optimizer"], read_json(folder / "groups.json", [{"params": list}]))
     device = next(model.parameters()).device
     return list(safetensors.torch.load_file(folder / "losses.safetensors", device=str(device))["losses"])
 

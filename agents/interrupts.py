@@ -1,4 +1,4 @@
-"""What asks a training to stop, signals and a terminal that is gone: it is noted, and obeyed once all is saved."""
+"""Requests to stop, by a signal or by a terminal that is gone: noted at once, obeyed when all is saved."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from .refusal import Exit
-from .storage import is_full
+from .refusal import Exit, is_full
 
-AGAIN = (signal.SIGINT, signal.SIGTERM)  # which of them, once more, stop at once; a closed terminal hangs up twice
-WATCHED = (*AGAIN, signal.SIGHUP)
-SHOW_CURSOR = "\x1b[?25h"
+AGAIN = (signal.SIGINT, signal.SIGTERM)  # a second one of these stops at once
+WATCHED = (*AGAIN, signal.SIGHUP)  # a terminal that closes may send SIGHUP twice, so a second one changes nothing
+SHOW_CURSOR = "\x1b[?25h"  # rich hides the cursor while a live screen is shown, and `os._exit` skips its clean-up
 
 
 def write_line(text: str) -> None:
-    """Write a line on the standard error, in one call, as the handler of a signal may."""
-    with suppress(OSError):  # of a terminal that is gone: there is nobody to tell
+    """Write a line to standard error in one system call, without a lock: the handler of a signal may call this."""
+    with suppress(OSError):  # the terminal is gone: there is nobody to tell
         os.write(2, f"{text}\n".encode())
 
 
 def leave(number: int, how_to_go_on: Callable[[], str] = str) -> None:
-    """End the process at once, saying what can be done: checkpoints are written beside and renamed, so one is whole."""
+    """End the process at once and say how to go on: a checkpoint that was being written leaves the older ones whole.
+
+    Args:
+        number: The signal, which the exit code carries.
+        how_to_go_on: Returns the end of the line; by default it is empty.
+    """
     write_line("; ".join(filter(None, (f"{SHOW_CURSOR if os.isatty(2) else ''}stopped at once", how_to_go_on()))))
     os._exit(Exit.SIGNAL + number)
 
@@ -38,15 +42,17 @@ def raise_interrupt(number: int) -> None:
 
 
 class Interrupts:
-    """While it is entered, notes SIGINT, SIGTERM and SIGHUP, and standard output or error that nobody reads any more.
+    """A context that notes the first request to stop, for the training to obey once it has saved, and obeys the second.
 
-    What is written there then goes nowhere, and does not stop the training before it is saved. In another thread than
-    the main one, which alone may have handlers, signals do what they did.
+    Requests are SIGINT, SIGTERM and SIGHUP, and also standard output or error whose reader is gone: what is written
+    there then goes nowhere, rather than raise before the training is saved. Python lets only the main thread handle
+    signals; in another thread signals do what they did before.
 
     Args:
-        tell: What is called with a line for the person, inside the handler: it must not wait for a lock.
-        unit: What is finished first.
-        again: What a second SIGINT or SIGTERM does, given its number.
+        tell: Called with a line for the person, inside the handler: it must not wait for a lock.
+        unit: What is finished before the training stops, for that line.
+        again: Called with the number of a second SIGINT or SIGTERM: `leave`, which ends the process, or
+            `raise_interrupt`, for code that a script calls.
 
     Attributes:
         number: The signal that came, 0 until then: SIGPIPE for a pipe that is gone, SIGHUP for a terminal.
@@ -72,8 +78,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            # `nohup` has SIGHUP ignored, which is to stay
-            watched = [one for one in WATCHED if one in AGAIN or signal.getsignal(one) is not signal.SIG_IGN]
+            # `nohup` starts a process with SIGHUP ignored, and it must stay so
+            watched = [sig for sig in WATCHED if sig in AGAIN or signal.getsignal(sig) is not signal.SIG_IGN]
             self._old = {number: signal.signal(number, self._note) for number in watched}
         self._streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = (KeptStream(stream, self.lose) for stream in self._streams)
@@ -87,7 +93,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def lose(self, number: int) -> None:
-        """Note that output is gone, by the signal that stands for it."""
+        """Note that output is gone, by the signal that stands for it, as a first request to stop."""
         self.number = self.number or number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -100,11 +106,11 @@ class Interrupts:
 
 
 class KeptStream:
-    """A text stream whose reader may go: from then on, what is written to it goes nowhere.
+    """A text stream whose reader may end: from then on, what is written to it goes nowhere.
 
     Args:
         stream: The stream. What it cannot write to a full disk stays in its buffer.
-        lost: What is called when its reader is gone, with SIGPIPE for a pipe and SIGHUP for a terminal.
+        lost: Called when its reader is gone, with SIGPIPE for a pipe and SIGHUP for a terminal.
     """
 
     def __init__(self, stream: Any, lost: Callable[[int], None]) -> None:
@@ -114,12 +120,12 @@ class KeptStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, and return how many characters."""
+        """Write a text, and return its number of characters."""
         self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Write what the buffer holds."""
+        """Write the content of the buffer."""
         self._try(self._stream.flush)
 
     def _try(self, call: Callable[..., Any], *arguments: Any) -> None:
@@ -131,6 +137,7 @@ class KeptStream:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             self._lost(signal.SIGPIPE if error.errno == errno.EPIPE else signal.SIGHUP)
+            # In place of the descriptor, so that what C code and the buffer still hold goes nowhere, too.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

@@ -15,9 +15,8 @@ from .callbacks import page_text
 from .config import Named, TrainConfig
 from .curves import check_matplotlib
 from .names import LOGGERS, build, find
-from .refusal import CommandError
+from .refusal import CommandError, is_full
 from .run_folder import RunFolder
-from .storage import is_full
 from .trackers import TRACKERS, MLflowTracker, Tracker, check_tracker, check_tracker_arguments
 
 LOGGER = Kind("logger", "a KVWriter of Stable-Baselines3", lambda found: issubclass(found, KVWriter))

@@ -1,4 +1,4 @@
-"""What is in a checkpoint's folder, file by file, so that damage is noticed before anything is loaded."""
+"""The manifest of a checkpoint: size and hash of each file, by which damage is noticed before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,16 +22,17 @@ from textenv.json_files import read_json
 
 from .files import sha256, sync
 
-FORMAT = 1
+FORMAT = 2  # of what a checkpoint holds; another one is refused, older ones included
 MANIFEST = "manifest.json"
-SHAPE = {
+SHAPE = {  # for `read_json`
     "format": int,
     "num_timesteps": int,
     "versions": {str: str},
     "files": {str: {"size": int, "sha256": str}},
-    "sha256": str,  # of the rest, so that nothing in it changes unnoticed
+    "sha256": str,  # of the manifest without this entry, so that a change of it is noticed, too
 }
 
+# What loading may raise where a file verifies and has another content than was saved.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -39,7 +41,7 @@ class CheckpointError(ValueError):
 
 
 def write_manifest(folder: Path, num_timesteps: int) -> None:
-    """Write "manifest.json": what is in a checkpoint's folder, and the versions that wrote it."""
+    """Write "manifest.json" into a checkpoint's folder: its files, and the versions of the libraries."""
     manifest = {
         "format": FORMAT,
         "num_timesteps": num_timesteps,
@@ -55,7 +57,7 @@ def write_manifest(folder: Path, num_timesteps: int) -> None:
 
 
 def seal(folder: Path, num_timesteps: int) -> None:
-    """Make a checkpoint of a folder that was written in place: all on the disk, and then the manifest."""
+    """Make a checkpoint of a folder that was written in place: sync its files to the disk, then write the manifest."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(folder.rglob("*")):
         sync(path)
@@ -65,7 +67,7 @@ def seal(folder: Path, num_timesteps: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Return the versions of the libraries that results depend on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -75,19 +77,20 @@ def versions() -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, as it was written.
+    """Return the manifest of a checkpoint, once it is known to be as it was written.
 
     Raises:
-        CheckpointError: If there is none, it is of a newer format, or anything in it has changed.
+        CheckpointError: If there is none, it is of another format, or anything in it has changed.
     """
     file = folder / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"Expected a checkpoint in {folder}, got no {MANIFEST} there.")
     try:
-        if (format := read_json(file, {"format": int})["format"]) > FORMAT:
-            raise CheckpointError(
-                f"Expected format {FORMAT} or older, got {format}: install a newer textenv to read {folder}."
+        if (format := read_json(file, {"format": int})["format"]) != FORMAT:
+            cure = (
+                "install a newer textenv to read it" if format > FORMAT else "only the textenv that wrote it reads it"
             )
+            raise CheckpointError(f"Expected format {FORMAT} in {file}, got {format}: {cure}.")
         manifest = read_json(file, SHAPE)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
@@ -107,10 +110,10 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
     """Check every file of a checkpoint against its manifest.
 
     Returns:
-        The number of timesteps at which it was saved.
+        The number of timesteps (tokens) at which it was saved.
 
     Raises:
-        CheckpointError: Naming the file, what was expected and what is there.
+        CheckpointError: With the file, what was expected and what is there.
     """
     path = Path(folder)
     manifest = read_manifest(path)
@@ -119,8 +122,8 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
         try:
             size = file.stat().st_size if file.is_file() else None
             if size != entry["size"]:
-                found = "missing" if size is None else f"{size} bytes"
-                raise CheckpointError(f"{file}: {found}, manifest says {entry['size']}.")
+                actual = "missing" if size is None else f"{size} bytes"
+                raise CheckpointError(f"{file}: {actual}, manifest says {entry['size']}.")
             if sha256(file) != entry["sha256"]:
                 raise CheckpointError(
                     f"{file}: its content is not what was written (another sha256 than the manifest's)."
@@ -132,10 +135,13 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
 
 @contextmanager
 def of_our_making(folder: Path) -> Iterator[None]:
-    """Refuse, within, what verifies and still cannot be loaded: files that somebody made by hand.
+    """Turn errors of loading into a `CheckpointError`: the files verify and were still not saved by us, but by hand.
+
+    Args:
+        folder: The checkpoint, which the error names.
 
     Raises:
-        CheckpointError: For what is raised within that says so.
+        CheckpointError: In place of any error within that says that a file has an unexpected content.
     """
     try:
         yield
@@ -149,12 +155,12 @@ def of_our_making(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def newest_intact(folder: str | os.PathLike[str], name: str = "step") -> tuple[Path | None, list[str]]:
+def newest_intact(folder: str | os.PathLike[str], name: str | None = "step") -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint of a folder that verifies, or None, and what is wrong with newer ones.
 
     Args:
-        folder: Where they are.
-        name: What their names begin with: behind it stands how far the training was.
+        folder: The folder that holds the checkpoints.
+        name: What their names begin with, as for `numbered`.
     """
     damage = []
     for path in numbered(folder, name):
@@ -167,10 +173,27 @@ def newest_intact(folder: str | os.PathLike[str], name: str = "step") -> tuple[P
     return None, damage
 
 
-def numbered(folder: str | os.PathLike[str], name: str = "step") -> list[Path]:
-    """Return the checkpoints of a folder, intact or not, the newest first: "step_12", or "name-12"."""
-    found = []
-    for path in Path(folder).glob(f"{name}[-_]*"):
-        if number := re.fullmatch(rf"{name}[-_](\d+)", path.name, re.ASCII):
-            found.append((int(number[1]), path))
-    return [path for _, path in sorted(found, reverse=True)]
+def numbered(folder: str | os.PathLike[str], name: str | None = "step") -> list[Path]:
+    """Return the checkpoints of a folder, intact or not, the newest first by the number of steps.
+
+    Args:
+        folder: The folder that holds the checkpoints.
+        name: What their names begin with, before "_" or "-" and the number of steps: "step" for "step_12". None takes
+            all folders that have a manifest, by the number of steps that it says.
+    """
+    steps: dict[Path, int] = {}
+    for path in Path(folder).glob("*"):
+        if name is not None:
+            if number := re.fullmatch(rf"{name}[-_](\d+)", path.name, re.ASCII):
+                steps[path] = int(number[1])
+        elif (path / MANIFEST).is_file():
+            steps[path] = _steps_of(path)
+    return sorted(steps, key=lambda path: (steps[path], path), reverse=True)
+
+
+def _steps_of(folder: Path) -> int:
+    """Return how many steps the manifest of a checkpoint says; more than any, where the manifest is damaged."""
+    try:
+        return int(read_manifest(folder)["num_timesteps"])
+    except CheckpointError:
+        return sys.maxsize  # first, so that the damage is reported whichever checkpoint is intact

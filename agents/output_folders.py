@@ -1,4 +1,4 @@
-"""The rule of every folder that is written for a user: what exists is kept, unless it is an earlier output of ours."""
+"""The rule for every folder written for a user: existing files are kept, unless they are an earlier output of ours."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from textenv.json_files import read_json
 from .files import replaced_folder, write_text
 
 MARK = "textenv.json"  # names the kind of an output and each file that was written with it
-SHOWN = 3  # names of what stands in a folder, in an error
-RUN = "run.json"  # what makes a folder that of a run
+SHOWN = 3  # how many names of files an error shows: enough to recognise a folder
+RUN = "run.json"  # a folder with this file is that of a run
 
 Kind = Literal["language model", "classifier", "reward model", "checkpoint", "best model"]
 
 
 class OutputFolderError(ValueError):
-    """A folder cannot be written to, since what stands there would be lost."""
+    """A folder cannot be written to, since files in it would be lost."""
 
 
 def check_output(
     folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, keep: Collection[str | os.PathLike[str]] = ()
 ) -> Path:
-    """Return where an output of a kind may be written, with symbolic links resolved.
+    """Check that an output may be written to a folder, and return its path with symbolic links resolved.
 
-    A folder that is absent or empty may be. One that holds an earlier output of the same kind, and nothing else, may be
-    replaced with `overwrite`. Everything else is refused, and so are, whatever is said, the working directory, the home
-    folder, a run, and the folders above them.
+    An absent or empty folder may be written to. A folder with an earlier output of the same kind, and nothing else, may
+    be replaced with `overwrite`. Every other folder is refused. So are, always, the working directory, the home folder,
+    a run, and the folders above them.
 
     Args:
-        folder: Where to.
-        kind: What is written.
+        folder: The folder to write to.
+        kind: The kind of output.
         overwrite: Whether an earlier output of that kind may be replaced.
-        keep: Other folders that must not be replaced, as the run that is exported; nor those above them.
+        keep: Other folders that must not be replaced, such as the run that is exported; nor those above them.
 
     Raises:
-        OutputFolderError: If something would be lost; three of the things that stand there are named.
-        NotADirectoryError: If a file stands there.
+        OutputFolderError: If files would be lost; three of them are named.
+        NotADirectoryError: If the path is a file.
 
     Example:
         >>> import tempfile
@@ -56,7 +56,7 @@ def check_output(
     kept = {
         "the working directory": Path.cwd(),
         "the home folder": Path.home(),
-        **{f"the folder {one}": Path(one) for one in keep},
+        **{f"the folder {other}": Path(other) for other in keep},
     }
     for name, path in kept.items():
         if path.resolve().is_relative_to(target):
@@ -75,9 +75,9 @@ def check_output(
         raise OutputFolderError(f"Expected a new or empty folder for the {kind}, got {folder}, which is a run.")
     earlier = _read_mark(target)
     if earlier is None or earlier[0] != kind:
-        found = "" if earlier is None else f", an earlier {earlier[0]}"
+        label = "" if earlier is None else f", an earlier {earlier[0]}"
         raise OutputFolderError(
-            f"Expected a new or empty folder for the {kind}, got {folder}{found} with {_shown(target)}: name another."
+            f"Expected a new or empty folder for the {kind}, got {folder}{label} with {_shown(target)}: name another."
         )
     foreign = [name for name in names if name not in earlier[1]]
     if foreign:
@@ -97,9 +97,18 @@ def check_output(
 def output_folder(
     folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, keep: Collection[str | os.PathLike[str]] = ()
 ) -> Iterator[Path]:
-    """Yield an empty folder to write an output into, which takes its place, marked as ours, when all went well.
+    """Yield an empty folder to write an output into; it is marked as ours, and takes its place when all went well.
 
-    The arguments and errors are those of `check_output`, which long work calls before it begins.
+    Arguments and errors are those of `check_output`, which long work also calls before it begins.
+
+    Example:
+        >>> import tempfile
+        >>> from agents.output_folders import output_folder
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with output_folder(f"{parent}/classifier", "classifier") as beside:
+        ...         _ = (beside / "config.json").write_text("{}")
+        ...     print(sorted(path.name for path in Path(parent, "classifier").iterdir()))
+        ['config.json', 'textenv.json']
     """
     target = check_output(folder, kind, overwrite, keep)
     with replaced_folder(target) as beside:
@@ -109,7 +118,7 @@ def output_folder(
 
 
 def _read_mark(folder: Path) -> tuple[str, list[str]] | None:
-    """Return the kind and the files of an earlier output; None where the folder has no whole mark of ours."""
+    """Return the kind and the files of an earlier output; None if the folder has no intact mark of ours."""
     try:
         mark = read_json(folder / MARK, {"kind": str, "files": [str]})
     except (OSError, ValueError):
@@ -118,6 +127,7 @@ def _read_mark(folder: Path) -> tuple[str, list[str]] | None:
 
 
 def _shown(folder: Path) -> str:
+    """Return the first names in a folder, and how many more there are, for an error."""
     names = sorted(path.name for path in folder.iterdir())
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more}"

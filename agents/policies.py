@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .actor_critic import LMActorCritic, Step
 from .backbone import Backbone, LMLike, build_model
 from .critic import CriticSpec, SharedCritic, TrunkCritic
-from .distributed import broadcast_weights, from_main, world
+from .distributed import broadcast_weights, from_main
 from .encoder_decoder import Seq2SeqBackbone
 from .language_model import BackendSpec, LanguageModel
 from .optim import scaled_optimizer
@@ -27,6 +27,7 @@ from .sharding import Sharded, Shards
 from .shared_gradient import SharedGradient
 from .trainable import Trainable, checkpoint_layers
 from .vec_env import TerminalObservation
+from .world import world
 
 
 class ForeignBackendError(TypeError):

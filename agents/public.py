@@ -19,7 +19,6 @@ from .config import (
 from .critic import RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .data_parallel import DataParallel
-from .distributed import is_main_process
 from .engine import EngineLost, RolloutEngine
 from .engine_rollouts import EngineRollouts
 from .evaluation import Evaluation, evaluate
@@ -44,6 +43,7 @@ from .sharding import Sharded
 from .trainable import LastLayers, LoRA
 from .training_warnings import TrainingWarnings
 from .vec_env import TextVecEnv
+from .world import is_main_process
 
 __all__ = [
     "AdaptiveCoef",

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written between iterations, retried when the disk is full, and found again."""
+"""The checkpoints of a run: written between iterations, retried when the disk is full, and found again."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from .checkpoint import is_between_iterations, save_step
 from .interrupts import Interrupts
 from .manifest import newest_intact
-from .refusal import CommandError, Interrupted, NumericsError, StorageError
+from .refusal import CommandError, Interrupted, NumericsError, StorageError, is_full
 from .run_folder import RunFolder
-from .storage import explain, is_full
+from .storage import explain
 
-BYTES_A_WEIGHT = 12  # itself and the two moments of AdamW, in float32
+BYTES_A_WEIGHT = 12  # a trained weight and its two moments of AdamW, 4 bytes each in float32
 
 
 class RunCheckpoints(BaseCallback):
-    """Saves the run every so many rollouts, at the end, and when a signal has asked to stop.
+    """Callback that saves the run every `every` rollouts, at the end, and when a signal has asked to stop.
 
-    A checkpoint that cannot be written leaves those of before intact; training goes on, and it is tried again after
-    the next iteration. So are rows that wait for room on the disk, which a checkpoint does not overtake.
+    A checkpoint that cannot be written leaves the older ones intact; training goes on, and the checkpoint is tried
+    again after the next iteration. Rows of figures that wait for room on the disk are tried again, too, and written
+    first: a checkpoint must never be ahead of the rows.
 
     Args:
         run: The run's folder.
-        every: Rollouts from one to the next.
-        keep: How many of the newest stay.
-        interrupts: Whether a signal came.
-        is_over: What says, when a rollout starts, that its first step will end the training.
-        say: What is called with a line to show.
+        every: The number of rollouts from one checkpoint to the next.
+        keep: How many of the newest checkpoints stay.
+        interrupts: The requests to stop.
+        is_over: Called when a rollout starts: whether its first step will end the training.
+        say: Called with a line to show.
 
     Raises:
-        Interrupted: After a signal, once the iteration is over and saved.
-        StorageError: If the last checkpoint, or the last rows, could not be written.
+        Interrupted: After a signal, once the iteration is finished and saved.
+        StorageError: At the end, if the last checkpoint or the last rows could not be written.
         NumericsError: If weights are not finite.
     """
 
@@ -65,7 +66,7 @@ class RunCheckpoints(BaseCallback):
     def _on_rollout_start(self) -> None:
         self._write_rows()
         now = self.model.num_timesteps
-        size = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]
+        size = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]  # tokens of a rollout
         is_due = now // size % self.every == 0 or self.failure is not None
         if now > self.saved and (is_due or self.interrupts.number or self.is_over()):
             self._save()
@@ -80,9 +81,10 @@ class RunCheckpoints(BaseCallback):
         self._write_rows()
         if is_between_iterations(cast("OnPolicyAlgorithm", self.model)):
             self._save()
-        self._check()  # after an early stop, in the first step of a rollout, it was saved before
+        self._check()  # an early stop comes in the first step of a rollout, and was saved when that started
 
     def _check(self) -> None:
+        """Raise StorageError if rows or a checkpoint are still not written."""
         failure = self.rows_failure if self.run.waiting else self.failure
         if failure is not None:
             raise StorageError(failure)
@@ -97,7 +99,7 @@ class RunCheckpoints(BaseCallback):
             self.say(self.rows_failure)
 
     def _save(self) -> None:
-        if self.run.waiting:  # the rows of what a checkpoint has behind it come first
+        if self.run.waiting:  # the rows of the tokens that the checkpoint counts must be on the disk first
             self.failure = self.rows_failure
             return
         try:
@@ -112,26 +114,26 @@ class RunCheckpoints(BaseCallback):
 
 
 def needed(model: object) -> int:
-    """Return about how many bytes a checkpoint takes."""
+    """Return about how many bytes a checkpoint of a model takes."""
     policy = cast("OnPolicyAlgorithm", model).policy
     return sum(weight.numel() * (BYTES_A_WEIGHT if weight.requires_grad else 4) for weight in policy.parameters())
 
 
 def checkpoint_to_load(run: RunFolder, say: Callable[[str], None] | None = None) -> Path | None:
-    """Return the newest checkpoint that verifies; None if none was ever written.
+    """Return the newest intact checkpoint of a run; None if none was ever written.
 
     Args:
         run: The run's folder.
-        say: What is called with what is wrong with newer ones; without it they are refused.
+        say: Called with a line for each newer one that is damaged; without it, a damaged one is an error.
 
     Raises:
         CommandError: If the newest is damaged and `say` is None, or if all are.
     """
-    found, damage = newest_intact(run.checkpoints)
-    newest = "no checkpoint is intact" if found is None else f"newest intact: step {int(found.name[5:])}"
-    if damage and (say is None or found is None):
+    checkpoint, damage = newest_intact(run.checkpoints)
+    newest = "no checkpoint is intact" if checkpoint is None else f"newest intact: step {int(checkpoint.name[5:])}"
+    if damage and (say is None or checkpoint is None):
         raise CommandError(f"{damage[0].rstrip('.')}; {newest}.")
     for message in damage:
         if say is not None:
             say(f"{message.rstrip('.')}; {newest}, going on from there.")
-    return found
+    return checkpoint

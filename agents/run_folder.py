@@ -21,8 +21,8 @@ from typing import Any
 from textenv.json_files import Shape, parse_json, read_json
 
 from .files import clear_leftovers, naming, write_text
-from .refusal import CommandError
-from .storage import is_full, size
+from .refusal import CommandError, is_full
+from .storage import size
 
 FORMAT = 1
 LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", "history.json", "best", "tensorboard")

@@ -1,4 +1,4 @@
-"""The policy of a checkpoint alone, to write and not to be trained: nothing else of what was saved is read."""
+"""The weights of a checkpoint's policy, for writing texts: optimizer, critics and episodes are not read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from .policies import LMPolicy
 from .shard_files import read_shards, read_tensors
 from .sharding import placed
 
-CRITIC = "lm.critic."  # how the names of its weights begin
+CRITIC = "lm.critic."  # the names of its weights begin so
 
 
 def load_policy(policy: LMPolicy, folder: str | os.PathLike[str]) -> None:
-    """Bring a policy to the saved one's weights; critics are left as they are.
+    """Load the saved weights into a policy, except those of its critic, which stays as it is.
+
+    Args:
+        policy: A policy built like the saved one; its critic may be another.
+        folder: The checkpoint.
 
     Raises:
         CheckpointError: If a file is missing, damaged or of another model.
@@ -29,8 +33,8 @@ def load_policy(policy: LMPolicy, folder: str | os.PathLike[str]) -> None:
     with of_our_making(path):
         saved = {**read_tensors(path / "policy.safetensors"), **read_shards(path, policy.lm.shards).get("policy", {})}
         weights = {name: tensor for name, tensor in named_tensors(policy) if not name.startswith(CRITIC)}
-        found = {name: tensor for name, tensor in saved.items() if not name.startswith(CRITIC)}
-        check_same_shapes(weights, found)
+        read = {name: tensor for name, tensor in saved.items() if not name.startswith(CRITIC)}
+        check_same_shapes(weights, read)
         with torch.no_grad():
             for name, weight in weights.items():
-                weight.copy_(placed(found[name], weight))
+                weight.copy_(placed(read[name], weight))

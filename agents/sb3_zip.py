@@ -1,4 +1,4 @@
-"""Stable-Baselines3's own files: read without unpickling anything, unless one trusts them."""
+"""The zip files of Stable-Baselines3's `model.save`, read without unpickling unless the user trusts them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 
 def load_sb3_zip(path: str | os.PathLike[str], model: BaseAlgorithm, trust: bool = False) -> BaseAlgorithm:
-    """Load a file that SB3's `model.save` wrote.
+    """Load a zip file that SB3's `model.save` wrote.
 
-    Such a file holds pickles, which run code of its author's as soon as they are loaded. Checkpoints and exports
+    Such a file holds pickles, which run their author's code as soon as they are loaded. Checkpoints and exports
     (`save_checkpoint`, `export`) hold none.
 
     Args:
-        path: The zip.
-        model: A model built as the saved one was, with the same arguments.
-        trust: False reads weights and optimizer into `model`, and unpickles nothing. True has SB3 load all of it,
-            counters and arguments too: only for a file of which you know where it comes from.
+        path: The zip file.
+        model: A model built with the same arguments as the saved one.
+        trust: False reads weights and optimizer into `model`, and unpickles nothing. True has SB3 load the whole file,
+            counters and arguments included: only for a file whose origin you know.
 
     Returns:
-        `model`, or with `trust` the model that SB3 made, on the env of `model`.
+        `model`, or with `trust` the new model that SB3 made, on the env of `model`.
 
     Raises:
-        ValueError: If it is no such file, of another model, or its weights come with something that is no tensor.
+        ValueError: If it is not such a file, is of another model, or has something among its weights that is not a
+            tensor.
 
     Example:
         >>> from agents import load_sb3_zip
@@ -43,6 +44,8 @@ def load_sb3_zip(path: str | os.PathLike[str], model: BaseAlgorithm, trust: bool
         )
         return type(model).load(file, env=model.get_env(), device=model.device)
     try:
+        # SB3 `save_util.load_from_zip_file` reads these entries by `torch.load(weights_only=True)`; the entry "data",
+        # which it would unpickle, is not asked for.
         model.set_parameters(str(file), device=model.device)
     except pickle.UnpicklingError as error:
         raise ValueError(f"Expected tensors alone among the weights in {file}, got something else: {error}") from error

@@ -14,10 +14,10 @@ from textenv.templates import apply_template
 from textenv.tokenizer import encode_prompt
 
 from .buffers import SequenceRolloutBuffer
-from .distributed import world
 from .findings import Finding
 from .minibatches import MIN_SEQUENCES
 from .patient import Patient
+from .world import world
 
 MAX_PROMPTS = 200  # as many are looked at
 FAR_ROWS = 1.5  # embedding rows, as a multiple of the tokenizer's tokens, that speak for another tokenizer

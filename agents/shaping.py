@@ -11,8 +11,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from textenv.episode import EndReason
 
 from .buffers import SequenceRolloutBuffer
-from .distributed import gather, world
+from .distributed import Spread, gather, merge_moments
 from .rollout_steps import RolloutStep, final_reward, text_vec_env
+from .world import world
 
 SMALL = 1e-8
 
@@ -132,12 +133,9 @@ class RewardShaping(RolloutStep):
         return scores
 
     def _update(self, scores: np.ndarray) -> None:
-        """Take a batch into the running figures (Chan et al., 1983, equation 2.1)."""
-        count, mean = len(scores), float(scores.mean())
-        total, distance = self.count + count, mean - self.mean
-        self.squares += float(((scores - mean) ** 2).sum()) + distance**2 * self.count * count / total
-        self.mean += distance * count / total
-        self.count = total
+        """Take a batch into the running figures."""
+        before = Spread(self.count, self.mean, self.squares)
+        self.count, self.mean, self.squares = merge_moments(before, Spread.of(scores))
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the running figures."""

@@ -1,4 +1,4 @@
-"""Tensors on disk, also sharded ones: each process writes its part, and any number of processes reads them."""
+"""The tensors of a checkpoint on disk: of sharded ones each process writes its part, and any number of them reads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, zeros
 
-from .distributed import from_main, is_main_process, raise_together, world
+from .distributed import from_main, raise_together
 from .manifest import CheckpointError
 from .sharding import Shards
+from .world import is_main_process, world
 
 FOLDER = "shards"
 Tensors = dict[str, dict[str, Tensor]]  # by file, by name
@@ -29,12 +30,12 @@ Tensors = dict[str, dict[str, Tensor]]  # by file, by name
 
 @contextmanager
 def replaced_together(written: AbstractContextManager[Path]) -> Iterator[Path]:
-    """Yield in all processes the folder that the one of rank 0 enters; all must call it.
+    """Yield, in all processes, the folder of a context that only the process of rank 0 enters; all must call it.
 
-    What goes wrong in the body must do so in all of them, as what `once` and `raise_together` raise does.
+    An error in the body must be raised in all processes, as `once` and `raise_together` do.
 
     Args:
-        written: What `replaced_folder` or `output_folder` returns; entered in the process of rank 0 alone.
+        written: The context that `replaced_folder` or `output_folder` returns.
     """
     with ExitStack() as opened:
         beside, error = Path(), None
@@ -53,20 +54,25 @@ def replaced_together(written: AbstractContextManager[Path]) -> Iterator[Path]:
 
 
 def write_shards(folder: Path, tensors: Tensors) -> Tensors:
-    """Write what is sharded as safetensors, to be read by a path that all processes see; return what is not.
+    """Write the sharded tensors as safetensors, and return the others. All processes must call it.
 
-    All processes must call it.
+    Args:
+        folder: A folder that all processes see, on one disk.
+        tensors: Tensors by name by file.
+
+    Raises:
+        OSError: In all processes, if one of them cannot write.
     """
     here, sharded, whole = world(), {}, {}
     for file, content in tensors.items():
-        sharded.update({f"{file}/{name}": one for name, one in content.items() if isinstance(one, DTensor)})
-        whole[file] = {name: one for name, one in content.items() if not isinstance(one, DTensor)}
+        sharded.update({f"{file}/{name}": tensor for name, tensor in content.items() if isinstance(tensor, DTensor)})
+        whole[file] = {name: tensor for name, tensor in content.items() if not isinstance(tensor, DTensor)}
     if sharded:
         assert here is not None, "several processes"
         writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
         try:
             dcp.save(sharded, storage_writer=writer, process_group=here.group)
-        except CheckpointException as error:  # in all processes, of whichever
+        except CheckpointException as error:  # torch raises it in all processes, whichever failed
             raise _storage_error(error) from error
     return whole
 
@@ -75,7 +81,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by name.
 
     Raises:
-        CheckpointError: If it is not of safetensors.
+        CheckpointError: If it is not a safetensors file.
     """
     try:
         return safetensors.torch.load_file(file)
@@ -84,20 +90,25 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_shards(folder: Path, shards: Shards | None) -> Tensors:
-    """Return what `write_shards` wrote, each process its part of it, or all of it where nothing is sharded here."""
+    """Return the tensors that `write_shards` wrote, by name by file.
+
+    Args:
+        folder: The checkpoint.
+        shards: The shards of the policy, of which each process reads its own; None reads whole tensors.
+    """
     if not (folder / FOLDER).is_dir():
         return {}
     here, reader = world(), HuggingFaceStorageReader(str(folder / FOLDER))
     target: dict[str, Tensor] = {}
-    for name, one in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(one, TensorStorageMetadata), "safetensors have nothing else"
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata), "safetensors have nothing else"
         if shards is None:
-            target[name] = torch.zeros(one.size, dtype=one.properties.dtype)
+            target[name] = torch.zeros(entry.size, dtype=entry.properties.dtype)
         else:
             placing: dict[str, Any] = {"device_mesh": shards.mesh, "placements": shards.placements}
-            target[name] = zeros(one.size, dtype=one.properties.dtype, **placing)
+            target[name] = zeros(entry.size, dtype=entry.properties.dtype, **placing)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant, in one process
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as `no_dist` asks for, in one process
         dcp.load(target, storage_reader=reader, process_group=here and here.group, no_dist=here is None)
     tensors: Tensors = {}
     for key, tensor in target.items():
@@ -107,8 +118,8 @@ def read_shards(folder: Path, shards: Shards | None) -> Tensors:
 
 
 def _storage_error(error: CheckpointException) -> OSError:
-    """Return what went wrong with files as that, whichever process it happened in."""
+    """Return torch's error as an OSError, with the number and the text of the processes that failed."""
     causes = {rank: cause for rank, (cause, _) in error.failures.items()}
-    number = next((one.errno for one in causes.values() if isinstance(one, OSError) and one.errno), errno.EIO)
-    said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
-    return OSError(number, f"Expected to write the shards of all processes, got {said}")
+    number = next((cause.errno for cause in causes.values() if isinstance(cause, OSError) and cause.errno), errno.EIO)
+    texts = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+    return OSError(number, f"Expected to write the shards of all processes, got {texts}")

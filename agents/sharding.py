@@ -28,8 +28,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .backbone import Backbone
 from .critic import TrunkCritic, ValueHead
-from .distributed import gather, is_main_process, offer_help, take_turn, world
+from .distributed import gather, offer_help, take_turn
 from .trainable import is_placed
+from .world import is_main_process, world
 
 if TYPE_CHECKING:
     from .actor_critic import LMActorCritic

@@ -1,49 +1,49 @@
-"""What is said when something could not be written: what it needs, what there is, and where."""
+"""The room on a disk, and the sentence that says why a file could not be written."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error says that a disk is full: what could not be written is tried again."""
-    return isinstance(error, OSError) and error.errno in FULL
+from .refusal import FULL
 
 
 def explain(error: Exception, path: str | os.PathLike[str], n_bytes: int = 0) -> str:
-    """Say why something could not be written: with a full disk, what it needs and what there is.
+    """Return a sentence that says why something could not be written; of a full disk, with the room there is.
 
     Args:
-        error: What was raised.
-        path: Where to; the one that the error names comes first.
-        n_bytes: About how many bytes it takes, 0 where nobody knows.
+        error: The error that was raised.
+        path: Where the writing went; the path that the error names takes precedence.
+        n_bytes: About how many bytes it takes, 0 where that is unknown.
+
+    Example:
+        >>> import errno
+        >>> from agents.storage import explain
+        >>> explain(OSError(errno.EROFS, "Read-only file system", "/mnt/run.json"), "/mnt")
+        'Read-only file system at /mnt/run.json.'
     """
     number = error.errno if isinstance(error, OSError) else None
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
     named = error.filename if isinstance(error, OSError) else None
-    place = named if isinstance(named, str) else os.fspath(path)
-    free = free_bytes(place)
+    target = named if isinstance(named, str) else os.fspath(path)  # `filename` is a number for a file descriptor
+    free = free_bytes(target)
     if number in FULL or n_bytes > free:
         needs = f"needs {size(n_bytes)}, " if n_bytes else ""
-        return f"{needs}{size(free)} free at {place} ({reason})."
-    return f"{reason} at {place}."
+        return f"{needs}{size(free)} free at {target} ({reason})."
+    return f"{reason} at {target}."
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:
-    """Return the room on the disk of a path that need not be there yet, in bytes."""
-    there = Path(path).absolute()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
+    """Return the room on the disk of a path, which need not exist yet, in bytes."""
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def size(n_bytes: int) -> str:
-    """Return a number of bytes for people.
+    """Return a number of bytes as text for people, in GB or MB (powers of ten).
 
     Example:
         >>> size(1_234_000_000), size(56_000)

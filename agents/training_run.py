@@ -37,11 +37,10 @@ from .model_card import model_card
 from .output_folders import output_folder
 from .policies import LMPolicy
 from .recording import Recorder, RowWriter, SampleRecorder
-from .refusal import CommandError, Exit, Interrupted
+from .refusal import CommandError, Exit, Interrupted, is_full
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
-from .storage import is_full
 
 MENDED = (Exit.REFUSED, Exit.MISSING)  # by the user, and then the same command trains: no run began
 SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models

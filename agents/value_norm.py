@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .critic import ValueHead
-from .distributed import moments, world
+from .distributed import moments
+from .world import world
 
 VALUE_NORMS = ("norm", "popart")
 DECAY = 0.9  # of the weight of a rollout with each later one

@@ -18,7 +18,7 @@ from textenv.printable import printable
 from textenv.rendering import picture, render_row
 from textenv.vector import unwrap_text_env
 
-from .distributed import world
+from .world import world
 
 
 class TerminalObservation(np.ndarray):

@@ -9,6 +9,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import PPO
 
 import agents.distributed
+import agents.world
 from agents import (
     Checkpoints,
     CriticWarmup,
@@ -104,17 +105,18 @@ def join_as_initialised():
 
 def leave_late(seconds):
     """Leave the others, rank 1 after some seconds; when that was done, by the clock that all processes share."""
-    here = agents.distributed.world()
+    here = agents.world.world()
     if here.rank == 1:
         time.sleep(seconds)
-    agents.distributed.leave(here.store, here.rank, here.size)
+    agents.world.leave(here.store, here.rank, here.size)
     return time.monotonic()
 
 
 def join(seconds):
     """Meet the others within some seconds."""
-    agents.distributed.JOIN_SECONDS = seconds
-    return tuple(agents.distributed.world())[:3]
+    agents.world.JOIN_SECONDS = seconds
+    here = agents.world.world()
+    return here.rank, here.size, here.seed
 
 
 def killed(where, folder, n_iterations=4, shard=None):

@@ -9,7 +9,7 @@ import time
 import traceback
 from pathlib import Path
 
-from agents import distributed
+from agents import world
 from tests import jobs, mistakes
 
 # Children are forked from a server that has imported everything once, and never ran a backward pass.
@@ -105,5 +105,6 @@ def _child(pipe, names, job, args):
         pipe.send(result)
     except Exception:
         pipe.send(RuntimeError(f"{type(result).__name__}: {result}"))
-    for here in distributed._joined:  # as at the end of a script: processes of multiprocessing have no atexit
-        distributed.leave(here.store, here.rank, here.size)
+    here = world._joined
+    if here is not None:  # as at the end of a script: processes of multiprocessing have no atexit
+        world.leave(here.store, here.rank, here.size)

@@ -62,7 +62,7 @@ def flip(file):
 
 
 FILES = ("policy.safetensors", "optimizer.safetensors", "episodes.safetensors", "waiting.safetensors")
-FILES += ("generators.safetensors", "step_KLPenalty.safetensors", "state.json", "manifest.json")
+FILES += ("generators.safetensors", "probe.safetensors", "step_KLPenalty.safetensors", "state.json", "manifest.json")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -90,11 +90,14 @@ def test_the_message_says_what_is_there_and_what_was_expected(saved, tmp_path):
         verify_checkpoint(tmp_path / "nowhere")
 
 
-def test_a_newer_format_is_refused(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("format", "cure"), [(99, "install a newer textenv"), (1, "only the textenv that wrote it reads it")]
+)
+def test_another_format_is_refused(format, cure, saved, tmp_path):
     folder = copied(saved, tmp_path / "saved")
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match="Expected format 1 or older, got 99: install a newer textenv"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": format}))
+    with pytest.raises(CheckpointError, match=rf"Expected format 2 in .*manifest\.json, got {format}: {cure}"):
         load_checkpoint(build(), folder)
 
 

@@ -53,8 +53,8 @@ def test_no_flip_of_a_manifest_goes_unnoticed(copy):
 
 @pytest.mark.parametrize(
     "made",
-    [{}, [], None, 5, "x", {"format": 1}, {"format": "1", "num_timesteps": 5, "files": {}}]
-    + [{"format": 1, "num_timesteps": 5, "versions": {}, "files": files} for files in ({}, [], {"a": None}, {"a": {}})],
+    [{}, [], None, 5, "x", {"format": 1}, {"format": 2}, {"format": "2", "num_timesteps": 5, "files": {}}]
+    + [{"format": 2, "num_timesteps": 5, "versions": {}, "files": files} for files in ({}, [], {"a": None}, {"a": {}})],
 )
 def test_a_manifest_made_by_hand_is_passed_over(made, copy, capfd):
     before, newest = sorted((copy / "checkpoints").iterdir())

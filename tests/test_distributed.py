@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from agents import DataParallel, cli
-from agents.distributed import ProcessLost, world
+from agents.distributed import ProcessLost
+from agents.world import world
 from tests.models import seldom
 from tests.processes import free_port, launch, torchrun, train
 from tests.training import tiny_agent

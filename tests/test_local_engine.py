@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from agents import EngineLost, EngineRollouts, LocalEngine, wire
-from agents.distributed import world
 from agents.engine import Request, named_weights
+from agents.world import world
 from tests.engines import InProcess
 from tests.training import same_weights, tiny_agent, tiny_config, weights
 

@@ -68,15 +68,6 @@ def test_it_is_small_and_costs_one_forward_of_a_few_tokens(tmp_path):
     assert read == [N_TOKENS]
 
 
-def test_checkpoints_of_before_have_none(tmp_path):
-    folder = saved(tmp_path / "saved")
-    (folder / "probe.safetensors").unlink()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["files"]["probe.safetensors"]
-    seal_by_hand(folder, manifest)
-    assert loaded(tiny_agent(), folder) == []
-
-
 @pytest.mark.parametrize("family", [*CACHED, "t5", "bart"])
 def test_every_family_has_a_probe(family):
     policy = make_policy(tiny(family) if family in CACHED else tiny_seq2seq(family))

@@ -33,6 +33,8 @@ class CriticWarmup(RolloutStep):
         >>> callback = CriticWarmup(4)  # model.learn(100_000, callback=callback)
     """
 
+    key = "CriticWarmup"
+
     def __init__(self, n_rollouts: int, verbose: int = 0) -> None:
         super().__init__(verbose)
         if n_rollouts < 0:

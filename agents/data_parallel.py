@@ -10,10 +10,10 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 
-from .buffers import SequenceRolloutBuffer
+from .buffers import DATA_PARALLEL, SequenceRolloutBuffer
 from .distributed import gather, raise_together, world
 from .policies import LMPolicy
-from .rollout_steps import RolloutStep
+from .rollout_steps import Order, RolloutStep
 from .shared_gradient import AgreedTarget
 
 SETTINGS = (
@@ -50,7 +50,8 @@ class DataParallel(RolloutStep):
         >>> callbacks = [DataParallel()]  # PPO(LMPolicy, TextVecEnv(env, 64), ...).learn(100_000, callback=callbacks)
     """
 
-    rank = -1  # before all others: it takes the time until here
+    key = DATA_PARALLEL
+    order = Order.PROCESSES
     is_kept = False  # what was trained in several processes may go on in one
 
     def attach(self, model: BaseAlgorithm) -> None:

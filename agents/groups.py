@@ -5,7 +5,7 @@ from __future__ import annotations
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from .buffers import SequenceRolloutBuffer
-from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
+from .rollout_steps import Order, RolloutStep, sequence_buffer, text_vec_env
 from .waiting import RolloutGroups
 
 
@@ -21,7 +21,8 @@ class SampleGroups(RolloutStep):
         >>> callback = SampleGroups()  # model.learn(100_000, callback=callback)
     """
 
-    rank = 0
+    key = "SampleGroups"
+    order = Order.GROUPS
 
     def prepare(self, model: BaseAlgorithm) -> None:
         """Check that env and buffer can do it.
@@ -55,6 +56,4 @@ class SampleGroups(RolloutStep):
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Tell the buffer which groups the episodes belong to; rewards stay as they are."""
         lanes = self.env.lanes
-        buffer.groups = RolloutGroups(
-            self.env.first_step, self.env.ended, lanes.open_groups(), lanes.dealer.group_size, lanes.reset_at
-        )
+        buffer.groups = RolloutGroups(self.env.record, lanes.open_groups(), lanes.dealer.group_size, lanes.reset_at)

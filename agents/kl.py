@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .actor_critic import LMActorCritic
 from .backbone import LMLike
-from .buffers import SequenceRolloutBuffer, step_name
+from .buffers import SequenceRolloutBuffer
 from .distributed import gather
 from .policies import LMPolicy
 from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of, version_of
@@ -102,6 +102,8 @@ class KLPenalty(RolloutStep):
         >>> callback = KLPenalty(0.02)  # model.learn(100_000, callback=callback)
     """
 
+    key = "KLPenalty"
+
     def __init__(
         self,
         coef: float | AdaptiveCoef,
@@ -138,7 +140,7 @@ class KLPenalty(RolloutStep):
         if self.reference is None:
             self.reference = start_of(self.policy)
             is_start = model._n_updates == 0 or self.reference is self.policy
-            if not is_start and step_name(self) not in sequence_buffer(model).saved_steps:
+            if not is_start and self.key not in sequence_buffer(model).saved_steps:
                 self.reference = None
                 raise ValueError(
                     "Expected the reference of a model that is already trained, since its start is gone: pass "

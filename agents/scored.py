@@ -30,8 +30,8 @@ class ScoredEpisodes:
         # Read only now: late scores have been added to the infos in the meantime, save to those that wait for a group.
         infos = [info for info in self.infos if info["scored"]]
         self.infos = [info for info in self.infos if not info["scored"]]
-        if isinstance(self.env, TextVecEnv) and self.env.keeps_infos:
+        if isinstance(self.env, TextVecEnv) and self.env.record.is_kept:
             # The env has those too that waited in a checkpoint; not those that were dropped.
             dropped = [info for info in infos if info["dropped"]]
-            infos, self.infos = [*self.env.scored.values(), *dropped], []
+            infos, self.infos = [*self.env.record.scored.values(), *dropped], []
         return infos

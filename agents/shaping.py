@@ -12,7 +12,8 @@ from textenv.episode import EndReason
 
 from .buffers import SequenceRolloutBuffer
 from .distributed import gather, world
-from .rollout_steps import RolloutStep, final_reward, text_vec_env
+from .rollout_steps import Order, RolloutStep, text_vec_env
+from .scores import final_reward
 
 SMALL = 1e-8
 
@@ -45,7 +46,8 @@ class RewardShaping(RolloutStep):
         >>> callbacks = [RewardShaping(clip=5.0, missing_eos_penalty=1.0), KLPenalty(0.02)]  # learn(callback=callbacks)
     """
 
-    rank = 2
+    key = "RewardShaping"
+    order = Order.SHAPING
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class RewardShaping(RolloutStep):
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Change the rewards on the last tokens of the episodes whose score has come."""
-        infos = self.env.scored
+        infos = self.env.record.scored
         scores = np.array([info["episode"]["r"] for info in infos.values()])  # (E,)
         is_cut = np.array([info["end_reason"] is EndReason.LENGTH for info in infos.values()])
         shaped = self._shape_all(scores) if self._changes_scores else scores

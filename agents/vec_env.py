@@ -19,31 +19,8 @@ from textenv.rendering import picture, render_row
 from textenv.vector import unwrap_text_env
 
 from .distributed import world
-
-
-class TerminalObservation(np.ndarray):
-    """The last observation of a truncated episode, (L,), which knows those of the lanes truncated in the same step.
-
-    Stable-Baselines3 asks for the value of one after the other; with its siblings a policy values all in one forward.
-
-    Attributes:
-        siblings: The terminal observations of that step, (K, L).
-        place: Which of them this one is.
-    """
-
-    siblings: np.ndarray
-    place: int
-
-    @classmethod
-    def of_step(cls, observations: list[np.ndarray]) -> list[TerminalObservation]:
-        """Return the terminal observations of one step, each knowing all."""
-        siblings = np.stack(observations)
-        terminal = []
-        for place, observation in enumerate(observations):
-            row = observation.view(cls)
-            row.siblings, row.place = siblings, place
-            terminal.append(row)
-        return terminal
+from .rollout_record import RolloutRecord
+from .tensor_notes import TerminalObservation
 
 
 class TextVecEnv(VecEnv):
@@ -79,8 +56,7 @@ class TextVecEnv(VecEnv):
         self.lanes = Lanes(self.env, n_envs)
         if self.world is not None:
             self.lanes.dealer.shard = (self.world.rank, self.world.size)
-        self.keeps_infos = False
-        self.begin_rollout(keep_infos=False)
+        self.record = RolloutRecord(self.lanes.n_steps, is_kept=False)
         super().__init__(n_envs, self.env.observation_space, self.env.action_space)
 
     def reset(self) -> np.ndarray:
@@ -92,9 +68,9 @@ class TextVecEnv(VecEnv):
         seed, options = self._seeds[0], self._options[0]
         self._reset_seeds()
         self._reset_options()
-        # An evaluation may follow; a rollout asks for both again.
+        # An evaluation may follow; a rollout asks for all three again.
         self.lanes.defer_scores = self.lanes.accepts_dropped = False
-        self.begin_rollout(keep_infos=False)
+        self.record = RolloutRecord(self.lanes.n_steps, is_kept=False)
         order_seed = None
         if seed is None and self.world is not None and self.lanes.dealer.cursor is None:
             seed = self.world.seed  # the same order in all processes
@@ -120,10 +96,7 @@ class TextVecEnv(VecEnv):
         for lane, observation in final.items():
             result.infos[lane]["terminal_observation"] = observation
             result.infos[lane]["TimeLimit.truncated"] = bool(result.truncated[lane])
-            if self.keeps_infos:
-                self.ended[step, lane] = result.infos[lane]
-                if not self.lanes.defer_scores and not result.infos[lane]["dropped"]:
-                    self.scored[step, lane] = result.infos[lane]
+            self.record.add((step, lane), result.infos[lane], is_scored=not self.defers_scores)
         dones = result.terminated | result.truncated
         return result.observations, result.rewards.astype(np.float32), dones, result.infos
 
@@ -177,30 +150,33 @@ class TextVecEnv(VecEnv):
         """Return whether the lanes do what a wrapper does: true of Monitor alone."""
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
-    def begin_rollout(self, keep_infos: bool = True) -> None:
-        """Keep the infos of the episodes that end from now on, for the steps before returns: by place in `ended`.
+    def begin_rollout(self, defer_scores: bool = False, accept_dropped: bool = False) -> None:
+        """Record the episodes that end from now on in `record`, for the steps that run before returns.
 
-        `scored` has those whose score has come since, which may have ended before; not those that were dropped.
-        Calling it twice does no harm.
+        Each of these steps calls it as a rollout begins, with what it needs; one call more changes nothing that another
+        step has asked for. `reset` takes everything back.
+
+        Args:
+            defer_scores: Let finished episodes wait for `score_unscored`; those of a rollout that was broken off are
+                forgotten.
+            accept_dropped: Let the reward drop episodes: the caller leaves them out of training.
         """
-        self.keeps_infos = keep_infos
-        self.first_step = self.lanes.n_steps
-        self.ended: dict[Place, dict[str, Any]] = {}
-        self.scored: dict[Place, dict[str, Any]] = {}
+        self.record = RolloutRecord(self.lanes.n_steps, is_kept=True)
+        if defer_scores:
+            self.lanes.defer_scores = True
+            self.lanes.unscored.clear()
+        if accept_dropped:
+            self.lanes.accepts_dropped = True
 
-    def defer_scores(self) -> None:
-        """Let finished episodes wait for `score_unscored` from now on; forget those of a rollout broken off."""
-        self.lanes.defer_scores = True
-        self.lanes.unscored.clear()
-
-    def accept_dropped(self) -> None:
-        """Let the reward drop episodes from now on, until `reset`: for who leaves them out of training."""
-        self.lanes.accepts_dropped = True
+    @property
+    def defers_scores(self) -> bool:
+        """Whether finished episodes wait for `score_unscored`."""
+        return self.lanes.defer_scores
 
     def score_unscored(self) -> Sequence[tuple[Place, dict[str, Any], float]]:
         """Score the finished episodes that wait and whose group is whole, in one call; see `Lanes.score_unscored`."""
         scores = self.lanes.score_unscored()
-        self.scored.update((place, info) for place, info, _ in scores if not info["dropped"])
+        self.record.scored.update((place, info) for place, info, _ in scores if not info["dropped"])
         return scores
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -213,6 +189,5 @@ class TextVecEnv(VecEnv):
         """Go on from what `state_dict` returned; return the observations, (B, L)."""
         observations = self.lanes.load_state_dict(arrays, meta)
         self.env.np_random.bit_generator.state = meta["np_random"]
-        if "failures" in meta:  # checkpoints of before have none
-            self.env.failures.load_state_dict(meta["failures"])
+        self.env.failures.load_state_dict(meta["failures"])
         return observations

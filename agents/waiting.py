@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from textenv.finished import Place
 
+from .rollout_record import RolloutRecord
 from .transitions import Segment, Transitions
 
 
@@ -26,8 +27,7 @@ class EndedEpisode(NamedTuple):
 class RolloutGroups(NamedTuple):
     """What the env knows of groups of samples at the end of a rollout; `SampleGroups` hands it to the buffer."""
 
-    first_step: int  # of the rollout, counted as in `Place`
-    infos: Mapping[Place, dict[str, Any]]  # of the episodes that ended in it
+    record: RolloutRecord  # of the episodes that ended in the rollout
     open_groups: set[int]  # groups of which members run or are still to come
     size: int  # members of a group
     reset_at: int  # the step before which all was abandoned
@@ -37,7 +37,7 @@ class RolloutGroups(NamedTuple):
 
         A rollout that is broken off loses tokens, and SB3 then goes on with observations that the env left behind.
         """
-        info = self.infos.get(place)
+        info = self.record.ended.get(place)
         if info is None or info["episode"]["l"] != len(part.actions):
             return None
         return EndedEpisode(info["group"], segment.tokens, segment.n_prompt, part)

@@ -65,8 +65,7 @@ class LMActorCritic(nn.Module):
         if value_norm is not None and not isinstance(critic, ValueHead):
             raise ValueError(f"Expected a critic that ends in a ValueHead for `value_norm`, got {type(critic)}.")
         self.value_norm = None if value_norm is None else ValueNorm(value_norm)
-        # Within a rollout whose buffer has asked for it: values are zeros until it has whole sequences valued.
-        self.values_late = False
+        self._defers_values = False  # see `defer_values`
         self.most_tokens: int | None = None  # that an update reads at a time, where memory has once been too small
         self.sampling = sampling
         self.autocast = autocast
@@ -85,9 +84,21 @@ class LMActorCritic(nn.Module):
             self.lagged.drop_caches()
 
     def begin_update(self) -> None:
-        """Count an update; `drop_caches` besides."""
+        """Count an update, for the lagged copy."""
         if self.lagged is not None:
             self.lagged.count_update(self.backbone)
+
+    def defer_values(self) -> None:
+        """Return zeros as values of steps from now on, where the critic has a trunk of its own.
+
+        A buffer that has whole sequences valued at the end of the rollout, in one forward each, asks for it.
+        """
+        self._defers_values = isinstance(self.critic, TrunkCritic)
+
+    def settle_values(self) -> bool:
+        """Value each step again; return whether the steps since `defer_values` have zeros in place of values."""
+        was_deferred, self._defers_values = self._defers_values, False
+        return was_deferred
 
     def _apply(self, fn: Any, recurse: bool = True) -> LMActorCritic:
         """Move or cast the weights; keys and values of the old ones are dropped. Shards stay where they are."""
@@ -127,7 +138,7 @@ class LMActorCritic(nn.Module):
         log_probs = distribution.log_prob(actions)
         if not isinstance(self.critic, TrunkCritic):
             values = self.in_reward_units(self.critic(hidden))
-        elif with_values and not self.values_late:
+        elif with_values and not self._defers_values:
             values = self._trunk_values(ids, lengths)
         else:
             values = torch.zeros_like(log_probs)

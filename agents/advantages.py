@@ -1,4 +1,4 @@
-"""Advantages of whole episodes from the returns of their group, without a critic; and of those that came in parts."""
+"""Advantages: of episodes within their group, without a critic, and of episodes that span several rollouts."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from .world import world
 
 Advantage = Literal["gae", "grpo", "grpo_mean", "rloo"]
 
-SMALL = 1e-4  # keeps differences that are only noise from being blown up to deviations of one
+SMALL = 1e-4  # keeps differences that are rounding or noise from becoming advantages of about 1
 
 
 def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advantage) -> np.ndarray:
-    """Return each episode's advantage over the others that began at the same prompt.
+    """Return the advantage of each episode over the others that began with the same prompt.
 
-    - "grpo": (r - mean) / (deviation + 1e-4), of the group, the deviation with n - 1 (Shao et al., 2024, DeepSeekMath,
+    With the return r of an episode, and the mean and deviation over the n episodes of its group:
+
+    - "grpo": (r - mean) / (deviation + 1e-4), where the deviation divides by n - 1 (Shao et al., 2024, DeepSeekMath,
       section 4.1.2);
     - "grpo_mean": r - mean, so that hard and easy prompts count alike (Liu et al., 2025, Dr. GRPO, section 3.2);
-    - "rloo": r - mean of the others (Ahmadian et al., 2024, section 3.3): n / (n - 1) of that.
+    - "rloo": r - the mean of the other episodes (Ahmadian et al., 2024, section 3.3), which is n / (n - 1) times the
+      one before.
 
-    In a group whose returns are all equal, or of one, all are exactly 0.
+    In a group of one episode, or of equal returns, all advantages are exactly 0.
 
     Args:
         returns: The sum of rewards of each episode, (E,).
-        groups: The number of its group, (E,), in any order.
-        advantage: Which one.
+        groups: The number of each episode's group, (E,), in any order.
+        advantage: One of the three above.
 
     Returns:
         (E,) float32.
@@ -40,21 +43,33 @@ def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advanta
     """
     advantages = np.zeros(len(returns))
     for group in np.unique(groups):
-        here = np.flatnonzero(groups == group)
-        if len(here) == 1:
+        members = np.flatnonzero(groups == group)  # (n,)
+        if len(members) == 1:
             continue
-        shifted = returns[here].astype(np.float64) - returns[here[0]]  # equal ones become zeros, without rounding
+        shifted = returns[members].astype(np.float64) - returns[members[0]]  # makes equal returns exactly 0
         centred = shifted - shifted.mean()
         if advantage == "grpo":
             centred /= centred.std(ddof=1) + SMALL
         elif advantage == "rloo":
-            centred *= len(here) / (len(here) - 1)
-        advantages[here] = centred
+            centred *= len(members) / (len(members) - 1)
+        advantages[members] = centred
     return advantages.astype(np.float32)
 
 
 def carry(part: Transitions, advantage: float, next_value: float, gamma: float, gae_lambda: float) -> None:
-    """Compute a part's advantages and returns, in place, from those that follow it (generalized advantages)."""
+    """Compute the advantages and returns of an episode's part anew, in place, from what follows it.
+
+    They are those of generalized advantage estimation (Schulman et al., 2016, equation 16), as SB3
+    `buffers.RolloutBuffer.compute_returns_and_advantage` computes them, where the part ended with its rollout and the
+    episode did not.
+
+    Args:
+        part: The transitions of the part, (n,) each.
+        advantage: The advantage of the transition that follows it; 0 at the end of the episode.
+        next_value: The value of that transition; 0 at the end of the episode.
+        gamma: Discount factor.
+        gae_lambda: The trade-off of the estimation.
+    """
     for i in reversed(range(len(part.rewards))):
         delta = part.rewards[i] + gamma * next_value - part.values[i]
         advantage = delta + gamma * gae_lambda * advantage
@@ -64,13 +79,14 @@ def carry(part: Transitions, advantage: float, next_value: float, gamma: float, 
 
 
 def mean_and_deviation(advantages: np.ndarray) -> tuple[float | np.float32, float | np.float32]:
-    """Return what advantages (N,) are normalised by, over those of all processes: their mean and deviation.
+    """Return the mean and the deviation that normalise advantages, (N,), over those of all processes.
 
-    They are 0 and 1 where there are fewer than two advantages.
+    They are 0 and 1 where there are fewer than two advantages. As in SB3 `PPO.train`, the deviation divides by N - 1
+    and has 1e-8 added.
     """
     if world() is None:
         n, mean, deviation = len(advantages), 0.0, 1.0
-        if n > 1:  # in float32, as SB3 has it
+        if n > 1:  # in float32, as in SB3
             mean, deviation = advantages.mean(), advantages.std(ddof=1) + np.float32(1e-8)
         return mean, deviation
     n, mean, variance = moments("advantages", advantages)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, get_args
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -16,17 +16,38 @@ from textenv.finished import Place
 from textenv.rewarding import RewardError
 
 from .actor_critic import LMActorCritic
-from .advantages import Advantage, carry, group_advantages, mean_and_deviation
-from .critic import TrunkCritic
+from .advantages import Advantage, mean_and_deviation
 from .distributed import raise_together
 from .importance import Correction
 from .minibatches import deal
 from .sequences import SequenceBatch, pad_sequences
+from .tensor_notes import ALLOWED, READ_BY
 from .token_sets import AllowedTokens, TokenSets
+from .trained_sequences import FinishedRollout, choose_groups, choose_sequences
 from .transitions import RolloutView, Segment, SequenceSamples, Transitions, joined
 from .value_norm import Scale, scales_of
 from .waiting import EndedEpisode, RolloutGroups
 from .world import world
+
+DATA_PARALLEL = "DataParallel"  # the key of the step without which several processes do not train
+
+
+class BeforeReturns(Protocol):
+    """A step that works on a complete rollout before returns are computed; `RolloutStep` is the base class."""
+
+    @property
+    def key(self) -> str:
+        """Its name in saved models and checkpoints."""
+
+    @property
+    def order(self) -> int:
+        """When it runs among the others: lower ones first."""
+
+    def begin(self) -> None:
+        """Prepare for a rollout that begins."""
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Change `buffer.rewards`, (T, B), in place."""
 
 
 class SequenceRolloutBuffer(RolloutBuffer):
@@ -103,8 +124,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.complete_episodes = complete_episodes or advantage != "gae"
         self.micro_batch_tokens = micro_batch_tokens
         self.expected_steps = list(expected_steps)
-        self.before_returns: list[Callable[[SequenceRolloutBuffer], None]] = []
-        self.before_rollout: list[Callable[[], None]] = []
+        self.before_returns: list[BeforeReturns] = []
         self.correction: Correction | None = None  # where another engine samples; see `EngineRollouts`
         self.waiting: dict[int, Transitions] = {}
         self.waiting_episodes: dict[Place, EndedEpisode] = {}
@@ -145,8 +165,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.dones = np.zeros(self.n_envs, dtype=bool)
         self.generator_ready = False
         self.pos, self.full = 0, False
-        for begin in self.before_rollout:
-            begin()
+        for step in self.before_returns:
+            step.begin()
 
     def waiting_sets(self) -> list[np.ndarray]:
         """Return the numbers of the token sets that waiting segments need: their own arrays, one a segment."""
@@ -167,9 +187,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
         Where tokens were sampled from a part of the vocabulary, the policy says so on `log_prob` (`log_prob.allowed`).
         """
         if self.pos == 0:
-            self._lm = vars(value).get("read_from")  # LMPolicy's
+            self._lm = READ_BY.read(value)
             if self._lm is not None:
-                self._lm.values_late = True
+                self._lm.defer_values()
         else:
             before = self._last_observations
             now = obs[:, : before.shape[1]]
@@ -182,7 +202,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.episode_starts[self.pos] = episode_start
         lengths = (obs >= 0).sum(axis=1)
         self.cols[self.pos] = lengths - 1
-        allowed = vars(log_prob).get("allowed")
+        allowed = ALLOWED.read(log_prob)
         if allowed is not None:
             self.is_masked = True
             self.allowed[self.pos] = self.token_sets.add(allowed.cpu().numpy())
@@ -219,8 +239,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self._close_segment(lane, self.buffer_size, is_finished=bool(self.dones[lane]))
         self._last_observations = self.observations  # all that is needed of them is in the segments
         if self._lm is not None:
-            self._value_late(self._lm)
-        missing = [name for name in self.expected_steps if name not in map(step_name, self.before_returns)]
+            self._value_sequences(self._lm)
+        attached = {step.key for step in self.before_returns}
+        missing = [key for key in self.expected_steps if key not in attached]
         if missing:
             raise RuntimeError(
                 f"Expected the steps {missing} before returns: the model was trained with them. Pass them as callbacks "
@@ -233,16 +254,15 @@ class SequenceRolloutBuffer(RolloutBuffer):
                 f"Expected the step SampleGroups with advantage={self.advantage!r}: pass it as a callback to learn()."
             )
         super().compute_returns_and_advantage(last_values.float(), dones)
-        self._collect()
+        self._choose_sequences()
         if self._lm is not None:
-            returns = [self._part(i).returns for i in range(len(self._trained))]
+            returns = [part.returns for part in self.trained]
             self._value_scale, self._return_scale = scales_of(self._lm.value_norm, self._lm.critic, returns)
         self._lm = None
 
-    def _value_late(self, lm: LMActorCritic) -> None:
-        """Compute the values that a critic with a trunk of its own owes."""
-        lm.values_late = False
-        if isinstance(lm.critic, TrunkCritic):
+    def _value_sequences(self, lm: LMActorCritic) -> None:
+        """Compute the values that were deferred, in one forward a sequence."""
+        if lm.settle_values():
             view = self.view()
             with torch.no_grad():
                 values = lm.in_reward_units(lm.sequence_values(view.batch))
@@ -264,79 +284,32 @@ class SequenceRolloutBuffer(RolloutBuffer):
     def _allowed(self, numbers: np.ndarray) -> AllowedTokens | None:
         return AllowedTokens(self.token_sets, numbers) if self.is_masked else None
 
-    def _collect(self) -> None:
-        """Choose the sequences that are to be trained; their numbers stay where they are until a minibatch is made."""
-        self._trained: list[Segment] = []
-        self._joined: dict[int, Transitions] = {}  # by place in `_trained`: what waited, and the end of its episode
-        self._n_dropped = 0
-        for segment in self.segments:
-            if self.complete_episodes:
-                part = self._transitions(segment)
-                earlier = self.waiting.pop(segment.lane, None)
-                if earlier is not None and not self.episode_starts[segment.start, segment.lane]:
-                    part = self._joined[len(self._trained)] = self._join(earlier, part)
-                if not segment.is_finished:
-                    self.waiting[segment.lane] = joined([part])
-                    self._joined.pop(len(self._trained), None)
-                    continue
-            if self.groups is None and self._is_dropped(segment):
-                self._joined.pop(len(self._trained), None)
-                self._n_dropped += 1
-                continue
-            self._trained.append(segment)
-        if self.groups is not None:
-            self._gather_groups(self.groups)
-        none_left = RewardError(
-            f"Expected an episode to train on, got none: the reward dropped all {self._n_dropped} that ended. Does "
-            "what it asks answer at all? Let it raise to see the causes (on_failure='raise'), or raise n_steps."
+    def _choose_sequences(self) -> None:
+        """Choose the sequences that are trained, and compute what their advantages are normalised by."""
+        rollout = FinishedRollout(
+            self.segments, self._transitions, self.episode_starts, self.dropped, self.gamma, self.gae_lambda
         )
-        raise_together(none_left if self._n_dropped and not self._trained else None)
-        self._counts = np.array([len(self._part(i).actions) for i in range(len(self._trained))], dtype=np.int64)
+        if self.groups is None:
+            self.trained = choose_sequences(rollout, self.waiting if self.complete_episodes else None)
+        else:
+            self.trained, self.waiting_episodes = choose_groups(
+                rollout, self.waiting, self.waiting_episodes, self.groups, self.advantage
+            )
+        n_dropped = self.trained.n_dropped
+        none_left = RewardError(
+            f"Expected an episode to train on, got none: the reward dropped all {n_dropped} that ended. Does what it "
+            "asks answer at all? Let it raise to see the causes (on_failure='raise'), or raise n_steps."
+        )
+        raise_together(none_left if n_dropped and not len(self.trained) else None)
         self._mean: float | np.float32 = 0.0
         self._deviation: float | np.float32 = 1.0
         if self.normalize_advantage:
-            parts = [self._part(i).advantages for i in range(len(self._trained))]
+            parts = [part.advantages for part in self.trained]
             self._mean, self._deviation = mean_and_deviation(np.concatenate([np.zeros(0, dtype=np.float32), *parts]))
 
-    def _is_dropped(self, segment: Segment) -> bool:
-        return (segment.end - 1, segment.lane) in self.dropped
-
-    def _part(self, sequence: int) -> Transitions:
-        return self._joined.get(sequence) or self._transitions(self._trained[sequence])
-
     def _transitions(self, segment: Segment) -> Transitions:
-        place = (slice(segment.start, segment.end), segment.lane)
-        return Transitions(*(getattr(self, name)[place] for name in Transitions._fields))
-
-    def _join(self, earlier: Transitions, later: Transitions) -> Transitions:
-        """Put the waiting part of an episode in front, and carry the advantages on into it."""
-        carry(earlier, later.advantages[0], later.values[0], self.gamma, self.gae_lambda)
-        return joined([earlier, later])
-
-    def _gather_groups(self, groups: RolloutGroups) -> None:
-        """Of the episodes that have ended, train those whose group is whole; let the others wait."""
-        episodes = dict(self.waiting_episodes)
-        for i, segment in enumerate(self._trained):
-            place = (groups.first_step + segment.end - 1, segment.lane)
-            ended = groups.ended(place, segment, self._part(i))
-            if ended is not None:
-                episodes[place] = ended._replace(is_dropped=self._is_dropped(segment))
-        whole, waiting = groups.split(episodes)
-        self._n_dropped = sum(episode.is_dropped for episode in whole.values())
-        whole = {place: episode for place, episode in whole.items() if not episode.is_dropped}
-        for place in whole.keys() & self.waiting_episodes.keys():  # a score may have come since
-            carry(whole[place].part, 0.0, 0.0, self.gamma, self.gae_lambda)
-        parts = [episode.part for episode in whole.values()]
-        if self.advantage != "gae" and parts:
-            returns = np.array([part.rewards.sum(dtype=np.float64) for part in parts])
-            ids = np.array([episode.group for episode in whole.values()])
-            each = group_advantages(returns, ids, self.advantage)
-            parts = [one._replace(advantages=np.full_like(one.rewards, a)) for one, a in zip(parts, each, strict=True)]
-        self._trained = [
-            Segment(lane, 0, len(one.part.actions), one.tokens, True, one.n_prompt) for (_, lane), one in whole.items()
-        ]
-        self._joined = dict(enumerate(parts))
-        self.waiting_episodes = {place: one._replace(part=joined([one.part])) for place, one in waiting.items()}
+        steps_of_lane = (slice(segment.start, segment.end), segment.lane)
+        return Transitions(*(getattr(self, name)[steps_of_lane] for name in Transitions._fields))
 
     def get(self, batch_size: int | None = None) -> Generator[SequenceSamples, None, None]:  # type: ignore[override]
         """Yield one epoch of minibatches of whole sequences.
@@ -349,12 +322,13 @@ class SequenceRolloutBuffer(RolloutBuffer):
                 is since episodes were dropped, there are fewer minibatches.
         """
         assert self.full, "the rollout is not complete"
-        if world() is not None and "DataParallel" not in map(step_name, self.before_returns):
+        if world() is not None and not any(step.key == DATA_PARALLEL for step in self.before_returns):
             raise RuntimeError(
                 "Expected the callback DataParallel() in several processes, got none: build the model with make_agent, "
                 "or pass it to learn(). It checks settings, and logs for all."
             )
-        groups = deal(self._counts, self._n_dropped, self.buffer_size * self.n_envs, batch_size, self.rng)
+        counts, n_transitions = self.trained.counts, self.buffer_size * self.n_envs
+        groups = deal(counts, self.trained.n_dropped, n_transitions, batch_size, self.rng)
         self.generator_ready = True
         for group, share in groups:
             samples = self._samples(group)
@@ -362,10 +336,11 @@ class SequenceRolloutBuffer(RolloutBuffer):
             yield samples
 
     def _samples(self, group: np.ndarray) -> SequenceSamples:
-        part = joined([self._part(i) for i in group])
-        rows = np.repeat(np.arange(len(group)), self._counts[group])
-        tokens, lengths = pad_sequences([self._trained[i].tokens for i in group], self.device)
-        n_prompt = np.array([self._trained[i].n_prompt for i in group])
+        part = joined([self.trained.transitions(i) for i in group])
+        segments = [self.trained.segment(i) for i in group]
+        rows = np.repeat(np.arange(len(group)), self.trained.counts[group])  # (N,)
+        tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
+        n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
         advantages = (part.advantages - self._mean) / self._deviation
         if self.correction is not None:  # after: what is subtracted is a baseline only where it is weighted too
             advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, rows)
@@ -378,8 +353,3 @@ class SequenceRolloutBuffer(RolloutBuffer):
             torch.as_tensor(part.actions, device=self.device).long(),
             *(torch.as_tensor(array, device=self.device) for array in numbers),  # type: ignore[arg-type]
         )
-
-
-def step_name(step: Any) -> str:
-    """Return the name by which a step of `before_returns` is asked for."""
-    return type(step).__name__

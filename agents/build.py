@@ -18,9 +18,10 @@ from .data_parallel import DataParallel
 from .doctor import check as examine
 from .flat_policy import FlatLMPolicy
 from .groups import SampleGroups
-from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
+from .maskable import MaskableLMPolicy
+from .maskable_buffer import MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
-from .rollout_steps import DropEpisodes, LateScores
+from .scores import DropEpisodes, LateScores
 from .vec_env import TextVecEnv
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)

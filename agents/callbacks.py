@@ -56,6 +56,8 @@ class EpisodeMetrics(BaseCallback):
         >>> callback = EpisodeMetrics()  # model.learn(100_000, callback=callback)
     """
 
+    key = "EpisodeMetrics"
+
     def __init__(self) -> None:
         super().__init__()
         self._has_failed = False

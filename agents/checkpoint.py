@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from textenv.json_files import read_json
 
-from .buffers import SequenceRolloutBuffer, step_name
+from .buffers import SequenceRolloutBuffer
 from .distributed import once, raise_together
 from .files import replaced_folder, restore_folder
 from .manifest import (
@@ -139,7 +139,7 @@ def _state(
     tensors.update({f"step_{name}": content for name, (content, _) in buffer.saved_steps.items()})
     for step in buffer.before_returns:
         if isinstance(step, RolloutStep) and step.is_kept:
-            tensors[f"step_{step_name(step)}"], meta["steps"][step_name(step)] = step.state_dict()
+            tensors[f"step_{step.key}"], meta["steps"][step.key] = step.state_dict()
     add_other_ranks(tensors, meta)
     return tensors, meta
 
@@ -241,8 +241,8 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
     buffer.saved_steps = {name: (tensors[f"step_{name}"], state) for name, state in meta["steps"].items()}
     buffer.expected_steps = list(meta["steps"])
     for step in buffer.before_returns:
-        if isinstance(step, RolloutStep) and step_name(step) in buffer.saved_steps:
-            step.load_state_dict(*buffer.saved_steps.pop(step_name(step)))
+        if isinstance(step, RolloutStep) and step.key in buffer.saved_steps:
+            step.load_state_dict(*buffer.saved_steps.pop(step.key))
     buffer.remembered = dict(meta["remembered"])
     for name in buffer.remembering.keys() & buffer.remembered.keys():
         buffer.remembering[name].load_state_dict(buffer.remembered.pop(name))

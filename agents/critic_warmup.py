@@ -1,4 +1,4 @@
-"""Rollouts in which the critic learns and the policy stands still."""
+"""The step that trains the critic alone on the first rollouts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from .rollout_steps import RolloutStep, sequence_buffer
 class CriticWarmup(RolloutStep):
     """Trains the critic alone on the first rollouts, so that the first advantages are not those of a fresh value head.
 
-    Before the update of each of them the policy's weights are taken out of the gradient (`requires_grad`): they, and
-    what the optimizer keeps about them, stay the same bit for bit, and the backward pass costs less. A shared trunk is
-    the policy's; there only the value head learns.
+    Before the update of each of these rollouts the policy's weights are taken out of the gradient (`requires_grad`):
+    the weights, and the optimizer's state of them, stay the same bit for bit, and the backward pass costs less. A trunk
+    that policy and critic share counts as the policy's; there only the value head learns.
 
-    Rollouts are counted from when the step is first attached to a model. A checkpoint keeps the count; a file written
-    by `model.save` does not, and a loaded model that is given the step is warmed up again: `CriticWarmup(0)` is not.
+    Rollouts are counted from the first time that the step is attached to a model. A checkpoint keeps the count. A file
+    written by `model.save` does not: a loaded model to which the step is attached is warmed up again, which
+    `CriticWarmup(0)` avoids.
 
     Args:
-        n_rollouts: How many rollouts.
+        n_rollouts: The number of rollouts.
 
     Raises:
-        ValueError: If `n_rollouts` is negative.
+        ValueError: If `n_rollouts` is negative; when attached, with TRPO, whose update differentiates the policy in any
+            case, and with sharded weights.
 
     Example:
         >>> from agents import CriticWarmup
         >>> callback = CriticWarmup(4)  # model.learn(100_000, callback=callback)
     """
+
+    key = "CriticWarmup"
 
     def __init__(self, n_rollouts: int, verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -41,11 +45,7 @@ class CriticWarmup(RolloutStep):
         self.n_done = 0
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Find the policy's weights, and the count of an earlier call of `learn`.
-
-        Raises:
-            ValueError: With TRPO, whose update differentiates the policy whatever it is to learn.
-        """
+        """Find the policy's weights, and the count of an earlier call of `learn`."""
         for step in sequence_buffer(model).before_returns:
             if isinstance(step, CriticWarmup):
                 self.n_done = step.n_done
@@ -60,22 +60,22 @@ class CriticWarmup(RolloutStep):
                 "Expected weights that are whole in each process with CriticWarmup, got sharded ones, of which "
                 "`fully_shard` settles once what is trained. Warm up without, and go on from that checkpoint."
             )
-        of_critic = set(policy.lm.critic.parameters())
-        # The optimizer has what is trained, also where an earlier warm-up has taken it out of the gradient.
+        critic_weights = set(policy.lm.critic.parameters())
+        # The optimizer has all weights that are trained, also those that an earlier warm-up took out of the gradient.
         optimized = [weight for group in policy.optimizer.param_groups for weight in group["params"]]
-        self.weights = [weight for weight in optimized if weight not in of_critic]
+        self.weights = [weight for weight in optimized if weight not in critic_weights]
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Take the policy's weights out of the coming update's gradient, or put them back in."""
         for weight in self.weights:
             weight.requires_grad_(self.n_done >= self.n_rollouts)
-            weight.grad = None  # of a minibatch before; clipping and optimizer pass over what has none
+            weight.grad = None  # of an earlier minibatch; `clip_grad_norm_` and the optimizer skip weights without
         self.n_done += 1
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the count."""
+        """Return the number of rollouts so far."""
         return {}, {"n_done": self.n_done}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Go on from a count."""
+        """Go on from the count of a checkpoint."""
         self.n_done = meta["n_done"]

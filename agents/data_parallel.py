@@ -1,4 +1,4 @@
-"""What an algorithm needs in order to train in several processes: settings that agree, one log, common counts."""
+"""The step that lets several processes train one policy: settings that agree, one log, common counts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 
-from .buffers import SequenceRolloutBuffer
+from .buffers import DATA_PARALLEL, SequenceRolloutBuffer
 from .distributed import gather, raise_together
 from .policies import LMPolicy
-from .rollout_steps import RolloutStep
+from .rollout_steps import Order, RolloutStep
 from .shared_gradient import AgreedTarget
 from .world import world
 
@@ -28,31 +28,33 @@ SETTINGS = (
     "max_grad_norm",
     "target_kl",
 )
-SUMMED = ("episode/dropped", "episode/failed")  # numbers of episodes; other figures are means
+SUMMED = ("episode/dropped", "episode/failed")  # numbers of episodes are added up; other figures are averaged
 ROLLOUT_SECONDS = "time/rollout_seconds"
 
 
 class DataParallel(RolloutStep):
     """Lets an unmodified algorithm train one policy in the processes that `torchrun` or `accelerate launch` started.
 
-    `make_agent` attaches it; to an algorithm that is built by hand it is passed as a callback. Alone in its process it
-    does nothing. What a script says is of the whole job: `n_envs` lanes, `batch_size` transitions of a minibatch and
-    `total_timesteps` are shared by the processes, so that the same script makes the same updates on any number of them.
-    `num_timesteps` counts the tokens of all.
+    `make_agent` attaches it; to an algorithm that is built by hand it is passed as a callback. With one process it does
+    nothing. The settings of a script are those of the whole job: `n_envs` lanes, `batch_size` transitions of a minibatch
+    and `total_timesteps` are divided among the processes, so that the same script makes the same updates on any number
+    of them. `num_timesteps` counts the tokens of all processes.
 
-    Rank 0 logs, with the means over the processes of what each has recorded (numbers of episodes are added up);
-    `time/rollout_seconds` is the slowest process's, and `time/rollout_seconds/rank_<r>` that of each.
+    Rank 0 logs the means over the processes (numbers of episodes are added up). `time/rollout_seconds` is that of the
+    slowest process, and `time/rollout_seconds/rank_<r>` that of each.
 
     Raises:
-        ValueError: If the processes have different settings, or the algorithm decides something by its own data alone.
+        ValueError: When attached, if the processes have different settings, or if the algorithm normalises advantages
+            within the minibatches of each.
 
     Example:
         >>> from agents import DataParallel
         >>> callbacks = [DataParallel()]  # PPO(LMPolicy, TextVecEnv(env, 64), ...).learn(100_000, callback=callbacks)
     """
 
-    rank = -1  # before all others: it takes the time until here
-    is_kept = False  # what was trained in several processes may go on in one
+    key = DATA_PARALLEL
+    order = Order.PROCESSES
+    is_kept = False  # a model that was trained in several processes may go on in one
 
     def attach(self, model: BaseAlgorithm) -> None:
         """Put the step in front of the buffer's others, where there are several processes."""
@@ -60,11 +62,7 @@ class DataParallel(RolloutStep):
             super().attach(model)
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Check what must agree.
-
-        Raises:
-            ValueError: See the class.
-        """
+        """Check that the settings of all processes agree."""
         raise_together(_refusal(model))
         shards = cast("LMPolicy", model.policy).lm.shards
         self.algorithm = model
@@ -77,11 +75,12 @@ class DataParallel(RolloutStep):
                 raise ValueError(f"Expected the same settings in all processes, got others in rank {rank}: {unlike}.")
 
     def begin(self) -> None:
-        """Log once for all from here on, break off updates together; take the time."""
+        """Share the log and the decision to break an update off from here on, and start the clock."""
         self._clock = time.perf_counter()
         logger = vars(self.algorithm).get("_logger")  # none before the first `learn`
         if logger is not None and not isinstance(logger, SharedLogger):
-            self.algorithm._logger = SharedLogger(logger)  # not `set_logger`, after which SB3 would make no new ones
+            # Not by `set_logger`, after which SB3 `base_class._setup_learn` would make no new logger for a new `learn`.
+            self.algorithm._logger = SharedLogger(logger)
         target, shared = vars(self.algorithm).get("target_kl"), cast("LMPolicy", self.algorithm.policy).shared
         assert shared is not None, "several processes"
         shared.target = None if target is None else AgreedTarget(target)
@@ -89,18 +88,19 @@ class DataParallel(RolloutStep):
             self.algorithm.target_kl = shared.target  # type: ignore[attr-defined]
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Count what the others have sampled, and record how long this process took."""
+        """Count the tokens of the other processes, and record how long this process sampled."""
         here = world()
         assert here is not None, "set when attached"
         self.algorithm.logger.record(ROLLOUT_SECONDS, time.perf_counter() - self._clock)
+        # SB3 `on_policy_algorithm.collect_rollouts` has counted those of this process.
         self.algorithm.num_timesteps += (here.size - 1) * buffer.buffer_size * buffer.n_envs
 
 
 class SharedLogger(Logger):
-    """A logger whose `dump`, called in all processes, writes in that of rank 0 what all have recorded.
+    """A logger whose `dump`, called in all processes, writes the figures of all in the process of rank 0.
 
     Args:
-        logger: The process's own.
+        logger: The logger of this process.
     """
 
     def __init__(self, logger: Logger) -> None:
@@ -111,10 +111,11 @@ class SharedLogger(Logger):
         self.name_to_excluded.update(logger.name_to_excluded)
 
     def dump(self, step: int = 0) -> None:
-        """Write the means over the processes; what is no number is rank 0's."""
+        """Write the means over the processes; of values that are no numbers, those of rank 0."""
         rows = gather("the log", (dict(self.name_to_value), dict(self.name_to_excluded)))
         merged = merge([values for values, _ in rows])
-        excluded = {key: value for _, one in reversed(rows) for key, value in one.items()}
+        # Reversed, so that rank 0's entry is the one that stays.
+        excluded = {key: formats for _, row in reversed(rows) for key, formats in row.items()}
         self.name_to_value.clear()
         for key, value in merged.items():
             self.record(key, value, excluded.get(key))
@@ -122,32 +123,32 @@ class SharedLogger(Logger):
 
 
 def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what is logged of the figures of several processes.
+    """Return one row to log of the rows that several processes have recorded.
 
     Example:
         >>> merge([{"reward/task": 1.0}, {"reward/task": 2.0, "episode/dropped": 3}])
         {'reward/task': 1.5, 'episode/dropped': 3.0}
     """
-    parts: dict[str, list[Any]] = defaultdict(list)
+    by_key: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         for key, value in row.items():
-            parts[key].append(value)
+            by_key[key].append(value)
     merged: dict[str, Any] = {}
-    for key, values in parts.items():
+    for key, values in by_key.items():
         if not all(isinstance(value, (int, float, np.number)) for value in values):
             merged[key] = values[0]
         elif key == ROLLOUT_SECONDS:
             merged[key] = max(values)
             merged.update({f"{key}/rank_{rank}": row[key] for rank, row in enumerate(rows) if key in row})
         elif all(value == values[0] for value in values) and key not in SUMMED:
-            merged[key] = values[0]  # a count stays one
+            merged[key] = values[0]  # a whole number stays one, which a mean would make a float
         else:
             merged[key] = float(np.sum(values) if key in SUMMED else np.mean(values))
     return merged
 
 
 def _refusal(model: BaseAlgorithm) -> ValueError | None:
-    """Return what is wrong with an algorithm's settings where there are several processes."""
+    """Return the error of settings with which several processes cannot train; None where they can."""
     shards = cast("LMPolicy", model.policy).lm.shards
     if shards is not None and shards.device.type != model.device.type:
         return ValueError(f"Expected Sharded(device={model.device.type!r}), as the algorithm's, got {shards.spec}.")

@@ -22,7 +22,7 @@ from .engine import Completion, Request, RolloutEngine, check_completions, named
 from .flat_policy import FlatLMPolicy
 from .importance import Correction, Per
 from .policies import LMPolicy
-from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
+from .rollout_steps import Order, RolloutStep, sequence_buffer, text_vec_env
 from .transitions import RolloutView
 from .world import world
 
@@ -66,7 +66,8 @@ class EngineRollouts(RolloutStep):
         >>> #     model.learn(100_000, callback=[EngineRollouts(engine), KLPenalty(0.02)])
     """
 
-    rank = 0  # before all that looks at log-probabilities or values
+    key = "EngineRollouts"
+    order = Order.ENGINE
 
     def __init__(self, engine: RolloutEngine, truncation: float = 2.0, per: Per = "token", verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -101,10 +102,10 @@ class EngineRollouts(RolloutStep):
     def begin(self) -> None:
         """Forget what was written by the weights of before; sample by the engine from here to the rollout's end."""
         self._clear()
-        self.policy.take_from = self.next_tokens
+        self.policy.take_tokens_from(self.next_tokens)
 
     def _on_training_end(self) -> None:
-        self.policy.take_from = None  # where a callback broke a rollout off
+        self.policy.sample_itself()  # a callback may have broken a rollout off
 
     def next_tokens(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next token of each lane and its log-probability by the engine, (B,) each, on the host.
@@ -122,7 +123,7 @@ class EngineRollouts(RolloutStep):
         try:
             self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (goes_on[lane] and plan)])
         except BaseException:
-            self.policy.take_from = None  # the rollout is over; Stable-Baselines3 tells nobody
+            self.policy.sample_itself()  # the rollout is over; Stable-Baselines3 tells nobody
             raise
         tokens, log_probs = zip(*(plan.popleft() for plan in self._plans), strict=True)
         self._expected, ends = rows.copy(), (rows != PADDING).sum(axis=1)
@@ -190,7 +191,7 @@ class EngineRollouts(RolloutStep):
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Have the policy read what was written: its log-probabilities and values take the place of the engine's."""
-        self.policy.take_from = None
+        self.policy.sample_itself()
         self._n_more = self._n_begun
         view, lm = buffer.view(), self.policy.lm
         with torch.no_grad():

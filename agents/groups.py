@@ -1,35 +1,35 @@
-"""Groups of samples of one prompt: how the buffer learns which episodes belong together."""
+"""The step that tells the buffer which episodes are samples of the same prompt."""
 
 from __future__ import annotations
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from .buffers import SequenceRolloutBuffer
-from .rollout_steps import RolloutStep, sequence_buffer, text_vec_env
+from .rollout_steps import Order, RolloutStep, sequence_buffer, text_vec_env
 from .waiting import RolloutGroups
 
 
 class SampleGroups(RolloutStep):
     """Trains the samples of one prompt together: an episode waits in the buffer until the last of its group has ended.
 
-    For an env with `samples_per_prompt` of 2 or more; `make_agent` attaches it. With it come the group-relative
-    advantages of `SequenceRolloutBuffer(advantage="grpo" | "grpo_mean" | "rloo")`, and scores that compare the members
-    of a group reach all their tokens.
+    For an env with `samples_per_prompt` of 2 or more; `make_agent` attaches it. The group-relative advantages of
+    `SequenceRolloutBuffer(advantage="grpo" | "grpo_mean" | "rloo")` need it, and so do scores that compare the members
+    of a group, which then reach all their tokens.
+
+    Raises:
+        ValueError: When attached, if the env has no groups, if the buffer does not wait for whole episodes, or if
+            advantages without a critic are asked for and truncated episodes need one.
 
     Example:
         >>> from agents import SampleGroups
         >>> callback = SampleGroups()  # model.learn(100_000, callback=callback)
     """
 
-    rank = 0
+    key = "SampleGroups"
+    order = Order.GROUPS
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Check that env and buffer can do it.
-
-        Raises:
-            ValueError: If the env has no groups, the buffer does not wait for whole episodes, or advantages that need
-                no critic are asked of episodes whose truncation needs one.
-        """
+        """Check that the env has groups and the buffer waits for them."""
         env, buffer = text_vec_env(model.get_env()), sequence_buffer(model)
         if env.env.samples_per_prompt < 2:
             raise ValueError(
@@ -49,12 +49,10 @@ class SampleGroups(RolloutStep):
         self.env = env
 
     def begin(self) -> None:
-        """Let the env keep what the episodes of this rollout are."""
+        """Have the env record the episodes of this rollout."""
         self.env.begin_rollout()
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Tell the buffer which groups the episodes belong to; rewards stay as they are."""
         lanes = self.env.lanes
-        buffer.groups = RolloutGroups(
-            self.env.first_step, self.env.ended, lanes.open_groups(), lanes.dealer.group_size, lanes.reset_at
-        )
+        buffer.groups = RolloutGroups(self.env.record, lanes.open_groups(), lanes.dealer.group_size, lanes.reset_at)

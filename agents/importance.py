@@ -1,4 +1,4 @@
-"""Importance weights: tokens that another distribution sampled count as often as the policy would sample them."""
+"""Truncated importance weights for tokens that another distribution than the policy sampled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-MOST_NATS = 80.0  # of a weight that float32 holds
+MOST_NATS = 80.0  # exp(88.7) is the largest float32
 
 Per: TypeAlias = Literal["token", "sequence"]
 
@@ -21,11 +21,12 @@ class Correction:
     between the engine that samples and the one that trains: Yao et al., 2025, "Your Efficient RL Framework Secretly
     Brings You Off-Policy RL Training".
 
-    - "token": each token's own ratio. For the states that mu visits and the advantages measured there, the mean of
-      weighted gradients is the policy's; that mu visits other states, and goes on otherwise, stays. A ratio is as close
-      to 1 as the distributions are, however long the text.
-    - "sequence": the product of the ratios of a sequence, for all its tokens. Without truncation, and with whole
-      episodes, the mean is the policy gradient itself. The product of T ratios spreads with T: for short texts.
+    - "token": each token is weighted by its own ratio. This corrects the choice of the token, but not that mu visits
+      other texts than the policy would, before and after it. A ratio is as close to 1 as the two distributions are,
+      however long the text.
+    - "sequence": each token is weighted by the product of all ratios of its sequence. Without truncation, and with
+      whole episodes, the mean of the weighted gradients is the policy gradient itself. The variance of the product
+      grows with the number of tokens, so that it suits short texts.
 
     Args:
         truncation: The largest weight, 1 or more; `math.inf` for none.
@@ -54,12 +55,12 @@ class Correction:
         """Return the weight of each token, (N,) float32.
 
         Args:
-            log_probs: By the policy, (N,).
-            behaviour_log_probs: By what sampled, (N,).
-            rows: Which sequence each token is in, (N,).
+            log_probs: The log-probabilities by the policy, (N,), in nats.
+            behaviour_log_probs: Those by the model that sampled, (N,), in nats.
+            rows: The sequence that each token is in, (N,).
         """
         log_ratios = log_probs - behaviour_log_probs
         if self.per == "sequence":
-            log_ratios = np.bincount(rows, weights=log_ratios)[rows]
-        # Bounded before the exponential, which a sum over a long sequence could overflow.
+            log_ratios = np.bincount(rows, weights=log_ratios)[rows]  # sums a sequence, (S,), then (N,)
+        # The exponential of the sum over a long sequence could overflow, hence the bound before it.
         return np.exp(np.minimum(log_ratios, min(math.log(self.truncation), MOST_NATS))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A penalty on leaving a reference model, in the reward."""
+"""The KL penalty: the divergence from a reference model, subtracted from the reward of each token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .actor_critic import LMActorCritic
 from .backbone import LMLike
-from .buffers import SequenceRolloutBuffer, step_name
+from .buffers import SequenceRolloutBuffer
 from .distributed import gather
 from .policies import LMPolicy
 from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of, version_of
@@ -21,23 +21,23 @@ from .sharding import placed
 from .transitions import RolloutView
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3", "exact"]
-MAX_ERROR = 0.2  # Ziegler et al., 2019, section 2.2
+MAX_ERROR = 0.2  # the largest relative error that counts (Ziegler et al., 2019, section 2.2)
 
 
 @dataclass(frozen=True)
 class AdaptiveCoef:
-    """A coefficient that brings the divergence of an episode to a target (Ziegler et al., 2019, section 2.2).
+    """A coefficient that moves the divergence of an episode towards a target (Ziegler et al., 2019, section 2.2).
 
-    After a rollout in which n episodes ended, it is multiplied by 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
-    `kl` is the divergence that the rewards of the rollout were charged for, over the number of those episodes.
+    After a rollout in which n episodes ended, it is multiplied by 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon,
+    where `kl` is the divergence in the penalties of the rollout, divided by n.
 
     Args:
         init: The first coefficient, in reward per nat.
         target: The divergence to aim at, in nats an episode.
-        horizon: How slow it is, in episodes.
+        horizon: The number of episodes over which the largest error changes the coefficient by about a fifth.
 
     Raises:
-        ValueError: If one of them is not positive.
+        ValueError: If an argument is not positive.
 
     Example:
         >>> from agents import AdaptiveCoef, KLPenalty
@@ -62,45 +62,47 @@ class AdaptiveCoef:
 
 
 class KLPenalty(RolloutStep):
-    """Subtracts `coef` times the divergence from a reference model from the reward of every token the policy wrote.
+    """Subtracts `coef` times the divergence from a reference model from the reward of every token of the policy.
 
-    The divergence of a token a, with r = log pi(a) - log pi_ref(a) under the policy's temperature, is estimated as
+    With r = log pi(a) - log pi_ref(a) of a token a, under the policy's temperature, the divergence is estimated as
     (Schulman, 2020, "Approximating KL Divergence"):
 
-    - "k1": r. Its mean over the policy's samples is the divergence; one token's may be negative (Ziegler et al., 2019,
-      equation 2).
+    - "k1": r. Its mean over the policy's samples is the divergence; that of a single token may be negative (Ziegler et
+      al., 2019, equation 2).
     - "k2": r^2 / 2. Never negative, and its mean is close to the divergence while that is small.
-    - "k3": exp(-r) - 1 + r. Never negative, with the same mean as k1 and less spread.
-    - "exact": the sum over the vocabulary of pi (log pi - log pi_ref), which no longer depends on the token.
+    - "k3": exp(-r) - 1 + r. Never negative, with the same mean as k1 and less variance.
+    - "exact": the sum over the vocabulary of pi (log pi - log pi_ref), which does not depend on the token.
 
     As a reward, only k1 has the gradient of the divergence in expectation. That of k3 lacks the gradient of the reverse
-    divergence, which nearly cancels it close to the reference; the exact one says nothing about the choice of a token,
-    only about what it leads to. Both are for logs and for bounds on single tokens rather than for holding a policy.
+    divergence, which nearly cancels it close to the reference. The exact divergence does not penalise the choice of a
+    token, but only the texts that it leads to. Use k3 and the exact divergence for logs and for bounds on single tokens.
 
     The reference is the policy as it is when training first starts: the policy without its adapters where it trains a
-    `LoRA`, else a frozen copy that shares what the policy keeps frozen. It is computed at the end of a rollout, in one
-    forward a sequence, from the log-probabilities that the tokens were sampled with. Until the first update it is
-    exactly 0; later, two forwards of equal weights would differ by rounding, a few 1e-7 nats. The task reward in the
-    logs stays as it is; the penalty is logged under `kl/`.
+    `LoRA`, else a frozen copy that shares the weights that the policy keeps frozen. The divergence is computed at the
+    end of a rollout, in one forward of the reference a sequence, from the log-probabilities with which the tokens were
+    sampled. Until the first update it is exactly 0. The task reward in the logs does not include the penalty. Logged
+    are `kl/token` (nats), `kl/sequence` (nats, of sequences that ended), `kl/penalty` (reward a token) and `kl/coef`.
 
     It needs a `SequenceRolloutBuffer`. A checkpoint keeps the reference and the coefficient; a file written by
-    `model.save` does not, and training a loaded model raises unless it is given or the policy has adapters.
+    `model.save` does not, and training a loaded model raises unless `reference` is given or the policy has adapters.
 
     Args:
         coef: The penalty, in reward per nat, or an `AdaptiveCoef`. 0.01 to 0.1 is usual.
-        reference: The reference where it is not the start: a name or path, a config or a spec as for the policy (same
-            tokenizer), or another policy's `lm`, which is copied.
+        reference: The reference where it is not the policy's start: a name or path, a config or a spec as for the
+            policy (with the same tokenizer), or another policy's `lm`, which is copied.
         estimator: "k1", "k2", "k3" or "exact".
-        clip: The most nats that one token may count, in either direction; None for no bound.
+        clip: The largest absolute divergence of one token, in nats; None for no bound.
 
     Raises:
-        ValueError: If an argument is out of range, the model is already trained and its start is not known, or a
-            checkpoint has another reference than the one given.
+        ValueError: If an argument is out of range. When attached, if the model is already trained and its start is not
+            known, or a checkpoint has another reference than the one given.
 
     Example:
         >>> from agents import KLPenalty
         >>> callback = KLPenalty(0.02)  # model.learn(100_000, callback=callback)
     """
+
+    key = "KLPenalty"
 
     def __init__(
         self,
@@ -126,19 +128,20 @@ class KLPenalty(RolloutStep):
         self._start: int | None = None  # the version of the policy's weights while they are the reference's
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Take the policy as it is for the reference, or build another one, unless there is a reference already."""
+        """Build the reference, or take the policy as it is now for it, unless there is a reference already."""
         self.algorithm = model
         self.policy = cast("LMPolicy", model.policy).lm
         if self.reference is None and self.spec is not None:
             assert model.observation_space.shape is not None
             self.reference = build_reference(self.spec, self.policy, model.observation_space.shape[0] - 1)
-        for step in sequence_buffer(model).before_returns:  # an earlier call of learn() has the start
+        # The step of an earlier call of `learn` has the policy's start.
+        for step in sequence_buffer(model).before_returns:
             if isinstance(step, KLPenalty) and self.reference is None:
                 self.reference, self._start = step.reference, step._start
         if self.reference is None:
             self.reference = start_of(self.policy)
             is_start = model._n_updates == 0 or self.reference is self.policy
-            if not is_start and step_name(self) not in sequence_buffer(model).saved_steps:
+            if not is_start and self.key not in sequence_buffer(model).saved_steps:
                 self.reference = None
                 raise ValueError(
                     "Expected the reference of a model that is already trained, since its start is gone: pass "
@@ -150,13 +153,14 @@ class KLPenalty(RolloutStep):
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Subtract the penalty from `buffer.rewards`."""
         view = buffer.view()
-        kl = self._divergence(buffer, view)  # (N,)
+        kl = self._divergence(buffer, view)  # (N,), in nats
         if self.clip is not None:
             kl = kl.clip(-self.clip, self.clip)
         buffer.rewards[view.steps, view.lanes] -= self.coef * kl
         self._log(kl, view.steps, view.lanes, buffer)
         if self.controller is not None:
             own = float(kl.sum()), sum(segment.is_finished for segment in buffer.segments)
+            # The sums over processes, so that all have the same coefficient.
             total, n_episodes = map(sum, zip(*gather("the divergence", own), strict=True))
             if n_episodes > 0:
                 self.coef = self.controller.next(self.coef, total / n_episodes, int(n_episodes))
@@ -164,17 +168,18 @@ class KLPenalty(RolloutStep):
     def _divergence(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> np.ndarray:
         assert self.reference is not None, "set when attached"
         if self.algorithm._n_updates == 0 and self._start == version_of(self.policy):
-            return np.zeros(len(view.steps), dtype=np.float32)  # exactly, not up to the rounding of two forwards
+            # Two forwards of equal weights would differ by rounding, a few 1e-7 nats.
+            return np.zeros(len(view.steps), dtype=np.float32)
         if self.estimator == "exact":
             return divergences(self.reference, self.policy, view.batch).cpu().numpy()
-        theirs = log_probs(self.reference, self.policy, view.batch, view.actions).cpu().numpy()
-        ours = buffer.log_probs[view.steps, view.lanes]  # of when the token was sampled
-        return estimate(torch.as_tensor(ours - theirs), self.estimator).numpy()
+        reference = log_probs(self.reference, self.policy, view.batch, view.actions).cpu().numpy()  # (N,)
+        policy = buffer.log_probs[view.steps, view.lanes]  # (N,), of when the tokens were sampled
+        return estimate(torch.as_tensor(policy - reference), self.estimator).numpy()
 
     def _log(self, kl: np.ndarray, steps: np.ndarray, lanes: np.ndarray, buffer: SequenceRolloutBuffer) -> None:
-        sums = np.zeros_like(buffer.rewards)
-        sums[steps, lanes] = kl
-        per_segment = [sums[s.start : s.end, s.lane].sum() for s in buffer.segments if s.is_finished]
+        by_step = np.zeros_like(buffer.rewards)  # (T, B)
+        by_step[steps, lanes] = kl
+        per_segment = [by_step[s.start : s.end, s.lane].sum() for s in buffer.segments if s.is_finished]
         logger = self.algorithm.logger
         logger.record("kl/token", float(kl.mean()))
         if per_segment:
@@ -183,12 +188,16 @@ class KLPenalty(RolloutStep):
         logger.record("kl/coef", self.coef)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return those weights of the reference that the policy does not hold, and the coefficient."""
+        """Return the weights of the reference that the policy does not hold, and the coefficient."""
         assert self.reference is not None, "set when attached"
         return own_tensors(self.reference, self.policy), {"coef": self.coef}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Take back the reference and the coefficient."""
+        """Restore the reference and the coefficient.
+
+        Raises:
+            ValueError: If the saved reference has other weights than this one.
+        """
         assert self.reference is not None, "set when attached"
         own = own_tensors(self.reference, self.policy)
         unlike = sorted(own.keys() ^ tensors.keys())
@@ -203,7 +212,12 @@ class KLPenalty(RolloutStep):
 
 
 def estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:
-    """Return the divergence that log pi(a) - log pi_ref(a) of each token is taken for, (N,), in nats."""
+    """Return the estimated divergence of each token, (N,), in nats.
+
+    Args:
+        log_ratio: log pi(a) - log pi_ref(a) of each token, (N,), in nats.
+        estimator: "k1", "k2" or "k3"; see `KLPenalty`.
+    """
     if estimator == "k2":
         return log_ratio.square() / 2
     return torch.expm1(-log_ratio) + log_ratio if estimator == "k3" else log_ratio

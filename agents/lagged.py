@@ -1,4 +1,4 @@
-"""A copy of the policy that lags behind it and chooses which tokens may be sampled: the mask of NLPO."""
+"""The lagged copy of the policy that chooses which tokens may be sampled: the mask of NLPO."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .language_model import LanguageModel
 
 
 class LaggedCopy(nn.Module):
-    """A frozen copy of the language model, renewed after so many updates (Ramamurthy et al., 2022, algorithm 1).
+    """A frozen copy of the language model that is renewed every few updates (Ramamurthy et al., 2022, algorithm 1).
 
     Args:
         backbone: The language model to copy.
-        every: After how many updates the copy is renewed, with the weights that sampled the last rollout.
+        every: The number of updates after which the copy takes the weights that sampled the last rollout.
     """
 
     n_updates: Tensor
@@ -31,15 +31,15 @@ class LaggedCopy(nn.Module):
 
     @torch.no_grad()
     def count_update(self, backbone: LanguageModel) -> None:
-        """Say that an update begins; every so many of them the copy takes the weights as they are."""
+        """Count an update that begins; at every `every`-th of them, copy the weights of `backbone`."""
         self.n_updates += 1
         if int(self.n_updates) % self.every == 0:
-            for old, new in zip(self.backbone.parameters(), backbone.parameters(), strict=True):
-                old.copy_(new)
+            for copied, weight in zip(self.backbone.parameters(), backbone.parameters(), strict=True):
+                copied.copy_(weight)
             self.drop_caches()
 
     def drop_caches(self) -> None:
-        """Forget all keys and values."""
+        """Forget the keys and values of all rows."""
         for cache in (self.rollout_cache, self.predict_cache):
             if cache is not None:
                 cache.drop()

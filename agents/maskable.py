@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from torch import Tensor
 
-from .buffers import SequenceRolloutBuffer
 from .policies import LMPolicy
 from .sampling import TokenDistribution
 from .sequences import SequenceBatch
@@ -110,18 +106,3 @@ class MaskableLMPolicy(LMPolicy):
 
 # MaskablePPO asks for this class by `isinstance`; what it defines besides are networks that a language model has not.
 MaskableActorCriticPolicy.register(MaskableLMPolicy)
-
-
-class MaskableSequenceRolloutBuffer(SequenceRolloutBuffer, MaskableRolloutBuffer):  # type: ignore[misc]
-    """`SequenceRolloutBuffer` for MaskablePPO: masks are stored as bits or ids, each distinct one once.
-
-    The stock buffer keeps float32 [n_steps, n_envs, V]: 4.6 GiB for 128 steps of 64 lanes at V = 152k.
-
-    Example:
-        >>> from agents import MaskableLMPolicy, MaskableSequenceRolloutBuffer
-        >>> # MaskablePPO(MaskableLMPolicy, env, rollout_buffer_class=MaskableSequenceRolloutBuffer, ...)
-    """
-
-    def add(self, *args: Any, action_masks: np.ndarray | None = None, **kwargs: Any) -> None:
-        """Add one step; what the mask left is on `log_prob` already, so that `action_masks` is not looked at."""
-        super().add(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A minibatch in parts that fit into memory: where they do not, they are halved and the minibatch is repeated."""
+"""The evaluation of a minibatch that goes on after an out-of-memory error, in smaller parts."""
 
 from __future__ import annotations
 
@@ -19,32 +19,38 @@ Result = TypeVar("Result")
 
 
 def evaluate_in_memory(lm: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
-    """Score the actions of a minibatch as `LMActorCritic.evaluate`, to be differentiated once.
+    """Score the actions of a minibatch as `LMActorCritic.evaluate` does, with results that can be differentiated once.
 
     An out-of-memory error, in this forward or in the backward that follows, halves the most tokens that are read at a
-    time (`lm.most_tokens`, from then on), and forward or backward is done again, from the same random state. With a
-    bound the forward keeps nothing, and is repeated in the backward, part by part: the same gradient. PPO, MaskablePPO
-    and A2C score by it; TRPO differentiates twice and reads its rollout another way.
+    time (`lm.most_tokens`, for this minibatch and all later ones), and the pass is run again from the same random
+    state. With such a bound the forward keeps no activations and is repeated in the backward, part by part, with the
+    same gradient. PPO, MaskablePPO and A2C score by it. TRPO differentiates twice, so it scores by `get_distribution`.
 
     Args:
-        lm: What scores.
+        lm: The model that scores.
         batch: Sequences with N transitions.
         actions: The tokens taken, (N,).
 
+    Returns:
+        Outputs of the critic, log-probabilities and entropies, (N,) each.
+
     Raises:
-        torch.OutOfMemoryError: If a single sequence does not fit; the message says what to do.
+        torch.OutOfMemoryError: If a single sequence does not fit; the message names the settings that need less.
     """
     weights = [weight for weight in lm.parameters() if weight.requires_grad]
     return _Evaluate.apply(Minibatch(lm, batch, actions, weights), *weights)
 
 
 class _Evaluate(torch.autograd.Function):
-    """The minibatch as one operation on the weights, so that both of its passes can be repeated."""
+    """A minibatch as one operation on the weights, so that both of its passes can be repeated.
+
+    SB3 `PPO.train` calls `loss.backward()` outside of our code: an error in there could not be caught otherwise.
+    """
 
     @staticmethod
     def forward(ctx: Any, minibatch: Minibatch, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.minibatch = minibatch
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # a result that the loss does not use has None as gradient, not zeros
         return minibatch.forward()
 
     @staticmethod
@@ -54,26 +60,26 @@ class _Evaluate(torch.autograd.Function):
 
 
 class Minibatch:
-    """A minibatch that is scored, and differentiated, in as many parts as memory asks for.
+    """A minibatch that is scored, and differentiated, in parts that fit into memory.
 
     Args:
-        lm: What scores.
+        lm: The model that scores.
         batch: Sequences with N transitions.
         actions: The tokens taken, (N,).
-        weights: What is differentiated by.
+        weights: The weights with respect to which it is differentiated.
     """
 
     def __init__(self, lm: LMActorCritic, batch: SequenceBatch, actions: Tensor, weights: Sequence[Tensor]) -> None:
         self.lm, self.batch, self.actions, self.weights = lm, batch, actions, weights
         self.random = RandomState.now(batch.tokens.device)
-        self.graph: tuple[Tensor, ...] | None = None  # of the whole, where there is no bound
+        self.graph: tuple[Tensor, ...] | None = None  # the results with their graph, where there is no bound
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Return what `LMActorCritic.evaluate` does, without a graph."""
+        """Return the three results of `LMActorCritic.evaluate`, (N,) each, without a graph."""
         return self._repeat(self._forward)
 
     def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the gradient of each weight, given those of the three results."""
+        """Return the gradient of each weight, given the gradients of the three results, (N,) each."""
         with torch.random.fork_rng(self.random.devices):
             return self._repeat(lambda: self._backward(gradients))
 
@@ -88,19 +94,20 @@ class Minibatch:
         graph, self.graph = self.graph, None
         if graph is not None:
             return self._differentiate(graph, gradients)
-        self.random.restore()  # as the forward began
+        self.random.restore()  # the forward is repeated from where it began
         total: list[Tensor | None] = [None] * len(self.weights)
         for chunk in self.batch.chunks(self.lm.most_tokens):
-            places = torch.as_tensor(chunk.transitions, device=self.actions.device)
+            indices = torch.as_tensor(chunk.transitions, device=self.actions.device)  # (n,)
             with torch.enable_grad():
-                results = self.lm.evaluate_chunk(chunk, self.actions[places])
-            part = self._differentiate(results, [None if one is None else one[places] for one in gradients])
-            del results
-            total = [_sum(*pair) for pair in zip(total, part, strict=True)]
+                results = self.lm.evaluate_chunk(chunk, self.actions[indices])
+            outer = [None if gradient is None else gradient[indices] for gradient in gradients]  # (n,) each
+            added = self._differentiate(results, outer)
+            del results  # the activations, before the next part is read
+            total = [_sum(*pair) for pair in zip(total, added, strict=True)]
         return total
 
     def _differentiate(self, results: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        pairs = [(result, gradient) for result, gradient in zip(results, gradients, strict=True)]
+        pairs = zip(results, gradients, strict=True)
         used = [(result, gradient) for result, gradient in pairs if result.requires_grad and gradient is not None]
         if not used:
             return [None] * len(self.weights)
@@ -112,13 +119,13 @@ class Minibatch:
         return self.lm.most_tokens is not None or self.batch.micro_batch_tokens is not None
 
     def _repeat(self, work: Callable[[], Result]) -> Result:
-        """Do some work, in smaller parts while memory does not do."""
+        """Return the result of a pass, run again with half the tokens at a time after each out-of-memory error."""
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition("\n")[0]
-            # Only here is the error gone, which holds on to the tensors of the attempt.
+            # Outside of `except`: the error's traceback holds the tensors of the attempt until here.
             self.graph = None
             self._halve(reason)
             self.random.restore()
@@ -145,26 +152,26 @@ class Minibatch:
 
 
 class RandomState(NamedTuple):
-    """Where torch's generators stand."""
+    """The states of torch's generators."""
 
     cpu: Tensor
-    devices: list[torch.device]  # those beside the CPU
-    others: list[Tensor]
+    devices: list[torch.device]  # the devices besides the CPU
+    others: list[Tensor]  # the state of each of these devices
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
-        """Return the state of the CPU's generator and, where it has one, the device's."""
+        """Return the states of the CPU's generator and of that of a CUDA device."""
         devices = [device] if device.type == "cuda" else []
-        return cls(torch.get_rng_state(), devices, [torch.cuda.get_rng_state(one) for one in devices])
+        return cls(torch.get_rng_state(), devices, [torch.cuda.get_rng_state(device) for device in devices])
 
     def restore(self) -> None:
-        """Go back to it."""
+        """Set the generators to these states."""
         torch.set_rng_state(self.cpu)
         for device, state in zip(self.devices, self.others, strict=True):
             torch.cuda.set_rng_state(state, device)
 
 
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total + part
+def _sum(total: Tensor | None, added: Tensor | None) -> Tensor | None:
+    if total is None or added is None:
+        return added if total is None else total
+    return total + added

@@ -1,4 +1,4 @@
-"""Optimizers: some weights learn faster than others though Stable-Baselines3 sets one rate; and their state."""
+"""Optimizers with a learning rate factor for each weight, and their state in checkpoints."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .sharding import placed
 def scaled_optimizer(
     optimizer_class: type[torch.optim.Optimizer], scales: Mapping[nn.Parameter, float], lr: float, **kwargs: Any
 ) -> torch.optim.Optimizer:
-    """Build an optimizer whose steps multiply the learning rate by a factor of each weight's own.
+    """Build an optimizer whose steps multiply the learning rate by a factor for each weight.
 
-    Stable-Baselines3 writes the scheduled learning rate into all groups before each update. The factor, `lr_scale` of
-    a group, therefore acts inside the step alone, and `lr` is what was written again behind it. Weights of the same
-    factor share a group, in the order given. State and groups are saved and loaded as of any optimizer.
+    SB3 `utils.update_learning_rate` writes the scheduled rate into all groups before each update. The factor, a
+    group's `lr_scale`, is therefore multiplied in before a step and `lr` restored after it. Weights with the same
+    factor share a group, in the order given. State and groups are saved and loaded as those of any optimizer.
 
     Args:
-        optimizer_class: Any of torch's.
+        optimizer_class: An optimizer of torch.
         scales: The factor of each weight, above 0.
-        lr: The learning rate before the first update.
+        lr: The learning rate until the first update.
         **kwargs: Other arguments of the class.
 
     Raises:
@@ -44,9 +44,9 @@ def scaled_optimizer(
         if not scale > 0:
             raise ValueError(f"Expected factors of the learning rate above 0, got {scale}.")
         groups.setdefault(float(scale), []).append(weight)
-    of_groups = [{"params": weights, "lr_scale": scale} for scale, weights in groups.items()]
-    optimizer = optimizer_class(of_groups, lr=lr, **kwargs)  # type: ignore[call-arg]
-    rates: list[Any] = []
+    param_groups = [{"params": weights, "lr_scale": scale} for scale, weights in groups.items()]
+    optimizer = optimizer_class(param_groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+    rates: list[Any] = []  # of the groups, while a step runs
 
     def scale_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         rates[:] = [group["lr"] for group in optimizer.param_groups]
@@ -63,10 +63,10 @@ def scaled_optimizer(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return what an optimizer keeps: its tensors by name, and its groups, which fit JSON.
+    """Return the state of an optimizer: its tensors, named "index of the weight.name", and its groups, which fit JSON.
 
     Raises:
-        TypeError: If it keeps something that is neither a number nor a tensor.
+        TypeError: If the state holds something that is neither a number nor a tensor.
     """
     state = optimizer.state_dict()
     tensors = {}
@@ -80,11 +80,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[Any]) -> None:
-    """Bring an optimizer of the same weights to a state that `optimizer_state` returned."""
+    """Give an optimizer of the same weights the state that `optimizer_state` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         weight = weights[int(index)]
+        # State of the weight's shape is spread over processes as the weight is; a count of steps is a scalar.
         state.setdefault(int(index), {})[name] = placed(tensor, weight) if tensor.shape == weight.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": groups})

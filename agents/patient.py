@@ -109,16 +109,12 @@ def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
 @contextmanager
 def undisturbed(policy: LMPolicy, env: TextEnv) -> Iterator[None]:
     """Leave weights' gradients, modes, caches and all random generators as they were, whatever happens inside."""
-    lm = policy.lm
-    caches, terminal = (lm.rollout_cache, lm.predict_cache), policy._terminal_values
-    take_from, policy.take_from = policy.take_from, None
-    lm.rollout_cache, lm.predict_cache = lm.backbone.new_cache(), lm.backbone.new_cache()
     modes = [(module, module.training) for module in policy.modules()]
     gradients = [(weight, weight.grad) for weight in policy.parameters()]
     generators = [(generator, generator.get_state()) for generator in (policy.generator, policy.predict_generator)]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     env_state = copy.deepcopy(env.np_random.bit_generator.state)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), policy.rollout_set_aside():
         try:
             for weight, _ in gradients:
                 weight.grad = None
@@ -130,8 +126,6 @@ def undisturbed(policy: LMPolicy, env: TextEnv) -> Iterator[None]:
                 module.training = mode
             for generator, state in generators:
                 generator.set_state(state)
-            lm.rollout_cache, lm.predict_cache = caches
-            policy._terminal_values, policy.take_from = terminal, take_from
             random.setstate(python_state)
             np.random.set_state(cast("tuple[str, np.ndarray, int, int, float]", numpy_state))
             env.np_random.bit_generator.state = env_state

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -25,9 +26,12 @@ from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
 from .sharding import Sharded, Shards
 from .shared_gradient import SharedGradient
+from .tensor_notes import ALLOWED, READ_BY, TERMINAL, TerminalObservation, TerminalRow
 from .trainable import Trainable, checkpoint_layers
-from .vec_env import TerminalObservation
 from .world import world
+
+# Maps observations (B, L) to actions (B,) and their log-probabilities (B,).
+NextTokens: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class ForeignBackendError(TypeError):
@@ -183,8 +187,7 @@ class LMPolicy(ActorCriticPolicy):
             if shard is not None:  # before the optimizer, which is to see shards alone
                 self.lm.shards = Shards(self.lm, shard)
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
-        # In a rollout that another engine writes: observations (B, L) to actions and log-probabilities (B,).
-        self.take_from: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self._next_tokens: NextTokens | None = None  # see `take_tokens_from`
         self.generator = torch.Generator().manual_seed(seed)
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
         scales = {weight: 1.0 for weight in self.parameters() if weight.requires_grad}
@@ -260,7 +263,7 @@ class LMPolicy(ActorCriticPolicy):
 
         Sharded weights are brought together for evaluation, so that all processes must call it.
         """
-        self.lm.values_late = False  # of a rollout that was broken off
+        self.lm.settle_values()  # a rollout that was broken off leaves them deferred
         if mode and not self.training:
             self.lm.begin_update()
         if mode:
@@ -307,15 +310,41 @@ class LMPolicy(ActorCriticPolicy):
         return self._step(obs, deterministic)
 
     def _step(self, obs: Tensor, deterministic: bool, allowed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        if self.take_from is None:
+        if self._next_tokens is None:
             step = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache, allowed)
         else:
-            actions, log_probs = self.take_from(obs)
+            actions, log_probs = self._next_tokens(obs)
             step = Step(actions, torch.zeros_like(log_probs), log_probs, None)
-        step.log_probs.allowed = step.allowed  # type: ignore[attr-defined]
-        values = step.values[:, None]
-        values.read_from = self.lm  # type: ignore[attr-defined]  # for the buffer: values once a sequence, statistics
+        if step.allowed is not None:
+            ALLOWED.write(step.log_probs, step.allowed)
+        values = step.values[:, None]  # (B, 1)
+        READ_BY.write(values, self.lm)
         return step.actions, values, step.log_probs
+
+    def take_tokens_from(self, next_tokens: NextTokens) -> None:
+        """Have `forward` return another engine's tokens from now on, with zeros as values, until `sample_itself`."""
+        self._next_tokens = next_tokens
+
+    def sample_itself(self) -> None:
+        """Have `forward` sample from the policy again."""
+        self._next_tokens = None
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether `forward` samples from the policy: not while another engine writes a rollout."""
+        return self._next_tokens is None
+
+    @contextmanager
+    def rollout_set_aside(self) -> Iterator[None]:
+        """Sample from the policy, with empty caches, inside; afterwards the running rollout goes on undisturbed."""
+        lm = self.lm
+        rollout = (lm.rollout_cache, lm.predict_cache, self._terminal_values, self._next_tokens)
+        lm.rollout_cache, lm.predict_cache = lm.backbone.new_cache(), lm.backbone.new_cache()
+        self._next_tokens = None
+        try:
+            yield
+        finally:
+            lm.rollout_cache, lm.predict_cache, self._terminal_values, self._next_tokens = rollout
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
         """Return actions (B,): what `predict` calls, with rows and randomness apart from the rollout's."""
@@ -332,13 +361,13 @@ class LMPolicy(ActorCriticPolicy):
         """
         if isinstance(obs, SequenceBatch):
             return self.lm.sequence_values(obs)[:, None]
-        terminal = vars(obs).get("terminal")
+        terminal = TERMINAL.read(obs)
         if terminal is None or torch.is_grad_enabled():
             return self.lm.values(obs)[:, None]
         if self._terminal_values is None or self._terminal_values[0] is not terminal.siblings:
             values = self.lm.values(torch.as_tensor(terminal.siblings, device=self.device))[:, None]
             self._terminal_values = (terminal.siblings, values)
-        return self._terminal_values[1][terminal.place : terminal.place + 1]
+        return self._terminal_values[1][terminal.index : terminal.index + 1]
 
     def evaluate_actions(self, obs: Tensor | SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights."""
@@ -365,8 +394,8 @@ class LMPolicy(ActorCriticPolicy):
         if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(f"Expected an observation of token ids, (L,) or (B, L), got {rows.dtype} of {rows.shape}.")
         tensor = torch.as_tensor(rows.reshape(-1, rows.shape[-1]), device=self.device)
-        if isinstance(observation, TerminalObservation):
-            tensor.terminal = observation  # type: ignore[attr-defined]  # for predict_values
+        if isinstance(observation, TerminalObservation) and observation.siblings is not None:
+            TERMINAL.write(tensor, TerminalRow(observation.siblings, observation.index))
         return tensor, rows.ndim == 2
 
 

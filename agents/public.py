@@ -32,12 +32,14 @@ from .kl import AdaptiveCoef, KLPenalty
 from .learned_reward import LearnedReward
 from .local_engine import LocalEngine
 from .manifest import CheckpointError
-from .maskable import MaskableLMPolicy, MaskableSequenceRolloutBuffer
+from .maskable import MaskableLMPolicy
+from .maskable_buffer import MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
 from .preferences import Labelled, Ranking, hh_pairs
 from .reward_model import score_texts, train_reward_model
-from .rollout_steps import DropEpisodes, LateScores, RolloutStep
+from .rollout_steps import RolloutStep
 from .sb3_zip import load_sb3_zip
+from .scores import DropEpisodes, LateScores
 from .shaping import RewardShaping
 from .sharding import Sharded
 from .trainable import LastLayers, LoRA

@@ -1,4 +1,4 @@
-"""What a policy is compared with: a frozen language model, which shares the policy's weights where those are frozen."""
+"""The reference model of the KL penalty: frozen, and sharing the weights that the policy keeps frozen."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .trainable import adapted_layers, adapters_off
 
 
 def start_of(policy: LMActorCritic) -> LMActorCritic:
-    """Return the policy as it is before training, to be read by the functions below.
+    """Return the policy as it is now as a reference, to be read by the functions below.
 
-    With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy that holds what is
-    trained a second time; weights that are frozen in the policy are shared, so that with `LastLayers(n)` the reference
-    costs the memory of n layers. A sharded policy's copy is sharded, and whole.
+    With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy. Weights that are frozen
+    in the policy are shared and those that are trained copied, so that with `LastLayers(n)` the reference costs the
+    memory of n layers. The copy of a sharded policy is sharded, and shares no weights.
     """
     if adapted_layers(policy):
         return policy
@@ -33,33 +33,41 @@ def start_of(policy: LMActorCritic) -> LMActorCritic:
 
 
 def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMActorCritic:
-    """Return a frozen copy without critic, which shares the weights `shared` with `lm`; sharded if that is."""
+    """Return a frozen copy without a critic.
+
+    Args:
+        lm: The model to copy; the copy of a sharded one is sharded.
+        shared: The weights that the copy shares with it.
+    """
     lm.drop_caches()
     if lm.shards is not None:
         return lm.shards.twin()
-    kept: dict[int, object] = {id(weight): weight for weight in shared or []}
+    # `deepcopy` takes what this says in place of a copy.
+    memo: dict[int, object] = {id(weight): weight for weight in shared or []}
     if lm.lagged is not None:
-        kept[id(lm.lagged)] = None  # it samples nothing
-    return copy.deepcopy(lm, kept | {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()
+        memo[id(lm.lagged)] = None  # the lagged copy is for sampling, and a reference samples nothing
+    return copy.deepcopy(lm, memo | {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()
 
 
 def version_of(policy: LMActorCritic) -> int:
-    """Return a number that changes where weights are written in place, but for a fused optimizer's steps."""
+    """Return a number that changes when weights are written in place, except by the steps of a fused optimizer."""
     return sum(weight._version for weight in policy.parameters())
 
 
 def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMActorCritic:
-    """Build another language model with the policy's vocabulary, sampling and precision, and freeze it.
+    """Build another language model as reference, with the policy's vocabulary, sampling and precision.
 
     Args:
         lm: A name or path, a config, a spec, or the `BackendSpec` of a model that is not transformers'.
-        policy: The policy that is to be compared with it.
-        n_positions: The longest sequence that will be asked for, in tokens.
+        policy: The policy.
+        n_positions: The longest sequence that it will read, in tokens.
 
     Raises:
-        ValueError: If it has fewer tokens or positions than needed, or is an encoder-decoder where the policy is none.
+        ValueError: If it has fewer tokens or positions than needed, or if one of reference and policy is an
+            encoder-decoder and the other is not.
     """
-    # Fresh weights are drawn, also where a checkpoint's are to follow: a resumed run must go on with the same numbers.
+    # `build_model` draws fresh weights, also where those of a checkpoint replace them. The fork keeps the generators as
+    # they were, so that a resumed run draws the same numbers.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         backbone, name = _build_backbone(lm, policy.backbone.vocab_size, n_positions)
     if backbone.is_encoder_decoder != policy.backbone.is_encoder_decoder:
@@ -76,7 +84,7 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
 
 
 def _build_backbone(lm: LMLike, vocab_size: int, n_positions: int) -> tuple[LanguageModel, str]:
-    """Return a language model and what it is called."""
+    """Return a language model and the name of its class, for errors."""
     if isinstance(lm, BackendSpec):
         return lm.build_backend(vocab_size, n_positions), type(lm).__name__
     model = build_model(lm, train=None)
@@ -86,7 +94,7 @@ def _build_backbone(lm: LMLike, vocab_size: int, n_positions: int) -> tuple[Lang
 
 @torch.no_grad()
 def log_probs(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> Tensor:
-    """Return what the reference says of actions, (N,), in nats."""
+    """Return the reference's log-probabilities of actions (N,), in nats."""
     with gathered(reference), _frozen(reference, policy):
         return reference.log_probs(batch, actions)
 
@@ -95,16 +103,16 @@ def log_probs(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBa
 def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch) -> Tensor:
     """Return KL(policy, reference) over the whole vocabulary at each transition, (N,), in nats.
 
-    Both read the same forwards; log-probabilities over the vocabulary are held for a part of the transitions at once.
+    Policy and reference take turns, so that log-probabilities (n, V) are held for a part of the transitions at a time.
     """
     result = torch.zeros(len(batch), device=batch.tokens.device)
     with gathered(reference):
         for chunk in batch.chunks():
-            both = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
-            # An impossible token counts 0, and would be 0 * infinity.
+            turns = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
+            # A token of probability 0 adds 0; the product would be 0 * infinity.
             parts = [
-                (ours.softmax(dim=-1) * (ours - theirs)).masked_fill(ours.isneginf(), 0.0).sum(dim=-1)
-                for ours, theirs in both
+                (own.softmax(dim=-1) * (own - others)).masked_fill(own.isneginf(), 0.0).sum(dim=-1)  # (n, V) -> (n,)
+                for own, others in turns
             ]
             result[torch.as_tensor(chunk.transitions, device=result.device)] = torch.cat(parts)
     return result
@@ -113,7 +121,8 @@ def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: Sequence
 def _log_probabilities(reference: LMActorCritic, policy: LMActorCritic, chunk: Chunk) -> Iterator[Tensor]:
     parts = reference.log_probabilities(chunk)
     while True:
-        with _frozen(reference, policy):  # the policy's own turn is between two parts
+        # Adapters are off for this part alone: the policy computes its own part before the next one.
+        with _frozen(reference, policy):
             part = next(parts, None)
         if part is None:
             return
@@ -125,10 +134,11 @@ def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextM
 
 
 def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Tensor]:
-    """Return the weights and buffers that the policy does not hold, each once: tied ones under their first name.
+    """Return the reference's weights and buffers that the policy does not hold; tied ones once, by their first name.
 
-    What a device map has offloaded is left out: it never changes, and is read from where the model comes from.
+    Weights that a device map has offloaded (the device "meta") are left out: they never change, and come with the model.
     """
     shared = {id(tensor) for tensor in (*policy.parameters(), *policy.buffers())}
+    # `named_parameters` and `named_buffers` of torch name a tied tensor once.
     tensors: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared and not tensor.is_meta}

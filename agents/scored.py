@@ -1,4 +1,4 @@
-"""The episodes whose score has come, for who looks at them once a rollout."""
+"""The episodes whose score has come since the last rollout, for callbacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .vec_env import TextVecEnv
 
 
 class ScoredEpisodes:
-    """Collects the infos of episodes that have ended, and gives those of which the score has come.
+    """Collects the infos of episodes that have ended, and returns those whose score has come.
 
     Args:
         env: The env that the model trains on.
@@ -22,16 +22,16 @@ class ScoredEpisodes:
         self.infos: list[dict[str, Any]] = []
 
     def see(self, infos: Iterable[dict[str, Any]]) -> None:
-        """Take in the infos of a step."""
+        """Collect the infos of a step, (B,)."""
         self.infos += [info for info in infos if "end_reason" in info]
 
     def take(self) -> list[dict[str, Any]]:
-        """Return, at a rollout's end, the infos of those scored since the last time, dropped ones among them."""
-        # Read only now: late scores have been added to the infos in the meantime, save to those that wait for a group.
+        """Return, at a rollout's end, the infos of the episodes scored since the last call, dropped ones included."""
+        # `LateScores` has added scores to the infos since `see`, except to episodes that wait for their group.
         infos = [info for info in self.infos if info["scored"]]
         self.infos = [info for info in self.infos if not info["scored"]]
-        if isinstance(self.env, TextVecEnv) and self.env.keeps_infos:
-            # The env has those too that waited in a checkpoint; not those that were dropped.
+        if isinstance(self.env, TextVecEnv) and self.env.record.is_kept:
+            # The env's record also has episodes that waited in a checkpoint, but none that were dropped.
             dropped = [info for info in infos if info["dropped"]]
-            infos, self.infos = [*self.env.scored.values(), *dropped], []
+            infos, self.infos = [*self.env.record.scored.values(), *dropped], []
         return infos

@@ -1,4 +1,4 @@
-"""What is done to the score of an episode before the KL penalty: clipped, scaled, whitened, and less if cut off."""
+"""The step that shapes scores before the KL penalty: clipped, scaled, whitened, and lower where a text was cut off."""
 
 from __future__ import annotations
 
@@ -12,41 +12,44 @@ from textenv.episode import EndReason
 
 from .buffers import SequenceRolloutBuffer
 from .distributed import Spread, gather, merge_moments
-from .rollout_steps import RolloutStep, final_reward, text_vec_env
+from .rollout_steps import Order, RolloutStep, text_vec_env
+from .scores import final_reward
 from .world import world
 
-SMALL = 1e-8
+SMALL = 1e-8  # a deviation below this, relative to the mean, is rounding
 
 
 class RewardShaping(RolloutStep):
-    """Changes the score of each episode, on its last token, in this order; what is not asked for is left out.
+    """Changes the score of each episode, on its last token, by those of these operations that are asked for, in order.
 
-    1. `clip`: the score goes into [-clip, clip];
+    1. `clip`: the score is limited to [-clip, clip];
     2. `scale`: it is divided by the standard deviation of all scores so far, those of this rollout included (Engstrom
-       et al., 2020, section 3). The mean stays. A checkpoint keeps the running figures;
-    3. `whiten`: over the scores of a rollout, mean 0 and deviation 1;
-    4. `missing_eos_penalty` is subtracted if the episode ended because it was as long as it may be (end reason
-       "length"): its text is not finished.
+       et al., 2020, section 3). The mean is not subtracted. A checkpoint keeps the running figures;
+    3. `whiten`: the scores of a rollout get mean 0 and deviation 1;
+    4. `missing_eos_penalty` is subtracted if the episode ended at its limit of tokens (end reason "length"): its text
+       is not finished.
 
-    Then come KL penalties, whatever the order of the callbacks; late scores come before. Scores that are all equal
-    are left as they are by 2 and become 0 by 3. The task reward in infos and logs stays untouched; the means of what
-    is trained on are logged under `shaping/`.
+    Late scores come before these and KL penalties after them, whatever the order of the callbacks. Scores that are all
+    equal are left as they are by 2 and become 0 by 3. The task reward in infos and logs stays untouched. Logged are
+    `shaping/score`, the mean of the shaped scores, and `shaping/cut`, the share of episodes that ended at the limit.
 
     Args:
         clip: The largest absolute score.
         scale: Whether to divide by the running deviation.
         whiten: Whether to normalise over the rollout's episodes.
-        missing_eos_penalty: In units of what the steps before it give.
+        missing_eos_penalty: The penalty, in units of the score after the operations before it.
 
     Raises:
-        ValueError: If `clip` is not positive, or the penalty negative.
+        ValueError: If `clip` is not positive or the penalty is negative. When attached, for the first three operations,
+            if the env has rewards for every token or a VecNormalize scales rewards.
 
     Example:
         >>> from agents import KLPenalty, RewardShaping
         >>> callbacks = [RewardShaping(clip=5.0, missing_eos_penalty=1.0), KLPenalty(0.02)]  # learn(callback=callbacks)
     """
 
-    rank = 2
+    key = "RewardShaping"
+    order = Order.SHAPING
 
     def __init__(
         self,
@@ -63,19 +66,15 @@ class RewardShaping(RolloutStep):
             raise ValueError(f"Expected `missing_eos_penalty` to be 0 or more, got {missing_eos_penalty}.")
         self.clip, self.scale, self.whiten = clip, scale, whiten
         self.missing_eos_penalty = missing_eos_penalty
-        self.count, self.mean, self.squares = 0, 0.0, 0.0  # of all scores so far; squares of the distances to the mean
+        # The number and the mean of all scores so far, and the sum of their squared distances to that mean.
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     @property
     def _changes_scores(self) -> bool:
         return self.clip is not None or self.scale or self.whiten
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Check that an episode has one score, at its end, and that the buffer gets it as it is.
-
-        Raises:
-            ValueError: With rewards for every token, or a VecNormalize that scales rewards; the penalty alone can be
-                used with both.
-        """
+        """Check that an episode has one score, at its end, and that no wrapper changes it on its way to the buffer."""
         env, normalizer = text_vec_env(model.get_env()), model.get_vec_normalize_env()
         if self._changes_scores and env.env.score_at == "step":
             raise ValueError(
@@ -90,12 +89,12 @@ class RewardShaping(RolloutStep):
         self.algorithm = model
 
     def begin(self) -> None:
-        """Let the env keep what the episodes of this rollout are."""
+        """Have the env record the episodes of this rollout."""
         self.env.begin_rollout()
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Change the rewards on the last tokens of the episodes whose score has come."""
-        infos = self.env.scored
+        infos = self.env.record.scored
         scores = np.array([info["episode"]["r"] for info in infos.values()])  # (E,)
         is_cut = np.array([info["end_reason"] is EndReason.LENGTH for info in infos.values()])
         shaped = self._shape_all(scores) if self._changes_scores else scores
@@ -106,19 +105,21 @@ class RewardShaping(RolloutStep):
             reward = final_reward(buffer, self.env, place)
             if reward is None:
                 continue
-            if self._changes_scores:  # in place of the score: a truncated episode has the critic's value there as well
+            # SB3 `on_policy_algorithm.collect_rollouts` has added gamma * V to the reward of a truncated episode, so the
+            # score is replaced within the sum.
+            if self._changes_scores:
                 reward[:] = (reward - np.float32(score)) + np.float32(new)
             reward -= np.float32(penalty)
         self.algorithm.logger.record("shaping/score", float((shaped - penalties).mean()))
         self.algorithm.logger.record("shaping/cut", float(is_cut.mean()))
 
     def _shape_all(self, scores: np.ndarray) -> np.ndarray:
-        """Shape the scores of this process among those of all: deviations and means are theirs."""
-        scores_of = gather("scores", scores)
-        every = np.concatenate(scores_of)
+        """Return the shaped scores of this process, (E,); deviations and means are over those of all processes."""
+        by_process = gather("scores", scores)
+        all_scores = np.concatenate(by_process)
         here = world()
-        start = sum(map(len, scores_of[: 0 if here is None else here.rank]))
-        return self._shape(every)[start : start + len(scores)] if len(every) else scores
+        start = sum(map(len, by_process[: 0 if here is None else here.rank]))  # where those of this process begin
+        return self._shape(all_scores)[start : start + len(scores)] if len(all_scores) else scores
 
     def _shape(self, scores: np.ndarray) -> np.ndarray:
         if self.clip is not None:
@@ -128,12 +129,12 @@ class RewardShaping(RolloutStep):
             deviation = math.sqrt(self.squares / self.count)
             scores = scores / deviation if deviation > SMALL * max(1.0, abs(self.mean)) else scores
         if self.whiten:
-            shifted = scores - scores[0]  # equal ones become zeros, without rounding
+            shifted = scores - scores[0]  # makes equal scores exactly 0
             scores = (shifted - shifted.mean()) / (shifted.std() + SMALL)
         return scores
 
     def _update(self, scores: np.ndarray) -> None:
-        """Take a batch into the running figures."""
+        """Include scores in the running figures."""
         before = Spread(self.count, self.mean, self.squares)
         self.count, self.mean, self.squares = merge_moments(before, Spread.of(scores))
 

@@ -17,7 +17,7 @@ from textenv.finished import Place
 
 from .buffers import SequenceRolloutBuffer
 from .build import attach_steps, buffer_settings, settings_for
-from .maskable import MaskableSequenceRolloutBuffer
+from .maskable_buffer import MaskableSequenceRolloutBuffer
 from .rollout_steps import text_vec_env
 from .vec_env import TextVecEnv
 
@@ -105,7 +105,7 @@ class _MonitoredLanes(TextVecEnv):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         observations, rewards, dones, infos = super().step_wait()
         for lane in np.flatnonzero(dones).tolist():
-            if not self.lanes.defer_scores:  # else the reward is not known yet
+            if not self.defers_scores:  # else the reward is not known yet
                 self._write(lane, infos[lane])
         return observations, rewards, dones, infos
 

@@ -60,6 +60,8 @@ class TrainingWarnings(BaseCallback):
         >>> callback = TrainingWarnings()  # model.learn(100_000, callback=callback)
     """
 
+    key = "TrainingWarnings"
+
     def __init__(self, entropy_fraction: float = 0.1, patience: int = 5) -> None:
         super().__init__()
         if not 0 < entropy_fraction < 1:

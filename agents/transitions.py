@@ -1,4 +1,4 @@
-"""What a rollout consists of: segments, their transitions in numbers, and minibatches of them."""
+"""The parts of a rollout: segments, their transitions in numbers, and minibatches of whole sequences."""
 
 from __future__ import annotations
 
@@ -12,46 +12,57 @@ from .sequences import SequenceBatch
 
 
 class Segment(NamedTuple):
-    """A run of one lane inside one episode inside one rollout."""
+    """A run of steps of one lane, inside one episode and one rollout.
+
+    An episode that lasts longer than a rollout has a segment in each of them.
+    """
 
     lane: int
-    start: int  # first step
-    end: int  # behind the last step
-    tokens: np.ndarray  # (T,) int32: context and actions up to, not including, the last action
+    start: int  # the first step
+    end: int  # one more than the last step
+    # (T,) int32: the row before the first step, then the actions but the last, of which nothing is asked
+    tokens: np.ndarray
     is_finished: bool  # whether the episode ended with it
-    n_prompt: int  # how many of the tokens are the prompt's
+    n_prompt: int  # the number of tokens that belong to the prompt
 
 
 class Transitions(NamedTuple):
-    """The transitions of one sequence in numbers, each array (n,)."""
+    """The transitions of one sequence in numbers, each array (n,); the fields are named as the buffer's arrays."""
 
-    cols: np.ndarray
-    actions: np.ndarray
+    cols: np.ndarray  # int32: the column of the sequence at which logits and value are read
+    actions: np.ndarray  # int32
     rewards: np.ndarray
-    values: np.ndarray
-    log_probs: np.ndarray
+    values: np.ndarray  # in units of reward
+    log_probs: np.ndarray  # in nats, by the policy
     advantages: np.ndarray
     returns: np.ndarray  # advantages + values, before any normalisation (invariant D1)
-    allowed: np.ndarray  # int32: which of the buffer's token sets it was sampled from
-    behaviour_log_probs: np.ndarray  # by what sampled: `log_probs` itself, in the same memory, unless an engine did
+    allowed: np.ndarray  # int32: the number of the token set that the action was sampled from; 0 is the vocabulary
+    # In nats, by the model that sampled: `log_probs` itself, in the same memory, unless another engine did.
+    behaviour_log_probs: np.ndarray
 
     @property
     def is_by_policy(self) -> bool:
-        """Whether the policy itself has sampled: there is one array of log-probabilities."""
+        """Whether the policy itself sampled: there is one array of log-probabilities."""
         return np.may_share_memory(self.log_probs, self.behaviour_log_probs)
 
 
 def joined(parts: Sequence[Transitions]) -> Transitions:
-    """Return transitions one behind the other, in new arrays; with as few of them as the parts have."""
-    names = Transitions._fields
-    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names[:-1]}
+    """Return the transitions of all parts, one after the other, in new arrays.
+
+    Log-probabilities stay one array where they are one in all parts.
+    """
+    names = Transitions._fields[:-1]
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}  # (N,) each
     if all(part.is_by_policy for part in parts):
         return Transitions(**arrays, behaviour_log_probs=arrays["log_probs"])
     return Transitions(**arrays, behaviour_log_probs=np.concatenate([part.behaviour_log_probs for part in parts]))
 
 
 class SequenceSamples(NamedTuple):
-    """A minibatch, with the fields of SB3's `RolloutBufferSamples`; N transitions of whole sequences."""
+    """A minibatch of N transitions of whole sequences.
+
+    The fields are those of SB3 `type_aliases.RolloutBufferSamples`, which `PPO.train` and `A2C.train` read.
+    """
 
     observations: SequenceBatch
     actions: Tensor  # (N,) int64
@@ -59,11 +70,11 @@ class SequenceSamples(NamedTuple):
     old_log_prob: Tensor
     advantages: Tensor
     returns: Tensor
-    action_masks: None = None  # what MaskablePPO passes on; the sequences carry them
+    action_masks: None = None  # sb3-contrib `MaskablePPO.train` passes it on to the policy; the sequences carry masks
 
 
 class RolloutView(NamedTuple):
-    """The rollout as whole sequences, and where each of the N transitions stands in the buffer's arrays."""
+    """A rollout of N transitions as whole sequences, with the indices of each transition in the buffer's (T, B) arrays."""
 
     batch: SequenceBatch
     actions: Tensor  # (N,)

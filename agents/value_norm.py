@@ -13,8 +13,8 @@ from .distributed import moments
 from .world import world
 
 VALUE_NORMS = ("norm", "popart")
-DECAY = 0.9  # of the weight of a rollout with each later one
-MIN_DEVIATION = 1e-4
+DECAY = 0.9  # the factor by which each later rollout lowers a rollout's weight: about the last ten count
+MIN_DEVIATION = 1e-4  # returns that are all equal must not be divided by 0
 
 
 class Scale(NamedTuple):
@@ -24,20 +24,21 @@ class Scale(NamedTuple):
     deviation: float = 1.0
 
     def of(self, values: np.ndarray) -> np.ndarray:
-        """Return float32 values in these units."""
+        """Return values, given in units of reward, in units of this scale, float32."""
         return ((values - self.mean) / self.deviation).astype(np.float32)
 
 
 class ValueNorm(nn.Module):
-    """Running mean and deviation of returns, in which a critic's outputs and the value loss are measured.
+    """The running mean and deviation of returns: the units of a critic's outputs and of the value loss.
 
     Rewards of any size give a critic targets of about mean 0 and deviation 1, so that neither its learning rate nor
-    `vf_coef` nor `clip_range_vf` depends on them. The statistics are averages over rollouts with exponentially
-    decaying weights, the start's zeros taken out (as in MAPPO; Yu et al., 2022, section 5.1). When they move,
+    `vf_coef` nor `clip_range_vf` depends on that size. The statistics are averages over rollouts with exponentially
+    decaying weights, corrected for the zeros that they start from (as in MAPPO; Yu et al., 2022, section 5.1). When
+    they move from mean m and deviation s to m' and s',
 
-    * "norm" leaves the critic as it is: the values it stands for move too, until it has learnt;
-    * "popart" rescales its last layer, w' = w s / s' and b' = (b s + m - m') / s', so that they stay (preserving
-      outputs precisely; van Hasselt et al., 2016, proposition 1).
+    * "norm" leaves the critic as it is, so that the same outputs mean other values until it has learnt;
+    * "popart" rescales its last layer, w' = w s / s' and b' = (b s + m - m') / s', so that its values stay (van Hasselt
+      et al., 2016, "preserving outputs precisely", proposition 1).
 
     Mean and deviation are buffers: files and checkpoints of the policy hold them.
 
@@ -64,14 +65,14 @@ class ValueNorm(nn.Module):
         self.keeps_values = kind == "popart"
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("variance", torch.ones(()))
-        self.register_buffer("weight", torch.zeros(()))  # of all rollouts so far: 1 - DECAY^n
+        self.register_buffer("weight", torch.zeros(()))  # the sum of the weights of n rollouts: 1 - DECAY^n
 
     def scale(self) -> Scale:
-        """Return the mean and the deviation of returns so far; 0 and 1 before any."""
+        """Return the mean and the deviation of the returns so far; 0 and 1 before the first."""
         return Scale(float(self.mean), float(self._deviation()))
 
     def denormalize(self, outputs: Tensor) -> Tensor:
-        """Return the values, in units of reward, that a critic's outputs stand for."""
+        """Return a critic's outputs in units of reward."""
         return outputs * self._deviation() + self.mean
 
     def _deviation(self) -> Tensor:
@@ -79,22 +80,24 @@ class ValueNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, returns: Tensor, last_layer: nn.Linear | None = None) -> None:
-        """Take in the returns of a rollout, (N,); with "popart" rescale the critic's last layer accordingly.
+        """Include the returns of a rollout, of all processes, in the statistics.
 
-        With several processes they are those of all of them.
+        Args:
+            returns: The returns of this process, (N,), in units of reward.
+            last_layer: The critic's last layer, which "popart" rescales.
         """
         mean, deviation = self.mean.clone(), self._deviation()
         self.weight.mul_(DECAY).add_(1 - DECAY)
-        share = (1 - DECAY) / self.weight  # of this rollout; 1 for the first
+        share = (1 - DECAY) / self.weight  # of this rollout in the averages; 1 for the first
         if world() is None:
-            here, spread = returns.mean(), returns.var(correction=0)
+            new_mean, new_variance = returns.mean(), returns.var(correction=0)
         else:
-            here, spread = map(returns.new_tensor, moments("returns", returns.cpu().numpy())[1:])
-        away = here - self.mean
-        # The decaying averages of x and x^2 without their difference, which rounds badly where the mean is large.
-        spread = spread + (1 - share) * away.square()
-        self.variance.lerp_(spread, share)
-        self.mean.add_(share * away)
+            new_mean, new_variance = map(returns.new_tensor, moments("returns", returns.cpu().numpy())[1:])
+        shift = new_mean - self.mean
+        # Equals the decaying mean of x^2 less the square of that of x, which would round badly where the mean is large.
+        new_variance = new_variance + (1 - share) * shift.square()
+        self.variance.lerp_(new_variance, share)
+        self.mean.add_(share * shift)
         if self.keeps_values:
             assert last_layer is not None, "checked when the policy is built"
             last_layer.weight.mul_(deviation / self._deviation())
@@ -102,21 +105,22 @@ class ValueNorm(nn.Module):
 
 
 def scales_of(norm: ValueNorm | None, critic: nn.Module, returns: list[np.ndarray]) -> tuple[Scale, Scale]:
-    """Bring the statistics up to date with a rollout's returns; return in which units minibatches then are.
+    """Include a rollout's returns in the statistics, and return the units of its minibatches.
 
     Args:
         norm: The statistics; None where values are in units of reward.
-        critic: What predicts values.
-        returns: Of each sequence that is trained, (n,) each.
+        critic: The critic.
+        returns: The returns of each sequence that is trained, (n,) each, in units of reward.
 
     Returns:
-        The scales of old values and of returns.
+        The scale of old values and the scale of returns.
     """
     if norm is None or (not returns and world() is None):
         return Scale(), Scale()
     assert isinstance(critic, ValueHead), "checked when the policy is built"
-    before = norm.scale()
-    of_all = np.concatenate([np.zeros(0, dtype=np.float32), *returns])
-    norm.update(torch.as_tensor(of_all, device=norm.mean.device), critic.linear)
-    # Old values are what the critic puts out before its first step: with "norm" it has not followed.
-    return (norm.scale() if norm.keeps_values else before), norm.scale()
+    earlier = norm.scale()
+    all_returns = np.concatenate([np.zeros(0, dtype=np.float32), *returns])  # (N,)
+    norm.update(torch.as_tensor(all_returns, device=norm.mean.device), critic.linear)
+    # SB3 `PPO.train` clips values around the old ones: they must be the critic's outputs before its first step. Under
+    # "norm" those are still in the earlier units, since its last layer was not rescaled.
+    return (norm.scale() if norm.keeps_values else earlier), norm.scale()

@@ -1,4 +1,4 @@
-"""A `TextEnv` in N lanes as a Stable-Baselines3 VecEnv: a thin adapter over the array core."""
+"""The Stable-Baselines3 VecEnv of N lanes of one `TextEnv`: a thin adapter over the array core."""
 
 from __future__ import annotations
 
@@ -18,47 +18,24 @@ from textenv.printable import printable
 from textenv.rendering import picture, render_row
 from textenv.vector import unwrap_text_env
 
+from .rollout_record import RolloutRecord
+from .tensor_notes import TerminalObservation
 from .world import world
-
-
-class TerminalObservation(np.ndarray):
-    """The last observation of a truncated episode, (L,), which knows those of the lanes truncated in the same step.
-
-    Stable-Baselines3 asks for the value of one after the other; with its siblings a policy values all in one forward.
-
-    Attributes:
-        siblings: The terminal observations of that step, (K, L).
-        place: Which of them this one is.
-    """
-
-    siblings: np.ndarray
-    place: int
-
-    @classmethod
-    def of_step(cls, observations: list[np.ndarray]) -> list[TerminalObservation]:
-        """Return the terminal observations of one step, each knowing all."""
-        siblings = np.stack(observations)
-        terminal = []
-        for place, observation in enumerate(observations):
-            row = observation.view(cls)
-            row.siblings, row.place = siblings, place
-            terminal.append(row)
-        return terminal
 
 
 class TextVecEnv(VecEnv):
     """N episodes of one `TextEnv` side by side, each refilled in the step that ends it, for SB3's algorithms.
 
-    The hooks of `env` serve all lanes, in one reward call a step; nothing is pickled into processes. It writes the
-    `episode` entry of a finished episode's info itself, so it wants no Monitor.
+    The hooks of `env` serve all lanes, in one reward call a step, in this process. Infos of finished episodes have the
+    entry `episode`, so that no Monitor is needed.
 
     Args:
-        env: A `TextEnv`, a subclass, or what `gym.make` made of one.
-        n_envs: The number of lanes. Several processes share them: each has as many, and every w-th prompt.
+        env: A `TextEnv`, a subclass, or one that `gym.make` has wrapped.
+        n_envs: The number of lanes. W processes of a job have n_envs / W each, and each W-th prompt.
 
     Raises:
-        TypeError: If `env` is no `TextEnv`, is wrapped in something that changes it, or overrides `step` or `reset`.
-        ValueError: If the lanes cannot be shared evenly.
+        TypeError: If `env` is no `TextEnv`, if a wrapper changes it, or if it overrides `step` or `reset`.
+        ValueError: If the number of processes does not divide the number of lanes.
 
     Example:
         >>> from agents import TextVecEnv
@@ -79,26 +56,27 @@ class TextVecEnv(VecEnv):
         self.lanes = Lanes(self.env, n_envs)
         if self.world is not None:
             self.lanes.dealer.shard = (self.world.rank, self.world.size)
-        self.keeps_infos = False
-        self.begin_rollout(keep_infos=False)
+        self.record = RolloutRecord(self.lanes.n_steps, is_kept=False)
         super().__init__(n_envs, self.env.observation_space, self.env.action_space)
 
     def reset(self) -> np.ndarray:
-        """Begin new episodes in all lanes, scored as they end, and return the observations, (B, L).
+        """Begin new episodes in all lanes, scored as they end, and return the observations, (B, L) int64.
 
-        The seed given to `seed` starts the prompts' order anew. `set_options({"prompts": rows})` runs these rows, each
-        exactly once over all lanes.
+        A seed that was given to `seed` starts the prompts' order anew. After `set_options({"prompts": rows})` the lanes
+        run these rows, each exactly once.
         """
         seed, options = self._seeds[0], self._options[0]
         self._reset_seeds()
         self._reset_options()
-        # An evaluation may follow; a rollout asks for both again.
+        # An evaluation may follow; a rollout asks for all three again.
         self.lanes.defer_scores = self.lanes.accepts_dropped = False
-        self.begin_rollout(keep_infos=False)
+        self.record = RolloutRecord(self.lanes.n_steps, is_kept=False)
         order_seed = None
         if seed is None and self.world is not None and self.lanes.dealer.cursor is None:
             seed = self.world.seed  # the same order in all processes
-        if seed is not None:  # as `TextEnv.reset` does: the order, and what the hooks draw from `self.np_random`
+        # As in `TextEnv.reset`, the seed decides the order of prompts and what hooks draw from `self.np_random`; the
+        # draws of hooks differ between processes.
+        if seed is not None:
             self.env.np_random = seeding.np_random(int(seed))[0]
             order_seed = int(self.env.np_random.integers(2**31))
             if self.world is not None and self.world.rank > 0:
@@ -106,25 +84,28 @@ class TextVecEnv(VecEnv):
         return self.lanes.reset(order_seed, options.get("prompts"))
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Keep the actions, (B,), for `step_wait`."""
+        """Keep the actions, (B,) token ids, for `step_wait`."""
         self._actions = np.asarray(actions)
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """Return observations (B, L), rewards (B,) float32, dones (B,) and infos; see `TextEnv.step`."""
+        """Return observations (B, L) int64, rewards (B,) float32, dones (B,) bool and infos; see `TextEnv.step`.
+
+        The info of a finished episode has `terminal_observation` and `TimeLimit.truncated`, from which SB3
+        `on_policy_algorithm.collect_rollouts` adds the value of a truncated episode's end to its reward.
+        """
         step = self.lanes.n_steps
         result = self.lanes.step(self._actions)
         final = dict(result.final_observations)
-        cut = [lane for lane in final if result.truncated[lane]]
-        if cut:
-            final.update(zip(cut, TerminalObservation.of_step([final[lane] for lane in cut]), strict=True))
+        truncated = [lane for lane in final if result.truncated[lane]]
+        if truncated:
+            rows = TerminalObservation.of_step([final[lane] for lane in truncated])
+            final.update(zip(truncated, rows, strict=True))
         for lane, observation in final.items():
             result.infos[lane]["terminal_observation"] = observation
             result.infos[lane]["TimeLimit.truncated"] = bool(result.truncated[lane])
-            if self.keeps_infos:
-                self.ended[step, lane] = result.infos[lane]
-                if not self.lanes.defer_scores and not result.infos[lane]["dropped"]:
-                    self.scored[step, lane] = result.infos[lane]
+            self.record.add((step, lane), result.infos[lane], is_scored=not self.defers_scores)
         dones = result.terminated | result.truncated
+        # `astype` copies: SB3 adds to these rewards in place.
         return result.observations, result.rewards.astype(np.float32), dones, result.infos
 
     def close(self) -> None:
@@ -132,7 +113,7 @@ class TextVecEnv(VecEnv):
         self.env.close()
 
     def render(self, mode: str | None = None) -> Any:
-        """Return the lanes as a list of texts; print them ("human"), or draw them, as one picture ("rgb_array")."""
+        """Return the lanes as a list of texts ("ansi") or as one picture ("rgb_array"), or print them ("human")."""
         if (mode or self.render_mode) == "rgb_array":
             return tile_images(self.get_images())
         texts = self._texts()
@@ -150,14 +131,19 @@ class TextVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return an attribute of the env, once for each lane asked for."""
-        if attr_name == "action_masks":  # the lanes', not the env's own row's
+        # sb3-contrib `maskable/utils.is_masking_supported` asks VecEnvs for it. The env's own is that of its single row.
+        if attr_name == "action_masks":
             self.env.check_mask()
             return [lambda lane=lane: self.lanes.allowed()[lane] for lane in self._get_indices(indices)]
         value = getattr(self.env, attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of the env; it serves all lanes, so `indices` must be None."""
+        """Set an attribute of the env for all lanes.
+
+        Raises:
+            ValueError: If `indices` is not None.
+        """
         if indices is not None:
             raise ValueError("Expected `indices` to be None: all lanes share one TextEnv.")
         setattr(self.env, attr_name, value)
@@ -165,7 +151,7 @@ class TextVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method of the env, once for each lane asked for; `action_masks` looks at the lanes, all at once."""
+        """Call a method of the env once for each lane asked for; `action_masks` returns the masks of the lanes, (V,) each."""
         if method_name == "action_masks":
             self.env.check_mask()
             allowed = self.lanes.allowed()  # (B, V)
@@ -174,37 +160,44 @@ class TextVecEnv(VecEnv):
         return [method(*method_args, **method_kwargs) for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        """Return whether the lanes do what a wrapper does: true of Monitor alone."""
+        """Return True for Monitor alone, whose entries infos have: else SB3 `evaluation.evaluate_policy` would warn."""
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
-    def begin_rollout(self, keep_infos: bool = True) -> None:
-        """Keep the infos of the episodes that end from now on, for the steps before returns: by place in `ended`.
+    def begin_rollout(self, defer_scores: bool = False, accept_dropped: bool = False) -> None:
+        """Record the episodes that end from now on in `record`, for the steps that run before returns.
 
-        `scored` has those whose score has come since, which may have ended before; not those that were dropped.
-        Calling it twice does no harm.
+        Each of these steps calls it as a rollout begins, with what it needs; one call more changes nothing that another
+        step has asked for. `reset` takes everything back.
+
+        Args:
+            defer_scores: Let finished episodes wait for `score_unscored`; those of a rollout that was broken off are
+                forgotten.
+            accept_dropped: Let the reward drop episodes: the caller leaves them out of training.
         """
-        self.keeps_infos = keep_infos
-        self.first_step = self.lanes.n_steps
-        self.ended: dict[Place, dict[str, Any]] = {}
-        self.scored: dict[Place, dict[str, Any]] = {}
+        self.record = RolloutRecord(self.lanes.n_steps, is_kept=True)
+        if defer_scores:
+            self.lanes.defer_scores = True
+            self.lanes.unscored.clear()
+        if accept_dropped:
+            self.lanes.accepts_dropped = True
 
-    def defer_scores(self) -> None:
-        """Let finished episodes wait for `score_unscored` from now on; forget those of a rollout broken off."""
-        self.lanes.defer_scores = True
-        self.lanes.unscored.clear()
-
-    def accept_dropped(self) -> None:
-        """Let the reward drop episodes from now on, until `reset`: for who leaves them out of training."""
-        self.lanes.accepts_dropped = True
+    @property
+    def defers_scores(self) -> bool:
+        """Whether finished episodes wait for `score_unscored`."""
+        return self.lanes.defer_scores
 
     def score_unscored(self) -> Sequence[tuple[Place, dict[str, Any], float]]:
-        """Score the finished episodes that wait and whose group is whole, in one call; see `Lanes.score_unscored`."""
+        """Score, in one call, the waiting episodes whose group is whole; see `Lanes.score_unscored`.
+
+        Returns:
+            The place, the info and the score of each.
+        """
         scores = self.lanes.score_unscored()
-        self.scored.update((place, info) for place, info, _ in scores if not info["dropped"])
+        self.record.scored.update((place, info) for place, info, _ in scores if not info["dropped"])
         return scores
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the running episodes and the prompts' order: arrays, and what goes into JSON."""
+        """Return the running episodes and the prompts' order, as arrays and as entries that fit JSON."""
         arrays, meta = self.lanes.state_dict()
         own = {"np_random": self.env.np_random.bit_generator.state, "failures": self.env.failures.state_dict()}
         return arrays, {**meta, **own}
@@ -213,6 +206,5 @@ class TextVecEnv(VecEnv):
         """Go on from what `state_dict` returned; return the observations, (B, L)."""
         observations = self.lanes.load_state_dict(arrays, meta)
         self.env.np_random.bit_generator.state = meta["np_random"]
-        if "failures" in meta:  # checkpoints of before have none
-            self.env.failures.load_state_dict(meta["failures"])
+        self.env.failures.load_state_dict(meta["failures"])
         return observations

@@ -170,6 +170,8 @@ def log_ratios(model: Any, buffer: SequenceRolloutBuffer) -> np.ndarray:
 class CheckRatio(RolloutStep):
     """Keeps the largest |log ratio| of each rollout, before any optimizer step on it; invariant A1 wants zero."""
 
+    key = "CheckRatio"
+
     def __init__(self) -> None:
         super().__init__()
         self.largest: list[float] = []

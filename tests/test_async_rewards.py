@@ -351,7 +351,7 @@ def test_a_reward_that_may_drop_is_trained_with_by_make_agent(score_at):
     with pytest.warns(UserWarning, match="are dropped"):
         model.learn(32, callback=recorder)
     n_dropped = sum(info["dropped"] for info, _ in recorder.episodes())
-    assert 0 < n_dropped == model.rollout_buffer._n_dropped
+    assert 0 < n_dropped == model.rollout_buffer.trained.n_dropped
     assert model.rollout_buffer.expected_steps == ["DropEpisodes"]
     assert tiny_agent(tiny_env(Failing(score_at="done"))).rollout_buffer.expected_steps == []
 

@@ -9,6 +9,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import LMPolicy, RolloutStep, SequenceRolloutBuffer
+from agents.rollout_steps import Order
 from tests.models import CheckRatio, collect, count_a, log_ratios, make_ppo, no_reward, tiny
 from textenv import CharTokenizer, TextEnv
 
@@ -181,22 +182,25 @@ def test_a_rollout_without_a_finished_episode_says_what_to_do():
 class Add(RolloutStep):
     """Adds a number to every reward, and writes its name down."""
 
-    def __init__(self, order, value=1.0):
+    key = "Add"
+
+    def __init__(self, calls, value=1.0):
         super().__init__()
-        self.order = order
+        self.calls = calls
         self.value = value
 
     def __call__(self, buffer):
-        self.order.append((type(self).__name__, float(buffer.rewards.sum())))
+        self.calls.append((type(self).__name__, float(buffer.rewards.sum())))
         buffer.rewards += self.value
 
 
 class Another(Add):
-    pass
+    key = "Another"
 
 
 class Foremost(Add):
-    rank = 1
+    key = "Foremost"
+    order = Order.SCORES
 
 
 def test_steps_run_in_order_before_returns():
@@ -235,6 +239,16 @@ def test_a_loaded_model_wants_its_steps_back(tmp_path):
     without = PPO.load(tmp_path / "agent.zip", env=env, device="cpu")
     without.rollout_buffer.expected_steps.clear()
     without.learn(48)
+
+
+def test_a_step_without_a_key_is_refused():
+    with pytest.raises(TypeError, match="Expected a class constant `key` in Nameless, got none: set key"):
+
+        class Nameless(RolloutStep):
+            def __call__(self, buffer):
+                pass
+
+    assert type("Renamed", (Another,), {}).key == "Another"  # a subclass goes on from checkpoints of its base
 
 
 def test_a_step_needs_the_sequence_buffer():

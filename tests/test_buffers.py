@@ -30,6 +30,8 @@ def epoch(buffer, batch_size=None) -> list[list[tuple]]:
 class Rewards(RolloutStep):
     """Puts given rewards, (T, B), in place of the env's."""
 
+    key = "Rewards"
+
     def __init__(self, rewards):
         super().__init__()
         self.rewards = np.asarray(rewards)

@@ -168,7 +168,7 @@ def test_values_are_there_again_outside_a_rollout():
     collect(model)
     observation = torch.as_tensor(model._last_obs)
     assert model.policy(observation)[1].abs().min() > 0
-    model.policy.lm.values_late = True
+    model.policy.lm.defer_values()
     assert model.policy(observation)[1].abs().max() == 0
     model.policy.set_training_mode(False)
     assert model.policy(observation)[1].abs().min() > 0

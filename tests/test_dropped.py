@@ -16,7 +16,7 @@ from agents import KLPenalty, LMPolicy, RewardShaping, SequenceRolloutBuffer, Te
 from agents.advantages import group_advantages
 from agents.callbacks import Checkpoints, EpisodeMetrics
 from agents.checkpoint import load_checkpoint
-from agents.rollout_steps import DropEpisodes
+from agents.scores import DropEpisodes
 from tests.models import randomise_critic
 from tests.rewards import rows
 from tests.training import (
@@ -342,7 +342,7 @@ def test_fewer_sequences_than_minibatches_make_fewer_minibatches():
 
         def _on_rollout_end(self):
             buffer = self.model.rollout_buffer
-            counts.append((len(buffer._trained), len(list(buffer.get(4)))))
+            counts.append((len(buffer.trained), len(list(buffer.get(4)))))
 
     model.learn(64, callback=Count())
     assert 0 < counts[0][0] == counts[0][1] < 16

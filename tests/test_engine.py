@@ -217,7 +217,7 @@ def test_the_weights_of_joined_parts_by_hand(per):
     weighted = next(buffer.get())
     buffer.correction, buffer.rng.bit_generator.state = None, state
     plain = next(buffer.get())
-    parts = [buffer._part(i) for i in range(len(buffer._trained))]
+    parts = list(buffer.trained)
     ours, theirs = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("log_probs", "behaviour_log_probs")
     )
@@ -257,7 +257,7 @@ def test_an_error_of_the_engine_gives_sampling_back_to_the_policy():
     model = build(often(6), {})
     with pytest.raises(ValueError, match="Expected"):
         model.learn(STEPS * LANES, callback=EngineRollouts(Scripted([99], [0.0])))
-    assert model.policy.take_from is None
+    assert model.policy.samples_itself
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_the_policy_samples_itself_between_rollouts():
     model, engine = build(often(6), {}), InProcess()
     model.learn(STEPS * LANES, callback=EngineRollouts(engine))
     asked = len(engine.calls)
-    assert model.policy.take_from is None
+    assert model.policy.samples_itself
     model.policy.forward(torch.as_tensor(model._last_obs))
     assert len(engine.calls) == asked
 

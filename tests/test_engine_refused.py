@@ -38,7 +38,7 @@ def test_what_an_engine_cannot_do_is_refused(case):
     engine, model = InProcess(), build(env_kwargs, agent_kwargs)
     with pytest.raises(ValueError, match=message):
         EngineRollouts(engine).attach(model)
-    assert engine.n_loads == 0 and model.policy.take_from is None
+    assert engine.n_loads == 0 and model.policy.samples_itself
 
 
 def test_several_processes_and_the_stock_buffer_are_refused(monkeypatch):

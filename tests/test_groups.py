@@ -358,7 +358,7 @@ def test_what_groups_need_is_said():
 def test_a_missing_step_is_asked_for(score_at):
     model = tiny_agent(tiny_env(samples_per_prompt=2, score_at=score_at), rollout_buffer_kwargs={"advantage": "grpo"})
     buffer = model.rollout_buffer
-    buffer.before_returns, buffer.before_rollout = [], []
+    buffer.before_returns = []
     buffer.expected_steps.clear()
     with pytest.raises(RuntimeError, match="Expected the step SampleGroups with"):
         model.learn(16, callback=LateScores() if score_at == "rollout_end" else None)

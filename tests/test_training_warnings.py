@@ -87,6 +87,8 @@ def test_empty_texts_are_named():
 class LoggedKL(RolloutStep):
     """Logs a divergence as given."""
 
+    key = "LoggedKL"
+
     def __init__(self, values):
         super().__init__()
         self.values = iter(values)

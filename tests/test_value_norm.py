@@ -105,7 +105,7 @@ def test_statistics_are_of_the_episodes_that_are_trained():
         model.policy.set_training_mode(False)
         buffer = collect(model)
         scales.append(model.policy.lm.value_norm.scale())
-        trained = [buffer._part(i).returns for i in range(len(buffer._trained))]
+        trained = [part.returns for part in buffer.trained]
     assert scales[0] == Scale() and sum(map(len, trained)) > 0  # no episode ends in the first four steps
     assert scales[1].mean == pytest.approx(float(np.concatenate(trained).mean()), rel=1e-5)
 

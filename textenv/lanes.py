@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from textenv.completion import Preds, Turn
+from textenv.completion import Preds
 from textenv.dealing import PromptDealer
-from textenv.episode import EndReason, ended_turns
+from textenv.episode import EndReason
 from textenv.finished import (
     FinishedEpisode,
     Place,
@@ -26,10 +26,8 @@ from textenv.lane_hooks import EpisodeHost
 from textenv.lane_masks import LaneMasks
 from textenv.lane_state import LaneState
 from textenv.prompts import Prompt, PromptLike
-from textenv.replies import encode_reply
 from textenv.reward_calls import RewardCalls
-from textenv.rewarding import describe
-from textenv.tokenizer import decode_continuation
+from textenv.turn_ends import EpisodeEnd, end_turns, lane_preds, turn_limits
 
 MAX_LANES = 2**16
 
@@ -152,22 +150,20 @@ class Lanes:
         actions = self._checked(actions)
         self.state.over[:] = True  # until the step is whole: a hook may raise
         self.state.append(actions)
-        turns = self._ended_turns(actions)
-        ends = self._ended_episodes(turns)
-        final_preds = {lane: self.preds(lane, turns[lane]) for lane in ends}
+        ends = end_turns(self.env, self.state, actions)
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_lanes)]
-        rewards, dropped = self._score(final_preds)
+        rewards, dropped = self._score(ends)
         terminated, truncated = np.zeros(self.n_lanes, dtype=bool), np.zeros(self.n_lanes, dtype=bool)
         final_observations = {}
-        for lane, reason in sorted(ends.items()):
-            cut = reason is EndReason.LENGTH and self.env.rules.length_limit == "truncate"
-            terminated[lane], truncated[lane] = not cut, cut
+        for lane in sorted(ends):
+            end, episode = ends[lane], self.state.episodes[lane]
+            is_cut = end.reason is EndReason.LENGTH and self.env.rules.length_limit == "truncate"
+            terminated[lane], truncated[lane] = not is_cut, is_cut
             final_observations[lane] = self.state.tokens[lane].copy()
-            episode = self.state.episodes[lane]
-            infos[lane] = self._final_info(lane, reason, final_preds[lane]) | {"dropped": bool(dropped[lane])}
+            infos[lane] = self._final_info(lane, end) | {"dropped": bool(dropped[lane])}
             if self.defer_scores:
                 place = self.n_steps, lane
-                self.unscored.append(FinishedEpisode(place, episode.prompt, final_preds[lane], infos[lane]))
+                self.unscored.append(FinishedEpisode(place, episode.prompt, end.preds, infos[lane]))
             elif not dropped[lane]:
                 self.dealer.observe(episode.prompt, episode.reward)
             if self.autoreset:
@@ -190,85 +186,17 @@ class Lanes:
             raise ValueError(f"Expected token ids in [0, {vocabulary}), got {actions[lane]} in lane {lane}.")
         return actions
 
-    def _ended_turns(self, actions: np.ndarray) -> dict[int, EndReason]:
-        turns = ended_turns(self.env.rules, actions, self.state.generated, self._turn_limits(), self._tail)
-        return {lane: reason for lane, reason in turns.items() if not self.state.idle[lane]}
-
-    def _turn_limits(self) -> np.ndarray:
-        """Return how many tokens the policy will have written in each lane when its turn ends at the latest, (B,)."""
-        state, turn_tokens = self.state, self.env.rules.turn_tokens
-        if turn_tokens is None:
-            return state.limits
-        return state.generated - (state.lengths - state.turn_starts) + turn_tokens
-
     def most_new_tokens(self) -> np.ndarray:
-        """Return how many tokens the policy may still write in the turn that each lane is in, (B,)."""
-        return self._turn_limits() - self.state.generated
+        """Return how many tokens the policy may still write in each lane's current turn, (B,)."""
+        return turn_limits(self.env.rules, self.state) - self.state.generated
 
     def turn_limit(self, prompt: Prompt) -> int:
         """Return how many tokens the policy may write in the first turn after a prompt."""
         return self.env.rules.turn_tokens or prompt.max_new_tokens or self.env.rules.max_new_tokens
 
-    def _ended_episodes(self, turns: dict[int, EndReason]) -> dict[int, EndReason]:
-        """Return the lanes whose episode is over, and why; a turn that the env answers is not the end of one."""
-        if not self.env.is_multi_turn:
-            return turns
-        rules = self.env.rules
-        ends: dict[int, EndReason] = {}
-        for lane, reason in turns.items():
-            # The last token allowed leaves no room for another turn, however this one ended.
-            is_last = self.state.generated[lane] >= self.state.limits[lane]
-            n_turns = len(self.state.episodes[lane].turns) + 1
-            if rules.turn_tokens is None and (is_last or n_turns >= rules.max_turns):
-                ends[lane] = reason if is_last else EndReason.ENV
-            elif (end := self._respond(lane, reason)) is not None:
-                ends[lane] = end
-        return ends
-
-    def _tail(self, lane: int) -> str:
-        """Return the last tokens of a lane's current turn as text, special tokens included."""
-        tail = self.state.turn(lane, self.env.rules.tail_tokens).tolist()
-        context = self.state.context(lane, int(self.state.lengths[lane]) - len(tail))
-        return decode_continuation(self.env.tokenizer, context, tail, skip_special_tokens=False)
-
-    def _respond(self, lane: int, reason: EndReason) -> EndReason | None:
-        """Let the env answer a turn; return why the episode ends with it, or None where it goes on."""
-        preds, prompt = self.preds(lane, reason), self.state.episodes[lane].prompt
-        response = self.env.respond(prompt, preds)
-        if response is None or response is EndReason.LENGTH:
-            return EndReason.ENV if response is None else EndReason.LENGTH
-        if not isinstance(response, str):
-            raise TypeError(f"Expected `respond` to return a str or None, got {response!r:.80}.")
-        rules = self.env.rules
-        ids = encode_reply(self.env.tokenizer, prompt.messages, preds, response, self._tail(lane), rules.stop_strings)
-        if rules.turn_tokens is not None:
-            n_since = int(self.state.lengths[lane]) - (len(prompt.ids) + 1)  # turns and replies, behind the separator
-            room = self.state.limits[lane] - n_since
-            if len(ids) + rules.turn_tokens > room:
-                return EndReason.LENGTH
-        elif len(ids) > rules.max_response_tokens:
-            raise ValueError(
-                f"Expected a response of at most max_response_tokens={rules.max_response_tokens} tokens, got "
-                f"{len(ids)} ({describe(prompt, preds)}): shorten it in `respond`, or raise the limit."
-            )
-        self.state.close_turn(lane, Turn(preds.turns[-1].text, response), preds.ids.tolist(), ids)
-        return None
-
-    def preds(self, lane: int, end_reason: EndReason | None = None) -> Preds:
-        """Return a snapshot of what the policy has written in a lane."""
-        episode, turn = self.state.episodes[lane], self.state.turn(lane)
-        return Preds(
-            self.env.tokenizer,
-            np.concatenate([episode.written, turn]) if episode.turns else turn,
-            context=self.state.context(lane, int(self.state.turn_starts[lane])),
-            turn_length=len(turn),
-            closed=episode.turns,
-            end_reason=end_reason,
-            stop_strings=self.env.rules.stop_strings,
-            state=episode.state,
-            lane=lane,
-            group=episode.group,
-        )
+    def preds(self, lane: int) -> Preds:
+        """Return a snapshot of the completion in a lane."""
+        return lane_preds(self.env, self.state, lane)
 
     def allowed(self) -> np.ndarray:
         """Return which tokens each lane may write next, (B, V) bool; all, where it is idle or its episode is over."""
@@ -278,16 +206,16 @@ class Lanes:
             [None if closed else (prompts[lane], self.preds(lane)) for lane, closed in enumerate(is_closed)]
         )
 
-    def _score(self, final_preds: Mapping[int, Preds]) -> tuple[np.ndarray, np.ndarray]:
+    def _score(self, ends: Mapping[int, EpisodeEnd]) -> tuple[np.ndarray, np.ndarray]:
         """Call the reward hook for the rows that want a score now; return rewards and which are dropped, each (B,)."""
         rewards, dropped = np.zeros(self.n_lanes, dtype=np.float64), np.zeros(self.n_lanes, dtype=bool)
         lanes, episodes = np.flatnonzero(~self.state.idle).tolist(), self.state.episodes
         if self.env.score_at != "step":
-            lanes = [] if self.defer_scores else sorted(final_preds)
+            lanes = [] if self.defer_scores else sorted(ends)
         scored = self.reward_calls.score(
             [episodes[lane].prompt for lane in lanes],
-            [final_preds[lane] if lane in final_preds else self.preds(lane) for lane in lanes],
-            [lane in final_preds for lane in lanes],
+            [ends[lane].preds if lane in ends else self.preds(lane) for lane in lanes],
+            [lane in ends for lane in lanes],
             self.accepts_dropped,
         )
         for lane, reward in zip(lanes, scored, strict=True):
@@ -297,8 +225,8 @@ class Lanes:
             episode.reward += reward.value
             for name, part in reward.parts.items():
                 episode.parts[name] = episode.parts.get(name, 0.0) + part
-        if lanes and final_preds:
-            self.env.failures.count(len(final_preds), sum(episodes[lane].failed for lane in final_preds))
+        if lanes and ends:
+            self.env.failures.count(len(ends), sum(episodes[lane].failed for lane in ends))
         return rewards, dropped
 
     def open_groups(self) -> set[int]:
@@ -331,12 +259,12 @@ class Lanes:
                 self.dealer.observe(episode.prompt, episode.info["episode"]["r"])
         return [(episode.place, episode.info, reward.value) for episode, reward in zip(finished, scored, strict=True)]
 
-    def _final_info(self, lane: int, reason: EndReason, preds: Preds) -> dict[str, Any]:
+    def _final_info(self, lane: int, end: EpisodeEnd) -> dict[str, Any]:
         episode = self.state.episodes[lane]
         figures = {"r": episode.reward, "l": int(self.state.generated[lane])}
         if self.autoreset:  # a lone env keeps to what is deterministic; SB3's Monitor adds its own clock
             figures["t"] = round(time.monotonic() - self.start_time, 6)
-        return final_info(episode.prompt, preds, reason, episode.parts, figures, scored=not self.defer_scores)
+        return final_info(episode.prompt, end.preds, end.reason, episode.parts, figures, scored=not self.defer_scores)
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the running episodes and the prompts' order: arrays, and what goes into JSON.

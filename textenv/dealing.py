@@ -9,7 +9,8 @@ from typing import Any
 from textenv.lane_hooks import PromptHost
 from textenv.lane_state import NO_GROUP
 from textenv.priority import PriorityCursor, PrioritySampling
-from textenv.prompts import Prompt, PromptCursor, PromptLike
+from textenv.prompt_cursor import PromptCursor
+from textenv.prompts import Prompt, PromptLike
 
 
 class PromptDealer:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from textenv.tasks.hh import split_pair
+from textenv.dialogues import split_pair
 from textenv.tokenizer import Tokenizer, encode_prompt
 
 

@@ -42,7 +42,7 @@ def check_reward(patient: Patient) -> list[Finding]:
     lanes = Lanes(env, N_EPISODES)
     prompts = list(islice(cycle(env.prompts), N_EPISODES))
     observations = lanes.reset(seed=0, prompts=prompts)
-    lanes.limits = np.minimum(lanes.limits, TRIAL_TOKENS)
+    np.minimum(lanes.state.limits, TRIAL_TOKENS, out=lanes.state.limits)
     totals, cache, spent = [], lm.backbone.new_cache(), 0.0
     generator = torch.Generator().manual_seed(0)
     patient.policy.set_training_mode(False)

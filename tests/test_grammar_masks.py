@@ -11,7 +11,8 @@ import pytest
 
 from agents.pretrain import bpe_tokenizer, word_tokenizer
 from textenv import CharTokenizer, GrammarMask, JSONSchemaMask, MaskError, RegexMask, TextEnv
-from textenv.lanes import LaneMasks, Lanes
+from textenv.lane_masks import LaneMasks
+from textenv.lanes import Lanes
 
 SCHEMA = {
     "type": "object",

@@ -117,8 +117,8 @@ def test_saved_groups_go_on_the_same(make_env):
         seen = []
         for _ in range(6):
             for _ in range(4):
-                for states in lanes.states:
-                    states["seen"] = states.get("seen", 0) + 1
+                for episode in lanes.state.episodes:
+                    episode.state["seen"] = episode.state.get("seen", 0) + 1
                 actions = np.where(random.random(4) < 0.3, EOS, random.integers(1, 9, size=4))
                 seen += [(info["group"], info["text"]) for info in lanes.step(actions).infos if info]
             seen += [(place, info["group"], info["text"], score) for place, info, score in lanes.score_unscored()]

@@ -163,7 +163,7 @@ def test_saved_episodes_go_on_the_same(make_env, rows):
     lanes.reset(seed=0, prompts=rows)
     run(lanes, 7, np.random.default_rng(0))
     arrays, meta = lanes.state_dict()
-    assert any(meta["closed"]) and any(meta["states"]) and lanes.generated.any()  # in the middle of something
+    assert any(meta["closed"]) and any(meta["states"]) and lanes.state.generated.any()  # in the middle of something
     text, saved = json.dumps(meta), {name: array.copy() for name, array in arrays.items()}
     expected = run(lanes, 30, np.random.default_rng(1))
     # What was saved is a copy, and says the same after a trip through JSON.

@@ -62,7 +62,7 @@ def test_only_none_ends_the_episode(make_talk):
     assert steps[-1][4]["end_reason"] is EndReason.ENV
     assert steps[-1][4]["text"] == "hi\nbye"
     assert steps[-1][4]["episode"]["l"] == 7
-    log = env._lanes.states[0]["log"]
+    log = env._lanes.state.episodes[0].state["log"]
     assert [done for kind, _, done in log if kind == "reward"] == [False] * 6 + [True]
     assert [entry for entry in log if entry[0] == "respond"] == [
         ("respond", "hi", EndReason.EOS),
@@ -117,7 +117,7 @@ def test_the_last_of_max_turns_ends_without_an_answer(make_talk):
     steps = write(env, "h/b/")
     assert [step[2] for step in steps] == [False, False, False, True]
     assert steps[-1][4]["end_reason"] is EndReason.ENV
-    assert sum(kind == "respond" for kind, *_ in env._lanes.states[0]["log"]) == 1
+    assert sum(kind == "respond" for kind, *_ in env._lanes.state.episodes[0].state["log"]) == 1
 
 
 @pytest.mark.parametrize(("length_limit", "ends"), [("terminate", (True, False)), ("truncate", (False, True))])
@@ -134,7 +134,7 @@ def test_the_last_token_allowed_leaves_no_room_for_an_answer(make_talk):
     env.reset()
     steps = write(env, "h/")
     assert steps[-1][2] and steps[-1][4]["end_reason"] is EndReason.EOS
-    assert all(kind == "reward" for kind, *_ in env._lanes.states[0]["log"])
+    assert all(kind == "reward" for kind, *_ in env._lanes.state.episodes[0].state["log"])
 
 
 def test_a_stop_string_ends_a_turn_and_is_no_part_of_it(make_talk):
@@ -151,7 +151,7 @@ def test_c7_the_last_text_has_neither_stop_string_nor_stop_token(make_talk):
     for text, clean in (("hi!x!", "hi\nx"), ("hizxz", "hi\nx")):
         env.reset()
         assert write(env, text)[-1][4]["text"] == clean
-        assert env._lanes.states[0]["log"][-1] == ("reward", clean, True)
+        assert env._lanes.state.episodes[0].state["log"][-1] == ("reward", clean, True)
 
 
 def test_a_stop_string_in_an_answer_ends_nothing(make_talk):

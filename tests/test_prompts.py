@@ -8,7 +8,8 @@ import pytest
 
 from textenv import CharTokenizer
 from textenv.lines import MAX_CHARS
-from textenv.prompts import Prompt, PromptCursor, PromptReader, read_rows
+from textenv.prompt_cursor import PromptCursor
+from textenv.prompts import Prompt, PromptReader, read_rows
 
 BOS = 33  # behind the 33 tokens of CharTokenizer
 

@@ -161,7 +161,7 @@ def test_resume_is_exact(tmp_path):
     resumed, rest = build(seed=7), Recorder()
     random.seed(99), np.random.seed(99)
     load_checkpoint(resumed, tmp_path / f"step_{2 * 24:012d}")
-    assert any(resumed.get_env().lanes.closed)  # games are under way
+    assert any(episode.turns for episode in resumed.get_env().lanes.state.episodes)  # games are under way
     resumed.learn(2 * 24, callback=rest, reset_num_timesteps=False)
     assert np.array_equal(np.concatenate(whole.actions[12:]), np.concatenate(rest.actions))
     assert run_state(resumed) == run_state(model)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from textenv.lane_hooks import PromptHost
+from textenv.lane_state import NO_GROUP
 from textenv.priority import PriorityCursor, PrioritySampling
-from textenv.prompts import Prompt, PromptCursor, PromptLike
-
-if TYPE_CHECKING:
-    from textenv.env import TextEnv
-
-NO_GROUP = -1  # of a lane without a prompt
+from textenv.prompt_cursor import PromptCursor
+from textenv.prompts import Prompt, PromptLike
 
 
 class PromptDealer:
@@ -30,7 +28,7 @@ class PromptDealer:
             goes to one of them. Draws by priority are each process's own, with rewards and a generator of its own.
     """
 
-    def __init__(self, env: TextEnv) -> None:
+    def __init__(self, env: PromptHost) -> None:
         self.env = env
         self.shard = (0, 1)
         self.cursor: PromptCursor | PriorityCursor | None = None

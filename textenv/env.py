@@ -1,8 +1,8 @@
-"""Text generation as a Gymnasium environment: one row."""
+"""The environment: text generation, one episode at a time, with the hooks that a user writes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal, get_args
 
@@ -11,14 +11,15 @@ import numpy as np
 from gymnasium import spaces
 
 from textenv.completion import Preds
-from textenv.episode import SEPARATOR, EndReason, EpisodeRules
+from textenv.episode import SEPARATOR, EndReason
+from textenv.episode_arguments import check_at_least_one, make_rules
 from textenv.failures import Failures, OnFailure
 from textenv.lanes import Lanes
 from textenv.masks import MaskLike, read_masks
 from textenv.named_tokenizer import read_tokenizer
 from textenv.printable import printable
 from textenv.priority import PrioritySampling
-from textenv.prompts import Order, Prompt, PromptLike, PromptReader, PromptRows, read_rows
+from textenv.prompts import Order, Prompt, PromptLike, PromptReader, read_source
 from textenv.rendering import MODES, check_render_mode, picture, render_row
 from textenv.rewarding import RewardFunction, Score, ScoreAt, check_rewards, score_each
 from textenv.rewards.asynchronous import AsyncReward
@@ -30,78 +31,91 @@ from textenv.wrapped import check_wrappers
 
 
 class TextEnv(gym.Env[np.ndarray, Any]):
-    """A language model's episode: it starts at a prompt, each action writes one token, and `get_reward` scores it.
+    """Text generation as an environment: in an episode a policy continues one prompt, and each action is one token.
 
-    Subclass it and write `get_reward` (or pass `reward=`), then train with Stable-Baselines3.
+    Subclass it and define `get_reward`, or pass `reward=`; then train with Stable-Baselines3.
 
-    Observation: `Box(-2, V - 1, (max_prompt_tokens + 1 + room,), int64)`: the prompt's tokens, one separator -2, the
-    tokens since, then padding -1. Where the prompt ends and how far one is can be read off it, even where pad and EOS
-    are the same token. `room` is `max_new_tokens`, plus the replies of a multi-turn env.
+    **Observation**: `Box(-2, V - 1, (L,), int64)` with V = `len(tokenizer)` and L = `max_prompt_tokens + 1 +
+    max_new_tokens` (plus the replies of an env with several turns): the token ids of the prompt, one separator (-2),
+    the token ids written so far, then padding (-1). The end of the prompt and the number of tokens written can so be
+    read off the observation, even where padding and EOS are the same token.
 
-    Action: `Discrete(V)`, a token id, where V is `len(tokenizer)`.
+    **Action**: `Discrete(V)`, the id of the next token.
 
-    Episode end: the policy writes one of `stop_ids` or `stop_strings`, or `max_new_tokens` tokens. The last
-    terminates too, since the observation shows how far one is; `length_limit="truncate"` truncates instead. The final
-    `info` has `text`, `prompt`, `end_reason`, `reward_parts`, `group`, `scored` (False until a deferred score has
-    come), `dropped` (whether the reward left the episode out) and `episode` ({"r": sum of rewards, "l": tokens}).
-    Gymnasium's RecordEpisodeStatistics wants the key `episode` for itself: give it another `stats_key`.
+    **Reward**: what `get_reward(prompt, preds, done)` returns for the token just written; `score_at` says when it is
+    called.
 
-    Several turns: define `respond(prompt, preds) -> str | None`. It is called when a turn of the policy ends; its text
-    is observed, never trained; None ends the episode. Where the prompt is a chat, the text is the content of a user's
-    message, and what is observed is all that the chat template writes up to the assistant's next turn: allow for it in
-    `max_response_tokens`. A template that rewrites earlier messages cannot do that: the error says what to do instead.
-    `turn_tokens` shares one room between turns and replies, as `textenv.adapters.TurnEnv` has it.
+    **Start**: `reset` takes the next prompt in `order`; nothing is written yet.
+    `reset(options={"prompts": rows})` runs rows of your own.
 
-    The instance keeps no state of an episode besides its own row: the same instance serves all lanes of a
-    `TextVectorEnv` or `TextVecEnv`. Hooks that need memory write into `preds.state`, which lives one episode.
+    **End**: the policy writes one of `stop_ids` or `stop_strings`, or `max_new_tokens` tokens. All of these terminate,
+    the length limit too, since the observation shows how many tokens are left; with `length_limit="truncate"` it
+    truncates. The `info` of the last step has these keys (all others are empty):
+
+    - `text`, `prompt`: the completion, and the `Prompt` that it continues.
+    - `end_reason`: an `EndReason`: "eos", "stop", "length" or "env".
+    - `reward_parts`: the sum of each named part of the rewards.
+    - `episode`: `{"r": sum of rewards, "l": number of tokens}`. Gymnasium's RecordEpisodeStatistics writes the same
+      key by default: give it another `stats_key`.
+    - `group`: the number of the group of samples; see `samples_per_prompt`.
+    - `scored`: False while a score of `score_at="rollout_end"` is still to come.
+    - `dropped`: whether the reward left the episode out of training.
+
+    **Several turns**: define `respond(prompt, preds) -> str | None`. It is called when a turn of the policy ends. Its
+    text is observed, but never trained; None ends the episode. If the prompt is a chat, the text is the content of a
+    user's message, and the policy observes all that the chat template writes up to the assistant's next turn: make
+    `max_response_tokens` large enough for that. A template that rewrites earlier messages is refused.
+
+    An env has no state of an episode besides that of its own single row: the same instance serves all lanes of a
+    `TextVectorEnv` or `agents.TextVecEnv`. Hooks that need memory keep it in `preds.state`, which lives one episode.
 
     Args:
         prompts: Texts, rows (dicts), lists of token ids or chats (lists of messages `{"role": ..., "content": ...}`,
             rendered by the tokenizer's chat template, which also opens the assistant's turn); or the path of a .jsonl,
-            .csv or .txt file. A row may carry its own, smaller `max_new_tokens`. Of a list all are read at once; any
-            other sized sequence, as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row and stays
-            where it is: a row is read again each time it is dealt.
-        tokenizer: A Hugging Face tokenizer, or its name or folder, or anything with the members of
-            `textenv.Tokenizer`. A prompt gets the special tokens that open a text (BOS), not those that close it.
-        reward: Instead of a subclass: a function with the contract of `get_reward`, a `textenv.rewards.BatchReward`,
-            or the name of a reward, as "vader" (see `textenv.rewards.read_reward`).
+            .csv or .txt file. A row may have a smaller `max_new_tokens` of its own. A list is read at once. Any other
+            sized sequence, such as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row and not
+            kept in memory: a row is read again each time it is drawn.
+        tokenizer: A Hugging Face tokenizer, its name or folder, or any object with the members of `textenv.Tokenizer`.
+            Special tokens that open a text (BOS) are added to a prompt, those that close it are not.
+        reward: In place of a subclass: a function with the contract of `get_reward`, a `textenv.rewards.BatchReward`,
+            or the name of a reward, such as "vader" (see `textenv.rewards.read_reward`).
         max_new_tokens: The most tokens that the policy writes in an episode.
-        max_prompt_tokens: The longest prompt. Unset, the longest one given: set it where training and test prompts
-            differ, since it decides the width of the observation.
-        truncation_side: Where a longer prompt loses tokens: "left" keeps its end, "right" its start; None raises.
+        max_prompt_tokens: The most tokens of a prompt; by default those of the longest one given. Set it if training
+            and test prompts differ, since it decides the width of the observation.
+        truncation_side: The side on which a longer prompt is cut: "left" keeps its end, "right" its start. None
+            raises.
         prompt_column: The column of a row that holds the prompt.
-        references_column: The column that holds reference texts; they reach the reward as `prompt.references`.
-        stop_ids: Token ids that end a turn; the tokenizer's EOS by default. A chat model's turns may end with another.
+        references_column: The column that holds reference texts; the reward reads them as `prompt.references`.
+        stop_ids: Token ids that end a turn; by default the tokenizer's EOS. Chat models may use another one.
         stop_strings: Texts that end a turn as soon as they appear; they are not part of `preds.text`.
-        length_limit: Whether reaching `max_new_tokens` is "terminate" or "truncate".
-        score_at: "step" calls the reward for every token, "done" for finished episodes only, "rollout_end" for all
-            finished episodes of a rollout in one call (see `agents.LateScores`; without it, as "done"). Unset, a
-            `BatchReward` says it itself; anything else is called for every token.
-        on_failure: What becomes of a row whose reward raises, or is no finite number. "raise": the error stops the run.
-            "drop": the episode is left out of training and counted, and too many stop the run (see `Failures`). A
-            number: that is its reward, as the part "failure". A `BatchReward` or `get_rewards` that raises fails for
-            all rows of the call. An `AsyncReward` has its own. There is no time limit: Python cannot end a function
-            that does not return. `AsyncFunction(judge, time_limit=30)` and `HTTPJudge` have one.
-        samples_per_prompt: How many episodes each prompt is given to, a group: one draw of the order. Lanes take the
-            members one after the other, as they become free, so `n_envs` need not be a multiple of it, and the members
-            need not stand in neighbouring lanes, nor in step. `preds.group` and `info["group"]` number the groups. With
-            `score_at="rollout_end"` and `agents.LateScores` the members of a group are scored in one call, rows
-            together, when the last has ended: the reward may compare them. Rows given to `reset` run once each.
-        order: "shuffle" visits each prompt once an epoch in a new order; "sequential" keeps the source's;
-            `PrioritySampling` draws more often what earns little, varies or was seldom seen.
-        max_turns: The most turns of the policy, where `respond` is defined.
-        max_response_tokens: The most tokens of a reply, where `respond` is defined.
-        turn_tokens: In place of these two: the most tokens of one turn. `max_new_tokens` is then the room of all that
-            stands behind the prompt, replies included. Each turn is given to `respond`, the last one too, and where
-            the room left is too small for the reply and a whole turn more, the episode ends by length.
-        mask: Which tokens are allowed next, for a policy that asks `action_masks`, as sb3-contrib's MaskablePPO does:
-            a mask (`RegexMask(...)`), a function (prompt, preds) that returns their ids or a bool array (V,), or a list
-            of these, of which all must allow a token. Masks see the current turn. `step` accepts what they forbid.
-        seed: The seed of the prompts' order, until `reset(seed=...)` gives another.
+        length_limit: What reaching `max_new_tokens` does: "terminate" or "truncate".
+        score_at: When the reward is called. "step": for every token. "done": for finished episodes. "rollout_end": for
+            all finished episodes of a rollout in one call (see `agents.LateScores`; without it, as "done"). By default
+            what the `BatchReward` says, and "step" for any other reward.
+        on_failure: What happens to a row whose reward raises or is no finite number. "raise" stops the run. "drop"
+            leaves the episode out of training and counts it; too many stop the run (see `Failures`). A number is the
+            row's reward, as the part "failure". If a `BatchReward` or `get_rewards` raises, all rows of the call fail.
+            An `AsyncReward` has an `on_failure` of its own. There is no time limit, since Python cannot stop a
+            function: `AsyncFunction(judge, time_limit=30)` and `HTTPJudge` have one.
+        samples_per_prompt: How many episodes continue each prompt that is drawn: a group. Lanes begin the members as
+            they become free, so `n_envs` need not be a multiple of it. `preds.group` and `info["group"]` number the
+            groups. With `score_at="rollout_end"` and `agents.LateScores` a group is scored in one call, its rows
+            together, once its last member has ended: the reward may compare them. Rows given to `reset` run once.
+        order: "shuffle": each prompt once an epoch, in a new order. "sequential": the order of the source.
+            `PrioritySampling`: by priority, for example more often where the reward is low.
+        max_turns: The most turns of the policy, if `respond` is defined.
+        max_response_tokens: The most tokens of a reply, if `respond` is defined.
+        turn_tokens: In place of these two: the most tokens of one turn. `max_new_tokens` then limits turns and replies
+            together, and `respond` is called after every turn. The episode ends by length if a reply and another whole
+            turn no longer fit.
+        mask: Which tokens are allowed next: a mask (`RegexMask(...)`), a function (prompt, preds) that returns ids or
+            a bool array (V,), or a list of these, all of which must allow a token. It is read through `action_masks`,
+            as sb3-contrib's MaskablePPO does; `step` accepts forbidden tokens. Masks see the current turn only.
+        seed: The seed of the order of prompts, until `reset(seed=...)` gives another.
         render_mode: "ansi" (`render` returns a str), "human" (it prints), "rgb_array" (it draws; needs Pillow) or None.
 
     Raises:
-        ValueError: For prompts, limits or options that cannot work; the message says what was expected.
+        ValueError: If the prompts, a limit or an option cannot work.
 
     Example:
         >>> from textenv import CharTokenizer, TextEnv
@@ -148,45 +162,42 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         if not isinstance(order, PrioritySampling):
             check_choice("order", order, get_args(Order))
         check_render_mode(render_mode)
+        check_at_least_one("samples_per_prompt", samples_per_prompt)
+        if max_prompt_tokens is not None:
+            check_at_least_one("max_prompt_tokens", max_prompt_tokens)
         self.tokenizer = read_tokenizer(tokenizer)
-        self.reward = self._check_reward(reward)
-        own_choice: ScoreAt = self.reward.score_at if isinstance(self.reward, BatchReward) else "step"
-        self.score_at: ScoreAt = own_choice if score_at is None else score_at
-        self.failures = self._check_failures(on_failure)
-        _check_at_least_one("samples_per_prompt", samples_per_prompt)
+        self.reward = self._read_reward(reward)
+        self.score_at = score_at or self._own_score_at()
+        self.failures = self._make_failures(on_failure)
         self.samples_per_prompt = samples_per_prompt
         self.order = order
         self.seed = seed
         self.render_mode = render_mode
         self.is_multi_turn = type(self).respond is not TextEnv.respond
-        self._check_turns(max_new_tokens, max_turns, max_response_tokens, turn_tokens)
-        if max_prompt_tokens is not None:
-            _check_at_least_one("max_prompt_tokens", max_prompt_tokens)
-        self.rules = EpisodeRules(
-            stop_ids=self._check_stop_ids(stop_ids),
-            stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
+        self.rules = make_rules(
+            self.tokenizer,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
             max_new_tokens=max_new_tokens,
             length_limit=length_limit,
             max_turns=max_turns,
             max_response_tokens=max_response_tokens,
             turn_tokens=turn_tokens,
+            responder=type(self).__name__ if self.is_multi_turn else None,
         )
-        if any(not stop for stop in self.rules.stop_strings):
-            raise ValueError(f"Expected `stop_strings` without an empty one, got {self.rules.stop_strings}.")
         self.masks = read_masks(mask)
         self.vocabulary = Vocabulary(self.tokenizer, self.rules.stop_ids)
         self._reader = PromptReader(
             self.tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side
         )
-        self.prompts, longest = self._read_all(prompts)
-        self.max_prompt_tokens = max_prompt_tokens or longest
-        self._reader.max_prompt_tokens = self.max_prompt_tokens
-        width = self.max_prompt_tokens + 1 + self.rules.room
+        self.prompts, longest = read_source(prompts, self.read_prompt)
+        self.max_prompt_tokens = self._reader.max_prompt_tokens = max_prompt_tokens or longest
+        width = self.max_prompt_tokens + 1 + self.rules.room  # 1 for the separator
         self.observation_space = spaces.Box(SEPARATOR, len(self.tokenizer) - 1, (width,), np.int64)
         self.action_space = spaces.Discrete(len(self.tokenizer))
         self._lanes = Lanes(self, 1, autoreset=False)
 
-    def _check_reward(self, reward: RewardLike | None) -> RewardFunction | None:
+    def _read_reward(self, reward: RewardLike | None) -> RewardFunction | None:
         hooks = type(self)
         overridden = hooks.get_reward is not TextEnv.get_reward or hooks.get_rewards is not TextEnv.get_rewards
         if overridden == (reward is not None):
@@ -196,63 +207,28 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             )
         return None if reward is None else read_reward(reward)
 
-    def _check_failures(self, on_failure: OnFailure) -> Failures:
+    def _make_failures(self, on_failure: OnFailure) -> Failures:
         failures = Failures(on_failure)
         if on_failure != "raise" and isinstance(self.reward, AsyncReward):
             raise ValueError(
                 f"Expected on_failure to be given to the {type(self.reward).__name__}, got {on_failure!r} for the "
-                "env: what waits for answers decides over those that do not come."
+                "env: it decides itself what happens to rows without an answer."
             )
         return failures
 
-    def _check_turns(
-        self, max_new_tokens: int, max_turns: int, max_response_tokens: int, turn_tokens: int | None
-    ) -> None:
-        _check_at_least_one("max_new_tokens", max_new_tokens)
-        if turn_tokens is not None:
-            if not self.is_multi_turn or (max_turns, max_response_tokens) != (1, 0):
-                raise ValueError(
-                    "Expected `turn_tokens` where `respond` is defined, and without max_turns and max_response_tokens, "
-                    "which it replaces."
-                )
-            if not 1 <= turn_tokens <= max_new_tokens:
-                raise ValueError(f"Expected `turn_tokens` in [1, max_new_tokens={max_new_tokens}], got {turn_tokens}.")
-            return
-        if self.is_multi_turn and (max_turns < 2 or max_response_tokens < 1):
-            raise ValueError(
-                f"Expected max_turns >= 2 and max_response_tokens >= 1, since {type(self).__name__} defines `respond`; "
-                f"got {max_turns} and {max_response_tokens}. They bound the room that the replies take."
-            )
-        if not self.is_multi_turn and (max_turns != 1 or max_response_tokens != 0):
-            raise ValueError("Expected `respond` to be defined where max_turns or max_response_tokens is given.")
-
-    def _check_stop_ids(self, stop_ids: Sequence[int] | None) -> tuple[int, ...]:
-        if stop_ids is None:
-            eos = self.tokenizer.eos_token_id
-            return () if eos is None else (eos,)
-        for token in stop_ids:
-            if not 0 <= token < len(self.tokenizer):
-                raise ValueError(f"Expected `stop_ids` in [0, {len(self.tokenizer)}), got {token}.")
-        return tuple(stop_ids)
-
-    def _read_all(self, prompts: Sequence[PromptLike] | str | PathLike[str]) -> tuple[Sequence[Prompt], int]:
-        """Return the prompts, all of which have been checked, and the length of the longest."""
-        rows = read_rows(prompts) if isinstance(prompts, (str, PathLike)) else prompts
-        if isinstance(rows, Mapping):
-            raise ValueError(f"Expected `prompts` to be a list of prompts, got one mapping: {rows!r:.80}.")
-        if not isinstance(rows, Sized):
-            raise ValueError(
-                f"Expected `prompts` with a length and rows by number, got {type(rows).__name__}: make a list of it, "
-                "or read a data set without streaming."
-            )
-        if len(rows) == 0:
-            raise ValueError("Expected at least one prompt, got none.")
-        read = PromptRows(rows, self.read_prompt)
-        kept: Sequence[Prompt] = list(read) if isinstance(rows, (list, tuple)) else read
-        return kept, max(len(prompt.ids) for prompt in kept)
+    def _own_score_at(self) -> ScoreAt:
+        return self.reward.score_at if isinstance(self.reward, BatchReward) else "step"
 
     def read_prompt(self, row: PromptLike, number: int = -1) -> Prompt:
-        """Return a text, row, list of token ids or chat as a `Prompt` of this env, with its limits checked."""
+        """Return a text, row, list of token ids or chat as a `Prompt` of this env.
+
+        Args:
+            row: The prompt.
+            number: Its index among the env's prompts, -1 if it is none of them.
+
+        Raises:
+            ValueError: If it is empty, too long or malformed, or its `max_new_tokens` is above the env's.
+        """
         prompt = self._reader.read(row, number)
         if (prompt.max_new_tokens or 1) > self.rules.max_new_tokens:
             raise ValueError(
@@ -262,63 +238,72 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         return prompt
 
     def draw_seed(self) -> int:
-        """Return the constructor's seed, or one drawn from `np_random`."""
+        """Return the constructor's seed; without one, a seed drawn from `np_random`."""
         return int(self.np_random.integers(2**31)) if self.seed is None else self.seed
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
         """Return the reward of the token just written; override it.
 
         Args:
-            prompt: The prompt, a str; `prompt.row` is its data-set row, `prompt.references` its reference texts.
-            preds: The tokens generated so far; `preds.text` decodes them.
-            done: Whether the episode is over. A score of the whole text belongs here: `... if done else 0.0`.
+            prompt: The prompt, a str; `prompt.row` is its row of the data set, `prompt.references` its reference texts.
+            preds: The tokens written so far; `preds.text` decodes them.
+            done: Whether the episode is over. A score of the whole text: `return score(preds.text) if done else 0.0`.
 
         Returns:
-            A finite number, or a dict of named numbers, which are summed and logged by name. For a finished row that
-            has no score, `textenv.rewards.DROPPED`, which only training and `agents.evaluate` can leave out.
+            A finite number, or a dict of named numbers, which are summed, and logged by name. For a finished episode
+            without a score `textenv.rewards.DROPPED`: training and `agents.evaluate` leave it out.
         """
         assert self.reward is not None, "checked at construction"
         return self.reward(prompt, preds, done)
 
     def get_rewards(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
-        """Return the rewards of several rows at once; override it where a batch is cheaper, as with a classifier.
+        """Return the rewards of several rows; override it if a batch is cheaper, as for a classifier.
 
-        The default calls a `BatchReward` once, and anything else, by `get_reward`, for each row; arguments and result
-        are lists of that method's. Rows of one `preds.group` are samples of one prompt. In training with
-        `score_at="rollout_end"` a call has whole groups, each together; elsewhere (an evaluation, a single row) it has
-        the rows that are there, maybe one of a group.
+        By default a `BatchReward` is called once, and for any other reward `get_reward` is called row by row. Rows with
+        the same `preds.group` are samples of one prompt. In training with `score_at="rollout_end"` a call has whole
+        groups, the rows of each together; otherwise (an evaluation, a single row) a group may be incomplete.
+
+        Args:
+            prompts: The prompts of the rows.
+            preds: The completions of the rows, so far.
+            dones: Whether each row's episode is over.
+
+        Returns:
+            One reward for each row, as from `get_reward`.
         """
         if isinstance(self.reward, BatchReward):
             scores = ask_rows(self.reward, prompts, preds, dones)
-            if self.on_failure == "raise":  # else each row is looked at by itself
+            if self.on_failure == "raise":  # otherwise `RewardCalls` checks each row by itself
                 check_rewards(scores, prompts, preds)
             return scores
         return score_each(self.get_reward, prompts, preds, dones, "`get_reward`")
 
     @property
     def on_failure(self) -> OnFailure:
-        """What becomes of a row whose reward fails."""
+        """What happens to a row whose reward fails."""
         return self.failures.on_failure
 
     @property
     def may_drop(self) -> bool:
-        """Whether episodes may have no reward, and are to be left out of training."""
+        """Whether the reward may leave episodes out of training."""
         return self.on_failure == "drop" or (isinstance(self.reward, BatchReward) and self.reward.may_drop)
 
     @property
     def scores_rows_apart(self) -> bool:
-        """Whether a row's reward has nothing to do with the others of the call."""
+        """Whether the reward of a row does not depend on the other rows of the call."""
         by_row = not isinstance(self.reward, BatchReward) or isinstance(self.reward, RowReward)
         return by_row and type(self).get_rewards is TextEnv.get_rewards
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | Literal[EndReason.LENGTH] | None:
-        """Answer a turn of the policy, or end the episode with None; define it for an episode of several turns.
-
-        `EndReason.LENGTH` ends it as one that was cut: see `length_limit`.
+        """Answer a turn of the policy; define it for an episode of several turns.
 
         Args:
             prompt: The prompt.
-            preds: What the policy has written; `preds.turns[-1].text` is the turn that is over.
+            preds: What the policy has written; `preds.turns[-1].text` is the turn that has just ended.
+
+        Returns:
+            The reply; None to end the episode; `EndReason.LENGTH` to end it as the length limit does (see
+            `length_limit`).
         """
         return None
 
@@ -328,11 +313,14 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         """Begin an episode at the next prompt.
 
         Args:
-            seed: Starts the prompts' order anew.
-            options: `{"prompts": rows}` runs these rows, one a reset, and then goes back to the env's own prompts.
+            seed: Starts the order of prompts anew.
+            options: `{"prompts": rows}` runs these rows, one at each reset, and then goes on with the env's prompts.
 
         Returns:
             The observation, (L,) int64, and an empty dict.
+
+        Raises:
+            ValueError: If a row cannot work, or a `RecordEpisodeStatistics` around the env has the default `stats_key`.
         """
         check_wrappers()
         super().reset(seed=seed)
@@ -364,23 +352,25 @@ class TextEnv(gym.Env[np.ndarray, Any]):
 
     @property
     def action_masks(self) -> Callable[[], np.ndarray]:
-        """A method without arguments: which tokens are allowed next, (V,) bool. An env without `mask` has none.
+        """A function without arguments that returns which tokens are allowed next, (V,) bool.
 
-        Once the episode is over it allows everything. sb3-contrib looks for this name.
+        It is a property, so that an env without `mask` has no such attribute: `is_masking_supported` of sb3-contrib
+        (`common/maskable/utils.py`) asks for `action_masks`. Once the episode is over all tokens are allowed.
 
         Raises:
-            MaskError: If no token is allowed.
+            AttributeError: Without a mask.
+            MaskError: From the call, if no token is allowed.
         """
         self.check_mask()
         return lambda: self._lanes.allowed()[0]
 
     def check_mask(self) -> None:
-        """Raise AttributeError, which is how sb3-contrib learns of it, where the env has no mask."""
+        """Raise AttributeError if the env has no mask."""
         if not self.masks:
             raise AttributeError(f"Expected `mask` to be given to {type(self).__name__}, for it has no `action_masks`.")
 
     def render(self) -> Any:
-        """Return ("ansi"), draw ("rgb_array") or print ("human") the prompt and what was generated, told apart."""
+        """Return ("ansi"), draw ("rgb_array") or print ("human") the prompt, a bar, and what was written so far."""
         text = render_row(self.tokenizer, self._lanes.tokens[0])
         if self.render_mode == "rgb_array":
             return picture(text)
@@ -388,8 +378,3 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             print(printable(text))
             return None
         return text
-
-
-def _check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"Expected `{name}` to be at least 1, got {value}.")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from textenv.completion import Preds, Turn
 from textenv.episode import EndReason
+from textenv.lane_hooks import EpisodeHost, PromptHost
 from textenv.prompts import Prompt
-
-if TYPE_CHECKING:
-    from textenv.env import TextEnv
 
 Place = tuple[int, int]  # the step, counted from the first of all, and the lane in which an episode ended
 
@@ -50,28 +48,28 @@ def split_groups(
     return sorted(whole, key=lambda one: last[one.group]), [one for one in episodes if one.group in open_groups]
 
 
-def saved_prompt(env: TextEnv, place: int | dict[str, Any]) -> Prompt:
-    """Return the prompt that `prompt_place` wrote down."""
-    return env.prompts[place] if isinstance(place, int) else env.read_prompt(place)
-
-
-def prompt_place(prompt: Prompt) -> int | dict[str, Any]:
-    """Return a prompt's number in the env, or the row of one that was given to `reset`."""
+def prompt_state(prompt: Prompt) -> int | dict[str, Any]:
+    """Return what a checkpoint keeps of a prompt: its number in the env, or the row that was given to `reset`."""
     return prompt.number if prompt.number >= 0 else prompt.row
+
+
+def load_prompt(env: PromptHost, saved: int | dict[str, Any]) -> Prompt:
+    """Return the prompt of which `prompt_state` was saved."""
+    return env.prompts[saved] if isinstance(saved, int) else env.read_prompt(saved)
 
 
 def finished_state(episode: FinishedEpisode) -> dict[str, Any]:
     """Return an episode without its score as what goes into JSON."""
     return {
         "place": list(episode.place),
-        "prompt": prompt_place(episode.prompt),
+        "prompt": prompt_state(episode.prompt),
         "preds": episode.preds.state_dict(),
         "end_reason": str(episode.info["end_reason"]),
         "episode": dict(episode.info["episode"]),
     }
 
 
-def load_finished(env: TextEnv, state: Mapping[str, Any]) -> FinishedEpisode:
+def load_finished(env: EpisodeHost, state: Mapping[str, Any]) -> FinishedEpisode:
     """Return the episode that `finished_state` wrote down."""
     saved = dict(state["preds"])
     preds = Preds(
@@ -83,7 +81,7 @@ def load_finished(env: TextEnv, state: Mapping[str, Any]) -> FinishedEpisode:
         stop_strings=env.rules.stop_strings,
         **saved,
     )
-    prompt = saved_prompt(env, state["prompt"])
+    prompt = load_prompt(env, state["prompt"])
     step, lane = state["place"]
     info = final_info(prompt, preds, EndReason(state["end_reason"]), {}, dict(state["episode"]), scored=False)
     return FinishedEpisode((step, lane), prompt, preds, info)

@@ -5,36 +5,31 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from textenv.chat import encode_reply
-from textenv.completion import Preds, Turn
-from textenv.dealing import NO_GROUP, PromptDealer
-from textenv.episode import PADDING, SEPARATOR, EndReason, ended_turns
+from textenv.completion import Preds
+from textenv.dealing import PromptDealer
+from textenv.episode import EndReason
 from textenv.finished import (
     FinishedEpisode,
     Place,
     final_info,
     finished_state,
     load_finished,
-    prompt_place,
-    saved_prompt,
+    load_prompt,
+    prompt_state,
     split_groups,
 )
-from textenv.masks import LaneMasks
+from textenv.lane_hooks import EpisodeHost
+from textenv.lane_masks import LaneMasks
+from textenv.lane_state import LaneState
 from textenv.prompts import Prompt, PromptLike
 from textenv.reward_calls import RewardCalls
-from textenv.rewarding import describe
-from textenv.tokenizer import BOUNDARY_TOKENS, decode_continuation
-
-if TYPE_CHECKING:
-    from textenv.env import TextEnv
-
+from textenv.turn_ends import EpisodeEnd, end_turns, lane_preds, turn_limits
 
 MAX_LANES = 2**16
-STATE_ARRAYS = ("tokens", "lengths", "turn_starts", "generated", "limits", "idle", "over", "returns", "groups")
 
 
 class StepResult(NamedTuple):
@@ -59,9 +54,19 @@ class Lanes:
         env: The environment.
         n_lanes: How many episodes run side by side.
         autoreset: Whether a lane begins the next episode in the step that ends one; else `reset` must follow.
+
+    Attributes:
+        state: The running episodes.
+        dealer: Deals the prompts.
+        defer_scores: Whether finished episodes wait for `score_unscored`; whoever runs the lanes sets it.
+        accepts_dropped: Whether the reward may drop episodes, since whoever runs the lanes leaves them out; set, too.
+        unscored: The episodes that wait for `score_unscored`.
+        waiting: Those that it passed over, since others of their group still run.
+        n_steps: How many steps the lanes have taken.
+        reset_at: The step before which `reset` was called last.
     """
 
-    def __init__(self, env: TextEnv, n_lanes: int, autoreset: bool = True) -> None:
+    def __init__(self, env: EpisodeHost, n_lanes: int, autoreset: bool = True) -> None:
         if not 1 <= n_lanes <= MAX_LANES:
             raise ValueError(
                 f"Expected 1 to {MAX_LANES:,} lanes, got {n_lanes:,}: 64 to 1,024 are usual (n_envs, num_envs)."
@@ -74,32 +79,28 @@ class Lanes:
         self.n_steps = 0  # since this object was made: `reset` goes on counting
         self.reset_at = 0
         self.defer_scores = False
-        self.accepts_dropped = False  # whether who runs the lanes leaves out the episodes that a reward drops
+        self.accepts_dropped = False
         self.unscored: list[FinishedEpisode] = []
-        self.waiting: list[FinishedEpisode] = []  # passed over by `score_unscored`: their group was not whole
+        self.waiting: list[FinishedEpisode] = []
         self.start_time = time.monotonic()
         self.reward_calls = RewardCalls(env)
         self.masks = LaneMasks(env.masks, env.vocabulary, n_lanes)
-        self._clear()
+        self.state = LaneState.empty(n_lanes, self.width)
 
-    def _clear(self) -> None:
-        n = self.n_lanes
-        self.tokens = np.full((n, self.width), PADDING, dtype=np.int64)
-        self.tokens[:, 0] = SEPARATOR
-        self.lengths = np.ones(n, dtype=np.int64)  # columns in use, separator included
-        self.turn_starts = np.ones(n, dtype=np.int64)
-        self.generated = np.zeros(n, dtype=np.int64)
-        self.limits = np.ones(n, dtype=np.int64)
-        self.idle = np.ones(n, dtype=bool)
-        self.returns = np.zeros(n, dtype=np.float64)
-        self.prompts = [Prompt() for _ in range(n)]
-        self.groups = np.full(n, NO_GROUP, dtype=np.int64)
-        self.over = np.zeros(n, dtype=bool)
-        self.failed = np.zeros(n, dtype=bool)  # the episodes of which the reward failed at some token
-        self.closed: list[list[Turn]] = [[] for _ in range(n)]
-        self.closed_ids: list[list[int]] = [[] for _ in range(n)]
-        self.states: list[dict[str, Any]] = [{} for _ in range(n)]
-        self.parts: list[dict[str, float]] = [{} for _ in range(n)]
+    @property
+    def tokens(self) -> np.ndarray:
+        """The observations, (B, L) int64: not a copy."""
+        return self.state.tokens
+
+    @property
+    def idle(self) -> np.ndarray:
+        """Which lanes have no prompt, (B,) bool: not a copy."""
+        return self.state.idle
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompt of each lane; an idle lane has an empty one."""
+        return [episode.prompt for episode in self.state.episodes]
 
     def reset(self, seed: int | None = None, prompts: Sequence[PromptLike] | None = None) -> np.ndarray:
         """Begin a new episode in every lane and return the observations, (B, L).
@@ -118,7 +119,7 @@ class Lanes:
             dealer.queue = None
         if self.autoreset:  # all members of a group begin behind the reset
             dealer.left = 0
-        self._clear()
+        self.state = LaneState.empty(self.n_lanes, self.width)
         self.unscored.clear()
         self.waiting.clear()
         self.reset_at = self.n_steps
@@ -127,18 +128,9 @@ class Lanes:
         return self.tokens.copy()
 
     def _refill(self, lane: int) -> None:
-        self.tokens[lane] = PADDING
-        self.closed[lane], self.closed_ids[lane], self.states[lane], self.parts[lane] = [], [], {}, {}
-        self.generated[lane] = 0
-        self.returns[lane], self.failed[lane] = 0.0, False
-        prompt, self.groups[lane] = self.dealer.deal()
-        self.idle[lane] = prompt is None
-        self.prompts[lane] = Prompt() if prompt is None else prompt
-        n_prompt = len(self.prompts[lane].ids)
-        self.tokens[lane, :n_prompt] = self.prompts[lane].ids
-        self.tokens[lane, n_prompt] = SEPARATOR
-        self.lengths[lane] = self.turn_starts[lane] = n_prompt + 1
-        self.limits[lane] = self.prompts[lane].max_new_tokens or self.env.rules.max_new_tokens
+        prompt, group = self.dealer.deal()
+        own_limit = None if prompt is None else prompt.max_new_tokens
+        self.state.begin(lane, prompt, group, own_limit or self.env.rules.max_new_tokens)
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Append one token to every lane; score, and refill the lanes whose episode is over.
@@ -151,35 +143,34 @@ class Lanes:
             ValueError: If the actions have another shape or dtype, or an id is outside the vocabulary.
             RewardError: If a reward hook raises or returns no finite number, or drops a row that must have a reward.
         """
-        if self.dealer.cursor is None or self.over.any():
+        if self.dealer.cursor is None or self.state.over.any():
             raise RuntimeError(
                 "Expected `reset` before the first `step`, and after the end of an episode or a step that raised."
             )
         actions = self._checked(actions)
-        self.over[:] = True  # until the step is whole: a hook may raise
-        self._append(actions)
-        turns = self._ended_turns(actions)
-        ends = self._ended_episodes(turns)
-        final_preds = {lane: self.preds(lane, turns[lane]) for lane in ends}
+        self.state.over[:] = True  # until the step is whole: a hook may raise
+        self.state.append(actions)
+        ends = end_turns(self.env, self.state, actions)
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_lanes)]
-        rewards, dropped = self._score(final_preds)
+        rewards, dropped = self._score(ends)
         terminated, truncated = np.zeros(self.n_lanes, dtype=bool), np.zeros(self.n_lanes, dtype=bool)
         final_observations = {}
-        for lane, reason in sorted(ends.items()):
-            cut = reason is EndReason.LENGTH and self.env.rules.length_limit == "truncate"
-            terminated[lane], truncated[lane] = not cut, cut
-            final_observations[lane] = self.tokens[lane].copy()
-            infos[lane] = self._final_info(lane, reason, final_preds[lane]) | {"dropped": bool(dropped[lane])}
+        for lane in sorted(ends):
+            end, episode = ends[lane], self.state.episodes[lane]
+            is_cut = end.reason is EndReason.LENGTH and self.env.rules.length_limit == "truncate"
+            terminated[lane], truncated[lane] = not is_cut, is_cut
+            final_observations[lane] = self.state.tokens[lane].copy()
+            infos[lane] = self._final_info(lane, end) | {"dropped": bool(dropped[lane])}
             if self.defer_scores:
-                episode = FinishedEpisode((self.n_steps, lane), self.prompts[lane], final_preds[lane], infos[lane])
-                self.unscored.append(episode)
+                place = self.n_steps, lane
+                self.unscored.append(FinishedEpisode(place, episode.prompt, end.preds, infos[lane]))
             elif not dropped[lane]:
-                self.dealer.observe(self.prompts[lane], self.returns[lane])
+                self.dealer.observe(episode.prompt, episode.reward)
             if self.autoreset:
                 self._refill(lane)
-        self.over[:] = False if self.autoreset else terminated | truncated
+        self.state.over[:] = False if self.autoreset else terminated | truncated
         self.n_steps += 1
-        return StepResult(self.tokens.copy(), rewards, terminated, truncated, infos, final_observations)
+        return StepResult(self.state.tokens.copy(), rewards, terminated, truncated, infos, final_observations)
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
         actions = np.asarray(actions)
@@ -195,130 +186,53 @@ class Lanes:
             raise ValueError(f"Expected token ids in [0, {vocabulary}), got {actions[lane]} in lane {lane}.")
         return actions
 
-    def _append(self, actions: np.ndarray) -> None:
-        active = np.flatnonzero(~self.idle)
-        self.tokens[active, self.lengths[active]] = actions[active]
-        self.lengths[active] += 1
-        self.generated[active] += 1
-
-    def _ended_turns(self, actions: np.ndarray) -> dict[int, EndReason]:
-        turns = ended_turns(self.env.rules, actions, self.generated, self._turn_limits(), self._tail)
-        return {lane: reason for lane, reason in turns.items() if not self.idle[lane]}
-
-    def _turn_limits(self) -> np.ndarray:
-        """Return how many tokens the policy will have written in each lane when its turn ends at the latest, (B,)."""
-        turn_tokens = self.env.rules.turn_tokens
-        return self.limits if turn_tokens is None else self.generated - (self.lengths - self.turn_starts) + turn_tokens
-
     def most_new_tokens(self) -> np.ndarray:
-        """Return how many tokens the policy may still write in the turn that each lane is in, (B,)."""
-        return self._turn_limits() - self.generated
+        """Return how many tokens the policy may still write in each lane's current turn, (B,)."""
+        return turn_limits(self.env.rules, self.state) - self.state.generated
 
     def turn_limit(self, prompt: Prompt) -> int:
         """Return how many tokens the policy may write in the first turn after a prompt."""
         return self.env.rules.turn_tokens or prompt.max_new_tokens or self.env.rules.max_new_tokens
 
-    def _ended_episodes(self, turns: dict[int, EndReason]) -> dict[int, EndReason]:
-        """Return the lanes whose episode is over, and why; a turn that the env answers is not the end of one."""
-        if not self.env.is_multi_turn:
-            return turns
-        rules = self.env.rules
-        ends: dict[int, EndReason] = {}
-        for lane, reason in turns.items():
-            # The last token allowed leaves no room for another turn, however this one ended.
-            is_last = self.generated[lane] >= self.limits[lane]
-            if rules.turn_tokens is None and (is_last or len(self.closed[lane]) + 1 >= rules.max_turns):
-                ends[lane] = reason if is_last else EndReason.ENV
-            elif (end := self._respond(lane, reason)) is not None:
-                ends[lane] = end
-        return ends
-
-    def _tail(self, lane: int) -> str:
-        start = int(max(self.turn_starts[lane], self.lengths[lane] - self.env.rules.tail_tokens))
-        tail = self.tokens[lane, start : self.lengths[lane]].tolist()
-        return decode_continuation(self.env.tokenizer, self._context(lane, start), tail, skip_special_tokens=False)
-
-    def _context(self, lane: int, start: int) -> list[int]:
-        """Return the few tokens in front of a column, which decide how those behind it decode."""
-        context = self.tokens[lane, max(start - BOUNDARY_TOKENS - 1, 0) : start]
-        return context[context >= 0].tolist()
-
-    def _respond(self, lane: int, reason: EndReason) -> EndReason | None:
-        """Let the env answer a turn; return why the episode ends with it, or None where it goes on."""
-        preds = self.preds(lane, reason)
-        response = self.env.respond(self.prompts[lane], preds)
-        if response is None or response is EndReason.LENGTH:
-            return EndReason.ENV if response is None else EndReason.LENGTH
-        if not isinstance(response, str):
-            raise TypeError(f"Expected `respond` to return a str or None, got {response!r:.80}.")
-        rules, messages = self.env.rules, self.prompts[lane].messages
-        ids = encode_reply(self.env.tokenizer, messages, preds, response, self._tail(lane), rules.stop_strings)
-        start = int(self.lengths[lane])
-        if rules.turn_tokens is not None:
-            room = self.limits[lane] - (start - len(self.prompts[lane].ids) - 1)
-            if len(ids) + rules.turn_tokens > room:
-                return EndReason.LENGTH
-        elif len(ids) > rules.max_response_tokens:
-            raise ValueError(
-                f"Expected a response of at most max_response_tokens={rules.max_response_tokens} tokens, got "
-                f"{len(ids)} ({describe(self.prompts[lane], preds)}): shorten it in `respond`, or raise the limit."
-            )
-        self.tokens[lane, start : start + len(ids)] = ids
-        self.lengths[lane] = self.turn_starts[lane] = start + len(ids)
-        self.closed[lane].append(Turn(preds.turns[-1].text, response))
-        self.closed_ids[lane] = preds.ids.tolist()
-        return None
-
-    def preds(self, lane: int, end_reason: EndReason | None = None) -> Preds:
-        """Return a snapshot of what the policy has written in a lane."""
-        start, end = int(self.turn_starts[lane]), int(self.lengths[lane])
-        turn = self.tokens[lane, start:end]
-        return Preds(
-            self.env.tokenizer,
-            np.concatenate([self.closed_ids[lane], turn]) if self.closed[lane] else turn,
-            context=self._context(lane, start),
-            turn_length=end - start,
-            closed=self.closed[lane],
-            end_reason=end_reason,
-            stop_strings=self.env.rules.stop_strings,
-            state=self.states[lane],
-            lane=lane,
-            group=int(self.groups[lane]),
-        )
+    def preds(self, lane: int) -> Preds:
+        """Return a snapshot of the completion in a lane."""
+        return lane_preds(self.env, self.state, lane)
 
     def allowed(self) -> np.ndarray:
         """Return which tokens each lane may write next, (B, V) bool; all, where it is idle or its episode is over."""
-        waiting = (self.idle | self.over).tolist()
+        is_closed = (self.state.idle | self.state.over).tolist()
+        prompts = self.prompts
         return self.masks.allowed(
-            [None if waits else (self.prompts[lane], self.preds(lane)) for lane, waits in enumerate(waiting)]
+            [None if closed else (prompts[lane], self.preds(lane)) for lane, closed in enumerate(is_closed)]
         )
 
-    def _score(self, final_preds: Mapping[int, Preds]) -> tuple[np.ndarray, np.ndarray]:
+    def _score(self, ends: Mapping[int, EpisodeEnd]) -> tuple[np.ndarray, np.ndarray]:
         """Call the reward hook for the rows that want a score now; return rewards and which are dropped, each (B,)."""
         rewards, dropped = np.zeros(self.n_lanes, dtype=np.float64), np.zeros(self.n_lanes, dtype=bool)
-        lanes = np.flatnonzero(~self.idle).tolist()
+        lanes, episodes = np.flatnonzero(~self.state.idle).tolist(), self.state.episodes
         if self.env.score_at != "step":
-            lanes = [] if self.defer_scores else sorted(final_preds)
+            lanes = [] if self.defer_scores else sorted(ends)
         scored = self.reward_calls.score(
-            [self.prompts[lane] for lane in lanes],
-            [final_preds[lane] if lane in final_preds else self.preds(lane) for lane in lanes],
-            [lane in final_preds for lane in lanes],
+            [episodes[lane].prompt for lane in lanes],
+            [ends[lane].preds if lane in ends else self.preds(lane) for lane in lanes],
+            [lane in ends for lane in lanes],
             self.accepts_dropped,
         )
         for lane, reward in zip(lanes, scored, strict=True):
-            rewards[lane], self.failed[lane] = reward.value, self.failed[lane] or reward.has_failed
-            is_left_out = self.failed[lane] and self.env.on_failure == "drop"
-            dropped[lane] = reward.is_dropped or is_left_out
-            self.returns[lane] += reward.value
+            episode = episodes[lane]
+            rewards[lane], episode.failed = reward.value, episode.failed or reward.has_failed
+            dropped[lane] = reward.is_dropped or (episode.failed and self.env.on_failure == "drop")
+            episode.reward += reward.value
             for name, part in reward.parts.items():
-                self.parts[lane][name] = self.parts[lane].get(name, 0.0) + part
-        if lanes and final_preds:
-            self.env.failures.count(len(final_preds), int(self.failed[list(final_preds)].sum()))
+                episode.parts[name] = episode.parts.get(name, 0.0) + part
+        if lanes and ends:
+            self.env.failures.count(len(ends), sum(episodes[lane].failed for lane in ends))
         return rewards, dropped
 
     def open_groups(self) -> set[int]:
         """Return the groups of which members run or are still to be dealt."""
-        return {int(group) for group in self.groups[~self.idle]} | self.dealer.open_groups()
+        running = {self.state.episodes[lane].group for lane in np.flatnonzero(~self.state.idle)}
+        return running | self.dealer.open_groups()
 
     def score_unscored(self) -> list[tuple[Place, dict[str, Any], float]]:
         """Score the finished episodes that wait, in one call; their info dicts are brought up to date in place.
@@ -343,13 +257,14 @@ class Lanes:
             episode.info["scored"], episode.info["dropped"] = True, reward.is_dropped
             if not reward.is_dropped:
                 self.dealer.observe(episode.prompt, episode.info["episode"]["r"])
-        return [(one.place, one.info, reward.value) for one, reward in zip(finished, scored, strict=True)]
+        return [(episode.place, episode.info, reward.value) for episode, reward in zip(finished, scored, strict=True)]
 
-    def _final_info(self, lane: int, reason: EndReason, preds: Preds) -> dict[str, Any]:
-        episode = {"r": float(self.returns[lane]), "l": int(self.generated[lane])}
+    def _final_info(self, lane: int, end: EpisodeEnd) -> dict[str, Any]:
+        episode = self.state.episodes[lane]
+        figures = {"r": episode.reward, "l": int(self.state.generated[lane])}
         if self.autoreset:  # a lone env keeps to what is deterministic; SB3's Monitor adds its own clock
-            episode["t"] = round(time.monotonic() - self.start_time, 6)
-        return final_info(self.prompts[lane], preds, reason, self.parts[lane], episode, scored=not self.defer_scores)
+            figures["t"] = round(time.monotonic() - self.start_time, 6)
+        return final_info(episode.prompt, end.preds, end.reason, episode.parts, figures, scored=not self.defer_scores)
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the running episodes and the prompts' order: arrays, and what goes into JSON.
@@ -359,17 +274,14 @@ class Lanes:
         """
         if self.unscored or self.dealer.cursor is None:
             raise RuntimeError("Expected to be saved after `reset` and between rollouts, with every episode scored.")
-        arrays = {name: getattr(self, name).copy() for name in (*STATE_ARRAYS, "failed")}
+        arrays, meta = self.state.state_dict()
         return arrays, {
+            **meta,
             **self.dealer.state_dict(),
             "n_steps": self.n_steps,
             "reset_at": self.reset_at,
             "waiting": [copy.deepcopy(finished_state(episode)) for episode in self.waiting],
-            "prompts": [prompt_place(prompt) for prompt in self.prompts],
-            "closed": [list(turns) for turns in self.closed],
-            "closed_ids": [list(ids) for ids in self.closed_ids],
-            "states": copy.deepcopy(self.states),
-            "parts": copy.deepcopy(self.parts),
+            "prompts": [prompt_state(prompt) for prompt in self.prompts],
         }
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> np.ndarray:
@@ -384,16 +296,10 @@ class Lanes:
                 "resume with the same n_envs, max_prompt_tokens and max_new_tokens."
             )
         self.dealer.load_state_dict(meta)
-        for name in STATE_ARRAYS:
-            setattr(self, name, np.array(arrays[name]))
-        self.failed = np.array(arrays.get("failed", np.zeros_like(self.over)))  # checkpoints of before have none
+        saved_prompts = zip(arrays["idle"], meta["prompts"], strict=True)
+        prompts = [Prompt() if idle else load_prompt(self.env, saved) for idle, saved in saved_prompts]
+        self.state = LaneState.load(arrays, meta, prompts)
         self.n_steps, self.reset_at = meta["n_steps"], meta["reset_at"]
-        places = zip(self.idle, meta["prompts"], strict=True)
-        self.prompts = [Prompt() if idle else saved_prompt(self.env, place) for idle, place in places]
-        self.closed = [[Turn(*turn) for turn in turns] for turns in meta["closed"]]
-        self.closed_ids = [list(ids) for ids in meta["closed_ids"]]
-        self.states = copy.deepcopy(list(meta["states"]))
-        self.parts = [dict(parts) for parts in meta["parts"]]
         self.unscored.clear()
         self.waiting = [load_finished(self.env, state) for state in meta["waiting"]]
         return self.tokens.copy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -237,62 +237,31 @@ class PromptRows(Sequence[Prompt]):
         return self._read(self.rows[number], number)
 
 
-class PromptCursor:
-    """Which prompt comes next: every prompt once an epoch, in an order that follows from (seed, epoch).
+def read_source(
+    source: Sequence[PromptLike] | str | PathLike[str], read: Callable[[PromptLike, int], Prompt]
+) -> tuple[Sequence[Prompt], int]:
+    """Return the prompts of a list, a file or a data set, all of them checked, and the length of the longest in tokens.
 
-    Its state is (epoch, position), so it can be saved and resumed.
+    The prompts of a list or file are kept; those of any other source are read again each time they are asked for.
 
     Args:
-        n_prompts: How many prompts there are.
-        order: "shuffle" draws a permutation an epoch; "sequential" keeps the source's order.
-        seed: The seed of the permutations.
-        shard: (r, w) where w processes share the order: this one takes every w-th draw, from the r-th (of 0) on.
+        source: The prompts, as for `TextEnv`.
+        read: Makes a checked `Prompt` of a row and its number.
 
-    Example:
-        >>> cursor = PromptCursor(3, "shuffle", seed=0)
-        >>> sorted(cursor.advance() for _ in range(3))
-        [0, 1, 2]
+    Raises:
+        ValueError: If the source is empty or has no length, or a prompt cannot work.
     """
-
-    def __init__(self, n_prompts: int, order: Order, seed: int, shard: tuple[int, int] = (0, 1)) -> None:
-        self.n_prompts = n_prompts
-        self.order = order
-        self.seed = seed
-        self.shard = shard
-        self.epoch = 0
-        self.position = 0
-        self._permutation = self._draw()
-
-    def _draw(self) -> np.ndarray:
-        if self.order == "sequential":
-            return np.arange(self.n_prompts)
-        return np.random.default_rng([self.seed, self.epoch]).permutation(self.n_prompts)
-
-    def advance(self) -> int:
-        """Return the number of the next prompt."""
-        rank, size = self.shard
-        epoch, place = divmod(self.n_drawn + (rank - self.n_drawn) % size, self.n_prompts)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._permutation = self._draw()
-        self.position = place + 1
-        return self.number
-
-    @property
-    def n_drawn(self) -> int:
-        """How many draws of all processes lie behind this one's last, that one included."""
-        return self.epoch * self.n_prompts + self.position
-
-    @property
-    def number(self) -> int:
-        """The number that `advance` returned last."""
-        return int(self._permutation[self.position - 1])
-
-    def state_dict(self) -> dict[str, int]:
-        """Return seed, epoch and position."""
-        return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a state that `state_dict` returned."""
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
-        self._permutation = self._draw()
+    rows = read_rows(source) if isinstance(source, (str, PathLike)) else source
+    if isinstance(rows, Mapping):
+        raise ValueError(f"Expected `prompts` to be a list of prompts, got one mapping: {rows!r:.80}.")
+    if not isinstance(rows, Sized):
+        raise ValueError(
+            f"Expected `prompts` with a length and rows by number, got {type(rows).__name__}: make a list of it, "
+            "or read a data set without streaming."
+        )
+    if len(rows) == 0:
+        raise ValueError("Expected at least one prompt, got none.")
+    prompts: Sequence[Prompt] = PromptRows(rows, read)
+    if isinstance(rows, (list, tuple)):
+        prompts = list(prompts)
+    return prompts, max(len(prompt.ids) for prompt in prompts)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from textenv.completion import Preds
+from textenv.lane_hooks import RewardHost
 from textenv.prompts import Prompt
 from textenv.rewarding import DROPPED, RAISED, Reward, RewardError, check_length, check_reward, check_rewards, describe
-
-if TYPE_CHECKING:
-    from textenv.env import TextEnv
 
 
 class RewardCalls:
@@ -24,7 +22,7 @@ class RewardCalls:
         seconds: How long they have taken so far, by a clock that does not jump.
     """
 
-    def __init__(self, env: TextEnv) -> None:
+    def __init__(self, env: RewardHost) -> None:
         self.env = env
         self.seconds = 0.0
 

@@ -17,6 +17,7 @@ from gymnasium.utils.env_checker import check_env
 from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.episode import EndReason
+from textenv.lane_hooks import EpisodeHost
 from textenv.lanes import Lanes
 from textenv.prompts import Prompt
 from textenv.rewarding import Reward, RewardError, check_rewards, describe
@@ -60,7 +61,7 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     _check_copy(text_env, "pickled", lambda env: pickle.loads(pickle.dumps(env)))
     episodes = _play(text_env)
     try:
-        _play(cast(TextEnv, _Probe(text_env)))
+        _play(cast(EpisodeHost, _Probe(text_env)))
     except RewardError as error:  # the lanes wrap what goes wrong in a reward, here the probe's verdict
         raise error.__cause__ if isinstance(error.__cause__, AssertionError) else error from None
     _check_alone(text_env, episodes)
@@ -92,7 +93,7 @@ def _check_copy(env: TextEnv, done: str, make_copy: Callable[[TextEnv], TextEnv]
         warnings.warn(f"{type(env).__name__} cannot be {done}, {why}: {error!r}", stacklevel=3)
 
 
-def _play(env: TextEnv) -> list[tuple[Prompt, list[_Step]]]:
+def _play(env: EpisodeHost) -> list[tuple[Prompt, list[_Step]]]:
     """Play random episodes side by side until each lane has finished one; return the last of each."""
     lanes, random = Lanes(env, N_LANES), np.random.default_rng(0)
     lanes.reset(seed=0)

@@ -9,10 +9,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from textenv.dialogues import split_pair
 from textenv.feedback.records import Answer, Record
 from textenv.feedback.store import FeedbackStore
 from textenv.prompts import read_rows
-from textenv.tasks.hh import split_pair
 
 Form = Literal["pairs", "rankings", "scores"]
 FORMS: tuple[str, ...] = get_args(Form)

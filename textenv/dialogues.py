@@ -1,0 +1,52 @@
+r"""Dialogues of a human and an assistant as texts, and pairs of two that differ in their last reply.
+
+The format is that of Anthropic's hh-rlhf (Bai et al., 2022, "Training a Helpful and Harmless Assistant with
+Reinforcement Learning from Human Feedback"): turns that open with "\n\nHuman:" and "\n\nAssistant:".
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+REPLIES = ("chosen", "rejected")
+
+
+class Pair(NamedTuple):
+    """A dialogue up to where the assistant is to reply, and its two replies."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def split_pair(row: Mapping[str, Any], where: str) -> Pair:
+    r"""Split the two dialogues of a row behind the last opening of a reply that they share.
+
+    Args:
+        row: With "chosen" and "rejected", each a whole dialogue.
+        where: What an error calls the row.
+
+    Raises:
+        ValueError: If one of the two is missing or no text, or they share no opening of a reply.
+
+    Example:
+        >>> shared = "\n\nHuman: Hi\n\nAssistant:"
+        >>> split_pair({"chosen": shared + " Hello", "rejected": shared + " Go"}, "row 0")
+        Pair(prompt='\n\nHuman: Hi\n\nAssistant:', chosen=' Hello', rejected=' Go')
+    """
+    if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in REPLIES):
+        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"Expected {where} to have the texts 'chosen' and 'rejected', got {found}.")
+    both = zip(row["chosen"], row["rejected"], strict=False)
+    shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+    end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+    if end < len(ASSISTANT):
+        raise ValueError(
+            f"Expected the dialogues of {where} to share the opening {ASSISTANT!r} of an answer, got "
+            f"{row['chosen'][:40]!r} and {row['rejected'][:40]!r}: leave the row out."
+        )
+    return Pair(shared[:end], row["chosen"][end:], row["rejected"][end:])

@@ -1,0 +1,56 @@
+"""The masks of N lanes: which tokens each lane may write next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from textenv.completion import Preds
+from textenv.masks import MaskError, TokenMask
+from textenv.prompts import Prompt
+from textenv.rewarding import describe
+from textenv.vocabulary import Vocabulary
+
+
+class LaneMasks:
+    """The masks of N lanes: which tokens each may write next is what all its masks allow.
+
+    Args:
+        masks: The masks.
+        vocabulary: The tokens.
+        n_lanes: The number of lanes.
+    """
+
+    def __init__(self, masks: Sequence[TokenMask], vocabulary: Vocabulary, n_lanes: int) -> None:
+        self.masks = tuple(masks)
+        self.vocabulary = vocabulary
+        self.lanes = [[mask.start(vocabulary) for mask in masks] for _ in range(n_lanes)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out what the lanes' functions keep, which they find again from the tokens."""
+        return LaneMasks, (self.masks, self.vocabulary, len(self.lanes))
+
+    def allowed(self, rows: Sequence[tuple[Prompt, Preds] | None]) -> np.ndarray:
+        """Return which tokens each lane may write next, (B, V) bool, fresh; a row None may write all.
+
+        Raises:
+            MaskError: If a lane may write none.
+        """
+        packed = np.stack(
+            [self.vocabulary.everything if row is None else self._packed(lane, *row) for lane, row in enumerate(rows)]
+        )
+        return np.unpackbits(packed, axis=1, count=self.vocabulary.size, bitorder="little").view(bool)  # (B, V)
+
+    def _packed(self, lane: int, prompt: Prompt, preds: Preds) -> np.ndarray:
+        single = [allowed(prompt, preds) for allowed in self.lanes[lane]]
+        bits = np.bitwise_and.reduce([self.vocabulary.everything, *single])
+        if bits.any():
+            return bits
+        empty = [mask for mask, one in zip(self.masks, single, strict=True) if not one.any()]
+        raise MaskError(
+            f"Expected a token to be allowed, got none from {empty or list(self.masks)} ({describe(prompt, preds)}). "
+            "The text so far may not be one that the mask lets through, its tokens may not be able to go on with it, "
+            "or a stop id is missing (`stop_ids`) where the text is whole."
+        )

@@ -5,188 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike
-from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    Cache,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from textenv.extras import check_extra
-from textenv.model_loading import from_config, from_pretrained, load_whole
+from textenv.model_loading import n_positions
 
 from .cache import PrefixCache
 from .decoding import attends_by_row, attention_by_row
-from .language_model import BackendSpec, LengthError
+from .interface import LengthError
 from .layers import disable_dropout, fuse_activations
-from .trainable import Trainable, check_in_memory, is_checkpointing, is_placed, set_trainable
+from .trainable import is_checkpointing, is_placed
 
 PROBE_LENGTH = 4
 PROBE_LOGIT = 100.0  # what the largest logit of the probe is scaled to
 PROBE_TOLERANCE = 1e-3
 SHORTER = "lower max_prompt_tokens or max_new_tokens"
-ELSEWHERE = {"cache_dir", "token", "local_files_only"}  # with these a name is not looked for where it usually is
-TRUST = "trust_remote_code"
-
-
-@runtime_checkable
-class LMSpec(Protocol):
-    """Something small that pickles and builds a language model; `policy_kwargs` hold it."""
-
-    def build(self) -> PreTrainedModel:
-        """Return the model, with float32 weights where they are trained."""
-
-
-LMLike: TypeAlias = str | PathLike[str] | PreTrainedConfig | LMSpec | BackendSpec
-
-
-class Pretrained:
-    """A checkpoint's weights, which pickle as its config once they are loaded.
-
-    Stable-Baselines3 stores `policy_kwargs` in the file it saves and builds the policy again on `PPO.load`, before it
-    copies the saved weights in. With this spec that needs neither a download nor the folder: after the first `build`
-    only the config is pickled. A bare name or path is loaded by name again, and so is a quantised model.
-
-    Args:
-        name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`, or
-            `AutoModelForSeq2SeqLM` where its config says `is_encoder_decoder`; "demo" is the built-in one.
-        **kwargs: Its other arguments. `dtype` is float32 unless given. With a `quantization_config` of transformers
-            the frozen base of a LoRA is held in 8 or 4 bits.
-
-    Raises:
-        ImportError: When built, if a package is missing: accelerate (extra `sft`) for `device_map` or
-            `quantization_config`, and what else the latter needs, as bitsandbytes.
-        ValueError: When built, if the folder lacks a tensor of the model, or has others.
-
-    Example:
-        >>> import pickle
-        >>> from agents import Pretrained
-        >>> spec = Pretrained("./my-gpt2")
-        >>> pickle.loads(pickle.dumps(spec)).name  # not built yet: still a name
-        './my-gpt2'
-    """
-
-    def __init__(self, name: str, **kwargs: Any) -> None:
-        self.name: str | None = str(name)
-        self.kwargs = {"dtype": torch.float32, **kwargs}
-        self.config: PreTrainedConfig | None = None
-
-    def build(self) -> PreTrainedModel:
-        """Return the checkpoint's model, or after unpickling a fresh one of its config, to load weights into."""
-        if self.name is None:
-            assert self.config is not None, "pickled only once built"
-            return from_config(self._auto_class(self.config), self.config, self.kwargs.get(TRUST, False))
-        for option in [one for one in ("device_map", "quantization_config") if self.kwargs.get(one) is not None]:
-            check_extra("sft", "accelerate", f"Pretrained({option}=...)")
-        from .demo import model_folder  # later: the demo's model is trained with what builds on this module
-
-        name = self.name if ELSEWHERE & self.kwargs.keys() else model_folder(self.name)
-        config = from_pretrained(AutoConfig, name, **self.kwargs)
-        model = load_whole(self._auto_class(config), name, fresh_head=self._makes_head, **self.kwargs)
-        self.config = model.config
-        return model
-
-    @property
-    def _makes_head(self) -> bool:
-        """Whether a head that the folder lacks is a new one."""
-        return False
-
-    @staticmethod
-    def _auto_class(config: PreTrainedConfig) -> Any:
-        return _auto_model(config)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the config alone once it is known."""
-        if self.config is None or "quantization_config" in self.kwargs:  # a config builds no quantised weights
-            return self.__dict__.copy()
-        return {"name": None, "kwargs": {TRUST: True} if self.kwargs.get(TRUST) else {}, "config": self.config}
-
-
-class PretrainedRewardModel(Pretrained):
-    """A checkpoint of a model that scores a text by one number; pickles as `Pretrained` does.
-
-    Args:
-        name: A name on the hub or the path of a folder, for `AutoModelForSequenceClassification.from_pretrained`.
-        **kwargs: Its other arguments. `dtype` is float32 unless given. With `num_labels` a head that the folder lacks
-            is a fresh one; without, it must be there.
-    """
-
-    @property
-    def _makes_head(self) -> bool:
-        return "num_labels" in self.kwargs  # which says how large the new one is
-
-    @staticmethod
-    def _auto_class(config: PreTrainedConfig) -> Any:
-        return AutoModelForSequenceClassification
-
-    def build(self) -> PreTrainedModel:
-        """Return the model.
-
-        Raises:
-            ValueError: If it has another number of scores than one, or trainable weights of 16 bits.
-        """
-        model = super().build()
-        if model.config.num_labels != 1:
-            raise ValueError(
-                f"Expected a reward model with one score (num_labels=1), got {model.config.num_labels} labels in "
-                f"{type(model).__name__}."
-            )
-        _refuse_16_bits(model)
-        return model
-
-
-def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
-    """Build a language model from a name or path, a config (fresh weights) or a spec.
-
-    Args:
-        lm: Where it comes from.
-        train: What of it is trained; None freezes all.
-
-    Raises:
-        TypeError: If `lm` is a live model: `policy_kwargs` are pickled, its weights would be stored twice.
-        ValueError: If the model has trainable weights of 16 bits, or offloaded ones.
-    """
-    if isinstance(lm, nn.Module):
-        raise TypeError(
-            f"Expected `lm` to be a name, a path, a config or a spec, got a live {type(lm).__name__}, whose weights "
-            "would be pickled into every saved file. Save it with save_pretrained(folder) and pass Pretrained(folder)."
-        )
-    if isinstance(lm, PreTrainedConfig):
-        model = from_config(_auto_model(lm), lm)
-    elif isinstance(lm, (str, PathLike)):
-        model = Pretrained(str(lm)).build()
-    elif isinstance(lm, LMSpec):
-        model = lm.build()
-    else:
-        raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
-    set_trainable(model, train)
-    check_in_memory(model)
-    _refuse_16_bits(model)
-    return model
-
-
-def _refuse_16_bits(model: PreTrainedModel) -> None:
-    small = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.element_size() < 4]
-    if small:
-        raise ValueError(
-            f"Expected trainable weights in float32, got {model.get_parameter(small[0]).dtype} in {small[0]!r} and "
-            f"{len(small) - 1} more: steps of 1e-5 round to nothing in 16 bits. Load with dtype=torch.float32 and "
-            "pass policy_kwargs=dict(autocast='bfloat16') for speed."
-        )
-
-
-def _auto_model(config: PreTrainedConfig) -> Any:
-    # The causal class would load, of some encoder-decoders, the half that it finds, with fresh embeddings.
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int, cure: str = SHORTER) -> None:
@@ -200,14 +36,9 @@ def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int, cure: 
     check_length(model, n_positions, cure)
 
 
-def n_positions(model: PreTrainedModel) -> int | None:
-    """Return how long a sequence the model can read, in tokens; None where nothing bounds it (BLOOM's ALiBi)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_length(model: PreTrainedModel, n_tokens: int, cure: str = SHORTER) -> None:
     """Raise LengthError where sequences of `n_tokens` are longer than the model can read."""
-    limit = n_positions(model)
+    limit = n_positions(model.config)
     if limit is not None and n_tokens > limit:
         fact = f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens"
         raise LengthError(fact, cure, n_tokens - limit)

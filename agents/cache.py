@@ -11,7 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from .decoding import NewRow, StepLayout, column_groups, current_layout, laid_out, sort_into_groups
-from .row_cache import RowCache
+from .interface import RowCache
 from .sequences import bucket_by_length
 
 if TYPE_CHECKING:

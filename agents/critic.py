@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from textenv.rewards.reward_stats import RewardStats
 
-from .backbone import LMLike, PretrainedRewardModel, build_model, check_fits
+from .backbone import check_fits
 from .layers import disable_dropout, fuse_activations
+from .pretrained import LMLike, PretrainedRewardModel, build_model
 
 PROBE_LENGTH = 4
 PROBE_TOLERANCE = 1e-4

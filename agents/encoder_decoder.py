@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from textenv.model_loading import n_positions
+
 from .backbone import PROBE_LENGTH, Backbone, close
 from .cache import ColumnLayer, PrefixCache
-from .language_model import LengthError
+from .interface import LengthError
 from .sequences import bucket_by_length
 
 
@@ -53,7 +55,7 @@ class Seq2SeqBackbone(Backbone):
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
         """Raise ValueError where prompts are longer than the encoder can read, or completions than the decoder."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)  # absent where positions are relative
+        limit = n_positions(self.model.config)
         if limit is None:
             return
         if n_tokens > limit:

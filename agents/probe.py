@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .language_model import LanguageModel
+from .interface import LanguageModel
 
 N_TOKENS, N_PROMPT = 4, 2
 N_LOGITS = 256  # of the vocabulary's first tokens, at each place

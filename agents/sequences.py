@@ -9,41 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textenv.episode import SEPARATOR
-
+from .observations import prompt_lengths, unpack_observations
 from .token_sets import AllowedTokens
 
 MIN_BUCKET_TOKENS = 512  # below this a forward of its own costs more than the padding it saves
 MAX_PADDING = 0.25  # the share of padding at which a bucket of similar lengths is closed
-
-
-def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens of observations without separator, and how many there are.
-
-    Args:
-        observations: (B, L): prompt, separator, tokens since, padding; see `TextEnv`.
-
-    Returns:
-        Tokens (B, L - 1), padded on the right with 0, and lengths (B,).
-
-    Raises:
-        ValueError: If they are no integers.
-    """
-    if observations.is_floating_point():
-        raise ValueError(
-            f"Expected observations of token ids, got {observations.dtype}: does a wrapper change them? VecNormalize "
-            "needs norm_obs=False."
-        )
-    observations = observations.long()
-    boundary = (observations == SEPARATOR).long().argmax(dim=1, keepdim=True)  # (B, 1)
-    columns = torch.arange(observations.shape[1] - 1, device=observations.device)[None]
-    ids = observations.gather(1, columns + (columns >= boundary).long())  # (B, L - 1)
-    return ids.clamp(min=0), (observations >= 0).sum(dim=1)
-
-
-def prompt_lengths(observations: Tensor) -> Tensor:
-    """Return how many tokens of each observation (B, L) are the prompt's, (B,): those before the separator."""
-    return (observations == SEPARATOR).long().argmax(dim=1)
 
 
 def pad_sequences(sequences: list[np.ndarray], device: torch.device | str) -> tuple[Tensor, np.ndarray]:

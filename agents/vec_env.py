@@ -19,31 +19,7 @@ from textenv.rendering import picture, render_row
 from textenv.vector import unwrap_text_env
 
 from .distributed import world
-
-
-class TerminalObservation(np.ndarray):
-    """The last observation of a truncated episode, (L,), which knows those of the lanes truncated in the same step.
-
-    Stable-Baselines3 asks for the value of one after the other; with its siblings a policy values all in one forward.
-
-    Attributes:
-        siblings: The terminal observations of that step, (K, L).
-        place: Which of them this one is.
-    """
-
-    siblings: np.ndarray
-    place: int
-
-    @classmethod
-    def of_step(cls, observations: list[np.ndarray]) -> list[TerminalObservation]:
-        """Return the terminal observations of one step, each knowing all."""
-        siblings = np.stack(observations)
-        terminal = []
-        for place, observation in enumerate(observations):
-            row = observation.view(cls)
-            row.siblings, row.place = siblings, place
-            terminal.append(row)
-        return terminal
+from .observations import TerminalObservation
 
 
 class TextVecEnv(VecEnv):

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from agents import Pretrained, RewardModelCritic
-from agents.backbone import PretrainedRewardModel, build_model
+from agents.pretrained import PretrainedRewardModel, build_model
 from tests.command import run, settings, small_model
 from tests.models import tiny
 from tests.seq2seq import tiny_seq2seq

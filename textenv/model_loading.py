@@ -128,6 +128,21 @@ def from_config(auto_class: Any, config: Any, trust_remote_code: bool = False) -
         raise refused_code(error, config.name_or_path or config.model_type) from error
 
 
+def n_positions(config: Any) -> int | None:
+    """Return how long a sequence a model can read, in tokens; None where nothing bounds it (BLOOM's ALiBi, T5).
+
+    Args:
+        config: The model's config, of transformers; of a model of text and pictures its text part counts.
+
+    Example:
+        >>> from transformers import BloomConfig, GPT2Config
+        >>> n_positions(GPT2Config(n_positions=64)), n_positions(BloomConfig())
+        (64, None)
+    """
+    # Configs of transformers map their own name, as GPT-2's `n_positions`, to this one (`attribute_map`).
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def refused_code(error: ValueError, name: object) -> ValueError:
     """Return an error of loading a model; where it asks for trust in the model's own code, with how to give it."""
     if "trust_remote_code=True" not in str(error):

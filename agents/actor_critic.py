@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .critic import TrunkCritic, ValueHead
+from .interface import LanguageModel, RowCache
 from .lagged import LaggedCopy
-from .language_model import LanguageModel
 from .memory import evaluate_in_memory
-from .row_cache import RowCache
+from .observations import prompt_lengths, unpack_observations
 from .sampling import Sampling, TokenDistribution, score_tokens
-from .sequences import Chunk, SequenceBatch, prompt_lengths, unpack_observations
+from .sequences import Chunk, SequenceBatch
 from .value_norm import ValueNorm
 
 if TYPE_CHECKING:
     from .sharding import Shards
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
+TOLERANCE = 1e-3  # nats: rounding of a log-probability in float32
+TOLERANCE_16_BIT = 0.1  # nats: half of PPO's usual clip range
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -331,3 +333,9 @@ class LMActorCritic(nn.Module):
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.backbone.device.type, dtype=self.autocast_dtype, enabled=self.autocast is not None)
+
+
+def tolerance(lm: LMActorCritic) -> float:
+    """Return by how many nats two computations of the same log-probability may differ by rounding alone."""
+    is_16_bit = lm.autocast is not None or any(weight.element_size() < 4 for weight in lm.backbone.parameters())
+    return TOLERANCE_16_BIT if is_16_bit else TOLERANCE

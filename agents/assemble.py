@@ -29,18 +29,18 @@ from textenv.tokenizer import Tokenizer
 from textenv.trust import Kind, Trust, only_with
 from textenv.vector import unwrap_text_env
 
-from .backbone import Pretrained
 from .build import make_agent, usual_learning_rate
-from .callbacks import EpisodeMetrics
 from .config import DEMO, AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrainOptions
 from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .demo import model_folder
+from .episode_metrics import EpisodeMetrics
 from .generation import no_reward
+from .interface import LengthError
 from .kl import AdaptiveCoef, KLPenalty
-from .language_model import LengthError
 from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, call, find
 from .policies import LMPolicy
+from .pretrained import Pretrained
 from .refusal import CommandError
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA, Trainable

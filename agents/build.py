@@ -12,7 +12,6 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
 from .data_parallel import DataParallel
 from .doctor import check as examine
@@ -21,6 +20,7 @@ from .groups import SampleGroups
 from .maskable import MaskableLMPolicy
 from .maskable_buffer import MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
+from .pretrained import LMLike
 from .scores import DropEpisodes, LateScores
 from .vec_env import TextVecEnv
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from textenv.model_loading import n_positions
 from textenv.printable import printable
 from textenv.templates import apply_template
 
-from .backbone import n_positions
 from .config import TrainConfig
 from .generation import USUAL_TOKENS, generate
 from .refusal import CommandError, Exit
@@ -31,7 +31,7 @@ class Talk:
 
     def __init__(self, writer: Writer, options: ChatOptions) -> None:
         self.writer, self.options = writer, options
-        self.positions = n_positions(writer.policy.backbone.model) or DEFAULT_POSITIONS
+        self.positions = n_positions(writer.policy.backbone.model.config) or DEFAULT_POSITIONS
         self.most = self._answer_length()
         self.messages: list[dict[str, str]] = []
         self.seed = options.seed

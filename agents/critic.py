@@ -1,4 +1,4 @@
-"""Critics: what estimates the return of a prefix, from the policy's hidden states or by a model of its own."""
+"""Critics: estimates of the return of a prefix, from the policy's hidden states or from a model of their own."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from transformers import PreTrainedModel
 
 from textenv.rewards.reward_stats import RewardStats
 
-from .backbone import LMLike, PretrainedRewardModel, build_model, check_fits
+from .backbone import check_fits
 from .layers import disable_dropout, fuse_activations
+from .pretrained import LMLike, PretrainedRewardModel, build_model
 
-PROBE_LENGTH = 4
-PROBE_TOLERANCE = 1e-4
+PROBE_LENGTH = 4  # tokens: the last one is changed, the hidden states of the others are compared
+PROBE_TOLERANCE = 1e-4  # float32 rounds by about 1e-6; attention to a later token changes a hidden state by far more
 
 
 class CriticSpec(Protocol):
-    """Something small that pickles and builds a critic; `policy_kwargs` hold it."""
+    """A small object that pickles and builds a critic; `policy_kwargs` hold it as `critic`."""
 
     def build(self, hidden_size: int) -> nn.Module:
-        """Return a module that maps the policy's hidden states (N, H) to values (N,), or a `TrunkCritic`."""
+        """Return a module that maps the policy's hidden states (N, hidden_size) to values (N,), or a `TrunkCritic`."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,20 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the values (N,) of hidden states (N, H), float32."""
         hidden = hidden.detach() if self.detach else hidden
-        # Under autocast some models end in 16 bits; the head's weights are float32.
+        # Under autocast the last norm of some models returns 16 bits; the head's weights are float32.
         return self.linear(hidden.to(self.linear.weight.dtype)).squeeze(-1).float()
 
 
 class TrunkCritic(ValueHead):
-    """A value head on a trunk of its own, which shares nothing with the policy.
+    """A value head on a trunk of its own, which shares no weight with the policy.
 
-    Dropout is off, and a hidden state must depend on the tokens up to its own alone; that is checked on a probe.
+    The trunk must be causal: a hidden state depends on the tokens up to its own alone. A probe tests that.
 
     Args:
-        trunk: The model without its head, causal.
+        trunk: The model without its head. Its dropout is switched off, in place.
 
     Raises:
-        ValueError: If the trunk reads tokens that come later.
+        ValueError: If a hidden state depends on later tokens.
     """
 
     def __init__(self, trunk: PreTrainedModel) -> None:
@@ -83,24 +84,24 @@ class TrunkCritic(ValueHead):
         self.trunk = trunk
 
     def check_fits(self, vocab_size: int, n_positions: int) -> None:
-        """Raise ValueError where the tokenizer has more tokens, or sequences are longer, than the trunk can read."""
+        """Raise ValueError where the trunk has fewer embedding rows or fewer positions than are asked for."""
         check_fits(self.trunk, vocab_size, n_positions)
 
     def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """Return the trunk's hidden states (N, H) at the places (rows, cols) of right-padded tokens (B, T)."""
-        return _read(self.trunk, ids)[rows, cols]
+        """Return the trunk's hidden states (N, H) at the positions (rows, cols) of right-padded tokens (B, T)."""
+        return _read(self.trunk, ids)[rows, cols]  # (N, H)
 
 
 @dataclass(frozen=True)
 class SeparateCritic:
     """A critic that is a model of its own, with a zero-initialised value head: V = 0 at the start.
 
-    The policy's trunk then follows the policy's gradient alone. The price is a second model in memory and in the
-    update. A rollout costs no forward of it: a `SequenceRolloutBuffer` has whole sequences valued at the end, one
-    forward each. (With the stock buffer each step is valued, by a forward over the whole prefix.)
+    The policy's trunk then follows the policy's gradient alone, at the cost of a second model in memory and in the
+    update. Its forwards come at the end of a rollout, where a `SequenceRolloutBuffer` has whole sequences valued, one
+    forward each. (With Stable-Baselines3's own buffer every step is valued, by a forward over the whole prefix.)
 
     Args:
-        lm: The model whose trunk it is, as for `LMPolicy`: any causal one of the policy's tokenizer.
+        lm: The model whose trunk the critic takes, as for `LMPolicy`: any causal model with the policy's tokenizer.
 
     Example:
         >>> from agents import SeparateCritic
@@ -127,19 +128,20 @@ class SeparateCritic:
 
 
 class RewardModelCritic:
-    """A critic that starts from a trained reward model: the value of a whole text is its score.
+    """A critic that starts as a trained reward model: at first, the value of a whole text is its score.
 
-    The model is what `AutoModelForSequenceClassification` loads with `num_labels=1`. Its score head becomes the value
-    head (as in Ouyang et al., 2022, section C.4), and is trained on. Otherwise as `SeparateCritic`.
+    The score head becomes the value head (as in Ouyang et al., 2022, section C.4), and both train on. Otherwise as
+    `SeparateCritic`.
 
     Args:
-        name: A name on the hub or the path of a folder.
-        normalise: Whether values are scores less their mean, over their standard deviation, as the folder's
-            `reward_stats.json` gives them: for a reward that is normalised so.
+        name: A name on the hub or the path of a folder, which `AutoModelForSequenceClassification` loads with
+            `num_labels=1`.
+        normalise: Whether values are (score - mean) / standard deviation, with both from the folder's
+            `reward_stats.json`: for a reward that is normalised in the same way.
         **kwargs: Other arguments of `from_pretrained`. `dtype` is float32 unless given.
 
     Raises:
-        FileNotFoundError: When built with `normalise=True`, if the folder has no such file.
+        FileNotFoundError: When built with `normalise=True`, if the folder has no `reward_stats.json`.
 
     Example:
         >>> from agents import RewardModelCritic
@@ -154,7 +156,7 @@ class RewardModelCritic:
         """Return the reward model's trunk, with its score head as value head.
 
         Raises:
-            ValueError: If the values of the result are not the model's scores, on a probe.
+            ValueError: If values and the model's scores differ on a probe.
         """
         model = self.model.build()
         head = score_head(model)
@@ -163,26 +165,29 @@ class RewardModelCritic:
             critic.linear.weight.copy_(head.weight)
             if head.bias is not None:
                 critic.linear.bias.copy_(head.bias)
-            ids = torch.full((1, PROBE_LENGTH), int(model.config.get_text_config().pad_token_id == 0))
+            # Any token but that of padding: transformers `modeling_layers.GenericForSequenceClassification.forward`
+            # scores the last token that is not padding.
+            ids = torch.full((1, PROBE_LENGTH), int(model.config.get_text_config().pad_token_id == 0))  # (1, T)
             score, value = model.eval()(input_ids=ids).logits[0], critic(_read(critic.trunk, ids)[:, -1])
         if not torch.allclose(score, value, atol=PROBE_TOLERANCE):
             raise ValueError(
                 f"Expected {type(model).__name__} to score a text by its last hidden state, got {float(score):.4g} "
                 f"from it and {float(value):.4g} from its head there: use SeparateCritic."
             )
-        if self.normalise and self.model.name is not None:  # else the weights to come are normalised already
+        # Unpickled, the spec has no name: the saved weights that come next are normalised already.
+        if self.normalise and self.model.name is not None:
             stats = RewardStats.load(self.model.name)
-            with torch.no_grad():
+            with torch.no_grad():  # (w x + b - mean) / std, folded into w and b
                 critic.linear.weight.div_(stats.std)
                 critic.linear.bias.sub_(stats.mean).div_(stats.std)
         return critic
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
-    """Return the linear layer by which a reward model scores a hidden state.
+    """Return the linear layer that maps a reward model's hidden state to its score.
 
     Raises:
-        ValueError: If there is not exactly one behind its trunk.
+        ValueError: If the model has not exactly one linear layer of one output beside its trunk.
     """
     heads = [child for child in model.children() if isinstance(child, nn.Linear) and child.out_features == 1]
     if len(heads) != 1:
@@ -196,13 +201,13 @@ def _read(trunk: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _probe(trunk: PreTrainedModel) -> Tensor:
-    """Return hidden states (1, T, H) of a few tokens, having checked that they do not depend on later ones."""
-    ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=trunk.device)
-    other = ids.clone()
-    other[0, -1] = 1
+    """Check that hidden states do not depend on later tokens; return those of a few tokens, (1, T, H)."""
+    ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=trunk.device)  # (1, T)
+    with_other_end = ids.clone()
+    with_other_end[0, -1] = 1
     was_training = trunk.training
     trunk.eval()
-    hidden, changed = _read(trunk, ids), _read(trunk, other)
+    hidden, changed = _read(trunk, ids), _read(trunk, with_other_end)
     trunk.train(was_training)
     if not torch.allclose(hidden[0, :-1], changed[0, :-1], atol=PROBE_TOLERANCE):
         raise ValueError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .backbone import Pretrained
 from .demo import demo_model
 from .maskable import MaskableLMPolicy
 from .policies import LMPolicy
+from .pretrained import Pretrained
 
 
 class DemoPolicy(LMPolicy):

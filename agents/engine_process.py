@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from textenv.episode import PADDING, SEPARATOR
 
 from .actor_critic import LMActorCritic
-from .backbone import PROBE_LENGTH, Backbone, LMLike, build_model
+from .backbone import PROBE_LENGTH, Backbone
 from .engine import Completion, Request, unique
+from .pretrained import LMLike, build_model
 from .sampling import Sampling
 from .wire import LOOPBACK, Wire, interruptible
 

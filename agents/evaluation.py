@@ -21,13 +21,14 @@ from textenv.rewarding import RewardFunction
 from textenv.tokenizer import Tokenizer
 
 from .actor_critic import LMActorCritic
-from .backbone import LMLike
 from .files import write_text
 from .generation import FinalStep, Generation, check_generator, env_that_fits, no_reward, run_episodes
 from .kl import KLPenalty
+from .observations import prompt_lengths, unpack_observations
 from .policies import LMPolicy
+from .pretrained import LMLike
 from .reference import build_reference, divergences
-from .sequences import SequenceBatch, prompt_lengths, unpack_observations
+from .sequences import SequenceBatch
 
 KL_ROWS = 64  # episodes whose divergence is computed together
 

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from .backbone import Backbone
 from .critic import CriticSpec, SharedCritic
-from .language_model import BackendSpec
+from .interface import BackendSpec
 from .policies import LMPolicy
 from .sampling import TokenDistribution
 from .sequences import SequenceBatch

@@ -17,7 +17,7 @@ from textenv.prompts import Prompt, PromptLike
 from textenv.tokenizer import Tokenizer
 from textenv.vector import TextVectorEnv
 
-from .language_model import LengthError
+from .interface import LengthError
 from .policies import LMPolicy
 from .vec_env import TextVecEnv
 

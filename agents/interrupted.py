@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 import safetensors.torch
 import torch
@@ -20,7 +21,7 @@ from textenv.json_files import read_json
 
 from .files import naming, write_text
 from .interrupts import Interrupts, raise_interrupt, write_line
-from .manifest import newest_intact, numbered, seal
+from .manifest import newest_intact, numbered, of_our_making, seal
 from .optim import load_optimizer, optimizer_state
 from .refusal import StageStopped, StorageError
 from .storage import explain
@@ -131,6 +132,50 @@ class States:
         if self.failure is not None:
             return StorageError(self.failure)
         return StageStopped(f"stopped after step {step}; `resume=True` goes on from there", number)
+
+
+class ResumableFit:
+    """A training by `fit` whose states wait in a folder; entered, it notes Ctrl-C, SIGTERM and SIGHUP.
+
+    Args:
+        work: The folder that `prepare` made.
+        state: What `prepare` returned: the state to go on from, or None.
+    """
+
+    def __init__(self, work: Path, state: Path | None) -> None:
+        self.states, self.state, self.asked = States(work), state, stop_requests()
+
+    def __enter__(self) -> ResumableFit:
+        self.asked.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.asked.__exit__(kind, error, traceback)
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Bring model and optimizer to the state to go on from; return the loss of each step made before."""
+        if self.state is None:
+            return []
+        with of_our_making(self.state):
+            return load_state(self.state, model, optimizer)
+
+    def after_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor], n_steps: int
+    ) -> None:
+        """Save the state where it is due or a signal came; then stop, unless that was the last step.
+
+        Raises:
+            StageStopped: After a signal, once the state is saved.
+            StorageError: If it could not be.
+        """
+        step = len(losses)
+        is_asked = self.asked.number != 0 and step < n_steps
+        if is_asked or self.states.is_due(step):
+            self.states.save(step, lambda folder: write_state(folder, model, optimizer, losses))
+        if is_asked:
+            raise self.states.stopped(step, self.asked.number)
 
 
 def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:

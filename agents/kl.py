@@ -11,11 +11,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
 from .actor_critic import LMActorCritic
-from .backbone import LMLike
 from .buffers import SequenceRolloutBuffer
 from .distributed import gather
+from .interface import version_of
 from .policies import LMPolicy
-from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of, version_of
+from .pretrained import LMLike
+from .reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
 from .rollout_steps import RolloutStep, sequence_buffer
 from .sharding import placed
 from .transitions import RolloutView
@@ -147,7 +148,7 @@ class KLPenalty(RolloutStep):
                     "Expected the reference of a model that is already trained, since its start is gone: pass "
                     "KLPenalty(coef, reference=policy.lm) with a policy that holds it, or resume from a checkpoint."
                 )
-            self._start = version_of(self.policy) if model._n_updates == 0 else None
+            self._start = version_of(self.policy.parameters()) if model._n_updates == 0 else None
         self.reference.sampling = self.policy.sampling
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
@@ -167,7 +168,7 @@ class KLPenalty(RolloutStep):
 
     def _divergence(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> np.ndarray:
         assert self.reference is not None, "set when attached"
-        if self.algorithm._n_updates == 0 and self._start == version_of(self.policy):
+        if self.algorithm._n_updates == 0 and self._start == version_of(self.policy.parameters()):
             # Two forwards of equal weights would differ by rounding, a few 1e-7 nats.
             return np.zeros(len(view.steps), dtype=np.float32)
         if self.estimator == "exact":

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .language_model import LanguageModel
+from .interface import LanguageModel
 
 
 class LaggedCopy(nn.Module):

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .actor_critic import AUTOCAST_DTYPES
-from .backbone import LMLike
 from .engine import Completion, EngineLost, Request
 from .engine_process import Setup, pack, serve, unpack
+from .pretrained import LMLike
 from .wire import LOOPBACK, Wire, interruptible
 
 GRACE = 5.0  # seconds in which the process is to end by itself

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .actor_critic import tolerance
 from .backbone import PROBE_LOGIT, PROBE_TOLERANCE, Backbone
 from .buffers import SequenceRolloutBuffer
 from .findings import Finding
 from .kl import KLPenalty
-from .patient import Patient, Sample, tolerance
+from .patient import Patient, Sample
 
 
 @torch.no_grad()

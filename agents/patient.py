@@ -17,14 +17,11 @@ from torch import Tensor
 from textenv.env import TextEnv
 from textenv.episode import PADDING, SEPARATOR
 
-from .actor_critic import LMActorCritic
 from .buffers import RolloutView, SequenceRolloutBuffer
 from .policies import LMPolicy
 
 N_STEPS = 6
 RESET_STEP = 3  # one row begins anew here, whatever it has written
-TOLERANCE = 1e-3  # nats: of a log-probability in float32
-TOLERANCE_16_BIT = 0.1  # half of PPO's usual clip range
 
 
 class Patient(NamedTuple):
@@ -42,12 +39,6 @@ class Sample(NamedTuple):
     view: RolloutView
     values: Tensor  # (N,) as collected
     log_probs: Tensor  # (N,) as collected
-
-
-def tolerance(lm: LMActorCritic) -> float:
-    """Return by how many nats two computations of one log-probability may differ."""
-    is_16_bit = lm.autocast is not None or any(weight.element_size() < 4 for weight in lm.backbone.parameters())
-    return TOLERANCE_16_BIT if is_16_bit else TOLERANCE
 
 
 def start_rows(env: TextEnv) -> list[np.ndarray]:

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .actor_critic import LMActorCritic, Step
-from .backbone import Backbone, LMLike, build_model
+from .backbone import Backbone
 from .critic import CriticSpec, SharedCritic, TrunkCritic
 from .distributed import broadcast_weights, from_main
 from .encoder_decoder import Seq2SeqBackbone
-from .language_model import BackendSpec, LanguageModel
+from .interface import BackendSpec, LanguageModel
 from .optim import scaled_optimizer
+from .pretrained import LMLike, build_model
 from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
 from .sharding import Sharded, Shards

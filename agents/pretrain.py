@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-from .interrupted import States, load_state, stop_requests, write_state
-from .manifest import of_our_making
 
 EOS_TOKEN = "</s>"
 UNKNOWN_TOKEN = "<unk>"
@@ -138,6 +134,20 @@ def pretrain(
     return float(losses[-max(1, n_steps // 10) :].mean())
 
 
+class FitRun(AbstractContextManager[object], Protocol):
+    """A training by `fit` that can be stopped and resumed; entered while it lasts. `ResumableFit` keeps it on disk."""
+
+    def load(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Bring model and optimizer to the state to go on from; return the loss of each step made before."""
+        ...
+
+    def after_step(
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[Tensor], n_steps: int
+    ) -> None:
+        """Save the state where it is due, and raise where the training is to stop; `losses` has one item a step."""
+        ...
+
+
 def fit(
     model: PreTrainedModel,
     batches: Iterator[Batch],
@@ -147,8 +157,7 @@ def fit(
     *,
     description: str,
     progress_bar: bool = True,
-    states: States | None = None,
-    state: Path | None = None,
+    run: FitRun | None = None,
 ) -> Tensor:
     """Minimise a loss, a minibatch a step: AdamW with a one-cycle schedule, gradients clipped at a norm of 1.
 
@@ -160,29 +169,21 @@ def fit(
         learning_rate: The schedule's peak.
         description: What the progress bar says.
         progress_bar: Show one.
-        states: Where the state is written every so often, and when a signal asks to stop; None notes no signals.
-        state: The one to go on from.
+        run: Saves the state every so often and stops after a signal; None does neither.
 
     Returns:
         The loss of each step, (n_steps,).
-
-    Raises:
-        StageStopped: With `states`, after a signal, once the state is saved.
-        StorageError: If it could not be.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     rising = 0.2 if n_steps == 10 else 0.1  # a tenth of 10 steps has no length, by which torch divides
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=rising)
-    seen: list[Tensor] = []
-    if state is not None:
-        with of_our_making(state):
-            seen = load_state(state, model, optimizer)
+    seen = [] if run is None else run.load(model, optimizer)
+    if seen:
         schedule.load_state_dict({"last_epoch": len(seen), "_step_count": len(seen) + 1})
-    asked = stop_requests()
     model.train()
     with (
-        nullcontext() if states is None else asked,
+        nullcontext() if run is None else run,
         tqdm(total=n_steps, initial=len(seen), desc=description, disable=not progress_bar, unit="step") as bar,
     ):
         for batch in islice(batches, len(seen), n_steps):
@@ -196,11 +197,8 @@ def fit(
             bar.update()
             if len(seen) % 20 == 0:
                 bar.set_postfix(loss=f"{float(seen[-1]):.3f}")
-            is_asked = asked.number != 0 and len(seen) < n_steps
-            if states is not None and (is_asked or states.is_due(len(seen))):
-                states.save(len(seen), lambda folder: write_state(folder, model, optimizer, seen))
-            if states is not None and is_asked:
-                raise states.stopped(len(seen), asked.number)
+            if run is not None:
+                run.after_step(model, optimizer, seen, n_steps)
     model.eval()
     return torch.stack(seen)
 

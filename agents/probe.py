@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .language_model import LanguageModel
+from .interface import LanguageModel
 
 N_TOKENS, N_PROMPT = 4, 2  # a prompt and a completion of two tokens each: one forward of a few tokens
 N_LOGITS = 256  # of the vocabulary's first tokens, at each position: enough to differ, and a few kB on the disk

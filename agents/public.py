@@ -1,11 +1,10 @@
 """The public names of the package, in one place."""
 
 from . import doctor, sft
-from .backbone import Pretrained
 from .buffers import SequenceRolloutBuffer
 from .build import make_agent
-from .callbacks import Checkpoints, EpisodeMetrics, RewardCurves, SampleTable, sample_table
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoints_callback import Checkpoints
 from .config import (
     AlgorithmConfig,
     EnvConfig,
@@ -21,6 +20,7 @@ from .critic_warmup import CriticWarmup
 from .data_parallel import DataParallel
 from .engine import EngineLost, RolloutEngine
 from .engine_rollouts import EngineRollouts
+from .episode_metrics import EpisodeMetrics
 from .evaluation import Evaluation, evaluate
 from .evaluation_callback import Evaluate
 from .exporting import export
@@ -36,8 +36,11 @@ from .maskable import MaskableLMPolicy
 from .maskable_buffer import MaskableSequenceRolloutBuffer
 from .policies import LMPolicy
 from .preferences import Labelled, Ranking, hh_pairs
+from .pretrained import Pretrained
+from .reward_curves import RewardCurves
 from .reward_model import score_texts, train_reward_model
 from .rollout_steps import RolloutStep
+from .sample_table import SampleTable, sample_table
 from .sb3_zip import load_sb3_zip
 from .scores import DropEpisodes, LateScores
 from .shaping import RewardShaping

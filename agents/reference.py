@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .actor_critic import LMActorCritic
-from .backbone import Backbone, LMLike, build_model
+from .backbone import Backbone
 from .distributed import broadcast_weights
 from .encoder_decoder import Seq2SeqBackbone
-from .language_model import BackendSpec, LanguageModel
+from .interface import BackendSpec, LanguageModel
+from .pretrained import LMLike, build_model
 from .sequences import Chunk, SequenceBatch
 from .sharding import Shards, gathered
 from .trainable import adapted_layers, adapters_off
@@ -47,11 +48,6 @@ def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMAc
     if lm.lagged is not None:
         memo[id(lm.lagged)] = None  # the lagged copy is for sampling, and a reference samples nothing
     return copy.deepcopy(lm, memo | {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()
-
-
-def version_of(policy: LMActorCritic) -> int:
-    """Return a number that changes when weights are written in place, except by the steps of a fused optimizer."""
-    return sum(weight._version for weight in policy.parameters())
 
 
 def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMActorCritic:

@@ -20,17 +20,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from textenv.model_loading import from_config
+from textenv.model_loading import from_config, n_positions
 from textenv.rewards.reward_stats import RewardStats
 from textenv.tokenizer import Tokenizer
 
-from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, n_positions
+from .backbone import check_fits
 from .critic import TrunkCritic, score_head
-from .interrupted import States, origin, prepare, work_folder
+from .interrupted import ResumableFit, origin, prepare, work_folder
 from .layers import disable_dropout
 from .output_folders import check_output, output_folder
 from .preferences import Labelled, Ranking, encode_texts
 from .pretrain import fit, similar_lengths
+from .pretrained import LMLike, LMSpec, PretrainedRewardModel
 from .reward_figures import RewardFigures, figures
 
 Loss: TypeAlias = Literal["last", "tokens"]
@@ -117,7 +118,7 @@ def train_reward_model(
         raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
     _check_data("data", data)
     model = build_reward_model(lm, seed)
-    limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
+    limit = max_tokens or n_positions(model.config) or DEFAULT_MAX_TOKENS
     check_fits(model, len(tokenizer), limit, "lower max_tokens")
     _set_special_tokens(model, tokenizer)
     examples = [_encode(tokenizer, example, limit) for example in data]
@@ -139,8 +140,7 @@ def train_reward_model(
         learning_rate,
         description="reward model",
         progress_bar=progress_bar,
-        states=States(work),
-        state=state,
+        run=ResumableFit(work, state),
     )
     scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
     stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))
@@ -186,7 +186,7 @@ def score_texts(
         texts: The texts, prompt included.
         batch_size: Texts of a forward.
     """
-    limit = n_positions(model) or DEFAULT_MAX_TOKENS
+    limit = n_positions(model.config) or DEFAULT_MAX_TOKENS
     was_training = model.training
     model.eval()
     scores = _scores(

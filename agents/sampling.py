@@ -1,4 +1,4 @@
-"""The one distribution over the next token: tokens are sampled from it and scored under it."""
+"""The distribution over the next token: the one that rollouts sample from and that updates score under."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-FORBIDDEN = -1e30  # a logit whose probability is 0, and whose products with 0 are 0
+FORBIDDEN = -1e30  # a logit of probability 0; unlike -inf, times 0 it is 0, as entropies need
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How logits become the distribution that tokens are sampled from and scored under.
 
-    In this order: repetition penalty, temperature, the env's mask, top-k, top-p, min-p. Those that choose tokens
-    (`has_support`) are decided when a token is sampled; the choice is stored with it and used again when it is scored,
-    so that the ratio of an unchanged policy is 1 (invariant A3). Needs a `SequenceRolloutBuffer` then.
+    In this order: repetition penalty, temperature, the env's mask, top-k, top-p, min-p. The last three choose the
+    tokens that can be sampled (`has_support`). Their choice is made when a token is sampled, stored with it and used
+    again when it is scored, so that the probability ratio of an unchanged policy is 1. That needs a
+    `SequenceRolloutBuffer`.
 
     Args:
         temperature: Divides the logits.
-        top_k: Keep the so many most probable tokens, and those equal to the last of them.
-        top_p: Keep the most probable tokens until their probabilities sum up to this (Holtzman et al., 2020).
+        top_k: Keep the k most probable tokens, and any as probable as the last of them.
+        top_p: Keep the most probable tokens until their probabilities sum to this (Holtzman et al., 2020, section 3.1).
         min_p: Keep tokens of at least this share of the largest probability (Nguyen et al., 2024).
-        repetition_penalty: Divides positive, multiplies negative logits of the tokens that are already in the row,
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that are already in the row,
             prompt included (Keskar et al., 2019, section 4.1).
-        top_p_lag: Take the tokens of `top_p` from a copy of the policy that is renewed after so many updates: the mask
+        top_p_lag: Take the tokens of `top_p` from a copy of the policy that is renewed every so many updates: the mask
             of NLPO (Ramamurthy et al., 2022, algorithm 1).
 
     Raises:
@@ -64,7 +65,7 @@ class Sampling:
 
     @property
     def has_support(self) -> bool:
-        """Whether some tokens are left out, so that what was chosen must be stored."""
+        """Whether top-k, top-p or min-p leave tokens out, so that the choice must be stored with each transition."""
         return self.top_k is not None or self.top_p is not None or self.min_p is not None
 
     def adjust(self, logits: Tensor, tokens: Callable[[], Tensor], counts: Tensor) -> Tensor:
@@ -72,38 +73,38 @@ class Sampling:
 
         Args:
             logits: (N, V).
-            tokens: Gives the row of each transition, (N, T); called only where it is needed.
-            counts: How many of them come before it, (N,).
+            tokens: Returns the row of each transition, (N, T); called only if there is a repetition penalty.
+            counts: How many tokens of its row each transition comes after, (N,).
         """
         logits = logits.float()
         if self.repetition_penalty != 1:
             ids = tokens()
             before = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]  # (N, T)
             counted = torch.zeros_like(logits).scatter_add_(1, ids, before.to(logits.dtype))  # (N, V)
-            seen = counted > 0
+            seen = counted > 0  # (N, V)
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
         return logits if self.temperature == 1 else logits / self.temperature
 
     def support(self, logits: Tensor, allowed: Tensor | None = None, lagged: Tensor | None = None) -> Tensor | None:
-        """Return which tokens are sampled from, (B, V) bool; None where all are.
+        """Return the tokens that can be sampled, (B, V) bool; None where all can.
 
         Args:
-            logits: Adjusted, (B, V).
-            allowed: The env's mask, (B, V) bool.
-            lagged: Adjusted logits of the lagged copy, (B, V), where `top_p_lag` is given.
+            logits: What `adjust` returned, (B, V).
+            allowed: The env's mask, (B, V) bool; None allows all.
+            lagged: The same of the lagged copy, (B, V); given with `top_p_lag`.
         """
         if not self.has_support:
             return allowed
         logits = _masked(logits, allowed)
         support = torch.ones_like(logits, dtype=torch.bool) if allowed is None else allowed
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            support = support & (logits >= logits.topk(self.top_k, dim=-1).values[:, -1:])
+            support = support & (logits >= logits.topk(self.top_k, dim=-1).values[:, -1:])  # the k-th largest, (B, 1)
         if self.top_p is not None:
             support = support & _nucleus(_masked(logits if lagged is None else lagged, support), self.top_p)
         if self.min_p is not None:
-            kept = _masked(logits, support).softmax(dim=-1)
-            support = support & (kept >= self.min_p * kept.amax(dim=-1, keepdim=True))
+            probabilities = _masked(logits, support).softmax(dim=-1)  # (B, V)
+            support = support & (probabilities >= self.min_p * probabilities.amax(dim=-1, keepdim=True))
         return support
 
 
@@ -112,23 +113,23 @@ def _masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Return the smallest set of most probable tokens whose probabilities sum up to `top_p`, (B, V) bool."""
+    """Return the fewest most probable tokens whose probabilities sum to at least `top_p`, (B, V) bool."""
     probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probabilities.cumsum(dim=-1) - probabilities  # of the more probable ones
+    before = probabilities.cumsum(dim=-1) - probabilities  # (B, V): the sum over the tokens that are more probable
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before < top_p)
 
 
 class TokenDistribution:
-    """softmax over the allowed part of the vocabulary, in float32 whatever the logits are.
+    """The softmax over the allowed part of the vocabulary, in float32 whatever the type of the logits.
 
-    It has the members of Stable-Baselines3's `Distribution` that actor-critic algorithms use.
+    It has the members of Stable-Baselines3's `common.distributions.Distribution` that actor-critic algorithms use.
 
     Args:
-        logits: (N, V), as `Sampling.adjust` gives them in rollout, update and reference alike (invariant A2).
-        allowed: The tokens with a probability, (N, V) bool; None allows all. The others have exactly 0.
+        logits: (N, V), as `Sampling.adjust` returns them: in rollout, update and reference alike.
+        allowed: The tokens with a probability, (N, V) bool; None allows all. The others have probability 0 exactly.
 
     Attributes:
-        log_probabilities: (N, V) float32; about -1e30 where not allowed.
+        log_probabilities: (N, V) float32, in nats; about -1e30 where not allowed.
 
     Example:
         >>> import torch
@@ -148,15 +149,16 @@ class TokenDistribution:
         Exact, and about ten times faster on a CPU than `torch.multinomial`. A token of probability 0 is never drawn.
 
         Args:
-            generator: Where the uniform numbers come from; it lives on the CPU, so that all devices draw the same.
+            generator: The source of the uniform numbers, on the CPU, so that every device draws the same tokens.
         """
         probabilities = _probabilities(self.log_probabilities, self.is_masked)
         cumulative = probabilities.cumsum(dim=-1)  # (N, V)
         total = cumulative[:, -1:]
         uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device)  # (N, 1)
-        draw = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
+        # `uniform` is below 1, but its product with the total may round up to the total, beyond which no token is.
+        draw = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))  # (N, 1)
         tokens = torch.searchsorted(cumulative, draw, right=True)  # (N, 1)
-        # A sum in parallel, unlike a CPU's, may rise by rounding where a forbidden token adds nothing.
+        # A GPU sums in parallel: unlike on a CPU, the sum may rise by rounding at a token of probability 0.
         if self.is_masked and not cumulative.is_cpu:
             tokens = torch.where(probabilities.gather(-1, tokens) > 0, tokens, self.mode()[:, None])
         return tokens.squeeze(-1)
@@ -179,7 +181,7 @@ class TokenDistribution:
 
     @property
     def distribution(self) -> Categorical:
-        """The same as a torch distribution, as SB3's `CategoricalDistribution.distribution`."""
+        """The same as a distribution of torch, under the name that SB3's `CategoricalDistribution` has it by."""
         return Categorical(logits=self.log_probabilities)
 
 
@@ -187,8 +189,8 @@ def score_tokens(logits: Tensor, actions: Tensor, allowed: Tensor | None = None)
     """Return log-probabilities and entropies of `TokenDistribution(logits, allowed)`, with a lean backward.
 
     The same numbers and gradients in about half the passes over the vocabulary: one tensor of (N, V) is kept for the
-    backward, and the gradient of both is written in one expression. It has no second derivative, and says so when
-    asked for one; `TokenDistribution` has.
+    backward, and the gradients of both results are computed together. There is no second derivative: asking for one
+    raises RuntimeError; `TokenDistribution` has it.
 
     Args:
         logits: (N, V).
@@ -197,12 +199,21 @@ def score_tokens(logits: Tensor, actions: Tensor, allowed: Tensor | None = None)
 
     Returns:
         Log-probabilities and entropies, (N,) float32, in nats.
+
+    Example:
+        >>> import torch
+        >>> from agents.sampling import score_tokens
+        >>> log_probs, entropies = score_tokens(torch.zeros(1, 4), torch.tensor([2]))
+        >>> round(float(log_probs), 3), round(float(entropies), 3)  # -log 4 and log 4
+        (-1.386, 1.386)
     """
     log_probs, entropies = _ScoreTokens.apply(logits, actions, allowed)
     return log_probs, entropies
 
 
 class _ScoreTokens(torch.autograd.Function):
+    """The log-probability of a token and the entropy, with the backward of both written out."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, actions: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         log_probabilities = _log_softmax(logits, allowed)  # (N, V)
@@ -214,7 +225,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # what is saved is no input: a second derivative would be wrong in silence
+        if torch.is_grad_enabled():  # the saved tensors are no inputs: a second derivative would silently be wrong
             raise RuntimeError(
                 "Expected to differentiate `score_tokens` once, got create_graph=True: for second derivatives take "
                 "log-probabilities from get_distribution (TRPO with FlatLMPolicy does)."
@@ -222,8 +233,8 @@ class _ScoreTokens(torch.autograd.Function):
         by_log_prob, by_entropy = gradients  # (N,), (N,)
         log_probabilities, actions, entropies = ctx.saved_tensors
         # d log p(a) / d logits = onehot(a) - p;  d H / d logits = -p (log p + H)
-        constant = by_log_prob + by_entropy * entropies
-        result = torch.addcmul(-constant[:, None], log_probabilities, by_entropy[:, None], value=-1)
+        constant = by_log_prob + by_entropy * entropies  # (N,): the factor of -p
+        result = torch.addcmul(-constant[:, None], log_probabilities, by_entropy[:, None], value=-1)  # (N, V)
         result *= _probabilities(log_probabilities, ctx.is_masked)
         result.scatter_add_(-1, actions[:, None], by_log_prob[:, None])
         return result.to(ctx.dtype), None, None
@@ -234,5 +245,5 @@ def _log_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def _probabilities(log_probabilities: Tensor, is_masked: bool) -> Tensor:
-    # On a CPU `exp` is several times slower where it underflows, as it does for all that is forbidden.
+    # On a CPU `exp` is several times slower where it underflows, as at every token that is not allowed.
     return log_probabilities.softmax(dim=-1) if is_masked else log_probabilities.exp()

@@ -1,4 +1,4 @@
-"""Whole sequences with the places where the policy acted: what the update reads in one forward a sequence."""
+"""Batches of whole sequences with the positions at which the policy acted: an update reads each in one forward."""
 
 from __future__ import annotations
 
@@ -9,41 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textenv.episode import SEPARATOR
-
+from .observations import prompt_lengths, unpack_observations
 from .token_sets import AllowedTokens
 
-MIN_BUCKET_TOKENS = 512  # below this a forward of its own costs more than the padding it saves
-MAX_PADDING = 0.25  # the share of padding at which a bucket of similar lengths is closed
-
-
-def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens of observations without separator, and how many there are.
-
-    Args:
-        observations: (B, L): prompt, separator, tokens since, padding; see `TextEnv`.
-
-    Returns:
-        Tokens (B, L - 1), padded on the right with 0, and lengths (B,).
-
-    Raises:
-        ValueError: If they are no integers.
-    """
-    if observations.is_floating_point():
-        raise ValueError(
-            f"Expected observations of token ids, got {observations.dtype}: does a wrapper change them? VecNormalize "
-            "needs norm_obs=False."
-        )
-    observations = observations.long()
-    boundary = (observations == SEPARATOR).long().argmax(dim=1, keepdim=True)  # (B, 1)
-    columns = torch.arange(observations.shape[1] - 1, device=observations.device)[None]
-    ids = observations.gather(1, columns + (columns >= boundary).long())  # (B, L - 1)
-    return ids.clamp(min=0), (observations >= 0).sum(dim=1)
-
-
-def prompt_lengths(observations: Tensor) -> Tensor:
-    """Return how many tokens of each observation (B, L) are the prompt's, (B,): those before the separator."""
-    return (observations == SEPARATOR).long().argmax(dim=1)
+MIN_BUCKET_TOKENS = 512  # in fewer tokens, a forward more costs more time than the padding that it saves
+MAX_PADDING = 0.25  # the largest share of padding in a group of similar lengths, where it has more tokens than that
 
 
 def pad_sequences(sequences: list[np.ndarray], device: torch.device | str) -> tuple[Tensor, np.ndarray]:
@@ -56,34 +26,41 @@ def pad_sequences(sequences: list[np.ndarray], device: torch.device | str) -> tu
 
 
 class Chunk(NamedTuple):
-    """A part of a batch that is read in one forward."""
+    """The sequences of a batch that are read in one forward, and the transitions in them."""
 
     ids: Tensor  # (S, T), padded on the right
-    rows: Tensor  # (N,) of the chunk
-    cols: Tensor  # (N,)
-    transitions: np.ndarray  # (N,) which transitions of the batch these are
-    allowed: AllowedTokens | None = None  # of these transitions
-    n_prompt: Tensor | None = None  # (S,) how many tokens of each sequence are the prompt's, where known
+    rows: Tensor  # (N,): the sequence of each transition, by its row in `ids`
+    cols: Tensor  # (N,): the column after which each transition acted
+    transitions: np.ndarray  # (N,): the index of each transition in the batch
+    allowed: AllowedTokens | None = None  # the tokens that each transition could sample
+    n_prompt: Tensor | None = None  # (S,): how many tokens of each sequence are the prompt's
 
 
 class SequenceBatch:
-    """Sequences and the transitions in them; stands where Stable-Baselines3 passes `observations`.
+    """Sequences and the transitions in them; it takes the place of `observations` in Stable-Baselines3's samples.
 
-    Algorithms hand it to the policy without looking inside. `batch[::2]` keeps every other transition (TRPO does so).
+    SB3's `ppo.PPO.train` and its like pass `rollout_data.observations` to `policy.evaluate_actions` without looking
+    inside. sb3-contrib's TRPO slices it: `batch[::2]` keeps every other transition.
 
     Args:
         tokens: (S, T), padded on the right.
         lengths: How many tokens of each sequence are real, (S,), on the host.
-        rows: Which sequence each transition is in, (N,), on the host.
-        cols: The column after which it acted: its logits and value are read there, (N,), on the host.
-        micro_batch_tokens: The most tokens, padding included, of one forward; None for no bound. With a bound the
-            forwards are repeated in the backward, which halves the memory and changes nothing else.
-        allowed: Which tokens each transition was sampled from; None where all were.
+        rows: The sequence of each transition, (N,), on the host.
+        cols: The column after which each transition acted, where its logits and value are read, (N,), on the host.
+        micro_batch_tokens: The most tokens of one forward, padding included; None sets no bound. With a bound the
+            backward repeats each forward, which halves the memory and changes nothing else.
+        allowed: The tokens that each transition could sample; None where all could be.
         n_prompt: How many tokens of each sequence are the prompt's, (S,), on the host; an encoder-decoder needs it.
 
     Attributes:
         share: The weight of a minibatch's losses where several processes train (see `SharedGradient`), else None.
-        old_log_probs: The log-probabilities that its actions were sampled with, (N,), where there are several.
+        old_log_probs: The log-probabilities that the actions were sampled with, (N,), where several processes train.
+
+    Example:
+        >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 0]])
+        >>> batch = SequenceBatch(tokens, np.array([3, 2]), rows=np.array([0, 0, 1]), cols=np.array([1, 2, 1]))
+        >>> len(batch), [chunk.ids.shape for chunk in batch.chunks()]
+        (3, [torch.Size([2, 3])])
     """
 
     share: float | None = None
@@ -109,7 +86,7 @@ class SequenceBatch:
 
     @classmethod
     def from_observations(cls, observations: Tensor) -> SequenceBatch:
-        """Return a batch with one transition an observation: how the stock buffer's samples are read."""
+        """Return a batch of one transition for each observation, (B, L): how samples of SB3's own buffer are read."""
         ids, lengths = unpack_observations(observations)
         counts = lengths.cpu().numpy()
         rows, cols = np.arange(len(counts)), np.maximum(counts - 1, 0)
@@ -120,39 +97,43 @@ class SequenceBatch:
         """Return the number of transitions."""
         return len(self.rows)
 
-    def __getitem__(self, places: slice | np.ndarray) -> SequenceBatch:
-        """Return a batch with some of the transitions."""
-        allowed = None if self.allowed is None else self.allowed[places]
-        rows, cols = self.rows[places], self.cols[places]
+    def __getitem__(self, index: slice | np.ndarray) -> SequenceBatch:
+        """Return a batch of the same sequences with some of the transitions."""
+        allowed = None if self.allowed is None else self.allowed[index]
+        rows, cols = self.rows[index], self.cols[index]
         return SequenceBatch(self.tokens, self.lengths, rows, cols, self.micro_batch_tokens, allowed, self.n_prompt)
 
     def of_sequences(self, sequences: np.ndarray) -> tuple[SequenceBatch, np.ndarray]:
-        """Return a batch of some sequences, given in order, and the places of their transitions in this one."""
-        places = np.flatnonzero(np.isin(self.rows, sequences))
-        part, lengths = self[places], self.lengths[sequences]
-        part.tokens = self.tokens[torch.as_tensor(sequences, device=self.tokens.device), : lengths.max()]
-        part.lengths, part.rows = lengths, np.searchsorted(sequences, part.rows)
-        part.n_prompt = None if self.n_prompt is None else self.n_prompt[sequences]
-        return part, places
-
-    def chunks(self, most_tokens: int | None = None) -> Iterator[Chunk]:
-        """Yield the batch in parts of similar length, so that little padding is read.
+        """Return a batch of some sequences, and the indices of their transitions in this batch, (n,).
 
         Args:
-            most_tokens: The most tokens of a part, where that is fewer than `micro_batch_tokens`.
+            sequences: The indices of the sequences, (s,), in ascending order.
+        """
+        transitions = np.flatnonzero(np.isin(self.rows, sequences))
+        batch, lengths = self[transitions], self.lengths[sequences]
+        batch.tokens = self.tokens[torch.as_tensor(sequences, device=self.tokens.device), : lengths.max()]  # (s, t)
+        batch.lengths, batch.rows = lengths, np.searchsorted(sequences, batch.rows)
+        batch.n_prompt = None if self.n_prompt is None else self.n_prompt[sequences]
+        return batch, transitions
+
+    def chunks(self, most_tokens: int | None = None) -> Iterator[Chunk]:
+        """Yield the batch in chunks of similar length, so that little padding is read.
+
+        Args:
+            most_tokens: The most tokens of a chunk, padding included, where that is less than `micro_batch_tokens`.
         """
         device = self.tokens.device
         bounds = [bound for bound in (self.micro_batch_tokens, most_tokens) if bound is not None]
         for sequences in bucket_by_length(self.lengths, min(bounds, default=None)):
-            local = np.full(len(self.lengths), -1)
-            local[sequences] = np.arange(len(sequences))
-            transitions = np.flatnonzero(local[self.rows] >= 0)
+            row_in_chunk = np.full(len(self.lengths), -1)  # (S,): -1 where the sequence is in another chunk
+            row_in_chunk[sequences] = np.arange(len(sequences))
+            transitions = np.flatnonzero(row_in_chunk[self.rows] >= 0)
             if len(transitions) == 0:
                 continue
             width = int(self.lengths[sequences].max())
             yield Chunk(
                 self.tokens[torch.as_tensor(sequences, device=device), :width],
-                torch.as_tensor(local[self.rows[transitions]], device=device),
+                torch.as_tensor(row_in_chunk[self.rows[transitions]], device=device),
                 torch.as_tensor(self.cols[transitions], device=device),
                 transitions,
                 None if self.allowed is None else self.allowed[transitions],
@@ -161,23 +142,28 @@ class SequenceBatch:
 
 
 def bucket_by_length(lengths: np.ndarray, max_tokens: int | None = None) -> Iterator[np.ndarray]:
-    """Yield the places of sequences in groups of similar length, the longest first.
+    """Yield the indices of sequences in groups of similar length, the longest first.
 
     Args:
         lengths: Tokens of each sequence, (S,).
-        max_tokens: The most tokens of a group, padding included; a longer sequence stands alone. None for no bound.
+        max_tokens: The most tokens of a group, padding included; a longer sequence is a group by itself. None sets no
+            bound.
+
+    Example:
+        >>> [group.tolist() for group in bucket_by_length(np.array([100, 900, 90]))]
+        [[1], [0, 2]]
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
         width = max(int(lengths[order[start]]), 1)
-        end, real = start, 0
+        end, n_real = start, 0
         while end < len(order):
-            padded = (end + 1 - start) * width
-            real += int(lengths[order[end]])
-            if end > start and max_tokens is not None and padded > max_tokens:
+            n_padded = (end + 1 - start) * width
+            n_real += int(lengths[order[end]])
+            if end > start and max_tokens is not None and n_padded > max_tokens:
                 break
-            if padded > MIN_BUCKET_TOKENS and real < (1 - MAX_PADDING) * padded:
+            if n_padded > MIN_BUCKET_TOKENS and n_real < (1 - MAX_PADDING) * n_padded:
                 break
             end += 1
         yield order[start:end]

@@ -18,14 +18,15 @@ from transformers import (
 )
 
 from textenv.extras import check_extra
-from textenv.model_loading import from_pretrained
+from textenv.model_loading import from_pretrained, n_positions
 from textenv.tokenizer import Tokenizer
 
-from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
+from .backbone import PROBE_LENGTH, check_fits, close
 from .demo import model_folder
 from .interrupted import origin, prepare, work_folder
 from .output_folders import check_output, output_folder
 from .pretrain import IGNORED, bpe_tokenizer
+from .pretrained import LMLike, build_model
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
 from .trainer_guard import random_state_kept
 
@@ -133,7 +134,7 @@ def tune(
         lm, tokenizer = _with_tokenizer(lm, tokenizer, data)
         model = build_model(lm)
         _check_model(model, packing)
-        limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
+        limit = max_tokens or n_positions(model.config) or DEFAULT_MAX_TOKENS
         check_fits(model, len(tokenizer), limit, "lower max_tokens")
         end = cast("int", tokenizer.eos_token_id)
         rows, tests = (

@@ -1,4 +1,4 @@
-"""What is trained of a language model: all of it, its head, its last layers, or adapters beside it."""
+"""The trainable weights of a language model: all of them, the head, the last layers, or LoRA adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from textenv.extras import needs
 
-ADAPTER = "default"
+ADAPTER = "default"  # the name that peft gives an adapter which nobody names
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LastLayers:
     """Train the last `n` transformer layers; embeddings, the layers below, the final norm and the head stay frozen.
 
     Args:
-        n: How many layers.
+        n: How many layers; at most as many as the model has.
 
     Raises:
         ValueError: If `n` is not positive.
@@ -44,14 +44,14 @@ class LastLayers:
 class LoRA:
     """Train low-rank adapters beside the frozen weights: W + alpha / r * B A (Hu et al., 2021, section 4.1).
 
-    B starts at zero, so that the policy starts as the model is. Adapters have no dropout and are float32, whatever
-    the frozen weights are. Needs peft: `pip install "textenv[lora]"`.
+    B starts at zero, so that the policy starts as the model itself. Adapters have no dropout and are float32, whatever
+    the type of the frozen weights. Needs peft: `pip install "textenv[lora]"`.
 
     Args:
         r: The rank of A and B.
-        alpha: The scale, in units of 1 / r.
-        target_modules: Ends of the names of the linear layers that get an adapter; by default all of them but the
-            head (Dettmers et al., 2023, section 4).
+        alpha: The numerator of the scale alpha / r.
+        target_modules: How the names of the linear layers end that get an adapter, as `["q_proj", "v_proj"]`; by
+            default all of them but the head (Dettmers et al., 2023, section 4).
 
     Raises:
         ImportError: When built without peft.
@@ -71,15 +71,24 @@ Trainable: TypeAlias = Literal["all", "head"] | LastLayers | LoRA
 
 
 def set_trainable(model: PreTrainedModel, train: Trainable | None) -> None:
-    """Freeze what is not trained, and add the adapters of LoRA.
+    """Freeze the weights that are not trained, and add the adapters of LoRA.
 
     Args:
         model: The language model; changed in place.
-        train: What to train. "head" is the output embeddings: where they are tied, the input embeddings too, which
-            are the same tensor. None freezes everything.
+        train: What to train. "head" is the output embedding, and where the two are tied, the input embedding with it:
+            they are one tensor. None freezes everything.
 
     Raises:
-        ValueError: If `train` is something else, or the model has fewer layers.
+        ValueError: If `train` is anything else, or the model has fewer layers than `LastLayers` asks for.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from agents import LastLayers
+        >>> from agents.trainable import set_trainable
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=40))
+        >>> set_trainable(model, LastLayers(1))
+        >>> sorted({name.split(".")[2] for name, weight in model.named_parameters() if weight.requires_grad})
+        ['1']
     """
     if isinstance(train, str) and train == "all":
         return
@@ -99,12 +108,17 @@ def set_trainable(model: PreTrainedModel, train: Trainable | None) -> None:
 
 
 def is_placed(model: PreTrainedModel) -> bool:
-    """Whether transformers has dispatched or quantised the weights, which then stay where it put them."""
+    """Return whether a device map or a quantiser has placed the weights, which must then stay where they are.
+
+    transformers' `modeling_utils.PreTrainedModel.from_pretrained` sets `hf_quantizer`, accelerate's `dispatch_model`
+    `hf_device_map`, as plain attributes.
+    """
     return not vars(model).keys().isdisjoint(("hf_quantizer", "hf_device_map"))
 
 
 def check_in_memory(model: PreTrainedModel) -> None:
-    """Raise ValueError where a device map has offloaded what is trained: no optimizer would reach it."""
+    """Raise ValueError where a device map has offloaded a weight that is trained: no optimizer would reach it."""
+    # accelerate's `AlignDevicesHook` leaves an offloaded weight on the "meta" device, which holds no data.
     away = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.is_meta]
     if away:
         raise ValueError(
@@ -114,36 +128,40 @@ def check_in_memory(model: PreTrainedModel) -> None:
 
 
 def transformer_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """Return the layers of a model, the lowest first."""
+    """Return the transformer layers of a model, the lowest first."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Compute each layer's activations again in the backward pass, in training mode, instead of keeping them.
+    """Switch on activation checkpointing: in training mode, the backward pass recomputes each layer's activations.
 
     Raises:
-        ValueError: From transformers, if the model cannot.
+        ValueError: From transformers, if the model does not support it.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # renamed in 5.23; the new name is not in 5.10
+        warnings.simplefilter("ignore", FutureWarning)  # transformers renamed it in 5.23; 5.10 lacks the new name
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Wanted by re-entrant checkpoints only; it would carry the backward pass through all frozen layers.
+    # `PreTrainedModel._activation_checkpointing_enable` has also made the output of the input embeddings require a
+    # gradient. Only re-entrant checkpoints need that; it would carry the backward pass through all frozen layers.
     model.disable_input_require_grads()
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether layers drop cached keys and values in training mode, as they do to compute activations again."""
+    """Return whether activation checkpointing is on: in training mode such layers then drop cached keys and values.
+
+    transformers' `modeling_layers.GradientCheckpointingLayer` replaces `past_key_values` by None there.
+    """
     return any(layer.gradient_checkpointing for layer in transformer_layers(model))
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the modules with an adapter, by name; none where the model has no LoRA."""
+    """Return the modules that have an adapter, by name; none where the model has no LoRA."""
     return {name: module for name, module in model.named_modules() if "lora_A" in dict(module.named_children())}
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the model without its adapters: as it was before any training."""
+    """Within it, the model computes without its adapters: as it was before any training."""
     layers = adapted_layers(model).values()
     for layer in layers:
         layer.enable_adapters(False)
@@ -155,10 +173,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights of a model as one without adapters has them: W + alpha / r * B A, in new tensors.
+    """Return the state dict of the same model without LoRA: W + alpha / r * B A, in new tensors, under W's own name.
 
     Raises:
-        ValueError: If the frozen weights are quantised, which nothing can be added to.
+        ValueError: If the frozen weights are quantised: adapters cannot be added to integers.
     """
     weights = model.state_dict()
     for name, layer in adapted_layers(model).items():
@@ -171,13 +189,14 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _add_adapters(model: PreTrainedModel, train: LoRA) -> None:
+    """Inject adapters in place: the model keeps its class, unlike with peft's `get_peft_model`, which wraps it."""
     with needs("lora", "peft", str(train)):
         from peft import LoraConfig, inject_adapter_in_model
     targets = "all-linear" if train.target_modules is None else list(train.target_modules)
     config = LoraConfig(r=train.r, lora_alpha=train.alpha, target_modules=targets, lora_dropout=0.0)  # type: ignore[arg-type]
     embedding = model.get_input_embeddings().weight
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # which peft then does: GPT-2's are transposed
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # peft says that it handles GPT-2's transposed W
         inject_adapter_in_model(config, model, ADAPTER)
     for name, layer in adapted_layers(model).items():
         if layer.get_base_layer().weight is embedding:
@@ -187,4 +206,4 @@ def _add_adapters(model: PreTrainedModel, train: LoRA) -> None:
             )
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.to(torch.float32)  # peft follows the frozen weights' type
+            weight.data = weight.data.to(torch.float32)  # peft makes adapters in the frozen weights' type

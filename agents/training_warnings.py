@@ -12,8 +12,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from textenv.episode import EndReason
 
+from .actor_critic import tolerance
 from .buffers import SequenceRolloutBuffer
-from .patient import tolerance
 from .policies import LMPolicy
 from .reward_share import RewardShare
 from .rollout_steps import remember, sequence_buffer, text_vec_env

@@ -18,8 +18,9 @@ from textenv.rewarding import RewardError
 from .actor_critic import MAX_LOGITS
 from .encoder_decoder import Seq2SeqBackbone
 from .findings import Finding
+from .observations import unpack_observations
 from .patient import Patient, Sample, observe
-from .sequences import SequenceBatch, unpack_observations
+from .sequences import SequenceBatch
 from .token_sets import AllowedTokens, TokenSets
 
 N_EPISODES = 2

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from textenv import demo
 from textenv.env import TextEnv
 from textenv.json_files import read_json
+from textenv.model_loading import n_positions
 from textenv.prompts import PromptLike
 from textenv.prompts import read_rows as read_rows_of
 from textenv.trust import Trust
@@ -32,7 +33,6 @@ from .assemble import (
     task_name,
     trust_of,
 )
-from .backbone import n_positions
 from .checkpoint import load_checkpoint
 from .config import DEMO, ModelConfig, TrainConfig
 from .curves import draw_curves
@@ -286,7 +286,7 @@ def _check_same(policy: LMPolicy, exported: LMPolicy, tokenizer: PreTrainedToken
     # Behind any tokens: the run's own prompts may come from anywhere.
     shape = (N_COMPARED, COMPARED_PROMPT)
     prompts: list[PromptLike] = np.random.default_rng(0).integers(len(tokenizer), size=shape).tolist()
-    room = (n_positions(policy.backbone.model) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
+    room = (n_positions(policy.backbone.model.config) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
     settings = {"max_new_tokens": min(COMPARED_TOKENS, room), "deterministic": True}
     ours, theirs = (
         [one.ids for one in generate(each, prompts, tokenizer, **settings)]  # type: ignore[arg-type]

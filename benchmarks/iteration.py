@@ -31,8 +31,8 @@ from work import Pairs, Row, Settings, Work, run_script, timed
 
 from agents import KLPenalty, LMPolicy, SeparateCritic, SharedCritic
 from agents.kl import Estimator
+from agents.observations import unpack_observations
 from agents.sampling import TokenDistribution
-from agents.sequences import unpack_observations
 from textenv.episode import PADDING, SEPARATOR
 
 N_EPOCHS = 4

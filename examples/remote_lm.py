@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from agents.backbone import PROBE_LENGTH, check_fits, check_length, close
+from agents.interface import RowCache
 from agents.layers import disable_dropout
-from agents.row_cache import RowCache
 from textenv.model_loading import load_whole
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from agents.callbacks import EpisodeMetrics
+from agents.episode_metrics import EpisodeMetrics
 from tests.rewards import preds_of, rows, scores
 from tests.training import TOKENIZER, Recorder, same_weights, tiny_agent, tiny_env, weights
 from textenv import Prompt, RewardError, failures

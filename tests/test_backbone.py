@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import NewGELUActivation
 
 from agents import LMPolicy, Pretrained
-from agents.backbone import Backbone, build_model
+from agents.backbone import Backbone
 from agents.layers import fuse_activations
+from agents.pretrained import build_model
 from tests.models import LENGTH, N_TOKENS, CheckRatio, make_policy, make_ppo, observe, tiny
 
 ROWS = observe([([1, 2, 3], [4]), ([5], [6, 7, 8])])

@@ -10,8 +10,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 
 from agents import KLPenalty
-from agents.callbacks import EpisodeMetrics, RewardCurves, SampleTable, sample_table
+from agents.episode_metrics import EpisodeMetrics
 from agents.generation import Generation
+from agents.reward_curves import RewardCurves
+from agents.sample_table import SampleTable, sample_table
 from tests.training import PROMPTS, TOKENIZER, Recorder, tiny_agent, tiny_env
 from textenv import EndReason, Prompt
 
@@ -81,7 +83,7 @@ def test_a_rollout_without_the_end_of_an_episode_logs_no_means():
 
 def test_speed_counts_the_tokens_of_a_rollout_over_its_time(monkeypatch):
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr("agents.callbacks.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("agents.episode_metrics.time.perf_counter", lambda: next(clock))
     dumped = logged(tiny_agent(), [EpisodeMetrics()], 3)
     assert [values["time/tokens_per_second"] for _, values in dumped] == [4.0] * 3  # 16 tokens in 4 seconds
 

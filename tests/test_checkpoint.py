@@ -16,8 +16,9 @@ from stable_baselines3 import A2C
 from transformers import LlamaConfig
 
 from agents import KLPenalty
-from agents.callbacks import Checkpoints, EpisodeMetrics
 from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.checkpoints_callback import Checkpoints
+from agents.episode_metrics import EpisodeMetrics
 from agents.manifest import verify_checkpoint
 from tests.models import few
 from tests.training import PROMPTS, Recorder, run_state, tiny_agent, tiny_config, tiny_env

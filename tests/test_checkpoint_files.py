@@ -13,8 +13,8 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import KLPenalty
-from agents.callbacks import Checkpoints
 from agents.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from agents.checkpoints_callback import Checkpoints
 from agents.files import replaced_folder
 from agents.manifest import CheckpointError, verify_checkpoint
 from tests.training import PROMPTS, run_state, tiny_agent, tiny_config, tiny_env

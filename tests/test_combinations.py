@@ -27,7 +27,7 @@ from agents import (
     make_agent,
     save_checkpoint,
 )
-from agents.patient import tolerance
+from agents.actor_critic import tolerance
 from tests.combinations import AXES, readme_tables, refused_pairs, walk
 from tests.models import CheckRatio, tiny
 from tests.seq2seq import tiny_seq2seq

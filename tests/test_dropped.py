@@ -14,8 +14,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents import KLPenalty, LMPolicy, RewardShaping, SequenceRolloutBuffer, TextVecEnv, TrainingWarnings, evaluate
 from agents.advantages import group_advantages
-from agents.callbacks import Checkpoints, EpisodeMetrics
 from agents.checkpoint import load_checkpoint
+from agents.checkpoints_callback import Checkpoints
+from agents.episode_metrics import EpisodeMetrics
 from agents.scores import DropEpisodes
 from tests.models import randomise_critic
 from tests.rewards import rows

@@ -11,11 +11,11 @@ from transformers import AutoModelForSeq2SeqLM, UMT5Config
 from agents import KLPenalty, Pretrained
 from agents.actor_critic import LMActorCritic
 from agents.build import make_agent
-from agents.callbacks import SampleTable
 from agents.checkpoint import load_checkpoint, save_checkpoint
 from agents.encoder_decoder import Seq2SeqBackbone
 from agents.exporting import export
 from agents.generation import generate
+from agents.sample_table import SampleTable
 from agents.sequences import SequenceBatch
 from tests.models import N_TOKENS, CheckRatio, collect, few, make_policy, make_ppo, observe, seldom
 from tests.seq2seq import T5, expected_logits, tiny_seq2seq

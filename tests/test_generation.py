@@ -10,8 +10,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from agents import KLPenalty, TextVecEnv
-from agents.callbacks import EpisodeMetrics, SampleTable
+from agents.episode_metrics import EpisodeMetrics
 from agents.generation import generate
+from agents.sample_table import SampleTable
 from tests.models import few
 from tests.training import PROMPTS, TOKENIZER, same_weights, tiny_agent, tiny_config, tiny_env, weights
 from textenv import CharTokenizer, EndReason

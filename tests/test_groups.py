@@ -10,8 +10,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import KLPenalty, LateScores, SampleGroups, SequenceRolloutBuffer
 from agents.advantages import group_advantages
-from agents.callbacks import Checkpoints, EpisodeMetrics
 from agents.checkpoint import load_checkpoint, save_checkpoint
+from agents.checkpoints_callback import Checkpoints
+from agents.episode_metrics import EpisodeMetrics
 from agents.manifest import CheckpointError
 from tests.training import TOKENIZER, Recorder, run_state, tiny_agent, tiny_env
 from textenv import TextEnv

@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 
 from agents import KLPenalty, LateScores, LMPolicy, LoRA, Pretrained, SequenceRolloutBuffer, TextVecEnv
 from agents.actor_critic import LMActorCritic
-from agents.callbacks import EpisodeMetrics
+from agents.episode_metrics import EpisodeMetrics
 from tests.training import Recorder, same_weights, tiny_agent, tiny_config, tiny_env, weights
 
 COEF = 0.3

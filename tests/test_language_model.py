@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from agents.actor_critic import LMActorCritic
-from agents.backbone import Backbone, build_model
+from agents.backbone import Backbone
 from agents.critic import ValueHead
-from agents.language_model import LanguageModel
+from agents.interface import LanguageModel
+from agents.pretrained import build_model
 from agents.sampling import Sampling
 from agents.sequences import SequenceBatch
 from tests.models import observe, tiny

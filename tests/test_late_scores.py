@@ -7,7 +7,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents import KLPenalty, LateScores, LMPolicy, SequenceRolloutBuffer, TextVecEnv
-from agents.callbacks import EpisodeMetrics
+from agents.episode_metrics import EpisodeMetrics
 from tests.training import PROMPTS, TOKENIZER, Recorder, same_weights, tiny_agent, tiny_config, tiny_env, weights
 from textenv import CharTokenizer, RewardError, TextEnv
 

@@ -11,7 +11,6 @@ import pytest
 from transformers import BitsAndBytesConfig
 
 from agents import LoRA, Pretrained, RewardCurves, zoo
-from agents.backbone import build_model
 from agents.classifier import train_classifier
 from agents.compare import compare
 from agents.config import Named, TrainConfig, default_loggers
@@ -19,6 +18,7 @@ from agents.curves import draw_curves
 from agents.failures import as_command_error
 from agents.loggers import check_loggers
 from agents.names import find
+from agents.pretrained import build_model
 from agents.refusal import CommandError, Exit
 from agents.sft import tune
 from agents.trackers import MLflowTracker, Tracker

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from agents import Pretrained, RewardModelCritic
-from agents.backbone import PretrainedRewardModel, build_model
+from agents.pretrained import PretrainedRewardModel, build_model
 from tests.command import run, settings, small_model
 from tests.models import tiny
 from tests.seq2seq import tiny_seq2seq

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from agents import Pretrained, SeparateCritic
-from agents.backbone import build_model
+from agents.pretrained import build_model
 from tests.command import run
 from textenv import model_loading
 from textenv.model_loading import check_name

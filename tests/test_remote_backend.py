@@ -25,7 +25,7 @@ from agents import (
 )
 from agents.actor_critic import LMActorCritic
 from agents.critic import ValueHead
-from agents.language_model import LanguageModel
+from agents.interface import LanguageModel
 from agents.policies import ForeignBackendError
 from agents.sampling import Sampling
 from agents.sequences import SequenceBatch
@@ -186,7 +186,7 @@ def test_a_cache_that_trusts_lengths_fails_the_same_check(remote, monkeypatch):
     def trusting(self, ids, lengths):
         return torch.full_like(lengths, -1 if self.ids is None else 1)
 
-    monkeypatch.setattr("agents.row_cache.RowCache.growth", trusting)
+    monkeypatch.setattr("agents.interface.RowCache.growth", trusting)
     assert decode(remote.build(), 0, 12) > 0.1
 
 

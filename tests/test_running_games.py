@@ -9,8 +9,8 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from agents.callbacks import Checkpoints
 from agents.checkpoint import load_checkpoint
+from agents.checkpoints_callback import Checkpoints
 from tests.games import EOS, TOKENIZER, Guess, begin, guess_env, noise_env, write
 from tests.training import Recorder, run_state, tiny_agent, tiny_config
 from textenv import TextVectorEnv

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from agents.observations import unpack_observations
 from agents.sampling import TokenDistribution, score_tokens
-from agents.sequences import SequenceBatch, unpack_observations
+from agents.sequences import SequenceBatch
 from tests.models import N_ROWS, N_TOKENS, collect, make_policy, make_ppo, observe, tiny
 
 BELOW_ONE = 1 - 2**-24  # the largest that torch.rand returns in float32

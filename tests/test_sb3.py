@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents import KLPenalty, LMPolicy, Pretrained, SequenceRolloutBuffer, TextVecEnv
 from agents.build import make_agent
-from agents.callbacks import EpisodeMetrics, SampleTable
+from agents.episode_metrics import EpisodeMetrics
+from agents.sample_table import SampleTable
 from agents.sequences import SequenceBatch
 from tests.training import PROMPTS, TOKENIZER, Recorder, same_weights, tiny_agent, tiny_config, tiny_env, weights
 from textenv import TextEnv

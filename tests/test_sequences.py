@@ -5,7 +5,8 @@ import pytest
 import torch
 from stable_baselines3.common.vec_env import VecNormalize
 
-from agents.sequences import MAX_PADDING, MIN_BUCKET_TOKENS, SequenceBatch, unpack_observations
+from agents.observations import unpack_observations
+from agents.sequences import MAX_PADDING, MIN_BUCKET_TOKENS, SequenceBatch
 from tests.models import N_TOKENS, make_policy, make_ppo, observe, tiny
 
 

@@ -6,8 +6,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
 from agents import KLPenalty, LMPolicy, RewardShaping, SequenceRolloutBuffer, TextVecEnv
-from agents.callbacks import Checkpoints, EpisodeMetrics
 from agents.checkpoint import load_checkpoint
+from agents.checkpoints_callback import Checkpoints
+from agents.episode_metrics import EpisodeMetrics
 from tests.training import TOKENIZER, Recorder, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import EndReason, TextEnv
 

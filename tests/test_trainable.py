@@ -9,7 +9,7 @@ from stable_baselines3 import PPO
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from agents import KLPenalty, LastLayers, LoRA, Pretrained, TextVecEnv, export, load_checkpoint, save_checkpoint
-from agents.backbone import build_model
+from agents.pretrained import build_model
 from agents.trainable import adapted_layers, is_checkpointing, merged_state_dict, transformer_layers
 from tests.models import FAMILIES, N_TOKENS, CheckRatio, few, make_policy, make_ppo, observe, tiny
 from tests.training import run_state, same_weights, tiny_agent, tiny_config, tiny_env, weights

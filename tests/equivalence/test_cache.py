@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import cache
 from agents.backbone import Backbone
-from agents.sequences import unpack_observations
+from agents.observations import unpack_observations
 from tests.models import (
     CACHED,
     N_TOKENS,

@@ -8,7 +8,8 @@ import torch
 
 from agents import KLPenalty
 from agents.encoder_decoder import Seq2SeqBackbone, Seq2SeqCache
-from agents.sequences import SequenceBatch, prompt_lengths, unpack_observations
+from agents.observations import prompt_lengths, unpack_observations
+from agents.sequences import SequenceBatch
 from tests.equivalence.test_cache import EVERYTHING, SCRIPTS, TOLERANCE, at_random, scripted
 from tests.models import N_TOKENS, CheckRatio, collect, log_ratios, make_policy, make_ppo, observe
 from tests.seq2seq import CACHED, FAMILIES, expected_logits, tiny_seq2seq

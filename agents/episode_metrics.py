@@ -1,0 +1,90 @@
+"""The figures of the episodes that ended in a rollout, logged: reward and its parts, length, end reasons, speed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+
+from textenv.episode import EndReason
+from textenv.rewarding import FAILURE
+
+from .reward_share import RewardShare
+from .rollout_steps import remember
+from .scored import ScoredEpisodes
+from .vec_env import TextVecEnv
+
+
+class EpisodeMetrics(BaseCallback):
+    """Logs, for each rollout, the means over the episodes that ended in it (or, scored later, got their score in it).
+
+    Keys: `reward/task` and `reward/<part>` (the task reward and its named parts), `episode/length` (tokens),
+    `episode/end_<reason>` (the share of each end reason), `time/tokens_per_second` (since the last rollout's end, the
+    update included), `time/reward_share` (which share of that time the reward took; with a `TextVecEnv`). Where the
+    reward fails: `episode/dropped`, the number of episodes that it left out, which no other figure has, and
+    `episode/failed`, of those with a penalty in place of a score (the part "failure"); both are logged from the first
+    one on. The README's table says what every key means.
+
+    Example:
+        >>> from agents import EpisodeMetrics
+        >>> callback = EpisodeMetrics()  # model.learn(100_000, callback=callback)
+    """
+
+    key = "EpisodeMetrics"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_failed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"has_failed": self._has_failed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._has_failed = state["has_failed"]
+
+    def _on_training_start(self) -> None:
+        self._episodes = ScoredEpisodes(self.training_env)
+        self._clock = time.perf_counter()
+        self._timesteps = self.model.num_timesteps
+        remember(self.model, self)
+        env = self.training_env.unwrapped
+        self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
+
+    def _on_step(self) -> bool:
+        self._episodes.see(self.locals["infos"])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        infos = self._episodes.take()
+        now = time.perf_counter()
+        speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
+        self._clock, self._timesteps = now, self.model.num_timesteps
+        self.logger.record("time/tokens_per_second", speed)
+        if self._rewards is not None:
+            self.logger.record("time/reward_share", self._rewards.share)
+            self._rewards = RewardShare(self._rewards.lanes)
+        n_dropped = sum(info["dropped"] for info in infos)
+        n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)
+        self._has_failed = self._has_failed or n_dropped + n_failed > 0
+        if self._has_failed:
+            self.logger.record("episode/dropped", n_dropped)
+            self.logger.record("episode/failed", n_failed)
+        infos = [info for info in infos if not info["dropped"]]
+        if not infos:
+            return
+        self.logger.record("reward/task", float(np.mean([info["episode"]["r"] for info in infos])))
+        self.logger.record("episode/length", float(np.mean([info["episode"]["l"] for info in infos])))
+        parts: dict[str, float] = defaultdict(float)
+        for info in infos:
+            for name, value in info["reward_parts"].items():
+                parts[name] += value / len(infos)
+        for name, value in parts.items():
+            self.logger.record(f"reward/{name}", value)
+        ends = Counter(info["end_reason"] for info in infos)
+        for reason in EndReason:
+            self.logger.record(f"episode/end_{reason}", ends[reason] / len(infos))

@@ -1,0 +1,47 @@
+"""A picture of reward, divergence and length over a training, drawn at its end."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from .curves import CURVES, check_matplotlib, check_picture, draw_curves
+from .data_parallel import merge
+from .distributed import gather
+from .world import is_main_process
+
+
+class RewardCurves(BaseCallback):
+    """Draws the reward, the divergence from the reference and the length over training, as a PNG at the end.
+
+    Needs matplotlib: `pip install "textenv[plot]"`. Needs `EpisodeMetrics` before it in the list of callbacks; the
+    divergence is drawn where a `KLPenalty` logs it.
+
+    Args:
+        path: The picture's file.
+        title: What stands above it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], title: str = "") -> None:
+        super().__init__()
+        self.path, self.title = Path(path), title
+        self.history: list[dict[str, float]] = []
+
+    def _on_training_start(self) -> None:
+        check_matplotlib()
+        check_picture(self.path)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        values = merge(gather("figures", dict(self.logger.name_to_value)))
+        row = {key: float(values.get(key, math.nan)) for key, _ in CURVES}
+        self.history.append({"tokens": self.model.num_timesteps, **row})
+
+    def _on_training_end(self) -> None:
+        if is_main_process():
+            draw_curves(self.path, {"": self.history}, self.title)

@@ -19,7 +19,7 @@ from jsonargparse import (
 )
 from yaml import YAMLError
 
-from .config import DEMO, DEMO_PPO_SETTINGS, DEMO_SETTINGS, PPO_NAMES, TrainConfig, argument_help
+from .config import DEMO_PPO_SETTINGS, DEMO_SETTINGS, PPO_NAMES, ModelConfig, TrainConfig, argument_help
 from .plain_yaml import check_bounds, read_yaml
 from .refusal import CommandError
 from .values import check_values
@@ -86,7 +86,8 @@ def _two_defaults(key: str) -> str:
     for settings, case in ((DEMO_SETTINGS, ""), (DEMO_PPO_SETTINGS, f" and {' or '.join(PPO_NAMES)}")):
         if key in settings:
             case += ", where that divides a rollout" if key == "algorithm.batch_size" else ""
-            return f' (type: %(type)s, default: {settings[key]} with the model "{DEMO}"{case}; else %(default)s)'
+            default = f'{settings[key]} with the model "{ModelConfig.name}"{case}; else %(default)s'
+            return f" (type: %(type)s, default: {default})"
     return ""
 
 

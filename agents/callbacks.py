@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import time
@@ -20,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
 
 from textenv.episode import EndReason
-from textenv.printable import printable
+from textenv.printable import page_text, printable
 from textenv.prompts import PromptLike
 from textenv.rewarding import FAILURE
 from textenv.tokenizer import Tokenizer
@@ -36,8 +35,6 @@ from .rollout_steps import remember
 from .scored import ScoredEpisodes
 from .sharding import gathered
 from .vec_env import TextVecEnv
-
-MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
 
 
 class EpisodeMetrics(BaseCallback):
@@ -183,16 +180,6 @@ def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
     for row in zip(*columns.values(), strict=True):
         table.add_row(*(Text.assemble((printable(sample.prompt), "dim"), printable(sample.text)) for sample in row))
     return table
-
-
-def page_text(text: str) -> str:
-    r"""Return a text as TensorBoard's page shows it: what a model wrote is neither HTML nor Markdown there.
-
-    Example:
-        >>> page_text("<b> [a](b)")
-        '&lt;b&gt; &#91;a&#93;(b)'
-    """
-    return html.escape(printable(text)).translate(MARKDOWN)
 
 
 class RewardCurves(BaseCallback):

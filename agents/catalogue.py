@@ -6,6 +6,13 @@ from textenv import TASKS
 from textenv.rewards.registry import _ENTRY_POINTS as REWARDS
 
 from .names import LOGGERS, MASKS, METRICS, first_line
+from .refusal import Exit
+
+
+def list_names() -> int:
+    """Print the catalogue."""
+    print(catalogue())
+    return Exit.DONE
 
 
 def catalogue() -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
-DEMO = "demo"
 PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # the default loggers, and their packages
 
 
@@ -45,7 +44,7 @@ class EnvConfig:
         max_new_tokens: The most tokens of an episode; null is the environment's own number, 64 for "text".
     """
 
-    id: str = DEMO
+    id: str = "demo"
     args: dict[str, Any] = field(default_factory=dict)
     prompts: str | None = None
     reward: Named | str | None = None
@@ -79,7 +78,7 @@ class ModelConfig:
         gradient_checkpointing: Less memory, a third more time.
     """
 
-    name: str = DEMO
+    name: str = "demo"
     tokenizer: str | None = None
     train: Literal["all", "head", "last_layers", "lora"] = "all"
     last_layers: int = 2
@@ -239,15 +238,27 @@ class TrainConfig:
 
 
 @dataclass
-class TrainOptions:
+class TrustOptions:
+    """What the command line alone may allow.
+
+    Args:
+        allow: A module that the configuration may import.
+        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
+        trust_remote_code: Let a model from the hub run its own code.
+    """
+
+    allow: list[str] = field(default_factory=list)
+    allow_env: list[str] = field(default_factory=list)
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TrainOptions(TrustOptions):
     """What the command line alone says about training: no configuration can.
 
     Args:
         resume: Go on with the run in this folder; give changed keys beside it.
         change: A key that may differ from the resumed run's, which then is another run than if never stopped.
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
         dry_run: One rollout and one update, and what the whole run would take.
         quiet: Print errors only.
         json: Print a line of JSON an iteration.
@@ -255,9 +266,6 @@ class TrainOptions:
 
     resume: str | None = None
     change: list[str] = field(default_factory=list)
-    allow: list[str] = field(default_factory=list)
-    allow_env: list[str] = field(default_factory=list)
-    trust_remote_code: bool = False
     dry_run: bool = False
     quiet: bool = False
     json: bool = False
@@ -298,7 +306,7 @@ def default_settings(given: TrainConfig) -> dict[str, Any]:
         >>> default_settings(TrainConfig(model=ModelConfig("gpt2")))
         {}
     """
-    if given.model.name != DEMO:
+    if given.model.name != ModelConfig.name:
         return {}
     settings, algorithm = dict(DEMO_SETTINGS), given.algorithm
     if algorithm.name in PPO_NAMES:
@@ -310,12 +318,15 @@ def default_settings(given: TrainConfig) -> dict[str, Any]:
 
 
 def argument_help(config: type) -> dict[str, str]:
-    """Return what the docstring of a config says of each argument.
+    """Return what the docstrings of a config and of its base classes say of each argument.
 
     Example:
         >>> argument_help(Named)["args"]
         'The arguments of the class.'
     """
-    _, _, arguments = (inspect.getdoc(config) or "").partition("Args:\n")
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", arguments, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    texts: dict[str, str] = {}
+    for described in reversed(config.__mro__):
+        _, _, arguments = inspect.cleandoc(described.__doc__ or "").partition("Args:\n")
+        entries = re.findall(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", arguments, flags=re.MULTILINE)
+        texts |= {name: " ".join(text.split()) for name, text in entries}
+    return texts

@@ -9,9 +9,9 @@ from typing import Any
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat
 
 from textenv.extras import check_extra, needs
+from textenv.printable import page_text
 from textenv.trust import Kind, Trust, check_written
 
-from .callbacks import page_text
 from .config import Named, TrainConfig
 from .curves import check_matplotlib
 from .names import LOGGERS, build, find

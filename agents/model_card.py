@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from textenv.printable import printable
+from textenv.printable import page_text, printable
 
-from .callbacks import page_text
 from .config import Named, TrainConfig
 
 SHOWN = 8  # prompts whose samples the card shows

@@ -9,10 +9,11 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from textenv.named_tokenizer import DEMO
+
 from .assemble import load_lm, load_tokenizer, trust_of
 from .backbone import PretrainedRewardModel
 from .classifier import LabelledTexts, train_classifier
-from .config import DEMO
 from .pretrain import char_tokenizer
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model

@@ -5,22 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .config import DEMO, Named
+from .config import ModelConfig, Named, TrustOptions
 
-
-@dataclass
-class TrustOptions:
-    """What the command line alone allows.
-
-    Args:
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
-    """
-
-    allow: list[str] = field(default_factory=list)
-    allow_env: list[str] = field(default_factory=list)
-    trust_remote_code: bool = False
+RATED_TOKENS = 32  # of a text by a model that is no run: people read every one
 
 
 @dataclass
@@ -100,9 +87,6 @@ class ExportFlags(TrustOptions):
     """What the command line alone says.
 
     Args:
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
         sb3_zip: Write sb3.zip as well, as SB3's model.save does: it holds pickles; see agents.load_sb3_zip.
         to_hub: Upload the folder as this repository of the Hugging Face hub; a new one is private.
         overwrite: Replace an earlier export in the folder.
@@ -146,9 +130,6 @@ class StageOptions(TrustOptions):
     """What the command line alone says.
 
     Args:
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
         resume: Go on with a run of the same arguments that was interrupted.
         overwrite: Replace an earlier output of the same kind in --out.
         quiet: No progress bar.
@@ -174,7 +155,7 @@ class StageConfig:
         seed: Of everything random.
     """
 
-    model: str = DEMO
+    model: str = ModelConfig.name
     task: str | None = None
     data: str | None = None
     out: str | None = None
@@ -336,9 +317,6 @@ class RateOptions(TrustOptions):
     """What the command line alone says.
 
     Args:
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
         terminal: Answer here in the terminal: the default.
         web: Answer on a page in the browser.
         train: Score samples in the terminal, with an update of the model after every one, or every n.

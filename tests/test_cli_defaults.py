@@ -82,7 +82,7 @@ def test_generate_says_when_the_model_has_less_room(model, here, capsys):
             "Expected --max_new_tokens 7 or less behind prompts of up",
         ),
         (["--prompts", "longer.txt"], "Expected prompts that leave the model room for a text, got one of 50 tokens"),
-        ([], "Expected --prompts FILE for textenv generate .*, which is no run, got none"),
+        ([], "Expected --prompts FILE for textenv generate .*, got none"),
     ],
 )
 def test_what_generate_refuses_it_says_by_its_own_options(words, message, model, here, capsys):
@@ -323,10 +323,10 @@ def test_a_second_signal_says_how_to_go_on(monkeypatch):
 
 @pytest.mark.parametrize(("verb", "words"), [("train", "nothing was saved yet"), ("sft", "--resume"), ("tasks", None)])
 def test_ctrl_c_elsewhere(verb, words, capsys, monkeypatch):
-    def pressed(_):
+    def pressed(name, words):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, verb, cli.Verb("", pressed))
+    monkeypatch.setitem(cli.VERBS, verb, cli.VERBS[verb]._replace(read=pressed))
     assert run(verb) == 130
     error = capsys.readouterr().err
     assert error == "textenv: interrupted\n" if words is None else words in error

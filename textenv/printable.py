@@ -1,4 +1,8 @@
-"""What a model wrote, made harmless for a terminal."""
+"""A model's text made harmless for a terminal and for a page."""
+
+import html
+
+MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}  # what formats a text, as HTML entities
 
 
 def printable(text: str) -> str:
@@ -11,3 +15,13 @@ def printable(text: str) -> str:
         'gr\\x1b[2Jeat\nfilm'
     """
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def page_text(text: str) -> str:
+    r"""Return a text as TensorBoard's page shows it: what a model wrote is neither HTML nor Markdown there.
+
+    Example:
+        >>> page_text("<b> [a](b)")
+        '&lt;b&gt; &#91;a&#93;(b)'
+    """
+    return html.escape(printable(text)).translate(MARKDOWN)

@@ -132,7 +132,7 @@ def test_a_run_that_was_refused_before_it_trained_can_be_begun_again(model, tmp_
 def test_every_argument_has_help():
     parser = make_parser("train", "[CONFIG]", TrainConfig)
     assert [action.dest for action in parser._actions if not action.help] == []
-    assert argument_help(TrainConfig)["seed"] == "Of everything random."
+    assert argument_help(TrainConfig)["seed"] == "The seed of everything random."
 
 
 def test_help_loads_no_torch():

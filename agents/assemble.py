@@ -23,6 +23,7 @@ from textenv.completion import Preds
 from textenv.env import TextEnv
 from textenv.metrics.scores import Metric
 from textenv.model_loading import from_pretrained
+from textenv.named_tokenizer import DEMO
 from textenv.prompts import Prompt, PromptLike
 from textenv.signatures import check_arguments, needed
 from textenv.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from textenv.trust import Kind, Trust, only_with
 from textenv.vector import unwrap_text_env
 
 from .build import make_agent, usual_learning_rate
-from .config import DEMO, AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrainOptions
+from .config import AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrustOptions
 from .critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from .critic_warmup import CriticWarmup
 from .demo import model_folder
@@ -45,7 +46,6 @@ from .refusal import CommandError
 from .shaping import RewardShaping
 from .trainable import LastLayers, LoRA, Trainable
 from .training_warnings import TrainingWarnings
-from .verb_config import TrustOptions
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
 SETTINGS = ("n_steps", "batch_size", "n_epochs")  # that an algorithm may lack
@@ -131,7 +131,7 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
     return parts
 
 
-def trust_of(options: TrustOptions | TrainOptions) -> Trust:
+def trust_of(options: TrustOptions) -> Trust:
     """Return what the command line allows."""
     return Trust(options.allow, options.trust_remote_code, options.allow_env)
 

@@ -1,4 +1,4 @@
-"""What a configuration can name: tasks, rewards, metrics, masks and loggers, with a line each; without torch."""
+"""The names that a configuration can use: tasks, rewards, metrics, masks and loggers; loads no torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ from textenv import TASKS
 from textenv.rewards.registry import REWARDS
 
 from .names import LOGGERS, MASKS, METRICS, first_line
+from .refusal import Exit
+
+
+def list_names() -> int:
+    """Print the names; return the exit code."""
+    print(catalogue())
+    return Exit.DONE
 
 
 def catalogue() -> str:
-    """Return the names with the first line of what their classes say; those whose module is not there are left out."""
-    rooms = {"tasks (env.id)": TASKS, "rewards": REWARDS, "metrics": METRICS, "masks": MASKS}
+    """Return the names by kind, each with the first docstring line of its class; missing modules are left out."""
+    kinds = {"tasks (env.id)": TASKS, "rewards": REWARDS, "metrics": METRICS, "masks": MASKS}
     lines = ["tasks (env.id)", "  demo                The built-in product reviews, rewarded for a good mood."]
     lines.append("  text                Prompts of a file (env.prompts) and a reward by name (env.reward).")
-    for room, names in rooms.items():
-        if room != "tasks (env.id)":
-            lines += ["", room]
-        found = {name: first_line(path) for name, path in names.items() if not path.endswith(":TextEnv")}
-        lines += [f"  {name:<20}{line}" for name, line in found.items() if line is not None]
+    for kind, paths in kinds.items():
+        if kind != "tasks (env.id)":
+            lines += ["", kind]
+        # The task "Text" is TextEnv itself; here it has the name "text", with a line of its own above.
+        described = {name: first_line(path) for name, path in paths.items() if not path.endswith(":TextEnv")}
+        lines += [f"  {name:<20}{line}" for name, line in described.items() if line is not None]
     lines += ["", "loggers", *(f"  {name:<20}{line}" for name, line in LOGGERS.items())]
     return "\n".join(lines)

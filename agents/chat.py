@@ -9,10 +9,10 @@ from textenv.model_loading import n_positions
 from textenv.printable import printable
 from textenv.templates import apply_template
 
-from .config import TrainConfig
+from .config import TrainConfig, TrustOptions
 from .generation import USUAL_TOKENS, generate
 from .refusal import CommandError, Exit
-from .verb_config import ChatOptions, TrustOptions
+from .verb_config import ChatOptions
 from .verbs import Writer, open_writer
 
 ANY_PROMPT = [[0]]  # in the place of the run's, which are not read

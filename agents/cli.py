@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
 from .arguments import check_file, make_parser, parse, parse_options, split, with_config
-from .config import DEMO, TrainConfig, TrainOptions, default_settings
+from .config import TrainConfig, TrainOptions, TrustOptions, default_settings
 from .refusal import CommandError, Exit, StageStopped
 from .stage_folders import check_folders
 from .verb_config import (
@@ -29,7 +30,6 @@ from .verb_config import (
     SFTConfig,
     ShowOptions,
     StageOptions,
-    TrustOptions,
 )
 
 # What the parts of a run raise where they are given what they cannot work with.
@@ -37,10 +37,23 @@ HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryE
 
 
 class Verb(NamedTuple):
-    """A verb of the command: what it does in a line, and the function that takes what comes behind it."""
+    """One verb of the command.
+
+    Args:
+        does: What it does, in a line of the overview.
+        usage: Its arguments, as its help shows them.
+        config: The dataclass of the arguments that a configuration file may hold as well; None where there are none.
+        options: The dataclass of the arguments that stand on the command line alone.
+        function: "module:function" that does the work. It is imported once the words are understood: it loads torch.
+        read: Turns the verb's name and the words behind it into the arguments of that function.
+    """
 
     does: str
-    run: Callable[[list[str]], int]
+    usage: str
+    config: Any
+    options: Any
+    function: str
+    read: Callable[[str, list[str]], tuple[Any, ...]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{nearest(words[0], VERBS)}")
         if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
             raise CommandError(f"Expected one process, got WORLD_SIZE={size}: several train a script with make_agent.")
-        return int(VERBS[words[0]].run(words[1:]))
+        return _run(words[0], words[1:])
     except CommandError as error:
         return _refuse(error)
     except KeyboardInterrupt as interrupt:
@@ -107,11 +120,10 @@ def _overview() -> str:
     )
 
 
-def train_config(words: list[str], verb: str = "train", options: type = TrainOptions) -> tuple[TrainConfig, Any, str]:
-    """Return what `textenv train`, or another verb of a configuration, was told, and the configuration as YAML."""
-    does = VERBS[verb].does
-    usage = "[CONFIG.yml] [--key value ...]"
-    parser = make_parser(verb, usage, TrainConfig, options, f"{does[0].upper()}{does[1:]}.")
+def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, Any, str]:
+    """Return the configuration, the options and the configuration as YAML, of a verb that takes a `TrainConfig`."""
+    options, does = VERBS[verb].options, VERBS[verb].does
+    parser = make_parser(verb, VERBS[verb].usage, TrainConfig, options, f"{does[0].upper()}{does[1:]}.")
     words = with_config(words)
     check_file(words)
     if not {"-h", "--help"} & set(words):
@@ -134,140 +146,79 @@ def read_config(path: Path) -> TrainConfig:
         raise CommandError(f"{path}: {error} If an older textenv wrote it, mend that line.", error.code) from error
 
 
-def _train(words: list[str]) -> int:
+def _run(name: str, words: list[str]) -> int:
+    verb = VERBS[name]
+    arguments = verb.read(name, words)
+    module, _, function = verb.function.partition(":")
+    return int(getattr(import_module(module), function)(*arguments))
+
+
+def _read(name: str, words: list[str]) -> tuple[Any, Any]:
+    """Return the arguments of a verb as its two dataclasses."""
+    verb = VERBS[name]
+    parser = make_parser(name, verb.usage, verb.config, verb.options)
+    return split(parser, words, verb.config, verb.options)[:2]
+
+
+def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
     resumed = parse_options(TrainOptions, words).resume
-    if resumed is not None:
-        from .run_folder import RunFolder
+    if resumed is None:
+        config, options, dumped = train_config(words)
+        check_folders(with_config(words), config)
+        return config, dumped, options
+    from .run_folder import RunFolder  # which loads gymnasium
 
-        run = RunFolder.open(resumed)
-        before = read_config(run.config)
-        config, options, dumped = train_config(["--config", str(run.config), *words])
-        from .training_run import resume
+    run = RunFolder.open(resumed)
+    before = read_config(run.config)
+    config, options, dumped = train_config(["--config", str(run.config), *words])
+    return config, dumped, options, run, before
 
-        return resume(run, config, before, dumped, options)
-    config, options, dumped = train_config(words)
+
+def _read_doctor(name: str, words: list[str]) -> tuple[Any, ...]:
+    config, options, _ = train_config(words, name)
     check_folders(with_config(words), config)
-    from .training_run import start
-
-    return start(config, dumped, options)
+    return config, options
 
 
-def _sft(words: list[str]) -> int:
-    config, options = _stage("sft", words, SFTConfig)
-    from .stage_verbs import tune_model
-
-    return tune_model(config, options)
-
-
-def _classifier(words: list[str]) -> int:
-    config, options = _stage("classifier", words, ClassifierConfig)
-    from .stage_verbs import classify
-
-    return classify(config, options)
-
-
-def _reward_model(words: list[str]) -> int:
-    words = [word.replace("--from-feedback", "--from_feedback") for word in words]
-    config, options = _stage("reward-model", words, RewardModelConfig, ("data", "task", "from_feedback"))
-    from .stage_verbs import train_scorer
-
-    return train_scorer(config, options)
-
-
-def _stage(verb: str, words: list[str], config: type, sources: Sequence[str] = ("data", "task")) -> tuple[Any, Any]:
-    words = with_config(words)
+def _read_stage(name: str, words: list[str]) -> tuple[Any, ...]:
+    words = with_config([word.replace("--from-feedback", "--from_feedback") for word in words])
     check_file(words)
-    chosen, allowed = _options(verb, "[CONFIG.yml] --data FILE --out DIR", words, config, StageOptions)
+    chosen, options = _read(name, words)
+    sources = [source for source in ("data", "task", "from_feedback") if hasattr(chosen, source)]
     if chosen.out is None or all(getattr(chosen, source) is None for source in sources):
-        raise CommandError(f"Expected --out DIR, and --{' or --'.join(sources)}, for textenv {verb}.")
+        raise CommandError(f"Expected --out DIR, and --{' or --'.join(sources)}, for textenv {name}.")
     check_folders(words, chosen)
-    return chosen, allowed
+    return chosen, options
 
 
-def _doctor(words: list[str]) -> int:
-    config, options, _ = train_config(words, "doctor", TrustOptions)
-    check_folders(with_config(words), config)
-    from .verbs import examine
-
-    return examine(config, options)
+def _read_run(name: str, words: list[str]) -> tuple[Any, ...]:
+    chosen, options = _read(name, words)
+    return run_config(chosen.run), chosen, options
 
 
-def _evaluate(words: list[str]) -> int:
-    chosen, options = _options("evaluate", "RUN [--metrics ...]", words, EvaluateOptions)
-    config = run_config(chosen.run)
-    from .verbs import evaluate_run
-
-    return evaluate_run(config, chosen, options)
-
-
-def _generate(words: list[str]) -> int:
-    chosen, options = _options("generate", "RUN|MODEL --prompts FILE", words, GenerateOptions)
-    config = run_or_model(chosen.model)
-    from .verbs import generate_lines
-
-    return generate_lines(config, chosen, options)
+def _read_model(name: str, words: list[str]) -> tuple[Any, ...]:
+    if name == "rate" and words and not words[0].startswith("-"):
+        words = ["--model", *words]  # the other verbs require it; rate also works without a model
+    chosen, options = _read(name, words)
+    return None if chosen.model is None else run_or_model(chosen.model), chosen, options
 
 
-def _chat(words: list[str]) -> int:
-    chosen, options = _options("chat", "RUN|MODEL", words, ChatOptions)
-    config = run_or_model(chosen.model)
-    from .chat import talk
-
-    return talk(config, chosen, options)
-
-
-def _rate(words: list[str]) -> int:
-    words = ["--model", *words] if words and not words[0].startswith("-") else words
-    usage = "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]"
-    chosen, options = _options("rate", usage, words, RateConfig, RateOptions)
-    config = None if chosen.model is None else run_or_model(chosen.model)
-    from .rate import rate
-
-    return rate(config, chosen, options)
-
-
-def _export(words: list[str]) -> int:
-    chosen, options = _options("export", "RUN DIR [--sb3-zip] [--to_hub REPO]", words, ExportOptions, ExportFlags)
-    config = run_config(chosen.run)
-    from .verbs import export_run
-
-    return export_run(config, chosen, options)
-
-
-def _show(words: list[str]) -> int:
-    chosen, options = _options("show", "RUN [--prompt N]", words, ShowOptions)
-    config = run_config(chosen.run)
-    from .show import show
-
-    return show(config, chosen, options)
-
-
-def _compare(words: list[str]) -> int:
+def _read_runs(name: str, words: list[str]) -> tuple[Any, ...]:
+    # jsonargparse takes a list as one word, "[A, B]": RUN RUN becomes that.
     n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     runs = [str(list(words[:n_runs])).replace("'", '"')] if n_runs else []
-    parser = make_parser("compare", "RUN RUN ... [--out FILE]", CompareOptions)
+    parser = make_parser(name, VERBS[name].usage, VERBS[name].config)
     next(action for action in parser._actions if action.dest == "runs").metavar = "RUN"
     parsed = parse(parser, [*runs, *words[n_runs:]])
-    from .compare import compare
-
-    return compare(parsed.runs, parsed.out)
+    return parsed.runs, parsed.out
 
 
-def _tasks(words: list[str]) -> int:
-    parser = ArgumentParser(
-        prog="textenv tasks", description="List tasks, rewards, metrics, masks and loggers.", exit_on_error=False
+def _read_nothing(name: str, words: list[str]) -> tuple[Any, ...]:
+    does = VERBS[name].does
+    parse(
+        ArgumentParser(prog=f"textenv {name}", description=f"{does[0].upper()}{does[1:]}.", exit_on_error=False), words
     )
-    parse(parser, words)
-    from .catalogue import catalogue
-
-    print(catalogue())
-    return Exit.DONE
-
-
-def _options(verb: str, usage: str, words: list[str], config: type, options: type = TrustOptions) -> tuple[Any, Any]:
-    parser = make_parser(verb, usage, config, options)
-    chosen, allowed, _ = split(parser, words, config, options)
-    return chosen, allowed
+    return ()
 
 
 def run_config(path: str) -> TrainConfig:
@@ -283,6 +234,8 @@ def run_or_model(path: str) -> TrainConfig | None:
     _refuse_zip(path)
     if (Path(path) / "run.json").is_file():
         return run_config(path)
+    from textenv.named_tokenizer import DEMO  # which loads gymnasium
+
     if path != DEMO:
         _check_model(path)
     return None
@@ -290,6 +243,7 @@ def run_or_model(path: str) -> TrainConfig | None:
 
 def _check_model(path: str) -> None:
     from textenv.model_loading import check_name
+    from textenv.named_tokenizer import DEMO
 
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise CommandError(
@@ -311,20 +265,113 @@ def _refuse_zip(path: str) -> None:
 
 
 STAGES = ("sft", "classifier", "reward-model")
+CONFIG = "[CONFIG.yml] [--key value ...]"
+STAGE = "[CONFIG.yml] --data FILE --out DIR"
 VERBS = {
-    "train": Verb("train a model on a task; go on with a run", _train),
-    "sft": Verb("tune a model on texts, or on prompts and references", _sft),
-    "classifier": Verb("train a model that tells labels of texts apart", _classifier),
-    "reward-model": Verb("train a model that scores texts", _reward_model),
-    "evaluate": Verb("a run's figures before and after, with intervals", _evaluate),
-    "generate": Verb("continue the prompts of a file, as lines of JSON", _generate),
-    "chat": Verb("talk with a model in the terminal", _chat),
-    "rate": Verb("have people score what a model writes, and train on it", _rate),
-    "show": Verb("replay an episode token by token", _show),
-    "export": Verb("write a run's model as a Hugging Face folder", _export),
-    "compare": Verb("several runs in one picture and a table", _compare),
-    "doctor": Verb("check model, tokenizer, reward and settings before training", _doctor),
-    "tasks": Verb("list tasks, rewards, metrics, masks and loggers", _tasks),
+    "train": Verb(
+        "train a model on a task; go on with a run",
+        CONFIG,
+        TrainConfig,
+        TrainOptions,
+        "agents.training_run:train",
+        _read_training,
+    ),
+    "sft": Verb(
+        "tune a model on texts, or on prompts and references",
+        STAGE,
+        SFTConfig,
+        StageOptions,
+        "agents.stage_verbs:tune_model",
+        _read_stage,
+    ),
+    "classifier": Verb(
+        "train a model that tells labels of texts apart",
+        STAGE,
+        ClassifierConfig,
+        StageOptions,
+        "agents.stage_verbs:classify",
+        _read_stage,
+    ),
+    "reward-model": Verb(
+        "train a model that scores texts",
+        STAGE,
+        RewardModelConfig,
+        StageOptions,
+        "agents.stage_verbs:train_scorer",
+        _read_stage,
+    ),
+    "evaluate": Verb(
+        "a run's figures before and after, with intervals",
+        "RUN [--metrics ...]",
+        EvaluateOptions,
+        TrustOptions,
+        "agents.verbs:evaluate_run",
+        _read_run,
+    ),
+    "generate": Verb(
+        "continue the prompts of a file, as lines of JSON",
+        "RUN|MODEL --prompts FILE",
+        GenerateOptions,
+        TrustOptions,
+        "agents.verbs:generate_lines",
+        _read_model,
+    ),
+    "chat": Verb(
+        "talk with a model in the terminal",
+        "RUN|MODEL",
+        ChatOptions,
+        TrustOptions,
+        "agents.chat:talk",
+        _read_model,
+    ),
+    "rate": Verb(
+        "have people score what a model writes, and train on it",
+        "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]",
+        RateConfig,
+        RateOptions,
+        "agents.rate:rate",
+        _read_model,
+    ),
+    "show": Verb(
+        "replay an episode token by token",
+        "RUN [--prompt N]",
+        ShowOptions,
+        TrustOptions,
+        "agents.show:show",
+        _read_run,
+    ),
+    "export": Verb(
+        "write a run's model as a Hugging Face folder",
+        "RUN DIR [--sb3-zip] [--to_hub REPO]",
+        ExportOptions,
+        ExportFlags,
+        "agents.verbs:export_run",
+        _read_run,
+    ),
+    "compare": Verb(
+        "several runs in one picture and a table",
+        "RUN RUN ... [--out FILE]",
+        CompareOptions,
+        None,
+        "agents.compare:compare",
+        _read_runs,
+    ),
+    "doctor": Verb(
+        "check model, tokenizer, reward and settings before training",
+        CONFIG,
+        TrainConfig,
+        TrustOptions,
+        "agents.verbs:examine",
+        _read_doctor,
+    ),
+    "tasks": Verb(
+        "list tasks, rewards, metrics, masks and loggers",
+        "",
+        None,
+        None,
+        "agents.catalogue:list_names",
+        _read_nothing,
+    ),
 }
 
 

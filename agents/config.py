@@ -1,4 +1,4 @@
-"""What a run is, as dataclasses: the one source of the names, types, defaults and help of YAML and command line."""
+"""The configuration of a training run as dataclasses: names, types, defaults and help of YAML and command line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
-DEMO = "demo"
-PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # the default loggers, and their packages
+PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # each default logger: the package it needs
 
 
 @dataclass
@@ -17,8 +16,12 @@ class Named:
     """A reward, metric, mask, logger or environment by its name.
 
     Args:
-        id: A name that `textenv tasks` lists, or `module:Class`, which the module defines; allowed with `--allow`.
+        id: A name that `textenv tasks` lists, or `module:Class` of a module that `--allow module` permits.
         args: The arguments of the class.
+
+    Example:
+        >>> Named("length", {"target": 20})
+        Named(id='length', args={'target': 20})
     """
 
     id: str
@@ -26,26 +29,28 @@ class Named:
 
 
 def default_loggers() -> list[Named | str]:
-    """Return the loggers of a configuration that names none: those of the extra `plot` whose packages are installed."""
+    """Return the default loggers: "tensorboard" and "curves", each where its package (extra `plot`) is installed."""
     return [logger for logger, package in PLOTTED.items() if find_spec(package) is not None]
 
 
 @dataclass
 class EnvConfig:
-    """What an episode is, and what it earns.
+    """The episodes of the task, and what they earn.
 
     Args:
-        id: "demo" (the built-in reviews), "text" (prompts and a reward), a task of `textenv tasks`, or `module:Class`.
-        args: Other arguments of the environment, as `data`, `stop_strings` or `score_at`.
-        prompts: For "text": a .jsonl, .csv or .txt file; for the others, prompts in place of their own.
-        reward: A reward by name, or its id and args; where the task has none of its own.
-        on_failure: What becomes of a text whose reward raises or is no number: "raise" stops the run, "drop" leaves it
-            out (up to 5 %), a number is its reward. Rewards that ask servers have their own.
-        masks: Which tokens are allowed next; needs the algorithm "maskable_ppo".
-        max_new_tokens: The most tokens of an episode; null is the environment's own number, 64 for "text".
+        id: "demo" (built-in product reviews), "text" (your own prompts and reward), a task that `textenv tasks` lists,
+            or `module:Class`.
+        args: Further arguments of the environment, such as `data`, `stop_strings` or `score_at`.
+        prompts: A .jsonl, .csv or .txt file of prompts; required for "text", replaces the prompts of other tasks.
+        reward: A reward by name, or {id: NAME, args: {...}}; for tasks that have no reward of their own.
+        on_failure: What happens to a text whose reward raises an error or is not a number: "raise" stops the run,
+            "drop" leaves the text out (up to 5 % of them), a number is used as its reward. Rewards that call servers
+            have their own setting.
+        masks: Masks of the tokens that may be sampled next; they need algorithm.name "maskable_ppo".
+        max_new_tokens: The most tokens of an episode; null means the environment's own limit, 64 for "text".
     """
 
-    id: str = DEMO
+    id: str = "demo"
     args: dict[str, Any] = field(default_factory=dict)
     prompts: str | None = None
     reward: Named | str | None = None
@@ -56,30 +61,32 @@ class EnvConfig:
 
 @dataclass
 class ModelConfig:
-    """The language model, what of it is trained, its critic and its sampling.
+    """The language model, its trained part, its critic and its sampling.
 
     Args:
-        name: A name on the hub, or a folder; "demo" is a tiny GPT-2 of 64 positions that is made in seconds.
-        tokenizer: The name or folder of its tokenizer, where that is another.
-        train: What is trained.
-        last_layers: How many layers, with train "last_layers".
-        lora_r: The rank of the adapters, with train "lora".
-        lora_alpha: Their scale, in units of 1 / rank.
-        critic: Where the values come from: the policy's trunk ("detached" does not train it), or a model of its own.
-        critic_model: Name or folder of the critic "separate" or "reward_model".
-        value_norm: How returns are normalised for the critic.
-        critic_lr_scale: Multiplies the critic's learning rate.
-        temperature: Divides the logits, in rollout and update alike.
-        top_k: Sample from so many tokens.
-        top_p: Sample from the most probable tokens that sum to this.
-        min_p: Sample from tokens of at least this share of the largest probability.
-        repetition_penalty: Lowers the logits of tokens that are already there.
-        top_p_lag: Updates between the renewals of the copy that chooses the tokens of `top_p` (NLPO).
+        name: A name on the Hugging Face hub, or a folder; "demo" is a tiny GPT-2 (64 positions) built in seconds.
+        tokenizer: The name or folder of the tokenizer, if it is not the model's own.
+        train: The weights that are trained: all, the head alone, the last layers, or LoRA adapters.
+        last_layers: The number of layers to train with train "last_layers".
+        lora_r: The rank of the adapters with train "lora".
+        lora_alpha: The scale of the adapters with train "lora", which multiplies their output by alpha / rank.
+        critic: The source of the values: "shared" is a head on the policy's own layers, "detached" the same without
+            training those layers, "separate" and "reward_model" are models of their own.
+        critic_model: The name or folder of the model for the critics "separate" and "reward_model".
+        value_norm: How returns are normalised for the critic: "norm" by running mean and deviation, "popart" keeps the
+            predicted values unchanged while it does (PopArt); null for not at all.
+        critic_lr_scale: A factor on the learning rate of the critic.
+        temperature: Divides the logits, both when texts are sampled and in the update.
+        top_k: Sample from the k most probable tokens only.
+        top_p: Sample from the most probable tokens that together have this probability.
+        min_p: Sample from the tokens with at least this share of the largest probability.
+        repetition_penalty: Lowers the logits of tokens that the text already has; 1 for none.
+        top_p_lag: Choose the tokens of `top_p` by a copy of the policy that is renewed every so many updates (NLPO).
         autocast: "bfloat16" computes in 16 bits.
-        gradient_checkpointing: Less memory, a third more time.
+        gradient_checkpointing: Save memory, at about a third more time.
     """
 
-    name: str = DEMO
+    name: str = "demo"
     tokenizer: str | None = None
     train: Literal["all", "head", "last_layers", "lora"] = "all"
     last_layers: int = 2
@@ -101,20 +108,21 @@ class ModelConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """The algorithm; null is what `agents.make_agent` has.
+    """The algorithm and its settings; null leaves one to `agents.make_agent`.
 
     Args:
-        name: The class of Stable-Baselines3 or sb3-contrib.
-        n_envs: Episodes side by side.
-        learning_rate: The learning rate at the start; null is 1e-5, or 1e-3 with trpo, of the critic alone.
-        schedule: Whether it stays, or falls to zero at the end.
-        n_steps: Tokens of a rollout in each of them; null is env.max_new_tokens.
-        batch_size: Tokens of a minibatch; null is an eighth of a rollout, or more where it has few texts.
-        n_epochs: Passes over a rollout; null is 4.
-        advantage: "gae" with a critic; the others compare the samples of a prompt (env.args: samples_per_prompt).
-        micro_batch_tokens: Split minibatches into parts of so many tokens, to save memory.
-        critic_warmup: Rollouts in which the critic alone learns.
-        args: Other arguments of the algorithm, as `target_kl` or `ent_coef`.
+        name: The algorithm of Stable-Baselines3 or sb3-contrib.
+        n_envs: The number of episodes that run side by side.
+        learning_rate: The learning rate at the start; null is 1e-5 (with trpo 1e-3, for the critic alone).
+        schedule: Keep the learning rate constant, or lower it linearly to zero at the end.
+        n_steps: Tokens of each of the `n_envs` in a rollout; null is env.max_new_tokens.
+        batch_size: Tokens of a minibatch; null is an eighth of a rollout, or more if that holds too few texts.
+        n_epochs: Passes over each rollout; null is 4.
+        advantage: "gae" uses a critic; the others compare samples of the same prompt and need
+            `--env.args '{samples_per_prompt: N}'`.
+        micro_batch_tokens: Split each minibatch into parts of so many tokens, to save memory.
+        critic_warmup: Rollouts at the start in which only the critic learns.
+        args: Further arguments of the algorithm, such as `target_kl` or `ent_coef`.
     """
 
     name: Literal["ppo", "a2c", "maskable_ppo", "trpo"] = "ppo"
@@ -135,12 +143,13 @@ class KLConfig:
     """The penalty on leaving the reference model.
 
     Args:
-        coef: Reward per nat; 0 for none.
-        target: Nats an episode that the coefficient is adapted to; fixed by default.
-        horizon: How slowly it is adapted, in episodes.
-        reference: Name or folder of the reference; the policy as it was at the start by default.
-        estimator: How the divergence of a token is estimated.
-        clip: The most nats that one token counts.
+        coef: The coefficient: reward subtracted per nat of divergence; 0 switches the penalty off.
+        target: The divergence, in nats per episode, that an adaptive coefficient aims at; null keeps it fixed.
+        horizon: The number of episodes over which an adaptive coefficient adapts: the more, the slower.
+        reference: The name or folder of the reference model; null is the policy as it was before training.
+        estimator: How the divergence of a token is estimated: k1, k2 and k3 from the sampled token (Schulman), "exact"
+            from the whole distribution.
+        clip: The most nats that a single token counts.
     """
 
     coef: float = 0.05
@@ -153,13 +162,13 @@ class KLConfig:
 
 @dataclass
 class ShapingConfig:
-    """What is done to the score of an episode before the KL penalty.
+    """Changes to the score of each episode, before the KL penalty is subtracted.
 
     Args:
-        clip: The largest absolute score.
-        scale: Divide by the running deviation.
-        whiten: Normalise over a rollout.
-        missing_eos_penalty: Subtracted from texts that were cut off.
+        clip: Limit scores to this absolute value.
+        scale: Divide scores by their running standard deviation.
+        whiten: Normalise the scores of each rollout to mean 0 and deviation 1.
+        missing_eos_penalty: Subtract this from texts that were cut off before they ended.
     """
 
     clip: float | None = None
@@ -170,18 +179,18 @@ class ShapingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Evaluation before training, meanwhile and at the end.
+    """Evaluations before, during and after training.
 
     Args:
-        every: Tokens from one to the next.
-        n_prompts: Prompts of each.
-        n: Texts a prompt.
+        every: Tokens of training between two evaluations.
+        n_prompts: The number of prompts of each evaluation.
+        n: Texts per prompt.
         prompts: A file of held-out prompts; the training prompts by default.
-        env_args: Arguments of the environment that differ here, as `{part: held_out}`.
-        metrics: Metrics by name, or their id and args.
-        best: The figure by which the best model is kept.
-        higher_is_better: Whether a larger one is better.
-        patience: Stop after so many evaluations without a better one.
+        env_args: Arguments of the environment that differ in evaluations, such as `{part: held_out}`.
+        metrics: Metrics by name, or {id: NAME, args: {...}}.
+        best: The figure by which the best model is chosen and kept.
+        higher_is_better: Whether more is better in the figure `best`.
+        patience: Stop training after so many evaluations in a row without a better figure.
     """
 
     every: int = 20_000
@@ -200,24 +209,29 @@ class TrainConfig:
     """Train a language model on a task.
 
     Args:
-        total_tokens: Tokens that the policy writes in all.
-        seed: Of everything random.
+        total_tokens: Tokens that the policy writes in the whole training.
+        seed: The seed of everything random.
         device: "auto", "cpu", "cuda", ...
         env: The task.
         model: The language model.
         algorithm: The algorithm.
         kl: The KL penalty.
-        shaping: What is done to scores.
+        shaping: Changes to scores.
         evaluation: Evaluations.
-        loggers: Where figures go besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio", "mlflow", or
-            the `module:Class` of a KVWriter of Stable-Baselines3; by name, or their id and args. By default the
-            first two, as far as the extra `plot` is installed.
-        samples: Prompts that are continued for samples.jsonl.
-        samples_every: Rollouts from one such sample to the next.
-        checkpoint_every: Rollouts from one checkpoint to the next.
-        keep_checkpoints: How many of the newest stay.
-        license: The licence of the model, for its card.
-        out: The folder of the run; a new one below runs/ by default.
+        loggers: Where figures go besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio", "mlflow", or the
+            `module:Class` of a KVWriter of Stable-Baselines3; by name, or {id: NAME, args: {...}}. By default the
+            first two, if `pip install "textenv[plot]"` has installed their packages.
+        samples: The number of prompts whose texts go into samples.jsonl.
+        samples_every: Rollouts between two sets of such samples.
+        checkpoint_every: Rollouts between two checkpoints.
+        keep_checkpoints: The number of checkpoints that are kept, the newest ones.
+        license: The licence of the model, for its model card.
+        out: The folder of the run; by default a new one below runs/.
+
+    Example:
+        >>> config = TrainConfig(env=EnvConfig("Reviews", args={"data": "reviews.csv"}), model=ModelConfig("gpt2"))
+        >>> config.algorithm.n_envs
+        64
     """
 
     total_tokens: int = 100_000
@@ -239,44 +253,56 @@ class TrainConfig:
 
 
 @dataclass
-class TrainOptions:
-    """What the command line alone says about training: no configuration can.
+class TrustOptions:
+    """Permissions: only the command line can give them, never a configuration file.
 
     Args:
-        resume: Go on with the run in this folder; give changed keys beside it.
-        change: A key that may differ from the resumed run's, which then is another run than if never stopped.
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
+        allow: A module that the configuration may import. Can be repeated.
+        allow_env: An environment variable, such as a key, that the configuration may send to a reward's server
+            (api_key_variable). Can be repeated.
         trust_remote_code: Let a model from the hub run its own code.
-        dry_run: One rollout and one update, and what the whole run would take.
+    """
+
+    allow: list[str] = field(default_factory=list)
+    allow_env: list[str] = field(default_factory=list)
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TrainOptions(TrustOptions):
+    """Options of `textenv train`: only the command line has them, never a configuration file.
+
+    Args:
+        resume: Continue the run in this folder; further arguments change its configuration.
+        change: With --resume, a key that may differ from the run's; the result then differs from an uninterrupted
+            run's. Can be repeated.
+        dry_run: Do one rollout and one update, and print the time, memory and disk space of the whole run.
         quiet: Print errors only.
-        json: Print a line of JSON an iteration.
+        json: Print one line of JSON per iteration.
     """
 
     resume: str | None = None
     change: list[str] = field(default_factory=list)
-    allow: list[str] = field(default_factory=list)
-    allow_env: list[str] = field(default_factory=list)
-    trust_remote_code: bool = False
     dry_run: bool = False
     quiet: bool = False
     json: bool = False
 
 
-# The defaults with the built-in model, which is small and new; with any other they are those of the dataclasses above.
-# See examples/quickstart.py, which is the same in Python.
+# The defaults with the demo model: it is small and hardly trained, so it learns at a much larger learning rate and in
+# fewer tokens than a pretrained model. Other models have the defaults of the dataclasses above. These settings reach
+# the bar that tests hold the demo to; examples/quickstart.py has the same in Python.
 DEMO_SETTINGS: dict[str, Any] = {
     "total_tokens": 56_000,
     "env.max_new_tokens": 32,
     "algorithm.learning_rate": 1.5e-3,
     "algorithm.schedule": "linear",
 }
-DEMO_PPO_SETTINGS: dict[str, Any] = {  # besides, with the algorithms that have them
+DEMO_PPO_SETTINGS: dict[str, Any] = {  # and these with PPO_NAMES: A2C and TRPO have no such minibatches
     "algorithm.batch_size": 512,
     "algorithm.args": {"target_kl": 0.05},
 }
 PPO_NAMES = ("ppo", "maskable_ppo")
-# What may change when a run is resumed without changing what comes out of it.
+# The keys that a resumed run may change freely: they have no influence on the weights.
 FREE_ON_RESUME = (
     "device",
     "out",
@@ -290,7 +316,10 @@ FREE_ON_RESUME = (
 
 
 def default_settings(given: TrainConfig) -> dict[str, Any]:
-    """Return the defaults, by dotted key, that are others for what is given than those of `TrainConfig`.
+    """Return the defaults, by dotted key, that differ from those of `TrainConfig`: some do with the demo model.
+
+    Args:
+        given: The configuration as it would be without them.
 
     Example:
         >>> default_settings(TrainConfig())["algorithm.batch_size"]
@@ -298,24 +327,28 @@ def default_settings(given: TrainConfig) -> dict[str, Any]:
         >>> default_settings(TrainConfig(model=ModelConfig("gpt2")))
         {}
     """
-    if given.model.name != DEMO:
+    if given.model.name != ModelConfig.name:
         return {}
     settings, algorithm = dict(DEMO_SETTINGS), given.algorithm
     if algorithm.name in PPO_NAMES:
         settings |= DEMO_PPO_SETTINGS
         n_steps = algorithm.n_steps or given.env.max_new_tokens or settings["env.max_new_tokens"]
         if n_steps * algorithm.n_envs % settings["algorithm.batch_size"]:
-            del settings["algorithm.batch_size"]  # which has to divide the rollout
+            # SB3 `ppo.PPO.__init__` warns of a truncated minibatch where the batch size does not divide the rollout.
+            del settings["algorithm.batch_size"]
     return settings
 
 
 def argument_help(config: type) -> dict[str, str]:
-    """Return what the docstring of a config says of each argument.
+    """Return what the docstrings of a config and of its base classes say of each argument.
 
     Example:
         >>> argument_help(Named)["args"]
         'The arguments of the class.'
     """
-    _, _, arguments = (inspect.getdoc(config) or "").partition("Args:\n")
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", arguments, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    texts: dict[str, str] = {}
+    for described in reversed(config.__mro__):
+        _, _, arguments = inspect.cleandoc(described.__doc__ or "").partition("Args:\n")
+        entries = re.findall(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", arguments, flags=re.MULTILINE)
+        texts |= {name: " ".join(text.split()) for name, text in entries}
+    return texts

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from textenv.completion import Preds
 from textenv.feedback.records import Answer
+from textenv.named_tokenizer import DEMO
 from textenv.prompts import Prompt
 from textenv.rewarding import ScoreAt
 from textenv.rewards.base import BatchReward
@@ -19,7 +20,6 @@ from textenv.rewards.preference import Preference
 from textenv.trust import check_written
 
 from .assemble import load_tokenizer
-from .config import DEMO
 from .feedback_data import examples_of
 from .reward_model import train_reward_model
 

@@ -14,26 +14,27 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from textenv import demo
 from textenv.env import TextEnv
 from textenv.extras import check_extra
 from textenv.feedback.asked import questions_of
 from textenv.feedback.records import MAX_COMPLETIONS, Kind, check_rater, check_scale
 from textenv.feedback.store import FeedbackStore
 from textenv.feedback.terminal import RatingTerminal
+from textenv.named_tokenizer import DEMO
 from textenv.prompts import PromptLike
 from textenv.rewards.human import GROUP
 
-from .config import DEMO, TrainConfig
+from .config import TrainConfig
 from .generation import generate, no_reward
 from .policies import LMPolicy
+from .prompt_files import prompts_for
+from .rate_training import train_by_hand
 from .refusal import CommandError, Exit, StorageError
-from .verb_config import RateConfig, RateOptions
-from .verbs import Writer, open_writer, read_prompts, text_length
+from .verb_config import RATED_TOKENS, RateConfig, RateOptions
+from .verbs import Writer, open_writer, text_length
 
 CHUNK = 16  # prompts that are continued together; what is written of them survives an interrupt
 DATABASE = "ratings.db"
-RATED_TOKENS = 32  # of a text by a model that is no run's: people read it
 
 
 def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -> int:
@@ -66,8 +67,6 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
     transformers_logging.disable_progress_bar()
     try:
         if options.train:
-            from .rate_training import train_by_hand
-
             return train_by_hand(config, chosen, options, rater)
         return _rate(config, chosen, options, rater)
     except sqlite3.Error as error:
@@ -78,7 +77,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
     assert chosen.db is not None
     with FeedbackStore(chosen.db) as store:
         if chosen.model is not None:
-            prompts, _ = rated_prompts(chosen), question_of(chosen)
+            prompts, _ = prompts_for("rate", chosen.model, chosen.prompts), question_of(chosen)
             writer = open_writer(chosen.model, config, options, prompts)
             most = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
             n_new = ask(store, writer, prompts, replace(chosen, max_new_tokens=most))
@@ -102,19 +101,6 @@ def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
 
     announce = partial(print, "the page of raters, until Ctrl-C:", flush=True)
     serve(store, kind=chosen.kind, host=chosen.host, port=chosen.port, token=chosen.token, announce=announce)
-
-
-def rated_prompts(chosen: RateConfig) -> list[PromptLike]:
-    """Return the prompts of the file, or those of the demo.
-
-    Raises:
-        CommandError: If there are none.
-    """
-    if chosen.prompts is None and chosen.model == DEMO:
-        return list(demo.prompts())
-    if chosen.prompts is None:
-        raise CommandError(f"Expected --prompts FILE for textenv rate {chosen.model}.")
-    return read_prompts(chosen.prompts)
 
 
 def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], chosen: RateConfig) -> int:

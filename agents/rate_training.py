@@ -32,9 +32,9 @@ from .files import write_text
 from .kl import KLPenalty
 from .manifest import newest_intact
 from .output_folders import check_output
-from .rate import RATED_TOKENS, rated_prompts
+from .prompt_files import prompts_for
 from .refusal import CommandError, Exit, Interrupted
-from .verb_config import RateConfig, RateOptions
+from .verb_config import RATED_TOKENS, RateConfig, RateOptions
 from .verbs import Writer, make_policy, text_length
 
 SAVE_EVERY = 10  # updates; those since are made again from the answers in the store
@@ -94,7 +94,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
             raise CommandError(f"Expected a finished run, got {chosen.model} without a model: resume it first.")
     session = claim(out, chosen)
     check_output(out / "model", "language model", overwrite=True)
-    tokenizer, prompts = load_tokenizer(folder, trust), rated_prompts(chosen)
+    tokenizer, prompts = load_tokenizer(folder, trust), prompts_for("rate", chosen.model, chosen.prompts)
     trained = None if config is None else config.env.max_new_tokens
     writer = Writer(make_policy(folder, tokenizer, ModelConfig(), trust), tokenizer, most=trained)
     most = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)

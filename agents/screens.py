@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from textenv.printable import printable
@@ -35,6 +37,18 @@ class Screen(Protocol):
 
     def close(self) -> None:
         """Leave the terminal as it was."""
+
+
+@contextmanager
+def warnings_on(screen: Screen) -> Iterator[None]:
+    """Within, show each warning at once as a line of the screen.
+
+    `warnings.catch_warnings` puts back what displayed warnings before, and the filters too, which libraries change.
+    It does so when the run ends, whatever ends it.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
+        yield
 
 
 def figures(row: Row) -> dict[str, str]:

@@ -11,12 +11,12 @@ from textenv.printable import printable
 from textenv.vector import TextVectorEnv
 
 from .assemble import Parts, load_lm, trust_of
-from .config import TrainConfig
+from .config import TrainConfig, TrustOptions
 from .evaluation import sequence_of
 from .policies import LMPolicy
 from .reference import build_reference, divergences
 from .refusal import CommandError, Exit
-from .verb_config import ShowOptions, TrustOptions
+from .verb_config import ShowOptions
 from .verbs import load_newest
 
 

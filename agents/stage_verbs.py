@@ -9,9 +9,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from textenv.named_tokenizer import DEMO
+
 from .assemble import load_lm, load_tokenizer, trust_of
 from .classifier import LabelledTexts, train_classifier
-from .config import DEMO
 from .pretrain import char_tokenizer
 from .pretrained import PretrainedRewardModel
 from .refusal import CommandError, Exit

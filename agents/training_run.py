@@ -7,7 +7,6 @@ import math
 import signal
 import sys
 import threading
-import warnings
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -18,11 +17,12 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from textenv import __version__
 from textenv.extras import MissingExtraError
 from textenv.json_files import read_json
+from textenv.named_tokenizer import DEMO
 from textenv.rewarding import RAISED
 
 from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
 from .checkpoint import load_checkpoint
-from .config import DEMO, FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
+from .config import FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
 from .curves import draw_curves
 from .dry_run import dry_run
 from .evaluation_callback import HISTORY, Evaluate
@@ -40,10 +40,34 @@ from .recording import Recorder, RowWriter, SampleRecorder
 from .refusal import CommandError, Exit, Interrupted, is_full
 from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
-from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen
+from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, warnings_on
 
 MENDED = (Exit.REFUSED, Exit.MISSING)  # by the user, and then the same command trains: no run began
 SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
+
+
+def train(
+    config: TrainConfig,
+    dumped: str,
+    options: TrainOptions,
+    run: RunFolder | None = None,
+    before: TrainConfig | None = None,
+) -> int:
+    """Begin a run, or go on with one: the function of the verb `train`.
+
+    Args:
+        config: The configuration.
+        dumped: The same as YAML, as it is kept.
+        options: What the command line alone says.
+        run: The run to go on with.
+        before: The configuration that it has kept.
+
+    Returns:
+        The exit code.
+    """
+    if run is None or before is None:
+        return start(config, dumped, options)
+    return resume(run, config, before, dumped, options)
 
 
 def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
@@ -135,11 +159,11 @@ def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
 def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     """Train under the lock; turn what goes wrong into one line, an exit code and a traceback in the log."""
     screen = make_screen(config, options)
-    previous = warnings.showwarning, threading.excepthook
-    warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
-    threading.excepthook = lambda ended: None if is_full(ended.exc_value) else previous[1](ended)  # TensorBoard's
+    previous = threading.excepthook
+    threading.excepthook = lambda ended: None if is_full(ended.exc_value) else previous(ended)  # TensorBoard's
     try:
-        return _run(run, config, options, screen)
+        with warnings_on(screen):
+            return _run(run, config, options, screen)
     except RAISED as error:
         known = as_command_error(error, run.path)
         says_all = known is error or isinstance(error, MissingExtraError)
@@ -147,7 +171,7 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
         place = f" (the traceback is in {run.log})" if is_kept and not says_all else ""
         raise CommandError(f"{known}{place}", known.code) from error
     finally:
-        warnings.showwarning, threading.excepthook = previous
+        threading.excepthook = previous
         screen.close()
 
 

@@ -1,38 +1,25 @@
-"""What the verbs beside `train` take, as dataclasses: names, types, defaults and help."""
+"""The arguments of the verbs other than `train`, as dataclasses: names, types, defaults and help."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .config import DEMO, Named
+from .config import ModelConfig, Named, TrustOptions
 
-
-@dataclass
-class TrustOptions:
-    """What the command line alone allows.
-
-    Args:
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
-    """
-
-    allow: list[str] = field(default_factory=list)
-    allow_env: list[str] = field(default_factory=list)
-    trust_remote_code: bool = False
+RATED_TOKENS = 32  # the most tokens of a text to rate, by a model that is not a run: people read each text whole
 
 
 @dataclass
 class EvaluateOptions:
-    """Measure a run's model as it was before training and as it is now, on the same prompts.
+    """Evaluate a run's model before and after training, on the same prompts.
 
     Args:
         run: The folder of the run.
-        metrics: Metrics by name, or their id and args, beside the run's own.
-        n_prompts: How many prompts.
-        n: Texts a prompt.
-        seed: Of the sampling.
+        metrics: Further metrics, by name or {id: NAME, args: {...}}, besides the run's own.
+        n_prompts: The number of prompts.
+        n: Texts per prompt.
+        seed: The seed of the sampling.
     """
 
     run: str
@@ -44,16 +31,16 @@ class EvaluateOptions:
 
 @dataclass
 class GenerateOptions:
-    """Continue prompts, and print a line of JSON for each text.
+    """Write texts that continue prompts, and print each as a line of JSON.
 
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
-        prompts: A .jsonl, .csv or .txt file; by default the prompts of the run, or the built-in ones for "demo".
-        n: Texts a prompt.
-        max_new_tokens: The most tokens of a text; by default as many as the run was trained with, or 64 for a model,
-            and fewer where it has no room for so many.
+        prompts: A .jsonl, .csv or .txt file; by default the run's own prompts, or the built-in ones for "demo".
+        n: Texts per prompt.
+        max_new_tokens: The most tokens of a text; by default as many as in the run's training, or 64 for a model, and
+            fewer if the model can read fewer.
         greedy: Take the most probable token instead of sampling.
-        seed: Of the sampling.
+        seed: The seed of the sampling.
     """
 
     model: str
@@ -66,14 +53,14 @@ class GenerateOptions:
 
 @dataclass
 class ChatOptions:
-    """Talk with a model; what was said before stays in its prompt. /reset forgets it, /exit ends.
+    """Chat with a model, which sees the whole conversation. /reset starts a new one, /exit ends.
 
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
-        max_new_tokens: The most tokens of an answer; by default as many as the run was trained with, or 64 for a model,
-            and at most half of what it can read.
+        max_new_tokens: The most tokens of an answer; by default as many as in the run's training, or 64 for a model,
+            and at most half of what the model can read.
         greedy: Take the most probable token instead of sampling.
-        seed: Of the sampling.
+        seed: The seed of the sampling.
     """
 
     model: str
@@ -84,11 +71,11 @@ class ChatOptions:
 
 @dataclass
 class ExportOptions:
-    """Write a run's newest model as a Hugging Face folder, and check that it generates the same.
+    """Write a run's newest model as a Hugging Face folder, and check that it generates the same texts.
 
     Args:
         run: The folder of the run.
-        folder: Where to.
+        folder: The folder to write.
     """
 
     run: str
@@ -97,14 +84,11 @@ class ExportOptions:
 
 @dataclass
 class ExportFlags(TrustOptions):
-    """What the command line alone says.
+    """Options of `textenv export`: only the command line has them.
 
     Args:
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
-        sb3_zip: Write sb3.zip as well, as SB3's model.save does: it holds pickles; see agents.load_sb3_zip.
-        to_hub: Upload the folder as this repository of the Hugging Face hub; a new one is private.
+        sb3_zip: Also write sb3.zip, as SB3's model.save does: it contains pickles; see agents.load_sb3_zip.
+        to_hub: Upload the folder to this repository of the Hugging Face hub; a new repository is private.
         overwrite: Replace an earlier export in the folder.
     """
 
@@ -115,12 +99,12 @@ class ExportFlags(TrustOptions):
 
 @dataclass
 class ShowOptions:
-    """Replay an episode of a run's newest model token by token, with reward, value and divergence.
+    """Print an episode of a run's newest model token by token, with reward, value and KL divergence.
 
     Args:
         run: The folder of the run.
-        prompt: The number of the prompt.
-        seed: Of the sampling.
+        prompt: The number of the prompt, from 0.
+        seed: The seed of the sampling.
     """
 
     run: str
@@ -134,7 +118,7 @@ class CompareOptions:
 
     Args:
         runs: The folders of the runs.
-        out: The picture's file.
+        out: The file of the picture.
     """
 
     runs: list[str]
@@ -143,15 +127,12 @@ class CompareOptions:
 
 @dataclass
 class StageOptions(TrustOptions):
-    """What the command line alone says.
+    """Options of `textenv sft`, `classifier` and `reward-model`: only the command line has them.
 
     Args:
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
-        resume: Go on with a run of the same arguments that was interrupted.
+        resume: Continue an interrupted training with the same arguments.
         overwrite: Replace an earlier output of the same kind in --out.
-        quiet: No progress bar.
+        quiet: Show no progress bar.
     """
 
     resume: bool = False
@@ -161,20 +142,20 @@ class StageOptions(TrustOptions):
 
 @dataclass
 class StageConfig:
-    """What all stages before PPO are told.
+    """The arguments that `sft`, `classifier` and `reward-model` share.
 
     Args:
-        model: A name on the hub, or a folder; "demo" is the built-in one.
-        task: A task of `textenv tasks`, whose data set `data` then is; a tenth of it is held out.
-        data: A file; with `task` a folder, or the data set's name on the hub.
-        out: Where the model goes.
-        held_out: A file that is measured and not trained on.
-        batch_size: Rows of a minibatch.
-        max_tokens: The longest text.
-        seed: Of everything random.
+        model: The model to train from: a name on the hub, or a folder; "demo" is the built-in one.
+        task: A task that `textenv tasks` lists: `data` is then its data set, of which a tenth is held out.
+        data: The training data: a file; with `task` a folder, or the data set's name on the hub.
+        out: The folder of the trained model.
+        held_out: A file of data to evaluate on, which is not trained on.
+        batch_size: Texts per minibatch.
+        max_tokens: The most tokens of a text, of which longer ones lose the rest; by default what the model can read.
+        seed: The seed of fresh weights and of the order of the data.
     """
 
-    model: str = DEMO
+    model: str = ModelConfig.name
     task: str | None = None
     data: str | None = None
     out: str | None = None
@@ -186,27 +167,23 @@ class StageConfig:
 
 @dataclass
 class SFTConfig(StageConfig):
-    """Tune a causal model on texts, or on references that answer prompts; see `agents.sft.tune`.
+    """Fine-tune a causal model on texts, or on prompts with reference answers; see `agents.sft.tune`.
 
     Args:
-        model: A name on the hub, or a folder; "demo" is the built-in one.
-        fresh: Instead of `model`, the sizes of one with fresh weights, as its transformers config has them:
-            `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, vocab_size: 2048}`. Its tokenizer learns from the
-            texts.
-        fresh_tokenizer: Whether that has byte pairs, `vocab_size` of them, or a token a character, as suits Chinese.
-        task: A task of `textenv tasks`, whose data set `data` then is; a tenth of it is held out.
-        data: A .txt (a text a line), .jsonl or .csv file; with `task` a folder, or the data set's name on the hub.
-        out: Where the tuned model goes.
-        held_out: A file that is measured and not trained on.
+        fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
+            `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, vocab_size: 2048}`. Its tokenizer is
+            made from the texts.
+        fresh_tokenizer: The tokenizer of a `fresh` model: `vocab_size` byte pairs, or one token per character, which
+            suits Chinese.
+        data: A .txt (one text per line), .jsonl or .csv file; with `task` a folder, or the data set's name on the hub.
         text_column: The column of texts.
-        prompt_column: The column of prompts, where there are prompts and references.
-        reference_column: The column of references, as they go on from their prompts.
-        packing: Put several texts into a row.
+        prompt_column: The column of prompts, if the data has prompts and references.
+        reference_column: The column of references: texts that continue the prompts.
+        packing: Put several texts into one row.
         n_epochs: Passes over the data.
-        batch_size: Rows of a minibatch.
-        learning_rate: The peak.
-        max_tokens: The longest row.
-        seed: Of fresh weights and of the order of the data.
+        batch_size: Rows per minibatch.
+        learning_rate: The peak of the learning rate.
+        max_tokens: The most tokens of a row; by default what the model can read. Longer texts become several rows.
     """
 
     fresh: dict[str, Any] = field(default_factory=dict)
@@ -221,24 +198,17 @@ class SFTConfig(StageConfig):
 
 @dataclass
 class ClassifierConfig(StageConfig):
-    """Train a text classifier, to be a reward or a judge; see `agents.classifier.train_classifier`.
+    """Train a text classifier, to use as a reward or a judge; see `agents.classifier.train_classifier`.
 
     Args:
-        model: A name on the hub, or a folder; "demo" is the built-in one.
-        fresh: Instead of `model`, the sizes of one with fresh weights, as its transformers config has them:
+        fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: distilbert, n_layers: 1, dim: 64, hidden_dim: 128, n_heads: 2}`.
-        tokenizer: Its name or folder, where it is not the model's own.
-        task: A task of `textenv tasks`, whose data set `data` then is; a tenth of it is held out.
+        tokenizer: The name or folder of the tokenizer, if it is not the model's own.
         data: A .jsonl or .csv file with the columns text and label; with `task` a folder, or the data set's name on
             the hub.
-        out: Where the classifier goes.
-        held_out: A file that is measured and not trained on.
-        labels: The names of the labels in their order; the task's, or those found in alphabetical order, by default.
+        labels: The names of the labels, in order; by default the task's, or those in the data in alphabetical order.
         n_epochs: Passes over the data.
-        batch_size: Texts of a minibatch.
-        learning_rate: The peak.
-        max_tokens: The longest text.
-        seed: Of fresh weights and of the order of the data.
+        learning_rate: The peak of the learning rate.
     """
 
     fresh: dict[str, Any] = field(default_factory=dict)
@@ -251,26 +221,22 @@ class ClassifierConfig(StageConfig):
 
 @dataclass
 class RewardModelConfig(StageConfig):
-    """Train a model that scores texts, from pairs or from labels; see `agents.train_reward_model`.
+    """Train a model that scores texts, from preferences or from numbers; see `agents.train_reward_model`.
 
     Args:
-        model: A name on the hub, or a folder; "demo" is the built-in one.
-        fresh: Instead of `model`, the sizes of one with fresh weights, as its transformers config has them:
+        fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, n_positions: 128}`.
-        tokenizer: Its name or folder, where it is not the model's own.
-        task: A task of `textenv tasks`, whose data set `data` then is; a tenth of it is held out.
-        data: A .jsonl or .csv file with the columns chosen, rejected and perhaps prompt; or text and label. With
-            `task` a folder, or the data set's name on the hub.
-        from_feedback: In its place, the answers of people that `textenv rate` has put into this file.
-        out: Where the model goes.
-        held_out: A file that is measured and not trained on; a tenth of the prompts, with `from_feedback`.
-        loss: Where scores are compared: at the last token, or at all from the first difference on.
-        centring: Keeps scores around zero.
+        tokenizer: The name or folder of the tokenizer, if it is not the model's own.
+        data: A .jsonl or .csv file with the columns chosen and rejected, and optionally prompt; or text and label (a
+            number). With `task` a folder, or the data set's name on the hub.
+        from_feedback: Instead of `data`, a file of people's answers, which `textenv rate` has collected.
+        held_out: A file of data to evaluate on, which is not trained on; with `from_feedback` a tenth of the prompts
+            by default.
+        loss: Compare the scores of two texts at their last tokens, or at all tokens from their first difference on.
+        centring: The weight of a penalty that keeps scores around zero; 0 for none.
         n_epochs: Passes over the data.
-        batch_size: Rankings of a minibatch.
-        learning_rate: The peak.
-        max_tokens: The longest text.
-        seed: Of fresh weights and of the order of the data.
+        batch_size: Comparisons (or texts) per minibatch.
+        learning_rate: The peak of the learning rate.
     """
 
     fresh: dict[str, Any] = field(default_factory=dict)
@@ -284,31 +250,31 @@ class RewardModelConfig(StageConfig):
 
 @dataclass
 class RateConfig:
-    """Have people score, compare or rank what a model writes; without a model, what waits for an answer already.
+    """Let people score, compare or rank texts that a model writes; without a model, texts that already wait.
 
-    Interrupted, the same command goes on: nothing is generated twice, and nothing that was answered is asked again.
+    After an interrupt the same command continues: no text is written twice, and no answered question is asked again.
 
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
-        prompts: A .jsonl, .csv or .txt file; those of the built-in reviews for "demo".
-        db: Where questions and answers are kept; ratings.db by default, with --train in the folder `out`. Without a
-            model a file that is not there yet is only begun where it is named.
-        kind: What is asked; "score" by default, and without a model whatever waits.
-        n: Completions a prompt: 1 to score, 2 to compare, 4 to rank by default. With --train, samples an update.
-        rater: Who answers; the user's name by default.
-        raters: How many people are to answer each question.
+        prompts: A .jsonl, .csv or .txt file; by default the built-in reviews for "demo".
+        db: The SQLite file of questions and answers; by default ratings.db, with --train in the folder `out`. Without
+            a model, a new file is only begun if it is named here.
+        kind: The kind of question; "score" by default, and without a model any that waits.
+        n: Texts per prompt; by default 1 to score, 2 to compare, 4 to rank. With --train, texts per update.
+        rater: The name of the person who answers; the user's name by default.
+        raters: The number of people who are to answer each question.
         low: The lowest score.
         high: The highest score.
-        max_new_tokens: The most tokens of a completion; by default as many as the run was trained with, or 32 for a
-            model, and fewer where it has no room for so many.
-        seed: Of the sampling.
-        host: With --web, the address to listen on; one that others can reach needs a token.
-        port: With --web, its port; 0 takes a free one.
-        token: With --web, what visitors must have: 16 letters, digits, - and _ or more.
-        out: With --train, where the trained model and its checkpoints go.
-        learning_rate: With --train; the small model of the demo needs about 1e-3.
-        kl: With --train, the penalty on leaving the model as it was, in scores from -1 to 1 per nat.
-        updates: With --train, how many at most.
+        max_new_tokens: The most tokens of a text; by default as many as in the run's training, or 32 for a model, and
+            fewer if the model can read fewer.
+        seed: The seed of the sampling.
+        host: With --web, the address to listen on; an address that others can reach needs a token.
+        port: With --web, the port; 0 picks a free one.
+        token: With --web, a password in the page's address: at least 16 letters, digits, - and _.
+        out: With --train, the folder of the trained model and its checkpoints.
+        learning_rate: With --train, the learning rate; the demo's small model needs about 1e-3.
+        kl: With --train, the penalty on leaving the original model, per nat; scores are scaled to -1 to 1.
+        updates: With --train, the number of updates after which to stop.
     """
 
     model: str | None = None
@@ -333,15 +299,12 @@ class RateConfig:
 
 @dataclass
 class RateOptions(TrustOptions):
-    """What the command line alone says.
+    """Options of `textenv rate`: only the command line has them.
 
     Args:
-        allow: A module that the configuration may import.
-        allow_env: An environment variable that the configuration may send to a reward's server (api_key_variable).
-        trust_remote_code: Let a model from the hub run its own code.
-        terminal: Answer here in the terminal: the default.
+        terminal: Answer in this terminal (the default).
         web: Answer on a page in the browser.
-        train: Score samples in the terminal, with an update of the model after every one, or every n.
+        train: Score texts in the terminal, and train the model on every score, or on every n.
     """
 
     terminal: bool = False

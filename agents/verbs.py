@@ -18,8 +18,8 @@ from textenv import demo
 from textenv.env import TextEnv
 from textenv.json_files import read_json
 from textenv.model_loading import n_positions
+from textenv.named_tokenizer import DEMO
 from textenv.prompts import PromptLike
-from textenv.prompts import read_rows as read_rows_of
 from textenv.trust import Trust
 
 from .assemble import (
@@ -34,7 +34,7 @@ from .assemble import (
     trust_of,
 )
 from .checkpoint import load_checkpoint
-from .config import DEMO, ModelConfig, TrainConfig
+from .config import ModelConfig, TrainConfig, TrustOptions
 from .curves import draw_curves
 from .doctor import check
 from .evaluation import evaluate
@@ -44,11 +44,12 @@ from .generation import USUAL_TOKENS, fitting_length, generate, no_reward, short
 from .model_card import model_card
 from .output_folders import check_output, output_folder
 from .policies import LMPolicy
+from .prompt_files import prompts_for
 from .refusal import CommandError, Exit
 from .run_checkpoints import checkpoint_to_load
 from .run_folder import SAMPLE, RunFolder, read_rows, to_line
 from .saved_policy import load_policy
-from .verb_config import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, TrustOptions
+from .verb_config import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions
 
 CHUNK = 64  # prompts that are continued together, and printed when they are done
 N_COMPARED = 8  # prompts by which an exported model is checked
@@ -185,21 +186,6 @@ def make_policy(
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
 
 
-def read_prompts(path: str) -> list[PromptLike]:
-    """Return the prompts of a file.
-
-    Raises:
-        CommandError: If there are none.
-    """
-    try:
-        prompts = list(read_rows_of(path))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"Expected prompts in {path}, got: {error}") from error
-    if not prompts:
-        raise CommandError(f"Expected prompts in {path}, got an empty file.")
-    return prompts
-
-
 def examine(config: TrainConfig, options: TrustOptions) -> int:
     """Print what the doctor finds; the exit code is 1 where training would be wrong."""
     report = check(Parts(config, trust_of(options)).agent)
@@ -225,9 +211,7 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
 
 def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:
     """Print a line of JSON for each text, as soon as those of its chunk are written."""
-    prompts = [] if chosen.prompts is None else read_prompts(chosen.prompts)
-    if chosen.prompts is None and config is None and chosen.model != DEMO:
-        raise CommandError(f"Expected --prompts FILE for textenv generate {chosen.model}, which is no run, got none.")
+    prompts = prompts_for("generate", chosen.model, chosen.prompts, is_run=config is not None)
     writer = open_writer(chosen.model, config, options, prompts)
     prompts = prompts or list(writer.prompts)
     most = text_length(writer, prompts, chosen.max_new_tokens)

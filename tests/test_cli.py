@@ -1,5 +1,6 @@
 """The command line: what it says, what it refuses, what a run leaves behind."""
 
+import importlib
 import json
 import re
 import shutil
@@ -13,7 +14,11 @@ from transformers import AutoModelForCausalLM
 from agents import cli
 from agents.arguments import make_parser
 from agents.config import TrainConfig, argument_help
-from tests.command import ROLLOUT, environment, rows, run, settings
+from agents.learned_reward import LearnedReward
+from agents.verb_config import SFTConfig
+from tests.command import ROLLOUT, ROOT, environment, rows, run, settings
+from tests.test_house import loaded_by
+from textenv.named_tokenizer import DEMO
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +132,7 @@ def test_a_run_that_was_refused_before_it_trained_can_be_begun_again(model, tmp_
 def test_every_argument_has_help():
     parser = make_parser("train", "[CONFIG]", TrainConfig)
     assert [action.dest for action in parser._actions if not action.help] == []
-    assert argument_help(TrainConfig)["seed"] == "Of everything random."
+    assert argument_help(TrainConfig)["seed"] == "The seed of everything random."
 
 
 def test_help_loads_no_torch():
@@ -139,6 +144,28 @@ def test_help_loads_no_torch():
     out = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True).stdout
     assert "--algorithm.n_envs" in out
     assert out.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("module", ["config", "names", "verb_config", "arguments", "catalogue", "compare"])
+def test_what_is_read_before_a_verb_starts_loads_no_torch(module):
+    assert not loaded_by(f"agents.{module}", ROOT) & {"torch", "transformers", "stable_baselines3"}
+
+
+def test_what_loads_torch_would_be_noticed(tmp_path):
+    (tmp_path / "heavy.py").write_text("from torch import nn\n")
+    (tmp_path / "torch.py").write_text("nn = None\n")
+    assert loaded_by("heavy", tmp_path) == {"torch"}
+
+
+def test_the_default_model_and_task_are_the_demo():
+    config = TrainConfig()
+    assert {config.model.name, config.env.id, SFTConfig().model, LearnedReward().model} == {DEMO}
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_each_verb_has_its_function(verb):
+    module, _, function = cli.VERBS[verb].function.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 OWN = """

@@ -82,7 +82,7 @@ def test_generate_says_when_the_model_has_less_room(model, here, capsys):
             "Expected --max_new_tokens 7 or less behind prompts of up",
         ),
         (["--prompts", "longer.txt"], "Expected prompts that leave the model room for a text, got one of 50 tokens"),
-        ([], "Expected --prompts FILE for textenv generate .*, which is no run, got none"),
+        ([], "Expected --prompts FILE for textenv generate .*, got none"),
     ],
 )
 def test_what_generate_refuses_it_says_by_its_own_options(words, message, model, here, capsys):
@@ -210,7 +210,7 @@ def test_help_shows_both_defaults_and_words(verb, capsys):
     for key, value in (DEMO_SETTINGS | DEMO_PPO_SETTINGS).items():
         entry = text.partition(f"--{key} ")[2].partition(" --")[0]
         assert f'default: {value} with the model "demo"' in entry and re.search("else (null|100000|constant|{})", entry)
-    for heading in ("env: What an episode is", "kl: The penalty on", "only on the command line:"):
+    for heading in ("env: The episodes of the task", "kl: The penalty on", "only on the command line:"):
         assert heading in text
     assert (verb == "doctor") == ("Check model, tokenizer, reward and settings before training." in text)
 
@@ -323,10 +323,10 @@ def test_a_second_signal_says_how_to_go_on(monkeypatch):
 
 @pytest.mark.parametrize(("verb", "words"), [("train", "nothing was saved yet"), ("sft", "--resume"), ("tasks", None)])
 def test_ctrl_c_elsewhere(verb, words, capsys, monkeypatch):
-    def pressed(_):
+    def pressed(name, words):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, verb, cli.Verb("", pressed))
+    monkeypatch.setitem(cli.VERBS, verb, cli.VERBS[verb]._replace(read=pressed))
     assert run(verb) == 130
     error = capsys.readouterr().err
     assert error == "textenv: interrupted\n" if words is None else words in error

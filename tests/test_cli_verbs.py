@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from agents import cli, verbs
 from agents.live_view import LiveScreen
+from agents.screens import warnings_on
 from tests.command import ROLLOUT, run, settings
 from textenv import demo
 
@@ -152,6 +154,21 @@ def test_the_live_view_shows_figures_and_harmless_samples():
     for part in ("hello", "500 / 1,000 tokens", "0.500", "0.125", "1.50", "2.00", "0.250", "\\x1b[2Jbad [red]", "left"):
         assert part in shown, part
     assert "\x1b[2J" not in console.file.getvalue()
+
+
+def test_warnings_of_a_run_go_to_its_screen_and_what_showed_them_before_is_back_afterwards(monkeypatch):
+    console, others = Console(file=io.StringIO(), width=120), []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: others.append(str(message)))
+    before, filters = warnings.showwarning, list(warnings.filters)
+    with pytest.raises(ArithmeticError), warnings_on(LiveScreen(10, console)):
+        warnings.simplefilter("always")
+        warnings.warn("the reward is constant", stacklevel=1)
+        assert "warning: the reward is constant" in console.file.getvalue(), "at once, and not when the run ends"
+        raise ArithmeticError
+    assert (warnings.showwarning, list(warnings.filters), others) == (before, filters, [])
+    with pytest.warns(UserWarning, match="of nobody's run"):
+        warnings.warn("of nobody's run", stacklevel=1)
+    assert "of nobody's run" not in console.file.getvalue()
 
 
 @pytest.mark.slow

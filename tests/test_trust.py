@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from agents.assemble import Parts
-from agents.config import EnvConfig, Named, TrainConfig
+from agents.config import EnvConfig, Named, TrainConfig, TrustOptions
 from agents.generation import no_reward
 from agents.names import MASK, METRIC
 from tests.command import run, settings
@@ -173,7 +173,6 @@ def test_of_a_run_only_what_a_verb_needs_is_built(done, beside, capfd):
 def test_what_is_written_of_a_run_is_the_policys(done):
     """The weights that `generate` loads are all those of the agent, which the other verbs load."""
     from agents.cli import run_config
-    from agents.verb_config import TrustOptions
     from agents.verbs import load_newest, open_writer
 
     config = run_config(str(done))

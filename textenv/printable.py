@@ -1,6 +1,9 @@
-"""What a model wrote, made harmless for a terminal."""
+"""A model's text made harmless for a terminal and for a page."""
 
 import html
+
+MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}  # what formats a text, as HTML entities
+
 
 MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
 

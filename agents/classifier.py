@@ -29,7 +29,6 @@ from .demo import model_folder
 from .interrupted import origin, prepare, work_folder
 from .output_folders import check_output, output_folder
 from .reward_figures import wilson_interval
-from .trainer_guard import random_state_kept
 
 LabelledTexts = tuple[Sequence[str], Sequence[int]]  # texts, and the number of each one's label
 
@@ -117,7 +116,7 @@ def train_classifier(
             something stands in the folder that would be lost.
 
     Example:
-        >>> from agents.classifier import train_classifier
+        >>> from agents import train_classifier
         >>> # bert = "distilbert/distilbert-base-uncased"
         >>> # made = train_classifier(bert, AutoTokenizer.from_pretrained(bert), texts, labels, "mood",
         >>> #                         held_out=(others, their_labels), label_names=["negative", "positive"])
@@ -129,7 +128,7 @@ def train_classifier(
     if held_out is not None:
         _check_labels("held_out", held_out, names)
     check_extra("sft", "accelerate", "transformers' Trainer")
-    from .sft_trainer import train, training_arguments
+    from .hf_trainer import random_state_kept, train, training_arguments
 
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)

@@ -16,10 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from textenv import demo
 from textenv.model_loading import check_name
+from textenv.named_tokenizer import DEMO
 
-from .config import DEMO
 from .files import replaced_folder
-from .pretrain import EOS_TOKEN, pretrain, word_tokenizer
+from .from_scratch import pretrain
+from .small_tokenizers import EOS_TOKEN, word_tokenizer
 
 SHAPE = {
     "n_layer": 2,

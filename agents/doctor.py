@@ -18,7 +18,7 @@ from .model_checks import (
     check_ratio,
     check_weights,
 )
-from .patient import Patient, Sample, take_sample, undisturbed
+from .patient import Sample, Subject, take_sample, undisturbed
 from .policies import ForeignBackendError, LMPolicy
 from .rollout_steps import text_vec_env
 from .setting_checks import (
@@ -35,7 +35,7 @@ from .setting_checks import (
 )
 from .trial_checks import check_memory, check_reward, check_time
 
-SETTING_CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
+SETTING_CHECKS: tuple[Callable[[Subject], list[Finding]], ...] = (
     check_vocabulary,
     check_positions,
     check_prompts,
@@ -48,7 +48,7 @@ SETTING_CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
     check_batches,
     check_reward,
 )
-MODEL_CHECKS: tuple[Callable[[Patient, Sample], list[Finding]], ...] = (
+MODEL_CHECKS: tuple[Callable[[Subject, Sample], list[Finding]], ...] = (
     check_weights,
     check_ratio,
     check_padding,
@@ -102,26 +102,26 @@ def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Re
     if env is None:
         assert algorithm is not None
         env = text_vec_env(algorithm.get_env()).env
-    patient = Patient(policy, env, algorithm)
+    subject = Subject(policy, env, algorithm)
     findings: list[Finding] = []
     for setting_check in SETTING_CHECKS:
-        findings += _run(setting_check, patient)
+        findings += _run(setting_check, subject)
     with undisturbed(policy, env):
         try:
             sample = take_sample(policy, env)
         except Exception as error:  # the user's model may raise anything
             return Report((*findings, _broken("rollout", error)))
     for model_check in MODEL_CHECKS:
-        findings += _run(model_check, patient, sample)
+        findings += _run(model_check, subject, sample)
     return Report(tuple(findings))
 
 
-def _run(examine: Callable[..., list[Finding]], patient: Patient, *sample: Sample) -> list[Finding]:
+def _run(examine: Callable[..., list[Finding]], subject: Subject, *sample: Sample) -> list[Finding]:
     """Run one check; where the user's model or hooks raise in it, that is the finding."""
     name = examine.__name__.removeprefix("check_").replace("_", " ")
     try:
-        with undisturbed(patient.policy, patient.env):
-            return examine(patient, *sample)
+        with undisturbed(subject.policy, subject.env):
+            return examine(subject, *sample)
     except ForeignBackendError as error:
         return [Finding(name, "skipped", str(error))]
     except Exception as error:

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from textenv.completion import Preds
 from textenv.feedback.records import Answer
+from textenv.model_loading import from_pretrained
+from textenv.named_tokenizer import DEMO
 from textenv.prompts import Prompt
 from textenv.rewarding import ScoreAt
 from textenv.rewards.base import BatchReward
 from textenv.rewards.preference import Preference
 from textenv.trust import check_written
 
-from .assemble import load_tokenizer
-from .config import DEMO
+from .demo import model_folder
 from .feedback_data import examples_of
 from .reward_model import train_reward_model
 
@@ -84,7 +86,7 @@ class LearnedReward(BatchReward):
         with torch.enable_grad():  # a rollout and an evaluation build no graph
             train_reward_model(
                 self.model,
-                load_tokenizer(self.model),
+                from_pretrained(AutoTokenizer, model_folder(self.model)),
                 examples_of(answers),
                 folder,
                 n_epochs=self.n_epochs,

@@ -10,13 +10,13 @@ from .backbone import PROBE_LOGIT, PROBE_TOLERANCE, Backbone
 from .buffers import SequenceRolloutBuffer
 from .findings import Finding
 from .kl import KLPenalty
-from .patient import Patient, Sample, tolerance
+from .patient import Sample, Subject, tolerance
 
 
 @torch.no_grad()
-def check_ratio(patient: Patient, sample: Sample) -> list[Finding]:
+def check_ratio(subject: Subject, sample: Sample) -> list[Finding]:
     """Compare what the rollout stored with what the update computes, before any step (invariant A1)."""
-    policy, limit = patient.policy, tolerance(patient.policy.lm)
+    policy, limit = subject.policy, tolerance(subject.policy.lm)
     policy.train(True)  # not `set_training_mode`, which tells the parts that an update begins
     values, log_probs, _ = policy.evaluate_actions(sample.view.batch, sample.view.actions)
     policy.set_training_mode(False)
@@ -38,9 +38,9 @@ def check_ratio(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def check_padding(patient: Patient, sample: Sample) -> list[Finding]:
+def check_padding(subject: Subject, sample: Sample) -> list[Finding]:
     """Read each sequence alone and padded to the longest one: it must not matter (invariant B1)."""
-    lm, batch, actions = patient.policy.lm, sample.view.batch, sample.view.actions
+    lm, batch, actions = subject.policy.lm, sample.view.batch, sample.view.actions
     width = np.full(len(batch.lengths), batch.tokens.shape[1])  # as if all were as long: one forward, all the padding
     padded = batch[:]
     padded.lengths = width
@@ -67,13 +67,13 @@ def check_padding(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def check_cache(patient: Patient, sample: Sample) -> list[Finding]:
+def check_cache(subject: Subject, sample: Sample) -> list[Finding]:
     """Compare logits decoded with cached keys and values to full forwards, through restarts (invariants A7, A9)."""
-    lm = patient.policy.lm
+    lm = subject.policy.lm
     if not lm.use_cache:
         why = "switched off" if lm.rollout_cache is not None else "the model does not decode exactly from a cache"
         return [Finding("cache", "skipped", f"no cache ({why}): rollout time grows with the square of the length")]
-    patient.policy.set_training_mode(False)
+    subject.policy.set_training_mode(False)
     cache, off = lm.backbone.new_cache(), 0.0
     for observations in sample.observations:
         row = lm._unpack(observations)
@@ -94,9 +94,9 @@ def check_cache(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def check_head(patient: Patient, sample: Sample) -> list[Finding]:
+def check_head(subject: Subject, sample: Sample) -> list[Finding]:
     """Compare the output embeddings of the hidden states to the model's own logits, small ones and large ones."""
-    backbone = patient.policy.backbone
+    backbone = subject.policy.backbone
     if not backbone.head_is_linear:
         return [Finding("head", "ok", "logits are no linear map of the hidden states: the full forward is used")]
     off = max(_head_difference(backbone, 1.0), _head_difference(backbone, PROBE_LOGIT))
@@ -131,9 +131,9 @@ def _head_difference(backbone: Backbone, largest: float) -> float:
 
 
 @torch.no_grad()
-def check_dropout(patient: Patient, sample: Sample) -> list[Finding]:
+def check_dropout(subject: Subject, sample: Sample) -> list[Finding]:
     """Run the update's forward twice in training mode, and look for dropout that is on (invariant A6)."""
-    policy = patient.policy
+    policy = subject.policy
     policy.train(True)
     first, second = (policy.evaluate_actions(sample.view.batch, sample.view.actions)[:2] for _ in range(2))
     policy.set_training_mode(False)
@@ -161,18 +161,18 @@ def check_dropout(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def check_divergence(patient: Patient, sample: Sample) -> list[Finding]:
+def check_divergence(subject: Subject, sample: Sample) -> list[Finding]:
     """Measure the divergence of the policy from its reference: exactly none before training (invariant C2)."""
-    buffer = None if patient.model is None else patient.model.rollout_buffer
+    buffer = None if subject.model is None else subject.model.rollout_buffer
     steps = buffer.before_returns if isinstance(buffer, SequenceRolloutBuffer) else []
     references = [step.reference for step in steps if isinstance(step, KLPenalty)]
     reference = references[-1] if references else None
-    lm = reference if reference is not None else patient.policy.lm
+    lm = reference if reference is not None else subject.policy.lm
     log_ratio = sample.log_probs - lm.log_probs(sample.view.batch, sample.view.actions).to(sample.log_probs)
     whose = "the KLPenalty's reference" if reference is not None else "a reference equal to it"
     measured = f"{float(log_ratio.mean()):.1e} nats a token from {whose}, at most {_largest(log_ratio):.1e}"
-    is_trained = patient.model is not None and patient.model._n_updates > 0
-    if _largest(log_ratio) <= tolerance(patient.policy.lm) or (reference is not None and is_trained):
+    is_trained = subject.model is not None and subject.model._n_updates > 0
+    if _largest(log_ratio) <= tolerance(subject.policy.lm) or (reference is not None and is_trained):
         return [Finding("divergence", "ok", measured)]
     return [
         Finding(
@@ -185,9 +185,9 @@ def check_divergence(patient: Patient, sample: Sample) -> list[Finding]:
     ]
 
 
-def check_weights(patient: Patient, sample: Sample) -> list[Finding]:
+def check_weights(subject: Subject, sample: Sample) -> list[Finding]:
     """Check that there is something to train, in float32, and that the optimizer holds all of it."""
-    policy = patient.policy
+    policy = subject.policy
     trainable = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
     in_model = [weight for weight in policy.lm.backbone.parameters() if weight.requires_grad]
     small = [f"{name} ({weight.dtype})" for name, weight in trainable.items() if weight.element_size() < 4]

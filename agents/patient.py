@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # nats: of a log-probability in float32
 TOLERANCE_16_BIT = 0.1  # half of PPO's usual clip range
 
 
-class Patient(NamedTuple):
+class Subject(NamedTuple):
     """What is examined; `model` is None where only a policy was given."""
 
     policy: LMPolicy

@@ -26,11 +26,11 @@ from textenv.tokenizer import Tokenizer
 
 from .backbone import LMLike, LMSpec, PretrainedRewardModel, check_fits, n_positions
 from .critic import TrunkCritic, score_head
+from .from_scratch import fit, similar_lengths
 from .interrupted import States, origin, prepare, work_folder
 from .layers import disable_dropout
 from .output_folders import check_output, output_folder
 from .preferences import Labelled, Ranking, encode_texts
-from .pretrain import fit, similar_lengths
 from .reward_figures import RewardFigures, figures
 
 Loss: TypeAlias = Literal["last", "tokens"]

@@ -17,7 +17,7 @@ from .buffers import SequenceRolloutBuffer
 from .distributed import world
 from .findings import Finding
 from .minibatches import MIN_SEQUENCES
-from .patient import Patient
+from .patient import Subject
 
 MAX_PROMPTS = 200  # as many are looked at
 FAR_ROWS = 1.5  # embedding rows, as a multiple of the tokenizer's tokens, that speak for another tokenizer
@@ -38,9 +38,9 @@ WARPERS = (
 NEUTRAL = (None, 0, 0.0, 1, 1.0)
 
 
-def check_stop_tokens(patient: Patient) -> list[Finding]:
+def check_stop_tokens(subject: Subject) -> list[Finding]:
     """Compare what ends an episode with the tokenizer's and the model's end tokens."""
-    env, rules = patient.env, patient.env.rules
+    env, rules = subject.env, subject.env.rules
     n_tokens = len(env.tokenizer)
     measured = f"an episode ends at the ids {list(rules.stop_ids)}"
     outside = [token for token in rules.stop_ids if not 0 <= token < n_tokens]
@@ -52,7 +52,7 @@ def check_stop_tokens(patient: Patient) -> list[Finding]:
         return [
             Finding("stop tokens", "warning", measured, cause, "Give the env stop_ids=[...] or stop_strings=[...].")
         ]
-    of_model = _model_eos(patient)
+    of_model = _model_eos(subject)
     writable = {token for token in of_model if 0 <= token < n_tokens}
     strangers = sorted(writable - set(rules.stop_ids))
     if strangers:
@@ -74,8 +74,8 @@ def check_stop_tokens(patient: Patient) -> list[Finding]:
     return [Finding("stop tokens", "ok", f"{measured}{_padding_remark(env)}")]
 
 
-def _model_eos(patient: Patient) -> set[int]:
-    model = patient.policy.backbone.model
+def _model_eos(subject: Subject) -> set[int]:
+    model = subject.policy.backbone.model
     ids: set[int] = set()
     for value in (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id):
         ids.update([] if value is None else value if isinstance(value, list) else [value])
@@ -89,9 +89,9 @@ def _padding_remark(env: TextEnv) -> str:
     return ""
 
 
-def check_opening(patient: Patient) -> list[Finding]:
+def check_opening(subject: Subject) -> list[Finding]:
     """Check that prompts begin with what the tokenizer opens a text with (BOS), once."""
-    env = patient.env
+    env = subject.env
     # A chat begins with what its template writes.
     prompts = [prompt for prompt in env.prompts[:MAX_PROMPTS] if str(prompt) and prompt.messages is None]
     if not prompts:
@@ -109,10 +109,10 @@ def check_opening(patient: Patient) -> list[Finding]:
     return [Finding("opening tokens", "warning", measured, cause, "Pass texts, or ids with the opening tokens once.")]
 
 
-def check_generation_config(patient: Patient) -> list[Finding]:
+def check_generation_config(subject: Subject) -> list[Finding]:
     """Name what the checkpoint wants of sampling and training ignores (invariant A4)."""
-    config = patient.policy.backbone.model.generation_config
-    here = asdict(patient.policy.lm.sampling)
+    config = subject.policy.backbone.model.generation_config
+    here = asdict(subject.policy.lm.sampling)
     set_there = {} if config is None else config.to_dict()
     wanted = {name: set_there.get(name) for name in WARPERS if set_there.get(name) not in NEUTRAL}
     ignored = {name: value for name, value in wanted.items() if here.get(name) != value}
@@ -127,9 +127,9 @@ def check_generation_config(patient: Patient) -> list[Finding]:
     return [Finding("generation config", "warning", measured, cause, cure)]
 
 
-def check_chat_template(patient: Patient) -> list[Finding]:
+def check_chat_template(subject: Subject) -> list[Finding]:
     """Check whether the tokenizer has a chat template that the prompts were not written with."""
-    env = patient.env
+    env = subject.env
     if not isinstance(env.tokenizer, PreTrainedTokenizerBase) or env.tokenizer.chat_template is None:
         return [Finding("chat template", "ok", "the tokenizer has none")]
     rendered = apply_template(env.tokenizer, [{"role": "user", "content": "CONTENT"}], "a message")
@@ -146,9 +146,9 @@ def check_chat_template(patient: Patient) -> list[Finding]:
     return [Finding("chat template", "warning", measured, cause, cure)]
 
 
-def check_vocabulary(patient: Patient) -> list[Finding]:
+def check_vocabulary(subject: Subject) -> list[Finding]:
     """Compare tokenizer, action space and embedding rows."""
-    backbone, n_tokens = patient.policy.backbone, len(patient.env.tokenizer)
+    backbone, n_tokens = subject.policy.backbone, len(subject.env.tokenizer)
     rows = cast("nn.Embedding", backbone.model.get_input_embeddings()).num_embeddings
     measured = f"{n_tokens} tokens, {rows} embedding rows"
     if n_tokens != backbone.vocab_size or rows < n_tokens:
@@ -162,20 +162,20 @@ def check_vocabulary(patient: Patient) -> list[Finding]:
     return [Finding("vocabulary", "ok", f"{measured}{beyond}")]
 
 
-def check_positions(patient: Patient) -> list[Finding]:
+def check_positions(subject: Subject) -> list[Finding]:
     """Check that prompt and completion fit the model's positions."""
-    measured = f"up to {patient.env.max_prompt_tokens} tokens of prompt and {patient.env.rules.room} behind it"
+    measured = f"up to {subject.env.max_prompt_tokens} tokens of prompt and {subject.env.rules.room} behind it"
     try:
-        patient.policy.lm.backbone.check_length(patient.env.max_prompt_tokens, patient.env.rules.room)
+        subject.policy.lm.backbone.check_length(subject.env.max_prompt_tokens, subject.env.rules.room)
     except ValueError as error:
         cure = "Lower max_prompt_tokens or max_new_tokens."
         return [Finding("positions", "failed", measured, str(error), cure)]
     return [Finding("positions", "ok", measured)]
 
 
-def check_prompts(patient: Patient) -> list[Finding]:
+def check_prompts(subject: Subject) -> list[Finding]:
     """Count the prompts that lost tokens to max_prompt_tokens."""
-    env = patient.env
+    env = subject.env
     prompts = env.prompts[:MAX_PROMPTS]
     lengths = [len(prompt.ids) for prompt in env.prompts]
     measured = f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens"
@@ -192,11 +192,11 @@ def check_prompts(patient: Patient) -> list[Finding]:
     return [Finding("prompts", "warning", measured, cause, "Raise max_prompt_tokens, or drop the long ones.")]
 
 
-def check_discount(patient: Patient) -> list[Finding]:
+def check_discount(subject: Subject) -> list[Finding]:
     """Check how much of a score at the end the first token sees (invariant D7)."""
-    if patient.model is None:
+    if subject.model is None:
         return [Finding("discount", "skipped", "a policy without an algorithm")]
-    gamma, n = patient.model.gamma, patient.env.rules.max_new_tokens
+    gamma, n = subject.model.gamma, subject.env.rules.max_new_tokens
     measured = f"gamma {gamma}: {gamma**n:.1%} of a score after {n} tokens reaches the first"
     if gamma**n >= KEPT_DISCOUNT:
         return [Finding("discount", "ok", measured)]
@@ -204,13 +204,13 @@ def check_discount(patient: Patient) -> list[Finding]:
     return [Finding("discount", "warning", measured, cause, "Pass gamma=1.0.")]
 
 
-def check_learning_rate(patient: Patient) -> list[Finding]:
+def check_learning_rate(subject: Subject) -> list[Finding]:
     """Check the first learning rate against the size of what is trained."""
-    if patient.model is None:
+    if subject.model is None:
         return [Finding("learning rate", "skipped", "a policy without an algorithm")]
-    rate = float(patient.model.lr_schedule(1.0))
-    n_weights = sum(weight.numel() for weight in patient.policy.parameters() if weight.requires_grad)
-    is_fresh = isinstance(patient.policy.lm_kwargs["lm"], PreTrainedConfig)
+    rate = float(subject.model.lr_schedule(1.0))
+    n_weights = sum(weight.numel() for weight in subject.policy.parameters() if weight.requires_grad)
+    is_fresh = isinstance(subject.policy.lm_kwargs["lm"], PreTrainedConfig)
     highest, usual = USUAL_RATES["fresh" if is_fresh else "small" if n_weights < SMALL_MODEL else "pretrained"]
     measured = f"{rate:.1e} for {n_weights:,} trained weights"
     if LOWEST_RATE <= rate <= highest:
@@ -221,11 +221,11 @@ def check_learning_rate(patient: Patient) -> list[Finding]:
     return [Finding("learning rate", "warning", measured, cause, usual)]
 
 
-def check_batches(patient: Patient) -> list[Finding]:
+def check_batches(subject: Subject) -> list[Finding]:
     """Check rollout and minibatches: whether they divide, and how many sequences each has."""
-    if patient.model is None:
+    if subject.model is None:
         return [Finding("batches", "skipped", "a policy without an algorithm")]
-    model, options = patient.model, vars(patient.model)
+    model, options = subject.model, vars(subject.model)
     if not isinstance(model.rollout_buffer, SequenceRolloutBuffer):
         cause = f"{type(model.rollout_buffer).__name__} has the update read the whole prefix again for every token."
         cure = "Build with make_agent, or pass rollout_buffer_class=SequenceRolloutBuffer."
@@ -235,7 +235,7 @@ def check_batches(patient: Patient) -> list[Finding]:
     size = model.n_steps * n_envs
     batch_size = size if isinstance(model, A2C) else int(options.get("batch_size", size))
     # A lane that completes an episode every `max_new_tokens` steps at least.
-    sequences = n_envs * -(-model.n_steps // patient.env.rules.max_new_tokens)
+    sequences = n_envs * -(-model.n_steps // subject.env.rules.max_new_tokens)
     per_batch = sequences * batch_size / size
     measured = f"minibatches of {batch_size} of {size} tokens, at least {per_batch:.3g} sequences in each"
     if size % batch_size:
@@ -246,9 +246,9 @@ def check_batches(patient: Patient) -> list[Finding]:
         enough = [n for n in range(batch_size, size + 1) if size % n == 0 and sequences * n >= MIN_SEQUENCES * size]
         findings = [_few(measured, enough[0] if enough else None, isinstance(model, A2C))]
     findings += _normalised_twice(options, model.rollout_buffer, measured)
-    if model.n_steps < patient.env.rules.max_new_tokens and not model.rollout_buffer.complete_episodes:
-        cause = f"A rollout of {model.n_steps} steps ends inside episodes of up to {patient.env.rules.max_new_tokens}."
-        longest = patient.env.rules.max_new_tokens
+    if model.n_steps < subject.env.rules.max_new_tokens and not model.rollout_buffer.complete_episodes:
+        cause = f"A rollout of {model.n_steps} steps ends inside episodes of up to {subject.env.rules.max_new_tokens}."
+        longest = subject.env.rules.max_new_tokens
         cure = f"Pass n_steps={longest}, or rollout_buffer_kwargs=dict(complete_episodes=True)."
         findings.append(Finding("batches", "warning", measured, cause, cure))
     return findings or [Finding("batches", "ok", measured)]

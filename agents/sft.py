@@ -23,11 +23,11 @@ from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, LMLike, build_model, check_fits, close, n_positions
 from .demo import model_folder
+from .from_scratch import IGNORED
 from .interrupted import origin, prepare, work_folder
 from .output_folders import check_output, output_folder
-from .pretrain import IGNORED, bpe_tokenizer
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
-from .trainer_guard import random_state_kept
+from .small_tokenizers import bpe_tokenizer
 
 DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds
 N_MEASURED = 256  # rows of the training data that are measured at the end
@@ -124,7 +124,7 @@ def tune(
     if not data:
         raise ValueError("Expected at least one text, got none.")
     check_extra("sft", "accelerate", "transformers' Trainer")
-    from .sft_trainer import train, training_arguments
+    from .hf_trainer import random_state_kept, train, training_arguments
 
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)

@@ -10,7 +10,7 @@ import torch
 
 from textenv.tokenizer import Tokenizer, encode_prompt
 
-from .pretrain import IGNORED
+from .from_scratch import IGNORED
 
 Text: TypeAlias = str | tuple[str, str]
 

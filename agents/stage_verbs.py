@@ -13,11 +13,11 @@ from .assemble import load_lm, load_tokenizer, trust_of
 from .backbone import PretrainedRewardModel
 from .classifier import LabelledTexts, train_classifier
 from .config import DEMO
-from .pretrain import char_tokenizer
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model
 from .sft import Tuned, tune
 from .sft_data import Text
+from .small_tokenizers import char_tokenizer
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
 from .verb_config import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
 

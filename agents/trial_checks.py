@@ -18,7 +18,7 @@ from textenv.rewarding import RewardError
 from .actor_critic import MAX_LOGITS
 from .encoder_decoder import Seq2SeqBackbone
 from .findings import Finding
-from .patient import Patient, Sample, observe
+from .patient import Sample, Subject, observe
 from .sequences import SequenceBatch, unpack_observations
 from .token_sets import AllowedTokens, TokenSets
 
@@ -36,18 +36,18 @@ MOMENTS = (  # numbers that the optimizer keeps for a weight; AdamW's for one th
 
 
 @torch.no_grad()
-def check_reward(patient: Patient) -> list[Finding]:
+def check_reward(subject: Subject) -> list[Finding]:
     """Let the policy write two short episodes in lanes of their own, and call the env's reward on them."""
-    lm, env = patient.policy.lm, patient.env
+    lm, env = subject.policy.lm, subject.env
     lanes = Lanes(env, N_EPISODES)
     prompts = list(islice(cycle(env.prompts), N_EPISODES))
     observations = lanes.reset(seed=0, prompts=prompts)
     lanes.limits = np.minimum(lanes.limits, TRIAL_TOKENS)
     totals, cache, spent = [], lm.backbone.new_cache(), 0.0
     generator = torch.Generator().manual_seed(0)
-    patient.policy.set_training_mode(False)
+    subject.policy.set_training_mode(False)
     while not lanes.idle.all():
-        batch = torch.as_tensor(observations, device=patient.policy.device)
+        batch = torch.as_tensor(observations, device=subject.policy.device)
         allowed = torch.as_tensor(lanes.allowed(), device=batch.device) if env.masks else None
         actions = lm.act(batch, generator=generator, cache=cache, allowed=allowed)[0].cpu().numpy()
         start = time.perf_counter()
@@ -67,12 +67,12 @@ def check_reward(patient: Patient) -> list[Finding]:
     return [Finding("reward", "warning", measured, cause, "Scale rewards to about -1 to 1.")]
 
 
-def check_time(patient: Patient, sample: Sample) -> list[Finding]:
+def check_time(subject: Subject, sample: Sample) -> list[Finding]:
     """Time decoding and an update, and estimate an iteration: without reward, reference and the optimizer's step."""
-    env, model = patient.env, patient.model
+    env, model = subject.env, subject.model
     n_rows = N_UPDATE_SEQUENCES if model is None else model.n_envs
-    prefill, step = _time_decoding(patient, n_rows)
-    token = _time_update(patient)
+    prefill, step = _time_decoding(subject, n_rows)
+    token = _time_update(subject)
     measured = f"decode {1e3 * step:.2f} ms a step of {n_rows} rows, prefill {1e3 * prefill:.1f} ms, "
     measured += f"update {1e3 * token:.3f} ms a token"
     if model is not None:
@@ -84,9 +84,9 @@ def check_time(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def _time_decoding(patient: Patient, n_rows: int) -> tuple[float, float]:
+def _time_decoding(subject: Subject, n_rows: int) -> tuple[float, float]:
     """Return the seconds to read the prompts of all rows, and of one step afterwards."""
-    policy, env = patient.policy, patient.env
+    policy, env = subject.policy, subject.env
     assert policy.observation_space.shape is not None
     prompts = [prompt.ids for prompt in islice(cycle(env.prompts), n_rows)]
     width = policy.observation_space.shape[0]
@@ -104,10 +104,10 @@ def _time_decoding(patient: Patient, n_rows: int) -> tuple[float, float]:
     return seconds[0], float(np.median(seconds[1:] or seconds))
 
 
-def _time_update(patient: Patient) -> float:
+def _time_update(subject: Subject) -> float:
     """Return the seconds of forward and backward, a token, on sequences of full length."""
-    policy, n_new = patient.policy, patient.env.rules.max_new_tokens
-    longest = max((prompt.ids for prompt in patient.env.prompts), key=len)
+    policy, n_new = subject.policy, subject.env.rules.max_new_tokens
+    longest = max((prompt.ids for prompt in subject.env.prompts), key=len)
     tokens = np.concatenate([longest, np.resize(longest, n_new)])
     ids = torch.as_tensor(np.stack([tokens[:-1]] * N_UPDATE_SEQUENCES), device=policy.device)
     rows = np.repeat(np.arange(N_UPDATE_SEQUENCES), n_new)
@@ -140,9 +140,9 @@ def _finish(gradients: list[Tensor | None]) -> None:
 
 
 @torch.no_grad()
-def check_memory(patient: Patient, sample: Sample) -> list[Finding]:
+def check_memory(subject: Subject, sample: Sample) -> list[Finding]:
     """Reckon what weights, gradients, optimizer, keys and values, and logits take; activations are not in it."""
-    policy, env, model = patient.policy, patient.env, patient.model
+    policy, env, model = subject.policy, subject.env, subject.model
     backbone = policy.backbone
     trainable = [weight for weight in policy.parameters() if weight.requires_grad]
     n_trained = sum(weight.numel() for weight in trainable)
@@ -155,7 +155,7 @@ def check_memory(patient: Patient, sample: Sample) -> list[Finding]:
         "weights": sum(weight.numel() * weight.element_size() for weight in policy.parameters()),
         "gradients": 4 * n_trained,
         "optimizer": 4 * moments * n_trained,
-        "keys and values": _bytes_a_column(patient, sample) * n_rows * columns if policy.lm.use_cache else 0,
+        "keys and values": _bytes_a_column(subject, sample) * n_rows * columns if policy.lm.use_cache else 0,
         "logits": 3 * 4 * min(n_tokens * backbone.vocab_size, most),  # logits, log-probabilities, their gradient
     }
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
@@ -166,13 +166,13 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:.3g} MiB"
 
 
-def _bytes_a_column(patient: Patient, sample: Sample) -> int:
+def _bytes_a_column(subject: Subject, sample: Sample) -> int:
     """Return the bytes of one row's keys and values for one token, over all layers."""
     ids, lengths = unpack_observations(sample.observations[0][:1])
     ids = ids[:, : int(lengths[0])]
-    backbone, ones = patient.policy.backbone, torch.ones_like(ids)
+    backbone, ones = subject.policy.backbone, torch.ones_like(ids)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    with patient.policy.lm._precision():
+    with subject.policy.lm._precision():
         if isinstance(backbone, Seq2SeqBackbone):  # a prompt's have the same size in the decoder as its own tokens'
             cache: Cache = backbone.prefill_rows(ids, ones, ids, ones, positions).self_attention_cache
         else:

@@ -221,7 +221,7 @@ class SFTConfig(StageConfig):
 
 @dataclass
 class ClassifierConfig(StageConfig):
-    """Train a text classifier, to be a reward or a judge; see `agents.classifier.train_classifier`.
+    """Train a text classifier, to be a reward or a judge; see `agents.train_classifier`.
 
     Args:
         model: A name on the hub, or a folder; "demo" is the built-in one.

@@ -36,16 +36,17 @@ from agents import (
     KLPenalty,
     Pretrained,
     RewardCurves,
+    bpe_tokenizer,
+    demo_model,
     export,
     generate,
     is_main_process,
     latest_checkpoint,
     load_checkpoint,
     make_agent,
+    pretrain,
     sample_table,
 )
-from agents.demo import demo_model
-from agents.pretrain import bpe_tokenizer, pretrain
 from textenv import Preds, Prompt, TextEnv, demo
 from textenv.extras import needs
 

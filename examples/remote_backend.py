@@ -30,10 +30,19 @@ from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from agents import EpisodeMetrics, Evaluation, KLPenalty, RewardCurves, evaluate, make_agent, save_checkpoint
+from agents import (
+    EpisodeMetrics,
+    Evaluation,
+    KLPenalty,
+    RewardCurves,
+    evaluate,
+    make_agent,
+    pretrain,
+    save_checkpoint,
+    word_tokenizer,
+)
 from agents.files import write_text
 from agents.output_folders import output_folder
-from agents.pretrain import pretrain, word_tokenizer
 from textenv import Preds, Prompt, TextEnv, demo
 
 N_BLOCKS = 4

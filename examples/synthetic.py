@@ -27,9 +27,19 @@ from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from agents import AdaptiveCoef, EpisodeMetrics, Evaluation, KLPenalty, Pretrained, RewardCurves, evaluate, make_agent
+from agents import (
+    AdaptiveCoef,
+    EpisodeMetrics,
+    Evaluation,
+    KLPenalty,
+    Pretrained,
+    RewardCurves,
+    bpe_tokenizer,
+    evaluate,
+    make_agent,
+    pretrain,
+)
 from agents.files import write_text
-from agents.pretrain import bpe_tokenizer, pretrain
 from textenv import Preds, Prompt, TextEnv
 from textenv.metrics.surface import Distinct
 from textenv.rewards import BatchReward

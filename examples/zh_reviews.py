@@ -47,6 +47,7 @@ from agents import (
     Evaluation,
     KLPenalty,
     Ranking,
+    char_tokenizer,
     evaluate,
     export,
     make_agent,
@@ -55,7 +56,6 @@ from agents import (
     train_reward_model,
 )
 from agents.files import write_text
-from agents.pretrain import char_tokenizer
 from agents.reward_figures import pair_accuracy, wilson_interval
 from agents.reward_model import bradley_terry
 from textenv.metrics import Distinct, Perplexity, Scores, mean_of

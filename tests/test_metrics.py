@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification
 
-from agents import evaluate
-from agents.pretrain import word_tokenizer
+from agents import evaluate, word_tokenizer
 from tests.models import N_TOKENS, make_policy, tiny
 from textenv import CharTokenizer, Prompt
 from textenv.metrics import BLEU, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Meteor, Perplexity, mean_of, overlap

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import BitsAndBytesConfig
 
-from agents import LoRA, Pretrained, RewardCurves, zoo
+from agents import LoRA, Pretrained, RewardCurves, train_classifier, zoo
 from agents.backbone import build_model
-from agents.classifier import train_classifier
 from agents.compare import compare
 from agents.config import Named, TrainConfig, default_loggers
 from agents.curves import draw_curves

@@ -1,11 +1,14 @@
-"""How transformers' `Trainer` trains on labels, stops when asked and goes on; needs accelerate to be imported."""
+"""The `Trainer` of transformers as SFT and classifiers run it: interruptible and resumable. Needs accelerate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -33,6 +36,18 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the random generators of Python, NumPy and torch on leaving: the `Trainer` seeds all of them."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class SealedTrainer(Trainer):

@@ -1,8 +1,7 @@
-"""A small language model from scratch on a list of texts: a tokenizer trained on them, and next-token prediction."""
+"""Next-token training of small language models from scratch, and the training loop that reward models share."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -11,7 +10,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -20,72 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from .interrupted import States, load_state, stop_requests, write_state
 from .manifest import of_our_making
 
-EOS_TOKEN = "</s>"
-UNKNOWN_TOKEN = "<unk>"
 IGNORED = -100  # what cross_entropy leaves out
 POOL = 16  # minibatches that are sorted by length together
 
 Batch = TypeVar("Batch")
-
-
-def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token a word, for texts whose words stand between spaces.
-
-    Token 0 ends a text; an unknown word is the token `<unk>`.
-
-    Example:
-        >>> from agents.pretrain import word_tokenizer
-        >>> word_tokenizer(["good", "film"]).encode("good film")
-        [2, 3]
-    """
-    vocabulary = {word: i for i, word in enumerate([EOS_TOKEN, UNKNOWN_TOKEN, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS_TOKEN, unk_token=UNKNOWN_TOKEN, pad_token=EOS_TOKEN
-    )
-
-
-def char_tokenizer(texts: Sequence[str], min_count: int = 1) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token a character, as suits Chinese; its texts come back without spaces between.
-
-    Token 0 ends a text; a character that `texts` have less than `min_count` times is the token `<unk>`, and so is one
-    that they do not have. The commonest characters have the lowest ids.
-
-    Example:
-        >>> from agents.pretrain import char_tokenizer
-        >>> tokenizer = char_tokenizer(["很好，很好", "很贵"])
-        >>> tokenizer.encode("很贵，好"), tokenizer.decode([2, 3, 0], skip_special_tokens=True)
-        ([2, 5, 4, 3], '很好')
-    """
-    counts = Counter(char for text in texts for char in text)
-    chars = [char for char, count in counts.most_common() if count >= min_count]
-    vocabulary = {token: i for i, token in enumerate([EOS_TOKEN, UNKNOWN_TOKEN, *chars])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # without a decoder, tokens are joined by spaces
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS_TOKEN,
-        unk_token=UNKNOWN_TOKEN,
-        pad_token=EOS_TOKEN,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of `vocab_size` tokens trained on `texts`; token 0 ends a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=EOS_TOKEN)
 
 
 def pretrain(

@@ -39,9 +39,8 @@ from agents import (
     make_agent,
     pretrain,
 )
-from agents.files import write_text
 from textenv import Preds, Prompt, TextEnv
-from textenv.metrics.surface import Distinct
+from textenv.metrics import Distinct
 from textenv.rewards import BatchReward
 from textenv.tasks.random_texts import random_texts
 
@@ -173,8 +172,8 @@ def main() -> None:
     }
     text = report(figures, before, after)
     after.save(out / "evaluation")
-    write_text(out / "figures.json", json.dumps(figures, indent=1) + "\n")
-    write_text(out / "figures.md", text + "\n")
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (out / "figures.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n{figures['seconds']} seconds; curves, figures and all texts: {out}")
 
 

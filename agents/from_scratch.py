@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from .interrupted import States, load_state, stop_requests, write_state
 from .manifest import of_our_making
 
-IGNORED = -100  # what cross_entropy leaves out
-POOL = 16  # minibatches that are sorted by length together
+IGNORED = -100  # the target that torch's `cross_entropy` and transformers' losses leave out
+POOL = 16  # minibatches sorted by length together: little padding, and an order that is still random
 
 Batch = TypeVar("Batch")
 
@@ -38,24 +38,33 @@ def pretrain(
 ) -> float:
     """Train a causal language model to continue texts, each closed by the end token.
 
-    AdamW with a one-cycle schedule; minibatches of similar lengths in random order.
+    The optimizer is AdamW with a one-cycle schedule; minibatches of similar lengths come in random order. Larger models
+    are better trained by `sft.tune`, which can be interrupted and resumed.
 
     Args:
         model: The model, changed in place.
         tokenizer: Its tokenizer.
         texts: The corpus.
-        n_epochs: Passes over it; may be a fraction.
-        batch_size: Texts of a minibatch.
-        learning_rate: The schedule's peak.
+        n_epochs: The number of passes over it; may be a fraction.
+        batch_size: The number of texts in a minibatch.
+        learning_rate: The peak of the schedule.
         seed: The seed of the minibatches' order.
-        description: What the progress bar says.
-        progress_bar: Show one.
+        description: The label of the progress bar.
+        progress_bar: Whether to show a progress bar.
 
     Returns:
-        The mean loss of the last tenth, in nats a token.
+        The mean loss of the last tenth of the steps, in nats per token.
 
     Raises:
         ValueError: If there are no texts.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from agents import pretrain, word_tokenizer
+        >>> tokenizer = word_tokenizer(["good", "film"])
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1))
+        >>> pretrain(model, tokenizer, ["good film"] * 64, n_epochs=20, learning_rate=0.03, progress_bar=False) < 0.5
+        True
     """
     if not texts:
         raise ValueError("Expected at least one text, got none.")
@@ -86,88 +95,98 @@ def fit(
     states: States | None = None,
     state: Path | None = None,
 ) -> Tensor:
-    """Minimise a loss, a minibatch a step: AdamW with a one-cycle schedule, gradients clipped at a norm of 1.
+    """Minimise a loss, one minibatch per step: AdamW with a one-cycle schedule, gradients clipped at a norm of 1.
 
     Args:
         model: The model, changed in place; in evaluation mode afterwards.
-        batches: Gives the next minibatch, each time in the same order.
-        loss_of: The loss of a minibatch; it draws no random numbers.
-        n_steps: How many steps.
-        learning_rate: The schedule's peak.
-        description: What the progress bar says.
-        progress_bar: Show one.
-        states: Where the state is written every so often, and when a signal asks to stop; None notes no signals.
-        state: The one to go on from.
+        batches: The minibatches, in an order that is the same each time: a resumed run skips those it has seen.
+        loss_of: A function from a minibatch to its loss; it draws no random numbers.
+        n_steps: The number of steps.
+        learning_rate: The peak of the schedule.
+        description: The label of the progress bar.
+        progress_bar: Whether to show a progress bar.
+        states: Where the state is written every 500 steps and after a signal; None leaves signals alone.
+        state: The folder of the state to resume from.
 
     Returns:
         The loss of each step, (n_steps,).
 
     Raises:
         StageStopped: With `states`, after a signal, once the state is saved.
-        StorageError: If it could not be.
+        StorageError: After a signal, if the state could not be saved.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    rising = 0.2 if n_steps == 10 else 0.1  # a tenth of 10 steps has no length, by which torch divides
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=rising)
-    seen: list[Tensor] = []
+    # torch's OneCycleLR divides by the warm-up's length, pct_start * total_steps - 1, which is 0 for a tenth of 10.
+    warm_up = 0.2 if n_steps == 10 else 0.1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=warm_up)
+    losses: list[Tensor] = []
     if state is not None:
         with of_our_making(state):
-            seen = load_state(state, model, optimizer)
-        schedule.load_state_dict({"last_epoch": len(seen), "_step_count": len(seen) + 1})
-    asked = stop_requests()
+            losses = load_state(state, model, optimizer)
+        # The schedule is a function of the step alone; its constructor has already counted one.
+        schedule.load_state_dict({"last_epoch": len(losses), "_step_count": len(losses) + 1})
+    signals = stop_requests()
     model.train()
     with (
-        nullcontext() if states is None else asked,
-        tqdm(total=n_steps, initial=len(seen), desc=description, disable=not progress_bar, unit="step") as bar,
+        nullcontext() if states is None else signals,
+        tqdm(total=n_steps, initial=len(losses), desc=description, disable=not progress_bar, unit="step") as bar,
     ):
-        for batch in islice(batches, len(seen), n_steps):
+        for batch in islice(batches, len(losses), n_steps):
             loss = loss_of(batch)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
-            seen.append(loss.detach())
+            losses.append(loss.detach())  # stays on the device: `float` here would wait for it in every step
             bar.update()
-            if len(seen) % 20 == 0:
-                bar.set_postfix(loss=f"{float(seen[-1]):.3f}")
-            is_asked = asked.number != 0 and len(seen) < n_steps
-            if states is not None and (is_asked or states.is_due(len(seen))):
-                states.save(len(seen), lambda folder: write_state(folder, model, optimizer, seen))
-            if states is not None and is_asked:
-                raise states.stopped(len(seen), asked.number)
+            if len(losses) % 20 == 0:
+                bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
+            is_asked_to_stop = signals.number != 0 and len(losses) < n_steps
+            if states is not None and (is_asked_to_stop or states.is_due(len(losses))):
+                states.save(len(losses), lambda folder: write_state(folder, model, optimizer, losses))
+            if states is not None and is_asked_to_stop:
+                raise states.stopped(len(losses), signals.number)
     model.eval()
-    return torch.stack(seen)
+    return torch.stack(losses)
 
 
 def _next_token_loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the targets, in nats per token; both are (B, T)."""
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    # (B, T, V) -> (B * T, V) and (B, T) -> (B * T,)
     return functional.cross_entropy(logits.flatten(0, 1), targets.to(model.device).flatten(), ignore_index=IGNORED)
 
 
 def similar_lengths(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Yield the places of minibatches for ever, each place once a pass, in random order but of similar lengths."""
+    """Yield minibatches as lists of indices, without end: each index once per pass, in random order, similar lengths.
+
+    Args:
+        lengths: The length of each row, in tokens.
+        batch_size: The number of rows in a minibatch; the last of a pool may have fewer.
+        rng: The source of the order.
+    """
     while True:
         order = rng.permutation(len(lengths))
-        groups = []
+        minibatches = []
         for start in range(0, len(order), POOL * batch_size):
             pool = sorted(order[start : start + POOL * batch_size], key=lambda i: lengths[i])
-            groups += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        for place in rng.permutation(len(groups)):
-            yield groups[place]
+            minibatches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        for number in rng.permutation(len(minibatches)):
+            yield minibatches[number]
 
 
 def _batches(
     sequences: Sequence[Sequence[int]], batch_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets, each (B, T), for ever."""
-    for places in similar_lengths([len(sequence) for sequence in sequences], batch_size, rng):
-        chosen = [sequences[i] for i in places]
+    """Yield inputs and targets, each (B, T), without end."""
+    for indices in similar_lengths([len(sequence) for sequence in sequences], batch_size, rng):
+        chosen = [sequences[i] for i in indices]
         width = max(map(len, chosen))
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         targets = torch.full((len(chosen), width), IGNORED)
         for row, sequence in enumerate(chosen):
             ids[row, : len(sequence)] = torch.tensor(sequence)
-            targets[row, : len(sequence) - 1] = torch.tensor(sequence[1:])
+            targets[row, : len(sequence) - 1] = torch.tensor(sequence[1:])  # each token is predicted one place before
         yield ids, targets

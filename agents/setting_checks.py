@@ -29,7 +29,7 @@ USUAL_RATES = {  # the highest learning rate that is let pass, and the advice
     "small": (5e-3, "3e-4 to 4e-3 is usual for so few weights."),
     "fresh": (1e-2, "1e-4 to 1e-3 is usual for fresh weights."),
 }
-WARPERS = (  # settings of transformers' GenerationConfig that change the distribution which texts are sampled from
+WARPERS = (  # settings of transformers' GenerationConfig that change the sampling distribution
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"),
     *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens"),

@@ -1,4 +1,4 @@
-"""Tokenizers of small models: one token a word, one a character, or byte-pair encoding trained on texts."""
+"""Tokenizers of models from scratch: one token per word or character, or byte-pair encoding trained on texts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-EOS_TOKEN = "</s>"
+EOS_TOKEN = "</s>"  # ends a text, and pads: lengths decide what is padding, never ids
 UNKNOWN_TOKEN = "<unk>"
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token a word, for texts whose words stand between spaces.
+    """Return a tokenizer with one token per word, for texts whose words are separated by spaces.
 
-    Token 0 ends a text; an unknown word is the token `<unk>`.
+    Token 0 is the end token; a word that is not in the list becomes `<unk>`.
+
+    Args:
+        words: The words, each once.
 
     Example:
         >>> from agents.pretrain import word_tokenizer
@@ -31,10 +34,13 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def char_tokenizer(texts: Sequence[str], min_count: int = 1) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token a character, as suits Chinese; its texts come back without spaces between.
+    """Return a tokenizer with one token per character, which suits Chinese: decoded texts have no spaces between them.
 
-    Token 0 ends a text; a character that `texts` have less than `min_count` times is the token `<unk>`, and so is one
-    that they do not have. The commonest characters have the lowest ids.
+    Token 0 is the end token. The most frequent characters have the lowest ids.
+
+    Args:
+        texts: The texts whose characters become tokens.
+        min_count: Characters that are rarer than this in `texts` become `<unk>`.
 
     Example:
         >>> from agents.pretrain import char_tokenizer
@@ -58,7 +64,18 @@ def char_tokenizer(texts: Sequence[str], min_count: int = 1) -> PreTrainedTokeni
 
 
 def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of `vocab_size` tokens trained on `texts`; token 0 ends a text."""
+    """Return a byte-level BPE tokenizer trained on texts; token 0 is the end token.
+
+    Args:
+        texts: The texts to train on.
+        vocab_size: The number of tokens, at least 257: the end token and all bytes.
+
+    Example:
+        >>> from agents import bpe_tokenizer
+        >>> tokenizer = bpe_tokenizer(["good film, good plot"], vocab_size=260)
+        >>> tokenizer.decode(tokenizer.encode("a good film"))
+        'a good film'
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -98,7 +98,7 @@ def hub(folder: Path) -> None:
 def similarity(folder: Path) -> None:
     import numpy as np
 
-    from agents.pretrain import word_tokenizer
+    from agents import word_tokenizer
     from textenv.rewards.similarity import Similarity
 
     Similarity("none yet")  # which names the extra

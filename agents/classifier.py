@@ -1,4 +1,4 @@
-"""Train a text classifier, such as `textenv.rewards.classifier.Classifier` takes for a reward."""
+"""Training of text classifiers, for the reward `textenv.rewards.classifier.Classifier` or as judges."""
 
 from __future__ import annotations
 
@@ -29,20 +29,19 @@ from .demo import model_folder
 from .interrupted import origin, prepare, work_folder
 from .output_folders import check_output, output_folder
 from .reward_figures import wilson_interval
-from .trainer_guard import random_state_kept
 
-LabelledTexts = tuple[Sequence[str], Sequence[int]]  # texts, and the number of each one's label
+LabelledTexts = tuple[Sequence[str], Sequence[int]]  # texts, and the number of each text's label
 
 
 class ClassifierFigures(NamedTuple):
-    """How well a classifier does on labelled texts.
+    """The loss and accuracy of a classifier on labelled texts.
 
     Args:
-        loss: The mean cross-entropy, in nats a text.
-        accuracy: The share of texts whose likeliest label is theirs.
-        low: Lower bound of its 95 % interval (Wilson).
-        high: Upper bound.
-        n_texts: How many texts.
+        loss: The mean cross-entropy, in nats per text.
+        accuracy: The share of texts whose most probable label is the right one.
+        low: The lower bound of the accuracy's 95 % interval (Wilson, 1927).
+        high: The upper bound.
+        n_texts: The number of texts.
     """
 
     loss: float
@@ -53,13 +52,13 @@ class ClassifierFigures(NamedTuple):
 
 
 class ClassifierTraining(NamedTuple):
-    """What `train_classifier` made.
+    """The result of `train_classifier`.
 
     Args:
-        folder: The model, with the labels' names in its config, and its tokenizer.
-        n_steps: Optimizer steps.
+        folder: The folder of the model, whose config has the labels' names, and of its tokenizer.
+        n_steps: The number of optimizer steps.
         training: The figures on the training data, at the end.
-        held_out: The figures on held-out data, None without any.
+        held_out: The figures on held-out data; None if there is none.
     """
 
     folder: Path
@@ -88,48 +87,50 @@ def train_classifier(
 ) -> ClassifierTraining:
     """Train any model for sequence classification on labelled texts, and save it.
 
-    Texts are read as the reward `Classifier` reads them, special tokens of the tokenizer included, so that what is
-    measured here is what rewards. transformers' `Trainer` runs it, which needs accelerate:
-    `pip install "textenv[sft]"`. Signals, resuming and random generators are as in `agents.sft.tune`.
+    Texts are encoded as the reward `Classifier` encodes them, with the tokenizer's special tokens, so that the accuracy
+    measured here is that of the reward. transformers' `Trainer` runs the training and needs accelerate:
+    `pip install "textenv[sft]"`. Signals, resuming and random generators are handled as in `agents.sft.tune`.
 
     Args:
-        lm: A name or path (a fresh head is put on a model without one of that many labels), or a config, of BERT or
-            GPT-2 say, for fresh weights.
+        lm: A model's name or path (it gets a fresh head unless it has one of that many labels), or a config, for
+            example of BERT or GPT-2, for fresh weights.
         tokenizer: The model's tokenizer.
-        texts: What is classified, N of them.
+        texts: The N texts to train on.
         labels: The number of each text's label, (N,), from 0.
-        folder: Where to: a folder that is absent or empty.
+        folder: The folder to write, absent or empty.
         held_out: Texts and labels that are measured and not trained on.
         label_names: The labels' names in the order of their numbers; "LABEL_0" and so on by default.
-        n_epochs: Passes over the data; may be a fraction.
-        batch_size: Texts of a minibatch.
-        learning_rate: The peak of a cosine schedule with a warm-up of a tenth.
-        max_tokens: Where a text is longer it loses its end, here and in the reward; what tokenizer and model allow by
-            default.
-        seed: Of fresh weights, dropout and the order of the data.
-        resume: Whether to go on with a run of the same arguments that was interrupted; from the start if there is none.
+        n_epochs: The number of passes over the data; may be a fraction.
+        batch_size: The number of texts in a minibatch.
+        learning_rate: The peak of a cosine schedule that warms up over the first tenth.
+        max_tokens: Longer texts lose their end, here and in the reward; by default the limit of tokenizer and model.
+        seed: The seed of fresh weights, dropout and the order of the data.
+        resume: Whether to continue an interrupted run of the same arguments; it starts anew if there is none.
         overwrite: Whether an earlier classifier in `folder` may be replaced, once the new one is complete.
-        progress_bar: Show one.
+        progress_bar: Whether to show a progress bar.
+
+    Returns:
+        The folder, and the figures on the training data and on `held_out`.
 
     Raises:
-        ImportError: Without accelerate.
-        ValueError: If texts and labels do not match, a label is no number of the names, fewer than two are named, or
-            something stands in the folder that would be lost.
+        ImportError: If accelerate is not installed.
+        ValueError: If texts and labels differ in number, a label has no name, fewer than two labels are named, the
+            interrupted run had other arguments, or the folder holds files that would be lost.
 
     Example:
-        >>> from agents.classifier import train_classifier
+        >>> from agents import train_classifier
         >>> # bert = "distilbert/distilbert-base-uncased"
         >>> # made = train_classifier(bert, AutoTokenizer.from_pretrained(bert), texts, labels, "mood",
         >>> #                         held_out=(others, their_labels), label_names=["negative", "positive"])
         >>> # print(made.held_out.accuracy); reward = Classifier("mood", label="positive")
     """
-    check_output(folder, "classifier", overwrite)  # before the work
+    check_output(folder, "classifier", overwrite)  # now, rather than after the training
     names = [f"LABEL_{i}" for i in range(max(labels, default=0) + 1)] if label_names is None else list(label_names)
     _check_labels("labels", (texts, labels), names)
     if held_out is not None:
         _check_labels("held_out", held_out, names)
     check_extra("sft", "accelerate", "transformers' Trainer")
-    from .sft_trainer import train, training_arguments
+    from .hf_trainer import random_state_kept, train, training_arguments
 
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
@@ -138,14 +139,15 @@ def train_classifier(
         model = _build(lm, names)
         reader = TextModel(model, tokenizer, max_length=max_tokens, batch_size=batch_size)
         check_fits(model, len(tokenizer), 1)
+        # An empty text is scored as a pad token alone, as in `TextModel`.
         rows = list(zip((ids or [reader.pad_id] for ids in reader.encode(texts)), labels, strict=True))
         settings = (origin(model, lm), rows, names, n_epochs, batch_size, learning_rate, seed)
         checkpoint = prepare(work, settings, resume)
-        n_steps = train(model, rows, lambda some: _collate(some, reader.pad_id), arguments, checkpoint)
+        n_steps = train(model, rows, lambda batch: _collate(batch, reader.pad_id), arguments, checkpoint)
         model.eval()
     training = _measure(reader, texts, labels)
     measured = None if held_out is None else _measure(reader, *held_out)
-    reader.tokenizer.model_max_length = reader.max_length
+    reader.tokenizer.model_max_length = reader.max_length  # the reward cuts texts where the training did
     with output_folder(folder, "classifier", overwrite) as beside:
         model.save_pretrained(beside)
         reader.tokenizer.save_pretrained(beside)
@@ -175,7 +177,7 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
         "problem_type": "single_label_classification",
     }
     if not isinstance(lm, PreTrainedConfig):
-        # A head of another size is not an error: a fresh one is put on.
+        # transformers replaces a head of another size by a fresh one instead of raising an error.
         labels["ignore_mismatched_sizes"] = True
         labels["dtype"] = torch.float32
         return load_whole(AutoModelForSequenceClassification, model_folder(os.fspath(lm)), fresh_head=True, **labels)
@@ -186,10 +188,10 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
 
 
 def _collate(rows: Sequence[tuple[list[int], int]], pad_id: int) -> dict[str, Tensor]:
-    """Return tokens and which are real, (B, T) each, padded on the right, and labels, (B,)."""
-    ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True, padding_value=pad_id)
+    """Return tokens and attention mask, (B, T) each, padded on the right, and labels, (B,)."""
+    ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True, padding_value=pad_id)  # (B, T)
     lengths = torch.tensor([len(ids) for ids, _ in rows])
-    is_text = torch.arange(ids.shape[1]) < lengths[:, None]
+    is_text = torch.arange(ids.shape[1]) < lengths[:, None]  # (B, T)
     labels = torch.tensor([int(label) for _, label in rows])
     return {"input_ids": ids, "attention_mask": is_text.long(), "labels": labels}
 
@@ -197,6 +199,6 @@ def _collate(rows: Sequence[tuple[list[int], int]], pad_id: int) -> dict[str, Te
 def _measure(reader: TextModel, texts: Sequence[str], labels: Sequence[int]) -> ClassifierFigures:
     logits = reader.logits(texts).astype(np.float64)  # (N, labels)
     numbers = np.asarray(labels)
-    nats = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(numbers)), numbers]
+    nats = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(numbers)), numbers]  # (N,) cross-entropies
     accuracy = float(np.mean(logits.argmax(axis=1) == numbers))
     return ClassifierFigures(float(nats.mean()), accuracy, *wilson_interval(accuracy, len(numbers)), len(numbers))

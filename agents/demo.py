@@ -1,4 +1,4 @@
-"""The built-in language model: a word tokenizer and a tiny GPT-2 trained on the demo's reviews, kept in a cache."""
+"""The built-in demo model: a tiny GPT-2 with a word tokenizer, trained on the demo's reviews and kept in a cache."""
 
 from __future__ import annotations
 
@@ -19,51 +19,56 @@ from textenv.model_loading import check_name
 from textenv.named_tokenizer import DEMO
 
 from .files import replaced_folder
-from .pretrain import EOS_TOKEN, pretrain, word_tokenizer
+from .from_scratch import pretrain
+from .small_tokenizers import EOS_TOKEN, word_tokenizer
 
 SHAPE = {
     "n_layer": 2,
     "n_embd": 64,
     "n_head": 2,
     "n_positions": 64,
-    "activation_function": "gelu_pytorch_tanh",  # as gelu_new, in one kernel
-    "initializer_range": 0.06,
+    "activation_function": "gelu_pytorch_tanh",  # the same formula as GPT-2's gelu_new, in one kernel
+    "initializer_range": 0.06,  # three times GPT-2's, for a twelfth of its width
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
 TRAINING = {"batch_size": 64, "learning_rate": 1e-2}
 N_REVIEWS = 8000
-_elsewhere: dict[str, Path] = {}  # folders of this process, where the cache cannot be written to
+_temporary: dict[str, Path] = {}  # models of this process by name, where the cache cannot be written to
 
 
 def cache_folder() -> Path:
-    """Return the folder for what is made once: `TEXTENV_CACHE`, or `textenv` in the user's cache folder."""
+    """Return the folder where models are kept: `TEXTENV_CACHE`, or `textenv` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TEXTENV_CACHE") or Path(base) / "textenv")
 
 
 def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: bool = True) -> Path:
-    """Return the folder of a language model that writes the demo's reviews, in all moods; make it where it is missing.
+    """Return the folder of a small model that writes product reviews of all moods; train it if the cache has none.
 
-    A GPT-2 of 2 layers and width 64 (about 0.1 M parameters) and one token a word, trained on 8,000 reviews, always
-    from the same seed. It is made in some seconds and kept under a name that changes with the grammar and settings.
-    Where the cache cannot be written to, it is kept for this process alone.
+    The model is a GPT-2 of 2 layers and width 64 (about 0.1 M parameters) with one token per word, trained on 8,000
+    reviews from a fixed seed. Training takes some seconds. The folder's name is a hash of grammar and settings, so that
+    a change of them makes a new model. Where the cache cannot be written to, the model lives as long as the process.
 
     Args:
         folder: The cache; `cache_folder()` by default.
-        n_epochs: Passes over the corpus; fewer are enough to try things out.
-        progress_bar: Show one while it trains.
+        n_epochs: The number of passes over the corpus; fewer are enough to try things out.
+        progress_bar: Whether to show a progress bar while it trains.
 
     Returns:
         A folder for `Pretrained` and `AutoTokenizer.from_pretrained`.
+
+    Example:
+        >>> from agents import demo_model
+        >>> # model = make_agent(gymnasium.make("textenv/Demo-v0"), str(demo_model()))
     """
     texts = demo.reviews(N_REVIEWS, seed=0)
     recipe = json.dumps([SHAPE, TRAINING, n_epochs, texts, torch.__version__]).encode()
     name = f"demo-{hashlib.sha256(recipe).hexdigest()[:12]}"
     target = (folder or cache_folder()) / name
-    if target.is_dir() or name in _elsewhere:
-        return _elsewhere.get(name, target)
+    if target.is_dir() or name in _temporary:
+        return _temporary.get(name, target)
     tokenizer = word_tokenizer(demo.vocabulary())
     eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **SHAPE)  # type: ignore[arg-type]
@@ -83,7 +88,7 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
     try:
         _write(target, model, tokenizer)
     except OSError as error:
-        target = _elsewhere[name] = Path(tempfile.mkdtemp(prefix="textenv-"))
+        target = _temporary[name] = Path(tempfile.mkdtemp(prefix="textenv-"))
         atexit.register(shutil.rmtree, target, ignore_errors=True)
         _write(target, model, tokenizer)
         warnings.warn(
@@ -95,10 +100,14 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
 
 
 def model_folder(name: str, progress_bar: bool = True) -> str:
-    """Return what to load a model or tokenizer by: the folder of the built-in one for "demo", else the name itself.
+    """Return the name or folder by which transformers loads a model: for "demo" the built-in model's, else `name`.
+
+    Args:
+        name: "demo", a folder, or a name on the hub.
+        progress_bar: Whether to show a progress bar if the demo model has to be trained.
 
     Raises:
-        ValueError: If it is the folder of a run, or the name of nothing.
+        ValueError: If it is the folder of a run, or neither a folder nor a possible name.
     """
     if name == DEMO:
         return str(demo_model(progress_bar=progress_bar))

@@ -1,4 +1,4 @@
-"""The demo's language model as a policy that needs no argument, for programs that name a policy and no model."""
+"""Policies with the demo's language model built in, for programs that name a policy by its class alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .pretrained import Pretrained
 
 
 class DemoPolicy(LMPolicy):
-    """`LMPolicy` of the demo's model, for "textenv/Demo-v0".
+    """An `LMPolicy` of the demo's model, for "textenv/Demo-v0".
 
-    rl_zoo3's search for hyper-parameters sets `policy_kwargs` anew, and `lm` is lost with the old ones. A class as this
-    one, of three lines in a module of one's own, is how a policy there has its model.
+    rl_zoo3's search for hyper-parameters replaces `policy_kwargs` (rl_zoo3 `hyperparams_opt`), and with them `lm`. A
+    policy for rl_zoo3 therefore names its model in a class: three lines like these, in a module of your own.
 
     Args:
-        *args: Those of `LMPolicy`.
-        **kwargs: Those of `LMPolicy`; `lm` is the demo's model by default.
+        *args: The arguments of `LMPolicy`.
+        **kwargs: The arguments of `LMPolicy`; `lm` is the demo's model by default.
 
     Example:
         >>> from agents.demo_policies import DemoPolicy
@@ -30,7 +30,7 @@ class DemoPolicy(LMPolicy):
 
 
 class MaskableDemoPolicy(MaskableLMPolicy):
-    """`MaskableLMPolicy` of the demo's model; see `DemoPolicy`."""
+    """A `MaskableLMPolicy` of the demo's model; see `DemoPolicy`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **_with_model(kwargs))

@@ -1,4 +1,4 @@
-"""The doctor: small forwards on the user's own model and env that say whether training will be correct, and why not."""
+"""The doctor: checks of a model and its env before training, each with the cause and the cure of what is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .model_checks import (
     check_ratio,
     check_weights,
 )
-from .patient import Patient, Sample, take_sample, undisturbed
+from .patient import Sample, Subject, take_sample, undisturbed
 from .policies import ForeignBackendError, LMPolicy
 from .rollout_steps import text_vec_env
 from .setting_checks import (
@@ -35,7 +35,7 @@ from .setting_checks import (
 )
 from .trial_checks import check_memory, check_reward, check_time
 
-SETTING_CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
+SETTING_CHECKS: tuple[Callable[[Subject], list[Finding]], ...] = (
     check_vocabulary,
     check_positions,
     check_prompts,
@@ -48,7 +48,7 @@ SETTING_CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
     check_batches,
     check_reward,
 )
-MODEL_CHECKS: tuple[Callable[[Patient, Sample], list[Finding]], ...] = (
+MODEL_CHECKS: tuple[Callable[[Subject, Sample], list[Finding]], ...] = (
     check_weights,
     check_ratio,
     check_padding,
@@ -64,21 +64,21 @@ MODEL_CHECKS: tuple[Callable[[Patient, Sample], list[Finding]], ...] = (
 def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Report:
     """Examine a model before it is trained: probabilities, padding, cache, tokens, settings, reward, time and memory.
 
-    A few rows are decoded and read, as PPO will, and the results are compared; that takes seconds (20 of one core for
-    a GPT-2 of 124 M). Weights, gradients, random generators, cached rows and the env's episodes and order of prompts
-    are left as they were, so that training is the same with and without. The reward is called on two sampled
-    episodes; what a reward or a hook keeps of its own outside `preds.state` is not undone.
+    A few rows are decoded and evaluated, as PPO will do it, and the results are compared; that takes seconds (20 on one
+    core for GPT-2 with 124 M parameters). Weights, gradients, random generators, cached rows and the env's episodes and
+    order of prompts are restored, so that training is the same with and without an examination. The reward is called
+    on two sampled episodes; state that a reward or a hook keeps outside `preds.state` is not restored.
 
     Args:
-        model: What `make_agent` built, or a policy.
-        env: The env of a policy, or of a model that trains on another VecEnv than `TextVecEnv`.
+        model: An algorithm that `make_agent` built, or a policy.
+        env: The env of a policy, or of a model whose VecEnv is not a `TextVecEnv`.
 
     Returns:
         The report: `print(report)`, `report.ok`, `report.raise_if_failed()`.
 
     Raises:
         TypeError: If the policy is no `LMPolicy`.
-        ValueError: If a policy is given without its env.
+        ValueError: If a policy is given without its env, or its weights are sharded over processes.
 
     Example:
         >>> from agents import doctor, make_agent
@@ -102,26 +102,26 @@ def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Re
     if env is None:
         assert algorithm is not None
         env = text_vec_env(algorithm.get_env()).env
-    patient = Patient(policy, env, algorithm)
+    subject = Subject(policy, env, algorithm)
     findings: list[Finding] = []
     for setting_check in SETTING_CHECKS:
-        findings += _run(setting_check, patient)
+        findings += _run(setting_check, subject)
     with undisturbed(policy, env):
         try:
             sample = take_sample(policy, env)
-        except Exception as error:  # the user's model may raise anything
+        except Exception as error:  # the user's model may raise any of them
             return Report((*findings, _broken("rollout", error)))
     for model_check in MODEL_CHECKS:
-        findings += _run(model_check, patient, sample)
+        findings += _run(model_check, subject, sample)
     return Report(tuple(findings))
 
 
-def _run(examine: Callable[..., list[Finding]], patient: Patient, *sample: Sample) -> list[Finding]:
-    """Run one check; where the user's model or hooks raise in it, that is the finding."""
+def _run(examine: Callable[..., list[Finding]], subject: Subject, *sample: Sample) -> list[Finding]:
+    """Run one check; an error that the user's model or hooks raise in it becomes its finding."""
     name = examine.__name__.removeprefix("check_").replace("_", " ")
     try:
-        with undisturbed(patient.policy, patient.env):
-            return examine(patient, *sample)
+        with undisturbed(subject.policy, subject.env):
+            return examine(subject, *sample)
     except ForeignBackendError as error:
         return [Finding(name, "skipped", str(error))]
     except Exception as error:

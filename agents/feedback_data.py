@@ -1,4 +1,4 @@
-"""What people answered, as what a reward model is trained on."""
+"""People's answers as training data of a reward model: rankings or labelled texts."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from .preferences import Labelled, Ranking
 from .refusal import CommandError
 
 Examples = list[Ranking] | list[Labelled]
-HELD_OUT = 10  # of so many prompts one is held out
+HELD_OUT = 10  # one prompt of so many is held out
 
 
 class Feedback(NamedTuple):
-    """The answers of a store: what is trained on, and what is measured; the prompts of both differ."""
+    """The answers of a store, split by prompt into training data and held-out data."""
 
     data: Examples
     held_out: Examples
 
 
 def read_feedback(path: str, everything: bool = False) -> Feedback:
-    """Read what people answered, and hold out a tenth of the prompts, always the same ones.
+    """Read people's answers, and hold out a tenth of the prompts, always the same ones.
 
     Args:
-        path: The store's file.
-        everything: Hold out nothing.
+        path: The file of the store.
+        everything: Whether to train on all answers and hold out none.
 
     Raises:
         CommandError: If there is no such store.
-        ValueError: If nothing in it says which text is better, or its scores are of several scales.
+        ValueError: If no answer says which text is better, or the scores are of several scales.
     """
     if not Path(path).is_file():
         raise CommandError(f"Expected a store of feedback, as `textenv rate` makes it, got no file {path}.")
     with FeedbackStore(path) as store:
         answers = StandingAnswers(store).update()
+    # Ordered by a hash: the same prompts are held out whenever the store is read, in whatever order it was filled.
     prompts = sorted({answer.prompt for answer in answers}, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     chosen = set() if everything else set(prompts[: len(prompts) // HELD_OUT])
     data = examples_of([answer for answer in answers if answer.prompt not in chosen])
@@ -50,14 +51,15 @@ def read_feedback(path: str, everything: bool = False) -> Feedback:
     if isinstance(data[0], Ranking):
         return Feedback(data, rankings_of(rest))
     labelled = labels_of(rest)
-    return Feedback(data, labelled if len({one.label for one in labelled}) > 1 else [])
+    # Equal labels make no pair to compare, so that nothing could be measured on them.
+    return Feedback(data, labelled if len({text.label for text in labelled}) > 1 else [])
 
 
 def examples_of(answers: Sequence[Answer]) -> Examples:
-    """Return rankings, where people compared or ranked anything; else texts with the mean of the scores they got.
+    """Return rankings where people compared or ranked texts, else texts labelled with the mean of their scores.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If no answer says which text is better.
 
     Example:
         >>> examples_of([Answer(1, 1, "compare", "ann", "It was", (" bad.", " good."), value=1)])
@@ -66,19 +68,19 @@ def examples_of(answers: Sequence[Answer]) -> Examples:
         [Labelled(text='It was good.', label=4.0)]
     """
     has_comparisons = any(answer.kind in ("compare", "rank") and answer.pairs() for answer in answers)
-    found: Examples = rankings_of(answers) if has_comparisons else labels_of(answers)
-    if not found:
+    examples: Examples = rankings_of(answers) if has_comparisons else labels_of(answers)
+    if not examples:
         raise ValueError(f"Expected answers that say which text is better, got none in {len(answers)} answers.")
-    return found
+    return examples
 
 
 def rankings_of(answers: Sequence[Answer]) -> list[Ranking]:
-    """Return comparisons and rankings; scores that a rater gave to texts of one prompt count as comparisons of them."""
+    """Return comparisons and rankings; scores that a rater gave to several texts of a prompt count as comparisons."""
     rankings = []
     scored: dict[tuple[str, str, tuple[float, float]], dict[str, float]] = defaultdict(dict)
     for answer in answers:
         if answer.kind == "rank" and isinstance(answer.value, tuple):
-            rankings.append(Ranking(tuple(answer.completions[int(place)] for place in answer.value), answer.prompt))
+            rankings.append(Ranking(tuple(answer.completions[int(index)] for index in answer.value), answer.prompt))
         elif answer.kind == "score" and isinstance(answer.value, tuple):
             texts = scored[answer.rater, answer.prompt, answer.scale]
             texts.update(zip(answer.completions, answer.value, strict=True))
@@ -86,9 +88,9 @@ def rankings_of(answers: Sequence[Answer]) -> list[Ranking]:
             for better, worse in answer.pairs():
                 rankings.append(Ranking((answer.completions[better], answer.completions[worse]), answer.prompt))
     for (_, prompt, _), texts in scored.items():
-        for (one, first), (other, second) in itertools.combinations(texts.items(), 2):
-            if first != second:
-                rankings.append(Ranking((one, other) if first > second else (other, one), prompt))
+        for (text, score), (other, other_score) in itertools.combinations(texts.items(), 2):
+            if score != other_score:
+                rankings.append(Ranking((text, other) if score > other_score else (other, text), prompt))
     return rankings
 
 
@@ -101,9 +103,9 @@ def labels_of(answers: Sequence[Answer]) -> list[Labelled]:
     scales = sorted({answer.scale for answer in answers if answer.kind == "score"})
     if len(scales) > 1:
         raise ValueError(f"Expected scores of one scale, got scales {', '.join(map(str, scales))}: train on one each.")
-    given: dict[str, list[float]] = defaultdict(list)
+    scores_of: dict[str, list[float]] = defaultdict(list)
     for answer in answers:
         if answer.kind == "score" and isinstance(answer.value, tuple):
             for text, score in zip(answer.completions, answer.value, strict=True):
-                given[answer.prompt + text].append(float(score))
-    return [Labelled(text, statistics.fmean(scores)) for text, scores in given.items()]
+                scores_of[answer.prompt + text].append(float(score))
+    return [Labelled(text, statistics.fmean(scores)) for text, scores in scores_of.items()]

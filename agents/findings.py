@@ -1,4 +1,4 @@
-"""What the doctor found: findings, the report that lists them, and the error that names those that failed."""
+"""The doctor's report: its findings, and the error that names the checks that failed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class Finding(NamedTuple):
     """The outcome of one check.
 
     Attributes:
-        name: The check.
-        status: "failed" where training would be wrong, "warning" where it may go badly.
-        measured: What was seen.
-        cause: What it likely comes from; empty where all is well.
-        cure: What to do about it; empty where all is well.
+        name: The name of the check.
+        status: "ok"; "failed" where training would be wrong; "warning" where it may go badly; "skipped" where the
+            check does not apply.
+        measured: The figures that were compared.
+        cause: The likely cause; empty where all is well.
+        cure: What to change; empty where all is well.
     """
 
     name: str
@@ -39,11 +40,14 @@ class Finding(NamedTuple):
 
 
 class DoctorError(RuntimeError):
-    """A check failed: training would be wrong; the message names what, why and the cure."""
+    """Training would be wrong: the message names each failed check, its cause and its cure."""
 
 
 class Report(NamedTuple):
-    """All findings of an examination: `print(report)` is plain text, `report.print()` a table on a terminal.
+    """All findings of an examination: `print(report)` writes plain text, `report.print()` a table on a terminal.
+
+    Args:
+        findings: The findings, in the order of the checks.
 
     Example:
         >>> report = Report((Finding("ratio", "ok", "largest |log ratio| 0"),))
@@ -71,10 +75,10 @@ class Report(NamedTuple):
         return [finding for finding in self.findings if finding.status == "warning"]
 
     def raise_if_failed(self) -> None:
-        """Raise where a check failed.
+        """Raise an error if a check failed.
 
         Raises:
-            DoctorError: Naming each check that failed, with cause and cure.
+            DoctorError: If one did; it names each of them with cause and cure.
         """
         if self.failed:
             names = ", ".join(dict.fromkeys(finding.name for finding in self.failed))
@@ -90,7 +94,7 @@ class Report(NamedTuple):
         """Print the report: a table on a terminal, plain lines elsewhere.
 
         Args:
-            console: Where to; rich's default console.
+            console: The console to print on; rich's default console if None.
         """
         console = console or Console()
         if console.is_terminal:
@@ -108,7 +112,7 @@ class Report(NamedTuple):
         for title in ("check", "status", "measured", "cause and cure"):
             table.add_column(title)
         for finding in self.findings:
-            advice = "\n".join(part for part in (finding.cause, finding.cure) if part)
+            advice = "\n".join(text for text in (finding.cause, finding.cure) if text)
             status = Text(finding.status, STYLES[finding.status])
             table.add_row(Text(finding.name), status, Text(finding.measured), Text(advice))
         return table

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from textenv.completion import Preds
 from textenv.feedback.records import Answer
+from textenv.model_loading import from_pretrained
 from textenv.named_tokenizer import DEMO
 from textenv.prompts import Prompt
 from textenv.rewarding import ScoreAt
@@ -19,7 +21,7 @@ from textenv.rewards.base import BatchReward
 from textenv.rewards.preference import Preference
 from textenv.trust import check_written
 
-from .assemble import load_tokenizer
+from .demo import model_folder
 from .feedback_data import examples_of
 from .reward_model import train_reward_model
 
@@ -88,7 +90,7 @@ class LearnedReward(BatchReward):
         with torch.enable_grad():  # `generation.run_episodes` scores its texts without gradients
             train_reward_model(
                 self.model,
-                load_tokenizer(self.model),
+                from_pretrained(AutoTokenizer, model_folder(self.model)),
                 examples_of(answers),
                 folder,
                 n_epochs=self.n_epochs,

@@ -1,4 +1,4 @@
-"""The doctor's checks that run the model: ratio, padding, cache, head, dropout, divergence, weights."""
+"""The doctor's checks that run the model: ratio, padding, cache, head, dropout, divergence and weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from .backbone import PROBE_LOGIT, PROBE_TOLERANCE, Backbone
 from .buffers import SequenceRolloutBuffer
 from .findings import Finding
 from .kl import KLPenalty
-from .patient import Patient, Sample
+from .patient import Sample, Subject
 
 
 @torch.no_grad()
-def check_ratio(patient: Patient, sample: Sample) -> list[Finding]:
-    """Compare what the rollout stored with what the update computes, before any step (invariant A1)."""
-    policy, limit = patient.policy, tolerance(patient.policy.lm)
-    policy.train(True)  # not `set_training_mode`, which tells the parts that an update begins
+def check_ratio(subject: Subject, sample: Sample) -> list[Finding]:
+    """Compare the rollout's log-probabilities and values with the update's, before any step (invariant A1)."""
+    policy, limit = subject.policy, tolerance(subject.policy.lm)
+    # SB3 `PPO.train` calls `set_training_mode(True)`, which would also tell the policy's parts that an update begins.
+    policy.train(True)
     values, log_probs, _ = policy.evaluate_actions(sample.view.batch, sample.view.actions)
     policy.set_training_mode(False)
-    off = _largest(log_probs - sample.log_probs.to(log_probs))
+    off = _largest(log_probs - sample.log_probs.to(log_probs))  # of (N,) nats
     value_off = _largest(values.flatten() - sample.values.to(values)) / max(1.0, float(sample.values.abs().max()))
     measured = f"largest |log ratio| {off:.1e}, values {value_off:.1e} apart, over {len(log_probs)} tokens"
     if off <= limit and value_off <= limit:
@@ -39,20 +40,21 @@ def check_ratio(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def check_padding(patient: Patient, sample: Sample) -> list[Finding]:
-    """Read each sequence alone and padded to the longest one: it must not matter (invariant B1)."""
-    lm, batch, actions = patient.policy.lm, sample.view.batch, sample.view.actions
-    width = np.full(len(batch.lengths), batch.tokens.shape[1])  # as if all were as long: one forward, all the padding
+def check_padding(subject: Subject, sample: Sample) -> list[Finding]:
+    """Evaluate each sequence alone and padded to the longest: both must agree (invariant B1)."""
+    lm, batch, actions = subject.policy.lm, sample.view.batch, sample.view.actions
+    # `evaluate` puts rows of similar length together and cuts each such bucket to its longest row. All rows get the
+    # length of the longest here, so that one forward reads all the padding.
     padded = batch[:]
-    padded.lengths = width
+    padded.lengths = np.full(len(batch.lengths), batch.tokens.shape[1])  # (B,)
     together = lm.evaluate(padded, actions)
     off = 0.0
     for row in range(len(batch.lengths)):
-        own, places = batch.of_sequences(np.array([row]))
-        taken = torch.as_tensor(places, device=actions.device)
-        alone = lm.evaluate(own, actions[taken])
-        off = max(off, *(_largest(a - b[taken]) for a, b in zip(alone[:2], together[:2], strict=True)))
-    padding = int((width - batch.lengths).max())
+        own, positions = batch.of_sequences(np.array([row]))
+        of_row = torch.as_tensor(positions, device=actions.device)  # where its tokens are among all N
+        alone = lm.evaluate(own, actions[of_row])
+        off = max(off, *(_largest(a - b[of_row]) for a, b in zip(alone[:2], together[:2], strict=True)))
+    padding = int((padded.lengths - batch.lengths).max())
     measured = f"log-probabilities and values at most {off:.1e} apart, alone and with up to {padding} padded columns"
     if off <= tolerance(lm):
         return [Finding("padding", "ok", measured)]
@@ -68,20 +70,21 @@ def check_padding(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def check_cache(patient: Patient, sample: Sample) -> list[Finding]:
+def check_cache(subject: Subject, sample: Sample) -> list[Finding]:
     """Compare logits decoded with cached keys and values to full forwards, through restarts (invariants A7, A9)."""
-    lm = patient.policy.lm
+    lm = subject.policy.lm
     if not lm.use_cache:
         why = "switched off" if lm.rollout_cache is not None else "the model does not decode exactly from a cache"
         return [Finding("cache", "skipped", f"no cache ({why}): rollout time grows with the square of the length")]
-    patient.policy.set_training_mode(False)
+    subject.policy.set_training_mode(False)
     cache, off = lm.backbone.new_cache(), 0.0
     for observations in sample.observations:
-        row = lm._unpack(observations)
-        cached, full = (lm._read_last(lm.backbone, row, one)[1] for one in (cache, None))
+        rows = lm._unpack(observations)
+        cached, full = (lm._read_last(lm.backbone, rows, kind)[1] for kind in (cache, None))  # logits, (B, V) each
         off = max(off, _largest(cached.float().log_softmax(-1) - full.float().log_softmax(-1)))
     measured = f"log-probabilities at most {off:.1e} apart from full forwards, over {len(sample.observations)} steps"
-    if off <= 10 * tolerance(lm):  # over the whole vocabulary, improbable tokens included
+    # Ten times the usual tolerance: the maximum is over the whole vocabulary, and improbable tokens round the most.
+    if off <= 10 * tolerance(lm):
         return [Finding("cache", "ok", measured)]
     return [
         Finding(
@@ -95,9 +98,9 @@ def check_cache(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def check_head(patient: Patient, sample: Sample) -> list[Finding]:
-    """Compare the output embeddings of the hidden states to the model's own logits, small ones and large ones."""
-    backbone = patient.policy.backbone
+def check_head(subject: Subject, sample: Sample) -> list[Finding]:
+    """Compare logits from output embeddings times hidden states with the model's own, for small and large logits."""
+    backbone = subject.policy.backbone
     if not backbone.head_is_linear:
         return [Finding("head", "ok", "logits are no linear map of the hidden states: the full forward is used")]
     off = max(_head_difference(backbone, 1.0), _head_difference(backbone, PROBE_LOGIT))
@@ -116,14 +119,15 @@ def check_head(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 def _head_difference(backbone: Backbone, largest: float) -> float:
-    """Return the difference at the end of a few tokens, with the head's output scaled so that the largest is as given.
+    """Return the largest difference on a probe, relative to its largest logit, which is scaled to `largest`.
 
-    A soft cap bends large logits only; see `Backbone`.
+    A soft cap (Gemma 2) bends large logits only, and is invisible on the small ones of an untrained model.
     """
-    ids, *places = backbone.probe_places()
+    ids, *places = backbone.probe_places()  # of an encoder-decoder also the prompt's length
     head = backbone.model.get_output_embeddings()
     now = float(backbone(ids, *places)[1].abs().max())
-    hook = head.register_forward_hook(lambda module, inputs, output: output * (largest / max(now, 1e-6)))
+    scale = largest / max(now, 1e-6)  # a model whose logits are all 0 must not divide by it
+    hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
     try:
         expected, got = backbone._full_logits(ids, *places), backbone(ids, *places)[1]
     finally:
@@ -132,10 +136,10 @@ def _head_difference(backbone: Backbone, largest: float) -> float:
 
 
 @torch.no_grad()
-def check_dropout(patient: Patient, sample: Sample) -> list[Finding]:
+def check_dropout(subject: Subject, sample: Sample) -> list[Finding]:
     """Run the update's forward twice in training mode, and look for dropout that is on (invariant A6)."""
-    policy = patient.policy
-    policy.train(True)
+    policy = subject.policy
+    policy.train(True)  # dropout is random in this mode only
     first, second = (policy.evaluate_actions(sample.view.batch, sample.view.actions)[:2] for _ in range(2))
     policy.set_training_mode(False)
     off = max(_largest(a - b) for a, b in zip(first, second, strict=True))
@@ -162,18 +166,19 @@ def check_dropout(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def check_divergence(patient: Patient, sample: Sample) -> list[Finding]:
-    """Measure the divergence of the policy from its reference: exactly none before training (invariant C2)."""
-    buffer = None if patient.model is None else patient.model.rollout_buffer
+def check_divergence(subject: Subject, sample: Sample) -> list[Finding]:
+    """Measure the policy's divergence from its reference, which is 0 before training (invariant C2)."""
+    buffer = None if subject.model is None else subject.model.rollout_buffer
     steps = buffer.before_returns if isinstance(buffer, SequenceRolloutBuffer) else []
     references = [step.reference for step in steps if isinstance(step, KLPenalty)]
     reference = references[-1] if references else None
-    lm = reference if reference is not None else patient.policy.lm
+    lm = reference if reference is not None else subject.policy.lm
     log_ratio = sample.log_probs - lm.log_probs(sample.view.batch, sample.view.actions).to(sample.log_probs)
     whose = "the KLPenalty's reference" if reference is not None else "a reference equal to it"
     measured = f"{float(log_ratio.mean()):.1e} nats a token from {whose}, at most {_largest(log_ratio):.1e}"
-    is_trained = patient.model is not None and patient.model._n_updates > 0
-    if _largest(log_ratio) <= tolerance(patient.policy.lm) or (reference is not None and is_trained):
+    # SB3 `PPO.train` adds its epochs to `_n_updates`: a policy that has been trained may be far from its reference.
+    is_trained = subject.model is not None and subject.model._n_updates > 0
+    if _largest(log_ratio) <= tolerance(subject.policy.lm) or (reference is not None and is_trained):
         return [Finding("divergence", "ok", measured)]
     return [
         Finding(
@@ -186,9 +191,9 @@ def check_divergence(patient: Patient, sample: Sample) -> list[Finding]:
     ]
 
 
-def check_weights(patient: Patient, sample: Sample) -> list[Finding]:
-    """Check that there is something to train, in float32, and that the optimizer holds all of it."""
-    policy = patient.policy
+def check_weights(subject: Subject, sample: Sample) -> list[Finding]:
+    """Check that some weights are trained, in float32, and that the optimizer holds all of them."""
+    policy = subject.policy
     trainable = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
     in_model = [weight for weight in policy.lm.backbone.parameters() if weight.requires_grad]
     small = [f"{name} ({weight.dtype})" for name, weight in trainable.items() if weight.element_size() < 4]

@@ -1,4 +1,4 @@
-"""What the doctor examines: policy, env and a small rollout of theirs, taken without leaving a trace."""
+"""The subject of an examination, and a small rollout of its policy that leaves no trace."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from textenv.episode import PADDING, SEPARATOR
 from .buffers import RolloutView, SequenceRolloutBuffer
 from .policies import LMPolicy
 
-N_STEPS = 6
-RESET_STEP = 3  # one row begins anew here, whatever it has written
+N_STEPS = 6  # decoding steps of the sample: enough for a restart and for cached steps on both sides of it
+RESET_STEP = 3  # the step in which one row begins anew, whatever it has written
 
 
-class Patient(NamedTuple):
-    """What is examined; `model` is None where only a policy was given."""
+class Subject(NamedTuple):
+    """The policy, env (with its tokenizer) and algorithm under examination; `model` is None for a policy alone."""
 
     policy: LMPolicy
     env: TextEnv
@@ -33,23 +33,23 @@ class Patient(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A few steps of the policy on rows of different length, with restarts in the middle, as PPO would collect them."""
+    """A few steps of the policy on rows of different length, with restarts in the middle, as PPO collects them."""
 
-    observations: list[Tensor]  # (B, L) a step
-    view: RolloutView
-    values: Tensor  # (N,) as collected
-    log_probs: Tensor  # (N,) as collected
+    observations: list[Tensor]  # one of (B, L) for each step
+    view: RolloutView  # the N collected tokens as whole sequences, as an update reads them
+    values: Tensor  # (N,), as the rollout stored them
+    log_probs: Tensor  # (N,), nats, as the rollout stored them
 
 
 def start_rows(env: TextEnv) -> list[np.ndarray]:
-    """Return prompts of clearly different lengths: the longest, the shortest, a half of the longest, one token."""
+    """Return the ids of four prompts of different lengths: the longest, the shortest, half of the longest, a token."""
     by_length = sorted((prompt.ids for prompt in env.prompts), key=len)
     longest = by_length[-1]
     return [longest, by_length[0], longest[: (len(longest) + 1) // 2], longest[:1]]
 
 
 def observe(rows: list[np.ndarray], width: int) -> np.ndarray:
-    """Return observations of prompts that nothing follows yet, (B, width)."""
+    """Return the observations (B, width) of prompts before their first token is written."""
     observations = np.full((len(rows), width), PADDING, dtype=np.int64)
     for observation, row in zip(observations, rows, strict=True):
         observation[: len(row)] = row
@@ -59,7 +59,7 @@ def observe(rows: list[np.ndarray], width: int) -> np.ndarray:
 
 @torch.no_grad()
 def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
-    """Collect a few steps with the policy's own `forward`; the env's hooks are not called.
+    """Collect a few steps with the policy's own `forward`, without calling any hook of the env.
 
     Raises:
         ValueError: If the policy returns a value or log-probability that is not finite.
@@ -73,9 +73,9 @@ def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
     )
     generated, is_start = np.zeros(n_rows, dtype=np.int64), np.ones(n_rows)
     observations = []
-    policy.set_training_mode(False)
+    policy.set_training_mode(False)  # as SB3's `OnPolicyAlgorithm.collect_rollouts` does
     for step in range(N_STEPS):
-        tensor = torch.as_tensor(current, device=policy.device)
+        tensor = torch.as_tensor(current, device=policy.device)  # (B, L)
         actions, values, log_probs = policy.forward(tensor)
         if not bool(torch.isfinite(values).all() and torch.isfinite(log_probs).all()):
             raise ValueError("the model's values or log-probabilities are not finite")
@@ -83,9 +83,9 @@ def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
         buffer.add(current, taken, np.zeros(n_rows, dtype=np.float32), is_start, values, log_probs)
         observations.append(tensor)
         current, generated = current.copy(), generated + 1
-        current[np.arange(n_rows), (current != PADDING).sum(axis=1)] = taken
+        current[np.arange(n_rows), (current != PADDING).sum(axis=1)] = taken  # behind the last token of each row
         is_over = (generated >= env.rules.max_new_tokens) | np.isin(taken, env.rules.stop_ids)
-        is_over[1] |= step + 1 == RESET_STEP
+        is_over[1] |= step + 1 == RESET_STEP  # one row at least restarts while the others go on
         for row in np.flatnonzero(is_over):
             start = starts[(row + step) % n_rows]
             current[row] = observe([start], current.shape[1])
@@ -93,13 +93,14 @@ def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
         is_start = is_over.astype(np.float32)
     buffer.compute_returns_and_advantage(torch.zeros(n_rows), is_start)
     view = buffer.view()
+    # (T, B) arrays in the order of the view, (N,)
     collected = [torch.as_tensor(array[view.steps, view.lanes]) for array in (buffer.values, buffer.log_probs)]
     return Sample(observations, view, *collected)
 
 
 @contextmanager
 def undisturbed(policy: LMPolicy, env: TextEnv) -> Iterator[None]:
-    """Leave weights' gradients, modes, caches and all random generators as they were, whatever happens inside."""
+    """Restore gradients, training modes, caches and all random generators on leaving, also after an error."""
     modes = [(module, module.training) for module in policy.modules()]
     gradients = [(weight, weight.grad) for weight in policy.parameters()]
     generators = [(generator, generator.get_state()) for generator in (policy.generator, policy.predict_generator)]

@@ -1,4 +1,4 @@
-"""What a reward model is trained on: texts ranked by preference, or texts with a number each."""
+"""Training data of reward models: rankings of texts by preference, and texts with a score each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from textenv.tokenizer import Tokenizer, encode_prompt
 
 
 class Ranking(NamedTuple):
-    """Answers to one prompt, the best first; two of them are a pair of chosen and rejected.
+    """Answers to one prompt, the best first; a ranking of two is a pair of chosen and rejected.
 
     Args:
-        texts: The answers, as they go on from the prompt.
-        prompt: What they share. A scored text is `prompt + text`.
-        margin: By how much the score of a better one should exceed that of a worse one, at least (Touvron et al.,
-            2023, "Llama 2", equation 2).
+        texts: The answers, each as it continues the prompt.
+        prompt: The text that they share. What is scored is `prompt + text`.
+        margin: The least difference between the scores of a better and a worse answer, in nats (Touvron et al., 2023,
+            "Llama 2", equation 2).
 
     Example:
         >>> from agents import Ranking
@@ -30,29 +30,29 @@ class Ranking(NamedTuple):
     margin: float = 0.0
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Return the places of all pairs, the better text first."""
+        """Return the indices of all pairs of texts, the better text first."""
         return list(itertools.combinations(range(len(self.texts)), 2))
 
     def wholes(self) -> list[str]:
-        """Return the texts with their prompt."""
+        """Return each text with the prompt in front."""
         return [self.prompt + text for text in self.texts]
 
 
 class Labelled(NamedTuple):
-    """A text and the score that it should get."""
+    """A text, prompt included, and the score that it should get."""
 
     text: str
     label: float
 
 
 def hh_pairs(rows: Sequence[Mapping[str, str]]) -> list[Ranking]:
-    r"""Read pairs of dialogues in the format of Anthropic's hh-rlhf, split behind the last turn's opening they share.
+    r"""Read pairs of dialogues in the format of Anthropic's hh-rlhf, each as a prompt and its two replies.
 
     Args:
-        rows: Each with "chosen" and "rejected": turns that open with "\n\nHuman:" and "\n\nAssistant:".
+        rows: Mappings with "chosen" and "rejected": turns that open with "\n\nHuman:" and "\n\nAssistant:".
 
     Returns:
-        Pairs whose prompt ends in "\n\nAssistant:" and is fit to be a prompt of an environment.
+        Rankings of two whose prompt is all that both dialogues share, up to the last shared "\n\nAssistant:".
 
     Raises:
         ValueError: If the dialogues of a row share no opening of an answer, naming the row.
@@ -67,10 +67,10 @@ def hh_pairs(rows: Sequence[Mapping[str, str]]) -> list[Ranking]:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Encode texts that are compared with each other; none is closed by an end token.
+    """Encode texts that are compared with each other, without an end token.
 
-    Where one is longer than `max_tokens`, all lose as many tokens of the start that they share, so that it stays
-    aligned; beyond that each loses its own.
+    Where a text is longer than `max_tokens`, all lose the same number of tokens of their common start, so that their
+    first difference stays in one column; a text that is still too long loses more of its own start.
 
     Raises:
         ValueError: If a text has no token.
@@ -82,5 +82,6 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) ->
             raise ValueError(f"Expected texts of at least one token, got {text!r}.")
         encoded.append(opening + body)
     excess = max(0, max(map(len, encoded)) - max_tokens)
+    # As many tokens as all texts have in common at the start.
     n_shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*encoded, strict=False)))
     return [ids[min(excess, n_shared, len(ids) - 1) :][-max_tokens:] for ids in encoded]

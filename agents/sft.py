@@ -1,4 +1,4 @@
-"""Supervised tuning: a causal language model learns to continue texts, or to answer prompts as references do."""
+"""Supervised fine-tuning (SFT) of a causal language model on texts, or on prompts with reference answers."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from textenv.tokenizer import Tokenizer
 
 from .backbone import PROBE_LENGTH, check_fits, close
 from .demo import model_folder
+from .from_scratch import IGNORED
 from .interrupted import origin, prepare, work_folder
 from .output_folders import check_output, output_folder
-from .pretrain import IGNORED, bpe_tokenizer
 from .pretrained import LMLike, build_model
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
-from .trainer_guard import random_state_kept
+from .small_tokenizers import bpe_tokenizer
 
-DEFAULT_MAX_TOKENS = 1024  # of models that nothing bounds
-N_MEASURED = 256  # rows of the training data that are measured at the end
+DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
+N_MEASURED = 256  # rows of the training data whose loss is measured at the end: an estimate in seconds
 
 
 class Tuned(NamedTuple):
-    """What `tune` made; losses are means over the trained tokens, in nats.
+    """The result of `tune`; losses are means over the trained tokens, in nats per token.
 
     Args:
-        folder: The model and its tokenizer.
-        n_steps: Optimizer steps.
-        train_loss: At the end, on the first rows of the training data.
-        held_out_loss_before: On held-out data, at the start; None without any.
-        held_out_loss: The same at the end.
+        folder: The folder of the model and its tokenizer.
+        n_steps: The number of optimizer steps.
+        train_loss: The loss at the end, on the first rows of the training data.
+        held_out_loss_before: The loss on held-out data before training; None if there is none.
+        held_out_loss: The loss on held-out data after training; None if there is none.
 
     Example:
         >>> from agents.sft import Tuned
@@ -58,7 +58,7 @@ class Tuned(NamedTuple):
 
     @staticmethod
     def perplexity(loss: float) -> float:
-        """Return exp(loss)."""
+        """Return the perplexity of a loss in nats per token, exp(loss)."""
         return math.exp(loss)
 
 
@@ -79,53 +79,58 @@ def tune(
     overwrite: bool = False,
     progress_bar: bool = True,
 ) -> Tuned:
-    """Tune a causal language model on texts, or on references that answer prompts, and save it.
+    """Fine-tune a causal language model on texts, or on prompts with reference answers, and save it.
 
-    Of a (prompt, reference) pair the reference and the end token are trained, the prompt is only read. The folder
-    loads with `AutoModelForCausalLM` alone, and is what `Pretrained` and `train_reward_model` take.
+    Of a (prompt, reference) pair the reference and the end token are trained; the prompt is only read. The folder
+    loads with `AutoModelForCausalLM`, and both `Pretrained` and `train_reward_model` take it.
 
-    transformers' `Trainer` runs it: it brings resuming, the schedule and large machines, and needs no data but labels;
-    TRL's trainer would add a dependency for nothing more. It needs accelerate: `pip install "textenv[sft]"`.
-    (`pretrain`, for the small models made from scratch in a minute, needs nothing.)
+    transformers' `Trainer` runs the training, for its schedule, its resuming and its support of large machines; TRL's
+    trainer would be a further dependency for the same. It needs accelerate: `pip install "textenv[sft]"`. (`pretrain`,
+    for small models from scratch, does not.)
 
-    Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is kept beside the folder, in `.<name>.training`,
-    and `resume=True` goes on from the newest whole one, to the same weights as if nothing had happened. Random
-    generators of the process are left as they were.
+    Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is saved beside the folder, in `.<name>.training`,
+    and `resume=True` continues from the newest intact one, to the same weights as without the interruption. The
+    process's random generators are restored at the end.
 
     Args:
         lm: A name or path, a config (fresh weights) or a spec.
-        data: Texts, or (prompt, reference) pairs. A reference goes on from its prompt: it begins with the space if
-            there is one between them.
-        folder: Where to: a folder that is absent or empty.
-        tokenizer: The model's; by default the one of the name or path, and for a config a byte-level BPE of
+        data: Texts, or (prompt, reference) pairs. A reference continues its prompt: a space between the two is the
+            first character of the reference.
+        folder: The folder to write, absent or empty.
+        tokenizer: The model's tokenizer; by default that of the name or path, and for a config a byte-level BPE of
             `config.vocab_size` tokens trained on the data.
         held_out: Data that is measured and not trained on.
-        packing: Whether several texts share a row of `max_tokens`, without seeing each other: less padding.
-        n_epochs: Passes over the data; may be a fraction.
-        batch_size: Rows of a minibatch.
-        learning_rate: The peak of a cosine schedule with a warm-up of a tenth.
-        max_tokens: The longest row; the model's positions by default. See `encode_sample` for what is longer.
-        seed: Of fresh weights, dropout and the order of the data.
-        resume: Whether to go on with a run of the same arguments that was interrupted; from the start if there is none.
+        packing: Whether several texts share a row of `max_tokens`, without seeing each other, to save padding.
+        n_epochs: The number of passes over the data; may be a fraction.
+        batch_size: The number of rows in a minibatch.
+        learning_rate: The peak of a cosine schedule that warms up over the first tenth.
+        max_tokens: The most tokens of a row; by default the model's number of positions. Longer texts are split, and
+            longer pairs lose the start of the prompt.
+        seed: The seed of fresh weights, dropout and the order of the data.
+        resume: Whether to continue an interrupted run of the same arguments; it starts anew if there is none.
         overwrite: Whether an earlier language model in `folder` may be replaced, once the new one is complete.
-        progress_bar: Show one.
+        progress_bar: Whether to show a progress bar.
+
+    Returns:
+        The folder, the number of steps, and the losses on the training data and on `held_out`.
 
     Raises:
-        ImportError: Without accelerate.
+        ImportError: If accelerate is not installed.
         ValueError: If there is no data, the tokenizer has no end token, the model is an encoder-decoder or cannot
-            tell packed texts apart, the interrupted run had other arguments, or something stands in the folder that
-            would be lost.
+            tell packed texts apart, the interrupted run had other arguments, or the folder holds files that would be
+            lost.
+        StageStopped: After a signal, once the state is saved.
 
     Example:
         >>> from agents import sft
         >>> pairs = [("The film was", " good."), ("The actors were", " great.")]
         >>> # sft.tune("gpt2", pairs, "my-model", held_out=..., n_epochs=2).held_out_loss
     """
-    check_output(folder, "language model", overwrite)  # before the work
+    check_output(folder, "language model", overwrite)  # now, rather than after the training
     if not data:
         raise ValueError("Expected at least one text, got none.")
     check_extra("sft", "accelerate", "transformers' Trainer")
-    from .sft_trainer import train, training_arguments
+    from .hf_trainer import random_state_kept, train, training_arguments
 
     work = work_folder(folder)
     arguments = training_arguments(work, n_epochs, batch_size, learning_rate, seed, progress_bar)
@@ -159,12 +164,14 @@ def tune(
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 16) -> float:
-    """Return the mean loss over all trained tokens of rows, in nats a token."""
+    """Return the mean loss over all trained tokens of rows, in nats per token."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
-        batch = {name: part.to(model.device) for name, part in collate(rows[start : start + batch_size]).items()}
+        rows_of_batch = collate(rows[start : start + batch_size])
+        batch = {name: tensor.to(model.device) for name, tensor in rows_of_batch.items()}
+        # transformers' `ForCausalLMLoss` shifts the labels by one and averages over those that are not IGNORED.
         n_trained = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += float(model(**batch, use_cache=False).loss) * n_trained
         count += n_trained
@@ -175,7 +182,7 @@ def mean_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 16)
 def _with_tokenizer(
     lm: LMLike, tokenizer: PreTrainedTokenizerBase | None, data: Sequence[Text]
 ) -> tuple[LMLike, PreTrainedTokenizerBase]:
-    """Return the model's description and its tokenizer, a fresh one for a config."""
+    """Return `lm` and the model's tokenizer; a config gets a fresh one by default, and its special tokens."""
     if isinstance(lm, PreTrainedConfig):
         lm = copy.deepcopy(lm)
         if tokenizer is None:
@@ -195,17 +202,19 @@ def _with_tokenizer(
 
 @torch.no_grad()
 def _check_model(model: PreTrainedModel, packing: bool) -> None:
-    """Raise ValueError for an encoder-decoder, and where packed texts would see each other."""
+    """Raise ValueError for an encoder-decoder, or if packed texts would see each other."""
     if model.config.is_encoder_decoder:
         raise ValueError(f"Expected a causal model, got the encoder-decoder {type(model).__name__}.")
     if not packing:
         return
+    # Attention implementations differ in whether they heed positions that start again at 0, so it is tried: the second
+    # of two packed texts must have the logits that it has alone.
     was_training = model.training
     first, second = Sample([1] * PROBE_LENGTH, 1), Sample([0] * PROBE_LENGTH, 1)
     together, alone = ({**collate([row])} for row in ([first, second], [second]))
     model.eval()
     packed, plain = (
-        model(**{name: part.to(model.device) for name, part in batch.items()}, use_cache=False).logits
+        model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, use_cache=False).logits  # (1, T, V)
         for batch in (together, alone)
     )
     model.train(was_training)

@@ -14,9 +14,9 @@ from textenv.tasks.random_texts import MAKERS, random_texts
 
 from .feedback_data import read_feedback
 from .preferences import Labelled, Ranking, hh_pairs
-from .pretrain import EOS_TOKEN
 from .refusal import CommandError
 from .sft_data import Text
+from .small_tokenizers import EOS_TOKEN
 from .verb_config import RewardModelConfig, SFTConfig, StageConfig
 
 N_RANDOM_TEXTS = 6_000  # of which a tenth is held out

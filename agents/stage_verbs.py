@@ -13,12 +13,12 @@ from textenv.named_tokenizer import DEMO
 
 from .assemble import load_lm, load_tokenizer, trust_of
 from .classifier import LabelledTexts, train_classifier
-from .pretrain import char_tokenizer
 from .pretrained import PretrainedRewardModel
 from .refusal import CommandError, Exit
 from .reward_model import train_reward_model
 from .sft import Tuned, tune
 from .sft_data import Text
+from .small_tokenizers import char_tokenizer
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
 from .verb_config import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
 

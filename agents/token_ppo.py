@@ -1,4 +1,4 @@
-"""PPO as `make_agent` sets it up, as classes: for programs that build an algorithm by its name, as rl_zoo3."""
+"""PPO and MaskablePPO with the settings of `make_agent`, as classes for programs that name them (rl_zoo3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .vec_env import TextVecEnv
 
 
 class _InLanes:
-    """What both algorithms do beside SB3's: see `TokenPPO`."""
+    """Mixin of both algorithms: lanes, buffer and settings; see `TokenPPO`."""
 
     _buffer_class: type[SequenceRolloutBuffer] = SequenceRolloutBuffer
 
@@ -42,26 +42,27 @@ class _InLanes:
 
     def _setup_model(self) -> None:
         super()._setup_model()  # type: ignore[misc]
+        # SB3's `BaseAlgorithm.load` without an env sets the model up, too.
         if self.env is not None:  # type: ignore[attr-defined]
             attach_steps(cast("OnPolicyAlgorithm", self), text_vec_env(self.env))  # type: ignore[attr-defined]
 
 
 class TokenPPO(_InLanes, PPO):
-    """SB3's PPO with lanes, buffer and settings of `make_agent`.
+    """SB3's PPO with the lanes, buffer and settings of `make_agent`.
 
-    Environments that were made one by one, as SB3's `make_vec_env` does, become the lanes of the first of them: one
-    reward call a step, and one forward a sequence in the update. It trains as PPO does, which is unmodified, and saves
-    and loads as it.
+    Environments made one by one, as by SB3's `make_vec_env`, are replaced by lanes of the first of them: one reward
+    call per step, and one forward per sequence in the update. Training, saving and loading are PPO's own.
 
     Args:
         policy: `LMPolicy`, or a subclass.
-        env: A `TextVecEnv`, a `TextEnv`, or a DummyVecEnv of them; None while a file is loaded without one.
-        n_minibatches: In place of `batch_size`: the minibatches of an epoch.
-        rollout_buffer_kwargs: As in `make_agent`.
+        env: A `TextVecEnv`, a `TextEnv`, or a DummyVecEnv of `TextEnv`s; None if a file is loaded without one.
+        n_minibatches: The number of minibatches in an epoch, in place of `batch_size`.
+        rollout_buffer_kwargs: The buffer's arguments, as in `make_agent`.
         **kwargs: The other arguments of PPO.
 
     Raises:
-        TypeError: For environments that are wrapped, or in other processes.
+        TypeError: If the environments are wrapped, or live in other processes.
+        ValueError: If `n_minibatches` does not divide the rollout.
 
     Example:
         >>> from agents.demo_policies import DemoPolicy
@@ -70,16 +71,16 @@ class TokenPPO(_InLanes, PPO):
 
 
 class TokenMaskablePPO(_InLanes, MaskablePPO):
-    """sb3-contrib's MaskablePPO with lanes, buffer and settings of `make_agent`; see `TokenPPO`."""
+    """sb3-contrib's MaskablePPO with the lanes, buffer and settings of `make_agent`; see `TokenPPO`."""
 
     _buffer_class = MaskableSequenceRolloutBuffer
 
 
 def as_lanes(env: VecEnv | Env[Any, Any] | None) -> TextVecEnv | None:
-    """Return the lanes of the first of some environments, as many as they are.
+    """Return as many lanes of the first environment as there are environments; None and a `TextVecEnv` as they are.
 
     Raises:
-        TypeError: If they are wrapped in more than a Monitor, or in other processes.
+        TypeError: If the environments are wrapped in more than a Monitor, or live in other processes.
     """
     if env is None or isinstance(env, TextVecEnv):
         return env
@@ -89,14 +90,14 @@ def as_lanes(env: VecEnv | Env[Any, Any] | None) -> TextVecEnv | None:
             "of them. In rl_zoo3 leave out --vec-env, normalize, frame_stack and vec_env_wrapper."
         )
     envs = env.envs if isinstance(env, DummyVecEnv) else [env]
-    one, writers = envs[0], [_writer(each) for each in envs]
-    while isinstance(one, Monitor):  # what it adds to infos the lanes write themselves
-        one = one.env
-    return _MonitoredLanes(one, writers)
+    first, writers = envs[0], [_writer(env) for env in envs]
+    while isinstance(first, Monitor):  # SB3 `Monitor.step` adds info["episode"], which lanes write themselves
+        first = first.env
+    return _MonitoredLanes(first, writers)
 
 
 class _MonitoredLanes(TextVecEnv):
-    """Lanes that write the episodes' rows into the files of the Monitors in whose place they stand."""
+    """Lanes that write each episode into the file of the Monitor that they replace, for rl_zoo3's plots."""
 
     def __init__(self, env: Env[Any, Any], writers: Sequence[ResultsWriter | None]) -> None:
         super().__init__(env, len(writers))
@@ -105,7 +106,7 @@ class _MonitoredLanes(TextVecEnv):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         observations, rewards, dones, infos = super().step_wait()
         for lane in np.flatnonzero(dones).tolist():
-            if not self.defers_scores:  # else the reward is not known yet
+            if not self.defers_scores:  # late scores are written by `score_unscored`
                 self._write(lane, infos[lane])
         return observations, rewards, dones, infos
 

@@ -1,4 +1,4 @@
-"""The doctor's trials: the reward on two sampled episodes, the time of a step, and the memory that training takes."""
+"""The doctor's trials: the reward on two sampled episodes, the time of an iteration, and the memory of training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .actor_critic import MAX_LOGITS
 from .encoder_decoder import Seq2SeqBackbone
 from .findings import Finding
 from .observations import unpack_observations
-from .patient import Patient, Sample, observe
+from .patient import Sample, Subject, observe
 from .sequences import SequenceBatch
 from .token_sets import AllowedTokens, TokenSets
 
-N_EPISODES = 2
-TRIAL_TOKENS = 16  # the most that an episode of the reward's trial has
-LARGE_REWARD = 100.0
-DECODE_STEPS = 3
-N_UPDATE_SEQUENCES = 4
+N_EPISODES = 2  # few, since a reward may cost seconds or money
+TRIAL_TOKENS = 16  # the longest episode of the reward's trial
+LARGE_REWARD = 100.0  # beyond, the value loss, which grows with its square, outweighs the policy's
+DECODE_STEPS = 3  # timed steps, of which the median counts
+N_UPDATE_SEQUENCES = 4  # of the timed update: a minibatch that fits wherever training does
 GIB = 2**30
-MOMENTS = (  # numbers that the optimizer keeps for a weight; AdamW's for one that is not named
+MOMENTS = (  # how many numbers the optimizer keeps per weight; 2 for any other, as AdamW
     (torch.optim.RMSprop, 1),
     (torch.optim.Adagrad, 1),
     (torch.optim.SGD, 0),
@@ -37,19 +37,19 @@ MOMENTS = (  # numbers that the optimizer keeps for a weight; AdamW's for one th
 
 
 @torch.no_grad()
-def check_reward(patient: Patient) -> list[Finding]:
-    """Let the policy write two short episodes in lanes of their own, and call the env's reward on them."""
-    lm, env = patient.policy.lm, patient.env
-    lanes = Lanes(env, N_EPISODES)
+def check_reward(subject: Subject) -> list[Finding]:
+    """Let the policy write two short episodes, and call the env's reward on them."""
+    lm, env = subject.policy.lm, subject.env
+    lanes = Lanes(env, N_EPISODES)  # beside those of the VecEnv, whose episodes stay as they are
     prompts = list(islice(cycle(env.prompts), N_EPISODES))
     observations = lanes.reset(seed=0, prompts=prompts)
     np.minimum(lanes.state.limits, TRIAL_TOKENS, out=lanes.state.limits)
-    totals, cache, spent = [], lm.backbone.new_cache(), 0.0
+    totals, cache, reward_seconds = [], lm.backbone.new_cache(), 0.0
     generator = torch.Generator().manual_seed(0)
-    patient.policy.set_training_mode(False)
+    subject.policy.set_training_mode(False)
     while not lanes.idle.all():
-        batch = torch.as_tensor(observations, device=patient.policy.device)
-        allowed = torch.as_tensor(lanes.allowed(), device=batch.device) if env.masks else None
+        batch = torch.as_tensor(observations, device=subject.policy.device)  # (B, L)
+        allowed = torch.as_tensor(lanes.allowed(), device=batch.device) if env.masks else None  # (B, V)
         actions = lm.act(batch, generator=generator, cache=cache, allowed=allowed)[0].cpu().numpy()
         start = time.perf_counter()
         try:
@@ -57,23 +57,23 @@ def check_reward(patient: Patient) -> list[Finding]:
         except RewardError as error:
             cure = "Return a finite number, or a dict of them, for any text, the empty one too."
             return [Finding("reward", "failed", "it was called on sampled texts", str(error), cure)]
-        spent += time.perf_counter() - start
+        reward_seconds += time.perf_counter() - start
         observations = result.observations
         totals += [info["episode"]["r"] for info in result.infos if info]
     shown = ", ".join(f"{total:.4g}" for total in totals)
-    measured = f"{shown} for {N_EPISODES} short episodes, {1e3 * spent / N_EPISODES:.1f} ms each"
+    measured = f"{shown} for {N_EPISODES} short episodes, {1e3 * reward_seconds / N_EPISODES:.1f} ms each"
     if max(map(abs, totals)) <= LARGE_REWARD:
         return [Finding("reward", "ok", measured)]
     cause = "The value head starts at 0 and learns slowly; its loss outweighs the policy's where rewards are large."
     return [Finding("reward", "warning", measured, cause, "Scale rewards to about -1 to 1.")]
 
 
-def check_time(patient: Patient, sample: Sample) -> list[Finding]:
-    """Time decoding and an update, and estimate an iteration: without reward, reference and the optimizer's step."""
-    env, model = patient.env, patient.model
+def check_time(subject: Subject, sample: Sample) -> list[Finding]:
+    """Time decoding and an update, and estimate an iteration, which excludes reward, reference and optimizer step."""
+    env, model = subject.env, subject.model
     n_rows = N_UPDATE_SEQUENCES if model is None else model.n_envs
-    prefill, step = _time_decoding(patient, n_rows)
-    token = _time_update(patient)
+    prefill, step = _time_decoding(subject, n_rows)
+    token = _time_update(subject)
     measured = f"decode {1e3 * step:.2f} ms a step of {n_rows} rows, prefill {1e3 * prefill:.1f} ms, "
     measured += f"update {1e3 * token:.3f} ms a token"
     if model is not None:
@@ -85,42 +85,45 @@ def check_time(patient: Patient, sample: Sample) -> list[Finding]:
 
 
 @torch.no_grad()
-def _time_decoding(patient: Patient, n_rows: int) -> tuple[float, float]:
-    """Return the seconds to read the prompts of all rows, and of one step afterwards."""
-    policy, env = patient.policy, patient.env
+def _time_decoding(subject: Subject, n_rows: int) -> tuple[float, float]:
+    """Return the seconds that reading all prompts takes, and those of one step afterwards."""
+    policy, env = subject.policy, subject.env
     assert policy.observation_space.shape is not None
     prompts = [prompt.ids for prompt in islice(cycle(env.prompts), n_rows)]
     width = policy.observation_space.shape[0]
     policy.set_training_mode(False)
     seconds = []
     for extra in range(min(1 + DECODE_STEPS, env.rules.max_new_tokens)):
-        # The same tokens again and more of them: each row goes on where it was.
+        # Each row has one token more than in the step before, so that the cache is read on.
         observations = observe(prompts, width)
         for observation, prompt in zip(observations, prompts, strict=True):
             observation[len(prompt) + 1 : len(prompt) + 1 + extra] = prompt[0]
         batch = torch.as_tensor(observations, device=policy.device)
         start = time.perf_counter()
-        policy.forward(batch)[0].cpu()
+        policy.forward(batch)[0].cpu()  # the copy waits for the device
         seconds.append(time.perf_counter() - start)
     return seconds[0], float(np.median(seconds[1:] or seconds))
 
 
-def _time_update(patient: Patient) -> float:
-    """Return the seconds of forward and backward, a token, on sequences of full length."""
-    policy, n_new = patient.policy, patient.env.rules.max_new_tokens
-    longest = max((prompt.ids for prompt in patient.env.prompts), key=len)
+def _time_update(subject: Subject) -> float:
+    """Return the seconds per token of a forward and a backward on sequences of full length."""
+    policy, n_new = subject.policy, subject.env.rules.max_new_tokens
+    longest = max((prompt.ids for prompt in subject.env.prompts), key=len)
     tokens = np.concatenate([longest, np.resize(longest, n_new)])
-    ids = torch.as_tensor(np.stack([tokens[:-1]] * N_UPDATE_SEQUENCES), device=policy.device)
-    rows = np.repeat(np.arange(N_UPDATE_SEQUENCES), n_new)
-    cols = np.tile(np.arange(n_new) + len(longest) - 1, N_UPDATE_SEQUENCES)
+    ids = torch.as_tensor(np.stack([tokens[:-1]] * N_UPDATE_SEQUENCES), device=policy.device)  # (B, T)
+    # Where each of the N = B * n_new tokens is predicted: one place before it.
+    rows = np.repeat(np.arange(N_UPDATE_SEQUENCES), n_new)  # (N,)
+    cols = np.tile(np.arange(n_new) + len(longest) - 1, N_UPDATE_SEQUENCES)  # (N,)
     n_prompt = np.full(N_UPDATE_SEQUENCES, len(longest))
     batch = SequenceBatch(ids, np.full(N_UPDATE_SEQUENCES, ids.shape[1]), rows, cols, n_prompt=n_prompt)
     if policy.lm.sampling.has_support:
-        batch.allowed = AllowedTokens(TokenSets(policy.lm.backbone.vocab_size), rows * 0)  # 0: the whole vocabulary
+        batch.allowed = AllowedTokens(
+            TokenSets(policy.lm.backbone.vocab_size), rows * 0
+        )  # set 0 is the whole vocabulary
     actions = torch.as_tensor(np.tile(tokens[len(longest) :], N_UPDATE_SEQUENCES), device=policy.device)
     policy.train(True)
     seconds = 0.0
-    for _ in range(2):  # the first warms up
+    for _ in range(2):  # the first allocates memory and picks kernels; the second counts
         start = time.perf_counter()
         with torch.enable_grad():
             values, log_probs, _ = policy.evaluate_actions(batch, actions)
@@ -133,7 +136,7 @@ def _time_update(patient: Patient) -> float:
 
 
 def _finish(gradients: list[Tensor | None]) -> None:
-    """Wait for the device."""
+    """Wait for the device, which computes behind Python's back, by copying a number of a gradient."""
     for gradient in gradients:
         if gradient is not None:
             gradient.flatten()[:1].cpu()
@@ -141,9 +144,9 @@ def _finish(gradients: list[Tensor | None]) -> None:
 
 
 @torch.no_grad()
-def check_memory(patient: Patient, sample: Sample) -> list[Finding]:
-    """Reckon what weights, gradients, optimizer, keys and values, and logits take; activations are not in it."""
-    policy, env, model = patient.policy, patient.env, patient.model
+def check_memory(subject: Subject, sample: Sample) -> list[Finding]:
+    """Estimate the memory of weights, gradients, optimizer, keys and values, and logits; activations come on top."""
+    policy, env, model = subject.policy, subject.env, subject.model
     backbone = policy.backbone
     trainable = [weight for weight in policy.parameters() if weight.requires_grad]
     n_trained = sum(weight.numel() for weight in trainable)
@@ -154,10 +157,10 @@ def check_memory(patient: Patient, sample: Sample) -> list[Finding]:
     n_tokens = n_rows * env.rules.max_new_tokens
     parts = {
         "weights": sum(weight.numel() * weight.element_size() for weight in policy.parameters()),
-        "gradients": 4 * n_trained,
+        "gradients": 4 * n_trained,  # bytes of float32, as trained weights are
         "optimizer": 4 * moments * n_trained,
-        "keys and values": _bytes_a_column(patient, sample) * n_rows * columns if policy.lm.use_cache else 0,
-        "logits": 3 * 4 * min(n_tokens * backbone.vocab_size, most),  # logits, log-probabilities, their gradient
+        "keys and values": _bytes_a_column(subject, sample) * n_rows * columns if policy.lm.use_cache else 0,
+        "logits": 3 * 4 * min(n_tokens * backbone.vocab_size, most),  # logits, log-probabilities and a gradient
     }
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     return [Finding("memory", "ok", f"{_size(sum(parts.values()))} and activations: {listed}")]
@@ -167,14 +170,14 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / GIB:.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:.3g} MiB"
 
 
-def _bytes_a_column(patient: Patient, sample: Sample) -> int:
-    """Return the bytes of one row's keys and values for one token, over all layers."""
+def _bytes_a_column(subject: Subject, sample: Sample) -> int:
+    """Return the bytes of the keys and values of one token, over all layers."""
     ids, lengths = unpack_observations(sample.observations[0][:1])
-    ids = ids[:, : int(lengths[0])]
-    backbone, ones = patient.policy.backbone, torch.ones_like(ids)
+    ids = ids[:, : int(lengths[0])]  # (1, T), without padding
+    backbone, ones = subject.policy.backbone, torch.ones_like(ids)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    with patient.policy.lm._precision():
-        if isinstance(backbone, Seq2SeqBackbone):  # a prompt's have the same size in the decoder as its own tokens'
+    with subject.policy.lm._precision():
+        if isinstance(backbone, Seq2SeqBackbone):  # cross-attention keeps as much per token as self-attention
             cache: Cache = backbone.prefill_rows(ids, ones, ids, ones, positions).self_attention_cache
         else:
             cache = backbone.prefill(ids, ones, positions)

@@ -198,7 +198,7 @@ class SFTConfig(StageConfig):
 
 @dataclass
 class ClassifierConfig(StageConfig):
-    """Train a text classifier, to use as a reward or a judge; see `agents.classifier.train_classifier`.
+    """Train a text classifier, to use as a reward or a judge; see `agents.train_classifier`.
 
     Args:
         fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as

@@ -1,7 +1,7 @@
 """rl_zoo3 with two more algorithms, token_ppo and token_maskable_ppo: `python -m agents.zoo train` and `enjoy`.
 
-They train in lanes, with one forward a sequence, and their hyper-parameters are searched among those that suit a
-language model. rl_zoo3 alone trains `LMPolicy` by ppo, more slowly; see examples/zoo.
+Both train in lanes, with one forward per sequence, and a search draws hyper-parameters that suit a language model.
+rl_zoo3 without them trains an `LMPolicy` by its own ppo, more slowly; see examples/zoo.
 
     python -m agents.zoo train --algo token_ppo --env textenv/Demo-v0 --gym-packages textenv \
         --conf-file examples/zoo/token_ppo.yml -f logs
@@ -30,6 +30,7 @@ from .token_ppo import TokenMaskablePPO, TokenPPO
 SCRIPTS = ("train", "enjoy")
 MASKED = "token_maskable_ppo"
 ALGORITHMS = {"token_ppo": TokenPPO, MASKED: TokenMaskablePPO}
+# What a search draws from.
 EPOCHS = (1, 2, 4, 8)
 MINIBATCHES = (1, 2, 4, 8)
 CLIP_RANGES = (0.1, 0.2, 0.3)
@@ -38,10 +39,10 @@ Parameters = dict[str, Any]
 
 
 class Trial(Protocol):
-    """What is asked of a trial of Optuna's."""
+    """The methods of an Optuna trial that a search uses."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """Return a number between two."""
+        """Return a number between `low` and `high`, drawn on a logarithmic scale with `log`."""
 
     def suggest_categorical(self, name: str, choices: tuple[Any, ...]) -> Any:
         """Return one of the choices."""
@@ -50,14 +51,14 @@ class Trial(Protocol):
 def sample_token_ppo(trial: Trial, n_actions: int, n_envs: int, additional_args: Mapping[str, Any]) -> Parameters:
     """Draw hyper-parameters that suit a language model, for rl_zoo3's search.
 
-    `policy_kwargs`, with the model's name, the discount of 1 and `n_steps`, which goes with the length of texts, stay
-    as they are. The learning rate spans models of 10^5 parameters (1e-3) to 10^9 (1e-6).
+    Three settings stay as they are: `policy_kwargs`, which name the model, the discount of 1, and `n_steps`, which goes
+    with the length of texts. The learning rate suits models of 10^5 parameters (1e-3) to 10^9 (1e-6).
 
     Args:
         trial: The trial.
-        n_actions: As rl_zoo3 has it; not used, and neither are the next two.
-        n_envs: How many lanes.
-        additional_args: Of replay buffers.
+        n_actions: Unused, as are the next two; rl_zoo3 passes all three.
+        n_envs: The number of lanes.
+        additional_args: The arguments of replay buffers.
     """
     return convert_token_ppo(
         {
@@ -74,7 +75,7 @@ def sample_token_ppo(trial: Trial, n_actions: int, n_envs: int, additional_args:
 
 
 def convert_token_ppo(sampled: Mapping[str, Any]) -> Parameters:
-    """Return what a trial has drawn as arguments of the algorithm.
+    """Return the draws of a trial as arguments of the algorithm.
 
     Example:
         >>> convert_token_ppo({"n_epochs": 4, "one_minus_gae_lambda": 0.25})
@@ -85,10 +86,10 @@ def convert_token_ppo(sampled: Mapping[str, Any]) -> Parameters:
 
 
 def register() -> None:
-    """Add the algorithms, and how their hyper-parameters are searched, to rl_zoo3's tables.
+    """Add the algorithms and their search spaces to rl_zoo3's tables.
 
     Raises:
-        ImportError: If rl_zoo3 is missing.
+        ImportError: If rl_zoo3 is not installed.
     """
     check_extra("zoo", "rl_zoo3", "agents.zoo")
     search = importlib.import_module("rl_zoo3.hyperparams_opt")
@@ -99,14 +100,15 @@ def register() -> None:
 
 
 def evaluate_samples(masked: bool) -> None:
-    """Have rl_zoo3 evaluate texts that are sampled, as training does; it takes the most probable ones otherwise.
+    """Make rl_zoo3 evaluate sampled texts, as training does, rather than the most probable ones.
 
-    The demo's model earns all there is with its most probable texts before any training, and a search would see no
-    difference.
+    The most probable texts of the demo's model earn the full reward before any training, so that all trials of a search
+    would look alike.
 
     Args:
-        masked: Under the env's masks, of which rl_zoo3 itself does not know.
+        masked: Whether to sample under the env's masks, which rl_zoo3 ignores.
     """
+    # rl_zoo3 `exp_manager.ExperimentManager` looks both classes up in its module and passes `deterministic=True`.
     manager = importlib.import_module("rl_zoo3.exp_manager")
     base = MaskableEvalCallback if masked else EvalCallback
     vars(manager).update(EvalCallback=_sampled(base), TrialEvalCallback=_sampled(manager.TrialEvalCallback, base))
@@ -120,7 +122,8 @@ def _sampled(*bases: type) -> type:
 
 
 def enjoy_masked() -> None:
-    """Have rl_zoo3's enjoy write under the env's masks, of which it does not know: it predicts without them."""
+    """Make rl_zoo3's enjoy apply the env's masks, which it does not pass to `predict`."""
+    # rl_zoo3 `enjoy.enjoy` creates the env first, and then loads the algorithm that ALGOS names.
     enjoy = importlib.import_module("rl_zoo3.enjoy")
     create = enjoy.create_test_env
     created: list[VecEnv] = []
@@ -138,7 +141,7 @@ def enjoy_masked() -> None:
 
 
 def main() -> None:
-    """Run `train` or `enjoy` of rl_zoo3, whichever the first word is, with the other words of the command line."""
+    """Run rl_zoo3's `train` or `enjoy`, as the first word of the command line says, with its other words."""
     script = sys.argv[1] if len(sys.argv) > 1 else "nothing"
     if script not in SCRIPTS:
         sys.exit(
@@ -152,7 +155,7 @@ def main() -> None:
         enjoy_masked()
     elif script == "train" and algorithm in ALGORITHMS:
         evaluate_samples(masked=algorithm == MASKED)
-    sys.argv[:2] = [f"agents.zoo {script}"]
+    sys.argv[:2] = [f"agents.zoo {script}"]  # the program's name in rl_zoo3's own --help
     getattr(importlib.import_module(f"rl_zoo3.{script}"), script)()
 
 

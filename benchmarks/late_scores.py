@@ -17,7 +17,7 @@ from stable_baselines3 import PPO
 from transformers import BertConfig, BertForSequenceClassification
 from work import Row, Settings, pairs, rollout, run_script
 
-from agents.pretrain import word_tokenizer
+from agents import word_tokenizer
 from textenv.rewarding import ScoreAt
 from textenv.rewards.classifier import Classifier
 

@@ -19,8 +19,7 @@ from stable_baselines3 import PPO
 from work import Row, Settings, Work, pairs, rollout, run_script
 
 from agents.token_sets import TokenSets
-from textenv import BannedMask, JSONSchemaMask
-from textenv.masks import TokenMask
+from textenv import BannedMask, JSONSchemaMask, TokenMask
 
 VOCABULARIES = (50_000, 152_000)
 NEW_TOKENS = 16

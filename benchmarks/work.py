@@ -19,11 +19,9 @@ from transformers import GPT2Config
 from transformers.utils import logging as transformers_logging
 
 from agents import make_agent
-from textenv import TextEnv
-from textenv.masks import TokenMask
+from textenv import TextEnv, Tokenizer, TokenMask
 from textenv.rewarding import ScoreAt
 from textenv.rewards.base import RewardLike
-from textenv.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

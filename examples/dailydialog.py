@@ -45,14 +45,14 @@ from transformers.utils import logging as transformers_logging
 from agents import (
     Evaluation,
     KLPenalty,
+    bpe_tokenizer,
     evaluate,
     export,
     make_agent,
     sample_table,
     sft,
+    train_classifier,
 )
-from agents.classifier import train_classifier
-from agents.pretrain import bpe_tokenizer
 from textenv.metrics import METEOR, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Perplexity, SacreBLEU
 from textenv.rewards import Length as LengthReward
 from textenv.rewards import WeightedSum

@@ -48,15 +48,17 @@ from agents import (
     KLPenalty,
     LoRA,
     Ranking,
+    RewardFigures,
     RewardModelCritic,
+    calibration,
     evaluate,
     export,
     make_agent,
+    pair_accuracy,
     sft,
     train_reward_model,
+    wilson_interval,
 )
-from agents.files import write_text
-from agents.reward_figures import RewardFigures, figures, pair_accuracy
 from textenv.metrics import Distinct, Perplexity, Scores, mean_of
 from textenv.tasks.hh import HH, Pair, hold_out, read_pairs
 
@@ -166,7 +168,8 @@ def baseline(pairs: Sequence[Pair], held_out: Sequence[Pair], features: Callable
     fitted, validation = x[len(x) // 4 :], x[: len(x) // 4]
     penalty = max(PENALTIES, key=lambda one: pair_accuracy((validation @ fit_linear(fitted, one)).numpy()))
     margins = tests @ fit_linear(x, penalty)  # (N,)
-    return figures(float(functional.softplus(-margins).mean()), list(margins[:, None].numpy()), is_log_odds=True)
+    loss, accuracy, n = float(functional.softplus(-margins).mean()), pair_accuracy(margins.numpy()), len(margins)
+    return RewardFigures(loss, accuracy, *wilson_interval(accuracy, n), calibration(margins.numpy()), n)
 
 
 def fit_linear(differences: Tensor, penalty: float) -> Tensor:
@@ -249,7 +252,7 @@ def main() -> None:
     tuned = stage(out / "tuned.json", tune, pairs, held_out, out / "tuned", size, args.seed)
     print(f"perplexity of held-out chosen dialogues after tuning: {tuned['held_out_perplexity']:.1f}")
     rows = stage(out / "pairs.json", learn_reward, pairs, held_out, out / "tuned", out / "reward", size, args.seed)
-    write_text(out / "pairs.md", pairs_table(rows) + "\n")
+    (out / "pairs.md").write_text(pairs_table(rows) + "\n", encoding="utf-8")
     print(pairs_table(rows))
     after = reinforce(pairs, held_out, out, size, args.seed)
     print(after.to_markdown())

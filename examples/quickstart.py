@@ -36,18 +36,18 @@ from agents import (
     KLPenalty,
     Pretrained,
     RewardCurves,
+    bpe_tokenizer,
+    demo_model,
     export,
     generate,
     is_main_process,
     latest_checkpoint,
     load_checkpoint,
     make_agent,
+    pretrain,
     sample_table,
 )
-from agents.demo import demo_model
-from agents.pretrain import bpe_tokenizer, pretrain
 from textenv import Preds, Prompt, TextEnv, demo
-from textenv.extras import needs
 
 N_SAMPLES = 200
 
@@ -81,8 +81,7 @@ def demo_task(smoke: bool) -> Task:
 
 def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
     """Train a tokenizer and a GPT-2 on the files' lines; score by vaderSentiment."""
-    with needs("sentiment", "vaderSentiment", "the reward of a corpus"):
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # pip install "textenv[sentiment]"
 
     lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8", errors="replace").split("\n")]
     texts = [line for line in lines if len(line.split()) > 4]

@@ -16,7 +16,14 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import Checkpoints, EpisodeMetrics, RewardCurves, latest_checkpoint, load_checkpoint
-from agents.files import write_text
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file whole or not at all: a stage whose file exists is taken for finished."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -24,7 +31,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     file = out / "settings.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
         raise SystemExit(f"{out} holds a run with other settings, {file.read_text()}: give another --out.")
-    write_text(file, json.dumps(settings))
+    write(file, json.dumps(settings))
 
 
 def read_data(read: Callable[..., Any], data: str | Path) -> Any:
@@ -42,7 +49,7 @@ def stage(file: Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[st
     else:
         start = time.process_time()
         result = run(*args)
-        write_text(file, json.dumps({**result, "cpu_seconds": round(time.process_time() - start)}, indent=1) + "\n")
+        write(file, json.dumps({**result, "cpu_seconds": round(time.process_time() - start)}, indent=1) + "\n")
     found = json.loads(file.read_text(encoding="utf-8"))
     print(f"{file.stem}: {found}")
     return found

@@ -30,10 +30,17 @@ from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from agents import EpisodeMetrics, Evaluation, KLPenalty, RewardCurves, evaluate, make_agent, save_checkpoint
-from agents.files import write_text
-from agents.output_folders import output_folder
-from agents.pretrain import pretrain, word_tokenizer
+from agents import (
+    EpisodeMetrics,
+    Evaluation,
+    KLPenalty,
+    RewardCurves,
+    evaluate,
+    make_agent,
+    pretrain,
+    save_checkpoint,
+    word_tokenizer,
+)
 from textenv import Preds, Prompt, TextEnv, demo
 
 N_BLOCKS = 4
@@ -60,10 +67,10 @@ def small_bloom(folder: Path, smoke: bool) -> Path:
     model = BloomForCausalLM(config)
     reviews = [f"{tokenizer.eos_token} {review}" for review in demo.reviews(8000)]  # behind the end of another text
     pretrain(model, tokenizer, reviews, n_epochs=0.1 if smoke else 1.6, learning_rate=1e-2)
-    with output_folder(folder, "language model", overwrite=True) as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-    return folder
+    partial = folder.with_name(f".{folder.name}.partial")  # a folder that exists is taken for finished
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    return partial.rename(folder)
 
 
 def measure(model: PPO, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, **kwargs) -> Evaluation:
@@ -167,8 +174,8 @@ def main() -> None:
             lm = RemoteBlocks(str(folder), addresses, str(key_file), virtual, trains)
             figures[name] = run(lm, tokenizer, args, "control" if not trains else "trained")
     text = report(figures)
-    write_text(args.out / "figures.json", json.dumps(figures, indent=1) + "\n")
-    write_text(args.out / "figures.md", text + "\n")
+    (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (args.out / "figures.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n\n{time.perf_counter() - start:.0f} seconds; figures, curves and checkpoints: {args.out}")
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from agents.backbone import PROBE_LENGTH, check_fits, check_length, close
-from agents.interface import RowCache
-from agents.layers import disable_dropout
-from textenv.model_loading import load_whole
+from agents import LengthError, RowCache
+
+PROBE_LENGTH = 4  # tokens of the text on which the output layer is tried
+PROBE_TOLERANCE = 1e-3  # of the largest logit: float32 rounds to far less
 
 
 class RemoteLM(nn.Module):
@@ -58,8 +58,11 @@ class RemoteLM(nn.Module):
         n_positions: int,
     ) -> None:
         super().__init__()
-        check_fits(model, vocab_size, len(virtual) + n_positions)
-        disable_dropout(model)
+        if model.get_input_embeddings().num_embeddings < vocab_size:
+            raise ValueError(f"Expected a model with at least the {vocab_size} tokens of the tokenizer, got fewer.")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the update, in training mode, must compute what the rollout did
         self.trunk = model.base_model.requires_grad_(False)
         # A layer of its own, also where the model ties it to the embeddings.
         self.head = copy.deepcopy(model.get_output_embeddings()).requires_grad_(trains)
@@ -67,6 +70,7 @@ class RemoteLM(nn.Module):
         self.virtual = nn.Parameter(embeddings.detach()[list(virtual)].clone(), requires_grad=trains)  # (n, H)
         self.chain, self.vocab_size, self.hidden_size = chain, vocab_size, embeddings.shape[1]
         self.longest = len(virtual) + n_positions
+        self.check_length(n_positions)
         # A gradient goes with the hidden states that it is of. Refused here rather than at the first long text.
         rows_a_message(torch.empty(1, self.longest, self.hidden_size, device="meta"), 2 if trains else 1)
         self._blocks: Callable[[Tensor], Tensor] = chain
@@ -78,7 +82,8 @@ class RemoteLM(nn.Module):
         ids = torch.arange(PROBE_LENGTH)[None] % self.vocab_size  # (1, T)
         embedded = self.embed(ids)
         expected = model.eval()(inputs_embeds=embedded, use_cache=False).logits[0, :, : self.vocab_size]
-        if not close(self.logits(self.run(embedded)[0]), expected):
+        difference = (self.logits(self.run(embedded)[0]) - expected).abs().max()
+        if not difference <= PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(
                 f"Expected logits of {type(model).__name__} to be its output layer's of the hidden states, got others."
             )
@@ -88,7 +93,11 @@ class RemoteLM(nn.Module):
         return self.virtual.device
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
-        check_length(self.trunk, len(self.virtual) + n_tokens + n_written)
+        limit = getattr(self.trunk.config, "max_position_embeddings", None)  # none: BLOOM's ALiBi has no limit
+        total = len(self.virtual) + n_tokens + n_written
+        if limit is not None and total > limit:
+            fact = f"Expected virtual tokens, prompt and completion in {limit} positions, got up to {total} tokens"
+            raise LengthError(fact, "lower max_prompt_tokens or max_new_tokens", total - limit)
 
     def forward(self, ids: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
         hidden, _ = self.read(ids, rows, cols)
@@ -209,9 +218,13 @@ def load_without_blocks(folder: str) -> tuple[PreTrainedModel, int]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the blocks' weights, which it finds besides, are no surprise
     try:
-        model = load_whole(AutoModelForCausalLM, folder, any_more=True, config=config, dtype=torch.float32)
+        model, keys = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True
+        )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if keys["missing_keys"]:
+        raise ValueError(f"Expected all weights outside the blocks in {folder}, got none for {keys['missing_keys']}.")
     return model, n_blocks
 
 

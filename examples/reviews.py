@@ -43,8 +43,8 @@ from agents import (
     make_agent,
     sample_table,
     sft,
+    train_classifier,
 )
-from agents.classifier import train_classifier
 from textenv.metrics import Distinct, Perplexity, Scores, mean_of
 from textenv.rewards.text_model import TextModel
 from textenv.tasks.reviews import LABELS, Review, Reviews, part_of, read_reviews

@@ -27,11 +27,20 @@ from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from agents import AdaptiveCoef, EpisodeMetrics, Evaluation, KLPenalty, Pretrained, RewardCurves, evaluate, make_agent
-from agents.files import write_text
-from agents.pretrain import bpe_tokenizer, pretrain
+from agents import (
+    AdaptiveCoef,
+    EpisodeMetrics,
+    Evaluation,
+    KLPenalty,
+    Pretrained,
+    RewardCurves,
+    bpe_tokenizer,
+    evaluate,
+    make_agent,
+    pretrain,
+)
 from textenv import Preds, Prompt, TextEnv
-from textenv.metrics.surface import Distinct
+from textenv.metrics import Distinct
 from textenv.rewards import BatchReward
 from textenv.tasks.random_texts import random_texts
 
@@ -163,8 +172,8 @@ def main() -> None:
     }
     text = report(figures, before, after)
     after.save(out / "evaluation")
-    write_text(out / "figures.json", json.dumps(figures, indent=1) + "\n")
-    write_text(out / "figures.md", text + "\n")
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (out / "figures.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n{figures['seconds']} seconds; curves, figures and all texts: {out}")
 
 

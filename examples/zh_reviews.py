@@ -47,17 +47,16 @@ from agents import (
     Evaluation,
     KLPenalty,
     Ranking,
+    char_tokenizer,
     evaluate,
     export,
     make_agent,
+    pair_accuracy,
     sample_table,
     sft,
     train_reward_model,
+    wilson_interval,
 )
-from agents.files import write_text
-from agents.pretrain import char_tokenizer
-from agents.reward_figures import pair_accuracy, wilson_interval
-from agents.reward_model import bradley_terry
 from textenv.metrics import Distinct, Perplexity, Scores, mean_of
 from textenv.rewards.preference import Preference
 from textenv.rewards.reward_stats import RewardStats
@@ -136,7 +135,7 @@ class NGrams:
         def loss() -> torch.Tensor:
             optimizer.zero_grad()
             scores = functional.embedding_bag(*bags, mode="sum")[:, 0]
-            value = bradley_terry(scores[better], scores[worse]).mean() + decay * self.weight.square().sum()
+            value = -functional.logsigmoid(scores[better] - scores[worse]).mean() + decay * self.weight.square().sum()
             value.backward()
             return value
 
@@ -332,9 +331,9 @@ def main() -> None:
     accuracies = stage(out / "accuracies.json", lambda: compare(parts, out))
     after = reinforce(parts, out, size, args.seed, console)
     tables = [accuracy_table(accuracies), *(f"{name}:\n\n{one.to_markdown()}" for name, one in after.items())]
-    write_text(out / "results.md", "\n\n".join(tables) + "\n")
+    (out / "results.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     results = {"accuracies": accuracies, **{name: one.to_dict() for name, one in after.items()}}
-    write_text(out / "results.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print((out / "results.md").read_text(encoding="utf-8"))
     print(f"{time.perf_counter() - start:.0f} seconds; curves, log of samples and models are in {out}")
 

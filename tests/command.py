@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from agents import cli
-from agents.pretrain import EOS_TOKEN, word_tokenizer
+from agents import cli, word_tokenizer
+from agents.small_tokenizers import EOS_TOKEN
 from textenv import demo
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
 from transformers import AutoModelForCausalLM
 
 from agents import Report, doctor
-from agents.patient import Patient
+from agents.patient import Subject
 from tests.models import tiny
 from tests.training import tiny_agent, tiny_env
 
@@ -29,9 +29,9 @@ def agent(lm=None, env=None, n_envs=8, **kwargs):
 
 def one(name, model, env=None):
     """The report of one check of settings, or of the reward; `doctor.check` runs them all."""
-    patient = Patient(model.policy, env or model.get_env().env, model)
+    subject = Subject(model.policy, env or model.get_env().env, model)
     (check,) = [check for check in doctor.SETTING_CHECKS if check.__name__ == f"check_{name}"]
-    return Report(tuple(check(patient)))
+    return Report(tuple(check(subject)))
 
 
 def statuses(report, status):

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from agents import Pretrained, make_agent
-from agents.pretrain import pretrain, word_tokenizer
+from agents import Pretrained, make_agent, pretrain, word_tokenizer
 from tests import fakes
 from tests.models import seldom
 from tests.training import tiny_config

@@ -7,8 +7,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from agents import evaluate, generate
-from agents.pretrain import word_tokenizer
+from agents import evaluate, generate, word_tokenizer
 from tests.training import tiny_agent, tiny_config
 from textenv import TextEnv
 from textenv.prompts import PromptReader

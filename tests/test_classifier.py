@@ -14,8 +14,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from agents.classifier import train_classifier
-from agents.pretrain import word_tokenizer
+from agents import train_classifier, word_tokenizer
 from agents.reward_figures import wilson_interval
 from tests.models import few
 from tests.rewards import scores

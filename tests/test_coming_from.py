@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from agents.pretrain import bpe_tokenizer
+from agents import bpe_tokenizer
 from tests.models import seldom
 from tests.seq2seq import T5
 

@@ -22,9 +22,9 @@ from agents import (
     TextVecEnv,
     doctor,
     setting_checks,
+    word_tokenizer,
 )
-from agents.patient import Patient
-from agents.pretrain import word_tokenizer
+from agents.patient import Subject
 from tests.command import ROOT
 from tests.examining import LONG, Broken, agent
 from tests.models import tiny
@@ -255,12 +255,12 @@ CASES = [
 ]  # fmt: skip
 
 
-def examine(name, patient):
+def examine(name, subject):
     """What the doctor finds: of a setting by the checks of settings, which take less time."""
-    model, *env = patient if isinstance(patient, tuple) else (patient,)
+    model, *env = subject if isinstance(subject, tuple) else (subject,)
     if name in MODEL_FINDINGS:
         return doctor.check(model, *env)
-    examined = Patient(model.policy, *(env or [model.get_env().env]), model)
+    examined = Subject(model.policy, *(env or [model.get_env().env]), model)
     return Report(tuple(finding for check in doctor.SETTING_CHECKS for finding in doctor._run(check, examined)))
 
 

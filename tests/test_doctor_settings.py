@@ -6,8 +6,7 @@ import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents import LMPolicy, TextVecEnv, trial_checks
-from agents.pretrain import word_tokenizer
+from agents import LMPolicy, TextVecEnv, trial_checks, word_tokenizer
 from tests.examining import agent, assert_names, one, statuses
 from tests.models import tiny
 from tests.training import tiny_env

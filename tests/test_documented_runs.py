@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from agents.pretrain import word_tokenizer
+from agents import word_tokenizer
 from tests import documented
 from tests.command import ROOT, environment, run
 from tests.people import Rater

@@ -11,10 +11,9 @@ import torch
 from stable_baselines3 import PPO
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from agents import KLPenalty, Pretrained
+from agents import KLPenalty, Pretrained, word_tokenizer
 from agents.exporting import export
 from agents.generation import generate
-from agents.pretrain import word_tokenizer
 from tests.training import tiny_agent, tiny_config
 from textenv import TextEnv
 

@@ -14,10 +14,9 @@ import torch
 import yaml
 
 from agents import demo as demo_models
-from agents import files, save_checkpoint, training_run
+from agents import demo_model, files, save_checkpoint, training_run
 from agents.checkpoint import latest_checkpoint, save_step
 from agents.config import TrainConfig
-from agents.demo import demo_model
 from agents.manifest import CheckpointError, verify_checkpoint
 from agents.model_card import model_card
 from agents.recording import Recorder

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from agents import verbs
+from agents import verbs, word_tokenizer
 from agents.assemble import make_env, make_metric
 from agents.cli import HANDLED
 from agents.config import EnvConfig, Named
 from agents.failures import as_command_error
 from agents.generation import no_reward
 from agents.loggers import check_loggers
-from agents.pretrain import word_tokenizer
 from agents.refusal import CommandError
 from tests.command import run, small_model
 from textenv import CharTokenizer, TextEnv, demo

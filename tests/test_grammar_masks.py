@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from agents.pretrain import bpe_tokenizer, word_tokenizer
+from agents import bpe_tokenizer, word_tokenizer
 from textenv import CharTokenizer, GrammarMask, JSONSchemaMask, MaskError, RegexMask, TextEnv
 from textenv.lane_masks import LaneMasks
 from textenv.lanes import Lanes

@@ -45,7 +45,7 @@ import sys
 if __name__ == "__main__":
     import transformers
     from agents import EngineRollouts, LocalEngine, make_agent
-    from agents.demo import demo_model
+    from agents import demo_model
     from textenv.tasks.demo import Demo
     transformers.utils.logging.disable_progress_bar()  # of this process
     env, lm = Demo(max_new_tokens=4), str(demo_model())

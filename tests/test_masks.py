@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
 
-from agents import TextVecEnv
-from agents.pretrain import bpe_tokenizer, word_tokenizer
+from agents import TextVecEnv, bpe_tokenizer, word_tokenizer
 from textenv import (
     AllowedMask,
     BannedMask,

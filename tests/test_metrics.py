@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification
 
-from agents import evaluate
-from agents.pretrain import word_tokenizer
+from agents import evaluate, word_tokenizer
 from tests.models import N_TOKENS, make_policy, tiny
 from tests.rewards import scores
 from textenv import CharTokenizer, Prompt, metrics, rewards

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import BitsAndBytesConfig
 
-from agents import LoRA, Pretrained, RewardCurves, zoo
-from agents.classifier import train_classifier
+from agents import LoRA, Pretrained, RewardCurves, train_classifier, zoo
 from agents.compare import compare
 from agents.config import Named, TrainConfig, default_loggers
 from agents.curves import draw_curves

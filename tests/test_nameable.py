@@ -11,11 +11,11 @@ import pytest
 
 import agents
 import textenv
+from agents import word_tokenizer
 from agents.assemble import ENV, make_env, make_metric
 from agents.config import EnvConfig, Named
 from agents.loggers import LOGGER, check_loggers
 from agents.names import MASK, MASKS, METRIC, build
-from agents.pretrain import word_tokenizer
 from agents.refusal import CommandError
 from tests.command import environment
 from textenv import demo

@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config
 
-from agents import Ranking, RewardCurves, export, save_checkpoint, sft, train_reward_model
-from agents.classifier import train_classifier
+from agents import Ranking, RewardCurves, export, save_checkpoint, sft, train_classifier, train_reward_model
 from agents.files import write_text
 from agents.output_folders import MARK, OutputFolderError, check_output, output_folder
 from tests.command import run, settings, small_model

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from agents.pretrain import bpe_tokenizer
+from agents import bpe_tokenizer
 from tests.rewards import TOKENIZER, preds_of
 from tests.training import tiny_config
 from textenv import EndReason, Preds, Prompt

@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
-from agents import Labelled, Ranking, RewardModelCritic, hh_pairs, score_texts, train_reward_model
+from agents import Labelled, Ranking, RewardModelCritic, hh_pairs, score_texts, train_reward_model, word_tokenizer
 from agents.preferences import encode_texts
-from agents.pretrain import word_tokenizer
 from agents.reward_figures import calibration, pair_accuracy, wilson_interval
 from agents.reward_model import _Example, _loss, bradley_terry, build_reward_model, read_scores
 from tests.models import tiny

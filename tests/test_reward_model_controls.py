@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from agents import Ranking, reward_model, train_reward_model
+from agents import Ranking, reward_model, train_reward_model, word_tokenizer
 from agents.critic import score_head
-from agents.pretrain import word_tokenizer
 from agents.reward_figures import wilson_interval
 from agents.reward_model import build_reward_model
 from tests.models import tiny

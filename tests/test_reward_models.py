@@ -15,7 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from agents.pretrain import bpe_tokenizer, word_tokenizer
+from agents import bpe_tokenizer, word_tokenizer
 from tests.rewards import preds_of, rows, scores
 from tests.training import tiny_agent, tiny_config
 from textenv import CharTokenizer, Prompt, RewardError, TextEnv

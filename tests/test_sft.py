@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, TrainerCallback
 
-from agents import Pretrained, sft, sft_trainer
-from agents.pretrain import IGNORED, word_tokenizer
+from agents import Pretrained, hf_trainer, sft, word_tokenizer
+from agents.from_scratch import IGNORED
 from agents.sft_data import Sample, collate, encode_sample, pack
 from tests.models import tiny
 from textenv import CharTokenizer, demo
@@ -136,9 +136,9 @@ def test_e8_after_ctrl_c_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path, mo
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        real = sft_trainer.SealedTrainer
+        real = hf_trainer.SealedTrainer
         press = lambda *a, **k: real(*a, **{**k, "callbacks": [*k["callbacks"], PressCtrlC()]})  # noqa: E731
-        patch.setattr(sft_trainer, "SealedTrainer", press)
+        patch.setattr(hf_trainer, "SealedTrainer", press)
         with pytest.raises(KeyboardInterrupt, match="stopped after step 11; `resume=True` goes on"):
             tune(TEXTS, tmp_path / "parts", lm=config)
     assert not (tmp_path / "parts").exists()

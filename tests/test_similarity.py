@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from agents import evaluate
-from agents.pretrain import word_tokenizer
+from agents import evaluate, word_tokenizer
 from tests.rewards import rows, scores
 from tests.training import tiny_agent, tiny_config
 from textenv import TextEnv

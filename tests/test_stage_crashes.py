@@ -11,9 +11,7 @@ import time
 import pytest
 from tqdm.auto import tqdm
 
-from agents import Ranking, interrupted, train_reward_model
-from agents.classifier import train_classifier
-from agents.pretrain import word_tokenizer
+from agents import Ranking, interrupted, train_classifier, train_reward_model, word_tokenizer
 from agents.refusal import StageStopped, StorageError
 from agents.sft import tune
 from tests.command import run, small_model

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from agents import stage_data
-from agents.pretrain import EOS_TOKEN
 from agents.refusal import CommandError
+from agents.small_tokenizers import EOS_TOKEN
 from agents.stage_data import TEXTS, read_labels, read_preferences, read_texts
 from agents.stage_verbs import fresh_config
 from agents.verb_config import ClassifierConfig, RewardModelConfig, SFTConfig

@@ -16,8 +16,8 @@ from agents import (
     score_texts,
     sft,
     train_reward_model,
+    word_tokenizer,
 )
-from agents.pretrain import word_tokenizer
 from tests.models import tiny
 from textenv import TextEnv, demo
 from textenv.rewards.reward_stats import RewardStats

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.utils import LinearSchedule
 
-from agents import evaluate, make_agent
-from agents.pretrain import word_tokenizer
+from agents import evaluate, make_agent, word_tokenizer
 from tests.models import tiny
 from tests.rewards import scores
 from tests.test_examples import run

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from agents.pretrain import word_tokenizer
+from agents import word_tokenizer
 from tests.rewards import ALPHABET
 from textenv import CharTokenizer, TextEnv, check_text_env
 from textenv.tasks import reviews

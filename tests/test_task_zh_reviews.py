@@ -9,7 +9,7 @@ import gymnasium
 import pytest
 from transformers import AutoTokenizer
 
-from agents.pretrain import char_tokenizer
+from agents import char_tokenizer
 from tests.test_examples import run
 from textenv import Prompt, check_text_env
 from textenv.prompts import PromptReader

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from agents.pretrain import word_tokenizer
+from agents import word_tokenizer
 from textenv import templates
 from textenv.chat import render_chat
 

@@ -19,8 +19,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn
 
-from agents import LMPolicy, MaskableLMPolicy, SequenceRolloutBuffer, TextVecEnv, make_agent, zoo
-from agents.pretrain import word_tokenizer
+from agents import LMPolicy, MaskableLMPolicy, SequenceRolloutBuffer, TextVecEnv, make_agent, word_tokenizer, zoo
 from agents.token_ppo import TokenMaskablePPO, TokenPPO
 from tests.command import ROOT
 from tests.training import tiny_agent, tiny_config, tiny_env

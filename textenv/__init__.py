@@ -4,6 +4,7 @@ from functools import partial
 
 from gymnasium.envs.registration import register
 
+from textenv import demo
 from textenv.completion import Preds, Turn
 from textenv.env import TextEnv
 from textenv.episode import EndReason
@@ -40,6 +41,7 @@ __all__ = [
     "Turn",
     "__version__",
     "check_text_env",
+    "demo",
     "read_dataset",
 ]
 

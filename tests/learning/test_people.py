@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from agents import Pretrained, generate, score_texts
-from agents.demo import demo_model
+from agents import Pretrained, demo_model, generate, score_texts
 from agents.rate import ask
 from agents.rate_training import FirstEpisodes, learn, make_trainee
 from agents.verb_config import RateConfig, RateOptions

@@ -44,7 +44,7 @@ class Classifier(BatchReward):
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from agents.pretrain import word_tokenizer
+        >>> from agents import word_tokenizer
         >>> from textenv import CharTokenizer, Preds, Prompt
         >>> shape = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=4)
         >>> names = {0: "negative", 1: "positive"}

@@ -36,7 +36,7 @@ class Likelihood(BatchReward):
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from agents.pretrain import word_tokenizer
+        >>> from agents import word_tokenizer
         >>> from textenv import CharTokenizer, Preds, Prompt
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1))
         >>> reward = Likelihood(model, tokenizer=word_tokenizer(["good", "film"]))

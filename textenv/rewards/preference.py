@@ -47,7 +47,7 @@ class Preference(BatchReward):
 
     Example:
         >>> from transformers import GPT2Config, GPT2ForSequenceClassification
-        >>> from agents.pretrain import word_tokenizer
+        >>> from agents import word_tokenizer
         >>> from textenv import CharTokenizer, Preds, Prompt
         >>> config = GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1, num_labels=1)
         >>> model, tokenizer = GPT2ForSequenceClassification(config), word_tokenizer(["good", "film"])

@@ -47,7 +47,7 @@ class Similarity(BatchReward):
         >>> import numpy as np
         >>> from sentence_transformers import SentenceTransformer
         >>> from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-        >>> from agents.pretrain import word_tokenizer
+        >>> from agents import word_tokenizer
         >>> from textenv import CharTokenizer, Preds, Prompt
         >>> tokenizer = word_tokenizer(["good", "film"]).backend_tokenizer
         >>> model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=np.eye(4))], device="cpu")

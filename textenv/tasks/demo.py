@@ -20,7 +20,7 @@ class Demo(TextEnv):
     """Episodes that earn the share of positive mood words of a review when they end: `gym.make("textenv/Demo-v0")`.
 
     It needs no data and no argument, and takes all of them as a YAML file has them: it is for programs that make
-    environments by name, as rl_zoo3. The language model of `agents.demo.demo_model` writes its texts.
+    environments by name, as rl_zoo3. The language model of `agents.demo_model` writes its texts.
 
     Args:
         tokenizer: The language model's; "demo" is that of the demo's model.

@@ -98,7 +98,7 @@ class Reviews(TextEnv):
         data: Where the reviews are, as for `read_reviews`.
         tokenizer: The policy's, as for `TextEnv`.
         classifier: The folder, or the name on the hub, of a classifier with a label "positive" (as
-            `agents.classifier.train_classifier` trains one), instead of `reward`. It needs torch.
+            `agents.train_classifier` trains one), instead of `reward`. It needs torch.
         reward: Another reward, as for `TextEnv`.
         part: Whether the prompts are of reviews to train on or of the tenth that is held out; see `part_of`.
         n_words: How many words of a review are the prompt. Shorter reviews are left out.

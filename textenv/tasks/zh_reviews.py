@@ -130,7 +130,7 @@ class ZhReviews(TextEnv):
 
     Args:
         data: The folder of the reviews, as for `read_rankings`, or rankings, as from `split_rankings`.
-        tokenizer: The policy's. `agents.pretrain.char_tokenizer` makes one that knows Chinese.
+        tokenizer: The policy's. `agents.char_tokenizer` makes one that knows Chinese.
         reward: As for `TextEnv`; `textenv.rewards.preference.Preference` takes a reward model that learned from the
             rankings.
         part: Whether the reviews are those to train on or of the tenth that is held out; see `part_of`. All by default.

@@ -1,0 +1,190 @@
+"""Next-token training of small language models from scratch, and the training loop that reward models share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+IGNORED = -100  # the target that torch's `cross_entropy` and transformers' losses leave out
+POOL = 16  # minibatches sorted by length together: little padding, and an order that is still random
+
+Batch = TypeVar("Batch")
+
+
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    *,
+    n_epochs: float = 1.0,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    description: str = "pretraining",
+    progress_bar: bool = True,
+) -> float:
+    """Train a causal language model to continue texts, each closed by the end token.
+
+    The optimizer is AdamW with a one-cycle schedule; minibatches of similar lengths come in random order. Larger models
+    are better trained by `sft.tune`, which can be interrupted and resumed.
+
+    Args:
+        model: The model, changed in place.
+        tokenizer: Its tokenizer.
+        texts: The corpus.
+        n_epochs: The number of passes over it; may be a fraction.
+        batch_size: The number of texts in a minibatch.
+        learning_rate: The peak of the schedule.
+        seed: The seed of the minibatches' order.
+        description: The label of the progress bar.
+        progress_bar: Whether to show a progress bar.
+
+    Returns:
+        The mean loss of the last tenth of the steps, in nats per token.
+
+    Raises:
+        ValueError: If there are no texts.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from agents import pretrain, word_tokenizer
+        >>> tokenizer = word_tokenizer(["good", "film"])
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1))
+        >>> pretrain(model, tokenizer, ["good film"] * 64, n_epochs=20, learning_rate=0.03, progress_bar=False) < 0.5
+        True
+    """
+    if not texts:
+        raise ValueError("Expected at least one text, got none.")
+    sequences = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
+    n_steps = max(1, round(n_epochs * len(sequences) / batch_size))
+    batches = _batches(sequences, batch_size, np.random.default_rng(seed))
+    losses = fit(
+        model,
+        batches,
+        lambda batch: _next_token_loss(model, *batch),
+        n_steps,
+        learning_rate,
+        description=description,
+        progress_bar=progress_bar,
+    )
+    return float(losses[-max(1, n_steps // 10) :].mean())
+
+
+class FitRun(AbstractContextManager[object], Protocol):
+    """A training by `fit` that can be stopped and resumed; entered while it lasts. `ResumableFit` keeps it on disk."""
+
+    def load(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Bring model and optimizer to the state to go on from; return the loss of each step made before."""
+        ...
+
+    def after_step(
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[Tensor], n_steps: int
+    ) -> None:
+        """Save the state where it is due, and raise where the training is to stop; `losses` has one item a step."""
+        ...
+
+
+def fit(
+    model: PreTrainedModel,
+    batches: Iterator[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    n_steps: int,
+    learning_rate: float,
+    *,
+    description: str,
+    progress_bar: bool = True,
+    run: FitRun | None = None,
+) -> Tensor:
+    """Minimise a loss, one minibatch per step: AdamW with a one-cycle schedule, gradients clipped at a norm of 1.
+
+    Args:
+        model: The model, changed in place; in evaluation mode afterwards.
+        batches: The minibatches, in an order that is the same each time: a resumed run skips those it has seen.
+        loss_of: A function from a minibatch to its loss; it draws no random numbers.
+        n_steps: The number of steps.
+        learning_rate: The peak of the schedule.
+        description: The label of the progress bar.
+        progress_bar: Whether to show a progress bar.
+        run: Saves the state every so often and stops after a signal; None does neither.
+
+    Returns:
+        The loss of each step, (n_steps,).
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    # torch's OneCycleLR divides by the warm-up's length, pct_start * total_steps - 1, which is 0 for a tenth of 10.
+    warm_up = 0.2 if n_steps == 10 else 0.1
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=warm_up)
+    losses = [] if run is None else run.load(model, optimizer)
+    if losses:
+        # The schedule is a function of the step alone; its constructor has already counted one.
+        schedule.load_state_dict({"last_epoch": len(losses), "_step_count": len(losses) + 1})
+    model.train()
+    with (
+        nullcontext() if run is None else run,
+        tqdm(total=n_steps, initial=len(losses), desc=description, disable=not progress_bar, unit="step") as bar,
+    ):
+        for batch in islice(batches, len(losses), n_steps):
+            loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())  # stays on the device: `float` here would wait for it in every step
+            bar.update()
+            if len(losses) % 20 == 0:
+                bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
+            if run is not None:
+                run.after_step(model, optimizer, losses, n_steps)
+    model.eval()
+    return torch.stack(losses)
+
+
+def _next_token_loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the targets, in nats per token; both are (B, T)."""
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    # (B, T, V) -> (B * T, V) and (B, T) -> (B * T,)
+    return functional.cross_entropy(logits.flatten(0, 1), targets.to(model.device).flatten(), ignore_index=IGNORED)
+
+
+def similar_lengths(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Yield minibatches as lists of indices, without end: each index once per pass, in random order, similar lengths.
+
+    Args:
+        lengths: The length of each row, in tokens.
+        batch_size: The number of rows in a minibatch; the last of a pool may have fewer.
+        rng: The source of the order.
+    """
+    while True:
+        order = rng.permutation(len(lengths))
+        minibatches = []
+        for start in range(0, len(order), POOL * batch_size):
+            pool = sorted(order[start : start + POOL * batch_size], key=lambda i: lengths[i])
+            minibatches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        for number in rng.permutation(len(minibatches)):
+            yield minibatches[number]
+
+
+def _batches(
+    sequences: Sequence[Sequence[int]], batch_size: int, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and targets, each (B, T), without end."""
+    for indices in similar_lengths([len(sequence) for sequence in sequences], batch_size, rng):
+        chosen = [sequences[i] for i in indices]
+        width = max(map(len, chosen))
+        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        targets = torch.full((len(chosen), width), IGNORED)
+        for row, sequence in enumerate(chosen):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            targets[row, : len(sequence) - 1] = torch.tensor(sequence[1:])  # each token is predicted one place before
+        yield ids, targets

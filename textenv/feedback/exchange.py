@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from textenv.feedback.records import Answer, Record
+from textenv.feedback.records import Answer
 from textenv.feedback.store import FeedbackStore
-from textenv.prompts import read_rows
-from textenv.tasks.hh import split_pair
 
 Form = Literal["pairs", "rankings", "scores"]
 FORMS: tuple[str, ...] = get_args(Form)
-IMPORTED = "imported"  # the rater of rows that name none
 
 
 def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
@@ -96,50 +93,3 @@ def export(store: FeedbackStore, path: str | PathLike[str], form: Form, overwrit
     finally:
         beside.unlink(missing_ok=True)
     return len(rows)
-
-
-def import_rows(
-    store: FeedbackStore, source: str | PathLike[str] | Iterable[Mapping[str, Any]], scale: tuple[float, float] = (1, 5)
-) -> int:
-    r"""Write rows in the forms that `rows_of` yields into a store, as questions that are answered, and return how many.
-
-    A row with chosen and rejected is a choice; one with ranking, a ranking; one with label and completion or text, a
-    score. Without a prompt chosen and rejected are dialogues of hh-rlhf, which are split behind the last
-    "\n\nAssistant:" that they share.
-
-    Args:
-        store: Where to.
-        source: A .jsonl file, or the rows.
-        scale: The lowest and the highest score, for rows without their own.
-
-    Raises:
-        ValueError: If a row has none of the forms, or its answer is none; nothing is written then.
-    """
-    rows = read_rows(source) if isinstance(source, str | PathLike) else list(source)
-    return len(store.record(_record(row, f"row {number}", scale) for number, row in enumerate(rows, start=1)))
-
-
-def _record(row: Mapping[str, Any], where: str, scale: tuple[float, float]) -> Record:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"Expected {where} to be an object, got {row!r:.80}.")
-    more: dict[str, Any] = {name: row.get(name) for name in ("run", "seconds", "time")}
-    prompt, rater = row.get("prompt", ""), row.get("rater", IMPORTED)
-    if {"chosen", "rejected"} <= row.keys():
-        texts = [row["chosen"], row["rejected"]]
-        if "prompt" not in row:
-            prompt, *texts = split_pair(row, where)
-        models = [row.get("chosen_model"), row.get("rejected_model")]
-        return Record("compare", prompt, texts, 0, rater, models=models, **more)
-    if "ranking" in row:
-        ranking = row["ranking"]
-        order = range(len(ranking)) if isinstance(ranking, list) else ()
-        return Record("rank", prompt, ranking, list(order), rater, models=row.get("models"), **more)
-    if "label" in row and ("completion" in row or "text" in row):
-        text = row["completion"] if "completion" in row else row["text"]
-        prompt = prompt if "completion" in row else ""
-        more |= {"models": [row.get("model")], "scale": row.get("scale", scale)}
-        return Record("score", prompt, [text], [row["label"]], rater, **more)
-    raise ValueError(
-        f"Expected {where} to have chosen and rejected, or ranking, or label with completion or text, got "
-        f"{sorted(row)}."
-    )

@@ -1,10 +1,11 @@
-"""What a model wrote, made harmless for a terminal."""
+"""Model output made safe to print in a terminal."""
 
 
 def printable(text: str) -> str:
-    r"""Return a text whose control characters are shown, not obeyed: a model may write escape codes.
+    r"""Return the text with its control characters escaped, since a model may write terminal escape codes.
 
-    Lines stay lines; a tab, a carriage return and what turns the direction of writing are shown as Python writes them.
+    Newlines are kept. Tabs, carriage returns and characters that change the writing direction appear as Python's
+    `repr` writes them.
 
     Example:
         >>> printable("gr\x1b[2Jeat\nfilm")

@@ -172,8 +172,8 @@ def load_whole(
         )
     if unexpected and not any_more:
         raise ValueError(
-            f"Expected the weights of {type(model).__name__} alone in {str(name)!r}, got {_named(unexpected)} besides, which "
-            "its config has no place for. Is it the folder of another model? If they are to be left out, load it "
+            f"Expected the weights of {type(model).__name__} alone in {str(name)!r}, got {_named(unexpected)} besides, "
+            "which its config has no place for. Is it the folder of another model? If they are to be left out, load it "
             "with transformers, save_pretrained(folder), and give that folder."
         )
     return model

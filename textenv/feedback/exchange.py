@@ -1,4 +1,4 @@
-"""Answers as lines of JSON, in the forms that training reads: pairs, rankings and scores."""
+"""Export of answers as lines of JSON: pairs, rankings or scores, as reward models are trained on them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ FORMS: tuple[str, ...] = get_args(Form)
 
 
 def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
-    """Yield the rows that answers make in one form; each says who answered, when, in how many seconds, and the models.
+    """Yield the rows of all answers in one form, each with its rater, run, models, seconds and time where known.
 
-    - "pairs": prompt, chosen, rejected: each pair that a choice, a ranking or unequal scores decide, as in hh-rlhf with
-      the prompt in a column of its own. Ties make none.
-    - "rankings": prompt, ranking (texts, the best first): rankings, and choices as rankings of two.
-    - "scores": prompt, completion, text (the two together), label (the score), scale: one for each score.
+    - "pairs": prompt, chosen, rejected; one row for each pair that a choice, a ranking or unequal scores decide. The
+      columns are those of hh-rlhf, with the prompt in a column of its own. Ties yield no row.
+    - "rankings": prompt, ranking (the texts, best first); one row for each ranking, and for each choice as a ranking
+      of two.
+    - "scores": prompt, completion, text (prompt and completion together), label (the score), scale; one row for each
+      score.
 
-    `textenv reward-model --data` reads the first and the last.
+    `textenv reward-model --data` reads "pairs" and "scores".
+
+    Args:
+        answers: The answers, as from `FeedbackStore.answers`.
+        form: "pairs", "rankings" or "scores".
+
+    Raises:
+        ValueError: If the form is unknown.
 
     Example:
         >>> answer = Answer(1, 1, "compare", "ann", "It was", (" good.", " bad."), value=0)
@@ -55,12 +64,12 @@ def _pairs(answer: Answer) -> Iterator[dict[str, Any]]:
 
 def _rankings(answer: Answer) -> Iterator[dict[str, Any]]:
     if answer.kind == "rank" and isinstance(answer.value, tuple):
-        places = [int(place) for place in answer.value]
+        order = [int(index) for index in answer.value]
     else:
-        places = [place for pair in answer.pairs() for place in pair] if answer.kind == "compare" else []
-    if places:
-        models = [answer.models[place] for place in places] if any(answer.models) else None
-        yield {"ranking": [answer.completions[place] for place in places], "models": models}
+        order = [index for pair in answer.pairs() for index in pair] if answer.kind == "compare" else []
+    if order:
+        models = [answer.models[index] for index in order] if any(answer.models) else None
+        yield {"ranking": [answer.completions[index] for index in order], "models": models}
 
 
 def _scores(answer: Answer) -> Iterator[dict[str, Any]]:
@@ -72,24 +81,31 @@ def _scores(answer: Answer) -> Iterator[dict[str, Any]]:
 
 
 def export(store: FeedbackStore, path: str | PathLike[str], form: Form, overwrite: bool = False) -> int:
-    """Write the answers that count as a file of one JSON object a line, and return how many; see `rows_of`.
+    """Write the answers that count to a file with one JSON object per line, and return the number of lines.
 
-    The file appears whole or stays as it was.
+    The file appears whole, or stays as it was.
+
+    Args:
+        store: The answers.
+        path: The file.
+        form: The rows' form; see `rows_of`.
+        overwrite: Whether an existing file is replaced.
 
     Raises:
-        FileExistsError: If there is a file, and it is not said that it may be overwritten.
+        FileExistsError: If the file exists and `overwrite` is False.
     """
     target = Path(path).absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(f"Expected a new file, got {target}, which exists: overwrite=True replaces it.")
-    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    # Written beside the target and renamed, so that a crash leaves no half-written file.
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(store.answers(), form)]
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as stream:
+        with partial.open("w", encoding="utf-8", newline="\n") as stream:
             stream.writelines(rows)
             stream.flush()
             os.fsync(stream.fileno())
-        beside.replace(target)
+        partial.replace(target)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return len(rows)

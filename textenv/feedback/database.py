@@ -81,7 +81,7 @@ class Database:
         if self._tables() and self._header("application_id") != APPLICATION:
             raise ValueError(f"Expected a store of feedback, got {self.path}, a database of another kind.")
         self._use_write_ahead_log()
-        self.execute("PRAGMA synchronous=FULL")  # the default of a write-ahead log would not sync at each commit
+        self.execute("PRAGMA synchronous=FULL")  # some builds default to NORMAL, which does not sync at each commit
         self.execute("PRAGMA foreign_keys=ON")
         with self.writing():
             if not self._tables():

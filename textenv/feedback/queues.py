@@ -34,7 +34,7 @@ SELECT id, answered, raters FROM items WHERE kind = ? AND answered < raters AND 
 
 
 class Next(NamedTuple):
-    """The next question of a rater: an unanswered `showing`, or else an `item` for the first or second (`repeat`) time."""
+    """A rater's next question: an unanswered `showing`, or else an `item`, for the second time if `repeat` is 1."""
 
     showing: int | None = None
     item: int | None = None

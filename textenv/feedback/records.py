@@ -88,7 +88,7 @@ class Answer(NamedTuple):
     undoes: int | None = None
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Return the indices (better, worse) of each pair of completions that the answer decides; a tie decides none."""
+        """Return the indices (better, worse) of each pair of completions that the answer decides: none for a tie."""
         if self.kind == "compare" and isinstance(self.value, int):
             return [(self.value, 1 - self.value)]
         if self.kind == "rank" and isinstance(self.value, tuple):

@@ -1,10 +1,11 @@
-"""Answers as lines of JSON and back."""
+"""Answers as lines of JSON."""
 
 import json
 
 import pytest
 
-from textenv.feedback.exchange import export, import_rows, rows_of
+from textenv.feedback.exchange import export, rows_of
+from textenv.feedback.records import Record
 from textenv.feedback.store import FeedbackStore
 
 
@@ -74,69 +75,15 @@ def test_scores(filled, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("form", ["pairs", "rankings", "scores"])
-def test_what_is_exported_is_imported_the_same(filled, tmp_path, form):
-    path, again = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
-    n = export(filled, path, form)
-    with FeedbackStore(tmp_path / "other.db") as other:
-        assert import_rows(other, path) == n
-        assert export(other, again, form) == n
-        assert other.next("ann") is None and other.next("bob") is None
-
-    def without_number(path):
-        return [{name: value for name, value in row.items() if name != "answer"} for row in read(path)]
-
-    assert without_number(path) == without_number(again)
-
-
 def test_texts_keep_their_lines_and_letters(store, tmp_path):
     text = 'a\nb\r\u2028"\t你好\\n'
-    store.record([])
-    import_rows(store, [{"prompt": text, "chosen": text, "rejected": ""}])
+    store.record([Record("compare", text, [text, ""], 0, "ann")])
     path = tmp_path / "pairs.jsonl"
     export(store, path, "pairs")
     lines = path.read_text(encoding="utf-8").split("\n")
     assert len(lines) == 2 and "你好" in lines[0]
-    import_rows(store, path)
-    assert [answer.completions for answer in store.answers()] == [(text, "")] * 2
-
-
-def test_dialogues_of_hh_are_split(store):
-    shared = "\n\nHuman: Hi\n\nAssistant:"
-    import_rows(store, [{"chosen": shared + " Hello", "rejected": shared + " Go"}])
-    (answer,) = store.answers()
-    assert (answer.prompt, answer.completions, answer.value) == (shared, (" Hello", " Go"), 0)
-    assert answer.rater == "imported"
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"text": "x"}, "Expected row 2 to have chosen and rejected, or ranking, or label"),
-        ("x", "Expected row 2 to be an object"),
-        ({"prompt": "p", "chosen": "x", "rejected": 3}, "Record 2: Expected a text as prompt and a list of texts"),
-        ({"chosen": "x", "rejected": "y"}, "Expected the dialogues of row 2 to share the opening"),
-        ({"prompt": "p", "ranking": ["x"]}, "Record 2: Expected 2 to 8 completions to rank, got 1"),
-        ({"prompt": "p", "ranking": "xy"}, "Record 2: Expected a text as prompt and a list of texts"),
-        ({"prompt": "p", "ranking": 5}, "Record 2: Expected a text as prompt and a list of texts"),
-        ({"text": "x", "label": 9}, "Record 2: Expected scores from 1 to 5"),
-        ({"text": "x", "label": "3"}, "Record 2: Expected scores from 1 to 5"),
-        ({"text": "x", "label": 3, "scale": 5}, "Record 2: Expected `scale`"),
-        ({"text": "x", "label": 3, "seconds": "5"}, "Record 2: Expected `seconds` to be 0 or more"),
-        ({"text": "x", "label": 3, "time": -5}, "Record 2: Expected `time` to be 0 or more"),
-        ({"text": "x", "label": 3, "model": ["m"]}, "Record 2: Expected names of models and runs to be texts"),
-        ({"text": "x", "label": 3, "rater": 5}, "Record 2: Expected a rater's name"),
-    ],
-)
-def test_bad_rows_are_refused_and_nothing_is_written(store, row, message):
-    with pytest.raises(ValueError, match=message):
-        import_rows(store, [{"text": "x", "label": 3}, row])
-    assert store.answers() == []
-
-
-def test_scales_of_scores(store):
-    import_rows(store, [{"text": "x", "label": 0}, {"text": "x", "label": 50, "scale": [0, 100]}], scale=(-1, 1))
-    assert [answer.scale for answer in store.answers()] == [(-1, 1), (0, 100)]
+    row = json.loads(lines[0])
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (text, text, "")
 
 
 def test_unknown_forms_are_refused(store):

@@ -287,6 +287,35 @@ def test_records_from_elsewhere_are_all_written_or_none(store):
     assert len(store.answers()) == 2 and store.next("bob") is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"completions": ["x", 3]}, "Record 2: Expected a text as prompt and a list of texts"),
+        ({"completions": "xy"}, "Record 2: Expected a text as prompt and a list of texts"),
+        ({"completions": 5}, "Record 2: Expected a text as prompt and a list of texts"),
+        ({"kind": "rank", "completions": ["x"]}, "Record 2: Expected 2 to 8 completions to rank, got 1"),
+        ({"value": [1, 9]}, "Record 2: Expected scores from 1 to 5"),
+        ({"value": [1, "3"]}, "Record 2: Expected scores from 1 to 5"),
+        ({"scale": 5}, "Record 2: Expected `scale`"),
+        ({"seconds": "5"}, "Record 2: Expected `seconds` to be 0 or more"),
+        ({"time": -5}, "Record 2: Expected `time` to be 0 or more"),
+        ({"models": ["m", ["n"]]}, "Record 2: Expected names of models and runs to be texts"),
+        ({"rater": 5}, "Record 2: Expected a rater's name"),
+    ],
+)
+def test_bad_records_are_refused_and_nothing_is_written(store, changes, message):
+    good = Record("score", "p", ["x", "y"], [1, 3], "ann")
+    with pytest.raises(ValueError, match=message):
+        store.record([good, good._replace(**changes)])
+    assert store.answers() == []
+
+
+def test_records_keep_their_scale(store):
+    scores = Record("score", "p", ["x"], [50], "ann", scale=(0, 100))
+    store.record([scores, scores._replace(value=[0], scale=(-1, 1))])
+    assert [(answer.value, answer.scale) for answer in store.answers()] == [((50.0,), (0, 100)), ((0.0,), (-1, 1))]
+
+
 def test_pairs_of_no_decision():
     assert Answer(1, 1, "skip", "ann", "p", ("x", "y")).pairs() == []
     assert Answer(1, 1, "score", "ann", "p", ("x", "y"), (2.0, 2.0)).pairs() == []

@@ -1,12 +1,11 @@
-"""The built-in corpus: a small seeded grammar of product reviews, so that the main job runs with no download.
+"""The built-in corpus: product reviews written by a small seeded grammar, so that the main job needs no download.
 
-A review is two or three clauses with one mood word each, in lower-case words with spaces between (punctuation is a
-word too), so that a tokenizer that splits at spaces is enough::
+A review has two or three clauses with one mood word each, all in lower case. Spaces stand between words and around
+punctuation, so that a tokenizer that splits at spaces is enough::
 
     this phone is great , but the battery feels really weak for the price .
 
-The tables below are the grammar, and the only place where it is written: the writer of reviews, the recogniser, the
-prompts and the vocabulary are all read from them.
+The tables below are the grammar. The writer of reviews, the recogniser, the prompts and the vocabulary all read them.
 """
 
 import itertools
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Capitals name a rule, bars divide its alternatives (equally likely), and an empty alternative writes nothing.
+# A word in capitals names a rule, bars separate equally likely alternatives, and an empty alternative writes nothing.
 RULES = {
     "REVIEW": "SHORT | LONG",
     "SHORT": "OPENING VERDICT JOIN CLAUSE TAIL .",
@@ -33,7 +32,7 @@ RULES = {
     "TAIL": "| for the price | in daily use | so far | every day | at home",
 }
 
-# Rules with two sides: positive and negative mood words that may stand in each other's place.
+# Rules with two sides: positive mood words, and the negative ones that the grammar allows in the same position.
 MOODS = {
     "QUALITY": (
         "great | lovely | superb | good | excellent | fantastic | perfect | solid | brilliant | pleasant",
@@ -43,10 +42,10 @@ MOODS = {
     "FEEL": ("love | like | enjoy | adore | admire", "hate | dislike | regret | despise | avoid"),
     "MANNER": ("well | nicely | smoothly | beautifully | reliably", "badly | poorly | slowly | terribly | rarely"),
 }
-# The sides of a join: the mood of the clause before goes on, or it turns.
+# The two sides of a join: the next clause keeps the mood of the last one, or turns it.
 JOINS = {"JOIN": ("and | , and", "but | , but | yet")}
 
-# Share of mood words that follow the review's own mood, so that a good review may have a complaint in it.
+# The probability that a mood word follows the review's own mood: below 1, so that a good review may hold a complaint.
 FAITHFUL = 0.9
 
 
@@ -60,16 +59,16 @@ POSITIVE, NEGATIVE = (frozenset(word for name in MOODS for [word] in TABLE[name]
 
 
 def _write(symbol: str, sides: Iterator[int], rng: np.random.Generator) -> list[str]:
-    """Writes `symbol` as words, at random; every two-sided rule on the way takes the next of `sides`."""
+    """Expands `symbol` into random words; each two-sided rule that is met consumes the next of `sides`."""
     if symbol not in TABLE:
         return [symbol]
     alternatives = TABLE[symbol][next(sides) if len(TABLE[symbol]) == 2 else 0]
     chosen = alternatives[rng.integers(len(alternatives))]
-    return [word for part in chosen for word in _write(part, sides, rng)]
+    return [word for child in chosen for word in _write(child, sides, rng)]
 
 
 def _pattern(symbol: str) -> str:
-    """Returns the regular expression of all that `symbol` can write on either side, a space after each word."""
+    """Returns a regular expression for every text of `symbol`, on either side, with a space after each word."""
     if symbol not in TABLE:
         return re.escape(f"{symbol} ")
     alternatives = itertools.chain.from_iterable(TABLE[symbol])
@@ -77,7 +76,7 @@ def _pattern(symbol: str) -> str:
 
 
 def _all(symbol: str) -> list[str]:
-    """Returns every text that `symbol` can write, in the order of the tables."""
+    """Returns every text of `symbol`, in the order of the tables."""
     if symbol not in TABLE:
         return [symbol]
     alternatives = itertools.chain.from_iterable(TABLE[symbol])
@@ -88,14 +87,17 @@ _REVIEW = re.compile(_pattern("REVIEW"))
 
 
 def reviews(n: int, seed: int = 0) -> list[str]:
-    """Writes reviews, a third each of positive, negative and neutral mood, in random order.
+    """Writes reviews in random order: a third of them positive, a third negative and a third neutral.
 
-    In a positive (negative) review nine mood words of ten are positive (negative); a neutral one has one of each.
-    The mean score of the corpus is therefore one half. A review has 9 to 24 words, the final "." among them.
+    Nine of ten mood words in a positive (negative) review are positive (negative); a neutral review has one of each.
+    The mean score of the corpus is therefore one half. A review has 9 to 24 words, the final "." included.
 
     Args:
-        n: How many reviews; a few may be alike.
-        seed: Equal seeds write equal reviews.
+        n: The number of reviews; a few may be equal.
+        seed: The seed of the generator; equal seeds write equal reviews.
+
+    Raises:
+        ValueError: If `n` is below 1.
 
     Example:
         >>> corpus = reviews(3000, seed=1)
@@ -107,7 +109,7 @@ def reviews(n: int, seed: int = 0) -> list[str]:
     if n < 1:
         raise ValueError(f"Expected `n` to be positive, got {n}.")
     rng = np.random.default_rng(seed)
-    # Counted out rather than drawn, so that small corpora are balanced too.
+    # Moods are counted out rather than drawn, so that small corpora are balanced too.
     return [_review(mood, rng) for mood in rng.permutation(np.arange(n) % 3)]
 
 
@@ -118,13 +120,13 @@ def _review(mood: int, rng: np.random.Generator) -> str:
         symbol, moods = "SHORT", [first, 1 - first]
     else:
         symbol, moods = "REVIEW", [int(side) for side in np.where(rng.random(3) < FAITHFUL, mood, 1 - mood)]
-    # In the order of the text: mood, join, mood, join, mood. A short review leaves the last two unread.
+    # Two-sided rules come in the order mood, join, mood, join, mood; a short review leaves the last two unused.
     sides = moods[:1] + [side for before, now in itertools.pairwise(moods) for side in (before ^ now, now)]
     return " ".join(_write(symbol, iter(sides), rng))
 
 
 def score(text: str) -> float:
-    """Returns positive / (positive + negative) mood words in `text`; 0.0 where it has neither.
+    """Returns the share of positive words among the mood words of `text`, in [0, 1]; 0.0 if it has none.
 
     Example:
         >>> score("this phone is great but i hate it and everything works well .") == 2 / 3
@@ -136,9 +138,9 @@ def score(text: str) -> float:
 
 
 def parses(text: str) -> bool:
-    """Returns whether the whole `text`, prompt and completion, is a review of the grammar, whatever its mood.
+    """Returns whether the whole `text`, prompt and completion together, is a review of the grammar, in any mood.
 
-    Mood words of one slot stand in for each other, and so do the joins; how the words are spaced does not matter.
+    Either mood is accepted wherever a mood word or a join is due, and the number of spaces does not matter.
 
     Example:
         >>> parses("this phone is great and i love it ."), parses("this phone is great and i love it")
@@ -148,7 +150,7 @@ def parses(text: str) -> bool:
 
 
 def prompts() -> list[str]:
-    """Returns every opening, of 3 or 4 words and no mood; each review begins with one and goes on for 6 to 20 words.
+    """Returns every opening: 3 or 4 words without mood, with which reviews begin and after which 6 to 20 words follow.
 
     Example:
         >>> len(prompts()), prompts()[0]
@@ -158,7 +160,7 @@ def prompts() -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Returns every word (and ``,`` and ``.``) that a review may have, sorted.
+    """Returns every word of the grammar, ``,`` and ``.`` included, in alphabetical order.
 
     Example:
         >>> len(vocabulary()), vocabulary()[:3]

@@ -1,4 +1,4 @@
-"""Packages that an extra of textenv brings: what is said where one of them is missing."""
+"""The error for a missing optional package: it names the extra of textenv that installs it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from importlib.util import find_spec
 
 
 class MissingExtraError(ImportError):
-    """A package is not installed that an extra of textenv brings; the message says which, and how to install it."""
+    """An optional package is not installed; the message names the extra of textenv that brings it."""
 
 
 @contextmanager
 def needs(extra: str, package: str, feature: str) -> Iterator[None]:
-    """Name the extra where an import within fails.
+    """Turn an ImportError inside the block into one that names the extra to install.
 
     Args:
-        extra: The extra, as `setup.cfg` calls it.
-        package: What is imported.
-        feature: What needs it.
+        extra: The extra's name in `setup.cfg`.
+        package: The package that is imported.
+        feature: The feature that needs the package.
 
     Raises:
-        MissingExtraError: If what stands within raises ImportError.
+        MissingExtraError: If the block raises ImportError.
 
     Example:
         >>> with needs("plot", "matplotlib", "the curves"):
@@ -34,24 +34,24 @@ install "textenv[plot]".
     try:
         yield
     except ImportError as error:
-        raise MissingExtraError(_words(extra, package, feature, str(error).strip())) from error
+        raise MissingExtraError(_message(extra, package, feature, str(error).strip())) from error
 
 
 def check_extra(extra: str, package: str, feature: str) -> None:
-    """Name the extra where a package is not installed, without importing it: before the work, not behind it.
+    """Check that a package is installed, without importing it, so that a long job does not fail at its end.
 
     Args:
-        extra: The extra, as `setup.cfg` calls it.
-        package: What is looked for.
-        feature: What needs it.
+        extra: The extra's name in `setup.cfg`.
+        package: The package that will be imported.
+        feature: The feature that needs the package.
 
     Raises:
-        MissingExtraError: If it is not installed.
+        MissingExtraError: If the package is not installed.
     """
     if find_spec(package) is None:
-        raise MissingExtraError(_words(extra, package, feature, "none"))
+        raise MissingExtraError(_message(extra, package, feature, "none"))
 
 
-def _words(extra: str, package: str, feature: str, found: str) -> str:
-    # In double quotes: the brackets alone are a pattern of zsh and of PowerShell.
-    return f'Expected {package} for {feature}, got {found}: pip install "textenv[{extra}]".'
+def _message(extra: str, package: str, feature: str, reason: str) -> str:
+    # The requirement is quoted, since zsh and PowerShell would expand its brackets.
+    return f'Expected {package} for {feature}, got {reason}: pip install "textenv[{extra}]".'

@@ -1,4 +1,4 @@
-"""Rows of a data set by its name on the Hugging Face hub, or of a folder in the layout of the hub."""
+"""Data sets by their name on the Hugging Face hub, or from a folder in the hub's layout."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from textenv.extras import needs
 
 
 def read_dataset(name: str | PathLike[str], split: str = "train", **options: Any) -> Sequence[Mapping[str, Any]]:
-    """Return the rows of one split through `datasets.load_dataset`, read from disk as they are asked for.
+    """Return the rows of one split through `datasets.load_dataset`, read from disk when they are needed.
 
-    What it returns is a `datasets.Dataset`: `TextEnv(prompts=read_dataset(name))` reads its rows as they are dealt.
-    With the environment variable HF_HUB_OFFLINE=1 only folders and data sets already on this machine are found.
+    The result is a `datasets.Dataset`: `TextEnv(prompts=read_dataset(name))` reads a row when it deals it. With the
+    environment variable HF_HUB_OFFLINE=1 only folders and data sets already on this machine are found.
 
     Args:
-        name: A data set's name on the hub, or a folder of .parquet, .jsonl or .csv files, whose names say the split.
-        split: The split, as "train", "test" or "train[:10%]".
-        options: What else `datasets.load_dataset` takes, as `revision`.
+        name: A data set's name on the hub, or a folder of .parquet, .jsonl or .csv files named after their split.
+        split: The split, such as "train", "test" or "train[:10%]".
+        options: Other arguments of `datasets.load_dataset`, such as `revision`.
 
     Raises:
         ImportError: Without datasets: `pip install "textenv[hub]"`.
-        ValueError: If there is no such data set or split; the message has what was tried and why it failed.
+        ValueError: If there is no such data set or split; the message says what was tried and why it failed.
 
     Example:
         >>> read_dataset("cornell-movie-review-data/rotten_tomatoes")[0]["label"]  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""JSON that may be damaged or made by others: what it must look like is checked once, where it is read."""
+"""JSON files that may be damaged or a stranger's: their shape is checked once, when they are read."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 # A type (`float` takes whole numbers as well, `object` anything), None for null, a tuple of alternatives, [shape] for a
-# list, or {key: shape} for an object: what other keys it has is free, or of one shape where `str` is the key.
+# list, or {key: shape} for an object. An object may have other keys: of any shape, or of the one under the key `str`.
 Shape = Any
 
-NOTHING = object()  # what stands at a key that is not there
+NOTHING = object()  # the value of a missing key
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object"}
 
 
 def read_json(path: str | PathLike[str], shape: Shape = object) -> Any:
-    """Return what a JSON file holds.
+    """Return the value of a JSON file.
 
     Args:
         path: The file.
-        shape: What it must look like: `{"tokens": int, "figures": {str: (float, None)}}`, for example.
+        shape: The shape that the value must have, such as `{"tokens": int, "figures": {str: (float, None)}}`.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no JSON, or of another shape; the message names the file and the place in it.
+        OSError: If the file cannot be read.
+        ValueError: If it is not JSON, or of another shape; the message names the file and the key.
 
     Example:
         >>> # read_json("runs/mine/best/best.json", {"figure": str, "value": float})["value"]
@@ -38,15 +38,15 @@ def read_json(path: str | PathLike[str], shape: Shape = object) -> Any:
 
 
 def parse_json(text: str, shape: Shape, where: str) -> Any:
-    """Return what a text of JSON holds, as `read_json` does.
+    """Return the value of a JSON text, checked as `read_json` checks that of a file.
 
     Args:
-        text: The text.
-        shape: What it must look like.
-        where: Where it stands, for messages.
+        text: The JSON text.
+        shape: The shape that the value must have.
+        where: The text's place, for errors.
 
     Raises:
-        ValueError: If it is no JSON, or of another shape.
+        ValueError: If it is not JSON, or of another shape.
 
     Example:
         >>> parse_json('{"tokens": "8"}', {"tokens": int}, "line 1 of metrics.jsonl")
@@ -57,40 +57,40 @@ def parse_json(text: str, shape: Shape, where: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected JSON in {where}, got {text[:40]!r} ({error}).") from error
-    wrong = next(_mismatches(value, shape, ""), None)
-    if wrong is not None:
-        place, expected, got = wrong
-        at = f" as `{place}`" if place else ""
+    mismatch = next(_mismatches(value, shape, ""), None)
+    if mismatch is not None:
+        key, expected, got = mismatch
+        at = f" as `{key}`" if key else ""
         shown = "nothing" if got is NOTHING else reprlib.repr(got)
         raise ValueError(f"Expected {_name(expected)}{at} in {where}, got {shown}.")
     return value
 
 
-def _mismatches(value: Any, shape: Shape, place: str) -> Iterator[tuple[str, Shape, Any]]:
-    """Give each place that is of another shape, the shape that was expected, and what is there."""
+def _mismatches(value: Any, shape: Shape, path: str) -> Iterator[tuple[str, Shape, Any]]:
+    """Yield the path, the expected shape and the value of each part of `value` that is of another shape."""
     if isinstance(shape, tuple):
-        if all(any(_mismatches(value, one, place)) for one in shape):
-            yield place, shape, value
+        if all(any(_mismatches(value, alternative, path)) for alternative in shape):
+            yield path, shape, value
     elif isinstance(shape, (list, dict)) and not isinstance(value, type(shape)):
-        yield place, shape, value
+        yield path, shape, value
     elif isinstance(shape, list):
-        for i, one in enumerate(value):
-            yield from _mismatches(one, shape[0], f"{place}[{i}]")
+        for i, item in enumerate(value):
+            yield from _mismatches(item, shape[0], f"{path}[{i}]")
     elif isinstance(shape, dict):
         for key in {**shape, **value}:
             expected = shape.get(key, shape.get(str, object))
             if key is not str:
-                yield from _mismatches(value.get(key, NOTHING), expected, f"{place}.{key}" if place else key)
-    elif not _is(value, shape):
-        yield place, shape, value
+                yield from _mismatches(value.get(key, NOTHING), expected, f"{path}.{key}" if path else key)
+    elif not _is_of(value, shape):
+        yield path, shape, value
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _is_of(value: Any, kind: Any) -> bool:
     if value is NOTHING:
         return False
     if kind is None or value is None:
         return value is None and kind in (None, object)
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # a bool is an int in Python, and not in JSON
         return kind in (bool, object)
     return isinstance(value, (int, float) if kind is float else kind)
 

@@ -1,4 +1,4 @@
-"""Lines, JSON and CSV of files that may be anybody's: bounded, and refused by file and line."""
+"""Reading of untrusted text, JSON and CSV files: with bounded lengths, and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TextIO
 
-MAX_CHARS = 4_000_000  # of a line or a cell: about a million tokens
+MAX_CHARS = 4_000_000  # of a line or a cell: about a million tokens, more than any prompt has
 
 
 def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Yield each line of a text file that is not blank, with its number from 1.
+    """Yield the number, from 1, and the text of each line of a file that is not blank.
 
     Raises:
         ValueError: If a line is longer than 4,000,000 characters, or the file is not UTF-8.
@@ -24,7 +24,15 @@ def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
 
 
 def numbered(stream: TextIO, path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Yield each line of an open text file without its end, with its number from 1; `path` is for errors."""
+    """Yield the number, from 1, and the text of each line of an open file, without its newline.
+
+    Args:
+        stream: The open file.
+        path: Its name, for errors.
+
+    Raises:
+        ValueError: If a line is longer than 4,000,000 characters.
+    """
     number = 0
     while line := stream.readline(MAX_CHARS + 1):
         number += 1
@@ -38,12 +46,12 @@ def numbered(stream: TextIO, path: str | PathLike[str]) -> Iterator[tuple[int, s
 
 
 def read_csv(path: str | PathLike[str]) -> list[dict[str, Any]]:
-    """Return the rows of a CSV file with a header, by column.
+    """Return the rows of a CSV file as dictionaries from column to cell; its first line names the columns.
 
     Raises:
         ValueError: If a cell is longer than 4,000,000 characters, or a row has more cells than the header.
     """
-    before = csv.field_size_limit(MAX_CHARS)  # of the whole process
+    previous_limit = csv.field_size_limit(MAX_CHARS)  # holds for the whole process, hence the `finally`
     try:
         with _reading(path, newline="") as stream:
             reader = csv.DictReader(stream)
@@ -59,22 +67,26 @@ def read_csv(path: str | PathLike[str]) -> list[dict[str, Any]]:
                         f"Expected cells of at most {MAX_CHARS:,} characters, with their quotes closed, got {error} in "
                         f"{where}."
                     ) from error
-                if None in row:
+                if None in row:  # csv.DictReader puts surplus cells under the key None
                     raise ValueError(f"Expected {len(row) - 1} cells, as the header has, got more in {where}.")
                 rows.append(row)
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(previous_limit)
 
 
 def read_json(line: str, where: str) -> Any:
-    """Return the value of JSON.
+    """Return the value of a line of JSON.
 
     Args:
-        line: The JSON.
-        where: What an error calls it.
+        line: The JSON text.
+        where: Its place, for errors, such as "line 3 of 'prompts.jsonl'".
 
     Raises:
-        ValueError: If it is none, or its values lie too deep in each other.
+        ValueError: If it is not JSON, or nested too deeply.
+
+    Example:
+        >>> read_json('{"prompt": "It was"}', "line 1")
+        {'prompt': 'It was'}
     """
     try:
         return json.loads(line)

@@ -1,4 +1,4 @@
-"""Loading models: names of nothing are refused soon, damage is named, what a folder lacks is not drawn at random."""
+"""Guarded loading of Hugging Face models: unknown names, damaged files and missing weights are named in errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from textenv.trust import runs_remote_code
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# The files of a folder that transformers reads as objects; without these keys it raises a KeyError.
+# The JSON files that transformers reads from a folder, and the keys without which it raises a bare KeyError.
 OBJECTS: dict[str, dict[Any, Any]] = {
     "config.json": {},
     "generation_config.json": {},
@@ -26,20 +26,23 @@ OBJECTS: dict[str, dict[Any, Any]] = {
     "model.safetensors.index.json": {"weight_map": {str: str}},
     "tokenizer.json": {"model": dict, "added_tokens": [dict]},
 }
-LOOK_UP_SECONDS = 5.0  # for one question to the hub, where transformers asks again and again for half a minute
+LOOK_UP_SECONDS = 5.0  # for one request to the hub; transformers would retry for about half a minute
 
 
 def check_name(name: str | PathLike[str], expected: str = "the folder of a model or its name on the hub") -> None:
-    """Raise ValueError unless a name is that of a folder, of a model downloaded before, or of one on the hub.
+    """Raise ValueError unless a name is a folder, a model downloaded before, or a model on the hub.
 
-    The hub is asked once in a process, for at most `LOOK_UP_SECONDS`, and with HF_HUB_OFFLINE=1 not at all.
+    The hub is asked once per name and process, for at most `LOOK_UP_SECONDS`; with HF_HUB_OFFLINE=1 it is not asked.
 
     Args:
-        name: What a model or tokenizer is to be loaded by.
-        expected: What it may be, for the message.
+        name: The name or folder of a model or tokenizer.
+        expected: What the name may be, for the message.
+
+    Raises:
+        ValueError: If it is none of these; the message says what was tried.
 
     Example:
-        >>> check_name(".")  # any folder: what is in it is looked at when it is loaded
+        >>> check_name(".")  # any folder passes: its files are checked when they are loaded
     """
     text = fspath(name)
     if Path(text).is_dir():
@@ -52,7 +55,7 @@ def check_name(name: str | PathLike[str], expected: str = "the folder of a model
 
 @cache
 def _look_up(name: str) -> None:
-    """Raise LookupError, which says why, where a model is neither downloaded nor on the hub; success is remembered."""
+    """Raise LookupError with the reason if a model is neither downloaded nor on the hub; success is cached."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -73,15 +76,16 @@ def _look_up(name: str) -> None:
     answer = _ask_hub(name)
     if isinstance(answer, RepositoryNotFoundError) and not isinstance(answer, GatedRepoError):
         raise LookupError(f"{constants.ENDPOINT} has no such model, or a private one, for which `hf auth login` asks")
-    # Any other answer of the hub is left to transformers, which says how to get at a gated model.
+    # Other answers of the hub are left to transformers, whose error explains how to get access to a gated model.
     if answer is not None and not isinstance(answer, HfHubHTTPError):
         raise LookupError(f"it was not downloaded before, and {constants.ENDPOINT} cannot be reached: {answer}")
 
 
 def _ask_hub(name: str) -> Exception | None:
-    """Return why the hub does not tell of a model; None if it does.
+    """Return the error with which the hub answers for a model, or None if it has the model.
 
-    In a thread, since the time limit of a request holds for each of the hub's addresses, and for no look-up of them.
+    The request runs in a thread with a time limit of its own: the limit of a request applies to each of the hub's IP
+    addresses in turn, and not to the DNS look-up.
     """
     from huggingface_hub import HfApi
 
@@ -91,7 +95,7 @@ def _ask_hub(name: str) -> Exception | None:
         try:
             HfApi().model_info(name, timeout=LOOK_UP_SECONDS)
             answers.put(None)
-        except Exception as error:  # of whatever library carries the request: it is the answer
+        except Exception as error:  # any error of the libraries below is the answer
             answers.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
@@ -102,15 +106,15 @@ def _ask_hub(name: str) -> Exception | None:
 
 
 def from_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -> Any:
-    """Return `auto_class.from_pretrained(name, **kwargs)`, which asks nobody whether to run a model's code.
+    """Return `auto_class.from_pretrained(name, **kwargs)`, without the question whether to run the model's own code.
 
     Args:
         auto_class: A class of transformers.
         name: A name on the hub or the path of a folder.
-        **kwargs: The other arguments. `trust_remote_code` is what the command line says, and False elsewhere.
+        **kwargs: Other arguments. `trust_remote_code` is True only if the command line allowed it or it is given here.
 
     Raises:
-        ValueError: If it has code of its own that may not run, or a file is damaged.
+        ValueError: If the model has code of its own that may not run, or a file is damaged.
     """
     with readable(name):
         try:
@@ -120,10 +124,10 @@ def from_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -
 
 
 def from_config(auto_class: Any, config: Any, trust_remote_code: bool = False) -> Any:
-    """Return `auto_class.from_config(config)`, a model with fresh weights, as `from_pretrained` loads one with its own.
+    """Return `auto_class.from_config(config)`, a model with fresh weights, under the rules of `from_pretrained`.
 
     Raises:
-        ValueError: If it has code of its own that may not run.
+        ValueError: If the model has code of its own that may not run.
     """
     try:
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)
@@ -132,7 +136,7 @@ def from_config(auto_class: Any, config: Any, trust_remote_code: bool = False) -
 
 
 def refused_code(error: ValueError, name: object) -> ValueError:
-    """Return an error of loading a model; where it asks for trust in the model's own code, with how to give it."""
+    """Return the error, or where transformers asks to trust the model's own code, one that says how to allow it."""
     if "trust_remote_code=True" not in str(error):
         return error
     return ValueError(
@@ -144,32 +148,34 @@ def refused_code(error: ValueError, name: object) -> ValueError:
 def load_whole(
     auto_class: Any, name: str | PathLike[str], *, fresh_head: bool = False, any_more: bool = False, **kwargs: Any
 ) -> Any:
-    """Return `from_pretrained(auto_class, name, **kwargs)`, whose weights are all those of the folder.
+    """Return `from_pretrained(auto_class, name, **kwargs)` if every weight of the model comes from the folder.
+
+    transformers itself draws missing weights at random and leaves unexpected ones out, with no more than a warning.
 
     Args:
         auto_class: A class of transformers.
         name: A name on the hub or the path of a folder.
-        fresh_head: Whether the head may be a new one, in place of another: what stands beside the base model.
-        any_more: Whether the folder may have more than the model.
+        fresh_head: Whether the head, that is, all weights outside the base model, may be a new one.
+        any_more: Whether the folder may hold weights that the model does not have.
         **kwargs: The other arguments.
 
     Raises:
-        ValueError: If the folder lacks a tensor of the model, or has others, or a file is damaged.
+        ValueError: If the folder lacks a tensor of the model or has others, or a file is damaged.
     """
-    model, found = from_pretrained(auto_class, name, output_loading_info=True, **kwargs)
+    model, loading_info = from_pretrained(auto_class, name, output_loading_info=True, **kwargs)
     body = f"{model.base_model_prefix}."
-    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
     if fresh_head:
         missing = [key for key in missing if key.startswith(body)]
         unexpected = [key for key in unexpected if key.startswith(body)]
     if missing:
         raise ValueError(
-            f"Expected all weights of {type(model).__name__} in {str(name)!r}, got none for {_some(missing)}, which "
+            f"Expected all weights of {type(model).__name__} in {str(name)!r}, got none for {_named(missing)}, which "
             "would be random. Is the folder damaged, cut short, or one of a model with another head or config?"
         )
     if unexpected and not any_more:
         raise ValueError(
-            f"Expected the weights of {type(model).__name__} alone in {str(name)!r}, got {_some(unexpected)} besides, "
+            f"Expected the weights of {type(model).__name__} alone in {str(name)!r}, got {_named(unexpected)} besides, "
             "which its config has no place for. Is it the folder of another model? If they are to be left out, load it "
             "with transformers, save_pretrained(folder), and give that folder."
         )
@@ -197,13 +203,13 @@ def n_positions(config: PretrainedConfig) -> int | None:
 
 @contextmanager
 def readable(name: str | PathLike[str]) -> Iterator[None]:
-    """Name the file where what transformers loads within is damaged.
+    """Turn errors that a damaged file causes inside the block into one that names the file.
 
     Args:
-        name: What it is loaded by; a name on the hub has no files here, and is let through.
+        name: The folder that is loaded; a name on the hub has no files here and is not checked.
 
     Raises:
-        ValueError: If a file of the folder is damaged, or transformers raises what only a damaged one makes it raise.
+        ValueError: If a file of the folder is damaged, or loading fails with an error that only damage explains.
     """
     folder = Path(name)
     for file, shape in OBJECTS.items():
@@ -213,15 +219,15 @@ def readable(name: str | PathLike[str]) -> Iterator[None]:
         yield
     except ImportError:
         raise
-    except Exception as error:  # a KeyError, a SafetensorError, ...: it takes files for what they should be
+    except Exception as error:  # KeyError, SafetensorError, ...: transformers does not check the files it reads
         if isinstance(error, (OSError, ValueError)) and (not folder.is_dir() or str(folder) in str(error)):
-            raise  # transformers says what is wrong
+            raise  # this message of transformers already names the cause
         damaged = next(filter(_is_damaged, sorted(folder.glob("*.safetensors"))), folder)
-        raise ValueError(f"Expected to load {damaged}, got {type(error).__name__}: {_line(error)}") from error
+        raise ValueError(f"Expected to load {damaged}, got {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _is_damaged(file: Path) -> bool:
-    from safetensors import SafetensorError, safe_open  # comes with transformers
+    from safetensors import SafetensorError, safe_open  # required by transformers
 
     try:
         with safe_open(file, "np"):
@@ -230,10 +236,10 @@ def _is_damaged(file: Path) -> bool:
         return True
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _some(keys: Iterable[str]) -> str:
+def _named(keys: Iterable[str]) -> str:
     first, *others = keys
     return f"{first!r} and {len(others)} more" if others else repr(first)

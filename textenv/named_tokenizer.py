@@ -1,4 +1,4 @@
-"""A tokenizer by its name, so that an environment can be made of plain values, as those of a YAML file."""
+"""Tokenizers by name, so that an environment can be built from plain values such as those of a YAML file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from textenv.model_loading import check_name, from_pretrained
 from textenv.tokenizer import Tokenizer
 
 DEMO = "demo"
-SPECIAL = ("</s>", "<unk>")  # the end token, and what a word that is not known becomes
+SPECIAL = ("</s>", "<unk>")  # ids 0 and 1: the end token, and the token of every unknown word
 
 
 class WordTokenizer:
-    """One token a word, for texts whose words stand between spaces: that of the demo's model, without transformers.
+    """A tokenizer with one token per word, for texts whose words are separated by spaces.
+
+    It gives the same ids as the tokenizer of the demo's model, without transformers.
 
     Args:
-        words: The words, each once.
+        words: The words, each once; the first has id 2, after the two special tokens.
 
     Example:
         >>> tokenizer = WordTokenizer(["good", "film"])
@@ -33,24 +35,24 @@ class WordTokenizer:
         self._ids = {word: i for i, word in enumerate(self.words)}
 
     def __len__(self) -> int:
-        """Return the number of token ids: the words and two special ones."""
+        """Return the number of token ids, the two special ones included."""
         return len(self.words)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return an id for each word; no special tokens are ever added."""
+        """Return the id of each word, 1 for an unknown one; special tokens are never added."""
         return [self._ids.get(word, 1) for word in text.split()]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the words with spaces between."""
+        """Return the words, joined by spaces."""
         first = len(SPECIAL) if skip_special_tokens else 0
         return " ".join(self.words[i] for i in token_ids if i >= first)
 
 
 def read_tokenizer(tokenizer: Tokenizer | str | PathLike[str]) -> Tokenizer:
-    """Return a tokenizer as it is, or load it: "demo", or a name or folder for transformers' `AutoTokenizer`.
+    """Load a tokenizer: "demo", or a name or folder for transformers' `AutoTokenizer`; a tokenizer is returned as is.
 
     Raises:
-        ValueError: If there is none of the name.
+        ValueError: If no tokenizer has this name.
 
     Example:
         >>> read_tokenizer("demo").encode("this phone is great .")
@@ -63,7 +65,7 @@ def read_tokenizer(tokenizer: Tokenizer | str | PathLike[str]) -> Tokenizer:
 def _load(name: str) -> Tokenizer:
     if name == DEMO:
         return WordTokenizer(vocabulary())
-    from transformers import AutoTokenizer  # textenv itself does not need it
+    from transformers import AutoTokenizer  # here, since `import textenv` loads gymnasium and numpy only
 
     check_name(name, f"{DEMO!r} or a tokenizer's name or folder")
     try:

@@ -1,17 +1,15 @@
-"""A model's text made harmless for a terminal and for a page."""
+"""Model output made safe to print in a terminal and to show on a page."""
 
 import html
 
 MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}  # what formats a text, as HTML entities
 
 
-MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
-
-
 def printable(text: str) -> str:
-    r"""Return a text whose control characters are shown, not obeyed: a model may write escape codes.
+    r"""Return the text with its control characters escaped, since a model may write terminal escape codes.
 
-    Lines stay lines; a tab, a carriage return and what turns the direction of writing are shown as Python writes them.
+    Newlines are kept. Tabs, carriage returns and characters that change the writing direction appear as Python's
+    `repr` writes them.
 
     Example:
         >>> printable("gr\x1b[2Jeat\nfilm")

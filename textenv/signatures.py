@@ -1,4 +1,4 @@
-"""Whether a class or function takes the arguments that a configuration gives it by name."""
+"""Checks of named arguments against the signature of a class or function."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 def check_arguments(
     function: Callable[..., Any], given: Collection[str], name: str, without: Collection[str] = ()
 ) -> None:
-    """Refuse arguments that a class or function has not, and the lack of those that it needs.
+    """Refuse unknown arguments of a class or function, and missing ones that it requires.
 
     Args:
-        function: The class or function; through `**kwargs` the classes that it is derived from count as well.
-        given: The names of the arguments.
-        name: What it is called in the error.
-        without: Names of its arguments that are not given in this way.
+        function: The class or function. Where a class takes `**kwargs`, the arguments of its base classes count, too.
+        given: The names of the arguments that are given.
+        name: What errors call the class or function.
+        without: Names of its arguments that may not be given.
 
     Raises:
-        ValueError: With the names that there are, and the one that is most like the wrong one.
+        ValueError: If an argument is unknown or missing; the message lists the known ones and suggests the nearest.
 
     Example:
         >>> from textenv.rewards.rules import Length
@@ -29,13 +29,14 @@ def check_arguments(
         Traceback (most recent call last):
         ValueError: Expected arguments among target, unit for the reward 'length', got 'targe': did you mean 'target'?
     """
-    parameters, is_open = _takes(function)
-    known = [one for one in parameters if one not in without]
-    for one in given:
-        if one not in known and (one in without or not is_open):
-            there = f"arguments among {', '.join(known)}" if known else "no arguments"
-            raise ValueError(f"Expected {there} for {name}, got {one!r}{nearest(one, known)}")
-    missing = [one for one in known if parameters[one].default is Parameter.empty and one not in given]
+    parameters, takes_any = _parameters_of(function)
+    known = [argument for argument in parameters if argument not in without]
+    for argument in given:
+        if argument not in known and (argument in without or not takes_any):
+            expected = f"arguments among {', '.join(known)}" if known else "no arguments"
+            raise ValueError(f"Expected {expected} for {name}, got {argument!r}{nearest(argument, known)}")
+    required = [argument for argument in known if parameters[argument].default is Parameter.empty]
+    missing = [argument for argument in required if argument not in given]
     if missing:
         raise ValueError(
             f"Expected the argument {missing[0]!r} for {name}, got {', '.join(sorted(map(str, given))) or 'none'}."
@@ -44,42 +45,42 @@ def check_arguments(
 
 def needed(function: Callable[..., Any]) -> list[str]:
     """Return the names of the arguments that have no default."""
-    return [name for name, one in _takes(function)[0].items() if one.default is Parameter.empty]
+    return [name for name, parameter in _parameters_of(function)[0].items() if parameter.default is Parameter.empty]
 
 
-def _takes(function: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]:
-    """Return the parameters that can be given by name, and whether there may be others that nothing tells."""
+def _parameters_of(function: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]:
+    """Return the parameters that can be given by name, and whether the function may take others besides."""
     if not isinstance(function, type) or function.__init__ is object.__init__:  # type: ignore[misc]
         try:
             return _by_name(inspect.signature(function).parameters.values())
         except ValueError:  # compiled, and without a signature
             return {}, True
-    found: dict[str, Parameter] = {}
-    makers = [vars(base)["__init__"] for base in function.__mro__[:-1] if "__init__" in vars(base)]
-    for place, maker in enumerate(makers):
-        more, is_open = _by_name(list(inspect.signature(maker).parameters.values())[1:])
-        if place:  # what a class fills in for the one above it has no need to be given
-            more = {name: one.replace(default=None) for name, one in more.items()}
-        found = {**more, **found}
-        if not is_open:
-            return found, False
-    return found, True
+    merged: dict[str, Parameter] = {}
+    initialisers = [vars(base)["__init__"] for base in function.__mro__[:-1] if "__init__" in vars(base)]
+    for i, initialiser in enumerate(initialisers):
+        parameters, takes_any = _by_name(list(inspect.signature(initialiser).parameters.values())[1:])
+        if i > 0:  # a base class's required argument may be filled in by the subclass, so it counts as optional
+            parameters = {name: parameter.replace(default=None) for name, parameter in parameters.items()}
+        merged = {**parameters, **merged}
+        if not takes_any:
+            return merged, False
+    return merged, True
 
 
 def _by_name(parameters: Iterable[Parameter]) -> tuple[dict[str, Parameter], bool]:
-    every = list(parameters)
+    """Return the parameters that can be given by name, and whether `**kwargs` is among the parameters."""
+    listed = list(parameters)
     kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    return {one.name: one for one in every if one.kind in kinds}, any(
-        one.kind is Parameter.VAR_KEYWORD for one in every
-    )
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in listed)
+    return {parameter.name: parameter for parameter in listed if parameter.kind in kinds}, takes_any
 
 
 def nearest(name: object, known: Collection[str]) -> str:
-    """Return the end of a sentence: the known name that is most like this one, if one is.
+    """Return the end of an error's sentence, which suggests the most similar known name, if one is similar.
 
     Example:
         >>> nearest("trian", ["sft", "train"])
         ": did you mean 'train'?"
     """
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)  # "lk" for "kl" scores 0.5
     return f": did you mean {near[0]!r}?" if near else "."

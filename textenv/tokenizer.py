@@ -1,4 +1,4 @@
-"""What we ask of a tokenizer, how a prompt is encoded for a model to continue, and a character tokenizer."""
+"""The tokenizer protocol, the encoding of prompts and decoding of continuations, and a character tokenizer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import string
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-# A character of UTF-8 has at most four bytes, hence at most four tokens: enough context to decode a boundary right.
+# A UTF-8 character has at most four bytes, hence at most four tokens: enough context to decode a text's boundary.
 BOUNDARY_TOKENS = 4
-BROKEN = "\ufffd"  # what a decoder writes for the bytes of an unfinished character
+BROKEN = "\ufffd"  # the replacement character, which decoders write for the bytes of an unfinished character
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The members of a tokenizer that the library uses; every Hugging Face tokenizer has them.
+    """The members of a tokenizer that this library uses; every Hugging Face tokenizer has them.
 
-    `len(tokenizer)` is the number of token ids, added tokens included: it is the size of the action space.
+    `len(tokenizer)` is the number of token ids, added tokens included, and the size of the action space.
     """
 
     eos_token_id: int | None
@@ -31,16 +31,20 @@ class Tokenizer(Protocol):
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Encode `text` so that a causal model continues it: what opens a text is kept, what closes it is not.
+    """Encode `text` for a causal model to continue: with the special tokens before it, without those after it.
 
-    A tokenizer may put special tokens in front (BOS, [CLS]) and behind (EOS, [SEP]). The ones behind would end the
-    prompt. A text that already begins with the opening tokens (as a chat template writes them) gets them once.
+    A tokenizer may add special tokens before a text (BOS, [CLS]) and after it (EOS, [SEP]); the latter would end the
+    prompt. A text that already begins with the opening tokens, as chat templates write them, gets them only once.
 
     Returns:
-        The opening special tokens, and the tokens of the text itself.
+        The special tokens that open the text, and the tokens of the text itself.
 
     Raises:
         ValueError: If the tokens of the text cannot be told from the special ones.
+
+    Example:
+        >>> encode_prompt(CharTokenizer("ab"), "ab")
+        ([], [1, 2])
     """
     body = list(tokenizer.encode(text, add_special_tokens=False))
     full = list(tokenizer.encode(text, add_special_tokens=True))
@@ -57,10 +61,14 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
 def decode_continuation(
     tokenizer: Tokenizer, context: Sequence[int], token_ids: Sequence[int], skip_special_tokens: bool = True
 ) -> str:
-    """Return the text that `token_ids` add behind the tokens `context`, so that text before + this reads right.
+    """Return the text that `token_ids` add to the text of `context`.
 
-    Decoding the ids alone would lose the space in front of the first word (SentencePiece, word tokenizers) and break a
-    character whose bytes lie on both sides.
+    Decoding the ids alone would lose the space before the first word (SentencePiece, word tokenizers) and break a
+    character whose bytes are split between the two.
+
+    Example:
+        >>> decode_continuation(CharTokenizer("ab"), [1, 2], [1, 0])
+        'a'
     """
     near = list(context)[-BOUNDARY_TOKENS:]
     before = tokenizer.decode(near, skip_special_tokens=skip_special_tokens)
@@ -68,19 +76,22 @@ def decode_continuation(
     shared = len(before)
     while not both.startswith(before[:shared]):
         shared -= 1
-    if not before[shared:].strip(BROKEN):  # the rest is at most a character that the ids go on with
+    if not before[shared:].strip(BROKEN):  # the two differ at most in a character that the new ids complete
         return both[shared:]
     return tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 
 class CharTokenizer:
-    """One token a character and an end token: for tests, first steps and work without a network.
+    """A tokenizer with one token per character and an end token, for tests and first steps without a network.
 
     Token 0 is the end token; the characters follow in the order of `alphabet`.
 
     Args:
         alphabet: The characters, each once.
-        eos_token: How the end token reads when special tokens are not skipped.
+        eos_token: The text of the end token where special tokens are not skipped.
+
+    Raises:
+        ValueError: If the alphabet has a character twice.
 
     Example:
         >>> tokenizer = CharTokenizer("ab ")
@@ -101,7 +112,7 @@ class CharTokenizer:
         return len(self.alphabet) + 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return an id for each character; no special tokens are ever added.
+        """Return the id of each character; special tokens are never added.
 
         Raises:
             ValueError: If `text` has a character outside the alphabet.
@@ -112,6 +123,6 @@ class CharTokenizer:
         return [self._ids[char] for char in text]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of the ids; the end token reads as `eos_token` unless skipped."""
+        """Return the text of the ids, in which the end token is written as `eos_token` unless it is skipped."""
         end = "" if skip_special_tokens else self.eos_token
         return "".join(self.alphabet[i - 1] if i > 0 else end for i in token_ids)

@@ -1,4 +1,4 @@
-"""What a configuration may import, read and write: it may be a stranger's, so that only the command line says more."""
+"""The limits of a configuration, which may be a stranger's: only the command line lets it import, send or run more."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", flags=re.ASCII)
 
 
 class Trust(NamedTuple):
-    """What the command line, and nothing else, allows.
+    """The permissions that the command line, and nothing else, gives to a configuration.
 
     Args:
-        modules: Modules that a configuration may import beside our own.
+        modules: The modules that it may import besides `textenv` and `agents`.
         remote_code: Whether a model's own code may run.
-        variables: Environment variables whose value a configuration may send.
+        variables: The environment variables whose values it may send.
     """
 
     modules: Collection[str] = ()
@@ -32,12 +32,12 @@ class Trust(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What is asked for where a name stands.
+    """The kind of object that a configuration names at one place.
 
     Args:
-        name: "reward", "metric", ...
-        what: What a class must be for it, as the end of an error's sentence.
-        fits: Whether a class is one.
+        name: The kind: "reward", "metric", ...
+        what: What a class of this kind must be, as errors say after "Expected".
+        fits: Returns whether a class is of this kind.
     """
 
     name: str
@@ -50,7 +50,10 @@ _trust: ContextVar[Trust | None] = ContextVar("trust", default=None)
 
 @contextmanager
 def only_with(trust: Trust) -> Iterator[None]:
-    """Within, what is built is built for a configuration: its names, variables and paths are looked at.
+    """Check names, variables and paths inside the block, where objects are built from a configuration.
+
+    Args:
+        trust: What the command line allows.
 
     Example:
         >>> from textenv.rewards import make_reward
@@ -68,18 +71,23 @@ add --allow os to the command.
 
 
 def current_trust() -> Trust | None:
-    """Return what is allowed to the configuration that is being built; None where there is none, as in Python code."""
+    """Return the permissions of the configuration that is being built; None outside of one, as in Python code."""
     return _trust.get()
 
 
 def find_class(path: Any, kind: Kind, trust: Trust) -> type:
-    """Import the class of a "module:Class" that stands in a configuration.
+    """Import the class that a configuration names as "module:Class".
 
-    It must be defined there, and be of the kind that is asked for: a function, or what a module has imported from
-    elsewhere, may do anything.
+    The module must define the class itself, and the class must be of the given kind: a function, or an object that the
+    module imported from elsewhere, might do anything.
+
+    Args:
+        path: The name, "module:Class".
+        kind: The kind of class that is expected.
+        trust: What the command line allows.
 
     Raises:
-        ValueError: If its module may not be imported, or it is no such class.
+        ValueError: If the module may not be imported, or the class is missing or of another kind.
     """
     if not isinstance(path, str) or PATH.fullmatch(path) is None:
         raise ValueError(f"Expected the name of a {kind.name}, or module:Class, got {path!r:.80}.")
@@ -91,27 +99,32 @@ def find_class(path: Any, kind: Kind, trust: Trust) -> type:
             f"--allow {root} to the command."
         )
     if root in trust.modules:
-        _look_here()
+        _add_current_folder()
     try:
-        found = vars(import_module(module)).get(name)
+        imported = vars(import_module(module)).get(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # what the module itself imports
+            raise  # the module is there, but one of its own imports is not
         raise ValueError(f"Expected {path!r} to be there, got: {error}.") from error
     except SystemExit as error:
         raise ValueError(f"Expected a module to import, got {module}, which ends the process ({error!r}).") from error
-    if found is None:
+    if imported is None:
         raise ValueError(f"Expected {path!r} to be there, got a module without it.")
-    if not isinstance(found, type) or found.__module__ != module:
-        what = f"one of {found.__module__}" if isinstance(found, type) else f"a {type(found).__name__}"
+    if not isinstance(imported, type) or imported.__module__ != module:
+        what = f"one of {imported.__module__}" if isinstance(imported, type) else f"a {type(imported).__name__}"
         raise ValueError(f"Expected {kind.what}, that {module} defines, got {path!r}, {what}.")
-    if inspect.isabstract(found) or vars(found).get("_is_protocol") or not kind.fits(found):
+    # typing.Protocol sets `_is_protocol` on the protocols themselves, and to False on classes that implement one.
+    if inspect.isabstract(imported) or vars(imported).get("_is_protocol") or not kind.fits(imported):
         raise ValueError(f"Expected {kind.what} at {path!r}, as a {kind.name} is, got another class.")
-    return found
+    return imported
 
 
 def is_called_with(*names: str, method: str = "__call__") -> Callable[[type], bool]:
-    """Return what says whether a class has a method with arguments of these names.
+    """Return a function that tells whether a class has a method whose required arguments have exactly these names.
+
+    Args:
+        *names: The names after `self`, without leading underscores.
+        method: The method's name.
 
     Example:
         >>> class Polite:
@@ -120,26 +133,26 @@ def is_called_with(*names: str, method: str = "__call__") -> Callable[[type], bo
         (True, False)
     """
 
-    def fits(found: type) -> bool:
-        call = getattr(found, method, None)
-        if not inspect.isfunction(call):  # a class without one has that of its metaclass
+    def fits(cls: type) -> bool:
+        call = getattr(cls, method, None)
+        if not inspect.isfunction(call):  # getattr falls back to the metaclass, whose `__call__` makes instances
             return False
         parameters = list(inspect.signature(call).parameters.values())[1:]
-        given = [one.name.lstrip("_") for one in parameters if one.default is one.empty and one.kind < one.KEYWORD_ONLY]
-        return given == list(names)
+        required = [p.name.lstrip("_") for p in parameters if p.default is p.empty and p.kind < p.KEYWORD_ONLY]
+        return required == list(names)
 
     return fits
 
 
-def _look_here() -> None:
-    """Have modules looked for in the current folder as well, last of all: those that a user allows by name."""
+def _add_current_folder() -> None:
+    """Let modules that a user allowed by name be imported from the current folder, after all other folders."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
 
 
 def check_variable(name: str) -> None:
-    """Raise ValueError where a configuration would send an environment variable that the command line has not named."""
+    """Raise ValueError if a configuration would send an environment variable that the command line does not allow."""
     trust = current_trust()
     if trust is not None and name not in trust.variables:
         raise ValueError(
@@ -149,11 +162,11 @@ def check_variable(name: str) -> None:
 
 
 def check_written(path: str | PathLike[str], suffix: str = "") -> None:
-    """Raise ValueError where a configuration would have something written that is not below the current folder.
+    """Raise ValueError if a configuration would write a file outside the current folder.
 
     Args:
-        path: Where to.
-        suffix: How the name must end.
+        path: The file or folder to be written.
+        suffix: The ending that its name must have.
     """
     here = Path.cwd().resolve()
     if current_trust() is not None and not (
@@ -167,6 +180,6 @@ def check_written(path: str | PathLike[str], suffix: str = "") -> None:
 
 
 def runs_remote_code() -> bool:
-    """Return whether a model's own code may run: only where the command line has said so."""
+    """Return whether a model's own code may run, which only the command line can allow."""
     trust = current_trust()
     return trust is not None and trust.remote_code

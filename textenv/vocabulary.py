@@ -1,4 +1,4 @@
-"""What each token of a tokenizer writes, in bytes: what masks match text with."""
+"""The tokens of a tokenizer as bytes, against which masks match text."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from textenv.tokenizer import BROKEN, Tokenizer
 
 T = TypeVar("T")
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's byte fallback
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens for single bytes ("byte fallback")
 
 
 @runtime_checkable
 class _NamesTokens(Protocol):
-    """A tokenizer that tells the string of a token, as every Hugging Face tokenizer does."""
+    """A tokenizer that gives the string of a token, as every Hugging Face tokenizer does."""
 
     def convert_ids_to_tokens(self, ids: int) -> str:
         """Return the token's string."""
 
 
 class Vocabulary:
-    """The tokens of a tokenizer as bytes, sets of them as packed bits, and those that end a turn.
+    """The tokens of a tokenizer as bytes, with sets of tokens as packed bits, and the tokens that end a turn.
 
-    A set of tokens is a uint8 array with one bit a token, lowest first, in whole words of 32.
+    A set of V tokens is a uint8 array of shape (W,) with one bit per token, lowest bit first; W is the number of
+    bytes rounded up to whole words of 32 bits.
 
     Args:
         tokenizer: The tokenizer.
@@ -47,11 +48,11 @@ class Vocabulary:
         self._remembered: dict[Hashable, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave out what can be computed again: some of it does not pickle."""
+        """Pickle the arguments alone: all else can be computed again, and some of it does not pickle."""
         return Vocabulary, (self.tokenizer, self.stop_ids)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` returned the first time it was asked for under this key."""
+        """Return the result of `make`, which is called only the first time a key is used."""
         if key not in self._remembered:
             self._remembered[key] = make()
         return self._remembered[key]
@@ -71,23 +72,24 @@ class Vocabulary:
         return self.pack_flags(allowed)
 
     def pack_flags(self, allowed: np.ndarray) -> np.ndarray:
-        """Return what is said of each token, (V,) bool, as packed bits, (W,) uint8."""
-        bits = np.packbits(allowed, bitorder="little")
-        return np.pad(bits, (0, -len(bits) % 4))
+        """Return the set of tokens whose flag is true, from (V,) bool to packed bits, (W,) uint8."""
+        bits = np.packbits(allowed, bitorder="little")  # (ceil(V / 8),)
+        return np.pad(bits, (0, -len(bits) % 4))  # (W,): whole words of 32 bits
 
     @cached_property
     def everything(self) -> np.ndarray:
-        """All tokens, packed."""
+        """The set of all tokens, as packed bits."""
         return self.pack_flags(np.ones(self.size, dtype=bool))
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """The bytes that each token writes behind other text, its space included; none for special tokens.
+        """The bytes that each token adds to a text, its leading space included; none for special tokens.
 
-        A token that is a piece of a character is read from its string (byte-level BPE, SentencePiece's `<0x0A>`); where
-        the tokenizer does not tell it, such a token is taken to write nothing.
+        The bytes of a token that is only part of a character are read from its string (byte-level BPE, SentencePiece's
+        `<0x0A>`); if the tokenizer does not give that string, the token counts as adding nothing.
         """
         decode = self.tokenizer.decode
+        # Each token is decoded after a plain one, since the first token of a text may lose its space.
         anchor = next((i for i in range(self.size) if _is_plain(decode([i], skip_special_tokens=True))), None)
         near = [] if anchor is None else [anchor]
         before = decode(near, skip_special_tokens=True)
@@ -113,8 +115,12 @@ def _is_plain(text: str) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the byte that each character stands for in byte-level BPE (GPT-2's `bytes_to_unicode`, inverted)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    """Return the byte that each character stands for in byte-level BPE.
+
+    It is the inverse of `bytes_to_unicode` in transformers' `convert_slow_tokenizer.py`: printable bytes stand for
+    themselves, and the others, in their order, for the characters from 256 on.
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # "!" to "~", "¡" to "¬", "®" to "ÿ"
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 

@@ -1,4 +1,4 @@
-"""Other libraries' text environments as token environments: one protocol, and a file a library, loaded when named.
+"""Other libraries' text games as token environments, through one protocol and one module per library.
 
 =========== =========================================================== ==================================
 library     file and class                                              tested with (Python 3.11)
@@ -10,7 +10,8 @@ OpenEnv     `textenv.adapters.openenv.OpenEnvGame`                      openenv 
 verifiers   `textenv.adapters.verifiers.VerifiersGame`                  verifiers 0.4.0
 =========== =========================================================== ==================================
 
-None of them is a dependency; each file says what its library's traps are.
+None of them is a dependency: a module imports its library only when it is used. Its docstring lists the library's
+traps.
 """
 
 from textenv.adapters.game import Game, GameError, Outcome

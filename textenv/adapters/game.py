@@ -1,4 +1,4 @@
-"""What a game of turns is: the protocol that each adapter writes, and what comes of a turn."""
+"""The protocol of a game of turns, which each adapter implements, and the outcome of a turn."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class GameError(RuntimeError):
-    """A game raised, broke the protocol, or does not play the same again from its seed; the message says which."""
+    """A game raised an error, broke the protocol, or played differently from the same seed; the message says which."""
 
 
 class Outcome(NamedTuple):
-    """What a turn has led to.
+    """The result of a turn.
 
     Attributes:
-        text: What the policy sees of it.
-        reward: What the turn has earned.
-        terminated: Whether the game is over. It wins over `truncated`.
+        text: The reply that the policy observes.
+        reward: The turn's reward.
+        terminated: Whether the game is over; if so, `truncated` does not matter.
         truncated: Whether the game was broken off.
-        info: Whatever the game says besides.
+        info: Anything else that the game reports.
     """
 
     text: str
@@ -31,9 +31,9 @@ class Outcome(NamedTuple):
 class Game(Protocol):
     """A text environment in which an action is a whole turn.
 
-    From the same seed the same turns must lead to the same texts and rewards, in another process too: the generators of
-    Python's `random` and of NumPy's global functions are seeded for each game and kept apart from all others, so a game
-    may draw from them. What else is random must follow from `seed`.
+    The same seed and turns must lead to the same texts and rewards, in another process too. A game may draw from
+    Python's `random` and NumPy's global functions: their state is seeded for each game and kept apart from all others.
+    Any other randomness must follow from `seed`.
 
     Example:
         >>> class Echo:
@@ -46,7 +46,7 @@ class Game(Protocol):
     """
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Begin the game of this seed; return the text that the policy goes on from, and an info."""
+        """Begin the game of this seed; return its opening, after which the policy writes, and an info."""
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Play a turn; return what `Outcome` has: text, reward, terminated, truncated, info."""
+        """Play a turn; return the fields of `Outcome`: text, reward, terminated, truncated, info."""

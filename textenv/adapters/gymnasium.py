@@ -2,12 +2,12 @@
 
 Written for gymnasium 1.4.0. Its traps:
 
-- `reset(seed=...)` seeds the env's own generator and no other: an env that draws from NumPy's global functions is no
-  matter here (they are kept for each game), one that keeps a generator of its own is.
-- An env may return `terminated` and `truncated` both; the end of the game wins.
+- `reset(seed=...)` seeds the env's `np_random` and no other generator. An env that draws from NumPy's global functions
+  is repeatable here all the same (see `Game`); one with a further generator of its own is not.
+- An env may return both `terminated` and `truncated`; `terminated` wins here.
 - `Discrete(n, start=s)` counts from s, and its observations are NumPy integers.
-- `gym.make` adds a time limit for many ids: it truncates, and the turns it counts are actions, not texts.
-- A `Text` space has a character set and a length; an action outside is refused before the env sees it.
+- `gym.make` adds a time limit for many ids. It truncates, and counts actions, not turns.
+- A `Text` space has a character set and a maximum length; an action outside it is refused before the env sees it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ class GymnasiumGame:
 
     Args:
         env: An id for `gymnasium.make`, or a function that makes the environment.
-        obs_to_text: What an observation reads like. Unset, of a `Text` space itself, of a `Discrete` one its number.
-        text_to_action: The action that a turn means, or None where it means none. Unset, of a `Text` space the turn, of
-            a `Discrete` one the first number in it.
-        refusal: The reply to a turn that means no action, or none in the space. Nothing is played, and it earns 0.
-        **kwargs: Arguments of `gymnasium.make`.
+        obs_to_text: Returns the text of an observation. By default, the observation itself for a `Text` space, and its
+            number for a `Discrete` one.
+        text_to_action: Returns the action of a turn's text, or None if it has none. By default, the text itself for a
+            `Text` space, and the first number in it for a `Discrete` one.
+        refusal: The reply to a turn without an action in the space. No action is played, and the turn earns 0.
+        **kwargs: Other arguments of `gymnasium.make`.
 
     Raises:
-        ValueError: If a space is neither and has no function.
+        ValueError: If a space is neither Text nor Discrete and its function is missing.
 
     Example:
         >>> game = GymnasiumGame("FrozenLake-v1", is_slippery=False)
@@ -58,12 +59,12 @@ class GymnasiumGame:
         self.text_to_action = _reader(self.env.action_space) if text_to_action is None else text_to_action
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Reset the environment with this seed."""
+        """Reset the environment with this seed; return its text and info."""
         observation, info = self.env.reset(seed=seed)
         return self._text(observation), info
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take the action that a text means, if it means one."""
+        """Take the action of a text, if it has one; return text, reward, terminated, truncated and info."""
         action = self.text_to_action(text)
         if action is None or not self.env.action_space.contains(action):
             return self.refusal, 0.0, False, False, {"refused": True}
@@ -92,11 +93,12 @@ def _reader(space: spaces.Space[Any]) -> Callable[[str], Any]:
 
 
 def first_number(text: str) -> int | None:
-    """Return the first integer in a text, or None; one of more than 18 digits is none.
+    """Return the first integer in a text; None if there is none, or it has more than 18 digits and sign.
 
     Example:
         >>> first_number("to cell 3, or 4"), first_number("pass")
         (3, None)
     """
-    found = re.search(r"-?\d+", text)
-    return int(found.group()) if found is not None and len(found.group()) < 19 else None
+    match = re.search(r"-?\d+", text)
+    # 18 characters fit int64, in which gymnasium's spaces keep actions.
+    return int(match.group()) if match is not None and len(match.group()) < 19 else None

@@ -1,15 +1,16 @@
-"""OpenEnv environments, in this process, as games.
+"""OpenEnv environments as games, run in this process.
 
-Written for openenv 0.10.0 (the package was `openenv-core` up to 0.3). Its traps:
+Written for openenv 0.10.0 (the package was called `openenv-core` up to 0.3). Its traps:
 
-- An environment is a class that a server would run; here no server runs. `reset_async` and `step_async` are not called.
-- Actions and observations are pydantic models of the environment's own, which forbid unknown fields: no default turns
-  a text into an action, so both functions must be given.
-- Reward and end stand in the observation: `reward` may be None, which is 0 here, and there is no truncation: `done`
-  ends the game.
-- `reset` need not use its seed, and many examples draw ids with `uuid4`: a `GameError` says where a game does not play
-  the same again. What the rest of a `State` holds is not looked at.
-- It needs fastmcp 3, hence mcp below 2, while verifiers 0.4 pins mcp 2: they do not fit into one Python environment.
+- An environment is a class that a server would run; no server runs here, and `reset_async` and `step_async` are not
+  called.
+- Actions and observations are pydantic models of each environment, which forbid unknown fields. So there is no default
+  that turns a text into an action, and both functions must be given.
+- Reward and end are fields of the observation. A `reward` of None counts as 0. There is no truncation: `done`
+  terminates the game.
+- `reset` need not use its seed, and many examples draw ids with `uuid4`. A game whose texts differ when it is played
+  again raises a `GameError`; the rest of its `State` is not compared.
+- It needs fastmcp 3, which needs mcp below 2, while verifiers 0.4 pins mcp 2: the two cannot share an environment.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class OpenEnvGame:
     """An OpenEnv environment as a game.
 
     Args:
-        env: Makes the environment: the class, or a `functools.partial` of it.
-        to_action: The action that a turn means, or None where it means none.
-        to_text: What an observation reads like.
-        refusal: The reply to a turn that means no action. Nothing is played, and it earns 0.
+        env: Makes the environment: its class, or a `functools.partial` of it.
+        to_action: Returns the action of a turn's text, or None if it has none.
+        to_text: Returns the text of an observation.
+        refusal: The reply to a turn without an action. No action is played, and the turn earns 0.
 
     Example:
         >>> from functools import partial
@@ -50,14 +51,14 @@ class OpenEnvGame:
         self.refusal = refusal
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Reset the environment with this seed."""
+        """Reset the environment with this seed; return its text and metadata."""
         observation = self.env.reset(seed=seed)
         if observation.done:
             raise GameError(f"Expected a game to begin, but {type(self.env).__name__} is done after `reset`.")
         return self._text(observation), dict(observation.metadata)
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take the action that a text means, if it means one."""
+        """Take the action of a text, if it has one; return text, reward, terminated, truncated and info."""
         action = self.to_action(text)
         if action is None:
             return self.refusal, 0.0, False, False, {"refused": True}

@@ -1,4 +1,4 @@
-"""A Python expression as a tool: evaluated in a child process with little time, little memory and few names."""
+"""The tool that evaluates Python expressions, in a child process with limits on time, memory and names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from textenv.adapters.tools import ToolError
 
-# Run by the child. Names and attributes are listed rather than excluded: what is not here cannot be reached, so neither
-# imports nor files, frames or classes can. The limits hold whatever the expression does.
+# The child's program. It lists the allowed names and attributes rather than the forbidden ones, so that imports, files,
+# frames and classes are out of reach. The resource limits are set first and hold whatever the expression does.
 CHILD = """
 import ast, json, math, resource, sys
 seconds, megabytes, max_chars = map(int, sys.argv[1:])
@@ -42,19 +42,19 @@ print(json.dumps([said[0], said[1][:max_chars]]))
 
 @dataclass(frozen=True)
 class PythonTool:
-    """A Python expression, such as `sum(range(10))`; its value as `str` writes it is the result.
+    """A tool that evaluates a Python expression, such as `sum(range(10))`, and returns its value as `str` writes it.
 
-    It is evaluated in a fresh interpreter (some 20 ms) without site packages and environment variables, that may
-    neither write files nor open any, with limits on processor time and memory; of names there are `math` and the
-    builtins without side effects, and of attributes those of `math` and some of strings and dicts. That holds back what
-    a policy stumbles upon; it is no guarantee against an adversary: run untrusted models in a container.
+    The expression runs in a fresh interpreter (about 20 ms) without site packages and environment variables, which can
+    neither read nor write files, with limits on processor time and memory. It may use `math`, the builtins without side
+    effects, the attributes of `math`, and some methods of strings and dicts. This stops what a policy stumbles upon. It
+    is no sandbox against an adversary: run untrusted models in a container.
 
-    Needs the module `resource`, which Linux and macOS have.
+    It needs the module `resource`, which only Linux and macOS have.
 
     Args:
-        seconds: The most processor time, and one more by the clock.
-        megabytes: The most memory, the interpreter's own 40 included.
-        max_chars: How much of a result is kept.
+        seconds: The limit of processor time; the child is killed one second later by the clock.
+        megabytes: The limit of memory, including about 40 of the interpreter itself.
+        max_chars: The number of characters of a result that are kept.
 
     Example:
         >>> PythonTool()("max(len(word) for word in 'how long is this'.split())")
@@ -73,7 +73,8 @@ class PythonTool:
         """Return the value of an expression.
 
         Raises:
-            ToolError: With the exception that it raised, or the limit that it reached.
+            ToolError: If the expression raised an exception or reached a limit; the message says which.
+            RuntimeError: If the child process itself failed.
         """
         if not _is_text(text):
             raise ToolError("expected a text that UTF-8 can write, got a lone surrogate")
@@ -91,20 +92,20 @@ class PythonTool:
             )
         except subprocess.TimeoutExpired as error:
             raise ToolError(f"not done after {self.seconds} seconds") from error
-        if child.returncode < 0:  # a signal: the limit of processor time
+        if child.returncode < 0:  # killed by a signal, SIGXCPU or SIGKILL, at the limit of processor time
             raise ToolError(f"not done after {self.seconds} seconds")
         if child.returncode > 0:
             raise RuntimeError(f"The child process of PythonTool failed: {child.stderr[-400:]}")
-        is_value, said = json.loads(child.stdout)
-        if not _is_text(said):
+        is_value, result = json.loads(child.stdout)
+        if not _is_text(result):
             raise ToolError("expected a result that UTF-8 can write, got a lone surrogate")
         if not is_value:
-            raise ToolError(said)
-        return said
+            raise ToolError(result)
+        return result
 
 
 def _is_text(text: str) -> bool:
-    """Return whether a tokenizer can read a text: half of a pair of UTF-16 is no character."""
+    """Return whether a tokenizer can encode a text, which it cannot if there is a lone surrogate in it."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""A game's own copy of the generators that libraries seed and draw from globally."""
+"""A separate state of the global random generators for each game."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 
 class OwnRandomness:
-    """The state that `random` and NumPy's global functions have for one game, whatever it does to them.
+    """The state of `random` and of NumPy's global functions for one game, whatever the game does to them.
 
-    Within `inside` they go on from where this game left them; afterwards they stand where they stood before, so neither
-    other games nor training notice. (Of NumPy's the whole bit generator changes places, which is 200 times faster than
-    copying its state; a second normal deviate that its legacy functions hold ready is lost on the way.)
+    Inside the block of `inside`, both continue from where this game left them; after it, they are restored, so that
+    neither other games nor training notice. NumPy's whole bit generator is exchanged, which is 200 times faster than a
+    copy of its state. The exchange loses a second normal deviate that NumPy's legacy functions may hold ready.
 
     Args:
-        seed: What they are seeded with.
+        seed: The seed of both.
 
     Example:
         >>> own = OwnRandomness(0)
@@ -37,7 +37,7 @@ class OwnRandomness:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Have the global generators in this game's state, and put them back."""
+        """Run the block with the global generators in this game's state, and restore them."""
         outside = random.getstate(), get_bit_generator()
         random.setstate(self._python)
         set_bit_generator(self._numpy)

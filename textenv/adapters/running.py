@@ -1,4 +1,4 @@
-"""The games that run: one a lane, each found again from its seed and the turns played."""
+"""The running games, one for each lane, which are played again from their seed and turns where needed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from textenv.adapters.game import Game, GameError, Outcome
 from textenv.adapters.randomness import OwnRandomness
 from textenv.completion import Turn
 
-OPENINGS = -1  # the lane whose game is asked for openings alone
+OPENINGS = -1  # the number of a lane that exists only to read openings
 
 
 @dataclass
 class _Running:
-    """A lane's game: what was played of it, and what the last turn led to."""
+    """A lane's game, the texts of the turns that were played, and the outcome of the last one."""
 
     game: Game
     seed: int
@@ -25,14 +25,17 @@ class _Running:
 
 
 class RunningGames:
-    """Plays turns, each once, and says what they led to as often as it is asked.
+    """The games of all lanes, in which each turn is played once and its outcome can be asked for repeatedly.
 
-    A game's state is its seed and its turns: where the game at hand stands elsewhere (a checkpoint was loaded, an
-    evaluation ran in between, the env was copied) it is played again from its start, and must answer what it answered.
-    Nothing of a game is saved besides what the lanes keep anyway.
+    A game's state is its seed and its turns. If a lane's game is in another state (a checkpoint was loaded, an
+    evaluation ran in between, or the env was copied), it is played again from its start and must give the same replies.
+    So nothing of a game is saved beyond what the lanes keep anyway.
 
     Args:
         make: Makes a game.
+
+    Raises:
+        ValueError: If `make` is a game itself, or not callable.
     """
 
     def __init__(self, make: Callable[[], Game]) -> None:
@@ -47,24 +50,24 @@ class RunningGames:
         self._running: dict[int, _Running] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the games out: they are played again where they are needed."""
+        """Pickle without the games, which are played again when they are needed."""
         return RunningGames, (self.make,)
 
     def opening(self, seed: int) -> str:
-        """Return the text at which the game of a seed begins."""
+        """Return the text with which the game of a seed begins."""
         return self._begin(OPENINGS, seed)
 
     def outcome(self, lane: int, seed: int, opening: str, turns: Sequence[Turn]) -> Outcome:
-        """Return what the last of these turns led to, after those before it.
+        """Return the outcome of the last of these turns, which is played if it was not yet.
 
         Args:
-            lane: Whose game it is.
+            lane: The number of the game's lane.
             seed: The game's seed.
-            opening: The text at which it began.
-            turns: All turns of the policy, with what was answered to those before the last.
+            opening: The text with which it began.
+            turns: All turns of the policy, each but the last with the game's reply.
 
         Raises:
-            GameError: If the game raises, breaks its protocol, or answers otherwise than it did.
+            GameError: If the game raises, breaks its protocol, or gives other replies than before.
         """
         texts, running = [turn.text.strip() for turn in turns], self._running.get(lane)
         if running is not None and running.seed == seed and running.texts == texts and running.last is not None:
@@ -76,11 +79,11 @@ class RunningGames:
         return self._step(lane, texts[-1])
 
     def _begin(self, lane: int, seed: int) -> str:
-        """Begin a lane's game anew; return its opening."""
-        before, randomness = self._running.pop(lane, None), OwnRandomness(seed)
+        """Begin a lane's game anew, and return its opening."""
+        previous, randomness = self._running.pop(lane, None), OwnRandomness(seed)
         with randomness.inside():
             try:
-                game = self.make() if before is None else before.game
+                game = self.make() if previous is None else previous.game
                 result = game.reset(seed=seed)
             except Exception as error:
                 raise GameError(f"The game of seed {seed} raised at its start: {error!r:.400}.") from error
@@ -92,7 +95,7 @@ class RunningGames:
         return result[0]
 
     def _step(self, lane: int, text: str) -> Outcome:
-        running = self._running.pop(lane)  # where it raises, its state is not known
+        running = self._running.pop(lane)  # put back below, unless it raises, after which its state is unknown
         with running.randomness.inside():
             try:
                 result = running.game.step(text)

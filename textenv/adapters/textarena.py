@@ -2,16 +2,16 @@
 
 Written for textarena 0.7.4. Its traps:
 
-- The default wrapper (`LLMObservationWrapper`) keeps what was seen in earlier episodes through `reset`, and repeats the
-  whole history at every turn. So each episode has a game of its own, and its wrappers are taken off: a reply is what
-  came since. What the `-train` wrappers do (brackets around an action) `to_action` does.
-- Games draw from Python's global `random`, which `reset(seed=...)` seeds. It is kept for each game (see `Game`).
-- `step` returns no reward: rewards come from `close`, once the game is over, and so all of it is the last turn's.
-- An invalid move costs nothing the first time and loses at once the second (`error_allowance`). The player is asked
-  again either way, an opponent too.
-- An invalid move of an opponent that ends the game counts as a win: a reward of 1 may be the other's slip.
-- GuessTheNumber pays for a near miss, also where two invalid moves end it: a first guess in the middle and then
-  nonsense earns 0.7 of 1 without a hint being read.
+- The default wrapper (`LLMObservationWrapper`) keeps the observations of earlier episodes through `reset`, and repeats
+  the whole history at every turn. So each episode makes a new game here, without its wrappers, and a reply is only what
+  is new. The `-train` wrappers put brackets around an action; `to_action` can do that.
+- Games draw from Python's global `random`, which `reset(seed=...)` seeds. Its state is kept for each game (see `Game`).
+- `step` returns no reward. Rewards come from `close`, once the game is over, so the last turn earns all of it.
+- A first invalid move costs nothing, a second one in a row loses the game (`error_allowance`); after the first the
+  player, an opponent too, is asked again.
+- If an opponent's invalid move ends the game, the policy wins: a reward of 1 may be the opponent's mistake.
+- GuessTheNumber pays for a near miss, even if two invalid moves end the game: a first guess in the middle and then
+  nonsense earns 0.7 of 1, without the policy reading a hint.
 - Importing it needs openai, nltk, chess, python-dotenv, requests and websockets.
 """
 
@@ -23,30 +23,34 @@ from typing import Any
 from textenv.adapters.game import GameError
 from textenv.extras import needs
 
-MOVES = 1000  # of the opponents between two turns of the policy
+MOVES = 1000  # of opponents between two turns of the policy: more than any game has, so that a loop ends in an error
 
 
 class TextArenaGame:
-    """A TextArena game: the policy has one seat, functions have the others.
+    """A TextArena game in which the policy has one seat and functions have the others.
 
-    An opponent is called with all that its seat has seen, a line a message, and returns its move. What is random in it
-    must come from Python's `random` or NumPy's global functions, which are seeded with each game. A frozen copy of the
-    policy is one, too, in self-play::
+    An opponent is called with all messages that its seat has seen, one per line, and returns its move. Its randomness
+    must come from Python's `random` or NumPy's global functions, which are seeded for each game. For self-play, an
+    opponent may be a frozen copy of the policy::
 
         frozen = copy.deepcopy(model.policy)
 
         def opponent(text):
             seed = random.getrandbits(31)
-            [one] = agents.generate(frozen, [text], tokenizer, max_new_tokens=4, seed=seed)
-            return one.text
+            [move] = agents.generate(frozen, [text], tokenizer, max_new_tokens=4, seed=seed)
+            return move.text
 
     Args:
-        env_id: As in `textarena.make`.
+        env_id: An id for `textarena.make`.
         opponents: The functions of the other seats, in their order; none for a game of one player.
-        seat: The policy's.
-        to_text: What the policy sees of new messages: called with them joined by newlines, those of its own left out.
-        to_action: What the game gets of a turn.
-        **kwargs: Arguments of `textarena.make`.
+        seat: The policy's seat, from 0.
+        to_text: Returns the text that the policy sees for its new messages, which are joined by newlines and include
+            none of its own.
+        to_action: Returns the game's action for a turn's text.
+        **kwargs: Other arguments of `textarena.make`.
+
+    Raises:
+        ValueError: If there is no such seat.
 
     Example:
         >>> from functools import partial
@@ -75,7 +79,7 @@ class TextArenaGame:
         self.to_action = to_action
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Make a game and begin it; opponents whose turn is first move."""
+        """Make and begin a game, and let opponents move until it is the policy's turn; return its text and an info."""
         with needs("textarena", "textarena", "TextArenaGame"):
             import textarena
 
@@ -83,7 +87,7 @@ class TextArenaGame:
         while isinstance(env, textarena.Wrapper):
             env = env.env
         self.env = env
-        self.seen = ["" for _ in self.opponents]  # what each seat knows
+        self.seen = ["" for _ in self.opponents]  # the messages that each seat has seen
         self.env.reset(num_players=len(self.opponents), seed=seed)
         done, news = self._until_own_turn(False)
         if done:
@@ -91,7 +95,7 @@ class TextArenaGame:
         return self.to_text(news), {}
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Make a move, and let the others make theirs."""
+        """Make a move and let the opponents make theirs; return text, reward, terminated, truncated and info."""
         done, _ = self.env.step(self.to_action(text))
         done, news = self._until_own_turn(done)
         if not done:
@@ -100,7 +104,7 @@ class TextArenaGame:
         return self.to_text(news), float(rewards[self.seat]), True, False, dict(info[self.seat])
 
     def _until_own_turn(self, done: bool) -> tuple[bool, str]:
-        """Let the opponents move while it is their turn; return whether it is over, and what is new to the policy."""
+        """Let opponents move until it is the policy's turn; return whether the game is over, and the new messages."""
         for _ in range(MOVES):
             if done:
                 return True, self._news(self.seat, self.env.state.observations[self.seat])
@@ -113,7 +117,7 @@ class TextArenaGame:
         raise GameError(f"Expected a turn of seat {self.seat} within {MOVES} moves of the others in {self.env_id}.")
 
     def _news(self, player: int, messages: Sequence[tuple[int, str, Any]]) -> str:
-        """Return messages as lines; a player's own are left out."""
+        """Return the messages of other players as lines."""
         return "\n".join(text for sender, text, _ in messages if sender != player)
 
 

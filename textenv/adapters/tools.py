@@ -1,4 +1,4 @@
-"""Tools: a turn may call a function, whose result is observed, before it plays."""
+"""Tools: functions that the policy may call in a turn, and whose results it observes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,34 @@ from textenv.adapters.game import Game
 
 
 class ToolError(ValueError):
-    """A tool cannot do what it was called with; the policy observes the message."""
+    """A tool cannot handle its argument; the policy observes the message."""
 
 
 class Tool(Protocol):
-    """A function of one text, as `Calculator` and `textenv.adapters.python_tool.PythonTool` are."""
+    """A function of one text, such as `Calculator` or `textenv.adapters.python_tool.PythonTool`."""
 
     def __call__(self, text: str) -> str:
-        """Return the result, the same for the same text; raise `ToolError` where there is none."""
+        """Return the result, always the same for the same text.
+
+        Raises:
+            ToolError: If there is no result; the policy observes the message.
+        """
 
 
 class ToolGame:
-    """A game in which a turn may be a call: `<name>text</name>`, the first one in it counts.
+    """A game around another one, in which a turn may call a tool, `<name>argument</name>`, instead of playing.
 
-    The call's result is the reply, `<result>text</result>`; it earns nothing, and the game within does not notice. What
-    the turn has besides the call is not played. A call may lack its end tag where the turn ends with it, so that the
-    tag can be one of the env's stop strings. How many calls there may be is bounded by the env's room alone.
+    The first call in a turn counts; the rest of its text is not played. The reply is the tool's result,
+    `<result>text</result>`, which earns 0, and the inner game is not stepped. The end tag may be missing at the end of
+    a turn, so that it can be one of the env's stop strings. Only the env's `max_new_tokens` limits the number of calls.
 
     Args:
-        game: Makes the game within.
-        tools: The functions by name. Their `ToolError` is observed as `error: message`; any other ends training.
-        reply: How a result is written, with `{}` in its place.
+        game: Makes the inner game.
+        tools: The functions by name. The policy observes a `ToolError` as `error: message`; other errors end training.
+        reply: The form of a reply, with `{}` in place of the result.
+
+    Raises:
+        ValueError: If there is no tool, or `reply` lacks `{}`.
 
     Example:
         >>> class Sum:
@@ -61,11 +68,11 @@ class ToolGame:
         self._call = re.compile(rf"<({names})>(.*?)(?:</\1>|\Z)", re.DOTALL)
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Begin the game within."""
+        """Begin the inner game."""
         return self.game.reset(seed=seed)
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Call a tool, or play the game within."""
+        """Call a tool, or play a turn of the inner game; return text, reward, terminated, truncated and info."""
         call = self._call.search(text)
         if call is None:
             return self.game.step(text)
@@ -88,8 +95,8 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
-LARGEST = 10**15  # of every number on the way
-LARGEST_EXPONENT = 50
+LARGEST = 10**15  # the bound of every intermediate result; floats hold whole numbers up to here exactly
+LARGEST_EXPONENT = 50  # enough for 2 ** 49, and small enough that no power takes long
 GRAMMAR = "expected numbers with + - * / // % ** and brackets"
 NESTED = "expected fewer brackets and signs within each other"
 RANGE = "expected real numbers up to 1e15"
@@ -97,10 +104,10 @@ RANGE = "expected real numbers up to 1e15"
 
 @dataclass(frozen=True)
 class Calculator:
-    """Numbers with `+ - * / // % **` and brackets, as Python has them; nothing is evaluated but these.
+    """A tool that evaluates numbers with `+ - * / // % **` and brackets, by Python's rules, and nothing else.
 
     Args:
-        max_chars: The longest expression.
+        max_chars: The most characters of an expression.
 
     Example:
         >>> Calculator()("(2 + 3) * 4 / 5")
@@ -110,16 +117,16 @@ class Calculator:
     max_chars: int = 100
 
     def __call__(self, text: str) -> str:
-        """Return the number.
+        """Return the expression's value, with up to 10 significant digits if it is not a whole number.
 
         Raises:
-            ToolError: If the text is no such expression, too long, or a number in it is too large.
+            ToolError: If the text is not such an expression, is too long, or has a result over 1e15 on the way.
         """
         if len(text) > self.max_chars:
             raise ToolError(f"expected at most {self.max_chars} characters")
         try:
             tree = ast.parse(text, mode="eval")
-        except (SyntaxError, ValueError) as error:  # ValueError: null bytes in Python 3.10, and lone surrogates
+        except (SyntaxError, ValueError) as error:  # ValueError: a lone surrogate
             raise ToolError(GRAMMAR) from error
         except (RecursionError, MemoryError) as error:  # the parser's stack is full
             raise ToolError(NESTED) from error

@@ -1,4 +1,4 @@
-"""A game of turns as an environment of tokens."""
+"""Games of turns as token environments."""
 
 from __future__ import annotations
 
@@ -18,44 +18,46 @@ from textenv.tokenizer import Tokenizer
 
 
 class TurnEnv(TextEnv):
-    """A game as a `TextEnv`: the policy writes a turn token by token, the game is played, its reply is observed.
+    """A game as a `TextEnv`: the policy writes a turn token by token, the game plays it, the policy observes its reply.
 
-    A turn ends with EOS, a stop string or its `turn_tokens`-th token; the game gets its text without those and without
-    white space around it. The reward of a turn is that of its last token; all its other tokens earn 0. The reply is
-    observed, never trained: between turns the observation grows by its tokens (of a chat, by what the chat template
-    writes up to the assistant's next turn), and what stood there stays, token for token. The game ends the episode:
-    terminated where it says so, else truncated (end reason "length") where it says so, or where `max_new_tokens` leaves
-    no room for the reply and a whole turn more.
+    A turn ends with EOS, with a stop string, or with its `turn_tokens`-th token. The game gets the turn's text without
+    these and without surrounding white space. The last token of a turn gets the turn's reward, all others 0. Replies
+    are observed and never trained: after a turn the observation grows by the reply's tokens (in a chat, by those of the
+    chat template up to the assistant's next turn), and the earlier tokens stay as they are. The episode terminates or
+    is truncated (end reason "length") when the game is, and it is truncated when `max_new_tokens` leaves no room for
+    the reply and one more turn.
 
-    A prompt is the opening of a numbered game: its row is `{"seed": n}`. Rows of other seeds, as
-    `reset(options={"prompts": [{"seed": 10_000}]})` takes them, are games that training has not seen.
+    A prompt is the opening of a numbered game, and its row is `{"seed": n}`. Other seeds, as in
+    `reset(options={"prompts": [{"seed": 10_000}]})`, give games that training has not seen.
 
-    Every lane has a game of its own. A game is nothing but its seed and the turns played, so copies, evaluations in
-    between and checkpoints need no more than that: elsewhere it is played again from its start, and a `GameError` says
-    so where it then plays otherwise. `outcome` has all that the game said of a turn, for a `get_reward` of your own.
+    Every lane has a game of its own. A game's state is its seed and the turns played, so copies, evaluations during
+    training and checkpoints store no more than these. Where its state is needed again, the game is played again from
+    its start; if its replies then differ, a `GameError` says so. `outcome` returns the game's whole result of a turn,
+    for a `get_reward` of your own.
 
     Args:
         game: Makes a game (see `textenv.adapters.Game`): a class, a `functools.partial` of one, or a function.
-        tokenizer: See `TextEnv`.
+        tokenizer: The policy's tokenizer; see `TextEnv`.
         turn_tokens: The most tokens of one turn.
-        max_new_tokens: The room behind the opening: the most tokens of all turns and replies together.
-        n_games: How many games there are to train on: the seeds from 0. Their openings are read at once.
+        max_new_tokens: The most tokens of all turns and replies together.
+        n_games: The number of games to train on, with the seeds from 0. Their openings are all read at the start.
         stop: Texts that end a turn as soon as they appear.
-        chat: Whether opening and replies are a user's messages, and turns the assistant's, by the tokenizer's chat
-            template; else texts follow each other as they are.
-        length_limit: Whether a game that is broken off, or has no room left, is "truncate"d, as Gymnasium has it, or
-            "terminate"d. The value of going on is added to what a truncated episode has earned, so that training does
-            not mind the end; where the room is part of the task (so many guesses), terminate.
-        stop_ids: As in `TextEnv`, and so are all below.
-        max_prompt_tokens: The longest opening. Unset, the longest of the `n_games`; other seeds may have longer ones.
-        samples_per_prompt: How many times each game is played before the next: a group.
-        order: In which order games are played.
-        mask: Which tokens are allowed next.
+        chat: Whether the tokenizer's chat template writes the opening and replies as a user's messages, and the turns
+            as the assistant's; otherwise the texts follow each other as they are.
+        length_limit: What happens to a game that is broken off, or has no room left: "truncate", as in Gymnasium, adds
+            the value of its continuation to the episode's return, so that training does not count the end; "terminate"
+            does not, and suits tasks in which the room is part of the rules (a number of guesses).
+        stop_ids: As in `TextEnv`, like all arguments below.
+        max_prompt_tokens: The most tokens of an opening. By default, the longest of the `n_games`; the openings of
+            other seeds may be longer.
+        samples_per_prompt: The number of times that each game is played before the next, as a group.
+        order: The order in which games are played.
+        mask: The mask of the tokens that are allowed next.
         seed: The seed of the order.
         render_mode: "ansi", "human" or None.
 
     Raises:
-        ValueError: If an argument cannot work, or an opening has no token.
+        ValueError: If an argument is out of range, or an opening has no token.
         GameError: If a game breaks its protocol.
 
     Example:
@@ -114,7 +116,11 @@ class TurnEnv(TextEnv):
         )
 
     def read_prompt(self, row: PromptLike, number: int = -1) -> Prompt:
-        """Return the opening of the game of a row, `{"seed": n}`, as a `Prompt`."""
+        """Return the opening of a row's game, `{"seed": n}`, as a `Prompt`.
+
+        Raises:
+            ValueError: If the row has no seed of 0 or more.
+        """
         source = row.row if isinstance(row, Prompt) else row
         seed = source.get("seed") if isinstance(source, Mapping) else None
         if not isinstance(seed, int) or seed < 0:
@@ -124,17 +130,17 @@ class TurnEnv(TextEnv):
         return super().read_prompt({"prompt": prompt, "seed": seed}, number)
 
     def outcome(self, prompt: Prompt, preds: Preds) -> Outcome:
-        """Return what the last turn led to, which must be over: in `get_reward`, where it is done or answered."""
+        """Return the result of the last turn, which must have ended; in `get_reward`, when `done` or after a reply."""
         opening = str(prompt) if prompt.messages is None else prompt.messages[0]["content"]
         return self.games.outcome(preds.lane, prompt.row["seed"], opening, preds.turns)
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
-        """Return what the turn has earned with its last token, and 0 with those before."""
-        is_over = done or len(preds.turn_ids) == 0  # behind a reply the next turn is empty
+        """Return the turn's reward at its last token, and 0 at its other tokens."""
+        is_over = done or len(preds.turn_ids) == 0  # directly after a reply, the next turn is still empty
         return self.outcome(prompt, preds).reward if is_over else 0.0
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | Literal[EndReason.LENGTH] | None:
-        """Play the turn that is over; return the game's reply, or how it has ended the episode."""
+        """Play a turn that has ended; return the game's reply, None if the game is over, or LENGTH if it broke off."""
         outcome = self.outcome(prompt, preds)
         if outcome.terminated:
             return None

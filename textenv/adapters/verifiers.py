@@ -1,15 +1,16 @@
-"""The tasks of a verifiers taskset, of one turn each, as games.
+"""The single-turn tasks of a verifiers taskset as games.
 
 Written for verifiers 0.4.0 (`verifiers.v1`). Its traps:
 
-- What was an environment with a data set and a rubric is now a `Taskset` that yields `Task`s, and a task scores a
-  `Trace` with its own `@reward` methods, which are coroutines. Models, clients and sandboxes are not needed for that.
-- Rewards that want a sandbox (`runtime`) are left out without one, with no more than a line in the log: refused here.
-- A reward is weighted, and may be a mapping of several; `trace.reward` is their weighted sum.
-- A task may be of several turns (tools, a user who opens), in a container, or scored by a judge that asks a server.
-  What can be told from the task is refused.
-- A system prompt is a field of its own (`system_prompt`); it stands in front of the prompt here, with an empty line.
-- It pins mcp 2, which openenv's fastmcp cannot have: they do not fit into one Python environment.
+- In this version, a `Taskset` yields `Task`s, and a task scores a `Trace` with its own `@reward` methods, which are
+  coroutines. That needs no models, clients or sandboxes.
+- Rewards that need a sandbox (`runtime`) are skipped without one, with no more than a line in the log. They are refused
+  here.
+- Rewards have weights, and one may return several by name; `trace.reward` is their weighted sum.
+- A task may have several turns (tools, a user who opens), a container, or a judge that asks a server. All of this is
+  refused here, as far as the task shows it.
+- A system prompt is a field of its own (`system_prompt`). Here it comes before the prompt, with an empty line between.
+- It pins mcp 2, and openenv's fastmcp needs mcp below 2: the two cannot share an environment.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from textenv.extras import needs
 
 
 class VerifiersGame:
-    """A task as a game of one turn: its prompt is the opening, what its rewards say of the turn is the turn's.
+    """A task as a game of one turn: the task's prompt is the opening, and its rewards score the turn.
 
-    Give `TurnEnv` as many games as there are tasks, `n_games=len(tasks)`: the seed is the task's number.
+    The seed is the task's index, so `TurnEnv` needs `n_games=len(tasks)`.
 
     Args:
-        tasks: The tasks: `list(taskset)`, or of an endless one `list(taskset.take(1000))`.
+        tasks: The tasks: `list(taskset)`, or `list(taskset.take(1000))` for an endless taskset.
 
     Raises:
-        ValueError: If a task is not of one turn, or has rewards that need a sandbox.
+        ValueError: If a task has more than one turn, or rewards that need a sandbox.
 
     Example:
         >>> from functools import partial
@@ -47,7 +48,11 @@ class VerifiersGame:
         self.tasks = tasks
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Return the prompt of the task of this number."""
+        """Return the prompt of the task with this index, and an info.
+
+        Raises:
+            GameError: If there are fewer tasks.
+        """
         if seed >= len(self.tasks):
             raise GameError(f"Expected seeds below the number of tasks, {len(self.tasks)}, got {seed}: set `n_games`.")
         self.task = self.tasks[seed]
@@ -55,7 +60,11 @@ class VerifiersGame:
         return "\n\n".join(text for text in (data.system_prompt, data.prompt_text) if text), {"task": data.name}
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Score a turn."""
+        """Score the turn; return text, reward, terminated, truncated and info.
+
+        Raises:
+            GameError: If a reward gave no number.
+        """
         trace = _trace(self.task, text)
         asyncio.run(self.task.score(trace))
         rewards = {name: None if reward is None else reward.value for name, reward in trace.rewards.items()}
@@ -71,22 +80,23 @@ def _check_single_turn(task: Any) -> None:
     if task.NEEDS_CONTAINER or task.data.image is not None or type(task).toolsets(task.config):
         raise ValueError(f"Expected {name} to be of one turn, got one with a container or tools.")
     for reward in task.hooks("reward"):
-        wanted = inspect.signature(reward).parameters.get("runtime")  # which is how verifiers tells, too
-        if wanted is not None and wanted.default is inspect.Parameter.empty:
+        # verifiers itself tells by this parameter that a reward needs a sandbox
+        runtime = inspect.signature(reward).parameters.get("runtime")
+        if runtime is not None and runtime.default is inspect.Parameter.empty:
             raise ValueError(
                 f"Expected {name} to score a text alone, but its reward {reward.__name__!r} wants a runtime."
             )
 
 
 def _trace(task: Any, text: str) -> Any:
-    """Return the record of a conversation in which the task was asked and the model said `text`."""
+    """Return the trace of a conversation in which the task's prompt was answered by `text`."""
     with needs("verifiers", "verifiers", "VerifiersGame"):
         import verifiers.v1 as vf
 
     system = [] if task.data.system_prompt is None else [vf.SystemMessage(content=task.data.system_prompt)]
     prompt = task.data.prompt
-    asked = [vf.UserMessage(content=prompt)] if isinstance(prompt, str) else list(prompt)
-    messages = [*system, *asked, vf.AssistantMessage(content=text)]
+    question = [vf.UserMessage(content=prompt)] if isinstance(prompt, str) else list(prompt)
+    messages = [*system, *question, vf.AssistantMessage(content=text)]
     last = len(messages) - 1
     nodes = [
         vf.MessageNode(parent=number - 1 if number else None, message=message, sampled=number == last)

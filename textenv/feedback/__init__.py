@@ -1,1 +1,1 @@
-"""People in the loop: what they are asked, what they answered, and the page on which they do."""
+"""Human feedback: the questions, the answers, and the page and terminal in which people give them."""

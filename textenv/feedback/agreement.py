@@ -1,4 +1,4 @@
-"""How far raters agree, with each other and with themselves."""
+"""The agreement of raters with each other and with themselves."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from textenv.feedback.records import UNDECIDED, Answer
 
 
 class Agreement(NamedTuple):
-    """How far raters agree on one kind of question.
+    """The agreement of raters on one kind of question.
 
     Attributes:
-        alpha: Krippendorff's alpha: 1 for full agreement, 0 for that of chance, below 0 for less; NaN where two raters
-            shared nothing, or all answers were the same.
-        units: How many scores, choices or pairs of ranked completions two raters or more gave.
-        raters: How many raters gave them.
+        alpha: Krippendorff's alpha: 1 for full agreement, 0 for agreement by chance, below 0 for less than that; NaN
+            where all answers were the same.
+        units: The number of scores, choices or pairs of ranked completions that at least two raters gave.
+        raters: The number of those raters.
     """
 
     alpha: float
@@ -30,23 +30,26 @@ class Agreement(NamedTuple):
 
 
 class SelfAgreement(NamedTuple):
-    """How far a rater answered gold items the second time as the first: 1 for the same, 0 for the opposite."""
+    """The agreement of a rater's two answers to each gold item.
+
+    Attributes:
+        alike: The mean agreement, from 0 for opposite answers to 1 for equal ones.
+        items: The number of gold items that were answered twice.
+    """
 
     alike: float
     items: int
 
 
 def agreement(answers: Iterable[Answer]) -> dict[str, Agreement]:
-    """Return how far raters agree, for each kind of question that two of them answered an item of.
+    """Return the agreement for each kind of question in which two raters answered the same item.
 
-    Krippendorff's alpha (Krippendorff, 2011, "Computing Krippendorff's Alpha-Reliability") by the `krippendorff`
-    library: of scores with squared differences; of choices, and of which of each two ranked completions is better, with
-    the same or not. Every rater's first answer to an item counts.
-
-    Needs krippendorff: `pip install "textenv[feedback]"`.
+    The figure is Krippendorff's alpha (Krippendorff, 2011, "Computing Krippendorff's Alpha-Reliability") from the
+    `krippendorff` library. Scores differ by their squared difference (level "interval"). Choices, and the better one
+    of each two ranked completions, are equal or not (level "nominal"). Each rater's first answer to an item counts.
 
     Raises:
-        ImportError: Without krippendorff.
+        ImportError: Without krippendorff: `pip install "textenv[feedback]"`.
 
     Example:
         >>> votes = {"ann": [0, 1, 1, 0], "bob": [0, 1, 1, 1]}
@@ -55,20 +58,21 @@ def agreement(answers: Iterable[Answer]) -> dict[str, Agreement]:
         >>> round(agreement(answers)["compare"].alpha, 3)  # 1 - (7 * 2) / (2 * 3 * 5) by hand
         0.533
     """
+    # kind -> unit -> rater -> value
     units: dict[str, dict[tuple[int, ...], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for answer in answers:
         if answer.repeat == 0 and answer.kind in ("score", "compare", "rank"):
             for unit, value in _values(answer).items():
                 units[answer.kind][unit][answer.rater] = value
-    shared = {kind: [unit for unit in of.values() if len(unit) > 1] for kind, of in units.items()}
-    return {kind: _alpha(kind, of) for kind, of in shared.items() if of}
+    shared = {kind: [unit for unit in by_unit.values() if len(unit) > 1] for kind, by_unit in units.items()}
+    return {kind: _alpha(kind, values) for kind, values in shared.items() if values}
 
 
 def self_agreement(answers: Iterable[Answer]) -> dict[str, SelfAgreement]:
-    """Return how far each rater repeated their answers to gold items.
+    """Return, for each rater, the agreement of their first and second answers to gold items.
 
-    An item counts 1 for the same choice, 1 less the mean difference of scores in scales, or the share of pairs that
-    were ranked alike.
+    An item counts 1 for the same choice and 0 for another; scores count 1 minus their mean difference, as a share of
+    the scale's width; a ranking counts the share of pairs that were ranked alike.
     """
     twice: dict[tuple[str, int], dict[int, Answer]] = defaultdict(dict)
     for answer in answers:
@@ -80,21 +84,22 @@ def self_agreement(answers: Iterable[Answer]) -> dict[str, SelfAgreement]:
             low, high = both[0].scale
             width = high - low if both[0].kind == "score" else 1.0
             first, second = _values(both[0]), _values(both[1])
+            # Nominal values differ by up to 3 (see `_values`): capped at 1, they are equal or not.
             differences = [min(abs(first[unit] - second[unit]) / width, 1.0) for unit in first]
             alike[rater].append(1.0 - float(np.mean(differences)))
     return {rater: SelfAgreement(float(np.mean(shares)), len(shares)) for rater, shares in alike.items()}
 
 
 def _values(answer: Answer) -> dict[tuple[int, ...], float]:
-    """Return what an answer says of each unit: a completion, a choice, or two completions of a ranking."""
+    """Return the value of each unit of an answer: a scored completion, a choice, or a pair of ranked completions."""
     if answer.kind == "score" and isinstance(answer.value, tuple):
-        return {(answer.item, place): float(score) for place, score in enumerate(answer.value)}
+        return {(answer.item, index): float(score) for index, score in enumerate(answer.value)}
     if answer.kind == "compare":
-        named = [0, 1, *UNDECIDED]
-        return {(answer.item,): float(named.index(answer.value))}
+        choices = [0, 1, *UNDECIDED]
+        return {(answer.item,): float(choices.index(answer.value))}
     decided = set(answer.pairs())
-    places = itertools.combinations(range(len(answer.completions)), 2)
-    return {(answer.item, *pair): float(pair in decided) for pair in places}
+    pairs = itertools.combinations(range(len(answer.completions)), 2)
+    return {(answer.item, *pair): float(pair in decided) for pair in pairs}
 
 
 def _alpha(kind: str, units: Sequence[Mapping[str, float]]) -> Agreement:
@@ -102,7 +107,7 @@ def _alpha(kind: str, units: Sequence[Mapping[str, float]]) -> Agreement:
         import krippendorff
     raters = sorted({rater for unit in units for rater in unit})
     table = np.array([[unit.get(rater, np.nan) for unit in units] for rater in raters])  # (raters, units)
-    if len(np.unique(table[~np.isnan(table)])) == 1:
+    if len(np.unique(table[~np.isnan(table)])) == 1:  # alpha divides by the expected disagreement, which is 0 here
         return Agreement(math.nan, len(units), len(raters))
     level: Literal["interval", "nominal"] = "interval" if kind == "score" else "nominal"
     return Agreement(float(krippendorff.alpha(table, level_of_measurement=level)), len(units), len(raters))

@@ -1,4 +1,4 @@
-"""What a store of feedback was asked already, and which answers count by now: so that nothing is asked twice."""
+"""The questions that a feedback store already holds, and the answers that count: so that nothing is asked twice."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from textenv.feedback.database import Database
 from textenv.feedback.records import Answer
 from textenv.feedback.store import FeedbackStore
 
-TIMEOUT = 30.0  # seconds for which a locked file is waited for
-_ASKED = """
+TIMEOUT = 30.0  # seconds to wait for a locked file, as long as `FeedbackStore` does by default
+_QUESTIONS_OF_RUN = """
 SELECT items.id, kind, prompt, text, low, high FROM items JOIN completions ON item = items.id
 WHERE run = ? ORDER BY items.id, place
 """
 
 
 class Question(NamedTuple):
-    """A question that was added, with its completions in the order of adding; what each field is, `Item` says."""
+    """A question in a store, with its completions in the order in which they were added; see `Item` for the fields."""
 
     id: int
     kind: str
@@ -27,7 +27,11 @@ class Question(NamedTuple):
 
 
 def questions_of(path: str | os.PathLike[str], run: str) -> list[Question]:
-    """Return the questions that were added under the name of a run, in the order of adding.
+    """Return the questions that were added for a run, in the order in which they were added.
+
+    Args:
+        path: The store's file.
+        run: The `run` that was given to `FeedbackStore.add`.
 
     Example:
         >>> import tempfile
@@ -40,22 +44,22 @@ def questions_of(path: str | os.PathLike[str], run: str) -> list[Question]:
     database = Database(os.fspath(path), TIMEOUT)
     try:
         with database.reading():
-            rows = database.execute(_ASKED, (run,)).fetchall()
+            rows = database.execute(_QUESTIONS_OF_RUN, (run,)).fetchall()
     finally:
         database.close()
-    found: dict[int, Question] = {}
-    for row in rows:
-        before = found[row["id"]].completions if row["id"] in found else ()
+    questions: dict[int, Question] = {}
+    for row in rows:  # one for each completion
+        earlier = questions[row["id"]].completions if row["id"] in questions else ()
         scale = (row["low"], row["high"])
-        found[row["id"]] = Question(row["id"], row["kind"], row["prompt"], (*before, row["text"]), scale)
-    return list(found.values())
+        questions[row["id"]] = Question(row["id"], row["kind"], row["prompt"], (*earlier, row["text"]), scale)
+    return list(questions.values())
 
 
 class StandingAnswers:
-    """The answers of a store that count, skips among them, kept up to date; those to gold items shown again left out.
+    """The answers of a store that count at present, skips included, second answers to gold items excluded.
 
     Args:
-        store: The store.
+        store: The store; each `update` reads what was written to it since the last one.
 
     Example:
         >>> import tempfile
@@ -72,12 +76,12 @@ class StandingAnswers:
     def __init__(self, store: FeedbackStore) -> None:
         self.store = store
         self._answers: dict[int, Answer] = {}
-        self._seen = 0  # the number of the last row that was read
+        self._last_read = 0  # the number of the last answer that was read
 
     def update(self) -> list[Answer]:
-        """Read what was written since, and return the answers that count now, in the order of writing."""
-        for answer in self.store.answers(since=self._seen):
-            self._seen = answer.id
+        """Read the new answers, and return all that count now, in the order of writing."""
+        for answer in self.store.answers(since=self._last_read):
+            self._last_read = answer.id
             if answer.undoes is not None:
                 self._answers.pop(answer.undoes, None)
             elif not answer.repeat:

@@ -1,4 +1,4 @@
-"""Connections of the rating server: so many from an address, and a request within so many seconds."""
+"""Limits on the rating server's connections: a number per address, a number in all, and a time for each request."""
 
 from __future__ import annotations
 
@@ -10,68 +10,71 @@ from textenv.extras import needs
 with needs("feedback", "uvicorn", "the rating page"):
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-FROM_ONE_ADDRESS = 32  # connections; a browser holds six
-FROM_ALL = 160  # fewer than a process may have files open anywhere
-REQUEST_SECONDS = 20.0  # from a connection, or a further request's first byte, to the request's last
+FROM_ONE_ADDRESS = 32  # connections; a browser opens six to a host
+FROM_ALL = 160  # connections; below the lowest usual limit of open files, 256 on macOS
+REQUEST_SECONDS = 20.0  # from the connection, or from the first byte of a further request, to the request's end
 
 
 class BoundedConnection(H11Protocol):
-    """A connection of uvicorn's that is closed where its visitor does not say in time what is asked.
+    """A uvicorn connection that is closed if its visitor does not send a whole request in time.
 
-    uvicorn itself waits for the end of a request for ever, and accepts until no more files can be opened. Where there
-    are too many, the one that has owed a request for longest goes; where none owes any, the new one.
+    uvicorn itself waits for the end of a request for ever, and accepts connections until no more files can be opened.
+    With too many connections, the one that has waited longest for its visitor's request is dropped; if all are busy
+    with a request, the new one is.
     """
 
-    _made = 0.0
-    _limit: asyncio.TimerHandle | None = None
+    _opened = 0.0  # on the event loop's clock, in seconds
+    _timer: asyncio.TimerHandle | None = None
 
     @property
-    def owes_request(self) -> bool:
-        """Whether nothing, or a part of a request, has come since the last one was answered."""
+    def awaits_request(self) -> bool:
+        """Whether no request has arrived whole since the last one was answered."""
+        # `cycle` is uvicorn's record of the latest request (`h11_impl.RequestResponseCycle`).
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take up a connection, for which another may have to go."""
+        """Register a connection, and drop one if there are now too many."""
         super().connection_made(transport)
-        self._made = self.loop.time()
-        self._limit = self.loop.call_later(REQUEST_SECONDS, transport.close)
-        every = [one for one in self.connections if isinstance(one, BoundedConnection)]
-        same = [one for one in every if one._address() == self._address()]
-        if len(same) > FROM_ONE_ADDRESS:
-            self._drop_one(same)
-        elif len(every) > FROM_ALL:
-            self._drop_one(every)
+        self._opened = self.loop.time()
+        self._timer = self.loop.call_later(REQUEST_SECONDS, transport.close)
+        bounded = [connection for connection in self.connections if isinstance(connection, BoundedConnection)]
+        same_address = [connection for connection in bounded if connection._address() == self._address()]
+        if len(same_address) > FROM_ONE_ADDRESS:
+            self._drop_one(same_address)
+        elif len(bounded) > FROM_ALL:
+            self._drop_one(bounded)
 
-    def _drop_one(self, among: list[BoundedConnection]) -> None:
-        idle = [one for one in among if one is not self and one.owes_request]
-        dropped = min(idle, key=lambda one: one._made, default=self)
-        dropped.connections.discard(dropped)  # at once: the next may come before its end is noticed
+    def _drop_one(self, candidates: list[BoundedConnection]) -> None:
+        idle = [connection for connection in candidates if connection is not self and connection.awaits_request]
+        dropped = min(idle, key=lambda connection: connection._opened, default=self)
+        # Uncounted at once: the next connection may come before `connection_lost` is called for this one.
+        dropped.connections.discard(dropped)
         dropped.transport.abort()
 
     def _address(self) -> Any:
         return self.client and self.client[0]
 
     def data_received(self, data: bytes) -> None:
-        """Take up bytes: of a request that has its time, until it is whole."""
-        if self._limit is None:
-            self._limit = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
+        """Pass bytes on, and time the request that they belong to until it is whole."""
+        if self._timer is None:
+            self._timer = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
         super().data_received(data)
-        if not self.owes_request:
-            self._stop_clock()
+        if not self.awaits_request:
+            self._stop_timer()
 
     def shutdown(self) -> None:
-        """Let the visitor have the answer that is on its way, and wait for no further request."""
-        if self.owes_request:
+        """Close the connection, after the answer to a request that is being served."""
+        if self.awaits_request:
             self.transport.abort()
         else:
             super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget a connection."""
-        self._stop_clock()
+        """Stop the timer of a connection that has ended."""
+        self._stop_timer()
         super().connection_lost(exc)
 
-    def _stop_clock(self) -> None:
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,4 +1,4 @@
-"""The file under a store of feedback: its tables, and transactions that threads and processes share."""
+"""The SQLite file of a feedback store: its tables, and transactions that are safe across threads and processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-APPLICATION = 0x74786662  # what SQLite's header says the file is: "txfb"
+APPLICATION = 0x74786662  # "txfb" in ASCII: the application id in SQLite's header
 VERSION = 2
 SCHEMA = (
     """CREATE TABLE items (
@@ -27,14 +27,15 @@ SCHEMA = (
         UNIQUE (item, rater, repeat))""",
     "CREATE INDEX open_showings ON showings (rater, kind, handed, id) WHERE is_open",
     "CREATE INDEX due_showings ON showings (rater, kind, due) WHERE due > 0",
-    # numbers are never used again, and there is one writer at a time: a reader who goes by them misses nothing
+    # AUTOINCREMENT never reuses numbers, and there is one writer at a time: so whoever reads the answers after a
+    # number misses none
     """CREATE TABLE answers (
         id INTEGER PRIMARY KEY AUTOINCREMENT, showing INTEGER NOT NULL REFERENCES showings, rater TEXT NOT NULL,
         kind TEXT NOT NULL, value TEXT NOT NULL, seconds REAL, time REAL NOT NULL, stands INTEGER NOT NULL,
         undoes INTEGER UNIQUE REFERENCES answers)""",
     "CREATE UNIQUE INDEX one_standing_answer ON answers (showing) WHERE stands",
     "CREATE INDEX standing_answers ON answers (rater, id) WHERE stands",
-    # counts, which `queues` keeps; gold items count twice in n, owed and seen
+    # counts that `queues.py` keeps up to date; gold items count twice in n, owed and seen
     "CREATE TABLE open_items (kind TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
     """CREATE TABLE raters (
         rater TEXT NOT NULL, kind TEXT NOT NULL, last INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
@@ -48,23 +49,24 @@ SCHEMA = (
 
 
 class Database:
-    """A connection that threads share, to a file that processes share.
+    """A connection for all threads of a process, to a file that several processes may use.
 
-    What is written is on the disk when its transaction ends (a write-ahead log, synchronous=FULL).
+    A transaction is on the disk when it ends (a write-ahead log, synchronous=FULL).
 
     Args:
-        path: The file; it is made where there is none.
-        timeout: How long to wait for a locked file, in seconds.
+        path: The file; it is created if it does not exist.
+        timeout: The longest wait for a locked file, in seconds.
 
     Raises:
-        ValueError: If the file is something else, or was written by another version.
+        ValueError: If the file is not a feedback store, or one of another version.
         sqlite3.OperationalError: If the file cannot be opened, or stays locked.
     """
 
     def __init__(self, path: str, timeout: float) -> None:
         self.path = path
         self._timeout = timeout
-        self._lock = threading.Lock()  # the connection is one, the threads that a server calls from are many
+        self._lock = threading.Lock()  # a server calls from many threads, and they share one connection
+        # isolation_level=None: sqlite3 opens no transactions by itself, `writing` and `reading` do
         self._connection = sqlite3.connect(self.path, timeout=timeout, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
         try:
@@ -78,8 +80,8 @@ class Database:
     def _prepare(self) -> None:
         if self._tables() and self._header("application_id") != APPLICATION:
             raise ValueError(f"Expected a store of feedback, got {self.path}, a database of another kind.")
-        self._log_ahead()
-        self.execute("PRAGMA synchronous=FULL")
+        self._use_write_ahead_log()
+        self.execute("PRAGMA synchronous=FULL")  # some builds default to NORMAL, which does not sync at each commit
         self.execute("PRAGMA foreign_keys=ON")
         with self.writing():
             if not self._tables():
@@ -97,9 +99,9 @@ class Database:
     def _header(self, name: str) -> int:
         return int(self.execute(f"PRAGMA {name}").fetchone()[0])
 
-    def _log_ahead(self) -> None:
+    def _use_write_ahead_log(self) -> None:
         end = time.monotonic() + self._timeout
-        while True:  # SQLite itself does not wait here when two open a new file at once
+        while True:  # SQLite's own timeout does not apply when two processes open a new file at once
             try:
                 self.execute("PRAGMA journal_mode=WAL")
                 return
@@ -110,9 +112,10 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within, everything is written or nothing, and nobody else writes; when it ends it is on the disk."""
+        """Run the block as one transaction: all of it is written or nothing, and no other process writes meanwhile."""
         with self._lock:
-            # IMMEDIATE: a transaction that reads first and is overtaken could not be retried by waiting
+            # IMMEDIATE takes the write lock at once: one that reads first and writes later fails with "locked", without
+            # a wait, if another process wrote in between
             self.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -124,7 +127,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Within, all that is read was written at one moment."""
+        """Run the block on one snapshot of the file, whatever other processes write meanwhile."""
         with self._lock:
             self.execute("BEGIN")
             try:
@@ -133,16 +136,16 @@ class Database:
                 self.execute("COMMIT")
 
     def execute(self, statement: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> sqlite3.Cursor:
-        """Run a statement; within `writing` or `reading`."""
+        """Run a statement, inside `writing` or `reading`."""
         return self._connection.execute(statement, values)
 
     def insert(self, table: str, **row: Any) -> int:
-        """Write a row and return its number; within `writing`."""
-        names, places = ", ".join(row), ", ".join("?" * len(row))
-        cursor = self.execute(f"INSERT INTO {table} ({names}) VALUES ({places})", tuple(row.values()))
+        """Insert a row and return its number, inside `writing`."""
+        names, marks = ", ".join(row), ", ".join("?" * len(row))
+        cursor = self.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", tuple(row.values()))
         return int(cursor.lastrowid or 0)
 
     def close(self) -> None:
-        """Close the file; the last of its processes who does tidies the log away."""
+        """Close the file; the last process to do so removes the write-ahead log."""
         with self._lock:
             self._connection.close()

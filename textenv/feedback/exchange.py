@@ -1,33 +1,39 @@
-"""Answers as lines of JSON, in the forms that training reads: pairs, rankings and scores."""
+"""Export of answers as lines of JSON: pairs, rankings or scores, as reward models are trained on them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from textenv.dialogues import split_pair
-from textenv.feedback.records import Answer, Record
+from textenv.feedback.records import Answer
 from textenv.feedback.store import FeedbackStore
-from textenv.prompts import read_rows
 
 Form = Literal["pairs", "rankings", "scores"]
 FORMS: tuple[str, ...] = get_args(Form)
-IMPORTED = "imported"  # the rater of rows that name none
 
 
 def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
-    """Yield the rows that answers make in one form; each says who answered, when, in how many seconds, and the models.
+    """Yield the rows of all answers in one form, each with its rater, run, models, seconds and time where known.
 
-    - "pairs": prompt, chosen, rejected: each pair that a choice, a ranking or unequal scores decide, as in hh-rlhf with
-      the prompt in a column of its own. Ties make none.
-    - "rankings": prompt, ranking (texts, the best first): rankings, and choices as rankings of two.
-    - "scores": prompt, completion, text (the two together), label (the score), scale: one for each score.
+    - "pairs": prompt, chosen, rejected; one row for each pair that a choice, a ranking or unequal scores decide. The
+      columns are those of hh-rlhf, with the prompt in a column of its own. Ties yield no row.
+    - "rankings": prompt, ranking (the texts, best first); one row for each ranking, and for each choice as a ranking
+      of two.
+    - "scores": prompt, completion, text (prompt and completion together), label (the score), scale; one row for each
+      score.
 
-    `textenv reward-model --data` reads the first and the last.
+    `textenv reward-model --data` reads "pairs" and "scores".
+
+    Args:
+        answers: The answers, as from `FeedbackStore.answers`.
+        form: "pairs", "rankings" or "scores".
+
+    Raises:
+        ValueError: If the form is unknown.
 
     Example:
         >>> answer = Answer(1, 1, "compare", "ann", "It was", (" good.", " bad."), value=0)
@@ -58,12 +64,12 @@ def _pairs(answer: Answer) -> Iterator[dict[str, Any]]:
 
 def _rankings(answer: Answer) -> Iterator[dict[str, Any]]:
     if answer.kind == "rank" and isinstance(answer.value, tuple):
-        places = [int(place) for place in answer.value]
+        order = [int(index) for index in answer.value]
     else:
-        places = [place for pair in answer.pairs() for place in pair] if answer.kind == "compare" else []
-    if places:
-        models = [answer.models[place] for place in places] if any(answer.models) else None
-        yield {"ranking": [answer.completions[place] for place in places], "models": models}
+        order = [index for pair in answer.pairs() for index in pair] if answer.kind == "compare" else []
+    if order:
+        models = [answer.models[index] for index in order] if any(answer.models) else None
+        yield {"ranking": [answer.completions[index] for index in order], "models": models}
 
 
 def _scores(answer: Answer) -> Iterator[dict[str, Any]]:
@@ -75,71 +81,31 @@ def _scores(answer: Answer) -> Iterator[dict[str, Any]]:
 
 
 def export(store: FeedbackStore, path: str | PathLike[str], form: Form, overwrite: bool = False) -> int:
-    """Write the answers that count as a file of one JSON object a line, and return how many; see `rows_of`.
+    """Write the answers that count to a file with one JSON object per line, and return the number of lines.
 
-    The file appears whole or stays as it was.
+    The file appears whole, or stays as it was.
+
+    Args:
+        store: The answers.
+        path: The file.
+        form: The rows' form; see `rows_of`.
+        overwrite: Whether an existing file is replaced.
 
     Raises:
-        FileExistsError: If there is a file, and it is not said that it may be overwritten.
+        FileExistsError: If the file exists and `overwrite` is False.
     """
     target = Path(path).absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(f"Expected a new file, got {target}, which exists: overwrite=True replaces it.")
-    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    # Written beside the target and renamed, so that a crash leaves no half-written file.
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(store.answers(), form)]
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as stream:
+        with partial.open("w", encoding="utf-8", newline="\n") as stream:
             stream.writelines(rows)
             stream.flush()
             os.fsync(stream.fileno())
-        beside.replace(target)
+        partial.replace(target)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return len(rows)
-
-
-def import_rows(
-    store: FeedbackStore, source: str | PathLike[str] | Iterable[Mapping[str, Any]], scale: tuple[float, float] = (1, 5)
-) -> int:
-    r"""Write rows in the forms that `rows_of` yields into a store, as questions that are answered, and return how many.
-
-    A row with chosen and rejected is a choice; one with ranking, a ranking; one with label and completion or text, a
-    score. Without a prompt chosen and rejected are dialogues of hh-rlhf, which are split behind the last
-    "\n\nAssistant:" that they share.
-
-    Args:
-        store: Where to.
-        source: A .jsonl file, or the rows.
-        scale: The lowest and the highest score, for rows without their own.
-
-    Raises:
-        ValueError: If a row has none of the forms, or its answer is none; nothing is written then.
-    """
-    rows = read_rows(source) if isinstance(source, str | PathLike) else list(source)
-    return len(store.record(_record(row, f"row {number}", scale) for number, row in enumerate(rows, start=1)))
-
-
-def _record(row: Mapping[str, Any], where: str, scale: tuple[float, float]) -> Record:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"Expected {where} to be an object, got {row!r:.80}.")
-    more: dict[str, Any] = {name: row.get(name) for name in ("run", "seconds", "time")}
-    prompt, rater = row.get("prompt", ""), row.get("rater", IMPORTED)
-    if {"chosen", "rejected"} <= row.keys():
-        texts = [row["chosen"], row["rejected"]]
-        if "prompt" not in row:
-            prompt, *texts = split_pair(row, where)
-        models = [row.get("chosen_model"), row.get("rejected_model")]
-        return Record("compare", prompt, texts, 0, rater, models=models, **more)
-    if "ranking" in row:
-        ranking = row["ranking"]
-        order = range(len(ranking)) if isinstance(ranking, list) else ()
-        return Record("rank", prompt, ranking, list(order), rater, models=row.get("models"), **more)
-    if "label" in row and ("completion" in row or "text" in row):
-        text = row["completion"] if "completion" in row else row["text"]
-        prompt = prompt if "completion" in row else ""
-        more |= {"models": [row.get("model")], "scale": row.get("scale", scale)}
-        return Record("score", prompt, [text], [row["label"]], rater, **more)
-    raise ValueError(
-        f"Expected {where} to have chosen and rejected, or ranking, or label with completion or text, got "
-        f"{sorted(row)}."
-    )

@@ -1,4 +1,4 @@
-"""Who may talk to the rating server: a layer in front of an app that refuses all others."""
+"""Access control of the rating server: an ASGI layer that refuses foreign hosts, sites and visitors without a token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ with needs("feedback", "starlette", "the rating page"):
     from starlette.responses import JSONResponse, RedirectResponse, Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY = 16 * 1024  # bytes: an answer is less than one kilobyte
+MAX_BODY = 16 * 1024  # bytes; an answer has less than one kilobyte
 SAFE = ("GET", "HEAD")
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -31,21 +31,26 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI layer that lets through only what the pages behind it send themselves.
+    """An ASGI layer that passes on only requests from the pages of the app behind it.
 
-    Refused are names of hosts that are not ours, which is how a foreign page reaches a local server by a domain of its
-    own that it points here ("DNS rebinding"): 403; requests that write and come from another site or from another
-    port: 403; bodies over `MAX_BODY` bytes: 413; and, where there is a token, whoever does not have it: 401. The token
-    comes once in the URL, `?token=...`, and leaves it by a redirect into a cookie that scripts cannot read.
+    It refuses, with status
+
+    - 403: a `Host` header with a foreign name, since a foreign page could reach a local server through a domain of its
+      own that resolves to this machine ("DNS rebinding");
+    - 403: a request that writes and comes from another site or port;
+    - 413: a body of more than `MAX_BODY` bytes;
+    - 415: a request that writes and is not JSON;
+    - 401: with a `token`, a visitor who does not have it. The token arrives once in the URL, `?token=...`; a redirect
+      removes it from there and stores it in a cookie that scripts cannot read.
 
     Args:
-        app: What it guards.
-        names: The names of hosts that are ours.
-        any_address: Whether numeric addresses other than this machine's own count as ours, as for a server that listens
-            on a network. They are never the work of a foreign domain.
-        token: The secret; None for none.
-        open_path: The start of paths that need no token: style sheets, scripts.
-        unauthorised: Makes the answer for those without the token.
+        app: The app behind this layer.
+        names: The host names of this server.
+        any_address: Whether numeric addresses count as this server's beyond those of the loopback, as they must on a
+            network. A foreign domain cannot forge them.
+        token: The secret, or None for no secret.
+        open_path: The prefix of paths that need no token, for style sheets and scripts.
+        unauthorised: Returns the response to visitors without the token.
     """
 
     def __init__(
@@ -63,11 +68,11 @@ class Guard:
         self.token = token
         self.open_path = open_path
         self.unauthorised = unauthorised
-        # named by the token: servers on other ports of this machine share the browser's cookies
+        # The cookie's name depends on the token, since browsers share cookies between the ports of a host.
         self.cookie = "textenv_" + hashlib.sha256((token or "").encode()).hexdigest()[:12]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on."""
+        """Refuse a request, or pass it on to the app."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -84,7 +89,7 @@ class Guard:
         if response is None:
             try:
                 body = await _read(request)
-            except ClientDisconnect:  # in the middle of it: nobody is there to be answered
+            except ClientDisconnect:  # nobody is left to be answered
                 return
             if body is not None:
                 await self.app(scope, _replay(body, receive), send_guarded)
@@ -93,7 +98,7 @@ class Guard:
         await response(scope, receive, send_guarded)
 
     def _refuse_site(self, request: Request) -> Response | None:
-        """Refuse a host that is not ours, and a request that writes and does not come from our pages."""
+        """Return a refusal for a foreign host, and for a request that writes and does not come from a page of ours."""
         hosts = request.headers.getlist("host")
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
             return _refusal(403, f"Expected a host that is ours, got {hosts!r:.100}.")
@@ -121,13 +126,13 @@ class Guard:
         return self.any_address or address.is_loopback
 
     def _refuse_stranger(self, request: Request) -> Response | None:
-        """Refuse who does not have the token; who brings it in the URL gets it as a cookie and the URL without it."""
+        """Return the refusal of a visitor without the token, or the redirect that moves a token from URL to cookie."""
         if self.token is None or request.url.path.startswith(self.open_path):
             return None
-        brought = request.query_params.get("token")
-        if brought is not None and request.method in SAFE and self._is_token(brought):
+        token = request.query_params.get("token")
+        if token is not None and request.method in SAFE and self._is_token(token):
             rest = [(name, value) for name, value in request.query_params.multi_items() if name != "token"]
-            # one slash: two would make what follows a host
+            # Exactly one slash: browsers read a redirect to "//name" as one to the host "name".
             path = "/" + request.url.path.lstrip("/") + ("?" + urlencode(rest) if rest else "")
             response = RedirectResponse(path, status_code=303)
             response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict")
@@ -136,8 +141,8 @@ class Guard:
             return None
         return self.unauthorised(request)
 
-    def _is_token(self, brought: str) -> bool:
-        return self.token is not None and secrets.compare_digest(brought.encode(), self.token.encode())
+    def _is_token(self, candidate: str) -> bool:
+        return self.token is not None and secrets.compare_digest(candidate.encode(), self.token.encode())
 
 
 def _refusal(status: int, reason: str) -> Response:
@@ -145,7 +150,7 @@ def _refusal(status: int, reason: str) -> Response:
 
 
 async def _read(request: Request) -> bytes | None:
-    """Return the body, or None where it is over the limit; no more than the limit is read."""
+    """Return the body, or None if it is over the limit, beyond which no further chunk is read."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -155,10 +160,10 @@ async def _read(request: Request) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Receive the body that was read, then what `receive` has, which is that the visitor went away."""
+    """Return an ASGI `receive` that gives the body again, and then the end of the connection from the real one."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def received() -> Message:
+    async def replayed() -> Message:
         return messages.pop() if messages else await receive()
 
-    return received
+    return replayed

@@ -1,4 +1,4 @@
-"""Which item comes next, and how far a rater is: kept as counts, so that it costs the same in a store of any size."""
+"""The next item and the progress of each rater, kept as counts whose cost does not grow with the store."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from textenv.feedback.database import Database
 from textenv.feedback.records import KINDS, Kind, Progress
 
-GOLD_GAP = 10  # answers of a rater between the two times that a gold item is shown
+GOLD_GAP = 10  # answers that a rater gives between the two showings of a gold item
 
-# What a showing still asks of its rater: the answer, and that to the second showing of a gold item.
+# The answer to a showing, if there is one, and whether a second showing of its gold item is still to come.
 _STATE = """
 SELECT showings.rater, showings.kind, owed, answers.id AS answer, answers.kind AS given,
     gold AND NOT repeat AND NOT EXISTS (
@@ -34,7 +34,7 @@ SELECT id, answered, raters FROM items WHERE kind = ? AND answered < raters AND 
 
 
 class Next(NamedTuple):
-    """What a rater gets next: a showing that is not answered, or else an item, for the first or the second time."""
+    """A rater's next question: an unanswered `showing`, or else an `item`, for the second time if `repeat` is 1."""
 
     showing: int | None = None
     item: int | None = None
@@ -42,30 +42,32 @@ class Next(NamedTuple):
 
 
 class Queues:
-    """Keeps the order of items for each rater, as the tables of a store tell it; within `writing` or `reading`.
+    """The order of items for each rater, kept in the tables of a store; use it inside `writing` or `reading`.
 
-    An item is open until enough raters have answered it. Raters take open items by their numbers, so each has an end up
-    to which all open items were shown to them or `passed`: because others had them in hand, or because they are open
-    again since an answer was taken back. Nothing below that end is looked at again, and what is left is counted.
+    An item is open until enough raters have answered it. A rater takes open items in the order of their numbers. The
+    column `last` holds the number up to which every open item was shown to the rater or stands in the table `passed`:
+    items that others had in hand, or that are open again because an answer was taken back. So items below `last` are
+    not searched again, and the number of items that are left is a sum of counts.
 
     Args:
-        db: The tables.
+        db: The store's tables.
     """
 
     def __init__(self, db: Database) -> None:
         self._db = db
 
     def add(self, item: int, kind: str, gold: bool) -> None:
-        """Take up an item that is new."""
+        """Register a new item."""
         self._count_open(kind, 1 + gold)
 
     def next(self, rater: str, kind: Kind | None, since: float) -> Next | None:
-        """Return what the rater gets next.
+        """Return the rater's next question, or None.
 
         Args:
-            rater: Who is asked.
-            kind: What is asked; None for any.
-            since: What was handed to others after this time is in their hands.
+            rater: The rater's name.
+            kind: The kind of question; None for any.
+            since: An item counts as in another rater's hands if it was shown to them after this time (seconds since
+                1970).
         """
         kinds = _kinds(kind)
         waiting = "SELECT handed, id FROM showings WHERE rater = ? AND kind = ? AND is_open ORDER BY 1 DESC, 2 DESC"
@@ -81,15 +83,15 @@ class Queues:
         return None if fresh is None else Next(item=fresh)
 
     def _first(self, statement: str, rater: str, kinds: Iterable[str]) -> list[tuple[Any, int]]:
-        found = [self._db.execute(f"{statement} LIMIT 1", (rater, kind)).fetchone() for kind in kinds]
-        return [tuple(row) for row in found if row is not None]
+        rows = [self._db.execute(f"{statement} LIMIT 1", (rater, kind)).fetchone() for kind in kinds]
+        return [tuple(row) for row in rows if row is not None]
 
     def _is_due(self, rater: str, answer: int) -> bool:
         later = "SELECT id FROM answers WHERE rater = ? AND stands AND id > ? LIMIT ?"
         return len(self._db.execute(later, (rater, answer, GOLD_GAP)).fetchall()) == GOLD_GAP
 
     def _fresh(self, rater: str, kinds: Iterable[str], since: float) -> int | None:
-        """Return the first item that the rater has not seen; those in others' hands last."""
+        """Return the first item that the rater has not seen, or the first one in others' hands if there is no other."""
         held = None
         for item, answered, raters in heapq.merge(*(self._unseen(rater, kind) for kind in kinds)):
             if answered + self._db.execute(_HELD, (item, since)).fetchone()[0] < raters:
@@ -99,14 +101,14 @@ class Queues:
 
     def _unseen(self, rater: str, kind: str) -> Iterator[tuple[int, int, int]]:
         yield from map(tuple, self._db.execute(f"{_PASSED} ORDER BY item", (rater, kind)))
-        yield from map(tuple, self._db.execute(f"{_BEYOND} ORDER BY id", (kind, self._end(rater, kind), rater)))
+        yield from map(tuple, self._db.execute(f"{_BEYOND} ORDER BY id", (kind, self._last(rater, kind), rater)))
 
-    def _end(self, rater: str, kind: str) -> int:
+    def _last(self, rater: str, kind: str) -> int:
         row = self._db.execute("SELECT last FROM raters WHERE rater = ? AND kind = ?", (rater, kind)).fetchone()
         return 0 if row is None else int(row["last"])
 
     def show(self, showing: int, item: int, rater: str, repeat: int) -> None:
-        """Take up a showing that is new."""
+        """Register a new showing."""
         kind, gold = self._db.execute("SELECT kind, gold FROM items WHERE id = ?", (item,)).fetchone()
         if repeat:
             first = "SELECT id FROM showings WHERE item = ? AND rater = ? AND repeat = 0"
@@ -117,37 +119,43 @@ class Queues:
         self._settle(showing)
 
     def move_on(self, rater: str, item: int) -> None:
-        """Move the rater's end to an item that is about to be shown, where it is beyond."""
+        """Raise the rater's `last` to an item that is about to be shown, and note the open items that it passes."""
         kind = self._db.execute("SELECT kind FROM items WHERE id = ?", (item,)).fetchone()["kind"]
-        end = self._end(rater, kind)
-        if item > end:
-            between = self._db.execute(f"{_BEYOND} AND id < ?", (kind, end, rater, item)).fetchall()
+        last = self._last(rater, kind)
+        if item > last:
+            between = self._db.execute(f"{_BEYOND} AND id < ?", (kind, last, rater, item)).fetchall()
             for row in between:
                 self._db.insert("passed", rater=rater, kind=kind, item=row["id"])
-            self._add(rater, kind, last=item - end)
+            self._add(rater, kind, last=item - last)
 
     def answer(self, showing: int, kind: str, by: int = 1) -> None:
-        """Take up an answer, or, `by` -1, that one was taken back."""
-        rater, about, item = self._db.execute(
+        """Register an answer, or, with `by` -1, that it was taken back.
+
+        Args:
+            showing: The showing that was answered.
+            kind: The answer's kind, "skip" included.
+            by: 1 or -1.
+        """
+        rater, asked, item = self._db.execute(
             "SELECT rater, kind, item FROM showings WHERE id = ?", (showing,)
         ).fetchone()
-        self._add(rater, about, **{"skipped" if kind == "skip" else "done": by})
+        self._add(rater, asked, **{"skipped" if kind == "skip" else "done": by})
         self._settle(showing)
         self._count_answered(item)
 
     def progress(self, rater: str, kind: Kind | None) -> Progress:
-        """Return how far a rater is."""
+        """Return a rater's progress with one kind of question, or, for None, with all."""
         done = skipped = left = 0
-        for one in _kinds(kind):
-            wanted = self._db.execute("SELECT n FROM open_items WHERE kind = ?", (one,)).fetchone()
-            left += 0 if wanted is None else wanted["n"]
-            row = self._db.execute("SELECT * FROM raters WHERE rater = ? AND kind = ?", (rater, one)).fetchone()
-            if row is not None:
+        for name in _kinds(kind):
+            open_items = self._db.execute("SELECT n FROM open_items WHERE kind = ?", (name,)).fetchone()
+            left += 0 if open_items is None else open_items["n"]
+            row = self._db.execute("SELECT * FROM raters WHERE rater = ? AND kind = ?", (rater, name)).fetchone()
+            if row is not None:  # what is left: open items, plus those still owed, minus open ones already seen
                 done, skipped, left = done + row["done"], skipped + row["skipped"], left + row["owed"] - row["seen"]
         return Progress(done, skipped, left)
 
     def _settle(self, showing: int) -> None:
-        """Write down what a showing still asks of its rater, and when a gold item is due again."""
+        """Update the columns of a showing: whether it is open, when its gold item is due, and the answers it owes."""
         row = self._db.execute(_STATE, (showing,)).fetchone()
         is_open = row["answer"] is None
         is_due = not is_open and row["comes_again"] and row["given"] != "skip"
@@ -159,7 +167,7 @@ class Queues:
         self._add(row["rater"], row["kind"], owed=owed - row["owed"])
 
     def _count_answered(self, item: int) -> None:
-        """Count who has answered an item; it may be open no more, or again."""
+        """Count the raters who have answered an item, and update all counts if that closes or reopens it."""
         row = self._db.execute("SELECT * FROM items WHERE id = ?", (item,)).fetchone()
         answered = self._db.execute(_ANSWERED, (item,)).fetchone()[0]
         self._db.execute("UPDATE items SET answered = ? WHERE id = ?", (answered, item))
@@ -186,7 +194,7 @@ class Queues:
         )
 
     def _add(self, rater: str, kind: str, **by: int) -> None:
-        """Add to the counts of a rater."""
+        """Add to a rater's counts."""
         self._db.execute("INSERT OR IGNORE INTO raters (rater, kind) VALUES (?, ?)", (rater, kind))
         sums = ", ".join(f"{name} = {name} + :{name}" for name in by)
         self._db.execute(

@@ -1,4 +1,4 @@
-"""What passes between raters and a store: the item that is shown, and the answer that comes back."""
+"""The records of a feedback store: items as raters see them, their answers, and the checks of both."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Choice = Literal["a", "b", "tie", "both_bad"]
 KINDS: tuple[str, ...] = get_args(Kind)
 CHOICES: tuple[str, ...] = get_args(Choice)
 UNDECIDED = ("tie", "both_bad")
-MAX_COMPLETIONS = 8  # what number keys can rank, and a reader can hold in mind
-SIZES = {"score": (1, MAX_COMPLETIONS), "compare": (2, 2), "rank": (2, MAX_COMPLETIONS)}
+MAX_COMPLETIONS = 8  # so that number keys can rank them, and a reader can keep them in mind
+SIZES = {"score": (1, MAX_COMPLETIONS), "compare": (2, 2), "rank": (2, MAX_COMPLETIONS)}  # fewest and most completions
 
-# A score for each completion, the place of the better one or "tie" or "both_bad", places from the best; None: skipped
+# Scores, one for each completion; the better one's index, or "tie" or "both_bad"; indices, best first; None if skipped
 Value = tuple[float, ...] | int | str | tuple[int, ...] | None
 
 
@@ -25,12 +25,12 @@ class Item(NamedTuple):
 
     Attributes:
         id: The item's number, as `FeedbackStore.add` returned it.
-        showing: The number of this showing: of this item to this rater, for the first time or once more.
-        rater: Who is asked.
-        kind: What is asked: "score" each, "compare" two, or "rank" all.
-        prompt: What the completions go on from.
-        completions: In the order in which this rater sees them, drawn at random and stored.
-        order: The place of each in the list that was added.
+        showing: The number of this showing; an item has one for each rater, and a gold item has two.
+        rater: The rater's name.
+        kind: The kind of question: "score" each completion, "compare" two, or "rank" all.
+        prompt: The prompt of the completions.
+        completions: The completions in the order in which this rater sees them, drawn at random and stored.
+        order: The index of each of them in the list that was added.
         scale: The lowest and the highest score.
     """
 
@@ -45,24 +45,24 @@ class Item(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a rater did with an item, with completions in the order in which they were added.
+    """A rater's answer to an item, with the completions in the order in which they were added.
 
     Attributes:
-        id: Its number; numbers rise in the order of writing and are never used again.
+        id: The answer's number; numbers rise in the order of writing and are never reused.
         item: The item's number.
         kind: "score", "compare", "rank", "skip" or "undo".
-        rater: Who did it.
+        rater: The rater's name.
         prompt: The item's prompt.
         completions: The item's completions.
-        value: Of "score", a number for each completion; of "compare", the place of the better one, or "tie" or
-            "both_bad"; of "rank", the places from the best to the worst; None otherwise.
+        value: For "score", a number for each completion; for "compare", the index of the better one, "tie" or
+            "both_bad"; for "rank", the indices from the best to the worst; None otherwise.
         models: The model that wrote each completion, or None.
-        run: The run that they come from, or None.
+        run: The run that the completions come from, or None.
         scale: The lowest and the highest score.
-        order: The places in the order in which the rater saw them.
-        repeat: 0, or 1 where the rater saw a gold item for the second time.
-        seconds: How long the rater took, or None where that is not known.
-        time: When it was written, in seconds since 1970.
+        order: The indices of the completions in the order in which the rater saw them.
+        repeat: 1 if the rater saw a gold item for the second time, else 0.
+        seconds: The time that the rater took, or None where it is unknown.
+        time: The time of writing, in seconds since 1970.
         undoes: For "undo", the number of the answer that no longer counts.
 
     Example:
@@ -88,11 +88,11 @@ class Answer(NamedTuple):
     undoes: int | None = None
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Return the places of all pairs that the answer decides, the better one first; none for a tie."""
+        """Return the indices (better, worse) of each pair of completions that the answer decides: none for a tie."""
         if self.kind == "compare" and isinstance(self.value, int):
             return [(self.value, 1 - self.value)]
         if self.kind == "rank" and isinstance(self.value, tuple):
-            return list(itertools.combinations([int(place) for place in self.value], 2))
+            return list(itertools.combinations([int(index) for index in self.value], 2))
         if self.kind == "score" and isinstance(self.value, tuple):
             scores = self.value
             return [
@@ -104,7 +104,7 @@ class Answer(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a rater is: answers that stand, items skipped, and what is left; gold items count twice."""
+    """A rater's progress: answers that count, items skipped, and items left, in which gold items count twice."""
 
     done: int
     skipped: int
@@ -112,7 +112,7 @@ class Progress(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An answer that was given elsewhere, for `FeedbackStore.record`; what each field is, `Answer` says."""
+    """An answer that was given elsewhere, for `FeedbackStore.record`; see `Answer` for the fields."""
 
     kind: Kind
     prompt: str
@@ -127,10 +127,10 @@ class Record(NamedTuple):
 
 
 def check_rater(rater: str) -> str:
-    """Return a rater's name without spaces around it.
+    """Return a rater's name without the spaces around it.
 
     Raises:
-        ValueError: If it is empty, longer than 64 characters, or holds a character that cannot be printed.
+        ValueError: If the name is empty, longer than 64 characters, or has a character that cannot be printed.
     """
     name = rater.strip() if isinstance(rater, str) else ""
     if not 0 < len(name) <= 64 or not name.isprintable():
@@ -139,11 +139,11 @@ def check_rater(rater: str) -> str:
 
 
 def check_question(kind: str, prompt: str, completions: Sequence[str]) -> None:
-    """Refuse what cannot be asked.
+    """Refuse a question that cannot be asked.
 
     Raises:
-        ValueError: If the kind is unknown, a text is no text or UTF-8 cannot write it, or the completions are too many
-            or too few for the kind.
+        ValueError: If the kind is unknown, a text is not a str or cannot be encoded as UTF-8, or there are too many or
+            too few completions for the kind.
     """
     if kind not in KINDS:
         raise ValueError(f"Expected `kind` to be one of {', '.join(KINDS)}, got {kind!r}.")
@@ -162,17 +162,17 @@ def check_question(kind: str, prompt: str, completions: Sequence[str]) -> None:
 
 
 def check_value(kind: str, value: Any, n: int, scale: tuple[float, float]) -> Value:
-    """Return an answer in its one form: floats for scores, whole numbers for places.
+    """Return an answer's value as it is stored: a tuple of floats for scores, ints for indices.
 
     Args:
         kind: "score", "compare" or "rank".
-        value: Scores, the better one's place or "tie" or "both_bad", or places from the best.
-        n: How many completions there are.
+        value: Scores; the better one's index, "tie" or "both_bad"; or indices, best first.
+        n: The number of completions.
         scale: The lowest and the highest score.
 
     Raises:
-        ValueError: If scores are not `n` numbers within the scale, a choice is none, or places leave one out or name
-            one twice.
+        ValueError: If the scores are not `n` numbers within the scale, the choice is unknown, or an index is missing
+            or doubled.
     """
     if kind == "compare":
         if value in UNDECIDED or (_is_whole(value) and value in (0, 1)):
@@ -181,7 +181,7 @@ def check_value(kind: str, value: Any, n: int, scale: tuple[float, float]) -> Va
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != n:
         raise ValueError(f"Expected a list of {n} to {kind} {n} completions, got {value!r:.80}.")
     if kind == "rank":
-        if not all(_is_whole(place) for place in value) or sorted(value) != list(range(n)):
+        if not all(_is_whole(index) for index in value) or sorted(value) != list(range(n)):
             raise ValueError(f"Expected each of the places 0 to {n - 1} once, got {value!r:.80}.")
         return tuple(value)
     low, high = scale
@@ -194,7 +194,7 @@ def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
     """Return the lowest and the highest score.
 
     Raises:
-        ValueError: If they are not two finite numbers, the lower first.
+        ValueError: If they are not two finite numbers, the lower one first.
     """
     pair = tuple(scale) if isinstance(scale, Sequence) and len(scale) == 2 else ()
     if not pair or not all(_is_number(end) for end in pair) or not pair[0] < pair[1]:
@@ -214,10 +214,10 @@ def check_seconds(name: str, seconds: float | None) -> float | None:
 
 
 def check_names(names: Sequence[str | None]) -> None:
-    """Refuse names of models and runs that are neither texts nor None.
+    """Refuse names of models and runs that are neither str nor None.
 
     Raises:
-        ValueError: If one is something else.
+        ValueError: If a name is anything else.
     """
     if not all(name is None or isinstance(name, str) for name in names):
         raise ValueError(f"Expected names of models and runs to be texts or None, got {names!r:.80}.")
@@ -230,4 +230,4 @@ def _is_whole(value: Any) -> bool:
 def _is_number(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return _is_whole(value) and abs(value) <= 2**53  # what a float holds
+    return _is_whole(value) and abs(value) <= 2**53  # the whole numbers that a float holds exactly

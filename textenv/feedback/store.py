@@ -1,4 +1,4 @@
-"""Where the questions for people and their answers lie: one SQLite file."""
+"""The store of questions for people and of their answers: one SQLite file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from textenv.feedback.records import (
     check_value,
 )
 
-LEASE = 600.0  # seconds for which an item that was shown counts as being in a rater's hands
+LEASE = 600.0  # seconds for which an item that was shown counts as being in that rater's hands
 
 _ANSWERS = """
 SELECT answers.*, item, repeat, places, prompt, run, low, high
@@ -37,24 +37,24 @@ WHERE answers.id > :since AND (stands OR undoes <= :since) ORDER BY answers.id
 
 
 class FeedbackStore:
-    """Questions for people and their answers, in one SQLite file that processes and threads share.
+    """Questions for people and their answers, in one SQLite file that processes and threads may share.
 
-    An answer is on the disk when the method returns (a write-ahead log, synchronous=FULL): a process that is killed, or
-    a machine that is, loses nothing that was acknowledged. Who writes waits up to `timeout` seconds for another who
-    does. Nothing is deleted: an undo is a row more, so that a reader who asks for what came `since` sees it too.
+    An answer is on the disk when its method returns (a write-ahead log, synchronous=FULL), so that a crash of the
+    process or the machine loses no acknowledged answer. A writer waits up to `timeout` seconds for another one. Nothing
+    is deleted: an undo is a further row, which a reader of the new answers (`since`) sees, too.
 
-    A rater's items come one by one from `next`, each in an order of completions that is drawn once for each showing and
-    stored; a showing that was not answered comes again as it was. Gold items come twice to each rater, in another
-    order, ten answers later or at the end. Files of pairs, rankings and scores: `textenv.feedback.exchange`; how far
-    raters agree: `textenv.feedback.agreement`.
+    `next` gives a rater one item after the other. The order of its completions is drawn once for each showing and
+    stored; a showing that was not answered comes again in the same order. Each rater sees a gold item twice, the second
+    time in another order, ten answers later or at the end. `textenv.feedback.exchange` exports pairs, rankings and
+    scores; `textenv.feedback.agreement` says how far raters agree.
 
     Args:
-        path: The file; it is made where there is none, in a folder that exists.
-        timeout: How long to wait for a locked file, in seconds.
-        seed: Of the orders of completions; None draws one.
+        path: The file, in a folder that exists; it is created if it does not exist.
+        timeout: The longest wait for a locked file, in seconds.
+        seed: The seed of the orders of completions; None draws one.
 
     Raises:
-        ValueError: If the file is something else, or was written by a later version.
+        ValueError: If the file is not a feedback store, or one of another version.
         sqlite3.OperationalError: If the file cannot be opened, or stays locked.
 
     Example:
@@ -75,7 +75,7 @@ class FeedbackStore:
         self._random = random.Random(seed)
 
     def close(self) -> None:
-        """Close the file; the last who does tidies the log away."""
+        """Close the file; the last process to do so removes the write-ahead log."""
         self._db.close()
 
     def __enter__(self) -> FeedbackStore:
@@ -99,20 +99,20 @@ class FeedbackStore:
         """Add a question.
 
         Args:
-            prompt: What the completions go on from.
+            prompt: The prompt of the completions.
             completions: One to eight texts to score, two to compare, two to eight to rank.
             kind: "score", "compare" or "rank".
-            models: Who wrote the completions: one name for all, or one each. Raters do not see it.
-            run: Where they come from. Raters do not see it.
-            raters: How many raters are to answer.
-            gold: Show the item to each rater a second time, to see whether the answer is the same.
+            models: The models that wrote the completions: one name for all, or one each. Raters do not see them.
+            run: The run that the completions come from. Raters do not see it.
+            raters: The number of raters who are to answer.
+            gold: Whether each rater sees the item a second time, to check that the answer is the same.
             scale: The lowest and the highest score.
 
         Returns:
             The item's number.
 
         Raises:
-            ValueError: If a text is no text, or the completions are too many or too few.
+            ValueError: If a text is not a str, or there are too many or too few completions.
         """
         with self._db.writing():
             return self._add(prompt, completions, kind, models, run, raters, gold, scale)
@@ -142,41 +142,45 @@ class FeedbackStore:
             **dict(kind=kind, prompt=str(prompt), run=run, low=low, high=high),
             **dict(raters=raters, gold=gold, time=time.time()),
         )
-        for place, (text, model) in enumerate(zip(completions, models, strict=True)):
-            self._db.insert("completions", item=item, place=place, text=str(text), model=model)
+        for index, (text, model) in enumerate(zip(completions, models, strict=True)):
+            self._db.insert("completions", item=item, place=index, text=str(text), model=model)
         self._queues.add(item, kind, gold)
         return item
 
     def next(self, rater: str, kind: Kind | None = None) -> Item | None:
-        """Return what the rater is to answer next, or None.
+        """Return the rater's next item, or None if there is none.
 
-        First what was shown and not answered, then gold items that are due, then new items in the order of adding,
-        those in other raters' hands last, then the gold items that are left.
+        An item that was shown and not answered comes first; then gold items that are due; then new items in the order
+        in which they were added, those in other raters' hands last; then the remaining gold items.
+
+        Args:
+            rater: The rater's name.
+            kind: The kind of question; None for any.
         """
         rater = check_rater(rater)
         with self._db.writing():
-            found = self._queues.next(rater, kind, time.time() - LEASE)
-            if found is None:
+            following = self._queues.next(rater, kind, time.time() - LEASE)
+            if following is None:
                 return None
-            if found.showing is not None:
-                self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), found.showing))
-                return self._item(found.showing)
-            assert found.item is not None, "a showing or an item"
-            if not found.repeat:
-                self._queues.move_on(rater, found.item)
-            return self._show(found.item, rater, found.repeat)
+            if following.showing is not None:
+                self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), following.showing))
+                return self._item(following.showing)
+            assert following.item is not None, "a showing or an item"
+            if not following.repeat:
+                self._queues.move_on(rater, following.item)
+            return self._show(following.item, rater, following.repeat)
 
     def _show(self, item: int, rater: str, repeat: int) -> Item:
         n = self._db.execute("SELECT count(*) FROM completions WHERE item = ?", (item,)).fetchone()[0]
-        places = self._random.sample(range(n), n)
-        before = self._db.execute("SELECT places FROM showings WHERE item = ? AND rater = ?", (item, rater)).fetchone()
-        while n > 1 and before is not None and places == json.loads(before["places"]):
-            places = self._random.sample(range(n), n)
-        return self._item(self._insert_showing(item, rater, repeat, places))
+        order = self._random.sample(range(n), n)
+        first = self._db.execute("SELECT places FROM showings WHERE item = ? AND rater = ?", (item, rater)).fetchone()
+        while n > 1 and first is not None and order == json.loads(first["places"]):  # a gold item: in another order
+            order = self._random.sample(range(n), n)
+        return self._item(self._insert_showing(item, rater, repeat, order))
 
-    def _insert_showing(self, item: int, rater: str, repeat: int, places: Sequence[int]) -> int:
+    def _insert_showing(self, item: int, rater: str, repeat: int, order: Sequence[int]) -> int:
         kind = self._db.execute("SELECT kind FROM items WHERE id = ?", (item,)).fetchone()["kind"]
-        row = dict(item=item, rater=rater, kind=kind, repeat=repeat, places=json.dumps(list(places)))
+        row = dict(item=item, rater=rater, kind=kind, repeat=repeat, places=json.dumps(list(order)))
         showing = self._db.insert("showings", **row, handed=time.time())
         self._queues.show(showing, item, rater, repeat)
         return showing
@@ -189,7 +193,7 @@ class FeedbackStore:
         ).fetchone()
         texts = [text for text, _ in self._completions(row["item"])]
         order = tuple(json.loads(row["places"]))
-        shown = tuple(texts[place] for place in order)
+        shown = tuple(texts[index] for index in order)
         scale = (row["low"], row["high"])
         return Item(row["item"], showing, row["rater"], row["kind"], row["prompt"], shown, order, scale)
 
@@ -198,19 +202,24 @@ class FeedbackStore:
         return [(row["text"], row["model"]) for row in rows]
 
     def showing(self, number: int, rater: str) -> Item:
-        """Return an item as it was shown to a rater: what a page that holds only the number answers.
+        """Return an item as it was shown to a rater, for a page that knows only the showing's number.
 
         Raises:
-            ValueError: If the rater was shown no such thing.
+            ValueError: If there was no such showing to this rater.
         """
         with self._db.reading():
-            found = self._db.execute("SELECT rater FROM showings WHERE id = ?", (number,)).fetchone()
-            if found is None or found["rater"] != rater:
+            row = self._db.execute("SELECT rater FROM showings WHERE id = ?", (number,)).fetchone()
+            if row is None or row["rater"] != rater:
                 raise ValueError(f"Expected the number of something that {rater} was shown, got {number}.")
             return self._item(number)
 
     def score(self, item: Item, scores: Sequence[float], seconds: float | None = None) -> int:
         """Write a score for each completion, in the order shown, and return the answer's number.
+
+        Args:
+            item: The item, as `next` returned it.
+            scores: A number within the scale for each completion.
+            seconds: The time that the rater took.
 
         Raises:
             ValueError: If the item is of another kind or has another answer already, or the scores are not one number
@@ -223,36 +232,36 @@ class FeedbackStore:
         return self._answer(item, "score", added, seconds)
 
     def choose(self, item: Item, choice: Choice, seconds: float | None = None) -> int:
-        """Write which of two completions is better: the first shown, "a", the second, "b", "tie" or "both_bad".
+        """Write which of two completions is better: "a", the first shown, "b", the second, "tie" or "both_bad".
 
         Returns:
             The answer's number.
 
         Raises:
-            ValueError: If the item is of another kind or has another answer already, or the choice is none.
+            ValueError: If the item is of another kind or has another answer already, or the choice is unknown.
         """
         _check_kind(item, "compare")
-        places = {"a": item.order[0], "b": item.order[1], "tie": "tie", "both_bad": "both_bad"}
-        if not isinstance(choice, str) or choice not in places:
-            raise ValueError(f"Expected one of {', '.join(places)}, got {choice!r:.80}.")
-        return self._answer(item, "compare", check_value("compare", places[choice], 2, item.scale), seconds)
+        values = {"a": item.order[0], "b": item.order[1], "tie": "tie", "both_bad": "both_bad"}
+        if not isinstance(choice, str) or choice not in values:
+            raise ValueError(f"Expected one of {', '.join(values)}, got {choice!r:.80}.")
+        return self._answer(item, "compare", check_value("compare", values[choice], 2, item.scale), seconds)
 
     def rank(self, item: Item, ranking: Sequence[int], seconds: float | None = None) -> int:
-        """Write the order of the completions, best first: each is named by its number in the order shown, from 0.
+        """Write the order of the completions, best first, each by its index in the order shown.
 
         Returns:
             The answer's number.
 
         Raises:
-            ValueError: If the item is of another kind or has another answer already, or a number is missing or doubled.
+            ValueError: If the item is of another kind or has another answer already, or an index is missing or doubled.
         """
         _check_kind(item, "rank")
         value = check_value("rank", ranking, len(item.order), item.scale)
         assert isinstance(value, tuple)
-        return self._answer(item, "rank", tuple(item.order[int(place)] for place in value), seconds)
+        return self._answer(item, "rank", tuple(item.order[int(index)] for index in value), seconds)
 
     def skip(self, item: Item, seconds: float | None = None) -> int:
-        """Write that the rater does not answer; the item is not offered to them again. Returns the answer's number."""
+        """Write that the rater does not answer, and return the number of this; the item is not shown to them again."""
         return self._answer(item, "skip", None, seconds)
 
     def _answer(self, item: Item, kind: str, value: Value, seconds: float | None) -> int:
@@ -262,7 +271,7 @@ class FeedbackStore:
             if row is None:
                 return self._insert_answer(item.showing, item.rater, kind, value, seconds, time.time())
             if (row["kind"], row["value"]) == (kind, json.dumps(value)):
-                return int(row["id"])  # sent again by someone who did not hear that it arrived
+                return int(row["id"])  # sent again by a page that did not receive the acknowledgement
             raise ValueError(
                 f"Expected an unanswered item, got item {item.id}, answered by {item.rater}. Undo it first."
             )
@@ -276,22 +285,22 @@ class FeedbackStore:
         return answer
 
     def last_answer(self, rater: str) -> int | None:
-        """Return the number of the rater's last answer or skip that counts, which `undo` takes back, or None."""
+        """Return the number of the rater's last answer or skip that counts, which `undo` would take back, or None."""
         with self._db.reading():
             return self._last_answer(check_rater(rater))
 
     def _last_answer(self, rater: str) -> int | None:
-        last = "SELECT id FROM answers WHERE rater = ? AND stands ORDER BY id DESC LIMIT 1"
-        row = self._db.execute(last, (rater,)).fetchone()
+        statement = "SELECT id FROM answers WHERE rater = ? AND stands ORDER BY id DESC LIMIT 1"
+        row = self._db.execute(statement, (rater,)).fetchone()
         return None if row is None else int(row["id"])
 
     def undo(self, rater: str, answer: int | None = None) -> Item | None:
-        """Take an answer or skip of the rater's back, and return its item, which is the rater's next; None without one.
+        """Take back one of the rater's answers or skips, and return its item, which comes next; None if there is none.
 
         Args:
-            rater: Who takes it back.
-            answer: Its number; the last one by default. Done again without a number, it takes back the answer before;
-                with the number it changes nothing, as for someone who did not hear that it was done.
+            rater: The rater's name.
+            answer: The answer's number; by default, the last one that counts. A second call with the same number
+                changes nothing, so that a page may send it again; a second call without one takes back one more.
 
         Raises:
             ValueError: If the rater gave no such answer.
@@ -315,8 +324,8 @@ class FeedbackStore:
     def answers(self, since: int = 0) -> list[Answer]:
         """Return the answers that count and were written after answer `since`, in the order of writing.
 
-        An answer that is undone by now is left out; where a reader had it, because its number is not after `since`, the
-        undo is in its place: an answer of kind "undo" whose `undoes` is the number.
+        An answer that has been undone is left out. If its number is `since` or lower, so that the reader had it, the
+        result has the undo instead: an answer of kind "undo" whose `undoes` is that number.
         """
         with self._db.reading():
             rows = self._db.execute(_ANSWERS, {"since": since}).fetchall()
@@ -324,13 +333,19 @@ class FeedbackStore:
         return [_read_answer(row, texts[row["item"]]) for row in rows]
 
     def record(self, records: Iterable[Record]) -> list[int]:
-        """Write answers that were given elsewhere, with their questions, which are not asked again: all or none.
+        """Write answers that were given elsewhere, all or none, with their questions, which are not asked again.
 
         Returns:
             The answers' numbers.
 
         Raises:
-            ValueError: If one of them is no answer, naming the record by its number, from 1.
+            ValueError: If a record is not a valid answer; the message has its number, from 1.
+
+        Example:
+            >>> import os, tempfile
+            >>> store = FeedbackStore(os.path.join(tempfile.mkdtemp(), "answers.db"))
+            >>> store.record([Record("compare", "It was", [" good.", " bad."], 0, "ann")])
+            [1]
         """
         numbers = []
         with self._db.writing():
@@ -347,11 +362,11 @@ class FeedbackStore:
         n = len(record.completions)
         value = check_value(record.kind, record.value, n, record.scale)
         rater, when = check_rater(record.rater), check_seconds("time", record.time) or time.time()
-        showing = self._insert_showing(item, rater, repeat=0, places=range(n))
+        showing = self._insert_showing(item, rater, repeat=0, order=range(n))
         return self._insert_answer(showing, rater, record.kind, value, check_seconds("seconds", record.seconds), when)
 
     def progress(self, rater: str, kind: Kind | None = None) -> Progress:
-        """Return how far a rater is."""
+        """Return a rater's progress with one kind of question, or, for None, with all."""
         with self._db.reading():
             return self._queues.progress(check_rater(rater), kind)
 

@@ -1,4 +1,4 @@
-"""People's answers in the terminal: what a model wrote, a line to answer in, and how the answers stand so far."""
+"""The rating of model output in a terminal."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from textenv.printable import printable
 CHOICES: dict[str, Choice] = {"a": "a", "b": "b", "t": "tie", "n": "both_bad"}
 COMMANDS = {"u": "undo", "s": "skip", "q": "quit"}
 COMMANDS_HELP = "u undoes the answer before, s skips, q quits (all answers are kept), ? helps"
-PAUSE = 0.5  # seconds between two looks for a new question
+PAUSE = 0.5  # seconds between two looks for a new question, short enough to seem immediate
 
 
 class RatingTerminal:
-    """Asks a rater one question after the other: to score completions, to choose one of two, or to rank them.
+    """A dialogue with one rater, who scores completions, chooses one of two, or ranks them.
 
-    An answer is in the store before the next question is shown; a rater who comes back is asked only what is left.
-    What the model wrote is shown, not obeyed. A line that is no answer is explained, and asked again. The end of the
-    input quits.
+    An answer is in the store before the next question is shown, and a rater who comes back is asked only the remaining
+    questions. Control characters in the model's text are escaped. After an invalid line the expected one is explained,
+    and the question asked again. The end of the input quits.
 
     Args:
-        store: Where the questions are, and the answers go.
-        rater: Who answers.
-        kind: Ask only for scores, choices or rankings.
-        console: Where to; rich's own by default.
-        read: Returns a line for a prompt; the console's by default.
+        store: The store with the questions, to which the answers are written.
+        rater: The rater's name.
+        kind: The kind of question, "score", "compare" or "rank"; None for any.
+        console: The console to print to; rich's default console if None.
+        read: Returns the line that is typed after a prompt; by default, the console's `input`.
 
     Example:
         >>> import io, os, tempfile
@@ -59,11 +59,11 @@ class RatingTerminal:
         self._standing = StandingAnswers(store)
 
     def run(self, items: Collection[int] | None = None, wait: bool = False) -> bool:
-        """Ask until nothing is left, and return True; False where the rater quits.
+        """Ask until no question is left, and return True, or False if the rater quits.
 
         Args:
-            items: Stop when these are answered or skipped; undoing reaches back to the answers of this call alone.
-            wait: Look for new questions where none is left, until Ctrl-C.
+            items: The items after which to stop; with them, only answers of this call can be undone.
+            wait: Whether to wait for new questions when none is left, until Ctrl-C.
         """
         left = None if items is None else set(items)
         answered: list[int] = []
@@ -74,10 +74,10 @@ class RatingTerminal:
                     break
                 time.sleep(PAUSE)
                 continue
-            done = self._ask(item)
-            if done == "quit":
+            action = self._ask(item)
+            if action == "quit":
                 return False
-            if done != "undo":
+            if action != "undo":
                 answered.append(item.id)
             elif left is not None and not answered:
                 self.console.print("Nothing to undo: the answer before is acted upon.")
@@ -92,7 +92,11 @@ class RatingTerminal:
         return True
 
     def _ask(self, item: Item) -> str:
-        """Show an item and take lines until one is an answer, which is written, or a command; return which."""
+        """Show an item and read lines until one is a command or a valid answer, which is stored.
+
+        Returns:
+            "answer" (a skip included), "undo" or "quit".
+        """
         self._show(item)
         start = time.monotonic()
         while True:
@@ -101,7 +105,7 @@ class RatingTerminal:
             except EOFError:
                 return "quit"
             except UnicodeDecodeError:
-                line = "\ufffd"  # bytes that are no text are no answer either
+                line = "\ufffd"  # bytes that are no text are no valid answer, so the error below explains it
             if line == "?":
                 self.console.print(f"Expected {_wanted(item)}. {COMMANDS_HELP}.")
                 continue
@@ -116,41 +120,42 @@ class RatingTerminal:
                 return "answer"
 
     def _show(self, item: Item) -> None:
-        parts: list[str | tuple[str, str]] = [(printable(item.prompt), "dim")]
+        spans: list[str | tuple[str, str]] = [(printable(item.prompt), "dim")]
         single = len(item.completions) == 1
         if single:
-            parts.append(printable(item.completions[0]))
-        self.console.print(Panel(Text.assemble(*parts), title=f"{item.kind} {item.id}", title_align="left"))
+            spans.append(printable(item.completions[0]))
+        self.console.print(Panel(Text.assemble(*spans), title=f"{item.kind} {item.id}", title_align="left"))
         for name, text in zip(_names(item), () if single else item.completions, strict=False):
             self.console.print(Panel(Text(printable(text)), title=name, title_align="left"))
 
     def _write(self, item: Item, line: str, seconds: float) -> None:
-        """Write the answer that a line is.
+        """Store the answer of a line.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If the line is not a valid answer.
         """
-        wrong = ValueError(f"Expected {_wanted(item)}, got {line!r:.60}.")
+        invalid = ValueError(f"Expected {_wanted(item)}, got {line!r:.60}.")
         if line == "s":
             self.store.skip(item, seconds)
         elif item.kind == "compare":
             if line not in CHOICES:
-                raise wrong
+                raise invalid
             self.store.choose(item, CHOICES[line], seconds)
         elif item.kind == "rank":
             if sorted(line.split()) != sorted(_names(item)):
-                raise wrong
+                raise invalid
             self.store.rank(item, [int(word) - 1 for word in line.split()], seconds)
         else:
             low, high = item.scale
             scores = [number for number in map(_number, line.split()) if low <= number <= high]
             if not len(scores) == len(line.split()) == len(item.completions):
-                raise wrong
+                raise invalid
             self.store.score(item, scores, seconds)
 
     def status(self) -> str:
-        """Return how many answers of the rater count, and the mean of the scores."""
-        own = [a for a in self._standing.update() if a.rater == self.rater and self.kind in (None, a.kind)]
+        """Return the number of the rater's answers that count, and the mean of their scores."""
+        answers = self._standing.update()
+        own = [answer for answer in answers if answer.rater == self.rater and self.kind in (None, answer.kind)]
         values = [answer.value for answer in own if answer.kind != "skip"]
         scores = [score for value in values if isinstance(value, tuple) for score in value if isinstance(score, float)]
         n = f"{len(values)} answer{'' if len(values) == 1 else 's'}"
@@ -158,11 +163,11 @@ class RatingTerminal:
 
 
 def _names(item: Item) -> list[str]:
-    return ["a", "b"] if item.kind == "compare" else [str(place + 1) for place in range(len(item.completions))]
+    return ["a", "b"] if item.kind == "compare" else [str(i + 1) for i in range(len(item.completions))]
 
 
 def _wanted(item: Item) -> str:
-    """Say what an answer to an item is."""
+    """Return a description of a valid answer to an item."""
     n = len(item.completions)
     if item.kind == "compare":
         return "a or b for the better one, t for a tie, n for neither"
@@ -176,4 +181,4 @@ def _number(word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        return math.nan  # which is in no range
+        return math.nan  # compares false with any range

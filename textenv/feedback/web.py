@@ -1,4 +1,4 @@
-"""The page on which people score, compare and rank: a Starlette app over a store, and the server that runs it."""
+"""The web page on which people score, compare and rank: a Starlette app over a store, and its server."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ with needs("feedback", "starlette, uvicorn and jinja2", "the rating page"):
 
 FOLDER = Path(__file__).resolve().parent
 THEMES = ("light", "dark")
-YEAR = 365 * 24 * 3600  # seconds that the browser keeps name, language and theme
-PAGE = 50  # answers of the history sent at a time
-TOKEN = re.compile("[A-Za-z0-9_-]{16,}")  # what fits into URLs and cookies as it is
+YEAR = 365 * 24 * 3600  # seconds for which the browser keeps name, language and theme
+PAGE = 50  # answers of the history that are sent at a time
+TOKEN = re.compile("[A-Za-z0-9_-]{16,}")  # characters that URLs and cookies need not escape
 
 
 class Pages:
-    """The endpoints: three pages, and the JSON that their scripts send and get.
+    """The app's endpoints: its pages, and the JSON interface of their scripts.
 
     Args:
-        store: Where questions and answers lie.
-        kind: What is asked here; None for any.
+        store: The store of questions and answers.
+        kind: The kind of question that is asked; None for any.
     """
 
     def __init__(self, store: FeedbackStore, kind: Kind | None) -> None:
@@ -66,7 +66,7 @@ class Pages:
         ]
 
     def page(self, request: Request, name: str, status: int = 200) -> Response:
-        """Return a page in the visitor's language and theme, which the URL may change."""
+        """Return a page in the visitor's language and theme; a query parameter changes either, and is remembered."""
         language = _preferred(request, "language", LANGUAGES, _accepted_language(request))
         theme = _preferred(request, "theme", THEMES, "")
         context = {"words": words(language), "language": language, "languages": LANGUAGES, "theme": theme}
@@ -90,7 +90,7 @@ class Pages:
         return self.page(request, "history" if _rater(request) else "name")
 
     async def enter(self, request: Request) -> Response:
-        """Remember who rates; without a name, forget it."""
+        """Store the rater's name in a cookie; for the name null, delete the cookie."""
         body = await _body(request, "rater")
         response = JSONResponse({})
         if body.get("rater") is None:
@@ -105,12 +105,12 @@ class Pages:
         return JSONResponse(await run_in_threadpool(self._state, rater))
 
     async def answer(self, request: Request) -> Response:
-        """Write an answer; what comes back is the next item, and the sign that the answer is on the disk."""
+        """Write an answer; the response comes when it is on the disk, and holds the next item."""
         rater, body = _known_rater(request), await _body(request, "showing", "kind", "value", "seconds")
         return JSONResponse(await run_in_threadpool(self._answer, rater, body))
 
     async def undo(self, request: Request) -> Response:
-        """Take back the answer that the page names: a request that comes twice takes back one."""
+        """Take back the answer that the page names, so that a request that arrives twice takes back only one."""
         rater, body = _known_rater(request), await _body(request, "answer")
         return JSONResponse(await run_in_threadpool(self._undo, rater, body))
 
@@ -142,24 +142,26 @@ class Pages:
         return self._state(rater)
 
     def answers(self, request: Request) -> Response:
-        """Return a page of the history, the newest first, and how far raters agree."""
+        """Return a page of the history, newest answers first, with the agreement of raters."""
         rater = _known_rater(request)
-        every = self.store.answers()
-        found = [answer for answer in reversed(every) if _matches(answer, request)]
+        answers = self.store.answers()
+        matching = [answer for answer in reversed(answers) if _matches(answer, request)]
         start = _start(request)
-        raters = sorted({answer.rater for answer in every} | {rater})
-        between = {kind: {**one._asdict(), "alpha": _number(one.alpha)} for kind, one in agreement(every).items()}
-        own = {name: one._asdict() for name, one in self_agreement(every).items()}
-        rows = [_row(answer) for answer in found[start : start + PAGE]]
+        raters = sorted({answer.rater for answer in answers} | {rater})
+        shared = agreement(answers)
+        between = {kind: {**figures._asdict(), "alpha": _number(figures.alpha)} for kind, figures in shared.items()}
+        own = {name: figures._asdict() for name, figures in self_agreement(answers).items()}
+        rows = [_row(answer) for answer in matching[start : start + PAGE]]
         more = {"raters": raters, "me": rater, "agreement": between, "self_agreement": own}
-        return JSONResponse({"rows": rows, "n": len(found), **more})
+        return JSONResponse({"rows": rows, "n": len(matching), **more})
 
     def export(self, request: Request) -> Response:
-        """Return the answers that the filters let through as lines of JSON."""
+        """Return the answers that match the filters as lines of JSON."""
         _known_rater(request)
         form = request.query_params.get("form", "")
-        kept = [answer for answer in self.store.answers() if _matches(answer, request)]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(kept, form)]  # type: ignore[arg-type]
+        matching = [answer for answer in self.store.answers() if _matches(answer, request)]
+        rows = rows_of(matching, form)  # type: ignore[arg-type]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         disposition = {"content-disposition": f'attachment; filename="{form}.jsonl"'}
         return Response("".join(lines), media_type="application/jsonl", headers=disposition)
 
@@ -172,13 +174,13 @@ def make_app(
     names: Iterable[str] = ("localhost",),
     any_address: bool = False,
 ) -> Starlette:
-    """Return the app, for a server of your own; `serve` runs one.
+    """Return the page as an ASGI app, for a server of your own; `serve` runs one.
 
     Args:
-        store: Where questions and answers lie.
-        kind: What is asked; None for any.
-        token: What visitors must have; see `Guard`.
-        names: The names by which visitors reach the server.
+        store: The store of questions and answers.
+        kind: The kind of question that is asked; None for any.
+        token: The secret that visitors must have; see `Guard`.
+        names: The host names by which visitors reach the server.
         any_address: Whether they may reach it by any numeric address, too; see `Guard`.
     """
     pages = Pages(store, kind)
@@ -187,8 +189,8 @@ def make_app(
     return Starlette(routes=pages.routes, middleware=[guard], exception_handlers=handlers)
 
 
-def _say(address: str) -> None:
-    print(address, flush=True)  # at once, also where the output goes into a file
+def _print_address(address: str) -> None:
+    print(address, flush=True)  # at once: Python buffers output that goes to a file or pipe
 
 
 def serve(
@@ -199,24 +201,25 @@ def serve(
     port: int = 0,
     token: str | None = None,
     names: Sequence[str] = (),
-    announce: Callable[[str], object] = _say,
+    announce: Callable[[str], object] = _print_address,
 ) -> None:
     """Serve the page until Ctrl+C.
 
-    Who can reach the server may rate under any name; on this machine alone that needs no token.
+    Anyone who reaches the server may rate under any name. Without a token it listens on this machine alone.
 
     Args:
-        store: Where questions and answers lie; others may use the file at the same time.
-        kind: What is asked; None for any.
+        store: The store of questions and answers; other processes may use its file at the same time.
+        kind: The kind of question that is asked; None for any.
         host: The address to listen on: "127.0.0.1" for this machine alone, "0.0.0.0" for its networks.
-        port: 0 takes a free one.
-        token: What visitors must have: 16 letters, digits, - and _ or more. An address that others can reach needs one.
-        names: Names of this machine by which others reach it, beside `localhost` and its own.
-        announce: Is told the address to open, once the server listens; prints it.
+        port: The port; 0 takes a free one.
+        token: The secret that visitors must have, of at least 16 letters, digits, - and _. It is required for an
+            address that others can reach.
+        names: Further host names of this machine by which others reach it, besides `localhost` and its own.
+        announce: Called with the URL to open, once the server listens; prints it by default.
 
     Raises:
-        ValueError: If the token is missing, short, or has other characters.
-        OSError: If the address cannot be listened on.
+        ValueError: If the token is missing where it is required, too short, or has other characters.
+        OSError: If the server cannot listen on the address.
     """
     local = _is_local(host)
     if token is None and not local:
@@ -233,12 +236,12 @@ def serve(
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     query = "" if token is None else "?" + urlencode({"token": token})
     announce(f"http://{shown}:{listening.getsockname()[1]}/{query}")
-    # no access log: it would hold the token; no warnings: anybody can send what is no request, and fill the disk
+    # No access log, since URLs may hold the token; no warnings, since malformed requests could fill the disk with them.
     quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
     plain: dict[str, Any] = {"ws": "none", "lifespan": "off", "proxy_headers": False, **quiet}
-    # backlog: asyncio accepts as many at once, before one of them is counted
+    # A backlog of 64: asyncio accepts up to that many connections at once, before `BoundedConnection` counts them.
     config = uvicorn.Config(app, http=BoundedConnection, backlog=64, timeout_graceful_shutdown=3, **plain)
-    with suppress(KeyboardInterrupt), listening:  # Ctrl+C is how it ends
+    with suppress(KeyboardInterrupt), listening:  # Ctrl+C is the regular end
         uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -250,7 +253,7 @@ def _is_local(host: str) -> bool:
 
 
 async def _body(request: Request, *names: str) -> dict[str, Any]:
-    """Return the object that was sent, of values by these names alone."""
+    """Return the JSON object of a request, which may have these keys and no others."""
     try:
         body = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
@@ -269,7 +272,7 @@ def _number_in(body: dict[str, Any], name: str) -> int:
 
 
 def _start(request: Request) -> int:
-    """Return the place of the first answer of the history that is asked for."""
+    """Return the index of the first answer of the requested page of the history."""
     start = request.query_params.get("start", "0")
     if not re.fullmatch("[0-9]{1,18}", start):
         raise ValueError(f"Expected `start` to be a whole number from 0, got {start!r:.80}.")
@@ -277,7 +280,7 @@ def _start(request: Request) -> int:
 
 
 def _rater(request: Request) -> str:
-    """Return the name in the cookie, or "" where there is none that is fit."""
+    """Return the rater's name from the cookie, or "" if there is no valid one."""
     try:
         return check_rater(unquote(request.cookies.get("rater", "")))
     except ValueError:
@@ -292,8 +295,8 @@ def _known_rater(request: Request) -> str:
 
 
 def _preferred(request: Request, name: str, known: Collection[str], default: str) -> str:
-    asked, kept = request.query_params.get(name, ""), request.cookies.get(name, "")
-    return next((value for value in (asked, kept) if value in known), default)
+    requested, stored = request.query_params.get(name, ""), request.cookies.get(name, "")
+    return next((value for value in (requested, stored) if value in known), default)
 
 
 def _accepted_language(request: Request) -> str:
@@ -301,7 +304,7 @@ def _accepted_language(request: Request) -> str:
 
 
 def _shown(item: Item) -> dict[str, Any]:
-    """What the page learns of an item: neither its models nor whether it comes a second time."""
+    """Return an item as the page gets it: without its models, and without the sign of a gold item's second showing."""
     texts = {"prompt": item.prompt, "completions": item.completions}
     return {"showing": item.showing, "kind": item.kind, **texts, "scale": item.scale}
 
@@ -310,17 +313,17 @@ def _matches(answer: Answer, request: Request) -> bool:
     query = request.query_params
     rater, kind, search = query.get("rater"), query.get("kind"), query.get("search", "").casefold()
     texts = (answer.prompt, *answer.completions)
-    found = not search or any(search in text.casefold() for text in texts)
-    return found and (not rater or answer.rater == rater) and (not kind or answer.kind == kind)
+    has_text = not search or any(search in text.casefold() for text in texts)
+    return has_text and (not rater or answer.rater == rater) and (not kind or answer.kind == kind)
 
 
 def _row(answer: Answer) -> dict[str, Any]:
-    wanted = ("id", "rater", "kind", "prompt", "completions", "value", "seconds", "time")
-    return {name: value for name, value in answer._asdict().items() if name in wanted}
+    columns = ("id", "rater", "kind", "prompt", "completions", "value", "seconds", "time")
+    return {name: value for name, value in answer._asdict().items() if name in columns}
 
 
 def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def _bad_request(request: Request, error: ValueError) -> Response:

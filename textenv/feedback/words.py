@@ -1,4 +1,4 @@
-"""What the rating page says, in English and Chinese."""
+"""The words of the rating page, in English and Chinese."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ _WORDS = {
 
 
 def words(language: str) -> dict[str, str]:
-    """Return what the page says, by name; in English where the language is unknown.
+    """Return the page's words by name, in English if the language is unknown.
 
     Example:
         >>> words("zh")["undo"], words("en")["undo"]
         ('撤销', 'Undo')
     """
-    place = list(LANGUAGES).index(language) if language in LANGUAGES else 0
-    return {name: texts[place] for name, texts in _WORDS.items()}
+    column = list(LANGUAGES).index(language) if language in LANGUAGES else 0
+    return {name: texts[column] for name, texts in _WORDS.items()}

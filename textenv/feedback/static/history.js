@@ -1,4 +1,4 @@
-// The table of answers: filtered by the server, fifty at a time.
+// The table of answers, which the server filters and sends fifty at a time.
 
 import { byId, call, element, trimmed, words } from "./page.js";
 
@@ -9,7 +9,7 @@ function query(more) {
   return new URLSearchParams({ ...Object.fromEntries(new FormData(filters)), ...more }).toString();
 }
 
-// What an answer says of each completion: the mark that stands before it.
+// The mark that an answer puts before each completion: its score, a tick or its rank.
 function marks({ kind, value, completions }) {
   if (kind === "score") return value.map(String);
   if (kind === "compare") return completions.map((_, place) => (place === value ? "✓" : "·"));
@@ -51,7 +51,7 @@ async function load(from) {
   const asked = query({ start: from });
   try {
     const found = await call(`/api/history?${asked}`);
-    if (asked !== query({ start: from })) return; // the filters went on while this was on its way
+    if (asked !== query({ start: from })) return; // the filters changed while the request was under way
     start = from + found.rows.length;
     if (from === 0) byId("rows").replaceChildren();
     byId("rows").append(...found.rows.map(row));

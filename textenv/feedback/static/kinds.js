@@ -1,8 +1,8 @@
-// The three kinds of question. Each draws the completions of an item into a place and returns
-//   keys: what its keys do, as it stands below the item;
-//   key(event): whether the key was one of its own;
-//   value(): the answer as the server wants it, or null while it is not complete.
-// `draft` is what a reload brings back; `changed` is called whenever it changes, `send(value)` to answer at once.
+// The three kinds of question. Each draws the completions of an item into the element `place` and returns
+//   keys: the descriptions of its keys, shown below the item;
+//   key(event): handles a key and returns whether it was one of its own;
+//   value(): the answer as the server expects it, or null while it is incomplete.
+// `draft` is the unfinished answer, which survives a reload; `changed` is called when it changes, `send(value)` answers.
 
 import { draggable } from "./order.js";
 import { element, trimmed, words } from "./page.js";
@@ -13,7 +13,7 @@ function card(label, text) {
   return made;
 }
 
-// What the number keys that are in use do, as "1–4 next best"; nothing where none is.
+// The description of the number keys in use, such as "1–4 next best"; empty if there are none.
 function numbered(name, digits) {
   if (!digits.length) return [];
   const [first, last] = [digits[0], digits.at(-1)];
@@ -30,7 +30,7 @@ function score(item, place, draft, changed) {
     Object.assign(slider, { type: "range", min: low, max: high, step: 1, value: (low + high) / 2 });
     slider.setAttribute("aria-label", `${words.score} ${number + 1}`);
     slider.addEventListener("input", () => set(number, Number(slider.value)));
-    slider.addEventListener("pointerup", () => set(number, Number(slider.value))); // its middle, without moving it
+    slider.addEventListener("pointerup", () => set(number, Number(slider.value))); // a click on the middle does not move it
     row.addEventListener("pointerdown", () => focus(number));
     const line = element("div", "slider");
     line.append(element("span", "quiet", String(low)), slider, element("span", "quiet", String(high)), shown);
@@ -126,7 +126,7 @@ function rank(item, place, draft, changed) {
 
   const rest = () => item.completions.map((_, number) => number).filter((number) => !draft.includes(number));
   function show() {
-    if (draft.length === count - 1) draft.push(...rest()); // the last one has no choice
+    if (draft.length === count - 1) draft.push(...rest()); // only one position is left for the last
     cards.forEach((row, number) => {
       const at = draft.indexOf(number);
       row.querySelector(".badge").textContent = at < 0 ? "" : `#${at + 1}`;
@@ -146,7 +146,7 @@ function rank(item, place, draft, changed) {
   function toggle(number) {
     const at = draft.indexOf(number);
     if (at < 0) draft.push(number);
-    else draft.splice(at, draft.length === count && at === count - 2 ? 2 : 1); // or the last would come back at once
+    else draft.splice(at, draft.length === count && at === count - 2 ? 2 : 1); // with the last one, which would be added again at once
     show();
   }
   function back() {

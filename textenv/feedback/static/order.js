@@ -1,11 +1,11 @@
-// A list whose rows are dragged up and down, by mouse, pen or finger.
+// Lists whose rows can be dragged up and down, by mouse, pen or finger.
 
-// Calls moved(from, to) with the row's old and new place when a row is dropped somewhere else.
+// Calls moved(from, to) with a row's old and new index when it is dropped at another one.
 export function draggable(list, moved) {
   list.addEventListener("pointerdown", (down) => {
     const row = down.target.closest("li");
     if (!row || down.button !== 0) return;
-    down.preventDefault(); // no selection of text
+    down.preventDefault(); // or the browser would select text
     const rows = [...list.children];
     const from = rows.indexOf(row);
     const middles = rows.map((one) => one.getBoundingClientRect()).map((box) => box.top + box.height / 2);

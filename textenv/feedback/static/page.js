@@ -1,4 +1,4 @@
-// What all pages share. Texts of prompts and completions only ever become text nodes, never markup.
+// Functions that all pages share. Prompts and completions are only ever inserted as text nodes, never as markup.
 
 export const words = JSON.parse(document.getElementById("app").dataset.words);
 export const byId = (id) => document.getElementById(id);
@@ -10,10 +10,10 @@ export function element(tag, className = "", text = "") {
   return made;
 }
 
-// A completion starts where the prompt ends, often with the space between them, which its own box makes superfluous.
+// A completion often starts with the space between prompt and completion, which its own box does not need.
 export const trimmed = (text) => text.replace(/^ /, "");
 
-// Sends an object, or asks for one where there is none to send; throws what the server says is wrong.
+// Posts an object, or gets one if there is no `body`; throws the server's error.
 export async function call(path, body) {
   const send = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
   const response = await fetch(path, body === undefined ? {} : send);

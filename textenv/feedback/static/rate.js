@@ -3,14 +3,14 @@
 import { kinds } from "./kinds.js";
 import { byId, call, words } from "./page.js";
 
-const POLL = 3000; // ms between looks for new items when there are none
+const POLL = 3000; // ms between requests for new items when there are none
 let item = null;
-let last = null; // the number of the answer that undo takes back: asked for twice, it is taken back once
-let asked = null; // what kinds.js made of it
+let last = null; // the number of the answer that undo takes back, so that a repeated request takes back only one
+let asked = null; // the question on the screen, as kinds.js returns it
 let draft = [];
 let busy = false;
-let seconds = 0; // how long the item was in view before `since`
-let since = null; // when it came into view; null while the page is hidden
+let seconds = 0; // for which the item was in view before `since`
+let since = null; // when it last came into view; null while the page is hidden
 
 const looked = () => seconds + (since === null ? 0 : (performance.now() - since) / 1000);
 const say = (text, wrong = false) => {
@@ -94,7 +94,7 @@ byId("undo").addEventListener("click", undo);
 addEventListener("keydown", (event) => {
   const isUndo = event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey);
   if (event.altKey || ((event.ctrlKey || event.metaKey) && !isUndo)) return;
-  if (event.repeat && !event.key.startsWith("Arrow")) return; // a key held down answers once
+  if (event.repeat && !event.key.startsWith("Arrow")) return; // a key that is held down answers only once
   if (event.repeat && item?.kind === "compare") return;
   const onButton = event.key === "Enter" && event.target.closest("button, a");
   if (onButton) return;

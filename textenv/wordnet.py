@@ -1,4 +1,4 @@
-"""nltk's WordNet where its data is installed, and what METEOR is given in its place."""
+"""nltk's WordNet, where its data is installed, and an empty one to take its place in METEOR."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def installed_wordnet() -> Any | None:
 
     try:
         wordnet.ensure_loaded()
-    except LookupError:  # nltk's way of saying so
+    except LookupError:  # nltk `data.find`: the data was not downloaded
         return None
     return wordnet

@@ -1,4 +1,4 @@
-"""Rewards that wait for an answer, as a server's: rows side by side, time limits, retries, and what a failure costs."""
+"""Rewards that wait for an answer, as that of a server: several rows at a time, time limits, retries, failures."""
 
 from __future__ import annotations
 
@@ -25,33 +25,36 @@ from textenv.trust import Kind, is_called_with
 
 Result = TypeVar("Result")
 
-LONGEST_WAIT = 60.0  # seconds between two attempts; who asks for more is not waited for
-POLL = 0.1  # seconds; where a wait without a limit cannot be interrupted, as on Windows, Ctrl-C is seen after so long
+LONGEST_WAIT = 60.0  # seconds between two attempts: a server that asks for more would hold up the whole rollout
+POLL = 0.1  # seconds until Ctrl-C is noticed on Windows, where it does not interrupt a wait without a limit
 
 
 @dataclass(kw_only=True)
 class AsyncReward(BatchReward):
-    """A reward of finished texts that is waited for; subclass it and write the coroutine `score_row`, of one row.
+    """Base class of rewards of finished texts by a coroutine, `score_row`, which subclasses write for one row.
 
-    All rows of a call are asked side by side, in an event loop and a thread of their own: it works in a notebook, too,
-    and when it returns, raises or is interrupted (Ctrl-C), nothing of it runs any more. A coroutine must wait by
-    `await`, else it holds up the others and its own time limit. An attempt fails where `score_row` raises, takes too
-    long, or returns no finite number.
+    The rows of a call run concurrently, in an event loop in a thread of its own, so that it works in a notebook, too.
+    When the call returns, raises or is interrupted (Ctrl-C), none of its coroutines is left running. A coroutine has to
+    wait by `await`: anything else holds up the other rows and its own time limit. An attempt fails if `score_row`
+    raises, exceeds the time limit, or returns no finite number; a `RowError` says whether and when to try again.
 
-    Write the parameters of a subclass as the fields of a dataclass, so that it can be pickled.
+    Declare the parameters of a subclass as the fields of a dataclass, so that it can be pickled. Retries need tenacity:
+    `pip install "textenv[judge]"`.
 
     Args:
-        concurrency: The most rows that are asked at a time.
-        time_limit: The most seconds that an attempt takes; it is cancelled then.
-        retries: How often a row is asked again.
-        backoff: The seconds before the first retry, doubled for each further one, times a random number in [0.5, 1.5].
-        on_failure: What becomes of a row that has failed for good. "raise": `RewardError`, which lists all that have.
-            "drop": the episode is left out of training (`textenv.rewards.DROPPED`), and too many stop the run (see
-            `textenv.failures.Failures`). A number: that is its reward, as the part "failure". Dropped and penalised
-            rows are warned of once and counted.
-        score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
+        concurrency: The most rows at a time.
+        time_limit: The seconds after which an attempt is cancelled.
+        retries: The most further attempts for a row.
+        backoff: The seconds before the first retry; they double with each further one and are multiplied by a random
+            number in [0.5, 1.5], up to 60 s. A `RowError` may ask for a longer pause.
+        on_failure: The treatment of a row whose last attempt has failed. "raise": a `RewardError` that lists all such
+            rows. "drop": the episode is left out of training (`textenv.rewards.DROPPED`), and too many of them stop the
+            run (see `textenv.failures.Failures`). A number: the row's reward, as the part "failure". Dropped and
+            penalised rows are counted, with one warning.
+        score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:
+        ImportError: Without tenacity.
         ValueError: If a number is out of its range.
 
     Example:
@@ -85,7 +88,7 @@ class AsyncReward(BatchReward):
 
     @property
     def n_failed(self) -> int:
-        """How many rows have failed so far."""
+        """The number of rows that have failed so far."""
         return self.failures.n_failed
 
     @abstractmethod
@@ -94,14 +97,14 @@ class AsyncReward(BatchReward):
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
-        """Override it for what the rows of a call share, as a client: entered before the first, left after the last."""
+        """Enter before the first row of a call and leave after the last: override it to open a client for all rows."""
         yield
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
         """Return the rewards of the rows.
 
         Raises:
-            RewardError: With on_failure="raise", if rows failed: each of them with its cause.
+            RewardError: If rows failed and `on_failure` is "raise": each of them with its cause.
         """
         answers = run_apart(self._score_rows(prompts, preds))
         causes = {row: answer for row, answer in enumerate(answers) if isinstance(answer, Exception)}
@@ -115,7 +118,7 @@ class AsyncReward(BatchReward):
         turns = asyncio.Semaphore(self.concurrency)
 
         async def wait_for_turn(row: int) -> Score | Exception:
-            async with turns:  # also between attempts: who is overloaded is asked less
+            async with turns:  # kept during the pauses between attempts, so that an overloaded server gets less to do
                 return await self._answer(row, prompts[row], preds[row])
 
         async with self.session():
@@ -124,7 +127,9 @@ class AsyncReward(BatchReward):
                 if tasks:
                     await asyncio.wait(tasks)
             finally:
-                for task in tasks:  # once: `gather` would have done it before, and a second time cuts their clean-up
+                # Cancelled once, so `asyncio.wait` above and not `gather`, which cancels them itself: a second time
+                # would interrupt their clean-up.
+                for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
             return [task.result() for task in tasks]
@@ -161,7 +166,7 @@ class AsyncReward(BatchReward):
     async def _ask(self, prompt: Prompt, preds: Preds) -> Score:
         try:
             return await self.score_row(prompt, preds)
-        except SystemExit as error:  # in a task it would end the event loop, and with it the other rows
+        except SystemExit as error:  # asyncio lets it end the event loop, and with it the other rows
             raise RowError(f"SystemExit: {error}") from error
 
     def _pause(self, n_attempts: int, error: BaseException, jitter: Random) -> float:
@@ -185,20 +190,20 @@ _is_called = is_called_with("prompt", "preds")
 JUDGE = Kind(
     "judge",
     "a class with async def __call__(self, prompt, preds)",
-    lambda found: _is_called(found) and inspect.iscoroutinefunction(found.__call__),
+    lambda candidate: _is_called(candidate) and inspect.iscoroutinefunction(candidate.__call__),
 )
 
 
 @dataclass
 class AsyncFunction(AsyncReward):
-    """An `AsyncReward` of a coroutine function, `async def judge(prompt, preds)`.
+    """The reward by a coroutine function, `async def judge(prompt, preds)`.
 
     Args:
         function: The function, or its "module:name"; in a configuration, that of a class with such a `__call__`.
-        **options: Those of `AsyncReward`.
+        **options: The arguments of `AsyncReward`.
 
     Raises:
-        TypeError: If it is no coroutine function.
+        TypeError: If `function` is no coroutine function.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -213,25 +218,25 @@ class AsyncFunction(AsyncReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        found: Any = make_named(self.function, JUDGE, {}) if isinstance(self.function, str) else self.function
-        if not is_coroutine_function(found):
-            raise TypeError(f"Expected a function `async def judge(prompt, preds)`, got {found!r:.80}.")
-        self._function = found
+        function: Any = make_named(self.function, JUDGE, {}) if isinstance(self.function, str) else self.function
+        if not is_coroutine_function(function):
+            raise TypeError(f"Expected a function `async def judge(prompt, preds)`, got {function!r:.80}.")
+        self._function = function
 
     async def score_row(self, prompt: Prompt, preds: Preds) -> Score:
-        """Return what the function does."""
+        """Return the function's score of a finished row."""
         return await self._function(prompt, preds)
 
 
 def is_coroutine_function(function: Any) -> bool:
-    """Return whether calling it, a function or an object, gives a coroutine."""
+    """Return whether a call of a function or object gives a coroutine."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine in an event loop and a thread of its own, and return what it returns.
+    """Return the result of a coroutine, which runs in an event loop in a thread of its own.
 
-    Where this call is interrupted, the coroutine is cancelled and waited for first.
+    If this call is interrupted, the coroutine is cancelled, and its clean-up is waited for.
     """
     outcome: Future[Result] = Future()
     stops: list[Callable[[], Any]] = []
@@ -256,12 +261,12 @@ def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
     thread = threading.Thread(target=run, name="rewards", daemon=True)
     thread.start()
     try:
-        while not has_ended.wait(POLL):  # `thread.join` takes an interrupted wait for the end (Python below 3.13)
+        while not has_ended.wait(POLL):  # below Python 3.13, a `thread.join` that is interrupted counts as joined
             pass
     except BaseException:
         has_begun.wait()
         for stop in stops:
-            with contextlib.suppress(RuntimeError):  # the loop has come to its end in the meantime
+            with contextlib.suppress(RuntimeError):  # the loop has closed in the meantime
                 stop()
         raise
     finally:

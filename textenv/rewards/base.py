@@ -1,4 +1,4 @@
-"""The one contract of a reward that scores many rows in a call."""
+"""The contract of rewards that score many rows in a call, and the helpers that they share."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Reads = Literal["completion", "whole"]
 
 
 class BatchReward(ABC):
-    """A reward that is called once for many rows: `TextEnv(prompts, tokenizer, reward=MyReward())`.
+    """Base class of rewards that score many rows in one call: `TextEnv(prompts, tokenizer, reward=MyReward())`.
 
-    Subclass it and write `score`. Write its parameters as the fields of a dataclass, so that it can be pickled. It can
-    also be called as a function, `reward(prompt, preds, done)`, for one row.
+    Subclass it and write `score`. Declare its parameters as the fields of a dataclass, so that it can be pickled. For a
+    single row, an instance can be called as a function: `reward(prompt, preds, done)`.
 
     Attributes:
-        score_at: What `TextEnv` uses where its own `score_at` is not given. "step": every token has a reward. "done"
-            and "rollout_end": the reward is about finished texts, and only they are ever given to `score` (other rows
-            earn 0); "rollout_end" is for what is heavy, and so is best asked once a rollout.
+        score_at: When `TextEnv` calls the reward, unless its own `score_at` is given. "step": for every token. "done"
+            and "rollout_end": for finished texts alone, when each ends or once at the end of a rollout, and other rows
+            earn 0. "rollout_end" suits rewards that are expensive a call, as those of a model.
         may_drop: Whether `score` may return `textenv.rewards.DROPPED`: `agents.make_agent` then attaches the step that
-            leaves episodes out.
+            leaves such episodes out of training.
 
     Example:
         >>> from textenv import CharTokenizer, TextEnv
@@ -41,9 +41,9 @@ class BatchReward(ABC):
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
-        """Return the rewards of the rows, in their order: finite numbers, or dicts of named ones, which are summed.
+        """Return the rewards of B rows, in their order: finite numbers, or dicts of named parts, which are summed.
 
-        `textenv.rewards.DROPPED` for a finished row says that it has none, and is to be left out of training.
+        `textenv.rewards.DROPPED` means that a finished row has no reward and is to be left out of training.
         """
 
     def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
@@ -52,12 +52,21 @@ class BatchReward(ABC):
         return reward.score
 
 
-# A function, a `BatchReward`, its name, or a mapping of its name and options.
+# A function, a `BatchReward`, the name of one, or a mapping of the name and options: {"name": "length", "target": 9}.
 RewardLike = RewardFunction | str | Mapping[str, Any]
 
 
 class RowReward(BatchReward):
-    """A reward of finished texts that has nothing to gain from a batch; subclass it and write `score_row`."""
+    """Base class of rewards of finished texts that score one row at a time; subclass it and write `score_row`.
+
+    Example:
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> class Vowels(RowReward):
+        ...     def score_row(self, prompt, preds):
+        ...         return float(sum(preds.text.count(vowel) for vowel in "aeiou"))
+        >>> Vowels()(Prompt("a"), Preds(CharTokenizer("ab"), [1, 2, 1]), True)
+        2.0
+    """
 
     @abstractmethod
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
@@ -73,9 +82,9 @@ class RowReward(BatchReward):
 def score_rows(
     reward: RewardFunction, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
 ) -> list[Reward]:
-    """Return the checked rewards of rows, whichever kind of reward it is.
+    """Return the checked rewards of B rows, by a function as well as by a `BatchReward`.
 
-    A `BatchReward` about finished texts is called for those alone, and not at all where there are none.
+    A `BatchReward` of finished texts is called with those rows alone, and not at all where there are none.
 
     Raises:
         RewardError: If a reward is no finite number; the message names its row.
@@ -86,7 +95,7 @@ def score_rows(
 def ask_rows(
     reward: RewardFunction, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
 ) -> list[Score]:
-    """Return what a reward says of rows, as `score_rows` does, one a row, but not looked at."""
+    """Return the rewards of rows as `score_rows` does, one a row, but unchecked."""
     if not isinstance(reward, BatchReward):
         return score_each(reward, prompts, preds, dones)
     chosen = [row for row, done in enumerate(dones) if done or reward.score_at == "step"]
@@ -100,12 +109,16 @@ def ask_rows(
 
 
 def read_text(reads: Reads, prompt: Prompt, preds: Preds) -> str:
-    """Return the text that is judged: what the policy wrote, or prompt and completion as one."""
+    """Return the text to score: the completion alone, or prompt and completion as one text."""
     return preds.text if reads == "completion" else str(prompt) + preds.text
 
 
 def read_references(prompt: Prompt) -> list[str]:
-    """Return the prompt's reference texts, or raise ValueError where it has none."""
+    """Return the prompt's reference texts.
+
+    Raises:
+        ValueError: If it has none.
+    """
     if not prompt.references:
         raise ValueError(
             "Expected a prompt with reference texts, got one without: name their column, "
@@ -115,6 +128,6 @@ def read_references(prompt: Prompt) -> list[str]:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise ValueError where an option is none of its choices."""
+    """Raise ValueError unless the value of an option is one of the choices."""
     if value not in choices:
         raise ValueError(f"Expected `{name}` to be one of {list(choices)}, got {value!r}.")

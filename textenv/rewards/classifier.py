@@ -1,4 +1,4 @@
-"""Any Hugging Face text classifier as a reward. Needs torch, and so stands apart from `textenv.rewards`."""
+"""Hugging Face text classifiers as rewards. Needs torch, so `textenv.rewards` does not import it."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ from textenv.rewards.text_model import ModelLike, TextModel
 
 @dataclass
 class Classifier(BatchReward):
-    """What a text-classification model says of a label: its probability, its logit, or whether it is the likeliest.
+    """The score of a wanted label by a text classifier: its probability, its logit, or whether it is the likeliest.
 
-    The model sees text and its own tokenizer's tokens, never the policy's ids; padding and cutting as in `TextModel`.
+    The model reads the text through its own tokenizer, never the policy's token ids; for padding and truncation see
+    `TextModel`.
+
     With `label_column="intent", output="label"` it is the intent reward of OpenRL and RL4LMs: 1 where the predicted
     intent of the reply is the labelled one.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
-        label: The label that is wanted: a name of the model's `config.id2label`, or its number.
-        label_column: Where each prompt's own label is in its row, instead of `label`.
-        output: "probability" (of all labels together 1; where the model has one label, or `problem_type` is
-            "multi_label_classification", each for itself), "logit", or "label": 1.0 where it is the likeliest, 0.0
-            where it is not.
-        reads: "completion" judges what the policy wrote, "whole" the prompt with it.
-        tokenizer: The model's own, where the model is no name or path.
-        max_length: The most tokens of a text; longer ones are cut, which is warned of once.
-        truncation_side: Where longer texts lose tokens.
-        batch_size: The most texts a forward.
-        device: Where the model runs; unset, where it is (loaded: the CPU).
-        dtype: Of the weights ("bfloat16"); unset, float32 where it is loaded, and unchanged where it is given.
-        score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
+        label: The wanted label: a name in the model's `config.id2label`, or its number.
+        label_column: The column of the prompt's row that holds its own wanted label, instead of `label`.
+        output: "probability", "logit", or "label": 1.0 if the label is the likeliest, else 0.0. Probabilities add up
+            to 1 over the labels (softmax), or are each label's own (sigmoid) for a model of one label or of
+            `problem_type` "multi_label_classification", as transformers' `TextClassificationPipeline` has it.
+        reads: "completion" scores the completion alone, "whole" the prompt and the completion as one text.
+        tokenizer: The model's own tokenizer, for a model in this process.
+        max_length: The most tokens of a text; longer texts are truncated, with one warning.
+        truncation_side: The side on which longer texts lose tokens.
+        batch_size: The most texts in a forward pass.
+        device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
+        dtype: The dtype of the weights, as "bfloat16"; None for float32 where they are loaded by name, and for no
+            change to a model in this process.
+        score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:
-        ValueError: If the model has no such label, or both or neither of `label` and `label_column` are given.
+        ValueError: If the model has no such label, or both or neither of `label` and `label_column` are given, or
+            output="label" is asked of a model with a single label.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -99,19 +103,20 @@ class Classifier(BatchReward):
         raise ValueError(f"Expected a label of {list(self._numbers)}, or a number below {n_labels}, got {label!r}.")
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
-        """Return a number a row."""
-        texts = [read_text(self.reads, prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
+        """Return the score of each row."""
+        texts = [read_text(self.reads, *row) for row in zip(prompts, preds, strict=True)]
         wanted = [self.label if self.label_column is None else prompt.row[self.label_column] for prompt in prompts]
         return self.judge(texts, wanted)
 
     def judge(self, texts: Sequence[str], wanted: Sequence[Any]) -> list[float]:
-        """Return what the model says of each text and the label that is wanted of it."""
+        """Return the score of each text for its wanted label, a name or a number."""
         labels = np.array([self._number(label) for label in wanted])
         logits = self._model.logits(texts).astype(np.float64)  # (B, labels)
         if self.output == "label":
             return (logits.argmax(1) == labels).astype(float).tolist()
-        chosen = logits[np.arange(len(texts)), labels]
+        chosen = logits[np.arange(len(texts)), labels]  # (B,)
         if self.output == "logit":
             return chosen.tolist()
+        # The logarithm of sigmoid's or softmax's denominator, (B,).
         total = np.logaddexp(chosen, 0.0) if self._is_separate else np.logaddexp.reduce(logits, axis=1)
         return np.exp(chosen - total).tolist()

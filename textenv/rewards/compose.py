@@ -1,4 +1,7 @@
-"""Rewards made of others: sums, limits, conditions, ensembles, and a memory. A row that one part drops is dropped."""
+"""Rewards made of other rewards: sums, limits, factors, conditions, ensembles and a cache.
+
+Where one of the rewards drops a row, the whole drops it.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,24 @@ def _may_drop(rewards: Sequence[RewardFunction]) -> bool:
 
 
 def _when(rewards: Sequence[RewardFunction]) -> ScoreAt:
-    """Return the most frequent `score_at` that one of the rewards needs; a plain function needs every step."""
+    """Return the `score_at` of the whole: "step" if a reward needs every token, as a plain function does."""
     wanted = {reward.score_at if isinstance(reward, BatchReward) else "step" for reward in rewards}
     return "step" if "step" in wanted else "rollout_end" if "rollout_end" in wanted else "done"
 
 
 @dataclass
 class WeightedSum(BatchReward):
-    """The sum of several rewards, which are logged by name.
+    """The weighted sum of several rewards, each of which is logged under its name.
 
-    Each is asked for what it is about: in a sum with a function, which is asked at every token, a classifier still sees
-    finished texts only. The parts of a part are called "part/its part".
+    Beside a function, which is called for every token, a `BatchReward` of finished texts is still called for those
+    alone. The parts of a reward that has parts itself are named "name/part".
 
     Args:
-        parts: The rewards by name: functions, `BatchReward`s, names, or mappings of name and options.
-        weights: The factors by name; 1 where not given.
+        parts: The rewards by name: functions, `BatchReward`s, registered names, or mappings of name and options.
+        weights: The factors by name; 1 for the others.
+
+    Raises:
+        ValueError: If there are no parts, or a weight is none of a part.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -53,7 +59,7 @@ class WeightedSum(BatchReward):
     def __post_init__(self) -> None:
         if not self.parts or not self.weights.keys() <= self.parts.keys():
             raise ValueError(f"Expected weights of the parts {list(self.parts)}, got {dict(self.weights)}.")
-        self._rewards = {name: read_reward(part) for name, part in self.parts.items()}
+        self._rewards = {name: read_reward(reward) for name, reward in self.parts.items()}
         self.score_at = _when(list(self._rewards.values()))
         self.may_drop = _may_drop(list(self._rewards.values()))
 
@@ -61,23 +67,26 @@ class WeightedSum(BatchReward):
         """Return the named parts of each row."""
         rows: list[dict[str, float]] = [{} for _ in prompts]
         dropped: set[int] = set()
-        for name, part in self._rewards.items():
+        for name, reward in self._rewards.items():
             weight = self.weights.get(name, 1.0)
-            for row, reward in enumerate(score_rows(part, prompts, preds, dones)):
-                named = {f"{name}/{inner}": value for inner, value in reward.parts.items()} or {name: reward.value}
+            for row, earned in enumerate(score_rows(reward, prompts, preds, dones)):
+                named = {f"{name}/{inner}": value for inner, value in earned.parts.items()} or {name: earned.value}
                 rows[row].update({key: weight * value for key, value in named.items()})
-                dropped.update([row] if reward.is_dropped else [])
+                dropped.update([row] if earned.is_dropped else [])
         return [DROPPED if row in dropped else parts for row, parts in enumerate(rows)]
 
 
 @dataclass
 class Clip(BatchReward):
-    """A reward kept between two limits, its parts summed.
+    """A reward clipped to [low, high]; its parts are summed first and no longer logged.
 
     Args:
-        reward: The reward.
-        low: The least; None for no limit.
-        high: The most; None for no limit.
+        reward: The reward to clip.
+        low: The lower limit; None for none.
+        high: The upper limit; None for none.
+
+    Raises:
+        ValueError: If `low` is above `high`.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -97,7 +106,7 @@ class Clip(BatchReward):
         self.may_drop = _may_drop([self._reward])
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
-        """Return the limited rewards."""
+        """Return the clipped rewards."""
         low = -np.inf if self.low is None else self.low
         high = np.inf if self.high is None else self.high
         return [
@@ -111,7 +120,7 @@ class Scale(BatchReward):
     """A reward times a factor; its parts keep their names.
 
     Args:
-        reward: The reward.
+        reward: The reward to scale.
         factor: The factor, which may be negative.
 
     Example:
@@ -140,13 +149,14 @@ class Scale(BatchReward):
 
 @dataclass
 class Gate(BatchReward):
-    """A reward that is asked only where a condition holds, as a judge of answers where the format is right.
+    """A reward that is called only for the rows that meet a condition, as a judge of answers in the right format.
 
     Args:
-        condition: A reward: the gate is open where it is above `threshold`. If it is about finished texts, so is all.
-        reward: What is earned where it is open; closed rows are not given to it.
-        otherwise: What is earned where it is closed.
-        threshold: The bound of the condition.
+        condition: The reward whose score decides: a row meets the condition where it is above `threshold`. If it
+            scores finished texts alone, so does the whole.
+        reward: The reward of the rows that meet the condition; it never sees the others.
+        otherwise: The reward of the other rows.
+        threshold: The bound on the condition's score.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -162,9 +172,9 @@ class Gate(BatchReward):
 
     def __post_init__(self) -> None:
         self._condition, self._reward = read_reward(self.condition), read_reward(self.reward)
-        opens, pays = _when([self._condition]), _when([self._reward])
-        # A condition of finished texts says nothing of the others: they are neither let through nor charged.
-        self.score_at = opens if opens != "step" and pays == "step" else _when([self._condition, self._reward])
+        condition_at, both_at = _when([self._condition]), _when([self._condition, self._reward])
+        # A condition on finished texts has no score for the tokens before the end, which then earn nothing either way.
+        self.score_at = condition_at if condition_at != "step" and both_at == "step" else both_at
         self.may_drop = _may_drop([self._condition, self._reward])
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
@@ -181,14 +191,17 @@ class Gate(BatchReward):
 
 @dataclass
 class Ensemble(BatchReward):
-    """Several judges of one thing as one reward: their mean, or the strictest of them.
+    """Several rewards for the same quality as one: their mean, or their minimum.
 
-    The minimum resists a policy that has found the weakness of one judge (Coste et al. 2023, Reward Model Ensembles
+    The minimum resists a policy that exploits the weakness of one of them (Coste et al., 2023, Reward Model Ensembles
     Help Mitigate Overoptimization, section 4: worst-case optimisation).
 
     Args:
-        rewards: The judges; they should speak in the same units.
+        rewards: The rewards, in the same units.
         by: "mean" or "minimum".
+
+    Raises:
+        ValueError: If there are no rewards, or `by` is neither.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -209,30 +222,32 @@ class Ensemble(BatchReward):
         self.may_drop = _may_drop(self._rewards)
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
-        """Return the joint rewards."""
-        judged = [score_rows(judge, prompts, preds, dones) for judge in self._rewards]
-        values = np.array([[one.value for one in verdicts] for verdicts in judged])  # (judges, B)
-        scores = (values.mean(0) if self.by == "mean" else values.min(0)).tolist()
+        """Return the mean or minimum of each row."""
+        earned = [score_rows(reward, prompts, preds, dones) for reward in self._rewards]
+        values = np.array([[reward.value for reward in rewards] for rewards in earned])  # (rewards, B)
+        scores = (values.mean(0) if self.by == "mean" else values.min(0)).tolist()  # (B,)
         return [
-            DROPPED if any(verdicts[row].is_dropped for verdicts in judged) else score
-            for row, score in enumerate(scores)
+            DROPPED if any(rewards[row].is_dropped for rewards in earned) else score for row, score in enumerate(scores)
         ]
 
 
 @dataclass
 class Cached(BatchReward):
-    """A reward that is asked once for each prompt and text, and remembered.
+    """A cache in front of a reward: each pair of prompt and finished text is scored once.
 
-    For a reward that depends on the prompt's row and the text alone: not on token ids, the end reason, `preds.state`,
-    nor the other rows. Equal texts of one call are asked once, too. Rows that are not done, or that were dropped, are
-    not remembered.
+    It is meant for rewards that depend on the prompt, its row and the text alone: not on token ids, the end reason,
+    `preds.state` or the other rows. Equal texts of one call are scored once, too. Rows that are not done or that were
+    dropped are not cached.
 
     Args:
-        reward: The reward.
-        size: How many answers are kept; the one that was used longest ago goes first.
+        reward: The reward behind the cache.
+        size: The most scores that are kept; the least recently used one goes first.
 
     Attributes:
-        n_asked: How many rows the reward was given.
+        n_asked: The number of rows that the reward itself has scored.
+
+    Raises:
+        ValueError: If `size` is below 1.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -254,26 +269,27 @@ class Cached(BatchReward):
         self._known: OrderedDict[tuple[str, str, str], Reward] = OrderedDict()
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
-        """Return the rewards, new or remembered."""
+        """Return the rewards, new or cached."""
         keys: list[Any] = [
-            (str(prompt), repr(prompt.row), one.text) if done else row
-            for row, (prompt, one, done) in enumerate(zip(prompts, preds, dones, strict=True))
+            (str(prompt), repr(prompt.row), completion.text) if done else row  # an unfinished row matches no other
+            for row, (prompt, completion, done) in enumerate(zip(prompts, preds, dones, strict=True))
         ]
-        answers = {key: self._known[key] for key in keys if key in self._known}
-        asked = {key: row for row, key in enumerate(keys) if key not in answers}
+        rewards = {key: self._known[key] for key in keys if key in self._known}
+        asked = {key: row for row, key in enumerate(keys) if key not in rewards}  # of equal rows, the last
         rows = list(asked.values())
         self.n_asked += len(rows)
         fresh = score_rows(self._reward, *_rows(rows, prompts, preds, dones))
-        answers.update(zip(asked, fresh, strict=True))
+        rewards.update(zip(asked, fresh, strict=True))
         for key in keys:
-            if not isinstance(key, int) and not answers[key].is_dropped:
-                self._known[key] = answers[key]
+            if not isinstance(key, int) and not rewards[key].is_dropped:
+                self._known[key] = rewards[key]
                 self._known.move_to_end(key)
         while len(self._known) > self.size:
             self._known.popitem(last=False)
-        return [answers[key].score for key in keys]
+        return [rewards[key].score for key in keys]
 
 
 def _rows(rows: Sequence[int], *columns: Sequence[Any]) -> tuple[list[Prompt], list[Preds], list[bool]]:
+    """Return prompts, completions and dones of the chosen rows."""
     prompts, preds, dones = ([column[row] for row in rows] for column in columns)
     return prompts, preds, dones

@@ -1,4 +1,4 @@
-"""A score that a server gives: JSON posted to a URL, and a number read from the JSON that comes back."""
+"""The scores of HTTP services: a row is posted as JSON, and its score read from the JSON of the answer."""
 
 from __future__ import annotations
 
@@ -29,33 +29,37 @@ if TYPE_CHECKING:
 
 EXCERPT = 200  # characters of a server's answer in an error
 
-_client: ContextVar[httpx.AsyncClient] = ContextVar("client")  # of the call that is running
+# The client of the running call; not in the reward, which is pickled, and which several threads may call at once.
+_client: ContextVar[httpx.AsyncClient] = ContextVar("client")
 
 
 @dataclass
 class HTTPJudge(AsyncReward):
-    """What a server says of a text: POSTs JSON for each finished row, side by side, and reads the score of the answer.
+    """The score that an HTTP service gives to each finished completion, several requests at a time.
 
-    The request is `{"prompt": ..., "completion": ..., "references": [...]}`, and `"row"` with the columns asked for. A
-    subclass may write another `body` and another `read`. Answers of status 429 and 5xx, lost connections, time limits
-    and answers without a score are asked for again, after what the header Retry-After says; other statuses are not.
-    Redirects are not followed. Proxies are taken from the environment.
+    A row is posted as `{"prompt": ..., "completion": ..., "references": [...]}`, with `"row"` for the columns asked
+    for. Subclasses may override `body` and `read`. A request is repeated after status 429 or 5xx, a lost connection,
+    the time limit or an answer without a score, and not before the time in the header Retry-After; after another status
+    it is not. Redirects are not followed. Proxies are taken from the environment.
 
-    Needs httpx: `pip install "textenv[judge]"`.
+    Needs httpx and tenacity: `pip install "textenv[judge]"`.
 
     Args:
-        url: Where to; http or https. A key belongs into `api_key_variable`, not into it.
-        key: Where the answer has the score: names and, in lists, numbers from 0, with dots between them, as
-            "choices.0.score". There stands a number, or a mapping of named ones, whose sum is the score.
+        url: The address of the service, http or https. A key belongs into `api_key_variable`, not into the address.
+        key: The path of the score in the answer: names and, in lists, numbers from 0, joined by dots, as
+            "choices.0.score". At its end is a number, or a mapping of named numbers, whose sum is the score.
         row_columns: The columns of `prompt.row` that are sent.
-        api_key_variable: The environment variable with a key, which is sent as `Authorization: Bearer ...`. It is read
-            when it is used, and stored nowhere. In a configuration, one that the command line allows (--allow_env).
-        max_bytes: The largest answer.
-        **options: Those of `AsyncReward`: `concurrency`, `time_limit`, `retries`, `backoff`, `on_failure`, `score_at`.
+        api_key_variable: The name of the environment variable that holds a key, sent as `Authorization: Bearer ...`.
+            The key is read for each request and stored nowhere. A configuration may only name a variable that the
+            command line allows (--allow_env).
+        max_bytes: The most bytes of an answer.
+        **options: The arguments of `AsyncReward`: `concurrency`, `time_limit`, `retries`, `backoff`, `on_failure`,
+            `score_at`.
 
     Raises:
-        ImportError: Without httpx.
-        ValueError: If the URL is none, has a user or password in it, or the variable is not set.
+        ImportError: Without httpx or tenacity.
+        ValueError: If the URL is none or contains a user or password, an option is out of its range, or the variable
+            holds no key.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -89,7 +93,7 @@ class HTTPJudge(AsyncReward):
         self._api_key()
 
     def body(self, prompt: Prompt, preds: Preds) -> dict[str, Any]:
-        """Return what is posted for a row, as what goes into JSON."""
+        """Return the JSON value that is posted for a row."""
         body: dict[str, Any] = {"prompt": str(prompt), "completion": preds.text, "references": prompt.references}
         missing = [column for column in self.row_columns if column not in prompt.row]
         if missing:
@@ -99,21 +103,21 @@ class HTTPJudge(AsyncReward):
         return body
 
     def read(self, answer: Any) -> Score:
-        """Return the score that an answer, parsed JSON, has.
+        """Return the score in an answer, a parsed JSON value.
 
         Raises:
-            RowError: If it has none.
+            RowError: If there is none.
         """
-        found = answer
+        value = answer
         for step in self.key.split("."):
             try:
-                found = found[int(step)] if isinstance(found, list) else found[step]
+                value = value[int(step)] if isinstance(value, list) else value[step]
             except (LookupError, TypeError, ValueError) as error:
                 raise RowError(f"Expected {self.key!r} in the answer, got {repr(answer)[:EXCERPT]}") from error
-        return found
+        return value
 
     async def score_row(self, prompt: Prompt, preds: Preds) -> Score:
-        """Return the score that the server gives."""
+        """Return the score that the service gives to a finished row."""
         try:
             content = json.dumps(self.body(prompt, preds)).encode()
         except (TypeError, ValueError) as error:
@@ -127,10 +131,10 @@ class HTTPJudge(AsyncReward):
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
-        """Open the connections of a call."""
+        """Open the client that the requests of a call share."""
         httpx = _load_httpx()
         limits = httpx.Limits(max_connections=self.concurrency)
-        # The time limit is the attempt's own.
+        # No time limit of httpx: `AsyncReward.time_limit` bounds the whole attempt.
         async with httpx.AsyncClient(timeout=None, limits=limits, follow_redirects=False) as client:
             token = _client.set(client)
             try:
@@ -139,16 +143,16 @@ class HTTPJudge(AsyncReward):
                 _client.reset(token)
 
     async def _post(self, content: bytes) -> str:
-        """Return the answer, in which a repeated key is blanked."""
-        # An answer that is not compressed has no more bytes than are counted.
+        """Return the text of the answer, with the API key blanked if the service repeats it."""
+        # Uncompressed: a small compressed answer could unpack to any size, past the count below.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         api_key = self._api_key()
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         async with _client.get().stream("POST", self.url, content=content, headers=headers) as response:
             received = bytearray()
-            async for part in response.aiter_raw():
-                received += part
+            async for chunk in response.aiter_raw():
+                received += chunk
                 if len(received) > self.max_bytes:
                     raise RowError(f"Expected an answer of at most max_bytes={self.max_bytes}, got more", again=False)
             status = response.status_code
@@ -165,7 +169,7 @@ class HTTPJudge(AsyncReward):
         if self.api_key_variable is None:
             return None
         api_key = os.environ.get(self.api_key_variable, "").strip()
-        # What cannot be sent must not reach the libraries below, whose errors show it.
+        # h11, below httpx, quotes the value of a header that it cannot send in its error: no key may get there.
         if not api_key or not api_key.isascii() or not api_key.isprintable():
             raise ValueError(
                 f"Expected the environment variable {self.api_key_variable!r} to hold a key of printable ASCII, got "
@@ -174,30 +178,31 @@ class HTTPJudge(AsyncReward):
         return api_key
 
     def _blanked(self, text: str) -> str:
-        """Return what a server sent without the key, which it may repeat."""
+        """Return a text of the service without the API key, which it may repeat."""
         api_key = self._api_key()
         return text if api_key is None else text.replace(api_key, "***")
 
 
 @dataclass
 class ChatJudge(HTTPJudge):
-    """The mark that a chat model gives, from a server of OpenAI's chat completions (vLLM, llama.cpp, ...), as 0 to 1.
+    """The mark of a chat model behind OpenAI's chat completions API (vLLM, llama.cpp, ...), scaled to 0 to 1.
 
-    A reply without a mark from `low` to `high` is asked for again. The policy learns what earns marks, which may be to
-    talk the judge round: read its texts.
+    A reply without a mark from `low` to `high` fails the attempt, which is repeated. The policy may learn to talk the
+    judge round instead of writing better: read its texts.
 
     Args:
-        url: As "http://127.0.0.1:8000/v1/chat/completions".
-        model: What the server calls the model.
-        question: What it is asked; {prompt}, {completion} and {references} (a line each) stand for the row's.
-        low: The worst mark.
-        high: The best mark.
-        pattern: Finds the mark in the reply, as its first group. The reply must be a number, unless another is given.
-        options: What else is posted.
-        **others: Those of `HTTPJudge`.
+        url: The address of the API, as "http://127.0.0.1:8000/v1/chat/completions".
+        model: The name of the model on the server.
+        question: The message to the model; {prompt}, {completion} and {references} (a line each) are filled in.
+        low: The worst mark, which scores 0.
+        high: The best mark, which scores 1.
+        pattern: A regular expression whose first group is the mark in the reply. By default the reply has to be a
+            number and nothing else.
+        options: Further fields of the request.
+        **others: The other arguments of `HTTPJudge`.
 
     Raises:
-        ValueError: If `low` is not below `high`, the pattern has no group, or the question asks for something else.
+        ValueError: If `low` is not below `high`, the pattern has no group, or the question has other placeholders.
 
     Example:
         >>> judge = ChatJudge("http://127.0.0.1:8000/v1/chat/completions", model="m", low=1, high=5)
@@ -223,11 +228,11 @@ class ChatJudge(HTTPJudge):
                 f"Expected low < high and a `pattern` with a group, got {self.low}, {self.high}, {self.pattern!r}."
             )
         try:
-            places = [place[1:] for place in Formatter().parse(self.question) if place[1] is not None]
+            fields = [field[1:] for field in Formatter().parse(self.question) if field[1] is not None]
         except ValueError as error:
-            places = [(str(error), "", None)]
-        # A format or an attribute would let a text of the configuration ask for any amount of memory.
-        wrong = [name for name, *rest in places if name not in ("prompt", "completion", "references") or any(rest)]
+            fields = [(str(error), "", None)]
+        # A format, as {prompt:999999999}, would let a configuration ask for any amount of memory.
+        wrong = [name for name, *rest in fields if name not in ("prompt", "completion", "references") or any(rest)]
         if wrong:
             raise ValueError(
                 "Expected a `question` with {prompt}, {completion} and {references} alone, and other braces doubled, "
@@ -235,16 +240,20 @@ class ChatJudge(HTTPJudge):
             )
 
     def body(self, prompt: Prompt, preds: Preds) -> dict[str, Any]:
-        """Return what is posted for a row."""
+        """Return the JSON value that is posted for a row."""
         row = {"prompt": str(prompt), "completion": preds.text, "references": "\n".join(prompt.references)}
         messages = [{"role": "user", "content": self.question.format(**row)}]
         return {"model": self.model, "messages": messages, **self.options}
 
     def read(self, answer: Any) -> Score:
-        """Return the mark as a number from 0 to 1."""
+        """Return the mark, scaled to 0 to 1.
+
+        Raises:
+            RowError: If the reply has none from `low` to `high`.
+        """
         reply = str(super().read(answer))
-        found = re.search(self.pattern, reply)
-        mark = float(found.group(1)) if found else math.nan
+        match = re.search(self.pattern, reply)
+        mark = float(match.group(1)) if match else math.nan
         if not self.low <= mark <= self.high:
             raise RowError(f"Expected a mark from {self.low:g} to {self.high:g}, got {reply[:EXCERPT]!r}")
         return (mark - self.low) / (self.high - self.low)
@@ -257,7 +266,7 @@ def _load_httpx() -> Any:
 
 
 def _seconds(retry_after: str) -> float:
-    """Return the seconds that a header Retry-After asks for: a number, or a date (RFC 9110, section 10.2.3)."""
+    """Return the seconds in a header Retry-After, a number or a date (RFC 9110, section 10.2.3); else 0."""
     if retry_after.strip().isdecimal():
         return float(retry_after)
     try:

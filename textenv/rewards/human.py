@@ -1,4 +1,4 @@
-"""People as the reward: finished texts are asked about in a store of feedback, and their answers are waited for."""
+"""The reward that people give: questions about finished texts in a store of feedback, and their answers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from textenv.rewards.base import BatchReward, RewardLike, check_choice
 from textenv.rewards.registry import read_reward
 from textenv.trust import check_written
 
-POLL = 0.5  # seconds between two looks for answers
-GROUP = {"score": 1, "compare": 2, "rank": 4}  # the most texts of one question
+POLL = 0.5  # seconds between two looks into the store: short for a person, long for a database
+GROUP = {"score": 1, "compare": 2, "rank": 4}  # the most texts in one question: more are tiring to rank
 
 
 @runtime_checkable
 class Learner(Protocol):
-    """A reward that learns from people's answers, as `agents.learned_reward.LearnedReward`."""
+    """The contract of rewards that learn from people's answers, as `agents.learned_reward.LearnedReward` does."""
 
     def fit(self, answers: Sequence[Answer]) -> None:
-        """Learn from all answers that count so far, those of the last time among them."""
+        """Learn from all answers that count so far, those of earlier calls among them."""
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
         """Return the rewards of the rows, as `BatchReward` does."""
@@ -38,33 +38,32 @@ class Learner(Protocol):
 
 @dataclass
 class HumanReward(BatchReward):
-    """What people say of finished texts, who answer in `textenv rate --db FILE`, on its page or in another terminal.
+    """The scores that people give to finished texts in `textenv rate --db FILE`, on its page or in another terminal.
 
-    Without `learned`, each text is a question, and training waits until all are answered: a text's reward is the mean
-    of the scores that it got, as they were given. A text that was only skipped is left out of training. Ctrl-C ends the
-    waiting. A text that was asked before under the same `run` is not asked again: a run that was stopped and goes on
-    finds its answers.
+    Without `learned`, each text becomes a question and training waits for the answers. The reward of a text is the mean
+    of its scores, as people gave them; a text that every rater skipped is left out of training. Ctrl-C ends the
+    waiting. Under the same `run` no text is asked about twice, so a resumed run finds the answers it already has.
 
-    With `learned`, a reward model scores at once, and people are asked about some of the texts meanwhile: those that
-    stand evenly between the worst and the best score. Whenever there are `every` answers more, the model learns from
-    all that the store has (Christiano et al., 2017, section 2.2). So many must be there to begin with: `textenv rate
-    MODEL` collects them.
+    With `learned`, a reward model scores the texts at once. Meanwhile people are asked about some of them, spread evenly
+    from the best to the worst score, and whenever `every` more answers have come in, the model learns from all answers
+    in the store (Christiano et al., 2017, section 2.2). The first `every` answers have to be there before: `textenv
+    rate MODEL` collects them.
 
-    Evaluations ask as well: with people who are waited for, keep them small.
+    Evaluations ask people as well: keep them small where training waits for the answers.
 
     Args:
-        db: The store's file; a new one of a configuration lies below the current folder, with a name in .db.
+        db: The file of the store. A configuration may name a new one only below the current folder, ending in .db.
         scale: The lowest and the highest score that people may give.
-        run: Under which name the store keeps the questions.
-        raters: How many people are to answer each question.
+        run: The name under which the store keeps the questions.
+        raters: The number of people who answer each question.
         learned: A reward with a method `fit`, or its name or mapping: "agents.learned_reward:LearnedReward".
-        kind: With `learned`, what people are asked: to "score" a text, or to "compare" or "rank" texts of one prompt.
-        every: With `learned`, how many answers it takes to learn, and to learn again.
-        n_asked: With `learned`, how many questions may wait for an answer.
+        kind: With `learned`, the kind of question: to "score" a text, or to "compare" or "rank" texts of one prompt.
+        every: With `learned`, the number of new answers after which it learns again.
+        n_asked: With `learned`, the most questions that wait for an answer at a time.
 
     Attributes:
-        attend: A function that is given the numbers of the questions that lack an answer, before they are waited for,
-            and may have somebody answer them on the spot; None.
+        attend: A function of the numbers of the questions that lack an answer, called once before the waiting, or None.
+            It may have somebody answer them on the spot.
 
     Raises:
         ValueError: If a number or the kind is out of its range, or the store has too few answers to learn from.
@@ -98,7 +97,9 @@ class HumanReward(BatchReward):
         low, high = check_scale(self.scale)
         self.scale = (float(low), float(high))
         check_choice("kind", self.kind, tuple(GROUP))
-        if not (os.path.isfile(self.db) and os.path.getsize(self.db)):  # else it is a store, or refused as none
+        if not (
+            os.path.isfile(self.db) and os.path.getsize(self.db)
+        ):  # a file with content is opened as a store, or refused
             check_written(self.db, ".db")
         if min(self.raters, self.every, self.n_asked) < 1:
             numbers = f"{self.raters}, {self.every} and {self.n_asked}"
@@ -106,15 +107,15 @@ class HumanReward(BatchReward):
         if self.learned is None and self.kind != "score":
             raise ValueError(f"Expected kind='score' without `learned`, got {self.kind!r}, which gives no numbers.")
         self._standing: StandingAnswers | None = None
-        self._asked: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {}  # the numbers of questions, by run
-        self._n_learned = 0  # of how many answers the learner knows
+        self._asked: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {}  # numbers of questions, by run
+        self._n_learned = 0  # the answers that the learner was last given
         self._has_warned = False
         self._learner: Learner | None = None
         if self.learned is not None:
-            found: Any = read_reward(self.learned)
-            if not isinstance(found, Learner):
-                raise TypeError(f"Expected `learned` to be a reward with a method `fit`, got {found!r:.80}.")
-            self._learner = found
+            learner: Any = read_reward(self.learned)
+            if not isinstance(learner, Learner):
+                raise TypeError(f"Expected `learned` to be a reward with a method `fit`, got {learner!r:.80}.")
+            self._learner = learner
             n = sum(answer.value is not None for answer in self._open().update())
             if n < self.every:
                 raise ValueError(
@@ -123,28 +124,28 @@ class HumanReward(BatchReward):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_standing": None, "attend": None}  # a file that is open cannot be pickled
+        return {**vars(self), "_standing": None, "attend": None}  # an open file cannot be pickled
 
     def _open(self) -> StandingAnswers:
-        """Open the store, once."""
+        """Return the answers of the store, which is opened at the first call."""
         if self._standing is None:
             self._standing = StandingAnswers(FeedbackStore(self.db))
         return self._standing
 
     def _known(self) -> dict[tuple[str, tuple[str, ...]], int]:
-        """Return the run's questions of this kind and scale, by prompt and texts: their numbers."""
+        """Return the numbers of the run's questions of this kind and scale, by prompt and texts."""
         if self.run not in self._asked:
             self._asked[self.run] = {
-                (one.prompt, one.completions): one.id
-                for one in questions_of(self.db, self.run)
-                if (one.kind, one.scale) == (self.kind, self.scale)
+                (question.prompt, question.completions): question.id
+                for question in questions_of(self.db, self.run)
+                if (question.kind, question.scale) == (self.kind, self.scale)
             }
         return self._asked[self.run]
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
         """Return the rewards of the rows."""
         standing = self._open()
-        texts = [(str(prompt), one.text) for prompt, one in zip(prompts, preds, strict=True)]
+        texts = [(str(prompt), completion.text) for prompt, completion in zip(prompts, preds, strict=True)]
         if self._learner is None:
             asked = [self._ask(prompt, [text]) for prompt, text in texts]
             return _means(asked, self._wait(asked))
@@ -159,7 +160,7 @@ class HumanReward(BatchReward):
         return scores
 
     def _ask(self, prompt: str, texts: Sequence[str]) -> int:
-        """Add a question, unless it was asked before, and return its number."""
+        """Return the number of a question, which is added to the store unless it was asked before."""
         known, key = self._known(), (prompt, tuple(texts))
         if key not in known:
             options: dict[str, Any] = {"run": self.run, "raters": self.raters, "scale": self.scale}
@@ -167,7 +168,7 @@ class HumanReward(BatchReward):
         return known[key]
 
     def _wait(self, items: Collection[int]) -> list[Answer]:
-        """Return the answers that count, once so many raters as are wanted have answered or skipped each item."""
+        """Return the answers that count, as soon as `raters` people have answered or skipped each item."""
         has_attended = self.attend is None
         while True:
             answers = self._open().update()
@@ -189,7 +190,7 @@ class HumanReward(BatchReward):
 
 
 def _means(items: Sequence[int], answers: Sequence[Answer]) -> list[Score]:
-    """Return the mean of the scores of each item; dropped where all have skipped it."""
+    """Return the mean score of each item, or `DROPPED` for one that everybody skipped."""
     given: dict[int, list[float]] = defaultdict(list)
     for answer in answers:
         if answer.kind == "score" and isinstance(answer.value, tuple):
@@ -200,17 +201,18 @@ def _means(items: Sequence[int], answers: Sequence[Answer]) -> list[Score]:
 def _questions(
     texts: Sequence[tuple[str, str]], scores: Sequence[Score], kind: Kind, n: int
 ) -> list[tuple[str, list[str]]]:
-    """Return at most `n` questions about rows: prompt and texts, from the best to the worst, evenly spread."""
-    by_prompt: dict[str, dict[str, float]] = defaultdict(dict)
+    """Return at most `n` questions about rows, prompt and texts, evenly spread from the best mean score to the worst."""
+    by_prompt: dict[str, dict[str, float]] = defaultdict(dict)  # the score of each different text
     for (prompt, text), score in zip(texts, scores, strict=True):
         by_prompt[prompt][text] = score if isinstance(score, float) else 0.0
-    size, least = GROUP[kind], min(GROUP[kind], 2)
+    size, least = GROUP[kind], min(GROUP[kind], 2)  # a single text can be scored, but not compared or ranked
     questions = []
-    for prompt, found in by_prompt.items():
-        distinct = list(found)
-        parts = [distinct[start : start + size] for start in range(0, len(distinct), size)]
-        questions += [(statistics.fmean(found[text] for text in p), prompt, p) for p in parts if len(p) >= least]
+    for prompt, score_of in by_prompt.items():
+        distinct = list(score_of)
+        groups = [distinct[start : start + size] for start in range(0, len(distinct), size)]
+        means = [statistics.fmean(score_of[text] for text in group) for group in groups]
+        questions += [(mean, prompt, g) for mean, g in zip(means, groups, strict=True) if len(g) >= least]
     questions.sort(key=lambda question: -question[0])
     if len(questions) > n:
         questions = [questions[i * (len(questions) - 1) // max(n - 1, 1)] for i in range(max(n, 0))]
-    return [(prompt, part) for _, prompt, part in questions]
+    return [(prompt, group) for _, prompt, group in questions]

@@ -1,4 +1,4 @@
-"""Sentiment by a lexicon: vaderSentiment."""
+"""The sentiment of English texts by a lexicon, VADER."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from textenv.rewards.base import Reads, RowReward, check_choice, read_text
 
 @dataclass
 class Vader(RowReward):
-    """How positive an English text is, by VADER's lexicon and rules (Hutto and Gilbert 2014).
+    """The sentiment of an English text by VADER's lexicon and rules (Hutto and Gilbert, 2014).
 
     Needs vaderSentiment: `pip install "textenv[sentiment]"`.
 
     Args:
         part: "compound", in [-1, 1], or the share of the text that is "pos", "neg" or "neu", in [0, 1].
-        reads: "completion" judges what the policy wrote, "whole" the prompt with it.
+        reads: "completion" scores the completion alone, "whole" the prompt and the completion as one text.
+
+    Raises:
+        ImportError: Without vaderSentiment.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -39,5 +42,5 @@ class Vader(RowReward):
         self._analyzer = SentimentIntensityAnalyzer()
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
-        """Return the score."""
+        """Return the score of a text."""
         return self._analyzer.polarity_scores(read_text(self.reads, prompt, preds))[self.part]

@@ -1,4 +1,4 @@
-"""How likely a frozen language model finds the completion. Needs torch, and so stands apart from `textenv.rewards`."""
+"""The likelihood of completions under a frozen model. Needs torch, so `textenv.rewards` does not import it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ from textenv.rewards.text_model import ModelLike, TextModel
 class Likelihood(BatchReward):
     """The mean log-probability, in nats a token, of the completion given the prompt, under a frozen causal model.
 
-    The tokens are the model's own, of prompt and completion read as one text: those that end behind the prompt count,
-    and so does the model's end token where the policy ended the text (or where there is nothing else: an empty text is
-    not free). A token with nothing in front of it has no probability and is left out.
+    The model's own tokenizer reads prompt and completion as one text. The tokens that end behind the prompt count. The
+    model's end token counts where the policy ended the text, and for an empty completion, so that writing nothing is
+    not free. The first token of the whole has no probability and is left out.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
-        tokenizer: The model's own, where the model is no name or path; a fast one.
-        max_length: The most tokens of prompt and completion; longer texts lose their start, which is not said.
-        batch_size: The most texts a forward.
-        device: Where the model runs; unset, where it is (loaded: the CPU).
-        dtype: Of the weights ("bfloat16"); unset, float32 where it is loaded, and unchanged where it is given.
-        score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
+        tokenizer: The model's own tokenizer, a fast one, for a model in this process.
+        max_length: The most tokens of prompt and completion together; longer texts lose their start, without a warning.
+        batch_size: The most texts in a forward pass.
+        device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
+        dtype: The dtype of the weights, as "bfloat16"; None for float32 where they are loaded by name, and for no
+            change to a model in this process.
+        score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
+
+    Raises:
+        ValueError: If the tokenizer is not a fast one or has no end token.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -69,8 +73,8 @@ class Likelihood(BatchReward):
             )
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
-        """Return a number a row."""
-        texts = [self._encode(prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
+        """Return the score of each row."""
+        texts = [self._encode(*row) for row in zip(prompts, preds, strict=True)]
         order = sorted(range(len(texts)), key=lambda row: len(texts[row][0]))
         scores = [0.0] * len(texts)
         for start in range(0, len(order), self.batch_size):
@@ -80,24 +84,25 @@ class Likelihood(BatchReward):
         return scores
 
     def _encode(self, prompt: Prompt, preds: Preds) -> tuple[list[int], list[bool]]:
-        """Return the ids of prompt and completion, and which of them are judged."""
+        """Return the ids of prompt and completion, and for each whether it counts."""
         tokenizer = self._model.tokenizer
+        # The offsets of a token are the characters where it starts and ends; only fast tokenizers have them.
         coded = tokenizer(str(prompt) + preds.text, return_offsets_mapping=True, truncation=False, verbose=False)
-        places = list(zip(coded["input_ids"], coded["offset_mapping"], strict=True))
-        while places and places[-1][0] == tokenizer.eos_token_id:  # some tokenizers end each text
-            places.pop()
-        ids, is_judged = [token for token, _ in places], [end > len(prompt) for _, (_, end) in places]
-        if preds.end_reason is EndReason.EOS or not any(is_judged[1:]):
-            ids, is_judged = [*ids, tokenizer.eos_token_id], [*is_judged, True]
-        return ids[-self._model.max_length :], is_judged[-self._model.max_length :]
+        tokens = list(zip(coded["input_ids"], coded["offset_mapping"], strict=True))
+        while tokens and tokens[-1][0] == tokenizer.eos_token_id:  # some tokenizers end each text
+            tokens.pop()
+        ids, counts = [token for token, _ in tokens], [end > len(prompt) for _, (_, end) in tokens]
+        if preds.end_reason is EndReason.EOS or not any(counts[1:]):
+            ids, counts = [*ids, tokenizer.eos_token_id], [*counts, True]
+        return ids[-self._model.max_length :], counts[-self._model.max_length :]
 
     @torch.inference_mode()
     def _forward(self, texts: Sequence[tuple[list[int], list[bool]]]) -> list[float]:
         tokens, is_text = self._model.pad([ids for ids, _ in texts])  # (B, T)
-        is_judged = torch.zeros_like(tokens)  # (B, T)
-        for row, (_, judged) in enumerate(texts):
-            is_judged[row, : len(judged)] = torch.tensor(judged).long()
-        is_judged = is_judged[:, 1:]
-        logits = self._model.model(input_ids=tokens, attention_mask=is_text).logits[:, :-1].float()
+        counts = torch.zeros_like(tokens)  # (B, T)
+        for row, (_, text_counts) in enumerate(texts):
+            counts[row, : len(text_counts)] = torch.tensor(text_counts).long()
+        counts = counts[:, 1:]  # (B, T - 1): the logits at a token are those of the next
+        logits = self._model.model(input_ids=tokens, attention_mask=is_text).logits[:, :-1].float()  # (B, T - 1, V)
         log_probs = logits.gather(2, tokens[:, 1:, None])[..., 0] - logits.logsumexp(2)  # (B, T - 1)
-        return ((log_probs * is_judged).sum(1) / is_judged.sum(1).clamp(min=1)).tolist()
+        return ((log_probs * counts).sum(1) / counts.sum(1).clamp(min=1)).tolist()  # (B,)

@@ -1,4 +1,4 @@
-"""A trained reward model as a reward. Needs torch, and so stands apart from `textenv.rewards`."""
+"""Trained reward models as rewards. Needs torch, so `textenv.rewards` does not import it."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from textenv.templates import apply_template
 class Preference(BatchReward):
     """The score of a trained reward model: `AutoModelForSequenceClassification` with `num_labels=1`.
 
-    The model sees text and its own tokenizer's tokens, never the policy's ids; padding and cutting as in `TextModel`.
-    Several are one reward in `Ensemble([...], by="minimum")`.
+    The model reads the text through its own tokenizer, never the policy's token ids; for padding and truncation see
+    `TextModel`. `Ensemble([...], by="minimum")` joins several into one reward.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
-        chat: Whether prompt and completion are put into the tokenizer's chat template, as turns of user and assistant
-            (a reply of the env is the next of the user).
-        messages_column: With `chat`, where a row has the messages that lead up to the completion, instead of the prompt
-            as one message: a list of {"role": ..., "content": ...}.
-        stats: Normalises the score, (score - mean) / std: `RewardStats`, or "stored" for those beside the model.
-        reads: Without `chat`, "whole" judges prompt and completion, "completion" what the policy wrote alone.
-        tokenizer: The model's own, where the model is no name or path.
-        max_length: The most tokens of a text; longer ones are cut, which is warned of once.
-        truncation_side: Where longer texts lose tokens; "left" keeps the completion.
-        batch_size: The most texts a forward.
-        device: Where the model runs; unset, where it is (loaded: the CPU).
-        dtype: Of the weights ("bfloat16"); unset, float32 where it is loaded, and unchanged where it is given.
-        score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
+        chat: Whether prompt and completion are put into the tokenizer's chat template as turns of user and assistant;
+            a reply of the env is the user's next turn.
+        messages_column: With `chat`, the column of the prompt's row with the messages before the completion, a list of
+            {"role": ..., "content": ...}; None takes the prompt as the user's message.
+        stats: The statistics that normalise the score to (score - mean) / std: a `RewardStats`, "stored" for those in
+            the model's folder, or None for the score as it is.
+        reads: Without `chat`, "whole" scores prompt and completion as one text, "completion" the completion alone.
+        tokenizer: The model's own tokenizer, for a model in this process.
+        max_length: The most tokens of a text; longer texts are truncated, with one warning.
+        truncation_side: The side on which longer texts lose tokens; "left" keeps the completion.
+        batch_size: The most texts in a forward pass.
+        device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
+        dtype: The dtype of the weights, as "bfloat16"; None for float32 where they are loaded by name, and for no
+            change to a model in this process.
+        score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:
-        ValueError: If the model has several labels, or the tokenizer no chat template where one is wanted.
-        FileNotFoundError: With stats="stored", if the model's folder has none.
+        ValueError: If the model has several labels, or `chat` is set and the tokenizer has no chat template.
+        FileNotFoundError: If stats="stored" and the model's folder has none.
 
     Example:
         >>> from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -101,14 +103,14 @@ class Preference(BatchReward):
         return RewardStats.load(self.model)
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
-        """Return a number a row."""
-        texts = [self.text(prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
-        # A chat template writes the special tokens itself.
+        """Return the score of each row."""
+        texts = [self.text(*row) for row in zip(prompts, preds, strict=True)]
+        # A chat template writes the special tokens itself. The logits are (B, 1).
         scores = self._model.logits(texts, add_special_tokens=not self.chat)[:, 0].astype(np.float64).tolist()
         return scores if self._stats is None else [self._stats.normalised(score) for score in scores]
 
     def text(self, prompt: Prompt, preds: Preds) -> str:
-        """Return the text that the model is given."""
+        """Return the text that the model reads for a row."""
         if not self.chat:
             return read_text(self.reads, prompt, preds)
         column = self.messages_column

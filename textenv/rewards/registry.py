@@ -1,4 +1,7 @@
-"""Rewards by name, for configuration files and command lines; what a name stands for is imported when it is asked."""
+"""The names of rewards in configuration files and on command lines.
+
+The module of a reward is imported when its name is first used.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ _is_called = is_called_with("prompt", "preds", "done")
 REWARD = Kind(
     "reward",
     "a BatchReward, or a class with __call__(self, prompt, preds, done)",
-    lambda found: issubclass(found, BatchReward) or _is_called(found),
+    lambda candidate: issubclass(candidate, BatchReward) or _is_called(candidate),
 )
 _ROOM = "textenv.rewards"
-# What each name stands for, as "module:name"; `register_reward` adds to it.
+# The class or function of each name, as "module:name"; `register_reward` adds to it.
 REWARDS: dict[str, str] = {
     "length": f"{_ROOM}.rules:Length",
     "repetition": f"{_ROOM}.rules:Repetition",
@@ -50,14 +53,14 @@ REWARDS: dict[str, str] = {
 
 
 def register_reward(name: str, entry_point: str) -> None:
-    """Give a reward a name.
+    """Register a reward under a name.
 
     Args:
         name: The name, without a colon.
-        entry_point: "module:name" of a class (which is built with the options) or of a function (which is the reward).
+        entry_point: "module:name" of a class, whose instances are the reward, or of a function, which is the reward.
 
     Raises:
-        ValueError: If the name has a colon or stands for something else already, or the entry point has no colon.
+        ValueError: If the name has a colon or belongs to another reward, or the entry point has no colon.
 
     Example:
         >>> register_reward("vowels", "my_rewards:Vowels")
@@ -69,15 +72,15 @@ def register_reward(name: str, entry_point: str) -> None:
 
 
 def make_reward(name: str, **options: Any) -> RewardFunction:
-    """Return the reward of a name, or of a "module:name", which is imported.
+    """Return the reward of a registered name, or that of a "module:name", whose module is imported.
 
     Args:
-        name: A registered name, or where to find a class or function; in a configuration, a class.
-        **options: The arguments of the class; a function takes none.
+        name: A registered name, or the "module:name" of a class or function; in a configuration, of a class.
+        **options: The arguments of the class. A function takes none.
 
     Raises:
-        ValueError: If the name is unknown, the class has other arguments, or options are given for a function; in a
-            configuration, if the command line does not allow the module, or it defines no such reward.
+        ValueError: If the name is unknown, the class has no such argument, or options are given for a function; in a
+            configuration, if the command line does not allow the module, or the module defines no such reward.
 
     Example:
         >>> make_reward("length", target=20)
@@ -87,29 +90,36 @@ def make_reward(name: str, **options: Any) -> RewardFunction:
 
 
 def make_named(name: str, kind: Kind, options: Mapping[str, Any]) -> Any:
-    """Return what a name stands for, as `make_reward` does, where it may be of another kind than a reward."""
+    """Return the object of a name as `make_reward` does, for objects of any kind.
+
+    Args:
+        name: A registered name of a reward, or the "module:name" of a class or function.
+        kind: The kind of object that a configuration may name here.
+        options: The arguments of the class.
+    """
     entry_point = REWARDS.get(name, name) if isinstance(name, str) else name
     if not isinstance(entry_point, str) or ":" not in entry_point:
         raise ValueError(f"Expected 'module:name' or one of {sorted(REWARDS)}, got {name!r}.")
-    trust = current_trust()
+    trust = current_trust()  # None outside a configuration, where the caller's own code gives the name
     if trust is not None and name not in REWARDS:
-        found: Any = find_class(entry_point, kind, trust)
+        target: Any = find_class(entry_point, kind, trust)
     else:
         module, _, attribute = entry_point.partition(":")
-        found = vars(import_module(module)).get(attribute)
-    if isinstance(found, type):
-        check_arguments(found, options, f"the {kind.name} {name!r}")
-        return found(**options)
-    if found is None or options:
-        raise ValueError(f"Expected a class{'' if options else ' or function'} at {entry_point!r}, got {found!r}.")
-    return found
+        target = vars(import_module(module)).get(attribute)
+    if isinstance(target, type):
+        check_arguments(target, options, f"the {kind.name} {name!r}")
+        return target(**options)
+    if target is None or options:
+        raise ValueError(f"Expected a class{'' if options else ' or function'} at {entry_point!r}, got {target!r}.")
+    return target
 
 
 def read_reward(reward: RewardLike) -> RewardFunction:
-    """Return the reward that a user gave: itself, or what its name, or a mapping of name and options, stands for.
+    """Return a reward that a user gave as an object, by its name, or as a mapping of its name and options.
 
     Raises:
-        TypeError: If it is no reward.
+        TypeError: If it is none of these.
+        ValueError: As `make_reward`, or if the mapping has no "name".
 
     Example:
         >>> read_reward({"name": "scale", "reward": "vader", "factor": 2.0}).factor

@@ -1,4 +1,4 @@
-"""Mean and spread of a reward model's scores, kept beside its weights."""
+"""The mean and standard deviation of a reward model's scores, stored beside its weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ STATS_FILE = "reward_stats.json"
 
 @dataclass(frozen=True)
 class RewardStats:
-    """Mean and standard deviation of a reward model's scores, kept beside it in `reward_stats.json`.
+    """Mean and standard deviation of a reward model's scores, stored in its folder as `reward_stats.json`.
 
     Args:
         mean: The mean of the scores on held-out texts.
-        std: Their standard deviation.
+        std: The standard deviation of the scores.
+
+    Raises:
+        ValueError: If a number is not finite, or `std` is not positive.
 
     Example:
         >>> RewardStats.of([1.0, 3.0])
@@ -36,25 +39,25 @@ class RewardStats:
             raise ValueError(f"Expected a finite mean and a positive std, got {self.mean} and {self.std}.")
 
     def normalised(self, score: float) -> float:
-        """Return a score in units of the spread around the mean."""
+        """Return (score - mean) / std."""
         return (score - self.mean) / self.std
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> RewardStats:
-        """Return the statistics of scores."""
+        """Return the statistics of scores, (N,)."""
         return cls(float(np.mean(scores)), float(np.std(scores)))
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write them into the model's folder."""
+        """Write the statistics into the model's folder."""
         (Path(folder) / STATS_FILE).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> RewardStats:
-        """Read them from the model's folder.
+        """Read the statistics from the model's folder.
 
         Raises:
-            FileNotFoundError: If it has none.
-            ValueError: If it is damaged.
+            FileNotFoundError: If the folder has none.
+            ValueError: If the file is damaged.
         """
         file = Path(folder) / STATS_FILE
         if not file.is_file():

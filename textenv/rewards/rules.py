@@ -1,4 +1,4 @@
-"""Rewards that follow from the text alone, by a rule."""
+"""Rewards by simple rules: length, repetition, keywords, patterns and tagged sections."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from textenv.rewards.base import RowReward, check_choice
 
 @dataclass
 class Length(RowReward):
-    """How close a text's length is to a target: 1 at it, falling evenly to 0 at nothing and at twice the target.
+    """The closeness of a text's length n to a target: max(0, 1 - |n - target| / target).
 
-    max(0, 1 - |n - target| / target).
+    It is 1 at the target and falls linearly to 0 at an empty text and at twice the target.
 
     Args:
-        target: The length wanted.
-        unit: "tokens" (the policy's, an end token counts), "words" (between spaces) or "characters".
+        target: The length wanted, in units of `unit`.
+        unit: "tokens" (of the policy's tokenizer; the end token counts), "words" (between white space) or "characters".
+
+    Raises:
+        ValueError: If `target` is below 1 or `unit` is none of these.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -47,14 +50,17 @@ class Length(RowReward):
 
 @dataclass
 class Repetition(RowReward):
-    """A penalty for repeating oneself: minus the share of the text's n-grams of words that occurred in it before.
+    """A penalty for repetition within the text: minus the share of its n-grams that occurred earlier in it.
 
-    (distinct n-grams / n-grams) - 1, in (-1, 0]; 0 where the text has no n-gram. As in Yeo et al. 2025 (Demystifying
-    Long Chain-of-Thought Reasoning in LLMs).
+    That is (distinct n-grams / n-grams) - 1, in (-1, 0], and 0 where the text has no n-gram. As in Yeo et al., 2025
+    (Demystifying Long Chain-of-Thought Reasoning in LLMs).
 
     Args:
-        n: How many words an n-gram has.
-        unit: "words" (between spaces), or "characters", for languages written without spaces.
+        n: The length of an n-gram, in units of `unit`.
+        unit: "words" (between white space), or "characters", for languages written without spaces.
+
+    Raises:
+        ValueError: If `n` is below 1 or `unit` is none of these.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -79,12 +85,15 @@ class Repetition(RowReward):
 
 @dataclass
 class Keyword(RowReward):
-    """The share of some words that the text has, each as a whole word.
+    """The share of the given keywords that occur in the text, each as a whole word.
 
     Args:
-        words: The words, or groups of words ("machine learning").
+        words: The keywords; one may consist of several words ("machine learning").
         ignore_case: Whether "Good" counts as "good".
-        column: Where the words of each prompt are in its row, instead of `words`: one, or a list.
+        column: The column of the prompt's row that holds its own keywords, a text or a list, instead of `words`.
+
+    Raises:
+        ValueError: If both or neither of `words` and `column` are given.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -106,18 +115,21 @@ class Keyword(RowReward):
         """Return the share, in [0, 1]."""
         words = self.words if self.column is None else _listed(prompt.row[self.column])
         flags = re.IGNORECASE if self.ignore_case else 0
-        # Not \b: a keyword may begin or end with a sign, as "C++".
-        found = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", preds.text, flags) is not None for word in words]
-        return sum(found) / len(words)
+        # Not \b, which has no boundary after "C++": a keyword may begin or end with punctuation.
+        occurs = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", preds.text, flags) is not None for word in words]
+        return sum(occurs) / len(words)
 
 
 @dataclass
 class Regex(RowReward):
-    """1 where the text matches a regular expression (of Python's `re`), 0 elsewhere.
+    """1 for a text that matches a regular expression (of Python's `re`), 0 for any other.
 
     Args:
-        pattern: The expression; inline flags, as "(?i)yes", are understood.
-        whole: Whether the whole text must match, or a part will do.
+        pattern: The expression; it may have inline flags, as "(?i)yes".
+        whole: Whether the whole text has to match; else a match anywhere in it is enough.
+
+    Raises:
+        ValueError: If the pattern is no regular expression.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -142,12 +154,15 @@ class Regex(RowReward):
 
 @dataclass
 class Format(RowReward):
-    """1 where the text is made of tagged sections, each once and in order, with nothing but space between; else 0.
+    """1 for a text of tagged sections, each once, in order and with only white space between them; else 0.
 
-    With the default: `<think> ... </think> <answer> ... </answer>`, as in DeepSeek-R1 (2025, table 1).
+    By default `<think> ... </think> <answer> ... </answer>`, as in DeepSeek-R1 (2025, table 1).
 
     Args:
-        tags: The sections, in order.
+        tags: The names of the sections, in order.
+
+    Raises:
+        ValueError: If there are none.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -168,6 +183,7 @@ class Format(RowReward):
         """Return 1.0 or 0.0."""
         text = preds.text
         marks = [mark for tag in self.tags for mark in (f"<{tag}>", f"</{tag}>")]
+        # Counted first: the pattern's `.*` would match a section that holds the tags of another.
         if any(text.count(mark) != 1 for mark in marks):
             return 0.0
         sections = r"\s*".join(rf"<{re.escape(tag)}>.*</{re.escape(tag)}>" for tag in self.tags)

@@ -1,4 +1,4 @@
-"""How near texts are in meaning, by sentence embeddings. Needs torch, and so stands apart from `textenv.rewards`."""
+"""The similarity of texts by sentence embeddings. Needs torch, so `textenv.rewards` does not import it."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class Similarity(BatchReward):
-    """The cosine, in [-1, 1], of the embeddings of the text and of what it is compared with; the best of several.
+    """The cosine, in [-1, 1], of the embeddings of a text and of its references; the highest of several.
 
-    (Reimers and Gurevych 2019, Sentence-BERT, section 3.) The model sees text and its own tokenizer's tokens, never the
-    policy's ids. It is loaded when it is first asked, and where it was given by name a pickle has the name alone.
-    Longer texts are cut at the model's `max_seq_length`. An empty text is like none: 0, whatever the model says.
+    As in Sentence-BERT (Reimers and Gurevych, 2019, section 3). The model reads the text through its own tokenizer,
+    never the policy's token ids, and truncates it to its `max_seq_length`. An empty text scores 0. A model given by
+    name is loaded at the first score, and a pickle holds its name alone.
 
     Needs sentence-transformers: `pip install "textenv[similarity]"`.
 
     Args:
         model: A name on the hub, the path of a folder, or a `SentenceTransformer` in this process.
-        text: What all texts are compared with, instead of each prompt's references.
-        reads: "completion" compares what the policy wrote, "whole" the prompt with it.
-        batch_size: The most texts a forward.
-        device: Where the model runs; unset, where it is (loaded: the CPU).
-        dtype: Of the weights ("bfloat16"); unset, float32 where it is loaded, and unchanged where it is given.
-        score_at: "rollout_end" scores a rollout's texts together, "done" each when it ends.
+        text: A text that all are compared with, instead of each prompt's references.
+        reads: "completion" compares the completion alone, "whole" the prompt and the completion as one text.
+        batch_size: The most texts in a forward pass.
+        device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
+        dtype: The dtype of the weights, as "bfloat16"; None for float32 where they are loaded by name, and for no
+            change to a model in this process.
+        score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:
         ImportError: Without sentence-transformers.
+        ValueError: If `text` is empty or a number is out of its range.
 
     Example:
         >>> import numpy as np
@@ -75,25 +77,25 @@ class Similarity(BatchReward):
         self._loaded: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: a model that was loaded by name is loaded again."""
+        """Return the state to pickle, without a model loaded by name, which is loaded again."""
         return {**vars(self), "_loaded": None}
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
-        """Return a number a row."""
-        texts = [read_text(self.reads, prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
-        others = [read_references(prompt) if self.text is None else [self.text] for prompt in prompts]
-        different = dict.fromkeys(text for row in [texts, *others] for text in row if text.strip())
-        embeddings = dict(zip(different, self._embed(list(different)), strict=True)) if different else {}
-        return [
-            max(
-                float(embeddings[text] @ embeddings[other]) if text in embeddings and other in embeddings else 0.0
-                for other in row
-            )
-            for text, row in zip(texts, others, strict=True)
-        ]
+        """Return the score of each row."""
+        texts = [read_text(self.reads, *row) for row in zip(prompts, preds, strict=True)]
+        references = [read_references(prompt) if self.text is None else [self.text] for prompt in prompts]
+        # Each different text is embedded once: references are often shared by many rows.
+        distinct = dict.fromkeys(text for row in [texts, *references] for text in row if text.strip())
+        embeddings = dict(zip(distinct, self._embed(list(distinct)), strict=True)) if distinct else {}
+
+        def cosine(text: str, reference: str) -> float:
+            has_both = text in embeddings and reference in embeddings
+            return float(embeddings[text] @ embeddings[reference]) if has_both else 0.0
+
+        return [max(cosine(text, own) for own in row) for text, row in zip(texts, references, strict=True)]
 
     def _embed(self, texts: list[str]) -> torch.Tensor:
-        """Return the embeddings of texts, of length 1, (N, H) float32 on the CPU."""
+        """Return the embeddings of N texts, normalised to length 1, (N, H) float32 on the CPU."""
         if self._loaded is None:
             self._loaded = self._load()
         embeddings = self._loaded.encode(
@@ -102,13 +104,13 @@ class Similarity(BatchReward):
         return torch.nn.functional.normalize(embeddings.float(), dim=1).cpu()
 
     def _load(self) -> SentenceTransformer:
-        with needs("similarity", "sentence_transformers", "Similarity"):  # slow to import
+        with needs("similarity", "sentence_transformers", "Similarity"):  # here, since it takes seconds to import
             from sentence_transformers import SentenceTransformer
 
         model, dtype = self.model, self.dtype
         if not isinstance(model, SentenceTransformer):
             try:
-                model = SentenceTransformer(str(model), device="cpu")  # left to itself it would take a GPU
+                model = SentenceTransformer(str(model), device="cpu")  # its default is a GPU where there is one
             except ValueError as error:
                 raise refused_code(error, model) from error
             dtype = "float32" if dtype is None else dtype

@@ -1,4 +1,4 @@
-"""A frozen Hugging Face model that gives each text numbers: loading, tokenizing, batches. Needs torch."""
+"""The frozen Hugging Face model behind rewards of texts: loading, tokenizing, batching. Needs torch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ ModelLike = str | PathLike[str] | PreTrainedModel
 
 
 class TextModel:
-    """Text in, logits out: a model for sequence classification with a tokenizer of its own.
+    """A model for sequence classification with its own tokenizer: text in, logits out.
 
-    The model is put in evaluation mode and builds no graph. Texts are sorted by length for batches, and padded on the
-    right whatever the tokenizer's `padding_side`: models of absolute positions score a left-padded text differently. A
-    causal model's score is read where transformers reads it, at the last token that is not the pad token of the
-    model's config. Where that is unset, it is set to the tokenizer's pad, or else end, token. An empty text is scored
-    as a pad token alone.
+    The model is put into evaluation mode and computes no gradients. Texts are sorted by length into batches and padded
+    on the right, whatever the tokenizer's `padding_side`: models with absolute positions score a left-padded text
+    differently. The score of a causal model is that of its last token that is not the config's pad token; where the
+    config has none, it is set to the tokenizer's pad token, or else its end token. An empty text is scored as a single
+    pad token.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process.
-        tokenizer: The model's own tokenizer; where the model is a name or path, it is found beside it.
-        max_length: The most tokens of a text, special ones included. Unset, what tokenizer and model allow. Longer
-            texts are cut, which is warned of once.
-        truncation_side: Where longer texts lose tokens.
-        batch_size: The most texts a forward.
-        device: Where the model runs; unset, where it is.
-        dtype: Of the weights; unset, float32 for what is loaded, and what it is for a model in this process. Scores
-            are float32.
-        auto_class: What loads a name or path.
+        tokenizer: The model's own tokenizer; None loads that of the same name or path.
+        max_length: The most tokens of a text, special tokens included; None for what tokenizer and model allow. Longer
+            texts are truncated, with one warning.
+        truncation_side: The side on which longer texts lose tokens.
+        batch_size: The most texts in a forward pass.
+        device: The device of the model; None leaves it where it is.
+        dtype: The dtype of the weights; None for float32 where they are loaded by name, and for no change to a model
+            in this process. Scores are float32 in any case.
+        auto_class: The class of transformers that loads a name or path.
+
+    Raises:
+        ValueError: If `max_length` or `batch_size` is out of its range, a model in this process comes without its
+            tokenizer, there is neither pad nor end token, or weights are missing or damaged.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class TextModel:
             tokenizer = from_pretrained(AutoTokenizer, model) if tokenizer is None else tokenizer
             weights = read_dtype("float32" if dtype is None else dtype)
             self.model = load_whole(auto_class, model, any_more=True, dtype=weights)
-        # A model that transformers has placed itself (quantised, on several devices) is left alone unless asked.
+        # Unless asked, a model stays as transformers has placed it: `PreTrainedModel.to` refuses quantised ones.
         if dtype is not None:
             self.model.to(dtype=read_dtype(dtype))
         if device is not None:
@@ -85,6 +89,8 @@ class TextModel:
         return limit if max_length is None else max_length
 
     def _find_pad_id(self) -> int:
+        # transformers `modeling_layers.GenericForSequenceClassification.forward` reads the score before this token,
+        # and refuses batches without one.
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             tokenizer = self.tokenizer
@@ -94,8 +100,9 @@ class TextModel:
         return config.pad_token_id
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Return the token ids of texts, cut to `max_length`."""
+        """Return the token ids of each text, truncated to `max_length`."""
         tokenize = self.tokenizer
+        # Without truncation first, so that the texts which would lose tokens are known.
         ids = tokenize(list(texts), add_special_tokens=add_special_tokens, truncation=False, verbose=False)["input_ids"]
         long = [row for row, tokens in enumerate(ids) if len(tokens) > self.max_length]
         for row in long:
@@ -111,12 +118,12 @@ class TextModel:
         return ids
 
     def logits(self, texts: Sequence[str], add_special_tokens: bool = True) -> np.ndarray:
-        """Return the logits of texts, (B, labels) float32."""
+        """Return the logits of B texts, (B, labels) float32."""
         ids = self.encode(texts, add_special_tokens)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         logits = np.zeros((len(ids), self.model.config.num_labels), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+            rows = order[start : start + self.batch_size]  # of similar lengths, so that little is padding
             logits[rows] = self._forward([ids[row] or [self.pad_id] for row in rows])
         return logits
 
@@ -126,18 +133,22 @@ class TextModel:
         return self.model(input_ids=tokens, attention_mask=is_text).logits.float().cpu().numpy()
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return texts as tokens padded on the right, and 1 where a token is a text's, (B, T) int64 on the device."""
+        """Return token ids padded on the right, and 1 for each token of a text: two (B, T) int64 on the device."""
         tokens = torch.full((len(ids), max(map(len, ids))), self.pad_id)  # (B, T)
         is_text = torch.zeros_like(tokens)  # (B, T)
-        for row, one in enumerate(ids):
-            tokens[row, : len(one)] = torch.tensor(one)
-            is_text[row, : len(one)] = 1
+        for row, text in enumerate(ids):
+            tokens[row, : len(text)] = torch.tensor(text)
+            is_text[row, : len(text)] = 1
         return tokens.to(self.model.device), is_text.to(self.model.device)
 
 
 def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return the dtype of a name, as "bfloat16", or the dtype that was given."""
-    found = vars(torch).get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
+    """Return the dtype of a name, as "bfloat16", or the dtype itself.
+
+    Raises:
+        ValueError: If torch has no such dtype.
+    """
+    torch_dtype = vars(torch).get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(torch_dtype, torch.dtype):
         raise ValueError(f"Expected `dtype` to be a dtype of torch, as 'bfloat16', got {dtype!r}.")
-    return found
+    return torch_dtype

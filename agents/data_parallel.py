@@ -36,9 +36,9 @@ class DataParallel(RolloutStep):
     """Lets an unmodified algorithm train one policy in the processes that `torchrun` or `accelerate launch` started.
 
     `make_agent` attaches it; to an algorithm that is built by hand it is passed as a callback. With one process it does
-    nothing. The settings of a script are those of the whole job: `n_envs` lanes, `batch_size` transitions of a minibatch
-    and `total_timesteps` are divided among the processes, so that the same script makes the same updates on any number
-    of them. `num_timesteps` counts the tokens of all processes.
+    nothing. The settings of a script are those of the whole job: `n_envs` lanes, `batch_size` transitions and
+    `total_timesteps` are divided among the processes, so that the same script makes the same updates on any number of
+    them. `num_timesteps` counts the tokens of all processes.
 
     Rank 0 logs the means over the processes (numbers of episodes are added up). `time/rollout_seconds` is that of the
     slowest process, and `time/rollout_seconds/rank_<r>` that of each.

@@ -1,4 +1,4 @@
-"""A language model whose trainable weights are one parameter: the policy for TRPO."""
+"""The policy for TRPO: a language model whose trainable weights are one parameter."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from .world import world
 class FlatBackbone(Backbone):
     """A `Backbone` whose trainable weights are views of one vector; frozen ones are buffers.
 
-    The vector is the only parameter. Every read places views of it where the model looks for its weights, so that
-    writing to the vector in whatever way, or putting another in its `data`, takes effect at once. Tied weights are in
-    it once.
+    The vector is the only parameter. Before each forward, views of it are put where the modules look for their weights,
+    so that a write to the vector, or another tensor as its `data`, takes effect at once. Tied weights are in it once.
 
     Args:
-        model: The model, whose weights are taken over.
+        model: The model; its weights become views of the vector.
         vocab_size: As in `Backbone`.
         n_positions: As in `Backbone`.
 
@@ -38,35 +37,35 @@ class FlatBackbone(Backbone):
         ValueError: If the model has no trainable weights, or has them on several devices or in several types.
     """
 
-    _is_flat = False  # while the model is being checked
-    _in_graph = False
+    _is_flat = False  # not yet while `Backbone.__init__` checks the model
+    _in_graph = False  # whether `weights()` has put views with a graph in place
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__(model, vocab_size, n_positions)
-        places = _places(model)
-        trainable = [weight for weight in places if weight.requires_grad]
+        holders = _holders(model)
+        trainable = [weight for weight in holders if weight.requires_grad]
         if len({(weight.device, weight.dtype) for weight in trainable}) != 1:
             raise ValueError(
                 f"Expected trainable weights of one type on one device, got {len(trainable)} weights in "
                 f"{ {(str(weight.device), weight.dtype) for weight in trainable} }: TRPO needs them as one vector."
             )
-        self._trainable = [places[weight] for weight in trainable]
-        self._frozen = [places[weight] for weight in places if not weight.requires_grad]
+        self._trainable = [holders[weight] for weight in trainable]
+        self._frozen = [holders[weight] for weight in holders if not weight.requires_grad]
         self._shapes = [weight.shape for weight in trainable]
-        for weight in places:
-            for module, name in places[weight]:
+        for weight in holders:
+            for module, name in holders[weight]:
                 del module._parameters[name]
                 if not weight.requires_grad:
                     module.register_buffer(name, weight)
-        # Inside the trunk, where transformers' `device` and `dtype` look for a parameter.
-        flat = nn.Parameter(torch.cat([weight.detach().ravel() for weight in trainable]))
+        # In the trunk, where transformers `modeling_utils.PreTrainedModel.device` and `dtype` look for a parameter.
+        flat = nn.Parameter(torch.cat([weight.detach().ravel() for weight in trainable]))  # (number of weights,)
         model.base_model.register_parameter("flat", flat)
         self._is_flat = True
         self._place(self._views(self.flat.detach()))
 
     @property
     def flat(self) -> nn.Parameter:
-        """All trainable weights, one after the other."""
+        """All trainable weights in one vector, (number of weights,)."""
         return self.model.base_model.get_parameter("flat")
 
     def read(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -83,12 +82,14 @@ class FlatBackbone(Backbone):
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """Have the model's weights be views of the vector as it is now, with a graph where gradients are on.
+        """Give the modules views of the vector as weights inside, with a graph where gradients are on.
 
-        Each outermost entry with gradients splits the vector once, and its backward joins the parts once.
+        The outermost entry splits the vector once for all forwards in it, so that its backward joins the gradients of
+        the views once.
 
         Raises:
-            ValueError: If the model uses gradient checkpointing, whose second forward would miss the vector.
+            ValueError: If the model uses gradient checkpointing: its second forward runs in the backward pass, outside
+                of this context, and would find no graph to the vector.
         """
         if self._in_graph or not self._is_flat:
             yield
@@ -103,7 +104,8 @@ class FlatBackbone(Backbone):
         try:
             if self._in_graph:
                 self._place(self._views(self.flat))
-            elif self.flat.data_ptr() != self._placed:  # others hold the old vector, so its address is not used again
+            # The vector has another `data`. The views keep the memory of the old one, so its address is not reused.
+            elif self.flat.data_ptr() != self._placed:
                 self._place(self._views(self.flat.detach()))
             yield
         finally:
@@ -123,61 +125,62 @@ class FlatBackbone(Backbone):
             self._place(self._views(flat.detach()))
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([shape.numel() for shape in self._shapes])
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        pieces = flat.split([shape.numel() for shape in self._shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
     def _place(self, weights: list[Tensor]) -> None:
-        for places, weight in zip(self._trainable, weights, strict=True):
-            for module, name in places:
+        for holders, weight in zip(self._trainable, weights, strict=True):
+            for module, name in holders:
                 module._parameters.pop(name, None)
                 setattr(module, name, weight)
         self._placed = weights[0].data_ptr()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FlatBackbone:
-        """Move or cast the weights; frozen ones that were tied stay tied."""
+        """Move or cast the weights; tied frozen ones stay tied."""
         super()._apply(fn, recurse)
+        # torch `nn.Module._apply` replaces each buffer by itself, so that a tied one would become several.
         for (first, name), *others in self._frozen:
             for module, other in others:
                 module.register_buffer(other, first.get_buffer(name))
         return self
 
 
-def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Return each parameter and the modules that hold it: several where it is tied."""
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+def _holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Return, for each parameter, the modules that hold it and its name there: several where it is tied."""
+    holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                places.setdefault(weight, []).append((module, name))
-    return places
+                holders.setdefault(weight, []).append((module, name))
+    return holders
 
 
 class FlatLMPolicy(LMPolicy):
     """A causal language model as the policy of sb3-contrib's TRPO, unmodified.
 
-    It is `LMPolicy`, computed in the same way, with what TRPO needs besides:
+    It computes as `LMPolicy` does. Trust Region Policy Optimization (Schulman et al., 2015) needs two things besides:
 
-    * All trainable weights of the language model are one parameter. TRPO differentiates parameter by parameter (a
-      backward pass each), and it leaves out every parameter with "value" in its name, which a language model may have
-      (`query_key_value` of GPT-NeoX and BLOOM: of a plain policy the value loss alone would move it). The critic's
-      parameters are apart: TRPO trains them by `optimizer` at `learning_rate`.
+    * All trainable weights of the language model are one parameter. sb3-contrib `TRPO._compute_actor_grad` runs a
+      backward pass for each parameter, and skips every parameter with "value" in its name, as `query_key_value` of
+      GPT-NeoX and BLOOM has, which the value loss alone would then move. The critic's parameters stay apart: TRPO
+      trains them by `optimizer` at `learning_rate`.
     * `get_distribution` attends with PyTorch's plain kernel: the fused ones have no second derivative.
 
-    The critic is detached by default: TRPO throws away what the value loss says about the policy's own weights.
-    Trust Region Policy Optimization (Schulman et al., 2015).
+    The critic is detached by default: TRPO discards the gradient of the value loss by the policy's weights.
 
-    TRPO reads the whole rollout at once and holds its (N, V) log-probabilities; `sub_sampling_factor` lowers N.
+    TRPO reads the whole rollout at once and holds its log-probabilities, (N, V); `sub_sampling_factor` lowers N.
     `LMPolicy` and this class do not load each other's files; `export` writes the same folder from both.
 
     Args:
         observation_space: The env's.
         action_space: The env's.
-        lr_schedule: Learning rate schedule, of the critic.
-        critic: The value head, by spec.
+        lr_schedule: Maps the remaining progress, 1 to 0, to the learning rate of the critic.
+        critic: The spec of the value head.
         **kwargs: The other arguments of `LMPolicy`.
 
     Raises:
-        ValueError: As `LMPolicy`; for an encoder-decoder, gradient checkpointing, `top_p_lag` and several processes.
+        ValueError: As `LMPolicy`; also for an encoder-decoder, a `BackendSpec`, gradient checkpointing, `top_p_lag` and
+            several processes.
 
     Example:
         >>> from agents import FlatLMPolicy
@@ -230,7 +233,7 @@ class FlatLMPolicy(LMPolicy):
         return FlatBackbone
 
     def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]
-        """Return the distribution over the next token; it can be differentiated twice."""
+        """Return the distribution over the next token, (N, V), which can be differentiated twice."""
         backbone = cast("FlatBackbone", self.backbone)
         with sdpa_kernel(SDPBackend.MATH), backbone.weights():  # one split of the vector for all forwards
             return super().get_distribution(obs)

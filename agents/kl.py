@@ -76,7 +76,7 @@ class KLPenalty(RolloutStep):
 
     As a reward, only k1 has the gradient of the divergence in expectation. That of k3 lacks the gradient of the reverse
     divergence, which nearly cancels it close to the reference. The exact divergence does not penalise the choice of a
-    token, but only the texts that it leads to. Use k3 and the exact divergence for logs and for bounds on single tokens.
+    token, but only the texts that it leads to. Both suit logs, and bounds on single tokens.
 
     The reference is the policy as it is when training first starts: the policy without its adapters where it trains a
     `LoRA`, else a frozen copy that shares the weights that the policy keeps frozen. The divergence is computed at the

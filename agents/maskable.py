@@ -1,4 +1,4 @@
-"""What MaskablePPO of sb3-contrib needs: the policy and the buffer that know the env's masks."""
+"""The policy for MaskablePPO of sb3-contrib, which samples under the masks of the env."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .token_sets import AllowedTokens, TokenSets
 
 
 class MaskableLMPolicy(LMPolicy):
-    """`LMPolicy` for sb3-contrib's MaskablePPO: samples from, and scores under, what the env's masks allow.
+    """`LMPolicy` for sb3-contrib's MaskablePPO: tokens are sampled and scored among those that the env's mask allows.
 
-    A forbidden token has probability 0 in both; the others are normalised among themselves (Huang & Ontañón, 2022).
-    With a `MaskableSequenceRolloutBuffer` what was allowed is stored with the sequences; with the stock
-    `MaskableRolloutBuffer` it comes in `action_masks`. Arguments are those of `LMPolicy`.
+    A forbidden token has probability 0, and the others are normalised among themselves (Huang & Ontañón, 2022). A
+    `MaskableSequenceRolloutBuffer` stores the allowed tokens with the sequences; from the stock `MaskableRolloutBuffer`
+    masks come in `action_masks`. Arguments are those of `LMPolicy`.
 
     Raises:
-        ValueError: If a mask allows nothing, or is not of the vocabulary's size.
+        ValueError: If a mask allows no token, or has not the size of the vocabulary.
 
     Example:
         >>> from agents import MaskableLMPolicy
@@ -38,12 +38,20 @@ class MaskableLMPolicy(LMPolicy):
         True
     """
 
-    _action_masks: np.ndarray | None = None  # those of the `predict` that is running
+    _action_masks: np.ndarray | None = (
+        None  # while `predict` runs: SB3 `policies.BasePolicy.predict` has no place for it
+    )
 
     def forward(
         self, obs: Tensor, deterministic: bool = False, action_masks: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return actions (B,), values (B, 1) and log-probabilities (B,); `action_masks` is (B, V), True if allowed."""
+        """Return actions (B,), values (B, 1) and log-probabilities (B,).
+
+        Args:
+            obs: (B, L).
+            deterministic: Take the most probable token.
+            action_masks: (B, V), True where a token is allowed; None allows all.
+        """
         return self._step(obs, deterministic, self._allowed(action_masks, len(obs)))
 
     def predict(
@@ -79,7 +87,7 @@ class MaskableLMPolicy(LMPolicy):
     def _with_masks(
         self, obs: Tensor | SequenceBatch, action_masks: np.ndarray | Tensor | None
     ) -> Tensor | SequenceBatch:
-        """Put masks that the caller has, of the stock buffer's samples, where sequences keep theirs."""
+        """Return observations with the masks of the stock buffer's samples, which sequences carry already."""
         if action_masks is None or isinstance(obs, SequenceBatch) or self.lm.sampling.has_support:
             return obs
         batch, sets = SequenceBatch.from_observations(obs), TokenSets(self.lm.backbone.vocab_size)
@@ -97,12 +105,14 @@ class MaskableLMPolicy(LMPolicy):
         allowed, vocab_size = np.asarray(action_masks, dtype=bool), self.lm.backbone.vocab_size
         if allowed.size != n_rows * vocab_size:
             raise ValueError(f"Expected `action_masks` of shape ({n_rows}, {vocab_size}), got {allowed.shape}.")
-        allowed = allowed.reshape(n_rows, vocab_size)
-        nothing = np.flatnonzero(~allowed.any(axis=1))
-        if len(nothing) > 0:
-            raise ValueError(f"Expected every row of `action_masks` to allow a token, got none in row {nothing[0]}.")
+        # sb3-contrib `maskable/utils.get_action_masks` returns (B, V), and one mask may be (V,).
+        allowed = allowed.reshape(n_rows, vocab_size)  # (B, V)
+        empty = np.flatnonzero(~allowed.any(axis=1))
+        if len(empty) > 0:
+            raise ValueError(f"Expected every row of `action_masks` to allow a token, got none in row {empty[0]}.")
         return allowed
 
 
-# MaskablePPO asks for this class by `isinstance`; what it defines besides are networks that a language model has not.
+# sb3-contrib `MaskablePPO._setup_model` asks for this class by `isinstance`. To inherit from it would bring networks
+# that a language model has no use for.
 MaskableActorCriticPolicy.register(MaskableLMPolicy)

@@ -11,9 +11,10 @@ from .buffers import SequenceRolloutBuffer
 
 
 class MaskableSequenceRolloutBuffer(SequenceRolloutBuffer, MaskableRolloutBuffer):  # type: ignore[misc]
-    """`SequenceRolloutBuffer` for MaskablePPO: masks are stored as bits or ids, each distinct one once.
+    """`SequenceRolloutBuffer` for MaskablePPO, with each distinct mask stored once, as bits or token ids.
 
-    The stock buffer keeps float32 [n_steps, n_envs, V]: 4.6 GiB for 128 steps of 64 lanes at V = 152k.
+    The stock buffer stores float32 (n_steps, n_envs, V): 4.6 GiB for 128 steps of 64 lanes at V = 152,000. It is a base
+    class only since sb3-contrib `MaskablePPO.collect_rollouts` asserts it.
 
     Example:
         >>> from agents import MaskableLMPolicy, MaskableSequenceRolloutBuffer
@@ -21,5 +22,5 @@ class MaskableSequenceRolloutBuffer(SequenceRolloutBuffer, MaskableRolloutBuffer
     """
 
     def add(self, *args: Any, action_masks: np.ndarray | None = None, **kwargs: Any) -> None:
-        """Add one step; what the mask left is on `log_prob` already, so that `action_masks` is not looked at."""
+        """Add one step; `action_masks` are not read: the tokens that they allow ride on `log_prob` (`ALLOWED`)."""
         super().add(*args, **kwargs)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .critic import TrunkCritic
 from .sharding import placed
 
 
@@ -60,6 +61,24 @@ def scaled_optimizer(
     optimizer.register_step_pre_hook(scale_rates)
     optimizer.register_step_post_hook(restore_rates)
     return optimizer
+
+
+def learning_rate_scales(
+    weights: Iterable[nn.Parameter], critic: nn.Module, critic_lr_scale: float, head_lr_scale: float
+) -> dict[nn.Parameter, float]:
+    """Return the factor of the learning rate of each weight that is trained.
+
+    Args:
+        weights: The weights of the policy.
+        critic: The critic among them: a value head, or a trunk with one.
+        critic_lr_scale: The factor of all of the critic's weights.
+        head_lr_scale: A further factor of its value head's.
+    """
+    scales = {weight: 1.0 for weight in weights if weight.requires_grad}
+    in_trunk = set(critic.trunk.parameters()) if isinstance(critic, TrunkCritic) else set()
+    for weight in scales.keys() & set(critic.parameters()):
+        scales[weight] = critic_lr_scale if weight in in_trunk else critic_lr_scale * head_lr_scale
+    return scales
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

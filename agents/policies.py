@@ -1,4 +1,4 @@
-"""The language model as a Stable-Baselines3 policy."""
+"""The Stable-Baselines3 policy that is a language model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .critic import CriticSpec, SharedCritic, TrunkCritic
 from .distributed import broadcast_weights, from_main
 from .encoder_decoder import Seq2SeqBackbone
 from .interface import BackendSpec, LanguageModel
-from .optim import scaled_optimizer
+from .optim import learning_rate_scales, scaled_optimizer
 from .pretrained import LMLike, build_model
 from .sampling import Sampling, TokenDistribution
 from .sequences import SequenceBatch
@@ -36,55 +36,54 @@ NextTokens: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class ForeignBackendError(TypeError):
-    """What was asked for needs a model of transformers, and the policy's is none."""
+    """An error: the policy's language model is no model of transformers, which is needed here."""
 
 
 class LMPolicy(ActorCriticPolicy):
     """A language model, causal or encoder-decoder, as the policy of PPO, A2C and the like, unmodified.
 
-    The observation is the prompt and the tokens so far (see `textenv.TextEnv`), the action is the next token. In a
-    rollout it decodes with cached keys and values; in the update it reads each sequence of a
-    `SequenceRolloutBuffer` once. With the stock `RolloutBuffer` each token is a sequence of its own: right, and slow.
+    The observation is the prompt and the tokens so far, (L,) (see `textenv.TextEnv`); the action is the next token. In
+    a rollout the policy decodes with cached keys and values; in the update it reads each sequence of a
+    `SequenceRolloutBuffer` once. With the stock `RolloutBuffer` each token is a sequence of its own: correct, but slow.
 
-    Sampling draws from a generator of the policy's own, seeded from torch's at construction, so that evaluation and
-    sample tables do not change training. Dropout is off throughout: the probabilities of the rollout and of the
-    update must be the same. Only parameters with `requires_grad` are optimised.
+    Sampling draws from generators of the policy, seeded from torch's when it is built, so that evaluation and sample
+    tables do not change training. Dropout is off throughout, since the probabilities of the rollout and of the update
+    must be the same. Only parameters with `requires_grad` are optimised.
 
     Pass the arguments below by `policy_kwargs`. They are pickled into the file that `model.save` writes, and the
     policy is built again from them on load: a name is then looked up again, `Pretrained(name)` and a config are not.
 
     Args:
         observation_space: The env's.
-        action_space: The env's; its size is the tokenizer's vocabulary.
-        lr_schedule: Learning rate schedule.
+        action_space: The env's; its size V is that of the tokenizer's vocabulary.
+        lr_schedule: Maps the remaining progress, 1 to 0, to the learning rate.
         lm: The language model: a name or path, a transformers config (fresh weights), a spec such as
-            `Pretrained(name)`, or the `BackendSpec` of a model that is not transformers'. Of an encoder-decoder (T5,
-            BART), the encoder reads the prompt, once an episode, and the decoder the tokens since, replies of a
+            `Pretrained(name)`, or the `BackendSpec` of a model that is not transformers'. With an encoder-decoder (T5,
+            BART), the encoder reads the prompt, once an episode, and the decoder all later tokens, replies of a
             multi-turn environment included.
-        critic: What values a prefix, by spec: `SharedCritic`, `SeparateCritic`, `RewardModelCritic`.
-        temperature: Divides the logits, in the rollout and in the update alike; this and the next are `Sampling`'s.
-        top_k: Sample from the so many most probable tokens.
+        critic: The spec of the critic: `SharedCritic`, `SeparateCritic` or `RewardModelCritic`.
+        temperature: Divides the logits, in the rollout and in the update; for this and the next five see `Sampling`.
+        top_k: Sample from the `top_k` most probable tokens.
         top_p: Sample from the most probable tokens whose probabilities sum up to this.
         min_p: Sample from tokens of at least this share of the largest probability.
         repetition_penalty: Lower the logits of tokens that are already in the row.
-        top_p_lag: Choose `top_p`'s tokens by a copy of the policy that is renewed after so many updates (NLPO).
+        top_p_lag: Choose the tokens of `top_p` by a copy of the policy, renewed every `top_p_lag` updates (NLPO).
         autocast: "bfloat16" runs the model in 16 bits; weights stay float32.
         cache: Decode with cached keys and values; False reads the whole prefix for every token.
-        value_norm: "popart" or "norm" has the critic predict returns in units of their running deviation (see
-            `ValueNorm`); needs a `SequenceRolloutBuffer`. `evaluate_actions` and `predict_values` then return, for
-            sequences of the buffer, normalised values, as its minibatches hold them; all else is in units of reward.
+        value_norm: "popart" or "norm": the critic predicts returns in units of their running deviation (see
+            `ValueNorm`); needs a `SequenceRolloutBuffer`. `evaluate_actions` and `predict_values` then return values in
+            these units for sequences of the buffer, whose minibatches have the same; others are in units of reward.
         critic_lr_scale: Multiplies the learning rate of the critic: its value head, and its trunk where it has one.
-        head_lr_scale: Multiplies that of the value head once more.
-        train: What is trained of the language model, beside the value head: "all", "head", `LastLayers(n)` or
+        head_lr_scale: Multiplies the learning rate of the value head, besides `critic_lr_scale`.
+        train: The part of the language model that is trained, besides the value head: "all", "head", `LastLayers(n)` or
             `LoRA(...)`. The rest is frozen.
-        gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
-            third more time, the same gradient.
+        gradient_checkpointing: Compute the activations of each layer again in the backward pass, which takes less
+            memory and about a third more time; the gradient is the same.
         shard: `Sharded()` spreads weights, gradients and optimizer over the processes of a job that has several.
-        optimizer_class: AdamW by default; A2C passes RMSprop unless told `use_rms_prop=False`.
-        optimizer_kwargs: Its arguments but the learning rate; by default no weight decay, and AdamW's fused kernel.
+        optimizer_class: AdamW by default; SB3's A2C passes RMSprop unless it has `use_rms_prop=False`.
+        optimizer_kwargs: Its arguments except the learning rate; by default no weight decay and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.
-        net_arch: Not used, and neither is `activation_fn`: what searches for hyper-parameters, as rl_zoo3's, give to
-            every policy. The language model is what it is.
+        net_arch: Not used, like `activation_fn`: rl_zoo3's search for hyper-parameters passes both to every policy.
         activation_fn: See `net_arch`.
 
     Raises:
@@ -149,7 +148,7 @@ class LMPolicy(ActorCriticPolicy):
         }
         self.lr_scales = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
         if optimizer_kwargs is None:
-            # One kernel instead of a dozen passes over the weights: a tenth of a small model's update.
+            # One kernel in place of a dozen passes over the weights: saves a tenth of a small model's update.
             optimizer_kwargs = {"weight_decay": 0.0, "fused": True} if optimizer_class is torch.optim.AdamW else {}
         super().__init__(
             observation_space,
@@ -177,29 +176,25 @@ class LMPolicy(ActorCriticPolicy):
             critic.check_fits(backbone.vocab_size, self.observation_space.shape[0] - 1)
         sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
         self.lm = LMActorCritic(backbone, critic, sampling, **kwargs)
-        # Drawn from torch's generator, which SB3 has seeded: the same seed gives the same run.
+        # SB3 `base_class.set_random_seed` has seeded torch's generator: the same seed gives the same run.
         seed = int(torch.randint(2**31, ()))
         here = world()
         self.shared = None if here is None else SharedGradient(self.lm)
-        if here is not None:  # the same weights, and samples of each process's own
+        if here is not None:  # all processes have the same weights, and each samples differently
             broadcast_weights(self.lm)
-            seed = from_main("a seed", seed) + 2 * here.rank
+            seed = from_main("a seed", seed) + 2 * here.rank  # 2: a process has two generators
             shard = shard or Sharded.asked_for()
-            if shard is not None:  # before the optimizer, which is to see shards alone
+            if shard is not None:  # before the optimizer is built, whose state is then that of shards
                 self.lm.shards = Shards(self.lm, shard)
+        # The terminal observations of a step, (K, L), and their values, (K, 1).
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
         self._next_tokens: NextTokens | None = None  # see `take_tokens_from`
         self.generator = torch.Generator().manual_seed(seed)
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
-        scales = {weight: 1.0 for weight in self.parameters() if weight.requires_grad}
-        in_trunk = set(critic.trunk.parameters()) if isinstance(critic, TrunkCritic) else set()
-        for weight in scales.keys() & set(critic.parameters()):
-            scales[weight] = self.lr_scales["critic_lr_scale"]
-            if weight not in in_trunk:
-                scales[weight] *= self.lr_scales["head_lr_scale"]
+        scales = learning_rate_scales(self.parameters(), critic, **self.lr_scales)
         self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
         lm = self.lm
-        # A fused step does not count in its weights' versions.
+        # A fused step does not raise `Tensor._version`, by which caches notice other writes to the weights.
         self.optimizer.register_step_post_hook(lambda *_: lm.drop_caches())
 
     @property
@@ -236,7 +231,7 @@ class LMPolicy(ActorCriticPolicy):
 
     @property
     def lstm_actor(self) -> NoReturn:
-        """Refuse RecurrentPPO, which asks for this first."""
+        """Refuse RecurrentPPO: sb3-contrib `RecurrentPPO._setup_model` reads this first."""
         raise TypeError(
             f"Expected an algorithm without recurrent state for {type(self).__name__}, got RecurrentPPO: a language "
             "model sees the whole text in each observation and has nothing to carry between steps. Use PPO."
@@ -256,13 +251,14 @@ class LMPolicy(ActorCriticPolicy):
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs: with shards on the host, too."""
+        """The device of the forwards; shards of the weights may wait on the host."""
         return super().device if self.lm.shards is None else self.lm.shards.device
 
     def set_training_mode(self, mode: bool) -> None:
         """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8).
 
-        Sharded weights are brought together for evaluation, so that all processes must call it.
+        SB3 calls it with True at the start of each `train`, with False at that of each `collect_rollouts` and
+        `predict`. Sharded weights are brought together for evaluation, so that all processes must call it.
         """
         self.lm.settle_values()  # a rollout that was broken off leaves them deferred
         if mode and not self.training:
@@ -275,20 +271,12 @@ class LMPolicy(ActorCriticPolicy):
             self.lm.shards.bring(not mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the weights.
-
-        Raises:
-            RuntimeError: If they are sharded.
-        """
+        """Return the weights; a RuntimeError is raised where they are sharded."""
         self._check_whole()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights; cached keys and values of the old ones are dropped.
-
-        Raises:
-            RuntimeError: If they are sharded.
-        """
+        """Load weights and drop all cached keys and values; a RuntimeError is raised where weights are sharded."""
         self._check_whole()
         self.lm.drop_caches()
         self._terminal_values = None
@@ -304,9 +292,10 @@ class LMPolicy(ActorCriticPolicy):
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).
 
-        Where tokens were sampled from a part of the vocabulary, the log-probabilities carry it to the buffer. In a
-        rollout of a `SequenceRolloutBuffer` a critic with a trunk of its own gives zeros: the buffer values later. So
-        does every critic where another engine writes the rollout, whose log-probabilities these then are.
+        Values and log-probabilities carry notes for the buffer (see `tensor_notes`). In a rollout of a
+        `SequenceRolloutBuffer` the values of a critic with a trunk of its own are zeros, since the buffer has whole
+        sequences valued later. Where another engine writes the rollout, the values of any critic are zeros, and the
+        log-probabilities are the engine's.
         """
         return self._step(obs, deterministic)
 
@@ -348,7 +337,7 @@ class LMPolicy(ActorCriticPolicy):
             lm.rollout_cache, lm.predict_cache, self._terminal_values, self._next_tokens = rollout
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
-        """Return actions (B,): what `predict` calls, with rows and randomness apart from the rollout's."""
+        """Return actions (B,) for `predict`, with a cache and a generator apart from the rollout's."""
         return self._choose(observation, deterministic)
 
     def _choose(self, obs: Tensor, deterministic: bool, allowed: Tensor | None = None) -> Tensor:
@@ -356,9 +345,10 @@ class LMPolicy(ActorCriticPolicy):
         return self.lm.act(obs, deterministic, self.predict_generator, cache, allowed, with_values=False).actions
 
     def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:  # type: ignore[override]
-        """Return values (B, 1), of sequences as `evaluate_actions`.
+        """Return the values of observations (B, L), (B, 1), or of all transitions of sequences, (N, 1).
 
-        Those of lanes that were truncated in one step come from one forward.
+        SB3 `on_policy_algorithm.collect_rollouts` asks for terminal observations one by one. Those of one step are
+        valued in one forward, at the first of them.
         """
         if isinstance(obs, SequenceBatch):
             return self.lm.sequence_values(obs)[:, None]
@@ -372,7 +362,7 @@ class LMPolicy(ActorCriticPolicy):
 
     def evaluate_actions(self, obs: Tensor | SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights."""
-        if torch.is_grad_enabled():  # an update follows, perhaps in a loop of the user's own
+        if torch.is_grad_enabled():  # an update follows, perhaps in a loop that does not call `set_training_mode`
             self.lm.drop_caches()
         if self.lm.value_norm is not None and not isinstance(obs, SequenceBatch):
             raise ValueError(
@@ -380,7 +370,7 @@ class LMPolicy(ActorCriticPolicy):
                 "buffer hold returns in units of reward."
             )
         batch, actions = _as_batch(obs), actions.long().flatten()
-        # A minibatch of several processes' update.
+        # A minibatch of the buffer, in several processes, has a `share`.
         evaluate = self.shared.evaluate if self.shared is not None and batch.share is not None else self.lm.evaluate
         values, log_probs, entropy = evaluate(batch, actions)
         return values[:, None], log_probs, entropy
@@ -390,7 +380,11 @@ class LMPolicy(ActorCriticPolicy):
         return self.lm.distribution(_as_batch(obs))
 
     def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[Tensor, bool]:
-        """Return the observation as a batch of rows, and whether it was one."""
+        """Return observations as a tensor, (B, L), and whether they were given as a batch.
+
+        Raises:
+            ValueError: If they are no token ids.
+        """
         rows = np.asarray(observation)
         if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(f"Expected an observation of token ids, (L,) or (B, L), got {rows.dtype} of {rows.shape}.")

@@ -132,7 +132,7 @@ def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextM
 def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Tensor]:
     """Return the reference's weights and buffers that the policy does not hold; tied ones once, by their first name.
 
-    Weights that a device map has offloaded (the device "meta") are left out: they never change, and come with the model.
+    Weights that a device map has offloaded (device "meta") are left out: they never change, and come with the model.
     """
     shared = {id(tensor) for tensor in (*policy.parameters(), *policy.buffers())}
     # `named_parameters` and `named_buffers` of torch name a tied tensor once.

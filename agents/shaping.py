@@ -105,8 +105,8 @@ class RewardShaping(RolloutStep):
             reward = final_reward(buffer, self.env, place)
             if reward is None:
                 continue
-            # SB3 `on_policy_algorithm.collect_rollouts` has added gamma * V to the reward of a truncated episode, so the
-            # score is replaced within the sum.
+            # SB3 `on_policy_algorithm.collect_rollouts` has added gamma * V to the reward of a truncated episode, so
+            # that the score is replaced within the sum.
             if self._changes_scores:
                 reward[:] = (reward - np.float32(score)) + np.float32(new)
             reward -= np.float32(penalty)

@@ -74,7 +74,7 @@ class SequenceSamples(NamedTuple):
 
 
 class RolloutView(NamedTuple):
-    """A rollout of N transitions as whole sequences, with the indices of each transition in the buffer's (T, B) arrays."""
+    """A rollout of N transitions as whole sequences, with the index of each in the buffer's (T, B) arrays."""
 
     batch: SequenceBatch
     actions: Tensor  # (N,)

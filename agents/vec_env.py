@@ -131,7 +131,7 @@ class TextVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return an attribute of the env, once for each lane asked for."""
-        # sb3-contrib `maskable/utils.is_masking_supported` asks VecEnvs for it. The env's own is that of its single row.
+        # sb3-contrib `maskable/utils.is_masking_supported` asks for it; the env's own is that of its single row.
         if attr_name == "action_masks":
             self.env.check_mask()
             return [lambda lane=lane: self.lanes.allowed()[lane] for lane in self._get_indices(indices)]
@@ -151,7 +151,7 @@ class TextVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method of the env once for each lane asked for; `action_masks` returns the masks of the lanes, (V,) each."""
+        """Call a method of the env once for each lane asked for; `action_masks` returns the lanes' masks, (V,) each."""
         if method_name == "action_masks":
             self.env.check_mask()
             allowed = self.lanes.allowed()  # (B, V)

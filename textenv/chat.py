@@ -8,12 +8,12 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 from textenv.templates import apply_template
 from textenv.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "Hello"}, as `apply_chat_template` takes it
+Message = Mapping[str, Any]  # {"role": "user", "content": "Hello"}, as in transformers' `apply_chat_template`
 
 
 @runtime_checkable
 class _ChatTokenizer(Protocol):
-    """A tokenizer that renders messages, as every Hugging Face tokenizer with a chat template does."""
+    """A tokenizer that renders messages, as Hugging Face tokenizers do."""
 
     chat_template: Any
 
@@ -24,7 +24,7 @@ class _ChatTokenizer(Protocol):
 
 
 def is_chat(value: Any) -> TypeGuard[Sequence[Message]]:
-    """Whether a prompt is a list of messages: a list whose first item is a mapping."""
+    """Return whether a prompt is a chat: a list whose first item is a mapping."""
     is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     return is_list and len(value) > 0 and isinstance(value[0], Mapping)
 
@@ -32,13 +32,13 @@ def is_chat(value: Any) -> TypeGuard[Sequence[Message]]:
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = "the prompt") -> str:
     """Return messages as the text that a chat model continues, special tokens included.
 
-    It opens the assistant's turn (`add_generation_prompt`), or goes on with the last message where that is the
-    assistant's (`continue_final_message`).
+    The text ends with the opening of the assistant's turn (`add_generation_prompt`). If the last message is the
+    assistant's, the text ends within that message (`continue_final_message`).
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
-        messages: Role and content of each.
-        where: What an error calls them.
+        messages: The messages, each with "role" and "content".
+        where: What an error calls the messages.
 
     Raises:
         ValueError: If there is no template, a message lacks a role or a text, or the template refuses the messages.
@@ -55,8 +55,8 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = 
             f"{type(tokenizer).__name__} without one. Take the tokenizer of a chat model, set "
             "`tokenizer.chat_template`, or give prompts as texts."
         )
-    is_open = messages[-1]["role"] == "assistant"
-    options = {"add_generation_prompt": not is_open, "continue_final_message": is_open}
+    is_unfinished = messages[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not is_unfinished, "continue_final_message": is_unfinished}
     return apply_template(tokenizer, list(messages), where, **options)
 
 

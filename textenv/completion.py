@@ -1,4 +1,4 @@
-"""What the policy has written so far: token ids at hand, text only when looked at."""
+"""The completion of a prompt, finished or not: token ids, and text that is decoded when it is read."""
 
 from __future__ import annotations
 
@@ -12,22 +12,34 @@ from textenv.tokenizer import Tokenizer, decode_continuation
 
 
 class Turn(NamedTuple):
-    """One turn of the policy and what the environment answered (None while it has not)."""
+    """One turn of the policy, and the env's reply to it (None if there is none yet)."""
 
     text: str
     response: str | None
 
 
 class Preds(Sequence[int]):
-    """The tokens that the policy generated in an episode; what `get_reward` and `respond` look at.
+    """The tokens that the policy has written in an episode, as `get_reward` and `respond` get them.
 
-    A sequence of token ids: `len(preds)`, `preds[-1]`. It is a snapshot: keeping it is safe.
+    It is a sequence of token ids, `len(preds)`, `preds[-1]`, and a snapshot: it may be kept.
+
+    Args:
+        tokenizer: Decodes the ids.
+        ids: The token ids of all turns, (T,), without the env's replies.
+        context: The few token ids in front of the current turn, which decide how it decodes.
+        turn_length: How many of `ids` belong to the current turn; all of them by default.
+        closed: The earlier turns.
+        end_reason: Why the current turn is over, if it is.
+        stop_strings: The texts that end a turn.
+        state: The hooks' own memory of the episode.
+        lane: The lane in which the episode runs.
+        group: The number of its group of samples.
 
     Attributes:
-        ids: The ids, read-only, (T,) int64: exactly the actions taken, the end token included.
-        state: A dict of your own that lives as long as the episode.
-        lane: Which row of the environment this is.
-        group: The number of its group: the episodes of one draw of a prompt (`TextEnv(samples_per_prompt=...)`).
+        ids: The token ids, read-only, (T,) int64: exactly the actions taken, the end token included.
+        state: A dict of your own, which lives as long as the episode.
+        lane: The number of the lane.
+        group: The number of the group: the episodes of one draw of a prompt (`TextEnv(samples_per_prompt=...)`).
         end_reason: Why the current turn is over, or None while it is not.
 
     Example:
@@ -69,14 +81,14 @@ class Preds(Sequence[int]):
 
     @property
     def turn_ids(self) -> np.ndarray:
-        """The ids of the current turn alone, read-only; those of all turns are `ids`."""
+        """The token ids of the current turn only, read-only, (t,) int64."""
         return self.ids[len(self.ids) - self._turn_length :]
 
     @property
     def text(self) -> str:
         """The text that the policy wrote, without end token and stop string; turns are joined by a newline.
 
-        Prompt and text put together read as the whole: the space in front of the first word is kept.
+        `prompt + preds.text` reads right: the space in front of the first word is kept.
         """
         if self._text is None:
             self._text = "\n".join(turn.text for turn in self.turns)
@@ -84,7 +96,7 @@ class Preds(Sequence[int]):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The policy's turns with the environment's answers; the last is the current one."""
+        """The policy's turns with the env's replies; the last turn is the current one."""
         if self._turn_length == 0 and self._closed:
             return self._closed
         return (*self._closed, Turn(self._turn_text(), None))
@@ -97,7 +109,7 @@ class Preds(Sequence[int]):
         return cut_at_stop_string(text, self._stop_strings) if self.end_reason is EndReason.STOP else text
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the constructor takes besides tokenizer and stop strings, as what goes into JSON."""
+        """Return the arguments of the constructor apart from tokenizer and stop strings, ready for JSON."""
         return {
             "ids": self.ids.tolist(),
             "context": self._context.tolist(),
@@ -110,7 +122,7 @@ class Preds(Sequence[int]):
         }
 
     def __len__(self) -> int:
-        """Return how many tokens the policy has generated."""
+        """Return how many tokens the policy has written."""
         return len(self.ids)
 
     @overload
@@ -124,5 +136,5 @@ class Preds(Sequence[int]):
         return self.ids[index].tolist()
 
     def __repr__(self) -> str:
-        """Return the text, which is what one wants to see in a debugger."""
+        """Return the text and the number of tokens."""
         return f"Preds({self.text!r}, n_tokens={len(self)})"

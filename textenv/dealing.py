@@ -1,4 +1,4 @@
-"""Which prompt a lane gets next: the env's own, each to a group of samples, or the rows given to `reset`."""
+"""The dealer of prompts to lanes: the env's own, each to a group of samples, or the rows given to `reset`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from textenv.prompts import Prompt, PromptLike
 
 
 class PromptDealer:
-    """Hands out prompts one after the other: each of the env's to `samples_per_prompt` episodes, a group.
+    """Deals one prompt at a time: each of the env's to `samples_per_prompt` episodes, which are a group.
 
-    A group is one draw of the cursor; its members are dealt one behind the other, to whichever lanes come for them.
-    Groups are numbered in the order in which they are dealt, from 0 at each seed. Rows given to `reset` are dealt
-    once each, as groups of one.
+    A group is one draw of the cursor. Its members are dealt one after the other, to lanes as they become free. Groups
+    are numbered in the order in which they are dealt, from 0 after each `seed`. Rows given to `reset` are dealt once
+    each, as groups of one.
 
     Args:
         env: The environment.
 
     Attributes:
-        shard: (r, w) where w processes deal the env's prompts, set before the first `seed`: each draw of the order
-            goes to one of them. Draws by priority are each process's own, with rewards and a generator of its own.
+        shard: (r, w) if w processes share the env's prompts: this one, the r-th, deals every w-th draw of the order.
+            Set it before the first `seed`. Draws by priority are not shared: each process has its own rewards and
+            random generator.
+        cursor: The order of the env's prompts; None before the first `seed`.
+        queue: The rows given to `reset` that are still to be dealt; None if it was given none.
+        n_groups: How many groups have been dealt.
+        group: The number of the current group of the env's prompts.
+        left: How many members of that group are still to be dealt.
     """
 
     def __init__(self, env: PromptHost) -> None:
@@ -33,9 +39,9 @@ class PromptDealer:
         self.shard = (0, 1)
         self.cursor: PromptCursor | PriorityCursor | None = None
         self.queue: list[Prompt] | None = None
-        self.n_groups = 0  # dealt so far
-        self.group = NO_GROUP  # of the env's prompts, the current one
-        self.left = 0  # how many members of it are still to be dealt
+        self.n_groups = 0
+        self.group = NO_GROUP
+        self.left = 0
 
     @property
     def group_size(self) -> int:
@@ -43,7 +49,11 @@ class PromptDealer:
         return self.env.samples_per_prompt if self.queue is None else 1
 
     def seed(self, seed: int) -> None:
-        """Start the order of prompts and the numbers of groups anew."""
+        """Start the order of prompts and the numbers of groups anew.
+
+        Args:
+            seed: The seed of the order.
+        """
         order, n_prompts = self.env.order, len(self.env.prompts)
         if isinstance(order, PrioritySampling):
             self.cursor = order.cursor(n_prompts, seed + self.shard[0])
@@ -52,24 +62,28 @@ class PromptDealer:
         self.n_groups, self.left = 0, 0
 
     def give(self, rows: Sequence[PromptLike]) -> None:
-        """Deal these rows instead of the env's prompts, once each, and then nothing."""
+        """Deal these rows in place of the env's prompts: once each, and then nothing.
+
+        Raises:
+            ValueError: If there are none, or one cannot work.
+        """
         if isinstance(rows, (str, Mapping)) or len(rows) == 0:
             raise ValueError(f"Expected the prompts given to `reset` to be a list of one or more, got {rows!r:.80}.")
-        if rows is self.env.prompts:  # looked up again, a row of a data set would be another object
+        if rows is self.env.prompts:  # `_is_own` cannot tell: a data set makes a new object of a row each time
             self.queue = list(self.env.prompts)
         else:
             self.queue = [row if self._is_own(row) else self.env.read_prompt(row) for row in rows]  # type: ignore[misc]
 
     def _is_own(self, row: PromptLike) -> bool:
-        """Whether a row is a prompt object of the env: it then keeps its number, and is not encoded again."""
+        """Return whether a row is a prompt object of the env, which keeps its number and is not encoded again."""
         own = self.env.prompts
         return isinstance(row, Prompt) and 0 <= row.number < len(own) and own[row.number] is row
 
     def deal(self) -> tuple[Prompt | None, int]:
-        """Return the next prompt and its group, or None where the rows given have run out."""
+        """Return the next prompt and the number of its group, or (None, -1) if the rows given have run out."""
         if self.queue is not None:
             return (self.queue.pop(0), self._new_group()) if self.queue else (None, NO_GROUP)
-        assert self.cursor is not None
+        assert self.cursor is not None, "seeded by the first reset"
         if self.left == 0:
             self.cursor.advance()
             self.left, self.group = self.env.samples_per_prompt, self._new_group()
@@ -77,7 +91,7 @@ class PromptDealer:
         return self.env.prompts[self.cursor.number], self.group
 
     def coming(self, n: int) -> list[Prompt]:
-        """Return the next `n` prompts that will be dealt, or as many as are known: none where rewards decide."""
+        """Return the next `n` prompts, or as many as are known: none if the order depends on rewards to come."""
         if self.queue is None and not isinstance(self.cursor, PromptCursor):
             return []
         ahead = copy.copy(self)
@@ -85,7 +99,7 @@ class PromptDealer:
         return [prompt for prompt, _ in (ahead.deal() for _ in range(n)) if prompt is not None]
 
     def observe(self, prompt: Prompt, reward: float) -> None:
-        """Take note of what an episode has earned, where the order goes by it."""
+        """Tell an order by priority the reward of a finished episode; other orders ignore it."""
         if isinstance(self.cursor, PriorityCursor) and self.queue is None and prompt.number >= 0:
             self.cursor.observe(prompt.number, reward)
 
@@ -94,12 +108,12 @@ class PromptDealer:
         return self.n_groups - 1
 
     def open_groups(self) -> set[int]:
-        """Return the group of which members are still to be dealt, if there is one."""
+        """Return the number of the group of which members are still to be dealt, if there is one."""
         return {self.group} if self.left > 0 else set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what goes into JSON."""
-        assert self.cursor is not None
+        """Return the order and what has been dealt, ready for JSON."""
+        assert self.cursor is not None, "seeded by the first reset"
         return {
             "cursor": self.cursor.state_dict(),
             "queue": None if self.queue is None else [prompt.row for prompt in self.queue],
@@ -111,7 +125,7 @@ class PromptDealer:
         """Go on from what `state_dict` returned.
 
         Raises:
-            ValueError: If it was saved with another number of prompts, of samples of each, or kind of order.
+            ValueError: If the saved run had another number of prompts, another `samples_per_prompt` or kind of order.
         """
         if state["n_prompts"] != len(self.env.prompts):
             raise ValueError(
@@ -123,7 +137,8 @@ class PromptDealer:
                 f"Expected samples_per_prompt={dealt['size']}, as the saved run has, got {self.env.samples_per_prompt}."
             )
         self.seed(state["cursor"]["seed"])
-        assert self.cursor is not None
+        assert self.cursor is not None, "seeded in the line above"
+        # Cursors by epochs and by priority save other keys.
         if state["cursor"].keys() != self.cursor.state_dict().keys():
             raise ValueError(f"Expected the order of the saved run, got another: order={self.env.order!r}.")
         self.cursor.load_state_dict(state["cursor"])

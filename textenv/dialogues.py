@@ -16,7 +16,13 @@ REPLIES = ("chosen", "rejected")
 
 
 class Pair(NamedTuple):
-    """A dialogue up to where the assistant is to reply, and its two replies."""
+    """The part that two dialogues share, up to the opening of the assistant's reply, and the two replies.
+
+    Attributes:
+        prompt: The shared part; it ends with "Assistant:".
+        chosen: The better reply.
+        rejected: The worse reply.
+    """
 
     prompt: str
     chosen: str
@@ -24,14 +30,14 @@ class Pair(NamedTuple):
 
 
 def split_pair(row: Mapping[str, Any], where: str) -> Pair:
-    r"""Split the two dialogues of a row behind the last opening of a reply that they share.
+    r"""Split the two dialogues of a row behind the last "\n\nAssistant:" that they share.
 
     Args:
-        row: With "chosen" and "rejected", each a whole dialogue.
+        row: A mapping with the texts "chosen" and "rejected", each a whole dialogue.
         where: What an error calls the row.
 
     Raises:
-        ValueError: If one of the two is missing or no text, or they share no opening of a reply.
+        ValueError: If one of the two is missing or no text, or they share no "\n\nAssistant:".
 
     Example:
         >>> shared = "\n\nHuman: Hi\n\nAssistant:"
@@ -39,8 +45,8 @@ def split_pair(row: Mapping[str, Any], where: str) -> Pair:
         Pair(prompt='\n\nHuman: Hi\n\nAssistant:', chosen=' Hello', rejected=' Go')
     """
     if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in REPLIES):
-        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"Expected {where} to have the texts 'chosen' and 'rejected', got {found}.")
+        columns = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"Expected {where} to have the texts 'chosen' and 'rejected', got {columns}.")
     both = zip(row["chosen"], row["rejected"], strict=False)
     shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
     end = shared.rfind(ASSISTANT) + len(ASSISTANT)

@@ -1,4 +1,4 @@
-"""The rules of an episode, pure: given the tokens so far, which rows are over, and why."""
+"""The rules of an episode: when a turn ends, and why."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-SEPARATOR = -2  # stands between the prompt and the tokens since
-PADDING = -1  # fills an observation behind its last token
+SEPARATOR = -2  # in an observation: between the prompt and the tokens since
+PADDING = -1  # in an observation: behind its last token
 
 
 class EndReason(StrEnum):
@@ -21,23 +21,23 @@ class EndReason(StrEnum):
     STOP = "stop"
     """The policy wrote one of `stop_strings`."""
     LENGTH = "length"
-    """The policy wrote as many tokens as it may, there is no room for another turn, or `respond` says so."""
+    """The policy wrote as many tokens as it may, another turn does not fit, or `respond` returned this reason."""
     ENV = "env"
-    """The environment ended it: `respond` returned None, or the last of `max_turns` turns was over."""
+    """The env ended it: `respond` returned None, or the last of `max_turns` turns is over."""
 
 
 @dataclass(frozen=True)
 class EpisodeRules:
-    """When a turn and an episode end.
+    """The limits of turns and episodes, in tokens, and the tokens and texts that end a turn.
 
     Args:
-        stop_ids: Token ids that end a turn; they are part of it.
+        stop_ids: Token ids that end a turn; they are part of its ids, not of its text.
         stop_strings: Texts that end a turn as soon as they appear.
-        max_new_tokens: The most tokens the policy writes in an episode, over all its turns.
-        length_limit: Whether reaching it terminates (the default: how far one is can be seen) or truncates.
-        max_turns: The most turns the policy takes.
-        max_response_tokens: The most tokens of one reply of the environment.
-        turn_tokens: The most tokens of a turn; `max_new_tokens` then counts replies as well. None for any.
+        max_new_tokens: The most tokens that the policy writes in an episode, over all its turns.
+        length_limit: Whether reaching `max_new_tokens` terminates or truncates the episode.
+        max_turns: The most turns of the policy.
+        max_response_tokens: The most tokens of one reply of the env.
+        turn_tokens: The most tokens of a turn; `max_new_tokens` then counts replies as well. None for no such limit.
     """
 
     stop_ids: tuple[int, ...]
@@ -50,12 +50,15 @@ class EpisodeRules:
 
     @property
     def room(self) -> int:
-        """The most tokens behind the separator: the policy's and the replies between its turns."""
+        """The most tokens of an observation behind its separator: the turns of the policy and the replies between."""
         return self.max_new_tokens + (self.max_turns - 1) * self.max_response_tokens
 
     @property
     def tail_tokens(self) -> int:
-        """How many of the last tokens decide whether a stop string has just appeared: a token has a byte or more."""
+        """How many of the last tokens decide whether a stop string has just appeared.
+
+        A token writes at least one byte. 4 more, the most bytes of a character in UTF-8: the tail may begin within one.
+        """
         return max((len(text.encode()) for text in self.stop_strings), default=0) + 4
 
 
@@ -66,14 +69,16 @@ def ended_turns(
     limits: np.ndarray,
     tail: Callable[[int], str],
 ) -> dict[int, EndReason]:
-    """Return the rows whose turn ends with the token just written, and why; EOS before STOP before LENGTH.
+    """Return the rows whose turn ends with the token just written, and why.
+
+    Where several reasons hold, EOS goes before STOP, and STOP before LENGTH.
 
     Args:
         rules: The rules.
         actions: The token that each row has just written, (B,).
-        generated: How many tokens the policy has written in each row, that one included, (B,).
-        limits: Each row's own limit, (B,).
-        tail: Called with a row: the text of the last tokens of its current turn. Only with stop strings.
+        generated: How many tokens the policy has written in each row, this one included, (B,).
+        limits: The most tokens of each row, (B,).
+        tail: Returns the text of the last tokens of a row's current turn; only called if there are stop strings.
     """
     ends = {int(row): EndReason.LENGTH for row in np.flatnonzero(generated >= limits)}
     if rules.stop_strings:
@@ -87,5 +92,5 @@ def ended_turns(
 
 def cut_at_stop_string(text: str, stop_strings: tuple[str, ...]) -> str:
     """Return `text` up to the first stop string in it."""
-    places = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
+    starts = [start for stop in stop_strings if (start := text.find(stop)) >= 0]
+    return text[: min(starts)] if starts else text

@@ -1,4 +1,4 @@
-"""What becomes of rows whose reward fails: raised, left out and counted, or given a penalty; too many stop the run."""
+"""The policy for rows whose reward fails: raise, leave them out, or give them a penalty."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from textenv.prompts import Prompt
 from textenv.rewarding import DROPPED, FAILURE, RewardError, Score, describe
 
 OnFailure = Literal["raise", "drop"] | float
-MOST_DROPPED = 0.05  # the share of rows that may be left out for a reward that failed
-WINDOW = 1000  # rows that this share is of, the latest
-FEWEST = 100  # of fewer than this nothing is concluded: they count as so many
+MOST_DROPPED = 0.05  # the largest share of rows that may be left out: the rest is still a fair sample
+WINDOW = 1000  # the share is taken over this many rows, the latest
+FEWEST = 100  # the share is taken over at least this many, so that one early failure does not stop a run
 
 
 class RowError(Exception):
-    """Why a row has no score; `AsyncReward.score_row` raises it to say whether asking again may help.
+    """A row that has no score; `AsyncReward.score_row` raises it, and says whether another attempt may help.
 
     Args:
-        message: The cause.
-        again: Whether the row is worth another attempt.
-        wait: The least seconds to wait before it.
+        message: Why there is no score.
+        again: Whether to try again.
+        wait: The least time to wait before that, in seconds.
     """
 
     def __init__(self, message: str, again: bool = True, wait: float = 0.0) -> None:
@@ -33,18 +33,19 @@ class RowError(Exception):
 
 
 class Failures:
-    """Decides over rows whose reward failed, and counts them.
+    """Counts the rows whose reward failed, and decides what happens to them.
 
     Args:
-        on_failure: "raise": `RewardError`, which lists all that have failed. "drop": the episode is left out of
-            training; more than 5 % of the last 1000 rows (of the first 100, more than 5) are a `RewardError`. A number:
-            that is the reward, as the part "failure". Dropped and penalised rows are warned of once and counted.
+        on_failure: "raise": a `RewardError` lists all of them. "drop": the episodes are left out of training; a
+            `RewardError` is raised once they are more than 5 % of the last 1000 rows (among the first 100 rows: more
+            than 5). A number: that is their reward, as the part "failure". The first failure of rows that are dropped
+            or get a number is a warning.
 
     Attributes:
         n_failed: How many rows have failed so far.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If `on_failure` is none of these.
 
     Example:
         >>> Failures(-1.0).instead
@@ -61,11 +62,11 @@ class Failures:
 
     @property
     def instead(self) -> Score:
-        """What a failed row gets in place of a score."""
+        """The score of a failed row."""
         return {FAILURE: float(self.on_failure)} if _is_number(self.on_failure) else DROPPED
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what goes into JSON."""
+        """Return the counts, ready for JSON."""
         recent = "".join("1" if failed else "0" for failed in self._recent)
         return {"n_failed": self.n_failed, "has_warned": self._has_warned, "recent": recent}
 
@@ -77,17 +78,17 @@ class Failures:
     def note(
         self, who: str, causes: Mapping[int, Exception], prompts: Sequence[Prompt], preds: Sequence[Preds], tried: str
     ) -> None:
-        """Raise, or warn of the first rows that fail.
+        """Raise for rows that have failed, or warn of the first.
 
         Args:
-            who: What has no score of them.
-            causes: Why, by row.
+            who: The subject of the message, such as "The reward".
+            causes: The error of each failed row, by its number.
             prompts: The prompts of all rows of the call.
             preds: Their completions.
-            tried: What was done for each, as ", each asked 3 times at most".
+            tried: What was tried, for the message: ", each asked 3 times at most".
 
         Raises:
-            RewardError: With "raise": each of the failed rows with its cause.
+            RewardError: With "raise"; the message lists the failed rows and their causes.
         """
         self.n_failed += len(causes)
         rows = [f"{describe(prompts[row], preds[row])}: {_cause(error)}" for row, error in causes.items()]
@@ -102,10 +103,14 @@ class Failures:
             )
 
     def count(self, n_rows: int, n_failed: int) -> None:
-        """Take in how many finished rows were asked for, and how many of them failed.
+        """Count finished rows.
+
+        Args:
+            n_rows: How many were scored.
+            n_failed: How many of them failed.
 
         Raises:
-            RewardError: With "drop", if too many have.
+            RewardError: With "drop", if too many have failed.
         """
         if self.on_failure != "drop":
             return

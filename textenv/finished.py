@@ -1,4 +1,4 @@
-"""Episodes that have ended and wait for their score, and those of their group that must be scored with them."""
+"""Finished episodes that wait for their score, alone or with the others of their group."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from textenv.episode import EndReason
 from textenv.lane_hooks import EpisodeHost, PromptHost
 from textenv.prompts import Prompt
 
-Place = tuple[int, int]  # the step, counted from the first of all, and the lane in which an episode ended
+Place = tuple[int, int]  # where an episode ended: the step (of all that the lanes have taken) and the lane
 
 
 class FinishedEpisode(NamedTuple):
-    """An episode that waits for its score (`score_at="rollout_end"`)."""
+    """A finished episode that waits for its score (`score_at="rollout_end"`).
+
+    Attributes:
+        place: The step and the lane in which it ended.
+        prompt: Its prompt.
+        preds: Its completion.
+        info: The info of its last step, which gets the score when that is known.
+    """
 
     place: Place
     prompt: Prompt
@@ -25,27 +32,32 @@ class FinishedEpisode(NamedTuple):
 
     @property
     def group(self) -> int:
-        """The group of samples of one prompt that it belongs to."""
+        """The number of its group of samples."""
         return self.preds.group
 
 
 def split_groups(
     episodes: list[FinishedEpisode], open_groups: set[int], size: int
 ) -> tuple[list[FinishedEpisode], list[FinishedEpisode]]:
-    """Return the episodes of whole groups, each group together, and those that wait for the rest of theirs.
+    """Split episodes into those of complete groups, and those that wait for other members of their group.
 
-    Groups stand in the order in which their last members ended, members in the order in which they did. An episode
-    whose group lost a member (its rollout was broken off) is in neither.
+    An episode whose group has lost a member (its rollout was interrupted) is in neither list.
 
     Args:
-        episodes: In the order in which they ended.
-        open_groups: The groups of which members run or are still to be dealt.
+        episodes: Finished episodes, in the order in which they ended.
+        open_groups: The groups of which members are running or still to be dealt.
         size: How many members a group has.
+
+    Returns:
+        The episodes of complete groups, group by group, in the order in which the last members of the groups ended;
+        and the waiting episodes.
     """
     counts = Counter(episode.group for episode in episodes)
-    last = {episode.group: place for place, episode in enumerate(episodes)}
-    whole = [one for one in episodes if one.group not in open_groups and counts[one.group] == size]
-    return sorted(whole, key=lambda one: last[one.group]), [one for one in episodes if one.group in open_groups]
+    last_index = {episode.group: index for index, episode in enumerate(episodes)}
+    complete = [episode for episode in episodes if episode.group not in open_groups and counts[episode.group] == size]
+    # The sort is stable: within a group episodes stay in the order in which they ended.
+    complete.sort(key=lambda episode: last_index[episode.group])
+    return complete, [episode for episode in episodes if episode.group in open_groups]
 
 
 def prompt_state(prompt: Prompt) -> int | dict[str, Any]:
@@ -59,7 +71,7 @@ def load_prompt(env: PromptHost, saved: int | dict[str, Any]) -> Prompt:
 
 
 def finished_state(episode: FinishedEpisode) -> dict[str, Any]:
-    """Return an episode without its score as what goes into JSON."""
+    """Return an episode that waits for its score, ready for JSON."""
     return {
         "place": list(episode.place),
         "prompt": prompt_state(episode.prompt),
@@ -70,7 +82,7 @@ def finished_state(episode: FinishedEpisode) -> dict[str, Any]:
 
 
 def load_finished(env: EpisodeHost, state: Mapping[str, Any]) -> FinishedEpisode:
-    """Return the episode that `finished_state` wrote down."""
+    """Return the episode of which `finished_state` was saved."""
     saved = dict(state["preds"])
     preds = Preds(
         env.tokenizer,
@@ -90,7 +102,16 @@ def load_finished(env: EpisodeHost, state: Mapping[str, Any]) -> FinishedEpisode
 def final_info(
     prompt: Prompt, preds: Preds, reason: EndReason, parts: dict[str, float], episode: dict[str, Any], scored: bool
 ) -> dict[str, Any]:
-    """Return the info of an episode that has ended; the reason is the episode's, which may not be its last turn's."""
+    """Return the info of the last step of an episode; `TextEnv` documents the keys.
+
+    Args:
+        prompt: The prompt.
+        preds: The completion.
+        reason: Why the episode ended, which may not be why its last turn did.
+        parts: The sum of each named part of the rewards.
+        episode: "r", the sum of the rewards, "l", the number of tokens, and maybe "t", the time in seconds.
+        scored: Whether the score is known.
+    """
     return {
         "text": preds.text,
         "prompt": prompt,

@@ -1,4 +1,4 @@
-"""Masks that hold a turn to a regular expression, a JSON schema or a grammar.
+"""Masks that constrain a turn to a regular expression, a JSON schema or a grammar.
 
 The engine is llguidance 1.9 (MIT, 8 MB, requires nothing), chosen over xgrammar 0.2.8 and outlines-core 0.2.14 (both
 Apache 2.0). All three take the bytes of any tokenizer and are deterministic. With 152,000 tokens on one CPU core:
@@ -12,7 +12,7 @@ outlines-core  nothing                     7.3 s           2.2 s           0.33 
 =============  ==========================  ==============  ==============  ==================  ==================
 
 (The schema has two strings, an integer and an array; the regex is a phrase and then `[a-z ]{5,60}`, which allows
-thousands of tokens.) outlines-core precomputes every state, and so knows no recursive schema and no grammar.
+thousands of tokens.) outlines-core computes every state in advance, so it has no recursive schemas and no grammars.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from textenv.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Without it the engine holds a text that is certain to follow to the one way in which its tokenizer would spell it.
+# By default llguidance allows only one tokenization of a text that is certain to follow: that of its own tokenizer.
 HEADER = '%llguidance {"no_forcing": true}\n'
 
 
 @dataclass(frozen=True)
 class GrammarMask:
-    r"""Holds each turn of the policy to a context-free grammar; `RegexMask` and `JSONSchemaMask` are kinds of it.
+    r"""Constrains each turn of the policy to a context-free grammar.
 
-    What is held to it is the turn's text as `preds.text` has it, before the end token and with the stop string: behind
-    a prompt the first token of a word tokenizer writes a space. The env's stop ids are allowed where the text is whole,
-    special tokens never, and a text cut by `max_new_tokens` may be unfinished. Once a forbidden token was written no
-    token is allowed.
+    The grammar is about the text of the turn, as in `preds.text`: without the end token, but with the stop string.
+    Behind a prompt, the first token of a word tokenizer writes a space. The env's stop ids are allowed once the text is
+    complete, special tokens never. A text that `max_new_tokens` cuts may be incomplete. After a forbidden token nothing
+    is allowed.
 
     Args:
-        grammar: In the Lark dialect of llguidance, which begins with `start`.
+        grammar: A grammar in llguidance's dialect of Lark; its first rule is `start`.
 
     Raises:
-        ValueError: If the grammar is wrong; the message says where.
+        ValueError: If llguidance cannot read the grammar; the message says where.
         ImportError: Without llguidance.
 
     Example:
@@ -78,10 +78,14 @@ class GrammarMask:
 
 @dataclass(frozen=True)
 class RegexMask:
-    r"""Holds each turn of the policy to a regular expression, from its first token to its last; see `GrammarMask`.
+    r"""Constrains each turn of the policy to a regular expression, which must match all of it; see `GrammarMask`.
 
     Args:
-        pattern: In the syntax of Rust's `regex` without look-around and back references.
+        pattern: A regular expression in the syntax of Rust's `regex` crate: no look-around, no back references.
+
+    Raises:
+        ValueError: If llguidance cannot read the pattern.
+        ImportError: Without llguidance.
 
     Example:
         >>> RegexMask(r"(yes|no)\.")
@@ -103,11 +107,15 @@ class RegexMask:
 
 @dataclass(frozen=True)
 class JSONSchemaMask:
-    """Holds each turn of the policy to JSON of a schema; see `GrammarMask`.
+    """Constrains each turn of the policy to JSON with a schema; see `GrammarMask`.
 
     Args:
-        schema: The schema, a dict or its JSON.
-        whitespace: Whether the JSON may hold spaces and line ends between its parts.
+        schema: The JSON schema, a dict or its JSON text.
+        whitespace: Whether the policy may write white space between the parts of the JSON.
+
+    Raises:
+        ValueError: If llguidance cannot read the schema.
+        ImportError: Without llguidance.
 
     Example:
         >>> JSONSchemaMask({"type": "integer"})
@@ -142,14 +150,14 @@ def _llguidance() -> Any:
 
 
 def _check(lark: str, mask: GrammarMask | RegexMask | JSONSchemaMask) -> None:
-    # Some errors show only where tokens are matched: any will do.
+    # Some errors show only with a tokenizer: any will do.
     matcher = _llguidance().LLMatcher(_engine_tokenizer([b"a"]), lark, log_level=0)
     if matcher.is_error():
         raise ValueError(f"Expected a grammar that llguidance can read, got {mask!r}: {matcher.get_error()}")
 
 
 class _Tokens:
-    """What llguidance asks of a tokenizer: bytes. The last, ours, stands for all ids that may end a text."""
+    """The tokens in bytes, as `llguidance.TokenizerWrapper` wants them; one more, the last, stands for all stop ids."""
 
     bos_token_id = None
 
@@ -159,7 +167,7 @@ class _Tokens:
         self.special_token_ids = [i for i, piece in enumerate(self.tokens) if not piece]
 
     def __call__(self, text: bytes) -> list[int]:
-        """Encode nothing: only asked for where a text is forced, which `HEADER` forbids."""
+        """Return no tokens: llguidance encodes only texts that it forces, and `HEADER` switches that off."""
         return []
 
 
@@ -169,13 +177,16 @@ def _engine_tokenizer(pieces: list[bytes]) -> LLTokenizer:
 
 
 class _Matching:
-    """The function of one lane: keeps how far the engine has read, and reads what is new, or all where it differs."""
+    """The function of one lane: remembers the tokens that the engine has read, and lets it read those that are new.
+
+    If the text does not begin with those tokens, a new matcher reads it from its start.
+    """
 
     def __init__(self, mask: GrammarMask | RegexMask | JSONSchemaMask, lark: str, vocabulary: Vocabulary) -> None:
         self.mask, self.lark, self.vocabulary = mask, lark, vocabulary
         self.stops = vocabulary.pack(vocabulary.stop_ids)
         self.matcher: LLMatcher | None = None
-        self.ids: list[int] = []  # those that the matcher has read
+        self.ids: list[int] = []  # the tokens that the matcher has read
 
     def __call__(self, prompt: Prompt, preds: Preds) -> np.ndarray:
         ids = preds.turn_ids.tolist()
@@ -190,10 +201,12 @@ class _Matching:
             raise MaskError(f"{self.mask!r} failed: {error} ({describe(prompt, preds)}).")
         if n_read < len(new):
             return np.zeros_like(self.stops)
-        is_whole = bits[self.vocabulary.size // 8] >> self.vocabulary.size % 8 & 1  # our own end token
-        return bits[: len(self.stops)] | self.stops if is_whole else bits[: len(self.stops)]
+        # The bit behind the last token of the vocabulary is that of our end token, see `_Tokens`.
+        is_complete = bits[self.vocabulary.size // 8] >> self.vocabulary.size % 8 & 1
+        return bits[: len(self.stops)] | self.stops if is_complete else bits[: len(self.stops)]
 
     def _fresh(self) -> LLMatcher:
+        """Return a matcher that has read nothing; the vocabulary keeps it, since compiling takes milliseconds."""
         stop = set(self.vocabulary.stop_ids)
         remember, pieces = self.vocabulary.remember, self.vocabulary.pieces
         tokenizer = remember(

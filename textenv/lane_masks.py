@@ -1,4 +1,4 @@
-"""The masks of N lanes: which tokens each lane may write next."""
+"""The masks of N lanes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from textenv.vocabulary import Vocabulary
 
 
 class LaneMasks:
-    """The masks of N lanes: which tokens each may write next is what all its masks allow.
+    """The masks of N lanes: a lane may write the tokens that all its masks allow.
 
     Args:
         masks: The masks.
@@ -29,26 +29,29 @@ class LaneMasks:
         self.lanes = [[mask.start(vocabulary) for mask in masks] for _ in range(n_lanes)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave out what the lanes' functions keep, which they find again from the tokens."""
+        """Leave out what the functions of the lanes remember: they compute it again, and some of it does not pickle."""
         return LaneMasks, (self.masks, self.vocabulary, len(self.lanes))
 
     def allowed(self, rows: Sequence[tuple[Prompt, Preds] | None]) -> np.ndarray:
-        """Return which tokens each lane may write next, (B, V) bool, fresh; a row None may write all.
+        """Return which tokens each lane may write next, (B, V) bool, a new array.
+
+        Args:
+            rows: Prompt and completion of each lane; None for a lane that may write any token.
 
         Raises:
-            MaskError: If a lane may write none.
+            MaskError: If no token is allowed in a lane.
         """
-        packed = np.stack(
+        packed = np.stack(  # (B, W)
             [self.vocabulary.everything if row is None else self._packed(lane, *row) for lane, row in enumerate(rows)]
         )
         return np.unpackbits(packed, axis=1, count=self.vocabulary.size, bitorder="little").view(bool)  # (B, V)
 
     def _packed(self, lane: int, prompt: Prompt, preds: Preds) -> np.ndarray:
-        single = [allowed(prompt, preds) for allowed in self.lanes[lane]]
-        bits = np.bitwise_and.reduce([self.vocabulary.everything, *single])
+        by_mask = [allowed(prompt, preds) for allowed in self.lanes[lane]]  # (W,) each
+        bits = np.bitwise_and.reduce([self.vocabulary.everything, *by_mask])
         if bits.any():
             return bits
-        empty = [mask for mask, one in zip(self.masks, single, strict=True) if not one.any()]
+        empty = [mask for mask, allowed in zip(self.masks, by_mask, strict=True) if not allowed.any()]
         raise MaskError(
             f"Expected a token to be allowed, got none from {empty or list(self.masks)} ({describe(prompt, preds)}). "
             "The text so far may not be one that the mask lets through, its tokens may not be able to go on with it, "

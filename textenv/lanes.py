@@ -1,4 +1,4 @@
-"""The array core: N episodes side by side. The environments for Gymnasium and Stable-Baselines3 are its front ends."""
+"""The array core: N episodes side by side, behind the environments for Gymnasium and Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -29,41 +29,55 @@ from textenv.prompts import Prompt, PromptLike
 from textenv.reward_calls import RewardCalls
 from textenv.turn_ends import EpisodeEnd, end_turns, lane_preds, turn_limits
 
-MAX_LANES = 2**16
+MAX_LANES = 2**16  # more is a mistake: their observations alone fill the memory
 
 
 class StepResult(NamedTuple):
-    """What a step of all lanes returns; every array and dict is fresh."""
+    """The result of a step of all lanes; all arrays and dicts are new, so they may be written to.
 
-    observations: np.ndarray  # (B, L), after the refill
-    rewards: np.ndarray  # (B,) float64
-    terminated: np.ndarray  # (B,) bool
-    truncated: np.ndarray  # (B,) bool
-    infos: list[dict[str, Any]]  # of the episode that ended; empty otherwise
-    final_observations: dict[int, np.ndarray]  # of the episodes that ended, by lane
+    Attributes:
+        observations: The observations, (B, L) int64; in a lane whose episode ended, that of the next one.
+        rewards: The rewards, (B,) float64.
+        terminated: Whether the episode terminated, (B,) bool.
+        truncated: Whether the episode was truncated, (B,) bool.
+        infos: The info of each lane, empty unless its episode ended.
+        final_observations: The last observations of the episodes that ended, (L,) each, by lane.
+    """
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    infos: list[dict[str, Any]]
+    final_observations: dict[int, np.ndarray]
 
 
 class Lanes:
-    """N episodes of one `TextEnv` in arrays: append a token to each, score them, refill those that end.
+    """N episodes of one env: a step appends a token to each, scores them, and refills the lanes whose episode ends.
 
-    The env gives the rules, the prompts and the hooks; it keeps no state of the episodes. A lane without a prompt is
-    idle: its observation is the separator alone, its actions are ignored, it earns nothing and never ends. Only
-    `reset(prompts=...)` makes idle lanes, when its rows run out.
+    The env has the rules, the prompts and the hooks, the lanes have the state of the episodes. A lane without a prompt
+    is idle: its observation is the separator alone, its actions are ignored, its reward is 0 and it never ends. Lanes
+    are idle only once the rows of `reset(prompts=...)` have run out.
 
     Args:
         env: The environment.
-        n_lanes: How many episodes run side by side.
-        autoreset: Whether a lane begins the next episode in the step that ends one; else `reset` must follow.
+        n_lanes: How many episodes run side by side, B.
+        autoreset: Whether a lane begins the next episode in the step that ends one; otherwise `reset` must follow.
 
     Attributes:
         state: The running episodes.
-        dealer: Deals the prompts.
-        defer_scores: Whether finished episodes wait for `score_unscored`; whoever runs the lanes sets it.
-        accepts_dropped: Whether the reward may drop episodes, since whoever runs the lanes leaves them out; set, too.
-        unscored: The episodes that wait for `score_unscored`.
-        waiting: Those that it passed over, since others of their group still run.
-        n_steps: How many steps the lanes have taken.
-        reset_at: The step before which `reset` was called last.
+        dealer: The dealer of prompts.
+        masks: The masks of the lanes.
+        reward_calls: The calls of the env's reward, and their time.
+        defer_scores: Whether finished episodes wait for `score_unscored` (the caller sets it, and calls that).
+        accepts_dropped: Whether the caller, who sets it, can leave out episodes that the reward drops.
+        unscored: The episodes that have ended since the last `score_unscored`, if scores are deferred.
+        waiting: Earlier episodes without a score, since other members of their group have not ended.
+        n_steps: How many steps these lanes have taken; `reset` does not change it.
+        reset_at: The value of `n_steps` at the last `reset`.
+
+    Raises:
+        ValueError: If `n_lanes` is not in [1, 65536].
     """
 
     def __init__(self, env: EpisodeHost, n_lanes: int, autoreset: bool = True) -> None:
@@ -76,7 +90,7 @@ class Lanes:
         self.autoreset = autoreset
         self.width = env.max_prompt_tokens + 1 + env.rules.room
         self.dealer = PromptDealer(env)
-        self.n_steps = 0  # since this object was made: `reset` goes on counting
+        self.n_steps = 0
         self.reset_at = 0
         self.defer_scores = False
         self.accepts_dropped = False
@@ -106,9 +120,9 @@ class Lanes:
         """Begin a new episode in every lane and return the observations, (B, L).
 
         Args:
-            seed: Starts the prompts' order anew; None goes on where the cursor stands.
-            prompts: Rows to run instead of the env's own, each exactly once, in lane order; then lanes go idle.
-                Without autoreset the following resets take the rest of them.
+            seed: Starts the order of prompts anew; None goes on with it.
+            prompts: Rows to run in place of the env's prompts, each exactly once, dealt to the lanes in order; then
+                lanes become idle. Without autoreset each of the next resets takes one more of them.
         """
         dealer = self.dealer
         if seed is not None or dealer.cursor is None:
@@ -117,7 +131,7 @@ class Lanes:
             dealer.give(prompts)
         elif self.autoreset or not dealer.queue:
             dealer.queue = None
-        if self.autoreset:  # all members of a group begin behind the reset
+        if self.autoreset:  # no group has members on both sides of a reset
             dealer.left = 0
         self.state = LaneState.empty(self.n_lanes, self.width)
         self.unscored.clear()
@@ -133,7 +147,7 @@ class Lanes:
         self.state.begin(lane, prompt, group, own_limit or self.env.rules.max_new_tokens)
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Append one token to every lane; score, and refill the lanes whose episode is over.
+        """Append one token to every lane, score, and refill the lanes whose episode is over.
 
         Args:
             actions: Token ids, (B,).
@@ -141,14 +155,14 @@ class Lanes:
         Raises:
             RuntimeError: Before the first `reset`.
             ValueError: If the actions have another shape or dtype, or an id is outside the vocabulary.
-            RewardError: If a reward hook raises or returns no finite number, or drops a row that must have a reward.
+            RewardError: If the reward raises or returns no finite number, or drops a row that must have a reward.
         """
         if self.dealer.cursor is None or self.state.over.any():
             raise RuntimeError(
                 "Expected `reset` before the first `step`, and after the end of an episode or a step that raised."
             )
         actions = self._checked(actions)
-        self.state.over[:] = True  # until the step is whole: a hook may raise
+        self.state.over[:] = True  # until the step is complete: a hook may raise, and then `reset` must follow
         self.state.append(actions)
         ends = end_turns(self.env, self.state, actions)
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_lanes)]
@@ -173,6 +187,7 @@ class Lanes:
         return StepResult(self.state.tokens.copy(), rewards, terminated, truncated, infos, final_observations)
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
+        """Return the actions, (B,), if all are token ids."""
         actions = np.asarray(actions)
         if actions.shape != (self.n_lanes,) or not np.issubdtype(actions.dtype, np.integer):
             raise ValueError(
@@ -199,7 +214,11 @@ class Lanes:
         return lane_preds(self.env, self.state, lane)
 
     def allowed(self) -> np.ndarray:
-        """Return which tokens each lane may write next, (B, V) bool; all, where it is idle or its episode is over."""
+        """Return which tokens each lane may write next, (B, V) bool; any token, if it is idle or its episode is over.
+
+        Raises:
+            MaskError: If no token is allowed in a lane.
+        """
         is_closed = (self.state.idle | self.state.over).tolist()
         prompts = self.prompts
         return self.masks.allowed(
@@ -207,7 +226,7 @@ class Lanes:
         )
 
     def _score(self, ends: Mapping[int, EpisodeEnd]) -> tuple[np.ndarray, np.ndarray]:
-        """Call the reward hook for the rows that want a score now; return rewards and which are dropped, each (B,)."""
+        """Call the reward for the rows that have one now; return the rewards and which are dropped, (B,) each."""
         rewards, dropped = np.zeros(self.n_lanes, dtype=np.float64), np.zeros(self.n_lanes, dtype=bool)
         lanes, episodes = np.flatnonzero(~self.state.idle).tolist(), self.state.episodes
         if self.env.score_at != "step":
@@ -230,17 +249,20 @@ class Lanes:
         return rewards, dropped
 
     def open_groups(self) -> set[int]:
-        """Return the groups of which members run or are still to be dealt."""
+        """Return the numbers of the groups of which members are running or still to be dealt."""
         running = {self.state.episodes[lane].group for lane in np.flatnonzero(~self.state.idle)}
         return running | self.dealer.open_groups()
 
     def score_unscored(self) -> list[tuple[Place, dict[str, Any], float]]:
-        """Score the finished episodes that wait, in one call; their info dicts are brought up to date in place.
+        """Score the finished episodes that wait, in one call of the reward, and complete their infos in place.
 
-        The members of a group stand together, and wait until the last of them has ended.
+        Episodes of a group wait for its last member, and are scored together.
 
         Returns:
-            Place, info and score of each, groups in the order in which their last members ended.
+            Place, info and score of each episode, group by group, in the order in which the groups became complete.
+
+        Raises:
+            RewardError: As from `step`; the episodes then still wait.
         """
         finished, waiting = split_groups(self.waiting + self.unscored, self.open_groups(), self.dealer.group_size)
         scored = self.reward_calls.score(
@@ -250,7 +272,7 @@ class Lanes:
             self.accepts_dropped,
         )
         self.env.failures.count(len(scored), sum(reward.has_failed for reward in scored))
-        self.unscored, self.waiting = [], waiting  # only now: where the reward fails they stay
+        self.unscored, self.waiting = [], waiting  # behind the call of the reward, which may raise
         for episode, reward in zip(finished, scored, strict=True):
             episode.info["episode"]["r"] += reward.value
             episode.info["reward_parts"].update(reward.parts)
@@ -262,15 +284,16 @@ class Lanes:
     def _final_info(self, lane: int, end: EpisodeEnd) -> dict[str, Any]:
         episode = self.state.episodes[lane]
         figures = {"r": episode.reward, "l": int(self.state.generated[lane])}
-        if self.autoreset:  # a lone env keeps to what is deterministic; SB3's Monitor adds its own clock
+        if self.autoreset:  # not of a single env, whose infos are deterministic; SB3's Monitor writes its own "t"
             figures["t"] = round(time.monotonic() - self.start_time, 6)
         return final_info(episode.prompt, end.preds, end.reason, episode.parts, figures, scored=not self.defer_scores)
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the running episodes and the prompts' order: arrays, and what goes into JSON.
+        """Return the running episodes and the order of prompts: arrays, and a dict for JSON.
 
         Raises:
-            RuntimeError: While finished episodes wait for a score, other than for their group: save between rollouts.
+            RuntimeError: Before the first `reset`, or if finished episodes wait for `score_unscored`: save between
+                rollouts.
         """
         if self.unscored or self.dealer.cursor is None:
             raise RuntimeError("Expected to be saved after `reset` and between rollouts, with every episode scored.")
@@ -288,7 +311,7 @@ class Lanes:
         """Go on from what `state_dict` returned; return the observations, (B, L).
 
         Raises:
-            ValueError: If it was saved with another number of lanes, width or number of prompts.
+            ValueError: If the saved lanes differ in number or width, or their env in its prompts or their order.
         """
         if arrays["tokens"].shape != self.tokens.shape:
             raise ValueError(

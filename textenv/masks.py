@@ -1,4 +1,4 @@
-"""Which tokens are allowed next, as a function of the text so far."""
+"""Masks: the tokens that are allowed next, as a function of the text so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from textenv.completion import Preds
 from textenv.prompts import Prompt
 from textenv.vocabulary import Vocabulary
 
-Allowed = Callable[[Prompt, Preds], np.ndarray]  # the tokens allowed next, packed as `Vocabulary` has it
+Allowed = Callable[[Prompt, Preds], np.ndarray]  # the tokens allowed next, packed as `Vocabulary.pack` does
 
 
 class MaskError(ValueError):
@@ -20,22 +20,25 @@ class MaskError(ValueError):
 
 
 class MaskFunction(Protocol):
-    """A mask given as a function; it sees what `get_reward` sees, before the token is written."""
+    """A mask given as a function; it is called before each token, with the arguments that `get_reward` has."""
 
     def __call__(self, prompt: Prompt, preds: Preds) -> Sequence[int] | np.ndarray:
-        """Return the ids of the tokens allowed next, or for each token whether it is, (V,) bool."""
+        """Return the ids of the tokens allowed next, or whether each token is allowed, (V,) bool."""
 
 
 @runtime_checkable
 class TokenMask(Protocol):
-    """A mask that is set up once for each lane, so that it can keep what it knows of the text so far.
+    """A mask with a function for each lane, which can remember how far it has read the text.
 
-    What a lane's function keeps must be found again from its arguments alone: lanes are refilled, resumed from
-    checkpoints and copied without it.
+    The function must be able to compute what it remembers from its arguments: lanes begin new episodes, are copied, and
+    are resumed from checkpoints, without telling it.
     """
 
     def start(self, vocabulary: Vocabulary) -> Allowed:
-        """Return the function of one lane: prompt and preds to the tokens allowed next, packed.
+        """Return the function of one lane: from prompt and preds to the tokens allowed next, (W,) uint8, packed.
+
+        Args:
+            vocabulary: The tokens.
 
         Raises:
             ValueError: If the mask does not fit the vocabulary.
@@ -47,11 +50,14 @@ MaskLike = TokenMask | MaskFunction
 
 @dataclass(frozen=True)
 class BannedMask:
-    """Forbids tokens, and texts wherever they would appear in a turn, across tokens and inside longer words too.
+    """Forbids tokens, and texts anywhere in a turn, across tokens and inside longer words as well.
 
     Args:
         ids: Token ids.
-        texts: Texts, as they are spelled; `" cat"` with its space bans words that begin so.
+        texts: Texts, exactly as they would appear; `" cat"` with its space forbids words that begin with "cat".
+
+    Raises:
+        ValueError: If there is nothing to forbid, or a text is empty.
 
     Example:
         >>> from textenv import CharTokenizer, TextEnv
@@ -76,7 +82,7 @@ class BannedMask:
         """Return the function of one lane."""
         ids = vocabulary.everything & ~vocabulary.pack(self.ids)
         texts = [text.encode() for text in self.texts]
-        longest = max((len(text) for text in texts), default=1) - 1
+        longest = max((len(text) for text in texts), default=1) - 1  # bytes of a text that may stand already
 
         def without_texts() -> np.ndarray:
             pieces = enumerate(vocabulary.pieces)
@@ -87,7 +93,7 @@ class BannedMask:
                 return ids
             bits = vocabulary.remember(self, without_texts)
             tail = _tail(vocabulary.pieces, preds.turn_ids, longest)
-            for text in texts:
+            for text in texts:  # where its first bytes have been written, the others may not follow
                 for cut in range(1, len(text)):
                     if tail.endswith(text[:cut]):
                         bits = bits & ~_starting_with(vocabulary, text[cut:])
@@ -97,7 +103,7 @@ class BannedMask:
 
 
 def _tail(pieces: list[bytes], ids: np.ndarray, length: int) -> bytes:
-    """Return the last bytes of a text, `length` or a few more."""
+    """Return the last bytes that `ids` write: `length` of them or a few more."""
     tail = b""
     for token in ids[::-1]:
         if len(tail) >= length:
@@ -107,6 +113,8 @@ def _tail(pieces: list[bytes], ids: np.ndarray, length: int) -> bytes:
 
 
 def _starting_with(vocabulary: Vocabulary, start: bytes) -> np.ndarray:
+    """Return the tokens whose bytes begin with `start`, packed."""
+
     def find() -> np.ndarray:
         return vocabulary.pack(i for i, piece in enumerate(vocabulary.pieces) if piece.startswith(start))
 
@@ -138,12 +146,15 @@ class AllowedMask:
 
 @dataclass(frozen=True)
 class MinLengthMask:
-    """Forbids the env's stop ids until a turn has so many tokens; the stop id itself does not count.
+    """Forbids the env's stop ids until a turn has a number of tokens; the stop id itself does not count.
 
-    It does not hold back `stop_strings`, which may be spelled in many ways.
+    It does not forbid `stop_strings`, since many sequences of tokens may write them.
 
     Args:
-        n_tokens: The fewest tokens of a turn, its stop id left out.
+        n_tokens: The fewest tokens of a turn, without its stop id.
+
+    Raises:
+        ValueError: If `n_tokens` is below 1.
 
     Example:
         >>> MinLengthMask(3)
@@ -160,12 +171,14 @@ class MinLengthMask:
         """Return the function of one lane."""
         if not vocabulary.stop_ids:
             raise ValueError("Expected an env with `stop_ids` for MinLengthMask, which holds them back, got none.")
-        late, early = vocabulary.everything, vocabulary.everything & ~vocabulary.pack(vocabulary.stop_ids)
-        return lambda prompt, preds: early if len(preds.turn_ids) < self.n_tokens else late
+        no_stop = vocabulary.everything & ~vocabulary.pack(vocabulary.stop_ids)
+        return lambda prompt, preds: no_stop if len(preds.turn_ids) < self.n_tokens else vocabulary.everything
 
 
 @dataclass(frozen=True)
 class _FunctionMask:
+    """A function as a mask."""
+
     function: MaskFunction
 
     def start(self, vocabulary: Vocabulary) -> Allowed:
@@ -184,15 +197,17 @@ class _FunctionMask:
 
 
 def read_masks(mask: MaskLike | Sequence[MaskLike] | None) -> tuple[TokenMask, ...]:
-    """Return what was given as `TextEnv(mask=...)` as a tuple of masks.
+    """Return the argument of `TextEnv(mask=...)` as a tuple of masks.
 
     Raises:
-        TypeError: If one is neither a mask nor a function.
+        TypeError: If a mask is neither a mask nor a function.
     """
     if mask is None:
         return ()
     masks = tuple(mask) if isinstance(mask, Sequence) else (mask,)
-    for one in masks:
-        if isinstance(one, type) or not (isinstance(one, TokenMask) or callable(one)):
-            raise TypeError(f"Expected `mask` to be a mask, a function (prompt, preds) or a list of them, got {one!r}.")
-    return tuple(one if isinstance(one, TokenMask) else _FunctionMask(one) for one in masks)
+    for item in masks:
+        if isinstance(item, type) or not (isinstance(item, TokenMask) or callable(item)):
+            raise TypeError(
+                f"Expected `mask` to be a mask, a function (prompt, preds) or a list of them, got {item!r}."
+            )
+    return tuple(item if isinstance(item, TokenMask) else _FunctionMask(item) for item in masks)

@@ -1,4 +1,4 @@
-"""Prompts: what one is, the sources they come from, and the cursor that says which comes next."""
+"""Prompts, and the sources that they are read from."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from textenv.chat import Message, is_chat, render_chat
 from textenv.lines import read_csv, read_json, read_lines
 from textenv.tokenizer import Tokenizer, encode_prompt
 
-# A text, a row of a data set, token ids, or the messages of a chat.
+# A prompt as users write it: a text, a row of a data set, token ids, or the messages of a chat.
 PromptLike = str | Mapping[str, Any] | Sequence[int] | Sequence[Message]
 Order = Literal["shuffle", "sequential"]
 
 
 class Prompt(str):
-    """A prompt's text, which carries the data-set row that it came from.
+    """The text of a prompt, with the row of the data set that it comes from.
 
-    It is a `str` in every respect; the reward reads the rest.
+    It is a `str` in every respect; rewards read the attributes.
 
     Attributes:
-        ids: The tokens that the model sees, read-only, (P,) int64. With truncation they are fewer than the text's.
+        ids: The tokens that the model reads, read-only, (P,) int64: fewer than those of the text if it was truncated.
         row: The row of the data set; `{prompt_column: prompt}` for a bare text, list of token ids or chat.
-        messages: The messages of a chat, of which the text is the rendering; None for a prompt that is none.
-        references: The texts of the references column, a list; empty without one.
-        number: The row's place in the source, or -1 for a prompt given to `reset`.
-        max_new_tokens: The row's own limit, or None.
+        messages: The messages of a chat, whose rendering is the text; None for any other prompt.
+        references: The texts of the references column, a list; empty without that column.
+        number: The index of the row in its source, or -1 for a prompt given to `reset`.
+        max_new_tokens: The row's own limit, in tokens, or None.
 
     Example:
         >>> prompt = Prompt("The film was", row={"prompt": "The film was", "label": 1})
@@ -54,7 +54,7 @@ class Prompt(str):
         max_new_tokens: int | None = None,
         messages: Sequence[Message] | None = None,
     ) -> Prompt:
-        """Build the string and hang the rest on it."""
+        """Return the string, with its attributes."""
         prompt = super().__new__(cls, text)
         prompt.ids = np.array(ids, dtype=np.int64)
         prompt.ids.flags.writeable = False
@@ -70,8 +70,8 @@ def read_rows(path: str | PathLike[str]) -> list[Any]:
     """Read prompts from a file: `.jsonl` (a JSON value a line), `.csv` (a header) or `.txt` (a prompt a line).
 
     Raises:
-        ValueError: If the file does not exist, ends otherwise, or holds a line that is not JSON, or a line or cell of
-            more than 4,000,000 characters (named by number).
+        ValueError: If the file does not exist, has another ending, or has a line that is no JSON, or a line or cell of
+            more than 4,000,000 characters; the message has its number.
     """
     file = Path(fspath(path))
     if not file.is_file():
@@ -90,15 +90,20 @@ def read_rows(path: str | PathLike[str]) -> list[Any]:
 
 
 class PromptReader:
-    """Turns what a user calls a prompt into a `Prompt`: text, columns, tokens, length.
+    """Makes a `Prompt` of a text, row, list of token ids or chat: its text, columns and tokens, cut to length.
 
     Args:
-        tokenizer: Encodes texts; decodes prompts that are given as token ids; renders chats.
+        tokenizer: Encodes texts, decodes prompts that are token ids, and renders chats.
         prompt_column: The column of a row that holds the prompt: a text, token ids or the messages of a chat.
         references_column: The column that holds one reference text or a list of them.
-        max_prompt_tokens: The longest prompt; None for any.
-        truncation_side: Where a longer prompt loses tokens: "left" keeps its end, "right" its start, None raises.
-            Opening special tokens (BOS) are kept either way.
+        max_prompt_tokens: The most tokens of a prompt; None for no limit.
+        truncation_side: The side on which a longer prompt is cut: "left" keeps its end, "right" its start, None
+            raises. Special tokens that open the text (BOS) are kept in any case.
+
+    Example:
+        >>> from textenv import CharTokenizer
+        >>> PromptReader(CharTokenizer("ab")).read({"prompt": "ab", "label": 1}).ids
+        array([1, 2])
     """
 
     def __init__(
@@ -118,8 +123,12 @@ class PromptReader:
     def read(self, source: PromptLike, number: int = -1) -> Prompt:
         """Return the `Prompt` of one text, row, list of token ids or chat.
 
+        Args:
+            source: The text, row, token ids or chat.
+            number: Its index in its source, -1 if it has none.
+
         Raises:
-            ValueError: If it is empty, too long, lacks a column, has a token id outside the vocabulary or is a chat
+            ValueError: If it is empty or too long, lacks a column, has a token id outside the vocabulary, or is a chat
                 that cannot be rendered.
         """
         source = source.row if isinstance(source, Prompt) else source
@@ -146,6 +155,7 @@ class PromptReader:
         return row[column]
 
     def _encode(self, value: Any, where: str) -> tuple[list[int], list[int], str]:
+        """Return the special tokens that open the prompt, its other tokens, and its text."""
         if isinstance(value, str):
             if not value:
                 return [], [], value
@@ -162,11 +172,12 @@ class PromptReader:
         return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _encode_chat(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int], str]:
-        """Return the tokens that the template itself writes: no BOS is added, and what opens them is not cut."""
+        """Return what `_encode` does; the template writes the opening tokens, so that no BOS is added."""
         text = render_chat(self.tokenizer, messages, where)
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         self._check_ids(ids, where)
         opening, body = encode_prompt(self.tokenizer, text)
+        # Only where the template has written what the tokenizer would add is it known which tokens open the text.
         return (opening, body, text) if opening + body == ids else ([], ids, text)
 
     def _check_ids(self, ids: Sequence[int], where: str) -> None:
@@ -176,6 +187,7 @@ class PromptReader:
                 raise ValueError(f"Expected the token ids of {where} in [0, {vocabulary}), got {token}.")
 
     def _fit(self, opening: list[int], body: list[int], where: str, text: str) -> list[int]:
+        """Return the tokens of a prompt, cut to `max_prompt_tokens`."""
         limit = self.max_prompt_tokens
         excess = 0 if limit is None else len(opening) + len(body) - limit
         if excess <= 0:
@@ -208,10 +220,10 @@ class PromptReader:
 
 
 class PromptRows(Sequence[Prompt]):
-    """The prompts of a source that is not in memory, as a `datasets.Dataset`: each is read when it is asked for.
+    """The prompts of a source that is not in memory, such as a `datasets.Dataset`: each is read when asked for.
 
     Args:
-        rows: Anything with a length and rows by number.
+        rows: Any object with a length and rows by number.
         read: Makes a `Prompt` of a row and its number.
     """
 
@@ -233,7 +245,7 @@ class PromptRows(Sequence[Prompt]):
         """Return the prompt of a row, or a list of them for a slice."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]  # raises IndexError behind the last, which ends a loop
+        number = range(len(self))[index]  # raises IndexError behind the last row, which ends a `for` loop
         return self._read(self.rows[number], number)
 
 

@@ -20,30 +20,31 @@ def encode_reply(
     tail: str = "",
     stop_strings: Sequence[str] = (),
 ) -> list[int]:
-    """Return the tokens that stand between a turn of the policy that has just ended and its next.
+    """Return the tokens between a turn of the policy that has just ended and its next turn.
 
-    Of a chat, all that the template writes between them: the end of the assistant's turn where the policy has not
-    written it itself, the reply as a user's turn, and the opening of the assistant's next. It is the difference of two
-    renderings, of which one must begin with the other. What the policy wrote stays as it is, token for token.
+    Behind a prompt that is no chat, these are the tokens of the reply. In a chat, they are all that the template writes
+    there: the end of the assistant's turn (unless the policy has written it), the reply as a user's message, and the
+    opening of the assistant's next turn. They are the difference of two renderings of the chat, with and without the
+    reply, so the longer one must begin with the shorter. The tokens of the policy stay as they are.
 
     Args:
         tokenizer: The tokenizer.
-        messages: The prompt's; None for a prompt that is no chat, whose reply is encoded as it is.
-        preds: What the policy has written.
-        reply: What answers it.
+        messages: The messages of the prompt; None if it is no chat.
+        preds: The completion so far, whose last turn has just ended.
+        reply: The reply to that turn.
         tail: The last few tokens of the turn as text, special tokens included.
         stop_strings: The texts that end a turn.
 
     Raises:
-        ValueError: If the template changes what came before when a message is added.
+        ValueError: If the template changes earlier messages when one is added.
     """
     if messages is None:
         return list(tokenizer.encode(reply, add_special_tokens=False))
     history = list(messages)
     for turn in preds.turns[:-1]:
-        history = [*_said(history, turn.text), {"role": "user", "content": turn.response or ""}]
+        history = [*_with_turn(history, turn.text), {"role": "user", "content": turn.response or ""}]
     before = render_chat(tokenizer, history) + TURN
-    after = render_chat(tokenizer, [*_said(history, TURN), {"role": "user", "content": reply}])
+    after = render_chat(tokenizer, [*_with_turn(history, TURN), {"role": "user", "content": reply}])
     if not after.startswith(before):
         raise ValueError(
             "Expected a chat template that leaves what came before as it was when a message is added, got one that "
@@ -51,13 +52,14 @@ def encode_reply(
             "`respond` returns is observed as it is: let it close the turn and open the next."
         )
     rest = after[len(before) :]
+    # What ended the turn, EOS or a stop string, may be what the template writes first: it is there already.
     ends = [tokenizer.decode([preds[-1]])] if preds.end_reason is EndReason.EOS else stop_strings
     written = next((end for end in ends if tail.endswith(end) and rest.startswith(end)), "")
     return list(tokenizer.encode(rest[len(written) :], add_special_tokens=False))
 
 
-def _said(history: Sequence[Message], text: str) -> list[Message]:
-    """Return the messages behind which the assistant has said `text`, which may go on with its last message."""
+def _with_turn(history: Sequence[Message], text: str) -> list[Message]:
+    """Return the messages with a turn of the assistant at the end, joined to its last message if that is unfinished."""
     if history[-1]["role"] != "assistant":
         return [*history, {"role": "assistant", "content": text}]
     return [*history[:-1], {**history[-1], "content": history[-1]["content"] + text}]

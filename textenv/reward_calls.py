@@ -1,4 +1,4 @@
-"""Asking the env's reward for rows: checked, timed, and with what `on_failure` says of the rows that it fails on."""
+"""The calls of an env's reward: checked, timed, and with `on_failure` applied to the rows that it fails on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from textenv.rewarding import DROPPED, RAISED, Reward, RewardError, check_length
 
 
 class RewardCalls:
-    """The calls of an env's reward.
+    """Calls an env's reward and checks what it returns.
 
     Args:
-        env: The env, whose `on_failure` decides over rows that have no reward.
+        env: The env; its `on_failure` decides what happens to rows without a reward.
 
     Attributes:
-        seconds: How long they have taken so far, by a clock that does not jump.
+        seconds: How long all calls together have taken, in seconds of a monotonic clock.
     """
 
     def __init__(self, env: RewardHost) -> None:
@@ -29,29 +29,35 @@ class RewardCalls:
     def score(
         self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool], accepts_dropped: bool
     ) -> list[Reward]:
-        """Return the checked rewards of rows; of one that failed, what it gets instead, with `has_failed`.
+        """Return the checked rewards of rows; a row whose reward failed has `has_failed`, and what it gets instead.
+
+        Args:
+            prompts: The prompts of the rows.
+            preds: Their completions.
+            dones: Whether the episode of each row is over.
+            accepts_dropped: Whether the caller can leave finished episodes out.
 
         Raises:
-            RewardError: If the reward raises or returns no finite number, unless `on_failure` says otherwise; if it
+            RewardError: If the reward raises or returns no finite number, unless `on_failure` says otherwise; or if it
                 drops a row that must have a reward.
         """
         if not prompts:
             return []
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             if self.env.on_failure == "raise":
                 rewards = check_rewards(self._ask(prompts, preds, dones), prompts, preds)
             else:
                 rewards = self._score_apart(prompts, preds, dones)
         finally:
-            self.seconds += time.monotonic() - begun
-        for prompt, one, done, reward in zip(prompts, preds, dones, rewards, strict=True):
+            self.seconds += time.monotonic() - start
+        for prompt, completion, done, reward in zip(prompts, preds, dones, rewards, strict=True):
             if reward.is_dropped and not ((done or reward.has_failed) and accepts_dropped):
                 raise RewardError(
                     f"Expected a reward of every {'' if done else 'un'}finished row, got {DROPPED!r} "
-                    f"({describe(prompt, one)}). Finished episodes can be left out by a SequenceRolloutBuffer with the "
-                    "step LateScores (score_at='rollout_end') or DropEpisodes, and by agents.evaluate; let the reward "
-                    "return a number elsewhere (on_failure=0.0)."
+                    f"({describe(prompt, completion)}). Finished episodes can be left out by a SequenceRolloutBuffer "
+                    "with the step LateScores (score_at='rollout_end') or DropEpisodes, and by agents.evaluate; let "
+                    "the reward return a number elsewhere (on_failure=0.0)."
                 )
         return rewards
 
@@ -67,15 +73,19 @@ class RewardCalls:
             ) from error
 
     def _score_apart(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[Reward]:
-        """Return the rewards of rows; those of a call that raises fail, and those that get no finite number."""
+        """Return the rewards of rows of which some may fail: all rows of a call that raises, and rows without a number.
+
+        Rows are scored one at a time where the reward of a row does not depend on the others.
+        """
         n, failures = len(prompts), self.env.failures
         calls = [[row] for row in range(n)] if self.env.scores_rows_apart else [list(range(n))]
         causes: dict[int, Exception] = {}
         rewards = check_rewards([failures.instead] * n, prompts, preds)
         for rows in calls:
             try:
-                some = [prompts[row] for row in rows], [preds[row] for row in rows], [dones[row] for row in rows]
-                values = self._ask(*some)
+                values = self._ask(
+                    [prompts[row] for row in rows], [preds[row] for row in rows], [dones[row] for row in rows]
+                )
                 check_length(values, len(rows))
             except RewardError as error:
                 causes.update(dict.fromkeys(rows, error))

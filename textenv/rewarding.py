@@ -1,4 +1,4 @@
-"""From what a reward hook returns to checked numbers: one batched contract, and errors that name the row."""
+"""Rewards: the contract of the functions that return them, and the checks of what they return."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from textenv.prompts import Prompt
 
 ScoreAt = Literal["step", "done", "rollout_end"]
 FAILURE = "failure"  # the reward part of a row that got a penalty in place of a score
-LARGEST = 1e15  # of a reward: gradients of values have its size, and their norm sums squares in float32, up to 3e38
-# What the code of a reward may raise that is its failure; Ctrl-C is none, while sys.exit is no way to end a run.
+# The largest reward: a critic's gradient is as large, and the norm of gradients sums squares in float32 (up to 3e38).
+LARGEST = 1e15
+# Exceptions that count as a failure of the reward. KeyboardInterrupt does not; sys.exit within a reward does.
 RAISED = (Exception, SystemExit)
 
 
@@ -23,33 +24,43 @@ class Dropped(Enum):
     DROPPED = "dropped"
 
     def __repr__(self) -> str:
-        """Return the name that one imports."""
+        """Return the name under which it is imported."""
         return self.name
 
 
-# What a reward returns for a finished row that has no score: none of the episode's tokens is trained on, and no mean
-# has it. It is no None, which a function without `return` gives. Who cannot leave an episode out raises `RewardError`.
+# A reward returns it for a finished row without a score: the episode is not trained on and counts in no mean. It is not
+# None, which a function returns that has forgotten its `return`. Callers that cannot leave an episode out raise
+# `RewardError`.
 DROPPED: Final = Dropped.DROPPED
 
 Score = float | Mapping[str, float] | Dropped
 
 
 class RewardError(ValueError):
-    """A reward hook raised, or returned something that is no finite number; the message names lane and prompt."""
+    """A reward raised, or returned something other than a finite number; the message names lane and prompt."""
 
 
 class RewardFunction(Protocol):
     """A reward given as a function; `TextEnv.get_reward` has the same contract."""
 
     def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
-        """Return the reward of the token just written, or its named parts; `DROPPED` leaves the episode out."""
+        """Return the reward of the token just written, or its named parts; `DROPPED` leaves the episode out.
+
+        Args:
+            prompt: The prompt, a str.
+            preds: The completion so far.
+            done: Whether the episode is over.
+        """
 
 
 class Reward(NamedTuple):
-    """A checked reward: its value, and the named parts that sum to it (empty for a bare number).
+    """A checked reward.
 
-    With `is_dropped` the row has none: the value is 0. With `has_failed` it stands for the one that the hook failed to
-    give (`on_failure`).
+    Attributes:
+        value: The number.
+        parts: The named parts, of which `value` is the sum; empty for a bare number.
+        is_dropped: Whether the row has no reward and is left out; `value` is then 0.
+        has_failed: Whether the reward failed, and this is what `on_failure` puts in its place.
     """
 
     value: float
@@ -59,12 +70,12 @@ class Reward(NamedTuple):
 
     @property
     def score(self) -> Score:
-        """What a reward returns for it."""
+        """The reward in the form in which a function returns it."""
         return DROPPED if self.is_dropped else self.parts or self.value
 
 
 def describe(prompt: Prompt, preds: Preds) -> str:
-    """Name a row in an error message."""
+    """Return lane, prompt and completion of a row, for an error message."""
     return f"lane {preds.lane}, prompt {str(prompt)[:80]!r}, text {preds.text[:80]!r}"
 
 
@@ -75,10 +86,17 @@ def score_each(
     dones: Sequence[bool],
     name: str = "the reward",
 ) -> list[Score]:
-    """Return what a function makes of each row.
+    """Return the rewards of rows, one call of a function for each.
+
+    Args:
+        reward: The function.
+        prompts: The prompts of the rows.
+        preds: Their completions.
+        dones: Whether the episode of each row is over.
+        name: What an error calls the function.
 
     Raises:
-        RewardError: If it raises; the message has its name and the row.
+        RewardError: If the function raises; the message names it and the row.
     """
     rewards = []
     for prompt, completion, done in zip(prompts, preds, dones, strict=True):
@@ -94,19 +112,25 @@ def check_rewards(values: Any, prompts: Sequence[Prompt], preds: Sequence[Preds]
     """Return the rewards of a batch, checked.
 
     Args:
-        values: What `get_rewards` returned: a sequence of numbers, dicts of named numbers or `DROPPED`, one a row.
+        values: What `get_rewards` returned: for each row a number, a dict of named numbers or `DROPPED`.
         prompts: The prompts of the rows.
         preds: The completions of the rows.
 
     Raises:
-        RewardError: If the length differs or a value, or the sum of its parts, is no finite real number up to 1e15.
+        RewardError: If there is not one value for each row, or a value, or the sum of its parts, is no finite real
+            number up to 1e15 in size.
+
+    Example:
+        >>> from textenv import CharTokenizer
+        >>> check_rewards([{"length": 2.0, "rhyme": 1.0}], [Prompt("a")], [Preds(CharTokenizer("ab"), [1, 2])])
+        [Reward(value=3.0, parts={'length': 2.0, 'rhyme': 1.0}, is_dropped=False, has_failed=False)]
     """
     check_length(values, len(prompts))
     return [check_reward(*row) for row in zip(values, prompts, preds, strict=True)]
 
 
 def check_length(values: Any, n_rows: int) -> None:
-    """Raise RewardError where values are no sequence of one reward a row."""
+    """Raise RewardError unless `values` is a sequence of one reward a row."""
     try:
         length = None if isinstance(values, (str, Mapping)) else len(values)
     except TypeError:
@@ -130,20 +154,21 @@ def check_reward(value: Any, prompt: Prompt, preds: Preds) -> Reward:
 def _length(value: Any) -> int | None:
     try:
         return len(value)
-    except Exception:  # also of a value of any library: a tensor of no dimensions
+    except Exception:  # `value` may be an object of any library, such as a tensor without dimensions
         return None
 
 
 def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
-    is_none = isinstance(value, (str, bytes, complex)) or "complex" in str(getattr(value, "dtype", ""))
+    # float() would read "1.5", and drop the imaginary part of a complex numpy scalar.
+    is_no_number = isinstance(value, (str, bytes, complex)) or "complex" in str(getattr(value, "dtype", ""))
     try:
-        number = math.nan if is_none else float(value)
-    except Exception:  # a value of any library: a tensor without data, a column of a table
+        number = math.nan if is_no_number else float(value)
+    except Exception:  # `value` may be an object of any library, such as a tensor without data
         number = math.nan
     if not math.isfinite(number):
-        # TextRL's rewards return a list of one.
-        is_one = not isinstance(value, (str, bytes, Mapping)) and _length(value) == 1
-        cure = ": return the number itself, not a list of one" if is_one else ""
+        # TextRL's rewards return a list of one number.
+        is_list_of_one = not isinstance(value, (str, bytes, Mapping)) and _length(value) == 1
+        cure = ": return the number itself, not a list of one" if is_list_of_one else ""
         where = describe(prompt, preds)
         raise RewardError(f"Expected {what} to be a finite number, got {value!r:.80}{cure} ({where}).")
     if abs(number) > LARGEST:

@@ -1,4 +1,4 @@
-"""Rendering a chat template that may be anybody's: within some seconds, some memory and some length of text."""
+"""The rendering of untrusted chat templates, with limits of time, memory and length."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from typing import Any
 from textenv.extras import MissingExtraError, needs
 from textenv.lines import MAX_CHARS
 
-SECONDS = 10.0  # a template takes milliseconds
-MEMORY = 2 << 30  # bytes beside what the process has; a text that is doubled again and again would take all there is
-STATM = Path("/proc/self/statm")  # the first number is that of the process's pages, on Linux
+SECONDS = 10.0  # a template usually takes milliseconds
+MEMORY = 2 << 30  # bytes that a template may add to the process: doubling a text in a loop would fill the machine
+STATM = Path("/proc/self/statm")  # on Linux; its first number is the size of the process in pages
 
 
 def apply_template(tokenizer: Any, messages: Any, where: str, **options: Any) -> str:
     """Return `tokenizer.apply_chat_template(messages, tokenize=False, **options)`.
 
-    A template is a program. transformers runs it where it can reach nothing, but for as long as it likes.
+    A template is a program from whoever made the tokenizer. transformers runs it in jinja2's sandbox
+    (`utils/chat_template_utils.py`), where it can reach nothing, but for as long as it likes.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
-        messages: Role and content of each.
-        where: What an error calls them.
-        **options: Other arguments.
+        messages: The messages, each with "role" and "content".
+        where: What an error calls the messages.
+        **options: Other arguments of `apply_chat_template`.
 
     Raises:
         MissingExtraError: If jinja2 is not installed, which every template needs.
-        ValueError: If the template refuses the messages, or writes more than 4,000,000 characters; in the main thread
-            (no other can be stopped) also if it is not done after 10 seconds, or on Linux needs more than 2 GiB.
+        ValueError: If the template refuses the messages or writes more than 4,000,000 characters. In the main thread
+            also if it takes more than 10 seconds, or on Linux more than 2 GiB: Python can stop no other thread.
     """
     try:
         if isinstance(tokenizer.chat_template, str):
@@ -51,8 +52,8 @@ def apply_template(tokenizer: Any, messages: Any, where: str, **options: Any) ->
 
 @cache
 def _refuse_powers(template: str) -> None:
-    """Refuse what one step of takes for ever: `9 ** 9 ** 9`, which the template's compiler computes as well."""
-    with needs("feedback", "jinja2", "a chat template"):  # transformers needs it for any
+    """Refuse powers such as `9 ** 9 ** 9`: one step, which no timer interrupts, also when jinja2 compiles it."""
+    with needs("feedback", "jinja2", "a chat template"):  # transformers needs it for every template
         from jinja2 import Environment
 
     if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(template)):
@@ -61,7 +62,7 @@ def _refuse_powers(template: str) -> None:
 
 @contextmanager
 def _no_longer_than(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer; a timer that runs already goes on behind it."""
+    """Raise TimeoutError in a block that takes longer; a timer that is already running goes on after the block."""
     if not _may_limit() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -69,7 +70,7 @@ def _no_longer_than(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds:g} seconds")
 
-    begun = time.monotonic()
+    start = time.monotonic()
     handler = signal.signal(signal.SIGALRM, stop)
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -77,17 +78,17 @@ def _no_longer_than(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, handler)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - begun), 1e-3), interval)
+        if left:  # 1 ms at least, since 0 would switch the timer off
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), interval)
 
 
 @contextmanager
 def _no_more_than(n_bytes: int) -> Iterator[None]:
-    """Raise MemoryError in what takes more memory than so much beside what is there."""
+    """Raise MemoryError in a block that adds more than `n_bytes` to the memory of the process."""
     if not _may_limit() or not STATM.is_file():
         yield
         return
-    import resource  # Linux has it
+    import resource  # not on Windows, which has no STATM either
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     room = int(STATM.read_text().split()[0]) * resource.getpagesize() + n_bytes
@@ -100,4 +101,5 @@ def _no_more_than(n_bytes: int) -> Iterator[None]:
 
 
 def _may_limit() -> bool:
+    """Return whether this is the main thread, the only one that may set signal handlers."""
     return threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""A conformance check for environments that users write: tries the hooks out and says in words what is wrong."""
+"""A conformance check for environments that users write."""
 
 from __future__ import annotations
 
@@ -24,27 +24,34 @@ from textenv.rewarding import Reward, RewardError, check_rewards, describe
 from textenv.vector import unwrap_text_env
 
 N_LANES = 3
-N_EPISODES = 12  # under a mask
-N_CALLS = 20  # so many calls of the reward are repeated in other ways; those with a finished episode always are
+N_EPISODES = 12  # that are played under a mask
+N_CALLS = 20  # the first calls of the reward, which are repeated; later ones are if an episode has ended
 
-
-_Step = tuple[int, np.ndarray, float, bool, bool]  # action, and the observation, reward and ends that it led to
+_Step = tuple[int, np.ndarray, float, bool, bool]  # action, observation, reward, terminated, truncated
 
 
 def check_text_env(env: gym.Env[Any, Any]) -> None:
-    """Check that a `TextEnv`, a subclass or what `gym.make` made of one keeps the contract of its hooks.
+    """Check that the hooks of a `TextEnv` keep their contract, by playing random episodes in several lanes and alone.
 
-    Plays random episodes in several lanes and alone, and checks the tokenizer (ids in the vocabulary, all decode);
-    rewards (finite, the same when asked again, alone as in a batch, and from `get_reward` as from `get_rewards` where
-    both are defined); `respond` (a str or None, not too long, the same when asked again); that no hook changes the
-    instance (but for what it loads at first use) or a prompt's row; that the same actions give the same in a lane and
-    alone; masks (something is allowed, and the same when found anew from the text so far as token by token); and
-    Gymnasium's own `check_env`. An env that cannot be copied or pickled is warned of, and so is one with a mask under
-    which no stop id was ever allowed. The env is reset.
+    It checks that
+
+    - the tokenizer's ids are in the vocabulary, and a sample of them decodes;
+    - rewards are finite, the same when asked for again, the same for a row alone as in a batch, and the same from
+      `get_reward` as from `get_rewards` if both are defined;
+    - `respond` returns a str or None, not too long, and the same when asked again;
+    - no hook changes the instance (except for what it loads at first use) or a prompt's row;
+    - the same actions lead to the same observations and rewards in a lane and alone;
+    - masks allow something, and the same when computed from the whole text as token by token;
+    - Gymnasium's own `check_env` passes.
+
+    It warns if the env cannot be copied or pickled, and if its masks never allowed a stop id. It resets the env.
+
+    Args:
+        env: A `TextEnv`, a subclass, or the result of `gym.make` for one.
 
     Raises:
         TypeError: If the env is wrapped, overrides `step` or `reset`, or `respond` returns no text.
-        ValueError: If the tokenizer's ids do not fit, a reward is no finite number, or a response is too long.
+        ValueError: If the tokenizer's ids do not fit, a reward is no finite number, or a reply is too long.
         MaskError: If a mask allows nothing.
         AssertionError: If a hook breaks its contract; the message says where, and what to do.
 
@@ -62,7 +69,7 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     episodes = _play(text_env)
     try:
         _play(cast(EpisodeHost, _Probe(text_env)))
-    except RewardError as error:  # the lanes wrap what goes wrong in a reward, here the probe's verdict
+    except RewardError as error:  # the lanes wrap errors of a reward, here those that the probe raises
         raise error.__cause__ if isinstance(error.__cause__, AssertionError) else error from None
     _check_alone(text_env, episodes)
     if text_env.masks:
@@ -85,63 +92,67 @@ def _check_tokenizer(env: TextEnv) -> None:
             raise ValueError(f"Expected `decode` to return a str, got {text!r:.80} for {token}.")
 
 
-def _check_copy(env: TextEnv, done: str, make_copy: Callable[[TextEnv], TextEnv]) -> None:
+def _check_copy(env: TextEnv, participle: str, make_copy: Callable[[TextEnv], TextEnv]) -> None:
     try:
         make_copy(env)
     except Exception as error:
         why = "as environments in other processes must (a lambda never can)"
-        warnings.warn(f"{type(env).__name__} cannot be {done}, {why}: {error!r}", stacklevel=3)
+        warnings.warn(f"{type(env).__name__} cannot be {participle}, {why}: {error!r}", stacklevel=3)
 
 
 def _play(env: EpisodeHost) -> list[tuple[Prompt, list[_Step]]]:
-    """Play random episodes side by side until each lane has finished one; return the last of each."""
+    """Play random episodes side by side until each lane has finished one; return the last of each lane."""
     lanes, random = Lanes(env, N_LANES), np.random.default_rng(0)
     lanes.reset(seed=0)
     running: list[list[_Step]] = [[] for _ in range(N_LANES)]
     finished: dict[int, tuple[Prompt, list[_Step]]] = {}
     while len(finished) < N_LANES:
         actions = random.integers(len(env.tokenizer), size=N_LANES)
-        if env.rules.stop_ids and random.random() < 0.3:  # lane 0 is left to reach the limit
+        # Now and then one lane stops early; never lane 0, so that one episode reaches the limit.
+        if env.rules.stop_ids and random.random() < 0.3:
             actions[random.integers(1, N_LANES)] = random.choice(env.rules.stop_ids)
         if env.masks:
             actions = _allowed_actions(lanes.allowed(), actions, random)
         prompts, result = list(lanes.prompts), lanes.step(actions)
         for lane, action in enumerate(actions.tolist()):
-            seen = result.final_observations.get(lane, result.observations[lane])
+            observation = result.final_observations.get(lane, result.observations[lane])
             ends = bool(result.terminated[lane]), bool(result.truncated[lane])
-            running[lane].append((action, seen, float(result.rewards[lane]), *ends))
+            running[lane].append((action, observation, float(result.rewards[lane]), *ends))
             if any(ends):
                 finished[lane], running[lane] = (prompts[lane], running[lane]), []
     return list(finished.values())
 
 
 def _check_alone(env: TextEnv, episodes: Sequence[tuple[Prompt, list[_Step]]]) -> None:
+    """Check that the same actions lead to the same steps in the env's own single row."""
     for prompt, steps in episodes:
         env.reset(options={"prompts": [prompt.row]})
         for action, observation, reward, *ends in steps:
-            got = env.step(action)
-            if not np.array_equal(got[0], observation) or not _is_close(got[1], reward) or [*got[2:4]] != ends:
+            step = env.step(action)
+            if not np.array_equal(step[0], observation) or not _is_close(step[1], reward) or [*step[2:4]] != ends:
                 raise AssertionError(
                     "Expected the same actions to give alone what they give in a lane of several: hooks may depend on "
-                    f"their arguments only. Got {got[:4]}, not {(observation, reward, *ends)}, for {str(prompt)!r:.80}."
+                    f"their arguments only. Got {step[:4]}, not {(observation, reward, *ends)}, for "
+                    f"{str(prompt)!r:.80}."
                 )
 
 
 def _allowed_actions(allowed: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return the actions that one wants where they are allowed, and random ones elsewhere."""
+    """Return the wanted actions, (B,), with random allowed ones in place of those that `allowed`, (B, V), forbids."""
     pairs = zip(allowed, wanted, strict=True)
     return np.array([token if row[token] else random.choice(np.flatnonzero(row)) for row, token in pairs])
 
 
 def _check_masks(env: TextEnv) -> None:
+    """Check that masks with the memory of the steps so far allow the same as fresh copies of them."""
     lanes, random = Lanes(env, N_LANES), np.random.default_rng(0)
     lanes.reset(seed=0)
     stop_ids, stops, n_finished = list(env.rules.stop_ids), not env.rules.stop_ids, 0
     while n_finished < N_EPISODES:
-        allowed, anew = lanes.allowed(), copy.deepcopy(lanes.masks)
+        allowed, fresh = lanes.allowed(), copy.deepcopy(lanes.masks)  # `LaneMasks.__reduce__` leaves the memory out
         rows = [(prompt, _copied(lanes.preds(lane))) for lane, prompt in enumerate(lanes.prompts)]
-        if not np.array_equal(allowed, anew.allowed(rows)):
-            lane = int(np.flatnonzero((allowed != anew.allowed(rows)).any(axis=1))[0])
+        if not np.array_equal(allowed, fresh.allowed(rows)):
+            lane = int(np.flatnonzero((allowed != fresh.allowed(rows)).any(axis=1))[0])
             raise AssertionError(
                 f"Expected a mask that depends on the prompt and the text so far alone, but found anew it differs "
                 f"({describe(*rows[lane])}): keep no memory of the steps before, and draw no random numbers."
@@ -156,7 +167,7 @@ def _check_masks(env: TextEnv) -> None:
 
 
 class _Probe:
-    """Stands in for an env while lanes run it: passes everything on, and checks the calls of the hooks."""
+    """An env in the hands of lanes: passes everything on to the env, and checks the calls of its hooks."""
 
     def __init__(self, env: TextEnv) -> None:
         self.env, self.n_calls, hooks = env, 0, type(env)
@@ -173,15 +184,17 @@ class _Probe:
             return self.env.get_rewards(prompts, preds, dones)
 
     def _check_batch(self, prompts: list[Prompt], preds: list[Preds], dones: list[bool]) -> None:
-        first, again = [self.env.get_rewards(prompts, [_copied(one) for one in preds], dones) for _ in range(2)]
-        others = zip(*(check_rewards(values, prompts, preds) for values in (first, again)), strict=True)
-        for prompt, one, done, (reward, repeated) in zip(prompts, preds, dones, others, strict=True):
-            row = f"({describe(prompt, one)}, done={done})"
+        answers = [self.env.get_rewards(prompts, [_copied(row) for row in preds], dones) for _ in range(2)]
+        pairs = zip(*(check_rewards(values, prompts, preds) for values in answers), strict=True)
+        for prompt, completion, done, (reward, repeated) in zip(prompts, preds, dones, pairs, strict=True):
+            row = f"({describe(prompt, completion)}, done={done})"
             _check_same(reward, repeated, f"when asked again {row}: draw no random numbers in it")
-            alone = check_rewards(self.env.get_rewards([prompt], [_copied(one)], [done]), [prompt], [one])[0]
+            values = self.env.get_rewards([prompt], [_copied(completion)], [done])
+            alone = check_rewards(values, [prompt], [completion])[0]
             _check_same(reward, alone, f"of a row alone as in a batch {row}: score each row by itself")
             if self.has_both:
-                single = check_rewards([self.env.get_reward(prompt, _copied(one), done)], [prompt], [one])[0]
+                values = [self.env.get_reward(prompt, _copied(completion), done)]
+                single = check_rewards(values, [prompt], [completion])[0]
                 _check_same(reward, single, f"from `get_reward` as from `get_rewards` {row}: define only one of them")
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | Literal[EndReason.LENGTH] | None:
@@ -193,24 +206,25 @@ class _Probe:
 
 
 def _is_close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5)  # a model's score depends a little on the size of the batch
+    # The score of a model depends on the size of the batch in the last digits of float32, here with some room.
+    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5)
 
 
 def _check_same(reward: Reward, other: Reward, what: str) -> None:
-    a, b = ({"sum": one.value, **one.parts} for one in (reward, other))
+    a, b = ({"sum": scored.value, **scored.parts} for scored in (reward, other))
     if a.keys() != b.keys() or not all(_is_close(a[name], b[name]) for name in a):
         raise AssertionError(f"Expected the same reward, {a}, got {b}, {what}.")
 
 
 def _copied(preds: Preds) -> Preds:
-    twin = copy.copy(preds)  # shares the tokenizer
+    twin = copy.copy(preds)  # a shallow copy: the tokenizer is shared
     twin.state = copy.deepcopy(preds.state)  # a hook may write into it
     return twin
 
 
 @contextmanager
 def _unchanged(env: TextEnv, hook: str, prompts: Sequence[Prompt]) -> Iterator[None]:
-    """Check that neither the instance nor a prompt's row changes within."""
+    """Check that neither the instance nor a prompt's row changes in the block."""
     before = _frozen({**vars(env), "prompt.row": [prompt.row for prompt in prompts]})
     yield
     after = _frozen({**vars(env), "prompt.row": [prompt.row for prompt in prompts]})
@@ -224,7 +238,7 @@ def _unchanged(env: TextEnv, hook: str, prompts: Sequence[Prompt]) -> Iterator[N
 
 
 def _frozen(value: Any) -> Any:
-    """Return plain data by value and other objects by identity: a model may count its calls."""
+    """Return plain data by value, and other objects by identity, since a model may count its calls."""
     if isinstance(value, Mapping):
         return {key: _frozen(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

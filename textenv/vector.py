@@ -1,4 +1,4 @@
-"""Text generation as a Gymnasium vector environment: N rows in arrays, each refilled in the step that ends it."""
+"""The vector environment: N episodes of one `TextEnv` side by side, for Gymnasium."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from textenv.rendering import MODES, picture, render_row
 
 
 class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """N episodes of one `TextEnv` side by side, with one reward call a step and `AutoresetMode.SAME_STEP`.
+    """N episodes of one `TextEnv` side by side, with one call of the reward a step.
 
-    The hooks of `env` serve all lanes; its own row is not touched. Lanes draw from one cursor over the prompts, in
-    lane order. A finished row's last observation and info are in `infos["final_obs"]` and `infos["final_info"]`, as
-    Gymnasium has it.
+    A row whose episode ends begins the next one in the same step (`AutoresetMode.SAME_STEP`); the last observation and
+    info of the old one are in `infos["final_obs"]` and `infos["final_info"]`, as in Gymnasium's `SyncVectorEnv`. The
+    hooks of `env` serve all rows, and the rows share one order of prompts. The single row of `env` is not touched.
+
+    Spaces are those of `env`, batched: observations (B, L) int64, actions (B,), rewards (B,) float64.
 
     Args:
-        env: A `TextEnv`, a subclass, or what `gym.make` made of one.
-        num_envs: The number of rows.
+        env: A `TextEnv`, a subclass, or the result of `gym.make` for one.
+        num_envs: The number of rows, B.
 
     Raises:
-        TypeError: If `env` is no `TextEnv`, is wrapped in something that changes it, or overrides `step` or `reset`.
+        TypeError: If `env` is no `TextEnv`, has a wrapper that changes it, or overrides `step` or `reset`.
+        ValueError: If `num_envs` is not in [1, 65536].
 
     Example:
         >>> from textenv import CharTokenizer, TextEnv, TextVectorEnv
@@ -58,7 +61,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     @property
     def idle(self) -> np.ndarray:
-        """Which rows have nothing to do, (B,) bool: only after `reset(options={"prompts": ...})` ran out of rows."""
+        """Which rows have no episode, (B,) bool, since the rows of `reset(options={"prompts": ...})` have run out."""
         return self.lanes.idle.copy()
 
     def reset(
@@ -68,7 +71,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         Args:
             seed: Starts the prompts' order anew.
-            options: `{"prompts": rows}` runs these rows, each exactly once, whatever their number; see `idle`.
+            options: `{"prompts": rows}` runs these rows, each exactly once, few or many; see `idle`.
 
         Returns:
             Observations, (B, L) int64, and an empty dict.
@@ -80,16 +83,24 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self.lanes.reset(order_seed, (options or {}).get("prompts")), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Write one token in every row; see `TextEnv.step`. All arrays are (B, ...)."""
+        """Write one token in every row; see `TextEnv.step`.
+
+        Args:
+            actions: Token ids, (B,).
+
+        Returns:
+            Observations (B, L) int64, rewards (B,) float64, terminated (B,), truncated (B,), and infos.
+        """
         result = self.lanes.step(actions)
         infos: dict[str, Any] = {}
         for lane, observation in result.final_observations.items():
+            # Gymnasium's `VectorEnv._add_info` makes arrays of the infos of rows, with a mask `_key` for each key.
             infos = self._add_info(infos, {"final_obs": observation, "final_info": result.infos[lane]}, lane)
         return result.observations, result.rewards, result.terminated, result.truncated, infos
 
     @property
     def action_masks(self) -> Callable[[], np.ndarray]:
-        """A method without arguments: which tokens each row may write next, (B, V) bool; see `TextEnv.action_masks`."""
+        """A function that returns which tokens each row may write next, (B, V) bool; see `TextEnv.action_masks`."""
         self.env.check_mask()
         return self.lanes.allowed
 
@@ -103,18 +114,25 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 
 def make_vector_env(num_envs: int, env_type: str = "textenv.env:TextEnv", **kwargs: Any) -> TextVectorEnv:
-    """Build `TextVectorEnv(TextEnv(**kwargs), num_envs)`: what `gym.make_vec("textenv/Text-v0", ...)` calls."""
+    """Return `TextVectorEnv(TextEnv(**kwargs), num_envs)`; `gym.make_vec("textenv/Text-v0", ...)` calls it.
+
+    Args:
+        num_envs: The number of rows.
+        env_type: The class, as "module:Class".
+        **kwargs: The arguments of the class.
+    """
     create = cast(type[TextEnv], load_env_creator(env_type))
     return TextVectorEnv(create(**kwargs), num_envs)
 
 
 def unwrap_text_env(env: Any) -> TextEnv:
-    """Return the `TextEnv` inside what `gym.make` returned, and refuse what N rows in arrays would ignore.
+    """Return the `TextEnv` inside the result of `gym.make`; refuse wrappers and methods that N rows would ignore.
 
     Raises:
         TypeError: See `TextVectorEnv`.
     """
-    while isinstance(env, (PassiveEnvChecker, OrderEnforcing)):  # they check a single row's calls and change nothing
+    # `gym.make` adds these two (gymnasium `envs/registration.make`); they check calls and change nothing.
+    while isinstance(env, (PassiveEnvChecker, OrderEnforcing)):
         env = env.env
     if isinstance(env, gym.Wrapper):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Which wrappers of Gymnasium's stand around an environment that is being reset."""
+"""The check of the Gymnasium wrappers around a `TextEnv`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 
 
 def check_wrappers() -> None:
-    """Refuse a RecordEpisodeStatistics that would write where a `TextEnv` writes; called by `reset`.
+    """Refuse a RecordEpisodeStatistics that would overwrite `info["episode"]`; `TextEnv.reset` calls it.
 
-    An environment does not know its wrappers, but they are who calls it; the wrapper's own check, at the end of the
-    first episode, is an assertion without words.
+    An env does not know its wrappers, but their `reset` methods are its callers: they are found on the stack. Without
+    this check the first episode would end with `assert self._stats_key not in info` in
+    `RecordEpisodeStatistics.step` (gymnasium `wrappers/common.py`), which has no message.
 
     Raises:
-        ValueError: With the argument to give it.
+        ValueError: If there is one with the default `stats_key`.
     """
     frame = sys._getframe(1)
-    while (above := frame.f_back) is not None:
-        frame = above
+    while (caller := frame.f_back) is not None:
+        frame = caller
         wrapper = frame.f_locals.get("self")
         if isinstance(wrapper, RecordEpisodeStatistics) and wrapper._stats_key == "episode":
             raise ValueError(

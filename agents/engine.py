@@ -1,4 +1,4 @@
-"""The seam to another engine that writes the tokens of a rollout: what is asked of it, and how answers are checked."""
+"""The interface of a rollout engine, which writes the tokens of rollouts, and the check of its completions."""
 
 from __future__ import annotations
 
@@ -12,44 +12,61 @@ from torch import Tensor
 from .backbone import Backbone
 from .trainable import merged_state_dict
 
-MOST_LOG_PROB = 1e-3  # nats above 0 that are rounding
+MOST_LOG_PROB = 1e-3  # nats: a log-probability that is above 0 by no more than this was rounded
 
 
 class EngineLost(RuntimeError):
-    """The engine has ended, or does not answer."""
+    """A rollout engine has ended, or does not answer."""
 
 
 class Request(NamedTuple):
-    """A text that is to be continued."""
+    """A text to continue.
 
-    tokens: np.ndarray  # (T,) int64: all there is so far, prompt and replies of an environment included
-    most_new: int  # the most tokens to write, 1 or more
-    stop_ids: tuple[int, ...]  # each ends the text, and is the last token of the completion
+    Attributes:
+        tokens: (T,) int64, the text so far: prompt, completion and the replies of an environment.
+        most_new: The most tokens to write, 1 or more.
+        stop_ids: Tokens that end the text; the one that is written is the last token of the completion.
+    """
+
+    tokens: np.ndarray
+    most_new: int
+    stop_ids: tuple[int, ...]
 
 
 class Completion(NamedTuple):
-    """What an engine wrote: up to and including the first stop id, or as many tokens as it might."""
+    """The text that an engine wrote: up to and including the first stop id, or `most_new` tokens.
 
-    tokens: np.ndarray  # (n,) int64
-    log_probs: np.ndarray  # (n,) float32, in nats: of the distribution that each was drawn from, temperature included
+    Attributes:
+        tokens: (n,) int64.
+        log_probs: (n,) float32, in nats, under the distribution that each token was drawn from, temperature included.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
 
 
 class RolloutEngine(Protocol):
-    """What writes the tokens of rollouts for `EngineRollouts`.
+    """The methods of an engine that writes the tokens of rollouts for `EngineRollouts`.
 
-    It samples from softmax(logits / temperature) over the tokenizer's vocabulary, and from nothing else: no top-k, no
-    top-p, no penalty, none of the defaults of a checkpoint's `generation_config.json`.
+    An engine samples from softmax(logits / temperature) over the tokenizer's vocabulary: without top-k, top-p or
+    penalties, and without the defaults of a checkpoint's `generation_config.json`.
 
     Example:
-        >>> from agents.engine import RolloutEngine
-        >>> def stop(engine: RolloutEngine) -> None:
-        ...     engine.close()
+        >>> import numpy as np
+        >>> from agents.engine import Completion, check_completions
+        >>> class Uniform:  # over two tokens, of which 0 ends a text
+        ...     def load_weights(self, weights): ...
+        ...     def generate(self, requests, temperature, seed):
+        ...         return [Completion(np.array([0]), np.log([0.5], dtype=np.float32)) for _ in requests]
+        ...     def close(self): ...
+        >>> requests = [Request(np.array([1, 1]), 3, (0,))]
+        >>> check_completions(requests, Uniform().generate(requests, 1.0, seed=0), vocab_size=2)
     """
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over weights, by the names of the transformers model, tied ones once; forget what was computed before.
+        """Take over weights, by the names of the transformers model, tied ones once; drop caches of the old weights.
 
-        They are the trainer's own tensors: to be copied before this returns.
+        The tensors are the trainer's own, which changes them later: copy them before this returns.
         """
         ...
 
@@ -57,48 +74,58 @@ class RolloutEngine(Protocol):
         """Continue each text, in the order of the requests.
 
         Args:
-            requests: The texts; the same one may be there several times, and is then continued independently.
-            temperature: Divides the logits.
+            requests: The texts; if one is there several times, each is continued independently.
+            temperature: The number that divides the logits.
             seed: The same weights, requests and seed should give the same completions: a resumed run then equals one
                 that was never stopped.
+
+        Returns:
+            A completion for each request.
         """
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release memory and processes."""
         ...
 
 
 @contextmanager
 def named_weights(backbone: Backbone) -> Iterator[list[tuple[str, Tensor]]]:
-    """Give the weights of a policy's language model as a model without adapters has them, tied ones once.
+    """Yield the weights of a policy's language model by name, with adapters merged, tied weights once.
 
     Raises:
-        ValueError: If some are offloaded, or adapters stand beside quantised weights.
+        ValueError: If some are offloaded, or there are adapters on quantised weights.
     """
     with backbone.whole_model() as model:
         weights = unique(merged_state_dict(model))
-        away = [name for name, weight in weights if weight.is_meta]
-        if away:
+        offloaded = [name for name, weight in weights if weight.is_meta]
+        if offloaded:
             raise ValueError(
-                f"Expected weights in memory to send, got {len(away)} that are offloaded, {away[0]!r} first."
+                f"Expected weights in memory to send, got {len(offloaded)} that are offloaded, {offloaded[0]!r} first."
             )
         yield weights
 
 
 def unique(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Return weights by name, those that share their memory under the first name alone."""
-    places: dict[tuple[int, tuple[int, ...]], str] = {}
+    """Return weights by name; those that share their memory come once, under their first name."""
+    names: dict[tuple[int, tuple[int, ...]], str] = {}
     for name, weight in weights.items():
-        places.setdefault((weight.data_ptr() or id(weight), tuple(weight.shape)), name)  # 0: empty, or offloaded
-    return [(name, weights[name]) for name in places.values()]
+        # `data_ptr` is 0 for a tensor that is empty or offloaded: such ones are told apart as objects.
+        names.setdefault((weight.data_ptr() or id(weight), tuple(weight.shape)), name)
+    return [(name, weights[name]) for name in names.values()]
 
 
 def check_completions(requests: Sequence[Request], completions: Sequence[Completion], vocab_size: int) -> None:
-    """Refuse what would be trained on wrongly.
+    """Check that an engine's completions can be trained on.
+
+    Args:
+        requests: The texts that it was given.
+        completions: Its answer.
+        vocab_size: The number of tokens of the tokenizer.
 
     Raises:
-        ValueError: Saying what an engine got wrong.
+        ValueError: If there are too few or too many, a token is outside the vocabulary, a text does not end where it
+            should, or a log-probability is not finite or is above 0.
     """
     if len(completions) != len(requests):
         raise ValueError(f"Expected {len(requests)} completions of the engine, got {len(completions)}.")

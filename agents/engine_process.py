@@ -1,4 +1,4 @@
-"""What runs in the process of a `LocalEngine`: it holds a model, takes weights, and continues texts."""
+"""The process of a `LocalEngine`, which holds a model, takes weights, and continues texts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ from .pretrained import LMLike, build_model
 from .sampling import Sampling
 from .wire import LOOPBACK, Wire, interruptible
 
-MEET = timedelta(minutes=5)
-FOREVER = timedelta(days=365)  # between two rollouts there may be any evaluation
+MEET = timedelta(minutes=5)  # the longest wait for the trainer's store, which is there before the process starts
+FOREVER = timedelta(days=365)  # between two rollouts an evaluation may take any time
 
 
 class Setup(NamedTuple):
-    """What the process is given when it is started."""
+    """The arguments of the process; all but the port are those of `LocalEngine`.
+
+    Attributes:
+        port: The port of the trainer's store, on the loopback address.
+    """
 
     port: int
     lm: LMLike
@@ -42,16 +46,17 @@ class Setup(NamedTuple):
 
 
 def serve(setup: Setup) -> None:
-    """Build the model, and answer until the process that started this one ends, or ends this one.
+    """Build the model, and answer the trainer until that ends, or terminates this process.
 
-    It ends in order: what libraries have registered, as tqdm a semaphore, is reported as leaked of one who is killed.
+    SIGTERM ends the process by `sys.exit`, so that libraries clean up: of a killed process Python would report, for
+    instance, tqdm's semaphore as leaked.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the trainer decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to both processes; the trainer decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         _answer_all(setup)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
 
 
 def _answer_all(setup: Setup) -> None:
@@ -67,7 +72,7 @@ def _answer_all(setup: Setup) -> None:
     while True:
         try:
             header, tensors = interruptible(wire.receive)
-        except RuntimeError:  # the trainer has gone
+        except RuntimeError:  # the trainer has ended
             return
         try:
             answer = writer.answer(header, tensors)
@@ -78,26 +83,31 @@ def _answer_all(setup: Setup) -> None:
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the trainer's process, and then end this one."""
     parent = parent_process()
     assert parent is not None, "started by a LocalEngine"
     connection.wait([parent.sentinel])
-    os._exit(0)  # from whatever the other thread waits for
+    os._exit(0)  # at once: the main thread may wait in C++, where no exception reaches it
 
 
 class Writer:
-    """A language model that writes, without a critic."""
+    """A language model without a critic, which answers the messages of the trainer.
+
+    Raises:
+        ValueError: If the model is an encoder-decoder.
+    """
 
     def __init__(self, setup: Setup) -> None:
         model = build_model(setup.lm, train=None)
         if model.config.is_encoder_decoder:
             raise ValueError(f"Expected a causal language model, got {type(model).__name__}.")
-        backbone = Backbone(model, setup.vocab_size, PROBE_LENGTH)  # lengths are checked with each request
+        backbone = Backbone(model, setup.vocab_size, PROBE_LENGTH)  # the lengths of requests are checked in `write`
         self.lm = LMActorCritic(backbone, nn.Identity(), autocast=setup.autocast).to(setup.device).eval()
         self.weights = dict(unique(model.state_dict()))
         self.n_rows = setup.n_rows
 
     def answer(self, header: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
-        """Do what a message asks for; return the tensors of the answer."""
+        """Do what a message asks for ("load" or "write"), and return the tensors of the answer."""
         if header["do"] == "load":
             self.load(dict(zip(header["names"], tensors, strict=True)))
             return []
@@ -106,15 +116,23 @@ class Writer:
             for tokens, most_new, stops in zip(unpack(*tensors[:2]), tensors[2], unpack(*tensors[3:]), strict=True)
         ]
         written = write(self.lm, requests, header["temperature"], header["seed"], self.n_rows)
-        return [*pack([one.tokens for one in written]), torch.as_tensor(np.concatenate([c.log_probs for c in written]))]
+        log_probs = np.concatenate([completion.log_probs for completion in written])
+        return [*pack([completion.tokens for completion in written]), torch.as_tensor(log_probs)]
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over weights; those of another model are refused."""
-        unlike = sorted(weights.keys() ^ self.weights.keys())
-        unlike += sorted(n for n in weights.keys() & self.weights.keys() if weights[n].shape != self.weights[n].shape)
-        if unlike:
-            raise ValueError(f"Expected the weights of the engine's model, got those of another: {unlike[:5]} differ.")
+        """Copy weights into the model.
+
+        Raises:
+            ValueError: If their names or shapes are not those of the model.
+        """
+        differing = sorted(weights.keys() ^ self.weights.keys())
+        common = weights.keys() & self.weights.keys()
+        differing += sorted(name for name in common if weights[name].shape != self.weights[name].shape)
+        if differing:
+            raise ValueError(
+                f"Expected the weights of the engine's model, got those of another: {differing[:5]} differ."
+            )
         for name, weight in weights.items():
             self.weights[name].copy_(weight)
         self.lm.drop_caches()
@@ -124,7 +142,17 @@ class Writer:
 def write(
     lm: LMActorCritic, requests: Sequence[Request], temperature: float, seed: int, n_rows: int
 ) -> list[Completion]:
-    """Continue texts, `n_rows` side by side at most; a row that ends makes room for the next text.
+    """Continue texts, at most `n_rows` side by side; a row whose text ends takes the next one.
+
+    Args:
+        lm: The model; its sampling is set, and its caches are dropped afterwards.
+        requests: The texts.
+        temperature: The number that divides the logits.
+        seed: Of the sampling.
+        n_rows: The number of rows.
+
+    Returns:
+        A completion for each request, in their order.
 
     Raises:
         ValueError: If a text would be longer than the model can read.
@@ -133,44 +161,44 @@ def write(
     lm.sampling = Sampling(temperature)
     generator = torch.Generator().manual_seed(seed)
     n_rows, waiting = min(n_rows, len(requests)), deque(range(len(requests)))
-    width = 1 + max(len(request.tokens) + request.most_new for request in requests)
-    rows = np.full((n_rows, width), PADDING, dtype=np.int64)
-    of_row = np.full(n_rows, -1)  # which request
-    written: list[list[tuple[int, float]]] = [[] for _ in requests]
+    width = 1 + max(len(request.tokens) + request.most_new for request in requests)  # 1 for the separator
+    rows = np.full((n_rows, width), PADDING, dtype=np.int64)  # as a `TextEnv` observes: prompt, separator, completion
+    request_of = np.full(n_rows, -1)  # by row, the index of its request; -1: the row is free
+    written: list[list[tuple[int, float]]] = [[] for _ in requests]  # tokens and log-probabilities
     while True:
-        for row in np.flatnonzero(of_row < 0).tolist():
+        for row in np.flatnonzero(request_of < 0).tolist():
             rows[row] = PADDING
-            rows[row, 0] = SEPARATOR  # of an empty row nobody looks
+            rows[row, 0] = SEPARATOR  # a free row is an empty prompt: it is read as well, and its token is not used
             if waiting:
-                of_row[row] = waiting.popleft()
-                tokens = requests[of_row[row]].tokens
+                request_of[row] = waiting.popleft()
+                tokens = requests[request_of[row]].tokens
                 rows[row, : len(tokens)], rows[row, len(tokens)] = tokens, SEPARATOR
-        if (of_row < 0).all():
+        if (request_of < 0).all():
             break
         step = lm.act(torch.as_tensor(rows, device=lm.backbone.device), False, generator, lm.rollout_cache)
-        chosen = zip(of_row.tolist(), step.actions.tolist(), step.log_probs.tolist(), strict=True)
+        chosen = zip(request_of.tolist(), step.actions.tolist(), step.log_probs.tolist(), strict=True)
         for row, (number, token, log_prob) in enumerate(chosen):
             if number < 0:
                 continue
             written[number].append((token, log_prob))
             request, n = requests[number], len(written[number])
             if token in request.stop_ids or n == request.most_new:
-                of_row[row] = -1
+                request_of[row] = -1
             else:
                 rows[row, len(request.tokens) + n] = token
     lm.drop_caches()
     return [
-        Completion(np.array([token for token, _ in one]), np.array([p for _, p in one], dtype=np.float32))
-        for one in written
+        Completion(np.array([token for token, _ in pairs]), np.array([p for _, p in pairs], dtype=np.float32))
+        for pairs in written
     ]
 
 
 def pack(arrays: Sequence[np.ndarray | tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Return whole numbers of several arrays one behind the other, and how many each has."""
+    """Return the whole numbers of several arrays as one tensor (N,), and the length of each array."""
     flat = np.concatenate([np.asarray(array, dtype=np.int64) for array in arrays])
     return torch.as_tensor(flat), torch.tensor([len(array) for array in arrays])
 
 
 def unpack(flat: Tensor, counts: Tensor) -> list[np.ndarray]:
-    """Return the arrays that `pack` was given."""
+    """Return the arrays that `pack` joined."""
     return np.split(flat.numpy(), np.cumsum(counts.numpy())[:-1])

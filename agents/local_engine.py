@@ -1,4 +1,4 @@
-"""A rollout engine in a second process of this machine, which decodes as the policy does."""
+"""A rollout engine in a second process of this machine, which decodes in the same way as the policy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,32 +20,32 @@ from .engine_process import Setup, pack, serve, unpack
 from .pretrained import LMLike
 from .wire import LOOPBACK, Wire, interruptible
 
-GRACE = 5.0  # seconds in which the process is to end by itself
+END_SECONDS = 5.0  # how long the process may take to end by itself before it is killed
 
 
 class LocalEngine:
-    """Writes rollouts in a process of its own, with a copy of the language model, for `EngineRollouts`.
+    """A rollout engine for `EngineRollouts` in a process of its own, with a copy of the language model.
 
-    The process is started when this is made, on the same machine, and builds the model from `lm`; its weights are those
-    that it is sent. It decodes as the policy does, with cached keys and values and rows that refill as they end. Both
-    talk by tensors over torch.distributed (gloo, on the loopback address, through the host's memory), in a group of
-    their own. What is sent is never unpickled.
+    The constructor starts the process on the same machine; it builds the model from `lm`, and takes the weights that it
+    is sent. It decodes in the same way as the policy, with cached keys and values, and rows that take the next text
+    when one ends. Trainer and engine exchange tensors over torch.distributed (gloo, on the loopback address, through
+    the host's memory), in a process group of their own; no pickles.
 
-    The process ends with this one, however that ends, with `close()`, and at the end of a `with`. If it dies, the next
-    call raises within seconds. It is started by `spawn`, so a script that makes one needs `if __name__ == "__main__":`
-    around what it runs.
+    The process ends with the trainer's, however that ends, with `close()`, and at the end of a `with`. If it dies, the
+    next call raises within seconds. It is started by `spawn`, so a script that makes one needs
+    `if __name__ == "__main__":` around what it runs.
 
     Args:
         lm: The language model, as the policy has it: a name or path, a config or a spec.
-        vocab_size: How many tokens the tokenizer has; others are never sampled.
-        autocast: "bfloat16" or "float16" computes in 16 bits. The policy's own precision may be another.
-        device: Where the copy lives: "cpu", "cuda", "cuda:1", ...
+        vocab_size: The number of tokens of the tokenizer; the model's other tokens are never sampled.
+        autocast: "bfloat16" or "float16" to compute in 16 bits, whatever the policy's precision.
+        device: The device of the copy: "cpu", "cuda", "cuda:1", ...
         n_rows: The most texts that are written side by side.
-        patience: The longest that building the model, and an answer, may take, in seconds.
+        patience: The longest that building the model, and each answer, may take, in seconds.
 
     Raises:
         ValueError: If an argument is out of range, or the process cannot build the model, with the reason.
-        EngineLost: If it ends before it is ready.
+        EngineLost: If the process ends before it is ready.
 
     Example:
         >>> from agents import EngineRollouts, LocalEngine
@@ -79,7 +78,7 @@ class LocalEngine:
             master_listen_fd=listening.detach(),
         )
         setup = Setup(store.port, lm, vocab_size, autocast, device, n_rows)
-        # A daemon: ended when the interpreter is.
+        # A daemon: `multiprocessing` terminates it when the interpreter ends.
         self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(setup,), daemon=True)
         self._wire: Wire | None = None
         self._process.start()
@@ -91,6 +90,7 @@ class LocalEngine:
             raise
 
     def _meet(self, store: dist.Store) -> None:
+        """Wait until the process has built its model, or say why it has not."""
         deadline = time.monotonic() + self._patience.total_seconds()
         while not store.check(["ready"]):
             if store.check(["refused"]):
@@ -102,13 +102,13 @@ class LocalEngine:
                 )
             if time.monotonic() > deadline:
                 raise EngineLost(f"Expected a model within {self._patience}, got none: raise `patience`.")
-            time.sleep(0.05)
+            time.sleep(0.05)  # seconds: short beside the start of a process
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Send weights; see `RolloutEngine`.
 
         Raises:
-            ValueError: If they are those of another model.
+            ValueError: If their names or shapes are not those of the engine's model.
             EngineLost: If the process has ended.
         """
         names, tensors = zip(*weights, strict=True)
@@ -124,10 +124,10 @@ class LocalEngine:
         tokens, most_new, stop_ids = zip(*requests, strict=True)
         tensors = [*pack(tokens), torch.tensor(most_new), *pack(stop_ids)]
         written, counts, log_probs = self._ask({"do": "write", "temperature": temperature, "seed": seed}, tensors)
-        parts = np.split(log_probs.numpy(), np.cumsum(counts.numpy())[:-1])
-        return [Completion(*pair) for pair in zip(unpack(written, counts), parts, strict=True)]
+        return [Completion(*pair) for pair in zip(unpack(written, counts), unpack(log_probs, counts), strict=True)]
 
     def _ask(self, header: dict[str, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Send a message, and return the tensors of the answer."""
         wire = self._wire
         if wire is None:
             raise EngineLost("Expected an engine that runs, got one that was closed: make a new one.")
@@ -136,13 +136,13 @@ class LocalEngine:
             wire.send(header, tensors)
             return wire.receive()
 
-        answer, found = self._whole(lambda: interruptible(talk))
+        answer, results = self._or_close(lambda: interruptible(talk))
         if "error" in answer:
             raise ValueError(f"Expected the engine to {header['do']}, got {answer['error']}")
-        return found
+        return results
 
-    def _whole(self, talk: Callable[[], Any]) -> Any:
-        """Return what is answered; after half a conversation the engine is of no use."""
+    def _or_close(self, talk: Callable[[], Any]) -> Any:
+        """Return the answer; on any error end the process, since half a message may still be on its way."""
         try:
             return talk()
         except RuntimeError as error:  # gloo's
@@ -155,6 +155,7 @@ class LocalEngine:
             raise
 
     def _state(self) -> str:
+        """Return what has become of the process, for an error."""
         code = self._process.exitcode
         if code is None:
             return "none in time, though it runs"
@@ -163,9 +164,9 @@ class LocalEngine:
     def close(self) -> None:
         """End the process; a second call does nothing."""
         self._wire = None
-        self._process.terminate()  # as the interpreter does at its end
-        self._process.join(GRACE)
-        self._process.kill()  # it keeps nothing that could be lost
+        self._process.terminate()  # SIGTERM, as at the end of the interpreter
+        self._process.join(END_SECONDS)
+        self._process.kill()  # nothing is lost: it writes no files
         self._process.join()
 
     def __enter__(self) -> LocalEngine:

@@ -40,9 +40,10 @@ def check_probe(backbone: LanguageModel, kept: Tensor, then: Mapping[str, str], 
     if apart <= TOLERANCE * largest:
         return
     changed = [f"{name} {then[name]} -> {version}" for name, version in now.items() if then.get(name) != version]
+    same = "the same, so another device, dtype or model code"
     warnings.warn(
         f"The same weights give other logits than when the checkpoint was written: {apart:.3g} apart, where the "
-        f"largest is {largest:.3g}. Versions: {', '.join(changed) or 'the same, so another device, dtype or model code'}. "
+        f"largest is {largest:.3g}. Versions: {', '.join(changed) or same}. "
         "Figures measured earlier may not hold: evaluate again, or install the versions that wrote it.",
         stacklevel=3,
     )

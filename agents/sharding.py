@@ -1,4 +1,4 @@
-"""Weights that are spread over the processes of a job: PyTorch's `fully_shard` under an unmodified algorithm."""
+"""Sharded training: weights spread over the processes of a job by PyTorch's `fully_shard`, under SB3's algorithms."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ Read: TypeAlias = Callable[..., Any]
 class Sharded:
     """Spread weights, gradients and optimizer over the processes of a job (FSDP2; Zhao et al., 2023, section 3).
 
-    Each process keeps 1/W of every tensor of policy and critic, and of the optimizer's. In the update a transformer
-    layer's weights are gathered while it is computed; their gradients are averaged where their shard is. Numbers are
-    those of `DistributedDataParallel`, up to rounding; `autocast` gathers weights in 16 bits and averages gradients
-    in 32. Alone in its process a policy is not sharded. `accelerate launch --use_fsdp --fsdp_version 2` asks for
-    `Sharded()` without a word in the script, with its `--fsdp_offload_params`.
+    Each of W processes keeps 1/W of every tensor of policy, critic and optimizer. In the update the weights of a
+    transformer layer are gathered while it is computed, and each process averages the gradients of its own shard. The
+    numbers are those of `DistributedDataParallel`, up to rounding; `autocast` gathers weights in 16 bits and averages
+    gradients in 32. A policy that trains in one process is not sharded. `accelerate launch --use_fsdp --fsdp_version 2`
+    stands for `Sharded()`, and its `--fsdp_offload_params` for `offload`, without a change of the script.
 
     Args:
-        gather: Whether each process holds all weights, and keys and values of its own lanes, during a rollout. False
-            gathers a layer at a time there, too, for weights that do not fit (embeddings and heads stay together): in
-            lock-step, since every process must take part in each forward of any other; one that has none of its own
-            runs one of a few tokens.
-        offload: Keep shards and optimizer in the memory of the host; the update's step is computed there.
-        device: As the algorithm's.
+        gather: Whether each process holds all weights during a rollout, and caches keys and values of its own lanes.
+            False gathers one layer at a time in rollouts, too, for weights that do not fit (embeddings and heads stay
+            gathered). Processes then run in lock-step, since all must take part in each forward of any of them: a
+            process that has none of its own runs one of a few tokens.
+        offload: Whether shards and optimizer stay in the memory of the host, where the optimizer's step is computed.
+        device: The device of the algorithm.
 
     Raises:
-        ValueError: When the policy is built, if it has what cannot be sharded; the message says which.
+        ValueError: When the policy is built, if it has a part that cannot be sharded; the message names it.
 
     Example:
         >>> from agents import Sharded
@@ -70,10 +70,10 @@ class Sharded:
 
     @classmethod
     def asked_for(cls) -> Sharded | None:
-        """Return what `accelerate launch` has put into the environment; None where it has not.
+        """Return the options that `accelerate launch` has put into the environment; None if it asks for no sharding.
 
         Raises:
-            ValueError: If it asks for the first version of FSDP, which this is not.
+            ValueError: If it asks for the first version of FSDP, which is not supported.
         """
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"):
             return None
@@ -83,14 +83,17 @@ class Sharded:
 
 
 class Shards:
-    """What keeps a policy's weights spread, and brings them together for those who read them.
+    """The shards of a policy's weights, which it gathers for forwards and releases again.
 
-    While they are gathered, the weights can be read by any forward without gradients; otherwise by
-    `LMActorCritic.evaluate_parts`, called in all processes. Outside both, the parameters are `DTensor`s.
+    While the weights are gathered, any forward without gradients can read them. While they are released, only
+    `LMActorCritic.evaluate_parts` can, called in all processes; the parameters are `DTensor`s otherwise.
 
     Args:
-        lm: What is sharded, in place: before its optimizer is built, and with the same weights in all processes.
-        spec: How.
+        lm: The model that is sharded, in place: before its optimizer is built, with the same weights in all processes.
+        spec: The options.
+
+    Attributes:
+        is_gathered: Whether the weights are gathered now.
     """
 
     def __init__(self, lm: LMActorCritic, spec: Sharded) -> None:
@@ -100,30 +103,32 @@ class Shards:
         self.lm, self.spec, self.is_gathered = lm, spec, False
         self.device = get_device(spec.device)
         self.mesh = init_device_mesh(self.device.type, (here.size,))
-        self.placements = (Shard(0),)  # what `fully_shard` does
+        self.placements = (Shard(0),)  # along the first dimension, as `fully_shard` does
         self._is_helping = False
-        self._reads: list[Read] = []  # of the trunks, where they take turns
+        self._reads: list[Read] = []  # the forwards of the trunks that take turns
         self._plain = _without_weights(lm)
         precision = MixedPrecisionPolicy()
-        if lm.autocast is not None:  # autocast itself casts what is read
+        if lm.autocast is not None:  # autocast casts the inputs itself
             precision = MixedPrecisionPolicy(lm.autocast_dtype, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if spec.offload else OffloadPolicy()
         self._layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in reversed(self._layers):
             fully_shard(layer, mesh=self.mesh, mp_policy=precision, offload_policy=offload)
-        if isinstance(lm.critic, ValueHead):  # float32 whatever the model is read in
+        if isinstance(lm.critic, ValueHead):  # a value head computes in float32 whatever the model's precision
             fully_shard(lm.critic.linear, mesh=self.mesh, offload_policy=offload)
         fully_shard(lm, mesh=self.mesh, mp_policy=precision, offload_policy=offload)
         register_fsdp_forward_method(lm, "evaluate_parts")
         self._modules = [module for module in lm.modules() if isinstance(module, FSDPModule)]
         with torch.no_grad():
-            lm(*self._probe())  # the outermost module must be the first to run: it makes the others its own
+            # torch's `FSDPState._lazy_init`: the first module to run becomes the root of those inside it, and only
+            # the outermost may be that.
+            lm(*self._probe())
         self._set(False)
         if not spec.gather:
             self._take_turns()
 
     def bring(self, is_gathered: bool) -> None:
-        """Bring the weights together, to be read without gradients, or keep only this process's shards again.
+        """Gather the weights, for forwards without gradients, or release all but this process's shards.
 
         All processes must call it.
         """
@@ -132,7 +137,7 @@ class Shards:
             self._set(is_gathered)
 
     def whole(self) -> LMActorCritic | None:
-        """Return a copy without critic that is not sharded, on the host, in the process of rank 0; None in others.
+        """Return an unsharded copy without critic, on the host, in the process of rank 0; None in the others.
 
         All processes must call it.
         """
@@ -146,7 +151,7 @@ class Shards:
         return target
 
     def twin(self) -> LMActorCritic:
-        """Return a frozen copy without critic, sharded as this one is; all processes must call it."""
+        """Return a frozen copy without critic, sharded in the same way; all processes must call it."""
         copied = _allocate(self._plain)
         copied.shards = Shards(copied, self.spec)
         theirs = dict(copied.named_parameters())
@@ -161,22 +166,23 @@ class Shards:
 
     def _set(self, is_gathered: bool) -> None:
         if not is_gathered:
-            # Reshards all, and forgets the order of a rollout's forwards, which is another in each process and by
-            # which the backward pass would choose what to gather ahead.
+            # Releases all weights, and clears the order of forwards, by which torch's `FSDPParamGroup` gathers ahead
+            # in the backward pass: a rollout's order differs between processes, which would gather different layers.
             cast("FSDPModule", self.lm).reset_iter_state()
         for module in self._modules:
             stays = is_gathered and (self.spec.gather or module not in self._layers)
-            # In the update the outermost stays whole until its gradient is there, as `fully_shard` has it.
+            # In the update the root stays gathered from forward to backward, which is `fully_shard`'s own default.
             module.set_reshard_after_forward(not stays and module is not self.lm, recurse=False)
             if stays:
                 module.unshard()
         self.is_gathered = is_gathered
 
     def _probe(self) -> tuple[Any, ...]:
-        return tuple(place.to(self.device) for place in self._backbone.probe_places())
+        """Return the inputs of a forward of a few tokens."""
+        return tuple(tensor.to(self.device) for tensor in self._backbone.probe_places())
 
     def _take_turns(self) -> None:
-        """Have each forward of a trunk wait for the other processes to take part in it."""
+        """Make each forward of a trunk wait until all other processes take part in it."""
         trunks: list[tuple[nn.Module, Read]] = [(self._backbone.model.base_model, self._backbone.read)]
         if isinstance(self.lm.critic, TrunkCritic):
             trunks.append((self.lm.critic.trunk, self.lm.critic.read))
@@ -186,25 +192,31 @@ class Shards:
             self._reads.append(read)
 
     def _wait_for_turn(self, name: str) -> None:
-        if not self._is_helping and not torch.is_grad_enabled():  # an update's forwards are as many everywhere
+        # With gradients it is an update, in which each process runs the same number of forwards.
+        if not self._is_helping and not torch.is_grad_enabled():
             take_turn(name)
 
     @torch.no_grad()
     def _help(self, trunk: int) -> None:
+        """Take part in another process's forward of a trunk, by a forward of a few tokens."""
         self._is_helping = True
         try:
-            Context().run(self._reads[trunk], *self._probe())  # whatever step of its own this process is in
+            # In an empty context: this process may itself be inside a forward, whose context variables do not apply.
+            Context().run(self._reads[trunk], *self._probe())
         finally:
             self._is_helping = False
 
 
 def gathered(lm: LMActorCritic) -> AbstractContextManager[None]:
-    """Within it, the weights can be read without gradients; where they are sharded, all processes must call it."""
+    """Return a context in which forwards without gradients can read the weights.
+
+    If the weights are sharded, all processes must enter it, and leave it.
+    """
     return _brought(lm, True)
 
 
 def released(lm: LMActorCritic) -> AbstractContextManager[None]:
-    """Within it, parameters that are sharded are `DTensor`s; all processes must call it."""
+    """Return a context in which sharded parameters are `DTensor`s; all processes must enter it, and leave it."""
     return _brought(lm, False)
 
 
@@ -222,12 +234,12 @@ def _brought(lm: LMActorCritic, is_gathered: bool) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor that is sharded; any other as it is."""
+    """Return this process's shard of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor that is whole in each process sharded as another one; one that is sharded already as it is."""
+    """Return a tensor sharded as `like` is, given whole in each process; one that is sharded already as it is."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     device = like.device_mesh.device_type
@@ -235,19 +247,24 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _without_weights(lm: LMActorCritic) -> LMActorCritic:
-    """Return a frozen copy, without critic, whose parameters have a shape and no memory."""
+    """Return a frozen copy, without critic, whose parameters are on the meta device: shapes without memory."""
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), False) for weight in lm.parameters()}
+    # `deepcopy` takes what its memo has for an id in place of a copy.
     return copy.deepcopy(lm, {**empty, id(lm.critic): nn.Identity()}).eval()
 
 
 def _allocate(plain: LMActorCritic) -> LMActorCritic:
-    """Return a copy on the host whose parameters hold anything yet."""
+    """Return a copy on the host whose parameters have memory, and no values yet."""
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="cpu"), False) for weight in plain.parameters()}
     return copy.deepcopy(plain, cast("dict[int, Any]", empty))
 
 
 def _checked(lm: LMActorCritic, spec: Sharded) -> Backbone:
-    """Return the backbone of what can be sharded, or say why it cannot."""
+    """Return the backbone of a model that can be sharded.
+
+    Raises:
+        ValueError: If it cannot be sharded, with the reason.
+    """
     backbone, reason = lm.backbone, None
     if not isinstance(backbone, Backbone):
         reason = f"a {type(backbone).__name__}, whose layers are not transformers'"
@@ -262,7 +279,9 @@ def _checked(lm: LMActorCritic, spec: Sharded) -> Backbone:
     elif not hasattr(FSDPModule, "reset_iter_state"):
         reason = f"torch {torch.__version__}, whose `fully_shard` cannot be reset; 2.13 can"
     elif lm.backbone.is_encoder_decoder and not spec.gather:
-        reason = "an encoder-decoder, whose encoder and decoder are not read as often, in lock-step; use gather=True"
+        reason = (
+            "an encoder-decoder in lock-step, whose encoder and decoder are not read equally often; use gather=True"
+        )
     if reason is not None:
         raise ValueError(f"Expected a policy that can be sharded, got {reason}.")
     return cast("Backbone", backbone)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LOOPBACK = "127.0.0.1"
-MOST_BYTES = 1 << 26  # of tensors that are copied into one message; a larger one travels alone
+MOST_BYTES = 1 << 26  # 64 MiB: the most that tensors are copied into one message; a larger tensor travels alone
 DTYPES = {
     str(dtype): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8)
@@ -21,18 +21,18 @@ DTYPES = {
 
 
 class Wire:
-    """One end of a line between two processes of this machine, in gloo, through the host's memory.
+    """One end of a connection between two processes of this machine, by gloo, through the host's memory.
 
-    It is a process group of its own: torch's default one, by which processes that train together are recognised, is
-    left alone. It listens on the loopback address only.
+    It is a process group of its own, and leaves torch's default group alone, by which `world` recognises processes that
+    train together. It listens on the loopback address only.
 
     Args:
-        store: Where both ends find each other.
-        rank: 0 or 1.
+        store: The store through which the two ends find each other.
+        rank: 0 for one end, 1 for the other.
         patience: How long a message of the other end may take.
 
     Raises:
-        RuntimeError: From gloo, where the other end has gone or is silent for too long.
+        RuntimeError: From gloo, if the other end has ended or is silent for longer than `patience`.
     """
 
     def __init__(self, store: dist.Store, rank: int, patience: timedelta) -> None:
@@ -43,7 +43,13 @@ class Wire:
         self.other, self.patience = 1 - rank, patience
 
     def send(self, header: dict[str, Any], tensors: Sequence[Tensor] = ()) -> None:
-        """Send a header, which must fit JSON, and tensors from whatever device."""
+        """Send a header, which must fit JSON, and tensors, from any device.
+
+        The messages are the header's length, the header, and groups of tensors as bytes.
+
+        Raises:
+            ValueError: If a tensor's dtype is not in `DTYPES`.
+        """
         unknown = sorted({str(tensor.dtype) for tensor in tensors} - DTYPES.keys())
         if unknown:
             raise ValueError(f"Expected tensors of {', '.join(DTYPES)}, got {', '.join(unknown)}.")
@@ -51,20 +57,18 @@ class Wire:
         text = json.dumps({**header, "tensors": shapes}).encode()
         self._put(torch.tensor([len(text)]).view(torch.uint8))
         self._put(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        for places in _together([tensor.nbytes for tensor in tensors]):
-            self._put(torch.cat([_bytes_of(tensors[place].detach().cpu().contiguous()) for place in places]))
+        for group in _groups([tensor.nbytes for tensor in tensors]):
+            self._put(torch.cat([_bytes_of(tensors[index].detach().cpu().contiguous()) for index in group]))
 
     def receive(self) -> tuple[dict[str, Any], list[Tensor]]:
-        """Wait for a message; its tensors are on the host."""
-        text = self._take(int(self._take(8).view(torch.int64)))
+        """Wait for a message, and return its header and its tensors, on the host."""
+        text = self._take(int(self._take(8).view(torch.int64)))  # 8 bytes: the header's length
         header = json.loads(text.numpy().tobytes())
         tensors = [torch.empty(shape, dtype=DTYPES[name]) for name, shape in header.pop("tensors")]
-        for places in _together([tensor.nbytes for tensor in tensors]):
-            parts = self._take(sum(tensors[place].nbytes for place in places)).split(
-                [tensors[p].nbytes for p in places]
-            )
-            for place, part in zip(places, parts, strict=True):
-                _bytes_of(tensors[place]).copy_(part)
+        for group in _groups([tensor.nbytes for tensor in tensors]):
+            sizes = [tensors[index].nbytes for index in group]
+            for index, data in zip(group, self._take(sum(sizes)).split(sizes), strict=True):
+                _bytes_of(tensors[index]).copy_(data)
         return header, tensors
 
     def _put(self, data: Tensor) -> None:
@@ -77,25 +81,29 @@ class Wire:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return a view of a contiguous tensor as bytes, (n_bytes,) uint8."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _together(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the places of tensors that travel together, given their bytes: each message costs a busy machine time."""
-    places: list[int] = []
-    for place, size in enumerate(sizes):
+def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the indices of tensors that travel in one message, given their bytes: a message has a cost of its own."""
+    group: list[int] = []
+    for index, size in enumerate(sizes):
         if size == 0:
             continue
-        if places and sum(sizes[one] for one in places) + size > MOST_BYTES:
-            yield places
-            places = []
-        places.append(place)
-    if places:
-        yield places
+        if group and sum(sizes[other] for other in group) + size > MOST_BYTES:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
 
 
 def interruptible(call: Callable[[], Any]) -> Any:
-    """Return what a call returns that may wait in C++ for long, so that Ctrl-C is noticed meanwhile."""
+    """Return the result of a call that may wait in C++ for long, and notice Ctrl-C meanwhile.
+
+    The call runs in a thread: Python handles signals in the main thread, between two of its own instructions.
+    """
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -108,7 +116,7 @@ def interruptible(call: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(0.5)
+        thread.join(0.5)  # seconds until a signal is handled at the latest
     if errors:
         raise errors[0]
     return results[0]

@@ -41,9 +41,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": line})
         [answer] = generate(
             self.writer.policy,
-            [
-                self._ids()[self.answer_length - self.positions :]
-            ],  # the last tokens: as many as leave room for the answer
+            [self._ids()[self.answer_length - self.positions :]],  # the last tokens, with room left for the answer
             self.writer.tokenizer,  # type: ignore[arg-type]
             max_new_tokens=self.answer_length,
             deterministic=self.options.greedy,

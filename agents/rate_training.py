@@ -123,7 +123,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     if checkpoint is not None:
         env_of_agent = agent.get_env()
         assert env_of_agent is not None
-        # The first reset uses the env's seed. In `learn`, after loading, it would deal the prompts from the start again.
+        # The first reset uses the env's seed. In `learn`, after loading, it would deal the prompts from the start.
         env_of_agent.reset()
         load_checkpoint(agent, checkpoint)
         print(f"goes on from {checkpoint}")

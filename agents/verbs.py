@@ -262,8 +262,8 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
             parts.agent.save(beside / "sb3.zip")
     if options.sb3_zip:
         print(
-            f"{folder / 'sb3.zip'}: contains pickles, as all of SB3's files; agents.load_sb3_zip reads its weights without "
-            "them"
+            f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files do; agents.load_sb3_zip reads its weights "
+            "without them"
         )
     print(f"{folder}: generates the same as {run.path} on {N_COMPARED} prompts")
     if options.to_hub is not None:

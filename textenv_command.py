@@ -1,8 +1,8 @@
-"""Where the command `textenv` starts: it imports `agents` once it is certain whose that is.
+"""The start of the command `textenv`: it imports `agents` only after it has checked that the package is textenv's.
 
-openai-agents, too, installs a package of that name, and whichever comes later overwrites files of the other: even where
-ours came last, its folder `agents/memory/` hides our `agents/memory.py`. This is a module of its own, since `agents`
-may be the other's, and `import textenv` would take as long as all the rest of `textenv --help`.
+openai-agents also installs a package named `agents`, and pip lets the later one overwrite files of the earlier. Even if
+ours was the later one, the other's folder `agents/memory/` hides our `agents/memory.py`. The check has a module of its
+own: in `agents` it might be the other's, and `import textenv` takes as long as all the rest of `textenv --help`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-MISSING = 6  # the exit code that is agents.refusal.Exit.MISSING where agents is ours
+MISSING = 6  # the same as agents.refusal.Exit.MISSING, which cannot be imported before the check
 
 
 def check_agents() -> None:
-    """Raise ImportError, with the cure, where the package `agents` is not that of textenv, or not its alone."""
-    # The files that an installer wrote; names are read of those alone that have some here, which keeps it cheap.
-    claiming = [one for one in distributions() if "\nagents/" in f"\n{one.read_text('RECORD') or ''}"]
-    others = {one.metadata["Name"] for one in claiming} - {"textenv"}
+    """Check that the package `agents` belongs to textenv, and to nothing else.
+
+    Raises:
+        ImportError: If it does not, with the cure.
+    """
+    # RECORD lists the files of a distribution. Its name costs a second file, which is read for the few that match.
+    owners = [owner for owner in distributions() if "\nagents/" in f"\n{owner.read_text('RECORD') or ''}"]
+    others = {owner.metadata["Name"] for owner in owners} - {"textenv"}
     if others:
         raise ImportError(
             f"Expected the package `agents` to be textenv's alone, got one of {' and '.join(sorted(others))} besides, "
@@ -37,8 +41,8 @@ def _folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None:
         raise ImportError(f"Expected the package `{package}` to be installed, got none: install textenv again.")
-    places = spec.submodule_search_locations or [spec.origin or ""]  # a package, or a module of that name
-    return Path(next(iter(places))).resolve()
+    paths = spec.submodule_search_locations or [spec.origin or ""]  # the folder of a package, or the file of a module
+    return Path(next(iter(paths))).resolve()
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The command `textenv chat`: a talk in the terminal, whose history stays in the prompt."""
+"""The command `textenv chat`: a conversation in the terminal, all of which is the prompt of the next answer."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from .refusal import CommandError, Exit
 from .verb_config import ChatOptions
 from .verbs import Writer, open_writer
 
-ANY_PROMPT = [[0]]  # in the place of the run's, which are not read
-DEFAULT_POSITIONS = 1024  # of models that nothing bounds
+ANY_PROMPT = [[0]]  # given to `open_writer` so that it does not read the run's prompts
+DEFAULT_POSITIONS = 1024  # tokens of the conversation for models without a limit, such as recurrent ones
 
 
-class Talk:
-    """What was said, as a prompt.
+class Conversation:
+    """A conversation as a prompt.
 
-    With a chat template each side's words are a message of it; without one the model goes on with the plain text.
+    With a chat template each turn is a message; without one the prompt is the turns' text with spaces between.
 
     Args:
-        writer: Who answers.
+        writer: The model.
         options: Lengths and sampling.
     """
 
     def __init__(self, writer: Writer, options: ChatOptions) -> None:
         self.writer, self.options = writer, options
         self.positions = n_positions(writer.policy.backbone.model.config) or DEFAULT_POSITIONS
-        self.most = self._answer_length()
+        self.answer_length = self._answer_length()
         self.messages: list[dict[str, str]] = []
         self.seed = options.seed
 
     def answer(self, line: str) -> str:
-        """Return the model's answer to a line, and remember both."""
+        """Return the model's answer to a line, and add both to the conversation."""
         self.messages.append({"role": "user", "content": line})
-        [one] = generate(
+        [answer] = generate(
             self.writer.policy,
-            [self._ids()[self.most - self.positions :]],
+            [self._ids()[self.answer_length - self.positions :]],  # the last tokens, with room left for the answer
             self.writer.tokenizer,  # type: ignore[arg-type]
-            max_new_tokens=self.most,
+            max_new_tokens=self.answer_length,
             deterministic=self.options.greedy,
             seed=self.seed,
             **self.writer.options,
         )
         self.seed += 1
-        self.messages.append({"role": "assistant", "content": one.text})
-        return one.text
+        self.messages.append({"role": "assistant", "content": answer.text})
+        return answer.text
 
     def _answer_length(self) -> int:
-        """Return the most tokens of an answer, which leaves room for a prompt."""
-        given, wanted = self.options.max_new_tokens, self.writer.most or USUAL_TOKENS
+        """Return the most tokens of an answer: at most half of what the model can read, unless a number is given."""
+        given, wanted = self.options.max_new_tokens, self.writer.trained_length or USUAL_TOKENS
         if given is not None and given >= self.positions:
             raise CommandError(
                 f"Expected --max_new_tokens below {self.positions}, which is all that the model can read, got {given}."
@@ -77,8 +77,8 @@ class Talk:
 
 
 def talk(config: TrainConfig | None, chosen: ChatOptions, options: TrustOptions) -> int:
-    """Answer line after line until the end of the input."""
-    session = Talk(open_writer(chosen.model, config, options, ANY_PROMPT), chosen)
+    """Answer line after line until /exit or the end of the input; return the exit code."""
+    conversation = Conversation(open_writer(chosen.model, config, options, ANY_PROMPT), chosen)
     is_terminal = sys.stdin.isatty()
     while True:
         if is_terminal:
@@ -87,6 +87,6 @@ def talk(config: TrainConfig | None, chosen: ChatOptions, options: TrustOptions)
         if not line or line.strip() == "/exit":
             return Exit.DONE
         if line.strip() == "/reset":
-            session.messages.clear()
+            conversation.messages.clear()
         elif line.strip():
-            print(printable(session.answer(line.strip())), flush=True)
+            print(printable(conversation.answer(line.strip())), flush=True)

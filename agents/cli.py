@@ -1,4 +1,4 @@
-"""The command line `textenv`: its verbs, what they take and how they end; torch is loaded by those that need it."""
+"""The command `textenv`: the table of its verbs, their arguments and their exit codes. `--help` loads no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .verb_config import (
     StageOptions,
 )
 
-# What the parts of a run raise where they are given what they cannot work with.
+# Errors that end a verb with a line and an exit code, without a traceback: wrong arguments may lead to any of them.
 HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
 
 
@@ -40,12 +40,12 @@ class Verb(NamedTuple):
     """One verb of the command.
 
     Args:
-        does: What it does, in a line of the overview.
-        usage: Its arguments, as its help shows them.
-        config: The dataclass of the arguments that a configuration file may hold as well; None where there are none.
-        options: The dataclass of the arguments that stand on the command line alone.
-        function: "module:function" that does the work. It is imported once the words are understood: it loads torch.
-        read: Turns the verb's name and the words behind it into the arguments of that function.
+        does: What the verb does, for its line in `textenv --help`.
+        usage: Its arguments, for the first line of its own help.
+        config: The dataclass of the arguments that a configuration file may set too; None for none.
+        options: The dataclass of the arguments that only the command line sets; None for none.
+        function: "module:function" of the work. It is imported after the words are parsed, since it loads torch.
+        read: A function from the verb's name and the words behind it to the arguments of `function`.
     """
 
     does: str
@@ -57,10 +57,10 @@ class Verb(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; errors are printed as one line.
+    """Run the command and return its exit code; an error is printed as one line.
 
     Args:
-        arguments: What stands behind `textenv`; those of the process by default.
+        arguments: The words behind `textenv`; those of this process by default.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -73,24 +73,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{nearest(words[0], VERBS)}")
         if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise CommandError(f"Expected one process, got WORLD_SIZE={size}: several train a script with make_agent.")
+            raise CommandError(
+                f"Expected one process, got WORLD_SIZE={size}: for several, write a script with make_agent."
+            )
         return _run(words[0], words[1:])
     except CommandError as error:
         return _refuse(error)
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt as interrupt:  # `interrupt.args`: a stage gives its message, Ctrl-C itself none
         _say(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}")
         return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2
     except HANDLED as error:
         from .failures import as_command_error
 
-        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` does
+        if isinstance(error, BrokenPipeError):  # `textenv ... | head`: the reader has closed the pipe
+            # Python flushes the standard output when it ends; into /dev/null that raises nothing again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return Exit.DONE
         return _refuse(as_command_error(error, Path.cwd()))
 
 
 def _what_is_saved(verb: str, has_state: bool) -> str:
-    """Return how to go on after Ctrl-C, where a stage may have saved its state, or a run has none yet."""
+    """Return how to continue after Ctrl-C: it depends on the verb, and on whether a stage has just saved its state."""
     if has_state:
         return ": the same command with --resume goes on"
     if verb == "train":
@@ -106,7 +109,7 @@ def _refuse(error: CommandError) -> int:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # of a terminal that is gone: the exit code still says it
+    with suppress(OSError):  # the terminal may be closed; the exit code remains
         print(line, file=sys.stderr, flush=True)
 
 
@@ -114,29 +117,46 @@ def _overview() -> str:
     lines = "\n".join(f"  {name:<14}{verb.does}" for name, verb in VERBS.items())
     return (
         "usage: textenv VERB ...\n\nReinforcement learning of language models on text.\n\n"
-        f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` says what each takes.\n"
-        "Exit codes: 0 done, 1 unexpected (of doctor: something to mend), 2 usage or refusal, 3 numerics, 4 reward,\n"
-        "5 storage, 6 a missing package, 130 and 143 interrupted."
+        f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` lists a verb's arguments.\n"
+        "Exit codes: 0 done, 1 unexpected error (doctor: something to fix), 2 usage or refused input, 3 numerics,\n"
+        "4 reward, 5 storage, 6 a missing package, 130 and 143 interrupted."
     )
 
 
 def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, Any, str]:
-    """Return the configuration, the options and the configuration as YAML, of a verb that takes a `TrainConfig`."""
+    """Parse the words behind a verb that takes a `TrainConfig`.
+
+    Args:
+        words: The words; a configuration file may come first.
+        verb: "train" or "doctor".
+
+    Returns:
+        The configuration, the options of the command line, and the configuration as YAML.
+
+    Raises:
+        CommandError: If a word or the file is not understood.
+
+    Example:
+        >>> config, options, dumped = train_config(["--model.name", "gpt2", "--quiet"])
+        >>> config.model.name, options.quiet
+        ('gpt2', True)
+    """
     options, does = VERBS[verb].options, VERBS[verb].does
     parser = make_parser(verb, VERBS[verb].usage, TrainConfig, options, f"{does[0].upper()}{does[1:]}.")
     words = with_config(words)
     check_file(words)
     if not {"-h", "--help"} & set(words):
+        # The defaults depend on the model, so the words are parsed twice: --print_config would exit at the first time.
         plain = [word for word in words if not word.startswith("--print_config")]
         parser.set_defaults(default_settings(split(parser, plain, TrainConfig, options)[0]))
     return split(parser, words, TrainConfig, options)
 
 
 def read_config(path: Path) -> TrainConfig:
-    """Return the configuration that a run has kept.
+    """Return the configuration in a run's config.yml.
 
     Raises:
-        CommandError: If it is damaged, or has keys that are not known today.
+        CommandError: If the file is damaged, or has unknown keys.
     """
     try:
         return train_config(["--config", str(path)])[0]
@@ -154,7 +174,7 @@ def _run(name: str, words: list[str]) -> int:
 
 
 def _read(name: str, words: list[str]) -> tuple[Any, Any]:
-    """Return the arguments of a verb as its two dataclasses."""
+    """Return a verb's arguments as its two dataclasses."""
     verb = VERBS[name]
     parser = make_parser(name, verb.usage, verb.config, verb.options)
     return split(parser, words, verb.config, verb.options)[:2]
@@ -166,7 +186,7 @@ def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
         config, options, dumped = train_config(words)
         check_folders(with_config(words), config)
         return config, dumped, options
-    from .run_folder import RunFolder  # which loads gymnasium
+    from .run_folder import RunFolder  # here and below, what loads gymnasium is imported late, for a quick --help
 
     run = RunFolder.open(resumed)
     before = read_config(run.config)
@@ -198,13 +218,13 @@ def _read_run(name: str, words: list[str]) -> tuple[Any, ...]:
 
 def _read_model(name: str, words: list[str]) -> tuple[Any, ...]:
     if name == "rate" and words and not words[0].startswith("-"):
-        words = ["--model", *words]  # the other verbs require it; rate also works without a model
+        words = ["--model", *words]  # an optional argument here: rate also works without a model
     chosen, options = _read(name, words)
     return None if chosen.model is None else run_or_model(chosen.model), chosen, options
 
 
 def _read_runs(name: str, words: list[str]) -> tuple[Any, ...]:
-    # jsonargparse takes a list as one word, "[A, B]": RUN RUN becomes that.
+    # jsonargparse reads a list from one word, so that RUN RUN becomes '["RUN", "RUN"]'.
     n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     runs = [str(list(words[:n_runs])).replace("'", '"')] if n_runs else []
     parser = make_parser(name, VERBS[name].usage, VERBS[name].config)
@@ -222,7 +242,11 @@ def _read_nothing(name: str, words: list[str]) -> tuple[Any, ...]:
 
 
 def run_config(path: str) -> TrainConfig:
-    """Return the configuration of a run."""
+    """Return the configuration of a run by its folder.
+
+    Raises:
+        CommandError: If it is not the folder of a run.
+    """
     from .run_folder import RunFolder
 
     _refuse_zip(path)
@@ -230,11 +254,15 @@ def run_config(path: str) -> TrainConfig:
 
 
 def run_or_model(path: str) -> TrainConfig | None:
-    """Return the configuration of a run; None where there is a model or a name instead."""
+    """Return the configuration of a run by its folder; None for a model by its folder or name.
+
+    Raises:
+        CommandError: If it is neither.
+    """
     _refuse_zip(path)
     if (Path(path) / "run.json").is_file():
         return run_config(path)
-    from textenv.named_tokenizer import DEMO  # which loads gymnasium
+    from textenv.named_tokenizer import DEMO
 
     if path != DEMO:
         _check_model(path)
@@ -269,7 +297,7 @@ CONFIG = "[CONFIG.yml] [--key value ...]"
 STAGE = "[CONFIG.yml] --data FILE --out DIR"
 VERBS = {
     "train": Verb(
-        "train a model on a task; go on with a run",
+        "train a model on a task, or continue a run",
         CONFIG,
         TrainConfig,
         TrainOptions,
@@ -277,7 +305,7 @@ VERBS = {
         _read_training,
     ),
     "sft": Verb(
-        "tune a model on texts, or on prompts and references",
+        "fine-tune a model on texts, or on prompts and references",
         STAGE,
         SFTConfig,
         StageOptions,
@@ -285,12 +313,7 @@ VERBS = {
         _read_stage,
     ),
     "classifier": Verb(
-        "train a model that tells labels of texts apart",
-        STAGE,
-        ClassifierConfig,
-        StageOptions,
-        "agents.stage_verbs:classify",
-        _read_stage,
+        "train a classifier of texts", STAGE, ClassifierConfig, StageOptions, "agents.stage_verbs:classify", _read_stage
     ),
     "reward-model": Verb(
         "train a model that scores texts",
@@ -301,7 +324,7 @@ VERBS = {
         _read_stage,
     ),
     "evaluate": Verb(
-        "a run's figures before and after, with intervals",
+        "compare a run's model before and after training, with intervals",
         "RUN [--metrics ...]",
         EvaluateOptions,
         TrustOptions,
@@ -309,7 +332,7 @@ VERBS = {
         _read_run,
     ),
     "generate": Verb(
-        "continue the prompts of a file, as lines of JSON",
+        "write texts that continue prompts, as lines of JSON",
         "RUN|MODEL --prompts FILE",
         GenerateOptions,
         TrustOptions,
@@ -317,15 +340,10 @@ VERBS = {
         _read_model,
     ),
     "chat": Verb(
-        "talk with a model in the terminal",
-        "RUN|MODEL",
-        ChatOptions,
-        TrustOptions,
-        "agents.chat:talk",
-        _read_model,
+        "chat with a model in the terminal", "RUN|MODEL", ChatOptions, TrustOptions, "agents.chat:talk", _read_model
     ),
     "rate": Verb(
-        "have people score what a model writes, and train on it",
+        "let people score a model's texts, and train on the scores",
         "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]",
         RateConfig,
         RateOptions,
@@ -333,12 +351,7 @@ VERBS = {
         _read_model,
     ),
     "show": Verb(
-        "replay an episode token by token",
-        "RUN [--prompt N]",
-        ShowOptions,
-        TrustOptions,
-        "agents.show:show",
-        _read_run,
+        "print an episode token by token", "RUN [--prompt N]", ShowOptions, TrustOptions, "agents.show:show", _read_run
     ),
     "export": Verb(
         "write a run's model as a Hugging Face folder",
@@ -349,7 +362,7 @@ VERBS = {
         _read_run,
     ),
     "compare": Verb(
-        "several runs in one picture and a table",
+        "draw several runs in one picture, and print a table",
         "RUN RUN ... [--out FILE]",
         CompareOptions,
         None,
@@ -365,12 +378,7 @@ VERBS = {
         _read_doctor,
     ),
     "tasks": Verb(
-        "list tasks, rewards, metrics, masks and loggers",
-        "",
-        None,
-        None,
-        "agents.catalogue:list_names",
-        _read_nothing,
+        "list tasks, rewards, metrics, masks and loggers", "", None, None, "agents.catalogue:list_names", _read_nothing
     ),
 }
 

@@ -1,4 +1,4 @@
-"""One rollout and one update, to see that a configuration works and what the whole run would take; writes nothing."""
+"""The dry run: one rollout and one update, which show that a configuration works and what the whole run would take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .storage import size
 
 
 class Stopwatch(BaseCallback):
-    """Notes when the first rollout ends, by a clock that does not jump."""
+    """A callback that notes the end of the rollout, by a monotonic clock, in seconds."""
 
     def _on_step(self) -> bool:
         return True
@@ -32,7 +32,11 @@ class Stopwatch(BaseCallback):
 
 
 def dry_run(config: TrainConfig, options: TrainOptions) -> int:
-    """Train for one iteration, evaluate once, and print time, memory and disk of the whole run."""
+    """Train for one iteration, evaluate once, and print time, memory and disk space of the whole run. Write no file.
+
+    Returns:
+        The exit code.
+    """
     trust = trust_of(options)
     parts = assemble(config, trust, progress_bar=not options.quiet)
     agent, watch = parts.agent, Stopwatch()
@@ -62,7 +66,7 @@ def _seconds_of_evaluation(parts: Parts) -> float:
 
 
 def _memory(parts: Parts) -> str:
-    unit = 1 if sys.platform == "darwin" else 1024  # of what the kernel says
+    unit = 1 if sys.platform == "darwin" else 1024  # `ru_maxrss` is in bytes on macOS, in KiB on Linux
     main = size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     if parts.agent.device.type != "cuda":
         return main

@@ -1,4 +1,4 @@
-"""What a run shows in a terminal: progress, the figures of the last iteration, and what the policy writes now."""
+"""The live view of a training run in a terminal: progress, the latest figures, and texts of the policy."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from textenv.printable import printable
 from .screens import Remaining, clock, figures
 
 Row = dict[str, Any]
-N_SAMPLES = 4
+N_SAMPLES = 4  # texts in the view: it must fit a terminal of 24 lines
 
 
 class LiveScreen:
-    """A view that stays in place while it changes; what is said scrolls above it.
+    """A view that is redrawn in place; other lines scroll above it.
 
-    Control characters and markup in what a model wrote are shown, not obeyed.
+    Control characters and markup in a model's texts are shown, not obeyed.
 
     Args:
         total: Tokens of the whole run.
-        console: Where to show it; rich's default console.
+        console: The console; rich's default console by default.
     """
 
     def __init__(self, total: int, console: Console | None = None) -> None:
@@ -48,7 +48,7 @@ class LiveScreen:
         self.live.console.print(Text(printable(text)))
 
     def note(self, text: str) -> None:
-        """Show a line below the view, as the handler of a signal may: what is written past it would be overwritten."""
+        """Show a line below the view at its next redrawing. A signal handler may call this: it does not print."""
         self.last_note = text
 
     def row(self, row: Row) -> None:
@@ -61,12 +61,12 @@ class LiveScreen:
         self._show()
 
     def samples(self, rows: Sequence[Row]) -> None:
-        """Show what the policy writes."""
+        """Show texts of the policy."""
         self.texts = rows[:N_SAMPLES]
         self._show()
 
     def close(self) -> None:
-        """Leave the last view standing, and the terminal as it was."""
+        """Stop redrawing: the last view stays on the terminal."""
         if self.live.is_started:
             self.live.stop()
 
@@ -79,10 +79,11 @@ class LiveScreen:
         table = Table.grid(padding=(0, 2))
         table.add_row(*(Text(label, "dim") for label in self.last))
         table.add_row(*self.last.values())
-        written = Table.grid(padding=(0, 2))
+        samples = Table.grid(padding=(0, 2))
         for row in self.texts:
+            # A Text, not a str: rich reads markup such as [red] in a str.
             text = Text.assemble((printable(row["prompt"]), "dim"), printable(row["text"]))
-            written.add_row(f"{row['reward']:.2f}", text)
+            samples.add_row(f"{row['reward']:.2f}", text)
         return Group(
-            self.progress.get_renderable(), table, written, *([Text(self.last_note)] if self.last_note else [])
+            self.progress.get_renderable(), table, samples, *([Text(self.last_note)] if self.last_note else [])
         )

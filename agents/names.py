@@ -1,4 +1,4 @@
-"""What names in a configuration stand for, and the objects that are built of them; without torch."""
+"""The names of metrics, masks and loggers, and the objects that a configuration's names stand for; loads no torch."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ MASKS = {
     "grammar": "textenv.grammar_masks:GrammarMask",
 }
 LOGGERS = {
-    "tensorboard": "TensorBoard's events, in the folder of the run.",
-    "curves": "A picture of reward, divergence and length, in the folder of the run.",
-    "wandb": "Weights & Biases; its arguments are those of `wandb.init`, of which some need `--allow wandb`.",
-    "trackio": "trackio; its arguments are those of `trackio.init`, of which some need `--allow trackio`.",
-    "mlflow": "MLflow; `experiment_name`, `tags`; with `--allow mlflow` `tracking_uri` and others of `create_run`.",
+    "tensorboard": "TensorBoard's event files, in the folder of the run.",
+    "curves": "A picture of reward, KL divergence and length over training, in the folder of the run.",
+    "wandb": "Weights & Biases; its arguments are those of `wandb.init`, some of which need `--allow wandb`.",
+    "trackio": "trackio; its arguments are those of `trackio.init`, some of which need `--allow trackio`.",
+    "mlflow": "MLflow; `experiment_name`, `tags`; with `--allow mlflow` also `tracking_uri` and more of `create_run`.",
 }
 METRIC = Kind(
     "metric",
@@ -56,25 +56,37 @@ MASK = Kind(
 
 
 def build(named: Named | str, names: Mapping[str, str], kind: Kind, trust: Trust) -> Any:
-    """Build the object of a name, or of a "module:Class", with its arguments.
+    """Build the object that a configuration names.
+
+    Args:
+        named: A name or "module:Class", with or without arguments.
+        names: The known names, and the "module:Class" of each.
+        kind: The kind of class that is expected.
+        trust: The modules that may be imported.
 
     Raises:
-        CommandError: If the name is unknown, its class may not be imported, or its arguments are not those of it.
+        CommandError: If the name is unknown, its class may not be imported, or it does not take the arguments.
     """
-    one = Named(named) if isinstance(named, str) else named
-    path = names.get(one.id, one.id)
+    spec = Named(named) if isinstance(named, str) else named
+    path = names.get(spec.id, spec.id)
     if ":" not in path:
-        raise CommandError(f"Expected a {kind.name} among {', '.join(names)} or module:Class, got {one.id!r}.")
+        raise CommandError(f"Expected a {kind.name} among {', '.join(names)} or module:Class, got {spec.id!r}.")
     found = find(path, kind, trust)
-    with built_for(path, one.args, trust):
-        return call(found, one.args, f"the {kind.name} {one.id!r}")
+    with built_for(path, spec.args, trust):
+        return call(found, spec.args, f"the {kind.name} {spec.id!r}")
 
 
 def call(made: Callable[..., Any], arguments: Mapping[str, Any], name: str, **given: Any) -> Any:
-    """Call a class or function with the arguments of a configuration, beside others that we give it.
+    """Call a class or function with arguments of a configuration and with our own.
+
+    Args:
+        made: The class or function.
+        arguments: The arguments of the configuration.
+        name: What is called, for messages.
+        **given: Our own arguments.
 
     Raises:
-        CommandError: If it does not take them, or needs one more, or sets one itself.
+        CommandError: If it does not take an argument, lacks one, or passes one on itself.
     """
     from textenv.signatures import check_arguments  # which loads gymnasium
 
@@ -92,10 +104,15 @@ def call(made: Callable[..., Any], arguments: Mapping[str, Any], name: str, **gi
 
 @contextmanager
 def built_for(path: str, arguments: Mapping[str, Any], trust: Trust) -> Iterator[None]:
-    """Within, something is built of a configuration's names and arguments, which may be of any type and shape.
+    """Within, build an object from a configuration's arguments, which may have any type and shape.
+
+    Args:
+        path: The class that is built, for the message.
+        arguments: Its arguments.
+        trust: The modules that may be imported meanwhile.
 
     Raises:
-        CommandError: If it stumbles over one that it has no name for.
+        CommandError: If the class fails on an argument with an error of Python's own, such as an AttributeError.
     """
     with only_with(trust):
         try:
@@ -107,10 +124,10 @@ def built_for(path: str, arguments: Mapping[str, Any], trust: Trust) -> Iterator
 
 
 def find(path: str, kind: Kind, trust: Trust) -> Any:
-    """Return the class that `textenv.trust.find_class` finds.
+    """Return the class at "module:Class", as `textenv.trust.find_class` does.
 
     Raises:
-        CommandError: If its module may not be imported, or it is no such class, or what it imports is missing.
+        CommandError: If the module may not be imported, has no such class, or needs a package that is not installed.
     """
     try:
         return find_class(path, kind, trust)
@@ -121,7 +138,12 @@ def find(path: str, kind: Kind, trust: Trust) -> Any:
 
 
 def as_reward(value: Any) -> Any:
-    """Return a reward as `textenv.rewards.read_reward` takes it: {"id", "args"}, also within, as a mapping with a name.
+    """Return a reward in the form of `textenv.rewards.read_reward`: each {"id", "args"} becomes {"name", **args}.
+
+    Rewards inside of the arguments are converted too.
+
+    Raises:
+        CommandError: If the args of a reward are no mapping, or have the key "name".
 
     Example:
         >>> as_reward({"id": "scale", "args": {"reward": {"id": "vader"}, "factor": 2.0}})
@@ -132,25 +154,25 @@ def as_reward(value: Any) -> Any:
     if isinstance(value, Mapping):
         if "id" in value and value.keys() <= {"id", "args"}:
             args = value.get("args") or {}
-            if not isinstance(args, Mapping) or "name" in args:  # its name is its id
+            if not isinstance(args, Mapping) or "name" in args:  # "name" would take the place of the id
                 raise CommandError(f"Expected the args of the reward {value['id']!r} by name, got {args!r:.80}.")
-            return {"name": value["id"], **{key: as_reward(part) for key, part in args.items()}}
-        return {key: as_reward(part) for key, part in value.items()}
-    return [as_reward(part) for part in value] if isinstance(value, list) else value
+            return {"name": value["id"], **{key: as_reward(inner) for key, inner in args.items()}}
+        return {key: as_reward(inner) for key, inner in value.items()}
+    return [as_reward(inner) for inner in value] if isinstance(value, list) else value
 
 
 def first_line(path: str) -> str | None:
-    """Return the first line of the docstring of "module:name", from its source; None where there is no such module.
+    """Return the first docstring line of "module:name", read from the source without importing it; None for no module.
 
     Example:
         >>> first_line("agents.config:Named")
         'A reward, metric, mask, logger or environment by its name.'
     """
     module, _, name = path.partition(":")
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
         return None
-    for node in ast.parse(Path(found.origin).read_text(encoding="utf-8")).body:
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return None

@@ -1,4 +1,4 @@
-"""YAML of a configuration, read with bounds on its size: a few lines of aliases can stand for more than fits memory."""
+"""Reader of configuration files with bounds: a few lines of YAML aliases can expand to more than fits in memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import yaml
 
 from .refusal import CommandError
 
+# The bounds are far above any real configuration (the largest example has 77 keys and values) and cost seconds at most.
 MAX_BYTES = 1_000_000
-MAX_NODES = 50_000  # each alias counts as all that it stands for
-MAX_DEPTH = 64
-MAX_NAMES = 1000  # of a list of names, each of which is tried as several types; lists in arguments may be longer
+MAX_NODES = 50_000  # values of a file; an alias counts as all values that its anchor stands for
+MAX_DEPTH = 64  # nested collections
+MAX_NAMES = 1000  # names in a list: jsonargparse tries each as several types. Lists in `args` may be longer
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_yaml(path: str) -> str:
-    """Return the text of a configuration file, which is plain YAML of keys and values.
+    """Return the text of a configuration file, checked to be plain YAML of keys and values.
 
     Raises:
-        CommandError: If it is not there, too large, or something else.
+        CommandError: If the file does not exist, is too large or is not such YAML.
     """
     try:
         with Path(path).open("rb") as stream:
@@ -34,12 +35,13 @@ def read_yaml(path: str) -> str:
         raise CommandError(f"Expected a configuration in UTF-8, got {path}: {error}.") from error
     try:
         check_bounds(text, path)
-        found = yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
+        values = yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
         raise CommandError(f"Expected plain YAML in {path}, got: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise CommandError(f"Expected keys and values in {path}, got {type(found).__name__}.")
-    long = [key for part in (found, *found.values()) if isinstance(part, dict) for key in part if _is_long(part[key])]
+    if not isinstance(values, dict):
+        raise CommandError(f"Expected keys and values in {path}, got {type(values).__name__}.")
+    groups = [group for group in (values, *values.values()) if isinstance(group, dict)]
+    long = [key for group in groups for key in group if _is_long(group[key])]
     if long:
         raise CommandError(f"Expected at most {MAX_NAMES:,} names in a list of {path}, got more in {long[0]!r}.")
     return text
@@ -50,15 +52,23 @@ def _is_long(value: Any) -> bool:
 
 
 def check_bounds(text: str, where: str = "the configuration") -> None:
-    r"""Raise CommandError for YAML of too many values, or too many within each other, before any of it is built.
+    r"""Check that YAML has neither too many values nor too deep ones, before any of it is built.
+
+    Args:
+        text: The YAML.
+        where: The name of the text, for the message.
+
+    Raises:
+        CommandError: If it has, or an anchor contains itself.
 
     Example:
         >>> check_bounds("a: &a [1, 2]\nb: [*a, *a]")
     """
-    sizes: dict[str, int] = {}  # values that an anchor stands for
-    depths: dict[str, int] = {}  # and how deep they lie in each other
+    sizes: dict[str, int] = {}  # by anchor: the number of values that it stands for
+    depths: dict[str, int] = {}  # by anchor: the depth of their nesting
     total = 0
-    levels = [("", 0, 0)]  # of each open collection: its anchor, the values before it, and the deepest in it
+    # Of each open collection: its anchor, the total before it, and the largest depth in it so far.
+    levels = [("", 0, 0)]
     for event in yaml.parse(text, Loader):
         depth = 1
         if isinstance(event, yaml.AliasEvent):

@@ -1,4 +1,4 @@
-"""The command `textenv rate`: a model's completions become questions, which people answer in a terminal or browser."""
+"""The command `textenv rate`: a model's texts become questions, which people answer in a terminal or a browser."""
 
 from __future__ import annotations
 
@@ -33,24 +33,28 @@ from .refusal import CommandError, Exit, StorageError
 from .verb_config import RATED_TOKENS, RateConfig, RateOptions
 from .verbs import Writer, open_writer, text_length
 
-CHUNK = 16  # prompts that are continued together; what is written of them survives an interrupt
+CHUNK = 16  # prompts per call of `generate`: an interrupt loses the texts of one chunk at most
 DATABASE = "ratings.db"
 
 
 def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -> int:
-    """Put a model's completions into the store, and ask people.
+    """Put a model's texts into the store of feedback, and ask people about them.
 
     Args:
-        config: The configuration of the run that `chosen.model` is, if it is one.
-        chosen: What is asked, of whom and where.
-        options: How.
+        config: The configuration of the run `chosen.model`; None for a model.
+        chosen: The model, the questions, the rater and the store.
+        options: Whether to ask in the terminal, on a page, or while training.
+
+    Returns:
+        The exit code.
 
     Raises:
-        CommandError: If options do not go together, or the store cannot be written to.
+        CommandError: If options exclude each other.
+        StorageError: If the store cannot be written to.
     """
     if options.web and (options.terminal or options.train):
         raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
-    if options.web:  # before a model writes what nobody could see
+    if options.web:  # checked before a model writes texts that nobody could see
         for package in ("starlette", "uvicorn", "jinja2"):
             check_extra("feedback", package, "the rating page")
     rater = check_rater(getpass.getuser() if chosen.rater is None else chosen.rater)
@@ -79,8 +83,8 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
         if chosen.model is not None:
             prompts, _ = prompts_for("rate", chosen.model, chosen.prompts), question_of(chosen)
             writer = open_writer(chosen.model, config, options, prompts)
-            most = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
-            n_new = ask(store, writer, prompts, replace(chosen, max_new_tokens=most))
+            length = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
+            n_new = ask(store, writer, prompts, replace(chosen, max_new_tokens=length))
             print(f"{n_new} new questions in {chosen.db}")
         if options.web:
             serve_page(store, chosen)
@@ -96,7 +100,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
 
 
 def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
-    """Serve the page until Ctrl-C."""
+    """Serve the page of raters until Ctrl-C."""
     from textenv.feedback.web import serve
 
     announce = partial(print, "the page of raters, until Ctrl-C:", flush=True)
@@ -104,13 +108,20 @@ def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
 
 
 def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], chosen: RateConfig) -> int:
-    """Add the questions that the same model and settings have not led to before, and return how many.
+    """Add the questions that the same model with the same settings has not added before; return their number.
 
-    Each is in the store before the next chunk of prompts is continued.
+    The questions of a chunk of prompts are in the store before the texts of the next chunk are written.
+
+    Args:
+        store: The store of feedback.
+        writer: The model.
+        prompts: The prompts.
+        chosen: The kind of question, the number of texts, the scale and the sampling.
     """
     assert chosen.db is not None
     kind, n, size = question_of(chosen)
     scale = (chosen.low, chosen.high)
+    # The name under which questions are found again: other weights or settings have another fingerprint.
     run = f"{chosen.model} {fingerprint(writer.policy, kind, n, scale, chosen.max_new_tokens, chosen.seed)}"
     known = Counter(question.prompt for question in questions_of(chosen.db, run))
     n_new = 0
@@ -119,9 +130,9 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
         env = TextEnv(rows, writer.tokenizer, reward=no_reward, max_new_tokens=1)
         missing: list[PromptLike] = []
         for row, prompt in zip(rows, env.prompts, strict=True):
-            there = min(known[str(prompt)], n // size)
-            known[str(prompt)] -= there
-            missing += [row] * (n - there * size)
+            n_known = min(known[str(prompt)], n // size)
+            known[str(prompt)] -= n_known  # a prompt may come several times
+            missing += [row] * (n - n_known * size)
         if not missing:
             continue
         written = generate(
@@ -132,19 +143,23 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
             seed=chosen.seed + start,
             **writer.options,
         )
-        for place in range(0, len(written), size):
-            part = written[place : place + size]
-            texts, options = [one.text for one in part], {"run": run, "raters": chosen.raters, "scale": scale}
-            store.add(str(part[0].prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
+        for first in range(0, len(written), size):
+            asked = written[first : first + size]
+            texts, options = [text.text for text in asked], {"run": run, "raters": chosen.raters, "scale": scale}
+            store.add(str(asked[0].prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
             n_new += 1
     return n_new
 
 
 def question_of(chosen: RateConfig) -> tuple[Kind, int, int]:
-    """Return what is asked, how many completions a prompt gets, and how many of them a question has.
+    """Return the kind of question, the number of texts per prompt, and the number of texts per question.
 
     Raises:
-        CommandError: If so many cannot be dealt to questions.
+        CommandError: If the texts of a prompt do not make whole questions.
+
+    Example:
+        >>> question_of(RateConfig(kind="compare", n=4))
+        ('compare', 4, 2)
     """
     kind: Kind = chosen.kind or "score"
     n = GROUP[kind] if chosen.n is None else chosen.n
@@ -157,7 +172,7 @@ def question_of(chosen: RateConfig) -> tuple[Kind, int, int]:
 
 
 def fingerprint(policy: LMPolicy, *settings: object) -> str:
-    """Return what tells a model's weights, together with settings, from others."""
+    """Return a short hash of a model's weights and of settings: 12 hexadecimal digits."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, weight in policy.backbone.model.state_dict().items():
         digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())

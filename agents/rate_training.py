@@ -1,4 +1,4 @@
-"""The loop of `textenv rate --train`: a person scores a sample, the model learns from it and writes the next one."""
+"""The loop of `textenv rate --train`: a person scores texts, the model learns from the scores and writes new ones."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ from .refusal import CommandError, Exit, Interrupted
 from .verb_config import RATED_TOKENS, RateConfig, RateOptions
 from .verbs import Writer, make_policy, text_length
 
-SAVE_EVERY = 10  # updates; those since are made again from the answers in the store
-TARGET_KL = 0.03  # nats a token, at which an update of so few samples ends
-SHOWN = 10  # scores of a mean
+SAVE_EVERY = 10  # updates between two checkpoints; a resumed session makes later updates again, from stored answers
+TARGET_KL = 0.03  # nats per token at which an update ends early: it is of few samples, one by default
+SHOWN = 10  # scores in the means that are printed
+# The settings that a session cannot change: stored answers are of texts that depend on them.
 FIXED = ("model", "prompts", "n", "low", "high", "max_new_tokens", "seed", "learning_rate", "kl")
 
 
 class FirstEpisodes(BatchReward):
-    """Has a person score the first episode of each lane in a rollout, from -1 to 1; the others are left out.
+    """A reward that asks a person about the first episode of each lane in a rollout, and drops the other episodes.
 
-    So that an update is of as many samples as there are lanes, however short they are.
+    Each update is thus of one sample per lane, however short the texts are. Rewards are in [-1, 1].
 
     Args:
-        human: Who scores, on whatever scale.
+        human: The reward that asks, on any scale.
 
     Attributes:
-        scores: What the person gave, on their scale, in the order of asking; an update's together.
+        scores: The person's scores on their own scale, one list per update, in the order of asking.
     """
 
     score_at = "rollout_end"
@@ -63,23 +64,32 @@ class FirstEpisodes(BatchReward):
         self.scores: list[list[float]] = []
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[Score]:
-        """Return the rewards of the rows."""
-        first: dict[int, int] = {}
-        for row, one in enumerate(preds):
-            first.setdefault(one.lane, row)
-        rows = list(first.values())
-        given = self.human.score([prompts[row] for row in rows], [preds[row] for row in rows], [True] * len(rows))
+        """Return a reward for the first row of each lane, and `DROPPED` for the others."""
+        first_rows: dict[int, int] = {}  # by lane
+        for row, completion in enumerate(preds):
+            first_rows.setdefault(completion.lane, row)
+        rows = list(first_rows.values())
+        answers = self.human.score([prompts[row] for row in rows], [preds[row] for row in rows], [True] * len(rows))
         low, high = self.human.scale
         scores: list[Score] = [DROPPED] * len(prompts)
-        for row, score in zip(rows, given, strict=True):
-            if isinstance(score, float):
+        for row, score in zip(rows, answers, strict=True):
+            if isinstance(score, float):  # else the person has skipped the question
                 scores[row] = 2 * (score - low) / (high - low) - 1
-        self.scores.append([score for score in given if isinstance(score, float)])
+        self.scores.append([score for score in answers if isinstance(score, float)])
         return scores
 
 
 def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, rater: str) -> int:
-    """Ask and update until the person quits; the model is exported then, and the same command goes on.
+    """Ask and update until the person quits, then export the model. The same command continues the session.
+
+    Args:
+        config: The configuration of the run `chosen.model`; None for a model.
+        chosen: The model, the prompts, the store and the settings of training.
+        options: The permissions of the command line.
+        rater: The person's name.
+
+    Returns:
+        The exit code.
 
     Raises:
         CommandError: If the run is not finished, or `--out` has a session of other settings.
@@ -96,14 +106,14 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     check_output(out / "model", "language model", overwrite=True)
     tokenizer, prompts = load_tokenizer(folder, trust), prompts_for("rate", chosen.model, chosen.prompts)
     trained = None if config is None else config.env.max_new_tokens
-    writer = Writer(make_policy(folder, tokenizer, ModelConfig(), trust), tokenizer, most=trained)
-    most = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
+    writer = Writer(make_policy(folder, tokenizer, ModelConfig(), trust), tokenizer, trained_length=trained)
+    length = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
     reward = FirstEpisodes(HumanReward(chosen.db, scale=(chosen.low, chosen.high)))
     env = TextEnv(
         prompts,
         tokenizer,
         reward=reward,
-        max_new_tokens=most,
+        max_new_tokens=length,
         seed=chosen.seed,
     )
     agent = make_trainee(env, load_lm(folder, trust), chosen)
@@ -113,7 +123,8 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     if checkpoint is not None:
         env_of_agent = agent.get_env()
         assert env_of_agent is not None
-        env_of_agent.reset()  # uses up the seed, with which the prompts would begin anew at the next one
+        # The first reset uses the env's seed. In `learn`, after loading, it would deal the prompts from the start.
+        env_of_agent.reset()
         load_checkpoint(agent, checkpoint)
         print(f"goes on from {checkpoint}")
     with FeedbackStore(chosen.db) as store:
@@ -128,10 +139,10 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
             print()
             is_interrupted = True
     export(agent, tokenizer, out / "model", overwrite=True)
-    given = [score for scores in reward.scores for score in scores]
-    if given:
-        ends = (statistics.fmean(part) for part in (given[:SHOWN], given[-SHOWN:]))
-        print("mean score of the first and of the last {}: {:.2f}, {:.2f}".format(min(SHOWN, len(given)), *ends))
+    scores = [score for of_update in reward.scores for score in of_update]
+    if scores:
+        means = statistics.fmean(scores[:SHOWN]), statistics.fmean(scores[-SHOWN:])
+        print("mean score of the first and of the last {}: {:.2f}, {:.2f}".format(min(SHOWN, len(scores)), *means))
     print(f"model: {out / 'model'}   answers: {chosen.db}")
     if is_interrupted:
         raise Interrupted("interrupted, and the model is written: the same command goes on.", signal.SIGINT)
@@ -139,7 +150,11 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
 
 
 def claim(out: Path, chosen: RateConfig) -> str:
-    """Note what a session's model depends on, and return its name; refuse to go on with one of other settings."""
+    """Write a new session's settings into its folder, or check those of an earlier one; return the session's name.
+
+    Raises:
+        CommandError: If the folder has a session of other settings.
+    """
     own = {name: vars(chosen)[name] for name in FIXED}
     file = out / "session.json"
     if not file.is_file():
@@ -154,7 +169,7 @@ def claim(out: Path, chosen: RateConfig) -> str:
 
 
 def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm:
-    """Return PPO whose rollout has room for one episode a lane, with nothing that would compare so few."""
+    """Return PPO with a rollout of one whole episode per lane, whose advantages are not normalised: they are few."""
     n, n_steps = chosen.n or 1, env.rules.max_new_tokens
     agent: OnPolicyAlgorithm = make_agent(
         env,
@@ -173,30 +188,39 @@ def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm
 
 
 def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, session: str, n_updates: int | None) -> None:
-    """Update after update, each from new episodes, until there are so many, or somebody interrupts."""
+    """Update after update, each from new episodes, until `n_updates` or an interrupt.
+
+    Args:
+        agent: The algorithm.
+        reward: The reward that asks.
+        out: The folder of the session.
+        session: Its name.
+        n_updates: The number of updates, those before a resumption included; None for no end.
+    """
     size = agent.n_steps * agent.n_envs
     update = agent.num_timesteps // size
     while n_updates is None or update < n_updates:
         update += 1
-        # The same text in another update is another question; a session that goes on finds its own answered.
+        # The name makes the same text in another update another question, and finds the answers of a resumed session.
         reward.human.run = f"{session} update {update}"
-        agent._last_obs = None  # new episodes in all lanes: what was begun before the update is not its own
+        # SB3 `base_class._setup_learn` resets the env where this is None. Episodes that the old policy began end here.
+        agent._last_obs = None
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*sequences in .* minibatches are fewer")
                 agent.learn(size, reset_num_timesteps=False)
         except RewardError:
             if reward.scores and not reward.scores[-1]:
-                continue  # all samples were skipped: there is nothing to learn from
+                continue  # the person has skipped all texts: there is nothing to learn from
             raise
-        recent = [score for scores in reward.scores for score in scores][-SHOWN:]
+        recent = [score for of_update in reward.scores for score in of_update][-SHOWN:]
         print(f"update {update}: mean of the last {len(recent)} scores {statistics.fmean(recent):.2f}")
         if update % SAVE_EVERY == 0:
             save_step(agent, out / "checkpoints", keep=2)
 
 
 class _HasQuit(BaseException):
-    """The person has had enough; as Ctrl-C, it is no error of the reward that asks them."""
+    """The person has quit. A BaseException, as KeyboardInterrupt is: failure policies of rewards must not catch it."""
 
 
 def _answer(terminal: RatingTerminal, items: Collection[int]) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: plain lines, lines of JSON, or nothing."""
+"""The output of a training run: plain lines, lines of JSON, or nothing; and its warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from textenv.printable import printable
 from .run_folder import to_line
 
 Row = dict[str, Any]
-SHOWN = (
+SHOWN = (  # label, key in metrics.jsonl, format
     ("reward", "reward/task", ".3f"),
     ("kl", "kl/sequence", ".2f"),
     ("entropy", "train/entropy_loss", ".2f"),
@@ -24,7 +24,7 @@ SHOWN = (
 
 
 class Screen(Protocol):
-    """Where a run shows how it goes."""
+    """A view of a training run: it shows lines, the figures of iterations, and samples."""
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -33,7 +33,7 @@ class Screen(Protocol):
         """Show the figures of an iteration."""
 
     def samples(self, rows: Sequence[Row]) -> None:
-        """Show what the policy writes."""
+        """Show texts of the policy."""
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -41,10 +41,14 @@ class Screen(Protocol):
 
 @contextmanager
 def warnings_on(screen: Screen) -> Iterator[None]:
-    """Within, show each warning at once as a line of the screen.
+    """Within, show each warning on a screen, at once.
 
-    `warnings.catch_warnings` puts back what displayed warnings before, and the filters too, which libraries change.
-    It does so when the run ends, whatever ends it.
+    `warnings.catch_warnings` restores the previous display and the filters at the end, also after an error.
+
+    Example:
+        >>> with warnings_on(PlainScreen(100)):
+        ...     warnings.warn("the reward is constant")
+        warning: the reward is constant
     """
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
@@ -52,7 +56,7 @@ def warnings_on(screen: Screen) -> Iterator[None]:
 
 
 def figures(row: Row) -> dict[str, str]:
-    """Return the figures of a row that are shown, the parts of the reward included, as texts.
+    """Return the figures of a row that a screen shows, by label, with the parts of the reward.
 
     Example:
         >>> figures({"tokens": 8, "reward/task": 0.5, "reward/mood": 0.25, "train/entropy_loss": -1.0})
@@ -61,16 +65,17 @@ def figures(row: Row) -> dict[str, str]:
     texts = {}
     for label, key, form in SHOWN:
         if row.get(key) is not None:
+            # SB3 `ppo.PPO.train` logs the entropy loss, which is minus the entropy.
             value = -row[key] if label == "entropy" else row[key]
             texts[label] = f"{value:{form}}"
         if label == "reward":
-            parts = [name for name in row if name.startswith("reward/") and name != "reward/task"]
-            texts.update({name.removeprefix("reward/"): f"{row[name]:.3f}" for name in parts})
+            part_keys = [name for name in row if name.startswith("reward/") and name != "reward/task"]
+            texts.update({name.removeprefix("reward/"): f"{row[name]:.3f}" for name in part_keys})
     return texts
 
 
 class Remaining:
-    """How long a run will still take, by a clock that does not jump.
+    """The estimate of a run's remaining time, by a monotonic clock, from its speed since the first call.
 
     Args:
         total: Tokens of the whole run.
@@ -81,7 +86,7 @@ class Remaining:
         self.start: tuple[float, int] | None = None
 
     def seconds(self, tokens: int) -> float | None:
-        """Return the estimate at so many tokens; None at the first call."""
+        """Return the remaining seconds after so many tokens; None at the first call."""
         now = time.monotonic()
         if self.start is None or tokens <= self.start[1]:
             self.start = self.start or (now, tokens)
@@ -101,7 +106,7 @@ def clock(seconds: float) -> str:
 
 
 class PlainScreen:
-    """A line an iteration, for logs and pipes.
+    """A line per iteration, for logs and pipes (without a terminal).
 
     Args:
         total: Tokens of the whole run.
@@ -123,32 +128,32 @@ class PlainScreen:
         self.say("  ".join([f"{row['tokens']:>9,} / {self.total:,} tokens", *texts, *evaluated, *eta]))
 
     def samples(self, rows: Sequence[Row]) -> None:
-        """Plain output has none: they are in samples.jsonl."""
+        """Show nothing: samples.jsonl has them."""
 
     def close(self) -> None:
-        """There is nothing to put back."""
+        """Do nothing: the terminal is unchanged."""
 
 
 class JsonScreen:
-    """A line of JSON an iteration on the standard output; what is said goes to the standard error."""
+    """A line of JSON per iteration on the standard output (`--json`); other lines go to the standard error."""
 
     def say(self, text: str) -> None:
         """Print a line on the standard error."""
         print(printable(text), file=sys.stderr, flush=True)
 
     def row(self, row: Row) -> None:
-        """Print a row as `metrics.jsonl` has it."""
+        """Print a row as it is in metrics.jsonl."""
         print(to_line(row), end="", flush=True)
 
     def samples(self, rows: Sequence[Row]) -> None:
-        """They are in samples.jsonl."""
+        """Show nothing: samples.jsonl has them."""
 
     def close(self) -> None:
-        """There is nothing to put back."""
+        """Do nothing: the terminal is unchanged."""
 
 
 class QuietScreen:
-    """Nothing."""
+    """No output (`--quiet`)."""
 
     def say(self, text: str) -> None:
         """Show nothing."""
@@ -160,4 +165,4 @@ class QuietScreen:
         """Show nothing."""
 
     def close(self) -> None:
-        """There is nothing to put back."""
+        """Do nothing: the terminal is unchanged."""

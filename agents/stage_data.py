@@ -1,4 +1,4 @@
-"""What the stages before PPO learn from: rows of files, or the data set of a task in its two parts."""
+"""The data of `sft`, `classifier` and `reward-model`: rows of files, or a task's data set, to train on and held out."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .sft_data import Text
 from .small_tokenizers import EOS_TOKEN
 from .verb_config import RewardModelConfig, SFTConfig, StageConfig
 
-N_RANDOM_TEXTS = 6_000  # of which a tenth is held out
+N_RANDOM_TEXTS = 6_000  # texts that are made for a task without data, a tenth of them held out; made in a second
 
 
 class Rows(NamedTuple):
-    """What is trained on, and what is measured and not trained on."""
+    """Rows to train on, and held-out rows to evaluate on."""
 
     train: list[Any]
     held_out: list[Any]
@@ -37,10 +37,10 @@ class Label(NamedTuple):
 
 
 def read_texts(config: SFTConfig) -> Rows:
-    """Return texts, or pairs of prompt and reference, as `agents.sft.tune` takes them.
+    """Return texts, or (prompt, reference) pairs, in the form of `agents.sft.tune`.
 
     Raises:
-        CommandError: If rows have neither, or the task has none.
+        CommandError: If a row is neither, or the task has no texts.
     """
     if config.task is not None:
         return _of_task(config, config.task, TEXTS)
@@ -51,7 +51,7 @@ def read_labels(config: StageConfig) -> Rows:
     """Return texts with the names of their labels, as `Label`s.
 
     Raises:
-        CommandError: If rows have other columns, or the task has no labels.
+        CommandError: If a row has other columns, or the task has no labels.
     """
     if config.task is not None:
         return _of_task(config, config.task, LABELS)
@@ -59,16 +59,16 @@ def read_labels(config: StageConfig) -> Rows:
 
 
 def read_preferences(config: RewardModelConfig) -> Rows:
-    """Return rankings, those of hh-rlhf included, or texts with a number each.
+    """Return rankings of texts (as those of hh-rlhf), or texts with a number each.
 
     Raises:
-        CommandError: If rows have other columns, the task has no preferences, or there is no store of feedback.
+        CommandError: If a row has other columns, the task has no preferences, or the store of feedback does not exist.
     """
     if config.from_feedback is not None:
         if config.data is not None or config.task is not None:
             raise CommandError("Expected --from-feedback in the place of --data and --task, got both.")
-        found = read_feedback(config.from_feedback, everything=config.held_out is not None)
-        return Rows(list(found.data), _preferences(config.held_out) or list(found.held_out))
+        feedback = read_feedback(config.from_feedback, everything=config.held_out is not None)
+        return Rows(list(feedback.data), _preferences(config.held_out) or list(feedback.held_out))
     if config.task is not None:
         return _of_task(config, config.task, PREFERENCES)
     return Rows(_preferences(config.data), _preferences(config.held_out))
@@ -96,7 +96,7 @@ def file_rows(path: str) -> list[Any]:
     """Return the rows of a .txt, .jsonl or .csv file.
 
     Raises:
-        CommandError: If there is no such file, or nothing in it.
+        CommandError: If the file does not exist, cannot be read or is empty.
     """
     try:
         rows = list(read_rows(path)) if Path(path).is_file() else None
@@ -120,18 +120,23 @@ def _text(row: Any, where: str, config: SFTConfig) -> Text:
 
 def _label(row: Any, where: str) -> Label:
     if not isinstance(row, Mapping) or not {"text", "label"} <= row.keys():
-        found = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise CommandError(f"Expected text and label in {where}, got {found}.")
+        columns = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise CommandError(f"Expected text and label in {where}, got {columns}.")
     if row["label"] in (None, ""):
         raise CommandError(f"Expected a label in the column label of {where}, got {row['label']!r}.")
     return Label(text_of(row, "text", where), str(row["label"]))
 
 
 def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
-    """Return a cell that must be a text.
+    """Return the text in a column of a row.
+
+    Args:
+        row: The row.
+        column: The column.
+        where: The name of the row, for the message.
 
     Raises:
-        CommandError: If it is another thing, or is missing from a line of a .csv.
+        CommandError: If the value is not a text; a line of a .csv that is too short has None there.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -157,21 +162,22 @@ def _preferences(path: str | None) -> list[Any]:
     if path is None:
         return []
     rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in file_rows(path)]
-    places = [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
+    row_names = [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
     columns = set.intersection(*(set(row) for row in rows)) if rows else set()
     if {"text", "label"} <= columns:
-        numbered = zip(rows, places, strict=True)
-        return [Labelled(text_of(row, "text", where), _number_of(row, "label", where)) for row, where in numbered]
+        named = zip(rows, row_names, strict=True)
+        return [Labelled(text_of(row, "text", where), _number_of(row, "label", where)) for row, where in named]
     if not {"chosen", "rejected"} <= columns:
         pairs = ({"text", "label"}, {"chosen", "rejected"})
-        bad = next((place for place, row in enumerate(rows) if not any(pair <= row.keys() for pair in pairs)), None)
-        where, found = (path, columns) if bad is None else (places[bad], rows[bad])
+        bad = next((number for number, row in enumerate(rows) if not any(pair <= row.keys() for pair in pairs)), None)
+        where, found = (path, columns) if bad is None else (row_names[bad], rows[bad])
         raise CommandError(
             f"Expected chosen and rejected, or text and label, in {where}, got {sorted(map(str, found))}."
         )
-    for row, where in zip(rows, places, strict=True):
+    for row, where in zip(rows, row_names, strict=True):
         for column in {"chosen", "rejected", "prompt"} & row.keys():
             text_of(row, column, where)
+    # hh-rlhf has no column for prompts: both texts of a row begin with the whole dialogue.
     if "prompt" not in columns and all("\n\nAssistant:" in row["chosen"] for row in rows):
         return hh_pairs(rows)
     return [Ranking((row["chosen"], row["rejected"]), row.get("prompt", "")) for row in rows]
@@ -182,8 +188,8 @@ def _review_texts(data: str, part: Part) -> list[Text]:
 
 
 def _review_labels(data: str, part: Part) -> list[Label]:
-    found = reviews.part_of(reviews.read_reviews(data), part)
-    return [Label(review.text, reviews.LABELS[review.label]) for review in found]
+    labelled = reviews.part_of(reviews.read_reviews(data), part)
+    return [Label(review.text, reviews.LABELS[review.label]) for review in labelled]
 
 
 def _dialogues(data: str, part: Part) -> Sequence[dailydialog.Dialogue]:
@@ -191,14 +197,14 @@ def _dialogues(data: str, part: Part) -> Sequence[dailydialog.Dialogue]:
 
 
 def _dialogue_texts(data: str, part: Part) -> list[Text]:
-    return ["".join(f"{turn}\n" for turn in one.turns) for one in _dialogues(data, part)]
+    return ["".join(f"{turn}\n" for turn in dialogue.turns) for dialogue in _dialogues(data, part)]
 
 
 def _dialogue_labels(data: str, part: Part) -> list[Label]:
     return [
         Label(turn, dailydialog.INTENTS[intent])
-        for one in _dialogues(data, part)
-        for turn, intent in zip(one.turns, one.intents, strict=True)
+        for dialogue in _dialogues(data, part)
+        for turn, intent in zip(dialogue.turns, dialogue.intents, strict=True)
     ]
 
 
@@ -207,12 +213,13 @@ def _chosen_replies(data: str, part: Part) -> list[Text]:
 
 
 def _pairs(data: str, part: Part) -> list[Ranking]:
-    return [Ranking((one.chosen, one.rejected), one.prompt) for one in hh.part_of(hh.read_pairs(data), part)]
+    return [Ranking((pair.chosen, pair.rejected), pair.prompt) for pair in hh.part_of(hh.read_pairs(data), part)]
 
 
 def _zh_texts(data: str, part: Part) -> list[Text]:
     rankings = zh_reviews.part_of(zh_reviews.read_rankings(data), part)
-    # As answers to their first characters, long ones lose their end, and nothing begins midway.
+    # As (prompt, reference) pairs: `encode_sample` cuts the end of a long reference, where it would split a long text
+    # into pieces that begin in the middle of a sentence.
     return [(text[:1], text[1:]) for ranking in rankings for text in ranking]
 
 
@@ -221,13 +228,13 @@ def _zh_rankings(data: str, part: Part) -> list[Ranking]:
 
 
 def _random(task: str) -> Callable[[str | None, Part], list[Text]]:
-    def made(data: str | None, part: Part) -> list[Text]:
+    def read(data: str | None, part: Part) -> list[Text]:
         texts = random_texts(task, N_RANDOM_TEXTS)
         n_held_out = N_RANDOM_TEXTS // 10
-        # As GPT-2's: a text begins behind the end token of the one before it.
+        # As in GPT-2's own training: a text begins behind the end token of the previous one.
         return [EOS_TOKEN + text for text in (texts[:n_held_out] if part == "held_out" else texts[n_held_out:])]
 
-    return made
+    return read
 
 
 TEXTS: dict[str, Callable[..., list[Text]]] = {

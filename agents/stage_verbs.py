@@ -1,4 +1,4 @@
-"""The stages before PPO as commands, `sft`, `classifier` and `reward-model`: from a configuration to a folder."""
+"""The commands `sft`, `classifier` and `reward-model`: the training before PPO, from a configuration to a model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .small_tokenizers import char_tokenizer
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
 from .verb_config import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
 
-ENOUGH = 40  # examples of a reward model: the fewest that examples/people.md has a figure for
-MIN_COUNT = 2  # of a character that gets a token of its own
-END = 0  # the end token of the tokenizers that are made here
+ENOUGH = 40  # examples of a reward model: the fewest for which examples/people.md has a measured accuracy
+MIN_COUNT = 2  # occurrences of a character that gets its own token: a single one teaches nothing
+END = 0  # the id of the end token in the tokenizers of fresh models
 
 
 def tune_model(config: SFTConfig, options: StageOptions) -> int:
-    """Tune a model and print its losses."""
+    """Fine-tune a model and print its losses; return the exit code."""
     trust = trust_of(options)
     texts = read_texts(config)
     if _is_fresh(config):
@@ -60,7 +60,7 @@ def _is_fresh(config: SFTConfig | ClassifierConfig | RewardModelConfig) -> bool:
 
 
 def _fresh_model(config: SFTConfig, texts: Sequence[Text]) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """Return the config of a model with fresh weights, and its tokenizer; None where `tune` makes one of byte pairs."""
+    """Return the config of a model with fresh weights, and its tokenizer; None if `tune` makes one of byte pairs."""
     sizes = {"bos_token_id": END, "eos_token_id": END, **config.fresh}
     if config.fresh_tokenizer == "byte_pairs":
         return fresh_config(sizes), None
@@ -69,10 +69,13 @@ def _fresh_model(config: SFTConfig, texts: Sequence[Text]) -> tuple[Any, PreTrai
 
 
 def fresh_config(sizes: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config of a model by its type and sizes.
+    """Return the transformers config of a model by its type and sizes.
+
+    Args:
+        sizes: The key "model_type", and attributes of that type's config.
 
     Raises:
-        CommandError: If the type is missing or unknown, or a size is none of its own.
+        CommandError: If the type is missing or unknown, or its config has no such attribute.
 
     Example:
         >>> fresh_config({"model_type": "gpt2", "n_layer": 2}).n_layer
@@ -84,6 +87,7 @@ def fresh_config(sizes: dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.for_model(kind)
     except ValueError as error:
         raise CommandError(f"Expected the model_type of a fresh model, as gpt2, got {kind!r}.") from error
+    # `AutoConfig.for_model` takes any keyword, and keeps an unknown one as an attribute that nothing reads.
     unknown = sorted(name for name in rest if not hasattr(config, name))
     if unknown:
         raise CommandError(f"Expected sizes of {kind}, got {', '.join(unknown)}, which its config has not.")
@@ -91,7 +95,7 @@ def fresh_config(sizes: dict[str, Any]) -> PreTrainedConfig:
 
 
 def classify(config: ClassifierConfig, options: StageOptions) -> int:
-    """Train a classifier and print its figures."""
+    """Train a classifier and print its accuracy; return the exit code."""
     labels = read_labels(config)
     names = config.labels or list(LABEL_NAMES.get(config.task or "", sorted({row.label for row in labels.train})))
     lm, tokenizer = _reader(config, options)
@@ -107,9 +111,10 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
         **_training(config, options),
     )
     print(f"{trained.n_steps} steps")
-    for what, one in (("trained on", trained.training), ("held out", trained.held_out)):
-        if one is not None:
-            print(f"{what}: accuracy {one.accuracy:.3f} [{one.low:.3f}, {one.high:.3f}] of {one.n_texts} texts")
+    for what, result in (("trained on", trained.training), ("held out", trained.held_out)):
+        if result is not None:
+            interval = f"{result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}]"
+            print(f"{what}: accuracy {interval} of {result.n_texts} texts")
     print(f"model: {config.out}")
     return Exit.DONE
 
@@ -117,7 +122,7 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
 def _reader(
     config: ClassifierConfig | RewardModelConfig, options: StageOptions
 ) -> tuple[str | PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Return what reads texts, a name or folder or the config of a model with fresh weights, and its tokenizer."""
+    """Return a model's name or folder, or the config of one with fresh weights, and its tokenizer."""
     own = None if _is_fresh(config) else config.model
     source = config.tokenizer or own
     if source is None:
@@ -137,7 +142,7 @@ def _numbered(rows: Sequence[Label], names: Sequence[str]) -> LabelledTexts:
 
 
 def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
-    """Train a reward model and print its figures."""
+    """Train a reward model and print its loss and accuracy; return the exit code."""
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
     lm, tokenizer = _reader(config, options)
     examples = read_preferences(config)
@@ -161,15 +166,15 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     )
     print(f"{len(trained.losses)} steps, loss {trained.losses[-1]:.3f} in the last")
     if trained.held_out is not None:
-        one = trained.held_out
-        interval = f"{one.accuracy:.3f} [{one.low:.3f}, {one.high:.3f}]"
-        print(f"held out: {interval} of {one.n_pairs} pairs in the right order, loss {one.loss:.3f}")
+        result = trained.held_out
+        interval = f"{result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}]"
+        print(f"held out: {interval} of {result.n_pairs} pairs in the right order, loss {result.loss:.3f}")
     print(f"model: {config.out}")
     return Exit.DONE
 
 
 def _training(config: StageConfig, options: StageOptions) -> dict[str, Any]:
-    """Return what the three stages are told alike."""
+    """Return the arguments that the three trainings share."""
     names = ("n_epochs", "batch_size", "learning_rate", "max_tokens", "seed")
     return {
         **{name: getattr(config, name) for name in names},
@@ -181,5 +186,5 @@ def _training(config: StageConfig, options: StageOptions) -> dict[str, Any]:
 
 def _out(config: StageConfig) -> str:
     transformers_logging.disable_progress_bar()
-    assert config.out is not None  # the command line has refused it
+    assert config.out is not None  # `cli._read_stage` refuses None
     return config.out

@@ -1,4 +1,4 @@
-"""What each key of a configuration takes: one name for a list of one, numbers in their range, errors in plain words."""
+"""Checks of a configuration's values: ranges of numbers, a single name as a list of one, errors in plain words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from .config import Named
 
-WORDS = {
+WORDS = {  # of types, for errors
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -27,9 +27,13 @@ class Limits(NamedTuple):
     """The range of a number.
 
     Args:
-        low: The least.
-        high: The largest.
-        above: Whether the least itself is outside.
+        low: The smallest number.
+        high: The largest number.
+        above: Whether the range excludes `low` itself.
+
+    Example:
+        >>> Limits(0, 1, above=True).has(0.0), str(Limits(1))
+        (False, 'to be 1 or more')
     """
 
     low: float = -math.inf
@@ -37,20 +41,21 @@ class Limits(NamedTuple):
     above: bool = False
 
     def __str__(self) -> str:
-        """Return the range as it goes on from the name of a key."""
+        """Return the range as the rest of a sentence: "to be 1 or more"."""
         if math.isinf(self.low):
             return "to be finite"
         low = f"to be above {self.low:g}" if self.above else f"to be {self.low:g} or more"
         return low if math.isinf(self.high) else f"{low} and at most {self.high:,}"
 
     def has(self, number: float) -> bool:
-        """Whether a number, which must be finite, is in the range."""
+        """Return whether a number is finite and in the range."""
         return math.isfinite(number) and self.low <= number <= self.high and not (self.above and number == self.low)
 
 
 ANY, NOT_NEGATIVE, POSITIVE = Limits(), Limits(0), Limits(0, above=True)
+# A seed has 32 bits: SB3 `utils.set_random_seed` gives it to np.random.seed, which takes no more.
 AT_LEAST_ONE, SHARE, SEED = Limits(1), Limits(0, 1, above=True), Limits(0, 2**32 - 1)
-# By the last part of a key, or the whole of it where parts of that name differ.
+# By the last part of a key: "algorithm.n_envs" is under "n_envs".
 LIMITS = {
     **dict.fromkeys(("total_tokens", "samples_every", "checkpoint_every", "keep_checkpoints"), AT_LEAST_ONE),
     **dict.fromkeys(("max_new_tokens", "last_layers", "lora_r", "top_k", "top_p_lag"), AT_LEAST_ONE),
@@ -69,10 +74,10 @@ LIMITS = {
 
 
 def limits_of(key: str) -> Limits:
-    """Return the range of the number of a key.
+    """Return the range of a key's number.
 
     Raises:
-        KeyError: If the key has none, and so is no number's.
+        KeyError: If the key has no range, since its value is not a number.
 
     Example:
         >>> str(limits_of("algorithm.n_envs"))
@@ -82,57 +87,58 @@ def limits_of(key: str) -> Limits:
 
 
 def in_words(kind: Any) -> str:
-    """Return what a type takes, in words.
+    """Return a description of the values of a type.
 
     Example:
         >>> in_words(float | None), in_words(Literal["norm", "popart"] | None)
         ('a number or null', 'one of norm, popart or null')
     """
-    origin, parts = get_origin(kind) or kind, get_args(kind)
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
+        return f"one of {', '.join(map(str, arguments))}"
     if origin in (Union, types.UnionType):
-        ordered = sorted(parts, key=lambda part: part is type(None))
-        return " or ".join("null" if part is type(None) else in_words(part) for part in ordered)
+        null_last = sorted(arguments, key=lambda member: member is type(None))
+        return " or ".join("null" if member is type(None) else in_words(member) for member in null_last)
     if origin is list:
-        return f"a list, as [ONE, ANOTHER], each {in_words(parts[0])}"
+        return f"a list, as [ONE, ANOTHER], each {in_words(arguments[0])}"
     return WORDS[origin]
 
 
 def check_values(action: Action) -> None:
-    """Have a parser's argument take one name for a list of one, and refuse what it does not take in plain words."""
+    """Make a parser's argument accept a single name as a list, check its range, and refuse values in plain words."""
+    # jsonargparse `ActionTypeHint._check_type` checks the values of command line and configuration files alike.
     kind = getattr(action, "_typehint", None)
-    inner = getattr(action, "_check_type", None)  # of command line and configuration files alike
-    if kind is None or inner is None:  # --help and its like
+    inner = getattr(action, "_check_type", None)
+    if kind is None or inner is None:  # an action without a typed value, such as --help
         return
 
     @functools.wraps(inner)
     def check_type(value: Any, **options: Any) -> Any:
         given = as_list(value) if get_origin(kind) is list else value
         try:
-            found = inner(given, **options)
-            if _is_torn(kind, found):
-                raise ValueError("a name that is none")
+            checked = inner(given, **options)
+            if _is_misread(kind, checked):
+                raise ValueError("a mapping that was read as a name")
         except (TypeError, ValueError) as error:
             shown = f"{value.key}: {value.val}" if hasattr(value, "key") else value
             raise TypeError(f"Expected {action.dest} to be {in_words(kind)}, got {shown!r:.80}.") from error
-        if isinstance(found, (int, float)) and not isinstance(found, bool):
+        if isinstance(checked, (int, float)) and not isinstance(checked, bool):
             limits = limits_of(action.dest)
-            if not limits.has(found):
-                raise TypeError(f"Expected {action.dest} {limits}, got {found}.")
-        return found
+            if not limits.has(checked):
+                raise TypeError(f"Expected {action.dest} {limits}, got {checked}.")
+        return checked
 
     action._check_type = check_type  # type: ignore[attr-defined]
 
 
-def _is_torn(kind: Any, found: Any) -> bool:
-    """Whether what should be an id with its args, and has other keys, was taken for a name."""
-    names = found if isinstance(found, list) else [found]
+def _is_misread(kind: Any, value: Any) -> bool:
+    """Return whether a mapping with other keys than id and args was read as a name: `Named | str` takes any text."""
+    names = value if isinstance(value, list) else [value]
     return "Named" in str(kind) and any(isinstance(name, str) and name.strip().startswith(("{", "[")) for name in names)
 
 
 def as_list(value: Any) -> Any:
-    """Return one name, or one id with its args, as a list of one.
+    """Return a single name, or a single {id, args}, as a list of one; a list stays as it is.
 
     Example:
         >>> as_list("rouge"), as_list("[rouge, distinct]"), as_list({"id": "rouge"})

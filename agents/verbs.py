@@ -1,4 +1,4 @@
-"""What the verbs do that work with a trained model, or look at one before it is trained."""
+"""The commands evaluate, generate, export and doctor, and the models that they write texts with."""
 
 from __future__ import annotations
 
@@ -51,36 +51,37 @@ from .run_folder import SAMPLE, RunFolder, read_rows, to_line
 from .saved_policy import load_policy
 from .verb_config import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions
 
-CHUNK = 64  # prompts that are continued together, and printed when they are done
-N_COMPARED = 8  # prompts by which an exported model is checked
-COMPARED_PROMPT = 4  # tokens of each
+CHUNK = 64  # prompts per call of `generate`, whose texts are then printed; as many as it runs side by side
+# The check of an exported model: texts of 32 tokens behind 8 prompts take a second, and other weights write others.
+N_COMPARED = 8
+COMPARED_PROMPT = 4  # tokens
 COMPARED_TOKENS = 32
 RESULTS = {"after": {"figures": {str: (float, None)}}}
 
 
 class Writer(NamedTuple):
-    """A policy with its tokenizer, to write with.
+    """A policy that writes texts, with what it needs to write them as in training.
 
     Args:
         policy: The policy.
         tokenizer: Its tokenizer.
-        prompts: What is continued where nothing else is asked for: the run's, or the built-in ones.
-        most: The most tokens of a text in training; None for a model.
-        options: How a text began and ended in training, as arguments of `TextEnv`.
+        prompts: The prompts by default: the run's, or the built-in ones of the demo.
+        trained_length: The most tokens of a text in training; None for a model that is not a run's.
+        options: Arguments of `TextEnv` from training: stop ids, stop strings, masks, the prompt column.
     """
 
     policy: LMPolicy
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[PromptLike] = ()
-    most: int | None = None
+    trained_length: int | None = None
     options: Mapping[str, Any] = {}
 
 
 def newest(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[RunFolder, Path]:
-    """Return a run's folder and its newest checkpoint, which must be intact.
+    """Return a run's folder and its newest checkpoint.
 
     Raises:
-        CommandError: If there is none, it is damaged, or the tokenizer is another than the run's.
+        CommandError: If there is no checkpoint, it is damaged, or the tokenizer differs from the run's.
     """
     run = RunFolder.open(path)
     checkpoint = checkpoint_to_load(run)
@@ -91,7 +92,7 @@ def newest(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[RunFolder, Pa
 
 
 def load_newest(path: str, parts: Parts) -> RunFolder:
-    """Bring a run's agent to its newest checkpoint; return its folder."""
+    """Load a run's newest checkpoint into its agent; return the run's folder."""
     run, checkpoint = newest(path, parts.tokenizer)
     load_checkpoint(parts.agent, checkpoint)
     return run
@@ -100,15 +101,15 @@ def load_newest(path: str, parts: Parts) -> RunFolder:
 def open_writer(
     name: str, config: TrainConfig | None, options: TrustOptions, prompts: Sequence[PromptLike] = ()
 ) -> Writer:
-    """Return what writes: a run's newest policy, or a model by name or folder.
+    """Return the writer of a run, with its newest policy, or of a model by name or folder.
 
-    Of a run neither the rewards are built nor what it logs to, and its prompts are read only where none are given.
+    A run's rewards and loggers are not built, and its prompts are read only if none are given.
 
     Args:
-        name: The run or model.
+        name: The folder of the run, or the model.
         config: The run's configuration; None for a model.
-        options: What the command line allows.
-        prompts: What is to be continued, in the place of the run's.
+        options: The permissions of the command line.
+        prompts: The prompts to continue, instead of the run's.
     """
     trust = trust_of(options)
     if config is None:
@@ -129,7 +130,7 @@ def open_writer(
 
 
 def open_policy(path: str, parts: Parts) -> LMPolicy:
-    """Return a run's newest policy, to write and not to train with."""
+    """Return a run's newest policy, for writing only: without a critic and an optimizer."""
     _, checkpoint = newest(path, parts.tokenizer)
     policy = make_policy(parts.folder, parts.tokenizer, parts.config.model, parts.trust, as_trained=True)
     load_policy(policy, checkpoint)
@@ -137,18 +138,18 @@ def open_policy(path: str, parts: Parts) -> LMPolicy:
 
 
 def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None, usual: int = USUAL_TOKENS) -> int:
-    """Return the most tokens of a text: what is given; else what training had, or is usual, as far as there is room.
+    """Return the most tokens of a text: the given number, or that of training, as far as the model can read so many.
 
     Args:
-        writer: What writes.
-        prompts: What it is to continue.
-        given: What the command line says.
-        usual: The number for a model that is no run's.
+        writer: The writer.
+        prompts: The prompts that it will continue.
+        given: The number of the command line; None for none.
+        usual: The number for a model that is not a run's.
 
     Raises:
-        CommandError: If there is no room for what is given, or behind the prompts for anything.
+        CommandError: If the model cannot read the given number behind the prompts, or not even one token.
     """
-    wanted = given or writer.most or usual
+    wanted = given or writer.trained_length or usual
     env = TextEnv(prompts, writer.tokenizer, reward=no_reward, max_new_tokens=wanted, **writer.options)
     try:
         most = fitting_length(writer.policy, env.max_prompt_tokens, wanted)
@@ -170,34 +171,39 @@ def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None
 def make_policy(
     name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust, as_trained: bool = False
 ) -> LMPolicy:
-    """Return a model as a policy that samples as a configuration says, to write and not to train with.
+    """Return a policy of a model that samples as a configuration says, for writing only.
 
     Args:
         name: The model's name or folder.
         tokenizer: Its tokenizer.
         model: The configuration.
-        trust: What it may have run.
-        as_trained: With the adapters that the configuration trains, whose weights are to come.
+        trust: The permission to run the model's own code.
+        as_trained: Add the adapters that the configuration trains, to load their weights afterwards.
     """
     env = TextEnv([[0]], tokenizer, reward=no_reward, max_new_tokens=1)
     left_out = {"critic"} if as_trained else {"critic", "train"}
     arguments = {key: value for key, value in policy_arguments(model).items() if key not in left_out}
     spaces = env.observation_space, env.action_space
+    # SB3 policies take a learning rate schedule; nothing is trained here.
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
 
 
 def examine(config: TrainConfig, options: TrustOptions) -> int:
-    """Print what the doctor finds; the exit code is 1 where training would be wrong."""
+    """Print the doctor's report; return the exit code, 1 if training would go wrong."""
     report = check(Parts(config, trust_of(options)).agent)
     print(report)
     return Exit.DONE if report.ok else Exit.FAILED
 
 
 def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOptions) -> int:
-    """Print the table of before and after, and keep it in the run's folder."""
+    """Evaluate a run's model before and after training, print the table and keep it in the run's folder.
+
+    Raises:
+        CommandError: If the run has no intact checkpoint.
+    """
     parts = assemble(config, trust_of(options))
     RunFolder.open(chosen.run)
-    checkpoint_to_load(RunFolder(chosen.run))  # a damaged one is refused before the work
+    checkpoint_to_load(RunFolder(chosen.run))  # refuses a damaged checkpoint before the first evaluation
     metrics = parts.metrics + [make_metric(metric, parts.trust) for metric in chosen.metrics]
     prompts = list(parts.held_out.prompts)[: chosen.n_prompts]
     arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "progress_bar": False}
@@ -210,13 +216,13 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
 
 
 def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:
-    """Print a line of JSON for each text, as soon as those of its chunk are written."""
+    """Print a line of JSON for each text, chunk by chunk."""
     prompts = prompts_for("generate", chosen.model, chosen.prompts, is_run=config is not None)
     writer = open_writer(chosen.model, config, options, prompts)
     prompts = prompts or list(writer.prompts)
     most = text_length(writer, prompts, chosen.max_new_tokens)
     for start in range(0, len(prompts), CHUNK):
-        for one in generate(
+        for text in generate(
             writer.policy,
             prompts[start : start + CHUNK],
             writer.tokenizer,  # type: ignore[arg-type]
@@ -226,23 +232,24 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
             seed=chosen.seed + start,
             **writer.options,
         ):
-            row = {"prompt": str(one.prompt), "text": one.text, "end_reason": str(one.end_reason)}
+            row = {"prompt": str(text.prompt), "text": text.text, "end_reason": str(text.end_reason)}
             line = json.dumps(row, ensure_ascii=False)
-            print(line if line.isprintable() else json.dumps(row), flush=True)  # JSON lets C1 control codes through
+            # JSON escapes C0 control codes only; C1 codes, which terminals obey, need ASCII with escapes.
+            print(line if line.isprintable() else json.dumps(row), flush=True)
     return Exit.DONE
 
 
 def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags) -> int:
-    """Write a run's newest model with its adapters merged, its card, curves and samples, and upload it where asked.
+    """Write a run's newest model with merged adapters, its card, curves and samples, and upload it on request.
 
     Raises:
-        CommandError: If the folder does not generate the same, or the upload fails.
-        OutputFolderError: If something stands in the folder that would be lost.
+        CommandError: If the exported model does not generate the same texts, or the upload fails.
+        OutputFolderError: If the folder has files that would be lost.
     """
     if options.to_hub is not None:
         check_repository(options.to_hub)
     target = {"overwrite": options.overwrite, "keep": [chosen.run]}
-    check_output(chosen.folder, "language model", **target)  # type: ignore[arg-type]  # before the work
+    check_output(chosen.folder, "language model", **target)  # type: ignore[arg-type]  # before anything is loaded
     run, folder = RunFolder.open(chosen.run), Path(chosen.folder)
     parts = Parts(config, trust_of(options))
     policy, tokenizer = open_policy(chosen.run, parts), parts.tokenizer
@@ -255,8 +262,8 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
             parts.agent.save(beside / "sb3.zip")
     if options.sb3_zip:
         print(
-            f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files; whoever gets it reads its weights without "
-            "them by agents.load_sb3_zip"
+            f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files do; agents.load_sb3_zip reads its weights "
+            "without them"
         )
     print(f"{folder}: generates the same as {run.path} on {N_COMPARED} prompts")
     if options.to_hub is not None:
@@ -266,27 +273,30 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
 
 
 def _check_same(policy: LMPolicy, exported: LMPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that an exported model generates what the run's policy does."""
-    # Behind any tokens: the run's own prompts may come from anywhere.
+    """Check that an exported model generates the same texts as the run's policy, behind random tokens.
+
+    Raises:
+        CommandError: If it does not.
+    """
     shape = (N_COMPARED, COMPARED_PROMPT)
     prompts: list[PromptLike] = np.random.default_rng(0).integers(len(tokenizer), size=shape).tolist()
     room = (n_positions(policy.backbone.model.config) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
     settings = {"max_new_tokens": min(COMPARED_TOKENS, room), "deterministic": True}
     ours, theirs = (
-        [one.ids for one in generate(each, prompts, tokenizer, **settings)]  # type: ignore[arg-type]
-        for each in (policy, exported)
+        [text.ids for text in generate(model, prompts, tokenizer, **settings)]  # type: ignore[arg-type]
+        for model in (policy, exported)
     )
     if ours != theirs:
-        place = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        number = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
         raise CommandError(
-            f"Expected the exported model to generate what the run does, got another text at prompt {place}: nothing "
+            f"Expected the exported model to generate what the run does, got another text at prompt {number}: nothing "
             "was written.",
             Exit.FAILED,
         )
 
 
 def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:
-    """Put a run's samples and curves, as far as there are some, and the card beside its model."""
+    """Write the card of a run's model, and its samples and curves if there are any, into the model's folder."""
     table, results = "Not evaluated yet.", run.path / "results"
     reward = None
     if results.with_suffix(".md").is_file():

@@ -1,4 +1,4 @@
-"""Checkpoints of the whole run, written every so many rollouts and when training ends."""
+"""The checkpoints of a whole run, written every so many rollouts and when training ends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from .checkpoint import is_between_iterations, save_step
 
 
 class Checkpoints(BaseCallback):
-    """Saves the whole run between iterations, as `step_<timesteps>` in a folder, and when training ends.
+    """Saves the whole run in a folder, as `step_<timesteps>`, every so many rollouts and when training ends.
 
     Resume with `load_checkpoint(model, latest_checkpoint(folder))` and `learn(rest, reset_num_timesteps=False)`.
 
     Args:
         folder: Where the checkpoints go.
-        every: Rollouts from one to the next.
-        keep: How many of the newest stay.
+        every: Rollouts from one checkpoint to the next.
+        keep: How many of the newest checkpoints stay.
+
+    Raises:
+        ValueError: If `every` or `keep` is below 1.
+
+    Example:
+        >>> from agents import Checkpoints
+        >>> # model.learn(100_000, callback=Checkpoints("run", every=5))
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int = 10, keep: int = 3) -> None:
@@ -41,7 +48,10 @@ class Checkpoints(BaseCallback):
         if is_between_iterations(self.model):  # type: ignore[arg-type]
             self._save()
         else:
-            warnings.warn("Training was stopped inside a rollout: the last checkpoint is that of before.", stacklevel=2)
+            # A callback has returned False in a step: the rollout is cut short, and no checkpoint can hold it.
+            warnings.warn(
+                "Training was stopped inside a rollout: the last checkpoint is the one before it.", stacklevel=2
+            )
 
     def _save(self) -> None:
         save_step(self.model, self.folder, self.keep)  # type: ignore[arg-type]

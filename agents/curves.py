@@ -1,4 +1,4 @@
-"""Pictures of figures over training: one run's, or several in the same picture."""
+"""Pictures of a run's figures over its tokens, or of several runs' in the same picture."""
 
 from __future__ import annotations
 
@@ -21,32 +21,42 @@ CURVES = (
     ("kl/sequence", "KL from the reference, nats"),
     ("episode/length", "length, tokens"),
 )
-PNG = b"\x89PNG\r\n\x1a\n"  # what each file of that kind begins with
-SPIKE = 2.0  # heights of the curves; a value that is farther from them is marked at the panel's edge
-MARKED = 3  # values that are written beside their marks: the farthest ones
-LEGEND = 28  # characters of a run's name in a line of the legend
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG file
+SPIKE = 2.0  # times the height of the curves: a value farther away than that is marked at the panel's edge
+MARKED = 3  # the farthest of those, whose values are written beside their marks
+LEGEND = 28  # characters of a run's name on a line of the legend
 
 Point = tuple[float, float]
 
 
 def check_matplotlib() -> None:
-    """Raise ImportError, with the cure, where matplotlib is missing: before training, not after."""
+    """Raise ImportError, with the cure, where matplotlib is missing; called before training, not after."""
     check_extra("plot", "matplotlib", "the curves")
 
 
 def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> None:
-    """Draw the curves of runs over their tokens as a PNG, which appears whole or stays as it was.
+    """Draw the figures of runs over their tokens, a panel for each of `CURVES`, as a PNG file.
 
-    A few values that lie far from the others do not flatten a panel: a triangle at its edge says how far they go.
+    The file is replaced whole or not at all. A few values far from the others do not flatten a panel: triangles at its
+    edge mark them instead.
 
     Args:
-        path: The picture's file.
-        runs: Rows of figures by the run's name, each with "tokens"; what is missing, None, NaN or infinite is left out.
-        title: What stands above it.
+        path: The file.
+        runs: The rows of each run, by its name. A row has "tokens" and figures by their log keys; those that are
+            missing, None, NaN or infinite are left out.
+        title: The title of the picture.
+
+    Raises:
+        ImportError: Without matplotlib.
+
+    Example:
+        >>> rows = [{"tokens": 512, "reward/task": 0.2}, {"tokens": 1024, "reward/task": 0.6}]
+        >>> # draw_curves("curves.png", {"my run": rows})
     """
     with needs("plot", "matplotlib", "the curves"):
         from matplotlib.figure import Figure
 
+    # The Figure class by itself: pyplot would pick a window system and keep the figure alive.
     points = {(name, key): _points(rows, key) for name, rows in runs.items() for key, _ in CURVES}
     drawn = [(key, label) for key, label in CURVES if any(points[name, key] for name in runs)]
     figure = Figure(figsize=(4.2 * max(len(drawn), 1), 3.2), layout="constrained")
@@ -60,7 +70,7 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
         labels = ["\n".join(textwrap.wrap(name, LEGEND)) for name in runs]
         figure.legend(axes[0].get_lines()[: len(runs)], labels, loc="outside right upper", fontsize="small")
     if title:
-        figure.suptitle(title + "\n", fontweight="bold", linespacing=0.6)  # half a line between it and the panels'
+        figure.suptitle(title + "\n", fontweight="bold", linespacing=0.6)  # an empty line, of 0.6 of its height
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -69,10 +79,10 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
 
 
 def shown_range(curves: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """Return the range of a panel that leaves out spikes; None where there are none.
+    """Return the lowest and highest value that a panel shows, spikes left out; None where there are no spikes.
 
-    Where a curve goes for longer is its running median, which a rise at the start is part of, and a spike is not; how
-    far most values are from that is noise, which belongs to the height as well.
+    A curve's running median follows a rise at its start, but no spike. Its range, and the noise around it (the third
+    quartile of the distances of values from it), make the height of the curves; see `SPIKE`.
 
     Example:
         >>> shown_range([[0.0, 1.0, 2.0, 1.5, 2.5]]) is None
@@ -86,15 +96,15 @@ def shown_range(curves: Sequence[Sequence[float]]) -> tuple[float, float] | None
     noise = np.quantile(np.abs(np.subtract(values, medians)), 0.75)
     reach = SPIKE * (high - low + 2 * noise)
     near = [value for value in values if low - reach <= value <= high + reach]
-    if len(near) == len(values) or len(set(near)) < 2:  # the second of a curve that is constant but for its spikes
+    if len(near) == len(values) or len(set(near)) < 2:  # fewer than 2: constant but for its spikes, so no range is left
         return None
     return min(near), max(near)
 
 
 def _running_median(curve: Sequence[float]) -> Sequence[float]:
-    if len(curve) < 3:  # nothing can be told from nothing
+    if len(curve) < 3:  # of two values neither is a spike
         return curve
-    return [float(np.median(curve[max(0, i - 2) : i + 3])) for i in range(len(curve))]
+    return [float(np.median(curve[max(0, i - 2) : i + 3])) for i in range(len(curve))]  # of five values
 
 
 def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]]) -> None:
@@ -102,7 +112,7 @@ def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]]) -
         from matplotlib.ticker import EngFormatter
 
     for name, points in curves.items():
-        marker = "o" if len(points) == 1 else ""  # one point is no line
+        marker = "o" if len(points) == 1 else ""  # a line through one point would not be seen
         axis.plot(*zip(*points, strict=True) if points else ((), ()), marker=marker, label=name)
     axis.set(xlabel="tokens", title=label)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -113,29 +123,29 @@ def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]]) -
 
 
 def _mark_spikes(axis: Axes, curves: Mapping[str, Sequence[Point]], shown: tuple[float, float]) -> None:
-    """Cut the panel to a range, with a triangle at its edge for each value beyond, and the farthest of them written."""
+    """Cut a panel to a range: a triangle at its edge for each value beyond, with the numbers of the farthest ones."""
     low, high = shown
     left, right = axis.get_xlim()
-    room = 0.15 * (high - low)  # for the marks, and as much again for what is written
+    room = 0.15 * (high - low)  # above and below the curves, for the triangles
     bottom, top = low - room, high + room
-    cut = [
+    spikes = [
         (abs(value - (high if value > high else low)), tokens, value, line.get_color())
         for line, points in zip(axis.get_lines(), curves.values(), strict=True)
         for tokens, value in points
         if not low <= value <= high
     ]
-    for place, (_, tokens, value, color) in enumerate(sorted(cut, reverse=True)):
+    for n_drawn, (_, tokens, value, color) in enumerate(sorted(spikes, reverse=True)):  # the farthest first
         above = value > high
         edge = top if above else bottom
         axis.plot([tokens], [edge], marker="^" if above else "v", color=color, clip_on=False, linestyle="")
-        if place < MARKED:
-            beside = 1 if tokens < (left + right) / 2 else -1  # where there is room
+        if n_drawn < MARKED:
+            side = 1 if tokens < (left + right) / 2 else -1  # towards the middle, where there is room
             axis.annotate(
                 f"{value:.3g}",
                 (tokens, edge),
-                xytext=(8 * beside, -4 if above else 4),
+                xytext=(8 * side, -4 if above else 4),
                 textcoords="offset points",
-                ha="left" if beside > 0 else "right",
+                ha="left" if side > 0 else "right",
                 va="top" if above else "bottom",
                 fontsize="small",
                 color=color,
@@ -150,12 +160,12 @@ def _begins_as_png(file: Path) -> bool:
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError where another file than a PNG stands, which a picture would replace."""
+    """Raise FileExistsError where a picture would replace a folder, or a file that is no PNG."""
     file = Path(path)
     if file.is_dir() or (file.is_file() and not _begins_as_png(file)):
         raise FileExistsError(f"Expected a new file, or a PNG to replace, got {file}, which is neither: name another.")
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    found = [(row["tokens"], row.get(key)) for row in rows]
-    return [(tokens, value) for tokens, value in found if value is not None and math.isfinite(value)]
+    pairs = [(row["tokens"], row.get(key)) for row in rows]
+    return [(tokens, value) for tokens, value in pairs if value is not None and math.isfinite(value)]

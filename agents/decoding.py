@@ -83,11 +83,11 @@ def sort_into_groups(slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         array([0, 4, 1, 5, 2, 6, 3, 7])
     """
     size = _group_size(len(slots))
-    ranks = np.empty_like(slots)  # the slot of each row in perfect order: the longest first
-    ranks[np.lexsort((slots, -lengths))] = np.arange(len(slots))
-    if _n_columns(slots, lengths) <= DISORDER * _n_columns(ranks, lengths):
+    ordered = np.empty_like(slots)  # the slot of each row in perfect order: the longest first
+    ordered[np.lexsort((slots, -lengths))] = np.arange(len(slots))
+    if _n_columns(slots, lengths) <= DISORDER * _n_columns(ordered, lengths):
         return slots
-    target = ranks // size  # the group of each row in perfect order
+    target = ordered // size  # the group of each row in perfect order
     stays = slots // size == target
     result = slots.copy()
     free = np.setdiff1d(np.arange(len(slots)), slots[stays])  # ascending, so ordered by group

@@ -199,7 +199,7 @@ class Seq2SeqBackbone(Backbone):
             yield
 
     def probe_places(self) -> tuple[Any, ...]:
-        """Return the arguments of `read` for a prompt of `PROBE_LENGTH` tokens and one less since it, read at the end."""
+        """Return the arguments of `read` for a prompt of `PROBE_LENGTH` tokens and one token fewer after it."""
         ids = torch.arange(2 * PROBE_LENGTH - 1, device=self.device)[None] % self.vocab_size  # (1, T)
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         return ids, zero, zero + ids.shape[1] - 1, zero + PROBE_LENGTH

@@ -1,4 +1,4 @@
-"""The figures of the episodes that ended in a rollout, logged: reward and its parts, length, end reasons, speed."""
+"""The log of each rollout's episodes: reward and its parts, length, end reasons, tokens per second."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from .vec_env import TextVecEnv
 
 
 class EpisodeMetrics(BaseCallback):
-    """Logs, for each rollout, the means over the episodes that ended in it (or, scored later, got their score in it).
+    """Logs, for each rollout, the means over the episodes that ended in it; late scores count where they come in.
 
-    Keys: `reward/task` and `reward/<part>` (the task reward and its named parts), `episode/length` (tokens),
-    `episode/end_<reason>` (the share of each end reason), `time/tokens_per_second` (since the last rollout's end, the
-    update included), `time/reward_share` (which share of that time the reward took; with a `TextVecEnv`). Where the
-    reward fails: `episode/dropped`, the number of episodes that it left out, which no other figure has, and
-    `episode/failed`, of those with a penalty in place of a score (the part "failure"); both are logged from the first
-    one on. The README's table says what every key means.
+    The keys, of which the README's table has all:
+
+    - `reward/task` and `reward/<part>`: the task reward and its named parts,
+    - `episode/length`: tokens,
+    - `episode/end_<reason>`: the share of each end reason, 0 to 1,
+    - `time/tokens_per_second`: since the end of the last rollout, the update included,
+    - `time/reward_share`: the share of that time that the reward took, 0 to 1; only with a `TextVecEnv`,
+    - `episode/dropped`: episodes that the reward failed on and left out; they count in no other figure,
+    - `episode/failed`: episodes that got a penalty for a score (the part "failure"). These two keys are logged from
+      the first such episode on.
 
     Example:
         >>> from agents import EpisodeMetrics
@@ -40,18 +44,18 @@ class EpisodeMetrics(BaseCallback):
         self._has_failed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {"has_failed": self._has_failed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         self._has_failed = state["has_failed"]
 
     def _on_training_start(self) -> None:
         self._episodes = ScoredEpisodes(self.training_env)
         self._clock = time.perf_counter()
         self._timesteps = self.model.num_timesteps
-        remember(self.model, self)
+        remember(self.model, self)  # checkpoints keep its state
         env = self.training_env.unwrapped
         self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
 
@@ -67,8 +71,9 @@ class EpisodeMetrics(BaseCallback):
         self.logger.record("time/tokens_per_second", speed)
         if self._rewards is not None:
             self.logger.record("time/reward_share", self._rewards.share)
-            self._rewards = RewardShare(self._rewards.lanes)
+            self._rewards = RewardShare(self._rewards.lanes)  # measures anew from here
         n_dropped = sum(info["dropped"] for info in infos)
+        # Within a sum of rewards the part is called `<reward>/failure`.
         n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)
         self._has_failed = self._has_failed or n_dropped + n_failed > 0
         if self._has_failed:

@@ -1,4 +1,4 @@
-"""Evaluation while a model trains: figures in the log, the best model kept, and an early stop."""
+"""The evaluation of a model while it trains: figures in the log, the best model kept, an early stop."""
 
 from __future__ import annotations
 
@@ -34,38 +34,43 @@ from .sharding import gathered
 from .storage import explain
 from .world import is_main_process, world
 
+# The shapes of best.json and history.json, for `read_json`.
 BEST = {"figure": str, "value": float, "num_timesteps": int}
 HISTORY = [{"num_timesteps": int, "figures": {str: (float, None)}}]
 
 
 class Evaluate(BaseCallback):
-    """Evaluates between iterations: before training, every so many tokens and at the end; does not change training.
+    """Evaluates before training, between iterations every so many tokens, and at the end; does not change training.
 
-    It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on. Every evaluation has the
+    It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on. All evaluations have the
     same seed, so that they can be compared. With a folder it writes there
 
     - `history.json`: the figures of every evaluation,
     - `best/model`: the best model so far, as `export` writes it, for `AutoModelForCausalLM.from_pretrained`,
-    - `best/evaluation.json` and `.md`: its figures and texts, and `best/best.json`: its figure and when it was.
+    - `best/evaluation.json` and `.md`: its figures and texts,
+    - `best/best.json`: the figure by which it is best, and after how many tokens.
 
-    They appear together or not at all. A run that goes on from a checkpoint reads them, and goes on as if it had never
-    stopped: the best is replaced by a better one only, and evaluations made after the checkpoint are made again.
+    The folder `best` is replaced whole or not at all. A run that is resumed from a checkpoint reads these files and
+    continues as if it had never stopped: evaluations made after the checkpoint are made again, and only a better model
+    replaces the best one.
 
-    An early stop takes effect in the first step of the next rollout, so the model stays as it was evaluated.
+    An early stop takes effect at the first step of the next rollout, before any update: the final model is the one
+    that was evaluated last.
 
     Args:
-        prompts: What to continue: keep it apart from what is trained on.
-        tokenizer: The tokenizer that the model trains with; a Hugging Face one is written beside the best model.
+        prompts: What to continue; keep them apart from the prompts of training.
+        tokenizer: The tokenizer that the model trains with; one of transformers is written beside the best model.
         metrics: As for `evaluate`.
         every: Tokens from one evaluation to the next, rounded up to whole rollouts.
         folder: Where history and best model go; None keeps neither.
-        best: The figure by which models are compared.
-        higher_is_better: Whether a larger figure is a better one; False for a perplexity.
-        patience: Stop after so many evaluations in a row without a better figure; None never stops.
+        best: The name of the figure by which models are compared.
+        higher_is_better: Whether a larger figure is better; False for a perplexity.
+        patience: Stop after this many evaluations in a row without a better figure; None never stops.
         **kwargs: Other arguments of `evaluate`: `reward`, `n`, `max_new_tokens`, `references_column`, `reference`, ...
 
     Raises:
-        ValueError: If there is no such figure, or a new run finds the best model of another in its folder.
+        ValueError: If `every` or `patience` is below 1; in training, if `evaluate` returns no figure `best`, or a new
+            run finds the best model of another run in its folder.
 
     Example:
         >>> from agents import Evaluate
@@ -92,21 +97,21 @@ class Evaluate(BaseCallback):
         self.every, self.patience = every, patience
         self.folder = None if folder is None else Path(folder)
         self.best, self.sign = best, 1 if higher_is_better else -1
-        self.history: dict[int, dict[str, float]] = {}  # figures by number of tokens
+        self.history: dict[int, dict[str, float]] = {}  # the figures, by the number of tokens trained on
         self.best_value, self.best_at = -self.sign * math.inf, 0
 
     def _on_training_start(self) -> None:
         now, self._n_updates = self.model.num_timesteps, -1
-        if now == 0:
+        if now == 0:  # a new run, perhaps with a callback that another run has used
             self.history, self.best_value, self.best_at = {}, -self.sign * math.inf, 0
         if self.folder is not None and is_main_process():
-            self._go_on(self.folder, now)
-        self._agree()
-        # What comes after the checkpoint is measured again.
+            self._resume(self.folder, now)
+        self._tell_all_processes()
+        # Evaluations made after the checkpoint that the run goes on from are made again.
         self.history = {at: figures for at, figures in self.history.items() if at <= now}
 
-    def _go_on(self, folder: Path, now: int) -> None:
-        """Take up what an earlier part of the run has written."""
+    def _resume(self, folder: Path, now: int) -> None:
+        """Read the history and the best figure that an earlier part of the run has written."""
         check_output(folder / "best", "best model", overwrite=True)
         best, history = folder / "best" / "best.json", folder / "history.json"
         restore_folder(folder / "best")
@@ -120,13 +125,14 @@ class Evaluate(BaseCallback):
             if kept["figure"] != self.best:
                 raise ValueError(f"Expected best={kept['figure']!r}, as in {folder}, got {self.best!r}.")
             self.best_value, self.best_at = kept["value"], kept["num_timesteps"]
-        if now > 0 and history.is_file():  # the best model is written first, so that a killed run measures it again
+        # The history is written after the best model: a run killed between the two evaluates again.
+        if now > 0 and history.is_file():
             self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in read_json(history, HISTORY)}
             if not best.is_file():
                 self._remember_best(folder / "best", now)
 
     def _remember_best(self, lost: Path, now: int) -> None:
-        """Go on by the figures where somebody has removed the best model: patience counts from it all the same."""
+        """Take the best figure from the history, where the best model was removed, for patience to count from."""
         for at, figures in self.history.items():
             if at <= now and self.sign * figures.get(self.best, math.nan) > self.sign * self.best_value:
                 self.best_value, self.best_at = figures[self.best], at
@@ -136,8 +142,8 @@ class Evaluate(BaseCallback):
                 stacklevel=2,
             )
 
-    def _agree(self) -> None:
-        """Let all processes know what rank 0 has measured, so that they stop together."""
+    def _tell_all_processes(self) -> None:
+        """Send the results of rank 0 to all processes, so that they stop together."""
         known = self.history, self.best_value, self.best_at
         self.history, self.best_value, self.best_at = from_main("an evaluation", known)
 
@@ -147,23 +153,24 @@ class Evaluate(BaseCallback):
 
     @property
     def is_over(self) -> bool:
-        """Whether so many evaluations as `patience` says were no better."""
+        """Whether the last `patience` evaluations were no better than the best one before them."""
         return self.patience is not None and sum(at > self.best_at for at in self.history) >= self.patience
 
     def _on_step(self) -> bool:
+        # False ends training: SB3 `on_policy_algorithm.collect_rollouts` returns before the step is stored.
         return not self.is_over
 
     def _on_training_end(self) -> None:
-        if self._n_updates != self.model._n_updates:
+        if self._n_updates != self.model._n_updates:  # else the last evaluation was of these weights
             self._evaluate(is_last=True)
 
     def _evaluate(self, is_last: bool = False) -> None:
         now, self._n_updates = self.model.num_timesteps, self.model._n_updates
         with ExitStack() as readable:
-            for lm in self._read:
-                readable.enter_context(gathered(lm))
+            for lm in self._models_read:
+                readable.enter_context(gathered(lm))  # all processes take part; rank 0 then has whole weights
             best, result = (self.best_value, self.best_at), self._measure(now) if is_main_process() else None
-            self._agree()
+            self._tell_all_processes()
         try:
             if self.folder is not None and self.best_value != best[0]:
                 self._keep(self.folder / "best", result)
@@ -183,11 +190,11 @@ class Evaluate(BaseCallback):
         self.logger.dump(now)
 
     @property
-    def _read(self) -> list[LMActorCritic]:
-        """What an evaluation reads.
+    def _models_read(self) -> list[LMActorCritic]:
+        """The models whose weights an evaluation reads: the policy and, where there is one, the reference.
 
         Raises:
-            ValueError: If it would build a reference, in one process, where weights are sharded.
+            ValueError: If weights are sharded and the evaluation would build a reference, which one process cannot.
         """
         policy, reference = cast("LMPolicy", self.model.policy).lm, self.kwargs.get("reference")
         if isinstance(reference, KLPenalty):
@@ -200,10 +207,11 @@ class Evaluate(BaseCallback):
         return [policy, reference] if isinstance(reference, LMActorCritic) else [policy]
 
     def _measure(self, now: int) -> Evaluation:
+        """Evaluate, log the figures, and note whether the model is the best so far."""
         result = evaluate(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)
         if self.best not in result.figures:
             raise ValueError(f"Expected `best` to be one of {list(result.figures)}, got {self.best!r}.")
-        self.history[now] = {name: one.value for name, one in result.figures.items()}
+        self.history[now] = {name: figure.value for name, figure in result.figures.items()}
         value = self.history[now][self.best]
         if self.sign * value > self.sign * self.best_value:
             self.best_value, self.best_at = value, now
@@ -212,19 +220,20 @@ class Evaluate(BaseCallback):
         return result
 
     def _keep(self, folder: Path, result: Evaluation | None) -> None:
-        """Write the model and what was measured; all processes do, and rank 0 has what was measured."""
+        """Write the model and its evaluation; every process takes part, and only that of rank 0 has a result."""
         with replaced_together(output_folder(folder, "best model", overwrite=True)) as beside:
             tokenizer = self.tokenizer if isinstance(self.tokenizer, PreTrainedTokenizerBase) else None
             export(self.model, tokenizer, beside / "model")
             once(lambda: self._write_best(beside, result))
 
     def _write_best(self, folder: Path, result: Evaluation | None) -> None:
-        assert result is not None, "rank 0 has measured"
+        assert result is not None, "called on rank 0, which has measured"
         result.save(folder / "evaluation")
         best = {"figure": self.best, "value": self.best_value, "num_timesteps": self.best_at}
         (folder / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
 
     def _write_history(self, folder: Path) -> None:
+        # JSON has neither NaN nor infinity.
         rows = [
             {"num_timesteps": at, "figures": {name: v if math.isfinite(v) else None for name, v in figures.items()}}
             for at, figures in self.history.items()

@@ -1,4 +1,4 @@
-"""Optimizer steps whose gradient is not finite are left out, and too many of them stop the run."""
+"""The guard against NaN and infinity: it skips optimizer steps with such gradients; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from .sharding import local
 
 
 class FiniteUpdates(BaseCallback):
-    """Passes over optimizer steps whose gradient has a NaN or an infinity: weights and optimizer stay as they are.
+    """Skips optimizer steps whose gradient has a NaN or an infinity: weights and optimizer state stay as they are.
 
-    They are logged as `train/skipped_updates`, a rollout; so many in a row raise `NumericsError`, the run's last
-    checkpoint being from before. It works through the optimizer's own hook, so that the algorithm stays unmodified.
-    TRPO moves its policy past the optimizer: there only the critic is watched. A loss that is not finite in so many
-    rollouts in a row raises too: where its gradient is finite, but no longer its norm, clipping has made it zero.
+    `train/skipped_updates` logs how many a rollout had. `patience` of them in a row raise `NumericsError`; the run's
+    last checkpoint is from before them. So does a loss that is not finite in as many rollouts in a row: if each entry
+    of its gradient is finite but the norm overflows, clipping divides the gradient to zero, and nothing is learned.
+
+    It hooks into the optimizer, so that the algorithm stays unmodified. TRPO updates its policy without the optimizer:
+    there only the critic's steps are watched.
 
     Args:
-        patience: How many in a row are too many.
+        patience: How many steps, or rollouts, in a row are too many.
+
+    Raises:
+        ValueError: If `patience` is below 1.
 
     Example:
         >>> from agents.finite_updates import FiniteUpdates
@@ -42,15 +47,16 @@ class FiniteUpdates(BaseCallback):
 
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-        sums = [local(weight.grad).sum() for weight in weights]  # a NaN or infinity makes it one, and costs one pass
-        is_finite = not sums or bool(torch.stack([one.float().to(sums[0].device) for one in sums]).isfinite().all())
-        if any(isinstance(weight, DTensor) for weight in weights):  # others have other shards
+        # A sum with a NaN or an infinity in it is not finite: one pass over the gradients, and one number each.
+        sums = [local(weight.grad).sum() for weight in weights]
+        is_finite = not sums or bool(torch.stack([total.float().to(sums[0].device) for total in sums]).isfinite().all())
+        if any(isinstance(weight, DTensor) for weight in weights):  # each process has seen its own shards only
             is_finite = all(gather("finite gradients", is_finite))
         if is_finite:
             self.in_a_row = 0
             return
         for weight in weights:
-            weight.grad = None  # the optimizer passes over what has none
+            weight.grad = None  # optimizers of torch skip a weight without a gradient
         self.in_a_row += 1
         self.skipped += 1
         if self.in_a_row >= self.patience:
@@ -70,6 +76,7 @@ class FiniteUpdates(BaseCallback):
         self.skipped, self.has_trained = 0, True
 
     def _check_losses(self) -> None:
+        """Count rollouts with a loss that is not finite, from the figures that SB3's `train` has recorded."""
         values = self.logger.name_to_value
         losses = {name: value for name, value in values.items() if name.startswith("train/") and name.endswith("loss")}
         bad = {name: value for name, value in losses.items() if not math.isfinite(value)}

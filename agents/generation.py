@@ -1,4 +1,4 @@
-"""A policy and prompts to texts, in batches: for evaluation, sample tables and a look at what was learned."""
+"""The generation of texts: a policy continues prompts, in batches, through an env without a reward."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from .interface import LengthError
 from .policies import LMPolicy
 from .vec_env import TextVecEnv
 
-USUAL_TOKENS = 64  # of a text, where a policy was not trained on any; as `TextEnv` has it
+USUAL_TOKENS = 64  # of a text, for a policy that knows no env: the default of `TextEnv`'s `max_new_tokens`
 
 
 class Generation(NamedTuple):
-    """A prompt and what the policy wrote after it."""
+    """A prompt and its continuation."""
 
     prompt: Prompt
     text: str
-    ids: list[int]
+    ids: list[int]  # the tokens of the text, the end token included
     end_reason: EndReason
 
 
 class FinalStep(NamedTuple):
-    """The end of an episode: its final info, as `TextEnv` has it, and its last observation, (L,)."""
+    """The last step of an episode: the info that `TextEnv.step` returns with it, and the observation, (L,)."""
 
     info: dict[str, Any]
     observation: np.ndarray
 
     @property
     def generation(self) -> Generation:
-        """Prompt, text, ids and end reason."""
+        """The episode's prompt and text."""
         ids = _continuation(self.observation)
         return Generation(self.info["prompt"], self.info["text"], ids, self.info["end_reason"])
 
@@ -61,28 +61,29 @@ def generate(
 ) -> list[Generation]:
     """Continue each prompt exactly `n` times.
 
-    Rows that end make room for the next prompt, so no row waits for the longest. Training is not disturbed: sampling
-    has a generator of its own, and the rollout's cached rows stay.
+    A row that ends makes room for the next prompt, so that no row waits for the longest. Training is not disturbed:
+    sampling uses a random generator and a cache of its own.
 
     Args:
         model: A trained model, or its policy.
         prompts: Texts, rows or lists of token ids.
         tokenizer: The tokenizer that the model was trained with.
-        n: How many continuations of each prompt.
-        max_new_tokens: The most tokens of each; unset, as many as in training, or 64 for a policy alone, and fewer,
-            with a warning, where the model has no room for so many.
+        n: How many continuations each prompt gets.
+        max_new_tokens: The most tokens of a continuation. Unset, it is that of training (64 for a policy that is given
+            alone), or less, with a warning, where the model can read no more.
         deterministic: Take the most probable token instead of sampling.
         seed: The seed of the sampling: the same seed, prompts and `n_envs` give the same texts.
-        n_envs: The most rows side by side.
-        progress_bar: Show one.
+        n_envs: The most rows generated side by side.
+        progress_bar: Show a progress bar.
         **env_kwargs: Other arguments of `TextEnv`: `stop_ids`, `stop_strings`, `mask`, `prompt_column`, ...
 
     Returns:
         The continuations in the order of the prompts, those of one prompt together.
 
     Raises:
-        ValueError: If `n` is below 1, the tokenizer has another vocabulary than the model, or the texts would be
-            longer than it can read.
+        TypeError: If `model` has no `LMPolicy`.
+        ValueError: If `n` is below 1, the tokenizer has another number of tokens than the model, or prompts and texts
+            are longer than the model can read.
 
     Example:
         >>> from agents import generate
@@ -99,7 +100,13 @@ def generate(
 def env_that_fits(
     model: BaseAlgorithm | LMPolicy, make_env: Callable[[int], TextEnv], max_new_tokens: int | None
 ) -> TextEnv:
-    """Return an env to write in: of texts as long as asked for, else as in training, as far as the model has room."""
+    """Return an env to generate in, with texts as long as asked for, else as in training if the model can read them.
+
+    Args:
+        model: The model or policy that will generate.
+        make_env: Makes the env, given `max_new_tokens`.
+        max_new_tokens: What was asked for; None where nothing was.
+    """
     if max_new_tokens is not None:
         return make_env(max_new_tokens)
     wanted = trained_length(model)
@@ -112,17 +119,17 @@ def env_that_fits(
 
 
 def trained_length(model: BaseAlgorithm | LMPolicy) -> int:
-    """Return the most tokens of a text that a model was trained with, or 64 where it does not know."""
+    """Return `max_new_tokens` of the env that a model trains on; 64 where it has none."""
     envs = None if isinstance(model, LMPolicy) else model.get_env()
     inner = None if envs is None else envs.unwrapped
     return inner.env.rules.max_new_tokens if isinstance(inner, TextVecEnv) else USUAL_TOKENS
 
 
 def fitting_length(policy: LMPolicy, n_prompt: int, wanted: int) -> int:
-    """Return how many tokens may be written behind prompts of up to `n_prompt` tokens: at most those wanted.
+    """Return how many tokens fit after prompts of up to `n_prompt` tokens: at most those wanted.
 
     Raises:
-        ValueError: If the model has no room for a single one.
+        ValueError: If not a single one fits.
     """
     try:
         policy.lm.backbone.check_length(n_prompt, wanted)
@@ -139,12 +146,12 @@ def fitting_length(policy: LMPolicy, n_prompt: int, wanted: int) -> int:
 
 
 def shorter_texts(most: int, wanted: int, n_prompt: int) -> str:
-    """Return what is said where texts have less room than is usual."""
+    """Return the words that say that texts are shorter than usual, and why."""
     return f"Texts have at most {most} tokens, not {wanted}: behind prompts of up to {n_prompt} the model reads no more"
 
 
 def check_generator(model: BaseAlgorithm | LMPolicy, tokenizer: Tokenizer, n: int) -> LMPolicy:
-    """Return the policy of what `generate` was given, or say what does not fit."""
+    """Return the policy of a model, or raise where model, tokenizer and `n` do not fit; see `generate`."""
     policy = model if isinstance(model, LMPolicy) else model.policy
     if not isinstance(policy, LMPolicy):
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
@@ -167,10 +174,10 @@ def run_episodes(
     n_envs: int = 64,
     progress_bar: bool = False,
 ) -> list[FinalStep]:
-    """Run one episode of each prompt through an env, in batches; return how each ended, in the order of the prompts.
+    """Run one episode of each prompt, in batches; return the last step of each, in the order of the prompts.
 
-    Neither the policy's training nor the env's own row, order and `np_random` are touched. What the reward drops ends
-    as any other, with `info["dropped"]`.
+    Neither the policy's training nor the env's own row, prompt order and `np_random` are touched. An episode that the
+    reward drops is returned like any other, with `info["dropped"]` true.
     """
     policy.lm.backbone.check_length(env.max_prompt_tokens, env.rules.room)
     envs = TextVectorEnv(env, min(n_envs, len(prompts)))
@@ -187,18 +194,19 @@ def run_episodes(
             result = envs.lanes.step(actions.cpu().numpy())
             observations = result.observations
             for lane, observation in result.final_observations.items():
-                ends[result.infos[lane]["group"]] = FinalStep(result.infos[lane], observation)  # as they were dealt
+                # `group` counts prompts in the order in which they were dealt: here one episode each.
+                ends[result.infos[lane]["group"]] = FinalStep(result.infos[lane], observation)
                 bar.update()
     if policy.lm.predict_cache is not None:
         policy.lm.predict_cache.drop()
-    return [ends[place] for place in sorted(ends)]
+    return [ends[group] for group in sorted(ends)]
 
 
 def _continuation(observation: np.ndarray) -> list[int]:
     since = observation[int(np.flatnonzero(observation == SEPARATOR)[0]) + 1 :]
-    return since[since >= 0].tolist()
+    return since[since >= 0].tolist()  # padding is negative
 
 
 def no_reward(prompt: Prompt, preds: Any, done: bool) -> float:
-    """Return 0: the reward of an env that is only to be written in."""
+    """Return 0: the reward of an env that is used only to generate."""
     return 0.0

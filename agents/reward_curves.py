@@ -1,4 +1,4 @@
-"""A picture of reward, divergence and length over a training, drawn at its end."""
+"""The picture of reward, divergence and length over a training, drawn at its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ class RewardCurves(BaseCallback):
 
     Args:
         path: The picture's file.
-        title: What stands above it.
+        title: The title of the picture.
+
+    Raises:
+        ImportError: When training starts, without matplotlib.
+        FileExistsError: When training starts, if `path` is a folder, or a file that is no PNG.
+
+    Example:
+        >>> from agents import EpisodeMetrics, RewardCurves
+        >>> # model.learn(100_000, callback=[EpisodeMetrics(), RewardCurves("curves.png")])
     """
 
     def __init__(self, path: str | os.PathLike[str], title: str = "") -> None:
@@ -38,6 +46,7 @@ class RewardCurves(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        # What the callbacks before this one have recorded in this rollout, of all processes.
         values = merge(gather("figures", dict(self.logger.name_to_value)))
         row = {key: float(values.get(key, math.nan)) for key, _ in CURVES}
         self.history.append({"tokens": self.model.num_timesteps, **row})

@@ -1,4 +1,4 @@
-"""How much of a run's time its reward takes."""
+"""The share of a run's time that its reward takes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from textenv.lanes import Lanes
 
 
 class RewardShare:
-    """Measures from when it is made, by a clock that does not jump.
+    """Measures how long the reward was waited for since this object was made.
 
     Args:
-        lanes: The episodes whose reward is meant.
+        lanes: The episodes whose reward calls are timed.
     """
 
     def __init__(self, lanes: Lanes) -> None:
         self.lanes = lanes
-        self.begun, self.seconds_then = time.monotonic(), lanes.reward_calls.seconds
+        # `monotonic` never jumps, unlike the wall clock.
+        self.started, self.seconds_before = time.monotonic(), lanes.reward_calls.seconds
 
     @property
     def seconds(self) -> float:
-        """How long the reward has been waited for since."""
-        return self.lanes.reward_calls.seconds - self.seconds_then
+        """The time in reward calls, in seconds."""
+        return self.lanes.reward_calls.seconds - self.seconds_before
 
     @property
     def share(self) -> float:
-        """Which share of the time since that is, 0 to 1."""
-        passed = time.monotonic() - self.begun
+        """The share of all time, 0 to 1."""
+        passed = time.monotonic() - self.started
         return self.seconds / passed if passed > 0 else 0.0

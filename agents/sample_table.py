@@ -1,4 +1,4 @@
-"""Tables of sampled texts: on the console and in TensorBoard, while a model trains, or on request."""
+"""Tables of sampled texts, shown on the console and in TensorBoard while a model trains."""
 
 from __future__ import annotations
 
@@ -22,19 +22,25 @@ from .world import is_main_process
 
 
 class SampleTable(BaseCallback):
-    """Shows what the policy writes: before training, every so many rollouts, and at the end.
+    """Shows texts of the policy before training, every so many rollouts, and at the end; does not change training.
 
-    On the console and, where TensorBoard logs, as text under `samples`. It draws from a generator of its own and does
-    not change training.
+    The table goes to the console and, where TensorBoard logs, as text under `samples`.
 
     Args:
         prompts: What to continue, once each.
         tokenizer: The tokenizer that the model trains with.
         every: Rollouts from one table to the next.
-        max_new_tokens: The most tokens of a sample; unset, as in `generate`: as many as in training.
-        seed: The seed of the sampling: the same for every table, so that they can be compared.
-        console: Where to print; rich's default console.
+        max_new_tokens: The most tokens of a sample; unset, as many as in training (see `generate`).
+        seed: The seed of the sampling, the same for every table, so that they can be compared.
+        console: Where to print; by default a new `rich.console.Console`.
         **env_kwargs: Other arguments of `generate`: the env's `mask`, `stop_ids`, `stop_strings`, ...
+
+    Raises:
+        ValueError: If `every` is below 1.
+
+    Example:
+        >>> from agents import SampleTable
+        >>> # model.learn(100_000, callback=SampleTable(["The film was"], tokenizer, every=5))
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class SampleTable(BaseCallback):
         self._show()
 
     def _show(self) -> None:
-        with gathered(cast("LMPolicy", self.model.policy).lm):
+        with gathered(cast("LMPolicy", self.model.policy).lm):  # by all processes; rank 0 then has whole weights
             if is_main_process():
                 self._print()
 
@@ -76,17 +82,20 @@ class SampleTable(BaseCallback):
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))
         page = "\n\n".join(f"**{page_text(sample.prompt)}**{page_text(sample.text)}" for sample in samples)
-        # Not by `logger.record`: the next dump has a later step, and after training there is none.
+        # Not by `logger.record`: SB3 dumps at a later step, and after training not at all.
         for output in self.logger.output_formats:
             if isinstance(output, TensorBoardOutputFormat):
                 output.writer.add_text("samples", page, self.model.num_timesteps)
-                output.writer.flush()  # after training nothing else would
+                output.writer.flush()  # nothing else does so after training
 
 
 def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
-    """Return samples as a table: a row a prompt, a column for each title, prompt and text told apart.
+    """Return samples as a table: a row for each prompt, a column for each title, the prompt dimmed before its text.
 
-    Control characters and markup in what a model wrote are shown, not obeyed.
+    Control characters and markup in a text are shown, not obeyed.
+
+    Args:
+        columns: Samples of the same prompts in the same order, by title.
     """
     table = Table(show_lines=True)
     for title in columns:

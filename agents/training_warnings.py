@@ -1,4 +1,4 @@
-"""Warnings while a model trains: what goes wrong, said once, with the likely cause and the cure."""
+"""Warnings while a model trains: each fault once, with its likely cause and a cure."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .reward_share import RewardShare
 from .rollout_steps import remember, sequence_buffer, text_vec_env
 from .scored import ScoredEpisodes
 
-MIN_EPISODES = 32  # of fewer nothing is concluded: they wait for those of the next rollout
-N_SEQUENCES = 4  # as many are read again before the update
+MIN_EPISODES = 32  # "all episodes": fewer conclude nothing, and wait for those of the next rollout
+N_SEQUENCES = 4  # of a rollout, read again before the update: enough to show a systematic difference
 NEGATIVE_KL = -1e-3  # nats a token; nearer to 0 it is noise
-MOST_REWARD = 0.5  # the share of a run's time beyond which the reward is slow
-MIN_SECONDS = 1.0  # of less nobody minds
+MOST_REWARD = 0.5  # the share of a run's time from which the reward is called slow
+MIN_SECONDS = 1.0  # of the reward, below which its share does not matter
 
 
 class Ended(NamedTuple):
-    """What is looked at of an episode that has ended; a dropped one has no reward."""
+    """An ended episode, as far as the warnings look at it; the reward of a dropped one is None."""
 
     end_reason: str
     n_tokens: int
@@ -35,25 +35,33 @@ class Ended(NamedTuple):
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> Ended:
-        """Return what its info says."""
+        """Return the episode of a final info."""
         reward = None if info["dropped"] else float(info["episode"]["r"])
         return cls(str(info["end_reason"]), info["episode"]["l"], reward)
 
 
 class TrainingWarnings(BaseCallback):
-    """Warns, once a run, resumed or not, of what makes training pointless or wrong; names likely cause and cure.
+    """Warns of faults that make training pointless or wrong, each once a run (resumed or not), with cause and cure.
 
-    At the end of each rollout, before its update, it looks for: all rewards equal, all episodes cut by length, the
-    end token as the first token everywhere, a divergence from the reference below zero for long, probabilities that
-    the update does not find again (first ratios away from 1), a collapse of the entropy, and a reward that takes more
-    than half of the time. "All" are 32 episodes or
-    more, of one rollout or several. It reads a few sequences once more and changes nothing. It needs a
-    `SequenceRolloutBuffer`; in the list of callbacks its place does not matter.
+    At the end of each rollout, before its update, it looks for
+
+    - all rewards equal, all episodes cut by length, or all texts empty, "all" being at least 32 episodes of one rollout
+      or several,
+    - a divergence from the reference that is negative for several rollouts,
+    - probability ratios away from 1 before the first step: rollout and update disagree about the sampled tokens,
+    - a collapse of the entropy,
+    - a reward that takes more than half of the time.
+
+    It reads a few sequences once more and changes nothing. It needs a `SequenceRolloutBuffer`. Its position in the list
+    of callbacks does not matter.
 
     Args:
-        entropy_fraction: It warns where the entropy, the mean of -log p over the sampled tokens, falls below this
-            fraction of the first rollout's.
+        entropy_fraction: It warns where the entropy, estimated by the mean of -log p of the sampled tokens, falls below
+            this fraction of the first rollout's.
         patience: How many rollouts in a row the divergence must be negative.
+
+    Raises:
+        ValueError: If `entropy_fraction` is not between 0 and 1, or `patience` is below 1.
 
     Example:
         >>> from agents import TrainingWarnings
@@ -72,10 +80,10 @@ class TrainingWarnings(BaseCallback):
         self._given: set[str] = set()
         self._first_entropy: float | None = None
         self._divergences: deque[float] = deque(maxlen=patience)
-        self._recent: list[Ended] = []  # episodes of which there are too few yet
+        self._recent: list[Ended] = []  # episodes that wait until there are `MIN_EPISODES`
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, so that a resumed run warns as one that was never stopped."""
+        """Return the state that a checkpoint keeps, so that a resumed run warns like one that never stopped."""
         return {
             "given": sorted(self._given),
             "first_entropy": self._first_entropy,
@@ -84,17 +92,17 @@ class TrainingWarnings(BaseCallback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         self._given, self._first_entropy = set(state["given"]), state["first_entropy"]
         self._divergences = deque(state["divergences"], maxlen=self.patience)
         self._recent = [Ended(*episode) for episode in state["recent"]]
 
     def _on_training_start(self) -> None:
-        sequence_buffer(self.model)
+        sequence_buffer(self.model)  # raises where the buffer is another one
         env = text_vec_env(self.model.get_env())
         self._rules, self._rewards = env.env.rules, RewardShare(env.lanes)
         self._episodes = ScoredEpisodes(self.training_env)
-        remember(self.model, self)
+        remember(self.model, self)  # checkpoints keep its state
 
     def _on_step(self) -> bool:
         self._episodes.see(self.locals["infos"])
@@ -150,6 +158,7 @@ class TrainingWarnings(BaseCallback):
             )
 
     def _look_at_divergence(self) -> None:
+        # Recorded by `KLPenalty` when the buffer computed its returns, which comes before the callbacks.
         value = self.logger.name_to_value.get("kl/token")
         if value is None:
             return
@@ -164,8 +173,8 @@ class TrainingWarnings(BaseCallback):
 
     def _look_at_ratios(self, buffer: SequenceRolloutBuffer) -> None:
         policy = cast("LMPolicy", self.model.policy)
-        off, limit = _largest_log_ratio(policy, buffer), tolerance(policy.lm)
-        if not off <= limit:
+        off, limit = _largest_log_ratio(policy, buffer), tolerance(policy.lm)  # nats
+        if not off <= limit:  # NaN too
             self._warn(
                 "ratios",
                 f"Before the first step of an update the log-ratio of some token is {off:.3g}; up to {limit:.0e} is "
@@ -196,11 +205,12 @@ def _largest_log_ratio(policy: LMPolicy, buffer: SequenceRolloutBuffer) -> float
     """Return the largest |log ratio| over a few sequences of the rollout, read as the update is about to read them."""
     view = buffer.view()
     n = len(view.batch.lengths)
-    some, places = view.batch.of_sequences(np.linspace(0, n - 1, min(N_SEQUENCES, n)).astype(int))
+    batch, transitions = view.batch.of_sequences(np.linspace(0, n - 1, min(N_SEQUENCES, n)).astype(int))
     was_training = policy.training
-    policy.train(True)  # as the update; unlike `set_training_mode` it leaves the rollout's cached rows alone
-    now = policy.evaluate_actions(some, view.actions[torch.as_tensor(places, device=view.actions.device)])[1]
+    policy.train(True)  # as in the update; unlike `set_training_mode` it keeps the rollout's cached rows
+    actions = view.actions[torch.as_tensor(transitions, device=view.actions.device)]  # (n,)
+    now = policy.evaluate_actions(batch, actions)[1]  # (n,)
     policy.train(was_training)
-    before = buffer.log_probs[view.steps[places], view.lanes[places]]
+    before = buffer.log_probs[view.steps[transitions], view.lanes[transitions]]  # (n,)
     difference = np.abs(now.cpu().numpy() - before)
     return float(np.where(np.isnan(difference), np.inf, difference).max())

@@ -289,7 +289,7 @@ def test_a8_training_drops_the_cache():
 def test_a8_negative_control(monkeypatch):
     """A cache that keeps the old weights' keys and values fails the same check."""
     monkeypatch.setattr("agents.actor_critic.LMActorCritic.drop_caches", lambda self: None)
-    monkeypatch.setattr(cache.PrefixCache, "_version", lambda self: 0)
+    monkeypatch.setattr("agents.interface.version_of", lambda weights: 0)
     # The value of a rollout's last observation moves the cache on, so that the next rollout reads all rows anew.
     monkeypatch.setattr(cache.PrefixCache, "has_rows_of", lambda self, ids, lengths: False)
     assert learn_and_check() > 1e-3

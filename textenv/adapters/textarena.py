@@ -7,8 +7,8 @@ Written for textarena 0.7.4. Its traps:
   is new. The `-train` wrappers put brackets around an action; `to_action` can do that.
 - Games draw from Python's global `random`, which `reset(seed=...)` seeds. Its state is kept for each game (see `Game`).
 - `step` returns no reward. Rewards come from `close`, once the game is over, so the last turn earns all of it.
-- A first invalid move costs nothing, a second one in a row loses the game (`error_allowance`); after the first the
-  player, an opponent too, is asked again.
+- A first invalid move costs nothing, and the player, an opponent too, is asked again; the second one loses the game
+  (`error_allowance`).
 - If an opponent's invalid move ends the game, the policy wins: a reward of 1 may be the opponent's mistake.
 - GuessTheNumber pays for a near miss, even if two invalid moves end the game: a first guess in the middle and then
   nonsense earns 0.7 of 1, without the policy reading a hint.

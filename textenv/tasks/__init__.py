@@ -1,6 +1,6 @@
-"""Tasks on public data: where their rows come from, their environments and their gym ids.
+"""Environments of known tasks, each with a gym id: four on data sets, two synthetic ones and the demo.
 
-Each file reads one data set, from a folder or by its name on the Hugging Face hub, and has the environment that
-`gymnasium.make("textenv/<Name>-v0", data=..., tokenizer=...)` builds. The whole recipe of each, with its
-figures, is the example of the same name.
+A task's module reads its data set, from a folder or by name from the Hugging Face hub, and defines the environment that
+`gymnasium.make("textenv/<Name>-v0", data=..., tokenizer=...)` builds. The examples have the whole recipes, with their
+figures.
 """

@@ -1,7 +1,8 @@
-"""DailyDialog: conversations of everyday life, in which the next reply is written, as it or better was written then.
+"""The DailyDialog task: the next reply, or several, in conversations of everyday life.
 
-13,118 dialogues, each turn labelled with its speaker's intent (Li et al., 2017, "DailyDialog: A Manually Labelled
-Multi-turn Dialogue Dataset"). The reward is OpenRL's and RL4LMs': the intent of the true reply, and METEOR with it.
+The data set has 13,118 dialogues, in which each turn is labelled with its speaker's intent (Li et al., 2017,
+"DailyDialog: A Manually Labelled Multi-turn Dialogue Dataset"). The reward is that of OpenRL and RL4LMs: the intent of
+the recorded reply, and METEOR with it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from textenv.tasks.each_turn import EachTurn
 from textenv.tasks.parts import HELD_OUT, Part
 from textenv.tokenizer import Tokenizer
 
-INTENTS = ("inform", "question", "directive", "commissive")  # the acts 1 to 4 of the data set
-INTENT_CLASSIFIER = "rajkumarrrk/roberta-daily-dialog-intent-classifier"  # the one of RL4LMs and OpenRL
+INTENTS = ("inform", "question", "directive", "commissive")  # the acts 1 to 4 of the data set, in this order
+INTENT_CLASSIFIER = "rajkumarrrk/roberta-daily-dialog-intent-classifier"  # used by RL4LMs and OpenRL
 END_OF_UTTERANCE = "__eou__"
 TURNS_COLUMNS = ("dialog", "utterances")
 ACTS_COLUMNS = ("act", "acts")
 
 
 class Dialogue(NamedTuple):
-    """A conversation of two who take turns, and the intent of each turn: a place in `INTENTS`."""
+    """A conversation of two people who take turns, with the intent of each turn as an index into `INTENTS`."""
 
     turns: tuple[str, ...]
     intents: tuple[int, ...]
@@ -43,19 +44,19 @@ Dialogues: TypeAlias = str | PathLike[str] | Sequence[Dialogue]
 
 
 def read_dialogues(data: str | PathLike[str], split: str | None = None) -> list[Dialogue]:
-    r"""Read dialogues from a folder of the original files, or by name from the Hugging Face hub.
+    r"""Read dialogues from a folder of the original files, or from a data set by its name on the Hugging Face hub.
 
-    The files are `dialogues_<split>.txt`, a dialogue a line with `__eou__` behind each turn, and
-    `dialogues_act_<split>.txt`, the acts of the same line, 1 to 4. Of a data set on the hub the columns `dialog` or
-    `utterances` and `act` or `acts` are read. White space in a turn becomes single spaces.
+    The files are `dialogues_<split>.txt`, with one dialogue per line and `__eou__` after each turn, and
+    `dialogues_act_<split>.txt`, with the acts (1 to 4) of the dialogue on the same line. A data set on the hub has the
+    columns `dialog` or `utterances`, and `act` or `acts`. Each run of white space in a turn becomes a single space.
 
     Args:
         data: The folder, or the data set's name.
-        split: "train", "validation" or "test". Unset, the only one of a folder, and "train" of the hub.
+        split: "train", "validation" or "test". By default, the only split of a folder, and "train" of a data set.
 
     Raises:
-        ValueError: If the split is not there, a folder has several and none is named, or turns and acts do not match;
-            the message names file and line.
+        ValueError: If the split is missing, a folder has several and none is named, or turns and acts do not match; the
+            message names file and line.
 
     Example:
         >>> import pathlib, tempfile
@@ -101,10 +102,10 @@ def _lines(file: Path) -> list[str]:
 def _read_row(row: Mapping[str, Any], where: str) -> Dialogue:
     columns = []
     for names in (TURNS_COLUMNS, ACTS_COLUMNS):
-        found = [name for name in names if name in row]
-        if not found:
+        present = [name for name in names if name in row]
+        if not present:
             raise ValueError(f"Expected {where} to have one of the columns {names}, got {list(row)}.")
-        columns.append(row[found[0]])
+        columns.append(row[present[0]])
     return _dialogue(columns[0], columns[1], where)
 
 
@@ -119,22 +120,27 @@ def _dialogue(turns: Sequence[str], acts: Sequence[int], where: str) -> Dialogue
 def split_dialogues(
     dialogues: Sequence[Dialogue], held_back: float = HELD_OUT, seed: int = 0
 ) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Return dialogues to train on and dialogues held back, drawn whole: no dialogue has turns on both sides.
+    """Return dialogues to train on and dialogues held back, drawn at random; a dialogue is never split.
 
-    A dialogue that is there twice, word for word, is kept once.
+    Dialogues with the same turns are kept only once.
 
     Args:
         dialogues: The dialogues.
         held_back: The share that is held back.
-        seed: Of the draw.
+        seed: The seed of the draw.
 
     Raises:
-        ValueError: If nothing would be left on one side.
+        ValueError: If one of the two parts would be empty.
+
+    Example:
+        >>> train, held_back = split_dialogues([Dialogue((f"Hi {i} .", "Hi ."), (0, 0)) for i in range(20)])
+        >>> len(train), len(held_back)
+        (18, 2)
     """
-    first: dict[tuple[str, ...], Dialogue] = {}
-    for one in dialogues:
-        first.setdefault(one.turns, one)
-    distinct = list(first.values())
+    by_turns: dict[tuple[str, ...], Dialogue] = {}
+    for dialogue in dialogues:
+        by_turns.setdefault(dialogue.turns, dialogue)
+    distinct = list(by_turns.values())
     n_held_back = round(held_back * len(distinct))
     if not 0 < n_held_back < len(distinct):
         raise ValueError(
@@ -145,17 +151,20 @@ def split_dialogues(
 
 
 def dialogue_rows(dialogues: Sequence[Dialogue], history: int = 5, separator: str = "\n") -> list[dict[str, Any]]:
-    r"""Return a row for every reply, that is, every turn but the first of a dialogue.
+    r"""Return a row for every reply, that is, for every turn of a dialogue but the first.
 
     Args:
         dialogues: The dialogues.
-        history: How many of the turns before the reply are in its prompt, at most.
-        separator: What stands behind each turn of a prompt.
+        history: The most turns before the reply that its prompt contains.
+        separator: The text after each turn of a prompt.
 
     Returns:
-        Rows of `prompt` (the turns before, each closed by the separator), `references` (the true reply), `intent` (its
-        label, a place in `INTENTS`) and `exchanges`: what comes after, as pairs of the `other`'s turn and the true
-        `reply` to it with its `intent`.
+        Rows with `prompt` (the turns before, each followed by the separator), `references` (the recorded reply),
+        `intent` (its index into `INTENTS`) and `exchanges` (the rest of the dialogue, as mappings of the `other`
+        speaker's turn, the recorded `reply` to it, and the reply's `intent`).
+
+    Raises:
+        ValueError: If `history` is below 1.
 
     Example:
         >>> row = dialogue_rows([Dialogue(("Hi .", "Who is there ?", "Me ."), (0, 1, 0))])[1]
@@ -166,14 +175,13 @@ def dialogue_rows(dialogues: Sequence[Dialogue], history: int = 5, separator: st
         raise ValueError(f"Expected `history` to be at least 1, got {history}.")
     rows = []
     for turns, intents in dialogues:
-        for place in range(1, len(turns)):
-            before = turns[max(place - history, 0) : place]
+        for i in range(1, len(turns)):
             exchanges = [
                 {"other": turns[later - 1], "reply": turns[later], "intent": intents[later]}
-                for later in range(place + 2, len(turns), 2)
+                for later in range(i + 2, len(turns), 2)
             ]
-            prompt = "".join(turn + separator for turn in before)
-            row = {"prompt": prompt, "references": [turns[place]], "intent": intents[place], "exchanges": exchanges}
+            prompt = "".join(turn + separator for turn in turns[max(i - history, 0) : i])
+            row = {"prompt": prompt, "references": [turns[i]], "intent": intents[i], "exchanges": exchanges}
             rows.append(row)
     return rows
 
@@ -181,48 +189,49 @@ def dialogue_rows(dialogues: Sequence[Dialogue], history: int = 5, separator: st
 def intent_and_meteor(
     classifier: Any, tokenizer: Any = None, weights: Mapping[str, float] | None = None
 ) -> BatchReward:
-    """Return the reward of OpenRL and RL4LMs without its KL penalty: `intent` + `meteor`, both in [0, 1].
+    """Return OpenRL's and RL4LMs' reward without its KL penalty: the weighted sum of `intent` and `meteor`.
 
-    `intent` is 1 where the classifier predicts for what was written the labelled intent of the true reply, else 0.
+    `intent` is 1 if the classifier predicts for the written reply the intent of the recorded one, else 0; `meteor` is
+    in [0, 1].
 
     Args:
-        classifier: A text classifier whose labels are those of `INTENTS` in their order: a name on the hub, a folder,
-            or a model with its `tokenizer`.
-        tokenizer: The classifier's own, where it is a model.
-        weights: The factors of the two; 1 where not given.
+        classifier: A text classifier whose labels are `INTENTS` in their order: a name on the hub, a folder, or a model
+            with its `tokenizer`.
+        tokenizer: The classifier's tokenizer, if `classifier` is a model.
+        weights: The weights of "intent" and "meteor"; 1 for those not given.
     """
     intent = {"name": "classifier", "model": classifier, "tokenizer": tokenizer}
-    parts: dict[str, RewardLike] = {
+    summands: dict[str, RewardLike] = {
         "intent": {**intent, "label_column": "intent", "output": "label"},
         "meteor": "meteor",
     }
-    return WeightedSum(parts, weights or {})
+    return WeightedSum(summands, weights or {})
 
 
 class DailyDialog(TextEnv):
-    r"""Write the next reply of a conversation: `gymnasium.make("textenv/DailyDialog-v0", data=..., tokenizer=...)`.
+    r"""The next reply of a conversation: `gymnasium.make("textenv/DailyDialog-v0", data=..., tokenizer=...)`.
 
-    A prompt is the last turns of the dialogue, each closed by the separator; the reply is over with the separator or
-    the end token. By default it earns 1 if a classifier reads in it the intent of the true reply, plus its METEOR with
-    the true reply (OpenRL's reward without the KL penalty, which is `agents.KLPenalty`).
+    A prompt is the last turns of a dialogue, each followed by the separator; a reply ends with the separator or the end
+    token. By default it earns 1 if a classifier predicts for it the intent of the recorded reply, plus its METEOR with
+    the recorded reply. This is OpenRL's reward without its KL penalty, for which there is `agents.KLPenalty`.
 
-    With `max_turns` of 2 or more an episode goes on: the other speaker says what was said then (observed, never
-    trained), and the policy replies again. It ends with the dialogue, or before a turn of the other of more than
-    `max_response_tokens`. Its reward is the mean over the true replies it had room for, each held against the reply in
-    its place (`EachTurn`); what was not written for lack of `max_new_tokens`, which all turns share, earns 0.
+    With `max_turns` of 2 or more, an episode continues: the other speaker's recorded turn follows (observed, never
+    trained), and the policy replies again. It ends with the dialogue, or before a turn of the other speaker of more
+    than `max_response_tokens`. Its reward is the mean over the recorded replies of the episode, each compared with the
+    reply at its position (`EachTurn`). Replies that were not written, because all turns share `max_new_tokens`, earn 0.
 
     Args:
         data: A folder or a data set's name, as for `read_dialogues`, or dialogues, as from `split_dialogues`.
         tokenizer: The policy's tokenizer.
-        reward: Instead of the default; of one reply, also with `max_turns`.
-        classifier: The intent classifier of the default reward: a name on the hub or a folder.
+        reward: A reward of a single reply in place of the default, whatever `max_turns` is.
+        classifier: The intent classifier of the default reward: a name on the hub, or a folder.
         split: The split of `data`.
-        part: Dialogues to train on, or the tenth that is held back, as `split_dialogues` draws them; all by default.
-        history: How many turns a prompt has at most.
-        separator: What closes a turn.
+        part: "train" or "held_out", as `split_dialogues` draws them; by default, all dialogues.
+        history: The most turns of a prompt.
+        separator: The text that ends a turn.
         max_turns: The most replies of an episode.
-        max_response_tokens: The longest turn of the other between two replies, separators included; unused with one.
-        truncation_side: Where a prompt of more than `max_prompt_tokens` is cut.
+        max_response_tokens: The most tokens of the other speaker's turns, separators included; for `max_turns` over 1.
+        truncation_side: The side on which a prompt of more than `max_prompt_tokens` is cut.
         **kwargs: Other arguments of `TextEnv`: `max_new_tokens`, `max_prompt_tokens`, `score_at`, `seed`, ...
 
     Raises:
@@ -237,7 +246,7 @@ class DailyDialog(TextEnv):
     """
 
     def __new__(cls, *args: Any, max_turns: int = 1, **kwargs: Any) -> DailyDialog:
-        """Return an instance of the subclass that answers where there are several turns."""
+        """Return an instance of `Conversation` if there are several turns."""
         return super().__new__(Conversation if cls is DailyDialog and max_turns > 1 else cls)
 
     def __init__(
@@ -264,7 +273,7 @@ class DailyDialog(TextEnv):
         rows = dialogue_rows(dialogues, history, separator)
         reward = intent_and_meteor(classifier) if reward is None else reward
         if isinstance(self, Conversation):
-            rows = [_within(row, tokenizer, separator, max_turns, max_response_tokens) for row in rows]
+            rows = [_shortened(row, tokenizer, separator, max_turns, max_response_tokens) for row in rows]
             reward = EachTurn(reward, tokenizer, separator)
             kwargs.update(max_turns=max_turns, max_response_tokens=max_response_tokens)
         self.separator = separator
@@ -280,21 +289,22 @@ class DailyDialog(TextEnv):
 
 
 class Conversation(DailyDialog):
-    """A `DailyDialog` of several turns, which is what `DailyDialog(..., max_turns=2)` makes."""
+    """A `DailyDialog` with several turns; `DailyDialog(..., max_turns=2)` makes one."""
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | None:
-        """Return what the other speaker said next, or None where the dialogue is over."""
+        """Return the other speaker's next recorded turn, or None if the dialogue is over."""
         exchanges, n_replies = prompt.row["exchanges"], len(preds.turns)
         if n_replies > len(exchanges):
             return None
-        opening = "" if preds.end_reason is EndReason.STOP else self.separator  # the separator is what stops
+        # A reply that was stopped already ends with the separator, which is the one stop string.
+        opening = "" if preds.end_reason is EndReason.STOP else self.separator
         return f"{opening}{exchanges[n_replies - 1]['other']}{self.separator}"
 
 
-def _within(
+def _shortened(
     row: dict[str, Any], tokenizer: Tokenizer, separator: str, max_turns: int, max_response_tokens: int
 ) -> dict[str, Any]:
-    """Return the row with as many exchanges as an episode has room for."""
+    """Return the row with only the exchanges that an episode may reach."""
     kept = []
     for exchange in row["exchanges"][: max_turns - 1]:
         longest = f"{separator}{exchange['other']}{separator}"

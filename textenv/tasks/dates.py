@@ -1,4 +1,4 @@
-"""A synthetic task: write a date, rewarded as in RL4LMs (Ramamurthy et al., 2022)."""
+"""The synthetic task of writing a date, with RL4LMs' reward (Ramamurthy et al., 2022)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ DATE = r"\d{4}-\d{2}-\d{2}"
 
 
 class Dates(TextEnv):
-    """Episodes that earn 1 when they end if there is a date in the text: `gym.make("textenv/Dates-v0", tokenizer=...)`.
+    """Episodes that earn 1 at their end if the text holds a date: `gym.make("textenv/Dates-v0", tokenizer=...)`.
 
-    A date is four digits, two and two with hyphens between, anywhere ("due on 2014-03-07"); whether there is such a day
-    does not matter. It is RL4LMs' reward `sentences_with_dates`. It needs no data: every episode begins at the same
-    prompt, the tokenizer's end token, which is how GPT-2's texts begin.
+    A date is four, two and two digits with hyphens between them, anywhere in the text ("due on 2014-03-07"), whether or
+    not the day exists. The reward is RL4LMs' `sentences_with_dates`. The task needs no data: every episode has the same
+    prompt, the tokenizer's end token, with which GPT-2's training texts begin.
 
     Args:
-        tokenizer: The language model's.
-        prompts: Other prompts, as `TextEnv` takes them.
+        tokenizer: The language model's tokenizer.
+        prompts: Other prompts, in any form that `TextEnv` takes.
         max_new_tokens: The most tokens of a text.
-        **kwargs: Other arguments of `TextEnv`, the reward apart.
+        **kwargs: Other arguments of `TextEnv`, except `reward`.
 
     Raises:
-        ValueError: If the tokenizer has no end token and there are no `prompts`, and as `TextEnv`.
+        ValueError: If the tokenizer has no end token and `prompts` are missing, or as `TextEnv` does.
 
     Example:
         >>> from textenv import CharTokenizer

@@ -1,4 +1,4 @@
-"""The built-in demo as an environment of plain values: product reviews to be continued in a good mood."""
+"""The built-in demo as an environment made of plain values: product reviews, continued in a good mood."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from textenv.tokenizer import Tokenizer
 
 
 class Demo(TextEnv):
-    """Episodes that earn the share of positive mood words of a review when they end: `gym.make("textenv/Demo-v0")`.
+    """Reviews that earn the share of positive words among their mood words at the end: `gym.make("textenv/Demo-v0")`.
 
+<<<<<<< HEAD
     It needs no data and no argument, and takes all of them as a YAML file has them: it is for programs that make
     environments by name, as rl_zoo3. The language model of `agents.demo_model` writes its texts.
+=======
+    It needs no data and no arguments, and all arguments can be written in a YAML file, so that programs such as rl_zoo3
+    can make it by name. Its language model is `agents.demo.demo_model`.
+>>>>>>> people
 
     Args:
-        tokenizer: The language model's; "demo" is that of the demo's model.
-        prompts: Other prompts, as `TextEnv` takes them.
+        tokenizer: The language model's tokenizer; "demo" is that of the demo's model.
+        prompts: Other prompts, in any form that `TextEnv` takes.
         max_new_tokens: The most tokens of a text.
-        banned: Words that may not be written, by a policy that asks for the mask.
-        **kwargs: Other arguments of `TextEnv`, the reward apart.
+        banned: Words that must not be written, by a mask; it needs MaskablePPO.
+        **kwargs: Other arguments of `TextEnv`, except `reward`.
 
     Example:
         >>> import gymnasium
@@ -54,5 +59,5 @@ class Demo(TextEnv):
         super().__init__(rows, tokenizer, max_new_tokens=max_new_tokens, **kwargs)
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float:
-        """Return the share, in [0, 1], of the whole review."""
+        """Return the share of positive words among the review's mood words, in [0, 1], at the end, and 0 before."""
         return score(prompt + preds.text) if done else 0.0

@@ -1,4 +1,4 @@
-"""The reward of a conversation with a true course, by a reward of one reply."""
+"""The reward of a whole conversation, as the mean of a reward for single replies."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from textenv.tokenizer import Tokenizer
 
 @dataclass
 class EachTurn(BatchReward):
-    """The reward of a conversation by a reward of one reply: the mean over the true replies, 0 for those not written.
+    """The mean of a reward over the replies of a recorded conversation, with 0 for replies that were not written.
 
-    Each of the policy's turns is judged as if it were an episode: its prompt is the conversation up to it, with what
-    the policy wrote, and its references and intent are those of the true reply in its place.
+    Each of the policy's turns is scored as an episode of its own. Its prompt is the conversation up to that turn, with
+    the policy's earlier turns; its references and intent are those of the recorded reply at the same position.
 
     Args:
-        reward: The reward of a finished reply; a plain function too is asked about finished ones alone.
+        reward: The reward of a finished reply. A plain function is called for finished replies only.
         tokenizer: The policy's tokenizer.
-        separator: What closes a turn.
+        separator: The text that ends a turn.
 
     Example:
         >>> from textenv import CharTokenizer
@@ -46,11 +46,11 @@ class EachTurn(BatchReward):
         self.may_drop = isinstance(self._reward, BatchReward) and self._reward.may_drop
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[Score]:
-        """Return the mean of each row, by named parts where the reward has them; one dropped reply drops the row."""
-        replies = [self._replies(prompt, one) for prompt, one in zip(prompts, preds, strict=True)]
-        every = [reply for row in replies for reply in row]
+        """Return the mean of each row, in named parts where the reward has them; one dropped reply drops its row."""
+        replies = [self._replies(*row) for row in zip(prompts, preds, strict=True)]
+        flat = [reply for row in replies for reply in row]
         scored = iter(
-            score_rows(self._reward, [one[0] for one in every], [one[1] for one in every], [True] * len(every))
+            score_rows(self._reward, [prompt for prompt, _ in flat], [reply for _, reply in flat], [True] * len(flat))
         )
         scores: list[Score] = []
         for prompt, row in zip(prompts, replies, strict=True):

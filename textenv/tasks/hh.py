@@ -1,7 +1,7 @@
-r"""Dialogues with an assistant, of which people chose one reply of two: pairs, and the environment of what they share.
+r"""The task of replying as an assistant, on hh-rlhf's dialogues with two replies, of which people preferred one.
 
 The format is that of Anthropic's hh-rlhf (Bai et al., 2022, "Training a Helpful and Harmless Assistant with
-Reinforcement Learning from Human Feedback"): turns that open with "\n\nHuman:" and "\n\nAssistant:".
+Reinforcement Learning from Human Feedback"): turns begin with "\n\nHuman:" and "\n\nAssistant:".
 """
 
 from __future__ import annotations
@@ -23,14 +23,58 @@ from textenv.rewards.base import RewardLike, check_choice
 from textenv.tasks.parts import HELD_OUT, Part
 from textenv.tokenizer import Tokenizer
 
+<<<<<<< HEAD
+=======
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+REPLIES = ("chosen", "rejected")
 
-def read_pairs(data: str | PathLike[str], split: str = "train") -> list[Pair]:
-    """Read pairs from a folder of .jsonl or .jsonl.gz files, or by name from the Hugging Face hub.
+
+class Pair(NamedTuple):
+    """A dialogue up to the assistant's last turn, and two replies: the chosen and the rejected one."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def split_pair(row: Mapping[str, Any], where: str) -> Pair:
+    r"""Split the two dialogues of a row after the last "\n\nAssistant:" that they share.
 
     Args:
-        data: The folder, of which all such files are read in the order of their names, an object with "chosen" and
-            "rejected" a line; or where there is no such folder, a data set on the hub, as "Anthropic/hh-rlhf".
-        split: Which of that data set's splits is read; a folder has none.
+        row: A mapping with "chosen" and "rejected", each a whole dialogue.
+        where: The row's name in errors.
+
+    Raises:
+        ValueError: If one of the two is missing or not a str, or they share no "\n\nAssistant:".
+
+    Example:
+        >>> shared = "\n\nHuman: Hi\n\nAssistant:"
+        >>> split_pair({"chosen": shared + " Hello", "rejected": shared + " Go"}, "row 0")
+        Pair(prompt='\n\nHuman: Hi\n\nAssistant:', chosen=' Hello', rejected=' Go')
+    """
+    if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in REPLIES):
+        got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"Expected {where} to have the texts 'chosen' and 'rejected', got {got}.")
+    characters = zip(row["chosen"], row["rejected"], strict=False)
+    shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], characters))
+    end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+    if end < len(ASSISTANT):
+        raise ValueError(
+            f"Expected the dialogues of {where} to share the opening {ASSISTANT!r} of an answer, got "
+            f"{row['chosen'][:40]!r} and {row['rejected'][:40]!r}: leave the row out."
+        )
+    return Pair(shared[:end], row["chosen"][end:], row["rejected"][end:])
+
+>>>>>>> people
+
+def read_pairs(data: str | PathLike[str], split: str = "train") -> list[Pair]:
+    """Read pairs from a folder of .jsonl or .jsonl.gz files, or from a data set by its name on the Hugging Face hub.
+
+    Args:
+        data: The folder, whose files are read in the order of their names, with an object of "chosen" and "rejected"
+            on each line. If there is no such folder, the name of a data set on the hub, such as "Anthropic/hh-rlhf".
+        split: The split of that data set to read; a folder has none.
 
     Raises:
         ValueError: If the folder has no such file, or a row is malformed; the message names file and line.
@@ -47,7 +91,7 @@ def read_pairs(data: str | PathLike[str], split: str = "train") -> list[Pair]:
 
 
 def _file_rows(folder: Path) -> Iterator[tuple[Any, str]]:
-    """Yield each object of the files, and the file and line where it stands."""
+    """Yield each object of the files, with its file and line for errors."""
     files = sorted(path for path in folder.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
         raise ValueError(f"Expected files that end in .jsonl or .jsonl.gz in {fspath(folder)!r}, got none.")
@@ -60,19 +104,19 @@ def _file_rows(folder: Path) -> Iterator[tuple[Any, str]]:
 
 
 def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    r"""Return pairs to train on and `n` pairs held out; dialogues of one first turn are on the same side.
+    r"""Return pairs to train on and pairs held out, drawn so that dialogues with the same first turn stay together.
 
     Args:
         pairs: The pairs.
-        n: How many are held out; up to as many more as the last first turn has pairs.
-        seed: Of the draw.
+        n: The least number of pairs that are held out; there are more if the last group that is drawn has more.
+        seed: The seed of the draw.
 
     Raises:
-        ValueError: If nothing would be left on one side.
+        ValueError: If one of the two parts would be empty.
 
     Example:
-        >>> one, other = Pair("\n\nHuman: A", " a", " b"), Pair("\n\nHuman: B", " a", " b")
-        >>> [len(part) for part in hold_out([one, other, one], 1, seed=1)]
+        >>> first, second = Pair("\n\nHuman: A", " a", " b"), Pair("\n\nHuman: B", " a", " b")
+        >>> [len(pairs) for pairs in hold_out([first, second, first], 1, seed=1)]
         [1, 2]
     """
     groups: dict[str, list[Pair]] = defaultdict(list)
@@ -80,16 +124,16 @@ def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], 
         groups[pair.prompt.partition(ASSISTANT)[0]].append(pair)
     held_out: list[Pair] = []
     train: list[Pair] = []
-    firsts = list(groups)
-    for place in np.random.default_rng(seed).permutation(len(firsts)):
-        (held_out if len(held_out) < n else train).extend(groups[firsts[place]])
+    first_turns = list(groups)
+    for i in np.random.default_rng(seed).permutation(len(first_turns)):
+        (held_out if len(held_out) < n else train).extend(groups[first_turns[i]])
     if not held_out or not train:
         raise ValueError(f"Expected `n` to leave pairs on both sides, got {n} of {len(pairs)} pairs.")
     return train, held_out
 
 
 def part_of(pairs: Sequence[Pair], part: Part) -> list[Pair]:
-    """Return the pairs to train on, or the tenth that `hold_out` keeps apart, always the same.
+    """Return the pairs to train on, or the tenth that `hold_out` draws, which is always the same.
 
     Example:
         >>> pairs = [Pair(f"{HUMAN} {i}{ASSISTANT}", " a", " b") for i in range(20)]
@@ -101,22 +145,22 @@ def part_of(pairs: Sequence[Pair], part: Part) -> list[Pair]:
 
 
 class HH(TextEnv):
-    r"""Write the assistant's next reply; `gymnasium.make("textenv/HH-v0", data=..., tokenizer=..., reward=...)`.
+    r"""The assistant's next reply: `gymnasium.make("textenv/HH-v0", data=..., tokenizer=..., reward=...)`.
 
-    A prompt is what the two dialogues of a pair share, "\n\nAssistant:" included. The reply is over with the end token
-    or where the policy opens a turn of the human, which is not part of its text. Each `prompt.row` has `chosen` and
-    `rejected`; the chosen reply is the prompt's reference.
+    A prompt is the part that the two dialogues of a pair share, "\n\nAssistant:" included. A reply ends with the end
+    token, or when the policy begins a turn of the human, which is not part of the reply's text. Each `prompt.row` has
+    `chosen` and `rejected`; the chosen reply is the prompt's reference.
 
     Args:
         data: A folder or a data set's name, as for `read_pairs`, or pairs, as from `hold_out`.
-        tokenizer: The policy's, as for `TextEnv`.
-        reward: As for `TextEnv`: `{"name": "preference", "model": folder}` is a trained reward model.
+        tokenizer: The policy's tokenizer, as for `TextEnv`.
+        reward: As for `TextEnv`; `{"name": "preference", "model": folder}` is a trained reward model.
         split: The split of a data set on the hub.
-        part: Pairs to train on, or the tenth that is held out; see `part_of`. All by default.
+        part: "train", or the tenth that is "held_out" (see `part_of`); by default, all pairs.
         max_new_tokens: The most tokens of a reply.
         max_prompt_tokens: The most tokens of a prompt.
-        truncation_side: Where a longer dialogue loses tokens; "left" keeps its last turns.
-        **kwargs: What else `TextEnv` takes.
+        truncation_side: The side on which a longer dialogue is cut; "left" keeps its last turns.
+        **kwargs: Other arguments of `TextEnv`.
 
     Raises:
         ValueError: As `read_pairs` and `TextEnv` do.

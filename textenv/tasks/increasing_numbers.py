@@ -1,4 +1,4 @@
-"""A synthetic task: write numbers in increasing order, rewarded as in RL4LMs (Ramamurthy et al., 2022)."""
+"""The synthetic task of writing numbers in increasing order, with RL4LMs' reward (Ramamurthy et al., 2022)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from textenv.tokenizer import Tokenizer
 
 @dataclass
 class Increasing(RowReward):
-    """How much of a text is one run of increasing numbers, from its first number on.
+    """The length of the run of increasing numbers that starts with a text's first number, as a share of its words.
 
-    The words of a text stand between white space; a number is a word that Python's `float` reads ("7", "-1.5", "1e3",
-    and "inf" and "nan" too). Counted are the first number and those that follow it for as long as each is larger than
-    the one before; other words in between do not end the run. The reward is count / max(words, min_tokens / 2), in
-    [0, 1]; 0 without a number. It is RL4LMs' reward `increasing_numbers`.
+    Words are separated by white space; a number is a word that Python's `float` reads ("7", "-1.5", "1e3", and also
+    "inf" and "nan"). The count includes the first number and the following ones, for as long as each is larger than the
+    number before it; other words between them do not end the run. The reward is count / max(words, min_tokens / 2), in
+    [0, 1], and 0 without a number. This is RL4LMs' reward `increasing_numbers`.
 
     Args:
-        min_tokens: Twice the words that a text needs for the whole reward.
+        min_tokens: Twice the number of words that a text needs for a reward of 1.
 
     Raises:
         ValueError: If `min_tokens` is not positive.
@@ -49,7 +49,7 @@ class Increasing(RowReward):
         words = preds.text.split()
         numbers = [number for word in words if (number := _number(word)) is not None]
         count = len(numbers[:1])
-        # A plain comparison: with "nan" on either side it is false, and the run is over.
+        # The comparison is false with "nan" on either side, which ends the run.
         while 0 < count < len(numbers) and numbers[count] > numbers[count - 1]:
             count += 1
         return count / max(len(words), self.min_tokens / 2)
@@ -63,20 +63,20 @@ def _number(word: str) -> float | None:
 
 
 class IncreasingNumbers(TextEnv):
-    """Episodes that earn by `Increasing` when they end: `gym.make("textenv/IncreasingNumbers-v0", tokenizer=...)`.
+    """Episodes that earn `Increasing` at their end: `gym.make("textenv/IncreasingNumbers-v0", tokenizer=...)`.
 
-    It needs no data. Every episode begins at the same prompt, the tokenizer's end token, which is how GPT-2's texts
-    begin; the most possible is 1.
+    The task needs no data: every episode has the same prompt, the tokenizer's end token, with which GPT-2's training
+    texts begin. The largest reward is 1.
 
     Args:
-        tokenizer: The language model's.
-        prompts: Other prompts, as `TextEnv` takes them.
-        min_tokens: Of `Increasing`.
+        tokenizer: The language model's tokenizer.
+        prompts: Other prompts, in any form that `TextEnv` takes.
+        min_tokens: The argument of `Increasing`.
         max_new_tokens: The most tokens of a text.
-        **kwargs: Other arguments of `TextEnv`, the reward apart.
+        **kwargs: Other arguments of `TextEnv`, except `reward`.
 
     Raises:
-        ValueError: If the tokenizer has no end token and there are no `prompts`, and as `TextEnv`.
+        ValueError: If the tokenizer has no end token and `prompts` are missing, or as `TextEnv` does.
 
     Example:
         >>> from textenv import CharTokenizer

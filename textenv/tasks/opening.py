@@ -1,4 +1,4 @@
-"""The prompt of tasks that have none: the token that stands between texts."""
+"""The prompt of tasks without prompts: the end token, which separates texts in a model's training data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from textenv.tokenizer import Tokenizer
 
 
 def opening(tokenizer: Tokenizer) -> list[list[int]]:
-    """Return the one prompt of a task that has none: the tokenizer's end token, as token ids.
+    """Return a list of one prompt, the ids of the tokenizer's end token alone.
 
     Raises:
         ValueError: If the tokenizer has no end token.

@@ -1,4 +1,4 @@
-"""The two parts of a data set that has none of its own: what is trained on, and the tenth that is held out."""
+"""The two parts of a data set without splits of its own: rows to train on, and a tenth that is held out."""
 
 from __future__ import annotations
 

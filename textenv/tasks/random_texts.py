@@ -1,4 +1,4 @@
-"""Random words with numbers or dates among them: what a fresh model reads before it meets a synthetic task."""
+"""Random texts with numbers or dates in them, on which a fresh model is trained before a synthetic task."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ WORDS = vocabulary()
 
 
 def random_texts(task: str, n: int, seed: int = 0) -> list[str]:
-    """Write texts of 8 to 24 words: three of ten a number below 100, or one of five a year or date in some form.
+    """Write texts of 8 to 24 words, of which 3 in 10 are numbers below 100, or 1 in 5 is a year or date in some form.
 
     Args:
         task: "IncreasingNumbers" or "Dates".
-        n: How many.
-        seed: Of the draw.
+        n: The number of texts.
+        seed: The seed of the generator.
 
     Raises:
-        KeyError: For another task.
+        KeyError: If the task is unknown.
 
     Example:
         >>> texts = random_texts("IncreasingNumbers", 2)

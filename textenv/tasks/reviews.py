@@ -1,4 +1,4 @@
-"""Film reviews to be continued in a better mood: sentences with a label, and the environment of their first words."""
+"""Film reviews, to be continued in a better mood: labelled sentences, and an environment with their first words."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from textenv.tokenizer import Tokenizer
 
 FILES = ("rt-polarity.neg", "rt-polarity.pos")  # in the order of the labels
 LABELS = ("negative", "positive")
-# Dashes and quotes of Windows, which Latin-1 reads as control characters.
+# Dashes and quotes in Windows' encoding, which Latin-1 decodes to control characters.
 WINDOWS = {code: bytes([code]).decode("cp1252", "replace") for code in range(0x80, 0xA0)}
 
 
 class Review(NamedTuple):
-    """A review, and its mood: the place of one of `LABELS`."""
+    """A review and its mood, as an index into `LABELS`."""
 
     text: str
     label: int
 
 
 def read_reviews(data: str | PathLike[str], split: str = "train+validation+test") -> list[Review]:
-    """Read reviews from a folder or by the name of a data set.
+    """Read reviews from a folder, or from a data set by its name on the Hugging Face hub.
 
     The folder is that of the sentence polarity data set v1.0 (Pang and Lee, 2005, "Seeing stars"): `rt-polarity.pos`
-    and `rt-polarity.neg`, a sentence a line, in Latin-1 as it is distributed or in UTF-8.
+    and `rt-polarity.neg`, with one sentence per line, in Latin-1 as it is distributed or in UTF-8.
 
     Args:
-        data: The folder; or where there is no such folder, a data set on the Hugging Face hub with the columns `text`
-            and `label` (1 is positive), as "cornell-movie-review-data/rotten_tomatoes".
-        split: Which of that data set's splits are read.
+        data: The folder. If there is no such folder, the name of a data set on the hub with the columns `text` and
+            `label` (1 is positive), such as "cornell-movie-review-data/rotten_tomatoes".
+        split: The splits of that data set to read; a folder has none.
 
     Raises:
-        ValueError: If the folder lacks a file, or the data set a column, or there is another label than 0 and 1.
+        ValueError: If the folder lacks a file, or the data set lacks a column or has a label other than 0 and 1.
 
     Example:
         >>> reviews = read_reviews("cornell-movie-review-data/rotten_tomatoes")  # doctest: +SKIP
@@ -68,14 +68,14 @@ def _read_lines(file: Path) -> list[str]:
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8")
-    except UnicodeDecodeError:  # what is not UTF-8 is the file as its authors made it
+    except UnicodeDecodeError:  # the file as its authors distribute it
         text = raw.decode("latin-1")
     lines = (" ".join(line.split()) for line in text.translate(WINDOWS).split("\n"))
     return [line for line in lines if line]
 
 
 def part_of(reviews: Sequence[Review], part: Part) -> list[Review]:
-    """Return the reviews to train on, or the tenth that is held out, in a mixed order that is always the same.
+    """Return the reviews to train on, or the tenth that is held out, in a random order that is always the same.
 
     Example:
         >>> reviews = [Review(str(i), i % 2) for i in range(20)]
@@ -89,24 +89,31 @@ def part_of(reviews: Sequence[Review], part: Part) -> list[Review]:
 
 
 class Reviews(TextEnv):
-    """Write on from the first words of a review; made by `gymnasium.make("textenv/Reviews-v0", ...)` too.
+    """The task of continuing a film review from its first words; `gymnasium.make("textenv/Reviews-v0", ...)` makes it.
 
     The reward is the probability of "positive" that a classifier gives to the whole text, or any other reward. Each
-    `prompt.row` has the `text` that the prompt is taken from, and its `label`.
+    `prompt.row` has the review's `text`, from which the prompt is taken, and its `label`.
 
     Args:
+<<<<<<< HEAD
         data: Where the reviews are, as for `read_reviews`.
         tokenizer: The policy's, as for `TextEnv`.
         classifier: The folder, or the name on the hub, of a classifier with a label "positive" (as
             `agents.train_classifier` trains one), instead of `reward`. It needs torch.
+=======
+        data: The reviews, as for `read_reviews`.
+        tokenizer: The policy's tokenizer, as for `TextEnv`.
+        classifier: The folder or hub name of a classifier with a label "positive", such as
+            `agents.classifier.train_classifier` trains; it takes the place of `reward`, and needs torch.
+>>>>>>> people
         reward: Another reward, as for `TextEnv`.
-        part: Whether the prompts are of reviews to train on or of the tenth that is held out; see `part_of`.
-        n_words: How many words of a review are the prompt. Shorter reviews are left out.
-        max_new_tokens: The most tokens that are written.
-        **kwargs: What else `TextEnv` takes.
+        part: The reviews that the prompts are taken from: "train", or the tenth that is "held_out"; see `part_of`.
+        n_words: The number of a review's words that make a prompt. Reviews without more words are left out.
+        max_new_tokens: The most tokens of a completion.
+        **kwargs: Other arguments of `TextEnv`.
 
     Raises:
-        ValueError: If both `classifier` and `reward` are given, neither is, or no review is longer than the prompt.
+        ValueError: If both or neither of `classifier` and `reward` are given, or no review is longer than the prompt.
 
     Example:
         >>> import gymnasium
@@ -135,5 +142,5 @@ class Reviews(TextEnv):
         reviews = [review for review in part_of(read_reviews(data), part) if len(review.text.split()) > n_words]
         if not reviews:
             raise ValueError(f"Expected reviews of more than n_words={n_words} words in {str(data)!r}, got none.")
-        rows = [{"prompt": " ".join(one.text.split()[:n_words]), **one._asdict()} for one in reviews]
+        rows = [{"prompt": " ".join(review.text.split()[:n_words]), **review._asdict()} for review in reviews]
         super().__init__(rows, tokenizer, reward=reward, max_new_tokens=max_new_tokens, **kwargs)

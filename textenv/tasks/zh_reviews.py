@@ -1,4 +1,4 @@
-"""Chinese product reviews ranked by how pleased they are: the rankings, their parts, and reviews to be continued."""
+"""The task of writing a favourable Chinese review, on rankings of reviews from the most to the least pleased."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from textenv.tokenizer import Tokenizer
 
 FILE = "ranked.tsv"
 # "The parcel just came, it feels", "honestly, it is really very", "the experience of this purchase was on the whole
-# very", "this film is very": the beginnings that the tutorial of TRL in Chinese gives its model.
+# very", "this film is very": the prompts of a Chinese tutorial of TRL.
 PROMPTS = ("刚收到货，感觉", "说实话，真的很", "这次购物总的来说体验很", "这部电影很")
 
 Rankings: TypeAlias = Sequence[tuple[str, ...]]
 
 
 def read_rankings(data: str | PathLike[str]) -> list[tuple[str, ...]]:
-    r"""Read lists of reviews from `ranked.tsv` in a folder: a list a line, the best first, tabs between, in UTF-8.
+    r"""Read rankings of reviews from the file `ranked.tsv` (UTF-8) in a folder.
 
-    Lists may be of different lengths. A line that is there twice is read once; the same review in different lines stays
-    (see `split_rankings`). Empty lines are passed over.
+    Each line is one ranking, best review first, with tabs between the reviews. Rankings may have different lengths. A
+    repeated line is read once; a review may stand in several lines (see `split_rankings`). Blank lines are skipped.
 
     Raises:
-        ValueError: If there is no such folder or file, or a line has fewer than two reviews, an empty one or the same
-            one twice; file and line are named.
+        ValueError: If there is no such folder or file, or a line has fewer than two reviews, an empty review or a
+            repeated one; the message names file and line.
 
     Example:
         >>> import pathlib, tempfile
@@ -69,14 +69,14 @@ def _read_line(line: str, where: str) -> tuple[str, ...]:
 
 
 def split_rankings(rankings: Rankings, shares: Mapping[str, float], seed: int = 0) -> dict[str, list[tuple[str, ...]]]:
-    """Return the rankings in parts, drawn at random, such that no review is in two of them.
+    """Return the rankings in parts that are drawn at random and have no review in common.
 
-    Rankings that have a review in common, directly or through others, stay together.
+    Rankings that share a review, directly or through other rankings, stay together.
 
     Args:
         rankings: The rankings.
-        shares: How large each part is, by its name; shares of their sum.
-        seed: Of the draw.
+        shares: The size of each part by its name, relative to the sum of all.
+        seed: The seed of the draw.
 
     Raises:
         ValueError: If a part would be empty.
@@ -87,12 +87,13 @@ def split_rankings(rankings: Rankings, shares: Mapping[str, float], seed: int = 
         (3, set())
     """
     groups = _groups(rankings)
-    order = sorted(np.random.default_rng(seed).permutation(len(groups)), key=lambda place: -len(groups[place]))
-    wanted = {name: share * len(rankings) / sum(shares.values()) for name, share in shares.items()}
+    # Largest groups first, each to the part that lacks most rankings, so that the sizes come out near the shares.
+    order = sorted(np.random.default_rng(seed).permutation(len(groups)), key=lambda i: -len(groups[i]))
+    sizes_due = {name: share * len(rankings) / sum(shares.values()) for name, share in shares.items()}
     parts: dict[str, list[tuple[str, ...]]] = {name: [] for name in shares}
-    for place in order:
-        most_wanting = max(parts, key=lambda name: wanted[name] - len(parts[name]))
-        parts[most_wanting] += groups[place]
+    for i in order:
+        most_lacking = max(parts, key=lambda name: sizes_due[name] - len(parts[name]))
+        parts[most_lacking] += groups[i]
     if not all(parts.values()):
         sizes = {name: len(part) for name, part in parts.items()}
         raise ValueError(f"Expected rankings in every part of {dict(shares)}, got {sizes} of {len(rankings)} rankings.")
@@ -101,18 +102,18 @@ def split_rankings(rankings: Rankings, shares: Mapping[str, float], seed: int = 
 
 def _groups(rankings: Rankings) -> list[list[tuple[str, ...]]]:
     """Return the rankings in groups that have no review in common."""
-    groups: dict[int, list[int]] = {}  # the places of rankings by the first one of their group
+    groups: dict[int, list[int]] = {}  # the indices of a group's rankings, by the index of its latest one
     group_of: dict[str, int] = {}
-    for place, texts in enumerate(rankings):
+    for index, texts in enumerate(rankings):
         joined = sorted({group_of[text] for text in texts if text in group_of})
-        groups[place] = [place, *(other for first in joined for other in groups.pop(first))]
-        for other in groups[place]:
-            group_of.update(dict.fromkeys(rankings[other], place))
-    return [[rankings[place] for place in sorted(group)] for group in groups.values()]
+        groups[index] = [index, *(member for key in joined for member in groups.pop(key))]
+        for member in groups[index]:
+            group_of.update(dict.fromkeys(rankings[member], index))
+    return [[rankings[index] for index in sorted(group)] for group in groups.values()]
 
 
 def part_of(rankings: Rankings, part: Part) -> list[tuple[str, ...]]:
-    """Return the rankings to train on, or the tenth that `split_rankings` keeps apart, always the same.
+    """Return the rankings to train on, or the tenth that `split_rankings` holds out, which is always the same.
 
     Example:
         >>> rankings = [(f"{i} good", f"{i} bad") for i in range(20)]
@@ -124,11 +125,12 @@ def part_of(rankings: Rankings, part: Part) -> list[tuple[str, ...]]:
 
 
 class ZhReviews(TextEnv):
-    """Write a Chinese review; made by `gymnasium.make("textenv/ZhReviews-v0", ...)` too.
+    """The task of continuing a Chinese review; `gymnasium.make("textenv/ZhReviews-v0", ...)` makes it.
 
-    Half of the prompts are `PROMPTS`, over and over; the other half are the first characters of the reviews, each once.
+    Half of the prompts are `PROMPTS`, repeated in turn; the other half are the distinct beginnings of the reviews.
 
     Args:
+<<<<<<< HEAD
         data: The folder of the reviews, as for `read_rankings`, or rankings, as from `split_rankings`.
         tokenizer: The policy's. `agents.char_tokenizer` makes one that knows Chinese.
         reward: As for `TextEnv`; `textenv.rewards.preference.Preference` takes a reward model that learned from the
@@ -137,9 +139,19 @@ class ZhReviews(TextEnv):
         n_characters: How many characters of a review are a prompt. Shorter reviews are left out.
         max_new_tokens: The most tokens that are written.
         **kwargs: What else `TextEnv` takes.
+=======
+        data: The folder of the rankings, as for `read_rankings`, or rankings, as from `split_rankings`.
+        tokenizer: The policy's tokenizer; `agents.pretrain.char_tokenizer` makes one that knows Chinese.
+        reward: As for `TextEnv`, such as `textenv.rewards.preference.Preference` with a reward model that was trained
+            on the rankings.
+        part: "train", or the tenth that is "held_out" (see `part_of`); by default, all rankings.
+        n_characters: The number of a review's characters that make a prompt. Reviews without more are left out.
+        max_new_tokens: The most tokens of a completion.
+        **kwargs: Other arguments of `TextEnv`.
+>>>>>>> people
 
     Raises:
-        ValueError: As `read_rankings` and `TextEnv`, and if no review is longer than a prompt.
+        ValueError: As `read_rankings` and `TextEnv` do, and if no review is longer than a prompt.
 
     Example:
         >>> from textenv import CharTokenizer
@@ -162,13 +174,13 @@ class ZhReviews(TextEnv):
     ) -> None:
         rankings = read_rankings(data) if isinstance(data, (str, PathLike)) else data
         rankings = rankings if part is None else part_of(rankings, part)
-        found = openings(rankings, n_characters)
-        prompts = [prompt for place, opening in enumerate(found) for prompt in (opening, PROMPTS[place % len(PROMPTS)])]
+        beginnings = openings(rankings, n_characters)
+        prompts = [prompt for i, text in enumerate(beginnings) for prompt in (text, PROMPTS[i % len(PROMPTS)])]
         super().__init__(prompts, tokenizer, reward=reward, max_new_tokens=max_new_tokens, **kwargs)
 
 
 def openings(rankings: Rankings, n_characters: int) -> list[str]:
-    """Return the first characters of all longer reviews, each beginning once, in the order of the reviews.
+    """Return the distinct beginnings, of `n_characters` each, of all longer reviews, in the order of the reviews.
 
     Raises:
         ValueError: If `n_characters` is below 1, or no review is longer.
@@ -179,7 +191,7 @@ def openings(rankings: Rankings, n_characters: int) -> list[str]:
     """
     if n_characters < 1:
         raise ValueError(f"Expected `n_characters` to be at least 1, got {n_characters}.")
-    found = dict.fromkeys(text[:n_characters] for texts in rankings for text in texts if len(text) > n_characters)
-    if not found:
+    beginnings = dict.fromkeys(text[:n_characters] for texts in rankings for text in texts if len(text) > n_characters)
+    if not beginnings:
         raise ValueError(f"Expected reviews of more than n_characters={n_characters} characters, got none.")
-    return list(found)
+    return list(beginnings)

@@ -19,13 +19,8 @@ from textenv.tokenizer import Tokenizer
 class Demo(TextEnv):
     """Reviews that earn the share of positive words among their mood words at the end: `gym.make("textenv/Demo-v0")`.
 
-<<<<<<< HEAD
-    It needs no data and no argument, and takes all of them as a YAML file has them: it is for programs that make
-    environments by name, as rl_zoo3. The language model of `agents.demo_model` writes its texts.
-=======
     It needs no data and no arguments, and all arguments can be written in a YAML file, so that programs such as rl_zoo3
-    can make it by name. Its language model is `agents.demo.demo_model`.
->>>>>>> people
+    can make it by name. Its language model is `agents.demo_model`.
 
     Args:
         tokenizer: The language model's tokenizer; "demo" is that of the demo's model.

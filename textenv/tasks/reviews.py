@@ -95,17 +95,10 @@ class Reviews(TextEnv):
     `prompt.row` has the review's `text`, from which the prompt is taken, and its `label`.
 
     Args:
-<<<<<<< HEAD
-        data: Where the reviews are, as for `read_reviews`.
-        tokenizer: The policy's, as for `TextEnv`.
-        classifier: The folder, or the name on the hub, of a classifier with a label "positive" (as
-            `agents.train_classifier` trains one), instead of `reward`. It needs torch.
-=======
         data: The reviews, as for `read_reviews`.
         tokenizer: The policy's tokenizer, as for `TextEnv`.
-        classifier: The folder or hub name of a classifier with a label "positive", such as
-            `agents.classifier.train_classifier` trains; it takes the place of `reward`, and needs torch.
->>>>>>> people
+        classifier: The folder or hub name of a classifier with a label "positive", such as `agents.train_classifier`
+            trains; it takes the place of `reward`, and needs torch.
         reward: Another reward, as for `TextEnv`.
         part: The reviews that the prompts are taken from: "train", or the tenth that is "held_out"; see `part_of`.
         n_words: The number of a review's words that make a prompt. Reviews without more words are left out.

@@ -130,25 +130,14 @@ class ZhReviews(TextEnv):
     Half of the prompts are `PROMPTS`, repeated in turn; the other half are the distinct beginnings of the reviews.
 
     Args:
-<<<<<<< HEAD
-        data: The folder of the reviews, as for `read_rankings`, or rankings, as from `split_rankings`.
-        tokenizer: The policy's. `agents.char_tokenizer` makes one that knows Chinese.
-        reward: As for `TextEnv`; `textenv.rewards.preference.Preference` takes a reward model that learned from the
-            rankings.
-        part: Whether the reviews are those to train on or of the tenth that is held out; see `part_of`. All by default.
-        n_characters: How many characters of a review are a prompt. Shorter reviews are left out.
-        max_new_tokens: The most tokens that are written.
-        **kwargs: What else `TextEnv` takes.
-=======
         data: The folder of the rankings, as for `read_rankings`, or rankings, as from `split_rankings`.
-        tokenizer: The policy's tokenizer; `agents.pretrain.char_tokenizer` makes one that knows Chinese.
+        tokenizer: The policy's tokenizer; `agents.char_tokenizer` makes one that knows Chinese.
         reward: As for `TextEnv`, such as `textenv.rewards.preference.Preference` with a reward model that was trained
             on the rankings.
         part: "train", or the tenth that is "held_out" (see `part_of`); by default, all rankings.
         n_characters: The number of a review's characters that make a prompt. Reviews without more are left out.
         max_new_tokens: The most tokens of a completion.
         **kwargs: Other arguments of `TextEnv`.
->>>>>>> people
 
     Raises:
         ValueError: As `read_rankings` and `TextEnv` do, and if no review is longer than a prompt.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .critic import TrunkCritic, ValueHead
-from .interface import LanguageModel, RowCache
+from .interface import LanguageModel, RowCache, SequenceScorer
 from .lagged import LaggedCopy
 from .memory import evaluate_in_memory
 from .observations import prompt_lengths, unpack_observations
 from .sampling import Sampling, TokenDistribution, score_tokens
 from .sequences import Chunk, SequenceBatch
+from .sharding import Shards
 from .value_norm import ValueNorm
-
-if TYPE_CHECKING:
-    from .sharding import Shards
 
 MAX_LOGITS = 1 << 24  # of float32: 64 MiB
 TOLERANCE = 1e-3  # nats: rounding of a log-probability in float32
@@ -38,7 +36,7 @@ class Step(NamedTuple):
     allowed: Tensor | None  # (B, V) bool: what was sampled from, where that is not everything
 
 
-class LMActorCritic(nn.Module):
+class LMActorCritic(SequenceScorer):
     """Samples the next token, values a prefix and scores whole sequences, all under one distribution.
 
     Args:
@@ -49,6 +47,9 @@ class LMActorCritic(nn.Module):
         cache: Whether decoding reuses keys and values. The result is the same, the time is not.
         value_norm: "norm" or "popart": the critic predicts returns in units of their deviation; see `ValueNorm`.
     """
+
+    lagged: LaggedCopy | None
+    value_norm: ValueNorm | None
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class LMActorCritic(nn.Module):
         # An evaluation inside a rollout must not evict the rollout's rows.
         self.rollout_cache, self.predict_cache = backbone.new_cache(), backbone.new_cache()
         self.use_cache = cache and self.rollout_cache is not None
-        self.shards: Shards | None = None  # where the weights are spread over processes
+        self.shards: Shards[LMActorCritic] | None = None  # where the weights are spread over processes
         self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag)
 
     def drop_caches(self) -> None:

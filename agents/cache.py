@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,11 +11,8 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from .decoding import NewRow, StepLayout, column_groups, current_layout, laid_out, sort_into_groups
-from .interface import RowCache
+from .interface import CachedModel, RowCache
 from .sequences import bucket_by_length
-
-if TYPE_CHECKING:
-    from .backbone import Backbone
 
 GROWTH = 64  # columns: the least by which a full buffer grows, so that short texts do not copy it token by token
 COMPACT_FROM = 16  # unused columns on the left from which dropping them is worth a copy of the buffer
@@ -109,7 +106,7 @@ class PrefixCache(RowCache):
         backbone: The language model.
     """
 
-    backbone: Backbone
+    backbone: CachedModel
 
     def drop(self) -> None:
         """Forget all rows."""

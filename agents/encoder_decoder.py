@@ -235,7 +235,7 @@ class Seq2SeqCache(PrefixCache):
         backbone: The encoder-decoder.
     """
 
-    backbone: Seq2SeqBackbone
+    backbone: Seq2SeqBackbone  # type: ignore[assignment]  # whose `read` takes the lengths of the prompts, too
 
     def drop(self) -> None:
         """Forget all rows and prompts."""

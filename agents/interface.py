@@ -11,6 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
+
+from .sequences import Chunk, SequenceBatch
 
 
 class LengthError(ValueError):
@@ -103,6 +106,64 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """Give the weights; a `RowCache` compares their version to notice that they were changed."""
         ...
+
+
+class CachedModel(LanguageModel, Protocol):
+    """A language model whose keys and values a `PrefixCache` keeps.
+
+    Attributes:
+        takes_new_rows: Whether a row that is read anew may stand beside rows that grow by one token, in one forward.
+    """
+
+    takes_new_rows: bool
+
+    def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
+        """Return the keys and values of left-padded rows, (B, T); mask and positions have the same shape."""
+        ...
+
+
+class SequenceScorer(nn.Module, ABC):
+    """Base class of a model that values and scores the transitions of minibatches; `LMActorCritic` is the one there is.
+
+    The code that shards such a model, shares its gradients and splits its minibatches is written against this class,
+    and so does not import the policies.
+
+    Attributes:
+        backbone: The language model.
+        critic: The critic.
+        lagged: The lagged copy of the backbone that `top_p_lag` samples by, or None.
+        value_norm: The normalisation of returns, or None.
+        autocast: The name of the type that forwards run in, or None for that of the weights.
+        shards: The weights' `Shards` where they are spread over several processes, or None.
+        most_tokens: The most tokens that an update reads at a time, once memory has been too small; None before.
+    """
+
+    backbone: LanguageModel
+    critic: nn.Module
+    lagged: nn.Module | None
+    value_norm: nn.Module | None
+    autocast: str | None
+    shards: Any
+    most_tokens: int | None
+
+    @property
+    @abstractmethod
+    def autocast_dtype(self) -> torch.dtype:
+        """The type that forwards run in."""
+
+    @abstractmethod
+    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the critic's outputs, log-probabilities and entropies of a batch of N transitions, (N,) each."""
+
+    @abstractmethod
+    def evaluate_parts(
+        self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `evaluate` does, in as many forwards as the batch has chunks, or in `n_forwards`."""
+
+    @abstractmethod
+    def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `evaluate` does for the n transitions of a chunk, (n,) each, in one forward."""
 
 
 @runtime_checkable

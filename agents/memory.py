@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .interface import SequenceScorer
 from .sequences import SequenceBatch
-
-if TYPE_CHECKING:
-    from .actor_critic import LMActorCritic
 
 Result = TypeVar("Result")
 
 
-def evaluate_in_memory(lm: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
+def evaluate_in_memory(lm: SequenceScorer, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
     """Score the actions of a minibatch as `LMActorCritic.evaluate` does, with results that can be differentiated once.
 
     An out-of-memory error, in this forward or in the backward that follows, halves the most tokens that are read at a
@@ -69,7 +67,7 @@ class Minibatch:
         weights: The weights with respect to which it is differentiated.
     """
 
-    def __init__(self, lm: LMActorCritic, batch: SequenceBatch, actions: Tensor, weights: Sequence[Tensor]) -> None:
+    def __init__(self, lm: SequenceScorer, batch: SequenceBatch, actions: Tensor, weights: Sequence[Tensor]) -> None:
         self.lm, self.batch, self.actions, self.weights = lm, batch, actions, weights
         self.random = RandomState.now(batch.tokens.device)
         self.graph: tuple[Tensor, ...] | None = None  # the results with their graph, where there is no bound

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
 from stable_baselines3.common.utils import get_device
@@ -29,13 +29,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .backbone import Backbone
 from .critic import TrunkCritic, ValueHead
 from .distributed import gather, offer_help, take_turn
+from .interface import SequenceScorer
 from .trainable import is_placed
 from .world import is_main_process, world
 
-if TYPE_CHECKING:
-    from .actor_critic import LMActorCritic
-
 Read: TypeAlias = Callable[..., Any]
+Scorer = TypeVar("Scorer", bound=SequenceScorer)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Sharded:
         return cls(offload=os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
 
 
-class Shards:
+class Shards(Generic[Scorer]):
     """The shards of a policy's weights, which it gathers for forwards and releases again.
 
     While the weights are gathered, any forward without gradients can read them. While they are released, only
@@ -96,7 +95,7 @@ class Shards:
         is_gathered: Whether the weights are gathered now.
     """
 
-    def __init__(self, lm: LMActorCritic, spec: Sharded) -> None:
+    def __init__(self, lm: Scorer, spec: Sharded) -> None:
         here = world()
         assert here is not None, "several processes"
         self._backbone = _checked(lm, spec)
@@ -136,7 +135,7 @@ class Shards:
             gather("gathering the weights" if is_gathered else "releasing the weights", None)
             self._set(is_gathered)
 
-    def whole(self) -> LMActorCritic | None:
+    def whole(self) -> Scorer | None:
         """Return an unsharded copy without critic, on the host, in the process of rank 0; None in the others.
 
         All processes must call it.
@@ -150,7 +149,7 @@ class Shards:
                     weights[name].copy_(full)
         return target
 
-    def twin(self) -> LMActorCritic:
+    def twin(self) -> Scorer:
         """Return a frozen copy without critic, sharded in the same way; all processes must call it."""
         copied = _allocate(self._plain)
         copied.shards = Shards(copied, self.spec)
@@ -207,7 +206,7 @@ class Shards:
             self._is_helping = False
 
 
-def gathered(lm: LMActorCritic) -> AbstractContextManager[None]:
+def gathered(lm: SequenceScorer) -> AbstractContextManager[None]:
     """Return a context in which forwards without gradients can read the weights.
 
     If the weights are sharded, all processes must enter it, and leave it.
@@ -215,13 +214,13 @@ def gathered(lm: LMActorCritic) -> AbstractContextManager[None]:
     return _brought(lm, True)
 
 
-def released(lm: LMActorCritic) -> AbstractContextManager[None]:
+def released(lm: SequenceScorer) -> AbstractContextManager[None]:
     """Return a context in which sharded parameters are `DTensor`s; all processes must enter it, and leave it."""
     return _brought(lm, False)
 
 
 @contextmanager
-def _brought(lm: LMActorCritic, is_gathered: bool) -> Iterator[None]:
+def _brought(lm: SequenceScorer, is_gathered: bool) -> Iterator[None]:
     if lm.shards is None:
         yield
         return
@@ -246,20 +245,20 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _without_weights(lm: LMActorCritic) -> LMActorCritic:
+def _without_weights(lm: Scorer) -> Scorer:
     """Return a frozen copy, without critic, whose parameters are on the meta device: shapes without memory."""
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), False) for weight in lm.parameters()}
     # `deepcopy` takes what its memo has for an id in place of a copy.
     return copy.deepcopy(lm, {**empty, id(lm.critic): nn.Identity()}).eval()
 
 
-def _allocate(plain: LMActorCritic) -> LMActorCritic:
+def _allocate(plain: Scorer) -> Scorer:
     """Return a copy on the host whose parameters have memory, and no values yet."""
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="cpu"), False) for weight in plain.parameters()}
     return copy.deepcopy(plain, cast("dict[int, Any]", empty))
 
 
-def _checked(lm: LMActorCritic, spec: Sharded) -> Backbone:
+def _checked(lm: SequenceScorer, spec: Sharded) -> Backbone:
     """Return the backbone of a model that can be sharded.
 
     Raises:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .actor_critic import LMActorCritic
 from .distributed import gather
+from .interface import SequenceScorer
 from .sequences import SequenceBatch
 
 
@@ -57,7 +57,7 @@ class SharedGradient:
         target: The algorithm's `target_kl`, which is given the divergence of every minibatch; None if it has none.
     """
 
-    def __init__(self, lm: LMActorCritic) -> None:
+    def __init__(self, lm: SequenceScorer) -> None:
         self.lm = lm
         self.target: AgreedTarget | None = None
         self._engine: DistributedDataParallel | None = None
@@ -103,7 +103,7 @@ class SharedGradient:
 class _Evaluation(nn.Module):
     """A module whose forward is `evaluate`, since `DistributedDataParallel` wraps forwards only."""
 
-    def __init__(self, lm: LMActorCritic) -> None:
+    def __init__(self, lm: SequenceScorer) -> None:
         super().__init__()
         self.lm = lm
 

@@ -68,6 +68,7 @@ class Distinct:
         words = [self.split(text) for text in texts]
         scores = {}
         for n in self.orders:
+            # Within each text: no n-gram spans two of them.
             ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
             share = len(set(ngrams)) / len(ngrams) if ngrams else math.nan
             scores[f"distinct_{n}"] = Scores(np.zeros((len(texts), 0)), whole=share)

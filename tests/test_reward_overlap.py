@@ -116,6 +116,16 @@ def test_meteor_says_that_wordnet_is_missing(monkeypatch):
         METEOR(wordnet=True)
 
 
+def test_meteor_with_wordnet_refuses_to_score_where_it_is_missing(monkeypatch):
+    import nltk.corpus
+
+    monkeypatch.setattr(nltk.corpus, "wordnet", Synonyms())
+    meteor = pickle.dumps(METEOR())
+    monkeypatch.setattr(nltk.corpus, "wordnet", Missing())
+    with pytest.raises(RewardError, match="Expected WordNet to be installed here, too"):
+        scores(pickle.loads(meteor), ["a big dog"], references=["a tall dog"])
+
+
 def test_vader_by_hand():
     # vaderSentiment normalises a sum of valences s to s / sqrt(s * s + 15); "good" has 1.9
     assert scores(Vader(), ["good", "", "bad"])[0] == pytest.approx(1.9 / math.sqrt(1.9**2 + 15), abs=5e-5)

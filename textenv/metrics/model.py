@@ -1,4 +1,4 @@
-"""Metrics by a model that stands outside: how probable it finds the texts, and what it takes them for."""
+"""Metrics by a separate model: the perplexity of the texts, and the intents that a classifier reads in them."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 
 
 class Tokens(NamedTuple):
-    """What the model reads of a row, and from which place on the tokens are the text's."""
+    """The tokens of a row, and the position of the first one that is the text's."""
 
     ids: list[int]
     start: int
 
 
 def perplexity(sums: np.ndarray) -> float:
-    """Return exp(nats / tokens) of the sums of both; nan without tokens."""
+    """Return exp(nats / tokens) from the two sums; nan without tokens."""
     return float(np.exp(sums[0] / sums[1])) if sums[1] else math.nan
 
 
 class Perplexity:
     """The perplexity of the texts, given their prompts, under a causal language model.
 
-    exp of the mean negative log-likelihood over all tokens of all texts, in the model's own tokens: it reads prompt and
-    text as texts, so its tokenizer may be another than the policy's. The tokens of the prompt are read and not counted,
-    and neither is an end token. Where prompt and text share a token, it counts. The first token of a text whose prompt
-    is empty counts only behind a token that the tokenizer puts in front.
+    That is exp of the mean negative log-likelihood, in nats, over all tokens of all texts. The model reads prompt and
+    text through its own tokenizer, which may differ from the policy's. Tokens of the prompt and end tokens are not
+    counted; a token that spans the end of the prompt and the start of the text is. With an empty prompt, the first
+    token of the text counts only if the tokenizer puts a token in front of it.
 
-    A row that is too long loses the start of its prompt. Figures under two models, or two tokenizers, cannot be
+    A row that is too long loses the start of its prompt. Figures under different models or tokenizers cannot be
     compared.
 
     Args:
-        model: A causal model of transformers, on any device; it is read in evaluation mode, without gradients.
-        tokenizer: Its tokenizer.
-        name: The figure's name.
-        max_tokens: The most tokens of a row; None for the model's positions.
-        batch_tokens: The most tokens of a forward, padding included.
+        model: A causal model of transformers, on any device; it runs in evaluation mode, without gradients.
+        tokenizer: The model's own tokenizer.
+        name: The name of the figure.
+        max_tokens: The most tokens of a row; None for the positions of the model.
+        batch_tokens: The most tokens in a forward pass, padding included.
 
     Raises:
         ValueError: If a text alone is longer than `max_tokens`.
@@ -73,9 +73,9 @@ class Perplexity:
     def __call__(
         self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
     ) -> dict[str, Scores]:
-        """Return the perplexity of all texts."""
+        """Return the perplexity of all texts together."""
         tokens = [self._read(prompt, text, row) for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))]
-        rows = np.array([[0.0, max(len(one.ids) - one.start, 0)] for one in tokens])  # (N, 2)
+        rows = np.array([[0.0, max(len(row.ids) - row.start, 0)] for row in tokens])  # (N, 2): nats, tokens
         order = sorted((row for row in range(len(tokens)) if rows[row, 1] > 0), key=lambda row: -len(tokens[row].ids))
         was_training = self.model.training
         self.model.eval()
@@ -91,12 +91,12 @@ class Perplexity:
     def _read(self, prompt: str, text: str, row: int) -> Tokens:
         opening, body = encode_prompt(self.tokenizer, prompt + text)
         before = encode_prompt(self.tokenizer, prompt)[1] if prompt else []
-        shared = 0
+        shared = 0  # the text begins where its tokens part from those of the prompt alone
         while shared < min(len(before), len(body)) and before[shared] == body[shared]:
             shared += 1
         if not text:
             shared = len(body)
-        ids, start = opening + body, max(len(opening) + shared, 1)  # nothing says how probable a first token is
+        ids, start = opening + body, max(len(opening) + shared, 1)  # the model has no probability for a first token
         excess = 0 if self.max_tokens is None else max(len(ids) - self.max_tokens, 0)
         if excess > start - 1 and excess > 0:
             raise ValueError(
@@ -106,40 +106,41 @@ class Perplexity:
         return Tokens(ids[excess:], start - excess)
 
     def _nats(self, rows: list[Tokens]) -> list[float]:
-        """Return the negative log-likelihood of each row's text."""
-        import torch  # only where it is needed: `textenv` runs without
+        """Return the negative log-likelihood of each row's text, in nats."""
+        import torch  # here, since the other metrics run without it
 
         device = next(self.model.parameters()).device
         width = len(rows[0].ids)  # of the longest
         ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=device)  # (B, T)
-        # Padding is on the right, where a causal model does not see it from the tokens that count.
+        # Padding is on the right, where the tokens that count do not attend to it in a causal model.
         is_real = torch.tensor([[i < len(row.ids) for i in range(width)] for row in rows], device=device)
         is_text = torch.tensor([[row.start <= i < len(row.ids) for i in range(width)] for row in rows], device=device)
         with torch.no_grad():
-            logits = self.model(input_ids=ids, attention_mask=is_real.long()).logits
+            logits = self.model(input_ids=ids, attention_mask=is_real.long()).logits  # (B, T, V)
             return _row_nats(logits[:, :-1], ids[:, 1:], is_text[:, 1:])
 
 
 def _row_nats(logits: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor) -> list[float]:
-    """Return the summed negative log-likelihood of the targets that count, (B,), from logits (B, T, V)."""
+    """Return the sum of the nats of the targets that count, (B,), from logits (B, T, V)."""
     nats = logits.new_zeros(targets.shape).float()
-    kept = logits[counts].float()  # (N, V): those of the prompts need no softmax
+    kept = logits[counts].float()  # (N, V): the tokens of the prompts need no softmax
     nats[counts] = kept.logsumexp(dim=-1) - kept.gather(1, targets[counts][:, None])[:, 0]
     return nats.double().sum(dim=1).tolist()
 
 
 class IntentAccuracy:
-    """The share of texts in which a classifier reads the label of their row: `intent_accuracy`.
+    """The share of texts to which a classifier gives the label of their row: `intent_accuracy`.
 
-    The classifier sees the text alone, through its own tokenizer. It should not be the one that was the reward: that
-    one the policy has learned to please. Needs prompts that carry their rows, as those of `agents.evaluate` do.
+    The classifier reads the text alone, through its own tokenizer. Use another classifier than the one in the reward,
+    which the policy may have learned to exploit. The prompts have to carry their rows, as those of `agents.evaluate`
+    do.
 
     Args:
-        model: A text classifier: a name on the hub, a folder, or a model with its `tokenizer`.
-        tokenizer: The model's own, where it is a model.
-        label_column: Where each row's label is: the number of one of the model's labels, or its name.
-        name: The figure's name.
-        batch_size: The most texts a forward.
+        model: A text classifier: a name on the hub, the path of a folder, or a model in this process.
+        tokenizer: The model's own tokenizer, for a model in this process.
+        label_column: The column of the row with its label: the number or the name of one of the model's labels.
+        name: The name of the figure.
+        batch_size: The most texts in a forward pass.
 
     Raises:
         ValueError: If a prompt has no such column, or its label is none of the model's.
@@ -166,7 +167,7 @@ class IntentAccuracy:
     def __call__(
         self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
     ) -> dict[str, Scores]:
-        """Return the share of texts of the right label."""
+        """Return the share of texts with the right label."""
         return {self.name: mean_of(self._classifier.judge(texts, [self._label(prompt) for prompt in prompts]))}
 
     def _label(self, prompt: str) -> Any:

@@ -32,6 +32,7 @@ class _OfAllRows(measures.CountedMeasure):
     ) -> dict[str, Scores]:
         """Return the score of the corpus, by the measure's name."""
         check_references(texts, references)
+        # Resampled rows are scored by the sums of their counts, as a corpus of these rows would be.
         return {self.name: Scores(self.counts(texts, references), self.score_of)}
 
 

@@ -1,4 +1,4 @@
-"""What a metric is: a callable over aligned lists, and scores that add up over rows, so that they can be resampled."""
+"""The contract of metrics, and their scores: sums over rows, so that rows can be resampled."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ Figure = Callable[[np.ndarray], float]
 
 
 def ratio(sums: np.ndarray) -> float:
-    """Return the first sum over the second; nan where that is 0."""
+    """Return the first sum divided by the second; nan where that is 0."""
     return float(sums[0] / sums[1]) if sums[1] else math.nan
 
 
 class Scores(NamedTuple):
-    """What a metric says of N rows.
+    """The result of a metric on N rows: the terms that each row adds to K sums, and the figure that the sums make.
 
-    Most figures of a corpus are no means of the rows' own figures (BLEU, perplexity), but all of them follow from sums
-    over the rows: a mean from the sum of values and their number, a perplexity from the sum of log-probabilities and of
+    Many figures of a corpus are not the mean of the rows' own figures (BLEU, perplexity), but nearly all follow from
+    sums over the rows: a mean from the sum of the values and their number, a perplexity from the sums of nats and of
     tokens.
 
     Attributes:
-        rows: What each row adds to the sums, (N, K) float64.
-        figure: Maps the sums, (K,), to the figure.
-        whole: Where a figure does not follow from sums over rows (distinct n-grams): the figure, and `rows` is (N, 0).
+        rows: The terms of each row, (N, K) float64.
+        figure: The function from the sums, (K,), to the figure.
+        whole: The figure itself where it follows from no sums over rows (distinct n-grams), and `rows` is (N, 0); else
+            None.
 
     Example:
         >>> scores = mean_of([1.0, 2.0, 6.0])
@@ -45,14 +46,14 @@ class Scores(NamedTuple):
 
     @property
     def per_row(self) -> np.ndarray | None:
-        """The figure of each row alone, (N,); None where there is none."""
+        """The figure of each row alone, (N,); None where it follows from no sums over rows."""
         return np.array([self.figure(row) for row in self.rows]) if self.whole is None else None
 
 
 class Metric(Protocol):
-    """A metric: any callable with this signature, also one of your own.
+    """The contract of metrics: any callable with this signature.
 
-    `agents.evaluate` gives it the prompts as `Prompt`s, whose `row` has the other columns of the data set.
+    The prompts that `agents.evaluate` passes are `Prompt`s, whose `row` has the other columns of the data set.
 
     Example:
         >>> def mentions_film(prompts, texts, references):
@@ -64,7 +65,7 @@ class Metric(Protocol):
     def __call__(
         self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
     ) -> Mapping[str, Scores]:
-        """Return the scores of N rows by name; each text has any number of references."""
+        """Return the scores of N rows by the name of the figure; a text may have any number of references."""
         ...
 
 
@@ -75,10 +76,10 @@ def mean_of(values: Sequence[float] | np.ndarray) -> Scores:
 
 
 def check_references(texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """Raise where a text has no reference to be compared with.
+    """Check that each text has a reference.
 
     Raises:
-        ValueError: Naming the first such row, or the numbers of texts and references.
+        ValueError: If one has none, or there are more texts than lists of references or fewer.
     """
     if len(texts) != len(references):
         raise ValueError(f"Expected a list of references for each of {len(texts)} texts, got {len(references)}.")

@@ -1,4 +1,4 @@
-"""Metrics of the texts alone: how long they are, and how much they repeat themselves and each other."""
+"""Metrics of the texts alone: their length, and the variety of their n-grams."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Length:
     """The mean length of the texts: `length_words`, or `length_tokens` with a tokenizer.
 
     Args:
-        tokenizer: Counts its tokens instead of words (what stands between white space).
+        tokenizer: The tokenizer whose tokens are counted; None counts words, which white space separates.
 
     Example:
         >>> Length()(["The", "A"], [" film was good", " dog"], [[], []])["length_words"].value
@@ -38,14 +38,17 @@ class Length:
 
 
 class Distinct:
-    """`distinct_n`: different n-grams over all n-grams of all texts together (Li et al., 2016, section 5.2).
+    """The share of different n-grams among all n-grams of the texts: `distinct_n` (Li et al., 2016, section 5.2).
 
-    It falls as there are more texts, so only equally many can be compared. It has no interval: texts that are drawn
-    twice would make the resampled figure smaller than the true one. nan where no text has n words.
+    It falls with the number of texts, so compare equally many. It has no interval: a text that is drawn twice would
+    make the resampled figure smaller than the true one. It is nan where no text has n words.
 
     Args:
-        orders: The n.
-        split: Cuts a text into words: at white space; `list` for single characters, as in Chinese.
+        orders: The values of n.
+        split: Cuts a text into words, by default at white space; `list` takes single characters, as for Chinese.
+
+    Raises:
+        ValueError: If there is no order or one is below 1.
 
     Example:
         >>> scores = Distinct()(["", ""], ["a b a b", "a b"], [[], []])
@@ -61,10 +64,11 @@ class Distinct:
     def __call__(
         self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
     ) -> dict[str, Scores]:
-        """Return the share of different n-grams for each n."""
+        """Return the share of different n-grams for each n, by `distinct_n`."""
         words = [self.split(text) for text in texts]
         scores = {}
         for n in self.orders:
+            # Within each text: no n-gram spans two of them.
             ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
             share = len(set(ngrams)) / len(ngrams) if ngrams else math.nan
             scores[f"distinct_{n}"] = Scores(np.zeros((len(texts), 0)), whole=share)

@@ -59,11 +59,11 @@ class AsyncReward(BatchReward):
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
-        >>> class Patient(AsyncReward):
+        >>> class Counted(AsyncReward):
         ...     async def score_row(self, prompt, preds):
         ...         await asyncio.sleep(0.01)
         ...         return float(len(preds.text))
-        >>> Patient(concurrency=4).score([Prompt("a")] * 2, [Preds(CharTokenizer("ab"), [1, 2])] * 2, [True] * 2)
+        >>> Counted(concurrency=4).score([Prompt("a")] * 2, [Preds(CharTokenizer("ab"), [1, 2])] * 2, [True] * 2)
         [2.0, 2.0]
     """
 

@@ -30,7 +30,7 @@ class BatchReward(ABC):
         >>> from textenv import CharTokenizer, TextEnv
         >>> class Shouting(BatchReward):
         ...     def score(self, prompts, preds, dones):
-        ...         return [float(one.text.isupper()) for one in preds]
+        ...         return [float(completion.text.isupper()) for completion in preds]
         >>> env = TextEnv(["B"], CharTokenizer("AB"), reward=Shouting(), max_new_tokens=1)
         >>> env.score_at, env.reset(seed=0)[1], env.step(1)[1]
         ('done', {}, 1.0)

@@ -70,6 +70,7 @@ class WeightedSum(BatchReward):
         for name, reward in self._rewards.items():
             weight = self.weights.get(name, 1.0)
             for row, earned in enumerate(score_rows(reward, prompts, preds, dones)):
+                # A bare number has no parts: it is logged under the name itself.
                 named = {f"{name}/{inner}": value for inner, value in earned.parts.items()} or {name: earned.value}
                 rows[row].update({key: weight * value for key, value in named.items()})
                 dropped.update([row] if earned.is_dropped else [])
@@ -181,7 +182,7 @@ class Gate(BatchReward):
         """Return the gated rewards."""
         verdicts = score_rows(self._condition, prompts, preds, dones)
         opened = [not verdict.is_dropped and verdict.value > self.threshold for verdict in verdicts]
-        rows = [row for row, is_open in enumerate(opened) if is_open]
+        rows = [row for row, is_open in enumerate(opened) if is_open]  # the only ones that the reward is given
         scores: list[Score] = [DROPPED if verdict.is_dropped else self.otherwise for verdict in verdicts]
         earned = score_rows(self._reward, *_rows(rows, prompts, preds, dones))
         for row, reward in zip(rows, earned, strict=True):

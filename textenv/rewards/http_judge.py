@@ -74,7 +74,7 @@ class HTTPJudge(AsyncReward):
     key: str = "score"
     row_columns: Sequence[str] = ()
     api_key_variable: str | None = None
-    max_bytes: int = 1_000_000
+    max_bytes: int = 1_000_000  # a score takes a line; this bounds memory where the service sends something else
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +136,7 @@ class HTTPJudge(AsyncReward):
         limits = httpx.Limits(max_connections=self.concurrency)
         # No time limit of httpx: `AsyncReward.time_limit` bounds the whole attempt.
         async with httpx.AsyncClient(timeout=None, limits=limits, follow_redirects=False) as client:
-            token = _client.set(client)
+            token = _client.set(client)  # seen by the tasks of the rows, which copy the context when they are made
             try:
                 yield
             finally:
@@ -159,6 +159,7 @@ class HTTPJudge(AsyncReward):
             text = self._blanked(received.decode("utf-8", "replace"))
             if 200 <= status < 300:
                 return text
+            # Too many requests, or an error of the server: both may pass. Any other status would come again.
             again = status == 429 or status >= 500
             wait = _seconds(response.headers.get("Retry-After", "")) if again else 0.0
             target = self._blanked(response.headers.get("Location", ""))
@@ -228,7 +229,7 @@ class ChatJudge(HTTPJudge):
                 f"Expected low < high and a `pattern` with a group, got {self.low}, {self.high}, {self.pattern!r}."
             )
         try:
-            fields = [field[1:] for field in Formatter().parse(self.question) if field[1] is not None]
+            fields = [parsed[1:] for parsed in Formatter().parse(self.question) if parsed[1] is not None]
         except ValueError as error:
             fields = [(str(error), "", None)]
         # A format, as {prompt:999999999}, would let a configuration ask for any amount of memory.
@@ -241,6 +242,7 @@ class ChatJudge(HTTPJudge):
 
     def body(self, prompt: Prompt, preds: Preds) -> dict[str, Any]:
         """Return the JSON value that is posted for a row."""
+        # str.format fills in each value as it is: braces in a text of the policy stay braces.
         row = {"prompt": str(prompt), "completion": preds.text, "references": "\n".join(prompt.references)}
         messages = [{"role": "user", "content": self.question.format(**row)}]
         return {"model": self.model, "messages": messages, **self.options}

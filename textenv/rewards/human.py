@@ -44,10 +44,10 @@ class HumanReward(BatchReward):
     of its scores, as people gave them; a text that every rater skipped is left out of training. Ctrl-C ends the
     waiting. Under the same `run` no text is asked about twice, so a resumed run finds the answers it already has.
 
-    With `learned`, a reward model scores the texts at once. Meanwhile people are asked about some of them, spread evenly
-    from the best to the worst score, and whenever `every` more answers have come in, the model learns from all answers
-    in the store (Christiano et al., 2017, section 2.2). The first `every` answers have to be there before: `textenv
-    rate MODEL` collects them.
+    With `learned`, a reward model scores the texts at once. Meanwhile people are asked about some of them, spread
+    evenly from the best to the worst score, and whenever `every` more answers have come in, the model learns from all
+    answers in the store (Christiano et al., 2017, section 2.2). The first `every` answers have to be there before:
+    `textenv rate MODEL` collects them.
 
     Evaluations ask people as well: keep them small where training waits for the answers.
 
@@ -97,9 +97,8 @@ class HumanReward(BatchReward):
         low, high = check_scale(self.scale)
         self.scale = (float(low), float(high))
         check_choice("kind", self.kind, tuple(GROUP))
-        if not (
-            os.path.isfile(self.db) and os.path.getsize(self.db)
-        ):  # a file with content is opened as a store, or refused
+        # A file with content is opened as a store or refused; any other would be written.
+        if not (os.path.isfile(self.db) and os.path.getsize(self.db)):
             check_written(self.db, ".db")
         if min(self.raters, self.every, self.n_asked) < 1:
             numbers = f"{self.raters}, {self.every} and {self.n_asked}"
@@ -108,7 +107,7 @@ class HumanReward(BatchReward):
             raise ValueError(f"Expected kind='score' without `learned`, got {self.kind!r}, which gives no numbers.")
         self._standing: StandingAnswers | None = None
         self._asked: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {}  # numbers of questions, by run
-        self._n_learned = 0  # the answers that the learner was last given
+        self._n_learned = 0  # the number of answers that the learner was last given
         self._has_warned = False
         self._learner: Learner | None = None
         if self.learned is not None:
@@ -201,7 +200,7 @@ def _means(items: Sequence[int], answers: Sequence[Answer]) -> list[Score]:
 def _questions(
     texts: Sequence[tuple[str, str]], scores: Sequence[Score], kind: Kind, n: int
 ) -> list[tuple[str, list[str]]]:
-    """Return at most `n` questions about rows, prompt and texts, evenly spread from the best mean score to the worst."""
+    """Return at most `n` questions, prompt and texts, evenly spread from the best mean score to the worst."""
     by_prompt: dict[str, dict[str, float]] = defaultdict(dict)  # the score of each different text
     for (prompt, text), score in zip(texts, scores, strict=True):
         by_prompt[prompt][text] = score if isinstance(score, float) else 0.0

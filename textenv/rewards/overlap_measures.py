@@ -52,6 +52,7 @@ class METEOR(Measure):
     Raises:
         ImportError: Without nltk.
         LookupError: If `wordnet=True` and WordNet is not installed.
+        ValueError: If `split` is no function.
     """
 
     wordnet: bool | None = None
@@ -73,7 +74,7 @@ class METEOR(Measure):
 
     def compare(self, text: str, references: Sequence[str]) -> float:
         """Return the score of a text, in [0, 1]."""
-        # A pickle may be read where WordNet is not installed: the score must not fall without a word.
+        # A pickle may be read where WordNet is not installed: the scores must not fall silently.
         wordnet = installed_wordnet() if self.has_wordnet else NoWordNet()
         if wordnet is None:
             raise LookupError("Expected WordNet to be installed here, too: nltk.download('wordnet').")
@@ -85,7 +86,7 @@ class METEOR(Measure):
 class ROUGE(Measure):
     """ROUGE (Lin, 2004) by rouge_score; the best of several references.
 
-    The figure's name is the kind, as `rougeL`, and where it is not the F-measure that as well: `rougeL_recall`.
+    The figure is named by its kind, as `rougeL`, and by its measure unless that is the F-measure: `rougeL_recall`.
 
     Args:
         kind: "rouge1" to "rouge9" (n-grams), "rougeL" (longest common subsequence) or "rougeLsum" (the same, with each
@@ -97,7 +98,7 @@ class ROUGE(Measure):
 
     Raises:
         ImportError: Without rouge_score.
-        ValueError: If `kind` or `measure` is none of these, or both `stem` and `split` are given.
+        ValueError: If `kind` or `measure` is none of these, `split` is no function, or `stem` is given with it.
     """
 
     kind: str = "rougeL"
@@ -175,6 +176,7 @@ class CountedMeasure(Measure):
 
     def counts(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         """Return the counts of each text, (N, K) float64."""
+        # As sacrebleu has them: a stream holds the i-th reference of each text, None where a text has fewer.
         most = max(len(own) for own in references)
         streams = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
         # sacrebleu has no public way to the rows' counts; its own bootstrap (`significance.py`) calls these two.
@@ -242,14 +244,14 @@ class ChrF(CountedMeasure):
 
 
 def _words_and_marks(text: str) -> Sequence[str]:
-    # Not kept in an object: of nltk 3.10 it cannot be pickled.
+    # Imported at each call, not kept in the object: nltk 3.10's tokenizer does not work after it was pickled.
     with needs("overlap", "nltk", "the words of METEOR and BLEU"):
         from nltk.tokenize import wordpunct_tokenize
     return wordpunct_tokenize(text)
 
 
 class _SplitTokenizer:
-    """A function as what rouge_score calls a tokenizer."""
+    """A function with the interface of rouge_score's `tokenizers.Tokenizer`."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -259,7 +261,7 @@ class _SplitTokenizer:
 
 
 def _checked_split(split: Any) -> Split:
-    """Return the function, or raise: a configuration can give anything in its place."""
+    """Return the function; raise ValueError for anything else, which a configuration may give."""
     if not callable(split):
         raise ValueError(f"Expected `split` to be a function from a text to its words, got {split!r:.80}.")
     return split

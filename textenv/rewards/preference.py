@@ -67,7 +67,7 @@ class Preference(BatchReward):
     reads: Reads = "whole"
     tokenizer: Any = field(default=None, repr=False)
     max_length: int | None = None
-    truncation_side: Literal["left", "right"] = "left"
+    truncation_side: Literal["left", "right"] = "left"  # the completion, which is to be scored, stands at the end
     batch_size: int = 32
     device: Any = None
     dtype: Any = None

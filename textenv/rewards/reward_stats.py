@@ -35,6 +35,7 @@ class RewardStats:
     std: float
 
     def __post_init__(self) -> None:
+        # A std of 0, of equal scores, would divide by 0; a nan would reach every reward.
         if not (np.isfinite(self.mean) and np.isfinite(self.std) and self.std > 0):
             raise ValueError(f"Expected a finite mean and a positive std, got {self.mean} and {self.std}.")
 

@@ -219,7 +219,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.full = self.pos == self.buffer_size
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Run `before_returns`, then SB3's generalized advantage estimation, then what the options add.
+        """Run `before_returns`, compute returns as SB3 does, and choose the sequences that are trained.
 
         Args:
             last_values: The values of the observations after the last step, (B,) or (B, 1), in units of reward.
@@ -243,7 +243,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if missing:
             raise RuntimeError(
                 f"Expected the steps {missing} before returns: the model was trained with them. Pass them as callbacks "
-                "to learn() again, or go on without by model.rollout_buffer.expected_steps.clear()."
+                "to learn() again, or go on without them after model.rollout_buffer.expected_steps.clear()."
             )
         for step in self.before_returns:
             step(self)
@@ -283,7 +283,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         return AllowedTokens(self.token_sets, numbers) if self.is_masked else None
 
     def _choose_sequences(self) -> None:
-        """Choose the sequences that are trained, and compute what their advantages are normalised by."""
+        """Choose the sequences that are trained, and compute the mean and deviation of their advantages."""
         rollout = FinishedRollout(
             self.segments, self._transitions, self.episode_starts, self.dropped, self.gamma, self.gae_lambda
         )
@@ -295,8 +295,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
             )
         n_dropped = self.trained.n_dropped
         none_left = RewardError(
-            f"Expected an episode to train on, got none: the reward dropped all {n_dropped} that ended. Does what it "
-            "asks answer at all? Let it raise to see the causes (on_failure='raise'), or raise n_steps."
+            f"Expected an episode to train on, got none: the reward dropped all {n_dropped} that ended. Let it raise "
+            "in place of dropping, to see the causes (on_failure='raise'), or raise n_steps."
         )
         raise_together(none_left if n_dropped and not len(self.trained) else None)
         self._mean: float | np.float32 = 0.0

@@ -227,7 +227,7 @@ class EngineRollouts(RolloutStep):
         return {}, {"n_more": self._n_more}
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, int]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore the number that `state_dict` returned."""
         self._n_more = meta["n_more"]
 
 

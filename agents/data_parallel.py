@@ -153,7 +153,8 @@ def _refusal(model: BaseAlgorithm) -> ValueError | None:
         return ValueError(f"Expected Sharded(device={model.device.type!r}), as the algorithm's, got {shards.spec}.")
     if vars(model).get("normalize_advantage"):
         return ValueError(
-            "Expected normalize_advantage=False of the algorithm in several processes, got True, which normalises within "
-            "the minibatches of each: pass rollout_buffer_kwargs=dict(normalize_advantage=True), which normalises over all."
+            "Expected normalize_advantage=False of the algorithm in several processes, got True, which normalises "
+            "within the minibatches of each: pass rollout_buffer_kwargs=dict(normalize_advantage=True), which "
+            "normalises over all processes."
         )
     return None

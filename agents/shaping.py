@@ -82,7 +82,7 @@ class RewardShaping(RolloutStep):
             )
         if self._changes_scores and normalizer is not None and normalizer.norm_reward:
             raise ValueError(
-                "Expected VecNormalize with norm_reward=False, got True: RewardShaping(scale=True) scales rewards in its place."
+                "Expected VecNormalize with norm_reward=False, got True: RewardShaping(scale=True) scales in its place."
             )
         self.env = env
         self.algorithm = model

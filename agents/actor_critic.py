@@ -1,4 +1,4 @@
-"""A language model as actor and critic: backbone, value head, sampling and cache in one; no SB3 in it."""
+"""The language model as actor and critic: backbone, value head, sampling and caches, without SB3."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .sequences import Chunk, SequenceBatch
 from .sharding import Shards
 from .value_norm import ValueNorm
 
-MAX_LOGITS = 1 << 24  # of float32: 64 MiB
+MAX_LOGITS = 1 << 24  # numbers of float32 in one tensor of logits: 64 MiB
 TOLERANCE = 1e-3  # nats: rounding of a log-probability in float32
 TOLERANCE_16_BIT = 0.1  # nats: half of PPO's usual clip range
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Step(NamedTuple):
-    """What a step of B rows chose."""
+    """The result of a step of B rows."""
 
     actions: Tensor  # (B,) int64
-    values: Tensor  # (B,)
-    log_probs: Tensor  # (B,)
-    allowed: Tensor | None  # (B, V) bool: what was sampled from, where that is not everything
+    values: Tensor  # (B,) in units of reward
+    log_probs: Tensor  # (B,) in nats
+    allowed: Tensor | None  # (B, V) bool: the tokens that were sampled from; None where all of them were
 
 
 class LMActorCritic(SequenceScorer):
@@ -42,10 +42,17 @@ class LMActorCritic(SequenceScorer):
     Args:
         backbone: The language model: a `Backbone`, or another module with the members of `LanguageModel`.
         critic: Maps the backbone's hidden states (N, H) to values (N,), or has a trunk of its own (`TrunkCritic`).
-        sampling: How logits become the distribution, everywhere.
+        sampling: How logits become the distribution over the next token, in sampling and scoring.
         autocast: "bfloat16" or "float16" runs the model in that type; weights, softmax and values stay float32.
-        cache: Whether decoding reuses keys and values. The result is the same, the time is not.
+        cache: Whether decoding reuses keys and values: the result is the same, and takes less time.
         value_norm: "norm" or "popart": the critic predicts returns in units of their deviation; see `ValueNorm`.
+
+    Attributes:
+        most_tokens: The most tokens that an update reads at a time, after an out-of-memory error; None before one.
+        shards: The weights where they are spread over processes, else None.
+
+    Raises:
+        ValueError: For an unknown `autocast`, or `value_norm` with a critic that does not end in a `ValueHead`.
     """
 
     lagged: LaggedCopy | None
@@ -69,17 +76,17 @@ class LMActorCritic(SequenceScorer):
             raise ValueError(f"Expected a critic that ends in a ValueHead for `value_norm`, got {type(critic)}.")
         self.value_norm = None if value_norm is None else ValueNorm(value_norm)
         self._defers_values = False  # see `defer_values`
-        self.most_tokens: int | None = None  # that an update reads at a time, where memory has once been too small
+        self.most_tokens: int | None = None
         self.sampling = sampling
         self.autocast = autocast
-        # An evaluation inside a rollout must not evict the rollout's rows.
+        # Two caches: an evaluation inside a rollout must not evict the rollout's rows.
         self.rollout_cache, self.predict_cache = backbone.new_cache(), backbone.new_cache()
         self.use_cache = cache and self.rollout_cache is not None
-        self.shards: Shards[LMActorCritic] | None = None  # where the weights are spread over processes
+        self.shards: Shards[LMActorCritic] | None = None
         self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag)
 
     def drop_caches(self) -> None:
-        """Forget all keys and values: the weights are about to change."""
+        """Forget the keys and values of all rows: the weights are about to change."""
         for cache in (self.rollout_cache, self.predict_cache):
             if cache is not None:
                 cache.drop()
@@ -104,12 +111,12 @@ class LMActorCritic(SequenceScorer):
         return was_deferred
 
     def _apply(self, fn: Any, recurse: bool = True) -> LMActorCritic:
-        """Move or cast the weights; keys and values of the old ones are dropped. Shards stay where they are."""
+        """Move or cast the weights and drop all cached keys and values. Shards stay where they are."""
         self.drop_caches()
         return self if self.shards is not None else super()._apply(fn, recurse)
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """Return hidden states (N, H) and logits (N, V) of the language model; the inputs are those of its `read`."""
+        """Return hidden states (N, H) and logits (N, V) of the language model, given the arguments of its `read`."""
         return self.backbone(*inputs)
 
     def act(
@@ -121,19 +128,19 @@ class LMActorCritic(SequenceScorer):
         allowed: Tensor | None = None,
         with_values: bool = True,
     ) -> Step:
-        """Choose the next token of each row.
+        """Choose the next token of each of B rows.
 
         Args:
             observations: (B, L); see `TextEnv`.
             deterministic: Take the most probable token.
-            generator: The source of the sampling.
+            generator: The source of the randomness; None for torch's own.
             cache: `rollout_cache`, `predict_cache` or None for a full forward.
             allowed: The env's mask, (B, V) bool; None allows all.
-            with_values: False spares a critic's own trunk a forward; its values are then zeros.
+            with_values: False saves the forward of a critic with a trunk of its own, whose values are then zeros.
         """
         row = self._unpack(observations)
-        ids, lengths = row[:2]
-        hidden, logits = self._read_last(self.backbone, row, cache)
+        ids, lengths = row[:2]  # (B, L - 1), (B,)
+        hidden, logits = self._read_last(self.backbone, row, cache)  # (B, H), (B, V)
         logits = self.sampling.adjust(logits, lambda: ids, lengths)
         support = self.sampling.support(logits, allowed, self._lagged_logits(row, cache))
         distribution = TokenDistribution(logits, support)
@@ -151,16 +158,17 @@ class LMActorCritic(SequenceScorer):
     def _lagged_logits(self, row: tuple[Tensor, ...], cache: RowCache | None) -> Tensor | None:
         if self.lagged is None:
             return None
-        own = self.lagged.rollout_cache if cache is self.rollout_cache else self.lagged.predict_cache
-        logits = self._read_last(self.lagged.backbone, row, own)[1]
+        lagged_cache = self.lagged.rollout_cache if cache is self.rollout_cache else self.lagged.predict_cache
+        logits = self._read_last(self.lagged.backbone, row, lagged_cache)[1]
         return self.sampling.adjust(logits, lambda: row[0], row[1])
 
     def values(self, observations: Tensor) -> Tensor:
-        """Return the values of observations, (B,), in units of reward."""
+        """Return the values of observations (B, L), (B,), in units of reward."""
         row = self._unpack(observations)
         if isinstance(self.critic, TrunkCritic):
             return self._trunk_values(*row[:2])
-        # The last observations of a rollout go on from its cache; terminal ones, of other rows, leave it alone.
+        # The last observations of a rollout continue rows of its cache. Terminal ones are rows of their own, and would
+        # evict those from it.
         cache = self.rollout_cache
         if cache is not None and not (self.use_cache and cache.has_rows_of(*row)):
             cache = None
@@ -172,18 +180,18 @@ class LMActorCritic(SequenceScorer):
         return self.in_reward_units(self._critic_outputs(None, ids[:, : int(lengths.max())], rows, lengths - 1))
 
     def _critic_outputs(self, hidden: Tensor | None, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """Return what the critic puts out, (N,), given the backbone's hidden states (N, H) at (rows, cols) of ids."""
+        """Return the critic's outputs, (N,), given the backbone's hidden states (N, H) at (rows, cols) of ids."""
         if isinstance(self.critic, TrunkCritic):
             with self._precision():
                 hidden = self.critic.read(ids, rows, cols)
         return self.critic(hidden)
 
     def in_reward_units(self, outputs: Tensor) -> Tensor:
-        """Return the values that outputs of the critic stand for: themselves without `value_norm`."""
+        """Return the critic's outputs in units of reward; without `value_norm` they are in those already."""
         return outputs if self.value_norm is None else self.value_norm.denormalize(outputs)
 
     def _unpack(self, observations: Tensor) -> tuple[Tensor, ...]:
-        """Return tokens, lengths and, for an encoder-decoder, how many tokens of each row are the prompt's."""
+        """Return tokens (B, L - 1), lengths (B,) and, for an encoder-decoder, the lengths of the prompts (B,)."""
         row = unpack_observations(observations)
         return (*row, prompt_lengths(observations)) if self.backbone.is_encoder_decoder else row
 
@@ -191,7 +199,7 @@ class LMActorCritic(SequenceScorer):
         self, backbone: LanguageModel, row: tuple[Tensor, ...], cache: RowCache | None
     ) -> tuple[Tensor, Tensor]:
         with self._precision():
-            # Keys and values are written in place, which a backward pass could not go through.
+            # Caches write keys and values in place, through which there is no backward pass.
             if cache is not None and self.use_cache and backbone.takes_cache and not torch.is_grad_enabled():
                 return cache.read(*row)
             ids, lengths, *n_prompt = row
@@ -200,7 +208,7 @@ class LMActorCritic(SequenceScorer):
             return backbone(ids[:, : int(lengths.max())], rows, lengths - 1, *n_prompt)
 
     def _read_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        """Return hidden states, and logits where they do not follow from those, at a chunk's transitions."""
+        """Return hidden states (n, H) at a chunk's transitions, and logits (n, V) where they are needed besides."""
         inputs: tuple[Any, ...] = (chunk.ids, chunk.rows, chunk.cols)
         if self.backbone.is_encoder_decoder:
             if chunk.n_prompt is None:
@@ -210,15 +218,15 @@ class LMActorCritic(SequenceScorer):
             return self.backbone.read(*inputs)
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score actions under the current weights, one forward a sequence.
+        """Score actions under the current weights, in one forward a sequence.
 
         Args:
             batch: Sequences with N transitions.
             actions: The tokens taken, (N,).
 
         Returns:
-            Outputs of the critic (values, where there is no `value_norm`), log-probabilities and entropies, each (N,)
-            float32. Where gradients are on, they can be differentiated once; see `evaluate_in_memory`.
+            Outputs of the critic (values, without `value_norm`), log-probabilities and entropies (both in nats), (N,)
+            float32 each. Where gradients are on, they can be differentiated once; see `evaluate_in_memory`.
         """
         if torch.is_grad_enabled():
             values, log_probs, entropies = evaluate_in_memory(self, batch, actions)
@@ -228,13 +236,13 @@ class LMActorCritic(SequenceScorer):
     def evaluate_parts(
         self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score actions as `evaluate`, whatever memory that takes.
+        """Score actions as `evaluate` does, without its answer to out-of-memory errors.
 
         Args:
             batch: Sequences with N transitions.
             actions: The tokens taken, (N,).
-            n_forwards: How many forwards to run, where each needs all processes: no fewer than there are parts. Those
-                of a batch with `micro_batch_tokens` are then run again in the backward pass.
+            n_forwards: The number of forwards to run where each needs all processes, at least the number of parts.
+                With `micro_batch_tokens` each forward is run again in the backward pass.
         """
         evaluate, parts, order = self.evaluate_chunk, [], []
         if n_forwards is not None and batch.micro_batch_tokens is not None:
@@ -242,94 +250,96 @@ class LMActorCritic(SequenceScorer):
         for chunk in batch.chunks(self.most_tokens):
             parts.append(evaluate(chunk, actions[torch.as_tensor(chunk.transitions, device=actions.device)]))
             order.append(torch.as_tensor(chunk.transitions))
-        inverse = torch.cat(order).argsort().to(actions.device)
-        values, log_probs, entropies = (torch.cat(part)[inverse] for part in zip(*parts, strict=True))
+        inverse = torch.cat(order).argsort().to(actions.device)  # (N,)
+        values, log_probs, entropies = (torch.cat(results)[inverse] for results in zip(*parts, strict=True))  # (N,)
         for _ in range(len(parts), n_forwards or 0):
-            one, places = batch.of_sequences(np.zeros(1, dtype=np.int64))
-            results = evaluate(next(one.chunks()), actions[torch.as_tensor(places, device=actions.device)])
-            values = values + 0.0 * torch.cat(results).sum()  # nothing, whose backward takes part in that of the others
+            first, indices = batch.of_sequences(np.zeros(1, dtype=np.int64))
+            results = evaluate(next(first.chunks()), actions[torch.as_tensor(indices, device=actions.device)])
+            # Adds 0, and keeps this process in the other processes' collective backward.
+            values = values + 0.0 * torch.cat(results).sum()
         return values, log_probs, entropies
 
     def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score the actions of a part of a batch, (n,), in one forward."""
+        """Score the actions of a part of a batch, (n,), in one forward; results as those of `evaluate`, (n,) each."""
         hidden, logits = self._read_chunk(chunk)
         outputs = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
         return outputs, *self._score(hidden, logits, actions, chunk)
 
     def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and entropies, (N,), without ever holding logits of all N where they are many."""
+        """Return log-probabilities and entropies, (n,) each; of many transitions the logits are never held at once."""
         parts = self._parts(len(hidden))
         if logits is not None or len(parts) == 1:
             return self._score_part(hidden, logits, actions, chunk, slice(None))
         scores = [
-            # Logits are computed again in the backward: a head forward more, instead of several (N, V) tensors.
-            checkpoint(self._score_part, hidden, None, actions, chunk, places, use_reentrant=False)
-            for places in parts
+            # The backward computes logits again: one more forward of the head, in place of several (n, V) tensors.
+            checkpoint(self._score_part, hidden, None, actions, chunk, part, use_reentrant=False)
+            for part in parts
         ]
-        log_probs, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
+        log_probs, entropies = (torch.cat(results) for results in zip(*scores, strict=True))  # (n,)
         return log_probs, entropies
 
     def _parts(self, n: int) -> list[slice]:
-        """Return the places of n transitions in parts whose logits are no more than `MAX_LOGITS`."""
+        """Return n transitions as slices, whose logits have no more than `MAX_LOGITS` numbers each."""
         size = max(1, MAX_LOGITS // self.backbone.vocab_size)
         return [slice(start, start + size) for start in range(0, n, size)]
 
     def _score_part(
-        self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk, places: slice
+        self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk, part: slice
     ) -> tuple[Tensor, Tensor]:
-        adjusted, allowed = self._adjusted(hidden, logits, chunk, places)
-        return score_tokens(adjusted, actions[places], allowed)
+        adjusted, allowed = self._adjusted(hidden, logits, chunk, part)
+        return score_tokens(adjusted, actions[part], allowed)
 
     def _adjusted(
-        self, hidden: Tensor, logits: Tensor | None, chunk: Chunk, places: slice
+        self, hidden: Tensor, logits: Tensor | None, chunk: Chunk, part: slice
     ) -> tuple[Tensor, Tensor | None]:
-        """Return adjusted logits at some of a chunk's places, and which tokens those were sampled from."""
+        """Return adjusted logits (m, V) of a part of a chunk's transitions, and the tokens they were sampled from."""
         if self.sampling.has_support and chunk.allowed is None:
             raise ValueError(
                 "Expected to know which tokens were sampled from (top_k, top_p, min_p), got transitions without: train "
                 "with rollout_buffer_class=SequenceRolloutBuffer, which keeps it."
             )
         with self._precision():
-            part = self.backbone.logits(hidden[places]) if logits is None else logits[places]
-        rows, cols = chunk.rows[places], chunk.cols[places]
-        part = self.sampling.adjust(part, lambda: chunk.ids[rows], cols + 1)
-        return part, None if chunk.allowed is None else chunk.allowed[places].dense(part.device)
+            own_logits = self.backbone.logits(hidden[part]) if logits is None else logits[part]
+        rows, cols = chunk.rows[part], chunk.cols[part]
+        adjusted = self.sampling.adjust(own_logits, lambda: chunk.ids[rows], cols + 1)
+        return adjusted, None if chunk.allowed is None else chunk.allowed[part].dense(adjusted.device)
 
     def log_probs(self, batch: SequenceBatch, actions: Tensor) -> Tensor:
-        """Return the log-probabilities of actions, (N,), in nats: what a reference model is asked for."""
+        """Return the log-probabilities of actions (N,), in nats, as a reference model is asked for them."""
         result = actions.new_zeros(len(actions), dtype=torch.float32)
         for chunk in batch.chunks(self.most_tokens):
-            places = torch.as_tensor(chunk.transitions, device=actions.device)
+            indices = torch.as_tensor(chunk.transitions, device=actions.device)
             hidden, logits = self._read_chunk(chunk)
-            result[places] = self._score(hidden, logits, actions[places], chunk)[0]
+            result[indices] = self._score(hidden, logits, actions[indices], chunk)[0]
         return result
 
     def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
-        """Yield the log-probabilities of all tokens at a chunk's transitions, (n, V), a part of them at a time."""
+        """Yield the log-probabilities of all tokens at a chunk's transitions, (m, V) for a part of them at a time."""
         hidden, logits = self._read_chunk(chunk)
-        for places in self._parts(len(hidden)):
-            yield TokenDistribution(*self._adjusted(hidden, logits, chunk, places)).log_probabilities
+        for part in self._parts(len(hidden)):
+            yield TokenDistribution(*self._adjusted(hidden, logits, chunk, part)).log_probabilities
 
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:
-        """Return the distributions of all transitions of a batch, as one of (N, V)."""
+        """Return the distribution over the next token at all N transitions of a batch, (N, V)."""
         logits, order = [], []
         for chunk in batch.chunks(self.most_tokens):
             logits.append(torch.cat(list(self.log_probabilities(chunk))))
             order.append(torch.as_tensor(chunk.transitions))
-        return TokenDistribution(torch.cat(logits)[torch.cat(order).argsort().to(logits[0].device)])
+        inverse = torch.cat(order).argsort().to(logits[0].device)  # (N,)
+        return TokenDistribution(torch.cat(logits)[inverse])  # (N, V)
 
     def sequence_values(self, batch: SequenceBatch) -> Tensor:
         """Return the critic's outputs, as `evaluate` does, for all transitions of a batch, (N,)."""
         values = torch.zeros(len(batch), device=batch.tokens.device)
         for chunk in batch.chunks(self.most_tokens):
             hidden = None if isinstance(self.critic, TrunkCritic) else self._read_chunk(chunk)[0]
-            places = torch.as_tensor(chunk.transitions, device=values.device)
-            values[places] = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
+            indices = torch.as_tensor(chunk.transitions, device=values.device)
+            values[indices] = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
         return values
 
     @property
     def autocast_dtype(self) -> torch.dtype:
-        """The type that `autocast` runs the model in."""
+        """The type of the forwards under `autocast`."""
         return AUTOCAST_DTYPES.get(self.autocast or "", torch.bfloat16)
 
     def _precision(self) -> torch.autocast:

@@ -57,11 +57,10 @@ def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advanta
 
 
 def carry(part: Transitions, advantage: float, next_value: float, gamma: float, gae_lambda: float) -> None:
-    """Compute the advantages and returns of an episode's part anew, in place, from what follows it.
+    """Recompute the advantages and returns of an episode's part, in place, from the transition that follows it.
 
-    They are those of generalized advantage estimation (Schulman et al., 2016, equation 16), as SB3
-    `buffers.RolloutBuffer.compute_returns_and_advantage` computes them, where the part ended with its rollout and the
-    episode did not.
+    SB3 `buffers.RolloutBuffer.compute_returns_and_advantage` ends the estimation (Schulman et al., 2016, equation 16)
+    at the end of a rollout, with the value of the last observation; here it goes on into the next rollout.
 
     Args:
         part: The transitions of the part, (n,) each.

@@ -1,4 +1,4 @@
-"""A rollout buffer of whole sequences: one forward a sequence in the update, nothing stored a token but numbers."""
+"""The rollout buffer of whole sequences, which an update reads in one forward each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
-from textenv.episode import PADDING, SEPARATOR
 from textenv.finished import Place
 from textenv.rewarding import RewardError
 
@@ -20,6 +19,7 @@ from .advantages import Advantage, mean_and_deviation
 from .distributed import raise_together
 from .importance import Correction
 from .minibatches import deal
+from .segments import SegmentRecorder
 from .sequences import SequenceBatch, pad_sequences
 from .tensor_notes import ALLOWED, READ_BY
 from .token_sets import AllowedTokens, TokenSets
@@ -33,7 +33,7 @@ DATA_PARALLEL = "DataParallel"  # the key of the step without which several proc
 
 
 class BeforeReturns(Protocol):
-    """A step that works on a complete rollout before returns are computed; `RolloutStep` is the base class."""
+    """A step that works on a complete rollout before returns are computed, as the buffer sees a `RolloutStep`."""
 
     @property
     def key(self) -> str:
@@ -53,42 +53,48 @@ class BeforeReturns(Protocol):
 class SequenceRolloutBuffer(RolloutBuffer):
     """Stores a rollout as token sequences and numbers, and yields minibatches of whole sequences.
 
-    The stock buffer stores the whole prefix with every token and the update reads each of them. Here a sequence is
-    stored once and read once an epoch: the same loss and gradient in one forward. It works under unmodified PPO and
+    The stock buffer stores the whole prefix with every token, and the update reads each prefix. Here a sequence is
+    stored once, and read in one forward an epoch, with the same loss and gradient. It works under unmodified PPO and
     A2C, with `LMPolicy`, and stores nothing of the size of the vocabulary.
-
-    `log_probs` are the policy's. `behaviour_log_probs` are those of what sampled: the same array, unless another engine
-    did (see `EngineRollouts`), whose importance weights then multiply the advantages of minibatches.
 
     `batch_size` stays in transitions: each epoch has exactly `n_steps * n_envs / batch_size` minibatches, of whole
     sequences and about equal numbers of transitions, in a new random order.
 
-    `before_returns` lists steps that run on the rollout, in order, after it is complete and before returns are
-    computed: late scores, a KL penalty. Callbacks attach them (see `RolloutStep`); they are not stored with a saved
-    model, whose training raises until they are attached again.
-
-    A critic with a trunk of its own is not run a token, but once at the end over whole sequences. With `value_norm`
-    the `old_values` and `returns` of minibatches are in the critic's units; `values` and `returns` of the buffer, from
-    which advantages and the explained variance come, are in units of reward.
+    A critic with a trunk of its own is not run at every step, but at the end of the rollout over whole sequences. With
+    `value_norm` the `old_values` and `returns` of minibatches are in the critic's units; the buffer's own `values` and
+    `returns`, from which SB3 computes advantages and the explained variance, are in units of reward.
 
     Args:
-        buffer_size: Steps of a rollout.
+        buffer_size: The number of steps of a rollout, T.
         observation_space: The env's.
-        action_space: The env's.
-        device: Where minibatches go.
+        action_space: The env's, `Discrete(V)`.
+        device: The device of minibatches.
         gae_lambda: The trade-off of generalized advantage estimation (Schulman et al., 2016, equation 16).
         gamma: Discount factor; 1.0 suits text.
-        n_envs: Lanes.
+        n_envs: The number of lanes, B.
         normalize_advantage: Normalise advantages to mean 0 and deviation 1 over the whole rollout. Pass
             `normalize_advantage=False` to PPO with it: within a minibatch of few sequences it destroys learning.
         complete_episodes: Train only episodes that have ended. Segments of the others wait, with the log-probabilities
-            of when they were sampled, for the rollout in which theirs ends. Needed where scores come at its end.
+            with which they were sampled, for the rollout in which their episode ends. Scores that come at the end of an
+            episode reach all its tokens only so.
         micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
         advantage: "gae", or one that needs no critic (pass `vf_coef=0`): "grpo", "grpo_mean" or "rloo" compare the
             episodes of a prompt (see `group_advantages`), for an env with `samples_per_prompt` and the step
-            `SampleGroups`. Every token gets its episode's; the return of an episode is the plain sum of its rewards, a
-            KL penalty among them. Implies `complete_episodes`; a critic's targets stay those of "gae".
-        expected_steps: Names of the steps that must be in `before_returns`; written by the steps themselves.
+            `SampleGroups`. All tokens of an episode have the same advantage; the return of an episode is the plain sum
+            of its rewards, a KL penalty included. Implies `complete_episodes`; a critic's targets stay those of "gae".
+        expected_steps: The keys of the steps that must be in `before_returns`; the steps write them themselves.
+
+    Attributes:
+        before_returns: The steps that run on the complete rollout, in order, before returns are computed: late scores,
+            a KL penalty. Callbacks attach them (see `RolloutStep`). They are not stored with a saved model, whose
+            training raises until they are attached again.
+        log_probs: The log-probabilities by the policy, (T, B), in nats.
+        behaviour_log_probs: Those by the model that sampled: the same array, unless another engine did (see
+            `EngineRollouts`). Importance weights then multiply the advantages of minibatches.
+        trained: The sequences of the complete rollout that are trained.
+
+    Raises:
+        ValueError: For an unknown `advantage`, or `normalize_advantage` with another one than "gae".
 
     Example:
         >>> from agents import SequenceRolloutBuffer
@@ -126,13 +132,14 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.expected_steps = list(expected_steps)
         self.before_returns: list[BeforeReturns] = []
         self.correction: Correction | None = None  # where another engine samples; see `EngineRollouts`
-        self.waiting: dict[int, Transitions] = {}
-        self.waiting_episodes: dict[Place, EndedEpisode] = {}
-        self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # a checkpoint's, until attached
-        self.remembering: dict[str, Any] = {}  # callbacks of which checkpoints keep what they have seen
-        self.remembered: dict[str, dict[str, Any]] = {}  # a checkpoint's, until they are there
-        # Seeded from numpy's generator, which SB3 has seeded, and its own from then on: what else draws from that one
-        # (an evaluation, a user's reward) does not change the order of minibatches.
+        self.waiting: dict[int, Transitions] = {}  # by lane: the earlier segments of its unfinished episode
+        self.waiting_episodes: dict[Place, EndedEpisode] = {}  # whole episodes whose group is not whole yet
+        # By key: the states of steps, from a checkpoint, until the steps are attached.
+        self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self.remembering: dict[str, Any] = {}  # by key: callbacks whose observations checkpoints keep
+        self.remembered: dict[str, dict[str, Any]] = {}  # by key: their states, from a checkpoint, until they ask
+        # Seeded from numpy's global generator, which SB3 `utils.set_random_seed` has seeded, and separate from then on:
+        # an evaluation or a user's reward that draws from that one does not change the order of minibatches.
         self.rng = np.random.default_rng(np.random.randint(2**31))
         assert isinstance(action_space, spaces.Discrete)
         self.token_sets = TokenSets(int(action_space.n))
@@ -140,28 +147,29 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         """Make room for a new rollout; segments that wait for the end of their episode stay."""
-        if 0 < self.pos < self.buffer_size:  # a rollout was broken off: what would join waiting segments is lost
+        # SB3 `buffers.BaseBuffer.__init__` sets `pos` to 0. In between, a rollout was broken off: the tokens that would
+        # join the waiting segments are lost.
+        if 0 < self.pos < self.buffer_size:
             self.waiting.clear()
             self.waiting_episodes.clear()
         self.token_sets = self.token_sets.only(self.waiting_sets())
-        self.is_masked = len(self.token_sets.sets) > 1  # whether tokens were sampled from a part of the vocabulary
+        self.is_masked = len(self.token_sets.sets) > 1  # whether some tokens were sampled from a part of the vocabulary
         shape = (self.buffer_size, self.n_envs)
-        self.observations = np.zeros((0,), dtype=np.int64)  # not stored
+        self.observations = np.zeros((0,), dtype=np.int64)  # not stored: the segments have the tokens
         self.actions = np.zeros(shape, dtype=np.int32)
-        self.cols = np.zeros(shape, dtype=np.int32)  # where a transition's logits and value are read
-        self.allowed = np.zeros(shape, dtype=np.int32)  # 0: the whole vocabulary
+        self.cols = np.zeros(shape, dtype=np.int32)  # the column of the row at which logits and value are read
+        self.allowed = np.zeros(shape, dtype=np.int32)  # the number of the token set; 0 is the whole vocabulary
         for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
             setattr(self, name, np.zeros(shape, dtype=np.float32))
         self.behaviour_log_probs = self.log_probs
-        self._device_values: list[Tensor] = []
-        self._device_log_probs: list[Tensor] = []
-        self._lm: LMActorCritic | None = None
+        self._device_values: list[Tensor] = []  # (B,) each
+        self._device_log_probs: list[Tensor] = []  # (B,) each
+        self._lm: LMActorCritic | None = None  # the model of the policy, while the rollout is collected
         self._value_scale = self._return_scale = Scale()
-        self._last_observations = self.observations
-        self._starts = np.zeros(self.n_envs, dtype=np.int64)
-        self.segments: list[Segment] = []
+        self._recorder = SegmentRecorder(self.n_envs)
+        self.segments: list[Segment] = []  # of the complete rollout
         self.groups: RolloutGroups | None = None
-        self.dropped: set[tuple[int, int]] = set()  # last step and lane of the episodes that are not to be trained on
+        self.dropped: set[tuple[int, int]] = set()  # the last step and the lane of episodes that are not trained
         self.dones = np.zeros(self.n_envs, dtype=bool)
         self.generator_ready = False
         self.pos, self.full = 0, False
@@ -169,7 +177,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             step.begin()
 
     def waiting_sets(self) -> list[np.ndarray]:
-        """Return the numbers of the token sets that waiting segments need: their own arrays, one a segment."""
+        """Return the numbers of the token sets of each waiting segment: the segments' own arrays, to be renumbered."""
         parts = [*self.waiting.values(), *(episode.part for episode in self.waiting_episodes.values())]
         return [part.allowed for part in parts]
 
@@ -184,60 +192,51 @@ class SequenceRolloutBuffer(RolloutBuffer):
     ) -> None:
         """Add one step of all lanes; values and log-probabilities stay on their device until the rollout ends.
 
-        Where tokens were sampled from a part of the vocabulary, the policy says so on `log_prob` (`log_prob.allowed`).
+        SB3 `on_policy_algorithm.collect_rollouts` calls it after the env's step, with the observations before it.
+
+        Args:
+            obs: The observations, (B, L).
+            action: The tokens, (B,) or (B, 1).
+            reward: The rewards, (B,).
+            episode_start: Whether the observations begin an episode, (B,).
+            value: The values, (B, 1), with the note `READ_BY`.
+            log_prob: The log-probabilities of the tokens, (B,), with the note `ALLOWED` where not all were allowed.
         """
         if self.pos == 0:
             self._lm = READ_BY.read(value)
             if self._lm is not None:
                 self._lm.defer_values()
-        else:
-            before = self._last_observations
-            now = obs[:, : before.shape[1]]
-            # After `learn` was broken off inside a rollout, SB3 goes on with observations that the env has left behind.
-            goes_on = ((now == before) | (before == PADDING)).all(axis=1) & (np.asarray(episode_start) == 0)
-            for lane in np.flatnonzero(~goes_on):
-                self._close_segment(int(lane), self.pos, is_finished=True)
         self.actions[self.pos] = np.asarray(action).reshape(self.n_envs)
         self.rewards[self.pos] = reward
         self.episode_starts[self.pos] = episode_start
-        lengths = (obs >= 0).sum(axis=1)
-        self.cols[self.pos] = lengths - 1
+        self.cols[self.pos] = self._recorder.add(self.pos, obs, episode_start) - 1
         allowed = ALLOWED.read(log_prob)
         if allowed is not None:
             self.is_masked = True
             self.allowed[self.pos] = self.token_sets.add(allowed.cpu().numpy())
         self._device_values.append(value.detach().flatten())
         self._device_log_probs.append(log_prob.detach().flatten())
-        self._last_observations = obs[:, : lengths.max() + 1].astype(np.int32)  # the separator is one more
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
-    def _close_segment(self, lane: int, end: int, is_finished: bool) -> None:
-        row = self._last_observations[lane]
-        segment = Segment(
-            lane, int(self._starts[lane]), end, row[row >= 0], is_finished, int((row == SEPARATOR).argmax())
-        )
-        self.segments.append(segment)
-        self._starts[lane] = end
-
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Run `before_returns`, then SB3's generalized advantage estimation, then what the options add.
+        """Run `before_returns`, compute returns as SB3 does, and choose the sequences that are trained.
 
         Args:
-            last_values: Values of the observations after the last step, (B,) or (B, 1).
+            last_values: The values of the observations after the last step, (B,) or (B, 1), in units of reward.
             dones: Whether each lane's last step ended an episode, (B,).
 
         Raises:
-            RuntimeError: If a step that the model was trained with is missing from `before_returns`.
+            RuntimeError: If a step that the model was trained with is missing from `before_returns`, or `SampleGroups`
+                with an advantage within groups.
+            RewardError: If the reward dropped all episodes that ended.
         """
         self.values = torch.stack(self._device_values).float().cpu().numpy()  # (T, B)
         self.log_probs = torch.stack(self._device_log_probs).float().cpu().numpy()
-        self.behaviour_log_probs = self.log_probs  # the same array, unless another engine has sampled
+        self.behaviour_log_probs = self.log_probs
         self._device_values, self._device_log_probs = [], []
         self.dones = np.asarray(dones, dtype=bool)
-        for lane in range(self.n_envs):
-            self._close_segment(lane, self.buffer_size, is_finished=bool(self.dones[lane]))
-        self._last_observations = self.observations  # all that is needed of them is in the segments
+        self.segments = self._recorder.finish(self.buffer_size, self.dones)
         if self._lm is not None:
             self._value_sequences(self._lm)
         attached = {step.key for step in self.before_returns}
@@ -245,7 +244,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if missing:
             raise RuntimeError(
                 f"Expected the steps {missing} before returns: the model was trained with them. Pass them as callbacks "
-                "to learn() again, or go on without by model.rollout_buffer.expected_steps.clear()."
+                "to learn() again, or go on without them after model.rollout_buffer.expected_steps.clear()."
             )
         for step in self.before_returns:
             step(self)
@@ -269,12 +268,12 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self.values[view.steps, view.lanes] = values.cpu().numpy()
 
     def view(self) -> RolloutView:
-        """Return the rollout as whole sequences: what a step of `before_returns` needs to run a model over it."""
-        parts = [np.arange(segment.start, segment.end) for segment in self.segments]
-        steps = np.concatenate(parts)
-        lanes = np.repeat([segment.lane for segment in self.segments], [len(part) for part in parts])
-        rows = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        tokens, lengths = pad_sequences([segment.tokens for segment in self.segments], self.device)
+        """Return the rollout as whole sequences, over which a step of `before_returns` can run a model."""
+        counts = [segment.end - segment.start for segment in self.segments]
+        steps = np.concatenate([np.arange(segment.start, segment.end) for segment in self.segments])  # (N,)
+        lanes = np.repeat([segment.lane for segment in self.segments], counts)  # (N,)
+        rows = np.repeat(np.arange(len(counts)), counts)  # (N,)
+        tokens, lengths = pad_sequences([segment.tokens for segment in self.segments], self.device)  # (S, T), (S,)
         allowed = self._allowed(self.allowed[steps, lanes])
         n_prompt = np.array([segment.n_prompt for segment in self.segments])
         cols = self.cols[steps, lanes]
@@ -285,7 +284,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         return AllowedTokens(self.token_sets, numbers) if self.is_masked else None
 
     def _choose_sequences(self) -> None:
-        """Choose the sequences that are trained, and compute what their advantages are normalised by."""
+        """Choose the sequences that are trained, and compute the mean and deviation of their advantages."""
         rollout = FinishedRollout(
             self.segments, self._transitions, self.episode_starts, self.dropped, self.gamma, self.gae_lambda
         )
@@ -297,8 +296,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
             )
         n_dropped = self.trained.n_dropped
         none_left = RewardError(
-            f"Expected an episode to train on, got none: the reward dropped all {n_dropped} that ended. Does what it "
-            "asks answer at all? Let it raise to see the causes (on_failure='raise'), or raise n_steps."
+            f"Expected an episode to train on, got none: the reward dropped all {n_dropped} that ended. Let it raise "
+            "in place of dropping, to see the causes (on_failure='raise'), or raise n_steps."
         )
         raise_together(none_left if n_dropped and not len(self.trained) else None)
         self._mean: float | np.float32 = 0.0
@@ -315,11 +314,12 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """Yield one epoch of minibatches of whole sequences.
 
         Args:
-            batch_size: Transitions of a minibatch, of all processes, on average; None yields everything at once.
+            batch_size: The transitions of a minibatch of all processes, on average; None yields all at once.
 
         Raises:
-            ValueError: If it does not divide the rollout, or there are fewer sequences than minibatches; where that
-                is since episodes were dropped, there are fewer minibatches.
+            ValueError: If it does not divide the rollout, or if there are fewer sequences than minibatches. Where
+                dropped episodes are the cause, there are fewer minibatches instead.
+            RuntimeError: In several processes without the step `DataParallel`.
         """
         assert self.full, "the rollout is not complete"
         if world() is not None and not any(step.key == DATA_PARALLEL for step in self.before_returns):
@@ -341,8 +341,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
         rows = np.repeat(np.arange(len(group)), self.trained.counts[group])  # (N,)
         tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
         n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
-        advantages = (part.advantages - self._mean) / self._deviation
-        if self.correction is not None:  # after: what is subtracted is a baseline only where it is weighted too
+        advantages = (part.advantages - self._mean) / self._deviation  # (N,)
+        # After the normalisation: the mean that is subtracted is an unbiased baseline only if it is weighted too.
+        if self.correction is not None:
             advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, rows)
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
         numbers = (values, part.log_probs, advantages.astype(np.float32), returns)

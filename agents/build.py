@@ -1,4 +1,4 @@
-"""From an environment and a language model to an algorithm, with the settings that suit text."""
+"""The construction of an algorithm from an environment and a language model, with settings that suit text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .scores import DropEpisodes, LateScores
 from .vec_env import TextVecEnv
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
-SEQUENCES_A_MINIBATCH = 8
+SEQUENCES_A_MINIBATCH = 8  # twice the fewest that learn reliably (`minibatches.MIN_SEQUENCES`)
 POLICIES: dict[type[OnPolicyAlgorithm], type[LMPolicy]] = {
     PPO: LMPolicy,
     A2C: LMPolicy,
@@ -53,9 +53,9 @@ def make_agent(
     setting               here                   why
     ===================== ====================== ==============================================================
     gamma                 1.0 (0.99)             a score at the end counts fully for every token
-    gae_lambda            0.95 (0.95)            as SB3; 1.0 for A2C there
+    gae_lambda            0.95 (0.95)            less variance than 1.0, which SB3 has for A2C
     learning_rate         1e-5 (3e-4)            a pretrained model forgets at more
-    n_steps               max_new_tokens (2048)  a lane completes an episode in a rollout
+    n_steps               max_new_tokens (2048)  each lane completes an episode in a rollout
     batch_size            1/8 of a rollout (64)  transitions; whole sequences, 8 or more in each minibatch
     n_epochs              4 (10)                 the policy must stay near the one that sampled
     normalize_advantage   False (True)           the buffer normalises over the whole rollout instead
@@ -65,18 +65,18 @@ def make_agent(
     learning_rate (TRPO)  1e-3 (1e-3)            of the value head alone; `target_kl` bounds the policy's steps
     ===================== ====================== ==============================================================
 
-    TRPO has no n_epochs, vf_coef and max_grad_norm. In the processes that `torchrun` or `accelerate launch` started the
-    agent is trained by all: see `DataParallel`.
+    TRPO has no n_epochs, vf_coef and max_grad_norm. Several processes that `torchrun` or `accelerate launch` started
+    train one agent together: see `DataParallel`.
 
     Args:
-        env: A `TextEnv`, a subclass, or what `gym.make` made of one.
+        env: A `TextEnv`, a subclass, or one that `gym.make` has wrapped.
         lm: The language model: a name or path, a config, or a spec such as `Pretrained(name)`.
-        n_envs: How many episodes run side by side, in all processes together.
+        n_envs: The number of episodes that run side by side, in all processes together.
         algorithm: The class: PPO, A2C, sb3-contrib's TRPO or MaskablePPO, or a subclass; policy and buffer follow.
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
             with the advantage "gae" alone, and `complete_episodes` with an env of `samples_per_prompt`.
-        check: Whether to have the doctor examine the model (see `agents.doctor.check`): it warns of what may go badly
+        check: Whether to have the doctor examine the model (see `agents.doctor.check`), which warns of likely problems
             and changes nothing.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
 
@@ -85,8 +85,9 @@ def make_agent(
         `samples_per_prompt` the step `SampleGroups`, and `DropEpisodes` where the env's reward may drop some.
 
     Raises:
-        ValueError: If the algorithm is another one, with the reason, or does not know the env's mask, or asks for one.
-        DoctorError: With `check=True`, where training would be wrong; it names what failed, why and the cure.
+        ValueError: If the algorithm is not one of these or a subclass; or if one of algorithm and env has masks and the
+            other has not.
+        DoctorError: With `check=True`, where training would be wrong; it names the check that failed, and the cure.
 
     Example:
         >>> from agents import make_agent
@@ -110,7 +111,8 @@ def make_agent(
     settings = {**settings_for(algorithm, vec_env, algorithm_kwargs), **algorithm_kwargs}
     buffer_kwargs = buffer_settings(vec_env, rollout_buffer_kwargs)
     with warnings.catch_warnings():
-        if vec_env.world is not None:  # `batch_size` is of all processes, and SB3 compares it with the rollout of one
+        # SB3 `PPO.__init__` compares `batch_size`, which is that of all processes, with the rollout of this one.
+        if vec_env.world is not None:
             warnings.filterwarnings("ignore", "You have specified a mini-batch size")
         model = algorithm(
             policy_class,
@@ -129,17 +131,17 @@ def make_agent(
 
 
 def usual_learning_rate(algorithm: type) -> float:
-    """Return the learning rate that `make_agent` has for an algorithm: for TRPO, that of the value head alone."""
+    """Return the learning rate of `make_agent` for an algorithm; for TRPO it is that of the value head alone."""
     return 1e-3 if issubclass(algorithm, TRPO) else 1e-5
 
 
 def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that `make_agent` has for an algorithm.
+    """Return the settings of `make_agent` for an algorithm.
 
     Args:
-        algorithm: Its class.
-        vec_env: What it trains on.
-        given: Other settings: `batch_size` follows the `n_steps` among them.
+        algorithm: The class of the algorithm.
+        vec_env: The env that it trains on.
+        given: Settings of the caller; `batch_size` follows the `n_steps` among them.
     """
     settings: dict[str, Any] = {
         "gamma": 1.0,
@@ -161,14 +163,14 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
 
 
 def buffer_settings(vec_env: TextVecEnv, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of the rollout buffer, with what `make_agent` has where none are given."""
+    """Return the arguments of the rollout buffer: those given, and the settings of `make_agent` for the others."""
     settings = {"advantage": "gae", "complete_episodes": vec_env.env.samples_per_prompt > 1, **(given or {})}
     settings.setdefault("normalize_advantage", settings["advantage"] == "gae")
     return settings
 
 
 def attach_steps(model: OnPolicyAlgorithm, vec_env: TextVecEnv) -> None:
-    """Attach the steps that the environment asks for to a model's buffer, and check that its texts fit the model."""
+    """Attach the steps that the env needs to a model's buffer, and check that its texts fit into the model."""
     DataParallel().attach(model)
     cast("LMPolicy", model.policy).lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
     if vec_env.env.samples_per_prompt > 1 or cast("SequenceRolloutBuffer", model.rollout_buffer).advantage != "gae":
@@ -180,7 +182,11 @@ def attach_steps(model: OnPolicyAlgorithm, vec_env: TextVecEnv) -> None:
 
 
 def _policy_class(algorithm: type) -> type[LMPolicy]:
-    """Return the policy that an algorithm needs, or say why there is none."""
+    """Return the policy class for an algorithm.
+
+    Raises:
+        ValueError: If there is none, with the reason.
+    """
     for known, policy_class in POLICIES.items():
         if issubclass(algorithm, known):
             return policy_class

@@ -58,7 +58,7 @@ class CriticWarmup(RolloutStep):
         if policy.lm.shards is not None:
             raise ValueError(
                 "Expected weights that are whole in each process with CriticWarmup, got sharded ones, of which "
-                "`fully_shard` settles once what is trained. Warm up without, and go on from that checkpoint."
+                "`fully_shard` settles once which are trained. Warm up without shards, and go on from that checkpoint."
             )
         critic_weights = set(policy.lm.critic.parameters())
         # The optimizer has all weights that are trained, also those that an earlier warm-up took out of the gradient.

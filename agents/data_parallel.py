@@ -57,7 +57,7 @@ class DataParallel(RolloutStep):
     is_kept = False  # a model that was trained in several processes may go on in one
 
     def attach(self, model: BaseAlgorithm) -> None:
-        """Put the step in front of the buffer's others, where there are several processes."""
+        """Put the step before the buffer's others, if there are several processes."""
         if world() is not None:
             super().attach(model)
 
@@ -69,8 +69,8 @@ class DataParallel(RolloutStep):
         settings = {name: repr(vars(model).get(name)) for name in SETTINGS}
         settings["shard"] = "" if shards is None else f"{shards.spec} on {shards.device}"
         settings["weights"] = str([tuple(w.shape) for w in model.policy.parameters() if w.requires_grad])
-        for rank, theirs in enumerate(gather("the settings", settings)):
-            unlike = [name for name in settings if settings[name] != theirs[name]]
+        for rank, other_settings in enumerate(gather("the settings", settings)):
+            unlike = [name for name in settings if settings[name] != other_settings[name]]
             if unlike:
                 raise ValueError(f"Expected the same settings in all processes, got others in rank {rank}: {unlike}.")
 
@@ -154,7 +154,8 @@ def _refusal(model: BaseAlgorithm) -> ValueError | None:
         return ValueError(f"Expected Sharded(device={model.device.type!r}), as the algorithm's, got {shards.spec}.")
     if vars(model).get("normalize_advantage"):
         return ValueError(
-            "Expected normalize_advantage=False of the algorithm in several processes, got True, which is by the "
-            "minibatch of each: pass rollout_buffer_kwargs=dict(normalize_advantage=True), which is by all of them."
+            "Expected normalize_advantage=False of the algorithm in several processes, got True, which normalises "
+            "within the minibatches of each: pass rollout_buffer_kwargs=dict(normalize_advantage=True), which "
+            "normalises over all processes."
         )
     return None

@@ -1,4 +1,4 @@
-"""Rollouts that another engine writes, and updates that know by how much it is not the policy."""
+"""The step that has another engine write rollouts, whose tokens are then weighted in the update."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ from .rollout_steps import Order, RolloutStep, sequence_buffer, text_vec_env
 from .transitions import RolloutView
 from .world import world
 
-Plan = deque[tuple[int, float]]  # tokens that an engine has written and their log-probabilities, the next one first
+Plan = deque[tuple[int, float]]  # tokens that an engine has written, the next one first, with log-probabilities
 
 
 class EngineRollouts(RolloutStep):
     """Has another engine write the tokens of rollouts; values, log-probabilities and updates stay the policy's.
 
-    In a rollout the policy's `forward` takes the next token of each lane from what the engine has written for it, as
-    long as the lane's row is the row of before plus that token. All other rows (a new episode, a reply of the
-    environment, a turn cut short by a stop string) are asked for in one call, the whole row as prompt. The first call
-    of a rollout also asks for the prompts that will be dealt next, as many as the last rollout began, so that lanes
-    that end early find their text written; where that was too few, the next call asks for as many as will be begun at
-    this rollout's pace. New weights are sent before a rollout, once an update, and nothing that old weights wrote is
-    used after it. `predict`, evaluations and sample tables sample from the policy itself.
+    In a rollout the policy's `forward` takes the next token of each lane from the text that the engine has written for
+    it, as long as the lane's row is its last row plus that token. All other rows (a new episode, a reply of the
+    environment, a turn cut short by a stop string) are sent to the engine in one call, each as the prompt of a request.
+    The first call of a rollout also sends the prompts that will be dealt next, as many as the last rollout began, so
+    that their text is ready when a lane ends early. Where these were too few, the next call sends as many as will be
+    begun at this rollout's pace. New weights are sent before the rollout after an update, and text that old weights
+    wrote is not used then. `predict`, evaluations and sample tables sample from the policy itself.
 
-    At the end of a rollout the policy reads each sequence once. What it says of the tokens are `log_probs`, from which
-    PPO's ratio starts at 1, and what penalties and warnings see; what the engine has said stays apart, as
-    `behaviour_log_probs`. The ratio of both, truncated, weights the advantages of minibatches (see `Correction`), after
-    their normalisation: a mean that is subtracted is a baseline only where it is weighted too.
+    At the end of a rollout the policy reads each sequence once. Its log-probabilities become the buffer's `log_probs`,
+    from which PPO's ratio starts at 1 and which penalties and warnings read; those of the engine stay in
+    `behaviour_log_probs`. Their ratio, truncated, multiplies the advantages of minibatches (see `Correction`), after
+    their normalisation: the mean that is subtracted is an unbiased baseline only if it is weighted too.
 
-    Logged under `engine/`: `weight` (the mean of the weights before truncation; 1 but for noise if the engine's
-    log-probabilities are those it samples with), `truncated` (the share of tokens cut), `kl_k1` and `kl_k3` (estimates
-    of KL(engine, policy), nats a token), `calls`, `used` (the share of the written tokens that lanes took) and
-    `seconds` (spent waiting for the engine).
+    Logged under `engine/`: `weight` (the mean of the weights before truncation; 1 but for noise if the engine reports
+    the log-probabilities that it samples with), `truncated` (the share of tokens whose weight is truncated), `kl_k1`
+    and `kl_k3` (estimates of KL(engine, policy), nats a token), `calls`, `used` (the share of the written tokens that
+    lanes took) and `seconds` (spent waiting for the engine).
 
     Args:
-        engine: What writes. It is not closed.
-        truncation: The largest weight; `math.inf` for none.
-        per: "token" weighs each token by its own ratio, "sequence" by the product over its sequence.
+        engine: The engine. It is not closed.
+        truncation: The largest weight; `math.inf` for no truncation.
+        per: "token" weights each token by its own ratio, "sequence" by the product over its sequence.
 
     Raises:
-        ValueError: When attached, for what an engine cannot do: masks, top_k, top_p, min_p and repetition penalties,
-            encoder-decoders, models that are not transformers', TRPO, several processes, and the algorithm's own
-            `normalize_advantage`.
+        ValueError: When attached, if the model or env uses something that an engine cannot follow: masks, top_k, top_p,
+            min_p, repetition penalties, an encoder-decoder, a model that is not transformers', TRPO, several
+            processes, or the algorithm's own `normalize_advantage`.
 
     Example:
         >>> from agents import EngineRollouts, LocalEngine
@@ -73,22 +73,18 @@ class EngineRollouts(RolloutStep):
         super().__init__(verbose)
         self.engine = engine
         self.correction = Correction(truncation, per)
-        self._n_more = 0  # episodes that the last rollout began beside those it found
+        self._n_more = 0  # the number of episodes that began during the last rollout
 
     def _clear(self) -> None:
-        self._expected = np.full((self.env.num_envs, 1), PADDING)  # (B, L): the rows that go on as planned
+        self._expected = np.full((self.env.num_envs, 1), PADDING)  # (B, L) rows of the lanes that follow their plan
         self._plans: list[Plan] = [deque() for _ in range(self.env.num_envs)]
-        self._spare: dict[bytes, deque[Plan]] = defaultdict(deque)  # by prompt: for lanes that will come for it
-        self._is_first = True
+        self._spare: dict[bytes, deque[Plan]] = defaultdict(deque)  # by prompt, for the lanes that will be dealt it
+        self._is_first = True  # no call to the engine has been made in this rollout
         self._n_steps = self._n_calls = self._n_written = self._n_begun = 0
         self._seconds = 0.0
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Put the step between the policy and its sampling.
-
-        Raises:
-            ValueError: See the class.
-        """
+        """Check that an engine can write the model's rollouts, and give its buffer the correction."""
         self.algorithm, self.env = cast("OnPolicyAlgorithm", model), text_vec_env(model.get_env())
         self.policy = cast("LMPolicy", model.policy)
         refusal = _refusal(model)
@@ -97,10 +93,10 @@ class EngineRollouts(RolloutStep):
         self.buffer = sequence_buffer(model)
         self.buffer.correction = self.correction
         earlier = [step for step in self.buffer.before_returns if isinstance(step, EngineRollouts)]
-        self._n_more = earlier[-1]._n_more if earlier else 0  # of an earlier call of learn()
+        self._n_more = earlier[-1]._n_more if earlier else 0  # from an earlier call of `learn`
 
     def begin(self) -> None:
-        """Forget what was written by the weights of before; sample by the engine from here to the rollout's end."""
+        """Forget the text that older weights wrote, and have the engine write from here to the end of the rollout."""
         self._clear()
         self.policy.take_tokens_from(self.next_tokens)
 
@@ -108,7 +104,7 @@ class EngineRollouts(RolloutStep):
         self.policy.sample_itself()  # a callback may have broken a rollout off
 
     def next_tokens(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next token of each lane and its log-probability by the engine, (B,) each, on the host.
+        """Return the next token of each lane and its log-probability by the engine, in nats, (B,) each, on the host.
 
         Raises:
             ValueError: If these are not the rows of all lanes, or the engine's answers are wrong.
@@ -123,20 +119,21 @@ class EngineRollouts(RolloutStep):
         try:
             self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (goes_on[lane] and plan)])
         except BaseException:
-            self.policy.sample_itself()  # the rollout is over; Stable-Baselines3 tells nobody
+            self.policy.sample_itself()  # the rollout is over, and SB3 calls no callback after an error
             raise
         tokens, log_probs = zip(*(plan.popleft() for plan in self._plans), strict=True)
-        self._expected, ends = rows.copy(), (rows != PADDING).sum(axis=1)
-        inside = np.flatnonzero(ends < rows.shape[1])
+        self._expected, ends = rows.copy(), (rows != PADDING).sum(axis=1)  # (B, L), (B,)
+        inside = np.flatnonzero(ends < rows.shape[1])  # lanes whose row has room for the token
         self._expected[inside, ends[inside]] = np.array(tokens)[inside]
         self._n_steps += 1
         return torch.tensor(tokens), torch.tensor(log_probs, dtype=torch.float32)
 
     def _plan(self, rows: np.ndarray, lanes: list[int]) -> None:
-        """Give lanes a plan: one that was written for their prompt, or else one that is asked for now."""
+        """Give lanes a plan: one that was written ahead for their prompt, or else one that the engine writes now."""
         missing, is_short = [], False
         for lane in lanes:
             spare = self._spare.get(_key(rows[lane]))
+            # A row that ends with the separator is a prompt. Those of the first step had begun before the rollout.
             is_new = self._n_steps > 0 and rows[lane][rows[lane] != PADDING][-1] == SEPARATOR
             self._n_begun += is_new
             if spare:
@@ -148,17 +145,21 @@ class EngineRollouts(RolloutStep):
             self._ask_for(rows, missing, self._how_far_ahead(is_short))
 
     def _how_far_ahead(self, is_short: bool) -> int:
-        """Return how many prompts to ask for beside what is missing, given whether an episode had none written."""
+        """Return the number of prompts to send besides the missing rows.
+
+        Args:
+            is_short: Whether an episode has begun for whose prompt no text was written ahead.
+        """
         if self._is_first:
             return self._n_more
-        # As many as will begin if they go on as they did in this rollout.
+        # As many episodes as will begin in the steps that are left, at the pace of this rollout so far.
         left = self.buffer.buffer_size - self._n_steps
         return math.ceil(self._n_begun / self._n_steps * left) if is_short else 0
 
     def _ask_for(self, rows: np.ndarray, lanes: list[int], n_ahead: int) -> None:
-        """Ask for the rows of some lanes, and for the prompts behind those that are written already."""
+        """Have the engine write for some lanes, and for `n_ahead` prompts after those that are written already."""
         left = self.buffer.buffer_size - self._n_steps
-        # The rows may be older than the env's lanes: Stable-Baselines3 keeps them after a rollout that was broken off.
+        # The rows may be older than the env's lanes: SB3 keeps `_last_obs` after a rollout that was broken off.
         width = rows.shape[1] - (rows != PADDING).sum(axis=1)
         room = np.minimum(np.minimum(self.env.lanes.most_new_tokens(), left), width).clip(min=1)
         stop_ids = self.env.env.rules.stop_ids
@@ -176,11 +177,11 @@ class EngineRollouts(RolloutStep):
 
     def _ask(self, requests: list[Request]) -> list[Plan]:
         start = time.perf_counter()
-        if self._is_first:  # the last rollout has been trained on since
+        if self._is_first:  # an update has changed the weights since the last rollout
             with named_weights(self.policy.backbone) as weights:
                 self.engine.load_weights(weights)
             self._is_first = False
-        # Of the policy's generator, which checkpoints keep: a resumed run draws the same.
+        # From the policy's generator, which checkpoints keep: a resumed run draws the same.
         seed = int(torch.randint(2**31, (), generator=self.policy.generator))
         completions = self.engine.generate(requests, self.policy.lm.sampling.temperature, seed)
         check_completions(requests, completions, self.policy.backbone.vocab_size)
@@ -190,12 +191,12 @@ class EngineRollouts(RolloutStep):
         return [_plan_of(completion) for completion in completions]
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Have the policy read what was written: its log-probabilities and values take the place of the engine's."""
+        """Replace the engine's log-probabilities, and the zeros that stand for values, by those of the policy."""
         self.policy.sample_itself()
         self._n_more = self._n_begun
         view, lm = buffer.view(), self.policy.lm
         with torch.no_grad():
-            if isinstance(lm.critic, TrunkCritic):  # valued by the buffer
+            if isinstance(lm.critic, TrunkCritic):  # the buffer has computed its values
                 log_probs = lm.log_probs(view.batch, view.actions)
             else:
                 values, log_probs, _ = lm.evaluate(view.batch, view.actions)
@@ -205,10 +206,10 @@ class EngineRollouts(RolloutStep):
         self._log(buffer, view)
 
     def _log(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> None:
-        ours = buffer.log_probs[view.steps, view.lanes]
-        theirs = buffer.behaviour_log_probs[view.steps, view.lanes]
-        weights = replace(self.correction, truncation=math.inf).weights(ours, theirs, view.batch.rows)
-        log_ratios = (ours - theirs).astype(np.float64)
+        by_policy = buffer.log_probs[view.steps, view.lanes]  # (N,)
+        by_engine = buffer.behaviour_log_probs[view.steps, view.lanes]  # (N,)
+        weights = replace(self.correction, truncation=math.inf).weights(by_policy, by_engine, view.batch.rows)
+        log_ratios = (by_policy - by_engine).astype(np.float64)
         figures = {
             "weight": float(weights.mean()),
             "truncated": float((weights > self.correction.truncation).mean()),
@@ -222,11 +223,11 @@ class EngineRollouts(RolloutStep):
             self.algorithm.logger.record(f"engine/{name}", value)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return how many episodes to ask for ahead: the engine has no state of its own between rollouts."""
+        """Return the number of prompts to send ahead; the engine itself has no state between rollouts."""
         return {}, {"n_more": self._n_more}
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, int]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore the number that `state_dict` returned."""
         self._n_more = meta["n_more"]
 
 
@@ -235,18 +236,18 @@ def _plan_of(completion: Completion) -> Plan:
 
 
 def _key(row: np.ndarray) -> bytes:
-    """Return a row without its padding: equal for a new episode and for the prompt that it was dealt."""
+    """Return a row without its padding, by which an episode that begins finds the text for its prompt."""
     return row[row != PADDING].astype(np.int64).tobytes()
 
 
 def _refusal(model: BaseAlgorithm) -> str | None:
-    """Return why an engine cannot write the rollouts of a model, if it cannot."""
+    """Return the reason why an engine cannot write the rollouts of a model; None where it can."""
     policy, env = cast("LMPolicy", model.policy), text_vec_env(model.get_env()).env
     sampling = policy.lm.sampling
     if sampling.has_support or sampling.repetition_penalty != 1:
         return (
-            f"Expected a temperature alone with EngineRollouts, got {sampling}: which tokens an engine has left out, "
-            "and what it has penalised, is not part of its answer, so the policy could not score under the same."
+            f"Expected a temperature alone with EngineRollouts, got {sampling}: an engine does not answer which tokens "
+            "it has left out or penalised, so the policy could not score under the same distribution."
         )
     if env.masks:
         return (

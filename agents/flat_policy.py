@@ -210,7 +210,7 @@ class FlatLMPolicy(LMPolicy):
         if isinstance(kwargs.get("lm"), BackendSpec):
             raise ValueError(
                 f"Expected a model of transformers for {type(self).__name__}, got {type(kwargs['lm']).__name__}: TRPO "
-                "differentiates twice, which a backend of one's own need not allow. Use PPO."
+                "differentiates twice, which another backend may not support. Use PPO."
             )
         if kwargs.get("top_p_lag") is not None:
             raise ValueError(
@@ -220,7 +220,7 @@ class FlatLMPolicy(LMPolicy):
         if world() is not None:
             raise ValueError(
                 f"Expected one process for {type(self).__name__}, got several: TRPO's conjugate gradients and line "
-                "search differentiate past what averages gradients, and each process would take its own step. Use PPO."
+                "search bypass the averaging of gradients, so that each process would take its own step. Use PPO."
             )
         super().__init__(observation_space, action_space, lr_schedule, critic=critic, **kwargs)
 

@@ -38,9 +38,8 @@ class MaskableLMPolicy(LMPolicy):
         True
     """
 
-    _action_masks: np.ndarray | None = (
-        None  # while `predict` runs: SB3 `policies.BasePolicy.predict` has no place for it
-    )
+    # Set while `predict` runs: SB3 `policies.BasePolicy.predict` has no argument for it.
+    _action_masks: np.ndarray | None = None
 
     def forward(
         self, obs: Tensor, deterministic: bool = False, action_masks: np.ndarray | None = None

@@ -202,12 +202,12 @@ class LMPolicy(ActorCriticPolicy):
         """The language model that `lm` trains, as transformers' model inside a `Backbone`.
 
         Raises:
-            ForeignBackendError: If it is another `LanguageModel`; that one is `lm.backbone`.
+            ForeignBackendError: If the model is another `LanguageModel`, which only `lm.backbone` returns.
         """
         if not isinstance(self.lm.backbone, Backbone):
             raise ForeignBackendError(
-                f"Expected a model of transformers, got {type(self.lm.backbone).__name__}, of which no more is known "
-                "than `LanguageModel` says (`policy.lm.backbone`)."
+                f"Expected a model of transformers, got {type(self.lm.backbone).__name__}: use `policy.lm.backbone`, "
+                "which has the members of `LanguageModel`."
             )
         return self.lm.backbone
 
@@ -218,7 +218,7 @@ class LMPolicy(ActorCriticPolicy):
             if train != "all" or gradient_checkpointing:
                 raise ValueError(
                     f"Expected neither `train` nor `gradient_checkpointing` with {type(lm).__name__}, which decides "
-                    f"what is trained and what is kept, got {train!r:.80} and {gradient_checkpointing}."
+                    f"itself which weights are trained, got {train!r:.80} and {gradient_checkpointing}."
                 )
             return lm.build_backend(vocab_size, n_positions)
         model = build_model(lm, train)
@@ -238,7 +238,7 @@ class LMPolicy(ActorCriticPolicy):
         )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        """Return what `policy.save` stores to build the policy again."""
+        """Return the arguments from which SB3 `policies.BaseModel.load` builds the policy again."""
         return {
             "observation_space": self.observation_space,
             "action_space": self.action_space,

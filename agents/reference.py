@@ -43,7 +43,7 @@ def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMAc
     lm.drop_caches()
     if lm.shards is not None:
         return lm.shards.twin()
-    # `deepcopy` takes what this says in place of a copy.
+    # `deepcopy` uses these objects in place of copies.
     memo: dict[int, object] = {id(weight): weight for weight in shared or []}
     if lm.lagged is not None:
         memo[id(lm.lagged)] = None  # the lagged copy is for sampling, and a reference samples nothing

@@ -87,7 +87,7 @@ class RolloutStep(BaseCallback):
         }
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Take what is needed from the model, once, when the step is attached."""
+        """Check that the step can work with the model, and take env and policy from it; called once, when attached."""
 
     def begin(self) -> None:
         """Prepare for a rollout that begins; called by the buffer's `reset`, whether the step is a callback or not."""
@@ -97,11 +97,11 @@ class RolloutStep(BaseCallback):
         """Change `buffer.rewards`, (T, B), in place; `buffer.view()` gives the rollout as sequences."""
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what a checkpoint keeps: tensors, and what goes into JSON."""
+        """Return the state that checkpoints keep: tensors, and entries that fit JSON."""
         return {}, {}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
 
     def _on_training_start(self) -> None:
         self.attach(self.model)
@@ -120,10 +120,10 @@ class Remembering(Protocol):
     key: str
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what goes into JSON."""
+        """Return the state that checkpoints keep, as entries that fit JSON."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
 
 
 def remember(model: BaseAlgorithm, callback: Remembering) -> None:

@@ -83,7 +83,7 @@ class RewardShaping(RolloutStep):
             )
         if self._changes_scores and normalizer is not None and normalizer.norm_reward:
             raise ValueError(
-                "Expected VecNormalize with norm_reward=False: RewardShaping(scale=True) does what it does."
+                "Expected VecNormalize with norm_reward=False, got True: RewardShaping(scale=True) scales in its place."
             )
         self.env = env
         self.algorithm = model
@@ -101,14 +101,14 @@ class RewardShaping(RolloutStep):
         if not infos:
             return
         penalties = self.missing_eos_penalty * is_cut
-        for place, score, new, penalty in zip(infos, scores, shaped, penalties, strict=True):
+        for place, score, new_score, penalty in zip(infos, scores, shaped, penalties, strict=True):
             reward = final_reward(buffer, self.env, place)
             if reward is None:
                 continue
             # SB3 `on_policy_algorithm.collect_rollouts` has added gamma * V to the reward of a truncated episode, so
             # that the score is replaced within the sum.
             if self._changes_scores:
-                reward[:] = (reward - np.float32(score)) + np.float32(new)
+                reward[:] = (reward - np.float32(score)) + np.float32(new_score)
             reward -= np.float32(penalty)
         self.algorithm.logger.record("shaping/score", float((shaped - penalties).mean()))
         self.algorithm.logger.record("shaping/cut", float(is_cut.mean()))

@@ -1,7 +1,7 @@
 """The notes that ride on tensors through Stable-Baselines3: from policy to buffer, and from env to policy.
 
-SB3 hands a policy's three results to the buffer and nothing else, and a terminal observation to the policy as one row.
-What else has to arrive is written on these very tensors, as an attribute. That works because SB3 passes on the same
+SB3 hands the policy's three results to the buffer and nothing else, and terminal observations to the policy one by one.
+Further information is written on these very tensors, as an attribute. That works because SB3 passes on the same
 objects, without a copy, in these lines:
 
 - `ALLOWED` and `READ_BY`: stable_baselines3 `common/on_policy_algorithm.py`, `OnPolicyAlgorithm.collect_rollouts` (PPO,

@@ -1,4 +1,4 @@
-"""The choice of the sequences that a finished rollout trains on, with what waits for a later one."""
+"""The choice of the sequences of a finished rollout that are trained now, and of those that wait for a later one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TrainedSequences:
     Args:
         rollout: The rollout they are of.
         sequences: The sequences, in order.
-        n_dropped: How many ended episodes were left out because the reward dropped them.
+        n_dropped: The number of ended episodes that are left out because the reward dropped them.
     """
 
     def __init__(self, rollout: FinishedRollout, sequences: list[TrainedSequence], n_dropped: int) -> None:

@@ -24,7 +24,7 @@ class Scale(NamedTuple):
     deviation: float = 1.0
 
     def of(self, values: np.ndarray) -> np.ndarray:
-        """Return values, given in units of reward, in units of this scale, float32."""
+        """Convert values from units of reward to units of this scale, float32."""
         return ((values - self.mean) / self.deviation).astype(np.float32)
 
 

@@ -203,7 +203,7 @@ class TextVecEnv(VecEnv):
         return arrays, {**meta, **own}
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> np.ndarray:
-        """Go on from what `state_dict` returned; return the observations, (B, L)."""
+        """Restore the state that `state_dict` returned, and return the observations, (B, L)."""
         observations = self.lanes.load_state_dict(arrays, meta)
         self.env.np_random.bit_generator.state = meta["np_random"]
         self.env.failures.load_state_dict(meta["failures"])

@@ -100,7 +100,7 @@ def _save(model: OnPolicyAlgorithm, written: AbstractContextManager[Path]) -> No
     lm = cast("LMPolicy", model.policy).lm
     with gathered(lm):
         probe = probe_logits(lm.backbone)
-    with released(lm):
+    with released(lm):  # each process writes its shards, which the optimizer's state matches
         tensors, meta = _state(model, *env_state)
         tensors["probe"] = {"logits": probe}
         with replaced_together(written) as beside:
@@ -113,6 +113,7 @@ def _state(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Return the state to save, given that of the env: tensors by file, and the rest, which fits JSON."""
     buffer = sequence_buffer(model)
+    # Of sharded weights each process sees its own shard, so one of them may find what the others do not.
     broken = [name for name, weight in named_tensors(model.policy) if not bool(local(weight).isfinite().all())]
     error = FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
     raise_together(error if broken else None)
@@ -236,8 +237,10 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
         buffer.token_sets.load_state_dict(tensors["token_sets"])
     for name in COUNTERS:
         setattr(model, name, meta["counters"][name])
+    # SB3 `base_class._setup_learn` keeps these two where counters are not reset.
     model.ep_info_buffer = deque(meta["episodes"], maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
+    # The callbacks that `learn` attaches later take their states from here; those attached already do so now.
     buffer.saved_steps = {name: (tensors[f"step_{name}"], state) for name, state in meta["steps"].items()}
     buffer.expected_steps = list(meta["steps"])
     for step in buffer.before_returns:

@@ -204,7 +204,7 @@ class Spread(NamedTuple):
         return cls(len(numbers), mean, float(((numbers - mean) ** 2).sum()))
 
 
-def merge_moments(one: Spread, other: Spread) -> Spread:
+def merge_moments(first: Spread, second: Spread) -> Spread:
     """Return the moments of two sets of numbers taken together (Chan et al., 1983, equation 2.1).
 
     Example:
@@ -213,12 +213,12 @@ def merge_moments(one: Spread, other: Spread) -> Spread:
         >>> merge_moments(Spread.of(np.array([1.0, 3.0])), Spread.of(np.array([8.0])))
         Spread(n=3, mean=4.0, squares=26.0)
     """
-    n = one.n + other.n
-    if other.n == 0:
-        return one
-    distance = other.mean - one.mean
-    squares = one.squares + (other.squares + distance**2 * one.n * other.n / n)
-    return Spread(n, one.mean + distance * other.n / n, squares)
+    n = first.n + second.n
+    if second.n == 0:
+        return first
+    distance = second.mean - first.mean
+    squares = first.squares + (second.squares + distance**2 * first.n * second.n / n)
+    return Spread(n, first.mean + distance * second.n / n, squares)
 
 
 class Moments(NamedTuple):

@@ -67,6 +67,7 @@ class RunCheckpoints(BaseCallback):
         self._write_rows()
         now = self.model.num_timesteps
         size = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]  # tokens of a rollout
+        # `now` counts whole rollouts here; after a failure every one is due.
         is_due = now // size % self.every == 0 or self.failure is not None
         if now > self.saved and (is_due or self.interrupts.number or self.is_over()):
             self._save()

@@ -47,7 +47,7 @@ def replaced_together(written: AbstractContextManager[Path]) -> Iterator[Path]:
         raise_together(error)
         yield from_main("the folder of a checkpoint", beside)
         try:
-            opened.close()
+            opened.close()  # in the process of rank 0: syncs the files, and renames the folder
         except OSError as caught:
             error = caught
         raise_together(error)
@@ -64,6 +64,7 @@ def write_shards(folder: Path, tensors: Tensors) -> Tensors:
         OSError: In all processes, if one of them cannot write.
     """
     here, sharded, whole = world(), {}, {}
+    # One name a tensor for torch's writer: "<file>/<name>", which `read_shards` takes apart.
     for file, content in tensors.items():
         sharded.update({f"{file}/{name}": tensor for name, tensor in content.items() if isinstance(tensor, DTensor)})
         whole[file] = {name: tensor for name, tensor in content.items() if not isinstance(tensor, DTensor)}

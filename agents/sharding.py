@@ -111,12 +111,13 @@ class Shards(Generic[Scorer]):
             precision = MixedPrecisionPolicy(lm.autocast_dtype, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if spec.offload else OffloadPolicy()
         self._layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        # Inner modules first: `fully_shard` takes all parameters of a module that no earlier call has taken.
         for layer in reversed(self._layers):
             fully_shard(layer, mesh=self.mesh, mp_policy=precision, offload_policy=offload)
         if isinstance(lm.critic, ValueHead):  # a value head computes in float32 whatever the model's precision
             fully_shard(lm.critic.linear, mesh=self.mesh, offload_policy=offload)
         fully_shard(lm, mesh=self.mesh, mp_policy=precision, offload_policy=offload)
-        register_fsdp_forward_method(lm, "evaluate_parts")
+        register_fsdp_forward_method(lm, "evaluate_parts")  # weights are gathered around it as around a forward
         self._modules = [module for module in lm.modules() if isinstance(module, FSDPModule)]
         with torch.no_grad():
             # torch's `FSDPState._lazy_init`: the first module to run becomes the root of those inside it, and only
@@ -211,16 +212,16 @@ def gathered(lm: SequenceScorer) -> AbstractContextManager[None]:
 
     If the weights are sharded, all processes must enter it, and leave it.
     """
-    return _brought(lm, True)
+    return _with_weights(lm, True)
 
 
 def released(lm: SequenceScorer) -> AbstractContextManager[None]:
     """Return a context in which sharded parameters are `DTensor`s; all processes must enter it, and leave it."""
-    return _brought(lm, False)
+    return _with_weights(lm, False)
 
 
 @contextmanager
-def _brought(lm: SequenceScorer, is_gathered: bool) -> Iterator[None]:
+def _with_weights(lm: SequenceScorer, is_gathered: bool) -> Iterator[None]:
     if lm.shards is None:
         yield
         return

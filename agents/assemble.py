@@ -51,7 +51,7 @@ ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maska
 SETTINGS = ("n_steps", "batch_size", "n_epochs")  # A2C and TRPO lack some
 # The arguments of an algorithm that `make_agent` sets, and so a configuration cannot.
 OWN_ARGUMENTS = ("policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model")
-ENV = Kind("environment", "a TextEnv", lambda found: issubclass(found, TextEnv))
+ENV = Kind("environment", "a TextEnv", lambda cls: issubclass(cls, TextEnv))
 # The arguments of environments that an environment without rewards leaves out.
 REWARDING = ("reward", "classifier", "references_column", "score_at", "on_failure")
 
@@ -303,11 +303,12 @@ def _check_algorithm(algorithm: AlgorithmConfig) -> None:
 
 def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm:
     algorithm, model = config.algorithm, config.model
-    given = {name: getattr(algorithm, name) for name in SETTINGS}
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    # Only what the configuration sets: for the rest `make_agent` has defaults that suit text.
+    settings: dict[str, Any] = {name: getattr(algorithm, name) for name in SETTINGS}
+    settings = {name: value for name, value in settings.items() if value is not None}
     if algorithm.schedule == "linear":
         rate = algorithm.learning_rate or usual_learning_rate(ALGORITHMS[algorithm.name])
-        settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)
+        settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)  # zero after the whole (1.0) of training
     elif algorithm.learning_rate is not None:
         settings["learning_rate"] = algorithm.learning_rate
     if algorithm.advantage != "gae":

@@ -20,7 +20,7 @@ from .run_folder import RunFolder
 from .storage import is_full
 from .trackers import TRACKERS, MLflowTracker, Tracker, check_tracker, check_tracker_arguments
 
-LOGGER = Kind("logger", "a KVWriter of Stable-Baselines3", lambda found: issubclass(found, KVWriter))
+LOGGER = Kind("logger", "a KVWriter of Stable-Baselines3", lambda cls: issubclass(cls, KVWriter))
 COLUMNS = ("prompt", "text", "end_reason", "reward")
 
 

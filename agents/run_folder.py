@@ -76,7 +76,8 @@ class RunFolder:
             CommandError: If the folder has other files or a run with a checkpoint, or cannot be written to.
         """
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        base = "".join(char if char.isalnum() else "-" for char in name)[:40]
+        base = "".join(char if char.isalnum() else "-" for char in name)[:40]  # "org/model" must not make a folder
+        # Two runs may start in the same second: the random digits tell them apart.
         run = cls(out or Path("runs") / f"{base}-{stamp}-{secrets.token_hex(2)}")
         try:
             run.path.mkdir(parents=True, exist_ok=out is not None)
@@ -200,7 +201,7 @@ class RunFolder:
         Raises:
             CommandError: If another process holds the lock, or the folder cannot be written to.
         """
-        try:
+        try:  # "a+" does not truncate: until the lock is ours, the file names the process that holds it
             stream = (self.path / "lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise CommandError(f"Expected a folder to write to, got {self.path}: {error.strerror}.") from error
@@ -214,7 +215,7 @@ class RunFolder:
             stream.write(f"pid {os.getpid()} since {datetime.now().astimezone().isoformat(timespec='seconds')}\n")
             stream.flush()
             for folder in (self.path, self.checkpoints):
-                clear_leftovers(folder)
+                clear_leftovers(folder)  # of a killed process: under the lock, no living one is writing them
             yield
 
     def check_space(self, needed: int) -> None:
@@ -239,6 +240,7 @@ class RunFolder:
 
     def append(self, file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows to a file of the folder; while the disk is full they stay in `waiting`."""
+        # First to those that wait already: the order of rows is kept.
         self.waiting[file] = self.waiting.get(file, "") + "".join(map(to_line, rows))
         try:
             self.write_waiting()
@@ -284,11 +286,11 @@ def append_text(file: Path, text: str) -> None:
     with naming(file), file.open("ab", buffering=0) as stream:
         before = stream.seek(0, os.SEEK_END)
         try:
-            while content:
+            while content:  # an unbuffered write may take only a part, as on a disk that is nearly full
                 content = content[stream.write(content) :]
             os.fsync(stream.fileno())
         except OSError:
-            stream.truncate(before)
+            stream.truncate(before)  # no half row stays behind
             raise
 
 

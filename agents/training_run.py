@@ -178,10 +178,12 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     previous = threading.excepthook
     threading.excepthook = lambda thread: None if is_full(thread.exc_value) else previous(thread)
     try:
+        # A run has the main thread (`Interrupts` needs it) and the terminal, so all warnings meanwhile are the run's.
         with warnings_on(screen):
             return _run(run, config, options, screen)
     except RAISED as error:
         known = as_command_error(error, run.path)
+        # An error that we raised for the user says all in its line; for any other the traceback is needed.
         says_all = known is error or isinstance(error, MissingExtraError)
         is_kept = (not says_all or known.code not in MENDED) and run.keep_traceback()
         hint = f" (the traceback is in {run.log})" if is_kept and not says_all else ""
@@ -211,9 +213,11 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         load_checkpoint(agent, checkpoint)
         done = agent.num_timesteps
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
+    # Trackers have all rows up to the kill, which `cut` removes here since the run makes those after its checkpoint again.
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
     outputs = make_loggers(run, config, trust, done)
+    # SB3 `base_class._setup_learn` would make a logger of its own for an agent without one.
     agent.set_logger(Logger(None, [writer, *outputs]))
     evaluate = _evaluate(run, parts)
     trackers = make_trackers(run, config, sent)
@@ -231,10 +235,12 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         if done < config.total_tokens:
+            # Without a reset, SB3 `base_class._setup_learn` adds the tokens that are done to the total, so that the
+            # schedule of the learning rate continues where it was.
             agent.learn(
                 config.total_tokens - done,
                 callback=CallbackList(callbacks),
-                log_interval=1,
+                log_interval=1,  # SB3 `a2c.A2C.learn` has 100; here every iteration is a row
                 reset_num_timesteps=checkpoint is None,
             )
         agent.logger.close()

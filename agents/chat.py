@@ -16,7 +16,7 @@ from .verb_config import ChatOptions
 from .verbs import Writer, open_writer
 
 ANY_PROMPT = [[0]]  # given to `open_writer` so that it does not read the run's prompts
-DEFAULT_POSITIONS = 1024  # tokens of the conversation for models without a limit, such as recurrent ones
+DEFAULT_POSITIONS = 1024  # the most tokens of prompt and answer, for a model whose config has no limit
 
 
 class Conversation:

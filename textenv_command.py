@@ -29,10 +29,10 @@ def check_agents() -> None:
             f"Expected the package `agents` to be textenv's alone, got one of {' and '.join(sorted(others))} besides, "
             "and they overwrite each other: install textenv into an environment of its own (python3 -m venv DIR)."
         )
-    ours, found = _folder("textenv").with_name("agents"), _folder("agents")
-    if found != ours:
+    ours, first = _folder("textenv").with_name("agents"), _folder("agents")
+    if first != ours:
         raise ImportError(
-            f"Expected the package `agents` to be textenv's, {ours}, got {found}: install textenv into an environment "
+            f"Expected the package `agents` to be textenv's, {ours}, got {first}: install textenv into an environment "
             "of its own (python3 -m venv DIR), or take the other off PYTHONPATH."
         )
 

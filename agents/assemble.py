@@ -1,4 +1,4 @@
-"""From a run's configuration to its objects: environment, tokenizer, agent and what works beside it."""
+"""The objects that a run's configuration describes: environment, tokenizer, agent, metrics and callbacks."""
 
 from __future__ import annotations
 
@@ -48,21 +48,29 @@ from .trainable import LastLayers, LoRA, Trainable
 from .training_warnings import TrainingWarnings
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
-SETTINGS = ("n_steps", "batch_size", "n_epochs")  # that an algorithm may lack
-# Arguments of an algorithm that are ours to give.
+SETTINGS = ("n_steps", "batch_size", "n_epochs")  # A2C and TRPO lack some
+# The arguments of an algorithm that `make_agent` sets, and so a configuration cannot.
 OWN_ARGUMENTS = ("policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model")
-ENV = Kind("environment", "a TextEnv", lambda found: issubclass(found, TextEnv))
-# Arguments of environments that say how they reward.
+ENV = Kind("environment", "a TextEnv", lambda cls: issubclass(cls, TextEnv))
+# The arguments of environments that an environment without rewards leaves out.
 REWARDING = ("reward", "classifier", "references_column", "score_at", "on_failure")
 
 
 class Parts:
-    """What a run works with; each part is built when it is first asked for.
+    """The objects of a run; each is built when it is first read.
 
     Args:
         config: The run's configuration.
-        trust: What it may have imported and run.
-        progress_bar: Show one while the demo's model is made.
+        trust: The permissions of the command line.
+        progress_bar: Show a progress bar while the demo's model is made.
+
+    Raises:
+        CommandError: If the algorithm does not take its settings, or torch does not know the device.
+
+    Example:
+        >>> from textenv.trust import Trust
+        >>> parts = Parts(TrainConfig(), Trust())
+        >>> # parts.agent.learn(1000)
     """
 
     def __init__(self, config: TrainConfig, trust: Trust, progress_bar: bool = False) -> None:
@@ -79,7 +87,7 @@ class Parts:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        folder = self.folder  # looked for first
+        folder = self.folder  # a missing model is reported before a missing tokenizer
         return load_tokenizer(self.config.model.tokenizer or folder, self.trust)
 
     @cached_property
@@ -89,18 +97,22 @@ class Parts:
 
     @cached_property
     def env(self) -> TextEnv:
-        """What is trained on."""
+        """The environment to train on."""
         return make_env(self.config.env, self.tokenizer, self.config.seed, self.trust)
 
     def unscored(self, prompts: Sequence[PromptLike] = ()) -> TextEnv:
-        """Return what is trained on as one that is only written in: no reward is built, nor prompts read if given."""
+        """Return the environment to train on without its reward, for writing texts only.
+
+        Args:
+            prompts: Prompts in place of the environment's own, where it would read those from a file.
+        """
         env = self.config.env
         other = EnvConfig(**{**vars(env), "prompts": prompts}) if prompts and env.id in (DEMO, "text") else env
         return make_env(other, self.tokenizer, self.config.seed, self.trust, is_scored=False)
 
     @cached_property
     def held_out(self) -> TextEnv:
-        """What is evaluated on; the same where the configuration names nothing else."""
+        """The environment of evaluations: that of training, unless the configuration has other prompts or arguments."""
         evaluation, env = self.config.evaluation, self.config.env
         if evaluation.prompts is None and not evaluation.env_args:
             return self.env
@@ -110,37 +122,42 @@ class Parts:
 
     @cached_property
     def agent(self) -> OnPolicyAlgorithm:
-        """The algorithm, with the policy."""
+        """The algorithm, with its policy and vectorised environment."""
         with only_with(self.trust), _lengths_by_key(self.env, "env.args"):
             return _agent(self.config, self.env, self.trust)
 
 
 def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = False) -> Parts:  # noqa: B008
-    """Build all that a configuration describes.
+    """Build all objects of a configuration.
+
+    Args:
+        config: The configuration.
+        trust: The permissions of the command line.
+        progress_bar: Show a progress bar while the demo's model is made.
 
     Raises:
-        CommandError: If it names something that may not be imported, or is not there.
-        ValueError: If its parts do not go together; the message says which, as the parts themselves have it.
+        CommandError: If it names something that does not exist or may not be imported.
+        ValueError: If its settings exclude each other; the message is that of the object that refuses them.
     """
     parts = Parts(config, trust, progress_bar)
-    for name in ("metrics", "tokenizer", "env", "held_out", "agent"):  # what takes no time first
+    for name in ("metrics", "tokenizer", "env", "held_out", "agent"):  # the quick ones first, to refuse mistakes early
         getattr(parts, name)
     held_out = parts.held_out
-    with _lengths_by_key(held_out, "evaluation.env_args"):  # which are longer, it may be
+    with _lengths_by_key(held_out, "evaluation.env_args"):  # held-out prompts may be longer than those of training
         cast("LMPolicy", parts.agent.policy).lm.backbone.check_length(held_out.max_prompt_tokens, held_out.rules.room)
     return parts
 
 
 def trust_of(options: TrustOptions) -> Trust:
-    """Return what the command line allows."""
+    """Return the permissions of the command line in the form of `textenv.trust`."""
     return Trust(options.allow, options.trust_remote_code, options.allow_env)
 
 
 def find_model(name: str, progress_bar: bool = True) -> str:
-    """Return what to load a model by, as `model_folder` does.
+    """Return the name or folder to load a model from, as `agents.demo.model_folder` does.
 
     Raises:
-        CommandError: If it is the folder of a run, or the name of nothing.
+        CommandError: If it is the folder of a run, or does not exist.
     """
     try:
         return model_folder(name, progress_bar)
@@ -149,10 +166,10 @@ def find_model(name: str, progress_bar: bool = True) -> str:
 
 
 def load_tokenizer(name: str, trust: Trust = Trust()) -> PreTrainedTokenizerBase:  # noqa: B008
-    """Return the tokenizer of a name or folder.
+    """Return a tokenizer by its name or folder.
 
     Raises:
-        CommandError: If there is none.
+        CommandError: If it does not exist or cannot be loaded.
     """
     folder = find_model(name)
     try:
@@ -172,11 +189,14 @@ def make_env(
     """Build the environment that a configuration names.
 
     Args:
-        config: Its part of a run's configuration.
-        tokenizer: The model's.
-        seed: The run's.
-        trust: What may be imported.
-        is_scored: With its reward; without, as one that is only written in, where that can be left out.
+        config: The environment's part of a run's configuration.
+        tokenizer: The model's tokenizer.
+        seed: The run's seed.
+        trust: The permissions of the command line.
+        is_scored: Build its reward; if False, leave it out where the environment allows it.
+
+    Raises:
+        CommandError: If the environment does not exist, or its arguments do not fit it.
     """
     with built_for(config.id, {"reward": config.reward, **config.args}, trust):
         return _make_env(config, cast("Tokenizer", tokenizer), seed, trust, is_scored)
@@ -209,7 +229,7 @@ def _make_env(config: EnvConfig, known: Tokenizer, seed: int, trust: Trust, is_s
 
 
 def make_masks(config: EnvConfig, trust: Trust) -> list[Any]:
-    """Build the masks that a configuration names."""
+    """Build the masks of a configuration."""
     return [build(mask, MASKS, MASK, trust) for mask in config.masks]
 
 
@@ -218,7 +238,7 @@ def _env_class(name: str, trust: Trust) -> Any:
         return TextEnv
     short = name.removeprefix("textenv/").removesuffix("-v0")
     if short not in TASKS and ":" not in name:
-        known = ", ".join(["demo", "text", *(task for task in TASKS if task != "Text")])  # which is "text"
+        known = ", ".join(["demo", "text", *(task for task in TASKS if task != "Text")])  # the same as "text"
         raise CommandError(f"Expected `env.id` to be {known} or module:Class, got {name!r}.")
     return find(TASKS.get(short, name), ENV, trust)
 
@@ -228,29 +248,34 @@ def _takes_reward(name: str, trust: Trust) -> bool:
 
 
 def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust: Trust) -> TextEnv:
-    made = _env_class(name, trust)
-    for one in needed(made):
-        if one not in ("tokenizer", *arguments):
-            key, what = ("prompts", "FILE") if one == "prompts" else (f"args.{one}", "VALUE")
-            what = "FOLDER" if one == "data" else what
-            also = " (of its data set, or the name of one on the hub)" if one == "data" else ""
+    env_class = _env_class(name, trust)
+    for argument in needed(env_class):
+        if argument not in ("tokenizer", *arguments):
+            key, what = ("prompts", "FILE") if argument == "prompts" else (f"args.{argument}", "VALUE")
+            what = "FOLDER" if argument == "data" else what
+            also = " (of its data set, or the name of one on the hub)" if argument == "data" else ""
             flag = f"--env.{key} {what}"
             raise CommandError(f"Expected {flag}{also} for the task {name}, got none: add {flag} to the command.")
-    return unwrap_text_env(call(made, arguments, f"the task {name}", tokenizer=tokenizer))
+    return unwrap_text_env(call(env_class, arguments, f"the task {name}", tokenizer=tokenizer))
 
 
 def make_metric(metric: Named | str, trust: Trust) -> Metric:
-    """Build a metric; "perplexity" takes the name of the model that judges."""
-    one = Named(metric) if isinstance(metric, str) else metric
-    if one.id == "perplexity" and isinstance(one.args.get("model"), str):
-        judge = one.args["model"]
-        parts = {"model": load_lm(judge, trust).build().eval(), "tokenizer": load_tokenizer(judge, trust)}
-        one = Named(one.id, {**one.args, **parts})
-    return build(one, METRICS, METRIC, trust)
+    """Build a metric.
+
+    Args:
+        metric: Its name, with or without arguments; the argument `model` of "perplexity" is a model's name or folder.
+        trust: The permissions of the command line.
+    """
+    spec = Named(metric) if isinstance(metric, str) else metric
+    if spec.id == "perplexity" and isinstance(spec.args.get("model"), str):
+        judge = spec.args["model"]
+        loaded = {"model": load_lm(judge, trust).build().eval(), "tokenizer": load_tokenizer(judge, trust)}
+        spec = Named(spec.id, {**spec.args, **loaded})
+    return build(spec, METRICS, METRIC, trust)
 
 
 def load_lm(name: str, trust: Trust) -> Pretrained:
-    """Return the spec of a model by name or folder."""
+    """Return the spec of a model by its name or folder."""
     return Pretrained(name, trust_remote_code=True) if trust.remote_code else Pretrained(name)
 
 
@@ -262,31 +287,32 @@ def _check_device(name: str) -> None:
 
 
 def _check_algorithm(algorithm: AlgorithmConfig) -> None:
-    made = ALGORITHMS[algorithm.name]
+    algorithm_class = ALGORITHMS[algorithm.name]
     own = {"seed": "seed", "device": "device", **{name: f"algorithm.{name}" for name in vars(algorithm)}}
     for name in algorithm.args.keys() & own.keys():
         raise CommandError(f"Expected {own[name]} in the place of algorithm.args.{name}, got the latter.")
-    takes = inspect.signature(made).parameters
+    takes = inspect.signature(algorithm_class).parameters
     for name in SETTINGS:
         if getattr(algorithm, name) is not None and name not in takes:
             raise CommandError(f"Expected no algorithm.{name} with {algorithm.name}, got {getattr(algorithm, name)}.")
     try:
-        check_arguments(made, algorithm.args, "algorithm.args", without=(*OWN_ARGUMENTS, *own))
+        check_arguments(algorithm_class, algorithm.args, "algorithm.args", without=(*OWN_ARGUMENTS, *own))
     except ValueError as error:
         raise CommandError(str(error)) from error
 
 
 def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm:
     algorithm, model = config.algorithm, config.model
-    given = {name: getattr(algorithm, name) for name in SETTINGS}
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    # Only what the configuration sets: for the rest `make_agent` has defaults that suit text.
+    settings: dict[str, Any] = {name: getattr(algorithm, name) for name in SETTINGS}
+    settings = {name: value for name, value in settings.items() if value is not None}
     if algorithm.schedule == "linear":
         rate = algorithm.learning_rate or usual_learning_rate(ALGORITHMS[algorithm.name])
-        settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)
+        settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)  # zero after the whole (1.0) of training
     elif algorithm.learning_rate is not None:
         settings["learning_rate"] = algorithm.learning_rate
     if algorithm.advantage != "gae":
-        settings["vf_coef"] = 0.0
+        settings["vf_coef"] = 0.0  # advantages from groups of samples need no critic
     buffer = {"advantage": algorithm.advantage, "micro_batch_tokens": algorithm.micro_batch_tokens}
     return make_agent(
         env,
@@ -303,7 +329,12 @@ def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm
 
 @contextmanager
 def _lengths_by_key(env: TextEnv, args: str) -> Iterator[None]:
-    """Say by the keys of a configuration what is longer than the model can read."""
+    """Within, turn a LengthError into a CommandError that names the configuration's keys.
+
+    Args:
+        env: The environment whose texts are too long.
+        args: The key of its arguments.
+    """
     try:
         yield
     except LengthError as error:
@@ -315,7 +346,7 @@ def _lengths_by_key(env: TextEnv, args: str) -> Iterator[None]:
 
 
 def policy_arguments(model: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of `LMPolicy` that a configuration describes."""
+    """Return the arguments of `LMPolicy` for the model's part of a configuration."""
     copied = ("value_norm", "critic_lr_scale", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     train: dict[str, Trainable] = {
         "last_layers": LastLayers(model.last_layers),
@@ -338,7 +369,10 @@ def _critic(model: ModelConfig) -> CriticSpec:
 
 
 def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:
-    """Return what works on rollouts: figures, shaping, penalty, warm-up and warnings."""
+    """Return the callbacks that a configuration asks for, in the order in which they change rewards.
+
+    They are figures, warnings, reward shaping, KL penalty and critic warm-up.
+    """
     callbacks: list[BaseCallback] = [EpisodeMetrics(), TrainingWarnings()]
     shaping, kl = config.shaping, config.kl
     if any((shaping.clip is not None, shaping.scale, shaping.whiten, shaping.missing_eos_penalty)):
@@ -353,6 +387,11 @@ def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:
 
 
 def task_name(config: TrainConfig) -> str:
-    """Return what a run is called after: its task and its model."""
+    """Return the name of a run's task and model, for titles and folders.
+
+    Example:
+        >>> task_name(TrainConfig(env=EnvConfig("textenv/Reviews-v0"), model=ModelConfig("org/gpt2")))
+        'Reviews-gpt2'
+    """
     model = "" if config.model.name == config.env.id else f"-{Path(config.model.name).name}"
     return config.env.id.removeprefix("textenv/").removesuffix("-v0") + model

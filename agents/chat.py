@@ -16,7 +16,7 @@ from .verb_config import ChatOptions
 from .verbs import Writer, open_writer
 
 ANY_PROMPT = [[0]]  # given to `open_writer` so that it does not read the run's prompts
-DEFAULT_POSITIONS = 1024  # tokens of the conversation for models without a limit, such as recurrent ones
+DEFAULT_POSITIONS = 1024  # the most tokens of prompt and answer, for a model whose config has no limit
 
 
 class Conversation:
@@ -48,22 +48,23 @@ class Conversation:
             seed=self.seed,
             **self.writer.options,
         )
-        self.seed += 1
+        self.seed += 1  # a repeated question may get another answer
         self.messages.append({"role": "assistant", "content": answer.text})
         return answer.text
 
     def _answer_length(self) -> int:
         """Return the most tokens of an answer: at most half of what the model can read, unless a number is given."""
-        given, wanted = self.options.max_new_tokens, self.writer.trained_length or USUAL_TOKENS
-        if given is not None and given >= self.positions:
+        requested, usual = self.options.max_new_tokens, self.writer.trained_length or USUAL_TOKENS
+        if requested is not None and requested >= self.positions:
             raise CommandError(
-                f"Expected --max_new_tokens below {self.positions}, which is all that the model can read, got {given}."
+                f"Expected --max_new_tokens below {self.positions}, which is all that the model can read, got "
+                f"{requested}."
             )
-        if given is not None or wanted <= self.positions // 2:
-            return given or wanted
+        if requested is not None or usual <= self.positions // 2:
+            return requested or usual
         half = self.positions // 2
         print(
-            f"textenv: Answers have at most {half} tokens, not {wanted}: the model reads {self.positions} in all.",
+            f"textenv: Answers have at most {half} tokens, not {usual}: the model reads {self.positions} in all.",
             file=sys.stderr,
         )
         return half

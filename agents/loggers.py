@@ -1,4 +1,4 @@
-"""Where a run's figures go besides its own rows: TensorBoard, trackers, and writers of the user's own."""
+"""The loggers of a run besides metrics.jsonl: TensorBoard, trackers, and a user's own writers."""
 
 from __future__ import annotations
 
@@ -19,80 +19,85 @@ from .refusal import CommandError, is_full
 from .run_folder import RunFolder
 from .trackers import TRACKERS, MLflowTracker, Tracker, check_tracker, check_tracker_arguments
 
-LOGGER = Kind("logger", "a KVWriter of Stable-Baselines3", lambda found: issubclass(found, KVWriter))
+LOGGER = Kind("logger", "a KVWriter of Stable-Baselines3", lambda cls: issubclass(cls, KVWriter))
 COLUMNS = ("prompt", "text", "end_reason", "reward")
 
 
 def named(logger: Named | str) -> Named:
-    """Return a logger of a configuration with its arguments, none where it is a bare name."""
+    """Return a logger of a configuration with its arguments; a bare name has none."""
     return Named(logger) if isinstance(logger, str) else logger
 
 
 def check_loggers(loggers: list[Named | str], trust: Trust) -> None:
-    """Raise CommandError for a logger that is not known, and ImportError, with the cure, for one not installed."""
-    for one in map(named, loggers):
-        if one.id not in LOGGERS and ":" not in one.id:
-            raise CommandError(f"Expected a logger among {', '.join(LOGGERS)} or module:Class, got {one.id!r}.")
-        if ":" in one.id:
-            find(one.id, LOGGER, trust)
-        if one.id == "curves":
+    """Check that all loggers are known, installed, and permitted to have their arguments.
+
+    Raises:
+        CommandError: If one is not known, or has arguments that it may not have.
+        ImportError: If the package of one is not installed, with the cure.
+    """
+    for logger in map(named, loggers):
+        if logger.id not in LOGGERS and ":" not in logger.id:
+            raise CommandError(f"Expected a logger among {', '.join(LOGGERS)} or module:Class, got {logger.id!r}.")
+        if ":" in logger.id:
+            find(logger.id, LOGGER, trust)
+        if logger.id == "curves":
             check_matplotlib()
-        if one.id == "tensorboard":
+        if logger.id == "tensorboard":
             check_extra("plot", "tensorboard", "the logger of that name")
-        if one.id in TRACKERS:
-            check_tracker(one.id)
-            check_tracker_arguments(one, trust)
-        elif one.id in LOGGERS and one.args:
-            raise CommandError(f"Expected no arguments of the logger {one.id!r}, got {sorted(one.args)}.")
+        if logger.id in TRACKERS:
+            check_tracker(logger.id)
+            check_tracker_arguments(logger, trust)
+        elif logger.id in LOGGERS and logger.args:
+            raise CommandError(f"Expected no arguments of the logger {logger.id!r}, got {sorted(logger.args)}.")
 
 
 def make_loggers(run: RunFolder, config: TrainConfig, trust: Trust, done: int = 0) -> list[KVWriter]:
-    """Return the writers that the configuration names, beside the run's own rows.
+    """Return the writers for SB3's logger that a configuration names: TensorBoard's and a user's own.
 
     Args:
         run: The run's folder.
         config: Its configuration.
-        trust: What the command line allows.
-        done: Tokens that the run has behind it: TensorBoard forgets what it was told of later ones.
+        trust: The permissions of the command line.
+        done: Tokens that a resumed run has trained; TensorBoard forgets figures of later ones.
 
     Raises:
-        CommandError: If a user's own class has other arguments.
+        CommandError: If a user's own class does not take its arguments.
     """
-    made: list[KVWriter] = []
-    for one in map(named, config.loggers):
-        if one.id == "tensorboard":
-            made.append(TensorBoard(str(run.path / "tensorboard"), done))
-        elif ":" in one.id:
-            made.append(build(one, {}, LOGGER, trust))
-    return made
+    writers: list[KVWriter] = []
+    for logger in map(named, config.loggers):
+        if logger.id == "tensorboard":
+            writers.append(TensorBoard(str(run.path / "tensorboard"), done))
+        elif ":" in logger.id:
+            writers.append(build(logger, {}, LOGGER, trust))
+    return writers
 
 
 class TensorBoard(TensorBoardOutputFormat):
-    """What SB3 writes for TensorBoard; while the disk is full, it waits and goes into a new file of events afterwards.
+    """SB3's writer for TensorBoard that survives a full disk: figures wait and go into a new event file afterwards.
 
     Args:
-        folder: Where the files of events are; of a configuration, below the current folder.
-        done: Tokens that the run has behind it: TensorBoard forgets what it was told of later ones.
+        folder: The folder of event files; a configuration can only name one below the current folder.
+        done: Tokens that a resumed run has trained; TensorBoard forgets figures of later ones.
     """
 
     def __init__(self, folder: str, done: int = 0) -> None:
         check_written(folder)
-        super().__init__(folder)
+        super().__init__(folder)  # SB3 `logger.TensorBoardOutputFormat` opens a SummaryWriter without `purge_step`
         self.writer.close()
         self.folder, self.is_broken = folder, False
-        # TensorBoard forgets what is after a start only where it has seen one before: the first run says so too.
+        # TensorBoard purges the steps of earlier event files only if those had a `purge_step` too, so a new run has 0.
         self._open(purge_step=done + 1 if done else 0)
         self.waiting: deque[tuple[dict[str, Any], dict[str, Any], int]] = deque()
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
-        """Write figures and texts, or keep them where the disk is full."""
+        """Write figures and texts, or keep them while the disk is full."""
         self.waiting.append((dict(key_values), dict(key_excluded), step))
         try:
             self._send()
         except OSError as error:
             if not is_full(error):
                 raise
-            self.is_broken = True  # its thread has ended
+            self.is_broken = True  # the error has ended the thread of the SummaryWriter
 
     def _open(self, purge_step: int | None = None) -> None:
         with needs("plot", "tensorboard", "the logger of that name"):
@@ -109,7 +114,7 @@ class TensorBoard(TensorBoardOutputFormat):
             self.waiting.popleft()
 
     def close(self) -> None:
-        """Send what waits, and close the file.
+        """Write the waiting figures, and close the file.
 
         Raises:
             OSError: If the disk is still full.
@@ -119,35 +124,34 @@ class TensorBoard(TensorBoardOutputFormat):
 
 
 class SamplePages:
-    """Shows a run's samples among the texts of TensorBoard, under the key `samples`, as a table.
+    """Writes a run's samples as a table into TensorBoard's texts, under the key `samples`.
 
     Args:
-        output: What writes the run's scalars: the texts go into the same file.
+        output: The writer of the run's figures: the texts go into the same file.
     """
 
     def __init__(self, output: TensorBoardOutputFormat) -> None:
         self.output = output
 
     def row(self, row: dict[str, Any]) -> None:
-        """There is nothing to do: the writer itself takes figures from the logger."""
+        """Do nothing: SB3's logger gives the figures to the writer."""
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write samples as a page of Markdown."""
         cells = [[page_text(str(row[name])).replace("\n", "<br>") for name in COLUMNS] for row in rows]
         lines = ["|".join(line) for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
         page = "\n".join(f"|{line}|" for line in lines)
-        self.output.write(
-            {"samples": page}, {"samples": ()}, rows[0]["tokens"]
-        )  # and flushed: after training nothing is
+        # SB3 `logger.TensorBoardOutputFormat.write` flushes, which matters for the samples at the end of training.
+        self.output.write({"samples": page}, {"samples": ()}, rows[0]["tokens"])
 
 
 def make_trackers(run: RunFolder, config: TrainConfig, sent: int) -> list[Tracker | MLflowTracker]:
-    """Return the runs of W&B, trackio or MLflow that the configuration names.
+    """Return the trackers (W&B, trackio, MLflow) that a configuration names.
 
     Args:
         run: The run's folder.
         config: Its configuration.
-        sent: The tokens up to which they have been told all.
+        sent: The tokens up to which the trackers have all rows of a resumed run; -1 for none.
     """
-    chosen = [one for one in map(named, config.loggers) if one.id in TRACKERS]
-    return [(MLflowTracker if one.id == "mlflow" else Tracker)(one, run, config, sent) for one in chosen]
+    chosen = [logger for logger in map(named, config.loggers) if logger.id in TRACKERS]
+    return [(MLflowTracker if logger.id == "mlflow" else Tracker)(logger, run, config, sent) for logger in chosen]

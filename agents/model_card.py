@@ -1,4 +1,4 @@
-"""The card of a trained model: task, reward, settings, results and licence, as the README of its folder."""
+"""The model card of a trained model: task, reward, settings, results and licence, in Markdown."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def model_card(
     reward_after: float | None = None,
     curves: str | None = None,
 ) -> str:
-    """Return the card as Markdown with the fields that the hub reads.
+    """Return the model card as Markdown, with the YAML fields that the Hugging Face hub reads.
 
     Args:
         config: The run's configuration.
-        about: What `run.json` says.
+        about: The content of `run.json`.
         results: A table in Markdown.
-        samples: Rows of `samples.jsonl`: the first and the last of each prompt are shown beside each other.
-        reward_after: The mean reward that the hub lists the model with.
-        curves: The name of a picture beside the card.
+        samples: Rows of `samples.jsonl`; the first and the last text of each prompt go into a table.
+        reward_after: The mean reward after training, for the hub's list of results; None for no such entry.
+        curves: The name of a picture in the card's folder.
     """
     reward = config.env.reward
     described = json.dumps(asdict(reward), ensure_ascii=False) if isinstance(reward, Named) else reward
@@ -77,7 +77,7 @@ def model_card(
 
 
 def _listing(config: TrainConfig, reward: float | None) -> list[str]:
-    """Return the fields by which the hub shows a model's figure, as it does those of huggingface_sb3."""
+    """Return the field `model-index`, by which the hub lists a model's mean reward, as huggingface_sb3 writes it."""
     if reward is None or not math.isfinite(reward):
         return []
     task = {"type": "reinforcement-learning", "name": "reinforcement-learning"}
@@ -85,22 +85,23 @@ def _listing(config: TrainConfig, reward: float | None) -> list[str]:
     metric = {"type": "mean_reward", "name": "mean_reward", "value": round(reward, 4)}
     name = config.algorithm.name.upper()
     listed = [{"name": name, "results": [{"task": task, "dataset": data, "metrics": [metric]}]}]
-    return [f"model-index: {json.dumps(listed)}"]  # JSON is YAML
+    return [f"model-index: {json.dumps(listed)}"]  # any JSON is YAML
 
 
 def _sample_lines(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a table of what was written at first and at last, side by side."""
-    first, last = (at(row["tokens"] for row in samples) for at in (min, max))
-    before, after = ([row for row in samples if row["tokens"] == at][:SHOWN] for at in (first, last))
+    """Return a table of the first and the last texts of each prompt, side by side."""
+    tokens = [row["tokens"] for row in samples]
+    first, last = min(tokens), max(tokens)
+    before, after = ([row for row in samples if row["tokens"] == time][:SHOWN] for time in (first, last))
     lines = [f"| prompt | after {first:,} tokens | after {last:,} tokens | reward |", "|---|---|---|---|"]
-    for old, new in zip(before, after):  # noqa: B905  (a run may change how many there are)
+    for old, new in zip(before, after):  # noqa: B905  (a resumed run may have another number of prompts)
         cells = [page_text(" ".join(text.split())) for text in (new["prompt"], old["text"], new["text"])]
         lines.append(f"| {' | '.join(cells)} | {new['reward']:.3g} |")
     return lines
 
 
 def _plain(text: str) -> str:
-    """Return a text as a value of YAML."""
+    """Return a text as a value of YAML, quoted unless it is a plain word."""
     return text if re.fullmatch(r"[\w.+-]+", text) else json.dumps(text)
 
 

@@ -51,7 +51,7 @@ _is_mask_function = is_called_with("prompt", "preds")
 MASK = Kind(
     "mask",
     "a class with start(self, vocabulary), or with __call__(self, prompt, preds)",
-    lambda found: _is_token_mask(found) or _is_mask_function(found),
+    lambda cls: _is_token_mask(cls) or _is_mask_function(cls),
 )
 
 
@@ -71,16 +71,16 @@ def build(named: Named | str, names: Mapping[str, str], kind: Kind, trust: Trust
     path = names.get(spec.id, spec.id)
     if ":" not in path:
         raise CommandError(f"Expected a {kind.name} among {', '.join(names)} or module:Class, got {spec.id!r}.")
-    found = find(path, kind, trust)
+    found_class = find(path, kind, trust)
     with built_for(path, spec.args, trust):
-        return call(found, spec.args, f"the {kind.name} {spec.id!r}")
+        return call(found_class, spec.args, f"the {kind.name} {spec.id!r}")
 
 
-def call(made: Callable[..., Any], arguments: Mapping[str, Any], name: str, **given: Any) -> Any:
+def call(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, **given: Any) -> Any:
     """Call a class or function with arguments of a configuration and with our own.
 
     Args:
-        made: The class or function.
+        function: The class or function.
         arguments: The arguments of the configuration.
         name: What is called, for messages.
         **given: Our own arguments.
@@ -88,15 +88,15 @@ def call(made: Callable[..., Any], arguments: Mapping[str, Any], name: str, **gi
     Raises:
         CommandError: If it does not take an argument, lacks one, or passes one on itself.
     """
-    from textenv.signatures import check_arguments  # which loads gymnasium
+    from textenv.signatures import check_arguments
 
     try:
-        check_arguments(made, {**arguments, **given}, name)
+        check_arguments(function, {**arguments, **given}, name)
     except ValueError as error:
         raise CommandError(str(error)) from error
     try:
-        return made(**given, **arguments)
-    except TypeError as error:
+        return function(**given, **arguments)
+    except TypeError as error:  # from within a class that passes its keywords on, which a signature does not show
         if own := re.search(r"multiple values for keyword argument '(\w+)'", str(error)):
             raise CommandError(f"Expected no argument {own[1]!r} for {name}, which sets it itself.") from error
         raise CommandError(f"Expected the arguments of {name}, got {sorted(map(str, arguments))}: {error}.") from error

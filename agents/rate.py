@@ -127,7 +127,9 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
     n_new = 0
     for start in tqdm(range(0, len(prompts), CHUNK), desc="completions", unit="chunk", disable=None):
         rows = prompts[start : start + CHUNK]
-        env = TextEnv(rows, writer.tokenizer, reward=no_reward, max_new_tokens=1)
+        env = TextEnv(
+            rows, writer.tokenizer, reward=no_reward, max_new_tokens=1
+        )  # reads rows as prompts, as `generate`
         missing: list[PromptLike] = []
         for row, prompt in zip(rows, env.prompts, strict=True):
             n_known = min(known[str(prompt)], n // size)
@@ -140,7 +142,7 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
             missing,
             writer.tokenizer,  # type: ignore[arg-type]
             max_new_tokens=chosen.max_new_tokens,
-            seed=chosen.seed + start,
+            seed=chosen.seed + start,  # else equal prompts in two chunks would get equal texts
             **writer.options,
         )
         for first in range(0, len(written), size):

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: a row an iteration, and samples; a resumed run writes the same."""
+"""The callbacks that write a run's metrics.jsonl and samples.jsonl; a resumed run writes the same rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Row = dict[str, Any]
 
 
 class RowWriter(KVWriter):
-    """Keeps what is logged until the iteration is over.
+    """A writer of SB3's logger that collects the figures of one iteration in a row.
 
-    SB3 writes the figures of a rollout together with those of the update before it, and `Evaluate` writes in between;
-    here each goes into the row of the iteration that it is of.
+    SB3 `on_policy_algorithm.learn` dumps its logger after a rollout and before the update, so that the figures of an
+    update come with those of the next rollout. Here each goes into the row of its own iteration.
     """
 
     def __init__(self) -> None:
@@ -30,28 +30,28 @@ class RowWriter(KVWriter):
         self.in_rollout = False
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Take in what was logged."""
+        """Add the figures of a dump of the logger to the row."""
         for name, value in key_values.items():
-            if self.in_rollout and name.startswith("train/"):  # of the update before: already written
+            if self.in_rollout and name.startswith("train/"):  # of the previous update: its row is written
                 continue
             if isinstance(value, (int, float, np.generic)):
                 self.row[name] = value.item() if isinstance(value, np.generic) else value
         self.in_rollout = False
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: the row is in memory."""
 
 
 class Recorder(BaseCallback):
-    """Writes a row into `metrics.jsonl` for each iteration, its update and evaluation included.
+    """Writes a row of `metrics.jsonl` for each iteration, with its update and its evaluation.
 
-    It comes behind all that log when a rollout starts, and before what saves checkpoints: the rows of what a
-    checkpoint has behind it are on the disk.
+    In the list of callbacks it comes after all that log at the start of a rollout, and before the one that saves
+    checkpoints: the rows of all iterations before a checkpoint are on the disk.
 
     Args:
         run: The run's folder.
-        writer: The writer that the model's logger has.
-        show: What is called with each row.
+        writer: The writer of the model's logger.
+        show: A function that is called with each row.
     """
 
     def __init__(self, run: RunFolder, writer: RowWriter, show: Callable[[Row], None]) -> None:
@@ -69,9 +69,10 @@ class Recorder(BaseCallback):
         self._write()
 
     def _write(self) -> None:
+        # SB3 logs an update's figures and dumps them only after the next rollout: here they are taken from its logger.
         values = {name: value for name, value in self.logger.name_to_value.items() if name.startswith("train/")}
         self.writer.write(values, {})
-        if all(name.startswith("train/") for name in self.writer.row):  # an early stop: the update's row is written
+        if all(name.startswith("train/") for name in self.writer.row):  # an early stop: the row is written already
             return
         row = {"tokens": self.model.num_timesteps, **dict(sorted(self.writer.row.items()))}
         self.writer.row = {}
@@ -80,16 +81,19 @@ class Recorder(BaseCallback):
 
 
 class SampleRecorder(BaseCallback):
-    """Writes what the policy makes of a few prompts into `samples.jsonl`: at the start, every so often and at the end.
+    """Writes the policy's texts for a few prompts into `samples.jsonl`: at the start, regularly and at the end.
 
-    It draws from a generator of its own, with the same seed every time, and does not change training.
+    It samples with a generator and a seed of its own, the same each time, and does not change training.
 
     Args:
         run: The run's folder.
-        env: The environment whose first prompts are continued.
-        n: How many of them.
-        every: Rollouts from one time to the next.
-        show: What is called with the rows of each time.
+        env: The environment, whose first prompts are continued.
+        n: The number of prompts; 0 writes nothing.
+        every: Rollouts between two sets of samples.
+        show: A function that is called with each set.
+
+    Raises:
+        ValueError: If `every` is below 1.
     """
 
     def __init__(self, run: RunFolder, env: TextEnv, n: int, every: int, show: Callable[[Sequence[Row]], None]) -> None:
@@ -106,7 +110,7 @@ class SampleRecorder(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         model = self.model
-        size = model.n_steps * model.n_envs  # type: ignore[attr-defined]
+        size = model.n_steps * model.n_envs  # type: ignore[attr-defined]  # tokens of a rollout
         if model.num_timesteps // size % self.every == 0:
             self._write()
 
@@ -115,7 +119,7 @@ class SampleRecorder(BaseCallback):
 
     def _write(self) -> None:
         now = self.model.num_timesteps
-        if now <= self.tokens or self.n < 1:
+        if now <= self.tokens or self.n < 1:  # a resumed run has written them before
             return
         self.tokens = now
         policy = cast("LMPolicy", self.model.policy)
@@ -126,7 +130,7 @@ class SampleRecorder(BaseCallback):
 
 
 def sample_row(info: Mapping[str, Any]) -> Row:
-    """Return a finished episode as a row: prompt, text, end reason, reward and its parts."""
+    """Return the final info of an episode as a row: prompt, text, end reason, reward and its parts."""
     return {
         "prompt": str(info["prompt"]),
         "text": info["text"],

@@ -1,4 +1,4 @@
-"""A run's folder: how it is made, found and locked, and what its text files hold; without torch."""
+"""The folder of a run: creating, opening and locking it, and its text files; loads no torch."""
 
 from __future__ import annotations
 
@@ -25,21 +25,28 @@ from .refusal import CommandError, is_full
 from .storage import size
 
 FORMAT = 1
+# The files that a run leaves when it ends before its first checkpoint.
 LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", "history.json", "best", "tensorboard")
+# The shapes of a row of metrics.jsonl, a row of samples.jsonl, and run.json.
 ROW = {"tokens": int, str: (float, None)}
 SAMPLE = {"tokens": int, "prompt": str, "text": str, "end_reason": str, "reward": float, "parts": {str: float}}
 ABOUT = {"started": str, "versions": {str: str}, "git": {str: (str, None)}}
+# The packages whose versions influence the figures of a run; run.json notes them.
 PACKAGES = ("torch", "transformers", "stable_baselines3", "sb3_contrib", "gymnasium", "numpy", "peft")
 
 
 class RunFolder:
-    """A folder with `config.yml`, `run.json`, `metrics.jsonl`, `samples.jsonl`, `log.txt` and what training makes.
+    """The folder of a run: `config.yml`, `run.json`, `metrics.jsonl`, `samples.jsonl`, `log.txt`, checkpoints, models.
 
     Args:
-        path: Where it is.
+        path: Its path.
 
     Attributes:
-        waiting: Rows that a full disk has kept from being written, by file.
+        waiting: Rows that could not be written yet since the disk was full, by file.
+
+    Example:
+        >>> RunFolder("runs/demo").metrics.as_posix()
+        'runs/demo/metrics.jsonl'
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,15 +64,20 @@ class RunFolder:
 
     @classmethod
     def create(cls, out: str | None, name: str) -> RunFolder:
-        """Make the folder of a new run: `out`, which is new or empty, or one of its own below runs/.
+        """Make the folder of a new run.
 
-        A run that was ended before anything of it was saved is as good as none; `clear` removes what it has left.
+        A run that ended before its first checkpoint does not count; `clear` removes its files.
+
+        Args:
+            out: A new or empty folder; None makes one below runs/.
+            name: The name of the task and model, for the folder below runs/.
 
         Raises:
-            CommandError: If there is something else, or it cannot be written to.
+            CommandError: If the folder has other files or a run with a checkpoint, or cannot be written to.
         """
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        base = "".join(char if char.isalnum() else "-" for char in name)[:40]
+        base = "".join(char if char.isalnum() else "-" for char in name)[:40]  # "org/model" must not make a folder
+        # Two runs may start in the same second: the random digits tell them apart.
         run = cls(out or Path("runs") / f"{base}-{stamp}-{secrets.token_hex(2)}")
         try:
             run.path.mkdir(parents=True, exist_ok=out is not None)
@@ -77,16 +89,16 @@ class RunFolder:
                 raise CommandError(f"Expected a new folder, got the run {out}: go on with --resume {out}.")
             return run
         run.was_empty = not others
-        if any(not part.startswith(".") and part not in ("config.yml", "log.txt") for part in others):
+        if any(not name.startswith(".") and name not in ("config.yml", "log.txt") for name in others):
             raise CommandError(f"Expected a new or empty folder, got {out} with {', '.join(others[:3])}.")
         return run
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """Return the folder of a run.
+        """Return the folder of an existing run.
 
         Raises:
-            CommandError: If there is none, or it is of a newer format.
+            CommandError: If it is not the folder of a run, or of a newer format.
         """
         run = cls(path)
         if not run.about.is_file():
@@ -97,25 +109,30 @@ class RunFolder:
         return run
 
     def read_about(self) -> dict[str, Any]:
-        """Return what `run.json` says: format, versions, commits, when it was started and with which command.
+        """Return the content of `run.json`: format, start, command, and versions and commits of the code.
 
         Raises:
-            CommandError: If it is damaged, or of a newer format.
+            CommandError: If the file is damaged, or of a newer format.
         """
         try:
             about: dict[str, Any] = read_json(self.about, {"format": int, "versions": {str: str}})
             if about["format"] > FORMAT:
-                newer = about["versions"].get("textenv", "of then")
+                version = about["versions"].get("textenv")
                 raise CommandError(
                     f"Expected a run of format {FORMAT} or older, got {about['format']} in {self.path}: install "
-                    f"textenv {newer} or newer."
+                    f"{'a newer textenv' if version is None else f'textenv {version} or newer'}."
                 )
             return dict(read_json(self.about, ABOUT))
         except ValueError as error:
             raise CommandError(str(error)) from error
 
     def begin(self, config: str, textenv_version: str) -> None:
-        """Write the resolved config and what the run is made with; `run.json` comes last."""
+        """Write `config.yml` and then `run.json`, by which the folder counts as a run's.
+
+        Args:
+            config: The configuration as YAML.
+            textenv_version: The version of textenv.
+        """
         write_text(self.config, config)
         about = {
             "format": FORMAT,
@@ -127,17 +144,17 @@ class RunFolder:
         write_text(self.about, json.dumps(about, indent=1) + "\n")
 
     def has_checkpoint(self) -> bool:
-        """Return whether anything was saved that a run can go on from."""
+        """Return whether the run has a checkpoint to resume from."""
         return any(self.checkpoints.glob("step_*"))
 
     def how_to_go_on(self) -> str:
-        """Return what a person can do after the run was stopped: resume it, or start again where nothing was saved."""
+        """Return the advice after a stop: resume the run, or start again if it has no checkpoint."""
         if self.has_checkpoint():
             return f"go on with: textenv train --resume {self.path}"
         return f"nothing was saved yet in {self.path}: the same command starts again"
 
     def clear(self) -> None:
-        """Remove what a run has left that saved nothing; the configuration, which may be a user's, and the log stay."""
+        """Remove the files of a run without a checkpoint; its log stays, and config.yml, which may be a user's."""
         for name in LEFT:
             path = self.path / name
             if path.is_dir():
@@ -146,7 +163,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
-        """Let the folder be used for a run that is begun anew, after one that never trained; a log stays."""
+        """Remove a run that never trained, so that the same command can start anew; a log stays."""
         self.clear()
         if self.was_empty:
             self.config.unlink(missing_ok=True)
@@ -154,15 +171,18 @@ class RunFolder:
             shutil.rmtree(self.path)
 
     def changed_versions(self) -> list[str]:
-        """Return what is installed now in another version than the run was begun with."""
+        """Return the packages with another version than at the run's start, each as "name old -> new"."""
         then, now = self.read_about()["versions"], _versions()
         return [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
 
     def check_vocabulary(self, tokens: Mapping[str, int]) -> None:
-        """Keep what the tokens are when a run begins, and refuse others later.
+        """Write the hash of a new run's vocabulary, or check that of a resumed one.
+
+        Args:
+            tokens: The tokenizer's vocabulary, from token to id.
 
         Raises:
-            CommandError: If they are others than those that the run was begun with.
+            CommandError: If the vocabulary differs from that at the run's start.
         """
         file = self.path / "vocabulary.json"
         own = {"size": len(tokens), "sha256": hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()}
@@ -171,17 +191,17 @@ class RunFolder:
         elif (kept := read_json(file, {"size": int, "sha256": str})) != own:
             raise CommandError(
                 f"Expected the tokenizer that {self.path} was begun with, of {kept['size']} tokens, got another, of "
-                f"{own['size']} tokens: give the one of then as model.tokenizer."
+                f"{own['size']} tokens: give the first one as model.tokenizer."
             )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; the kernel frees it when the process ends, however it does.
+        """Within, lock the folder for this process. The kernel frees the lock when the process ends, even if killed.
 
         Raises:
-            CommandError: If another process holds it, or it cannot be written to.
+            CommandError: If another process holds the lock, or the folder cannot be written to.
         """
-        try:
+        try:  # "a+" does not truncate: until the lock is ours, the file names the process that holds it
             stream = (self.path / "lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise CommandError(f"Expected a folder to write to, got {self.path}: {error.strerror}.") from error
@@ -195,17 +215,21 @@ class RunFolder:
             stream.write(f"pid {os.getpid()} since {datetime.now().astimezone().isoformat(timespec='seconds')}\n")
             stream.flush()
             for folder in (self.path, self.checkpoints):
-                clear_leftovers(folder)
+                clear_leftovers(folder)  # of a killed process: under the lock, no living one is writing them
             yield
 
     def check_space(self, needed: int) -> None:
-        """Raise CommandError where the disk has less room than so many bytes."""
+        """Check that the disk has so many bytes free.
+
+        Raises:
+            CommandError: If it has not.
+        """
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise CommandError(f"The run needs {size(needed)}, {size(free)} free at {self.path}.")
 
     def cut(self, tokens: int) -> None:
-        """Forget the rows of later than so many tokens: they are made again. -1 forgets all."""
+        """Remove the rows after so many tokens: a resumed run makes them again. -1 removes all, and the best model."""
         for file, shape in ((self.metrics, ROW), (self.samples, SAMPLE)):
             if file.is_file():
                 rows = [row for row in read_rows(file, shape) if row["tokens"] <= tokens]
@@ -215,7 +239,8 @@ class RunFolder:
             (self.path / "history.json").unlink(missing_ok=True)
 
     def append(self, file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows to one of its files; while the disk is full they wait in `waiting`, in memory."""
+        """Append rows to a file of the folder; while the disk is full they stay in `waiting`."""
+        # First to those that wait already: the order of rows is kept.
         self.waiting[file] = self.waiting.get(file, "") + "".join(map(to_line, rows))
         try:
             self.write_waiting()
@@ -224,17 +249,17 @@ class RunFolder:
                 raise
 
     def write_waiting(self) -> None:
-        """Write the rows that wait.
+        """Write the waiting rows.
 
         Raises:
-            OSError: If the disk is still full; they go on waiting.
+            OSError: If the disk is still full; the rows stay in `waiting`.
         """
         for file, text in list(self.waiting.items()):
             append_text(file, text)
             del self.waiting[file]
 
     def keep_traceback(self) -> bool:
-        """Append the traceback of the current exception to the log; False where that fails: it is not what matters."""
+        """Append the traceback of the current exception to the log; return whether that worked."""
         try:
             with self.log.open("a", encoding="utf-8") as stream:
                 stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{traceback.format_exc()}\n")
@@ -244,44 +269,45 @@ class RunFolder:
 
 
 def to_line(row: Mapping[str, Any]) -> str:
-    r"""Return a row as a line of JSON; what is no finite number becomes null.
+    r"""Return a row as a line of JSON, with null for NaN and infinity, which JSON does not have.
 
     Example:
         >>> to_line({"tokens": 4, "loss": float("nan")})
         '{"tokens": 4, "loss": null}\n'
     """
+    # value - value is 0 for finite numbers, NaN otherwise
     plain = {name: None if isinstance(value, float) and value - value != 0 else value for name, value in row.items()}
     return json.dumps(plain, ensure_ascii=False) + "\n"
 
 
 def append_text(file: Path, text: str) -> None:
-    """Append to a file: the text is on the disk when this returns, and nothing of it is there when it raises."""
+    """Append to a file, all or nothing: at the return the text is on the disk, after an error the file is unchanged."""
     content = text.encode()
     with naming(file), file.open("ab", buffering=0) as stream:
         before = stream.seek(0, os.SEEK_END)
         try:
-            while content:
+            while content:  # an unbuffered write may take only a part, as on a disk that is nearly full
                 content = content[stream.write(content) :]
             os.fsync(stream.fileno())
         except OSError:
-            stream.truncate(before)
+            stream.truncate(before)  # no half row stays behind
             raise
 
 
 def read_rows(file: Path, shape: Shape = ROW) -> list[dict[str, Any]]:
-    """Return the rows of a file; a last line that was cut off by a kill is left out.
+    """Return the rows of a file, without a last line that a kill has cut off.
 
     Args:
-        file: What may not be there: it has no rows then.
-        shape: What a row must look like.
+        file: The file; if it does not exist, it has no rows.
+        shape: The keys and types of a row.
 
     Raises:
-        CommandError: If another line is no such row.
+        CommandError: If any other line is not such a row.
     """
     if not file.is_file():
         return []
     try:
-        *lines, _ = file.read_text(encoding="utf-8").split("\n")  # texts may have other ends of lines in them
+        *lines, _ = file.read_text(encoding="utf-8").split("\n")  # `splitlines` would also split at U+2028 within texts
         return [parse_json(line, shape, f"line {number} of {file}") for number, line in enumerate(lines, 1)]
     except UnicodeDecodeError as error:
         raise CommandError(f"Expected lines of JSON in {file}, got bytes that are no UTF-8.") from error
@@ -303,10 +329,10 @@ def _is_installed(name: str) -> bool:
 
 
 def _commit(folder: Path) -> str | None:
-    """Return the commit that is checked out in a folder, with "+" where files differ from it; None outside of git."""
+    """Return the commit that is checked out in a folder, with "+" if files differ from it; None outside of git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        git = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return git.stdout.strip() or None

@@ -170,9 +170,10 @@ def _preferences(path: str | None) -> list[Any]:
     if not {"chosen", "rejected"} <= columns:
         pairs = ({"text", "label"}, {"chosen", "rejected"})
         bad = next((number for number, row in enumerate(rows) if not any(pair <= row.keys() for pair in pairs)), None)
-        where, found = (path, columns) if bad is None else (row_names[bad], rows[bad])
+        # Without one bad row, some rows have one pair of columns and some the other.
+        where, present = (path, columns) if bad is None else (row_names[bad], rows[bad])
         raise CommandError(
-            f"Expected chosen and rejected, or text and label, in {where}, got {sorted(map(str, found))}."
+            f"Expected chosen and rejected, or text and label, in {where}, got {sorted(map(str, present))}."
         )
     for row, where in zip(rows, row_names, strict=True):
         for column in {"chosen", "rejected", "prompt"} & row.keys():

@@ -1,4 +1,4 @@
-"""A run's rows and samples in W&B or trackio, whose packages are alike, and in MLflow."""
+"""Trackers: a run's rows and samples in W&B or trackio, which share an interface, or in MLflow."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ from .files import write_text
 from .refusal import CommandError
 from .run_folder import RunFolder
 
-# With the arguments that a configuration may give: others say where the figures go, and keys of the user with them.
+# By tracker: the arguments that any configuration may give. Others choose the server that gets figures and API keys.
 TRACKERS = {
     "wandb": ("project", "entity", "group", "job_type", "tags", "notes", "mode"),
     "trackio": ("project", "group"),
     "mlflow": ("experiment_name", "tags"),
 }
 EXPERIMENT = "textenv"
-MLFLOW_NAME = re.compile(r"[^\w\-. :/]", flags=re.ASCII)  # what it refuses in the name of a figure
-MLFLOW_CHARS = 6000  # of the value of a parameter
-MLFLOW_PARAMETERS = 100  # in one call
+# MLflow's limits, from `mlflow.utils.validation`.
+MLFLOW_NAME = re.compile(r"[^\w\-. :/]", flags=re.ASCII)  # characters that a metric's name may not have
+MLFLOW_CHARS = 6000  # the longest value of a parameter
+MLFLOW_PARAMETERS = 100  # the most parameters in one call
 
 Row = dict[str, Any]
 
 
 class Tracker:
-    """Sends each row and each table of samples; what it writes on the disk goes into the run's folder.
+    """A run of W&B or trackio, which gets each row and each table of samples. Its files go into the run's folder.
 
     Args:
-        named: "wandb" or "trackio", and other arguments of its `init`, as `project` or `mode`.
-        run: The run's folder, after which it is called; a resumed run goes on there too.
-        config: What it shows as the run's configuration.
-        sent: The tokens up to which it has been told all; a resumed run makes some rows again, the same.
+        named: "wandb" or "trackio", with further arguments of its `init` such as `project` or `mode`.
+        run: The run's folder, which gives it its name; a resumed run continues it.
+        config: The run's configuration.
+        sent: The tokens up to which it has all rows: a resumed run makes some rows again, which are not sent twice.
 
     Raises:
-        ImportError: If the package is missing.
+        ImportError: If the package is not installed.
+        ValueError: If its `init` does not take an argument.
     """
 
     def __init__(self, named: Named, run: RunFolder, config: TrainConfig, sent: int = -1) -> None:
@@ -55,10 +57,10 @@ class Tracker:
         os.environ.setdefault("WANDB_DIR", str(run.path))
         with needs(named.id, named.id, "the logger of that name"):
             self.module: Any = importlib.import_module(named.id)
-        own = _own_name(run)
-        options = {"project": EXPERIMENT, "name": own, "config": asdict(config), "resume": "allow"}
+        name = _unique_name(run)
+        options = {"project": EXPERIMENT, "name": name, "config": asdict(config), "resume": "allow"}
         if named.id == "wandb":
-            options["id"] = own
+            options["id"] = name  # W&B resumes by the id, trackio by the name
         options |= named.args
         check_arguments(self.module.init, options, f"the logger {named.id!r}")
         self.module.init(**options)
@@ -76,25 +78,26 @@ class Tracker:
             self.module.log({"samples": self.module.Table(columns=list(table), data=data)}, step=rows[0]["tokens"])
 
     def close(self) -> None:
-        """Say that the run is over."""
+        """End the tracker's run."""
         self.module.finish()
 
 
 class MLflowTracker:
-    """Sends rows as metrics, samples as the table `samples.json` and the configuration as parameters to MLflow.
+    """A run of MLflow: rows become metrics, samples the table `samples.json`, the configuration parameters.
 
-    Its store is a SQLite file in the run's folder, and its artifacts lie beside it, unless `tracking_uri` or the
-    environment variable MLFLOW_TRACKING_URI says otherwise. The id of its run is kept in `mlflow.json`, by which a
-    resumed run goes on there. A character that MLflow has no room for in a name becomes "_".
+    MLflow's store is a SQLite file in the run's folder, with its artifacts beside it, unless `tracking_uri` or the
+    environment variable MLFLOW_TRACKING_URI names another. The id of MLflow's run is kept in `mlflow.json`, by which a
+    resumed run continues it. Characters that MLflow does not allow in a name become "_".
 
     Args:
-        named: "mlflow", and as arguments `tracking_uri`, `experiment_name` and those of `MlflowClient.create_run`.
+        named: "mlflow", with the arguments `tracking_uri`, `experiment_name` and those of `MlflowClient.create_run`.
         run: The run's folder.
         config: The run's configuration.
-        sent: The tokens up to which it has been told all.
+        sent: The tokens up to which it has all rows.
 
     Raises:
-        ImportError: If the package is missing.
+        ImportError: If the package is not installed.
+        ValueError: If `create_run` does not take an argument.
     """
 
     def __init__(self, named: Named, run: RunFolder, config: TrainConfig, sent: int = -1) -> None:
@@ -103,9 +106,9 @@ class MLflowTracker:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         with needs("mlflow", "mlflow", "the logger of that name"):
             self.mlflow: Any = importlib.import_module("mlflow")
-        options = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), "run_name": _own_name(run), **named.args}
+        options = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), "run_name": _unique_name(run), **named.args}
         experiment, address = options.pop("experiment_name", EXPERIMENT), options.pop("tracking_uri")
-        place = None if address else (run.path / "mlflow").resolve().as_uri()
+        artifacts = None if address else (run.path / "mlflow").resolve().as_uri()
         self.client = self.mlflow.MlflowClient(address or f"sqlite:///{run.path.resolve() / 'mlflow.db'}")
         check_arguments(self.client.create_run, {"experiment_id", *options}, "the logger 'mlflow'")
         kept = run.path / "mlflow.json"
@@ -113,8 +116,8 @@ class MLflowTracker:
             self.run_id = read_json(kept, {"run_id": str})["run_id"]
             self.client.update_run(self.run_id, status="RUNNING")
         else:
-            found = self.client.get_experiment_by_name(experiment)
-            number = self.client.create_experiment(experiment, place) if found is None else found.experiment_id
+            known = self.client.get_experiment_by_name(experiment)
+            number = self.client.create_experiment(experiment, artifacts) if known is None else known.experiment_id
             self.run_id = self.client.create_run(number, **options).info.run_id
             parameters = [
                 self.mlflow.entities.Param(MLFLOW_NAME.sub("_", key), str(value)[:MLFLOW_CHARS])
@@ -128,7 +131,7 @@ class MLflowTracker:
         """Send an iteration's figures."""
         if row["tokens"] <= self.sent:
             return
-        now, step = int(time.time() * 1000), row["tokens"]
+        now, step = int(time.time() * 1000), row["tokens"]  # MLflow's timestamps are in milliseconds
         metric = self.mlflow.entities.Metric
         figures = [metric(MLFLOW_NAME.sub("_", name), value, now, step) for name, value in _figures(row).items()]
         self.client.log_batch(self.run_id, metrics=figures)
@@ -139,12 +142,16 @@ class MLflowTracker:
             self.client.log_table(self.run_id, _columns(rows), "samples.json")
 
     def close(self) -> None:
-        """Say that the run is over."""
+        """End the tracker's run."""
         self.client.set_terminated(self.run_id)
 
 
 def check_tracker_arguments(named: Named, trust: Trust) -> None:
-    """Raise CommandError for arguments of a tracker that only a configuration which is trusted may give."""
+    """Check that a configuration gives a tracker no arguments that need `--allow`.
+
+    Raises:
+        CommandError: If it does, and the command line does not allow them.
+    """
     others = sorted(named.args.keys() - set(TRACKERS[named.id]), key=str)
     if others and named.id not in trust.modules:
         raise CommandError(
@@ -154,28 +161,33 @@ def check_tracker_arguments(named: Named, trust: Trust) -> None:
 
 
 def check_tracker(name: str) -> None:
-    """Raise ImportError, with the cure, where the package of a tracker is missing."""
+    """Check that the package of a tracker is installed.
+
+    Raises:
+        ImportError: If it is not, with the cure.
+    """
     check_extra(name, name, "the logger of that name")
 
 
-def _own_name(run: RunFolder) -> str:
-    """Return what the run is called: other runs of the project may have a folder of the same name."""
+def _unique_name(run: RunFolder) -> str:
+    """Return the folder's name and the run's start: runs of the same project may have folders of the same name."""
     started = re.sub(r"\D", "", run.read_about()["started"][:19])
     return f"{run.path.resolve().name}-{started}"
 
 
 def _figures(row: Row) -> Row:
+    """Return the figures of a row that are numbers: NaN differs from itself."""
     return {name: value for name, value in row.items() if name != "tokens" and value == value}
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Return samples by column: all three trackers take plain lists, so that none needs pandas from here."""
+    """Return samples by column, as plain lists: all three trackers take them without pandas."""
     return {name: [row[name] for row in rows] for name in rows[0] if name != "parts"}
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> Row:
-    """Return what is in a configuration by dotted key."""
-    found: Row = {}
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Row:
+    """Return the values of nested mappings by dotted key."""
+    flat: Row = {}
     for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,4 +1,4 @@
-"""The command `textenv train`: a run from its configuration to its folder, resumed where it was stopped."""
+"""The command `textenv train`: a run from its configuration to its folder, new or resumed."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from .run_checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .run_folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, warnings_on
 
-MENDED = (Exit.REFUSED, Exit.MISSING)  # by the user, and then the same command trains: no run began
-SPACE_FOR = 2  # checkpoints beside those that are kept: one half-written, and the models
+MENDED = (Exit.REFUSED, Exit.MISSING)  # errors that the user mends, to give the same command again: no run began
+SPACE_FOR = 2  # the disk space to check for, in checkpoints besides the kept ones: a half-written one, and the models
 
 
 def train(
@@ -53,14 +53,14 @@ def train(
     run: RunFolder | None = None,
     before: TrainConfig | None = None,
 ) -> int:
-    """Begin a run, or go on with one: the function of the verb `train`.
+    """Start a run, or resume one.
 
     Args:
         config: The configuration.
-        dumped: The same as YAML, as it is kept.
-        options: What the command line alone says.
-        run: The run to go on with.
-        before: The configuration that it has kept.
+        dumped: The configuration as YAML, for config.yml.
+        options: The options of the command line.
+        run: The run to resume; None for a new one.
+        before: The configuration of the run to resume.
 
     Returns:
         The exit code.
@@ -71,15 +71,18 @@ def train(
 
 
 def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
-    """Begin a run and train.
+    """Start a run and train.
 
     Args:
         config: The configuration.
-        dumped: The same as YAML, as it is kept.
-        options: What the command line alone says.
+        dumped: The configuration as YAML, for config.yml.
+        options: The options of the command line.
 
     Returns:
         The exit code.
+
+    Raises:
+        CommandError: If anything goes wrong, with one line and an exit code.
     """
     check_loggers(config.loggers, trust_of(options))
     if options.dry_run:
@@ -91,18 +94,28 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         try:
             return _train(run, config, options)
         except CommandError as error:
-            if error.code in MENDED and not read_rows(run.metrics):  # what is mended is a new run, not this one
+            if error.code in MENDED and not read_rows(run.metrics):  # the mended command starts a new run
                 run.withdraw()
             raise
         except KeyboardInterrupt as error:
-            known = _interrupted(run)
+            interrupted = _interrupted(run)  # first: the advice depends on the folder
             if not run.has_checkpoint():
                 run.withdraw()
-            raise known from error
+            raise interrupted from error
 
 
 def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str, options: TrainOptions) -> int:
-    """Go on with a run; a changed configuration is shown, and refused unless its keys are allowed by name.
+    """Resume a run. Changed keys are printed; those that influence the weights need `--change KEY`.
+
+    Args:
+        run: The run.
+        config: The configuration from now on.
+        before: The configuration of the run so far.
+        dumped: The configuration from now on as YAML, for config.yml.
+        options: The options of the command line.
+
+    Returns:
+        The exit code.
 
     Raises:
         CommandError: If a key differs that `--change` does not name.
@@ -126,29 +139,29 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
 
 
 def _interrupted(run: RunFolder) -> Interrupted:
-    """Return how the command ends where Ctrl-C comes before training has begun, or after it has ended."""
+    """Return the error for a Ctrl-C before training has begun, or after it has ended."""
     return Interrupted(f"interrupted; {run.how_to_go_on()}", signal.SIGINT)
 
 
-def differences(before: dict[str, Any], after: dict[str, Any], above: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return what differs between two configurations, by dotted key: the values before and after.
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which two configurations differ, each with its values before and after.
 
     Example:
         >>> differences({"kl": {"coef": 0.1}, "seed": 0}, {"kl": {"coef": 0.2}, "seed": 0})
         {'kl.coef': (0.1, 0.2)}
     """
-    found: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for key in before.keys() | after.keys():
         old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and key != "args":
-            found |= differences(old, new, f"{above}{key}.")
+        if isinstance(old, dict) and isinstance(new, dict) and key != "args":  # arguments change as a whole
+            changed |= differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found[above + key] = (old, new)
-    return dict(sorted(found.items()))
+            changed[prefix + key] = (old, new)
+    return dict(sorted(changed.items()))
 
 
 def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
-    """Return what the options ask for."""
+    """Return the screen for the options: quiet, JSON, live in a terminal, or plain."""
     if options.quiet:
         return QuietScreen()
     if options.json:
@@ -157,19 +170,23 @@ def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
 
 
 def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
-    """Train under the lock; turn what goes wrong into one line, an exit code and a traceback in the log."""
+    """Train, in a locked folder; turn an error into one line, an exit code and a traceback in the log."""
     screen = make_screen(config, options)
+    # A full disk ends TensorBoard's writing thread with an error. `loggers.TensorBoard` writes its figures again, so
+    # that the traceback, which Python prints here, would only tear the live view.
     previous = threading.excepthook
-    threading.excepthook = lambda ended: None if is_full(ended.exc_value) else previous(ended)  # TensorBoard's
+    threading.excepthook = lambda thread: None if is_full(thread.exc_value) else previous(thread)
     try:
+        # A run has the main thread (`Interrupts` needs it) and the terminal, so all warnings meanwhile are the run's.
         with warnings_on(screen):
             return _run(run, config, options, screen)
     except RAISED as error:
         known = as_command_error(error, run.path)
+        # An error that we raised for the user says all in its line; for any other the traceback is needed.
         says_all = known is error or isinstance(error, MissingExtraError)
         is_kept = (not says_all or known.code not in MENDED) and run.keep_traceback()
-        place = f" (the traceback is in {run.log})" if is_kept and not says_all else ""
-        raise CommandError(f"{known}{place}", known.code) from error
+        hint = f" (the traceback is in {run.log})" if is_kept and not says_all else ""
+        raise CommandError(f"{known}{hint}", known.code) from error
     finally:
         threading.excepthook = previous
         screen.close()
@@ -195,18 +212,20 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         load_checkpoint(agent, checkpoint)
         done = agent.num_timesteps
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
+    # Trackers have all rows up to the stop. `cut` removes those after the checkpoint here, and the run makes them again.
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
     outputs = make_loggers(run, config, trust, done)
+    # SB3 `base_class._setup_learn` would make a logger of its own for an agent without one.
     agent.set_logger(Logger(None, [writer, *outputs]))
     evaluate = _evaluate(run, parts)
     trackers = make_trackers(run, config, sent)
-    pages = [SamplePages(one) for one in outputs if isinstance(one, TensorBoardOutputFormat)]
+    pages = [SamplePages(output) for output in outputs if isinstance(output, TensorBoardOutputFormat)]
     views: list[Any] = [screen, *trackers, *pages]
     kept = config.checkpoint_every, config.keep_checkpoints
     tell = screen.note if isinstance(screen, LiveScreen) else write_line
     with Interrupts(tell, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
-        callbacks = [
+        callbacks = [  # `Recorder` after all that log, `RunCheckpoints` last: a checkpoint's rows are on the disk
             *training_callbacks(config, trust),
             FiniteUpdates(),
             evaluate,
@@ -215,10 +234,12 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         if done < config.total_tokens:
+            # Without a reset, SB3 `base_class._setup_learn` adds the tokens that are done to the total, so that the
+            # schedule of the learning rate continues where it was.
             agent.learn(
                 config.total_tokens - done,
                 callback=CallbackList(callbacks),
-                log_interval=1,
+                log_interval=1,  # SB3 `a2c.A2C.learn` has 100; here every iteration is a row
                 reset_num_timesteps=checkpoint is None,
             )
         agent.logger.close()
@@ -255,10 +276,10 @@ def _evaluate(run: RunFolder, parts: Parts) -> Evaluate:
 
 
 def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
-    """Write curves, results and the model with its card, and say where they are."""
+    """Write curves, results and the model with its card, and print their paths."""
     config = parts.config
     rows = read_rows(run.metrics)
-    if "curves" in [named(one).id for one in config.loggers]:
+    if "curves" in [named(logger).id for logger in config.loggers]:
         draw_curves(run.path / "curves.png", {run.path.name: rows}, task_name(config))
     history = read_json(run.path / "history.json", HISTORY)
     if not history:

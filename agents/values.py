@@ -114,9 +114,8 @@ def check_values(action: Action) -> None:
 
     @functools.wraps(inner)
     def check_type(value: Any, **options: Any) -> Any:
-        given = as_list(value) if get_origin(kind) is list else value
         try:
-            checked = inner(given, **options)
+            checked = inner(as_list(value) if get_origin(kind) is list else value, **options)
             if _is_misread(kind, checked):
                 raise ValueError("a mapping that was read as a name")
         except (TypeError, ValueError) as error:

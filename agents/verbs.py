@@ -120,17 +120,17 @@ def open_writer(
     parts = Parts(config, trust)
     policy = open_policy(name, parts)
     env = parts.unscored(prompts)
-    own = {
+    training = {
         "stop_ids": env.rules.stop_ids,
         "stop_strings": env.rules.stop_strings,
         "mask": make_masks(config.env, trust),
     }
-    own |= {key: config.env.args[key] for key in ("prompt_column",) if key in config.env.args}
-    return Writer(policy, parts.tokenizer, env.prompts, env.rules.max_new_tokens, own)
+    training |= {key: config.env.args[key] for key in ("prompt_column",) if key in config.env.args}
+    return Writer(policy, parts.tokenizer, env.prompts, env.rules.max_new_tokens, training)
 
 
 def open_policy(path: str, parts: Parts) -> LMPolicy:
-    """Return a run's newest policy, for writing only: without a critic and an optimizer."""
+    """Return a run's newest policy, for writing only: its critic and optimizer are not loaded."""
     _, checkpoint = newest(path, parts.tokenizer)
     policy = make_policy(parts.folder, parts.tokenizer, parts.config.model, parts.trust, as_trained=True)
     load_policy(policy, checkpoint)
@@ -150,6 +150,7 @@ def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None
         CommandError: If the model cannot read the given number behind the prompts, or not even one token.
     """
     wanted = given or writer.trained_length or usual
+    # The env encodes the prompts as `generate` will, which gives the length of the longest one in tokens.
     env = TextEnv(prompts, writer.tokenizer, reward=no_reward, max_new_tokens=wanted, **writer.options)
     try:
         most = fitting_length(writer.policy, env.max_prompt_tokens, wanted)
@@ -180,7 +181,8 @@ def make_policy(
         trust: The permission to run the model's own code.
         as_trained: Add the adapters that the configuration trains, to load their weights afterwards.
     """
-    env = TextEnv([[0]], tokenizer, reward=no_reward, max_new_tokens=1)
+    env = TextEnv([[0]], tokenizer, reward=no_reward, max_new_tokens=1)  # for its spaces, which a policy needs
+    # Adapters and critic exist for training; a merged or plain model has no adapters to load.
     left_out = {"critic"} if as_trained else {"critic", "train"}
     arguments = {key: value for key, value in policy_arguments(model).items() if key not in left_out}
     spaces = env.observation_space, env.action_space

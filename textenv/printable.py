@@ -2,6 +2,7 @@
 
 import html
 
+# The characters that Markdown takes for markup, as HTML entities, which it leaves alone.
 MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
 
 

@@ -19,7 +19,7 @@ from .interface import LengthError
 from .layers import disable_dropout, fuse_activations
 from .trainable import is_checkpointing, is_placed
 
-PROBE_LENGTH = 4  # tokens: a prefix of three, whose last token differs from its first, and one more to decode
+PROBE_LENGTH = 4  # tokens: a few to read first, and one more to decode from their keys and values
 PROBE_LOGIT = 100.0  # the probe's largest logit, after scaling: beyond the soft cap of Gemma-2 (30)
 PROBE_TOLERANCE = 1e-3  # of the largest logit: kernels differ by about 1e-6 in float32, a wrong mask by much more
 SHORTER = "lower max_prompt_tokens or max_new_tokens"
@@ -155,7 +155,7 @@ class Backbone(nn.Module):
             cache: Keys and values of earlier tokens; extended in place.
 
         Returns:
-            Hidden states (N, H), and None; or with logits (N, V) where those are no linear function of the former.
+            Hidden states (N, H), and None where `head_is_linear`, else logits (N, V).
         """
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
         if attention_mask is not None:

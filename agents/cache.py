@@ -146,7 +146,10 @@ class PrefixCache(RowCache):
         return self.backbone.takes_new_rows and any(is_known) and 0 < n_tokens <= NEW_TOKENS
 
     def _step(self, ids: Tensor, lengths: Tensor, counts: np.ndarray, beside: list[int]) -> tuple[Tensor, Tensor]:
-        """Read the last token of each row, and all tokens of the rows `beside`, in one forward of (B + P, 1)."""
+        """Read the last token of each row, and all tokens of the rows `beside`, in one forward of (B + P, 1).
+
+        The batch is in the order of slots; reading it at `slots` returns hidden states and logits in the order of rows.
+        """
         rows, slots = (torch.from_numpy(array).to(ids.device) for array in (np.argsort(self.slots), self.slots))
         lengths = lengths[rows]  # (B,): of the row in each slot
         tokens = ids[rows, lengths - 1]  # (B,)

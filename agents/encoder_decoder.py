@@ -90,7 +90,7 @@ class Seq2SeqBackbone(Backbone):
             n_prompt: How many tokens of each row are the prompt's, (B,).
 
         Returns:
-            Hidden states (N, H), and None; or with logits (N, V) where those are no linear function of the former.
+            Hidden states (N, H), and None where `head_is_linear`, else logits (N, V).
 
         Raises:
             ValueError: If a column is inside a prompt, or a prompt or completion is longer than the model can read.

@@ -2,7 +2,8 @@
 
 import html
 
-MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}  # what formats a text, as HTML entities
+# The characters that Markdown takes for markup, as HTML entities, which it leaves alone.
+MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
 
 
 def printable(text: str) -> str:

@@ -21,7 +21,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         words: The words, each once.
 
     Example:
-        >>> from agents.pretrain import word_tokenizer
+        >>> from agents import word_tokenizer
         >>> word_tokenizer(["good", "film"]).encode("good film")
         [2, 3]
     """
@@ -43,7 +43,7 @@ def char_tokenizer(texts: Sequence[str], min_count: int = 1) -> PreTrainedTokeni
         min_count: Characters that are rarer than this in `texts` become `<unk>`.
 
     Example:
-        >>> from agents.pretrain import char_tokenizer
+        >>> from agents import char_tokenizer
         >>> tokenizer = char_tokenizer(["很好，很好", "很贵"])
         >>> tokenizer.encode("很贵，好"), tokenizer.decode([2, 3, 0], skip_special_tokens=True)
         ([2, 5, 4, 3], '很好')

@@ -1,4 +1,4 @@
-"""Three ways to say what a text should earn: a function, a subclass, and named parts; each trains in seconds.
+"""Three ways to write a reward: a function, a subclass, and named parts; each trains in seconds.
 
     python examples/custom_reward.py
 
@@ -21,19 +21,22 @@ PROMPTS = [{"prompt": "say ", "letter": "a"}, {"prompt": "say it ", "letter": "b
 
 
 def many_letters(prompt: Prompt, preds: Preds, done: bool) -> float:
-    """A function: how many different letters a complete text has."""
+    """A function: the number of different letters in a complete text."""
     return len(set(preds.text)) / 8 if done else 0.0
 
 
 class AskedLetter(TextEnv):
-    """A subclass: the row of the prompt says which letter earns; scored at every token."""
+    """A subclass, called at every token: the letter that earns is a column of the prompt's row."""
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float:
         return float(preds.text.endswith(prompt.row["letter"]))
 
 
 class LetterAndLength(TextEnv):
-    """Named parts: they are summed, and logged as reward/letter and reward/length. `state` lives one episode."""
+    """Named parts: their sum is the reward, and each is logged (reward/letter, reward/length).
+
+    `preds.state` is a dict of the episode's own.
+    """
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> dict[str, float]:
         preds.state["best"] = max(preds.state.get("best", 0), preds.text.count("a"))
@@ -41,12 +44,12 @@ class LetterAndLength(TextEnv):
 
 
 def train(name: str, env: TextEnv, n_tokens: int) -> None:
-    """Train on an env and print the mean reward before and after."""
+    """Train on an env, and print the mean reward before and after."""
     config = GPT2Config(
         n_layer=1, n_embd=32, n_head=2, vocab_size=len(TOKENIZER), n_positions=64, bos_token_id=0, eos_token_id=0
     )
     model = make_agent(env, config, n_envs=32, learning_rate=3e-3, seed=0)
-    model.learn(1, callback=EpisodeMetrics())  # one rollout of the model as it is
+    model.learn(1, callback=EpisodeMetrics())  # one rollout and update: the episodes are the untrained model's
     before = np.mean([episode["r"] for episode in model.ep_info_buffer])
     model.learn(n_tokens, callback=EpisodeMetrics(), progress_bar=True)
     after = np.mean([episode["r"] for episode in model.ep_info_buffer])

@@ -1,18 +1,18 @@
-"""A model learns to reply in everyday dialogues, by intent and METEOR: OpenRL's DailyDialog task, from nothing.
+"""A model learns to reply in everyday dialogues, rewarded by intent and METEOR: OpenRL's DailyDialog task.
 
     python examples/dailydialog.py --data FOLDER
 
 FOLDER holds dialogues_<split>.txt and dialogues_act_<split>.txt of DailyDialog (Li et al., 2017); the name of a data
-set on the Hugging Face hub with its columns does as well. A tenth of the dialogues is held back and measured on.
+set on the Hugging Face hub with its columns works as well. A tenth of the dialogues is held back for measuring.
 
 1. A tokenizer and a small GPT-2 learn from the training dialogues, first as whole texts, then as prompts (the last
-   turns) with the true reply, of which the reply alone is trained. This is the "supervised" model.
+   turns) with the true reply, where only the reply is trained. This is the "supervised" model.
 2. Two classifiers learn to tell a turn's intent (inform, question, directive, commissive), each from the turns of its
-   own half of the training dialogues. One is the reward. The other is the judge: it gives the intent accuracy of the
-   table, and nothing is trained on what it says.
-3. PPO tunes the supervised model with intent match + METEOR as the reward, a little for replies as long as before
+   own half of the training dialogues. One is the reward. The other is the judge, which nothing is trained on: it
+   gives the intent accuracy of the table.
+3. PPO tunes the supervised model with intent match + METEOR as the reward, a small reward for keeping the length
    (METEOR rises with length), and a penalty on its divergence from the supervised model.
-   With `--turns 2` an episode goes on: the other speaker says what was said then, and the model replies again.
+   With `--turns 2` an episode goes on: the other speaker's next turn follows, and the model replies again.
 4. Both models write two replies to each prompt of the held-back dialogues, sampled with the same seed.
 
 Expect, in four minutes of one core (seeds 0 and 1, the 1,000 dialogues of the validation split): METEOR rises from
@@ -20,10 +20,10 @@ Expect, in four minutes of one core (seeds 0 and 1, the 1,000 dialogues of the v
 and 117 to 80 and 84, and the length by 13 and 17 % in tokens. A model that has seen 900 dialogues for a minute or two
 does not write good English, before or after.
 
-The perplexity is of the texts that were written, under the supervised model. METEOR is called
+The perplexity is that of the generated texts under the supervised model. METEOR is called
 `meteor_without_wordnet` where WordNet is not installed. Printed and kept in `--out`: the table with 95 % intervals,
 before/after and paired differences (results.md, results.json), curves.png, and the models as Hugging Face folders.
-After Ctrl-C the same command goes on: stages that are done are found in `--out`.
+After Ctrl-C the same command resumes: finished stages are found in `--out`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from textenv.tasks.dailydialog import (
 
 
 class Size(NamedTuple):
-    """How large the models are, and how long they learn."""
+    """The size of the models, and the length of their training."""
 
     vocab_size: int
     n_layers: int
@@ -77,7 +77,7 @@ class Size(NamedTuple):
     reply_epochs: float
     classifier_epochs: float
     n_tokens: int  # of PPO
-    n_prompts: int | None = None  # of the evaluation; all
+    n_prompts: int | None = None  # of the evaluation; None is all
     n_envs: int = 64
     n_positions: int = 256
     max_prompt_tokens: int = 80
@@ -97,8 +97,10 @@ LENGTH_WEIGHT = 0.5
 def tune(
     dialogues: Sequence[Dialogue], held_back: Sequence[Dialogue], folder: Path, size: Size, seed: int
 ) -> dict[str, Any]:
-    """Let a fresh GPT-2 learn whole dialogues, a turn a line, and then to reply."""
-    texts, tests = (["".join(f"{turn}\n" for turn in one.turns) for one in part] for part in (dialogues, held_back))
+    """Train a fresh GPT-2 on whole dialogues, one turn per line, and then on replies."""
+    texts, tests = (
+        ["".join(f"{turn}\n" for turn in dialogue.turns) for dialogue in part] for part in (dialogues, held_back)
+    )
     pairs, test_pairs = (
         [(row["prompt"], f"{row['references'][0]}\n") for row in dialogue_rows(part, HISTORY)]
         for part in (dialogues, held_back)
@@ -132,7 +134,7 @@ def classify(
     size: Size,
     seed: int,
 ) -> dict[str, Any]:
-    """Train a classifier of intents; measure it on the turns of held-back dialogues."""
+    """Train a classifier of intents, and measure it on the turns of held-back dialogues."""
     config = DistilBertConfig(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -143,7 +145,10 @@ def classify(
         n_heads=2,
     )
     (texts, labels), held_out = (
-        ([turn for one in part for turn in one.turns], [intent for one in part for intent in one.intents])
+        (
+            [turn for dialogue in part for turn in dialogue.turns],
+            [intent for dialogue in part for intent in dialogue.intents],
+        )
         for part in (dialogues, held_back)
     )
     trained = train_classifier(
@@ -167,7 +172,7 @@ def classify(
 def reinforce(
     dialogues: Sequence[Dialogue], held_back: Sequence[Dialogue], out: Path, size: Size, seed: int, turns: int
 ) -> Evaluation:
-    """Tune the supervised model with PPO; measure both on the replies of held-back dialogues."""
+    """Tune the supervised model with PPO, and measure both on prompts of held-back dialogues."""
     supervised = str(out / "supervised")
     tokenizer = AutoTokenizer.from_pretrained(supervised)
     task = intent_and_meteor(out / "reward", weights=WEIGHTS)
@@ -182,7 +187,7 @@ def reinforce(
     prompts = test.prompts[: size.n_prompts]
     settings: dict[str, Any] = {"env": test, "n": 2, "reference": supervised, "seed": seed, "progress_bar": True}
     before = evaluate(make_agent(test, supervised), prompts, tokenizer, metrics, **settings)
-    # METEOR alone would make replies longer and longer: what is as long as before earns a little more.
+    # METEOR alone would make replies longer and longer, so that keeping their mean length earns a little.
     length = round(before.figures["length"].value)
     reward = WeightedSum({"task": task, "length": LengthReward(max(length, 1), "tokens")}, {"length": LENGTH_WEIGHT})
     limits = {"max_turns": turns, "max_new_tokens": turns * size.max_new_tokens}
@@ -193,14 +198,14 @@ def reinforce(
     after = evaluate(model, prompts, tokenizer, metrics, before=before, **settings)
     export(model, tokenizer, out / "model", overwrite=True)
     after.save(out / "results")
-    apart = max(1, len(before.generations) // 6)
+    step = max(1, len(before.generations) // 6)  # six samples, from different dialogues
     named = {"supervised": before, "supervised + PPO": after}
-    Console().print(sample_table({name: list(one.generations[::apart][:6]) for name, one in named.items()}))
+    Console().print(sample_table({name: list(result.generations[::step][:6]) for name, result in named.items()}))
     return after
 
 
 def bars(result: Evaluation) -> str:
-    """Say of each bar whether it is met."""
+    """Return a line for each goal of the task: whether it is met, and by how much."""
     assert result.before is not None
     before, after, difference = result.before.figures, result.figures, result.differences
     meteor = next(name for name in after if name.startswith("meteor"))
@@ -214,7 +219,7 @@ def bars(result: Evaluation) -> str:
         f"perplexity at most 1.2 times ({perplexity:.2f})": perplexity <= 1.2,
         f"mean length within 20 % ({length - 1:+.0%})": abs(length - 1) <= 0.2,
     }
-    return "\n".join(f"{'met' if is_met else 'NOT met'}: {what}" for what, is_met in lines.items())
+    return "\n".join(f"{'met' if is_met else 'NOT met'}: {goal}" for goal, is_met in lines.items())
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,8 +2,8 @@
 
     python examples/hello_env.py
 
-Prints one episode token by token, then some in a vector env. Takes less than a second; the mean reward of random
-letters is about 0.15 (5 vowels of 33 tokens).
+Prints one episode token by token, then runs many in a vector env. Takes less than a second; the mean reward of
+random letters is about 0.15 (5 vowels among 33 tokens).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def one_episode() -> None:
     env = Vowels(["hello ", "good day "], CharTokenizer(), max_new_tokens=8, render_mode="ansi")
     env.action_space.seed(0)
     observation, _ = env.reset(seed=0)
-    print("observation:", observation, "(-2 ends the prompt, -1 is room)")
+    print("observation:", observation, "(-2 ends the prompt, -1 is padding)")
     done = False
     while not done:
         observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
@@ -38,7 +38,7 @@ def one_episode() -> None:
 
 
 def many_episodes(n_steps: int) -> None:
-    """Run many rows in arrays; each begins its next episode in the step that ends one."""
+    """Run many rows as arrays; each starts its next episode in the step that ends the last one."""
     env = gym.make("textenv/Text-v0", prompts=["a", "b"], tokenizer=CharTokenizer(), reward=vowel, max_new_tokens=16)
     envs = TextVectorEnv(env, num_envs=64)
     envs.action_space.seed(0)
@@ -48,7 +48,7 @@ def many_episodes(n_steps: int) -> None:
 
 
 def vowel(prompt: Prompt, preds: Preds, done: bool) -> float:
-    """Score as `Vowels` does: a plain function will do, too."""
+    """Score as `Vowels` does: a reward may be a plain function, too."""
     return float(preds.text[-1:] in set("aeiou"))
 
 

@@ -1,27 +1,27 @@
-r"""A language model learns what people prefer in an assistant's replies: tuning, a reward model, PPO with four models.
+r"""RLHF on pairs of an assistant's replies: supervised tuning, a reward model, and PPO with four models.
 
     python examples/hh.py --data FOLDER
 
 FOLDER holds pairs of dialogues in the format of Anthropic's hh-rlhf (.jsonl or .jsonl.gz, "chosen" and "rejected");
 the name "Anthropic/hh-rlhf" reads them from the Hugging Face hub. They are preferences about harm and often offensive,
-and so may be what a model learns from them: texts are kept in `--out`, and none is printed.
+and what a model learns from them may be so, too: texts are kept in `--out`, and none is printed.
 
 1. A small GPT-2, with a tokenizer of its own, learns to continue the chosen dialogues.
-2. A reward model starts from it and learns which reply of a pair was chosen. On pairs that are held out it is compared
-   with two baselines: the lengths of the replies alone, and their words without order.
+2. A reward model starts from that GPT-2 and learns which reply of a pair was chosen. On held-out pairs it is compared
+   with two baselines: the lengths of the replies, and their words without order.
 3. PPO with four models: the actor (adapters on the model of step 1), the critic (which starts from the reward model),
    the reward model, frozen, and the reference, which is the actor without its adapters.
 4. Both models reply to held-out dialogues, before and after.
 
-Expect with 1,800 pairs of hh-rlhf's harmless-base, of which 500 are held out, in 6 to 7 minutes on one core: the reward
-model is right on 0.64 of the held-out pairs (at least 0.60 with 95 % confidence; 0.55 by length, 0.62 by words), and
-PPO raises the mean reward from 1.0 to 2.3 standard deviations of the scores of people's replies, at 6 nats from the
-reference. It finds a gap in the reward model, too: 18 % of the replies become blank (1 % before). All settings were
-chosen on quarters of the pairs to train on; what is held out is always the same.
+Expect, with 1,800 pairs of hh-rlhf's harmless-base, of which 500 are held out, in 6 to 7 minutes on one core: the
+reward model is right on 0.64 of the held-out pairs (at least 0.60 with 95 % confidence; 0.55 by length, 0.62 by words),
+and PPO raises the mean reward from 1.0 to 2.3 standard deviations of the scores of people's replies, 6 nats from the
+reference. It also finds a gap in the reward model: 18 % of the replies become blank (1 % before). All settings were
+chosen on quarters of the training pairs; the held-out pairs are always the same.
 
 Printed and kept in `--out`: the tables of the reward model (pairs.md, pairs.json) and of the policy before and after
 (results.md, results.json) with 95 % intervals, curves.png, and the models as Hugging Face folders. After Ctrl-C the
-same command goes on: stages that are done are found in `--out`.
+same command resumes: finished stages are found in `--out`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from textenv.tasks.hh import HH, Pair, hold_out, read_pairs
 
 
 class Size(NamedTuple):
-    """How large the models are, how long they learn, and on how much they are measured."""
+    """The size of the models, the length of their training, and the number of measured pairs and prompts."""
 
     vocab_size: int
     n_layers: int
@@ -81,14 +81,14 @@ FULL = Size(2048, 2, 128, 3.0, 2.0, 40_960, 500, 250)
 SMOKE = Size(300, 1, 32, 0.5, 1.0, 512, 10, 8, n_envs=8)
 MAX_PROMPT_TOKENS = 96
 MAX_NEW_TOKENS = 32
-MAX_TOKENS = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS  # that the reward model reads: the end of what is longer
+MAX_TOKENS = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS  # that the reward model reads; longer texts lose their start
 KL_COEF = 0.05
 LEARNING_RATE = 1e-3
 PENALTIES = (0.1, 0.03, 0.01, 0.003)  # of squared weights, for the baselines to choose from
 
 
 def tune(pairs: Sequence[Pair], held_out: Sequence[Pair], folder: Path, size: Size, seed: int) -> dict[str, Any]:
-    """Let a fresh GPT-2 learn to continue the chosen dialogues."""
+    """Train a fresh GPT-2 to continue the chosen dialogues."""
     config = GPT2Config(
         vocab_size=size.vocab_size,
         n_positions=256,
@@ -138,19 +138,19 @@ def learn_reward(
 
 
 def lengths(text: str) -> np.ndarray:
-    """Return the one feature of a reply, (1,): its length in hundreds of characters."""
+    """Return the only feature of a reply, (1,): its length in hundreds of characters."""
     return np.array([len(text) / 100])
 
 
 def word_counts(pairs: Sequence[Pair]) -> Callable[[str], np.ndarray]:
-    """Return a function from a reply to its counts of the words (V,) that at least three replies of the pairs have."""
+    """Return a function from a reply to its word counts (V,), of the words that at least three replies have."""
     replies = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
-    number_of = Counter(word for text in replies for word in set(split_words(text)))
-    places = {word: i for i, word in enumerate(sorted(word for word, n in number_of.items() if n >= 3))}
+    n_replies = Counter(word for text in replies for word in set(split_words(text)))
+    index = {word: i for i, word in enumerate(sorted(word for word, n in n_replies.items() if n >= 3))}
 
     def count(text: str) -> np.ndarray:
-        known = [places[word] for word in split_words(text) if word in places]
-        return np.bincount(known, minlength=len(places)).astype(float)
+        known = [index[word] for word in split_words(text) if word in index]
+        return np.bincount(known, minlength=len(index)).astype(float)
 
     return count
 
@@ -160,20 +160,20 @@ def split_words(text: str) -> list[str]:
 
 
 def baseline(pairs: Sequence[Pair], held_out: Sequence[Pair], features: Callable[[str], np.ndarray]) -> RewardFigures:
-    """Measure logistic regression on the differences of two replies' features, its penalty chosen on a quarter."""
+    """Measure logistic regression on the feature differences of pairs; a quarter of them chooses its penalty."""
     x, tests = (
         torch.tensor(np.array([features(pair.chosen) - features(pair.rejected) for pair in part]))  # (N, F)
         for part in (pairs, held_out)
     )
     fitted, validation = x[len(x) // 4 :], x[: len(x) // 4]
-    penalty = max(PENALTIES, key=lambda one: pair_accuracy((validation @ fit_linear(fitted, one)).numpy()))
+    penalty = max(PENALTIES, key=lambda value: pair_accuracy((validation @ fit_linear(fitted, value)).numpy()))
     margins = tests @ fit_linear(x, penalty)  # (N,)
     loss, accuracy, n = float(functional.softplus(-margins).mean()), pair_accuracy(margins.numpy()), len(margins)
     return RewardFigures(loss, accuracy, *wilson_interval(accuracy, n), calibration(margins.numpy()), n)
 
 
 def fit_linear(differences: Tensor, penalty: float) -> Tensor:
-    """Return the weights (F,) of the Bradley-Terry model whose score is linear in the features."""
+    """Return the weights (F,) of a Bradley-Terry model whose score is linear in the features."""
     weights = torch.zeros(differences.shape[1], dtype=differences.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -198,12 +198,12 @@ def pairs_table(rows: dict[str, Any]) -> str:
 
 
 def blank(prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Scores]:
-    """Return the share of replies without a word: what a policy comes to where its reward can be had for nothing."""
+    """Return the share of replies without a word, which a policy writes if the reward model likes silence."""
     return {"blank": mean_of([not text.strip() for text in texts])}
 
 
 def reinforce(pairs: Sequence[Pair], held_out: Sequence[Pair], out: Path, size: Size, seed: int) -> Evaluation:
-    """Tune with PPO; measure before and after on held-out prompts."""
+    """Tune with PPO, and measure before and after on held-out prompts."""
     tuned, folder = str(out / "tuned"), str(out / "reward")
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     reward = {"name": "preference", "model": folder, "stats": "stored", "max_length": MAX_TOKENS}
@@ -245,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # a new score head is what is wanted
+    transformers_logging.set_verbosity_error()  # no warning that the reward model's score head is new
     start, size, out = time.process_time(), SMOKE if args.smoke else FULL, args.out
     pairs, held_out = hold_out(read_data(read_pairs, args.data), size.n_held_out)
     check_settings(out, {"data": args.data, "seed": args.seed, "smoke": args.smoke})

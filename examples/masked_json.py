@@ -1,12 +1,12 @@
-"""A model that has never seen JSON writes nothing else: a mask holds it to a schema, and PPO fills in the values.
+"""A model that has never seen JSON writes valid JSON: a mask enforces a schema, and PPO learns the values.
 
     python examples/masked_json.py
 
 A tiny model with fresh weights rates a product, character by character. `JSONSchemaMask` (`pip install
-"textenv[grammar]"`) allows only what goes on to JSON of the schema, and sb3-contrib's MaskablePPO learns to give the
-highest rating. Expect, on two cores and in about half a minute: all texts are valid before and after, and the mean
-rating goes from about 50 to above 90. With `--no-mask`, for comparison, hardly any text is valid, and so plain PPO
-has nothing to learn from.
+"textenv[grammar]"`) allows only tokens that can still lead to JSON of the schema, and sb3-contrib's MaskablePPO learns
+to give the highest rating. Expect, in about half a minute on two cores: all texts are valid before and after, and the
+mean rating goes from about 50 to above 90. With `--no-mask`, for comparison, hardly any text is valid, so that plain
+PPO has nothing to learn from.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SCHEMA = {
     "required": ["reason", "rating"],
     "additionalProperties": False,
 }
-LIMITS = {"max_new_tokens": 36, "max_prompt_tokens": 15}  # the longest JSON and its end: none is cut
+LIMITS = {"max_new_tokens": 36, "max_prompt_tokens": 15}  # room for the longest JSON and its end token: none is cut
 
 
 def rating(text: str) -> int | None:
-    """Return the rating of JSON of the schema, or None of any other text."""
+    """Return the rating in JSON of the schema, or None for any other text."""
     try:
         review = json.loads(text)
     except ValueError:
@@ -56,14 +56,14 @@ def high_rating(prompt: Prompt, preds: Preds, done: bool) -> float:
 
 
 def describe(samples: list[Generation]) -> dict[str, float | None]:
-    """Return the share of valid JSON among samples, and the mean rating of the valid ones, None without any."""
-    ratings = [number for one in samples if (number := rating(one.text)) is not None]
+    """Return the share of samples that are valid, and their mean rating (None if there are none)."""
+    ratings = [number for sample in samples if (number := rating(sample.text)) is not None]
     return {"valid": len(ratings) / len(samples), "rating": round(float(np.mean(ratings)), 1) if ratings else None}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-mask", action="store_true", help="plain PPO, which may write anything")
+    parser.add_argument("--no-mask", action="store_true", help="plain PPO, which may write any text")
     parser.add_argument("--seed", type=int, default=0, help="the seed of training and sampling (default: 0)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
@@ -82,7 +82,7 @@ def main() -> None:
         samples = generate(model, PROMPTS * n_samples, TOKENIZER, mask=mask, seed=args.seed, max_new_tokens=36)
         figures[name] = describe(samples)
         print(f"{name:6} {figures[name]['valid']:4.0%} valid, mean rating {figures[name]['rating']}; such as:")
-        print("\n".join(f"       {one.prompt}| {one.text}" for one in samples[:3]))
+        print("\n".join(f"       {sample.prompt}| {sample.text}" for sample in samples[:3]))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

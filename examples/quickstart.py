@@ -2,12 +2,12 @@
 
     python examples/quickstart.py
 
-The first time, a tiny GPT-2 is trained on a built-in corpus of product reviews in all moods (seconds; kept in the
-cache). PPO then rewards positive words, and a KL penalty keeps it near the grammar it knows. Printed are samples before
-and after side by side; `--out` gets the curves as a picture and the trained model as a Hugging Face folder.
-Expect, on two cores and in less than a minute: the mean reward goes from about 0.5 to above 0.95.
+The first run trains a tiny GPT-2 on a built-in corpus of product reviews of all moods (seconds; kept in the cache).
+PPO then rewards positive words, and a KL penalty keeps the model near the grammar it knows. It prints samples before
+and after side by side, and writes the curves as a picture and the trained model as a Hugging Face folder to `--out`.
+Expect, in less than a minute on two cores: the mean reward goes from about 0.5 to above 0.95.
 
-On text of your own, a sentence a line, with the sentiment score of vaderSentiment as the reward (minutes):
+On your own text, one sentence per line, with the sentiment score of vaderSentiment as the reward (minutes):
 
     python examples/quickstart.py --corpus positive.txt negative.txt --out runs/reviews
 """
@@ -53,7 +53,7 @@ N_SAMPLES = 200
 
 
 class Task(NamedTuple):
-    """What is trained: a model, where to begin, what is good, and the settings that suit it."""
+    """A model and its prompts, the reward, and the settings that suit both."""
 
     folder: Path
     prompts: list[str]
@@ -66,7 +66,7 @@ class Task(NamedTuple):
 
 
 class Positive(TextEnv):
-    """Rewards a whole review by its mood; called when it is complete (score_at="done")."""
+    """Rewards a whole review by its mood, once it is complete (score_at="done")."""
 
     score: Callable[[str], float]
 
@@ -103,7 +103,7 @@ def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
 
 
 def sample(model: PPO, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Generation]:
-    """Continue `N_SAMPLES` prompts, in a mixed order, each in its turn."""
+    """Continue `N_SAMPLES` prompts: all in a shuffled order, over and over."""
     order = np.random.default_rng(0).permutation(len(task.prompts))
     prompts = [task.prompts[order[i % len(order)]] for i in range(N_SAMPLES)]
     return generate(model, prompts, tokenizer, max_new_tokens=task.max_new_tokens, seed=seed)
@@ -118,9 +118,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the seed of training and sampling (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where the results go")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--corpus", type=Path, nargs="+", help="text files, a sentence a line, instead of the demo")
-    parser.add_argument("--tokens", type=int, help="how many tokens to train on")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--corpus", type=Path, nargs="+", help="text files, one sentence per line, instead of the demo")
+    parser.add_argument("--tokens", type=int, help="the number of tokens to train on")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
     if args.tokens is not None and args.tokens < 1:
@@ -152,7 +152,7 @@ def train(model: PPO, task: Task, n_tokens: int, out: Path, resume: bool) -> flo
 
 
 def report(console: Console, figures: dict[str, Any], before: list[Generation], after: list[Generation]) -> None:
-    """Print samples side by side and what they come to."""
+    """Print samples before and after side by side, and the figures."""
     console.print(sample_table({"before": before[:6], "after": after[:6]}))
     console.print(
         f"mean reward {figures['reward_before']:.2f} before, [bold]{figures['reward_after']:.2f}[/bold] after (the "
@@ -195,7 +195,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start, 1),
         "tokens_per_second": round(tokens_per_second),
     }
-    if not is_main_process():  # of several: torchrun --nproc_per_node 2 examples/quickstart.py
+    if not is_main_process():  # one process prints for all: torchrun --nproc_per_node 2 examples/quickstart.py
         return
     report(console, figures, before, after)
     print(f"curves: {args.out / 'curves.png'}   model: {folder}")

@@ -1,4 +1,4 @@
-"""What the longer examples share: stages that are found again after Ctrl-C, and a PPO run that goes on.
+"""Shared parts of the longer examples: stages that are skipped once finished, and a PPO run that resumes.
 
 python examples/recipe.py runs nothing by itself: see examples/reviews.py
 """
@@ -27,7 +27,7 @@ def write(file: Path, text: str) -> None:
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on in the folder of a run with other settings."""
+    """End with an error if the folder holds a run with other settings."""
     file = out / "settings.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
         raise SystemExit(f"{out} holds a run with other settings, {file.read_text()}: give another --out.")
@@ -35,7 +35,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def read_data(read: Callable[..., Any], data: str | Path) -> Any:
-    """Return what a task's reader makes of --data, or end with a line that says what is wrong with it."""
+    """Return the data that a task's reader finds in --data, or end with a line that says what is wrong."""
     try:
         return read(data)
     except (OSError, ValueError) as error:
@@ -43,20 +43,20 @@ def read_data(read: Callable[..., Any], data: str | Path) -> Any:
 
 
 def stage(file: Path, run: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """Run a stage of the work and note in `file` what it came to, unless an earlier run has finished it."""
+    """Run a stage and write its result to `file`, unless an earlier run has finished it."""
     if file.is_file():
         print(f"{file.stem}: found in {file.parent}")
     else:
         start = time.process_time()
         result = run(*args)
         write(file, json.dumps({**result, "cpu_seconds": round(time.process_time() - start)}, indent=1) + "\n")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    print(f"{file.stem}: {found}")
-    return found
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    print(f"{file.stem}: {figures}")
+    return figures
 
 
 def train(model: PPO, n_tokens: int, out: Path, title: str, callbacks: Sequence[BaseCallback]) -> None:
-    """Train up to `n_tokens` in all, from the last checkpoint if there is one; draw the curves of this part."""
+    """Train up to `n_tokens` in all, from the last checkpoint if there is one; draw the curves from there on."""
     checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)

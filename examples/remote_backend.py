@@ -1,17 +1,17 @@
-"""PPO through a model whose blocks other processes hold, as Petals serves BLOOM-176B to TextRL.
+"""PPO with a model whose blocks run in other processes, as Petals serves BLOOM-176B to TextRL.
 
     python examples/remote_backend.py --seed 0
 
 A small BLOOM of four blocks is first trained on the demo's product reviews (some seconds; kept in `--out`). Then two
-processes hold two of its blocks each, frozen, and answer on this machine's loopback; tensors alone cross. This process
-holds embeddings, the last norm, eight soft prompts and an output layer; PPO trains the latter two to write positive
-reviews, through hidden states and gradients that go to the servers and come back. A control trains the value head
-alone. Printed are both before and after, and what crossed the wire; `--out` gets figures, curves and checkpoints.
-Expect, of seed 0, in less than four minutes of processor time (of all three processes): the reward goes from 0.51 to
-0.92, four texts of five follow the grammar before and after, and the control stays where it is. A token costs 3 kB of
-sampling and 32 kB of updates.
+server processes hold two of its blocks each, frozen, and listen on this machine's loopback; only tensors are sent. This
+process holds the embeddings, the last norm, eight soft prompts and an output layer. PPO trains the latter two to write
+positive reviews, by sending hidden states and gradients through the servers. A control trains the value head alone.
+The script prints the figures of both before and after, and the traffic; `--out` gets figures, curves and checkpoints.
+Expect, with seed 0, in less than four minutes of processor time (of all three processes): the reward goes from 0.51 to
+0.92, four texts of five follow the grammar before and after, and the control does not change. A token costs 3 kB of
+traffic when it is sampled and 32 kB in the updates.
 
-How a model in another environment, such as a Petals client, takes the place of these servers: docs/remote.md.
+docs/remote.md says how a model in another environment, such as a Petals client, takes the place of these servers.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ MAX_NEW_TOKENS = 32
 
 
 class Positive(TextEnv):
-    """Rewards a whole review by its mood; called when it is complete (score_at="done")."""
+    """Rewards a whole review by its mood, once it is complete (score_at="done")."""
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float:
         return demo.score(prompt + preds.text)
 
 
 def small_bloom(folder: Path, smoke: bool) -> Path:
-    """Train a tokenizer and a BLOOM on reviews of all moods, and return their folder; what is there already is kept."""
+    """Return the folder of a tokenizer and a BLOOM trained on reviews of all moods; train them if it does not exist."""
     if folder.is_dir():
         return folder
     tokenizer = word_tokenizer(demo.vocabulary())
@@ -65,7 +65,9 @@ def small_bloom(folder: Path, smoke: bool) -> Path:
     config = BloomConfig(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, **shape)
     torch.manual_seed(0)
     model = BloomForCausalLM(config)
-    reviews = [f"{tokenizer.eos_token} {review}" for review in demo.reviews(8000)]  # behind the end of another text
+    reviews = [
+        f"{tokenizer.eos_token} {review}" for review in demo.reviews(8000)
+    ]  # a text begins behind the end token of another
     pretrain(model, tokenizer, reviews, n_epochs=0.1 if smoke else 1.6, learning_rate=1e-2)
     partial = folder.with_name(f".{folder.name}.partial")  # a folder that exists is taken for finished
     model.save_pretrained(partial)
@@ -74,18 +76,20 @@ def small_bloom(folder: Path, smoke: bool) -> Path:
 
 
 def measure(model: PPO, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, **kwargs) -> Evaluation:
-    """Write some reviews of each prompt, and score them."""
+    """Continue each prompt some times, and score the reviews."""
     settings = dict(n=args.samples, env=model.env.env, seed=args.seed)
     return evaluate(model, demo.prompts(), tokenizer, **settings, **kwargs)
 
 
 def in_grammar(evaluation: Evaluation) -> float:
     """Return the share of texts that are reviews of the demo's grammar."""
-    return sum(demo.parses(one.prompt + one.text) for one in evaluation.generations) / len(evaluation.generations)
+    return sum(demo.parses(sample.prompt + sample.text) for sample in evaluation.generations) / len(
+        evaluation.generations
+    )
 
 
 def run(lm: RemoteBlocks, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, name: str) -> dict:
-    """Train one policy, and return what it came to."""
+    """Train one policy, and return its figures."""
     out, start = args.out / name, time.perf_counter()
     env = Positive(demo.prompts(), tokenizer, max_new_tokens=MAX_NEW_TOKENS, score_at="done")
     model = make_agent(
@@ -111,11 +115,11 @@ def run(lm: RemoteBlocks, tokenizer: PreTrainedTokenizerBase, args: argparse.Nam
     return {
         "trained": n_trained,
         "tokens": model.num_timesteps,
-        "rewards": [one.figures["reward"] for one in (before, after)],  # value and interval
-        "in_grammar": [in_grammar(one) for one in (before, after)],
-        "distinct": [len({one.text for one in each.generations}) for each in (before, after)],
+        "rewards": [result.figures["reward"] for result in (before, after)],  # value and interval
+        "in_grammar": [in_grammar(result) for result in (before, after)],
+        "distinct": [len({sample.text for sample in result.generations}) for result in (before, after)],
         "kl": after.figures["kl"].value,
-        "samples": [[one.prompt + one.text for one in each.generations[:3]] for each in (before, after)],
+        "samples": [[sample.prompt + sample.text for sample in result.generations[:3]] for result in (before, after)],
         "traffic": {verb: [traffic[verb, "messages"], traffic[verb, "bytes"]] for verb, _ in traffic},
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -125,15 +129,15 @@ def report(figures: dict[str, dict]) -> str:
     """Return the figures of both policies, and samples of the first, as Markdown."""
     lines = ["| policy | weights trained | reward before | after | in the grammar | distinct texts | KL, nats a text |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    for name, one in figures.items():
-        rewards = [f"{r:.3f} [{low:.3f}, {high:.3f}]" for r, low, high in one["rewards"]]
-        grammar, distinct = " -> ".join(f"{x:.0%}" for x in one["in_grammar"]), " -> ".join(map(str, one["distinct"]))
-        lines += [f"| {name} | {one['trained']:,} | {' | '.join(rewards)} | {grammar} | {distinct} | {one['kl']:.2f} |"]
-    for name, one in figures.items():
-        lines += ["", f"What crossed the wire while {name!r} was trained on {one['tokens']:,} tokens:", ""]
-        lines += ["| asked | messages | MB | bytes a token |", "|---|---|---|---|"]
-        for verb, (messages, size) in one["traffic"].items():
-            lines += [f"| {verb} | {messages:,} | {size / 1e6:.1f} | {size / one['tokens']:,.0f} |"]
+    for name, row in figures.items():
+        rewards = [f"{r:.3f} [{low:.3f}, {high:.3f}]" for r, low, high in row["rewards"]]
+        grammar, distinct = " -> ".join(f"{x:.0%}" for x in row["in_grammar"]), " -> ".join(map(str, row["distinct"]))
+        lines += [f"| {name} | {row['trained']:,} | {' | '.join(rewards)} | {grammar} | {distinct} | {row['kl']:.2f} |"]
+    for name, row in figures.items():
+        lines += ["", f"Traffic while {name!r} was trained on {row['tokens']:,} tokens:", ""]
+        lines += ["| request | messages | MB | bytes a token |", "|---|---|---|---|"]
+        for verb, (messages, size) in row["traffic"].items():
+            lines += [f"| {verb} | {messages:,} | {size / 1e6:.1f} | {size / row['tokens']:,.0f} |"]
     lines += ["", "| before | after |", "|---|---|"]
     lines += [f"| {' | '.join(pair)} |" for pair in zip(*next(iter(figures.values()))["samples"], strict=True)]
     return "\n".join(lines)
@@ -143,9 +147,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the seed of training and sampling (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/remote"), help="where the results go")
-    parser.add_argument("--tokens", type=int, help="how many tokens to train on (default: 16384)")
-    parser.add_argument("--lanes", type=int, help="how many texts are written side by side (default: 64)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="where it starts; it falls to 0")
+    parser.add_argument("--tokens", type=int, help="the number of tokens to train on (default: 16384)")
+    parser.add_argument("--lanes", type=int, help="the number of texts written side by side (default: 64)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="the first learning rate, which falls to 0")
     parser.add_argument("--kl", type=float, default=0.05, help="the coefficient of the KL penalty")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
@@ -169,7 +173,7 @@ def main() -> None:
     with serving(folder, key_file, bounds=[0, N_BLOCKS // 2, N_BLOCKS]) as servers:
         addresses = tuple(server.address for server in servers)
         for name, trains in (("soft prompts and output layer", True), ("control", False)):
-            # End tokens, which the model knows in front of a text, are a beginning that disturbs it little.
+            # Soft prompts start as end tokens, which the model knows in front of a text, and so disturb it little.
             virtual = (tokenizer.eos_token_id,) * N_VIRTUAL
             lm = RemoteBlocks(str(folder), addresses, str(key_file), virtual, trains)
             figures[name] = run(lm, tokenizer, args, "control" if not trains else "trained")

@@ -1,10 +1,11 @@
-"""A server of some blocks of a causal language model, frozen, for a client that holds the rest.
+"""A server of frozen blocks of a causal language model, for a client that holds the rest of it.
 
     python examples/remote_blocks.py FOLDER --first 0 --last 2 --key-file KEY --port 7001
 
-FOLDER is one of `save_pretrained` (safetensors); only the weights of those blocks are read from it. It prints the port
-it listens on, at 127.0.0.1 unless `--host` says otherwise: the key proves who calls, but nothing is encrypted, so leave
-it there and go to other machines through a tunnel (ssh -L). `examples/remote_backend.py` starts two of these.
+FOLDER was written by `save_pretrained` (safetensors); only the weights of those blocks are read. The server prints the
+port it listens on, at 127.0.0.1 unless `--host` says otherwise. The key authenticates clients, but nothing is
+encrypted: keep that address, and reach other machines through a tunnel (ssh -L). `examples/remote_backend.py` starts
+two servers.
 """
 
 from __future__ import annotations
@@ -30,42 +31,42 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-START_SECONDS = 120.0  # which loading torch may take on a busy machine
-PER_LAYER = ("layer_types", "no_rope_layers")  # lists of a config from which those of some blocks can be taken
-INDICES = ("layer_idx", "layer_id", "layer_number")  # what blocks call their number, which chooses their cache
+START_SECONDS = 120.0  # allowed for loading torch on a busy machine
+PER_LAYER = ("layer_types", "no_rope_layers")  # lists of a config with an entry per block, which can be sliced
+INDICES = ("layer_idx", "layer_id", "layer_number")  # names of a block's number, which selects its part of the cache
 
 
 def blocks_of(trunk: nn.Module) -> tuple[str, nn.ModuleList, nn.Module]:
-    """Return the name and list of a model's blocks, and the norm behind them: the child that follows the list.
+    """Return the name and the list of a model's blocks, and the norm behind them: the child that follows the list.
 
     Raises:
-        ValueError: If the model is built otherwise.
+        ValueError: If the model does not consist of one list of blocks with a norm behind it.
     """
     children = list(trunk.named_children())
-    places = [place for place, (_, child) in enumerate(children) if isinstance(child, nn.ModuleList)]
-    behind = children[places[-1] + 1 :][:1] if places else []
-    if len(places) != 1 or not behind or not type(behind[0][1]).__name__.endswith("Norm"):
-        found = {name: type(child).__name__ for name, child in children}
-        raise ValueError(f"Expected one list of blocks with a norm behind it, got {found}: not made for such a model.")
-    name, blocks = children[places[0]]
+    indices = [index for index, (_, child) in enumerate(children) if isinstance(child, nn.ModuleList)]
+    behind = children[indices[-1] + 1 :][:1] if indices else []
+    if len(indices) != 1 or not behind or not type(behind[0][1]).__name__.endswith("Norm"):
+        types = {name: type(child).__name__ for name, child in children}
+        raise ValueError(f"Expected one list of blocks with a norm behind it, got {types}: not made for such a model.")
+    name, blocks = children[indices[0]]
     assert isinstance(blocks, nn.ModuleList)
     return name, blocks, behind[0][1]
 
 
 class Blocks:
-    """The blocks `first` to `last` - 1 of a model, frozen; what `remote_wire.serve` asks.
+    """The frozen blocks `first` to `last` - 1 of a model: a `remote_wire.Host`.
 
-    The model's own forward runs them, so that masks and positions (rotary, ALiBi) are computed as it does: its
-    embeddings are replaced by the hidden states given, and its last norm is not reached.
+    The model's own forward runs them, so that masks and positions (rotary, ALiBi) are the model's. Hooks replace the
+    embeddings by the given hidden states, and take the hidden states in front of the last norm.
 
     Args:
-        folder: Where the model is saved.
-        first: The first block.
-        last: The one behind the last.
-        device: Where they compute, in float32.
+        folder: The folder of the model.
+        first: The first block, counted from 0.
+        last: The block behind the last one.
+        device: The device that computes, in float32.
 
     Raises:
-        ValueError: If the model has no such blocks, or they would not be here what they are there.
+        ValueError: If the model has no such blocks, or they depend on their place in the model.
     """
 
     def __init__(self, folder: str | Path, first: int, last: int, device: str = "cpu") -> None:
@@ -73,11 +74,11 @@ class Blocks:
         if not 0 <= first < last <= config.num_hidden_layers:
             raise ValueError(f"Expected some of the model's {config.num_hidden_layers} blocks, got {first} to {last}.")
         self.first, self.last, self.hidden_size = first, last, config.hidden_size
-        config.vocab_size, config.pad_token_id = 1, None  # embeddings are the client's; one row has to be there
+        config.vocab_size, config.pad_token_id = 1, None  # the client has the embeddings; transformers wants a row
         trunk = AutoModel.from_config(_config_of(config, first, last), dtype=torch.float32)
         self.trunk: PreTrainedModel = trunk.requires_grad_(False).eval().to(device)
         name, blocks, norm = blocks_of(self.trunk)
-        with torch.device("meta"):  # without weights
+        with torch.device("meta"):  # the whole model, without memory for its weights
             _check_same(blocks, blocks_of(AutoModel.from_config(config))[1][first:last])
         blocks.load_state_dict(_weights(Path(folder), name, first, last))
         self._given: Tensor | None = None
@@ -92,7 +93,7 @@ class Blocks:
         hidden = hidden.to(self.trunk.device)
         self._given, self._behind = hidden, None
         self.trunk(inputs_embeds=hidden.detach(), past_key_values=cache, use_cache=cache is not None)
-        assert self._behind is not None, "the norm was reached"
+        assert self._behind is not None, "the forward did not reach the norm"
         return self._behind
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class Blocks:
 
 
 def _config_of(config: PreTrainedConfig, first: int, last: int) -> PreTrainedConfig:
-    """Return the config of a model of some blocks alone, counted from 0, as is their cache."""
+    """Return the config of a model of these blocks alone, counted from 0, as their cache counts them."""
     result = deepcopy(config)
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
@@ -126,7 +127,7 @@ def _config_of(config: PreTrainedConfig, first: int, last: int) -> PreTrainedCon
 
 
 def _check_same(blocks: nn.ModuleList, originals: nn.ModuleList) -> None:
-    """Refuse blocks that are built otherwise where they are counted from 0 than they are in the whole model."""
+    """Raise ValueError for blocks that are built differently when they are counted from 0."""
     for block, original in zip(blocks, originals, strict=True):
         built, wanted = _settings(block), _settings(original)
         differing = sorted(name for name in built.keys() | wanted.keys() if built.get(name) != wanted.get(name))
@@ -138,7 +139,7 @@ def _check_same(blocks: nn.ModuleList, originals: nn.ModuleList) -> None:
 
 
 def _settings(block: nn.Module) -> dict[str, Any]:
-    """Return the plain attributes of all modules of a block, but for its number."""
+    """Return the plain attributes of all modules of a block, except for the block's number."""
     plain = (int, float, str, tuple, list, type(None))
     settings: dict[str, Any] = {}
     for name, module in block.named_modules(prefix="block"):
@@ -149,19 +150,19 @@ def _settings(block: nn.Module) -> dict[str, Any]:
 
 
 def _weights(folder: Path, name: str, first: int, last: int) -> dict[str, Tensor]:
-    """Read the weights of some blocks alone, named as in the list of them."""
+    """Read the weights of some blocks, under the names that they have in the list of blocks."""
     weights = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as content:
             for key in content.keys():  # noqa: SIM118  (no mapping)
-                found = re.fullmatch(rf"(?:\w+\.)?{name}\.(\d+)\.(.+)", key)
-                if found and first <= int(found[1]) < last:
-                    weights[f"{int(found[1]) - first}.{found[2]}"] = content.get_tensor(key).float()
+                match = re.fullmatch(rf"(?:\w+\.)?{name}\.(\d+)\.(.+)", key)
+                if match and first <= int(match[1]) < last:
+                    weights[f"{int(match[1]) - first}.{match[2]}"] = content.get_tensor(key).float()
     return weights
 
 
 def new_key(file: Path) -> Path:
-    """Write a random key that its owner alone may read, and return the file."""
+    """Write a random key to a file that only its owner may read, and return the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     file.touch(mode=0o600)
@@ -170,7 +171,7 @@ def new_key(file: Path) -> Path:
 
 
 class Started(NamedTuple):
-    """A server that was started here, and where it listens."""
+    """A server that this process started, and its address."""
 
     process: subprocess.Popen[Any]
     address: tuple[str, int]
@@ -178,7 +179,7 @@ class Started(NamedTuple):
 
 @contextmanager
 def serving(folder: Path, key_file: Path, bounds: Sequence[int]) -> Iterator[list[Started]]:
-    """Start a server for each stretch of blocks between `bounds`; they end with the context, and with this process."""
+    """Start a server for each range of blocks between `bounds`; they end with the context, or with this process."""
     with ExitStack() as stack:
         processes, servers = [], []
         for first, last in pairwise(bounds):
@@ -187,7 +188,7 @@ def serving(folder: Path, key_file: Path, bounds: Sequence[int]) -> Iterator[lis
             pipe = subprocess.PIPE
             processes.append(subprocess.Popen(list(map(str, command)), stdin=pipe, stdout=pipe, text=True))
             stack.callback(_end, processes[-1])
-        for process in processes:  # which load at the same time
+        for process in processes:  # all load at the same time
             timer = threading.Timer(START_SECONDS, process.kill)
             timer.daemon = True
             timer.start()
@@ -213,10 +214,12 @@ def _end(server: subprocess.Popen[Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the model is saved")
+    parser.add_argument("folder", type=Path, help="the folder of the model")
     parser.add_argument("--first", type=int, required=True, help="the first block, counted from 0")
     parser.add_argument("--last", type=int, required=True, help="the block behind the last one")
-    parser.add_argument("--key-file", type=Path, required=True, help="a file with what client and servers both know")
+    parser.add_argument(
+        "--key-file", type=Path, required=True, help="the file of the key that client and servers share"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine's own)")
     parser.add_argument("--port", type=int, default=0, help="the port (default: a free one)")
     parser.add_argument("--device", default="cpu", help="where the blocks compute, such as cuda (default: cpu)")

@@ -1,4 +1,4 @@
-"""The servers of a model's blocks from the client's side: asked in order, counted, differentiated through.
+"""The client's side of the servers of a model's blocks: forwards and gradients through all of them, in order.
 
 python examples/remote_chain.py runs nothing by itself: see examples/remote_backend.py
 """
@@ -19,29 +19,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Address = tuple[str, int]
-NUMBER_BYTES = 4  # bytes of a number
+NUMBER_BYTES = 4  # of a float32
 
 
 class BlocksLostError(ConnectionError):
-    """A server is gone, or does not answer; the message says which blocks it had."""
+    """A server is gone or does not answer; the message names its blocks."""
 
 
 class RefusedError(RuntimeError):
-    """A server says what was wrong."""
+    """A server refused a request; the message is the server's."""
 
 
 class Server:
-    """A connection to a server of some blocks. Whatever ends a call in the middle, Ctrl-C too, closes it for good.
+    """A connection to a server of some blocks. Any error in the middle of a call, also Ctrl-C, closes it for good.
 
     Args:
-        address: Where it listens.
-        key: What both sides know.
-        seconds: How long it may be silent: before it is connected, before an answer begins, and between its parts.
+        address: The host and port of the server.
+        key: The key that both sides know.
+        seconds: The longest silence: before it is connected, before an answer begins, and between its parts.
         traffic: Counts (verb, "messages") and (verb, "bytes"), both directions together.
 
     Raises:
-        BlocksLostError: If nothing answers there.
-        PermissionError: If it has another key.
+        BlocksLostError: If no server answers at the address.
+        PermissionError: If the server has another key.
     """
 
     def __init__(self, address: Address, key: bytes, seconds: float, traffic: Counter[tuple[str, str]]) -> None:
@@ -57,18 +57,18 @@ class Server:
         self.name = f"blocks {self.first} to {self.last - 1} at {self.name}"
 
     def call(self, verb: str, header: dict[str, Any] | None = None, **tensors: Tensor) -> Message:
-        """Ask for something and wait for the answer.
+        """Send a request, and wait for the answer.
 
         Raises:
-            BlocksLostError: If there is none.
-            RefusedError: If the server says what was wrong.
+            BlocksLostError: If no answer comes.
+            RefusedError: If the server answers with an error.
         """
         data = Message({"verb": verb, **(header or {})}, tensors).pack()
         try:
             self.connection.send_bytes(data)
             reply = self.connection.recv_bytes(MAX_BYTES)
         except BaseException as error:
-            self.connection.close()  # an answer that came later would be taken for the next one's
+            self.connection.close()  # a late answer would be taken for that of the next request
             if not isinstance(error, (OSError, EOFError)):
                 raise
             got = f"no answer in {self.seconds:g} seconds" if isinstance(error, BlockingIOError) else repr(error)
@@ -90,7 +90,7 @@ class Server:
         return self._in_parts("backward", "gradient", hidden=hidden, gradient=gradient)
 
     def _in_parts(self, verb: str, wanted: str, **tensors: Tensor) -> Tensor:
-        """Send as many rows at a time as a message holds."""
+        """Send rows in as few messages as hold them."""
         hidden = tensors["hidden"]
         size = rows_a_message(hidden, len(tensors))
         answers = [
@@ -101,7 +101,7 @@ class Server:
 
 
 def _connect(address: Address, key: bytes, seconds: float) -> Connection:
-    """Connect, and let both sides prove that they know the key."""
+    """Connect; both sides prove that they know the key (HMAC challenges of `multiprocessing.connection`)."""
     with socket.create_connection(address, seconds) as opened:
         opened.setblocking(True)
         connection = Connection(opened.detach())
@@ -111,17 +111,17 @@ def _connect(address: Address, key: bytes, seconds: float) -> Connection:
         deliver_challenge(connection, key)
     except BaseException as error:
         connection.close()
-        if isinstance(error, BlockingIOError):  # it is something else that listens there
+        if isinstance(error, BlockingIOError):  # another program listens there
             raise TimeoutError(f"no challenge in {seconds:g} seconds") from error
         raise
     return connection
 
 
 def rows_a_message(hidden: Tensor, n_tensors: int = 1) -> int:
-    """Return how many rows of hidden states (B, T, H) a message holds.
+    """Return the number of rows of hidden states (B, T, H) that a message holds.
 
     Raises:
-        ValueError: If a single one is too many.
+        ValueError: If it does not hold one.
     """
     n_rows = (MAX_BYTES - HEADER_BYTES) // (n_tensors * NUMBER_BYTES * hidden[0].numel())
     if n_rows < 1:
@@ -131,7 +131,7 @@ def rows_a_message(hidden: Tensor, n_tensors: int = 1) -> int:
 
 
 class _ThroughServer(torch.autograd.Function):
-    """The blocks of a server as an operation: it computes its forward again where a gradient is asked for."""
+    """The blocks of a server as an autograd function; the server recomputes its forward in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, server: Server) -> Tensor:
@@ -146,40 +146,48 @@ class _ThroughServer(torch.autograd.Function):
 
 
 class Chain:
-    """The servers of all blocks, in order. Copies of a model share it: the blocks are frozen, and there is one of each.
+    """The servers of all blocks, in order. Copies of a model share the chain, since the blocks are frozen.
 
     Args:
-        servers: The servers.
-        n_blocks: How many blocks there are.
-        traffic: What the servers count in.
+        servers: The servers, in any order.
+        n_blocks: The number of blocks of the model.
+        traffic: The counter of the servers.
 
     Raises:
-        ValueError: If a block is missing, or with two servers.
+        ValueError: If a block has no server, or two.
     """
 
     def __init__(self, servers: Sequence[Server], n_blocks: int, traffic: Counter[tuple[str, str]]) -> None:
         self.servers = sorted(servers, key=lambda server: server.first)
         self.traffic = traffic
-        self.ended: list[list[int]] = []  # sessions that nobody holds
+        self.ended: list[list[int]] = []  # the numbers of ended sessions, one for each server, not yet closed there
         bounds = [0, *(server.last for server in self.servers)]
         if [server.first for server in self.servers] != bounds[:-1] or bounds[-1] != n_blocks:
-            raise ValueError(f"Expected servers of blocks 0 to {n_blocks - 1}, got {[one.name for one in servers]}.")
+            raise ValueError(
+                f"Expected servers of blocks 0 to {n_blocks - 1}, got {[server.name for server in servers]}."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
         return self
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return what is behind the last block, (B, T, H), to be differentiated once."""
+        """Return the hidden states behind the last block, (B, T, H); they can be differentiated once."""
         for server in self.servers:
             hidden = _ThroughServer.apply(hidden, server)
         return hidden
 
     def open(self, n_rows: int, max_length: int) -> Session:
-        """Open a session of some rows at every server; those that have ended are closed."""
+        """Open a session at every server, after closing those that have ended.
+
+        Args:
+            n_rows: The number of rows.
+            max_length: The most tokens of a row.
+        """
         ended, self.ended = self.ended, []
-        for place, server in enumerate(self.servers if ended else ()):
-            server.call("close", {"sessions": [number for numbers in ended for number in numbers[place : place + 1]]})
-        session = Session(self, [], n_rows, max_length)  # which ends, if a server refuses, where it was opened
+        for index, server in enumerate(self.servers if ended else ()):
+            # A session that a server refused to open has no number there, nor at the servers behind it.
+            server.call("close", {"sessions": [number for numbers in ended for number in numbers[index : index + 1]]})
+        session = Session(self, [], n_rows, max_length)  # before the calls: if one fails, the others are closed later
         for server in self.servers:
             answer = server.call("open", {"rows": n_rows, "max_length": max_length})
             session.numbers.append(int(answer.header["session"]))
@@ -187,20 +195,20 @@ class Chain:
 
 
 class Session:
-    """Rows that are decoded together, at one position; it ends when nobody holds it any more."""
+    """Rows that are decoded together, all at one position; a session ends when it is garbage-collected."""
 
     def __init__(self, chain: Chain, numbers: list[int], n_rows: int, max_length: int) -> None:
         self.chain, self.numbers, self.n_rows, self.max_length, self.position = chain, numbers, n_rows, max_length, 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return what is behind the last block for new tokens, (B, t, H)."""
+        """Return the hidden states of new tokens behind the last block, (B, t, H)."""
         self.position += hidden.shape[1]
         for server, number in zip(self.chain.servers, self.numbers, strict=True):
             hidden = server.call("step", {"session": number}, hidden=hidden).tensors["hidden"].to(hidden)
         return hidden
 
     def __del__(self) -> None:
-        self.chain.ended.append(self.numbers)  # no message from here: another may be under way
+        self.chain.ended.append(self.numbers)  # no message from here: another call may be under way
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A causal language model whose blocks are elsewhere, as the policy of PPO: a backend of one's own.
+"""The client of a causal language model whose blocks other processes hold: a `LanguageModel` of your own.
 
 python examples/remote_lm.py runs nothing by itself: see examples/remote_backend.py
 
-This side holds what is small: embeddings, the last norm, the output layer, and what is trained: soft prompts (virtual
-tokens in front of every text; Lester et al., 2021) and the output layer. Hidden states and gradients go to the
-servers of `remote_blocks.py` and come back. `RemoteLM` is a `LanguageModel`, `RemoteBlocks` the spec that policies get.
+The client holds the small parts: embeddings, the last norm, the output layer, and soft prompts (virtual tokens in front
+of every text; Lester et al., 2021). The last two are trained. Hidden states and gradients go through the servers of
+`remote_blocks.py`. `RemoteLM` is a `LanguageModel`, and `RemoteBlocks` is the spec that policies get.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ PROBE_TOLERANCE = 1e-3  # of the largest logit: float32 rounds to far less
 
 
 class RemoteLM(nn.Module):
-    """The client of a causal language model whose blocks are elsewhere, and frozen: a `LanguageModel`.
+    """A `LanguageModel` whose frozen blocks other processes run.
 
     Args:
         model: The model without its blocks.
         chain: The servers of the blocks.
-        virtual: The tokens as whose embeddings the virtual tokens begin, as many as these.
-        trains: Whether virtual tokens and output layer are trained; False leaves nothing that learns here.
-        vocab_size: How many tokens the tokenizer has.
+        virtual: The tokens whose embeddings the virtual tokens start from, one each.
+        trains: Whether virtual tokens and output layer are trained; with False nothing here learns.
+        vocab_size: The number of tokens of the tokenizer.
         n_positions: The longest text, in tokens.
 
     Raises:
-        ValueError: If the model has fewer tokens or positions than that, or another kind of output layer than a linear
-            one; or if the longest text does not fit a message.
+        ValueError: If the model has fewer tokens or positions than that, its output layer is not linear, or the longest
+            text does not fit in a message.
     """
 
     is_encoder_decoder = False
@@ -64,14 +64,14 @@ class RemoteLM(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the update, in training mode, must compute what the rollout did
         self.trunk = model.base_model.requires_grad_(False)
-        # A layer of its own, also where the model ties it to the embeddings.
+        # A copy: where the model ties the layer to the embeddings, these stay frozen.
         self.head = copy.deepcopy(model.get_output_embeddings()).requires_grad_(trains)
         embeddings = model.get_input_embeddings().weight
         self.virtual = nn.Parameter(embeddings.detach()[list(virtual)].clone(), requires_grad=trains)  # (n, H)
         self.chain, self.vocab_size, self.hidden_size = chain, vocab_size, embeddings.shape[1]
         self.longest = len(virtual) + n_positions
         self.check_length(n_positions)
-        # A gradient goes with the hidden states that it is of. Refused here rather than at the first long text.
+        # A backward sends the gradient and its hidden states. Refused here rather than at the first long text.
         rows_a_message(torch.empty(1, self.longest, self.hidden_size, device="meta"), 2 if trains else 1)
         self._blocks: Callable[[Tensor], Tensor] = chain
         blocks_of(self.trunk)[2].register_forward_pre_hook(self._through_blocks)
@@ -93,7 +93,7 @@ class RemoteLM(nn.Module):
         return self.virtual.device
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
-        limit = getattr(self.trunk.config, "max_position_embeddings", None)  # none: BLOOM's ALiBi has no limit
+        limit = getattr(self.trunk.config, "max_position_embeddings", None)  # BLOOM's ALiBi has no limit
         total = len(self.virtual) + n_tokens + n_written
         if limit is not None and total > limit:
             fact = f"Expected virtual tokens, prompt and completion in {limit} positions, got up to {total} tokens"
@@ -104,7 +104,8 @@ class RemoteLM(nn.Module):
         return hidden, self.logits(hidden)
 
     def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, None]:
-        return self.run(self.embed(ids))[rows, cols + len(self.virtual)], None  # (N, H)
+        # The virtual tokens shift all columns. (B, n + T, H) -> (N, H)
+        return self.run(self.embed(ids))[rows, cols + len(self.virtual)], None
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)[..., : self.vocab_size]
@@ -113,15 +114,15 @@ class RemoteLM(nn.Module):
         return SessionCache(self)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of whole rows (B, T), virtual tokens first, (B, n + T, H)."""
-        virtual = self.virtual.expand(len(ids), -1, -1)
+        """Return the embeddings of whole rows (B, T) behind the n virtual tokens, (B, n + T, H)."""
+        virtual = self.virtual.expand(len(ids), -1, -1)  # (B, n, H)
         return torch.cat([virtual, self.trunk.get_input_embeddings()(ids)], dim=1)
 
     def run(self, embedded: Tensor, session: Session | None = None) -> Tensor:
-        """Return the hidden states (B, t, H) of embedded rows, or of the tokens by which a session goes on."""
+        """Return the hidden states (B, t, H) of embedded rows, or of a session's new tokens."""
         start = 0 if session is None else session.position
         positions = torch.arange(start, start + embedded.shape[1], device=embedded.device)[None]
-        self._blocks = self.chain if session is None else session
+        self._blocks = self.chain if session is None else session  # called by the hook in front of the last norm
         try:
             return self.trunk(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
         finally:
@@ -132,12 +133,13 @@ class RemoteLM(nn.Module):
 
 
 class SessionCache(RowCache):
-    """Decodes in sessions, each of rows that were equally long when it was opened.
+    """Decodes in sessions of rows that had the same length when the session was opened.
 
-    Servers take no padding masks, and all rows of a session are at one position. So a row that is new, or has outgrown
-    its session, goes into a new one, with all that are new beside it and as long; one that is not gone on with leaves
-    its place empty, and its session ends with the last of its rows. Rows that are the same as before get what they got
-    then. Where a server refuses (its sessions hold too much, empty places included), all rows are read anew, once.
+    Servers take no padding masks, and all rows of a session are at one position. A row that is new, or has outgrown its
+    session, therefore goes into a new session, together with all other new rows of its length. A row that does not grow
+    by one token leaves its slot in the session empty, and the session ends with the last of its rows. A row that is
+    unchanged gets the hidden state of the last step again. If a server refuses (its sessions hold too much, empty slots
+    included), all rows are read anew, once.
     """
 
     backbone: RemoteLM
@@ -145,17 +147,17 @@ class SessionCache(RowCache):
     def drop(self) -> None:
         """Forget everything; the sessions end."""
         super().drop()
-        self.places: dict[int, tuple[Session, int]] = {}  # of each row
-        self.hidden: Tensor | None = None  # (B, H)
+        self.slots: dict[int, tuple[Session, int]] = {}  # of each row: its session, and its row there
+        self.hidden: Tensor | None = None  # (B, H), of the last step
 
     def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            return self._go_on(ids, lengths)
+            return self._read_on(ids, lengths)
         except RefusedError:
             self.drop()
-        return self._go_on(ids, lengths)
+        return self._read_on(ids, lengths)
 
-    def _go_on(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_on(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         lengths = lengths.clamp(min=1)
         growth, counts = torch.stack([self.growth(ids, lengths), lengths]).tolist()
         is_old = [grown == 0 or (grown == 1 and self._has_room(row)) for row, grown in enumerate(growth)]
@@ -165,10 +167,10 @@ class SessionCache(RowCache):
         fresh: dict[int, list[int]] = defaultdict(list)
         for row, grown in enumerate(growth):
             if not is_old[row]:
-                self.places.pop(row, None)
+                self.slots.pop(row, None)
                 fresh[counts[row]].append(row)
             elif grown == 1:
-                going_on[self.places[row][0]].append(row)
+                going_on[self.slots[row][0]].append(row)
         hidden = self.hidden
         hidden = (
             torch.zeros(len(ids), self.backbone.hidden_size, device=ids.device) if hidden is None else hidden.clone()
@@ -182,41 +184,38 @@ class SessionCache(RowCache):
         return hidden, self.backbone.logits(hidden)
 
     def _has_room(self, row: int) -> bool:
-        """Whether a row is in a session, which takes one token more."""
-        return row in self.places and self.places[row][0].position < self.places[row][0].max_length
+        """Return whether a row is in a session that has room for one more token."""
+        return row in self.slots and self.slots[row][0].position < self.slots[row][0].max_length
 
     def _step(self, session: Session, rows: list[int], newest: Tensor) -> Tensor:
-        """Go on with some rows of a session by a token each, (b,); those of its rows that are not among them leave."""
-        for row in [row for row, (other, _) in self.places.items() if other is session and row not in rows]:
-            del self.places[row]
-        places = [self.places[row][1] for row in rows]
-        tokens = newest.new_zeros(session.n_rows, 1)  # an empty place is read on, for nobody
-        tokens[places, 0] = newest
+        """Read one token (b,) for some rows of a session; its other rows leave it. Return hidden states (b, H)."""
+        for row in [row for row, (other, _) in self.slots.items() if other is session and row not in rows]:
+            del self.slots[row]
+        slots = [self.slots[row][1] for row in rows]
+        tokens = newest.new_zeros(session.n_rows, 1)  # an empty slot reads token 0, and its result is dropped
+        tokens[slots, 0] = newest
         embedded = self.backbone.trunk.get_input_embeddings()(tokens)
-        return self.backbone.run(embedded, session)[places, 0]
+        return self.backbone.run(embedded, session)[slots, 0]
 
     def _open(self, rows: list[int], ids: Tensor) -> Tensor:
-        """Read new rows, all of one length, (b, T), in new sessions: as few as messages hold."""
+        """Read new rows of one length, (b, T), in new sessions, each as large as a message; return (b, H)."""
         embedded, results = self.backbone.embed(ids), []
-        for part, own in zip(
-            embedded.split(rows_a_message(embedded)),
-            torch.tensor(rows).split(rows_a_message(embedded)),
-            strict=True,
-        ):
-            session = self.backbone.chain.open(len(part), max(self.backbone.longest, 2 * part.shape[1]))
-            results.append(self.backbone.run(part, session)[:, -1])
-            self.places.update({row: (session, place) for place, row in enumerate(own.tolist())})
+        size = rows_a_message(embedded)
+        for chunk, rows_of_chunk in zip(embedded.split(size), torch.tensor(rows).split(size), strict=True):
+            session = self.backbone.chain.open(len(chunk), max(self.backbone.longest, 2 * chunk.shape[1]))
+            results.append(self.backbone.run(chunk, session)[:, -1])  # at the last token
+            self.slots.update({row: (session, slot) for slot, row in enumerate(rows_of_chunk.tolist())})
         return torch.cat(results)
 
 
 def load_without_blocks(folder: str) -> tuple[PreTrainedModel, int]:
-    """Return the rest of a causal model, and how many blocks it has."""
+    """Return a causal model without its blocks, and their number."""
     config = AutoConfig.from_pretrained(folder)
     if config.is_encoder_decoder:
         raise ValueError(f"Expected a causal model in {folder}, got an encoder-decoder.")
     n_blocks, config.num_hidden_layers = config.num_hidden_layers, 0
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the blocks' weights, which it finds besides, are no surprise
+    transformers_logging.set_verbosity_error()  # no warning of the blocks' unused weights
     try:
         model, keys = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True
@@ -230,16 +229,15 @@ def load_without_blocks(folder: str) -> tuple[PreTrainedModel, int]:
 
 @dataclass(frozen=True)
 class RemoteBlocks:
-    """The spec of a `RemoteLM`, for `policy_kwargs=dict(lm=...)`; it pickles, and connects again when it is built.
+    """The spec of a `RemoteLM`, for `policy_kwargs=dict(lm=...)`; it can be pickled, and connects when it is built.
 
     Args:
-        folder: Where the model is saved; its blocks are not read.
-        addresses: The servers', in any order.
-        key_file: The file with the key, which is not pickled.
-        virtual: Tokens as whose embeddings the virtual tokens in front of every text begin: one of them several times,
-            or those of an instruction.
+        folder: The folder of the model; its blocks are not read.
+        addresses: The host and port of each server, in any order.
+        key_file: The file of the key; the key itself is not pickled.
+        virtual: The tokens whose embeddings the virtual tokens start from: one token several times, or an instruction.
         trains: Whether virtual tokens and output layer are trained.
-        seconds: How long a server may be silent where something is expected of it.
+        seconds: The longest silence of a server that is to answer.
     """
 
     folder: str
@@ -250,7 +248,7 @@ class RemoteBlocks:
     seconds: float = 60.0
 
     def build_backend(self, vocab_size: int, n_positions: int) -> RemoteLM:
-        """Connect, and load what is this side's of the model."""
+        """Connect to the servers, and load the client's part of the model."""
         model, n_blocks = load_without_blocks(self.folder)
         key, traffic = read_key(self.key_file), Counter[tuple[str, str]]()
         servers = [Server(tuple(address), key, self.seconds, traffic) for address in self.addresses]

@@ -1,10 +1,10 @@
-"""What crosses the wire between a language model's client and the servers of its blocks: tensors and a line of JSON.
+"""The messages between a language model's client and the servers of its blocks, and the server's loop.
 
 python examples/remote_wire.py runs nothing by itself: see examples/remote_backend.py
 
 A message is a safetensors file: float32 tensors (B, T, H), and JSON as the bytes of a tensor `header`. Nothing is ever
-unpickled. This module needs torch and safetensors alone, so that whoever holds the blocks may live in an environment
-of its own, with the versions that it wants.
+unpickled. This module needs torch and safetensors alone, so that a server may run in an environment of its own, with
+other versions of transformers.
 
 ======== ======================= ================================= =============================================
 verb     in the header           tensors                           answer
@@ -18,7 +18,7 @@ step     `session`               hidden (B, t, H) of new tokens    hidden (B, t,
 close    `sessions`                                                nothing
 ======== ======================= ================================= =============================================
 
-All rows of a session are at one position, and there are no padding masks. What goes wrong is answered by `error`.
+All rows of a session are at one position, and there are no padding masks. The answer to a failed request has `error`.
 """
 
 from __future__ import annotations
@@ -43,34 +43,36 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-MAX_BYTES = 1 << 26  # of a message
-HEADER_BYTES = 1 << 12  # what header and safetensors' own add to the tensors, at most
-MAX_HELD = 1 << 20  # tokens that the open sessions of a connection may come to hold
-KEY_BYTES = 16  # of a key, at least
-HANDSHAKE_SECONDS = 10.0  # which a client may be silent before it has proved that it knows the key
-CLOSED = (None, errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # of a listener; others pass, such as too many open files
+MAX_BYTES = 1 << 26  # the longest message: 64 MiB, against a client that fills the server's memory
+HEADER_BYTES = 1 << 12  # the most that `header` and the header of safetensors add to the tensors
+MAX_HELD = 1 << 20  # tokens that the open sessions of a connection may hold
+KEY_BYTES = 16  # the shortest key: 128 bits cannot be guessed
+HANDSHAKE_SECONDS = 10.0  # the longest silence of a client that has not yet proved to know the key
+CLOSED = (None, errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # a closed listener; other errors, as EMFILE, pass
 
 
 class MessageError(ValueError):
-    """A message is not what it should be."""
+    """A message breaks the protocol; the text says how."""
 
 
 class Message(NamedTuple):
-    """One direction of an exchange."""
+    """A request or an answer."""
 
     header: dict[str, Any]
     tensors: dict[str, Tensor]  # float32, (B, T, H)
 
     def pack(self) -> bytes:
-        """Return it as bytes.
+        """Return the message as bytes.
 
         Raises:
             MessageError: If it is too large.
         """
         header = torch.frombuffer(bytearray(json.dumps(self.header).encode()), dtype=torch.uint8)
-        # Copied: two that are one in memory are refused by safetensors, as a gradient may be.
-        plain = torch.contiguous_format
-        tensors = {name: one.detach().float().cpu().clone(memory_format=plain) for name, one in self.tensors.items()}
+        # Copied, since safetensors refuses tensors that share memory, and a gradient may share that of another tensor.
+        contiguous = torch.contiguous_format
+        tensors = {
+            name: tensor.detach().float().cpu().clone(memory_format=contiguous) for name, tensor in self.tensors.items()
+        }
         data = safetensors.torch.save({"header": header, **tensors})
         if len(data) > MAX_BYTES:
             raise MessageError(f"Expected a message of at most {MAX_BYTES:,} bytes, got {len(data):,}.")
@@ -78,17 +80,17 @@ class Message(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Message:
-        """Return the message of some bytes.
+        """Return the message that bytes hold.
 
         Raises:
-            MessageError: If they are none.
+            MessageError: If they hold none.
         """
         try:
             tensors = safetensors.torch.load(data)
             header = json.loads(bytes(tensors.pop("header").tolist()))
         except (SafetensorError, KeyError, ValueError) as error:
             raise MessageError(f"Expected a safetensors file with JSON in `header`, got: {error!r:.200}") from error
-        wrong = [name for name, one in tensors.items() if one.dtype != torch.float32 or one.ndim != 3]
+        wrong = [name for name, tensor in tensors.items() if tensor.dtype != torch.float32 or tensor.ndim != 3]
         if not isinstance(header, dict) or wrong:
             raise MessageError(f"Expected float32 tensors (B, T, H) and an object in `header`, got {wrong or header}.")
         return cls(header, tensors)
@@ -98,7 +100,7 @@ def read_key(file: str | Path) -> bytes:
     """Return the key in a file.
 
     Raises:
-        ValueError: If it is so short that it can be guessed.
+        ValueError: If it is shorter than `KEY_BYTES`.
     """
     key = Path(file).read_bytes()
     if len(key) < KEY_BYTES:
@@ -107,34 +109,35 @@ def read_key(file: str | Path) -> bytes:
 
 
 def limit(connection: Connection, seconds: float | None) -> None:
-    """Let each read and write of a connection end with `BlockingIOError` after so long a silence; None: never."""
+    """Make reads and writes of a connection raise `BlockingIOError` after that silence; None waits for ever."""
+    # `Connection` has no timeout of its own, so the socket gets it. `fileno` is duplicated: the socket closes its own.
     whole, rest = divmod(0 if seconds is None else max(1, round(seconds * 1e6)), 10**6)
-    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            same.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, rest))  # a timeval
+            duplicate.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, rest))  # a timeval
 
 
 class Host(Protocol):
-    """Whoever holds the blocks `first` to `last` - 1 of a model."""
+    """The holder of the blocks `first` to `last` - 1 of a model."""
 
     first: int
     last: int
     hidden_size: int
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return what is behind the last block, (B, T, H)."""
+        """Return the hidden states behind the last block, (B, T, H)."""
         ...
 
     def backward(self, hidden: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient by `hidden`, given that of what `forward` returns for it."""
+        """Return the gradient with respect to `hidden`, given that of the result of `forward`."""
         ...
 
     def open(self, max_length: int) -> Any:
-        """Return what is to be kept of a new session, for at most `max_length` tokens a row."""
+        """Return the state of a new session, for at most `max_length` tokens per row."""
         ...
 
     def step(self, session: Any, hidden: Tensor) -> Tensor:
-        """Go on with a session by the hidden states of new tokens, (B, t, H); return what is behind the last block."""
+        """Read the hidden states of a session's new tokens, (B, t, H); return those behind the last block."""
         ...
 
 
@@ -147,7 +150,7 @@ class _Session:
 
 
 class _Talk:
-    """The exchanges of one connection; its sessions end with it."""
+    """The requests of one connection, and its sessions, which end with it."""
 
     def __init__(self, host: Host, lock: threading.Lock, max_held: int) -> None:
         self.host, self.lock, self.max_held = host, lock, max_held
@@ -162,7 +165,7 @@ class _Talk:
                 raise MessageError(f"Expected a known verb, got {verb!r:.80}.")
             with self.lock:  # one computation at a time
                 return getattr(self, verb)(message).pack()
-        except Exception as error:  # the client is told; a shape that the model cannot take is its mistake, not ours
+        except Exception as error:  # the client's mistake, such as a shape that the model cannot take
             return Message({"error": f"{type(error).__name__}: {error}"[:2000]}, {}).pack()
 
     def about(self, message: Message) -> Message:
@@ -180,7 +183,7 @@ class _Talk:
 
     def open(self, message: Message) -> Message:
         rows, max_length = self._numbers(message, "rows", "max_length")
-        held = sum(one.rows * one.max_length for one in self.sessions.values()) + rows * max_length
+        held = sum(session.rows * session.max_length for session in self.sessions.values()) + rows * max_length
         if min(rows, max_length) < 1 or held > self.max_held:
             raise MessageError(
                 f"Expected sessions of 1 to {self.max_held:,} tokens in all, got {held:,}. Close some, or start the "
@@ -200,7 +203,7 @@ class _Talk:
                 f"Expected {session.rows} rows and at most {session.max_length - session.position} tokens more, got "
                 f"{tuple(hidden.shape)}."
             )
-        del self.sessions[number]  # unless the step succeeds: a part of it may be done
+        del self.sessions[number]  # a step that fails may have changed part of the state
         result = self.host.step(session.state, hidden)
         session.position += hidden.shape[1]
         self.sessions[number] = session
@@ -212,27 +215,27 @@ class _Talk:
         return Message({}, {})
 
     def _tensors(self, message: Message, *names: str) -> list[Tensor]:
-        given = {name: tuple(tensor.shape) for name, tensor in message.tensors.items()}
-        fits = all(shape[-1] == self.host.hidden_size and min(shape) > 0 for shape in given.values())
-        if given.keys() != set(names) or not fits:
-            raise MessageError(f"Expected {names}, each (B, T, {self.host.hidden_size}), got {given}.")
+        shapes = {name: tuple(tensor.shape) for name, tensor in message.tensors.items()}
+        fits = all(shape[-1] == self.host.hidden_size and min(shape) > 0 for shape in shapes.values())
+        if shapes.keys() != set(names) or not fits:
+            raise MessageError(f"Expected {names}, each (B, T, {self.host.hidden_size}), got {shapes}.")
         return [message.tensors[name] for name in names]
 
     def _numbers(self, message: Message, *names: str) -> list[int]:
-        given = [message.header.get(name) for name in names]
-        if any(type(one) is not int for one in given):
-            raise MessageError(f"Expected whole numbers for {names}, got {given!r:.200}.")
-        return given
+        numbers = [message.header.get(name) for name in names]
+        if any(type(number) is not int for number in numbers):  # not isinstance: a bool is an int
+            raise MessageError(f"Expected whole numbers for {names}, got {numbers!r:.200}.")
+        return numbers
 
 
 def serve(listener: Listener, key: bytes, host: Host, max_held: int = MAX_HELD) -> None:
-    """Answer all who connect and know the key, each in a thread of its own, for ever or until the listener closes.
+    """Answer each client that knows the key, in a thread of its own, until the listener is closed.
 
     Args:
-        listener: Made without an `authkey`: the handshake of one who is silent must not keep others waiting.
-        key: What both sides know.
-        host: Whoever holds the blocks.
-        max_held: How many tokens the open sessions of a connection may come to hold, empty places included.
+        listener: A listener without an `authkey`, whose handshake would let a silent client keep all others waiting.
+        key: The key that both sides know.
+        host: The holder of the blocks.
+        max_held: The most tokens that the open sessions of a connection may hold, empty slots included.
     """
     lock = threading.Lock()
     while True:
@@ -241,7 +244,7 @@ def serve(listener: Listener, key: bytes, host: Host, max_held: int = MAX_HELD) 
         except OSError as error:
             if error.errno in CLOSED:
                 return
-            time.sleep(0.1)  # whoever connects too often must not end it for the others
+            time.sleep(0.1)  # too many open connections end neither the server nor the others
             continue
         threading.Thread(target=_talk, args=(connection, key, _Talk(host, lock, max_held)), daemon=True).start()
 

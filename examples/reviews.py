@@ -1,4 +1,4 @@
-"""A language model learns to write film reviews in a better mood; another model than the one that paid it judges.
+"""A language model learns to write favourable film reviews; a judge that gave no reward measures them.
 
     python examples/reviews.py --data FOLDER
 
@@ -7,18 +7,18 @@ FOLDER holds rt-polarity.pos and rt-polarity.neg (the sentence polarity data set
 
 1. A small GPT-2, with a tokenizer of its own, learns to write reviews from all sentences, good and bad.
 2. A classifier learns from one half of the labelled sentences: its probability of "positive" is the reward. Another
-   classifier learns from the other half: it is the judge, and nothing is trained on what it says.
+   classifier, the judge, learns from the other half; nothing is trained on its answers.
 3. PPO tunes the model with that reward and a penalty on its divergence from the model of step 1.
-4. Both models continue the first words of held-out reviews, which none of them has seen.
+4. The models of steps 1 and 3 continue the first words of held-out reviews, which none of the models has seen.
 
-Expect, in ten minutes of processor time: the judge's mean probability of "positive" goes from 0.49 to 0.70, the reward
+Expect, in ten minutes on one core: the judge's mean probability of "positive" goes from 0.49 to 0.70, the reward
 from 0.49 to 0.80, the perplexity under the model of step 1 from 351 to 287, distinct-2 from 0.88 to 0.83; the texts
-become half as long. A model from scratch that has read 9,600 sentences one and a half times writes no good English,
-before or after.
+become half as long. A model that has read 9,600 sentences one and a half times, and nothing else, does not write good
+English, before or after.
 
 Printed and kept in `--out`: the table before/after with 95 % intervals (results.md, results.json), curves.png, and the
-models as Hugging Face folders. After Ctrl-C the same command goes on: stages that are done are found in `--out`, and
-PPO goes on from its last checkpoint (the curves then begin there).
+models as Hugging Face folders. After Ctrl-C the same command resumes: finished stages are found in `--out`, and PPO
+continues from its last checkpoint (the curves then begin there).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from textenv.tasks.reviews import LABELS, Review, Reviews, part_of, read_reviews
 
 
 class Size(NamedTuple):
-    """How large the models are, and how long they learn."""
+    """The size of the models, and the length of their training."""
 
     vocab_size: int
     n_layers: int
@@ -86,7 +86,7 @@ class Judge:
 
 
 def tune(reviews: Sequence[Review], held_out: Sequence[Review], folder: Path, size: Size, seed: int) -> dict[str, Any]:
-    """Let a fresh GPT-2 learn to write reviews."""
+    """Train a fresh GPT-2 to write reviews."""
     config = GPT2Config(
         vocab_size=size.vocab_size,
         n_positions=size.n_positions,
@@ -95,7 +95,7 @@ def tune(reviews: Sequence[Review], held_out: Sequence[Review], folder: Path, si
         n_head=max(1, size.width // 64),
         bos_token_id=0,  # of the tokenizer that `tune` trains
         eos_token_id=0,
-        resid_pdrop=0.0,  # too few passes to learn anything by heart
+        resid_pdrop=0.0,  # no dropout: too few passes to overfit
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
@@ -153,7 +153,7 @@ def classify(
 
 
 def reinforce(data: str, out: Path, size: Size, seed: int, console: Console) -> Evaluation:
-    """Tune with PPO; measure before and after on held-out prompts."""
+    """Tune with PPO, and measure before and after on held-out prompts."""
     tuned = str(out / "tuned")
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     limits = {"max_new_tokens": size.max_new_tokens, "max_prompt_tokens": 24, "truncation_side": "left"}

@@ -1,13 +1,13 @@
-"""RL4LMs' synthetic tasks: a model learns to write increasing numbers, or a date, from nothing but the reward.
+"""RL4LMs' synthetic tasks: a model learns to write increasing numbers, or a date, from the reward alone.
 
     python examples/synthetic.py --task increasing_numbers
     python examples/synthetic.py --task dates
 
-RL4LMs trains gpt2 from the hub, whose texts begin at its end token (`--lm gpt2` does that here). Without a network a
-small GPT-2 is first trained for some seconds on random words with numbers, or with years and dates, among them, so that
-there is something to find. Then PPO, with a KL penalty, on the rewards as RL4LMs defines them; the most possible is 1.
-Expect, of seed 0: dates from 0.08 to 0.82 in less than a minute of one core. Increasing numbers rise more slowly:
-from 0.11 to 0.36 in a trial of 64,000 tokens, and the default is 160,000.
+RL4LMs trains gpt2 from the hub, whose texts begin at its end token (`--lm gpt2` does that here). To need no network, a
+small GPT-2 is first trained for some seconds on random words, with numbers or with years and dates among them, so that
+some of its texts earn a reward. PPO with a KL penalty then trains on the rewards as RL4LMs defines them; the highest
+possible is 1. Expect, with seed 0: dates from 0.08 to 0.82 in less than a minute on one core. Increasing numbers rise
+more slowly: from 0.11 to 0.36 in a trial of 64,000 tokens; the default is 160,000.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ N_SAMPLES = 200
 
 
 class Settings(NamedTuple):
-    """What differs between the tasks."""
+    """The settings that differ between the tasks."""
 
     name: str
     learning_rate: float
@@ -62,7 +62,7 @@ TASKS = {
 
 
 def small_model(task: str, folder: Path, smoke: bool) -> Path:
-    """Train a tokenizer and a GPT-2 on random texts, and return their folder; what is there already is kept."""
+    """Return the folder of a tokenizer and a GPT-2 trained on random texts; train them if it does not exist."""
     if folder.is_dir():
         return folder
     texts = random_texts(TASKS[task].name, 500 if smoke else 6_000)
@@ -72,7 +72,7 @@ def small_model(task: str, folder: Path, smoke: bool) -> Path:
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, bos_token_id=eos, eos_token_id=eos, **shape)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)
-    # As GPT-2's: a text begins behind the end token of the one before it.
+    # As in GPT-2's training data, a text begins behind the end token of the text before it.
     pretrain(model, tokenizer, [tokenizer.eos_token + text for text in texts], n_epochs=1.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -81,7 +81,7 @@ def small_model(task: str, folder: Path, smoke: bool) -> Path:
 
 @dataclass
 class Dealt(BatchReward):
-    """A control: each text of a rollout gets the reward of another one, so that there is nothing to learn from."""
+    """A control: the rewards of a rollout are shuffled over its texts, so that there is nothing to learn."""
 
     reward: BatchReward
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -92,7 +92,7 @@ class Dealt(BatchReward):
 
 
 def training_env(env: TextEnv, control: bool) -> TextEnv:
-    """Return the env to train on: the task's own, or for a control one with rewards dealt at random."""
+    """Return the env to train on: the task's own, or for a control one with shuffled rewards."""
     if not control:
         return env
     return TextEnv(
@@ -104,17 +104,17 @@ def training_env(env: TextEnv, control: bool) -> TextEnv:
 
 
 def measure(model, env: TextEnv, tokenizer: PreTrainedTokenizerBase, seed: int, **kwargs) -> Evaluation:
-    """Write 200 texts and score them by the task's reward."""
+    """Write 200 texts, and score them by the task's reward."""
     return evaluate(model, env.prompts, tokenizer, [Distinct()], n=N_SAMPLES, env=env, seed=seed, **kwargs)
 
 
 def report(figures: dict[str, float], before: Evaluation, after: Evaluation) -> str:
-    """Return figures and samples as Markdown."""
+    """Return the figures, and some samples, as Markdown."""
     lines = ["| policy | reward |", "|---|---|"]
     lines += [f"| {name} | {figures[name]:.3f} |" for name in ("random weights", "before", "after", "most possible")]
     lines += ["", after.to_markdown(), "", "| before | after |", "|---|---|"]
     pairs = zip(before.generations[:3], after.generations[:3], strict=True)
-    lines += [f"| {' | '.join(' '.join(one.text.split()) for one in pair)} |" for pair in pairs]
+    lines += [f"| {' | '.join(' '.join(sample.text.split()) for sample in pair)} |" for pair in pairs]
     lines += ["", f"{figures['distinct texts']:.0f} of {N_SAMPLES} texts after training are distinct."]
     return "\n".join(lines)
 
@@ -125,8 +125,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the seed of training and sampling (default: 0)")
     parser.add_argument("--out", type=Path, help="where the results go (default: runs/<task>)")
     parser.add_argument("--lm", help="a model's name on the hub, or its folder, in place of the small one")
-    parser.add_argument("--learning-rate", type=float, help="where it starts; it falls to 0 (1e-5 suits gpt2)")
-    parser.add_argument("--tokens", type=int, help="how many tokens to train on")
+    parser.add_argument(
+        "--learning-rate", type=float, help="the first learning rate, which falls to 0 (1e-5 suits gpt2)"
+    )
+    parser.add_argument("--tokens", type=int, help="the number of tokens to train on")
     parser.add_argument("--control", action="store_true", help="deal the rewards to the texts at random")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
@@ -154,8 +156,8 @@ def main() -> None:
         target_kl=0.1,
     )
     fresh = make_agent(env, model.policy.backbone.model.config, seed=args.seed)
-    random, before = (measure(one, env, tokenizer, args.seed) for one in (fresh, model))
-    # RL4LMs': 0.02, made smaller by some percent a rollout for as long as a token costs less than 2 nats.
+    random, before = (measure(agent, env, tokenizer, args.seed) for agent in (fresh, model))
+    # RL4LMs starts at 0.02, and lowers it by some percent each rollout while the divergence is below 2 nats per token.
     penalty = KLPenalty(AdaptiveCoef(init=0.02, target=2.0 * env.rules.max_new_tokens, horizon=10 * model.n_envs))
     curves = RewardCurves(out / "curves.png", title=f"PPO on {args.task.replace('_', ' ')}")
     n_tokens = args.tokens or (2048 if args.smoke else settings.n_tokens)
@@ -166,7 +168,7 @@ def main() -> None:
         "before": before.figures["reward"].value,
         "after": after.figures["reward"].value,
         "most possible": 1.0,
-        "distinct texts": len({one.text for one in after.generations}),
+        "distinct texts": len({sample.text for sample in after.generations}),
         "tokens": model.num_timesteps,
         "seconds": round(time.perf_counter() - start, 1),
     }

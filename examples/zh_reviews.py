@@ -1,24 +1,25 @@
-"""A language model learns to write pleased reviews in Chinese, from rankings: reward model, PPO, and a second judge.
+"""A language model learns from rankings to write favourable Chinese reviews: reward model, PPO, and a judge.
 
     python examples/zh_reviews.py --data FOLDER
 
-FOLDER holds ranked.tsv: Chinese reviews, several a line with tabs between, the best first.
+FOLDER holds ranked.tsv: lines of several Chinese reviews separated by tabs, the best first.
 
-1. A fresh GPT-2, one token a character, learns to write the reviews.
+1. A fresh GPT-2 with one token per character learns to write the reviews.
 2. Two reward models learn from the rankings, each from its own half of the lines: the first is the reward, the second
-   is the judge. No review is in both halves, and none of the lines on which both are measured is in either. Beside them
-   stands a logistic regression on the differences in characters and pairs of characters.
+   the judge. No review is in both halves, and both are measured on lines of neither. The baseline is a logistic
+   regression on the differences in characters and pairs of characters.
 3. PPO tunes the model with that reward and a penalty on its divergence from the model of step 1. Each iteration prints
    its mean reward and five random texts.
-4. Both models go on from beginnings of reviews: of held-out ones (some others begin alike), and the four of `PROMPTS`.
+4. The models of steps 1 and 3 continue the beginnings of held-out reviews (other reviews may begin alike), and the four
+   of `PROMPTS`.
 
-Expect, in about six minutes of one core: both reward models put 82 to 84 % of the held-out pairs into the right order,
-the baseline 83 to 85 %; on held-out beginnings the judge's mean score rises from 0.1 to 1.1, where 0 and 1 are the mean
-and the spread of its scores of real reviews.
+Expect, in about six minutes on one core: both reward models put 82 to 84 % of the held-out pairs into the right order,
+the baseline 83 to 85 %; on held-out beginnings the judge's mean score rises from 0.1 to 1.1, in standard deviations of
+its scores of real reviews from their mean.
 
 Printed and kept in `--out`: the tables (results.md, results.json), the log of samples (samples.log), curves.png, and
-all models as Hugging Face folders. After Ctrl-C the same command goes on: stages that are done are found in `--out`,
-tuning and PPO go on where they were last saved (the curves then begin there).
+all models as Hugging Face folders. After Ctrl-C the same command resumes: finished stages are found in `--out`, and
+tuning and PPO continue where they were last saved (the curves then begin there).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ Rows = Sequence[Sequence[str]]  # rankings, the best review first
 
 
 class Size(NamedTuple):
-    """How large the model is, and how long it learns."""
+    """The size of the model, and the length of its training."""
 
     width: int
     tuning_epochs: float
@@ -75,8 +76,8 @@ class Size(NamedTuple):
     n_iterations: int  # of PPO
     n_texts: int  # of an evaluation
     n_envs: int = 64
-    n_characters: int = 64  # of a review that are read
-    n_opening: int = 3  # of them are a prompt
+    n_characters: int = 64  # a review is cut there
+    n_opening: int = 3  # characters of a review that are a prompt
     max_new_tokens: int = 32
 
 
@@ -89,7 +90,7 @@ N_SAMPLES = 5  # printed of each iteration
 
 
 class EpochLog(BaseCallback):
-    """Prints the mean reward of each iteration's episodes and some of their texts, and adds them to a file."""
+    """Prints each iteration's mean reward and some of its texts, and appends them to a file."""
 
     def __init__(self, file: Path, seed: int) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class EpochLog(BaseCallback):
         epoch = self.num_timesteps // (self.model.n_steps * self.model.n_envs) - 1
         mean = np.mean([info["episode"]["r"] for info in self.infos])
         samples = self.random.sample(self.infos, min(N_SAMPLES, len(self.infos)))
-        texts = [f"{place}. {info['prompt']}{info['text']}" for place, info in enumerate(samples, start=1)]
+        texts = [f"{number}. {info['prompt']}{info['text']}" for number, info in enumerate(samples, start=1)]
         head = f"epoch {epoch} mean-reward: {mean:.4f}\nRandom Sample {len(texts)} text(s) of model output:"
         lines = "\n".join([head, *texts])
         print(lines)
@@ -114,21 +115,21 @@ class EpochLog(BaseCallback):
 
 
 class NGrams:
-    """The baseline: a weight for each character and pair of characters; a review's score is the sum of those it has.
+    """The baseline: a weight for each character and pair of characters; the score of a review is the sum of its own.
 
-    It is a logistic regression on what the better review has and the worse one has not.
+    It is logistic regression on the n-grams in which the better and the worse review differ.
 
     Args:
-        rankings: What it learns from.
+        rankings: The rankings to learn from.
         min_count: Rarer n-grams have no weight.
-        decay: Of the weights.
+        decay: The factor of the squared weights in the loss.
     """
 
     def __init__(self, rankings: Rows, min_count: int = 3, decay: float = 1e-3) -> None:
         texts = [text for ranking in rankings for text in ranking]
         counts = Counter(gram for text in texts for gram in self.grams(text))
-        self.places = {gram: i for i, gram in enumerate(g for g, count in counts.items() if count >= min_count)}
-        self.weight = torch.zeros(len(self.places), 1, requires_grad=True)
+        self.index = {gram: i for i, gram in enumerate(g for g, count in counts.items() if count >= min_count)}
+        self.weight = torch.zeros(len(self.index), 1, requires_grad=True)
         optimizer = torch.optim.LBFGS([self.weight], max_iter=50, line_search_fn="strong_wolfe")
         bags, [better, worse] = self.bags(texts), torch.tensor(pairs(rankings)).T
 
@@ -146,7 +147,7 @@ class NGrams:
         return sorted({*text, *map("".join, itertools.pairwise(text))})
 
     def bags(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        known = [[self.places[gram] for gram in self.grams(text) if gram in self.places] for text in texts]
+        known = [[self.index[gram] for gram in self.grams(text) if gram in self.index] for text in texts]
         starts = np.cumsum([0, *map(len, known[:-1])])
         return torch.tensor([i for row in known for i in row]), self.weight, torch.tensor(starts)
 
@@ -158,7 +159,7 @@ class NGrams:
 class Judge:
     """The metric `judge`: the mean score of prompt and text by a reward model.
 
-    0 and 1 are the mean and the spread of its training texts.
+    Scores are in standard deviations of the training texts' scores from their mean.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -174,25 +175,25 @@ class Judge:
 
 
 def pairs(rankings: Rows) -> list[tuple[int, int]]:
-    """Return all pairs of a better and a worse review of the same ranking, as places among all reviews."""
+    """Return all pairs of a better and a worse review of one ranking, as indices among all reviews."""
     starts = np.cumsum([0, *map(len, rankings)]).tolist()
-    within = [(start, Ranking(ranking).pairs()) for start, ranking in zip(starts, rankings, strict=False)]
-    return [(start + better, start + worse) for start, both in within for better, worse in both]
+    per_ranking = [(start, Ranking(ranking).pairs()) for start, ranking in zip(starts, rankings, strict=False)]
+    return [(start + better, start + worse) for start, indices in per_ranking for better, worse in indices]
 
 
 def measure(score: Callable[[Sequence[str]], np.ndarray], rankings: Rows) -> dict[str, float]:
-    """Return how often the better review scores higher: over all pairs, and the best against the worst of each line."""
+    """Return how often the better review scores higher: of all pairs, and of the best and the worst of each line."""
     scores = score([text for ranking in rankings for text in ranking])
     [better, worse], ends = np.array(pairs(rankings)).T, np.cumsum([len(ranking) for ranking in rankings])
     best, worst = scores[np.array([0, *ends[:-1]])], scores[ends - 1]
     accuracy = pair_accuracy(scores[better] - scores[worse])
-    low, high = wilson_interval(accuracy, len(rankings))  # a line is one trial: too wide rather than too narrow
+    low, high = wilson_interval(accuracy, len(rankings))  # a line counts as one trial, since its pairs share reviews
     extremes = pair_accuracy(best - worst)
     return {"accuracy": accuracy, "low": low, "high": high, "best_against_worst": extremes, "n_pairs": len(better)}
 
 
 def tune(parts: dict[str, Rows], folder: Path, size: Size, seed: int) -> dict[str, Any]:
-    """Let a fresh GPT-2 learn to write reviews; a tokenizer is made of their characters."""
+    """Train a fresh GPT-2 to write reviews, with a tokenizer of their characters."""
     texts, held_out = (
         [text for name in names for ranking in parts[name] for text in ranking]
         for names in (("reward", "judge"), ("held_out",))
@@ -207,7 +208,8 @@ def tune(parts: dict[str, Rows], folder: Path, size: Size, seed: int) -> dict[st
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    # As answers to their first characters, long ones lose their end, end token included, and nothing begins midway.
+    # As answers to their first character, long reviews lose their end; as texts they would be split, and the model
+    # would learn to begin midway.
     tuned = sft.tune(
         config,
         [(text[:1], text[1:]) for text in texts],
@@ -226,7 +228,7 @@ def tune(parts: dict[str, Rows], folder: Path, size: Size, seed: int) -> dict[st
 
 
 def learn_rankings(rankings: Rows, tuned: Path, folder: Path, size: Size, seed: int) -> dict[str, Any]:
-    """Train a reward model that starts from the language model; it learns from each place of a text on."""
+    """Train a reward model that starts from the language model; its loss is over all tokens, not the last alone."""
     trained = train_reward_model(
         tuned,
         AutoTokenizer.from_pretrained(tuned),
@@ -242,7 +244,7 @@ def learn_rankings(rankings: Rows, tuned: Path, folder: Path, size: Size, seed: 
 
 
 def compare(parts: dict[str, Rows], out: Path) -> dict[str, Any]:
-    """Measure both reward models, and the baseline on the reviews of the first, on the held-out rankings."""
+    """Measure both reward models and the baseline, which has the reward's half, on the held-out rankings."""
     scorers = {
         "reward model": Judge(out / "reward").score,
         "judge": Judge(out / "judge").score,
@@ -261,7 +263,7 @@ def accuracy_table(figures: dict[str, Any]) -> str:
 
 
 def reinforce(parts: dict[str, Rows], out: Path, size: Size, seed: int, console: Console) -> dict[str, Evaluation]:
-    """Tune with PPO; measure before and after, on held-out beginnings and on the four of `PROMPTS`."""
+    """Tune with PPO, and measure before and after on held-out beginnings and on the four of `PROMPTS`."""
     tuned = out / "tuned"
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tuned)
     reward = Preference(out / "reward", stats="stored")
@@ -306,7 +308,9 @@ def reinforce(parts: dict[str, Rows], out: Path, size: Size, seed: int, console:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds ranked.tsv")
-    parser.add_argument("--seed", type=int, default=0, help="of the halves, all training and sampling (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the seed of the halves, all training and sampling (default: 0)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/zh_reviews"), help="where the results go")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few steps, to see that everything runs")
     return parser.parse_args()
@@ -330,9 +334,9 @@ def main() -> None:
         )
     accuracies = stage(out / "accuracies.json", lambda: compare(parts, out))
     after = reinforce(parts, out, size, args.seed, console)
-    tables = [accuracy_table(accuracies), *(f"{name}:\n\n{one.to_markdown()}" for name, one in after.items())]
+    tables = [accuracy_table(accuracies), *(f"{name}:\n\n{result.to_markdown()}" for name, result in after.items())]
     (out / "results.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    results = {"accuracies": accuracies, **{name: one.to_dict() for name, one in after.items()}}
+    results = {"accuracies": accuracies, **{name: result.to_dict() for name, result in after.items()}}
     (out / "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print((out / "results.md").read_text(encoding="utf-8"))
     print(f"{time.perf_counter() - start:.0f} seconds; curves, log of samples and models are in {out}")

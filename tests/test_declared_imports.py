@@ -162,7 +162,7 @@ def test_what_is_imported_is_declared(files, known):
     assert_none(undeclared(files, known, LATE))
     assert_none(unsaid(files, known))
     fewer = known._replace(required=known.required - {"tokenizers"})
-    assert {problem.split(":")[0] for problem in undeclared(files, fewer, LATE)} == {"agents/from_scratch.py"}
+    assert {problem.split(":")[0] for problem in undeclared(files, fewer, LATE)} == {"agents/small_tokenizers.py"}
 
 
 def test_what_loads_late_is_there_and_loads_late(files):

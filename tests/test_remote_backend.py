@@ -201,7 +201,7 @@ def test_what_is_decoded_crosses_once_and_sessions_end(remote):
             cache.read(ids, torch.full((4,), length))  # again: nothing is asked
         payload = 3 * 2 * 2 * 4 * lm.hidden_size * 4  # steps, servers, directions, rows
         assert payload < lm.chain.traffic["step", "bytes"] - before < payload + 12 * 400
-        assert len({id(session) for session, _ in cache.places.values()}) == 1
+        assert len({id(session) for session, _ in cache.slots.values()}) == 1
         cache.drop()
         assert len(lm.chain.ended) == 1
         cache.read(ids, torch.full((4,), 2))

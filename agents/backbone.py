@@ -189,23 +189,23 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def _probe(self) -> None:
         """Find out, on a few tokens, how this model can be read: see the class."""
-        places = self.probe_places()
+        inputs = self.probe_places()
         was_training = self.model.training
         self.model.eval()
         head = self.model.get_output_embeddings()
-        largest = float(head(self.read(*places)[0]).abs().max())
+        largest = float(head(self.read(*inputs)[0]).abs().max())
         # A soft cap bends large logits only. Fresh weights give small ones, and trained weights may replace them after
         # the probe: scaled up, the cap shows with either.
         scale = PROBE_LOGIT / max(largest, 1e-6)
         hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
-        expected = self._full_logits(*places)
-        hidden, logits = self(*places)
+        expected = self._full_logits(*inputs)
+        hidden, logits = self(*inputs)
         self.head_is_linear = close(logits, expected)
         if not self.head_is_linear:
-            hidden, logits = self(*places)
+            hidden, logits = self(*inputs)
         self.hidden_size = hidden.shape[-1]
-        self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, *places)
-        self.takes_new_rows = self.is_cacheable and self._takes_new_rows(expected, *places)
+        self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, *inputs)
+        self.takes_new_rows = self.is_cacheable and self._takes_new_rows(expected, *inputs)
         hook.remove()
         self.model.train(was_training)
         if not self.is_cacheable:
@@ -221,11 +221,11 @@ class Backbone(nn.Module):
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         return ids, zero, zero + PROBE_LENGTH - 1
 
-    def _full_logits(self, ids: Tensor, *places: Tensor) -> Tensor:
+    def _full_logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
         """Return the logits (1, V) after the last token, by the whole model."""
         return self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
 
-    def _decodes_like(self, expected: Tensor, ids: Tensor, *places: Tensor) -> bool:
+    def _decodes_like(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
         """Return whether the last token of a left-padded row, read with a cache, has the logits of the full forward."""
         device = ids.device
         first = PROBE_LENGTH - 1
@@ -237,7 +237,7 @@ class Backbone(nn.Module):
         _, logits = self(ids[:, -1:], zero, zero, mask, positions.new_tensor([[first]]), cache)
         return close(logits, expected)
 
-    def _takes_new_rows(self, expected: Tensor, ids: Tensor, *places: Tensor) -> bool:
+    def _takes_new_rows(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
         """Return whether a new row, read beside one that grows by a token, ends in the logits of the full forward."""
         if self.is_encoder_decoder or not attends_by_row(self.model.config.get_text_config()):
             return False

@@ -204,18 +204,18 @@ class Seq2SeqBackbone(Backbone):
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         return ids, zero, zero + ids.shape[1] - 1, zero + PROBE_LENGTH
 
-    def _full_logits(self, ids: Tensor, *places: Tensor) -> Tensor:
+    def _full_logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
         """Return the logits (1, V) after the last token, by the whole model."""
-        encoder_ids, _, decoder_ids = self.split(ids, places[-1], PROBE_LENGTH, PROBE_LENGTH)
+        encoder_ids, _, decoder_ids = self.split(ids, inputs[-1], PROBE_LENGTH, PROBE_LENGTH)
         output = self.model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, use_cache=False)
         return output.logits[0, -1:, : self.vocab_size]
 
-    def _decodes_like(self, expected: Tensor, ids: Tensor, *places: Tensor) -> bool:
+    def _decodes_like(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
         """Return whether a padded prompt and a left-padded decoder row, read with a cache, end in the same logits."""
         if not self.head_is_linear:
             return False
         width, first = PROBE_LENGTH + 2, PROBE_LENGTH - 1
-        encoder_ids, encoder_mask, decoder_ids = self.split(ids, places[-1], width, PROBE_LENGTH)
+        encoder_ids, encoder_mask, decoder_ids = self.split(ids, inputs[-1], width, PROBE_LENGTH)
         padded = torch.cat([torch.zeros_like(ids[:, :2]), decoder_ids[:, :first]], dim=1)  # (1, 2 + T - 1): two padded
         positions = torch.tensor([[0, 0, *range(first)]], device=ids.device)
         mask = positions.new_tensor([[0, 0, *[1] * PROBE_LENGTH]])

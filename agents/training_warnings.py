@@ -77,7 +77,7 @@ class TrainingWarnings(BaseCallback):
         if patience < 1:
             raise ValueError(f"Expected `patience` to be at least 1, got {patience}.")
         self.entropy_fraction, self.patience = entropy_fraction, patience
-        self._given: set[str] = set()
+        self._warned_of: set[str] = set()
         self._first_entropy: float | None = None
         self._divergences: deque[float] = deque(maxlen=patience)
         self._recent: list[Ended] = []  # episodes that wait until there are `MIN_EPISODES`
@@ -85,7 +85,7 @@ class TrainingWarnings(BaseCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a checkpoint keeps, so that a resumed run warns like one that never stopped."""
         return {
-            "given": sorted(self._given),
+            "given": sorted(self._warned_of),
             "first_entropy": self._first_entropy,
             "divergences": list(self._divergences),
             "recent": [list(episode) for episode in self._recent],
@@ -93,7 +93,7 @@ class TrainingWarnings(BaseCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state_dict` returned."""
-        self._given, self._first_entropy = set(state["given"]), state["first_entropy"]
+        self._warned_of, self._first_entropy = set(state["given"]), state["first_entropy"]
         self._divergences = deque(state["divergences"], maxlen=self.patience)
         self._recent = [Ended(*episode) for episode in state["recent"]]
 
@@ -195,8 +195,8 @@ class TrainingWarnings(BaseCallback):
             )
 
     def _warn(self, name: str, text: str) -> None:
-        if name not in self._given:
-            self._given.add(name)
+        if name not in self._warned_of:
+            self._warned_of.add(name)
             warnings.warn(f"After {self.model.num_timesteps} tokens: {text}", stacklevel=2)
 
 

@@ -71,13 +71,13 @@ def decode_continuation(
         'a'
     """
     near = list(context)[-BOUNDARY_TOKENS:]
-    before = tokenizer.decode(near, skip_special_tokens=skip_special_tokens)
-    both = tokenizer.decode(near + list(token_ids), skip_special_tokens=skip_special_tokens)
-    shared = len(before)
-    while not both.startswith(before[:shared]):
+    context_text = tokenizer.decode(near, skip_special_tokens=skip_special_tokens)
+    whole_text = tokenizer.decode(near + list(token_ids), skip_special_tokens=skip_special_tokens)
+    shared = len(context_text)
+    while not whole_text.startswith(context_text[:shared]):
         shared -= 1
-    if not before[shared:].strip(BROKEN):  # the two differ at most in a character that the new ids complete
-        return both[shared:]
+    if not context_text[shared:].strip(BROKEN):  # the two differ at most in a character that the new ids complete
+        return whole_text[shared:]
     return tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 

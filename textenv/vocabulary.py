@@ -92,11 +92,12 @@ class Vocabulary:
         # Each token is decoded after a plain one, since the first token of a text may lose its space.
         anchor = next((i for i in range(self.size) if _is_plain(decode([i], skip_special_tokens=True))), None)
         near = [] if anchor is None else [anchor]
-        before = decode(near, skip_special_tokens=True)
+        anchor_text = decode(near, skip_special_tokens=True)
         pieces = []
         for token in range(self.size):
-            both = decode([*near, token], skip_special_tokens=True)
-            text = both[len(before) :] if both.startswith(before) else decode([token], skip_special_tokens=True)
+            joined = decode([*near, token], skip_special_tokens=True)
+            is_kept = joined.startswith(anchor_text)
+            text = joined[len(anchor_text) :] if is_kept else decode([token], skip_special_tokens=True)
             pieces.append(self._broken_piece(token) if BROKEN in text else text.encode())
         return pieces
 

@@ -17,7 +17,7 @@ DATE = r"\d{4}-\d{2}-\d{2}"
 
 
 class Dates(TextEnv):
-    """Episodes that earn 1 at their end if the text holds a date: `gym.make("textenv/Dates-v0", tokenizer=...)`.
+    """Texts that earn 1 at their end if they hold a date: `gym.make("textenv/Dates-v0", tokenizer=...)`.
 
     A date is four, two and two digits with hyphens between them, anywhere in the text ("due on 2014-03-07"), whether or
     not the day exists. The reward is RL4LMs' `sentences_with_dates`. The task needs no data: every episode has the same

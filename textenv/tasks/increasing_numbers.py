@@ -63,7 +63,7 @@ def _number(word: str) -> float | None:
 
 
 class IncreasingNumbers(TextEnv):
-    """Episodes that earn `Increasing` at their end: `gym.make("textenv/IncreasingNumbers-v0", tokenizer=...)`.
+    """Texts that earn `Increasing` at their end: `gym.make("textenv/IncreasingNumbers-v0", tokenizer=...)`.
 
     The task needs no data: every episode has the same prompt, the tokenizer's end token, with which GPT-2's training
     texts begin. The largest reward is 1.

@@ -89,7 +89,7 @@ def part_of(reviews: Sequence[Review], part: Part) -> list[Review]:
 
 
 class Reviews(TextEnv):
-    """The task of continuing a film review from its first words; `gymnasium.make("textenv/Reviews-v0", ...)` makes it.
+    """Film reviews, continued from their first words: `gymnasium.make("textenv/Reviews-v0", ...)`.
 
     The reward is the probability of "positive" that a classifier gives to the whole text, or any other reward. Each
     `prompt.row` has the review's `text`, from which the prompt is taken, and its `label`.

@@ -125,7 +125,7 @@ def part_of(rankings: Rankings, part: Part) -> list[tuple[str, ...]]:
 
 
 class ZhReviews(TextEnv):
-    """The task of continuing a Chinese review; `gymnasium.make("textenv/ZhReviews-v0", ...)` makes it.
+    """Chinese reviews, continued from their first characters: `gymnasium.make("textenv/ZhReviews-v0", ...)`.
 
     Half of the prompts are `PROMPTS`, repeated in turn; the other half are the distinct beginnings of the reviews.
 

@@ -32,7 +32,7 @@ from textenv.feedback.agreement import agreement
 from textenv.feedback.records import Answer
 from textenv.metrics import overlap as metrics
 from textenv.rendering import picture
-from textenv.rewards import AsyncFunction, ChatJudge, HTTPJudge, overlap
+from textenv.rewards import ChatJudge, HTTPJudge, overlap
 from textenv.rewards.lexicon import Vader
 from textenv.rewards.registry import REWARD
 from textenv.rewards.similarity import Similarity
@@ -101,7 +101,6 @@ GUARDS = {
     "the reward ChrF": ("overlap", "sacrebleu", overlap.ChrF),
     "Vader": ("sentiment", "vaderSentiment", Vader),
     "Similarity": ("similarity", "sentence_transformers", lambda: Similarity("never", text="a")),
-    "AsyncReward": ("judge", "tenacity", lambda: AsyncFunction("never")),
     "HTTPJudge": ("judge", "httpx", lambda: HTTPJudge("https://judge.example")),
     "ChatJudge": ("judge", "httpx", lambda: ChatJudge("https://judge.example", model="m", question="{completion}?")),
     "a regex": ("grammar", "llguidance", lambda: RegexMask("a")),

@@ -15,7 +15,6 @@ from random import Random
 from typing import Any, TypeVar
 
 from textenv.completion import Preds
-from textenv.extras import needs
 from textenv.failures import Failures, OnFailure, RowError
 from textenv.prompts import Prompt
 from textenv.rewarding import Score, ScoreAt, check_rewards
@@ -38,8 +37,7 @@ class AsyncReward(BatchReward):
     wait by `await`: anything else holds up the other rows and its own time limit. An attempt fails if `score_row`
     raises, exceeds the time limit, or returns no finite number; a `RowError` says whether and when to try again.
 
-    Declare the parameters of a subclass as the fields of a dataclass, so that it can be pickled. Retries need tenacity:
-    `pip install "textenv[judge]"`.
+    Declare the parameters of a subclass as the fields of a dataclass, so that it can be pickled.
 
     Args:
         concurrency: The most rows at a time.
@@ -54,7 +52,6 @@ class AsyncReward(BatchReward):
         score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:
-        ImportError: Without tenacity.
         ValueError: If a number is out of its range.
 
     Example:
@@ -82,7 +79,6 @@ class AsyncReward(BatchReward):
             raise ValueError(f"Expected `time_limit` to be positive, got {self.time_limit}.")
         if self.retries < 0 or not self.backoff >= 0:
             raise ValueError(f"Expected `retries` and `backoff` of 0 or more, got {self.retries} and {self.backoff}.")
-        _load_tenacity()
         self.failures = Failures(self.on_failure)
         self.may_drop = self.on_failure == "drop"
 
@@ -136,13 +132,14 @@ class AsyncReward(BatchReward):
 
     async def _answer(self, row: int, prompt: Prompt, preds: Preds) -> Score | Exception:
         """Return the score of a row, or why it has none."""
-        tenacity = _load_tenacity()
+        import tenacity  # here, since `import textenv` loads this file, and is light
+
         jitter = Random(row)  # rows wait for different times, and the generators of others are left alone
         # One object a row: tenacity keeps the state of an attempt in it (`BaseRetrying.iter_state`).
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_is_worth_another),
             stop=tenacity.stop_after_attempt(self.retries + 1),
-            wait=lambda state: self._pause(state.attempt_number, state.outcome.exception(), jitter),
+            wait=lambda state: self._pause(state.attempt_number, state.outcome and state.outcome.exception(), jitter),
             reraise=True,
         )
         try:
@@ -169,7 +166,7 @@ class AsyncReward(BatchReward):
         except SystemExit as error:  # asyncio lets it end the event loop, and with it the other rows
             raise RowError(f"SystemExit: {error}") from error
 
-    def _pause(self, n_attempts: int, error: BaseException, jitter: Random) -> float:
+    def _pause(self, n_attempts: int, error: BaseException | None, jitter: Random) -> float:
         """Return the seconds to wait after so many attempts, of which the last ended with the error."""
         pause = min(self.backoff * 2 ** (n_attempts - 1) * jitter.uniform(0.5, 1.5), LONGEST_WAIT)
         return max(pause, error.wait) if isinstance(error, RowError) else pause
@@ -178,12 +175,6 @@ class AsyncReward(BatchReward):
 def _is_worth_another(error: BaseException) -> bool:
     # A cancelled attempt, which is no `Exception`, is not made again.
     return error.again if isinstance(error, RowError) else isinstance(error, Exception)
-
-
-def _load_tenacity() -> Any:
-    with needs("judge", "tenacity", "an AsyncReward"):
-        import tenacity
-    return tenacity
 
 
 _is_called = is_called_with("prompt", "preds")

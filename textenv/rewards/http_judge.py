@@ -42,7 +42,7 @@ class HTTPJudge(AsyncReward):
     the time limit or an answer without a score, and not before the time in the header Retry-After; after another status
     it is not. Redirects are not followed. Proxies are taken from the environment.
 
-    Needs httpx and tenacity: `pip install "textenv[judge]"`.
+    Needs httpx: `pip install "textenv[judge]"`.
 
     Args:
         url: The address of the service, http or https. A key belongs into `api_key_variable`, not into the address.
@@ -57,7 +57,7 @@ class HTTPJudge(AsyncReward):
             `score_at`.
 
     Raises:
-        ImportError: Without httpx or tenacity.
+        ImportError: Without httpx.
         ValueError: If the URL is none or contains a user or password, an option is out of its range, or the variable
             holds no key.
 

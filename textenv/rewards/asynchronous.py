@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from textenv.completion import Preds
 from textenv.failures import Failures, OnFailure, RowError
@@ -21,6 +21,9 @@ from textenv.rewarding import Score, ScoreAt, check_rewards
 from textenv.rewards.base import BatchReward, check_choice
 from textenv.rewards.registry import make_named
 from textenv.trust import Kind, is_called_with
+
+if TYPE_CHECKING:
+    import tenacity
 
 Result = TypeVar("Result")
 
@@ -139,7 +142,7 @@ class AsyncReward(BatchReward):
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_is_worth_another),
             stop=tenacity.stop_after_attempt(self.retries + 1),
-            wait=lambda state: self._pause(state.attempt_number, state.outcome and state.outcome.exception(), jitter),
+            wait=lambda state: self._pause(state, jitter),
             reraise=True,
         )
         try:
@@ -166,9 +169,10 @@ class AsyncReward(BatchReward):
         except SystemExit as error:  # asyncio lets it end the event loop, and with it the other rows
             raise RowError(f"SystemExit: {error}") from error
 
-    def _pause(self, n_attempts: int, error: BaseException | None, jitter: Random) -> float:
-        """Return the seconds to wait after so many attempts, of which the last ended with the error."""
-        pause = min(self.backoff * 2 ** (n_attempts - 1) * jitter.uniform(0.5, 1.5), LONGEST_WAIT)
+    def _pause(self, state: tenacity.RetryCallState, jitter: Random) -> float:
+        """Return the seconds to wait before the next attempt."""
+        pause = min(self.backoff * 2 ** (state.attempt_number - 1) * jitter.uniform(0.5, 1.5), LONGEST_WAIT)
+        error = None if state.outcome is None else state.outcome.exception()
         return max(pause, error.wait) if isinstance(error, RowError) else pause
 
 

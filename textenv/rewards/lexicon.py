@@ -42,5 +42,9 @@ class Vader(RowReward):
         self._analyzer = SentimentIntensityAnalyzer()
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
-        """Return the score of a text."""
-        return self._analyzer.polarity_scores(read_text(self.reads, prompt, preds))[self.part]
+        """Return the score of a row."""
+        return self.score_text(read_text(self.reads, prompt, preds))
+
+    def score_text(self, text: str) -> float:
+        """Return the score of a text by itself."""
+        return self._analyzer.polarity_scores(text)[self.part]

@@ -242,7 +242,9 @@ def test_turns_show_the_replies_content_alone():
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused():
-    with pytest.raises(ValueError, match=r"leaves what came before as it was.*'.*0A1place.* another way. Give prompts"):
+    with pytest.raises(
+        ValueError, match=r"keeps earlier messages as they are.*'.*0A1place.* another way. Give prompts"
+    ):
         talk("hi<|im_end|>", template=SPACED)
 
 

@@ -335,7 +335,7 @@ def test_check_finds_a_mask_with_a_memory():
 
             return ids
 
-    with pytest.raises(AssertionError, match=r"found anew it differs .*keep no memory"):
+    with pytest.raises(AssertionError, match=r"computed afresh it differs .*keep no memory"):
         check_text_env(make(Counting()))
 
 

@@ -240,7 +240,7 @@ class Unpickled(TextEnv):
         (Nan, RewardError, "to be a finite number, got nan"),
         (NoneBeforeTheEnd, RewardError, "to be a finite number, got None"),
         (Raising, RewardError, "`get_reward` raised AssertionError: my own assertion"),
-        (ByLane, AssertionError, "Expected the same actions to give alone what they give in a lane of several"),
+        (ByLane, AssertionError, "Expected the same actions to lead to the same alone as in one of several lanes"),
         (Shouting, TypeError, "Expected `respond` to return a str or None, got 5"),
         (Respaced, AssertionError, "is not within the observation space"),
         (LongWinded, ValueError, "a response of at most max_response_tokens=2 tokens, got 4"),

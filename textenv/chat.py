@@ -55,6 +55,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = 
             f"{type(tokenizer).__name__} without one. Take the tokenizer of a chat model, set "
             "`tokenizer.chat_template`, or give prompts as texts."
         )
+    # transformers' `apply_chat_template` refuses both options at once.
     is_unfinished = messages[-1]["role"] == "assistant"
     options = {"add_generation_prompt": not is_unfinished, "continue_final_message": is_unfinished}
     return apply_template(tokenizer, list(messages), where, **options)

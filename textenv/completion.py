@@ -67,7 +67,7 @@ class Preds(Sequence[int]):
         group: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
-        self.ids = np.array(ids, dtype=np.int64)
+        self.ids = np.array(ids, dtype=np.int64)  # a copy, (T,): the lanes go on writing into the array it came from
         self.ids.flags.writeable = False
         self._context = np.array(context, dtype=np.int64)
         self._turn_length = len(self.ids) if turn_length is None else turn_length
@@ -77,7 +77,7 @@ class Preds(Sequence[int]):
         self.state = {} if state is None else state
         self.lane = lane
         self.group = group
-        self._text: str | None = None
+        self._text: str | None = None  # decoded when it is first asked for: many rewards read the ids only
 
     @property
     def turn_ids(self) -> np.ndarray:
@@ -97,13 +97,13 @@ class Preds(Sequence[int]):
     @property
     def turns(self) -> tuple[Turn, ...]:
         """The policy's turns with the env's replies; the last turn is the current one."""
-        if self._turn_length == 0 and self._closed:
+        if self._turn_length == 0 and self._closed:  # behind a reply, before the first token of the next turn
             return self._closed
         return (*self._closed, Turn(self._turn_text(), None))
 
     def _turn_text(self) -> str:
         ids = self.turn_ids.tolist()
-        if self.end_reason is EndReason.EOS:
+        if self.end_reason is EndReason.EOS:  # a stop id may be an ordinary token, which decoding would not skip
             ids = ids[:-1]
         text = decode_continuation(self._tokenizer, self._context.tolist(), ids)
         return cut_at_stop_string(text, self._stop_strings) if self.end_reason is EndReason.STOP else text

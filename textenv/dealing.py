@@ -56,7 +56,7 @@ class PromptDealer:
         """
         order, n_prompts = self.env.order, len(self.env.prompts)
         if isinstance(order, PrioritySampling):
-            self.cursor = order.cursor(n_prompts, seed + self.shard[0])
+            self.cursor = order.cursor(n_prompts, seed + self.shard[0])  # other draws in each process
         else:
             self.cursor = PromptCursor(n_prompts, order, seed, self.shard)
         self.n_groups, self.left = 0, 0
@@ -84,7 +84,7 @@ class PromptDealer:
         if self.queue is not None:
             return (self.queue.pop(0), self._new_group()) if self.queue else (None, NO_GROUP)
         assert self.cursor is not None, "seeded by the first reset"
-        if self.left == 0:
+        if self.left == 0:  # the group is complete: the next draw
             self.cursor.advance()
             self.left, self.group = self.env.samples_per_prompt, self._new_group()
         self.left -= 1
@@ -94,7 +94,7 @@ class PromptDealer:
         """Return the next `n` prompts, or as many as are known: none if the order depends on rewards to come."""
         if self.queue is None and not isinstance(self.cursor, PromptCursor):
             return []
-        ahead = copy.copy(self)
+        ahead = copy.copy(self)  # deals in place of this dealer, which stays where it is
         ahead.cursor, ahead.queue = copy.copy(self.cursor), None if self.queue is None else list(self.queue)
         return [prompt for prompt, _ in (ahead.deal() for _ in range(n)) if prompt is not None]
 

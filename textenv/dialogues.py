@@ -49,7 +49,7 @@ def split_pair(row: Mapping[str, Any], where: str) -> Pair:
         raise ValueError(f"Expected {where} to have the texts 'chosen' and 'rejected', got {columns}.")
     both = zip(row["chosen"], row["rejected"], strict=False)
     shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-    end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+    end = shared.rfind(ASSISTANT) + len(ASSISTANT)  # rfind returns -1 for none
     if end < len(ASSISTANT):
         raise ValueError(
             f"Expected the dialogues of {where} to share the opening {ASSISTANT!r} of an answer, got "

@@ -167,7 +167,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             check_at_least_one("max_prompt_tokens", max_prompt_tokens)
         self.tokenizer = read_tokenizer(tokenizer)
         self.reward = self._read_reward(reward)
-        self.score_at = score_at or self._own_score_at()
+        self.score_at: ScoreAt = score_at or self._own_score_at()
         self.failures = self._make_failures(on_failure)
         self.samples_per_prompt = samples_per_prompt
         self.order = order
@@ -195,7 +195,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         width = self.max_prompt_tokens + 1 + self.rules.room  # 1 for the separator
         self.observation_space = spaces.Box(SEPARATOR, len(self.tokenizer) - 1, (width,), np.int64)
         self.action_space = spaces.Discrete(len(self.tokenizer))
-        self._lanes = Lanes(self, 1, autoreset=False)
+        self._lanes = Lanes(self, 1, autoreset=False)  # last: it reads the attributes above
 
     def _read_reward(self, reward: RewardLike | None) -> RewardFunction | None:
         hooks = type(self)
@@ -323,7 +323,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             ValueError: If a row cannot work, or a `RecordEpisodeStatistics` around the env has the default `stats_key`.
         """
         check_wrappers()
-        super().reset(seed=seed)
+        super().reset(seed=seed)  # seeds `np_random`
+        # The order of prompts has a generator of its own; the hooks draw from `np_random`.
         order_seed = None if seed is None else int(self.np_random.integers(2**31))
         observations = self._lanes.reset(order_seed, (options or {}).get("prompts"))
         if self.render_mode == "human":
@@ -344,7 +345,9 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             ValueError: If the action is no token id.
             RewardError: If the reward raises or is no finite number.
         """
-        result = self._lanes.step(np.asarray(action).reshape(-1))
+        result = self._lanes.step(
+            np.asarray(action).reshape(-1)
+        )  # (1,), from an int, a numpy scalar or an array of one
         if self.render_mode == "human":
             self.render()
         terminated, truncated = bool(result.terminated[0]), bool(result.truncated[0])

@@ -80,8 +80,9 @@ def ended_turns(
         limits: The most tokens of each row, (B,).
         tail: Returns the text of the last tokens of a row's current turn; only called if there are stop strings.
     """
+    # Later reasons overwrite earlier ones.
     ends = {int(row): EndReason.LENGTH for row in np.flatnonzero(generated >= limits)}
-    if rules.stop_strings:
+    if rules.stop_strings:  # decoding is slow: no text is needed without them
         for row in range(len(actions)):
             text = tail(row)
             if any(stop in text for stop in rules.stop_strings):

@@ -114,6 +114,7 @@ class Failures:
         """
         if self.on_failure != "drop":
             return
+        # The order within a call does not matter, except at the border of the window.
         self._recent.extend([True] * n_failed + [False] * (n_rows - n_failed))
         failed = sum(self._recent)
         if failed > MOST_DROPPED * max(len(self._recent), FEWEST):
@@ -125,6 +126,7 @@ class Failures:
 
 
 def _is_number(value: Any) -> bool:
+    # True is an int in Python, and as a reward surely a mistake.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

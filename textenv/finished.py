@@ -83,7 +83,7 @@ def finished_state(episode: FinishedEpisode) -> dict[str, Any]:
 
 def load_finished(env: EpisodeHost, state: Mapping[str, Any]) -> FinishedEpisode:
     """Return the episode of which `finished_state` was saved."""
-    saved = dict(state["preds"])
+    saved = dict(state["preds"])  # a copy, from which entries are taken below
     preds = Preds(
         env.tokenizer,
         saved.pop("ids"),
@@ -94,7 +94,7 @@ def load_finished(env: EpisodeHost, state: Mapping[str, Any]) -> FinishedEpisode
         **saved,
     )
     prompt = load_prompt(env, state["prompt"])
-    step, lane = state["place"]
+    step, lane = state["place"]  # a list in JSON
     info = final_info(prompt, preds, EndReason(state["end_reason"]), {}, dict(state["episode"]), scored=False)
     return FinishedEpisode((step, lane), prompt, preds, info)
 

@@ -191,11 +191,13 @@ class _Matching:
     def __call__(self, prompt: Prompt, preds: Preds) -> np.ndarray:
         ids = preds.turn_ids.tolist()
         if self.matcher is None or ids[: len(self.ids)] != self.ids:
-            self.matcher, self.ids = self._fresh().deep_copy(), []
+            self.matcher, self.ids = self._fresh().deep_copy(), []  # another episode or turn
         new = ids[len(self.ids) :]
-        n_read = self.matcher.try_consume_tokens(new)
+        n_read = self.matcher.try_consume_tokens(new)  # fewer than `new` if one of them is forbidden
         self.ids += new[:n_read]
-        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.frombuffer(
+            self.matcher.compute_bitmask(), dtype=np.uint8
+        )  # lowest bit first, as in `Vocabulary.pack`
         if self.matcher.is_error():
             error, self.matcher = self.matcher.get_error().partition("\n")[0], None
             raise MaskError(f"{self.mask!r} failed: {error} ({describe(prompt, preds)}).")

@@ -44,6 +44,7 @@ class LaneMasks:
         packed = np.stack(  # (B, W)
             [self.vocabulary.everything if row is None else self._packed(lane, *row) for lane, row in enumerate(rows)]
         )
+        # `view` instead of `astype`: the bytes are 0 or 1, and there is no second array of B * V
         return np.unpackbits(packed, axis=1, count=self.vocabulary.size, bitorder="little").view(bool)  # (B, V)
 
     def _packed(self, lane: int, prompt: Prompt, preds: Preds) -> np.ndarray:
@@ -54,6 +55,6 @@ class LaneMasks:
         empty = [mask for mask, allowed in zip(self.masks, by_mask, strict=True) if not allowed.any()]
         raise MaskError(
             f"Expected a token to be allowed, got none from {empty or list(self.masks)} ({describe(prompt, preds)}). "
-            "The text so far may not be one that the mask lets through, its tokens may not be able to go on with it, "
-            "or a stop id is missing (`stop_ids`) where the text is whole."
+            "Either the mask forbids the text so far, or no token can continue it, or the text is complete and the env "
+            "has no stop id (`stop_ids`)."
         )

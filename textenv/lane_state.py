@@ -98,7 +98,7 @@ class LaneState:
         """
         episode = RunningEpisode(Prompt() if prompt is None else prompt, group)
         n_prompt = len(episode.prompt.ids)
-        self.tokens[lane] = PADDING
+        self.tokens[lane] = PADDING  # all of the row: the last episode was maybe longer
         self.tokens[lane, :n_prompt] = episode.prompt.ids
         self.tokens[lane, n_prompt] = SEPARATOR
         self.lengths[lane] = self.turn_starts[lane] = n_prompt + 1
@@ -113,7 +113,7 @@ class LaneState:
         Args:
             actions: Token ids, (B,).
         """
-        active = np.flatnonzero(~self.idle)
+        active = np.flatnonzero(~self.idle)  # (A,), A of the B lanes
         self.tokens[active, self.lengths[active]] = actions[active]
         self.lengths[active] += 1
         self.generated[active] += 1
@@ -141,13 +141,14 @@ class LaneState:
     def context(self, lane: int, end: int) -> list[int]:
         """Return the few tokens in front of column `end`, which decide how those behind it decode."""
         # `decode_continuation` reads BOUNDARY_TOKENS of them; the separator, which is no token, may be one more.
-        near = self.tokens[lane, max(end - BOUNDARY_TOKENS - 1, 0) : end]
+        near = self.tokens[lane, max(end - BOUNDARY_TOKENS - 1, 0) : end]  # (5,) or fewer
         return near[near >= 0].tolist()
 
     def state_dict(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the episodes without their prompts: arrays, and a dict for JSON."""
         episodes = self.episodes
         arrays = {name: getattr(self, name).copy() for name in ARRAYS} | {
+            # (B,) each
             "returns": np.array([episode.reward for episode in episodes], dtype=np.float64),
             "groups": np.array([episode.group for episode in episodes], dtype=np.int64),
             "failed": np.array([episode.failed for episode in episodes], dtype=bool),
@@ -172,6 +173,6 @@ class LaneState:
             [list(ids) for ids in meta["closed_ids"]],
             copy.deepcopy(list(meta["states"])),
             strict=True,
-        )
+        )  # in the order of the fields of `RunningEpisode`
         episodes = [RunningEpisode(*row) for row in columns]
         return cls(**{name: np.array(arrays[name]) for name in ARRAYS}, episodes=episodes)

@@ -88,7 +88,7 @@ class Lanes:
         self.env = env
         self.n_lanes = n_lanes
         self.autoreset = autoreset
-        self.width = env.max_prompt_tokens + 1 + env.rules.room
+        self.width = env.max_prompt_tokens + 1 + env.rules.room  # L; 1 for the separator
         self.dealer = PromptDealer(env)
         self.n_steps = 0
         self.reset_at = 0
@@ -173,7 +173,7 @@ class Lanes:
             end, episode = ends[lane], self.state.episodes[lane]
             is_cut = end.reason is EndReason.LENGTH and self.env.rules.length_limit == "truncate"
             terminated[lane], truncated[lane] = not is_cut, is_cut
-            final_observations[lane] = self.state.tokens[lane].copy()
+            final_observations[lane] = self.state.tokens[lane].copy()  # before the refill
             infos[lane] = self._final_info(lane, end) | {"dropped": bool(dropped[lane])}
             if self.defer_scores:
                 place = self.n_steps, lane
@@ -184,6 +184,7 @@ class Lanes:
                 self._refill(lane)
         self.state.over[:] = False if self.autoreset else terminated | truncated
         self.n_steps += 1
+        # A copy: SB3 `on_policy_algorithm.collect_rollouts` stores observations after the step that follows them.
         return StepResult(self.state.tokens.copy(), rewards, terminated, truncated, infos, final_observations)
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
@@ -195,7 +196,7 @@ class Lanes:
                 f"{actions.shape}."
             )
         vocabulary = len(self.env.tokenizer)
-        outside = (actions < 0) | (actions >= vocabulary)
+        outside = (actions < 0) | (actions >= vocabulary)  # (B,)
         if outside.any():
             lane = int(np.flatnonzero(outside)[0])
             raise ValueError(f"Expected token ids in [0, {vocabulary}), got {actions[lane]} in lane {lane}.")
@@ -219,7 +220,7 @@ class Lanes:
         Raises:
             MaskError: If no token is allowed in a lane.
         """
-        is_closed = (self.state.idle | self.state.over).tolist()
+        is_closed = (self.state.idle | self.state.over).tolist()  # (B,)
         prompts = self.prompts
         return self.masks.allowed(
             [None if closed else (prompts[lane], self.preds(lane)) for lane, closed in enumerate(is_closed)]
@@ -229,7 +230,7 @@ class Lanes:
         """Call the reward for the rows that have one now; return the rewards and which are dropped, (B,) each."""
         rewards, dropped = np.zeros(self.n_lanes, dtype=np.float64), np.zeros(self.n_lanes, dtype=bool)
         lanes, episodes = np.flatnonzero(~self.state.idle).tolist(), self.state.episodes
-        if self.env.score_at != "step":
+        if self.env.score_at != "step":  # "rollout_end" is like "done" unless the caller defers scores
             lanes = [] if self.defer_scores else sorted(ends)
         scored = self.reward_calls.score(
             [episodes[lane].prompt for lane in lanes],
@@ -244,7 +245,7 @@ class Lanes:
             episode.reward += reward.value
             for name, part in reward.parts.items():
                 episode.parts[name] = episode.parts.get(name, 0.0) + part
-        if lanes and ends:
+        if lanes and ends:  # an episode counts once, at its end, even if each of its tokens is scored
             self.env.failures.count(len(ends), sum(episodes[lane].failed for lane in ends))
         return rewards, dropped
 
@@ -274,6 +275,7 @@ class Lanes:
         self.env.failures.count(len(scored), sum(reward.has_failed for reward in scored))
         self.unscored, self.waiting = [], waiting  # behind the call of the reward, which may raise
         for episode, reward in zip(finished, scored, strict=True):
+            # In place: SB3's `ep_info_buffer` and the callbacks already hold these dicts.
             episode.info["episode"]["r"] += reward.value
             episode.info["reward_parts"].update(reward.parts)
             episode.info["scored"], episode.info["dropped"] = True, reward.is_dropped
@@ -318,7 +320,7 @@ class Lanes:
                 f"Expected running episodes of shape {self.tokens.shape} (lanes, width), got {arrays['tokens'].shape}: "
                 "resume with the same n_envs, max_prompt_tokens and max_new_tokens."
             )
-        self.dealer.load_state_dict(meta)
+        self.dealer.load_state_dict(meta)  # first, since it refuses another env's prompts
         saved_prompts = zip(arrays["idle"], meta["prompts"], strict=True)
         prompts = [Prompt() if idle else load_prompt(self.env, saved) for idle, saved in saved_prompts]
         self.state = LaneState.load(arrays, meta, prompts)

@@ -75,6 +75,7 @@ class BannedMask:
         texts = (self.texts,) if isinstance(self.texts, str) else tuple(self.texts)
         if not all(texts) or not (len(self.ids) or texts):
             raise ValueError(f"Expected ids or texts to ban, no text empty, got ids={self.ids}, texts={texts}.")
+        # Tuples, so that the mask is hashable: it is a key of `Vocabulary.remember`.
         object.__setattr__(self, "ids", tuple(int(token) for token in self.ids))
         object.__setattr__(self, "texts", texts)
 
@@ -91,7 +92,7 @@ class BannedMask:
         def allowed(prompt: Prompt, preds: Preds) -> np.ndarray:
             if not texts:
                 return ids
-            bits = vocabulary.remember(self, without_texts)
+            bits = vocabulary.remember(self, without_texts)  # (W,): without tokens that hold a text themselves
             tail = _tail(vocabulary.pieces, preds.turn_ids, longest)
             for text in texts:  # where its first bytes have been written, the others may not follow
                 for cut in range(1, len(text)):
@@ -105,7 +106,7 @@ class BannedMask:
 def _tail(pieces: list[bytes], ids: np.ndarray, length: int) -> bytes:
     """Return the last bytes that `ids` write: `length` of them or a few more."""
     tail = b""
-    for token in ids[::-1]:
+    for token in ids[::-1]:  # from the end: a turn may have thousands of tokens
         if len(tail) >= length:
             break
         tail = pieces[token] + tail
@@ -188,6 +189,7 @@ class _FunctionMask:
         array = np.asarray(allowed)
         if array.dtype == bool and array.shape == (vocabulary.size,):
             return vocabulary.pack_flags(array)
+        # an empty list has the dtype float64
         if array.ndim == 1 and (np.issubdtype(array.dtype, np.integer) or not len(array)):
             return vocabulary.pack(array)
         raise ValueError(

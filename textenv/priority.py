@@ -124,8 +124,9 @@ class PriorityCursor:
 
     def priorities(self) -> np.ndarray:
         """Return p of each prompt, (N,) float64."""
-        if self.sampling.by == "novelty":
+        if self.sampling.by == "novelty":  # needs no reward
             return 1 / np.sqrt(self.draws + 1) + self.sampling.epsilon
+        # The variance of a single reward is 0, which would say that the prompt teaches nothing.
         known = self.n_rewards >= (1 if self.sampling.by == "reward" else 2)
         priorities = np.ones(len(known), dtype=np.float64)
         if known.any():
@@ -137,7 +138,7 @@ class PriorityCursor:
     def probabilities(self) -> np.ndarray:
         """Return the probability that each prompt is drawn next, (N,) float64."""
         by_priority = _shares(self.priorities() ** self.sampling.alpha)
-        by_staleness = _shares(self.n_draws - self.last_draw)
+        by_staleness = _shares(self.n_draws - self.last_draw)  # (N,); equal shares before the first draw
         return (1 - self.sampling.staleness) * by_priority + self.sampling.staleness * by_staleness
 
     def advance(self) -> int:

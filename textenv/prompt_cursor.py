@@ -43,6 +43,7 @@ class PromptCursor:
     def _draw(self) -> np.ndarray:
         if self.order == "sequential":
             return np.arange(self.n_prompts)
+        # From (seed, epoch), not from a running generator: a resumed run draws the same without saving one.
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.n_prompts)
 
     def advance(self) -> int:

@@ -55,9 +55,9 @@ class Prompt(str):
         messages: Sequence[Message] | None = None,
     ) -> Prompt:
         """Return the string, with its attributes."""
-        prompt = super().__new__(cls, text)
+        prompt = super().__new__(cls, text)  # a str is immutable: `__init__` would be too late
         prompt.ids = np.array(ids, dtype=np.int64)
-        prompt.ids.flags.writeable = False
+        prompt.ids.flags.writeable = False  # all episodes of the prompt share it
         prompt.row = {"prompt": text} if row is None else row
         prompt.references = list(references)
         prompt.number = number
@@ -131,7 +131,9 @@ class PromptReader:
             ValueError: If it is empty or too long, lacks a column, has a token id outside the vocabulary, or is a chat
                 that cannot be rendered.
         """
-        source = source.row if isinstance(source, Prompt) else source
+        source = (
+            source.row if isinstance(source, Prompt) else source
+        )  # it may come from another env, with another tokenizer
         where = f"prompt {number}" if number >= 0 else "the prompt"
         row = dict(source) if isinstance(source, Mapping) else {self.prompt_column: source}
         value = self._column(row, self.prompt_column, where) if isinstance(source, Mapping) else source
@@ -169,7 +171,7 @@ class PromptReader:
             raise ValueError(f"Expected {where} to be a text, a list of token ids or of messages, got {value!r:.80}.")
         ids = [int(i) for i in value]
         self._check_ids(ids, where)
-        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)
+        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)  # ids stay exactly as they were given
 
     def _encode_chat(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int], str]:
         """Return what `_encode` does; the template writes the opening tokens, so that no BOS is added."""

@@ -40,14 +40,16 @@ def encode_reply(
     """
     if messages is None:
         return list(tokenizer.encode(reply, add_special_tokens=False))
-    history = list(messages)
+    history = list(messages)  # up to the turn that has just ended
     for turn in preds.turns[:-1]:
         history = [*_with_turn(history, turn.text), {"role": "user", "content": turn.response or ""}]
+    # The turn itself is a stand-in in both renderings: many templates strip the text of a message, and its tokens may
+    # not be those that the tokenizer would choose.
     before = render_chat(tokenizer, history) + TURN
     after = render_chat(tokenizer, [*_with_turn(history, TURN), {"role": "user", "content": reply}])
     if not after.startswith(before):
         raise ValueError(
-            "Expected a chat template that leaves what came before as it was when a message is added, got one that "
+            "Expected a chat template that keeps earlier messages as they are when one is added, got one that then "
             f"writes {before[-80:]!r} in another way. Give prompts as texts in the model's format; then the text that "
             "`respond` returns is observed as it is: let it close the turn and open the next."
         )

@@ -51,6 +51,7 @@ class RewardCalls:
                 rewards = self._score_apart(prompts, preds, dones)
         finally:
             self.seconds += time.monotonic() - start
+        # A failed row may be dropped at any token: its episode is then left out once it ends.
         for prompt, completion, done, reward in zip(prompts, preds, dones, rewards, strict=True):
             if reward.is_dropped and not ((done or reward.has_failed) and accepts_dropped):
                 raise RewardError(
@@ -64,7 +65,7 @@ class RewardCalls:
     def _ask(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Any:
         try:
             return self.env.get_rewards(prompts, preds, dones)
-        except RewardError:
+        except RewardError:  # names the row already
             raise
         except RAISED as error:
             raise RewardError(
@@ -80,7 +81,9 @@ class RewardCalls:
         n, failures = len(prompts), self.env.failures
         calls = [[row] for row in range(n)] if self.env.scores_rows_apart else [list(range(n))]
         causes: dict[int, Exception] = {}
-        rewards = check_rewards([failures.instead] * n, prompts, preds)
+        rewards = check_rewards(
+            [failures.instead] * n, prompts, preds
+        )  # of failed rows; the others are put in their places below
         for rows in calls:
             try:
                 values = self._ask(

@@ -74,7 +74,7 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     _check_alone(text_env, episodes)
     if text_env.masks:
         _check_masks(text_env)
-    check_env(text_env, skip_render_check=True)
+    check_env(text_env, skip_render_check=True)  # the check of rendering makes the env again, from a registered id
 
 
 def _check_tokenizer(env: TextEnv) -> None:
@@ -83,6 +83,7 @@ def _check_tokenizer(env: TextEnv) -> None:
         raise ValueError(f"Expected as many actions as tokens, {size}, got {env.action_space}: add tokens first.")
     if not set(env.rules.stop_ids) <= set(range(size)):
         raise ValueError(f"Expected stop ids (by default eos_token_id) in [0, {size}), got {env.rules.stop_ids}.")
+    # The first, the last and 64 others: to decode all of 150,000 would take seconds.
     for token in {0, size - 1, *np.random.default_rng(0).integers(size, size=64).tolist()}:
         try:
             text: Any = env.tokenizer.decode([token], skip_special_tokens=True)
@@ -115,6 +116,7 @@ def _play(env: EpisodeHost) -> list[tuple[Prompt, list[_Step]]]:
             actions = _allowed_actions(lanes.allowed(), actions, random)
         prompts, result = list(lanes.prompts), lanes.step(actions)
         for lane, action in enumerate(actions.tolist()):
+            # behind the refill `observations` has the next episode's
             observation = result.final_observations.get(lane, result.observations[lane])
             ends = bool(result.terminated[lane]), bool(result.truncated[lane])
             running[lane].append((action, observation, float(result.rewards[lane]), *ends))
@@ -131,15 +133,15 @@ def _check_alone(env: TextEnv, episodes: Sequence[tuple[Prompt, list[_Step]]]) -
             step = env.step(action)
             if not np.array_equal(step[0], observation) or not _is_close(step[1], reward) or [*step[2:4]] != ends:
                 raise AssertionError(
-                    "Expected the same actions to give alone what they give in a lane of several: hooks may depend on "
-                    f"their arguments only. Got {step[:4]}, not {(observation, reward, *ends)}, for "
+                    "Expected the same actions to lead to the same alone as in one of several lanes: hooks may depend "
+                    f"on their arguments only. Got {step[:4]}, not {(observation, reward, *ends)}, for "
                     f"{str(prompt)!r:.80}."
                 )
 
 
 def _allowed_actions(allowed: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Return the wanted actions, (B,), with random allowed ones in place of those that `allowed`, (B, V), forbids."""
-    pairs = zip(allowed, wanted, strict=True)
+    pairs = zip(allowed, wanted, strict=True)  # a row (V,) and a token id for each lane
     return np.array([token if row[token] else random.choice(np.flatnonzero(row)) for row, token in pairs])
 
 
@@ -149,12 +151,13 @@ def _check_masks(env: TextEnv) -> None:
     lanes.reset(seed=0)
     stop_ids, stops, n_finished = list(env.rules.stop_ids), not env.rules.stop_ids, 0
     while n_finished < N_EPISODES:
+        # (B, V), and the same from masks without memory
         allowed, fresh = lanes.allowed(), copy.deepcopy(lanes.masks)  # `LaneMasks.__reduce__` leaves the memory out
         rows = [(prompt, _copied(lanes.preds(lane))) for lane, prompt in enumerate(lanes.prompts)]
         if not np.array_equal(allowed, fresh.allowed(rows)):
             lane = int(np.flatnonzero((allowed != fresh.allowed(rows)).any(axis=1))[0])
             raise AssertionError(
-                f"Expected a mask that depends on the prompt and the text so far alone, but found anew it differs "
+                f"Expected a mask that depends on the prompt and the text so far only, but computed afresh it differs "
                 f"({describe(*rows[lane])}): keep no memory of the steps before, and draw no random numbers."
             )
         stops = stops or bool(allowed[:, stop_ids].any())
@@ -173,7 +176,7 @@ class _Probe:
         self.env, self.n_calls, hooks = env, 0, type(env)
         self.has_both = TextEnv.get_reward is not hooks.get_reward and TextEnv.get_rewards is not hooks.get_rewards
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # for all that the class does not define
         return getattr(self.env, name)
 
     def get_rewards(self, prompts: list[Prompt], preds: list[Preds], dones: list[bool]) -> Sequence[Any]:
@@ -232,8 +235,8 @@ def _unchanged(env: TextEnv, hook: str, prompts: Sequence[Prompt]) -> Iterator[N
     if changed:
         raise AssertionError(
             f"Expected {hook} to change neither the instance, which serves all lanes at once, nor `prompt.row`, which "
-            f"all episodes of a prompt share, but it changed {changed}. Memory of an episode belongs into "
-            "`preds.state`, a cache into an object of its own."
+            f"all episodes of a prompt share, but it changed {changed}. Keep the memory of an episode in "
+            "`preds.state`, and a cache in an object of its own."
         )
 
 

@@ -35,7 +35,7 @@ def lane_preds(env: EpisodeHost, state: LaneState, lane: int, end_reason: EndRea
     episode, turn = state.episodes[lane], state.turn(lane)
     return Preds(
         env.tokenizer,
-        np.concatenate([episode.written, turn]) if episode.turns else turn,
+        np.concatenate([episode.written, turn]) if episode.turns else turn,  # (T,)
         context=state.context(lane, int(state.turn_starts[lane])),
         turn_length=len(turn),
         closed=episode.turns,
@@ -68,7 +68,7 @@ def end_turns(env: EpisodeHost, state: LaneState, actions: np.ndarray) -> dict[i
         rules, actions, state.generated, turn_limits(rules, state), lambda lane: _tail(env, state, lane)
     )
     ends: dict[int, EpisodeEnd] = {}
-    for lane, turn_reason in reasons.items():
+    for lane, turn_reason in reasons.items():  # in an idle lane nothing was written, and nothing ends
         if state.idle[lane]:
             continue
         preds = lane_preds(env, state, lane, turn_reason)
@@ -85,6 +85,7 @@ def _answer(env: EpisodeHost, state: LaneState, lane: int, preds: Preds) -> EndR
         # The last token allowed leaves no room for another turn, however this one ended.
         if state.generated[lane] >= state.limits[lane]:
             return preds.end_reason
+        # `respond` is not called for the last turn, whose reply nobody would answer.
         if len(episode.turns) + 1 >= rules.max_turns:
             return EndReason.ENV
     response = env.respond(episode.prompt, preds)

@@ -56,8 +56,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.render_mode = self.env.render_mode
         self.single_observation_space = self.env.observation_space
         self.single_action_space = self.env.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)  # (B, L)
+        self.action_space = batch_space(self.single_action_space, num_envs)  # (B,)
 
     @property
     def idle(self) -> np.ndarray:
@@ -77,7 +77,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             Observations, (B, L) int64, and an empty dict.
         """
         super().reset(seed=seed)
-        if seed is not None:  # what the hooks draw from `self.np_random`
+        if seed is not None:  # the hooks draw from the `np_random` of their env
             self.env.np_random = self.np_random
         order_seed = None if seed is None else int(self.np_random.integers(2**31))
         return self.lanes.reset(order_seed, (options or {}).get("prompts")), {}

@@ -148,8 +148,8 @@ def write(
         lm: The model; its sampling is set, and its caches are dropped afterwards.
         requests: The texts.
         temperature: The number that divides the logits.
-        seed: Of the sampling.
-        n_rows: The number of rows.
+        seed: The seed of the sampling.
+        n_rows: The most texts that are written side by side.
 
     Returns:
         A completion for each request, in their order.

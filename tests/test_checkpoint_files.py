@@ -16,7 +16,7 @@ from agents import KLPenalty
 from agents.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from agents.checkpoints_callback import Checkpoints
 from agents.files import replaced_folder
-from agents.manifest import CheckpointError, verify_checkpoint
+from agents.manifest import CheckpointError, newest_intact, verify_checkpoint
 from tests.training import PROMPTS, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import TextEnv
 
@@ -241,6 +241,11 @@ def test_checkpoints_every_so_often_and_the_newest_kept(tmp_path):
     assert latest_checkpoint(tmp_path).name == "step_000000000140"
     cut(tmp_path / "step_000000000140" / "policy.safetensors")
     assert latest_checkpoint(tmp_path).name == "step_000000000120"
+    by_name, by_manifest = newest_intact(tmp_path), newest_intact(tmp_path, name=None)
+    assert by_name == by_manifest and "policy.safetensors: " in by_name[1][0]
+    cut(tmp_path / "step_000000000140" / "manifest.json")
+    by_name, by_manifest = newest_intact(tmp_path), newest_intact(tmp_path, name=None)
+    assert by_name == by_manifest and "manifest.json" in by_name[1][0]
     assert latest_checkpoint(tmp_path / "step_000000000120") is None
     assert latest_checkpoint(tmp_path / "nowhere") is None
 

@@ -213,7 +213,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         load_checkpoint(agent, checkpoint)
         done = agent.num_timesteps
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
-    # Trackers have all rows up to the stop. `cut` removes those after the checkpoint here, and the run makes them again.
+    # Trackers have all rows up to the stop. `cut` removes those after the checkpoint, which the run makes again.
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
     outputs = make_loggers(run, config, trust, done)

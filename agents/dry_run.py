@@ -70,4 +70,4 @@ def _memory(parts: Parts) -> str:
     main = size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     if parts.agent.device.type != "cuda":
         return main
-    return f"{size(torch.cuda.max_memory_allocated(parts.agent.device))} on the device, {main} beside it"
+    return f"{size(torch.cuda.max_memory_allocated(parts.agent.device))} on the device, {main} in main memory"

@@ -90,7 +90,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
             serve_page(store, chosen)
             return Exit.DONE
         if chosen.model is None:
-            print(f"what waits in {chosen.db}, and what comes; Ctrl-C or q ends")
+            print(f"questions that wait in {chosen.db}, and new ones as they come; Ctrl-C or q ends")
         RatingTerminal(store, rater, chosen.kind).run(wait=chosen.model is None)
         progress = store.progress(rater, chosen.kind)
     print(f"{rater}: {progress.done} answered, {progress.skipped} skipped, {progress.left} left in {chosen.db}")

@@ -190,7 +190,7 @@ class RunFolder:
             write_text(file, json.dumps(own) + "\n")
         elif (kept := read_json(file, {"size": int, "sha256": str})) != own:
             raise CommandError(
-                f"Expected the tokenizer that {self.path} was begun with, of {kept['size']} tokens, got another, of "
+                f"Expected the tokenizer that {self.path} was started with, of {kept['size']} tokens, got another, of "
                 f"{own['size']} tokens: give the first one as model.tokenizer."
             )
 

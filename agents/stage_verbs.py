@@ -150,8 +150,8 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     print(f"{n} examples, {len(examples.held_out)} held out")
     if n < ENOUGH:
         print(
-            f"warning: {n} examples are too few for a reward model: {ENOUGH} are the least, and 200 better, by what "
-            "was measured with a simulated rater (examples/people.md).",
+            f"warning: {n} examples are too few for a reward model: {ENOUGH} are the least, and 200 are better, as "
+            "measured with a simulated rater (examples/people.md).",
             file=sys.stderr,
         )
     trained = train_reward_model(

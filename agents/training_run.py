@@ -128,7 +128,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
     other = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME and key not in options.change]
     if other:
         flags = " ".join(f"--change {key}" for key in other)
-        raise CommandError(f"Expected the configuration of {run.path}, got others: to go on all the same, add {flags}.")
+        raise CommandError(f"Expected the configuration of {run.path}, got another: to use it, add {flags}.")
     with run.locked():
         if changed:
             write_text(run.config, dumped)
@@ -204,7 +204,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     agent = parts.agent
     run.check_vocabulary(parts.tokenizer.get_vocab())
     if changed := run.changed_versions():
-        screen.say(f"other versions than the run was begun with: {', '.join(changed)}; figures may differ a little")
+        screen.say(f"other versions than at the start of the run: {', '.join(changed)}; figures may differ a little")
     run.check_space(needed(agent) * (config.keep_checkpoints + SPACE_FOR))
     writer = RowWriter()
     done = 0
@@ -212,7 +212,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         load_checkpoint(agent, checkpoint)
         done = agent.num_timesteps
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
-    # Trackers have all rows up to the stop. `cut` removes those after the checkpoint, and the run makes them again.
+    # Trackers have all rows up to the stop. `cut` removes those after the checkpoint, which the run makes again.
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
     outputs = make_loggers(run, config, trust, done)
@@ -291,9 +291,9 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     text = "\n".join(table)
     write_text(run.path / "results.md", text + "\n")
     write_text(run.path / "results.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
-    with output_folder(run.model, "language model", overwrite=True) as beside:
-        write_model(cast(LMPolicy, parts.agent.policy).backbone, parts.tokenizer, beside)
-        (beside / "README.md").write_text(model_card(config, run.read_about(), text), encoding="utf-8")
+    with output_folder(run.model, "language model", overwrite=True) as draft:
+        write_model(cast(LMPolicy, parts.agent.policy).backbone, parts.tokenizer, draft)
+        (draft / "README.md").write_text(model_card(config, run.read_about(), text), encoding="utf-8")
     screen.say(f"{text}\nmodel: {run.model}   best: {run.best / 'model'}   figures: {run.metrics}")
 
 

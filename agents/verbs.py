@@ -255,13 +255,13 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
     run, folder = RunFolder.open(chosen.run), Path(chosen.folder)
     parts = Parts(config, trust_of(options))
     policy, tokenizer = open_policy(chosen.run, parts), parts.tokenizer
-    with output_folder(folder, "language model", **target) as beside:  # type: ignore[arg-type]
-        write_model(policy.backbone, tokenizer, beside)
-        _describe(beside, run, config)
-        _check_same(policy, make_policy(str(beside), tokenizer, config.model, Trust()), tokenizer)
+    with output_folder(folder, "language model", **target) as draft:  # type: ignore[arg-type]
+        write_model(policy.backbone, tokenizer, draft)
+        _describe(draft, run, config)
+        _check_same(policy, make_policy(str(draft), tokenizer, config.model, Trust()), tokenizer)
         if options.sb3_zip:
             load_newest(chosen.run, parts)
-            parts.agent.save(beside / "sb3.zip")
+            parts.agent.save(draft / "sb3.zip")
     if options.sb3_zip:
         print(
             f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files do; agents.load_sb3_zip reads its weights "

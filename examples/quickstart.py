@@ -47,7 +47,8 @@ from agents import (
     pretrain,
     sample_table,
 )
-from textenv import Preds, Prompt, TextEnv, demo
+from textenv import CharTokenizer, Preds, Prompt, TextEnv, demo
+from textenv.rewards import Vader
 
 N_SAMPLES = 200
 
@@ -81,8 +82,7 @@ def demo_task(smoke: bool) -> Task:
 
 def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
     """Train a tokenizer and a GPT-2 on the files' lines; score by vaderSentiment."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # pip install "textenv[sentiment]"
-
+    vader, no_preds = Vader(reads="whole"), Preds(CharTokenizer(), [])  # first, as it may not be installed
     lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8", errors="replace").split("\n")]
     texts = [line for line in lines if len(line.split()) > 4]
     folder = out / "base"
@@ -96,9 +96,8 @@ def corpus_task(files: Sequence[Path], out: Path, smoke: bool) -> Task:
         pretrain(model, tokenizer, texts, n_epochs=0.05 if smoke else 3.0, batch_size=32, learning_rate=1e-3)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    analyzer = SentimentIntensityAnalyzer()
     prompts = sorted({" ".join(text.split()[:3]) for text in texts})
-    score = lambda text: float(analyzer.polarity_scores(text)["compound"])  # noqa: E731
+    score = lambda text: vader(Prompt(text), no_preds, True)  # noqa: E731
     return Task(folder, prompts, score, None, 48, 3e-4, 0.05, 150_000)
 
 

@@ -1,10 +1,10 @@
-"""What training adapters (LoRA) in place of all weights saves: time of an update, and memory of training.
+"""The savings of training adapters (LoRA) in place of all weights: time of an update, and memory of training.
 
     python benchmarks/adapters.py [--quick]
 
-Both sides are `PPO.train()` on rollouts of the same model, in turns. Memory is what training holds beside the weights:
-their gradients and the optimizer's state, after an update. A forward is the same on both sides, or dearer by the
-adapters; a backward leaves out the products that give the gradients of frozen weights, about a third of all.
+Both sides are `PPO.train()` on rollouts of the same model, in turns. Memory is that of gradients and optimizer state
+after an update. The forward costs the same on both sides, or more by the adapters; the backward leaves out the
+products that give the gradients of frozen weights, about a third of all.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def update(model: PPO) -> int:
-    """One update of the rollout that the model has; return its tokens."""
+    """Update on the rollout that the model holds, and return its number of tokens."""
     model.train()
     return model.n_steps * model.n_envs
 

@@ -1,11 +1,11 @@
-"""What a rollout costs that an engine in a second process writes, against the policy's own.
+"""The cost of a rollout that an engine in a second process writes, against the policy's own.
 
     python benchmarks/engine.py [--quick] [--device cuda] [--smoke] [--json FILE]
 
-The same work, weights and lanes, in turns. The engine is a `LocalEngine`, which decodes as the policy does: there is
-nothing to gain but what is lost at the seam, which is new weights sent before each rollout, texts written ahead that no
-lane comes for, and one forward a sequence at the end. tokens/s are by wall clock; in brackets the CPU seconds of both
-processes for 1,000 tokens. `ratio` is the engine's tokens a second over the policy's own.
+The same work, weights and lanes, in turns. The engine is a `LocalEngine`, which decodes as the policy does and so gains
+nothing: the difference is the cost of the seam, which is sending new weights before each rollout, texts written ahead
+that no lane takes, and one forward per sequence at the end. tokens/s are by wall clock; in brackets the CPU seconds of
+both processes per 1,000 tokens. `ratio` is the engine's tokens per second over the policy's own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def row(
 
 
 def timed(model: PPO, pid: int) -> tuple[float, float]:
-    """Return the seconds of a rollout by the clock, and of both processes' CPU, for a token."""
+    """Return the seconds of a rollout per token, by wall clock and by the CPU time of both processes."""
     model._n_updates += 1  # so that the weights count as new, and are sent
     start, cpu = time.perf_counter(), time.process_time() + cpu_of(pid)
     n_tokens = rollout(model)

@@ -1,10 +1,10 @@
-"""What an answer costs the rating page: in a store of 100,000 items, against one of 100.
+"""The cost of an answer on the rating page: in a store of 100,000 items, against one of 100.
 
     python benchmarks/feedback.py [--quick]
 
-An answer as the page has it: the next item, the answer to it, how far the rater is, and the answer taken back. In both
-stores the rater has answered half of the items, which other raters are still to answer, and a tenth are gold. The files
-lie in memory where there is such a folder: a disk's time to keep an answer is the same in both.
+An answer is what the page does for it: show the next item, store the answer, count the rater's progress, and take the
+answer back. In both stores the rater has answered half of the items, which other raters are still to answer, and a
+tenth are gold. The files lie in memory where there is such a folder, since a disk takes the same time for both.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def filled(path: Path, n: int) -> FeedbackStore:
 
 
 def answer(store: FeedbackStore) -> None:
-    """Answer what comes next."""
+    """Answer the next item."""
     shown = store.next("ann")
     assert shown is not None
     store.choose(shown, "a", seconds=1.5)
 
 
 def answers(store: FeedbackStore) -> int:
-    """Answer as the page does, and take each back, so that all measurements find the same; return how many."""
+    """Answer as the page does, and take each answer back, so that all measurements start alike; return their number."""
     for _ in range(ANSWERS):
         answer(store)
         assert store.progress("ann").left > 0

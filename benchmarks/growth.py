@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py [--quick]
 
-A small model (2 layers, width 64), so that what is not arithmetic shows. The update reads minibatches of 1,024 tokens.
-One row has a target: from 16 to 512 generated tokens, behind a prompt of one and at equal tokens a minibatch, the
-update of a token may grow by no more than attention's own share, counted by hand in multiplications; see `bound`.
+The model is small (2 layers, width 64), so that costs other than arithmetic show. The update reads minibatches of 1,024
+tokens. One row has a target: from 16 to 512 generated tokens, behind a prompt of one token and at equal tokens per
+minibatch, the update of a token may grow by no more than attention's share, counted in multiplications; see `bound`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNS = 3
 
 
 class Point(NamedTuple):
-    """Where on the axis, and the microseconds a token."""
+    """A point of a panel: its place on the axis, and the microseconds per token."""
 
     x: int
     rollout: float
@@ -71,7 +71,7 @@ def point(settings: Settings, x: int, panel: dict[str, Any]) -> Point:
 
 
 def update(model: PPO) -> int:
-    """One update of the rollout that the model has; return its tokens."""
+    """Update on the rollout that the model holds, and return its number of tokens."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few sequences a minibatch
         model.train()

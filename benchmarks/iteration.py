@@ -1,10 +1,10 @@
-"""Claims 4 and 5: tokens a second of a whole PPO iteration, against TRL 1.12 and against stock Stable-Baselines3.
+"""Claims 4 and 5: tokens per second of a whole PPO iteration, against TRL 1.12 and against stock Stable-Baselines3.
 
     TRL_PYTHON=trl-env/bin/python python benchmarks/iteration.py [--quick]
 
 An iteration is rollout, reward function and update (4 epochs of 4 minibatches), ours as `learn` runs it. TRL has the
 same model, prompts, reward function and KL penalty, and a critic of its own, since it knows no shared one; ours is
-measured with either. Then what the penalty costs, in iterations of ours with and without. Stock SB3 has our policy
+measured with either. Then the cost of the penalty, in iterations of ours with and without it. Stock SB3 has our policy
 without cache and its own `RolloutBuffer`, in which each token is a sample; no KL on either side. It is measured twice:
 as our policy reads such samples, in buckets of similar lengths, and padded to the observation's width, as a policy
 written straight for SB3 reads them.
@@ -44,7 +44,7 @@ INSTALL = "python -m venv trl-env && trl-env/bin/pip install trl==1.12.0, then s
 
 
 class Done(NamedTuple):
-    """What an iteration did, and the seconds it took."""
+    """The work of an iteration, and its seconds."""
 
     tokens: int
     optimizer_steps: int
@@ -151,7 +151,7 @@ def alternate(a: Callable[[], Done], b: Callable[[], Done], n_pairs: int) -> tup
 
 
 def has_trl(python: str) -> bool:
-    """Whether this interpreter is there, with the TRL that is asked for."""
+    """Return whether this interpreter exists and has the version of TRL that is asked for."""
     code = "from importlib.metadata import version; assert version('trl') == '1.12.0'"
     try:
         return bool(python) and subprocess.run([python, "-c", code], capture_output=True).returncode == 0
@@ -240,7 +240,7 @@ class StockPart:
         return self.n_steps
 
     def fill(self) -> None:
-        """Fill the buffer with samples of all lengths; what the numbers are takes no time."""
+        """Fill the buffer with samples of all lengths; their values do not change the time."""
         buffer, n_lanes = self.model.rollout_buffer, self.work.n_lanes
         buffer.reset()
         lengths = np.linspace(0, self.work.new_tokens - 1, self.n_steps * n_lanes).astype(int)
@@ -253,7 +253,7 @@ class StockPart:
         buffer.compute_returns_and_advantage(zeros, np.zeros(n_lanes))
 
     def observations(self, since: np.ndarray) -> np.ndarray:
-        """Observations of random prompts and so many tokens since, (B, L)."""
+        """Return observations (B, L) of random prompts and a number of tokens behind them."""
         width = self.work.prompt_tokens + 1 + self.work.new_tokens
         rows = self.rng.integers(1, self.work.vocab_size, (len(since), width))
         rows[:, self.work.prompt_tokens] = SEPARATOR

@@ -1,10 +1,10 @@
-"""What it gains to score finished texts once a rollout: `score_at="rollout_end"` against "done", with a classifier.
+"""The gain of scoring finished texts once per rollout: `score_at="rollout_end"` against "done", with a classifier.
 
     python benchmarks/late_scores.py [--quick]
 
 The same policy takes the same rollouts, in turns. The reward is `textenv.rewards.classifier.Classifier` over a BERT of
-4 layers and width 256, built here with fresh weights. Scored at done it sees the one or two texts that end in a step;
-scored at the rollout's end all of them, sorted by length and in batches of 32. The texts are the same.
+4 layers and width 256, built here with fresh weights. With "done" it scores the one or two texts that end in a step;
+with "rollout_end" all of them, sorted by length and in batches of 32. The texts are the same.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def agent(settings: Settings, score_at: ScoreAt) -> PPO:
 
 
 def texts_a_call(model: PPO) -> float:
-    """How many texts the classifier saw at once, on average."""
+    """Return the mean number of texts in a call of the classifier."""
     reward, *_ = model.get_env().get_attr("reward")
     return reward.texts / reward.calls
 

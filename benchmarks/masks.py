@@ -1,4 +1,4 @@
-"""What a mask costs: the time of a masked step in a rollout, and the bytes in which masks are kept.
+"""The cost of masks: the time of a masked step in a rollout, and the bytes that hold the masks.
 
     python benchmarks/masks.py [--quick]
 
@@ -86,12 +86,12 @@ def compare(
 
 
 def n_bytes(sets: TokenSets) -> int:
-    """All that is kept: the sets, and the keys by which they are found again."""
+    """Return the bytes of the sets, and of the keys by which they are looked up."""
     return sum(one.nbytes for one in sets.sets) + sum(map(len, sets._numbers))
 
 
 class WordTokenizer:
-    """Characters, and then as many words of a space and three letters or digits as are wanted."""
+    """Characters, and words of a space and three letters or digits for the rest of the vocabulary."""
 
     eos_token_id = 0
 

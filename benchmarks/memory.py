@@ -1,10 +1,10 @@
-"""Claim 7: bytes a token in the rollout buffer, and by how much an update raises the peak of memory.
+"""Claim 7: bytes per token in the rollout buffer, and the rise of peak memory in an update.
 
     python benchmarks/memory.py [--smoke]
 
 The buffer is fed made-up observations of 4,096 columns over 151,936 tokens; all arrays it holds are counted, each
 once. The update runs in a process of its own, with a model that is nearly all head. On a CPU its peak is the kernel's
-(Linux), on CUDA the allocator's. Nothing here is timed: one run gives the figure.
+(Linux), on CUDA the allocator's. Nothing here is timed, so one run gives the figure.
 """
 
 from __future__ import annotations

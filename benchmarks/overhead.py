@@ -1,9 +1,9 @@
-"""Claim 6: what Stable-Baselines3, the env and the buffer cost a step, as a share of a decode step of the model.
+"""Claim 6: the cost per step of Stable-Baselines3, the env and the buffer, as a share of the model's decode step.
 
     python benchmarks/overhead.py [--quick]
 
-Ours is a whole rollout whose model answers at once, with token 0: SB3's loop, the env with its reward, the buffer and
-the returns. Against it stand steps of the real model alone, from cached keys and values, on observations of that
+Ours is a whole rollout with a model that returns token 0 at once: SB3's loop, the env with its reward, the buffer and
+the returns. The peer is the real model alone: decode steps from cached keys and values, on observations of that
 rollout.
 """
 

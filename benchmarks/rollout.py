@@ -1,4 +1,4 @@
-"""Claims 1 and 2: tokens a second of a rollout, log-probabilities and values included, against `generate`.
+"""Claims 1 and 2: tokens per second of a rollout, log-probabilities and values included, against `generate`.
 
     python benchmarks/rollout.py [--quick]
 
@@ -74,7 +74,7 @@ def ragged_eos(settings: Settings) -> Row:
 
 
 def row(claim: str, result: Pairs, must: float) -> Row:
-    """Turn speeds into a row of the table."""
+    """Return the row of the table for two speeds."""
     ours, theirs = f"{result.a:,.0f} tokens/s", f"{result.b:,.0f} tokens/s"
     return Row(claim, ours, theirs, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
 

@@ -1,4 +1,4 @@
-"""What several processes gain: the same script on 1, 2 and 4 of them, each with its share of the lanes.
+"""The gain of several processes: the same script on 1, 2 and 4 of them, each with its share of the lanes.
 
     python benchmarks/scale.py [--processes 1 2 4] [--weights copies sharded lock-step] [--iterations 3]
                                [--device cuda] [--smoke] [--json FILE]
@@ -7,13 +7,13 @@ On a CPU (gloo) each process has one thread, so that there is nothing to gain be
 (NCCL) each has a GPU. One iteration comes first and is not counted. Columns:
 
 - tokens/s: of all processes, rollout and update, by wall clock; speed-up and efficiency are against one process.
-- CPU: process-CPU seconds of all processes for a token, over those of one process: what being several costs, also
-  where the cores are not free.
+- CPU: process-CPU seconds of all processes per token, over those of one process: the cost of being several, which
+  shows where cores are not free, too.
 - rollout: its share of the wall time.
 - kept: weights and optimizer of one process, in MB.
-- moved a step: what one process sends in an optimizer step by rings, as a multiple (W - 1) / W of the bytes of what is
-  trained: 2 for an all-reduce of gradients; 3 with shards, which gather weights twice and reduce-scatter gradients;
-  beside it, on Linux and a CPU, what the loopback device has seen in all, rollouts too, over processes and steps.
+- moved a step: the bytes that one process sends in an optimizer step by rings, in units of (W - 1) / W times the bytes
+  of the trained weights: 2 for an all-reduce of gradients; 3 with shards, which gather weights twice and
+  reduce-scatter gradients; beside it, on Linux and a CPU, what the loopback device has seen in all, rollouts too, over processes and steps.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def loopback() -> int:
 
 
 def work(settings: Settings, n_iterations: int, weights: str) -> dict[str, Any]:
-    """Train for some iterations; return what rank 0 has to say of all."""
+    """Train for some iterations; return the figures of all processes, which rank 0 collects."""
     prepare()
     job = settings.work(n_lanes=8 if settings.smoke else LANES)
     model, clock = job.agent(policy_kwargs={"shard": WAYS[weights]}), Clock()

@@ -1,4 +1,4 @@
-"""What 8 and 64 GPUs would do, on paper: memory a device, traffic a step, tokens a second; nothing is run.
+"""Estimates for 8 and 64 GPUs: memory per device, traffic per step, tokens per second; nothing is run.
 
     python benchmarks/scale_on_paper.py
 
@@ -24,7 +24,7 @@ WAYS = ("copies", "sharded", "lock-step")  # of holding the weights: see `agents
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained of a model of `billions` of parameters, and how its weights lie on each of `n_gpus`."""
+    """A model of `billions` of parameters on `n_gpus`: which weights are trained, and how they are held on each GPU."""
 
     billions: float
     n_gpus: int
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def rollout_seconds(self) -> float:
-        """Decode steps, each of which reads the weights once, or waits for its launches."""
+        """Return the seconds of decode steps, each limited by reading the weights once or by kernel launches."""
         in_16_bits = self.lora or self.way != "copies"
         read = self.n * (2 if in_16_bits else 4) / BANDWIDTH
         return NEW_TOKENS * max(read, LAYERS[self.billions] * LAYER_SECONDS)
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def traffic_seconds(self) -> float:
-        """As if nothing of it were hidden behind forward and backward pass."""
+        """Return the seconds of the traffic, none of it overlapped with forward or backward."""
         return (EPOCHS * MINIBATCHES * self.traffic + self.rollout_traffic) / LINKS[self.n_gpus]
 
     @property

@@ -32,7 +32,7 @@ MANY = 10_000  # iterations; stdin ends first
 
 
 class EvenShare(nn.Module):
-    """What PPOTrainer takes for a reward model, without a model: the share of even tokens up to each column."""
+    """A stand-in for PPOTrainer's reward model: the share of even tokens up to each column."""
 
     base_model_prefix = "backbone"
 

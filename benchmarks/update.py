@@ -2,8 +2,8 @@
 
     python benchmarks/update.py [--quick]
 
-Ours is `PPO.train()` of Stable-Baselines3, unmodified. The floor has the minibatches ready and does the least that
-gives the same gradient: a forward of the trunk, the head on response positions only, the clipped surrogate and the
+Ours is `PPO.train()` of Stable-Baselines3, unmodified. The floor gets ready-made minibatches and does the least work
+for the same gradient: a forward of the trunk, the head on response positions only, the clipped surrogate and the
 value loss, backward, clipping, AdamW; no entropy, no log. One rollout is collected and used throughout.
 """
 
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # between the losses of the two sides
 
 
 class Part(NamedTuple):
-    """Padded sequences that are read in one forward, and where."""
+    """Padded sequences that one forward reads, and the places that are read."""
 
     ids: Tensor  # (S, T)
     rows: Tensor  # (N,)
@@ -95,13 +95,13 @@ def compare_epochs(model: PPO, settings: Settings, n_epochs: int, kind: str) -> 
 
 
 def check_loss(ours: float, theirs: float) -> None:
-    """Raise where the two sides did not do the same: the losses of their last minibatches differ."""
+    """Raise an error if the losses of the two sides' last minibatches differ, as the work would not be the same."""
     if abs(ours - theirs) > TOLERANCE * max(1.0, abs(theirs)):
         raise RuntimeError(f"Expected the floor's loss {theirs} from the update, got {ours}: they do different work.")
 
 
 def fastest_floor(model: PPO, minibatches: Sequence[SequenceSamples], device: str) -> Callable[[], float]:
-    """Of one forward a minibatch and one a bucket of similar lengths, return the one that is faster here."""
+    """Return the faster floor on this machine: one forward per minibatch, or one per bucket of similar lengths."""
     layouts = [[step(samples, bucketed) for samples in minibatches] for bucketed in (False, True)]
     trials = [floor(model, steps[:MINIBATCHES]) for steps in layouts]
     for trial in trials:

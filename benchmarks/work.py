@@ -1,4 +1,4 @@
-"""The work that all benchmarks share: model shape, prompts, lengths, seeds; and how two things are timed in pairs."""
+"""The shared work of all benchmarks (model, prompts, lengths, seeds), and paired timing of two sides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from textenv.rewards.base import RewardLike
 
 @dataclass(frozen=True)
 class Work:
-    """A model and what it writes. The defaults are the small model that all CPU rows use."""
+    """The shape of a model, and of the texts it writes. The defaults are the small model of all CPU rows."""
 
     n_layer: int = 4
     width: int = 256
@@ -99,7 +99,7 @@ class IdTokenizer:
 
 
 def score(prompt: Any, preds: Any, done: bool) -> float:
-    """A reward that costs next to nothing: the share of even tokens."""
+    """Return the share of even tokens: a reward that takes almost no time."""
     return float(np.mean(preds.ids % 2 == 0))
 
 
@@ -133,12 +133,12 @@ class Row(NamedTuple):
 
     @classmethod
     def missing(cls, claim: str, why: str, target: str) -> Row:
-        """A row for a peer that is not there; says how to get it."""
+        """Return the row for a peer that is not installed, with the way to install it."""
         return cls(claim, "-", why, None, "-", target, None)
 
 
 class Pairs(NamedTuple):
-    """What alternated runs of A and B gave: work a second, and the ratios A / B pair by pair."""
+    """The result of alternating A and B: work per second of each, and the ratios A / B, pair by pair."""
 
     a: float
     b: float
@@ -208,7 +208,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def run_script(description: str | None, measure: Callable[[Settings], list[Row]]) -> None:
-    """What a script does when it is started: parse, measure, print, write."""
+    """Run a script: parse its options, measure, print the table, write the rows."""
     args = arguments(description).parse_args()
     prepare()
     finish(measure(settings(args)), args.json)

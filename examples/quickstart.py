@@ -48,7 +48,7 @@ from agents import (
     sample_table,
 )
 from textenv import Preds, Prompt, TextEnv, demo
-from textenv.rewards.lexicon import Vader
+from textenv.rewards import Vader
 
 N_SAMPLES = 200
 

@@ -37,8 +37,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
 
     **Observation**: `Box(-2, V - 1, (L,), int64)` with V = `len(tokenizer)` and L = `max_prompt_tokens + 1 +
     max_new_tokens` (plus the replies of an env with several turns): the token ids of the prompt, one separator (-2),
-    the token ids written so far, then padding (-1). The end of the prompt and the number of tokens written can so be
-    read off the observation, even where padding and EOS are the same token.
+    the token ids written so far, then padding (-1). So the observation shows where the prompt ends and how many tokens
+    were written, even if the tokenizer pads with EOS.
 
     **Action**: `Discrete(V)`, the id of the next token.
 
@@ -50,7 +50,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
 
     **End**: the policy writes one of `stop_ids` or `stop_strings`, or `max_new_tokens` tokens. All of these terminate,
     the length limit too, since the observation shows how many tokens are left; with `length_limit="truncate"` it
-    truncates. The `info` of the last step has these keys (all others are empty):
+    truncates. The `info` of the last step has these keys (that of any other step is empty):
 
     - `text`, `prompt`: the completion, and the `Prompt` that it continues.
     - `end_reason`: an `EndReason`: "eos", "stop", "length" or "env".
@@ -345,9 +345,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             ValueError: If the action is no token id.
             RewardError: If the reward raises or is no finite number.
         """
-        result = self._lanes.step(
-            np.asarray(action).reshape(-1)
-        )  # (1,), from an int, a numpy scalar or an array of one
+        # (1,), from an int, a numpy scalar or an array of one
+        result = self._lanes.step(np.asarray(action).reshape(-1))
         if self.render_mode == "human":
             self.render()
         terminated, truncated = bool(result.terminated[0]), bool(result.truncated[0])

@@ -195,9 +195,8 @@ class _Matching:
         new = ids[len(self.ids) :]
         n_read = self.matcher.try_consume_tokens(new)  # fewer than `new` if one of them is forbidden
         self.ids += new[:n_read]
-        bits = np.frombuffer(
-            self.matcher.compute_bitmask(), dtype=np.uint8
-        )  # lowest bit first, as in `Vocabulary.pack`
+        # (W,) or more, the lowest bit first, as in `Vocabulary.pack`
+        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         if self.matcher.is_error():
             error, self.matcher = self.matcher.get_error().partition("\n")[0], None
             raise MaskError(f"{self.mask!r} failed: {error} ({describe(prompt, preds)}).")

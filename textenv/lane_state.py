@@ -163,7 +163,7 @@ class LaneState:
     @classmethod
     def load(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any], prompts: Sequence[Prompt]) -> LaneState:
         """Return the episodes that `state_dict` saved, with the prompts of their lanes."""
-        columns = zip(
+        columns = zip(  # in the order of the fields of `RunningEpisode`
             prompts,
             arrays["groups"].tolist(),
             arrays["returns"].tolist(),
@@ -173,6 +173,6 @@ class LaneState:
             [list(ids) for ids in meta["closed_ids"]],
             copy.deepcopy(list(meta["states"])),
             strict=True,
-        )  # in the order of the fields of `RunningEpisode`
+        )
         episodes = [RunningEpisode(*row) for row in columns]
         return cls(**{name: np.array(arrays[name]) for name in ARRAYS}, episodes=episodes)

@@ -131,9 +131,8 @@ class PromptReader:
             ValueError: If it is empty or too long, lacks a column, has a token id outside the vocabulary, or is a chat
                 that cannot be rendered.
         """
-        source = (
-            source.row if isinstance(source, Prompt) else source
-        )  # it may come from another env, with another tokenizer
+        if isinstance(source, Prompt):  # it may come from another env, with another tokenizer
+            source = source.row
         where = f"prompt {number}" if number >= 0 else "the prompt"
         row = dict(source) if isinstance(source, Mapping) else {self.prompt_column: source}
         value = self._column(row, self.prompt_column, where) if isinstance(source, Mapping) else source

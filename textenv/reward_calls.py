@@ -81,9 +81,8 @@ class RewardCalls:
         n, failures = len(prompts), self.env.failures
         calls = [[row] for row in range(n)] if self.env.scores_rows_apart else [list(range(n))]
         causes: dict[int, Exception] = {}
-        rewards = check_rewards(
-            [failures.instead] * n, prompts, preds
-        )  # of failed rows; the others are put in their places below
+        # The rewards of failed rows; those of the others are put in their places below.
+        rewards = check_rewards([failures.instead] * n, prompts, preds)
         for rows in calls:
             try:
                 values = self._ask(

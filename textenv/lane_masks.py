@@ -55,6 +55,6 @@ class LaneMasks:
         empty = [mask for mask, allowed in zip(self.masks, by_mask, strict=True) if not allowed.any()]
         raise MaskError(
             f"Expected a token to be allowed, got none from {empty or list(self.masks)} ({describe(prompt, preds)}). "
-            "Either the mask forbids the text so far, or no token can continue it, or the text is complete and the env "
-            "has no stop id (`stop_ids`)."
+            "Either the mask forbids the text so far, or no token can continue it, or the text is complete and a "
+            "stop id is missing (`stop_ids`)."
         )

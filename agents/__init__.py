@@ -91,7 +91,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_pu
     from .vec_env import TextVecEnv as TextVecEnv
     from .world import is_main_process as is_main_process
 
-MODULES = {"doctor": ".doctor", "sft": ".sft"}  # public modules, whose functions are called by it: doctor.check(model)
+MODULES = {"doctor": ".doctor", "sft": ".sft"}  # called by their module: doctor.check(model), sft.tune(...)
 NAMES = {
     "AdaptiveCoef": ".kl",
     "AlgorithmConfig": ".config",
@@ -172,27 +172,25 @@ NAMES = {
     "word_tokenizer": ".small_tokenizers",
 }
 
-if not TYPE_CHECKING:  # checkers take a list of literals only, and have the imports above
-    __all__ = sorted({*MODULES, *NAMES})
-
-
 _check_agents = cache(check_agents)  # once a process: it reads what every installed distribution has
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name where it is first asked for.
+if not TYPE_CHECKING:  # checkers have the imports above, and report any other name
+    __all__ = sorted({*MODULES, *NAMES})
 
-    Raises:
-        AttributeError: If there is no such name.
-        ImportError: If another library has installed its own package `agents` over this one.
-    """
-    if name not in MODULES and name not in NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _check_agents()
-    if name in MODULES:
-        return import_module(MODULES[name], __name__)  # the import sets the attribute, too
-    value = globals()[name] = getattr(import_module(NAMES[name], __name__), name)
-    return value
+    def __getattr__(name: str) -> Any:
+        """Import a public name where it is first asked for.
+
+        Raises:
+            AttributeError: If there is no such name.
+            ImportError: If another library has installed its own package `agents` over this one.
+        """
+        if name not in MODULES and name not in NAMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        _check_agents()
+        module = import_module(MODULES.get(name) or NAMES[name], __name__)
+        value = globals()[name] = module if name in MODULES else getattr(module, name)  # found there from now on
+        return value
 
 
 def __dir__() -> list[str]:

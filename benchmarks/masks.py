@@ -87,7 +87,7 @@ def compare(
 
 def n_bytes(sets: TokenSets) -> int:
     """Return the bytes of the sets, and of the keys by which they are looked up."""
-    return sum(one.nbytes for one in sets.sets) + sum(map(len, sets._numbers))
+    return sum(allowed.nbytes for allowed in sets.sets) + sum(map(len, sets._numbers))
 
 
 class WordTokenizer:

@@ -13,7 +13,8 @@ On a CPU (gloo) each process has one thread, so that there is nothing to gain be
 - kept: weights and optimizer of one process, in MB.
 - moved a step: the bytes that one process sends in an optimizer step by rings, in units of (W - 1) / W times the bytes
   of the trained weights: 2 for an all-reduce of gradients; 3 with shards, which gather weights twice and
-  reduce-scatter gradients; beside it, on Linux and a CPU, what the loopback device has seen in all, rollouts too, over processes and steps.
+  reduce-scatter gradients. Beside it, on Linux and a CPU: all bytes of the loopback device, rollouts included, per
+  process and step.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def work(settings: Settings, n_iterations: int, weights: str) -> dict[str, Any]:
     steps = n_iterations * model.n_epochs * (tokens // model.batch_size)
     size = len(seconds)
     trained = [weight for weight in model.policy.parameters() if weight.requires_grad]
-    moments = [one for state in model.policy.optimizer.state.values() for one in state.values()]
+    moments = [moment for state in model.policy.optimizer.state.values() for moment in state.values()]
     return {
         "processes": size,
         "weights": weights,

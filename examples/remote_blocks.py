@@ -120,7 +120,7 @@ def _config_of(config: PreTrainedConfig, first: int, last: int) -> PreTrainedCon
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
             if name in PER_LAYER:
                 setattr(result, name, value[first:last])
-            elif any(one != value[0] for one in value):
+            elif any(entry != value[0] for entry in value):
                 raise ValueError(f"Expected blocks that are alike, got `{name}`: {value}: not made for such a model.")
     result.num_hidden_layers = last - first
     return result

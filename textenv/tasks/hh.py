@@ -55,6 +55,7 @@ def split_pair(row: Mapping[str, Any], where: str) -> Pair:
         got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"Expected {where} to have the texts 'chosen' and 'rejected', got {got}.")
     characters = zip(row["chosen"], row["rejected"], strict=False)
+    # The replies may begin alike, so the split is after the last opening in the common prefix, not at its end.
     shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], characters))
     end = shared.rfind(ASSISTANT) + len(ASSISTANT)
     if end < len(ASSISTANT):
@@ -118,7 +119,7 @@ def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], 
     """
     groups: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
-        groups[pair.prompt.partition(ASSISTANT)[0]].append(pair)
+        groups[pair.prompt.partition(ASSISTANT)[0]].append(pair)  # by the human's first turn
     held_out: list[Pair] = []
     train: list[Pair] = []
     first_turns = list(groups)

@@ -45,6 +45,7 @@ class Kind(NamedTuple):
     fits: Callable[[type], bool]
 
 
+# A context variable, so that one thread's configuration does not limit the Python code of another.
 _trust: ContextVar[Trust | None] = ContextVar("trust", default=None)
 
 
@@ -98,7 +99,7 @@ def find_class(path: Any, kind: Kind, trust: Trust) -> type:
             f"Expected a configuration that imports {' and '.join(OWN)} only, got {path!r}: if you trust it, add "
             f"--allow {root} to the command."
         )
-    if root in trust.modules:
+    if root in trust.modules:  # our own packages are never looked for in the current folder
         _add_current_folder()
     try:
         imported = vars(import_module(module)).get(name)

@@ -77,6 +77,6 @@ def _import_gem() -> Any:
     with needs("gem", "gem", "GemGame"):
         import gem
 
-    root.handlers[:] = handlers
+    root.handlers[:] = handlers  # in place: logging keeps this list
     root.setLevel(level)
     return gem

@@ -43,7 +43,7 @@ class OwnRandomness:
         set_bit_generator(self._numpy)
         try:
             yield
-        finally:
+        finally:  # also where the game raises
             self._python, self._numpy = random.getstate(), get_bit_generator()
             random.setstate(outside[0])
             set_bit_generator(outside[1])

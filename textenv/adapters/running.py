@@ -71,8 +71,9 @@ class RunningGames:
         """
         texts, running = [turn.text.strip() for turn in turns], self._running.get(lane)
         if running is not None and running.seed == seed and running.texts == texts and running.last is not None:
-            return running.last
+            return running.last  # asked for again: the turn was already played
         if running is None or running.seed != seed or running.texts != texts[:-1]:
+            # The lane's game stands elsewhere: it is played again, and each reply compared with the recorded one.
             self._check_same(seed, 0, self._begin(lane, seed), opening)
             for number, (text, turn) in enumerate(zip(texts[:-1], turns, strict=False), start=1):
                 self._check_same(seed, number, self._step(lane, text).text, turn.response)

@@ -100,7 +100,7 @@ class TurnEnv(TextEnv):
         self.games = RunningGames(game)
         self.chat = chat
         super().__init__(
-            [{"seed": number} for number in range(n_games)],
+            [{"seed": number} for number in range(n_games)],  # `read_prompt` reads the opening of each
             tokenizer,
             max_new_tokens=max_new_tokens,
             turn_tokens=turn_tokens,

@@ -98,6 +98,7 @@ def _trace(task: Any, text: str) -> Any:
     question = [vf.UserMessage(content=prompt)] if isinstance(prompt, str) else list(prompt)
     messages = [*system, *question, vf.AssistantMessage(content=text)]
     last = len(messages) - 1
+    # A chain of messages, of which the model sampled the last one only.
     nodes = [
         vf.MessageNode(parent=number - 1 if number else None, message=message, sampled=number == last)
         for number, message in enumerate(messages)

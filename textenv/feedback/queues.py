@@ -70,6 +70,7 @@ class Queues:
                 1970).
         """
         kinds = _kinds(kind)
+        # Last handed out first: an item whose answer was just taken back comes next.
         waiting = "SELECT handed, id FROM showings WHERE rater = ? AND kind = ? AND is_open ORDER BY 1 DESC, 2 DESC"
         unanswered = self._first(waiting, rater, kinds)
         if unanswered:
@@ -87,12 +88,14 @@ class Queues:
         return [tuple(row) for row in rows if row is not None]
 
     def _is_due(self, rater: str, answer: int) -> bool:
+        # At most GOLD_GAP rows are read, however many answers there are.
         later = "SELECT id FROM answers WHERE rater = ? AND stands AND id > ? LIMIT ?"
         return len(self._db.execute(later, (rater, answer, GOLD_GAP)).fetchall()) == GOLD_GAP
 
     def _fresh(self, rater: str, kinds: Iterable[str], since: float) -> int | None:
         """Return the first item that the rater has not seen, or the first one in others' hands if there is no other."""
         held = None
+        # Each kind's rows come in the order of their numbers, so the merge is in that order, too.
         for item, answered, raters in heapq.merge(*(self._unseen(rater, kind) for kind in kinds)):
             if answered + self._db.execute(_HELD, (item, since)).fetchone()[0] < raters:
                 return item

@@ -175,6 +175,7 @@ def check_value(kind: str, value: Any, n: int, scale: tuple[float, float]) -> Va
             or doubled.
     """
     if kind == "compare":
+        # `_is_whole` excludes JSON's true, which equals 1 in Python
         if value in UNDECIDED or (_is_whole(value) and value in (0, 1)):
             return value
         raise ValueError(f"Expected 0 or 1, {' or '.join(UNDECIDED)}, got {value!r:.80}.")

@@ -29,6 +29,7 @@ from textenv.feedback.records import (
 
 LEASE = 600.0  # seconds for which an item that was shown counts as being in that rater's hands
 
+# New answers that still count, and new undos of answers that a reader up to :since has already seen.
 _ANSWERS = """
 SELECT answers.*, item, repeat, places, prompt, run, low, high
 FROM answers JOIN showings ON showings.id = showing JOIN items ON items.id = item
@@ -228,7 +229,7 @@ class FeedbackStore:
         _check_kind(item, "score")
         value = check_value("score", scores, len(item.order), item.scale)
         assert isinstance(value, tuple)
-        added = tuple(score for _, score in sorted(zip(item.order, value, strict=True)))
+        added = tuple(score for _, score in sorted(zip(item.order, value, strict=True)))  # in the order of adding
         return self._answer(item, "score", added, seconds)
 
     def choose(self, item: Item, choice: Choice, seconds: float | None = None) -> int:
@@ -266,7 +267,7 @@ class FeedbackStore:
 
     def _answer(self, item: Item, kind: str, value: Value, seconds: float | None) -> int:
         check_seconds("seconds", seconds)
-        with self._db.writing():
+        with self._db.writing():  # the check and the insertion are one transaction, so two pages cannot both answer
             row = self._db.execute("SELECT * FROM answers WHERE showing = ? AND stands", (item.showing,)).fetchone()
             if row is None:
                 return self._insert_answer(item.showing, item.rater, kind, value, seconds, time.time())
@@ -318,6 +319,7 @@ class FeedbackStore:
                 undo = dict(showing=row["showing"], rater=rater, kind="undo", value="null", time=time.time())
                 self._db.insert("answers", **undo, stands=False, undoes=number)
                 self._queues.answer(row["showing"], row["kind"], by=-1)
+                # The open showing that was handed out last comes first in `next`, so this item follows.
                 self._db.execute("UPDATE showings SET handed = ? WHERE id = ?", (time.time(), row["showing"]))
             return self._item(row["showing"])
 

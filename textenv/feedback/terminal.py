@@ -125,6 +125,7 @@ class RatingTerminal:
         if single:
             spans.append(printable(item.completions[0]))
         self.console.print(Panel(Text.assemble(*spans), title=f"{item.kind} {item.id}", title_align="left"))
+        # A single completion stands in the panel of its prompt, several ones in panels of their own.
         for name, text in zip(_names(item), () if single else item.completions, strict=False):
             self.console.print(Panel(Text(printable(text)), title=name, title_align="left"))
 

@@ -102,6 +102,7 @@ class Pages:
 
     async def next(self, request: Request) -> Response:
         rater, _ = _known_rater(request), await _body(request)
+        # In a thread, like all writes: one that waits for a locked file would block all other visitors here.
         return JSONResponse(await run_in_threadpool(self._state, rater))
 
     async def answer(self, request: Request) -> Response:
@@ -229,6 +230,7 @@ def serve(
         )
     if token is not None and not TOKEN.fullmatch(token):
         raise ValueError(f"Expected a `token` of {TOKEN.pattern}, got one of {len(token)} characters.")
+    # A local server may have no token, so the check of host names alone keeps foreign pages out (see `Guard`).
     known = ["localhost", *names] if local else ["localhost", socket.gethostname(), *names]
     app = make_app(store, kind=kind, token=token, names=known, any_address=not local)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -87,7 +87,7 @@ def _read_files(text_file: Path, act_file: Path) -> list[Dialogue]:
         raise ValueError(f"Expected as many lines in {act_file} as in {text_file.name}, got {len(acts)}, {len(texts)}.")
     dialogues = []
     for number, (text, line) in enumerate(zip(texts, acts, strict=True), start=1):
-        *turns, rest = text.split(END_OF_UTTERANCE)
+        *turns, rest = text.split(END_OF_UTTERANCE)  # the last turn is closed as well, so `rest` is blank
         where = f"line {number} of {text_file}"
         if rest.strip():
             raise ValueError(f"Expected {END_OF_UTTERANCE} behind each turn of {where}, got {rest.strip()!r:.80} last.")
@@ -114,6 +114,7 @@ def _dialogue(turns: Sequence[str], acts: Sequence[int], where: str) -> Dialogue
         raise ValueError(f"Expected an act for each turn of {where}, got {len(acts)} of {len(turns)} turns.")
     if not all(1 <= act <= len(INTENTS) for act in acts):
         raise ValueError(f"Expected the acts of {where} in 1 to {len(INTENTS)}, got {list(acts)}.")
+    # Acts count from 1, indices into `INTENTS` from 0.
     return Dialogue(tuple(" ".join(turn.split()) for turn in turns), tuple(int(act) - 1 for act in acts))
 
 
@@ -178,7 +179,7 @@ def dialogue_rows(dialogues: Sequence[Dialogue], history: int = 5, separator: st
         for i in range(1, len(turns)):
             exchanges = [
                 {"other": turns[later - 1], "reply": turns[later], "intent": intents[later]}
-                for later in range(i + 2, len(turns), 2)
+                for later in range(i + 2, len(turns), 2)  # speakers alternate: these turns are the policy's, too
             ]
             prompt = "".join(turn + separator for turn in turns[max(i - history, 0) : i])
             row = {"prompt": prompt, "references": [turns[i]], "intent": intents[i], "exchanges": exchanges}

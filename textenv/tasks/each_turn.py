@@ -54,7 +54,8 @@ class EachTurn(BatchReward):
         )
         scores: list[Score] = []
         for prompt, row in zip(prompts, replies, strict=True):
-            n_true = 1 + len(prompt.row["exchanges"])
+            # The mean is over the recorded replies, so that those that were not written count as 0.
+            n_recorded = 1 + len(prompt.row["exchanges"])
             parts: dict[str, float] = {}
             total = 0.0
             rewards = [next(scored) for _ in row]
@@ -62,9 +63,9 @@ class EachTurn(BatchReward):
                 scores.append(DROPPED)
                 continue
             for reward in rewards:
-                total += reward.value / n_true
+                total += reward.value / n_recorded
                 for name, value in reward.parts.items():
-                    parts[name] = parts.get(name, 0.0) + value / n_true
+                    parts[name] = parts.get(name, 0.0) + value / n_recorded
             scores.append(parts or total)
         return scores
 
@@ -72,6 +73,7 @@ class EachTurn(BatchReward):
         """Return each turn of the policy as an episode of its own."""
         text, references, row = str(prompt), prompt.references, prompt.row
         episodes = []
+        # An exchange follows each recorded turn but the last; the policy may have written fewer turns (strict=False).
         for turn, exchange in zip(preds.turns, [*prompt.row["exchanges"], None], strict=False):
             ids = self.tokenizer.encode(turn.text, add_special_tokens=False)
             written = [Turn(turn.text, None)]

@@ -43,6 +43,7 @@ def _word_or_number(rng: np.random.Generator) -> str:
 def _word_or_date(rng: np.random.Generator) -> str:
     if rng.random() >= 0.2:
         return _word(rng)
+    # Days end at 28, which every month has.
     year, month, day = rng.integers(1900, 2100), rng.integers(1, 13), rng.integers(1, 29)
     forms = [f"{year}", f"{day:02d}/{month:02d}/{year}", f"{year}-{year + 1}", f"{year}-{month:02d}-{day:02d}"]
     return forms[rng.integers(len(forms))]

@@ -23,51 +23,6 @@ from textenv.rewards.base import RewardLike, check_choice
 from textenv.tasks.parts import HELD_OUT, Part
 from textenv.tokenizer import Tokenizer
 
-<<<<<<< HEAD
-=======
-HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
-REPLIES = ("chosen", "rejected")
-
-
-class Pair(NamedTuple):
-    """A dialogue up to the assistant's last turn, and two replies: the chosen and the rejected one."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-def split_pair(row: Mapping[str, Any], where: str) -> Pair:
-    r"""Split the two dialogues of a row after the last "\n\nAssistant:" that they share.
-
-    Args:
-        row: A mapping with "chosen" and "rejected", each a whole dialogue.
-        where: The row's name in errors.
-
-    Raises:
-        ValueError: If one of the two is missing or not a str, or they share no "\n\nAssistant:".
-
-    Example:
-        >>> shared = "\n\nHuman: Hi\n\nAssistant:"
-        >>> split_pair({"chosen": shared + " Hello", "rejected": shared + " Go"}, "row 0")
-        Pair(prompt='\n\nHuman: Hi\n\nAssistant:', chosen=' Hello', rejected=' Go')
-    """
-    if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in REPLIES):
-        got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"Expected {where} to have the texts 'chosen' and 'rejected', got {got}.")
-    characters = zip(row["chosen"], row["rejected"], strict=False)
-    # The replies may begin alike, so the split is after the last opening in the common prefix, not at its end.
-    shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], characters))
-    end = shared.rfind(ASSISTANT) + len(ASSISTANT)
-    if end < len(ASSISTANT):
-        raise ValueError(
-            f"Expected the dialogues of {where} to share the opening {ASSISTANT!r} of an answer, got "
-            f"{row['chosen'][:40]!r} and {row['rejected'][:40]!r}: leave the row out."
-        )
-    return Pair(shared[:end], row["chosen"][end:], row["rejected"][end:])
-
->>>>>>> people
 
 def read_pairs(data: str | PathLike[str], split: str = "train") -> list[Pair]:
     """Read pairs from a folder of .jsonl or .jsonl.gz files, or from a data set by its name on the Hugging Face hub.

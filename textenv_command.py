@@ -1,7 +1,7 @@
 """The start of the command `textenv`: it imports `agents` only after it has checked that the package is textenv's.
 
 openai-agents also installs a package named `agents`, and pip lets the later one overwrite files of the earlier. Even if
-ours was the later one, the other's folder `agents/memory/` hides our `agents/memory.py`. The check has a module of its
+ours was the later one, the other's folder `agents/memory/` hides our `agents/policies/out_of_memory.py`. The check has a module of its
 own: in `agents` it might be the other's, and `import textenv` takes as long as all the rest of `textenv --help`.
 """
 
@@ -12,7 +12,7 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-MISSING = 6  # the same as agents.refusal.Exit.MISSING, which cannot be imported before the check
+MISSING = 6  # the same as agents.errors.Exit.MISSING, which cannot be imported before the check
 
 
 def check_agents() -> None:
@@ -52,7 +52,7 @@ def main() -> int:
     except ImportError as error:
         print(f"textenv: {error}", file=sys.stderr)
         return MISSING
-    from agents.cli import main as run
+    from agents.cli.main import main as run
 
     return run()
 

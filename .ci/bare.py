@@ -43,7 +43,7 @@ def textenv(*words: str) -> str:
 
 def show_help() -> None:
     """Ask for the help of each verb that the overview lists."""
-    from agents.cli import VERBS
+    from agents.cli.main import VERBS
 
     overview = textenv("--help")
     for verb in VERBS:

@@ -10,166 +10,166 @@ from typing import TYPE_CHECKING, Any
 
 from textenv_command import check_agents
 
-if TYPE_CHECKING:  # the same names for type checkers and editors; tests/test_public_names.py compares the two lists
+if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_names.py compares the two lists
     from . import doctor as doctor
-    from . import sft as sft
-    from .buffers import SequenceRolloutBuffer as SequenceRolloutBuffer
     from .build import make_agent as make_agent
-    from .checkpoint import latest_checkpoint as latest_checkpoint
-    from .checkpoint import load_checkpoint as load_checkpoint
-    from .checkpoint import save_checkpoint as save_checkpoint
-    from .checkpoints_callback import Checkpoints as Checkpoints
-    from .classifier import train_classifier as train_classifier
-    from .config import AlgorithmConfig as AlgorithmConfig
-    from .config import EnvConfig as EnvConfig
-    from .config import EvaluationConfig as EvaluationConfig
-    from .config import KLConfig as KLConfig
-    from .config import ModelConfig as ModelConfig
-    from .config import Named as Named
-    from .config import ShapingConfig as ShapingConfig
-    from .config import TrainConfig as TrainConfig
-    from .critic import RewardModelCritic as RewardModelCritic
-    from .critic import SeparateCritic as SeparateCritic
-    from .critic import SharedCritic as SharedCritic
-    from .critic_warmup import CriticWarmup as CriticWarmup
-    from .data_parallel import DataParallel as DataParallel
-    from .demo import demo_model as demo_model
-    from .engine import EngineLost as EngineLost
-    from .engine import RolloutEngine as RolloutEngine
-    from .engine_rollouts import EngineRollouts as EngineRollouts
-    from .episode_metrics import EpisodeMetrics as EpisodeMetrics
-    from .evaluation import Evaluation as Evaluation
-    from .evaluation import evaluate as evaluate
-    from .evaluation_callback import Evaluate as Evaluate
-    from .exporting import export as export
-    from .findings import DoctorError as DoctorError
-    from .findings import Finding as Finding
-    from .findings import Report as Report
-    from .finite_updates import FiniteUpdates as FiniteUpdates
-    from .flat_policy import FlatLMPolicy as FlatLMPolicy
-    from .from_scratch import pretrain as pretrain
-    from .generation import Generation as Generation
-    from .generation import generate as generate
-    from .groups import SampleGroups as SampleGroups
-    from .interface import BackendSpec as BackendSpec
-    from .interface import LanguageModel as LanguageModel
-    from .interface import LengthError as LengthError
-    from .interface import RowCache as RowCache
-    from .kl import AdaptiveCoef as AdaptiveCoef
-    from .kl import KLPenalty as KLPenalty
-    from .learned_reward import LearnedReward as LearnedReward
-    from .local_engine import LocalEngine as LocalEngine
-    from .manifest import CheckpointError as CheckpointError
-    from .maskable import MaskableLMPolicy as MaskableLMPolicy
-    from .maskable_buffer import MaskableSequenceRolloutBuffer as MaskableSequenceRolloutBuffer
-    from .policies import LMPolicy as LMPolicy
-    from .preferences import Labelled as Labelled
-    from .preferences import Ranking as Ranking
-    from .preferences import hh_pairs as hh_pairs
-    from .pretrained import Pretrained as Pretrained
-    from .reward_curves import RewardCurves as RewardCurves
-    from .reward_figures import RewardFigures as RewardFigures
-    from .reward_figures import calibration as calibration
-    from .reward_figures import pair_accuracy as pair_accuracy
-    from .reward_figures import wilson_interval as wilson_interval
-    from .reward_model import score_texts as score_texts
-    from .reward_model import train_reward_model as train_reward_model
-    from .rollout_steps import RolloutStep as RolloutStep
-    from .sample_table import SampleTable as SampleTable
-    from .sample_table import sample_table as sample_table
-    from .sb3_zip import load_sb3_zip as load_sb3_zip
-    from .scores import DropEpisodes as DropEpisodes
-    from .scores import LateScores as LateScores
-    from .shaping import RewardShaping as RewardShaping
-    from .sharding import Sharded as Sharded
-    from .small_tokenizers import bpe_tokenizer as bpe_tokenizer
-    from .small_tokenizers import char_tokenizer as char_tokenizer
-    from .small_tokenizers import word_tokenizer as word_tokenizer
-    from .trainable import LastLayers as LastLayers
-    from .trainable import LoRA as LoRA
-    from .training_warnings import TrainingWarnings as TrainingWarnings
-    from .vec_env import TextVecEnv as TextVecEnv
-    from .world import is_main_process as is_main_process
+    from .callbacks.checkpoints import Checkpoints as Checkpoints
+    from .callbacks.episode_metrics import EpisodeMetrics as EpisodeMetrics
+    from .callbacks.finite_updates import FiniteUpdates as FiniteUpdates
+    from .callbacks.reward_curves import RewardCurves as RewardCurves
+    from .callbacks.training_warnings import TrainingWarnings as TrainingWarnings
+    from .checkpoints.checkpoint import latest_checkpoint as latest_checkpoint
+    from .checkpoints.checkpoint import load_checkpoint as load_checkpoint
+    from .checkpoints.checkpoint import save_checkpoint as save_checkpoint
+    from .checkpoints.hf_export import export as export
+    from .checkpoints.manifest import CheckpointError as CheckpointError
+    from .checkpoints.sb3_zip import load_sb3_zip as load_sb3_zip
+    from .distributed.sharding import Sharded as Sharded
+    from .distributed.world import is_main_process as is_main_process
+    from .doctor.report import DoctorError as DoctorError
+    from .doctor.report import Finding as Finding
+    from .doctor.report import Report as Report
+    from .engines.local import LocalEngine as LocalEngine
+    from .engines.protocol import EngineLost as EngineLost
+    from .engines.protocol import RolloutEngine as RolloutEngine
+    from .engines.rollouts import EngineRollouts as EngineRollouts
+    from .evaluation.evaluate_callback import Evaluate as Evaluate
+    from .evaluation.evaluation import Evaluation as Evaluation
+    from .evaluation.evaluation import evaluate as evaluate
+    from .evaluation.generation import Generation as Generation
+    from .evaluation.generation import generate as generate
+    from .evaluation.sample_table import SampleTable as SampleTable
+    from .evaluation.sample_table import sample_table as sample_table
+    from .models.critic import RewardModelCritic as RewardModelCritic
+    from .models.critic import SeparateCritic as SeparateCritic
+    from .models.critic import SharedCritic as SharedCritic
+    from .models.interface import BackendSpec as BackendSpec
+    from .models.interface import LanguageModel as LanguageModel
+    from .models.interface import LengthError as LengthError
+    from .models.interface import RowCache as RowCache
+    from .models.pretrained import Pretrained as Pretrained
+    from .models.trainable import LastLayers as LastLayers
+    from .models.trainable import LoRA as LoRA
+    from .policies.flat import FlatLMPolicy as FlatLMPolicy
+    from .policies.lm_policy import LMPolicy as LMPolicy
+    from .policies.maskable import MaskableLMPolicy as MaskableLMPolicy
+    from .rollout.buffer import SequenceRolloutBuffer as SequenceRolloutBuffer
+    from .rollout.maskable_buffer import MaskableSequenceRolloutBuffer as MaskableSequenceRolloutBuffer
+    from .rollout.vec_env import TextVecEnv as TextVecEnv
+    from .runs.config import AlgorithmConfig as AlgorithmConfig
+    from .runs.config import EnvConfig as EnvConfig
+    from .runs.config import EvaluationConfig as EvaluationConfig
+    from .runs.config import KLConfig as KLConfig
+    from .runs.config import ModelConfig as ModelConfig
+    from .runs.config import Named as Named
+    from .runs.config import ShapingConfig as ShapingConfig
+    from .runs.config import TrainConfig as TrainConfig
+    from .small_models.demo_model import demo_model as demo_model
+    from .small_models.from_scratch import pretrain as pretrain
+    from .small_models.tokenizers import bpe_tokenizer as bpe_tokenizer
+    from .small_models.tokenizers import char_tokenizer as char_tokenizer
+    from .small_models.tokenizers import word_tokenizer as word_tokenizer
+    from .steps.critic_warmup import CriticWarmup as CriticWarmup
+    from .steps.data_parallel import DataParallel as DataParallel
+    from .steps.kl_penalty import AdaptiveCoef as AdaptiveCoef
+    from .steps.kl_penalty import KLPenalty as KLPenalty
+    from .steps.reward_shaping import RewardShaping as RewardShaping
+    from .steps.sample_groups import SampleGroups as SampleGroups
+    from .steps.scores import DropEpisodes as DropEpisodes
+    from .steps.scores import LateScores as LateScores
+    from .steps.step import RolloutStep as RolloutStep
+    from .supervised import sft as sft
+    from .supervised.accuracy import RewardFigures as RewardFigures
+    from .supervised.accuracy import calibration as calibration
+    from .supervised.accuracy import pair_accuracy as pair_accuracy
+    from .supervised.accuracy import wilson_interval as wilson_interval
+    from .supervised.classifier import train_classifier as train_classifier
+    from .supervised.learned_reward import LearnedReward as LearnedReward
+    from .supervised.preferences import Labelled as Labelled
+    from .supervised.preferences import Ranking as Ranking
+    from .supervised.preferences import hh_pairs as hh_pairs
+    from .supervised.reward_model import score_texts as score_texts
+    from .supervised.reward_model import train_reward_model as train_reward_model
 
-MODULES = {"doctor": ".doctor", "sft": ".sft"}  # called by their module: doctor.check(model), sft.tune(...)
+MODULES = {"doctor": ".doctor", "sft": ".supervised.sft"}  # called by their module: doctor.check(model), sft.tune(...)
 NAMES = {
-    "AdaptiveCoef": ".kl",
-    "AlgorithmConfig": ".config",
-    "BackendSpec": ".interface",
-    "CheckpointError": ".manifest",
-    "Checkpoints": ".checkpoints_callback",
-    "CriticWarmup": ".critic_warmup",
-    "DataParallel": ".data_parallel",
-    "DoctorError": ".findings",
-    "DropEpisodes": ".scores",
-    "EngineLost": ".engine",
-    "EngineRollouts": ".engine_rollouts",
-    "EnvConfig": ".config",
-    "EpisodeMetrics": ".episode_metrics",
-    "Evaluate": ".evaluation_callback",
-    "Evaluation": ".evaluation",
-    "EvaluationConfig": ".config",
-    "Finding": ".findings",
-    "FiniteUpdates": ".finite_updates",
-    "FlatLMPolicy": ".flat_policy",
-    "Generation": ".generation",
-    "KLConfig": ".config",
-    "KLPenalty": ".kl",
-    "LMPolicy": ".policies",
-    "Labelled": ".preferences",
-    "LanguageModel": ".interface",
-    "LastLayers": ".trainable",
-    "LateScores": ".scores",
-    "LearnedReward": ".learned_reward",
-    "LengthError": ".interface",
-    "LoRA": ".trainable",
-    "LocalEngine": ".local_engine",
-    "MaskableLMPolicy": ".maskable",
-    "MaskableSequenceRolloutBuffer": ".maskable_buffer",
-    "ModelConfig": ".config",
-    "Named": ".config",
-    "Pretrained": ".pretrained",
-    "Ranking": ".preferences",
-    "Report": ".findings",
-    "RewardCurves": ".reward_curves",
-    "RewardFigures": ".reward_figures",
-    "RewardModelCritic": ".critic",
-    "RewardShaping": ".shaping",
-    "RolloutEngine": ".engine",
-    "RolloutStep": ".rollout_steps",
-    "RowCache": ".interface",
-    "SampleGroups": ".groups",
-    "SampleTable": ".sample_table",
-    "SeparateCritic": ".critic",
-    "SequenceRolloutBuffer": ".buffers",
-    "ShapingConfig": ".config",
-    "Sharded": ".sharding",
-    "SharedCritic": ".critic",
-    "TextVecEnv": ".vec_env",
-    "TrainConfig": ".config",
-    "TrainingWarnings": ".training_warnings",
-    "bpe_tokenizer": ".small_tokenizers",
-    "calibration": ".reward_figures",
-    "char_tokenizer": ".small_tokenizers",
-    "demo_model": ".demo",
-    "evaluate": ".evaluation",
-    "export": ".exporting",
-    "generate": ".generation",
-    "hh_pairs": ".preferences",
-    "is_main_process": ".world",
-    "latest_checkpoint": ".checkpoint",
-    "load_checkpoint": ".checkpoint",
-    "load_sb3_zip": ".sb3_zip",
+    "AdaptiveCoef": ".steps.kl_penalty",
+    "AlgorithmConfig": ".runs.config",
+    "BackendSpec": ".models.interface",
+    "CheckpointError": ".checkpoints.manifest",
+    "Checkpoints": ".callbacks.checkpoints",
+    "CriticWarmup": ".steps.critic_warmup",
+    "DataParallel": ".steps.data_parallel",
+    "DoctorError": ".doctor.report",
+    "DropEpisodes": ".steps.scores",
+    "EngineLost": ".engines.protocol",
+    "EngineRollouts": ".engines.rollouts",
+    "EnvConfig": ".runs.config",
+    "EpisodeMetrics": ".callbacks.episode_metrics",
+    "Evaluate": ".evaluation.evaluate_callback",
+    "Evaluation": ".evaluation.evaluation",
+    "EvaluationConfig": ".runs.config",
+    "Finding": ".doctor.report",
+    "FiniteUpdates": ".callbacks.finite_updates",
+    "FlatLMPolicy": ".policies.flat",
+    "Generation": ".evaluation.generation",
+    "KLConfig": ".runs.config",
+    "KLPenalty": ".steps.kl_penalty",
+    "LMPolicy": ".policies.lm_policy",
+    "Labelled": ".supervised.preferences",
+    "LanguageModel": ".models.interface",
+    "LastLayers": ".models.trainable",
+    "LateScores": ".steps.scores",
+    "LearnedReward": ".supervised.learned_reward",
+    "LengthError": ".models.interface",
+    "LoRA": ".models.trainable",
+    "LocalEngine": ".engines.local",
+    "MaskableLMPolicy": ".policies.maskable",
+    "MaskableSequenceRolloutBuffer": ".rollout.maskable_buffer",
+    "ModelConfig": ".runs.config",
+    "Named": ".runs.config",
+    "Pretrained": ".models.pretrained",
+    "Ranking": ".supervised.preferences",
+    "Report": ".doctor.report",
+    "RewardCurves": ".callbacks.reward_curves",
+    "RewardFigures": ".supervised.accuracy",
+    "RewardModelCritic": ".models.critic",
+    "RewardShaping": ".steps.reward_shaping",
+    "RolloutEngine": ".engines.protocol",
+    "RolloutStep": ".steps.step",
+    "RowCache": ".models.interface",
+    "SampleGroups": ".steps.sample_groups",
+    "SampleTable": ".evaluation.sample_table",
+    "SeparateCritic": ".models.critic",
+    "SequenceRolloutBuffer": ".rollout.buffer",
+    "ShapingConfig": ".runs.config",
+    "Sharded": ".distributed.sharding",
+    "SharedCritic": ".models.critic",
+    "TextVecEnv": ".rollout.vec_env",
+    "TrainConfig": ".runs.config",
+    "TrainingWarnings": ".callbacks.training_warnings",
+    "bpe_tokenizer": ".small_models.tokenizers",
+    "calibration": ".supervised.accuracy",
+    "char_tokenizer": ".small_models.tokenizers",
+    "demo_model": ".small_models.demo_model",
+    "evaluate": ".evaluation.evaluation",
+    "export": ".checkpoints.hf_export",
+    "generate": ".evaluation.generation",
+    "hh_pairs": ".supervised.preferences",
+    "is_main_process": ".distributed.world",
+    "latest_checkpoint": ".checkpoints.checkpoint",
+    "load_checkpoint": ".checkpoints.checkpoint",
+    "load_sb3_zip": ".checkpoints.sb3_zip",
     "make_agent": ".build",
-    "pair_accuracy": ".reward_figures",
-    "pretrain": ".from_scratch",
-    "sample_table": ".sample_table",
-    "save_checkpoint": ".checkpoint",
-    "score_texts": ".reward_model",
-    "train_classifier": ".classifier",
-    "train_reward_model": ".reward_model",
-    "wilson_interval": ".reward_figures",
-    "word_tokenizer": ".small_tokenizers",
+    "pair_accuracy": ".supervised.accuracy",
+    "pretrain": ".small_models.from_scratch",
+    "sample_table": ".evaluation.sample_table",
+    "save_checkpoint": ".checkpoints.checkpoint",
+    "score_texts": ".supervised.reward_model",
+    "train_classifier": ".supervised.classifier",
+    "train_reward_model": ".supervised.reward_model",
+    "wilson_interval": ".supervised.accuracy",
+    "word_tokenizer": ".small_models.tokenizers",
 }
 
 _check_agents = cache(check_agents)  # once a process: it reads what every installed distribution has

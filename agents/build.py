@@ -12,17 +12,17 @@ from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from .buffers import SequenceRolloutBuffer
-from .data_parallel import DataParallel
-from .doctor import check as examine
-from .flat_policy import FlatLMPolicy
-from .groups import SampleGroups
-from .maskable import MaskableLMPolicy
-from .maskable_buffer import MaskableSequenceRolloutBuffer
-from .policies import LMPolicy
-from .pretrained import LMLike
-from .scores import DropEpisodes, LateScores
-from .vec_env import TextVecEnv
+from .doctor.examine import check as examine
+from .models.pretrained import LMLike
+from .policies.flat import FlatLMPolicy
+from .policies.lm_policy import LMPolicy
+from .policies.maskable import MaskableLMPolicy
+from .rollout.buffer import SequenceRolloutBuffer
+from .rollout.maskable_buffer import MaskableSequenceRolloutBuffer
+from .rollout.vec_env import TextVecEnv
+from .steps.data_parallel import DataParallel
+from .steps.sample_groups import SampleGroups
+from .steps.scores import DropEpisodes, LateScores
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 SEQUENCES_A_MINIBATCH = 8  # twice the fewest that learn reliably (`minibatches.MIN_SEQUENCES`)

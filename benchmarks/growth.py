@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from stable_baselines3 import PPO
 from work import Row, Settings, Work, pairs, rollout, run_script, timed
 
-from textenv.extras import check_extra, needs
+from textenv.checks.extras import check_extra, needs
 
 SHAPE = {"n_layer": 2, "width": 64, "n_head": 2, "vocab_size": 1000}
 PANELS: dict[str, dict[str, Any]] = {

@@ -30,10 +30,10 @@ from torch import Tensor
 from work import Pairs, Row, Settings, Work, run_script, timed
 
 from agents import KLPenalty, LMPolicy, SeparateCritic, SharedCritic
-from agents.kl import Estimator
-from agents.observations import unpack_observations
-from agents.sampling import TokenDistribution
-from textenv.episode import PADDING, SEPARATOR
+from agents.models.observations import unpack_observations
+from agents.models.sampling import TokenDistribution
+from agents.steps.kl_penalty import Estimator
+from textenv.episodes.rules import PADDING, SEPARATOR
 
 N_EPOCHS = 4
 SEQUENCES = 16  # of a minibatch

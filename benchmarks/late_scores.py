@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from work import Row, Settings, pairs, rollout, run_script
 
 from agents import word_tokenizer
-from textenv.rewarding import ScoreAt
+from textenv.episodes.scores import ScoreAt
 from textenv.rewards.classifier import Classifier
 
 LIMITS = (8, 128)

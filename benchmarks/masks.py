@@ -18,7 +18,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from work import Row, Settings, Work, pairs, rollout, run_script
 
-from agents.token_sets import TokenSets
+from agents.models.token_sets import TokenSets
 from textenv import BannedMask, JSONSchemaMask, TokenMask
 
 VOCABULARIES = (50_000, 152_000)

@@ -24,7 +24,7 @@ from gymnasium import spaces
 from work import Row, Settings, Work, prepare, rollout, run_script
 
 from agents import SequenceRolloutBuffer
-from textenv.episode import PADDING, SEPARATOR
+from textenv.episodes.rules import PADDING, SEPARATOR
 
 VOCABULARY, COLUMNS, PROMPT_TOKENS = 151_936, 4096, 64
 SHAPES = ((4031, 8), (128, 64))  # steps and lanes: completions that fill the columns, and a short rollout

@@ -18,7 +18,7 @@ from stable_baselines3 import PPO
 from torch import Tensor
 from work import Pairs, Row, Settings, rollout, run_script, timed
 
-from agents.actor_critic import Step
+from agents.policies.actor_critic import Step
 
 LANES = (64, 1024)
 DECODED = 16  # steps of the model that are timed, from a third of the completion on

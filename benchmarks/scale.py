@@ -35,8 +35,8 @@ from torch import Tensor
 from work import Settings, prepare
 
 from agents import Sharded
-from agents.distributed import gather
-from agents.sharding import local
+from agents.distributed.collectives import gather
+from agents.distributed.sharding import local
 
 LANES = 64
 WAYS = {"copies": None, "sharded": Sharded(), "lock-step": Sharded(gather=False)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from work import Row, Settings, pairs, rollout, run_script, timed
 
-from agents.transitions import SequenceSamples
+from agents.rollout.transitions import SequenceSamples
 
 LIMITS = (8, 128)  # tokens of a ragged completion, uniform
 EPOCHS = (1, 4)

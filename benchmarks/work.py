@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from agents import make_agent
 from textenv import TextEnv, Tokenizer, TokenMask
-from textenv.rewarding import ScoreAt
+from textenv.episodes.scores import ScoreAt
 from textenv.rewards.base import RewardLike
 
 

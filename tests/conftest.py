@@ -40,6 +40,6 @@ def make_env(char_tokenizer):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a model of one layer that the command can train; files with another model have one of their own."""
-    from tests.command import small_model  # which loads torch: tests without it need not
+    from tests.helpers.command import small_model  # which loads torch: tests without it need not
 
     return small_model(tmp_path_factory.mktemp("models") / "small")

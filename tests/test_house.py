@@ -1,202 +1,35 @@
-"""The rules of the house: who may import whom, what carries a docstring, how long things get.
-
-Each rule is a function from source files to a list of messages, tried below on a made-up source that breaks it.
-"""
+"""The rules of the house: who may import whom, what carries a docstring, how long files, bodies and folders get."""
 
 from __future__ import annotations
 
-import ast
-import graphlib
-import itertools
-import subprocess
-import sys
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("textenv", "agents", "examples", "benchmarks", "tests")
-PACKAGES = ("textenv", "agents")
-
-MAX_FILE_LINES = 400
-MAX_BODY_LINES = 60
-
-# What `import textenv` may bring along: the two libraries, and what gymnasium itself requires.
-LIGHT = {"gymnasium", "numpy", "cloudpickle", "farama_notifications", "typing_extensions"}
-
-
-class Source(NamedTuple):
-    """One file: its path below the root of the repository, its text and its syntax tree."""
-
-    path: str
-    text: str
-    tree: ast.Module
-
-    @property
-    def folder(self) -> str:
-        return self.path.split("/")[0]
-
-    @property
-    def module(self) -> str:
-        name = self.path.removesuffix(".py").replace("/", ".")
-        return name.removesuffix(".__init__")
-
-    @property
-    def package(self) -> str:
-        """What a relative import of level one is relative to."""
-        return self.module if self.path.endswith("__init__.py") else self.module.rpartition(".")[0]
-
-
-class Import(NamedTuple):
-    """One imported name: the absolute module, the name taken from it (if any), and how it was written."""
-
-    line: int
-    module: str
-    name: str | None
-    relative: bool
-
-
-@cache
-def source(path: str, text: str) -> Source:
-    return Source(path, text, ast.parse(text, path))
-
-
-@cache
-def read(*folders: str) -> list[Source]:
-    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
-    return [source(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")) for file in files]
-
-
-def is_type_checking(node: ast.If) -> bool:
-    return ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING"
-
-
-def walk_at_import_time(node: ast.AST) -> Iterator[ast.AST]:
-    """Walk the statements that run when a module is imported: no function bodies, nothing for type checkers only."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(child, ast.If) and is_type_checking(child):
-            for statement in child.orelse:
-                yield statement
-                yield from walk_at_import_time(statement)
-            continue
-        yield child
-        yield from walk_at_import_time(child)
-
-
-def imports(file: Source, nodes: Iterator[ast.AST] | None = None) -> list[Import]:
-    """List the imports among the nodes (the whole file by default), with relative ones made absolute."""
-    found = []
-    for node in nodes or ast.walk(file.tree):
-        if isinstance(node, ast.Import):
-            found += [Import(node.lineno, alias.name, None, False) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = file.package.split(".")
-            base = base[: len(base) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found += [Import(node.lineno, module, alias.name, node.level > 0) for alias in node.names]
-    return found
-
-
-def forbidden_imports(files: list[Source], forbidden: set[str]) -> list[str]:
-    return [
-        f"{file.path}:{found.line}: {file.folder}/ must not import {found.module}"
-        for file in files
-        for found in imports(file)
-        if found.module.split(".")[0] in forbidden
-    ]
-
-
-def root_imports(files: list[Source]) -> list[str]:
-    """Find the imports of a package's own root from within it; the root, and what it loads late, may name modules."""
-    problems = []
-    for file in files:
-        for found in imports(file):
-            # `import textenv.env` binds the root as well
-            binds = found.name is None and found.module.split(".")[0] == file.folder
-            if binds or (found.module == file.folder and file.module not in (file.folder, f"{file.folder}.public")):
-                problems.append(f"{file.path}:{found.line}: imports its own package's root, {file.folder}")
-    return problems
-
-
-def absolute_imports(files: list[Source]) -> list[str]:
-    return [
-        f"{file.path}:{found.line}: import {found.module} relatively"
-        for file in files
-        for found in imports(file)
-        if found.module.split(".")[0] == file.folder and not found.relative
-    ]
-
-
-def import_cycle(files: list[Source]) -> list[str]:
-    """Find one cycle among the imports that run at import time: one message for each of its edges."""
-    modules = {file.module for file in files}
-    edges: dict[str, dict[str, str]] = {}
-    for file in files:
-        edges[file.module] = {}
-        for found in imports(file, walk_at_import_time(file.tree)):
-            submodule = f"{found.module}.{found.name}"
-            target = submodule if submodule in modules else found.module
-            if target in modules:
-                edges[file.module].setdefault(target, f"{file.path}:{found.line}: imports {target}, closing a cycle")
-    try:
-        graphlib.TopologicalSorter(edges).prepare()
-    except graphlib.CycleError as error:
-        nodes = error.args[1]  # each is a predecessor of the next, and the first is repeated at the end
-        return [edges[after][before] for before, after in itertools.pairwise(nodes)]
-    return []
-
-
-def missing_docstrings(files: list[Source]) -> list[str]:
-    problems = []
-    for file in files:
-        if not ast.get_docstring(file.tree):
-            problems.append(f"{file.path}:1: module without a docstring")
-        for node in file.tree.body:
-            named = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if named and not node.name.startswith("_") and not ast.get_docstring(node):
-                problems.append(f"{file.path}:{node.lineno}: {node.name} without a docstring")
-    return problems
-
-
-def long_files(files: list[Source]) -> list[str]:
-    counts = [(file, len(file.text.splitlines())) for file in files]
-    return [f"{file.path}:{n}: file of {n} lines, over {MAX_FILE_LINES}" for file, n in counts if n > MAX_FILE_LINES]
-
-
-def long_bodies(files: list[Source]) -> list[str]:
-    """Find function bodies over the limit, counted from the first line after the docstring to the last."""
-    problems = []
-    for file in files:
-        for node in ast.walk(file.tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-                if lines > MAX_BODY_LINES:
-                    problems.append(f"{file.path}:{node.lineno}: {node.name} has {lines} lines, over {MAX_BODY_LINES}")
-    return problems
-
-
-def loaded_by(module: str, root: Path) -> set[str]:
-    """Name the top-level packages outside the standard library that a fresh interpreter loads for the module."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(root)!r}); before = set(sys.modules); import {module}; "
-        # without a spec: entries that compiled extensions put there, which no import statement names
-        "print(*{name.split('.')[0] for name in set(sys.modules) - before if vars(sys.modules[name]).get('__spec__')})"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, f"`import {module}` failed:\n{run.stderr}"
-    return set(run.stdout.split()) - set(sys.stdlib_module_names) - {module}
-
-
-def assert_none(problems: list[str]) -> None:
-    if problems:
-        pytest.fail("\n".join(problems), pytrace=False)
-
+from tests.helpers.house import (
+    FOLDERS,
+    LAYERS,
+    LIGHT,
+    MAX_BODY_LINES,
+    MAX_FILE_LINES,
+    MAX_FOLDER_FILES,
+    PACKAGES,
+    ROOT,
+    absolute_imports,
+    assert_none,
+    crowded_folders,
+    forbidden_imports,
+    import_cycle,
+    loaded_by,
+    long_bodies,
+    long_files,
+    missing_docstrings,
+    read,
+    root_imports,
+    source,
+    upward_imports,
+    wrong_rooms,
+)
 
 # The project keeps the rules.
 
@@ -227,6 +60,31 @@ def test_nothing_imports_tests_or_examples() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_import_cycles(package: str) -> None:
     assert_none(import_cycle(read(package)))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_lead_to_lower_layers(package: str) -> None:
+    assert_none(upward_imports(read(package), LAYERS[package]))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_room_is_in_a_layer(package: str) -> None:
+    assert_none(wrong_rooms(read(package), LAYERS[package]))
+
+
+def test_folders_are_not_crowded() -> None:
+    assert_none(crowded_folders([file.path for file in read(*FOLDERS)]))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_few_files_stand_beside_the_rooms(package: str) -> None:
+    assert len(list((ROOT / package).glob("[!_]*.py"))) <= 5
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tests_lie_where_the_code_does(package: str) -> None:
+    folders = {path.parent.name for path in (ROOT / "tests" / package).glob("*/__init__.py")}
+    assert folders <= {file.room for file in read(package)}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -311,18 +169,65 @@ def test_import_cycle_can_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "cycle"),
+    "text",
     [
-        ("from .b import y", True),
-        ("if True:\n    from .b import y", True),
-        ("class A:\n    from .b import y", True),
-        ("def f():\n    from .b import y", False),
-        ("if TYPE_CHECKING:\n    from .b import y", False),
-        ("if typing.TYPE_CHECKING:\n    y = 1\nelse:\n    from .b import y", True),
+        "from .b import y",
+        "if True:\n    from .b import y",
+        "class A:\n    from .b import y",
+        "def f():\n    from .b import y",
+        "if TYPE_CHECKING:\n    from .b import y",
+        "if typing.TYPE_CHECKING:\n    y = 1\nelse:\n    from .b import y",
     ],
 )
-def test_only_imports_at_import_time_make_a_cycle(text: str, cycle: bool) -> None:
-    assert bool(import_cycle([source("agents/a.py", text), source("agents/b.py", "from . import a")])) is cycle
+def test_imports_anywhere_make_a_cycle(text: str) -> None:
+    files = [source("agents/a.py", text), source("agents/b.py", "from . import a")]
+    assert len(import_cycle(files)) == 2
+    assert import_cycle([source("agents/a.py", "y = 1"), files[1]]) == []
+
+
+MADE_UP = (("errors",), ("models", "data"), ("cli",))
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("agents/cli/a.py", "from ..models.m import x\nfrom ..errors import E\nfrom .b import y", None),
+        (
+            "agents/models/m.py",
+            "import torch\nfrom ..cli.b import y",
+            "2: imports agents.cli.b, but cli is not below models",
+        ),
+        ("agents/models/m.py", "from ..data import d", "1: imports agents.data.d, but data is not below models"),
+        ("agents/errors.py", "if TYPE_CHECKING:\n    from .data import d", "2: imports agents.data.d, but data is not"),
+        (
+            "agents/errors.py",
+            "def f():\n    from .cli import b",
+            "2: imports agents.cli.b, but cli is not below errors",
+        ),
+        ("agents/new/n.py", "from ..errors import E", "1: imports agents.errors, but errors is not below new"),
+    ],
+)
+def test_upward_imports_can_fail(path: str, text: str, message: str | None) -> None:
+    texts = dict.fromkeys(["agents/errors.py", "agents/models/m.py", "agents/data/d.py", "agents/cli/b.py"], "")
+    problems = upward_imports([source(*file) for file in {**texts, path: text}.items()], MADE_UP)
+    assert len(problems) == (message is not None)
+    assert all(problem.startswith(f"{path}:{message}") for problem in problems)
+
+
+def test_wrong_rooms_can_fail() -> None:
+    files = [source("agents/errors.py", ""), source("agents/models/m.py", ""), source("agents/new/n.py", "")]
+    assert wrong_rooms(files, MADE_UP) == [
+        "new: a room in no layer",
+        "cli: named in a layer, and not there",
+        "data: named in a layer, and not there",
+    ]
+    assert wrong_rooms(files, (("errors", "models", "new"),)) == []
+
+
+def test_crowded_folders_can_fail() -> None:
+    full = ["agents/a/__init__.py", *(f"agents/a/m{i}.py" for i in range(MAX_FOLDER_FILES))]
+    assert crowded_folders([*full, "agents/b.py", "agents/a/sub/c.py"]) == []
+    assert crowded_folders([*full, "agents/a/one_more.py"]) == ["agents/a: 31 files, over 30"]
 
 
 def test_missing_docstrings_can_fail() -> None:

@@ -4,18 +4,18 @@ from functools import partial
 
 from gymnasium.envs.registration import register
 
-from textenv import demo
-from textenv.completion import Preds, Turn
 from textenv.env import TextEnv
-from textenv.episode import EndReason
-from textenv.grammar_masks import GrammarMask, JSONSchemaMask, RegexMask
-from textenv.hub import read_dataset
-from textenv.masks import AllowedMask, BannedMask, MaskError, MinLengthMask, TokenMask
-from textenv.priority import PrioritySampling
-from textenv.prompts import Prompt
-from textenv.rewarding import RewardError
+from textenv.episodes.completion import Preds, Turn
+from textenv.episodes.rules import EndReason
+from textenv.episodes.scores import RewardError
+from textenv.huggingface.datasets import read_dataset
+from textenv.masks.grammar import GrammarMask, JSONSchemaMask, RegexMask
+from textenv.masks.token_masks import AllowedMask, BannedMask, MaskError, MinLengthMask, TokenMask
+from textenv.prompts.priority import PrioritySampling
+from textenv.prompts.prompts import Prompt
 from textenv.testing import check_text_env
-from textenv.tokenizer import CharTokenizer, Tokenizer
+from textenv.text import demo_corpus as demo
+from textenv.text.tokenizer import CharTokenizer, Tokenizer
 from textenv.vector import TextVectorEnv, make_vector_env
 
 __version__ = "0.1.0"

@@ -10,24 +10,24 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from textenv.completion import Preds
-from textenv.episode import SEPARATOR, EndReason
-from textenv.episode_arguments import check_at_least_one, make_rules
-from textenv.failures import Failures, OnFailure
-from textenv.lanes import Lanes
-from textenv.masks import MaskLike, read_masks
-from textenv.named_tokenizer import read_tokenizer
-from textenv.printable import printable
-from textenv.priority import PrioritySampling
-from textenv.prompts import Order, Prompt, PromptLike, PromptReader, read_source
-from textenv.rendering import MODES, check_render_mode, picture, render_row
-from textenv.rewarding import RewardFunction, Score, ScoreAt, check_rewards, score_each
+from textenv.episodes.arguments import check_at_least_one, make_rules
+from textenv.episodes.completion import Preds
+from textenv.episodes.failure_policy import Failures, OnFailure
+from textenv.episodes.rules import SEPARATOR, EndReason
+from textenv.episodes.scores import RewardFunction, Score, ScoreAt, check_rewards, score_each
+from textenv.lanes.lanes import Lanes
+from textenv.lanes.rendering import MODES, check_render_mode, picture, render_row
+from textenv.lanes.wrappers import check_wrappers
+from textenv.masks.token_masks import MaskLike, read_masks
+from textenv.prompts.priority import PrioritySampling
+from textenv.prompts.prompts import Order, Prompt, PromptLike, PromptReader, read_source
 from textenv.rewards.asynchronous import AsyncReward
 from textenv.rewards.base import BatchReward, RewardLike, RowReward, ask_rows, check_choice
 from textenv.rewards.registry import read_reward
-from textenv.tokenizer import Tokenizer
-from textenv.vocabulary import Vocabulary
-from textenv.wrapped import check_wrappers
+from textenv.text.named_tokenizer import read_tokenizer
+from textenv.text.printable import printable
+from textenv.text.tokenizer import Tokenizer
+from textenv.text.vocabulary import Vocabulary
 
 
 class TextEnv(gym.Env[np.ndarray, Any]):

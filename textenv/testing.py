@@ -14,13 +14,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils.env_checker import check_env
 
-from textenv.completion import Preds
 from textenv.env import TextEnv
-from textenv.episode import EndReason
-from textenv.lane_hooks import EpisodeHost
-from textenv.lanes import Lanes
-from textenv.prompts import Prompt
-from textenv.rewarding import Reward, RewardError, check_rewards, describe
+from textenv.episodes.completion import Preds
+from textenv.episodes.rules import EndReason
+from textenv.episodes.scores import Reward, RewardError, check_rewards, describe
+from textenv.lanes.hooks import EpisodeHost
+from textenv.lanes.lanes import Lanes
+from textenv.prompts.prompts import Prompt
 from textenv.vector import unwrap_text_env
 
 N_LANES = 3

@@ -13,9 +13,9 @@ from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
 from textenv.env import TextEnv
-from textenv.lanes import Lanes
-from textenv.printable import printable
-from textenv.rendering import MODES, picture, render_row
+from textenv.lanes.lanes import Lanes
+from textenv.lanes.rendering import MODES, picture, render_row
+from textenv.text.printable import printable
 
 
 class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):

@@ -8,20 +8,10 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import cache
-from agents.backbone import Backbone
-from agents.observations import unpack_observations
-from tests.models import (
-    CACHED,
-    N_TOKENS,
-    NON_LINEAR,
-    CheckRatio,
-    collect,
-    make_policy,
-    make_ppo,
-    observe,
-    tiny,
-)
+from agents.models import prefix_cache as cache
+from agents.models.backbone import Backbone
+from agents.models.observations import unpack_observations
+from tests.helpers.models import CACHED, N_TOKENS, NON_LINEAR, CheckRatio, collect, make_policy, make_ppo, observe, tiny
 
 TOLERANCE = 1e-5  # on log-probabilities and values, float32
 
@@ -288,8 +278,8 @@ def test_a8_training_drops_the_cache():
 
 def test_a8_negative_control(monkeypatch):
     """A cache that keeps the old weights' keys and values fails the same check."""
-    monkeypatch.setattr("agents.actor_critic.LMActorCritic.drop_caches", lambda self: None)
-    monkeypatch.setattr("agents.interface.version_of", lambda weights: 0)
+    monkeypatch.setattr("agents.policies.actor_critic.LMActorCritic.drop_caches", lambda self: None)
+    monkeypatch.setattr("agents.models.interface.version_of", lambda weights: 0)
     # The value of a rollout's last observation moves the cache on, so that the next rollout reads all rows anew.
     monkeypatch.setattr(cache.PrefixCache, "has_rows_of", lambda self, ids, lengths: False)
     assert learn_and_check() > 1e-3

@@ -5,11 +5,20 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from agents import cache, decoding
-from agents.backbone import Backbone
-from agents.decoding import N_GROUPS, Group, StepLayout, attention_by_row, column_groups, laid_out, sort_into_groups
+from agents.models import prefix_cache as cache
+from agents.models import step_layout as decoding
+from agents.models.backbone import Backbone
+from agents.models.step_layout import (
+    N_GROUPS,
+    Group,
+    StepLayout,
+    attention_by_row,
+    column_groups,
+    laid_out,
+    sort_into_groups,
+)
 from tests.equivalence.test_cache import EVERYTHING, TOLERANCE, at_random, decode, make_policy, scripted, worst
-from tests.models import few, tiny
+from tests.helpers.models import few, tiny
 
 
 @pytest.fixture
@@ -112,18 +121,20 @@ def test_negative_control_too_few_columns(monkeypatch):
     """A group that reads a column less than its longest row has is found out."""
     real = column_groups
     shorter = lambda *args: tuple(group._replace(n_columns=max(1, group.n_columns - 1)) for group in real(*args))  # noqa: E731
-    monkeypatch.setattr("agents.cache.column_groups", shorter)
+    monkeypatch.setattr("agents.models.prefix_cache.column_groups", shorter)
     assert worst(make_policy(), EVERYTHING) > 100 * TOLERANCE
 
 
 def test_negative_control_rows_that_are_not_moved(monkeypatch, moving):
-    monkeypatch.setattr("agents.cache.ColumnLayer.move", lambda *args: None)
+    monkeypatch.setattr("agents.models.prefix_cache.ColumnLayer.move", lambda *args: None)
     assert worst(make_policy(), EVERYTHING) > 100 * TOLERANCE
 
 
 def test_negative_control_a_new_row_in_the_wrong_columns(monkeypatch):
     policy = make_policy()
-    monkeypatch.setattr("agents.cache.NewRow", lambda place, tokens: decoding.NewRow((place + 1) % 4, tokens))
+    monkeypatch.setattr(
+        "agents.models.prefix_cache.NewRow", lambda place, tokens: decoding.NewRow((place + 1) % 4, tokens)
+    )
     assert worst(policy, EVERYTHING) > 100 * TOLERANCE
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from agents import KLPenalty
-from agents.encoder_decoder import Seq2SeqBackbone, Seq2SeqCache
-from agents.observations import prompt_lengths, unpack_observations
-from agents.sequences import SequenceBatch
+from agents.models.observations import prompt_lengths, unpack_observations
+from agents.models.seq2seq import Seq2SeqBackbone, Seq2SeqCache
+from agents.models.sequences import SequenceBatch
 from tests.equivalence.test_cache import EVERYTHING, SCRIPTS, TOLERANCE, at_random, scripted
-from tests.models import N_TOKENS, CheckRatio, collect, log_ratios, make_policy, make_ppo, observe
-from tests.seq2seq import CACHED, FAMILIES, expected_logits, tiny_seq2seq
+from tests.helpers.models import N_TOKENS, CheckRatio, collect, log_ratios, make_policy, make_ppo, observe
+from tests.helpers.seq2seq import CACHED, FAMILIES, expected_logits, tiny_seq2seq
 from textenv import CharTokenizer, TextEnv
 
 ROWS = observe([([5, 6, 7, 8, 9, 4], [1, 2]), ([3], []), ([2, 2, 8], [7, 7, 7, 7, 1])])
@@ -84,8 +84,8 @@ def test_a7_script(script):
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a7_at_random(family, monkeypatch):
-    monkeypatch.setattr("agents.cache.GROWTH", 2)
-    monkeypatch.setattr("agents.cache.COMPACT_FROM", 3)
+    monkeypatch.setattr("agents.models.prefix_cache.GROWTH", 2)
+    monkeypatch.setattr("agents.models.prefix_cache.COMPACT_FROM", 3)
     assert worst(make_policy(tiny_seq2seq(family)), at_random(25, seed=1)) < TOLERANCE
 
 

@@ -5,8 +5,8 @@ import torch
 from transformers import GPT2ForSequenceClassification
 
 from agents import RewardModelCritic, SeparateCritic
+from tests.helpers.training import tiny_config
 from tests.learning.test_learning import LETTERS, TASKS, TOKENIZER, build, learn
-from tests.training import tiny_config
 
 OWN = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, initializer_range=0.1)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from agents import EngineRollouts, LocalEngine
-from tests.engines import InProcess
+from tests.helpers.engines import InProcess
+from tests.helpers.training import tiny_config
 from tests.learning.test_learning import TASKS, TOKENIZER, build, learn
-from tests.training import tiny_config
 
 SEEDS = (2, 3)
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 
 from agents import RewardShaping
 from agents.build import make_agent
-from agents.generation import generate
-from tests.training import tiny_config
+from agents.evaluation.generation import generate
+from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 4 in each:UserWarning")

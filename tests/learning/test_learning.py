@@ -12,9 +12,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import AdaptiveCoef, KLPenalty, LastLayers, LoRA, SharedCritic
 from agents.build import make_agent
-from agents.generation import generate
-from tests.models import seldom
-from tests.training import tiny_config
+from agents.evaluation.generation import generate
+from tests.helpers.models import seldom
+from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
 
 LETTERS = "abcdefg"

@@ -12,13 +12,13 @@ import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from agents import Pretrained, demo_model, generate, score_texts
-from agents.rate import ask
-from agents.rate_training import FirstEpisodes, learn, make_trainee
-from agents.verb_config import RateConfig, RateOptions
-from agents.verbs import open_writer
-from tests.command import run
-from tests.models import seldom
-from tests.people import Crowd, Rater, mood
+from agents.cli.options import RateConfig, RateOptions
+from agents.cli.rate import ask
+from agents.cli.rate_training import FirstEpisodes, learn, make_trainee
+from agents.cli.trained_model import open_writer
+from tests.helpers.command import run
+from tests.helpers.models import seldom
+from tests.helpers.people import Crowd, Rater, mood
 from textenv import TextEnv, demo
 from textenv.feedback.store import FeedbackStore
 from textenv.rewards.human import HumanReward
@@ -99,7 +99,7 @@ def test_a_learned_reward_folds_in_answers_while_the_policy_trains(tmp_path, is_
     collect(db, 40, seed, is_random)
     learner = {"learning_rate": 3e-3, "n_epochs": 6, "seed": seed}
     reward = {"db": db, "kind": "rank", "every": 40, "n_asked": 20}
-    reward["learned"] = {"id": "agents.learned_reward:LearnedReward", "args": learner}
+    reward["learned"] = {"id": "agents.supervised.learned_reward:LearnedReward", "args": learner}
     with FeedbackStore(db, seed=seed) as store, Crowd(Rater(store, is_random=is_random, seed=seed)) as crowd:
         train(tmp_path / "run", {"id": "human", "args": reward}, seed)
     before, after = taste(demo_model()), taste(tmp_path / "run" / "model")

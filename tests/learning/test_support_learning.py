@@ -5,10 +5,10 @@ import pytest
 from sb3_contrib import MaskablePPO
 
 from agents.build import make_agent
-from agents.generation import generate
+from agents.evaluation.generation import generate
+from tests.helpers.models import few
+from tests.helpers.training import tiny_config
 from tests.learning.test_learning import PROMPTS, TASKS, TOKENIZER, build, learn
-from tests.models import few
-from tests.training import tiny_config
 from textenv import AllowedMask, TextEnv
 
 # Of 8 tokens. The mask of a copy that lags far behind can lock a token out for good, before it was ever tried.

@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from textenv.extras import needs
+from textenv.checks.extras import needs
 
 
 class GemGame:

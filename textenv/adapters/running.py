@@ -8,7 +8,7 @@ from typing import Any
 
 from textenv.adapters.game import Game, GameError, Outcome
 from textenv.adapters.randomness import OwnRandomness
-from textenv.completion import Turn
+from textenv.episodes.completion import Turn
 
 OPENINGS = -1  # the number of a lane that exists only to read openings
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from textenv.adapters.game import GameError
-from textenv.extras import needs
+from textenv.checks.extras import needs
 
 MOVES = 1000  # of opponents between two turns of the policy: more than any game has, so that a loop ends in an error
 

@@ -7,14 +7,14 @@ from typing import Literal
 
 from textenv.adapters.game import Game, Outcome
 from textenv.adapters.running import RunningGames
-from textenv.completion import Preds
 from textenv.env import TextEnv
-from textenv.episode import EndReason
-from textenv.masks import MaskLike
-from textenv.priority import PrioritySampling
-from textenv.prompts import Order, Prompt, PromptLike
-from textenv.rewarding import Score
-from textenv.tokenizer import Tokenizer
+from textenv.episodes.completion import Preds
+from textenv.episodes.rules import EndReason
+from textenv.episodes.scores import Score
+from textenv.masks.token_masks import MaskLike
+from textenv.prompts.priority import PrioritySampling
+from textenv.prompts.prompts import Order, Prompt, PromptLike
+from textenv.text.tokenizer import Tokenizer
 
 
 class TurnEnv(TextEnv):

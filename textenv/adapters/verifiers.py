@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from textenv.adapters.game import GameError
-from textenv.extras import needs
+from textenv.checks.extras import needs
 
 
 class VerifiersGame:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from textenv.extras import needs
+from textenv.checks.extras import needs
 from textenv.feedback.records import UNDECIDED, Answer
 
 

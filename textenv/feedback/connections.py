@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from textenv.extras import needs
+from textenv.checks.extras import needs
 
 with needs("feedback", "uvicorn", "the rating page"):
     from uvicorn.protocols.http.h11_impl import H11Protocol

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from urllib.parse import urlencode, urlsplit
 
-from textenv.extras import needs
+from textenv.checks.extras import needs
 
 with needs("feedback", "starlette", "the rating page"):
     from starlette.datastructures import MutableHeaders

@@ -14,7 +14,7 @@ from rich.text import Text
 from textenv.feedback.asked import StandingAnswers
 from textenv.feedback.records import Choice, Item, Kind
 from textenv.feedback.store import FeedbackStore
-from textenv.printable import printable
+from textenv.text.printable import printable
 
 CHOICES: dict[str, Choice] = {"a": "a", "b": "b", "t": "tie", "n": "both_bad"}
 COMMANDS = {"u": "undo", "s": "skip", "q": "quit"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
 
-from textenv.extras import needs
+from textenv.checks.extras import needs
 from textenv.feedback.agreement import agreement, self_agreement
 from textenv.feedback.connections import BoundedConnection
 from textenv.feedback.exchange import rows_of

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from textenv.huggingface.weights import n_positions
 from textenv.metrics.scores import Scores, mean_of
-from textenv.model_loading import n_positions
-from textenv.prompts import Prompt
-from textenv.tokenizer import Tokenizer, encode_prompt
+from textenv.prompts.prompts import Prompt
+from textenv.text.tokenizer import Tokenizer, encode_prompt
 
 if TYPE_CHECKING:
     import torch

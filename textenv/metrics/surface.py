@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from textenv.metrics.scores import Scores, mean_of
-from textenv.tokenizer import Tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 Split = Callable[[str], Sequence[str]]
 

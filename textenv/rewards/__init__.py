@@ -4,8 +4,8 @@ The rewards that need torch are in modules of their own: `textenv.rewards.classi
 `.similarity`.
 """
 
-from textenv.failures import RowError
-from textenv.rewarding import DROPPED
+from textenv.episodes.failure_policy import RowError
+from textenv.episodes.scores import DROPPED
 from textenv.rewards.asynchronous import AsyncFunction, AsyncReward
 from textenv.rewards.base import BatchReward, RowReward, score_rows
 from textenv.rewards.compose import Cached, Clip, Ensemble, Gate, Scale, WeightedSum

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from textenv.completion import Preds
-from textenv.failures import Failures, OnFailure, RowError
-from textenv.prompts import Prompt
-from textenv.rewarding import Score, ScoreAt, check_rewards
+from textenv.checks.trust import Kind, is_called_with
+from textenv.episodes.completion import Preds
+from textenv.episodes.failure_policy import Failures, OnFailure, RowError
+from textenv.episodes.scores import Score, ScoreAt, check_rewards
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, check_choice
 from textenv.rewards.registry import make_named
-from textenv.trust import Kind, is_called_with
 
 if TYPE_CHECKING:
     import tenacity
@@ -50,8 +50,8 @@ class AsyncReward(BatchReward):
             number in [0.5, 1.5], up to 60 s. A `RowError` may ask for a longer pause.
         on_failure: The treatment of a row whose last attempt has failed. "raise": a `RewardError` that lists all such
             rows. "drop": the episode is left out of training (`textenv.rewards.DROPPED`), and too many of them stop the
-            run (see `textenv.failures.Failures`). A number: the row's reward, as the part "failure". Dropped and
-            penalised rows are counted, with one warning.
+            run (see `textenv.episodes.failure_policy.Failures`). A number: the row's reward, as the part "failure".
+            Dropped and penalised rows are counted, with one warning.
         score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from textenv.completion import Preds
-from textenv.prompts import Prompt
-from textenv.rewarding import Reward, RewardFunction, Score, ScoreAt, check_length, check_rewards, score_each
+from textenv.episodes.completion import Preds
+from textenv.episodes.scores import Reward, RewardFunction, Score, ScoreAt, check_length, check_rewards, score_each
+from textenv.prompts.prompts import Prompt
 
 Reads = Literal["completion", "whole"]
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from textenv.completion import Preds
-from textenv.prompts import Prompt
-from textenv.rewarding import ScoreAt
+from textenv.episodes.completion import Preds
+from textenv.episodes.scores import ScoreAt
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, Reads, check_choice, read_text
 from textenv.rewards.text_model import ModelLike, TextModel
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from textenv.completion import Preds
-from textenv.prompts import Prompt
-from textenv.rewarding import DROPPED, Reward, RewardFunction, Score, ScoreAt
+from textenv.episodes.completion import Preds
+from textenv.episodes.scores import DROPPED, Reward, RewardFunction, Score, ScoreAt
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, RewardLike, check_choice, score_rows
 from textenv.rewards.registry import read_reward
 

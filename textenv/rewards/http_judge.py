@@ -16,13 +16,13 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from textenv.completion import Preds
-from textenv.extras import needs
-from textenv.failures import RowError
-from textenv.prompts import Prompt
-from textenv.rewarding import Score
+from textenv.checks.extras import needs
+from textenv.checks.trust import check_variable
+from textenv.episodes.completion import Preds
+from textenv.episodes.failure_policy import RowError
+from textenv.episodes.scores import Score
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.asynchronous import AsyncReward
-from textenv.trust import check_variable
 
 if TYPE_CHECKING:
     import httpx

@@ -11,15 +11,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from textenv.completion import Preds
+from textenv.checks.trust import check_written
+from textenv.episodes.completion import Preds
+from textenv.episodes.scores import DROPPED, Score
 from textenv.feedback.asked import StandingAnswers, questions_of
 from textenv.feedback.records import Answer, Kind, check_scale
 from textenv.feedback.store import FeedbackStore
-from textenv.prompts import Prompt
-from textenv.rewarding import DROPPED, Score
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, RewardLike, check_choice
 from textenv.rewards.registry import read_reward
-from textenv.trust import check_written
 
 POLL = 0.5  # seconds between two looks into the store: short for a person, long for a database
 GROUP = {"score": 1, "compare": 2, "rank": 4}  # the most texts in one question: more are tiring to rank
@@ -27,7 +27,7 @@ GROUP = {"score": 1, "compare": 2, "rank": 4}  # the most texts in one question:
 
 @runtime_checkable
 class Learner(Protocol):
-    """The contract of rewards that learn from people's answers, as `agents.learned_reward.LearnedReward` does."""
+    """The contract of rewards that learn from people's answers, such as `agents.LearnedReward`."""
 
     def fit(self, answers: Sequence[Answer]) -> None:
         """Learn from all answers that count so far, those of earlier calls among them."""
@@ -56,7 +56,7 @@ class HumanReward(BatchReward):
         scale: The lowest and the highest score that people may give.
         run: The name under which the store keeps the questions.
         raters: The number of people who answer each question.
-        learned: A reward with a method `fit`, or its name or mapping: "agents.learned_reward:LearnedReward".
+        learned: A reward with a method `fit`, or its name or mapping: "agents.supervised.learned_reward:LearnedReward".
         kind: With `learned`, the kind of question: to "score" a text, or to "compare" or "rank" texts of one prompt.
         every: With `learned`, the number of new answers after which it learns again.
         n_asked: With `learned`, the most questions that wait for an answer at a time.

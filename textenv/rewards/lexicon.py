@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from textenv.completion import Preds
-from textenv.extras import needs
-from textenv.prompts import Prompt
+from textenv.checks.extras import needs
+from textenv.episodes.completion import Preds
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import Reads, RowReward, check_choice, read_text
 
 

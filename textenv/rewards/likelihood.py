@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from textenv.completion import Preds
-from textenv.episode import EndReason
-from textenv.prompts import Prompt
-from textenv.rewarding import ScoreAt
+from textenv.episodes.completion import Preds
+from textenv.episodes.rules import EndReason
+from textenv.episodes.scores import ScoreAt
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, check_choice
 from textenv.rewards.text_model import ModelLike, TextModel
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 
-from textenv.completion import Preds
-from textenv.prompts import Prompt
+from textenv.episodes.completion import Preds
+from textenv.prompts.prompts import Prompt
 from textenv.rewards import overlap_measures as measures
 from textenv.rewards.base import RowReward, read_references
 

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from textenv.extras import needs
+from textenv.checks.extras import needs
 from textenv.rewards.base import check_choice
-from textenv.wordnet import NoWordNet, installed_wordnet
+from textenv.rewards.wordnet import NoWordNet, installed_wordnet
 
 Split = Callable[[str], Sequence[str]]
 

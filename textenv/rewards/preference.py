@@ -9,13 +9,13 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
-from textenv.completion import Preds
-from textenv.prompts import Prompt
-from textenv.rewarding import ScoreAt
+from textenv.episodes.completion import Preds
+from textenv.episodes.scores import ScoreAt
+from textenv.prompts.prompts import Prompt
+from textenv.prompts.templates import apply_template
 from textenv.rewards.base import BatchReward, Reads, check_choice, read_text
 from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_model import ModelLike, TextModel
-from textenv.templates import apply_template
 
 
 @dataclass

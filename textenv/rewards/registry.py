@@ -10,10 +10,10 @@ from importlib import import_module
 from inspect import iscoroutinefunction
 from typing import Any
 
-from textenv.rewarding import RewardFunction
+from textenv.checks.signatures import check_arguments
+from textenv.checks.trust import Kind, current_trust, find_class, is_called_with
+from textenv.episodes.scores import RewardFunction
 from textenv.rewards.base import BatchReward, RewardLike
-from textenv.signatures import check_arguments
-from textenv.trust import Kind, current_trust, find_class, is_called_with
 
 _is_called = is_called_with("prompt", "preds", "done")
 REWARD = Kind(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from textenv.json_files import read_json
+from textenv.checks.json_files import read_json
 
 STATS_FILE = "reward_stats.json"
 

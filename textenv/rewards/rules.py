@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from textenv.completion import Preds
-from textenv.prompts import Prompt
+from textenv.episodes.completion import Preds
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import RowReward, check_choice
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from textenv.completion import Preds
-from textenv.extras import check_extra, needs
-from textenv.model_loading import refused_code
-from textenv.prompts import Prompt
-from textenv.rewarding import ScoreAt
+from textenv.checks.extras import check_extra, needs
+from textenv.episodes.completion import Preds
+from textenv.episodes.scores import ScoreAt
+from textenv.huggingface.weights import refused_code
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, Reads, check_choice, read_references, read_text
 from textenv.rewards.text_model import read_dtype
 

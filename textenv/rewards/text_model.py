@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.model_loading import check_name, from_pretrained, load_whole, n_positions
+from textenv.huggingface.weights import check_name, from_pretrained, load_whole, n_positions
 
 ModelLike = str | PathLike[str] | PreTrainedModel
 

@@ -14,17 +14,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from textenv.completion import Preds
 from textenv.env import TextEnv
-from textenv.episode import EndReason
-from textenv.hub import read_dataset
-from textenv.named_tokenizer import read_tokenizer
-from textenv.prompts import Prompt
+from textenv.episodes.completion import Preds
+from textenv.episodes.rules import EndReason
+from textenv.huggingface.datasets import read_dataset
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, RewardLike, check_choice
 from textenv.rewards.compose import WeightedSum
 from textenv.tasks.each_turn import EachTurn
 from textenv.tasks.parts import HELD_OUT, Part
-from textenv.tokenizer import Tokenizer
+from textenv.text.named_tokenizer import read_tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 INTENTS = ("inform", "question", "directive", "commissive")  # the acts 1 to 4 of the data set, in this order
 INTENT_CLASSIFIER = "rajkumarrrk/roberta-daily-dialog-intent-classifier"  # used by RL4LMs and OpenRL

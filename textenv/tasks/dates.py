@@ -7,11 +7,11 @@ from os import PathLike
 from typing import Any
 
 from textenv.env import TextEnv
-from textenv.named_tokenizer import read_tokenizer
-from textenv.prompts import PromptLike
+from textenv.prompts.prompts import PromptLike
 from textenv.rewards.rules import Regex
 from textenv.tasks.opening import opening
-from textenv.tokenizer import Tokenizer
+from textenv.text.named_tokenizer import read_tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 DATE = r"\d{4}-\d{2}-\d{2}"
 

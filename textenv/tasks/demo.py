@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-from textenv.completion import Preds
-from textenv.demo import prompts as openings
-from textenv.demo import score
 from textenv.env import TextEnv
-from textenv.masks import BannedMask
-from textenv.named_tokenizer import DEMO
-from textenv.prompts import Prompt, PromptLike
-from textenv.tokenizer import Tokenizer
+from textenv.episodes.completion import Preds
+from textenv.masks.token_masks import BannedMask
+from textenv.prompts.prompts import Prompt, PromptLike
+from textenv.text.demo_corpus import prompts as openings
+from textenv.text.demo_corpus import score
+from textenv.text.named_tokenizer import DEMO
+from textenv.text.tokenizer import Tokenizer
 
 
 class Demo(TextEnv):

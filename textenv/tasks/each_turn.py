@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from textenv.completion import Preds, Turn
-from textenv.prompts import Prompt
-from textenv.rewarding import DROPPED, Score, ScoreAt
+from textenv.episodes.completion import Preds, Turn
+from textenv.episodes.scores import DROPPED, Score, ScoreAt
+from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, RewardLike, score_rows
 from textenv.rewards.registry import read_reward
-from textenv.tokenizer import Tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 
 @dataclass

@@ -15,13 +15,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from textenv.dialogues import ASSISTANT, HUMAN, Pair, split_pair
+from textenv.checks.lines import numbered, read_json
 from textenv.env import TextEnv
-from textenv.hub import read_dataset
-from textenv.lines import numbered, read_json
+from textenv.huggingface.datasets import read_dataset
+from textenv.prompts.dialogues import ASSISTANT, HUMAN, Pair, split_pair
 from textenv.rewards.base import RewardLike, check_choice
 from textenv.tasks.parts import HELD_OUT, Part
-from textenv.tokenizer import Tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 
 def read_pairs(data: str | PathLike[str], split: str = "train") -> list[Pair]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from textenv.completion import Preds
 from textenv.env import TextEnv
-from textenv.named_tokenizer import read_tokenizer
-from textenv.prompts import Prompt, PromptLike
+from textenv.episodes.completion import Preds
+from textenv.prompts.prompts import Prompt, PromptLike
 from textenv.rewards.base import RowReward
 from textenv.tasks.opening import opening
-from textenv.tokenizer import Tokenizer
+from textenv.text.named_tokenizer import read_tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from textenv.tokenizer import Tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 
 def opening(tokenizer: Tokenizer) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from textenv.demo import vocabulary
+from textenv.text.demo_corpus import vocabulary
 
 WORDS = vocabulary()
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from textenv.env import TextEnv
-from textenv.hub import read_dataset
+from textenv.huggingface.datasets import read_dataset
 from textenv.rewards.base import RewardLike, check_choice
 from textenv.tasks.parts import HELD_OUT, Part
-from textenv.tokenizer import Tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 FILES = ("rt-polarity.neg", "rt-polarity.pos")  # in the order of the labels
 LABELS = ("negative", "positive")

@@ -12,7 +12,7 @@ import numpy as np
 from textenv.env import TextEnv
 from textenv.rewards.base import RewardLike, check_choice
 from textenv.tasks.parts import HELD_OUT, Part
-from textenv.tokenizer import Tokenizer
+from textenv.text.tokenizer import Tokenizer
 
 FILE = "ranked.tsv"
 # "The parcel just came, it feels", "honestly, it is really very", "the experience of this purchase was on the whole

@@ -1,0 +1,95 @@
+"""The log of each rollout's episodes: reward and its parts, length, end reasons, tokens per second."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+
+from textenv.episodes.rules import EndReason
+from textenv.episodes.scores import FAILURE
+
+from ..rollout.vec_env import TextVecEnv
+from ..steps.step import remember
+from .reward_time import RewardShare
+from .scored_episodes import ScoredEpisodes
+
+
+class EpisodeMetrics(BaseCallback):
+    """Logs, for each rollout, the means over the episodes that ended in it; late scores count where they come in.
+
+    The keys, of which the README's table has all:
+
+    - `reward/task` and `reward/<part>`: the task reward and its named parts,
+    - `episode/length`: tokens,
+    - `episode/end_<reason>`: the share of each end reason, 0 to 1,
+    - `time/tokens_per_second`: since the end of the last rollout, the update included,
+    - `time/reward_share`: the share of that time that the reward took, 0 to 1; only with a `TextVecEnv`,
+    - `episode/dropped`: episodes that the reward failed on and left out; they count in no other figure,
+    - `episode/failed`: episodes that got a penalty for a score (the part "failure"). These two keys are logged from
+      the first such episode on.
+
+    Example:
+        >>> from agents import EpisodeMetrics
+        >>> callback = EpisodeMetrics()  # model.learn(100_000, callback=callback)
+    """
+
+    key = "EpisodeMetrics"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_failed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a checkpoint keeps."""
+        return {"has_failed": self._has_failed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self._has_failed = state["has_failed"]
+
+    def _on_training_start(self) -> None:
+        self._episodes = ScoredEpisodes(self.training_env)
+        self._clock = time.perf_counter()
+        self._timesteps = self.model.num_timesteps
+        remember(self.model, self)  # checkpoints keep its state
+        env = self.training_env.unwrapped
+        self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
+
+    def _on_step(self) -> bool:
+        self._episodes.see(self.locals["infos"])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        infos = self._episodes.take()
+        now = time.perf_counter()
+        speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
+        self._clock, self._timesteps = now, self.model.num_timesteps
+        self.logger.record("time/tokens_per_second", speed)
+        if self._rewards is not None:
+            self.logger.record("time/reward_share", self._rewards.share)
+            self._rewards = RewardShare(self._rewards.lanes)  # measures anew from here
+        n_dropped = sum(info["dropped"] for info in infos)
+        # Within a sum of rewards the part is called `<reward>/failure`.
+        n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)
+        self._has_failed = self._has_failed or n_dropped + n_failed > 0
+        if self._has_failed:
+            self.logger.record("episode/dropped", n_dropped)
+            self.logger.record("episode/failed", n_failed)
+        infos = [info for info in infos if not info["dropped"]]
+        if not infos:
+            return
+        self.logger.record("reward/task", float(np.mean([info["episode"]["r"] for info in infos])))
+        self.logger.record("episode/length", float(np.mean([info["episode"]["l"] for info in infos])))
+        parts: dict[str, float] = defaultdict(float)
+        for info in infos:
+            for name, value in info["reward_parts"].items():
+                parts[name] += value / len(infos)
+        for name, value in parts.items():
+            self.logger.record(f"reward/{name}", value)
+        ends = Counter(info["end_reason"] for info in infos)
+        for reason in EndReason:
+            self.logger.record(f"episode/end_{reason}", ends[reason] / len(infos))

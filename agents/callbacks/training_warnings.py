@@ -1,0 +1,216 @@
+"""Warnings while a model trains: each fault once, with its likely cause and a cure."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from textenv.episodes.rules import EndReason
+
+from ..policies.actor_critic import tolerance
+from ..policies.lm_policy import LMPolicy
+from ..rollout.buffer import SequenceRolloutBuffer
+from ..steps.step import remember, sequence_buffer, text_vec_env
+from .reward_time import RewardShare
+from .scored_episodes import ScoredEpisodes
+
+MIN_EPISODES = 32  # "all episodes": fewer conclude nothing, and wait for those of the next rollout
+N_SEQUENCES = 4  # of a rollout, read again before the update: enough to show a systematic difference
+NEGATIVE_KL = -1e-3  # nats a token; nearer to 0 it is noise
+MOST_REWARD = 0.5  # the share of a run's time from which the reward is called slow
+MIN_SECONDS = 1.0  # of the reward, below which its share does not matter
+
+
+class Ended(NamedTuple):
+    """An ended episode, as far as the warnings look at it; the reward of a dropped one is None."""
+
+    end_reason: str
+    n_tokens: int
+    reward: float | None
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> Ended:
+        """Return the episode of a final info."""
+        reward = None if info["dropped"] else float(info["episode"]["r"])
+        return cls(str(info["end_reason"]), info["episode"]["l"], reward)
+
+
+class TrainingWarnings(BaseCallback):
+    """Warns of faults that make training pointless or wrong, each once a run (resumed or not), with cause and cure.
+
+    At the end of each rollout, before its update, it looks for
+
+    - all rewards equal, all episodes cut by length, or all texts empty, "all" being at least 32 episodes of one rollout
+      or several,
+    - a divergence from the reference that is negative for several rollouts,
+    - probability ratios away from 1 before the first step: rollout and update disagree about the sampled tokens,
+    - a collapse of the entropy,
+    - a reward that takes more than half of the time.
+
+    It reads a few sequences once more and changes nothing. It needs a `SequenceRolloutBuffer`. Its position in the list
+    of callbacks does not matter.
+
+    Args:
+        entropy_fraction: It warns where the entropy, estimated by the mean of -log p of the sampled tokens, falls below
+            this fraction of the first rollout's.
+        patience: How many rollouts in a row the divergence must be negative.
+
+    Raises:
+        ValueError: If `entropy_fraction` is not between 0 and 1, or `patience` is below 1.
+
+    Example:
+        >>> from agents import TrainingWarnings
+        >>> callback = TrainingWarnings()  # model.learn(100_000, callback=callback)
+    """
+
+    key = "TrainingWarnings"
+
+    def __init__(self, entropy_fraction: float = 0.1, patience: int = 5) -> None:
+        super().__init__()
+        if not 0 < entropy_fraction < 1:
+            raise ValueError(f"Expected `entropy_fraction` between 0 and 1, got {entropy_fraction}.")
+        if patience < 1:
+            raise ValueError(f"Expected `patience` to be at least 1, got {patience}.")
+        self.entropy_fraction, self.patience = entropy_fraction, patience
+        self._warned_of: set[str] = set()
+        self._first_entropy: float | None = None
+        self._divergences: deque[float] = deque(maxlen=patience)
+        self._recent: list[Ended] = []  # episodes that wait until there are `MIN_EPISODES`
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a checkpoint keeps, so that a resumed run warns like one that never stopped."""
+        return {
+            "given": sorted(self._warned_of),
+            "first_entropy": self._first_entropy,
+            "divergences": list(self._divergences),
+            "recent": [list(episode) for episode in self._recent],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` returned."""
+        self._warned_of, self._first_entropy = set(state["given"]), state["first_entropy"]
+        self._divergences = deque(state["divergences"], maxlen=self.patience)
+        self._recent = [Ended(*episode) for episode in state["recent"]]
+
+    def _on_training_start(self) -> None:
+        sequence_buffer(self.model)  # raises where the buffer is another one
+        env = text_vec_env(self.model.get_env())
+        self._rules, self._rewards = env.env.rules, RewardShare(env.lanes)
+        self._episodes = ScoredEpisodes(self.training_env)
+        remember(self.model, self)  # checkpoints keep its state
+
+    def _on_step(self) -> bool:
+        self._episodes.see(self.locals["infos"])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = sequence_buffer(self.model)
+        self._recent += [Ended.of(info) for info in self._episodes.take()]
+        if len(self._recent) >= MIN_EPISODES:
+            self._look_at_rewards([episode.reward for episode in self._recent if episode.reward is not None])
+            self._look_at_ends(self._recent)
+            self._recent = []
+        self._look_at_time()
+        self._look_at_divergence()
+        self._look_at_ratios(buffer)
+        self._look_at_entropy(buffer)
+
+    def _look_at_rewards(self, rewards: list[float]) -> None:
+        if rewards and min(rewards) == max(rewards):
+            self._warn(
+                "rewards",
+                f"All {len(rewards)} last episodes earned {rewards[0]:.4g}: nothing tells a good text from a "
+                "bad one. Is the reward constant, does it compare to a text that is never written, or is the task "
+                "solved? Print a few texts (SampleTable) with their rewards, and give partial credit.",
+            )
+
+    def _look_at_ends(self, episodes: list[Ended]) -> None:
+        can_stop = bool(self._rules.stop_ids or self._rules.stop_strings)
+        if can_stop and all(episode.end_reason == EndReason.LENGTH for episode in episodes):
+            self._warn(
+                "length",
+                f"All {len(episodes)} last episodes were cut by length: the policy never ends a text. Is the end "
+                f"token another one than stop_ids={list(self._rules.stop_ids)}, or max_new_tokens="
+                f"{self._rules.max_new_tokens} too short? Give the env the model's own stop_ids, or raise the limit.",
+            )
+        if all(episode.end_reason == EndReason.EOS and episode.n_tokens == 1 for episode in episodes):
+            self._warn(
+                "empty texts",
+                f"All {len(episodes)} last episodes are an end token and nothing else. Does an empty text earn "
+                "most, as under a penalty on length or on KL, or do prompts end like finished texts? Reward an empty "
+                "text less, and encode prompts without what closes a text.",
+            )
+
+    def _look_at_time(self) -> None:
+        seconds, share = self._rewards.seconds, self._rewards.share
+        if share > MOST_REWARD and seconds > MIN_SECONDS:
+            self._warn(
+                "time",
+                f"The reward takes {share:.0%} of the time, {seconds:.0f} s so far: does it load something at every "
+                "call, or wait for each row in turn? Score texts when they end (score_at='done') or a rollout's "
+                "together ('rollout_end'), all rows in one call (BatchReward), servers side by side (HTTPJudge, "
+                "AsyncFunction), and texts that come again once (Cached).",
+            )
+
+    def _look_at_divergence(self) -> None:
+        # Recorded by `KLPenalty` when the buffer computed its returns, which comes before the callbacks.
+        value = self.logger.name_to_value.get("kl/token")
+        if value is None:
+            return
+        self._divergences.append(float(value))
+        if len(self._divergences) == self.patience and max(self._divergences) < NEGATIVE_KL:
+            self._warn(
+                "divergence",
+                f"The KL from the reference is negative for {self.patience} rollouts, last {value:.3g} nats a token; "
+                "a mean over the policy's samples cannot be, noise apart. Are tokens drawn from another distribution "
+                "than they are scored under, or has the reference another temperature? Run agents.doctor.check.",
+            )
+
+    def _look_at_ratios(self, buffer: SequenceRolloutBuffer) -> None:
+        policy = cast("LMPolicy", self.model.policy)
+        off, limit = _largest_log_ratio(policy, buffer), tolerance(policy.lm)  # nats
+        if not off <= limit:  # NaN too
+            self._warn(
+                "ratios",
+                f"Before the first step of an update the log-ratio of some token is {off:.3g}; up to {limit:.0e} is "
+                "rounding. Rollout and update disagree: dropout, a cache that is not exact, or weights that were "
+                "changed inside the rollout? Run agents.doctor.check, which names the part.",
+            )
+
+    def _look_at_entropy(self, buffer: SequenceRolloutBuffer) -> None:
+        entropy = -float(buffer.log_probs.mean())
+        if self._first_entropy is None:
+            self._first_entropy = entropy
+        if entropy < self.entropy_fraction * self._first_entropy:
+            self._warn(
+                "entropy",
+                f"The entropy fell from {self._first_entropy:.3g} to {entropy:.3g} nats a token: the policy writes the "
+                "same again and again and explores no more. Is the learning rate too high, or the reward easy to game? "
+                "Lower learning_rate or n_epochs, raise ent_coef, or add a KLPenalty.",
+            )
+
+    def _warn(self, name: str, text: str) -> None:
+        if name not in self._warned_of:
+            self._warned_of.add(name)
+            warnings.warn(f"After {self.model.num_timesteps} tokens: {text}", stacklevel=2)
+
+
+@torch.no_grad()
+def _largest_log_ratio(policy: LMPolicy, buffer: SequenceRolloutBuffer) -> float:
+    """Return the largest |log ratio| over a few sequences of the rollout, read as the update is about to read them."""
+    view = buffer.view()
+    n = len(view.batch.lengths)
+    batch, transitions = view.batch.of_sequences(np.linspace(0, n - 1, min(N_SEQUENCES, n)).astype(int))
+    was_training = policy.training
+    policy.train(True)  # as in the update; unlike `set_training_mode` it keeps the rollout's cached rows
+    actions = view.actions[torch.as_tensor(transitions, device=view.actions.device)]  # (n,)
+    now = policy.evaluate_actions(batch, actions)[1]  # (n,)
+    policy.train(was_training)
+    before = buffer.log_probs[view.steps[transitions], view.lanes[transitions]]  # (n,)
+    difference = np.abs(now.cpu().numpy() - before)
+    return float(np.where(np.isnan(difference), np.inf, difference).max())

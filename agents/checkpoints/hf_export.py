@@ -1,0 +1,117 @@
+"""The export of a trained policy as a Hugging Face folder, which transformers loads without this library."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import cast
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from stable_baselines3.common.base_class import BaseAlgorithm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..distributed.collectives import by_main
+from ..errors import CommandError, Exit
+from ..models.backbone import Backbone
+from ..models.trainable import merged_state_dict
+from ..policies.lm_policy import LMPolicy
+from .output_folders import output_folder
+
+
+def export(
+    model: BaseAlgorithm | LMPolicy,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | os.PathLike[str],
+    overwrite: bool = False,
+) -> Path:
+    """Write the language model, without value head, and its tokenizer, for `AutoModelForCausalLM.from_pretrained`.
+
+    Adapters (LoRA) are merged into the weights that are written; the policy keeps them apart and can train on.
+    An encoder-decoder loads with `AutoModelForSeq2SeqLM`.
+
+    The folder appears whole or not at all. Of several processes that of rank 0 writes it, and the others wait until it
+    is there.
+
+    Args:
+        model: A trained model, or its policy.
+        tokenizer: A Hugging Face tokenizer; None writes the model without one.
+        folder: A folder that is absent or empty.
+        overwrite: Whether an earlier export there may be replaced, once the new one is complete; nothing else ever is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: If the policy is not an `LMPolicy`, or the tokenizer not a Hugging Face one.
+        ValueError: If there are adapters on quantised weights, which cannot be merged; an `OutputFolderError` if files
+            in the folder would be lost.
+
+    Example:
+        >>> from agents import export
+        >>> # export(model, tokenizer, "my-model"); AutoModelForCausalLM.from_pretrained("my-model")
+    """
+    policy = model if isinstance(model, LMPolicy) else model.policy
+    if not isinstance(policy, LMPolicy):
+        raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
+    shards = policy.lm.shards
+    whole = None if shards is None else shards.whole()  # in the process of rank 0
+    backbone = policy.backbone if whole is None else cast("Backbone", whole.backbone)
+
+    def write() -> None:
+        with output_folder(folder, "language model", overwrite) as beside:
+            write_model(backbone, tokenizer, beside)
+
+    by_main(f"export {Path(folder).absolute()}", write)
+    return Path(folder)
+
+
+def write_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write a language model, its adapters merged, and a tokenizer into an existing folder."""
+    config, old = backbone.model.config, backbone.model.generation_config
+    # The `generation_config.json` that the model came with may name penalties and warpers (top-k, temperature), which
+    # transformers' `generate` would apply and the policy never did in training: only the token ids are kept.
+    plain = GenerationConfig(
+        bos_token_id=old.bos_token_id,
+        eos_token_id=old.eos_token_id,
+        pad_token_id=old.pad_token_id,
+        decoder_start_token_id=config.decoder_start_token_id if config.is_encoder_decoder else None,
+    )
+    with backbone.whole_model() as lm:
+        lm.save_pretrained(folder, state_dict=merged_state_dict(lm))
+    plain.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def check_repository(name: str) -> None:
+    """Raise CommandError unless a name can be that of a repository on the Hugging Face hub, as "you/model"."""
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise CommandError(f"Expected the name of a repository, as you/model, got {name!r}: {error}") from error
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Upload a folder to the Hugging Face hub in one commit, and return its URL there.
+
+    A new repository is private, so that its owner sees the prompts and settings in it before others do. An existing
+    repository keeps its visibility, and files of the same names are replaced.
+
+    Raises:
+        CommandError: If the upload fails; the folder stays.
+    """
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="A model trained by textenv")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CommandError(
+            f"Expected the hub to take {repository}, got: {reason} Log in with `hf auth login`; the folder {folder} is "
+            f"whole, and `hf upload {repository} {folder}` sends it.",
+            Exit.STORAGE,
+        ) from error
+    return str(made)

@@ -1,0 +1,222 @@
+"""Parsing of a verb's arguments into its configuration and options, by jsonargparse; loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
+from yaml import YAMLError
+
+from ..errors import CommandError
+from ..runs.config import (
+    DEMO_PPO_SETTINGS,
+    DEMO_SETTINGS,
+    PPO_NAMES,
+    ModelConfig,
+    TrainConfig,
+    TrustOptions,
+    argument_help,
+)
+from ..runs.plain_yaml import check_bounds, read_yaml
+from ..runs.values import check_values
+
+MODE = "textenv"  # the parser mode that we register with jsonargparse: its YAML loader, behind `check_bounds`
+ONLY_HERE = "only on the command line"
+
+
+def make_parser(
+    verb: str, usage: str, config: type, options: type | None = None, does: str | None = None
+) -> ArgumentParser:
+    """Return a verb's parser, whose arguments are the fields of two dataclasses.
+
+    Args:
+        verb: The verb's name.
+        usage: Its arguments, as the first line of help shows them. With "CONFIG" in it, the verb reads a YAML file.
+        config: The dataclass whose fields a YAML file may set too.
+        options: The dataclass whose fields only the command line sets.
+        does: The description in help; by default the first line of the docstring of `config`.
+    """
+    set_loader(MODE, _load, (YAMLError,))
+    # jsonargparse imports and calls whatever a value names under the key `class_path`, `Named` among them. A
+    # configuration may come from anyone, so it may name our own dataclass and nothing else.
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=["agents.Named", "agents.runs.config.Named"],
+        instantiate_subclass_spec_in_any=False,
+    )
+    parser = ArgumentParser(
+        prog=f"textenv {verb}",
+        usage=f"textenv {verb} {usage}",
+        description=does or _first_line(config),
+        exit_on_error=False,
+        parser_mode=MODE,
+        allow_abbrev=False,  # argparse would take --algorithm.n_env for --algorithm.n_envs
+    )
+    if "CONFIG" in usage:
+        parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; what follows overrides it.")
+    parser.add_class_arguments(config, as_group=False, as_positional=True)
+    helps = _helps(config)
+    if options is not None:
+        _add_options(parser.add_argument_group(ONLY_HERE), options)
+    for action in parser._actions:
+        check_values(action)
+        if action.dest in helps:
+            action.help = helps[action.dest] + (_two_defaults(action.dest) if config is TrainConfig else "")
+        elif action.dest.endswith(".help"):
+            action.help = argparse.SUPPRESS  # --env.help and the like, which jsonargparse adds: help has all keys
+        elif action.dest == "print_config":
+            action.help = "Print all keys with the values that would be used, and exit."
+            action.metavar = ""
+    for group in parser._action_groups:
+        config_class = getattr(group, "group_class", None)  # which jsonargparse notes for a nested dataclass
+        if config_class is not None:
+            group.title = f"{group.dest}: {_first_line(config_class)}".rstrip(".")
+    return parser
+
+
+def _first_line(config: type) -> str:
+    return (config.__doc__ or "").partition("\n")[0]
+
+
+def _two_defaults(key: str) -> str:
+    """Return the type and both defaults, for the help of a key whose default depends on the model; else nothing."""
+    for settings, case in ((DEMO_SETTINGS, ""), (DEMO_PPO_SETTINGS, f" and {' or '.join(PPO_NAMES)}")):
+        if key in settings:
+            case += ", where that divides a rollout" if key == "algorithm.batch_size" else ""
+            default = f'{settings[key]} with the model "{ModelConfig.name}"{case}; else %(default)s'
+            return f" (type: %(type)s, default: {default})"
+    return ""
+
+
+def make_options_parser(options: type) -> argparse.ArgumentParser:
+    """Return a parser of the options alone, which reads no configuration file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_options(parser, options)
+    return parser
+
+
+def parse_options(options: type, words: list[str]) -> argparse.Namespace:
+    """Return a verb's options as the command line has them, whatever a configuration file says.
+
+    Args:
+        options: The dataclass of the options.
+        words: The words behind the verb; those that are no options are ignored.
+
+    Raises:
+        CommandError: If an option lacks its value, or has one and takes none.
+    """
+    try:
+        return make_options_parser(options).parse_known_args(words)[0]
+    except argparse.ArgumentError as error:
+        raise CommandError(f"{error}.") from error
+
+
+def _add_options(group: Any, options: type) -> None:
+    texts = argument_help(options)
+    trust = {field.name for field in fields(TrustOptions)}
+    for field in sorted(fields(options), key=lambda field: field.name in trust):  # help has the verb's own first
+        flag = f"--{field.name}"
+        kind = str(field.type)  # a string: `from __future__ import annotations` keeps annotations as their source
+        both = dict.fromkeys((flag, flag.replace("_", "-")))
+        if kind == "bool":
+            group.add_argument(*both, action="store_true", help=texts[field.name])
+        elif kind.startswith("list"):
+            group.add_argument(*both, action="append", default=[], metavar="NAME", help=texts[field.name])
+        else:
+            group.add_argument(flag, type=str, metavar=field.name.upper(), help=texts[field.name])
+
+
+def _helps(config: type, prefix: str = "") -> dict[str, str]:
+    """Return the help of every argument of a dataclass and of the dataclasses nested in it, by dotted name."""
+    texts = {f"{prefix}{name}": text for name, text in argument_help(config).items()}
+    for name, kind in get_type_hints(config).items():
+        if is_dataclass(kind) and isinstance(kind, type):
+            texts |= _helps(kind, f"{prefix}{name}.")
+    return texts
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
+    """Parse the words behind a verb.
+
+    Raises:
+        CommandError: For an unknown key, with the nearest known one, and for a value of a wrong type.
+    """
+    try:
+        return parser.parse_args(words)
+    except (ArgumentError, ImportError) as error:  # ImportError: an import that the denylist refuses
+        known = [action.dest for action in parser._actions]
+        message = " ".join(str(error).split())
+        if denied := re.search(r"Importing '([^']*)' is not allowed, denied by", message):
+            raise CommandError(
+                f"Expected names, or keys and values, got the class {denied[1]!r}: id: module:Class, args: {{...}}."
+            ) from error
+        # The two ways in which jsonargparse names an unknown key, the second within a group.
+        match = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
+        group = re.search(r"Group '([\w.]+)'", message)
+        name = (f"{group[1]}." if group else "") + (match[1] or match[2]) if match else ""
+        hint = ""
+        if name and name not in known:
+            from textenv.checks.signatures import nearest  # which loads gymnasium
+
+            hint = nearest(name, known)
+        raise CommandError(message.rstrip(".") + (hint or ".")) from error
+
+
+def with_config(words: list[str]) -> list[str]:
+    """Return the words with --config in front of a configuration file that comes first."""
+    return ["--config", *words] if words and not words[0].startswith("-") else words
+
+
+def check_file(words: list[str]) -> None:
+    """Refuse a configuration file that does not exist, or is not plain YAML.
+
+    Raises:
+        CommandError: With the reason, before jsonargparse reads the file.
+    """
+    for flag, path in itertools.pairwise(words):
+        if flag == "--config":
+            read_yaml(path)
+
+
+def _load(text: str) -> Any:
+    """Return a value of the command line or of a file, read as jsonargparse reads YAML, but within bounds."""
+    check_bounds(text)
+    return get_loader("yaml")(text)
+
+
+def split(parser: ArgumentParser, words: list[str], config: type, options: type) -> tuple[Any, Any, str]:
+    """Parse the words; return the configuration, the options, and the configuration as YAML.
+
+    Args:
+        parser: The verb's parser.
+        words: The words behind the verb.
+        config: The dataclass of the configuration.
+        options: The dataclass of the options.
+
+    Raises:
+        CommandError: If a configuration file sets an option: it would give itself a permission that only a person may.
+    """
+    parsed = parse(parser, words)
+    alone = parse_options(options, words)
+    names = [field.name for field in fields(options)]
+    for name in names:
+        if getattr(parsed, name) != getattr(alone, name):
+            raise CommandError(f"Expected {name} {ONLY_HERE}, got it in a configuration file.")
+    rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
+    built = parser.instantiate(rest)
+    # skip_unset=False keeps each null: without it the key would get its default again, which may not be null.
+    dumped = parser.dump(rest, format="yaml", skip_validation=True, skip_unset=False)
+    chosen = {name: getattr(parsed, name) for name in names}
+    return config(**{field.name: getattr(built, field.name) for field in fields(config)}), options(**chosen), dumped

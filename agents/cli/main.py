@@ -1,0 +1,393 @@
+"""The command `textenv`: the table of its verbs, their arguments and their exit codes. `--help` loads no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jsonargparse import ArgumentParser
+
+from ..errors import CommandError, Exit, StageStopped
+from ..runs.config import TrainConfig, TrainOptions, TrustOptions, default_settings
+from ..runs.stage_folders import check_folders
+from .arguments import check_file, make_parser, parse, parse_options, split, with_config
+from .options import (
+    ChatOptions,
+    ClassifierConfig,
+    CompareOptions,
+    EvaluateOptions,
+    ExportFlags,
+    ExportOptions,
+    GenerateOptions,
+    RateConfig,
+    RateOptions,
+    RewardModelConfig,
+    SFTConfig,
+    ShowOptions,
+    StageOptions,
+)
+
+# Errors that end a verb with a line and an exit code, without a traceback: wrong arguments may lead to any of them.
+HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
+
+
+class Verb(NamedTuple):
+    """One verb of the command.
+
+    Args:
+        does: What the verb does, for its line in `textenv --help`.
+        usage: Its arguments, for the first line of its own help.
+        config: The dataclass of the arguments that a configuration file may set too; None for none.
+        options: The dataclass of the arguments that only the command line sets; None for none.
+        function: "module:function" of the work. It is imported after the words are parsed, since it loads torch.
+        read: A function from the verb's name and the words behind it to the arguments of `function`.
+    """
+
+    does: str
+    usage: str
+    config: Any
+    options: Any
+    function: str
+    read: Callable[[str, list[str]], tuple[Any, ...]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; an error is printed as one line.
+
+    Args:
+        arguments: The words behind `textenv`; those of this process by default.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_overview())
+            return Exit.DONE
+        if words[0] not in VERBS:
+            from textenv.checks.signatures import nearest  # which loads gymnasium
+
+            raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{nearest(words[0], VERBS)}")
+        if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise CommandError(
+                f"Expected one process, got WORLD_SIZE={size}: for several, write a script with make_agent."
+            )
+        return _run(words[0], words[1:])
+    except CommandError as error:
+        return _refuse(error)
+    except KeyboardInterrupt as interrupt:  # `interrupt.args`: a stage gives its message, Ctrl-C itself none
+        _say(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}")
+        return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2
+    except HANDLED as error:
+        from ..runs.exit_codes import as_command_error
+
+        if isinstance(error, BrokenPipeError):  # `textenv ... | head`: the reader has closed the pipe
+            # Python flushes the standard output when it ends; into /dev/null that raises nothing again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return Exit.DONE
+        return _refuse(as_command_error(error, Path.cwd()))
+
+
+def _what_is_saved(verb: str, has_state: bool) -> str:
+    """Return how to continue after Ctrl-C: it depends on the verb, and on whether a stage has just saved its state."""
+    if has_state:
+        return ": the same command with --resume goes on"
+    if verb == "train":
+        return ": nothing was saved yet, the same command starts again"
+    return ": the same command starts again, with --resume from what was saved last" if verb in STAGES else ""
+
+
+def _refuse(error: CommandError) -> int:
+    from textenv.text.printable import printable
+
+    _say(f"textenv: {printable(str(error))}")
+    return error.code
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the terminal may be closed; the exit code remains
+        print(line, file=sys.stderr, flush=True)
+
+
+def _overview() -> str:
+    lines = "\n".join(f"  {name:<14}{verb.does}" for name, verb in VERBS.items())
+    return (
+        "usage: textenv VERB ...\n\nReinforcement learning of language models on text.\n\n"
+        f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` lists a verb's arguments.\n"
+        "Exit codes: 0 done, 1 unexpected error (doctor: something to fix), 2 usage or refused input, 3 numerics,\n"
+        "4 reward, 5 storage, 6 a missing package, 130 and 143 interrupted."
+    )
+
+
+def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, Any, str]:
+    """Parse the words behind a verb that takes a `TrainConfig`.
+
+    Args:
+        words: The words; a configuration file may come first.
+        verb: "train" or "doctor".
+
+    Returns:
+        The configuration, the options of the command line, and the configuration as YAML.
+
+    Raises:
+        CommandError: If a word or the file is not understood.
+
+    Example:
+        >>> config, options, dumped = train_config(["--model.name", "gpt2", "--quiet"])
+        >>> config.model.name, options.quiet
+        ('gpt2', True)
+    """
+    options, does = VERBS[verb].options, VERBS[verb].does
+    parser = make_parser(verb, VERBS[verb].usage, TrainConfig, options, f"{does[0].upper()}{does[1:]}.")
+    words = with_config(words)
+    check_file(words)
+    if not {"-h", "--help"} & set(words):
+        # The defaults depend on the model, so the words are parsed twice: --print_config would exit at the first time.
+        plain = [word for word in words if not word.startswith("--print_config")]
+        parser.set_defaults(default_settings(split(parser, plain, TrainConfig, options)[0]))
+    return split(parser, words, TrainConfig, options)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Return the configuration in a run's config.yml.
+
+    Raises:
+        CommandError: If the file is damaged, or has unknown keys.
+    """
+    try:
+        return train_config(["--config", str(path)])[0]
+    except UnicodeDecodeError as error:
+        raise CommandError(f"Expected YAML in {path}, got bytes that are no UTF-8.") from error
+    except CommandError as error:
+        raise CommandError(f"{path}: {error} If an older textenv wrote it, mend that line.", error.code) from error
+
+
+def _run(name: str, words: list[str]) -> int:
+    verb = VERBS[name]
+    arguments = verb.read(name, words)
+    module, _, function = verb.function.partition(":")
+    return int(getattr(import_module(module), function)(*arguments))
+
+
+def _read(name: str, words: list[str]) -> tuple[Any, Any]:
+    """Return a verb's arguments as its two dataclasses."""
+    verb = VERBS[name]
+    parser = make_parser(name, verb.usage, verb.config, verb.options)
+    return split(parser, words, verb.config, verb.options)[:2]
+
+
+def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
+    resumed = parse_options(TrainOptions, words).resume
+    if resumed is None:
+        config, options, dumped = train_config(words)
+        check_folders(with_config(words), config)
+        return config, dumped, options
+    from ..runs.folder import RunFolder  # here and below, what loads gymnasium is imported late, for a quick --help
+
+    run = RunFolder.open(resumed)
+    before = read_config(run.config)
+    config, options, dumped = train_config(["--config", str(run.config), *words])
+    return config, dumped, options, run, before
+
+
+def _read_doctor(name: str, words: list[str]) -> tuple[Any, ...]:
+    config, options, _ = train_config(words, name)
+    check_folders(with_config(words), config)
+    return config, options
+
+
+def _read_stage(name: str, words: list[str]) -> tuple[Any, ...]:
+    words = with_config([word.replace("--from-feedback", "--from_feedback") for word in words])
+    check_file(words)
+    chosen, options = _read(name, words)
+    sources = [source for source in ("data", "task", "from_feedback") if hasattr(chosen, source)]
+    if chosen.out is None or all(getattr(chosen, source) is None for source in sources):
+        raise CommandError(f"Expected --out DIR, and --{' or --'.join(sources)}, for textenv {name}.")
+    check_folders(words, chosen)
+    return chosen, options
+
+
+def _read_run(name: str, words: list[str]) -> tuple[Any, ...]:
+    chosen, options = _read(name, words)
+    return run_config(chosen.run), chosen, options
+
+
+def _read_model(name: str, words: list[str]) -> tuple[Any, ...]:
+    if name == "rate" and words and not words[0].startswith("-"):
+        words = ["--model", *words]  # an optional argument here: rate also works without a model
+    chosen, options = _read(name, words)
+    return None if chosen.model is None else run_or_model(chosen.model), chosen, options
+
+
+def _read_runs(name: str, words: list[str]) -> tuple[Any, ...]:
+    # jsonargparse reads a list from one word, so that RUN RUN becomes '["RUN", "RUN"]'.
+    n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    runs = [str(list(words[:n_runs])).replace("'", '"')] if n_runs else []
+    parser = make_parser(name, VERBS[name].usage, VERBS[name].config)
+    next(action for action in parser._actions if action.dest == "runs").metavar = "RUN"
+    parsed = parse(parser, [*runs, *words[n_runs:]])
+    return parsed.runs, parsed.out
+
+
+def _read_nothing(name: str, words: list[str]) -> tuple[Any, ...]:
+    does = VERBS[name].does
+    parse(
+        ArgumentParser(prog=f"textenv {name}", description=f"{does[0].upper()}{does[1:]}.", exit_on_error=False), words
+    )
+    return ()
+
+
+def run_config(path: str) -> TrainConfig:
+    """Return the configuration of a run by its folder.
+
+    Raises:
+        CommandError: If it is not the folder of a run.
+    """
+    from ..runs.folder import RunFolder
+
+    _refuse_zip(path)
+    return read_config(RunFolder.open(path).config)
+
+
+def run_or_model(path: str) -> TrainConfig | None:
+    """Return the configuration of a run by its folder; None for a model by its folder or name.
+
+    Raises:
+        CommandError: If it is neither.
+    """
+    _refuse_zip(path)
+    if (Path(path) / "run.json").is_file():
+        return run_config(path)
+    from textenv.text.named_tokenizer import DEMO
+
+    if path != DEMO:
+        _check_model(path)
+    return None
+
+
+def _check_model(path: str) -> None:
+    from textenv.huggingface.weights import check_name
+    from textenv.text.named_tokenizer import DEMO
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise CommandError(
+            f"Expected the folder of a run, with run.json, or of a model, with config.json, got {path}, with neither."
+        )
+    try:
+        check_name(path, f'the folder of a run or of a model, the name of a model on the hub, or "{DEMO}"')
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _refuse_zip(path: str) -> None:
+    if path.endswith(".zip"):
+        raise CommandError(
+            f"Expected the folder of a run or of a model, got the file {path}, which is SB3's and holds pickles: read "
+            "it in Python, model = agents.load_sb3_zip(path, make_agent(...)), then agents.export(model, tokenizer, "
+            "folder)."
+        )
+
+
+STAGES = ("sft", "classifier", "reward-model")
+CONFIG = "[CONFIG.yml] [--key value ...]"
+STAGE = "[CONFIG.yml] --data FILE --out DIR"
+VERBS = {
+    "train": Verb(
+        "train a model on a task, or continue a run",
+        CONFIG,
+        TrainConfig,
+        TrainOptions,
+        "agents.runs.train:train",
+        _read_training,
+    ),
+    "sft": Verb(
+        "fine-tune a model on texts, or on prompts and references",
+        STAGE,
+        SFTConfig,
+        StageOptions,
+        "agents.cli.stages:tune_model",
+        _read_stage,
+    ),
+    "classifier": Verb(
+        "train a classifier of texts", STAGE, ClassifierConfig, StageOptions, "agents.cli.stages:classify", _read_stage
+    ),
+    "reward-model": Verb(
+        "train a model that scores texts",
+        STAGE,
+        RewardModelConfig,
+        StageOptions,
+        "agents.cli.stages:train_scorer",
+        _read_stage,
+    ),
+    "evaluate": Verb(
+        "compare a run's model before and after training, with intervals",
+        "RUN [--metrics ...]",
+        EvaluateOptions,
+        TrustOptions,
+        "agents.cli.trained_model:evaluate_run",
+        _read_run,
+    ),
+    "generate": Verb(
+        "write texts that continue prompts, as lines of JSON",
+        "RUN|MODEL --prompts FILE",
+        GenerateOptions,
+        TrustOptions,
+        "agents.cli.trained_model:generate_lines",
+        _read_model,
+    ),
+    "chat": Verb(
+        "chat with a model in the terminal", "RUN|MODEL", ChatOptions, TrustOptions, "agents.cli.chat:talk", _read_model
+    ),
+    "rate": Verb(
+        "let people score a model's texts, and train on the scores",
+        "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]",
+        RateConfig,
+        RateOptions,
+        "agents.cli.rate:rate",
+        _read_model,
+    ),
+    "show": Verb(
+        "print an episode token by token",
+        "RUN [--prompt N]",
+        ShowOptions,
+        TrustOptions,
+        "agents.cli.show:show",
+        _read_run,
+    ),
+    "export": Verb(
+        "write a run's model as a Hugging Face folder",
+        "RUN DIR [--sb3-zip] [--to_hub REPO]",
+        ExportOptions,
+        ExportFlags,
+        "agents.cli.trained_model:export_run",
+        _read_run,
+    ),
+    "compare": Verb(
+        "draw several runs in one picture, and print a table",
+        "RUN RUN ... [--out FILE]",
+        CompareOptions,
+        None,
+        "agents.cli.compare:compare",
+        _read_runs,
+    ),
+    "doctor": Verb(
+        "check model, tokenizer, reward and settings before training",
+        CONFIG,
+        TrainConfig,
+        TrustOptions,
+        "agents.cli.trained_model:examine",
+        _read_doctor,
+    ),
+    "tasks": Verb(
+        "list tasks, rewards, metrics, masks and loggers",
+        "",
+        None,
+        None,
+        "agents.cli.catalogue:list_names",
+        _read_nothing,
+    ),
+}

@@ -1,0 +1,312 @@
+"""The arguments of the verbs other than `train`, as dataclasses: names, types, defaults and help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..runs.config import ModelConfig, Named, TrustOptions
+
+RATED_TOKENS = 32  # the most tokens of a text to rate, by a model that is not a run: people read each text whole
+
+
+@dataclass
+class EvaluateOptions:
+    """Evaluate a run's model before and after training, on the same prompts.
+
+    Args:
+        run: The folder of the run.
+        metrics: Further metrics, by name or {id: NAME, args: {...}}, besides the run's own.
+        n_prompts: The number of prompts.
+        n: Texts per prompt.
+        seed: The seed of the sampling.
+    """
+
+    run: str
+    metrics: list[Named | str] = field(default_factory=list)
+    n_prompts: int = 64
+    n: int = 1
+    seed: int = 0
+
+
+@dataclass
+class GenerateOptions:
+    """Write texts that continue prompts, and print each as a line of JSON.
+
+    Args:
+        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        prompts: A .jsonl, .csv or .txt file; by default the run's own prompts, or the built-in ones for "demo".
+        n: Texts per prompt.
+        max_new_tokens: The most tokens of a text; by default as many as in the run's training, or 64 for a model, and
+            fewer if the model can read fewer.
+        greedy: Take the most probable token instead of sampling.
+        seed: The seed of the sampling.
+    """
+
+    model: str
+    prompts: str | None = None
+    n: int = 1
+    max_new_tokens: int | None = None
+    greedy: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ChatOptions:
+    """Chat with a model, which sees the whole conversation. /reset starts a new one, /exit ends.
+
+    Args:
+        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        max_new_tokens: The most tokens of an answer; by default as many as in the run's training, or 64 for a model,
+            and at most half of what the model can read.
+        greedy: Take the most probable token instead of sampling.
+        seed: The seed of the sampling.
+    """
+
+    model: str
+    max_new_tokens: int | None = None
+    greedy: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ExportOptions:
+    """Write a run's newest model as a Hugging Face folder, and check that it generates the same texts.
+
+    Args:
+        run: The folder of the run.
+        folder: The folder to write.
+    """
+
+    run: str
+    folder: str
+
+
+@dataclass
+class ExportFlags(TrustOptions):
+    """Options of `textenv export`: only the command line has them.
+
+    Args:
+        sb3_zip: Also write sb3.zip, as SB3's model.save does: it contains pickles; see agents.load_sb3_zip.
+        to_hub: Upload the folder to this repository of the Hugging Face hub; a new repository is private.
+        overwrite: Replace an earlier export in the folder.
+    """
+
+    sb3_zip: bool = False
+    to_hub: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class ShowOptions:
+    """Print an episode of a run's newest model token by token, with reward, value and KL divergence.
+
+    Args:
+        run: The folder of the run.
+        prompt: The number of the prompt, from 0.
+        seed: The seed of the sampling.
+    """
+
+    run: str
+    prompt: int = 0
+    seed: int = 0
+
+
+@dataclass
+class CompareOptions:
+    """Draw the curves of several runs in one picture, and print a table.
+
+    Args:
+        runs: The folders of the runs.
+        out: The file of the picture.
+    """
+
+    runs: list[str]
+    out: str = "compare.png"
+
+
+@dataclass
+class StageOptions(TrustOptions):
+    """Options of `textenv sft`, `classifier` and `reward-model`: only the command line has them.
+
+    Args:
+        resume: Continue an interrupted training with the same arguments.
+        overwrite: Replace an earlier output of the same kind in --out.
+        quiet: Show no progress bar.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+
+
+@dataclass
+class StageConfig:
+    """The arguments that `sft`, `classifier` and `reward-model` share.
+
+    Args:
+        model: The model to train from: a name on the hub, or a folder; "demo" is the built-in one.
+        task: A task that `textenv tasks` lists: `data` is then its data set, of which a tenth is held out.
+        data: The training data: a file; with `task` a folder, or the data set's name on the hub.
+        out: The folder of the trained model.
+        held_out: A file of data to evaluate on, which is not trained on.
+        batch_size: Texts per minibatch.
+        max_tokens: The most tokens of a text, of which longer ones lose the rest; by default what the model can read.
+        seed: The seed of fresh weights and of the order of the data.
+    """
+
+    model: str = ModelConfig.name
+    task: str | None = None
+    data: str | None = None
+    out: str | None = None
+    held_out: str | None = None
+    batch_size: int = 16
+    max_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class SFTConfig(StageConfig):
+    """Fine-tune a causal model on texts, or on prompts with reference answers; see `agents.sft.tune`.
+
+    Args:
+        fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
+            `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, vocab_size: 2048}`. Its tokenizer is
+            made from the texts.
+        fresh_tokenizer: The tokenizer of a `fresh` model: `vocab_size` byte pairs, or one token per character, which
+            suits Chinese.
+        data: A .txt (one text per line), .jsonl or .csv file; with `task` a folder, or the data set's name on the hub.
+        text_column: The column of texts.
+        prompt_column: The column of prompts, if the data has prompts and references.
+        reference_column: The column of references: texts that continue the prompts.
+        packing: Put several texts into one row.
+        n_epochs: Passes over the data.
+        batch_size: Rows per minibatch.
+        learning_rate: The peak of the learning rate.
+        max_tokens: The most tokens of a row; by default what the model can read. Longer texts become several rows.
+    """
+
+    fresh: dict[str, Any] = field(default_factory=dict)
+    fresh_tokenizer: Literal["byte_pairs", "characters"] = "byte_pairs"
+    text_column: str = "text"
+    prompt_column: str = "prompt"
+    reference_column: str = "reference"
+    packing: bool = False
+    n_epochs: float = 1.0
+    learning_rate: float = 2e-5
+
+
+@dataclass
+class ClassifierConfig(StageConfig):
+    """Train a text classifier, to use as a reward or a judge; see `agents.train_classifier`.
+
+    Args:
+        fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
+            `{model_type: distilbert, n_layers: 1, dim: 64, hidden_dim: 128, n_heads: 2}`.
+        tokenizer: The name or folder of the tokenizer, if it is not the model's own.
+        data: A .jsonl or .csv file with the columns text and label; with `task` a folder, or the data set's name on
+            the hub.
+        labels: The names of the labels, in order; by default the task's, or those in the data in alphabetical order.
+        n_epochs: Passes over the data.
+        learning_rate: The peak of the learning rate.
+    """
+
+    fresh: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    labels: list[str] = field(default_factory=list)
+    n_epochs: float = 3.0
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+
+
+@dataclass
+class RewardModelConfig(StageConfig):
+    """Train a model that scores texts, from preferences or from numbers; see `agents.train_reward_model`.
+
+    Args:
+        fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
+            `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, n_positions: 128}`.
+        tokenizer: The name or folder of the tokenizer, if it is not the model's own.
+        data: A .jsonl or .csv file with the columns chosen and rejected, and optionally prompt; or text and label (a
+            number). With `task` a folder, or the data set's name on the hub.
+        from_feedback: Instead of `data`, a file of people's answers, which `textenv rate` has collected.
+        held_out: A file of data to evaluate on, which is not trained on; with `from_feedback` a tenth of the prompts
+            by default.
+        loss: Compare the scores of two texts at their last tokens, or at all tokens from their first difference on.
+        centring: The weight of a penalty that keeps scores around zero; 0 for none.
+        n_epochs: Passes over the data.
+        batch_size: Comparisons (or texts) per minibatch.
+        learning_rate: The peak of the learning rate.
+    """
+
+    fresh: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    from_feedback: str | None = None
+    loss: Literal["last", "tokens"] = "last"
+    centring: float = 0.0
+    n_epochs: float = 1.0
+    learning_rate: float = 1e-5
+
+
+@dataclass
+class RateConfig:
+    """Let people score, compare or rank texts that a model writes; without a model, texts that already wait.
+
+    After an interrupt the same command continues: no text is written twice, and no answered question is asked again.
+
+    Args:
+        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        prompts: A .jsonl, .csv or .txt file; by default the built-in reviews for "demo".
+        db: The SQLite file of questions and answers; by default ratings.db, with --train in the folder `out`. Without
+            a model, a new file is only begun if it is named here.
+        kind: The kind of question; "score" by default, and without a model any that waits.
+        n: Texts per prompt; by default 1 to score, 2 to compare, 4 to rank. With --train, texts per update.
+        rater: The name of the person who answers; the user's name by default.
+        raters: The number of people who are to answer each question.
+        low: The lowest score.
+        high: The highest score.
+        max_new_tokens: The most tokens of a text; by default as many as in the run's training, or 32 for a model, and
+            fewer if the model can read fewer.
+        seed: The seed of the sampling.
+        host: With --web, the address to listen on; an address that others can reach needs a token.
+        port: With --web, the port; 0 picks a free one.
+        token: With --web, a password in the page's address: at least 16 letters, digits, - and _.
+        out: With --train, the folder of the trained model and its checkpoints.
+        learning_rate: With --train, the learning rate; the demo's small model needs about 1e-3.
+        kl: With --train, the penalty on leaving the original model, per nat; scores are scaled to -1 to 1.
+        updates: With --train, the number of updates after which to stop.
+    """
+
+    model: str | None = None
+    prompts: str | None = None
+    db: str | None = None
+    kind: Literal["score", "compare", "rank"] | None = None
+    n: int | None = None
+    rater: str | None = None
+    raters: int = 1
+    low: float = 1.0
+    high: float = 5.0
+    max_new_tokens: int | None = None
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str | None = None
+    out: str | None = None
+    learning_rate: float = 1e-5
+    kl: float = 0.05
+    updates: int | None = None
+
+
+@dataclass
+class RateOptions(TrustOptions):
+    """Options of `textenv rate`: only the command line has them.
+
+    Args:
+        terminal: Answer in this terminal (the default).
+        web: Answer on a page in the browser.
+        train: Score texts in the terminal, and train the model on every score, or on every n.
+    """
+
+    terminal: bool = False
+    web: bool = False
+    train: bool = False

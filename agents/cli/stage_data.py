@@ -1,0 +1,250 @@
+"""The data of `sft`, `classifier` and `reward-model`: rows of files, or a task's data set, to train on and held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from textenv.prompts.prompts import read_rows
+from textenv.tasks import dailydialog, hh, reviews, zh_reviews
+from textenv.tasks.parts import Part
+from textenv.tasks.random_texts import MAKERS, random_texts
+
+from ..errors import CommandError
+from ..small_models.tokenizers import EOS_TOKEN
+from ..supervised.feedback_data import read_feedback
+from ..supervised.preferences import Labelled, Ranking, hh_pairs
+from ..supervised.sft_data import Text
+from .options import RewardModelConfig, SFTConfig, StageConfig
+
+N_RANDOM_TEXTS = 6_000  # texts that are made for a task without data, a tenth of them held out; made in a second
+
+
+class Rows(NamedTuple):
+    """Rows to train on, and held-out rows to evaluate on."""
+
+    train: list[Any]
+    held_out: list[Any]
+
+
+class Label(NamedTuple):
+    """A text and the name of its label."""
+
+    text: str
+    label: str
+
+
+def read_texts(config: SFTConfig) -> Rows:
+    """Return texts, or (prompt, reference) pairs, in the form of `agents.sft.tune`.
+
+    Raises:
+        CommandError: If a row is neither, or the task has no texts.
+    """
+    if config.task is not None:
+        return _of_task(config, config.task, TEXTS)
+    return _of_files(config, lambda row, where: _text(row, where, config))
+
+
+def read_labels(config: StageConfig) -> Rows:
+    """Return texts with the names of their labels, as `Label`s.
+
+    Raises:
+        CommandError: If a row has other columns, or the task has no labels.
+    """
+    if config.task is not None:
+        return _of_task(config, config.task, LABELS)
+    return _of_files(config, _label)
+
+
+def read_preferences(config: RewardModelConfig) -> Rows:
+    """Return rankings of texts (as those of hh-rlhf), or texts with a number each.
+
+    Raises:
+        CommandError: If a row has other columns, the task has no preferences, or the store of feedback does not exist.
+    """
+    if config.from_feedback is not None:
+        if config.data is not None or config.task is not None:
+            raise CommandError("Expected --from-feedback in the place of --data and --task, got both.")
+        feedback = read_feedback(config.from_feedback, everything=config.held_out is not None)
+        return Rows(list(feedback.data), _preferences(config.held_out) or list(feedback.held_out))
+    if config.task is not None:
+        return _of_task(config, config.task, PREFERENCES)
+    return Rows(_preferences(config.data), _preferences(config.held_out))
+
+
+def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[..., Any]]) -> Rows:
+    if task not in readers:
+        raise CommandError(f"Expected `task` to be one of {', '.join(readers)} for this stage, got {task!r}.")
+    if config.held_out is not None:
+        raise CommandError("Expected `held_out` without `task`, which holds out a tenth itself, got both.")
+    if config.data is None and task not in MAKERS:
+        raise CommandError(f"Expected --data FOLDER, the data set of the task {task}, got none.")
+    return Rows(*(list(readers[task](config.data, part)) for part in get_args(Part)))
+
+
+def _of_files(config: StageConfig, read: Callable[[Any, str], Any]) -> Rows:
+    both = [
+        [read(row, f"row {number} of {path}") for number, row in enumerate(file_rows(path), 1)] if path else []
+        for path in (config.data, config.held_out)
+    ]
+    return Rows(*both)
+
+
+def file_rows(path: str) -> list[Any]:
+    """Return the rows of a .txt, .jsonl or .csv file.
+
+    Raises:
+        CommandError: If the file does not exist, cannot be read or is empty.
+    """
+    try:
+        rows = list(read_rows(path)) if Path(path).is_file() else None
+    except (OSError, ValueError) as error:
+        raise CommandError(f"Expected rows in {path}, got: {error}") from error
+    if not rows:
+        raise CommandError(f"Expected rows in {path}, got {'no such file' if rows is None else 'none'}.")
+    return rows
+
+
+def _text(row: Any, where: str, config: SFTConfig) -> Text:
+    prompt, reference, text = config.prompt_column, config.reference_column, config.text_column
+    if not isinstance(row, Mapping):
+        return str(row)
+    if {prompt, reference} <= row.keys():
+        return text_of(row, prompt, where), text_of(row, reference, where)
+    if text in row:
+        return text_of(row, text, where)
+    raise CommandError(f"Expected {prompt} and {reference}, or {text}, in {where}, got {sorted(map(str, row))}.")
+
+
+def _label(row: Any, where: str) -> Label:
+    if not isinstance(row, Mapping) or not {"text", "label"} <= row.keys():
+        columns = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise CommandError(f"Expected text and label in {where}, got {columns}.")
+    if row["label"] in (None, ""):
+        raise CommandError(f"Expected a label in the column label of {where}, got {row['label']!r}.")
+    return Label(text_of(row, "text", where), str(row["label"]))
+
+
+def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
+    """Return the text in a column of a row.
+
+    Args:
+        row: The row.
+        column: The column.
+        where: The name of the row, for the message.
+
+    Raises:
+        CommandError: If the value is not a text; a line of a .csv that is too short has None there.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise CommandError(f"Expected a text in the column {column} of {where}, got {value!r:.80}.")
+    return value
+
+
+def _number_of(row: Mapping[str, Any], column: str, where: str) -> float:
+    value = row[column]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise CommandError(
+            f"Expected a number in the column {column} of {where}, got {value!r:.80}: a reward model learns scores; "
+            "textenv classifier learns labels by name."
+        )
+    return number
+
+
+def _preferences(path: str | None) -> list[Any]:
+    if path is None:
+        return []
+    rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in file_rows(path)]
+    row_names = [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
+    columns = set.intersection(*(set(row) for row in rows)) if rows else set()
+    if {"text", "label"} <= columns:
+        named = zip(rows, row_names, strict=True)
+        return [Labelled(text_of(row, "text", where), _number_of(row, "label", where)) for row, where in named]
+    if not {"chosen", "rejected"} <= columns:
+        pairs = ({"text", "label"}, {"chosen", "rejected"})
+        bad = next((number for number, row in enumerate(rows) if not any(pair <= row.keys() for pair in pairs)), None)
+        # Without one bad row, some rows have one pair of columns and some the other.
+        where, present = (path, columns) if bad is None else (row_names[bad], rows[bad])
+        raise CommandError(
+            f"Expected chosen and rejected, or text and label, in {where}, got {sorted(map(str, present))}."
+        )
+    for row, where in zip(rows, row_names, strict=True):
+        for column in {"chosen", "rejected", "prompt"} & row.keys():
+            text_of(row, column, where)
+    # hh-rlhf has no column for prompts: both texts of a row begin with the whole dialogue.
+    if "prompt" not in columns and all("\n\nAssistant:" in row["chosen"] for row in rows):
+        return hh_pairs(rows)
+    return [Ranking((row["chosen"], row["rejected"]), row.get("prompt", "")) for row in rows]
+
+
+def _review_texts(data: str, part: Part) -> list[Text]:
+    return [review.text for review in reviews.part_of(reviews.read_reviews(data), part)]
+
+
+def _review_labels(data: str, part: Part) -> list[Label]:
+    labelled = reviews.part_of(reviews.read_reviews(data), part)
+    return [Label(review.text, reviews.LABELS[review.label]) for review in labelled]
+
+
+def _dialogues(data: str, part: Part) -> Sequence[dailydialog.Dialogue]:
+    return dailydialog.split_dialogues(dailydialog.read_dialogues(data))[get_args(Part).index(part)]
+
+
+def _dialogue_texts(data: str, part: Part) -> list[Text]:
+    return ["".join(f"{turn}\n" for turn in dialogue.turns) for dialogue in _dialogues(data, part)]
+
+
+def _dialogue_labels(data: str, part: Part) -> list[Label]:
+    return [
+        Label(turn, dailydialog.INTENTS[intent])
+        for dialogue in _dialogues(data, part)
+        for turn, intent in zip(dialogue.turns, dialogue.intents, strict=True)
+    ]
+
+
+def _chosen_replies(data: str, part: Part) -> list[Text]:
+    return [pair.prompt + pair.chosen for pair in hh.part_of(hh.read_pairs(data), part)]
+
+
+def _pairs(data: str, part: Part) -> list[Ranking]:
+    return [Ranking((pair.chosen, pair.rejected), pair.prompt) for pair in hh.part_of(hh.read_pairs(data), part)]
+
+
+def _zh_texts(data: str, part: Part) -> list[Text]:
+    rankings = zh_reviews.part_of(zh_reviews.read_rankings(data), part)
+    # As (prompt, reference) pairs: `encode_sample` cuts the end of a long reference, where it would split a long text
+    # into pieces that begin in the middle of a sentence.
+    return [(text[:1], text[1:]) for ranking in rankings for text in ranking]
+
+
+def _zh_rankings(data: str, part: Part) -> list[Ranking]:
+    return [Ranking(ranking) for ranking in zh_reviews.part_of(zh_reviews.read_rankings(data), part)]
+
+
+def _random(task: str) -> Callable[[str | None, Part], list[Text]]:
+    def read(data: str | None, part: Part) -> list[Text]:
+        texts = random_texts(task, N_RANDOM_TEXTS)
+        n_held_out = N_RANDOM_TEXTS // 10
+        # As in GPT-2's own training: a text begins behind the end token of the previous one.
+        return [EOS_TOKEN + text for text in (texts[:n_held_out] if part == "held_out" else texts[n_held_out:])]
+
+    return read
+
+
+TEXTS: dict[str, Callable[..., list[Text]]] = {
+    "Reviews": _review_texts,
+    "DailyDialog": _dialogue_texts,
+    "HH": _chosen_replies,
+    "ZhReviews": _zh_texts,
+    **{task: _random(task) for task in MAKERS},
+}
+LABELS = {"Reviews": _review_labels, "DailyDialog": _dialogue_labels}
+PREFERENCES = {"HH": _pairs, "ZhReviews": _zh_rankings}
+LABEL_NAMES = {"Reviews": reviews.LABELS, "DailyDialog": dailydialog.INTENTS}

@@ -1,0 +1,316 @@
+"""The commands evaluate, generate, export and doctor, and the models that they write texts with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from stable_baselines3.common.utils import get_device
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from textenv.checks.json_files import read_json
+from textenv.checks.trust import Trust
+from textenv.env import TextEnv
+from textenv.huggingface.weights import n_positions
+from textenv.prompts.prompts import PromptLike
+from textenv.text import demo_corpus as demo
+from textenv.text.named_tokenizer import DEMO
+
+from ..checkpoints.checkpoint import load_checkpoint
+from ..checkpoints.hf_export import check_repository, upload, write_model
+from ..checkpoints.output_folders import check_output, output_folder
+from ..checkpoints.saved_policy import load_policy
+from ..doctor.examine import check
+from ..errors import CommandError, Exit
+from ..evaluation.curves import draw_curves
+from ..evaluation.evaluation import evaluate
+from ..evaluation.generation import USUAL_TOKENS, fitting_length, generate, no_reward, shorter_texts
+from ..files import write_text
+from ..policies.lm_policy import LMPolicy
+from ..runs.assemble import (
+    Parts,
+    assemble,
+    load_lm,
+    load_tokenizer,
+    make_masks,
+    make_metric,
+    policy_arguments,
+    task_name,
+    trust_of,
+)
+from ..runs.checkpoints import checkpoint_to_load
+from ..runs.config import ModelConfig, TrainConfig, TrustOptions
+from ..runs.folder import SAMPLE, RunFolder, read_rows, to_line
+from ..runs.model_card import model_card
+from .options import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions
+from .prompt_files import prompts_for
+
+CHUNK = 64  # prompts per call of `generate`, whose texts are then printed; as many as it runs side by side
+# The check of an exported model: texts of 32 tokens behind 8 prompts take a second, and other weights write others.
+N_COMPARED = 8
+COMPARED_PROMPT = 4  # tokens
+COMPARED_TOKENS = 32
+RESULTS = {"after": {"figures": {str: (float, None)}}}
+
+
+class Writer(NamedTuple):
+    """A policy that writes texts, with what it needs to write them as in training.
+
+    Args:
+        policy: The policy.
+        tokenizer: Its tokenizer.
+        prompts: The prompts by default: the run's, or the built-in ones of the demo.
+        trained_length: The most tokens of a text in training; None for a model that is not a run's.
+        options: Arguments of `TextEnv` from training: stop ids, stop strings, masks, the prompt column.
+    """
+
+    policy: LMPolicy
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[PromptLike] = ()
+    trained_length: int | None = None
+    options: Mapping[str, Any] = {}
+
+
+def newest(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[RunFolder, Path]:
+    """Return a run's folder and its newest checkpoint.
+
+    Raises:
+        CommandError: If there is no checkpoint, it is damaged, or the tokenizer differs from the run's.
+    """
+    run = RunFolder.open(path)
+    checkpoint = checkpoint_to_load(run)
+    if checkpoint is None:
+        raise CommandError(f"Expected a checkpoint in {run.checkpoints}, got none: textenv train --resume {path}")
+    run.check_vocabulary(tokenizer.get_vocab())
+    return run, checkpoint
+
+
+def load_newest(path: str, parts: Parts) -> RunFolder:
+    """Load a run's newest checkpoint into its agent; return the run's folder."""
+    run, checkpoint = newest(path, parts.tokenizer)
+    load_checkpoint(parts.agent, checkpoint)
+    return run
+
+
+def open_writer(
+    name: str, config: TrainConfig | None, options: TrustOptions, prompts: Sequence[PromptLike] = ()
+) -> Writer:
+    """Return the writer of a run, with its newest policy, or of a model by name or folder.
+
+    A run's rewards and loggers are not built, and its prompts are read only if none are given.
+
+    Args:
+        name: The folder of the run, or the model.
+        config: The run's configuration; None for a model.
+        options: The permissions of the command line.
+        prompts: The prompts to continue, instead of the run's.
+    """
+    trust = trust_of(options)
+    if config is None:
+        transformers_logging.disable_progress_bar()
+        tokenizer = load_tokenizer(name, trust)
+        policy = make_policy(name, tokenizer, ModelConfig(), trust)
+        return Writer(policy, tokenizer, prompts or (demo.prompts() if name == DEMO else ()))
+    parts = Parts(config, trust)
+    policy = open_policy(name, parts)
+    env = parts.unscored(prompts)
+    training = {
+        "stop_ids": env.rules.stop_ids,
+        "stop_strings": env.rules.stop_strings,
+        "mask": make_masks(config.env, trust),
+    }
+    training |= {key: config.env.args[key] for key in ("prompt_column",) if key in config.env.args}
+    return Writer(policy, parts.tokenizer, env.prompts, env.rules.max_new_tokens, training)
+
+
+def open_policy(path: str, parts: Parts) -> LMPolicy:
+    """Return a run's newest policy, for writing only: its critic and optimizer are not loaded."""
+    _, checkpoint = newest(path, parts.tokenizer)
+    policy = make_policy(parts.folder, parts.tokenizer, parts.config.model, parts.trust, as_trained=True)
+    load_policy(policy, checkpoint)
+    return policy.to(get_device(parts.config.device))
+
+
+def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None, usual: int = USUAL_TOKENS) -> int:
+    """Return the most tokens of a text: the given number, or that of training, as far as the model can read so many.
+
+    Args:
+        writer: The writer.
+        prompts: The prompts that it will continue.
+        given: The number of the command line; None for none.
+        usual: The number for a model that is not a run's.
+
+    Raises:
+        CommandError: If the model cannot read the given number behind the prompts, or not even one token.
+    """
+    wanted = given or writer.trained_length or usual
+    # The env encodes the prompts as `generate` will, which gives the length of the longest one in tokens.
+    env = TextEnv(prompts, writer.tokenizer, reward=no_reward, max_new_tokens=wanted, **writer.options)
+    try:
+        most = fitting_length(writer.policy, env.max_prompt_tokens, wanted)
+    except ValueError as error:
+        raise CommandError(
+            f"Expected prompts that leave the model room for a text, got one of {env.max_prompt_tokens} tokens: "
+            "shorten it."
+        ) from error
+    if most < wanted and given is not None:
+        raise CommandError(
+            f"Expected --max_new_tokens {most} or less behind prompts of up to {env.max_prompt_tokens} tokens, for "
+            f"which the model has room, got {given}."
+        )
+    if most < wanted:
+        print(f"textenv: {shorter_texts(most, wanted, env.max_prompt_tokens)}.", file=sys.stderr)
+    return most
+
+
+def make_policy(
+    name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust, as_trained: bool = False
+) -> LMPolicy:
+    """Return a policy of a model that samples as a configuration says, for writing only.
+
+    Args:
+        name: The model's name or folder.
+        tokenizer: Its tokenizer.
+        model: The configuration.
+        trust: The permission to run the model's own code.
+        as_trained: Add the adapters that the configuration trains, to load their weights afterwards.
+    """
+    env = TextEnv([[0]], tokenizer, reward=no_reward, max_new_tokens=1)  # for its spaces, which a policy needs
+    # Adapters and critic exist for training; a merged or plain model has no adapters to load.
+    left_out = {"critic"} if as_trained else {"critic", "train"}
+    arguments = {key: value for key, value in policy_arguments(model).items() if key not in left_out}
+    spaces = env.observation_space, env.action_space
+    # SB3 policies take a learning rate schedule; nothing is trained here.
+    return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
+
+
+def examine(config: TrainConfig, options: TrustOptions) -> int:
+    """Print the doctor's report; return the exit code, 1 if training would go wrong."""
+    report = check(Parts(config, trust_of(options)).agent)
+    print(report)
+    return Exit.DONE if report.ok else Exit.FAILED
+
+
+def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOptions) -> int:
+    """Evaluate a run's model before and after training, print the table and keep it in the run's folder.
+
+    Raises:
+        CommandError: If the run has no intact checkpoint.
+    """
+    parts = assemble(config, trust_of(options))
+    RunFolder.open(chosen.run)
+    checkpoint_to_load(RunFolder(chosen.run))  # refuses a damaged checkpoint before the first evaluation
+    metrics = parts.metrics + [make_metric(metric, parts.trust) for metric in chosen.metrics]
+    prompts = list(parts.held_out.prompts)[: chosen.n_prompts]
+    arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "progress_bar": False}
+    before = evaluate(parts.agent, prompts, parts.tokenizer, metrics, **arguments)  # type: ignore[arg-type]
+    run = load_newest(chosen.run, parts)
+    after = evaluate(parts.agent, prompts, parts.tokenizer, metrics, before=before, **arguments)  # type: ignore[arg-type]
+    print(after.to_markdown())
+    after.save(run.path / "evaluation")
+    return Exit.DONE
+
+
+def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:
+    """Print a line of JSON for each text, chunk by chunk."""
+    prompts = prompts_for("generate", chosen.model, chosen.prompts, is_run=config is not None)
+    writer = open_writer(chosen.model, config, options, prompts)
+    prompts = prompts or list(writer.prompts)
+    most = text_length(writer, prompts, chosen.max_new_tokens)
+    for start in range(0, len(prompts), CHUNK):
+        for text in generate(
+            writer.policy,
+            prompts[start : start + CHUNK],
+            writer.tokenizer,  # type: ignore[arg-type]
+            chosen.n,
+            max_new_tokens=most,
+            deterministic=chosen.greedy,
+            seed=chosen.seed + start,
+            **writer.options,
+        ):
+            row = {"prompt": str(text.prompt), "text": text.text, "end_reason": str(text.end_reason)}
+            line = json.dumps(row, ensure_ascii=False)
+            # JSON escapes C0 control codes only; C1 codes, which terminals obey, need ASCII with escapes.
+            print(line if line.isprintable() else json.dumps(row), flush=True)
+    return Exit.DONE
+
+
+def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags) -> int:
+    """Write a run's newest model with merged adapters, its card, curves and samples, and upload it on request.
+
+    Raises:
+        CommandError: If the exported model does not generate the same texts, or the upload fails.
+        OutputFolderError: If the folder has files that would be lost.
+    """
+    if options.to_hub is not None:
+        check_repository(options.to_hub)
+    target = {"overwrite": options.overwrite, "keep": [chosen.run]}
+    check_output(chosen.folder, "language model", **target)  # type: ignore[arg-type]  # before anything is loaded
+    run, folder = RunFolder.open(chosen.run), Path(chosen.folder)
+    parts = Parts(config, trust_of(options))
+    policy, tokenizer = open_policy(chosen.run, parts), parts.tokenizer
+    with output_folder(folder, "language model", **target) as draft:  # type: ignore[arg-type]
+        write_model(policy.backbone, tokenizer, draft)
+        _describe(draft, run, config)
+        _check_same(policy, make_policy(str(draft), tokenizer, config.model, Trust()), tokenizer)
+        if options.sb3_zip:
+            load_newest(chosen.run, parts)
+            parts.agent.save(draft / "sb3.zip")
+    if options.sb3_zip:
+        print(
+            f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files do; agents.load_sb3_zip reads its weights "
+            "without them"
+        )
+    print(f"{folder}: generates the same as {run.path} on {N_COMPARED} prompts")
+    if options.to_hub is not None:
+        print(f"uploading {folder}", flush=True)
+        print(f"{upload(folder, options.to_hub)}: a new repository is private until its settings say otherwise")
+    return Exit.DONE
+
+
+def _check_same(policy: LMPolicy, exported: LMPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that an exported model generates the same texts as the run's policy, behind random tokens.
+
+    Raises:
+        CommandError: If it does not.
+    """
+    shape = (N_COMPARED, COMPARED_PROMPT)
+    prompts: list[PromptLike] = np.random.default_rng(0).integers(len(tokenizer), size=shape).tolist()
+    room = (n_positions(policy.backbone.model.config) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
+    settings = {"max_new_tokens": min(COMPARED_TOKENS, room), "deterministic": True}
+    ours, theirs = (
+        [text.ids for text in generate(model, prompts, tokenizer, **settings)]  # type: ignore[arg-type]
+        for model in (policy, exported)
+    )
+    if ours != theirs:
+        number = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        raise CommandError(
+            f"Expected the exported model to generate what the run does, got another text at prompt {number}: nothing "
+            "was written.",
+            Exit.FAILED,
+        )
+
+
+def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:
+    """Write the card of a run's model, and its samples and curves if there are any, into the model's folder."""
+    table, results = "Not evaluated yet.", run.path / "results"
+    reward = None
+    if results.with_suffix(".md").is_file():
+        table = results.with_suffix(".md").read_text(encoding="utf-8")
+        reward = read_json(results.with_suffix(".json"), RESULTS)["after"]["figures"].get("reward")
+    samples, rows = read_rows(run.samples, SAMPLE), read_rows(run.metrics)
+    if samples:
+        write_text(folder / run.samples.name, "".join(map(to_line, samples)))
+    curves = None
+    if rows and find_spec("matplotlib") is None:
+        print('without a picture of the curves, which pip install "textenv[plot]" brings')
+    elif rows:
+        curves = "curves.png"
+        draw_curves(folder / curves, {run.path.name: rows}, task_name(config))
+    write_text(folder / "README.md", model_card(config, run.read_about(), table, samples, reward, curves))

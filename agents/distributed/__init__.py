@@ -1,0 +1,1 @@
+"""Training in several processes: how they meet, agree, and share weights and gradients."""

@@ -1,0 +1,266 @@
+"""Agreement among the processes that train one policy: on values, errors, weights, and who writes."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .world import AGREE, World, is_main_process, world
+
+Value = TypeVar("Value")
+Owner = TypeVar("Owner")
+
+ANSWER_SECONDS = 5.0  # how long the others have to say that they live when one seems lost
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the job has ended, or does not answer."""
+
+
+def gather(what: str, value: Value) -> list[Value]:
+    """Return the value of each process, by rank: [value] where there is one process.
+
+    All processes must call it, and for the same thing.
+
+    Args:
+        what: The name of what is gathered, by which processes notice that they are at different things.
+        value: The value of this process: anything that can be pickled.
+
+    Raises:
+        ProcessLost: If another process has ended, with its rank.
+        RuntimeError: If another process is at something else.
+
+    Example:
+        >>> from agents.distributed.collectives import gather
+        >>> gather("a length", 3)  # one process
+        [3]
+    """
+    here = world()
+    if here is None:
+        return [value]
+    while True:
+        answers: list[Any] = [None] * here.size
+        _together(
+            here,
+            lambda answers=answers: dist.all_gather_object(answers, (what, value), group=here.group),  # type: ignore[misc]
+        )
+        turn = next((theirs for theirs, _ in answers if theirs in here.turns), None)
+        if turn is None or turn == what:
+            break
+        here.turns[turn]()  # another process takes its turn: help, and then ask again
+    if turn is not None:
+        return [value]  # a turn of this process, in which the others help: there is nothing to compare
+    for rank, (theirs, _) in enumerate(answers):
+        if theirs != what:
+            raise RuntimeError(
+                f"Expected all processes at the same, got rank {rank} at {theirs!r} and rank {here.rank} at {what!r}. "
+                "`if is_main_process()` may stand around what prints or writes, not around what builds, trains, checks "
+                "or saves an agent."
+            )
+    return [value for _, value in answers]
+
+
+def offer_help(owner: Owner, work: Callable[[Owner], None]) -> str:
+    """Offer work that this process does, as long as `owner` lives, whenever others take the turn that needs all.
+
+    Args:
+        owner: What the work belongs to. Only a weak reference to it is kept.
+        work: Takes part in the turn, given the owner.
+
+    Returns:
+        The name of the turn, for `take_turn`: the same in all processes that offer the same things in the same order.
+    """
+    here, reference = world(), weakref.ref(owner)
+    assert here is not None, "several processes"
+    name = f"turn {here.n_turns}"
+    here.n_turns += 1
+
+    def help_others() -> None:
+        alive = reference()
+        assert alive is not None, "its turn is withdrawn when the owner ends"
+        work(alive)
+
+    here.turns[name] = help_others
+    weakref.finalize(owner, here.turns.pop, name, None)
+    return name
+
+
+def take_turn(name: str) -> None:
+    """Wait until each other process takes the same turn, or helps with it by the work that it has offered.
+
+    A process that waits for the others, in any function of this file, helps meanwhile; so each may take as many turns
+    as it needs, and no two need the same number.
+    """
+    gather(name, None)
+
+
+def from_main(what: str, value: Value) -> Value:
+    """Return the value of rank 0. All processes must call it, as `gather`."""
+    return gather(what, value)[0]
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise this process's error here and a `ProcessLost` that quotes it in the others, so that none waits for it.
+
+    All processes must call it.
+
+    Args:
+        error: The error of this process, None where all went well.
+
+    Raises:
+        Exception: The error given, if one is.
+        ProcessLost: In the others, with the rank and the error's text.
+    """
+    texts = gather("an error", None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise ProcessLost(f"Rank {rank} of {len(texts)} processes stopped: {text}")
+
+
+def once(write: Callable[[], Any]) -> None:
+    """Call `write` in the process of rank 0; the others wait, and share its error. All processes must call it."""
+    error = None
+    if is_main_process():
+        try:
+            write()
+        except Exception as caught:
+            error = caught
+    raise_together(error)
+
+
+def by_main(name: str, write: Callable[[], Any]) -> None:
+    """Call `write` in the process of rank 0, which waits for nobody; others that call this wait for rank 0.
+
+    Args:
+        name: What is written. Calls of the same name belong together: the first of each process, the second, ...
+        write: What writes.
+    """
+    here = world()
+    if here is None:
+        write()
+        return
+    if here.n_turns > 0:  # `write` may need the others (sharded weights): they wait where they can help
+        try:
+            if here.rank == 0:
+                write()
+        finally:
+            gather(f"writing {name}", None)
+        return
+    here.n_written[name] += 1
+    key = f"written {here.n_written[name]} {name}"
+    if here.rank > 0:
+        here.store.wait([key], AGREE)
+        return
+    try:
+        write()
+    finally:
+        here.store.set(key, "1")
+
+
+def _together(here: World, call: Callable[[], Any]) -> None:
+    """Make a call that needs all processes; where one is lost, name it."""
+    try:
+        call()
+    except RuntimeError as error:  # gloo's: a connection was closed, or nothing came in time
+        raise ProcessLost(f"Expected {here.size} processes, got no answer of {_silent(here)}: {error}") from error
+
+
+def _silent(here: World) -> str:
+    """Return which processes do not say within a few seconds that they live."""
+    deadline, others = time.monotonic() + ANSWER_SECONDS, range(here.size)
+    try:
+        here.store.set(f"lives {here.rank}", "1")
+        while (lost := [rank for rank in others if not here.store.check([f"lives {rank}"])]) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+    except RuntimeError:  # rank 0 served the store
+        return "rank 0"
+    return "rank " + ", ".join(map(str, lost)) if lost else "one that is busy"
+
+
+class Spread(NamedTuple):
+    """Running moments of numbers, in the form that can be merged."""
+
+    n: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # the sum of the squared distances to the mean
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Spread:
+        """Return the moments of numbers (N,), in float64."""
+        numbers = np.asarray(values, dtype=np.float64)
+        mean = float(numbers.mean()) if len(numbers) else 0.0
+        return cls(len(numbers), mean, float(((numbers - mean) ** 2).sum()))
+
+
+def merge_moments(first: Spread, second: Spread) -> Spread:
+    """Return the moments of two sets of numbers taken together (Chan et al., 1983, equation 2.1).
+
+    Example:
+        >>> import numpy as np
+        >>> from agents.distributed.collectives import Spread, merge_moments
+        >>> merge_moments(Spread.of(np.array([1.0, 3.0])), Spread.of(np.array([8.0])))
+        Spread(n=3, mean=4.0, squares=26.0)
+    """
+    n = first.n + second.n
+    if second.n == 0:
+        return first
+    distance = second.mean - first.mean
+    squares = first.squares + (second.squares + distance**2 * first.n * second.n / n)
+    return Spread(n, first.mean + distance * second.n / n, squares)
+
+
+class Moments(NamedTuple):
+    """The moments of numbers that are spread over the processes."""
+
+    n: int
+    mean: float
+    variance: float  # the mean of the squared distances to the mean: divided by n, not by n - 1
+
+
+def moments(what: str, values: np.ndarray) -> Moments:
+    """Return the moments of the numbers of all processes, (N,) each, in float64. All processes must call it.
+
+    Args:
+        what: The name of the numbers, as for `gather`.
+        values: The numbers of this process; there may be none.
+
+    Example:
+        >>> import numpy as np
+        >>> from agents.distributed.collectives import moments
+        >>> moments("lengths", np.array([1.0, 3.0]))
+        Moments(n=2, mean=2.0, variance=1.0)
+    """
+    merged = reduce(merge_moments, gather(what, Spread.of(values)), Spread())
+    return Moments(merged.n, merged.mean, merged.squares / max(merged.n, 1))
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """Give all processes the weights and buffers of rank 0, where there are several.
+
+    Raises:
+        ValueError: If some are offloaded.
+    """
+    here = world()
+    if here is None:
+        return
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                "Expected weights in memory in several processes, got some that `device_map` has offloaded."
+            )
+        copy = tensor.detach().cpu().contiguous()  # gloo works on the host
+        _together(here, lambda copy=copy: dist.broadcast(copy, 0, group=here.group))  # type: ignore[misc]
+        with torch.no_grad():
+            tensor.copy_(copy)

@@ -1,0 +1,129 @@
+"""The gradient of a minibatch that is spread over several processes."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models.interface import SequenceScorer
+from ..models.sequences import SequenceBatch
+from .collectives import gather
+
+
+class AgreedTarget(float):
+    """A `target_kl` at which all processes stop their update at the same minibatch.
+
+    SB3 `ppo.train` compares the divergence of this process's minibatch with `1.5 * self.target_kl`. The product
+    here is minus or plus infinity, so that the comparison comes out as for the minibatch of all processes.
+
+    Attributes:
+        agreed: The divergence (nats) of the minibatch of all processes; None before the first.
+
+    Example:
+        >>> target = AgreedTarget(0.1)
+        >>> 1.5 * target, float(target)
+        (0.15000000000000002, 0.1)
+        >>> target.agreed = 0.2  # of all processes; here it is 0.01
+        >>> 0.01 > 1.5 * target
+        True
+    """
+
+    agreed: float | None = None
+
+    def __rmul__(self, factor: float) -> float:
+        limit = factor * float(self)
+        if self.agreed is None:
+            return limit
+        return -math.inf if self.agreed > limit else math.inf
+
+
+class SharedGradient:
+    """Evaluation of minibatches whose backward pass gives each process the gradient of all processes' data.
+
+    `DistributedDataParallel` averages the gradients of W processes while they are computed, so that all clip and step
+    by the same gradient. SB3's losses are means over the n transitions of one process; the mean over all N is the
+    average of the processes' losses with weights n W / N. That weight is the batch's `share`: the gradients of the
+    evaluated tensors are multiplied by it. All processes start from the weights of rank 0 at the first minibatch.
+
+    Args:
+        lm: The policy's model.
+
+    Attributes:
+        target: The algorithm's `target_kl`, which is given the divergence of every minibatch; None if it has none.
+    """
+
+    def __init__(self, lm: SequenceScorer) -> None:
+        self.lm = lm
+        self.target: AgreedTarget | None = None
+        self._engine: DistributedDataParallel | None = None
+        self._trained: list[nn.Parameter] = []
+
+    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values, log-probabilities and entropies, (N,) each, as `LMActorCritic.evaluate`.
+
+        All processes must call it, and then all of them or none run the backward pass.
+        """
+        assert batch.share is not None, "a minibatch of the buffer"
+        if self.lm.shards is None:
+            values, log_probs, entropies = self._replicated(batch, actions)
+        else:  # `fully_shard` averages gradients itself, but all processes must run as many forwards
+            n_forwards = gather("the parts of a minibatch", sum(1 for _ in batch.chunks(self.lm.most_tokens)))
+            values, log_probs, entropies = self.lm.evaluate_parts(batch, actions, max(n_forwards))
+        if self.target is not None:
+            self.target.agreed = self._divergence(batch, log_probs.detach())
+        return tuple(_scaled_gradient(tensor, batch.share) for tensor in (values, log_probs, entropies))  # type: ignore[return-value]
+
+    def _replicated(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        trained = [weight for weight in self.lm.parameters() if weight.requires_grad]
+        if list(map(id, trained)) != list(map(id, self._trained)):  # the first minibatch, or after a `CriticWarmup`
+            with warnings.catch_warnings():  # torch 2.13 renames the option, and older versions lack the new name
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+                self._engine = DistributedDataParallel(
+                    _Evaluation(self.lm), broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+            self._trained = trained
+        assert self._engine is not None, "just made"
+        return self._engine(batch, actions)
+
+    @staticmethod
+    def _divergence(batch: SequenceBatch, log_probs: Tensor) -> float:
+        """Return the mean of SB3's estimate of the divergence, exp(r) - 1 - r, over all processes' minibatches."""
+        assert batch.share is not None and batch.old_log_probs is not None, "a minibatch of the buffer"
+        log_ratio = log_probs - batch.old_log_probs
+        own = float((log_ratio.exp() - 1 - log_ratio).mean())
+        weighted = gather("the divergence", own * batch.share)
+        return sum(weighted) / len(weighted)
+
+
+class _Evaluation(nn.Module):
+    """A module whose forward is `evaluate`, since `DistributedDataParallel` wraps forwards only."""
+
+    def __init__(self, lm: SequenceScorer) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lm.evaluate(batch, actions)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.scale, None
+
+
+def _scaled_gradient(values: Tensor, scale: float) -> Tensor:
+    """Return the same values; their gradient is multiplied by `scale` in the backward pass."""
+    return _ScaledGradient.apply(values, scale)

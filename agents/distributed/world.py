@@ -1,0 +1,183 @@
+"""The processes of a job: how a launcher's variables bring them together, and how they leave."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+JOIN_SECONDS = 300.0  # how long processes wait for each other at the start: some load a model on a busy machine first
+AGREE = timedelta(hours=4)  # the longest that one process waits for another, which may be in an evaluation
+LEAVE_SECONDS = 10.0  # how long the process that serves the store waits for the others at its end
+POLL_SECONDS = 0.05  # between two looks into the store
+
+
+@dataclass(eq=False)
+class World:
+    """The processes of a job, seen from one of them, and what they have counted together.
+
+    Attributes:
+        rank: The number of this process; 0 logs, evaluates and writes.
+        size: The number of processes.
+        seed: A number that all processes share, fresh for each job.
+        store: The key-value store through which processes find what the others have left.
+        group: The process group (gloo, on the host) through which they agree.
+        n_written: How often each name was written by `by_main`: the same in all processes.
+        turns: By name, the work that this process does when others take that turn (`offer_help`).
+        n_turns: The number of turns ever offered: the same in all processes.
+    """
+
+    rank: int
+    size: int
+    seed: int
+    store: dist.Store
+    group: dist.ProcessGroup
+    n_written: Counter[str] = field(default_factory=Counter)
+    turns: dict[str, Callable[[], None]] = field(default_factory=dict)
+    n_turns: int = 0
+
+
+_joined: World | None = None  # the job of this process, from the first call of `world` to its end
+
+
+def world() -> World | None:
+    """Return the processes that train together, or None where this one trains alone.
+
+    `torchrun`, `accelerate launch` and job schedulers say by environment variables (WORLD_SIZE, RANK, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT) that there are several. The first call joins them, and waits until all have come; a
+    process group that the script has initialised itself is used as it is.
+
+    Raises:
+        ValueError: If a variable is missing or not a number, or the processes were given different numbers.
+        TimeoutError: If not all have come after five minutes.
+
+    Example:
+        >>> from agents.distributed.world import world
+        >>> world() is None  # one process
+        True
+    """
+    global _joined
+    if _joined is None and (dist.is_initialized() or _number_from_environment("WORLD_SIZE", 1) > 1):
+        _joined = _join()
+    return None if _joined is None or _joined.size == 1 else _joined
+
+
+def is_main_process() -> bool:
+    """Whether this process logs, evaluates and writes for all: the one of rank 0, or the only one.
+
+    Example:
+        >>> from agents import is_main_process
+        >>> if is_main_process():
+        ...     print("the table is printed once")
+        the table is printed once
+    """
+    here = world()
+    return here is None or here.rank == 0
+
+
+def _number_from_environment(name: str, default: int | None = None) -> int:
+    """Return a number that a launcher has put into the environment.
+
+    Raises:
+        ValueError: If it is not a number, or is missing and has no default.
+    """
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise ValueError(
+            f"Expected the environment variable {name} to be a number in each of several processes, got {text!r}: "
+            "start the script with `torchrun --nproc_per_node 2 train.py` or `accelerate launch`, which set it."
+        )
+    return int(text)
+
+
+def _join() -> World:
+    """Meet the other processes, and make the process group where there is none."""
+    if torch.cuda.is_available() and _number_from_environment("LOCAL_RANK", 0) < torch.cuda.device_count():
+        torch.cuda.set_device(_number_from_environment("LOCAL_RANK", 0))  # "cuda" means this device from now on
+    if dist.is_initialized():
+        rank, size, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
+    else:
+        rank, size = _number_from_environment("RANK"), _number_from_environment("WORLD_SIZE")
+        store = _meet(rank, size)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        atexit.register(leave, store, rank, size)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
+    # A group of its own for agreeing: on the host whatever the gradients use, and with time for an evaluation.
+    group = dist.new_group(backend="gloo", timeout=AGREE)
+    assert group is not None, "this process is a member"
+    seed = [int(np.random.SeedSequence().generate_state(1)[0]) >> 1]  # 31 bits: in the range of every generator
+    dist.broadcast_object_list(seed, group=group)
+    return World(rank, size, seed[0], dist.PrefixStore("textenv", store), group)
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """Return the store of all processes once each has come and been given the same number of processes."""
+    if not 0 <= rank < size:
+        raise ValueError(f"Expected RANK from 0 to WORLD_SIZE - 1 = {size - 1}, got {rank}.")
+    host, port = os.environ.get("MASTER_ADDR"), _number_from_environment("MASTER_PORT")
+    if not host:
+        raise ValueError(f"Expected MASTER_ADDR, the host of rank 0, beside WORLD_SIZE={size}, got none.")
+    serves = _serves(rank)
+    seconds = timedelta(seconds=JOIN_SECONDS)
+    try:
+        base = dist.TCPStore(
+            host, port, size, is_master=serves, timeout=seconds, wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistError as error:
+        does = "to open" if serves else f"within {JOIN_SECONDS:.0f} s an answer of rank 0 at"
+        raise TimeoutError(f"Expected {does} {host}:{port} (MASTER_ADDR, MASTER_PORT), got: {error}") from error
+    # The store of `torchrun` outlives a restart of the processes: each attempt has keys of its own.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
+    refusal = _refusal(store, rank, size)
+    if refusal is not None:
+        if serves:
+            time.sleep(1.0)  # the others read the reason in this store, which ends with this process
+        raise refusal
+    return store
+
+
+def _serves(rank: int) -> bool:
+    """Whether this process serves the store: rank 0 does, except under `torchrun`, which has one for all restarts."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def leave(store: dist.Store, rank: int, size: int) -> None:
+    """Say that this process ends; the one that serves the store waits a while for those that still read it."""
+    deadline, all_left = time.monotonic() + LEAVE_SECONDS, [f"left {other}" for other in range(size)]
+    with suppress(dist.DistError):  # the process that serves the store has ended already
+        store.set(f"left {rank}", "1")
+        while _serves(rank) and time.monotonic() < deadline and not store.check(all_left):
+            time.sleep(POLL_SECONDS)
+
+
+def _refusal(store: dist.Store, rank: int, size: int) -> Exception | None:
+    """Wait until all processes have come, and return what is wrong with them."""
+    deadline, missing = time.monotonic() + JOIN_SECONDS, list(range(size))
+    try:
+        first = int(store.compare_set("size", "", str(size)))
+        if first != size:
+            store.set("refused", f"rank {rank} was told WORLD_SIZE={size}, and the first to come {first}")
+        if store.add(f"rank {rank}", 1) > 1:
+            store.set("refused", f"two processes were told RANK={rank}")
+        while missing and time.monotonic() < deadline:
+            if store.check(["refused"]):
+                reason = store.get("refused").decode()
+                return ValueError(f"Expected {size} processes, with the same WORLD_SIZE and a RANK each, but {reason}.")
+            missing = [other for other in range(size) if not store.check([f"rank {other}"])]
+            time.sleep(POLL_SECONDS)
+    except dist.DistError:  # rank 0, which serves the store, has given up first
+        missing = missing or [0]
+    if missing:
+        return TimeoutError(f"Expected {size} processes within {JOIN_SECONDS:.0f} s, got none of rank {missing}.")
+    return None

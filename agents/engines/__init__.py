@@ -1,0 +1,1 @@
+"""Rollouts that another engine writes."""

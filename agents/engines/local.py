@@ -1,0 +1,178 @@
+"""A rollout engine in a second process of this machine, which decodes in the same way as the policy."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..models.pretrained import LMLike
+from ..policies.actor_critic import AUTOCAST_DTYPES
+from .process import Setup, pack, serve, unpack
+from .protocol import Completion, EngineLost, Request
+from .wire import LOOPBACK, Wire, interruptible
+
+END_SECONDS = 5.0  # how long the process may take to end by itself before it is killed
+
+
+class LocalEngine:
+    """A rollout engine for `EngineRollouts` in a process of its own, with a copy of the language model.
+
+    The constructor starts the process on the same machine; it builds the model from `lm`, and takes the weights that it
+    is sent. It decodes in the same way as the policy, with cached keys and values, and rows that take the next text
+    when one ends. Trainer and engine exchange tensors over torch.distributed (gloo, on the loopback address, through
+    the host's memory), in a process group of their own; no pickles.
+
+    The process ends with the trainer's, however that ends, with `close()`, and at the end of a `with`. If it dies, the
+    next call raises within seconds. It is started by `spawn`, so a script that makes one needs
+    `if __name__ == "__main__":` around what it runs.
+
+    Args:
+        lm: The language model, as the policy has it: a name or path, a config or a spec.
+        vocab_size: The number of tokens of the tokenizer; the model's other tokens are never sampled.
+        autocast: "bfloat16" or "float16" to compute in 16 bits, whatever the policy's precision.
+        device: The device of the copy: "cpu", "cuda", "cuda:1", ...
+        n_rows: The most texts that are written side by side.
+        patience: The longest that building the model, and each answer, may take, in seconds.
+
+    Raises:
+        ValueError: If an argument is out of range, or the process cannot build the model, with the reason.
+        EngineLost: If the process ends before it is ready.
+
+    Example:
+        >>> from agents import EngineRollouts, LocalEngine
+        >>> # with LocalEngine("gpt2", vocab_size=len(tokenizer), autocast="bfloat16") as engine:
+        >>> #     model.learn(100_000, callback=EngineRollouts(engine))
+    """
+
+    def __init__(
+        self,
+        lm: LMLike,
+        vocab_size: int,
+        autocast: str | None = None,
+        device: str = "cpu",
+        n_rows: int = 64,
+        patience: float = 1800.0,
+    ) -> None:
+        if autocast is not None and autocast not in AUTOCAST_DTYPES:
+            raise ValueError(f"Expected `autocast` to be one of {[None, *AUTOCAST_DTYPES]}, got {autocast!r}.")
+        for name, value in (("vocab_size", vocab_size), ("n_rows", n_rows), ("patience", patience)):
+            if not value > 0:
+                raise ValueError(f"Expected `{name}` to be positive, got {value}.")
+        self._patience = timedelta(seconds=patience)
+        listening = socket.create_server((LOOPBACK, 0))
+        store = dist.TCPStore(
+            LOOPBACK,
+            listening.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            timeout=self._patience,
+            master_listen_fd=listening.detach(),
+        )
+        setup = Setup(store.port, lm, vocab_size, autocast, device, n_rows)
+        # A daemon: `multiprocessing` terminates it when the interpreter ends.
+        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(setup,), daemon=True)
+        self._wire: Wire | None = None
+        self._process.start()
+        try:
+            self._meet(store)
+            self._wire = Wire(store, rank=0, patience=self._patience)
+        except BaseException:
+            self.close()
+            raise
+
+    def _meet(self, store: dist.Store) -> None:
+        """Wait until the process has built its model, or say why it has not."""
+        deadline = time.monotonic() + self._patience.total_seconds()
+        while not store.check(["ready"]):
+            if store.check(["refused"]):
+                raise ValueError(f"Expected a model that the engine can build, got {store.get('refused').decode()}")
+            if not self._process.is_alive():
+                raise EngineLost(
+                    f"Expected the engine's process to be ready, got {self._state()}. Where a script starts it, "
+                    'put what the script runs under `if __name__ == "__main__":`.'
+                )
+            if time.monotonic() > deadline:
+                raise EngineLost(f"Expected a model within {self._patience}, got none: raise `patience`.")
+            time.sleep(0.05)  # seconds: short beside the start of a process
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Send weights; see `RolloutEngine`.
+
+        Raises:
+            ValueError: If their names or shapes are not those of the engine's model.
+            EngineLost: If the process has ended.
+        """
+        names, tensors = zip(*weights, strict=True)
+        self._ask({"do": "load", "names": names}, tensors)
+
+    def generate(self, requests: Sequence[Request], temperature: float, seed: int) -> list[Completion]:
+        """Continue texts; see `RolloutEngine`.
+
+        Raises:
+            ValueError: If a text would be longer than the model can read.
+            EngineLost: If the process has ended, or gave no answer in time.
+        """
+        tokens, most_new, stop_ids = zip(*requests, strict=True)
+        tensors = [*pack(tokens), torch.tensor(most_new), *pack(stop_ids)]
+        written, counts, log_probs = self._ask({"do": "write", "temperature": temperature, "seed": seed}, tensors)
+        return [Completion(*pair) for pair in zip(unpack(written, counts), unpack(log_probs, counts), strict=True)]
+
+    def _ask(self, header: dict[str, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Send a message, and return the tensors of the answer."""
+        wire = self._wire
+        if wire is None:
+            raise EngineLost("Expected an engine that runs, got one that was closed: make a new one.")
+
+        def talk() -> tuple[dict[str, Any], list[Tensor]]:
+            wire.send(header, tensors)
+            return wire.receive()
+
+        answer, results = self._or_close(lambda: interruptible(talk))
+        if "error" in answer:
+            raise ValueError(f"Expected the engine to {header['do']}, got {answer['error']}")
+        return results
+
+    def _or_close(self, talk: Callable[[], Any]) -> Any:
+        """Return the answer; on any error end the process, since half a message may still be on its way."""
+        try:
+            return talk()
+        except RuntimeError as error:  # gloo's
+            self._process.join(1.0)
+            state = self._state()
+            self.close()
+            raise EngineLost(f"Expected an answer of the engine's process, got {state} ({error}).") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _state(self) -> str:
+        """Return what has become of the process, for an error."""
+        code = self._process.exitcode
+        if code is None:
+            return "none in time, though it runs"
+        return f"its end, by signal {-code}" if code < 0 else f"its end, with exit code {code}"
+
+    def close(self) -> None:
+        """End the process; a second call does nothing."""
+        self._wire = None
+        self._process.terminate()  # SIGTERM, as at the end of the interpreter
+        self._process.join(END_SECONDS)
+        self._process.kill()  # nothing is lost: it writes no files
+        self._process.join()
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,245 @@
+"""The evaluation of a model while it trains: figures in the log, the best model kept, an early stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import NoneType
+from typing import Any, cast
+
+from stable_baselines3.common.callbacks import BaseCallback
+from transformers import PreTrainedTokenizerBase
+
+from textenv.checks.json_files import read_json
+from textenv.metrics.scores import Metric
+from textenv.prompts.prompts import PromptLike
+from textenv.text.tokenizer import Tokenizer
+
+from ..checkpoints.hf_export import export
+from ..checkpoints.output_folders import check_output, output_folder
+from ..checkpoints.shard_files import replaced_together
+from ..checkpoints.storage import explain
+from ..distributed.collectives import from_main, once
+from ..distributed.sharding import gathered
+from ..distributed.world import is_main_process, world
+from ..errors import is_full
+from ..files import restore_folder, write_text
+from ..policies.actor_critic import LMActorCritic
+from ..policies.lm_policy import LMPolicy
+from ..steps.kl_penalty import KLPenalty
+from .evaluation import Evaluation, evaluate
+
+# The shapes of best.json and history.json, for `read_json`.
+BEST = {"figure": str, "value": float, "num_timesteps": int}
+HISTORY = [{"num_timesteps": int, "figures": {str: (float, None)}}]
+
+
+class Evaluate(BaseCallback):
+    """Evaluates before training, between iterations every so many tokens, and at the end; does not change training.
+
+    It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on. All evaluations have the
+    same seed, so that they can be compared. With a folder it writes there
+
+    - `history.json`: the figures of every evaluation,
+    - `best/model`: the best model so far, as `export` writes it, for `AutoModelForCausalLM.from_pretrained`,
+    - `best/evaluation.json` and `.md`: its figures and texts,
+    - `best/best.json`: the figure by which it is best, and after how many tokens.
+
+    The folder `best` is replaced whole or not at all. A run that is resumed from a checkpoint reads these files and
+    continues as if it had never stopped: evaluations made after the checkpoint are made again, and only a better model
+    replaces the best one.
+
+    An early stop takes effect at the first step of the next rollout, before any update: the final model is the one
+    that was evaluated last.
+
+    Args:
+        prompts: What to continue; keep them apart from the prompts of training.
+        tokenizer: The tokenizer that the model trains with; one of transformers is written beside the best model.
+        metrics: As for `evaluate`.
+        every: Tokens from one evaluation to the next, rounded up to whole rollouts.
+        folder: Where history and best model go; None keeps neither.
+        best: The name of the figure by which models are compared.
+        higher_is_better: Whether a larger figure is better; False for a perplexity.
+        patience: Stop after this many evaluations in a row without a better figure; None never stops.
+        **kwargs: Other arguments of `evaluate`: `reward`, `n`, `max_new_tokens`, `references_column`, `reference`, ...
+
+    Raises:
+        ValueError: If `every` or `patience` is below 1; in training, if `evaluate` returns no figure `best`, or a new
+            run finds the best model of another run in its folder.
+
+    Example:
+        >>> from agents import Evaluate
+        >>> # model.learn(100_000, callback=Evaluate(rows, tokenizer, folder="run", reward=reward, patience=5))
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[PromptLike],
+        tokenizer: Tokenizer,
+        metrics: Sequence[Metric] = (),
+        *,
+        every: int = 10_000,
+        folder: str | os.PathLike[str] | None = None,
+        best: str = "reward",
+        higher_is_better: bool = True,
+        patience: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if every < 1 or (patience is not None and patience < 1):
+            raise ValueError(f"Expected `every` and `patience` to be at least 1, got {every} and {patience}.")
+        self.prompts, self.tokenizer, self.metrics, self.kwargs = prompts, tokenizer, metrics, kwargs
+        self.every, self.patience = every, patience
+        self.folder = None if folder is None else Path(folder)
+        self.best, self.sign = best, 1 if higher_is_better else -1
+        self.history: dict[int, dict[str, float]] = {}  # the figures, by the number of tokens trained on
+        self.best_value, self.best_at = -self.sign * math.inf, 0
+
+    def _on_training_start(self) -> None:
+        now, self._n_updates = self.model.num_timesteps, -1
+        if now == 0:  # a new run, perhaps with a callback that another run has used
+            self.history, self.best_value, self.best_at = {}, -self.sign * math.inf, 0
+        if self.folder is not None and is_main_process():
+            self._resume(self.folder, now)
+        self._tell_all_processes()
+        # Evaluations made after the checkpoint that the run goes on from are made again.
+        self.history = {at: figures for at, figures in self.history.items() if at <= now}
+
+    def _resume(self, folder: Path, now: int) -> None:
+        """Read the history and the best figure that an earlier part of the run has written."""
+        check_output(folder / "best", "best model", overwrite=True)
+        best, history = folder / "best" / "best.json", folder / "history.json"
+        restore_folder(folder / "best")
+        if now == 0 and best.is_file():
+            raise ValueError(
+                f"Expected a folder without the best model of another run, got {folder}: give another one, or load a "
+                "checkpoint and learn(reset_num_timesteps=False) to go on with that run."
+            )
+        if best.is_file():
+            kept = read_json(best, BEST)
+            if kept["figure"] != self.best:
+                raise ValueError(f"Expected best={kept['figure']!r}, as in {folder}, got {self.best!r}.")
+            self.best_value, self.best_at = kept["value"], kept["num_timesteps"]
+        # The history is written after the best model: a run killed between the two evaluates again.
+        if now > 0 and history.is_file():
+            self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in read_json(history, HISTORY)}
+            if not best.is_file():
+                self._remember_best(folder / "best", now)
+
+    def _remember_best(self, lost: Path, now: int) -> None:
+        """Take the best figure from the history, where the best model was removed, for patience to count from."""
+        for at, figures in self.history.items():
+            if at <= now and self.sign * figures.get(self.best, math.nan) > self.sign * self.best_value:
+                self.best_value, self.best_at = figures[self.best], at
+        if math.isfinite(self.best_value):
+            warnings.warn(
+                f"{lost} is gone: the best model, of {self.best_at:,} tokens, is lost; a better one is kept again.",
+                stacklevel=2,
+            )
+
+    def _tell_all_processes(self) -> None:
+        """Send the results of rank 0 to all processes, so that they stop together."""
+        known = self.history, self.best_value, self.best_at
+        self.history, self.best_value, self.best_at = from_main("an evaluation", known)
+
+    def _on_rollout_start(self) -> None:
+        if not self.history or self.model.num_timesteps >= max(self.history) + self.every:
+            self._evaluate()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last `patience` evaluations were no better than the best one before them."""
+        return self.patience is not None and sum(at > self.best_at for at in self.history) >= self.patience
+
+    def _on_step(self) -> bool:
+        # False ends training: SB3 `on_policy_algorithm.collect_rollouts` returns before the step is stored.
+        return not self.is_over
+
+    def _on_training_end(self) -> None:
+        if self._n_updates != self.model._n_updates:  # else the last evaluation was of these weights
+            self._evaluate(is_last=True)
+
+    def _evaluate(self, is_last: bool = False) -> None:
+        now, self._n_updates = self.model.num_timesteps, self.model._n_updates
+        with ExitStack() as readable:
+            for lm in self._models_read:
+                readable.enter_context(gathered(lm))  # all processes take part; rank 0 then has whole weights
+            best, result = (self.best_value, self.best_at), self._measure(now) if is_main_process() else None
+            self._tell_all_processes()
+        try:
+            if self.folder is not None and self.best_value != best[0]:
+                self._keep(self.folder / "best", result)
+            best = self.best_value, self.best_at
+            if self.folder is not None and is_main_process():
+                self._write_history(self.folder)
+        except OSError as error:
+            if is_last or not is_full(error) or world() is not None:
+                raise
+            del self.history[now]
+            self.best_value, self.best_at = best
+            warnings.warn(
+                f"The evaluation at {now:,} tokens could not be kept: {explain(error, self.folder or '.')} It is made "
+                "again after the next iteration.",
+                stacklevel=2,
+            )
+        self.logger.dump(now)
+
+    @property
+    def _models_read(self) -> list[LMActorCritic]:
+        """The models whose weights an evaluation reads: the policy and, where there is one, the reference.
+
+        Raises:
+            ValueError: If weights are sharded and the evaluation would build a reference, which one process cannot.
+        """
+        policy, reference = cast("LMPolicy", self.model.policy).lm, self.kwargs.get("reference")
+        if isinstance(reference, KLPenalty):
+            reference = reference.reference
+        if policy.shards is not None and not isinstance(reference, (LMActorCritic, NoneType)):
+            raise ValueError(
+                "Expected a KLPenalty, or another policy's `lm`, as `reference` with sharded weights, got "
+                f"{reference!r:.80}: one process evaluates, and what it builds could not be sharded."
+            )
+        return [policy, reference] if isinstance(reference, LMActorCritic) else [policy]
+
+    def _measure(self, now: int) -> Evaluation:
+        """Evaluate, log the figures, and note whether the model is the best so far."""
+        result = evaluate(self.model, self.prompts, self.tokenizer, self.metrics, **self.kwargs)
+        if self.best not in result.figures:
+            raise ValueError(f"Expected `best` to be one of {list(result.figures)}, got {self.best!r}.")
+        self.history[now] = {name: figure.value for name, figure in result.figures.items()}
+        value = self.history[now][self.best]
+        if self.sign * value > self.sign * self.best_value:
+            self.best_value, self.best_at = value, now
+        for name, number in self.history[now].items():
+            self.logger.record(f"eval/{name}", number)
+        return result
+
+    def _keep(self, folder: Path, result: Evaluation | None) -> None:
+        """Write the model and its evaluation; every process takes part, and only that of rank 0 has a result."""
+        with replaced_together(output_folder(folder, "best model", overwrite=True)) as beside:
+            tokenizer = self.tokenizer if isinstance(self.tokenizer, PreTrainedTokenizerBase) else None
+            export(self.model, tokenizer, beside / "model")
+            once(lambda: self._write_best(beside, result))
+
+    def _write_best(self, folder: Path, result: Evaluation | None) -> None:
+        assert result is not None, "called on rank 0, which has measured"
+        result.save(folder / "evaluation")
+        best = {"figure": self.best, "value": self.best_value, "num_timesteps": self.best_at}
+        (folder / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
+
+    def _write_history(self, folder: Path) -> None:
+        # JSON has neither NaN nor infinity.
+        rows = [
+            {"num_timesteps": at, "figures": {name: v if math.isfinite(v) else None for name, v in figures.items()}}
+            for at, figures in self.history.items()
+        ]
+        write_text(folder / "history.json", json.dumps(rows, indent=1) + "\n")
+
+
+def _numbers(figures: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in figures.items()}

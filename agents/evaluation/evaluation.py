@@ -1,0 +1,285 @@
+"""The evaluation of a policy on given prompts: figures with intervals, and their difference from an earlier one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from textenv.env import TextEnv
+from textenv.episodes.scores import RewardFunction
+from textenv.metrics.bootstrap import Estimate, difference, estimate, per_prompt
+from textenv.metrics.scores import Metric, Scores, mean_of
+from textenv.prompts.prompts import PromptLike
+from textenv.text.tokenizer import Tokenizer
+
+from ..files import write_text
+from ..models.observations import prompt_lengths, unpack_observations
+from ..models.pretrained import LMLike
+from ..models.sequences import SequenceBatch
+from ..policies.actor_critic import LMActorCritic
+from ..policies.lm_policy import LMPolicy
+from ..policies.reference import build_reference, divergences
+from ..steps.kl_penalty import KLPenalty
+from .generation import FinalStep, Generation, check_generator, env_that_fits, no_reward, run_episodes
+
+KL_ROWS = 64  # episodes whose divergence is computed together: it bounds the memory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of an evaluation, each with its 95 % interval (BCa bootstrap over prompts).
+
+    Attributes:
+        scores: What each prompt contributes to each figure; a row for each prompt.
+        generations: The texts, in the order of the prompts, those of one prompt together.
+        n: How many texts each prompt has.
+        before: The evaluation that this one is compared with, of the same prompts, or None.
+        seed: The seed of the resampling.
+        n_resamples: How often the prompts are resampled.
+        figures: The figures by name: value, low, high. Low and high are None where a figure has no interval, as
+            distinct n-grams.
+        differences: Each figure minus that of `before`, with the same prompts drawn for both; empty without `before`.
+
+    Example:
+        >>> from textenv.metrics import mean_of
+        >>> before = Evaluation({"reward": mean_of([0.0, 1.0])}, [])
+        >>> after = Evaluation({"reward": mean_of([1.0, 2.0])}, [], before=before)
+        >>> print(after.to_markdown())
+        | figure | before | after | difference |
+        |---|---|---|---|
+        | reward | 0.500 [0.00, 1.00] | 1.50 [1.00, 2.00] | +1.00 [+1.00, +1.00] |
+    """
+
+    scores: Mapping[str, Scores]
+    generations: Sequence[Generation]
+    n: int = 1
+    before: Evaluation | None = None
+    seed: int = 0
+    n_resamples: int = 1000
+    figures: dict[str, Estimate] = field(init=False)
+    differences: dict[str, Estimate] = field(init=False)
+
+    def __post_init__(self) -> None:
+        draws = self.seed, self.n_resamples
+        figures = {name: estimate(scores, *draws) for name, scores in self.scores.items()}
+        earlier = {} if self.before is None else self.before.scores
+        shared = [name for name in self.scores if name in earlier]
+        differences = {name: difference(self.scores[name], earlier[name], *draws) for name in shared}
+        object.__setattr__(self, "figures", figures)
+        object.__setattr__(self, "differences", differences)
+
+    def to_markdown(self) -> str:
+        """Return the figures as a Markdown table; with `before`, both evaluations and their paired difference."""
+        if self.before is None:
+            rows = [[name, _shown(figure)] for name, figure in self.figures.items()]
+            return _table(["figure", "value [95 % interval]"], rows)
+        earlier = self.before.figures
+        rows = []
+        for name in [*earlier, *(name for name in self.figures if name not in earlier)]:
+            rows.append([name, _shown(earlier.get(name)), _shown(self.figures.get(name))])
+            rows[-1].append(_shown(self.differences.get(name), sign="+"))
+        return _table(["figure", "before", "after", "difference"], rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return figures, differences and texts, ready for JSON; None stands for a number that is not finite."""
+        earlier = {} if self.before is None else self.before.figures
+        return {
+            "n_prompts": len(self.generations) // self.n,
+            "n": self.n,
+            "figures": {name: _plain(figure) for name, figure in self.figures.items()},
+            "before": {name: _plain(figure) for name, figure in earlier.items()},
+            "differences": {name: _plain(figure) for name, figure in self.differences.items()},
+            "texts": [
+                {"prompt": str(generation.prompt), "text": generation.text, "end_reason": str(generation.end_reason)}
+                for generation in self.generations
+            ],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the files `path` + ".json" and `path` + ".md", each of them whole or not at all."""
+        write_text(f"{os.fspath(path)}.json", json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n")
+        write_text(f"{os.fspath(path)}.md", self.to_markdown() + "\n")
+
+
+def evaluate(
+    model: BaseAlgorithm | LMPolicy,
+    prompts: Sequence[PromptLike],
+    tokenizer: Tokenizer,
+    metrics: Sequence[Metric] = (),
+    *,
+    n: int = 1,
+    reward: RewardFunction | None = None,
+    env: TextEnv | None = None,
+    reference: LMActorCritic | LMLike | KLPenalty | None = None,
+    before: Evaluation | None = None,
+    deterministic: bool = False,
+    seed: int = 0,
+    n_envs: int = 64,
+    progress_bar: bool = False,
+    **env_kwargs: Any,
+) -> Evaluation:
+    """Continue each prompt `n` times, in batches, and measure the texts.
+
+    The texts are those that `generate` returns for the same arguments; as there, training is not disturbed. The
+    figures are those of `metrics`, and
+
+    - `length`: tokens written, the end token included, mean of the texts,
+    - with a reward, `reward`: the sum of an episode's rewards, and `reward/<part>` for its named parts. Texts that the
+      reward drops are in neither; their share is `dropped`,
+    - with a reference, `kl` (nats a text) and `kl_token` (nats a token): KL(policy, reference) over the whole
+      vocabulary at each token written.
+
+    Args:
+        model: A trained model, or its policy.
+        prompts: Texts, rows or lists of token ids; references come from the rows, see `references_column`.
+        tokenizer: The tokenizer that the model was trained with.
+        metrics: Callables of prompts, texts and references, as in `textenv.metrics`.
+        n: How many texts each prompt gets. Intervals are over prompts: the texts of a prompt are resampled together.
+        reward: A function with the contract of `TextEnv.get_reward`.
+        env: An env to run the prompts through, with its reward, limits, masks and replies, instead of `reward` and
+            `env_kwargs`. Its own row and prompt order stay as they are; its hooks are called as in training.
+        reference: A `KLPenalty` of this model, another policy's `lm`, or a name, path, config or spec.
+        before: An evaluation of the same prompts, to compare with.
+        deterministic: Take the most probable token instead of sampling.
+        seed: The seed of the sampling and of the resampling.
+        n_envs: The most rows generated side by side.
+        progress_bar: Show a progress bar.
+        **env_kwargs: Arguments of `TextEnv`: `max_new_tokens` (unset, as in `generate`), `references_column`,
+            `stop_strings`, ...
+
+    Raises:
+        ValueError: If arguments contradict each other, two metrics return the same name, a metric returns another
+            number of rows than there are texts, or `before` is of other prompts.
+
+    Example:
+        >>> from agents.evaluation.evaluation import evaluate
+        >>> # after = evaluate(model, rows, tokenizer, [ROUGE()], references_column="reply", before=before)
+        >>> # print(after.to_markdown()); after.save("runs/after")
+    """
+    policy = check_generator(model, tokenizer, n)
+    if env is not None and (reward is not None or env_kwargs):
+        raise ValueError(f"Expected `env` alone, got `reward` or {sorted(env_kwargs)} with it: they are the env's own.")
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    is_scored = env is not None or reward is not None
+    if env is None:
+        settings = dict(env_kwargs) if is_scored else {"score_at": "done", **env_kwargs}
+        asked = settings.pop("max_new_tokens", None)
+        settings = {"reward": reward or no_reward, **settings}
+        env = env_that_fits(model, lambda most: TextEnv(rows, tokenizer, max_new_tokens=most, **settings), asked)
+        rows = list(env.prompts)  # tokenized already
+    episodes = run_episodes(policy, env, rows, deterministic, seed, n_envs, progress_bar)
+    scores = {"length": mean_of([episode.info["episode"]["l"] for episode in episodes])}
+    if is_scored:
+        scores.update(_reward_scores(episodes))
+    if reference is not None:
+        scores.update(_divergence_scores(policy, reference, env, episodes))
+    generations = [episode.generation for episode in episodes]
+    for metric in metrics:
+        _add(scores, metric, generations)
+    scores = {name: per_prompt(of_texts, n) for name, of_texts in scores.items()}
+    if before is not None and _prompts(before.generations, before.n) != _prompts(generations, n):
+        raise ValueError("Expected `before` to be an evaluation of the same prompts in the same order, got others.")
+    return Evaluation(scores, generations, n, before, seed)
+
+
+def _prompts(generations: Sequence[Generation], n: int) -> list[list[int]]:
+    return [generation.prompt.ids.tolist() for generation in generations[::n]]
+
+
+def _reward_scores(episodes: Sequence[FinalStep]) -> dict[str, Scores]:
+    """Return the scores of the reward and of its parts, and the share of dropped episodes if there are any."""
+    parts = [episode.info["reward_parts"] for episode in episodes]
+    names = list(dict.fromkeys(name for row in parts for name in row))
+    is_scored = np.array([not episode.info["dropped"] for episode in episodes])
+    values = {"reward": [episode.info["episode"]["r"] for episode in episodes]}
+    values |= {f"reward/{name}": [row.get(name, 0.0) for row in parts] for name in names}
+    # Each row is (sum, count): that of a dropped episode becomes (0, 0), and counts in neither.
+    scores = {name: Scores(mean_of(column).rows * is_scored[:, None]) for name, column in values.items()}
+    return scores if is_scored.all() else scores | {"dropped": mean_of(~is_scored)}
+
+
+def _add(scores: dict[str, Scores], metric: Metric, generations: Sequence[Generation]) -> None:
+    """Add the scores of a metric, or say how they do not fit."""
+    prompts, texts = [generation.prompt for generation in generations], [generation.text for generation in generations]
+    for name, measured in metric(prompts, texts, [prompt.references for prompt in prompts]).items():
+        if name in scores:
+            raise ValueError(f"Expected each figure once, got {name!r} twice: give one of the metrics another name.")
+        if len(measured.rows) != len(texts):
+            raise ValueError(f"Expected {name!r} of {len(texts)} texts to have as many rows, got {len(measured.rows)}.")
+        scores[name] = measured
+
+
+def _divergence_scores(
+    policy: LMPolicy, reference: LMActorCritic | LMLike | KLPenalty, env: TextEnv, episodes: Sequence[FinalStep]
+) -> dict[str, Scores]:
+    """Return KL(policy, reference), summed over each text.
+
+    At each token written the divergence over the vocabulary is exact: its expectation is that of the estimator k1
+    (Schulman, 2020, "Approximating KL divergence"), its variance is lower.
+    """
+    if env.masks or env.is_multi_turn or policy.lm.sampling.has_support:
+        raise ValueError(
+            "Expected a policy without top_k, top_p or min_p and an env without masks and replies for `reference`: "
+            "which tokens were allowed, and which were the policy's, is not kept here."
+        )
+    width = env.max_prompt_tokens + env.rules.room
+    lm = _reference(policy, reference, width)
+    counts = np.array([episode.info["episode"]["l"] for episode in episodes])  # (N,) tokens
+    nats = []
+    for start in range(0, len(episodes), KL_ROWS):
+        observations = np.stack([episode.observation for episode in episodes[start : start + KL_ROWS]])  # (B, L)
+        batch = sequence_of(torch.as_tensor(observations, device=policy.device))
+        kl = divergences(lm, policy.lm, batch).double().cpu().numpy()  # (transitions,)
+        nats.append(np.bincount(batch.rows, weights=kl, minlength=len(observations)))
+    sums = np.concatenate(nats)
+    return {"kl": mean_of(sums), "kl_token": Scores(np.stack([sums, counts], axis=1))}
+
+
+def sequence_of(observations: torch.Tensor) -> SequenceBatch:
+    """Return final observations, (B, L), as sequences with a transition for every token since the prompt."""
+    ids, lengths = unpack_observations(observations)
+    n_tokens, n_prompt = lengths.cpu().numpy(), prompt_lengths(observations).cpu().numpy()
+    rows = np.repeat(np.arange(len(n_tokens)), n_tokens - n_prompt)
+    # The first token after a prompt of p was chosen after column p - 1, the last of t tokens after column t - 2.
+    cols = np.concatenate([np.arange(p - 1, t - 1) for p, t in zip(n_prompt, n_tokens, strict=True)])
+    return SequenceBatch(ids, n_tokens, rows, cols, n_prompt=n_prompt)
+
+
+def _reference(policy: LMPolicy, reference: LMActorCritic | LMLike | KLPenalty, width: int) -> LMActorCritic:
+    """Return the reference model, built where it is given by name, config or spec, for sequences of `width` tokens."""
+    if isinstance(reference, KLPenalty):
+        if reference.reference is None:
+            raise ValueError("Expected a KLPenalty that was attached to the model: it takes its reference then.")
+        reference = reference.reference
+    if not isinstance(reference, LMActorCritic):
+        return build_reference(reference, policy.lm, width)
+    if reference.sampling != policy.lm.sampling:
+        raise ValueError(f"Expected a reference with {policy.lm.sampling}, got {reference.sampling}.")
+    return reference
+
+
+def _plain(figure: Estimate) -> dict[str, float | None]:
+    numbers = figure._asdict()
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _shown(figure: Estimate | None, sign: str = "") -> str:
+    """Return a figure with its interval, to three significant digits; `sign="+"` shows the sign of positive ones."""
+    if figure is None:
+        return ""
+    digits = f"{sign}#.3g"
+    interval = "" if figure.low is None or figure.high is None else f" [{figure.low:{digits}}, {figure.high:{digits}}]"
+    return f"{figure.value:{digits}}{interval}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,212 @@
+"""The generation of texts: a policy continues prompts, in batches, through an env without a reward."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from tqdm.auto import tqdm
+
+from textenv.env import TextEnv
+from textenv.episodes.rules import SEPARATOR, EndReason
+from textenv.prompts.prompts import Prompt, PromptLike
+from textenv.text.tokenizer import Tokenizer
+from textenv.vector import TextVectorEnv
+
+from ..models.interface import LengthError
+from ..policies.lm_policy import LMPolicy
+from ..rollout.vec_env import TextVecEnv
+
+USUAL_TOKENS = 64  # of a text, for a policy that knows no env: the default of `TextEnv`'s `max_new_tokens`
+
+
+class Generation(NamedTuple):
+    """A prompt and its continuation."""
+
+    prompt: Prompt
+    text: str
+    ids: list[int]  # the tokens of the text, the end token included
+    end_reason: EndReason
+
+
+class FinalStep(NamedTuple):
+    """The last step of an episode: the info that `TextEnv.step` returns with it, and the observation, (L,)."""
+
+    info: dict[str, Any]
+    observation: np.ndarray
+
+    @property
+    def generation(self) -> Generation:
+        """The episode's prompt and text."""
+        ids = _continuation(self.observation)
+        return Generation(self.info["prompt"], self.info["text"], ids, self.info["end_reason"])
+
+
+def generate(
+    model: BaseAlgorithm | LMPolicy,
+    prompts: Sequence[PromptLike],
+    tokenizer: Tokenizer,
+    n: int = 1,
+    *,
+    max_new_tokens: int | None = None,
+    deterministic: bool = False,
+    seed: int = 0,
+    n_envs: int = 64,
+    progress_bar: bool = False,
+    **env_kwargs: Any,
+) -> list[Generation]:
+    """Continue each prompt exactly `n` times.
+
+    A row that ends makes room for the next prompt, so that no row waits for the longest. Training is not disturbed:
+    sampling uses a random generator and a cache of its own.
+
+    Args:
+        model: A trained model, or its policy.
+        prompts: Texts, rows or lists of token ids.
+        tokenizer: The tokenizer that the model was trained with.
+        n: How many continuations each prompt gets.
+        max_new_tokens: The most tokens of a continuation. Unset, it is that of training (64 for a policy that is given
+            alone), or less, with a warning, where the model can read no more.
+        deterministic: Take the most probable token instead of sampling.
+        seed: The seed of the sampling: the same seed, prompts and `n_envs` give the same texts.
+        n_envs: The most rows generated side by side.
+        progress_bar: Show a progress bar.
+        **env_kwargs: Other arguments of `TextEnv`: `stop_ids`, `stop_strings`, `mask`, `prompt_column`, ...
+
+    Returns:
+        The continuations in the order of the prompts, those of one prompt together.
+
+    Raises:
+        TypeError: If `model` has no `LMPolicy`.
+        ValueError: If `n` is below 1, the tokenizer has another number of tokens than the model, or prompts and texts
+            are longer than the model can read.
+
+    Example:
+        >>> from agents import generate
+        >>> # [generation.text for generation in generate(model, ["The film was"], tokenizer, n=4)]
+    """
+    policy = check_generator(model, tokenizer, n)
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    settings = {"reward": no_reward, "score_at": "done", **env_kwargs}
+    env = env_that_fits(model, lambda most: TextEnv(rows, tokenizer, max_new_tokens=most, **settings), max_new_tokens)
+    episodes = run_episodes(policy, env, env.prompts, deterministic, seed, n_envs, progress_bar)
+    return [episode.generation for episode in episodes]
+
+
+def env_that_fits(
+    model: BaseAlgorithm | LMPolicy, make_env: Callable[[int], TextEnv], max_new_tokens: int | None
+) -> TextEnv:
+    """Return an env to generate in, with texts as long as asked for, else as in training if the model can read them.
+
+    Args:
+        model: The model or policy that will generate.
+        make_env: Makes the env, given `max_new_tokens`.
+        max_new_tokens: What was asked for; None where nothing was.
+    """
+    if max_new_tokens is not None:
+        return make_env(max_new_tokens)
+    wanted = trained_length(model)
+    env = make_env(wanted)
+    most = fitting_length(model if isinstance(model, LMPolicy) else model.policy, env.max_prompt_tokens, wanted)  # type: ignore[arg-type]
+    if most == wanted:
+        return env
+    warnings.warn(f"{shorter_texts(most, wanted, env.max_prompt_tokens)}; max_new_tokens chooses.", stacklevel=3)
+    return make_env(most)
+
+
+def trained_length(model: BaseAlgorithm | LMPolicy) -> int:
+    """Return `max_new_tokens` of the env that a model trains on; 64 where it has none."""
+    envs = None if isinstance(model, LMPolicy) else model.get_env()
+    inner = None if envs is None else envs.unwrapped
+    return inner.env.rules.max_new_tokens if isinstance(inner, TextVecEnv) else USUAL_TOKENS
+
+
+def fitting_length(policy: LMPolicy, n_prompt: int, wanted: int) -> int:
+    """Return how many tokens fit after prompts of up to `n_prompt` tokens: at most those wanted.
+
+    Raises:
+        ValueError: If not a single one fits.
+    """
+    try:
+        policy.lm.backbone.check_length(n_prompt, wanted)
+    except LengthError as error:
+        if error.excess is None:
+            raise
+        if error.excess >= wanted:
+            raise ValueError(
+                f"Expected prompts that leave the model room for a text, got one of {n_prompt} tokens ({error.fact}): "
+                "shorten it, or give max_prompt_tokens and truncation_side, which cut prompts."
+            ) from error
+        return wanted - error.excess
+    return wanted
+
+
+def shorter_texts(most: int, wanted: int, n_prompt: int) -> str:
+    """Return the words that say that texts are shorter than usual, and why."""
+    return f"Texts have at most {most} tokens, not {wanted}: behind prompts of up to {n_prompt} the model reads no more"
+
+
+def check_generator(model: BaseAlgorithm | LMPolicy, tokenizer: Tokenizer, n: int) -> LMPolicy:
+    """Return the policy of a model, or raise where model, tokenizer and `n` do not fit; see `generate`."""
+    policy = model if isinstance(model, LMPolicy) else model.policy
+    if not isinstance(policy, LMPolicy):
+        raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
+    if n < 1:
+        raise ValueError(f"Expected `n` to be at least 1, got {n}.")
+    if len(tokenizer) != policy.lm.backbone.vocab_size:
+        raise ValueError(
+            f"Expected the tokenizer that the model was trained with, of {policy.lm.backbone.vocab_size} tokens, "
+            f"got one of {len(tokenizer)}."
+        )
+    return policy
+
+
+def run_episodes(
+    policy: LMPolicy,
+    env: TextEnv,
+    prompts: Sequence[PromptLike],
+    deterministic: bool = False,
+    seed: int = 0,
+    n_envs: int = 64,
+    progress_bar: bool = False,
+) -> list[FinalStep]:
+    """Run one episode of each prompt, in batches; return the last step of each, in the order of the prompts.
+
+    Neither the policy's training nor the env's own row, prompt order and `np_random` are touched. An episode that the
+    reward drops is returned like any other, with `info["dropped"]` true.
+    """
+    policy.lm.backbone.check_length(env.max_prompt_tokens, env.rules.room)
+    envs = TextVectorEnv(env, min(n_envs, len(prompts)))
+    envs.lanes.accepts_dropped = True
+    generator = torch.Generator().manual_seed(seed)
+    ends: dict[int, FinalStep] = {}
+    observations = envs.lanes.reset(0, prompts)
+    policy.set_training_mode(False)
+    with torch.no_grad(), tqdm(total=len(prompts), unit="text", disable=not progress_bar) as bar:
+        while not envs.lanes.idle.all():
+            batch = torch.as_tensor(observations, device=policy.device)
+            allowed = torch.as_tensor(envs.lanes.allowed(), device=policy.device) if env.masks else None
+            actions = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache, allowed, False).actions
+            result = envs.lanes.step(actions.cpu().numpy())
+            observations = result.observations
+            for lane, observation in result.final_observations.items():
+                # `group` counts prompts in the order in which they were dealt: here one episode each.
+                ends[result.infos[lane]["group"]] = FinalStep(result.infos[lane], observation)
+                bar.update()
+    if policy.lm.predict_cache is not None:
+        policy.lm.predict_cache.drop()
+    return [ends[group] for group in sorted(ends)]
+
+
+def _continuation(observation: np.ndarray) -> list[int]:
+    since = observation[int(np.flatnonzero(observation == SEPARATOR)[0]) + 1 :]
+    return since[since >= 0].tolist()  # padding is negative
+
+
+def no_reward(prompt: Prompt, preds: Any, done: bool) -> float:
+    """Return 0: the reward of an env that is used only to generate."""
+    return 0.0

@@ -1,0 +1,1 @@
+"""Language models and critics: tokens in, distributions and values out."""

@@ -1,0 +1,256 @@
+"""The contract of a language model: what a policy asks of it, of its decoding cache and of the spec that builds it.
+
+`Backbone` meets it for transformers' models; `examples/remote_lm.py` for a model whose layers run in other processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from .sequences import Chunk, SequenceBatch
+
+
+class LengthError(ValueError):
+    """Sequences are longer than a model can read.
+
+    Args:
+        fact: What was expected, and what is there.
+        cure: What the caller may change.
+        excess: By how many tokens completions would have to be shorter; None where the prompts alone are too long.
+    """
+
+    def __init__(self, fact: str, cure: str, excess: int | None) -> None:
+        super().__init__(fact, cure, excess)
+        self.fact, self.cure, self.excess = fact, cure, excess
+
+    def __str__(self) -> str:
+        """Return fact and cure as one sentence."""
+        return f"{self.fact}: {self.cure}."
+
+
+class LanguageModel(Protocol):
+    """A language model that is read at chosen positions: an `nn.Module`, of transformers or not.
+
+    This is all that actor, critic, buffers, KL penalty, evaluation and checkpoints ask of a model. Code that needs a
+    model of transformers (`export`, adapters, some checks of the doctor) refuses any other by name.
+
+    A batch is (B, T) tokens, padded on the right, without an attention mask. The output at a position depends on the
+    tokens up to it alone, and so never on padding; it is not random. Gradients flow from hidden states and logits to
+    every parameter with `requires_grad`, once (`torch.autograd.grad`, no second derivative); a forward may be repeated,
+    as activation checkpointing does. Checkpoints and `model.save` keep parameters and buffers, and nothing else. A copy
+    (`copy.deepcopy`) has weights of its own.
+
+    Attributes:
+        vocab_size: V, the number of tokens that can be sampled: the columns of the logits.
+        hidden_size: H, the size of the hidden states, which the critic reads.
+        is_encoder_decoder: Whether `read` takes, after `cols`, and a cache's `read`, after the lengths, the number of
+            prompt tokens of each row, (B,).
+
+    Example:
+        >>> from agents.models.backbone import Backbone
+        >>> from agents.models.interface import LanguageModel
+        >>> def largest_token(lm: LanguageModel) -> int:
+        ...     return lm.vocab_size - 1
+    """
+
+    vocab_size: int
+    hidden_size: int
+    is_encoder_decoder: bool
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether a cache may be read now; False while activation checkpointing recomputes layers."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device that tokens must be on, and that hidden states and logits come back on."""
+        ...
+
+    def check_length(self, n_tokens: int, n_written: int = 0) -> None:
+        """Raise ValueError where prompts of `n_tokens` followed by `n_written` tokens are more than the model can read.
+
+        A `LengthError` also says by how many tokens, so that lengths that nobody chose can be cut to fit.
+        """
+        ...
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return hidden states (N, H) and logits (N, V); takes the arguments of `read`."""
+        ...
+
+    def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the hidden states (N, H) at the positions (rows, cols) of `ids` (B, T), and perhaps the logits there.
+
+        The logits (N, V) are None where they are a function of the hidden states: `logits` is called for them then.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (N, V) of hidden states (N, H); called only where `read` returned none."""
+        ...
+
+    def new_cache(self) -> RowCache | None:
+        """Return an empty decoding cache; several are in use side by side.
+
+        A cache returns what `read` returns at the last token of each row, and is never read with gradients on. None
+        where the model has no cache: each new token is then a `read` of the whole row.
+        """
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Give the weights; a `RowCache` compares their version to notice that they were changed."""
+        ...
+
+
+class CachedModel(LanguageModel, Protocol):
+    """A language model whose keys and values a `PrefixCache` keeps.
+
+    Attributes:
+        takes_new_rows: Whether a row that is read anew may stand beside rows that grow by one token, in one forward.
+    """
+
+    takes_new_rows: bool
+
+    def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
+        """Return the keys and values of left-padded rows, (B, T); mask and positions have the same shape."""
+        ...
+
+
+class SequenceScorer(nn.Module, ABC):
+    """Base class of a model that values and scores the transitions of minibatches; `LMActorCritic` is the one there is.
+
+    The code that shards such a model, shares its gradients and splits its minibatches is written against this class,
+    and so does not import the policies.
+
+    Attributes:
+        backbone: The language model.
+        critic: The critic.
+        lagged: The lagged copy of the backbone that `top_p_lag` samples by, or None.
+        value_norm: The normalisation of returns, or None.
+        autocast: The name of the type that forwards run in, or None for that of the weights.
+        shards: The weights' `Shards` where they are spread over several processes, or None.
+        most_tokens: The most tokens that an update reads at a time, once memory has been too small; None before.
+    """
+
+    backbone: LanguageModel
+    critic: nn.Module
+    lagged: nn.Module | None
+    value_norm: nn.Module | None
+    autocast: str | None
+    shards: Any
+    most_tokens: int | None
+
+    @property
+    @abstractmethod
+    def autocast_dtype(self) -> torch.dtype:
+        """The type that forwards run in."""
+
+    @abstractmethod
+    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the critic's outputs, log-probabilities and entropies of a batch of N transitions, (N,) each."""
+
+    @abstractmethod
+    def evaluate_parts(
+        self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `evaluate` does, in as many forwards as the batch has chunks, or in `n_forwards`."""
+
+    @abstractmethod
+    def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `evaluate` does for the n transitions of a chunk, (n,) each, in one forward."""
+
+
+@runtime_checkable
+class BackendSpec(Protocol):
+    """A small object that pickles and builds a `LanguageModel` of your own; `policy_kwargs` hold it as `lm`.
+
+    `model.save` pickles it, and `PPO.load` builds it again before the saved weights are copied in: it holds names and
+    addresses, no weights, connections or secrets.
+    """
+
+    def build_backend(self, vocab_size: int, n_positions: int) -> LanguageModel:
+        """Return the model, for a tokenizer of `vocab_size` tokens and sequences of at most `n_positions` tokens.
+
+        Weights with `requires_grad` are trained, and are float32.
+
+        Raises:
+            ValueError: If the model has fewer tokens or positions.
+        """
+
+
+class RowCache(ABC):
+    """Base class of decoding caches: a row that grew by exactly one token reuses its state; any other is read anew.
+
+    Rows are compared token by token with those of the last read (`growth`), so that the result is a function of the
+    tokens alone, whoever calls. A change of the weights is noticed by `version_of`; where that does not count it (a
+    fused optimizer's steps: `LMPolicy` sees to its own), call `drop`. `PrefixCache` keeps keys and values; another
+    subclass keeps whatever its model needs.
+
+    Args:
+        backbone: The language model.
+    """
+
+    def __init__(self, backbone: LanguageModel) -> None:
+        self.backbone = backbone
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget all rows."""
+        self.ids: Tensor | None = None  # (B, T) of the last read
+        self.lengths: Tensor | None = None  # (B,)
+        self.weights = tuple(self.backbone.parameters())
+        self.version = version_of(self.weights)
+
+    def read(self, *row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden states (B, H) and the logits (B, V) at the last token of each row.
+
+        Args:
+            *row: Tokens, (B, T), padded on the right; how many of them are real, (B,), where the result of a row with
+                none is used by nobody; and for an encoder-decoder how many of them are the prompt's, (B,).
+        """
+        try:
+            return self._read(*row)
+        except BaseException:  # stopped within a step: some layers hold the new token, others do not
+            self.drop()
+            raise
+
+    @abstractmethod
+    def _read(self, *row: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `read` says; call `remember` at the end."""
+
+    def remember(self, ids: Tensor, lengths: Tensor) -> None:
+        """Keep the rows just read, for `growth` to compare the next ones with."""
+        self.ids, self.lengths, self.version = ids, lengths, version_of(self.weights)
+
+    def growth(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Return by how many tokens each row extends the row of the last read, (B,); -1 where it does not extend it."""
+        is_stale = self.version != version_of(self.weights)
+        if self.ids is None or self.lengths is None or len(self.ids) != len(ids) or is_stale:
+            return torch.full_like(lengths, -1)
+        width = min(ids.shape[1], self.ids.shape[1])
+        beyond = torch.arange(width, device=ids.device) >= self.lengths[:, None]  # (B, width): past the row's end
+        same = ((ids[:, :width] == self.ids[:, :width]) | beyond).all(dim=1)  # (B,)
+        return torch.where(same & (lengths <= ids.shape[1]), lengths - self.lengths, -1)
+
+    def has_rows_of(self, *row: Tensor) -> bool:
+        """Return whether at least one of the rows (the arguments of `read`) extends its row by one token."""
+        return bool((self.growth(*row[:2]) == 1).any())
+
+
+def version_of(weights: Iterable[Tensor]) -> int:
+    """Return a number that grows whenever one of the weights is written in place.
+
+    PyTorch counts writes in `Tensor._version`, for autograd. A fused optimizer's steps are not counted.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> version_of([weight]), version_of([weight.add_(1)])
+        (0, 1)
+    """
+    return sum(weight._version for weight in weights)

@@ -1,0 +1,306 @@
+"""The reader of an encoder-decoder (T5, BART): the encoder reads the prompt, the decoder the tokens since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from textenv.huggingface.weights import n_positions
+
+from .backbone import PROBE_LENGTH, Backbone, close
+from .interface import LengthError
+from .prefix_cache import ColumnLayer, PrefixCache
+from .sequences import bucket_by_length
+
+
+class Seq2SeqBackbone(Backbone):
+    """An encoder-decoder of transformers, read like a `Backbone`, given how many tokens of each row are the prompt's.
+
+    The encoder reads the prompt. The decoder reads the config's `decoder_start_token_id` and then the tokens since the
+    prompt, replies of a multi-turn environment included: its column k has read k of them, and predicts the next.
+
+    Logits may be the output embedding of the hidden states, scaled (T5) or with a bias (`final_logits_bias` of BART).
+    For any other head the whole model is run, without a cache. `TextEnv` leaves out the tokens with which a tokenizer
+    closes a text; for an encoder that was trained with them, give prompts as lists of token ids. An empty prompt, which
+    `TextEnv` refuses, is read as the start token alone.
+
+    Args:
+        model: The model. Its dropout is switched off, in place.
+        vocab_size: V, how many tokens the tokenizer has. Embedding rows beyond it are never sampled and never scored.
+        n_positions: Ignored: encoder and decoder have a limit each, which `check_length` knows.
+
+    Raises:
+        ValueError: If the model has fewer embedding rows, or no `decoder_start_token_id`.
+    """
+
+    is_encoder_decoder = True
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
+        start = model.config.decoder_start_token_id
+        if start is None:
+            raise ValueError(
+                "Expected a config with `decoder_start_token_id`, got None: set it to the token with which the decoder "
+                "begins (pad_token_id for T5, eos_token_id for BART)."
+            )
+        self.start = int(start)
+        # As transformers' `T5ForConditionalGeneration.forward` scales the hidden states; other configs lack the flag.
+        self.head_scale = model.config.d_model**-0.5 if model.config.to_dict().get("scale_decoder_outputs") else 1.0
+        super().__init__(model, vocab_size, 0)  # no limit to check here: `n_positions` counts both halves together
+
+    def check_length(self, n_tokens: int, n_written: int = 0) -> None:
+        """Raise LengthError where prompts are longer than the encoder can read, or completions than the decoder can."""
+        limit = n_positions(self.model.config)
+        if limit is None:
+            return
+        if n_tokens > limit:
+            fact = f"Expected prompts to fit the encoder's {limit} positions, got up to {n_tokens} tokens"
+            raise LengthError(fact, "lower max_prompt_tokens", None)
+        if n_written + 1 > limit:
+            raise LengthError(
+                f"Expected completions to fit the decoder's {limit} positions, of which its first token takes one, got "
+                f"up to {n_written} tokens",
+                "lower max_new_tokens",
+                n_written + 1 - limit,
+            )
+
+    def new_cache(self) -> Seq2SeqCache | None:
+        """Return an empty cache of keys and values; None where decoding from one would not be exact."""
+        return Seq2SeqCache(self) if self.is_cacheable else None  # type: ignore[arg-type]  # `read` takes one argument more
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (N, V) of hidden states (N, H)."""
+        logits = self.model.get_output_embeddings()(hidden * self.head_scale)
+        bias = self.model._buffers.get("final_logits_bias")
+        return (logits if bias is None else logits + bias)[:, : self.vocab_size]
+
+    def read(self, ids: Tensor, rows: Tensor, cols: Tensor, n_prompt: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Return the decoder's hidden states at the positions (rows, cols) of whole rows.
+
+        Args:
+            ids: Prompts and the tokens since, (B, T), padded on the right.
+            rows: The row of each position, (N,).
+            cols: The column of `ids` after which to read, (N,): that of a prompt's last token, or a later one.
+            n_prompt: How many tokens of each row are the prompt's, (B,).
+
+        Returns:
+            Hidden states (N, H), and None where `head_is_linear`, else logits (N, V).
+
+        Raises:
+            ValueError: If a column is inside a prompt, or a prompt or completion is longer than the model can read.
+        """
+        columns = cols + 1 - n_prompt[rows]  # (N,): in the decoder, where column 0 is the start token
+        # The only synchronisation with the device.
+        first, last, width = torch.stack([columns.min(), columns.max(), n_prompt.max()]).tolist()
+        if first < 0:
+            raise ValueError(f"Expected columns from a prompt's last token on, got one {-first} before it.")
+        encoder_ids, encoder_mask, decoder_ids = self.split(ids, n_prompt, width, last + 1)
+        if self.head_is_linear:
+            hidden = self._encode(encoder_ids, encoder_mask)
+            return self._decode(decoder_ids, hidden, encoder_mask)[rows, columns], None  # (N, H)
+        output = self.model(
+            input_ids=encoder_ids,
+            attention_mask=encoder_mask,
+            decoder_input_ids=decoder_ids,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        return output.decoder_hidden_states[-1][rows, columns], output.logits[rows, columns, : self.vocab_size]
+
+    def split(self, ids: Tensor, n_prompt: Tensor, width: int, n_decoder: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the encoder's tokens (B, width), their mask (B, width), and the decoder's tokens (B, n_decoder).
+
+        Both halves are padded on the right. The decoder needs no mask: no position that is read attends to its padding.
+        """
+        width = max(width, 1)
+        self.check_length(width, n_decoder - 1)
+        device = ids.device
+        encoder_ids = ids[:, :width].masked_fill((n_prompt == 0)[:, None], self.start)
+        encoder_mask = torch.arange(width, device=device) < n_prompt.clamp(min=1)[:, None]  # (B, width)
+        columns = n_prompt[:, None] - 1 + torch.arange(n_decoder, device=device)  # (B, n_decoder)
+        decoder_ids = ids.gather(1, columns.clamp(0, ids.shape[1] - 1))  # (B, n_decoder)
+        decoder_ids[:, 0] = self.start  # in the place of the prompt's last token
+        return encoder_ids, encoder_mask.long(), decoder_ids
+
+    def prefill_rows(
+        self, encoder_ids: Tensor, encoder_mask: Tensor, decoder_ids: Tensor, mask: Tensor, position_ids: Tensor
+    ) -> EncoderDecoderCache:
+        """Return the keys and values of prompts (B, S), padded on the right, and of left-padded decoder rows (B, T)."""
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        hidden = self._encode(encoder_ids, encoder_mask)
+        self._decode(decoder_ids, hidden, encoder_mask, mask, position_ids, cache)
+        return cache
+
+    def decode(
+        self, ids: Tensor, encoder_mask: Tensor, mask: Tensor, position_ids: Tensor, cache: EncoderDecoderCache
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden states (B, H) and logits (B, V) after one more token of each row, (B, 1)."""
+        # With cached keys and values of the prompt (`EncoderDecoderCache.is_updated`), cross-attention ignores the
+        # encoder's output (`modeling_bart.BartAttention.forward`): only its shape is used, for the mask.
+        shape = (*encoder_mask.shape, self.model.config.d_model)
+        hidden = torch.zeros((), device=ids.device, dtype=self.model.dtype).expand(shape)
+        states = self._decode(ids, hidden, encoder_mask, mask, position_ids, cache)[:, 0]  # (B, H)
+        return states, self.logits(states)
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, S, H)
+
+    def _decode(
+        self,
+        ids: Tensor,
+        encoder_hidden: Tensor,
+        encoder_mask: Tensor,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
+    ) -> Tensor:
+        """Return the decoder's hidden states, (B, T, H)."""
+        with self._at(position_ids):
+            output = self.model.get_decoder()(
+                input_ids=ids,
+                attention_mask=mask,
+                encoder_hidden_states=encoder_hidden,
+                encoder_attention_mask=encoder_mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state
+
+    @contextmanager
+    def _at(self, position_ids: Tensor | None) -> Iterator[None]:
+        """Within it, a decoder with absolute positions takes them from (B, T), row by row.
+
+        transformers' `modeling_bart.BartDecoder.forward` takes no `position_ids`: it counts columns, the same for all
+        rows, and passes (T,) to its position embedding, an `nn.Embedding` that is a direct child of the decoder. Hooks
+        replace that argument. T5 needs nothing: relative positions do not depend on a row's first column.
+        """
+        decoder = self.model.get_decoder()
+
+        def replace(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            return (args, {**kwargs, "position_ids": position_ids}) if "position_ids" in kwargs else None
+
+        def unsqueeze(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # `BartLearnedPositionalEmbedding.forward` has put a dimension before (T,): of (B, T) it made (1, B, T, H).
+            assert position_ids is not None, "checked below"
+            is_per_row = output.numel() == position_ids.numel() * output.shape[-1]
+            return output.reshape(*position_ids.shape, -1) if is_per_row else output  # (B, T, H)
+
+        with ExitStack() as stack:
+            for child in decoder.children() if position_ids is not None else ():
+                if isinstance(child, nn.Embedding) and child is not decoder.get_input_embeddings():
+                    stack.enter_context(child.register_forward_pre_hook(replace, with_kwargs=True))
+                    stack.enter_context(child.register_forward_hook(unsqueeze))
+            yield
+
+    def probe_places(self) -> tuple[Any, ...]:
+        """Return the arguments of `read` for a prompt of `PROBE_LENGTH` tokens and one token fewer after it."""
+        ids = torch.arange(2 * PROBE_LENGTH - 1, device=self.device)[None] % self.vocab_size  # (1, T)
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        return ids, zero, zero + ids.shape[1] - 1, zero + PROBE_LENGTH
+
+    def _full_logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
+        """Return the logits (1, V) after the last token, by the whole model."""
+        encoder_ids, _, decoder_ids = self.split(ids, inputs[-1], PROBE_LENGTH, PROBE_LENGTH)
+        output = self.model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, use_cache=False)
+        return output.logits[0, -1:, : self.vocab_size]
+
+    def _decodes_like(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
+        """Return whether a padded prompt and a left-padded decoder row, read with a cache, end in the same logits."""
+        if not self.head_is_linear:
+            return False
+        width, first = PROBE_LENGTH + 2, PROBE_LENGTH - 1
+        encoder_ids, encoder_mask, decoder_ids = self.split(ids, inputs[-1], width, PROBE_LENGTH)
+        padded = torch.cat([torch.zeros_like(ids[:, :2]), decoder_ids[:, :first]], dim=1)  # (1, 2 + T - 1): two padded
+        positions = torch.tensor([[0, 0, *range(first)]], device=ids.device)
+        mask = positions.new_tensor([[0, 0, *[1] * PROBE_LENGTH]])
+        cache = self.prefill_rows(encoder_ids, encoder_mask, padded, mask[:, :-1], positions)
+        last = positions.new_tensor([[first]])
+        return close(self.decode(decoder_ids[:, -1:], encoder_mask, mask, last, cache)[1], expected)
+
+
+class Seq2SeqCache(PrefixCache):
+    """A `PrefixCache` of the decoder's tokens, with the keys and values of each row's prompt in cross-attention.
+
+    A row is decoded from the cache only if its prompt ends at the same token as before, too. The prompt of a new row
+    is encoded once; its keys and values stay until the row is replaced or the weights change. They are aligned on the
+    left, in as many columns as the longest prompt has. Rows stay in order: a row's slot is its index.
+
+    Args:
+        backbone: The encoder-decoder.
+    """
+
+    backbone: Seq2SeqBackbone  # type: ignore[assignment]  # whose `read` takes the lengths of the prompts, too
+
+    def drop(self) -> None:
+        """Forget all rows and prompts."""
+        super().drop()
+        self.prompt_layers: list[ColumnLayer] = []  # cross-attention's, one a layer
+        self.n_prompt: Tensor | None = None  # (B,) of the last read
+
+    def _read(self, ids: Tensor, lengths: Tensor, n_prompt: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        known = self._grew_by_one(ids, lengths, n_prompt)
+        since = lengths - n_prompt  # (B,): the decoder has one token more, the start token
+        # The only synchronisation with the device in a step.
+        is_known, counts, prompts = torch.stack([known.long(), since, n_prompt]).tolist()
+        fresh = [row for row, is_old in enumerate(is_known) if not is_old]
+        if not any(is_known):
+            self.drop()
+        self._make_room(max(counts) + 1, max((counts[row] for row in fresh), default=0))
+        for bucket in bucket_by_length(np.array([counts[row] + prompts[row] for row in fresh], dtype=np.int64)):
+            similar = [fresh[i] for i in bucket]
+            widths = max(prompts[row] for row in similar), max(counts[row] for row in similar)
+            self._fill(ids, since, n_prompt, torch.tensor(similar, device=ids.device), *widths)
+        width = max(*prompts, 1)
+        for layer in self.prompt_layers:
+            layer.keys, layer.values = (buffer[:, :, :width] for buffer in layer.buffers)  # (B, heads, width, size)
+        # (B, 1): the newest token of each row, or the start token where there is none since the prompt.
+        last = ids.gather(1, (lengths[:, None] - 1).clamp(min=0)).masked_fill(since[:, None] == 0, self.backbone.start)
+        columns = torch.arange(self.columns + 1, device=ids.device)
+        mask = columns >= self.columns - since[:, None]  # (B, columns + 1)
+        is_prompt = torch.arange(width, device=ids.device) < n_prompt.clamp(min=1)[:, None]  # (B, width)
+        cache = EncoderDecoderCache(self.layers, Cache(layers=list(self.prompt_layers)))
+        result = self.backbone.decode(last, is_prompt.long(), mask.long(), since[:, None], cache)
+        self.columns += 1
+        self.remember(ids, lengths)
+        self.n_prompt = n_prompt
+        return result
+
+    def has_rows_of(self, ids: Tensor, lengths: Tensor, n_prompt: Tensor) -> bool:  # type: ignore[override]
+        """Return whether at least one of the rows extends its row by one token, after the same prompt."""
+        return bool(self._grew_by_one(ids, lengths, n_prompt).any())
+
+    def _grew_by_one(self, ids: Tensor, lengths: Tensor, n_prompt: Tensor) -> Tensor:
+        """Return which rows extend the row of the last read by one token, after the same prompt, (B,) bool."""
+        known = self.growth(ids, lengths) == 1
+        if self.n_prompt is None or len(self.n_prompt) != len(n_prompt):
+            return known
+        return known & (n_prompt == self.n_prompt)
+
+    def _fill(self, ids: Tensor, since: Tensor, n_prompt: Tensor, rows: Tensor, width: int, n_since: int) -> None:
+        """Encode the prompts of some rows, read all but the last of their decoder tokens, and write keys and values."""
+        encoder_ids, encoder_mask, decoder_ids = self.backbone.split(ids[rows], n_prompt[rows], width, n_since + 1)
+        n_read = max(n_since, 1)  # cross-attention computes the prompt's keys only with a decoder token, if the first
+        # The decoder token that each column holds, negative in padding.
+        source = torch.arange(n_read, device=ids.device) - (n_read - since[rows, None].clamp(min=1))  # (R, n_read)
+        positions = source.clamp(min=0)
+        states = self.backbone.prefill_rows(
+            encoder_ids, encoder_mask, decoder_ids.gather(1, positions), (source >= 0).long(), positions
+        )
+        if n_since > 0:
+            self._write(rows, len(ids), states.self_attention_cache)
+        prompt_states = cast("list[DynamicLayer]", states.cross_attention_cache.layers)
+        while len(self.prompt_layers) < len(prompt_states):
+            self.prompt_layers.append(ColumnLayer())
+        for layer, state in zip(self.prompt_layers, prompt_states, strict=True):
+            assert state.keys is not None and state.values is not None, "just computed"
+            n_columns = state.keys.shape[2]
+            layer.allocate(len(ids), n_columns, state.keys, state.values)
+            layer.columns = max(layer.columns, n_columns)
+            for buffer, new in zip(layer.buffers, (state.keys, state.values), strict=True):
+                buffer[rows, :, :n_columns] = new.to(buffer.dtype)

@@ -1,0 +1,1 @@
+"""Language models as Stable-Baselines3 policies, with their optimizer and their reference."""

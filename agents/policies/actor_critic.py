@@ -1,0 +1,352 @@
+"""The language model as actor and critic: backbone, value head, sampling and caches, without SB3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..distributed.sharding import Shards
+from ..models.critic import TrunkCritic, ValueHead
+from ..models.interface import LanguageModel, RowCache, SequenceScorer
+from ..models.observations import prompt_lengths, unpack_observations
+from ..models.sampling import Sampling, TokenDistribution, score_tokens
+from ..models.sequences import Chunk, SequenceBatch
+from .lagged_copy import LaggedCopy
+from .out_of_memory import evaluate_in_memory
+from .value_norm import ValueNorm
+
+MAX_LOGITS = 1 << 24  # numbers of float32 in one tensor of logits: 64 MiB
+TOLERANCE = 1e-3  # nats: rounding of a log-probability in float32
+TOLERANCE_16_BIT = 0.1  # nats: half of PPO's usual clip range
+AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Step(NamedTuple):
+    """The result of a step of B rows."""
+
+    actions: Tensor  # (B,) int64
+    values: Tensor  # (B,) in units of reward
+    log_probs: Tensor  # (B,) in nats
+    allowed: Tensor | None  # (B, V) bool: the tokens that were sampled from; None where all of them were
+
+
+class LMActorCritic(SequenceScorer):
+    """Samples the next token, values a prefix and scores whole sequences, all under one distribution.
+
+    Args:
+        backbone: The language model: a `Backbone`, or another module with the members of `LanguageModel`.
+        critic: Maps the backbone's hidden states (N, H) to values (N,), or has a trunk of its own (`TrunkCritic`).
+        sampling: How logits become the distribution over the next token, in sampling and scoring.
+        autocast: "bfloat16" or "float16" runs the model in that type; weights, softmax and values stay float32.
+        cache: Whether decoding reuses keys and values: the result is the same, and takes less time.
+        value_norm: "norm" or "popart": the critic predicts returns in units of their deviation; see `ValueNorm`.
+
+    Attributes:
+        most_tokens: The most tokens that an update reads at a time, after an out-of-memory error; None before one.
+        shards: The weights where they are spread over processes, else None.
+
+    Raises:
+        ValueError: For an unknown `autocast`, or `value_norm` with a critic that does not end in a `ValueHead`.
+    """
+
+    lagged: LaggedCopy | None
+    value_norm: ValueNorm | None
+
+    def __init__(
+        self,
+        backbone: LanguageModel,
+        critic: nn.Module,
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+        autocast: str | None = None,
+        cache: bool = True,
+        value_norm: str | None = None,
+    ) -> None:
+        super().__init__()
+        if autocast is not None and autocast not in AUTOCAST_DTYPES:
+            raise ValueError(f"Expected `autocast` to be one of {[None, *AUTOCAST_DTYPES]}, got {autocast!r}.")
+        self.backbone = backbone
+        self.critic = critic
+        if value_norm is not None and not isinstance(critic, ValueHead):
+            raise ValueError(f"Expected a critic that ends in a ValueHead for `value_norm`, got {type(critic)}.")
+        self.value_norm = None if value_norm is None else ValueNorm(value_norm)
+        self._defers_values = False  # see `defer_values`
+        self.most_tokens: int | None = None
+        self.sampling = sampling
+        self.autocast = autocast
+        # Two caches: an evaluation inside a rollout must not evict the rollout's rows.
+        self.rollout_cache, self.predict_cache = backbone.new_cache(), backbone.new_cache()
+        self.use_cache = cache and self.rollout_cache is not None
+        self.shards: Shards[LMActorCritic] | None = None
+        self.lagged = None if sampling.top_p_lag is None else LaggedCopy(backbone, sampling.top_p_lag)
+
+    def drop_caches(self) -> None:
+        """Forget the keys and values of all rows: the weights are about to change."""
+        for cache in (self.rollout_cache, self.predict_cache):
+            if cache is not None:
+                cache.drop()
+        if self.lagged is not None:
+            self.lagged.drop_caches()
+
+    def begin_update(self) -> None:
+        """Count an update, for the lagged copy."""
+        if self.lagged is not None:
+            self.lagged.count_update(self.backbone)
+
+    def defer_values(self) -> None:
+        """Return zeros as values of steps from now on, where the critic has a trunk of its own.
+
+        A buffer that has whole sequences valued at the end of the rollout, in one forward each, asks for it.
+        """
+        self._defers_values = isinstance(self.critic, TrunkCritic)
+
+    def settle_values(self) -> bool:
+        """Value each step again; return whether the steps since `defer_values` have zeros in place of values."""
+        was_deferred, self._defers_values = self._defers_values, False
+        return was_deferred
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LMActorCritic:
+        """Move or cast the weights and drop all cached keys and values. Shards stay where they are."""
+        self.drop_caches()
+        return self if self.shards is not None else super()._apply(fn, recurse)
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return hidden states (N, H) and logits (N, V) of the language model, given the arguments of its `read`."""
+        return self.backbone(*inputs)
+
+    def act(
+        self,
+        observations: Tensor,
+        deterministic: bool = False,
+        generator: torch.Generator | None = None,
+        cache: RowCache | None = None,
+        allowed: Tensor | None = None,
+        with_values: bool = True,
+    ) -> Step:
+        """Choose the next token of each of B rows.
+
+        Args:
+            observations: (B, L); see `TextEnv`.
+            deterministic: Take the most probable token.
+            generator: The source of the randomness; None for torch's own.
+            cache: `rollout_cache`, `predict_cache` or None for a full forward.
+            allowed: The env's mask, (B, V) bool; None allows all.
+            with_values: False saves the forward of a critic with a trunk of its own, whose values are then zeros.
+        """
+        row = self._unpack(observations)
+        ids, lengths = row[:2]  # (B, L - 1), (B,)
+        hidden, logits = self._read_last(self.backbone, row, cache)  # (B, H), (B, V)
+        logits = self.sampling.adjust(logits, lambda: ids, lengths)
+        support = self.sampling.support(logits, allowed, self._lagged_logits(row, cache))
+        distribution = TokenDistribution(logits, support)
+        actions = distribution.get_actions(deterministic, generator)
+        log_probs = distribution.log_prob(actions)
+        if not isinstance(self.critic, TrunkCritic):
+            values = self.in_reward_units(self.critic(hidden))
+        elif with_values and not self._defers_values:
+            values = self._trunk_values(ids, lengths)
+        else:
+            values = torch.zeros_like(log_probs)
+        return Step(actions, values, log_probs, support)
+
+    @torch.no_grad()
+    def _lagged_logits(self, row: tuple[Tensor, ...], cache: RowCache | None) -> Tensor | None:
+        if self.lagged is None:
+            return None
+        lagged_cache = self.lagged.rollout_cache if cache is self.rollout_cache else self.lagged.predict_cache
+        logits = self._read_last(self.lagged.backbone, row, lagged_cache)[1]
+        return self.sampling.adjust(logits, lambda: row[0], row[1])
+
+    def values(self, observations: Tensor) -> Tensor:
+        """Return the values of observations (B, L), (B,), in units of reward."""
+        row = self._unpack(observations)
+        if isinstance(self.critic, TrunkCritic):
+            return self._trunk_values(*row[:2])
+        # The last observations of a rollout continue rows of its cache. Terminal ones are rows of their own, and would
+        # evict those from it.
+        cache = self.rollout_cache
+        if cache is not None and not (self.use_cache and cache.has_rows_of(*row)):
+            cache = None
+        return self.in_reward_units(self.critic(self._read_last(self.backbone, row, cache)[0]))
+
+    def _trunk_values(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        lengths = lengths.clamp(min=1)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.in_reward_units(self._critic_outputs(None, ids[:, : int(lengths.max())], rows, lengths - 1))
+
+    def _critic_outputs(self, hidden: Tensor | None, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Return the critic's outputs, (N,), given the backbone's hidden states (N, H) at (rows, cols) of ids."""
+        if isinstance(self.critic, TrunkCritic):
+            with self._precision():
+                hidden = self.critic.read(ids, rows, cols)
+        return self.critic(hidden)
+
+    def in_reward_units(self, outputs: Tensor) -> Tensor:
+        """Return the critic's outputs in units of reward; without `value_norm` they are in those already."""
+        return outputs if self.value_norm is None else self.value_norm.denormalize(outputs)
+
+    def _unpack(self, observations: Tensor) -> tuple[Tensor, ...]:
+        """Return tokens (B, L - 1), lengths (B,) and, for an encoder-decoder, the lengths of the prompts (B,)."""
+        row = unpack_observations(observations)
+        return (*row, prompt_lengths(observations)) if self.backbone.is_encoder_decoder else row
+
+    def _read_last(
+        self, backbone: LanguageModel, row: tuple[Tensor, ...], cache: RowCache | None
+    ) -> tuple[Tensor, Tensor]:
+        with self._precision():
+            # Caches write keys and values in place, through which there is no backward pass.
+            if cache is not None and self.use_cache and backbone.takes_cache and not torch.is_grad_enabled():
+                return cache.read(*row)
+            ids, lengths, *n_prompt = row
+            lengths = lengths.clamp(min=1)
+            rows = torch.arange(len(ids), device=ids.device)
+            return backbone(ids[:, : int(lengths.max())], rows, lengths - 1, *n_prompt)
+
+    def _read_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states (n, H) at a chunk's transitions, and logits (n, V) where they are needed besides."""
+        inputs: tuple[Any, ...] = (chunk.ids, chunk.rows, chunk.cols)
+        if self.backbone.is_encoder_decoder:
+            if chunk.n_prompt is None:
+                raise ValueError("Expected `n_prompt` of the SequenceBatch, got None: an encoder-decoder needs it.")
+            inputs = (*inputs, chunk.n_prompt)
+        with self._precision():
+            return self.backbone.read(*inputs)
+
+    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score actions under the current weights, in one forward a sequence.
+
+        Args:
+            batch: Sequences with N transitions.
+            actions: The tokens taken, (N,).
+
+        Returns:
+            Outputs of the critic (values, without `value_norm`), log-probabilities and entropies (both in nats), (N,)
+            float32 each. Where gradients are on, they can be differentiated once; see `evaluate_in_memory`.
+        """
+        if torch.is_grad_enabled():
+            values, log_probs, entropies = evaluate_in_memory(self, batch, actions)
+            return values, log_probs, entropies
+        return self.evaluate_parts(batch, actions)
+
+    def evaluate_parts(
+        self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score actions as `evaluate` does, without its answer to out-of-memory errors.
+
+        Args:
+            batch: Sequences with N transitions.
+            actions: The tokens taken, (N,).
+            n_forwards: The number of forwards to run where each needs all processes, at least the number of parts.
+                With `micro_batch_tokens` each forward is run again in the backward pass.
+        """
+        evaluate, parts, order = self.evaluate_chunk, [], []
+        if n_forwards is not None and batch.micro_batch_tokens is not None:
+            evaluate = partial(checkpoint, self.evaluate_chunk, use_reentrant=False)
+        for chunk in batch.chunks(self.most_tokens):
+            parts.append(evaluate(chunk, actions[torch.as_tensor(chunk.transitions, device=actions.device)]))
+            order.append(torch.as_tensor(chunk.transitions))
+        inverse = torch.cat(order).argsort().to(actions.device)  # (N,)
+        values, log_probs, entropies = (torch.cat(results)[inverse] for results in zip(*parts, strict=True))  # (N,)
+        for _ in range(len(parts), n_forwards or 0):
+            first, indices = batch.of_sequences(np.zeros(1, dtype=np.int64))
+            results = evaluate(next(first.chunks()), actions[torch.as_tensor(indices, device=actions.device)])
+            # Adds 0, and keeps this process in the other processes' collective backward.
+            values = values + 0.0 * torch.cat(results).sum()
+        return values, log_probs, entropies
+
+    def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the actions of a part of a batch, (n,), in one forward; results as those of `evaluate`, (n,) each."""
+        hidden, logits = self._read_chunk(chunk)
+        outputs = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
+        return outputs, *self._score(hidden, logits, actions, chunk)
+
+    def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies, (n,) each; of many transitions the logits are never held at once."""
+        parts = self._parts(len(hidden))
+        if logits is not None or len(parts) == 1:
+            return self._score_part(hidden, logits, actions, chunk, slice(None))
+        scores = [
+            # The backward computes logits again: one more forward of the head, in place of several (n, V) tensors.
+            checkpoint(self._score_part, hidden, None, actions, chunk, part, use_reentrant=False)
+            for part in parts
+        ]
+        log_probs, entropies = (torch.cat(results) for results in zip(*scores, strict=True))  # (n,)
+        return log_probs, entropies
+
+    def _parts(self, n: int) -> list[slice]:
+        """Return n transitions as slices, whose logits have no more than `MAX_LOGITS` numbers each."""
+        size = max(1, MAX_LOGITS // self.backbone.vocab_size)
+        return [slice(start, start + size) for start in range(0, n, size)]
+
+    def _score_part(
+        self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk, part: slice
+    ) -> tuple[Tensor, Tensor]:
+        adjusted, allowed = self._adjusted(hidden, logits, chunk, part)
+        return score_tokens(adjusted, actions[part], allowed)
+
+    def _adjusted(
+        self, hidden: Tensor, logits: Tensor | None, chunk: Chunk, part: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return adjusted logits (m, V) of a part of a chunk's transitions, and the tokens they were sampled from."""
+        if self.sampling.has_support and chunk.allowed is None:
+            raise ValueError(
+                "Expected to know which tokens were sampled from (top_k, top_p, min_p), got transitions without: train "
+                "with rollout_buffer_class=SequenceRolloutBuffer, which keeps it."
+            )
+        with self._precision():
+            own_logits = self.backbone.logits(hidden[part]) if logits is None else logits[part]
+        rows, cols = chunk.rows[part], chunk.cols[part]
+        adjusted = self.sampling.adjust(own_logits, lambda: chunk.ids[rows], cols + 1)
+        return adjusted, None if chunk.allowed is None else chunk.allowed[part].dense(adjusted.device)
+
+    def log_probs(self, batch: SequenceBatch, actions: Tensor) -> Tensor:
+        """Return the log-probabilities of actions (N,), in nats, as a reference model is asked for them."""
+        result = actions.new_zeros(len(actions), dtype=torch.float32)
+        for chunk in batch.chunks(self.most_tokens):
+            indices = torch.as_tensor(chunk.transitions, device=actions.device)
+            hidden, logits = self._read_chunk(chunk)
+            result[indices] = self._score(hidden, logits, actions[indices], chunk)[0]
+        return result
+
+    def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
+        """Yield the log-probabilities of all tokens at a chunk's transitions, (m, V) for a part of them at a time."""
+        hidden, logits = self._read_chunk(chunk)
+        for part in self._parts(len(hidden)):
+            yield TokenDistribution(*self._adjusted(hidden, logits, chunk, part)).log_probabilities
+
+    def distribution(self, batch: SequenceBatch) -> TokenDistribution:
+        """Return the distribution over the next token at all N transitions of a batch, (N, V)."""
+        logits, order = [], []
+        for chunk in batch.chunks(self.most_tokens):
+            logits.append(torch.cat(list(self.log_probabilities(chunk))))
+            order.append(torch.as_tensor(chunk.transitions))
+        inverse = torch.cat(order).argsort().to(logits[0].device)  # (N,)
+        return TokenDistribution(torch.cat(logits)[inverse])  # (N, V)
+
+    def sequence_values(self, batch: SequenceBatch) -> Tensor:
+        """Return the critic's outputs, as `evaluate` does, for all transitions of a batch, (N,)."""
+        values = torch.zeros(len(batch), device=batch.tokens.device)
+        for chunk in batch.chunks(self.most_tokens):
+            hidden = None if isinstance(self.critic, TrunkCritic) else self._read_chunk(chunk)[0]
+            indices = torch.as_tensor(chunk.transitions, device=values.device)
+            values[indices] = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
+        return values
+
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """The type of the forwards under `autocast`."""
+        return AUTOCAST_DTYPES.get(self.autocast or "", torch.bfloat16)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.backbone.device.type, dtype=self.autocast_dtype, enabled=self.autocast is not None)
+
+
+def tolerance(lm: LMActorCritic) -> float:
+    """Return by how many nats two computations of the same log-probability may differ by rounding alone."""
+    is_16_bit = lm.autocast is not None or any(weight.element_size() < 4 for weight in lm.backbone.parameters())
+    return TOLERANCE_16_BIT if is_16_bit else TOLERANCE

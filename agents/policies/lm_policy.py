@@ -1,0 +1,398 @@
+"""The Stable-Baselines3 policy that is a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..distributed.collectives import broadcast_weights, from_main
+from ..distributed.gradients import SharedGradient
+from ..distributed.sharding import Sharded, Shards
+from ..distributed.world import world
+from ..models.backbone import Backbone
+from ..models.critic import CriticSpec, SharedCritic, TrunkCritic
+from ..models.interface import BackendSpec, LanguageModel
+from ..models.pretrained import LMLike, build_model
+from ..models.sampling import Sampling, TokenDistribution
+from ..models.seq2seq import Seq2SeqBackbone
+from ..models.sequences import SequenceBatch
+from ..models.trainable import Trainable, checkpoint_layers
+from .actor_critic import LMActorCritic, Step
+from .optimizers import learning_rate_scales, scaled_optimizer
+from .tensor_notes import ALLOWED, READ_BY, TERMINAL, TerminalObservation, TerminalRow
+
+# Maps observations (B, L) to actions (B,) and their log-probabilities (B,).
+NextTokens: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class ForeignBackendError(TypeError):
+    """An error: the policy's language model is no model of transformers, which is needed here."""
+
+
+class LMPolicy(ActorCriticPolicy):
+    """A language model, causal or encoder-decoder, as the policy of PPO, A2C and the like, unmodified.
+
+    The observation is the prompt and the tokens so far, (L,) (see `textenv.TextEnv`); the action is the next token. In
+    a rollout the policy decodes with cached keys and values; in the update it reads each sequence of a
+    `SequenceRolloutBuffer` once. With the stock `RolloutBuffer` each token is a sequence of its own: correct, but slow.
+
+    Sampling draws from generators of the policy, seeded from torch's when it is built, so that evaluation and sample
+    tables do not change training. Dropout is off throughout, since the probabilities of the rollout and of the update
+    must be the same. Only parameters with `requires_grad` are optimised.
+
+    Pass the arguments below by `policy_kwargs`. They are pickled into the file that `model.save` writes, and the
+    policy is built again from them on load: a name is then looked up again, `Pretrained(name)` and a config are not.
+
+    Args:
+        observation_space: The env's.
+        action_space: The env's; its size V is that of the tokenizer's vocabulary.
+        lr_schedule: Maps the remaining progress, 1 to 0, to the learning rate.
+        lm: The language model: a name or path, a transformers config (fresh weights), a spec such as
+            `Pretrained(name)`, or the `BackendSpec` of a model that is not transformers'. With an encoder-decoder (T5,
+            BART), the encoder reads the prompt, once an episode, and the decoder all later tokens, replies of a
+            multi-turn environment included.
+        critic: The spec of the critic: `SharedCritic`, `SeparateCritic` or `RewardModelCritic`.
+        temperature: Divides the logits, in the rollout and in the update; for this and the next five see `Sampling`.
+        top_k: Sample from the `top_k` most probable tokens.
+        top_p: Sample from the most probable tokens whose probabilities sum up to this.
+        min_p: Sample from tokens of at least this share of the largest probability.
+        repetition_penalty: Lower the logits of tokens that are already in the row.
+        top_p_lag: Choose the tokens of `top_p` by a copy of the policy, renewed every `top_p_lag` updates (NLPO).
+        autocast: "bfloat16" runs the model in 16 bits; weights stay float32.
+        cache: Decode with cached keys and values; False reads the whole prefix for every token.
+        value_norm: "popart" or "norm": the critic predicts returns in units of their running deviation (see
+            `ValueNorm`); needs a `SequenceRolloutBuffer`. `evaluate_actions` and `predict_values` then return values in
+            these units for sequences of the buffer, whose minibatches have the same; others are in units of reward.
+        critic_lr_scale: Multiplies the learning rate of the critic: its value head, and its trunk where it has one.
+        head_lr_scale: Multiplies the learning rate of the value head, besides `critic_lr_scale`.
+        train: The part of the language model that is trained, besides the value head: "all", "head", `LastLayers(n)` or
+            `LoRA(...)`. The rest is frozen.
+        gradient_checkpointing: Compute the activations of each layer again in the backward pass, which takes less
+            memory and about a third more time; the gradient is the same.
+        shard: `Sharded()` spreads weights, gradients and optimizer over the processes of a job that has several.
+        optimizer_class: AdamW by default; SB3's A2C passes RMSprop unless it has `use_rms_prop=False`.
+        optimizer_kwargs: Its arguments except the learning rate; by default no weight decay and AdamW's fused kernel.
+        use_sde: Must be False: it is for continuous actions.
+        net_arch: Not used, like `activation_fn`: rl_zoo3's search for hyper-parameters passes both to every policy.
+        activation_fn: See `net_arch`.
+
+    Raises:
+        ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits; or
+            if `train` or `gradient_checkpointing` is given with a `BackendSpec`, which decides that itself.
+
+    Example:
+        >>> from agents import LMPolicy
+        >>> from stable_baselines3 import PPO
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> from transformers import GPT2Config
+        >>> env = TextEnv(["a"], CharTokenizer(), reward=lambda prompt, preds, done: 0.0, max_new_tokens=4)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40)
+        >>> model = PPO(LMPolicy, env, n_steps=8, batch_size=8, policy_kwargs=dict(lm=config), device="cpu")
+        >>> observation, _ = env.reset(seed=0)
+        >>> int(model.predict(observation)[0]) < 33
+        True
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        lm: LMLike,
+        critic: CriticSpec = SharedCritic(),  # noqa: B008  (frozen)
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        top_p_lag: int | None = None,
+        autocast: str | None = None,
+        cache: bool = True,
+        value_norm: str | None = None,
+        critic_lr_scale: float = 1.0,
+        head_lr_scale: float = 1.0,
+        train: Trainable = "all",
+        gradient_checkpointing: bool = False,
+        shard: Sharded | None = None,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        use_sde: bool = False,
+        net_arch: Any = None,
+        activation_fn: Any = None,
+    ) -> None:
+        self.lm_kwargs: dict[str, Any] = {
+            "lm": lm,
+            "critic": critic,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "top_p_lag": top_p_lag,
+            "autocast": autocast,
+            "cache": cache,
+            "value_norm": value_norm,
+            "train": train,
+            "gradient_checkpointing": gradient_checkpointing,
+            "shard": shard,
+        }
+        self.lr_scales = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
+        if optimizer_kwargs is None:
+            # One kernel in place of a dozen passes over the weights: saves a tenth of a small model's update.
+            optimizer_kwargs = {"weight_decay": 0.0, "fused": True} if optimizer_class is torch.optim.AdamW else {}
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            use_sde=use_sde,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """Build language model, critic and optimizer in place of SB3's networks."""
+        kwargs = dict(self.lm_kwargs)
+        assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
+        backbone = self._build_backbone(
+            kwargs.pop("lm"),
+            kwargs.pop("train"),
+            kwargs.pop("gradient_checkpointing"),
+            vocab_size=int(self.action_space.n),
+            n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
+        )
+        shard: Sharded | None = kwargs.pop("shard")
+        critic = kwargs.pop("critic").build(backbone.hidden_size)
+        if isinstance(critic, TrunkCritic):
+            critic.check_fits(backbone.vocab_size, self.observation_space.shape[0] - 1)
+        sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
+        self.lm = LMActorCritic(backbone, critic, sampling, **kwargs)
+        # SB3 `base_class.set_random_seed` has seeded torch's generator: the same seed gives the same run.
+        seed = int(torch.randint(2**31, ()))
+        here = world()
+        self.shared = None if here is None else SharedGradient(self.lm)
+        if here is not None:  # all processes have the same weights, and each samples differently
+            broadcast_weights(self.lm)
+            seed = from_main("a seed", seed) + 2 * here.rank  # 2: a process has two generators
+            shard = shard or Sharded.asked_for()
+            if shard is not None:  # before the optimizer is built, whose state is then that of shards
+                self.lm.shards = Shards(self.lm, shard)
+        # The terminal observations of a step, (K, L), and their values, (K, 1).
+        self._terminal_values: tuple[np.ndarray, Tensor] | None = None
+        self._next_tokens: NextTokens | None = None  # see `take_tokens_from`
+        self.generator = torch.Generator().manual_seed(seed)
+        self.predict_generator = torch.Generator().manual_seed(seed + 1)
+        scales = learning_rate_scales(self.parameters(), critic, **self.lr_scales)
+        self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
+        lm = self.lm
+        # A fused step does not raise `Tensor._version`, by which caches notice other writes to the weights.
+        self.optimizer.register_step_post_hook(lambda *_: lm.drop_caches())
+
+    @property
+    def backbone(self) -> Backbone:
+        """The language model that `lm` trains, as transformers' model inside a `Backbone`.
+
+        Raises:
+            ForeignBackendError: If the model is another `LanguageModel`, which only `lm.backbone` returns.
+        """
+        if not isinstance(self.lm.backbone, Backbone):
+            raise ForeignBackendError(
+                f"Expected a model of transformers, got {type(self.lm.backbone).__name__}: use `policy.lm.backbone`, "
+                "which has the members of `LanguageModel`."
+            )
+        return self.lm.backbone
+
+    def _build_backbone(
+        self, lm: LMLike, train: Trainable, gradient_checkpointing: bool, vocab_size: int, n_positions: int
+    ) -> LanguageModel:
+        if isinstance(lm, BackendSpec):
+            if train != "all" or gradient_checkpointing:
+                raise ValueError(
+                    f"Expected neither `train` nor `gradient_checkpointing` with {type(lm).__name__}, which decides "
+                    f"itself which weights are trained, got {train!r:.80} and {gradient_checkpointing}."
+                )
+            return lm.build_backend(vocab_size, n_positions)
+        model = build_model(lm, train)
+        if gradient_checkpointing:
+            checkpoint_layers(model)
+        return self._backbone_class(model)(model, vocab_size, n_positions)
+
+    def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
+        return Seq2SeqBackbone if language_model.config.is_encoder_decoder else Backbone
+
+    @property
+    def lstm_actor(self) -> NoReturn:
+        """Refuse RecurrentPPO: sb3-contrib `RecurrentPPO._setup_model` reads this first."""
+        raise TypeError(
+            f"Expected an algorithm without recurrent state for {type(self).__name__}, got RecurrentPPO: a language "
+            "model sees the whole text in each observation and has nothing to carry between steps. Use PPO."
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        """Return the arguments from which SB3 `policies.BaseModel.load` builds the policy again."""
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            **self.lm_kwargs,
+            **self.lr_scales,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the forwards; shards of the weights may wait on the host."""
+        return super().device if self.lm.shards is None else self.lm.shards.device
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8).
+
+        SB3 calls it with True at the start of each `train`, with False at that of each `collect_rollouts` and
+        `predict`. Sharded weights are brought together for evaluation, so that all processes must call it.
+        """
+        self.lm.settle_values()  # a rollout that was broken off leaves them deferred
+        if mode and not self.training:
+            self.lm.begin_update()
+        if mode:
+            self.lm.drop_caches()
+            self._terminal_values = None
+        self.train(mode)
+        if self.lm.shards is not None:
+            self.lm.shards.bring(not mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights; a RuntimeError is raised where they are sharded."""
+        self._check_whole()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights and drop all cached keys and values; a RuntimeError is raised where weights are sharded."""
+        self._check_whole()
+        self.lm.drop_caches()
+        self._terminal_values = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def _check_whole(self) -> None:
+        if self.lm.shards is not None:
+            raise RuntimeError(
+                "Expected weights that are whole in each process, got sharded ones: use save_checkpoint and "
+                "load_checkpoint in place of save and load, and export for the language model."
+            )
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).
+
+        Values and log-probabilities carry notes for the buffer (see `tensor_notes`). In a rollout of a
+        `SequenceRolloutBuffer` the values of a critic with a trunk of its own are zeros, since the buffer has whole
+        sequences valued later. Where another engine writes the rollout, the values of any critic are zeros, and the
+        log-probabilities are the engine's.
+        """
+        return self._step(obs, deterministic)
+
+    def _step(self, obs: Tensor, deterministic: bool, allowed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if self._next_tokens is None:
+            step = self.lm.act(obs, deterministic, self.generator, self.lm.rollout_cache, allowed)
+        else:
+            actions, log_probs = self._next_tokens(obs)
+            step = Step(actions, torch.zeros_like(log_probs), log_probs, None)
+        if step.allowed is not None:
+            ALLOWED.write(step.log_probs, step.allowed)
+        values = step.values[:, None]  # (B, 1)
+        READ_BY.write(values, self.lm)
+        return step.actions, values, step.log_probs
+
+    def take_tokens_from(self, next_tokens: NextTokens) -> None:
+        """Have `forward` return another engine's tokens from now on, with zeros as values, until `sample_itself`."""
+        self._next_tokens = next_tokens
+
+    def sample_itself(self) -> None:
+        """Have `forward` sample from the policy again."""
+        self._next_tokens = None
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether `forward` samples from the policy: not while another engine writes a rollout."""
+        return self._next_tokens is None
+
+    @contextmanager
+    def rollout_set_aside(self) -> Iterator[None]:
+        """Sample from the policy, with empty caches, inside; afterwards the running rollout goes on undisturbed."""
+        lm = self.lm
+        rollout = (lm.rollout_cache, lm.predict_cache, self._terminal_values, self._next_tokens)
+        lm.rollout_cache, lm.predict_cache = lm.backbone.new_cache(), lm.backbone.new_cache()
+        self._next_tokens = None
+        try:
+            yield
+        finally:
+            lm.rollout_cache, lm.predict_cache, self._terminal_values, self._next_tokens = rollout
+
+    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
+        """Return actions (B,) for `predict`, with a cache and a generator apart from the rollout's."""
+        return self._choose(observation, deterministic)
+
+    def _choose(self, obs: Tensor, deterministic: bool, allowed: Tensor | None = None) -> Tensor:
+        cache = self.lm.predict_cache
+        return self.lm.act(obs, deterministic, self.predict_generator, cache, allowed, with_values=False).actions
+
+    def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:  # type: ignore[override]
+        """Return the values of observations (B, L), (B, 1), or of all transitions of sequences, (N, 1).
+
+        SB3 `on_policy_algorithm.collect_rollouts` asks for terminal observations one by one. Those of one step are
+        valued in one forward, at the first of them.
+        """
+        if isinstance(obs, SequenceBatch):
+            return self.lm.sequence_values(obs)[:, None]
+        terminal = TERMINAL.read(obs)
+        if terminal is None or torch.is_grad_enabled():
+            return self.lm.values(obs)[:, None]
+        if self._terminal_values is None or self._terminal_values[0] is not terminal.siblings:
+            values = self.lm.values(torch.as_tensor(terminal.siblings, device=self.device))[:, None]
+            self._terminal_values = (terminal.siblings, values)
+        return self._terminal_values[1][terminal.index : terminal.index + 1]
+
+    def evaluate_actions(self, obs: Tensor | SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights."""
+        if torch.is_grad_enabled():  # an update follows, perhaps in a loop that does not call `set_training_mode`
+            self.lm.drop_caches()
+        if self.lm.value_norm is not None and not isinstance(obs, SequenceBatch):
+            raise ValueError(
+                "Expected rollout_buffer_class=SequenceRolloutBuffer with `value_norm`: the minibatches of the stock "
+                "buffer hold returns in units of reward."
+            )
+        batch, actions = _as_batch(obs), actions.long().flatten()
+        # A minibatch of the buffer, in several processes, has a `share`.
+        evaluate = self.shared.evaluate if self.shared is not None and batch.share is not None else self.lm.evaluate
+        values, log_probs, entropy = evaluate(batch, actions)
+        return values[:, None], log_probs, entropy
+
+    def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]
+        """Return the distribution over the next token."""
+        return self.lm.distribution(_as_batch(obs))
+
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[Tensor, bool]:
+        """Return observations as a tensor, (B, L), and whether they were given as a batch.
+
+        Raises:
+            ValueError: If they are no token ids.
+        """
+        rows = np.asarray(observation)
+        if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
+            raise ValueError(f"Expected an observation of token ids, (L,) or (B, L), got {rows.dtype} of {rows.shape}.")
+        tensor = torch.as_tensor(rows.reshape(-1, rows.shape[-1]), device=self.device)
+        if isinstance(observation, TerminalObservation) and observation.siblings is not None:
+            TERMINAL.write(tensor, TerminalRow(observation.siblings, observation.index))
+        return tensor, rows.ndim == 2
+
+
+def _as_batch(obs: Tensor | SequenceBatch) -> SequenceBatch:
+    return obs if isinstance(obs, SequenceBatch) else SequenceBatch.from_observations(obs)

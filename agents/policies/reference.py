@@ -1,0 +1,140 @@
+"""The reference model of the KL penalty: frozen, and sharing the weights that the policy keeps frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.collectives import broadcast_weights
+from ..distributed.sharding import Shards, gathered
+from ..models.backbone import Backbone
+from ..models.interface import BackendSpec, LanguageModel
+from ..models.pretrained import LMLike, build_model
+from ..models.seq2seq import Seq2SeqBackbone
+from ..models.sequences import Chunk, SequenceBatch
+from ..models.trainable import adapted_layers, adapters_off
+from .actor_critic import LMActorCritic
+
+
+def start_of(policy: LMActorCritic) -> LMActorCritic:
+    """Return the policy as it is now as a reference, to be read by the functions below.
+
+    With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy. Weights that are frozen
+    in the policy are shared and those that are trained copied, so that with `LastLayers(n)` the reference costs the
+    memory of n layers. The copy of a sharded policy is sharded, and shares no weights.
+    """
+    if adapted_layers(policy):
+        return policy
+    return copy_of(policy, [weight for weight in policy.parameters() if not weight.requires_grad])
+
+
+def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMActorCritic:
+    """Return a frozen copy without a critic.
+
+    Args:
+        lm: The model to copy; the copy of a sharded one is sharded.
+        shared: The weights that the copy shares with it.
+    """
+    lm.drop_caches()
+    if lm.shards is not None:
+        return lm.shards.twin()
+    # `deepcopy` uses these objects in place of copies.
+    memo: dict[int, object] = {id(weight): weight for weight in shared or []}
+    if lm.lagged is not None:
+        memo[id(lm.lagged)] = None  # the lagged copy is for sampling, and a reference samples nothing
+    return copy.deepcopy(lm, memo | {id(lm.critic): nn.Identity()}).requires_grad_(False).eval()
+
+
+def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMActorCritic:
+    """Build another language model as reference, with the policy's vocabulary, sampling and precision.
+
+    Args:
+        lm: A name or path, a config, a spec, or the `BackendSpec` of a model that is not transformers'.
+        policy: The policy.
+        n_positions: The longest sequence that it will read, in tokens.
+
+    Raises:
+        ValueError: If it has fewer tokens or positions than needed, or if one of reference and policy is an
+            encoder-decoder and the other is not.
+    """
+    # `build_model` draws fresh weights, also where those of a checkpoint replace them. The fork keeps the generators as
+    # they were, so that a resumed run draws the same numbers.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        backbone, name = _build_backbone(lm, policy.backbone.vocab_size, n_positions)
+    if backbone.is_encoder_decoder != policy.backbone.is_encoder_decoder:
+        kinds = ("an encoder-decoder", "a causal model")
+        expected, got = kinds if policy.backbone.is_encoder_decoder else kinds[::-1]
+        raise ValueError(f"Expected {expected} as `reference`, as the policy is, got {got}, {name}.")
+    sampling = replace(policy.sampling, top_p_lag=None)
+    built = LMActorCritic(backbone, nn.Identity(), sampling, policy.autocast, cache=False)
+    if policy.shards is not None:
+        broadcast_weights(built)
+        built.requires_grad_(False).shards = Shards(built, policy.shards.spec)
+        return built.eval()
+    return built.to(policy.backbone.device).requires_grad_(False).eval()
+
+
+def _build_backbone(lm: LMLike, vocab_size: int, n_positions: int) -> tuple[LanguageModel, str]:
+    """Return a language model and the name of its class, for errors."""
+    if isinstance(lm, BackendSpec):
+        return lm.build_backend(vocab_size, n_positions), type(lm).__name__
+    model = build_model(lm, train=None)
+    backbone_class = Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone
+    return backbone_class(model, vocab_size, n_positions), type(model).__name__
+
+
+@torch.no_grad()
+def log_probs(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> Tensor:
+    """Return the reference's log-probabilities of actions (N,), in nats."""
+    with gathered(reference), _frozen(reference, policy):
+        return reference.log_probs(batch, actions)
+
+
+@torch.no_grad()
+def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch) -> Tensor:
+    """Return KL(policy, reference) over the whole vocabulary at each transition, (N,), in nats.
+
+    Policy and reference take turns, so that log-probabilities (n, V) are held for a part of the transitions at a time.
+    """
+    result = torch.zeros(len(batch), device=batch.tokens.device)
+    with gathered(reference):
+        for chunk in batch.chunks():
+            turns = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
+            # A token of probability 0 adds 0; the product would be 0 * infinity.
+            parts = [
+                (own.softmax(dim=-1) * (own - others)).masked_fill(own.isneginf(), 0.0).sum(dim=-1)  # (n, V) -> (n,)
+                for own, others in turns
+            ]
+            result[torch.as_tensor(chunk.transitions, device=result.device)] = torch.cat(parts)
+    return result
+
+
+def _log_probabilities(reference: LMActorCritic, policy: LMActorCritic, chunk: Chunk) -> Iterator[Tensor]:
+    parts = reference.log_probabilities(chunk)
+    while True:
+        # Adapters are off for this part alone: the policy computes its own part before the next one.
+        with _frozen(reference, policy):
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
+
+
+def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextManager[None]:
+    return adapters_off(policy) if reference is policy else nullcontext()
+
+
+def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Tensor]:
+    """Return the reference's weights and buffers that the policy does not hold; tied ones once, by their first name.
+
+    Weights that a device map has offloaded (device "meta") are left out: they never change, and come with the model.
+    """
+    shared = {id(tensor) for tensor in (*policy.parameters(), *policy.buffers())}
+    # `named_parameters` and `named_buffers` of torch name a tied tensor once.
+    tensors: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared and not tensor.is_meta}

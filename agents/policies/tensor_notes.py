@@ -1,0 +1,98 @@
+"""The notes that ride on tensors through Stable-Baselines3: from policy to buffer, and from env to policy.
+
+SB3 hands the policy's three results to the buffer and nothing else, and terminal observations to the policy one by one.
+Further information is written on these very tensors, as an attribute. That works because SB3 passes on the same
+objects, without a copy, in these lines:
+
+- `ALLOWED` and `READ_BY`: stable_baselines3 `common/on_policy_algorithm.py`, `OnPolicyAlgorithm.collect_rollouts` (PPO,
+  A2C, TRPO) and sb3_contrib `ppo_mask/ppo_mask.py`, `MaskablePPO.collect_rollouts`: both assign
+  `actions, values, log_probs = self.policy(...)` and call `rollout_buffer.add(..., values, log_probs)`.
+- `TERMINAL`: the same two functions call `terminal_obs = self.policy.obs_to_tensor(info["terminal_observation"])[0]`
+  and then `self.policy.predict_values(terminal_obs)`.
+
+Any operation of torch or numpy, `clone()` and `[...]` among them, returns a tensor without notes.
+`tests/agents/policies/test_tensor_notes.py` runs these lines of each algorithm and fails where a note does not arrive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from .actor_critic import LMActorCritic
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Note(Generic[Value]):
+    """A kind of note that a tensor can carry.
+
+    Args:
+        name: The attribute of the tensor.
+
+    Example:
+        >>> import torch
+        >>> note, tensor = Note[str]("origin"), torch.zeros(2)
+        >>> note.write(tensor, "the policy")
+        >>> note.read(tensor), note.read(tensor.clone())
+        ('the policy', None)
+    """
+
+    name: str
+
+    def write(self, tensor: Tensor, value: Value) -> None:
+        """Write the note on a tensor."""
+        setattr(tensor, self.name, value)
+
+    def read(self, tensor: Tensor) -> Value | None:
+        """Return the note on a tensor, or None where it carries none."""
+        return vars(tensor).get(self.name)
+
+
+class TerminalObservation(np.ndarray):
+    """The last observation of a truncated episode, (L,), which knows those of the lanes truncated in the same step.
+
+    SB3 asks for their values one after the other; with its siblings a policy values all of them in one forward.
+
+    Attributes:
+        siblings: The terminal observations of that step, (K, L); None in a copy, which may have been changed: SB3
+            `vec_normalize.VecNormalize.normalize_obs` makes one.
+        index: The row of `siblings` that this is.
+    """
+
+    siblings: np.ndarray | None = None
+    index: int = 0
+
+    @classmethod
+    def of_step(cls, observations: list[np.ndarray]) -> list[TerminalObservation]:
+        """Return the terminal observations of one step, (L,) each, with their siblings."""
+        siblings = np.stack(observations)  # (K, L)
+        rows = [observation.view(cls) for observation in observations]
+        for index, row in enumerate(rows):
+            row.siblings, row.index = siblings, index
+        return rows
+
+
+@dataclass(frozen=True)
+class TerminalRow:
+    """Which of the terminal observations of a step a tensor holds.
+
+    Attributes:
+        siblings: The terminal observations of that step, (K, L).
+        index: The row of `siblings`.
+    """
+
+    siblings: np.ndarray
+    index: int
+
+
+# On the log-probabilities of `LMPolicy.forward`: which tokens each row was sampled from, (B, V) bool; no note for all.
+ALLOWED: Note[Tensor] = Note("allowed")
+# On the values of `LMPolicy.forward`: the model that computed them, so that the buffer can have it read sequences.
+READ_BY: Note[LMActorCritic] = Note("read_by")
+# On the observation that `LMPolicy.obs_to_tensor` returns of a `TerminalObservation`.
+TERMINAL: Note[TerminalRow] = Note("terminal")

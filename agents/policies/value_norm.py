@@ -1,0 +1,126 @@
+"""Normalised values: a critic that predicts returns in units of their own mean and deviation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..distributed.collectives import moments
+from ..distributed.world import world
+from ..models.critic import ValueHead
+
+VALUE_NORMS = ("norm", "popart")
+DECAY = 0.9  # the factor by which each later rollout lowers a rollout's weight: about the last ten count
+MIN_DEVIATION = 1e-4  # returns that are all equal must not be divided by 0
+
+
+class Scale(NamedTuple):
+    """A mean and a deviation, in units of reward."""
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """Convert values from units of reward to units of this scale, float32."""
+        return ((values - self.mean) / self.deviation).astype(np.float32)
+
+
+class ValueNorm(nn.Module):
+    """The running mean and deviation of returns: the units of a critic's outputs and of the value loss.
+
+    Rewards of any size give a critic targets of about mean 0 and deviation 1, so that neither its learning rate nor
+    `vf_coef` nor `clip_range_vf` depends on that size. The statistics are averages over rollouts with exponentially
+    decaying weights, corrected for the zeros that they start from (as in MAPPO; Yu et al., 2022, section 5.1). When
+    they move from mean m and deviation s to m' and s',
+
+    * "norm" leaves the critic as it is, so that the same outputs mean other values until it has learnt;
+    * "popart" rescales its last layer, w' = w s / s' and b' = (b s + m - m') / s', so that its values stay (van Hasselt
+      et al., 2016, "preserving outputs precisely", proposition 1).
+
+    Mean and deviation are buffers: files and checkpoints of the policy hold them.
+
+    Args:
+        kind: "norm" or "popart".
+
+    Example:
+        >>> import torch
+        >>> from agents.policies.value_norm import ValueNorm
+        >>> norm = ValueNorm("norm")
+        >>> norm.update(torch.tensor([90.0, 110.0]))
+        >>> norm.scale(), norm.denormalize(torch.tensor([0.0, 1.0])).tolist()
+        (Scale(mean=100.0, deviation=10.0), [100.0, 110.0])
+    """
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind not in VALUE_NORMS:
+            raise ValueError(f"Expected `value_norm` to be None or one of {list(VALUE_NORMS)}, got {kind!r}.")
+        self.keeps_values = kind == "popart"
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("weight", torch.zeros(()))  # the sum of the weights of n rollouts: 1 - DECAY^n
+
+    def scale(self) -> Scale:
+        """Return the mean and the deviation of the returns so far; 0 and 1 before the first."""
+        return Scale(float(self.mean), float(self._deviation()))
+
+    def denormalize(self, outputs: Tensor) -> Tensor:
+        """Return a critic's outputs in units of reward."""
+        return outputs * self._deviation() + self.mean
+
+    def _deviation(self) -> Tensor:
+        return self.variance.sqrt().clamp(min=MIN_DEVIATION)
+
+    @torch.no_grad()
+    def update(self, returns: Tensor, last_layer: nn.Linear | None = None) -> None:
+        """Include the returns of a rollout, of all processes, in the statistics.
+
+        Args:
+            returns: The returns of this process, (N,), in units of reward.
+            last_layer: The critic's last layer, which "popart" rescales.
+        """
+        mean, deviation = self.mean.clone(), self._deviation()
+        self.weight.mul_(DECAY).add_(1 - DECAY)
+        share = (1 - DECAY) / self.weight  # of this rollout in the averages; 1 for the first
+        if world() is None:
+            new_mean, new_variance = returns.mean(), returns.var(correction=0)
+        else:
+            new_mean, new_variance = map(returns.new_tensor, moments("returns", returns.cpu().numpy())[1:])
+        shift = new_mean - self.mean
+        # Equals the decaying mean of x^2 less the square of that of x, which would round badly where the mean is large.
+        new_variance = new_variance + (1 - share) * shift.square()
+        self.variance.lerp_(new_variance, share)
+        self.mean.add_(share * shift)
+        if self.keeps_values:
+            assert last_layer is not None, "checked when the policy is built"
+            last_layer.weight.mul_(deviation / self._deviation())
+            last_layer.bias.mul_(deviation).add_(mean - self.mean).div_(self._deviation())
+
+
+def scales_of(norm: ValueNorm | None, critic: nn.Module, returns: list[np.ndarray]) -> tuple[Scale, Scale]:
+    """Include a rollout's returns in the statistics, and return the units of its minibatches.
+
+    Args:
+        norm: The statistics; None where values are in units of reward.
+        critic: The critic.
+        returns: The returns of each sequence that is trained, (n,) each, in units of reward.
+
+    Returns:
+        The scale of old values and the scale of returns.
+    """
+    if norm is None or (not returns and world() is None):
+        return Scale(), Scale()
+    assert isinstance(critic, ValueHead), "checked when the policy is built"
+    earlier = norm.scale()
+    all_returns = np.concatenate([np.zeros(0, dtype=np.float32), *returns])  # (N,)
+    norm.update(torch.as_tensor(all_returns, device=norm.mean.device), critic.linear)
+    # SB3 `PPO.train` clips values around the old ones: they must be the critic's outputs before its first step. Under
+    # "norm" those are still in the earlier units, since its last layer was not rescaled.
+    return (norm.scale() if norm.keeps_values else earlier), norm.scale()

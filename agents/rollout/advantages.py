@@ -1,0 +1,92 @@
+"""Advantages: of episodes within their group, without a critic, and of episodes that span several rollouts."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from ..distributed.collectives import moments
+from ..distributed.world import world
+from .transitions import Transitions
+
+Advantage = Literal["gae", "grpo", "grpo_mean", "rloo"]
+
+SMALL = 1e-4  # keeps differences that are rounding or noise from becoming advantages of about 1
+
+
+def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advantage) -> np.ndarray:
+    """Return the advantage of each episode over the others that began with the same prompt.
+
+    With the return r of an episode, and the mean and deviation over the n episodes of its group:
+
+    - "grpo": (r - mean) / (deviation + 1e-4), where the deviation divides by n - 1 (Shao et al., 2024, DeepSeekMath,
+      section 4.1.2);
+    - "grpo_mean": r - mean, so that hard and easy prompts count alike (Liu et al., 2025, Dr. GRPO, section 3.2);
+    - "rloo": r - the mean of the other episodes (Ahmadian et al., 2024, section 3.3), which is n / (n - 1) times the
+      one before.
+
+    In a group of one episode, or of equal returns, all advantages are exactly 0.
+
+    Args:
+        returns: The sum of rewards of each episode, (E,).
+        groups: The number of each episode's group, (E,), in any order.
+        advantage: One of the three above.
+
+    Returns:
+        (E,) float32.
+
+    Example:
+        >>> group_advantages(np.array([1.0, 0.0, 0.0, 5.0]), np.array([7, 7, 7, 8]), "rloo").tolist()
+        [1.0, -0.5, -0.5, 0.0]
+    """
+    advantages = np.zeros(len(returns))
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)  # (n,)
+        if len(members) == 1:
+            continue
+        shifted = returns[members].astype(np.float64) - returns[members[0]]  # makes equal returns exactly 0
+        centred = shifted - shifted.mean()
+        if advantage == "grpo":
+            centred /= centred.std(ddof=1) + SMALL
+        elif advantage == "rloo":
+            centred *= len(members) / (len(members) - 1)
+        advantages[members] = centred
+    return advantages.astype(np.float32)
+
+
+def carry(part: Transitions, advantage: float, next_value: float, gamma: float, gae_lambda: float) -> None:
+    """Recompute the advantages and returns of an episode's part, in place, from the transition that follows it.
+
+    SB3 `buffers.RolloutBuffer.compute_returns_and_advantage` ends the estimation (Schulman et al., 2016, equation 16)
+    at the end of a rollout, with the value of the last observation; here it goes on into the next rollout.
+
+    Args:
+        part: The transitions of the part, (n,) each.
+        advantage: The advantage of the transition that follows it; 0 at the end of the episode.
+        next_value: The value of that transition; 0 at the end of the episode.
+        gamma: Discount factor.
+        gae_lambda: The trade-off of the estimation.
+    """
+    for i in reversed(range(len(part.rewards))):
+        delta = part.rewards[i] + gamma * next_value - part.values[i]
+        advantage = delta + gamma * gae_lambda * advantage
+        part.advantages[i] = advantage
+        next_value = part.values[i]
+    part.returns[:] = part.advantages + part.values
+
+
+def mean_and_deviation(advantages: np.ndarray) -> tuple[float | np.float32, float | np.float32]:
+    """Return the mean and the deviation that normalise advantages, (N,), over those of all processes.
+
+    They are 0 and 1 where there are fewer than two advantages. As in SB3 `PPO.train`, the deviation divides by N - 1
+    and has 1e-8 added.
+    """
+    if world() is None:
+        n, mean, deviation = len(advantages), 0.0, 1.0
+        if n > 1:  # in float32, as in SB3
+            mean, deviation = advantages.mean(), advantages.std(ddof=1) + np.float32(1e-8)
+        return mean, deviation
+    n, mean, variance = moments("advantages", advantages)
+    return (np.float32(mean), np.float32(math.sqrt(variance * n / (n - 1)) + 1e-8)) if n > 1 else (0.0, 1.0)

@@ -1,0 +1,356 @@
+"""The rollout buffer of whole sequences, which an update reads in one forward each."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol, get_args
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from torch import Tensor
+
+from textenv.episodes.scores import RewardError
+from textenv.lanes.finished_episodes import Place
+
+from ..distributed.collectives import raise_together
+from ..distributed.world import world
+from ..models.sequences import SequenceBatch, pad_sequences
+from ..models.token_sets import AllowedTokens, TokenSets
+from ..policies.actor_critic import LMActorCritic
+from ..policies.tensor_notes import ALLOWED, READ_BY
+from ..policies.value_norm import Scale, scales_of
+from .advantages import Advantage, mean_and_deviation
+from .ended_episodes import EndedEpisode, RolloutGroups
+from .importance import Correction
+from .minibatches import deal
+from .segments import SegmentRecorder
+from .trained_sequences import FinishedRollout, choose_groups, choose_sequences
+from .transitions import RolloutView, Segment, SequenceSamples, Transitions, joined
+
+DATA_PARALLEL = "DataParallel"  # the key of the step without which several processes do not train
+
+
+class BeforeReturns(Protocol):
+    """A step that works on a complete rollout before returns are computed, as the buffer sees a `RolloutStep`."""
+
+    @property
+    def key(self) -> str:
+        """Its name in saved models and checkpoints."""
+
+    @property
+    def order(self) -> int:
+        """When it runs among the others: lower ones first."""
+
+    def begin(self) -> None:
+        """Prepare for a rollout that begins."""
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Change `buffer.rewards`, (T, B), in place."""
+
+
+class SequenceRolloutBuffer(RolloutBuffer):
+    """Stores a rollout as token sequences and numbers, and yields minibatches of whole sequences.
+
+    The stock buffer stores the whole prefix with every token, and the update reads each prefix. Here a sequence is
+    stored once, and read in one forward an epoch, with the same loss and gradient. It works under unmodified PPO and
+    A2C, with `LMPolicy`, and stores nothing of the size of the vocabulary.
+
+    `batch_size` stays in transitions: each epoch has exactly `n_steps * n_envs / batch_size` minibatches, of whole
+    sequences and about equal numbers of transitions, in a new random order.
+
+    A critic with a trunk of its own is not run at every step, but at the end of the rollout over whole sequences. With
+    `value_norm` the `old_values` and `returns` of minibatches are in the critic's units; the buffer's own `values` and
+    `returns`, from which SB3 computes advantages and the explained variance, are in units of reward.
+
+    Args:
+        buffer_size: The number of steps of a rollout, T.
+        observation_space: The env's.
+        action_space: The env's, `Discrete(V)`.
+        device: The device of minibatches.
+        gae_lambda: The trade-off of generalized advantage estimation (Schulman et al., 2016, equation 16).
+        gamma: Discount factor; 1.0 suits text.
+        n_envs: The number of lanes, B.
+        normalize_advantage: Normalise advantages to mean 0 and deviation 1 over the whole rollout. Pass
+            `normalize_advantage=False` to PPO with it: within a minibatch of few sequences it destroys learning.
+        complete_episodes: Train only episodes that have ended. Segments of the others wait, with the log-probabilities
+            with which they were sampled, for the rollout in which their episode ends. Scores that come at the end of an
+            episode reach all its tokens only so.
+        micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
+        advantage: "gae", or one that needs no critic (pass `vf_coef=0`): "grpo", "grpo_mean" or "rloo" compare the
+            episodes of a prompt (see `group_advantages`), for an env with `samples_per_prompt` and the step
+            `SampleGroups`. All tokens of an episode have the same advantage; the return of an episode is the plain sum
+            of its rewards, a KL penalty included. Implies `complete_episodes`; a critic's targets stay those of "gae".
+        expected_steps: The keys of the steps that must be in `before_returns`; the steps write them themselves.
+
+    Attributes:
+        before_returns: The steps that run on the complete rollout, in order, before returns are computed: late scores,
+            a KL penalty. Callbacks attach them (see `RolloutStep`). They are not stored with a saved model, whose
+            training raises until they are attached again.
+        log_probs: The log-probabilities by the policy, (T, B), in nats.
+        behaviour_log_probs: Those by the model that sampled: the same array, unless another engine did (see
+            `EngineRollouts`). Importance weights then multiply the advantages of minibatches.
+        trained: The sequences of the complete rollout that are trained.
+
+    Raises:
+        ValueError: For an unknown `advantage`, or `normalize_advantage` with another one than "gae".
+
+    Example:
+        >>> from agents import SequenceRolloutBuffer
+        >>> from stable_baselines3 import PPO
+        >>> options = dict(rollout_buffer_class=SequenceRolloutBuffer,
+        ...                rollout_buffer_kwargs=dict(normalize_advantage=True), normalize_advantage=False)
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: torch.device | str = "auto",
+        gae_lambda: float = 1,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+        normalize_advantage: bool = False,
+        complete_episodes: bool = False,
+        micro_batch_tokens: int | None = None,
+        advantage: Advantage = "gae",
+        expected_steps: Sequence[str] = (),
+    ) -> None:
+        if advantage not in get_args(Advantage):
+            raise ValueError(f"Expected `advantage` to be one of {list(get_args(Advantage))}, got {advantage!r}.")
+        if advantage != "gae" and normalize_advantage:
+            raise ValueError(
+                f"Expected normalize_advantage=False with advantage={advantage!r}, got True: over the whole rollout it "
+                "would undo the comparison within groups."
+            )
+        self.normalize_advantage = normalize_advantage
+        self.advantage: Advantage = advantage
+        self.complete_episodes = complete_episodes or advantage != "gae"
+        self.micro_batch_tokens = micro_batch_tokens
+        self.expected_steps = list(expected_steps)
+        self.before_returns: list[BeforeReturns] = []
+        self.correction: Correction | None = None  # where another engine samples; see `EngineRollouts`
+        self.waiting: dict[int, Transitions] = {}  # by lane: the earlier segments of its unfinished episode
+        self.waiting_episodes: dict[Place, EndedEpisode] = {}  # whole episodes whose group is not whole yet
+        # By key: the states of steps, from a checkpoint, until the steps are attached.
+        self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self.remembering: dict[str, Any] = {}  # by key: callbacks whose observations checkpoints keep
+        self.remembered: dict[str, dict[str, Any]] = {}  # by key: their states, from a checkpoint, until they ask
+        # Seeded from numpy's global generator, which SB3 `utils.set_random_seed` has seeded, and separate from then on:
+        # an evaluation or a user's reward that draws from that one does not change the order of minibatches.
+        self.rng = np.random.default_rng(np.random.randint(2**31))
+        assert isinstance(action_space, spaces.Discrete)
+        self.token_sets = TokenSets(int(action_space.n))
+        super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
+
+    def reset(self) -> None:
+        """Make room for a new rollout; segments that wait for the end of their episode stay."""
+        # SB3 `buffers.BaseBuffer.__init__` sets `pos` to 0. In between, a rollout was broken off: the tokens that would
+        # join the waiting segments are lost.
+        if 0 < self.pos < self.buffer_size:
+            self.waiting.clear()
+            self.waiting_episodes.clear()
+        self.token_sets = self.token_sets.only(self.waiting_sets())
+        self.is_masked = len(self.token_sets.sets) > 1  # whether some tokens were sampled from a part of the vocabulary
+        shape = (self.buffer_size, self.n_envs)
+        self.observations = np.zeros((0,), dtype=np.int64)  # not stored: the segments have the tokens
+        self.actions = np.zeros(shape, dtype=np.int32)
+        self.cols = np.zeros(shape, dtype=np.int32)  # the column of the row at which logits and value are read
+        self.allowed = np.zeros(shape, dtype=np.int32)  # the number of the token set; 0 is the whole vocabulary
+        for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
+            setattr(self, name, np.zeros(shape, dtype=np.float32))
+        self.behaviour_log_probs = self.log_probs
+        self._device_values: list[Tensor] = []  # (B,) each
+        self._device_log_probs: list[Tensor] = []  # (B,) each
+        self._lm: LMActorCritic | None = None  # the model of the policy, while the rollout is collected
+        self._value_scale = self._return_scale = Scale()
+        self._recorder = SegmentRecorder(self.n_envs)
+        self.segments: list[Segment] = []  # of the complete rollout
+        self.groups: RolloutGroups | None = None
+        self.dropped: set[tuple[int, int]] = set()  # the last step and the lane of episodes that are not trained
+        self.dones = np.zeros(self.n_envs, dtype=bool)
+        self.generator_ready = False
+        self.pos, self.full = 0, False
+        for step in self.before_returns:
+            step.begin()
+
+    def waiting_sets(self) -> list[np.ndarray]:
+        """Return the numbers of the token sets of each waiting segment: the segments' own arrays, to be renumbered."""
+        parts = [*self.waiting.values(), *(episode.part for episode in self.waiting_episodes.values())]
+        return [part.allowed for part in parts]
+
+    def add(
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: Tensor,
+        log_prob: Tensor,
+    ) -> None:
+        """Add one step of all lanes; values and log-probabilities stay on their device until the rollout ends.
+
+        SB3 `on_policy_algorithm.collect_rollouts` calls it after the env's step, with the observations before it.
+
+        Args:
+            obs: The observations, (B, L).
+            action: The tokens, (B,) or (B, 1).
+            reward: The rewards, (B,).
+            episode_start: Whether the observations begin an episode, (B,).
+            value: The values, (B, 1), with the note `READ_BY`.
+            log_prob: The log-probabilities of the tokens, (B,), with the note `ALLOWED` where not all were allowed.
+        """
+        if self.pos == 0:
+            self._lm = READ_BY.read(value)
+            if self._lm is not None:
+                self._lm.defer_values()
+        self.actions[self.pos] = np.asarray(action).reshape(self.n_envs)
+        self.rewards[self.pos] = reward
+        self.episode_starts[self.pos] = episode_start
+        self.cols[self.pos] = self._recorder.add(self.pos, obs, episode_start) - 1
+        allowed = ALLOWED.read(log_prob)
+        if allowed is not None:
+            self.is_masked = True
+            self.allowed[self.pos] = self.token_sets.add(allowed.cpu().numpy())
+        self._device_values.append(value.detach().flatten())
+        self._device_log_probs.append(log_prob.detach().flatten())
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
+        """Run `before_returns`, compute returns as SB3 does, and choose the sequences that are trained.
+
+        Args:
+            last_values: The values of the observations after the last step, (B,) or (B, 1), in units of reward.
+            dones: Whether each lane's last step ended an episode, (B,).
+
+        Raises:
+            RuntimeError: If a step that the model was trained with is missing from `before_returns`, or `SampleGroups`
+                with an advantage within groups.
+            RewardError: If the reward dropped all episodes that ended.
+        """
+        self.values = torch.stack(self._device_values).float().cpu().numpy()  # (T, B)
+        self.log_probs = torch.stack(self._device_log_probs).float().cpu().numpy()
+        self.behaviour_log_probs = self.log_probs
+        self._device_values, self._device_log_probs = [], []
+        self.dones = np.asarray(dones, dtype=bool)
+        self.segments = self._recorder.finish(self.buffer_size, self.dones)
+        if self._lm is not None:
+            self._value_sequences(self._lm)
+        attached = {step.key for step in self.before_returns}
+        missing = [key for key in self.expected_steps if key not in attached]
+        if missing:
+            raise RuntimeError(
+                f"Expected the steps {missing} before returns: the model was trained with them. Pass them as callbacks "
+                "to learn() again, or go on without them after model.rollout_buffer.expected_steps.clear()."
+            )
+        for step in self.before_returns:
+            step(self)
+        if self.advantage != "gae" and self.groups is None:
+            raise RuntimeError(
+                f"Expected the step SampleGroups with advantage={self.advantage!r}: pass it as a callback to learn()."
+            )
+        super().compute_returns_and_advantage(last_values.float(), dones)
+        self._choose_sequences()
+        if self._lm is not None:
+            returns = [part.returns for part in self.trained]
+            self._value_scale, self._return_scale = scales_of(self._lm.value_norm, self._lm.critic, returns)
+        self._lm = None
+
+    def _value_sequences(self, lm: LMActorCritic) -> None:
+        """Compute the values that were deferred, in one forward a sequence."""
+        if lm.settle_values():
+            view = self.view()
+            with torch.no_grad():
+                values = lm.in_reward_units(lm.sequence_values(view.batch))
+            self.values[view.steps, view.lanes] = values.cpu().numpy()
+
+    def view(self) -> RolloutView:
+        """Return the rollout as whole sequences, over which a step of `before_returns` can run a model."""
+        counts = [segment.end - segment.start for segment in self.segments]
+        steps = np.concatenate([np.arange(segment.start, segment.end) for segment in self.segments])  # (N,)
+        lanes = np.repeat([segment.lane for segment in self.segments], counts)  # (N,)
+        rows = np.repeat(np.arange(len(counts)), counts)  # (N,)
+        tokens, lengths = pad_sequences([segment.tokens for segment in self.segments], self.device)  # (S, T), (S,)
+        allowed = self._allowed(self.allowed[steps, lanes])
+        n_prompt = np.array([segment.n_prompt for segment in self.segments])
+        cols = self.cols[steps, lanes]
+        batch = SequenceBatch(tokens, lengths, rows, cols, self.micro_batch_tokens, allowed, n_prompt)
+        return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device).long(), steps, lanes)
+
+    def _allowed(self, numbers: np.ndarray) -> AllowedTokens | None:
+        return AllowedTokens(self.token_sets, numbers) if self.is_masked else None
+
+    def _choose_sequences(self) -> None:
+        """Choose the sequences that are trained, and compute the mean and deviation of their advantages."""
+        rollout = FinishedRollout(
+            self.segments, self._transitions, self.episode_starts, self.dropped, self.gamma, self.gae_lambda
+        )
+        if self.groups is None:
+            self.trained = choose_sequences(rollout, self.waiting if self.complete_episodes else None)
+        else:
+            self.trained, self.waiting_episodes = choose_groups(
+                rollout, self.waiting, self.waiting_episodes, self.groups, self.advantage
+            )
+        n_dropped = self.trained.n_dropped
+        none_left = RewardError(
+            f"Expected an episode to train on, got none: the reward dropped all {n_dropped} that ended. Let it raise "
+            "in place of dropping, to see the causes (on_failure='raise'), or raise n_steps."
+        )
+        raise_together(none_left if n_dropped and not len(self.trained) else None)
+        self._mean: float | np.float32 = 0.0
+        self._deviation: float | np.float32 = 1.0
+        if self.normalize_advantage:
+            parts = [part.advantages for part in self.trained]
+            self._mean, self._deviation = mean_and_deviation(np.concatenate([np.zeros(0, dtype=np.float32), *parts]))
+
+    def _transitions(self, segment: Segment) -> Transitions:
+        steps_of_lane = (slice(segment.start, segment.end), segment.lane)
+        return Transitions(*(getattr(self, name)[steps_of_lane] for name in Transitions._fields))
+
+    def get(self, batch_size: int | None = None) -> Generator[SequenceSamples, None, None]:  # type: ignore[override]
+        """Yield one epoch of minibatches of whole sequences.
+
+        Args:
+            batch_size: The transitions of a minibatch of all processes, on average; None yields all at once.
+
+        Raises:
+            ValueError: If it does not divide the rollout, or if there are fewer sequences than minibatches. Where
+                dropped episodes are the cause, there are fewer minibatches instead.
+            RuntimeError: In several processes without the step `DataParallel`.
+        """
+        assert self.full, "the rollout is not complete"
+        if world() is not None and not any(step.key == DATA_PARALLEL for step in self.before_returns):
+            raise RuntimeError(
+                "Expected the callback DataParallel() in several processes, got none: build the model with make_agent, "
+                "or pass it to learn(). It checks settings, and logs for all."
+            )
+        counts, n_transitions = self.trained.counts, self.buffer_size * self.n_envs
+        groups = deal(counts, self.trained.n_dropped, n_transitions, batch_size, self.rng)
+        self.generator_ready = True
+        for group, share in groups:
+            samples = self._samples(group)
+            samples.observations.share, samples.observations.old_log_probs = share, samples.old_log_prob
+            yield samples
+
+    def _samples(self, group: np.ndarray) -> SequenceSamples:
+        part = joined([self.trained.transitions(i) for i in group])
+        segments = [self.trained.segment(i) for i in group]
+        rows = np.repeat(np.arange(len(group)), self.trained.counts[group])  # (N,)
+        tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
+        n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
+        advantages = (part.advantages - self._mean) / self._deviation  # (N,)
+        # After the normalisation: the mean that is subtracted is an unbiased baseline only if it is weighted too.
+        if self.correction is not None:
+            advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, rows)
+        values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
+        numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
+        return SequenceSamples(
+            SequenceBatch(
+                tokens, lengths, rows, part.cols, self.micro_batch_tokens, self._allowed(part.allowed), n_prompt
+            ),
+            torch.as_tensor(part.actions, device=self.device).long(),
+            *(torch.as_tensor(array, device=self.device) for array in numbers),  # type: ignore[arg-type]
+        )

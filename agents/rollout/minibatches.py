@@ -1,0 +1,103 @@
+"""The division of a rollout's sequences among the minibatches of an epoch."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from ..distributed.collectives import gather
+
+MIN_SEQUENCES = 4  # with fewer in a minibatch, training did not learn reliably
+SPREAD = 0.3  # enough noise on the lengths that two epochs hardly ever have a minibatch in common
+
+
+def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: int) -> int:
+    """Return the number of minibatches of an epoch.
+
+    It depends on sizes alone, so that all processes of a job count the same.
+
+    Args:
+        n_transitions: The transitions of the rollout: steps times lanes.
+        batch_size: The transitions of a minibatch, on average; None for one minibatch of all.
+        n_sequences: The number of whole sequences.
+
+    Raises:
+        ValueError: If `batch_size` does not divide the rollout, or there are fewer sequences than minibatches.
+    """
+    if batch_size is not None and n_transitions % batch_size != 0:
+        raise ValueError(
+            f"Expected `batch_size` to divide n_steps * n_envs = {n_transitions}, got {batch_size}: each epoch has the "
+            "same number of minibatches of whole sequences."
+        )
+    n_minibatches = 1 if batch_size is None else n_transitions // batch_size
+    if n_sequences < n_minibatches:
+        raise ValueError(
+            f"Expected at least one sequence for each of {n_minibatches} minibatches, got {n_sequences}: raise "
+            "batch_size, or n_steps or n_envs (with complete_episodes, more steps finish more episodes)."
+        )
+    if n_sequences < MIN_SEQUENCES * n_minibatches:
+        warnings.warn(
+            f"{n_sequences} sequences in {n_minibatches} minibatches are fewer than {MIN_SEQUENCES} in each: "
+            "advantages can hardly be told from noise. Raise batch_size, and n_envs where the rollout is no larger.",
+            stacklevel=3,
+        )
+    return n_minibatches
+
+
+def even_groups(counts: np.ndarray, n_groups: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Deal sequences to groups at random, about equal in transitions; return the indices of each group's sequences.
+
+    Args:
+        counts: The transitions of each sequence, (S,).
+        n_groups: The number of groups.
+        rng: The source of the randomness.
+    """
+    # The longest first, each to the group with the fewest transitions, fills groups evenly.
+    keys = counts * rng.uniform(1 - SPREAD, 1 + SPREAD, size=len(counts))
+    groups: list[list[int]] = [[] for _ in range(n_groups)]
+    loads = np.zeros(n_groups)
+    for sequence in np.argsort(-keys):
+        lightest = int(loads.argmin())
+        groups[lightest].append(int(sequence))
+        loads[lightest] += counts[sequence]
+    return [np.array(groups[i]) for i in rng.permutation(n_groups)]
+
+
+def deal(
+    counts: np.ndarray, n_dropped: int, n_transitions: int, batch_size: int | None, rng: np.random.Generator
+) -> list[tuple[np.ndarray, float | None]]:
+    """Deal the sequences of a rollout to the minibatches of an epoch; each process of a job has as many minibatches.
+
+    Args:
+        counts: The transitions of each sequence of this process, (S,).
+        n_dropped: The number of sequences that were left out.
+        n_transitions: The transitions of this process's rollout: steps times lanes.
+        batch_size: The transitions of a minibatch of all processes, on average; None for one minibatch of all.
+        rng: The source of the randomness.
+
+    Returns:
+        For each minibatch the indices of its sequences and, with several processes, the weight of its losses in this
+        one (see `SharedGradient`). A process without a sequence for a minibatch gets sequence 0 with a weight of 0,
+        since each process must take part in each backward pass.
+
+    Raises:
+        ValueError: As `count_minibatches`; and in all processes, where one of them has no sequence at all.
+    """
+    sizes = gather("minibatches", (len(counts), n_dropped))
+    n_sequences = sum(size[0] for size in sizes)
+    n = count_minibatches(n_transitions * len(sizes), batch_size, n_sequences + sum(size[1] for size in sizes))
+    n = min(n, n_sequences)  # dropped episodes can leave fewer sequences than minibatches
+    if len(sizes) == 1:
+        return [(group, None) for group in even_groups(counts, n, rng)]
+    idle = [rank for rank, size in enumerate(sizes) if size[0] == 0]
+    if idle:
+        raise ValueError(
+            f"Expected a sequence to train on in each of {len(sizes)} processes, got none in rank {idle}: raise n_envs "
+            "or n_steps, or start fewer processes."
+        )
+    groups = even_groups(counts, n, rng)
+    trained = np.array([int(counts[group].sum()) if len(group) else 0 for group in groups])  # (n,)
+    total = np.sum(gather("the weights of minibatches", trained), axis=0)  # (n,), over processes
+    shares = trained * len(sizes) / np.maximum(total, 1)  # (n,)
+    return [(group if len(group) else np.array([0]), float(share)) for group, share in zip(groups, shares, strict=True)]

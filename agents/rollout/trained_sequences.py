@@ -1,0 +1,162 @@
+"""The choice of the sequences of a finished rollout that are trained now, and of those that wait for a later one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from textenv.lanes.finished_episodes import Place
+
+from .advantages import Advantage, carry, group_advantages
+from .ended_episodes import EndedEpisode, RolloutGroups
+from .transitions import Segment, Transitions, joined
+
+
+class FinishedRollout(NamedTuple):
+    """A rollout with its returns, as the choice below reads it.
+
+    Attributes:
+        segments: The runs of each lane inside one episode, in the order in which they ended.
+        read: Returns the transitions of a segment, as views of the buffer's arrays.
+        episode_starts: Whether an episode began at a step of a lane, (T, B).
+        dropped: The last step and the lane of each episode that is not to be trained on.
+        gamma: Discount factor.
+        gae_lambda: The trade-off of generalized advantage estimation.
+    """
+
+    segments: list[Segment]
+    read: Callable[[Segment], Transitions]
+    episode_starts: np.ndarray
+    dropped: set[tuple[int, int]]
+    gamma: float
+    gae_lambda: float
+
+    def is_dropped(self, segment: Segment) -> bool:
+        """Whether the episode that ended with a segment is not to be trained on."""
+        return (segment.end - 1, segment.lane) in self.dropped
+
+
+class TrainedSequence(NamedTuple):
+    """A sequence that is trained."""
+
+    segment: Segment
+    copied: Transitions | None  # where they are not one segment of this rollout; None: they are read when needed
+
+
+class TrainedSequences:
+    """The sequences that a rollout trains on.
+
+    The transitions of most of them stay in the buffer's arrays until a minibatch is made, so that nothing is stored
+    twice.
+
+    Args:
+        rollout: The rollout they are of.
+        sequences: The sequences, in order.
+        n_dropped: The number of ended episodes that are left out because the reward dropped them.
+    """
+
+    def __init__(self, rollout: FinishedRollout, sequences: list[TrainedSequence], n_dropped: int) -> None:
+        self._rollout, self._sequences, self.n_dropped = rollout, sequences, n_dropped
+        self.counts = np.array([len(part.actions) for part in self], dtype=np.int64)  # (S,) transitions of each
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Transitions]:
+        """Yield the transitions of each sequence."""
+        return map(self.transitions, range(len(self)))
+
+    def segment(self, sequence: int) -> Segment:
+        """Return the tokens of a sequence, and where it comes from."""
+        return self._sequences[sequence].segment
+
+    def transitions(self, sequence: int) -> Transitions:
+        """Return the transitions of a sequence."""
+        segment, copied = self._sequences[sequence]
+        return self._rollout.read(segment) if copied is None else copied
+
+
+def ended_sequences(rollout: FinishedRollout, waiting: dict[int, Transitions] | None) -> list[TrainedSequence]:
+    """Return the sequences of a rollout that can be trained on: all segments, or those that end an episode.
+
+    Args:
+        rollout: The rollout.
+        waiting: By lane, the transitions of its unfinished episode from earlier rollouts; brought up to date. None
+            where episodes are trained on in parts.
+    """
+    if waiting is None:
+        return [TrainedSequence(segment, None) for segment in rollout.segments]
+    sequences = []
+    for segment in rollout.segments:
+        later, copied = rollout.read(segment), None
+        earlier = waiting.pop(segment.lane, None)
+        if earlier is not None and not rollout.episode_starts[segment.start, segment.lane]:
+            # The advantages after the earlier part were not known when its rollout ended.
+            carry(earlier, later.advantages[0], later.values[0], rollout.gamma, rollout.gae_lambda)
+            later = copied = joined([earlier, later])
+        if segment.is_finished:
+            sequences.append(TrainedSequence(segment, copied))
+        else:
+            waiting[segment.lane] = joined([later])  # a copy: the next rollout overwrites the buffer's arrays
+    return sequences
+
+
+def choose_sequences(rollout: FinishedRollout, waiting: dict[int, Transitions] | None) -> TrainedSequences:
+    """Return the sequences of a rollout that are trained, without those whose episode was dropped.
+
+    Args:
+        rollout: The rollout.
+        waiting: As in `ended_sequences`.
+    """
+    ended = ended_sequences(rollout, waiting)
+    kept = [sequence for sequence in ended if not rollout.is_dropped(sequence.segment)]
+    return TrainedSequences(rollout, kept, len(ended) - len(kept))
+
+
+def choose_groups(
+    rollout: FinishedRollout,
+    waiting: dict[int, Transitions],
+    waiting_episodes: dict[Place, EndedEpisode],
+    groups: RolloutGroups,
+    advantage: Advantage,
+) -> tuple[TrainedSequences, dict[Place, EndedEpisode]]:
+    """Return the episodes whose group of samples is whole, without the dropped ones, and those that wait for theirs.
+
+    Args:
+        rollout: The rollout.
+        waiting: As in `ended_sequences`.
+        waiting_episodes: The episodes that waited for their group until now.
+        groups: The groups of the episodes that ended in the rollout.
+        advantage: How the episodes of a group are compared; "gae" not at all.
+    """
+    ended = TrainedSequences(rollout, ended_sequences(rollout, waiting), 0)
+    episodes = dict(waiting_episodes)
+    for i, part in enumerate(ended):
+        segment = ended.segment(i)
+        place = (groups.record.first_step + segment.end - 1, segment.lane)
+        episode = groups.ended(place, segment, part)
+        if episode is not None:
+            episodes[place] = episode._replace(is_dropped=rollout.is_dropped(segment))
+    whole, still_waiting = groups.split(episodes)
+    n_dropped = sum(episode.is_dropped for episode in whole.values())
+    whole = {place: episode for place, episode in whole.items() if not episode.is_dropped}
+    for place in whole.keys() & waiting_episodes.keys():  # a late score may have changed the rewards since
+        carry(whole[place].part, 0.0, 0.0, rollout.gamma, rollout.gae_lambda)
+    parts = [episode.part for episode in whole.values()]
+    if advantage != "gae" and parts:
+        returns = np.array([part.rewards.sum(dtype=np.float64) for part in parts])  # (E,)
+        ids = np.array([episode.group for episode in whole.values()])  # (E,)
+        advantages = group_advantages(returns, ids, advantage)  # (E,)
+        parts = [
+            part._replace(advantages=np.full_like(part.rewards, value))
+            for part, value in zip(parts, advantages, strict=True)
+        ]
+    sequences = [
+        TrainedSequence(Segment(lane, 0, len(part.actions), episode.tokens, True, episode.n_prompt), part)
+        for ((_, lane), episode), part in zip(whole.items(), parts, strict=True)
+    ]
+    kept = {place: episode._replace(part=joined([episode.part])) for place, episode in still_waiting.items()}
+    return TrainedSequences(rollout, sequences, n_dropped), kept

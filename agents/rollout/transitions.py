@@ -1,0 +1,82 @@
+"""The parts of a rollout: segments, their transitions in numbers, and minibatches of whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..models.sequences import SequenceBatch
+
+
+class Segment(NamedTuple):
+    """A run of steps of one lane, inside one episode and one rollout.
+
+    An episode that lasts longer than a rollout has a segment in each of them.
+    """
+
+    lane: int
+    start: int  # the first step
+    end: int  # one more than the last step
+    # (T,) int32: the row before the first step, then the actions but the last, of which nothing is asked
+    tokens: np.ndarray
+    is_finished: bool  # whether the episode ended with it
+    n_prompt: int  # the number of tokens that belong to the prompt
+
+
+class Transitions(NamedTuple):
+    """The transitions of one sequence in numbers, each array (n,); the fields are named as the buffer's arrays."""
+
+    cols: np.ndarray  # int32: the column of the sequence at which logits and value are read
+    actions: np.ndarray  # int32
+    rewards: np.ndarray
+    values: np.ndarray  # in units of reward
+    log_probs: np.ndarray  # in nats, by the policy
+    advantages: np.ndarray
+    returns: np.ndarray  # advantages + values, before any normalisation (invariant D1)
+    allowed: np.ndarray  # int32: the number of the token set that the action was sampled from; 0 is the vocabulary
+    # In nats, by the model that sampled: `log_probs` itself, in the same memory, unless another engine did.
+    behaviour_log_probs: np.ndarray
+
+    @property
+    def is_by_policy(self) -> bool:
+        """Whether the policy itself sampled: there is one array of log-probabilities."""
+        return np.may_share_memory(self.log_probs, self.behaviour_log_probs)
+
+
+def joined(parts: Sequence[Transitions]) -> Transitions:
+    """Return the transitions of all parts, one after the other, in new arrays.
+
+    Log-probabilities stay one array where they are one in all parts.
+    """
+    names = Transitions._fields[:-1]
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}  # (N,) each
+    if all(part.is_by_policy for part in parts):
+        return Transitions(**arrays, behaviour_log_probs=arrays["log_probs"])
+    return Transitions(**arrays, behaviour_log_probs=np.concatenate([part.behaviour_log_probs for part in parts]))
+
+
+class SequenceSamples(NamedTuple):
+    """A minibatch of N transitions of whole sequences.
+
+    The fields are those of SB3 `type_aliases.RolloutBufferSamples`, which `PPO.train` and `A2C.train` read.
+    """
+
+    observations: SequenceBatch
+    actions: Tensor  # (N,) int64
+    old_values: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    returns: Tensor
+    action_masks: None = None  # sb3-contrib `MaskablePPO.train` passes it on to the policy; the sequences carry masks
+
+
+class RolloutView(NamedTuple):
+    """A rollout of N transitions as whole sequences, with the index of each in the buffer's (T, B) arrays."""
+
+    batch: SequenceBatch
+    actions: Tensor  # (N,)
+    steps: np.ndarray  # (N,)
+    lanes: np.ndarray  # (N,)

@@ -1,0 +1,140 @@
+"""The checkpoints of a run: written between iterations, retried when the disk is full, and found again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from ..checkpoints.checkpoint import is_between_iterations, save_step
+from ..signals import Interrupts
+from ..checkpoints.manifest import newest_intact
+from ..errors import CommandError, Interrupted, NumericsError, StorageError, is_full
+from .folder import RunFolder
+from ..checkpoints.storage import explain
+
+BYTES_A_WEIGHT = 12  # a trained weight and its two moments of AdamW, 4 bytes each in float32
+
+
+class RunCheckpoints(BaseCallback):
+    """Callback that saves the run every `every` rollouts, at the end, and when a signal has asked to stop.
+
+    A checkpoint that cannot be written leaves the older ones intact; training goes on, and the checkpoint is tried
+    again after the next iteration. Rows of figures that wait for room on the disk are tried again, too, and written
+    first: a checkpoint must never be ahead of the rows.
+
+    Args:
+        run: The run's folder.
+        every: The number of rollouts from one checkpoint to the next.
+        keep: How many of the newest checkpoints stay.
+        interrupts: The requests to stop.
+        is_over: Called when a rollout starts: whether its first step will end the training.
+        say: Called with a line to show.
+
+    Raises:
+        Interrupted: After a signal, once the iteration is finished and saved.
+        StorageError: At the end, if the last checkpoint or the last rows could not be written.
+        NumericsError: If weights are not finite.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        every: int,
+        keep: int,
+        interrupts: Interrupts,
+        is_over: Callable[[], bool],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__()
+        if every < 1 or keep < 1:
+            raise ValueError(f"Expected checkpoint_every and keep_checkpoints to be 1 or more, got {every}, {keep}.")
+        self.run, self.every, self.keep = run, every, keep
+        self.interrupts, self.is_over, self.say = interrupts, is_over, say
+        self.failure: str | None = None
+        self.rows_failure: str | None = None
+
+    def _on_training_start(self) -> None:
+        self.saved = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._write_rows()
+        now = self.model.num_timesteps
+        size = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]  # tokens of a rollout
+        # `now` counts whole rollouts here; after a failure every one is due.
+        is_due = now // size % self.every == 0 or self.failure is not None
+        if now > self.saved and (is_due or self.interrupts.number or self.is_over()):
+            self._save()
+        if self.interrupts.number:
+            self._check()
+            raise Interrupted(
+                f"stopped after {now:,} tokens, saved; go on with: textenv train --resume {self.run.path}",
+                self.interrupts.number,
+            )
+
+    def _on_training_end(self) -> None:
+        self._write_rows()
+        if is_between_iterations(cast("OnPolicyAlgorithm", self.model)):
+            self._save()
+        self._check()  # an early stop comes in the first step of a rollout, and was saved when that started
+
+    def _check(self) -> None:
+        """Raise StorageError if rows or a checkpoint are still not written."""
+        failure = self.rows_failure if self.run.waiting else self.failure
+        if failure is not None:
+            raise StorageError(failure)
+
+    def _write_rows(self) -> None:
+        try:
+            self.run.write_waiting()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self.rows_failure = f"Rows could not be written, and wait: {explain(error, self.run.path)}"
+            self.say(self.rows_failure)
+
+    def _save(self) -> None:
+        if self.run.waiting:  # the rows of the tokens that the checkpoint counts must be on the disk first
+            self.failure = self.rows_failure
+            return
+        try:
+            save_step(cast("OnPolicyAlgorithm", self.model), self.run.checkpoints, self.keep)
+        except FloatingPointError as error:
+            raise NumericsError(str(error)) from error
+        except OSError as error:
+            self.failure = f"The checkpoint could not be written: {explain(error, self.run.path, needed(self.model))}"
+            self.say(self.failure)
+        else:
+            self.saved, self.failure = self.model.num_timesteps, None
+
+
+def needed(model: object) -> int:
+    """Return about how many bytes a checkpoint of a model takes."""
+    policy = cast("OnPolicyAlgorithm", model).policy
+    return sum(weight.numel() * (BYTES_A_WEIGHT if weight.requires_grad else 4) for weight in policy.parameters())
+
+
+def checkpoint_to_load(run: RunFolder, say: Callable[[str], None] | None = None) -> Path | None:
+    """Return the newest intact checkpoint of a run; None if none was ever written.
+
+    Args:
+        run: The run's folder.
+        say: Called with a line for each newer one that is damaged; without it, a damaged one is an error.
+
+    Raises:
+        CommandError: If the newest is damaged and `say` is None, or if all are.
+    """
+    checkpoint, damage = newest_intact(run.checkpoints)
+    newest = "no checkpoint is intact" if checkpoint is None else f"newest intact: step {int(checkpoint.name[5:])}"
+    if damage and (say is None or checkpoint is None):
+        raise CommandError(f"{damage[0].rstrip('.')}; {newest}.")
+    for message in damage:
+        if say is not None:
+            say(f"{message.rstrip('.')}; {newest}, going on from there.")
+    return checkpoint

@@ -1,0 +1,73 @@
+"""The dry run: one rollout and one update, which show that a configuration works and what the whole run would take."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+
+import torch
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import Logger
+
+from .assemble import Parts, assemble, training_callbacks, trust_of
+from .config import TrainConfig, TrainOptions
+from ..evaluation.evaluation import evaluate
+from ..callbacks.finite_updates import FiniteUpdates
+from ..errors import Exit
+from .checkpoints import needed
+from .screens import clock
+from ..checkpoints.storage import size
+
+
+class Stopwatch(BaseCallback):
+    """A callback that notes the end of the rollout, by a monotonic clock, in seconds."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.end = time.monotonic()
+
+
+def dry_run(config: TrainConfig, options: TrainOptions) -> int:
+    """Train for one iteration, evaluate once, and print time, memory and disk space of the whole run. Write no file.
+
+    Returns:
+        The exit code.
+    """
+    trust = trust_of(options)
+    parts = assemble(config, trust, progress_bar=not options.quiet)
+    agent, watch = parts.agent, Stopwatch()
+    agent.set_logger(Logger(None, []))
+    start = time.monotonic()
+    tokens = agent.n_steps * agent.n_envs
+    agent.learn(tokens, callback=CallbackList([*training_callbacks(config, trust), FiniteUpdates(), watch]))
+    end = time.monotonic()
+    evaluation = _seconds_of_evaluation(parts)
+    n_iterations = math.ceil(config.total_tokens / tokens)
+    n_evaluations = 1 + math.ceil(config.total_tokens / max(config.evaluation.every, tokens))
+    total = (end - start) * n_iterations + evaluation * n_evaluations
+    print(f"rollout of {tokens:,} tokens: {watch.end - start:.2f} s; its update: {end - watch.end:.2f} s")
+    print(f"evaluation: {evaluation:.2f} s, {n_evaluations} times")
+    print(f"the whole run, {config.total_tokens:,} tokens: about {clock(total)} (h:mm:ss)")
+    print(f"memory at most: {_memory(parts)}")
+    print(f"disk: about {size(needed(agent) * (config.keep_checkpoints + 1))}")
+    return Exit.DONE
+
+
+def _seconds_of_evaluation(parts: Parts) -> float:
+    start = time.monotonic()
+    prompts = list(parts.held_out.prompts)[: parts.config.evaluation.n_prompts]
+    options = {"env": parts.held_out, "n": parts.config.evaluation.n}
+    evaluate(parts.agent, prompts, parts.tokenizer, parts.metrics, **options)  # type: ignore[arg-type]
+    return time.monotonic() - start
+
+
+def _memory(parts: Parts) -> str:
+    unit = 1 if sys.platform == "darwin" else 1024  # `ru_maxrss` is in bytes on macOS, in KiB on Linux
+    main = size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if parts.agent.device.type != "cuda":
+        return main
+    return f"{size(torch.cuda.max_memory_allocated(parts.agent.device))} on the device, {main} in main memory"

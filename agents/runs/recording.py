@@ -1,0 +1,140 @@
+"""The callbacks that write a run's metrics.jsonl and samples.jsonl; a resumed run writes the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter
+
+from textenv.env import TextEnv
+
+from ..evaluation.generation import run_episodes
+from ..policies.lm_policy import LMPolicy
+from .folder import SAMPLE, RunFolder, read_rows
+
+Row = dict[str, Any]
+
+
+class RowWriter(KVWriter):
+    """A writer of SB3's logger that collects the figures of one iteration in a row.
+
+    SB3 `on_policy_algorithm.learn` dumps its logger after a rollout and before the update, so that the figures of an
+    update come with those of the next rollout. Here each goes into the row of its own iteration.
+    """
+
+    def __init__(self) -> None:
+        self.row: Row = {}
+        self.in_rollout = False
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Add the figures of a dump of the logger to the row."""
+        for name, value in key_values.items():
+            if self.in_rollout and name.startswith("train/"):  # of the previous update: its row is written
+                continue
+            if isinstance(value, (int, float, np.generic)):
+                self.row[name] = value.item() if isinstance(value, np.generic) else value
+        self.in_rollout = False
+
+    def close(self) -> None:
+        """Do nothing: the row is in memory."""
+
+
+class Recorder(BaseCallback):
+    """Writes a row of `metrics.jsonl` for each iteration, with its update and its evaluation.
+
+    In the list of callbacks it comes after all that log at the start of a rollout, and before the one that saves
+    checkpoints: the rows of all iterations before a checkpoint are on the disk.
+
+    Args:
+        run: The run's folder.
+        writer: The writer of the model's logger.
+        show: A function that is called with each row.
+    """
+
+    def __init__(self, run: RunFolder, writer: RowWriter, show: Callable[[Row], None]) -> None:
+        super().__init__()
+        self.run, self.writer, self.show = run, writer, show
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._write()
+        self.writer.in_rollout = True
+
+    def _on_training_end(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        # SB3 logs an update's figures and dumps them only after the next rollout: here they are taken from its logger.
+        values = {name: value for name, value in self.logger.name_to_value.items() if name.startswith("train/")}
+        self.writer.write(values, {})
+        if all(name.startswith("train/") for name in self.writer.row):  # an early stop: the row is written already
+            return
+        row = {"tokens": self.model.num_timesteps, **dict(sorted(self.writer.row.items()))}
+        self.writer.row = {}
+        self.run.append(self.run.metrics, [row])
+        self.show(row)
+
+
+class SampleRecorder(BaseCallback):
+    """Writes the policy's texts for a few prompts into `samples.jsonl`: at the start, regularly and at the end.
+
+    It samples with a generator and a seed of its own, the same each time, and does not change training.
+
+    Args:
+        run: The run's folder.
+        env: The environment, whose first prompts are continued.
+        n: The number of prompts; 0 writes nothing.
+        every: Rollouts between two sets of samples.
+        show: A function that is called with each set.
+
+    Raises:
+        ValueError: If `every` is below 1.
+    """
+
+    def __init__(self, run: RunFolder, env: TextEnv, n: int, every: int, show: Callable[[Sequence[Row]], None]) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"Expected `samples_every` to be at least 1, got {every}.")
+        self.run, self.env, self.n, self.every, self.show = run, env, n, every, show
+
+    def _on_training_start(self) -> None:
+        self.tokens = max((row["tokens"] for row in read_rows(self.run.samples, SAMPLE)), default=-1)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        model = self.model
+        size = model.n_steps * model.n_envs  # type: ignore[attr-defined]  # tokens of a rollout
+        if model.num_timesteps // size % self.every == 0:
+            self._write()
+
+    def _on_training_end(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        now = self.model.num_timesteps
+        if now <= self.tokens or self.n < 1:  # a resumed run has written them before
+            return
+        self.tokens = now
+        policy = cast("LMPolicy", self.model.policy)
+        steps = run_episodes(policy, self.env, self.env.prompts[: self.n])
+        rows = [{"tokens": now, **sample_row(step.info)} for step in steps]
+        self.run.append(self.run.samples, rows)
+        self.show(rows)
+
+
+def sample_row(info: Mapping[str, Any]) -> Row:
+    """Return the final info of an episode as a row: prompt, text, end reason, reward and its parts."""
+    return {
+        "prompt": str(info["prompt"]),
+        "text": info["text"],
+        "end_reason": str(info["end_reason"]),
+        "reward": float(info["episode"]["r"]),
+        "parts": {name: float(value) for name, value in info["reward_parts"].items()},
+    }

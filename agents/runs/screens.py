@@ -1,0 +1,168 @@
+"""The output of a training run: plain lines, lines of JSON, or nothing; and its warnings."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from textenv.text.printable import printable
+
+from .folder import to_line
+
+Row = dict[str, Any]
+SHOWN = (  # label, key in metrics.jsonl, format
+    ("reward", "reward/task", ".3f"),
+    ("kl", "kl/sequence", ".2f"),
+    ("entropy", "train/entropy_loss", ".2f"),
+    ("length", "episode/length", ".1f"),
+    ("tokens/s", "time/tokens_per_second", ".0f"),
+)
+
+
+class Screen(Protocol):
+    """A view of a training run: it shows lines, the figures of iterations, and samples."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def row(self, row: Row) -> None:
+        """Show the figures of an iteration."""
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Show texts of the policy."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+@contextmanager
+def warnings_on(screen: Screen) -> Iterator[None]:
+    """Within, show each warning on a screen, at once.
+
+    `warnings.catch_warnings` restores the previous display and the filters at the end, also after an error.
+
+    Example:
+        >>> with warnings_on(PlainScreen(100)):
+        ...     warnings.warn("the reward is constant")
+        warning: the reward is constant
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest: screen.say(f"warning: {message}")
+        yield
+
+
+def figures(row: Row) -> dict[str, str]:
+    """Return the figures of a row that a screen shows, by label, with the parts of the reward.
+
+    Example:
+        >>> figures({"tokens": 8, "reward/task": 0.5, "reward/mood": 0.25, "train/entropy_loss": -1.0})
+        {'reward': '0.500', 'mood': '0.250', 'entropy': '1.00'}
+    """
+    texts = {}
+    for label, key, form in SHOWN:
+        if row.get(key) is not None:
+            # SB3 `ppo.PPO.train` logs the entropy loss, which is minus the entropy.
+            value = -row[key] if label == "entropy" else row[key]
+            texts[label] = f"{value:{form}}"
+        if label == "reward":
+            part_keys = [name for name in row if name.startswith("reward/") and name != "reward/task"]
+            texts.update({name.removeprefix("reward/"): f"{row[name]:.3f}" for name in part_keys})
+    return texts
+
+
+class Remaining:
+    """The estimate of a run's remaining time, by a monotonic clock, from its speed since the first call.
+
+    Args:
+        total: Tokens of the whole run.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.start: tuple[float, int] | None = None
+
+    def seconds(self, tokens: int) -> float | None:
+        """Return the remaining seconds after so many tokens; None at the first call."""
+        now = time.monotonic()
+        if self.start is None or tokens <= self.start[1]:
+            self.start = self.start or (now, tokens)
+            return None
+        return (now - self.start[0]) / (tokens - self.start[1]) * max(self.total - tokens, 0)
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds.
+
+    Example:
+        >>> clock(3723.4)
+        '1:02:03'
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+class PlainScreen:
+    """A line per iteration, for logs and pipes (without a terminal).
+
+    Args:
+        total: Tokens of the whole run.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.remaining = total, Remaining(total)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(printable(text), flush=True)
+
+    def row(self, row: Row) -> None:
+        """Print an iteration's figures in a line."""
+        left = self.remaining.seconds(row["tokens"])
+        texts = [f"{label} {text}" for label, text in figures(row).items()]
+        evaluated = [f"{name} {row[name]:.3f}" for name in ("eval/reward",) if row.get(name) is not None]
+        eta = [] if left is None else [f"left {clock(left)}"]
+        self.say("  ".join([f"{row['tokens']:>9,} / {self.total:,} tokens", *texts, *evaluated, *eta]))
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Show nothing: samples.jsonl has them."""
+
+    def close(self) -> None:
+        """Do nothing: the terminal is unchanged."""
+
+
+class JsonScreen:
+    """A line of JSON per iteration on the standard output (`--json`); other lines go to the standard error."""
+
+    def say(self, text: str) -> None:
+        """Print a line on the standard error."""
+        print(printable(text), file=sys.stderr, flush=True)
+
+    def row(self, row: Row) -> None:
+        """Print a row as it is in metrics.jsonl."""
+        print(to_line(row), end="", flush=True)
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Show nothing: samples.jsonl has them."""
+
+    def close(self) -> None:
+        """Do nothing: the terminal is unchanged."""
+
+
+class QuietScreen:
+    """No output (`--quiet`)."""
+
+    def say(self, text: str) -> None:
+        """Show nothing."""
+
+    def row(self, row: Row) -> None:
+        """Show nothing."""
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Do nothing: the terminal is unchanged."""

@@ -1,0 +1,301 @@
+"""The command `textenv train`: a run from its configuration to its folder, new or resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+from dataclasses import asdict
+from functools import partial
+from typing import Any, cast
+
+from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+
+from textenv import __version__
+from textenv.checks.extras import MissingExtraError
+from textenv.checks.json_files import read_json
+from textenv.text.named_tokenizer import DEMO
+from textenv.episodes.scores import RAISED
+
+from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
+from ..checkpoints.checkpoint import load_checkpoint
+from .config import FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
+from ..evaluation.curves import draw_curves
+from .dry_run import dry_run
+from ..evaluation.evaluate_callback import HISTORY, Evaluate
+from ..checkpoints.hf_export import write_model
+from .exit_codes import as_command_error
+from ..files import write_text
+from ..callbacks.finite_updates import FiniteUpdates
+from ..signals import Interrupts, leave, write_line
+from .live_screen import LiveScreen
+from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
+from .model_card import model_card
+from ..checkpoints.output_folders import output_folder
+from ..policies.lm_policy import LMPolicy
+from .recording import Recorder, RowWriter, SampleRecorder
+from ..errors import CommandError, Exit, Interrupted, is_full
+from .checkpoints import RunCheckpoints, checkpoint_to_load, needed
+from .folder import RunFolder, read_rows
+from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, warnings_on
+
+MENDED = (Exit.REFUSED, Exit.MISSING)  # errors that the user mends, to give the same command again: no run began
+SPACE_FOR = 2  # the disk space to check for, in checkpoints besides the kept ones: a half-written one, and the models
+
+
+def train(
+    config: TrainConfig,
+    dumped: str,
+    options: TrainOptions,
+    run: RunFolder | None = None,
+    before: TrainConfig | None = None,
+) -> int:
+    """Start a run, or resume one.
+
+    Args:
+        config: The configuration.
+        dumped: The configuration as YAML, for config.yml.
+        options: The options of the command line.
+        run: The run to resume; None for a new one.
+        before: The configuration of the run to resume.
+
+    Returns:
+        The exit code.
+    """
+    if run is None or before is None:
+        return start(config, dumped, options)
+    return resume(run, config, before, dumped, options)
+
+
+def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
+    """Start a run and train.
+
+    Args:
+        config: The configuration.
+        dumped: The configuration as YAML, for config.yml.
+        options: The options of the command line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        CommandError: If anything goes wrong, with one line and an exit code.
+    """
+    check_loggers(config.loggers, trust_of(options))
+    if options.dry_run:
+        return dry_run(config, options)
+    run = RunFolder.create(config.out, task_name(config))
+    with run.locked():
+        run.clear()
+        run.begin(dumped, __version__)
+        try:
+            return _train(run, config, options)
+        except CommandError as error:
+            if error.code in MENDED and not read_rows(run.metrics):  # the mended command starts a new run
+                run.withdraw()
+            raise
+        except KeyboardInterrupt as error:
+            interrupted = _interrupted(run)  # first: the advice depends on the folder
+            if not run.has_checkpoint():
+                run.withdraw()
+            raise interrupted from error
+
+
+def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str, options: TrainOptions) -> int:
+    """Resume a run. Changed keys are printed; those that influence the weights need `--change KEY`.
+
+    Args:
+        run: The run.
+        config: The configuration from now on.
+        before: The configuration of the run so far.
+        dumped: The configuration from now on as YAML, for config.yml.
+        options: The options of the command line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        CommandError: If a key differs that `--change` does not name.
+    """
+    check_loggers(config.loggers, trust_of(options))
+    changed = {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
+    screen = make_screen(config, options)
+    for key, (old, new) in changed.items():
+        screen.say(f"changed: {key}: {old!r} -> {new!r}")
+    other = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME and key not in options.change]
+    if other:
+        flags = " ".join(f"--change {key}" for key in other)
+        raise CommandError(f"Expected the configuration of {run.path}, got another: to use it, add {flags}.")
+    with run.locked():
+        if changed:
+            write_text(run.config, dumped)
+        try:
+            return _train(run, config, options)
+        except KeyboardInterrupt as error:
+            raise _interrupted(run) from error
+
+
+def _interrupted(run: RunFolder) -> Interrupted:
+    """Return the error for a Ctrl-C before training has begun, or after it has ended."""
+    return Interrupted(f"interrupted; {run.how_to_go_on()}", signal.SIGINT)
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which two configurations differ, each with its values before and after.
+
+    Example:
+        >>> differences({"kl": {"coef": 0.1}, "seed": 0}, {"kl": {"coef": 0.2}, "seed": 0})
+        {'kl.coef': (0.1, 0.2)}
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in before.keys() | after.keys():
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and key != "args":  # arguments change as a whole
+            changed |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed[prefix + key] = (old, new)
+    return dict(sorted(changed.items()))
+
+
+def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
+    """Return the screen for the options: quiet, JSON, live in a terminal, or plain."""
+    if options.quiet:
+        return QuietScreen()
+    if options.json:
+        return JsonScreen()
+    return LiveScreen(config.total_tokens) if sys.stdout.isatty() else PlainScreen(config.total_tokens)
+
+
+def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
+    """Train, in a locked folder; turn an error into one line, an exit code and a traceback in the log."""
+    screen = make_screen(config, options)
+    # A full disk ends TensorBoard's writing thread with an error. `loggers.TensorBoard` writes its figures again, so
+    # that the traceback, which Python prints here, would only tear the live view.
+    previous = threading.excepthook
+    threading.excepthook = lambda thread: None if is_full(thread.exc_value) else previous(thread)
+    try:
+        # A run has the main thread (`Interrupts` needs it) and the terminal, so all warnings meanwhile are the run's.
+        with warnings_on(screen):
+            return _run(run, config, options, screen)
+    except RAISED as error:
+        known = as_command_error(error, run.path)
+        # An error that we raised for the user says all in its line; for any other the traceback is needed.
+        says_all = known is error or isinstance(error, MissingExtraError)
+        is_kept = (not says_all or known.code not in MENDED) and run.keep_traceback()
+        hint = f" (the traceback is in {run.log})" if is_kept and not says_all else ""
+        raise CommandError(f"{known}{hint}", known.code) from error
+    finally:
+        threading.excepthook = previous
+        screen.close()
+
+
+def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Screen) -> int:
+    if config.env.id == config.model.name == DEMO:
+        screen.say("the built-in demo: a tiny GPT-2 learns to write positive reviews")
+    screen.say(f"run: {run.path}")
+    if config.loggers == default_loggers() and (absent := [name for name in PLOTTED if name not in config.loggers]):
+        screen.say(f'without {" and ".join(absent)}, which pip install "textenv[plot]" brings')
+    checkpoint = checkpoint_to_load(run, screen.say)
+    trust = trust_of(options)
+    parts = assemble(config, trust, progress_bar=not options.quiet)
+    agent = parts.agent
+    run.check_vocabulary(parts.tokenizer.get_vocab())
+    if changed := run.changed_versions():
+        screen.say(f"other versions than at the start of the run: {', '.join(changed)}; figures may differ a little")
+    run.check_space(needed(agent) * (config.keep_checkpoints + SPACE_FOR))
+    writer = RowWriter()
+    done = 0
+    if checkpoint is not None:
+        load_checkpoint(agent, checkpoint)
+        done = agent.num_timesteps
+        screen.say(f"resumed from {checkpoint}: {done:,} tokens")
+    # Trackers have all rows up to the stop. `cut` removes those after the checkpoint, which the run makes again.
+    sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
+    run.cut(done if checkpoint is not None else -1)
+    outputs = make_loggers(run, config, trust, done)
+    # SB3 `base_class._setup_learn` would make a logger of its own for an agent without one.
+    agent.set_logger(Logger(None, [writer, *outputs]))
+    evaluate = _evaluate(run, parts)
+    trackers = make_trackers(run, config, sent)
+    pages = [SamplePages(output) for output in outputs if isinstance(output, TensorBoardOutputFormat)]
+    views: list[Any] = [screen, *trackers, *pages]
+    kept = config.checkpoint_every, config.keep_checkpoints
+    tell = screen.note if isinstance(screen, LiveScreen) else write_line
+    with Interrupts(tell, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
+        callbacks = [  # `Recorder` after all that log, `RunCheckpoints` last: a checkpoint's rows are on the disk
+            *training_callbacks(config, trust),
+            FiniteUpdates(),
+            evaluate,
+            SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),
+            Recorder(run, writer, partial(_show_row, views)),
+            RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
+        ]
+        if done < config.total_tokens:
+            # Without a reset, SB3 `base_class._setup_learn` adds the tokens that are done to the total, so that the
+            # schedule of the learning rate continues where it was.
+            agent.learn(
+                config.total_tokens - done,
+                callback=CallbackList(callbacks),
+                log_interval=1,  # SB3 `a2c.A2C.learn` has 100; here every iteration is a row
+                reset_num_timesteps=checkpoint is None,
+            )
+        agent.logger.close()
+        for tracker in trackers:
+            tracker.close()
+        _finish(run, parts, screen)
+    return Exit.DONE
+
+
+def _show_row(views: list[Any], row: Row) -> None:
+    for view in views:
+        view.row(row)
+
+
+def _show_samples(views: list[Any], rows: list[Row]) -> None:
+    for view in views:
+        view.samples(rows)
+
+
+def _evaluate(run: RunFolder, parts: Parts) -> Evaluate:
+    evaluation = parts.config.evaluation
+    return Evaluate(
+        list(parts.held_out.prompts)[: evaluation.n_prompts],
+        parts.tokenizer,  # type: ignore[arg-type]
+        parts.metrics,
+        every=evaluation.every,
+        folder=run.path,
+        best=evaluation.best,
+        higher_is_better=evaluation.higher_is_better,
+        patience=evaluation.patience,
+        env=parts.held_out,
+        n=evaluation.n,
+    )
+
+
+def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
+    """Write curves, results and the model with its card, and print their paths."""
+    config = parts.config
+    rows = read_rows(run.metrics)
+    if "curves" in [named(logger).id for logger in config.loggers]:
+        draw_curves(run.path / "curves.png", {run.path.name: rows}, task_name(config))
+    history = read_json(run.path / "history.json", HISTORY)
+    if not history:
+        raise CommandError(f"Expected at least one evaluation in {run.path / 'history.json'}, got none.")
+    before, after = history[0], history[-1]
+    table = ["| figure | before | after |", "|---|---|---|"]
+    for name, value in after["figures"].items():
+        table.append(f"| {name} | {_shown(before['figures'].get(name))} | {_shown(value)} |")
+    text = "\n".join(table)
+    write_text(run.path / "results.md", text + "\n")
+    write_text(run.path / "results.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
+    with output_folder(run.model, "language model", overwrite=True) as draft:
+        write_model(cast(LMPolicy, parts.agent.policy).backbone, parts.tokenizer, draft)
+        (draft / "README.md").write_text(model_card(config, run.read_about(), text), encoding="utf-8")
+    screen.say(f"{text}\nmodel: {run.model}   best: {run.best / 'model'}   figures: {run.metrics}")
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:#.3g}"

@@ -1,0 +1,81 @@
+"""The step that trains the critic alone on the first rollouts."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from ..policies.flat import FlatLMPolicy
+from ..policies.lm_policy import LMPolicy
+from ..rollout.buffer import SequenceRolloutBuffer
+from .step import RolloutStep, sequence_buffer
+
+
+class CriticWarmup(RolloutStep):
+    """Trains the critic alone on the first rollouts, so that the first advantages are not those of a fresh value head.
+
+    Before the update of each of these rollouts the policy's weights are taken out of the gradient (`requires_grad`):
+    the weights, and the optimizer's state of them, stay the same bit for bit, and the backward pass costs less. A trunk
+    that policy and critic share counts as the policy's; there only the value head learns.
+
+    Rollouts are counted from the first time that the step is attached to a model. A checkpoint keeps the count. A file
+    written by `model.save` does not: a loaded model to which the step is attached is warmed up again, which
+    `CriticWarmup(0)` avoids.
+
+    Args:
+        n_rollouts: The number of rollouts.
+
+    Raises:
+        ValueError: If `n_rollouts` is negative; when attached, with TRPO, whose update differentiates the policy in any
+            case, and with sharded weights.
+
+    Example:
+        >>> from agents import CriticWarmup
+        >>> callback = CriticWarmup(4)  # model.learn(100_000, callback=callback)
+    """
+
+    key = "CriticWarmup"
+
+    def __init__(self, n_rollouts: int, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        if n_rollouts < 0:
+            raise ValueError(f"Expected `n_rollouts` to be 0 or more, got {n_rollouts}.")
+        self.n_rollouts = n_rollouts
+        self.n_done = 0
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Find the policy's weights, and the count of an earlier call of `learn`."""
+        for step in sequence_buffer(model).before_returns:
+            if isinstance(step, CriticWarmup):
+                self.n_done = step.n_done
+        policy = cast("LMPolicy", model.policy)
+        if isinstance(policy, FlatLMPolicy):
+            raise ValueError(
+                "Expected another algorithm than TRPO with CriticWarmup, got TRPO, which differentiates the policy in "
+                "every update: it has n_critic_updates, and its critic learns apart from the policy."
+            )
+        if policy.lm.shards is not None:
+            raise ValueError(
+                "Expected weights that are whole in each process with CriticWarmup, got sharded ones, of which "
+                "`fully_shard` settles once which are trained. Warm up without shards, and go on from that checkpoint."
+            )
+        critic_weights = set(policy.lm.critic.parameters())
+        # The optimizer has all weights that are trained, also those that an earlier warm-up took out of the gradient.
+        optimized = [weight for group in policy.optimizer.param_groups for weight in group["params"]]
+        self.weights = [weight for weight in optimized if weight not in critic_weights]
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Take the policy's weights out of the coming update's gradient, or put them back in."""
+        for weight in self.weights:
+            weight.requires_grad_(self.n_done >= self.n_rollouts)
+            weight.grad = None  # of an earlier minibatch; `clip_grad_norm_` and the optimizer skip weights without
+        self.n_done += 1
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the number of rollouts so far."""
+        return {}, {"n_done": self.n_done}
+
+    def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Go on from the count of a checkpoint."""
+        self.n_done = meta["n_done"]

@@ -1,0 +1,161 @@
+"""The step that lets several processes train one policy: settings that agree, one log, common counts."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any, cast
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger
+
+from ..distributed.collectives import gather, raise_together
+from ..distributed.gradients import AgreedTarget
+from ..distributed.world import world
+from ..policies.lm_policy import LMPolicy
+from ..rollout.buffer import DATA_PARALLEL, SequenceRolloutBuffer
+from .step import Order, RolloutStep
+
+SETTINGS = (
+    "n_steps",
+    "batch_size",
+    "n_epochs",
+    "gamma",
+    "gae_lambda",
+    "ent_coef",
+    "vf_coef",
+    "max_grad_norm",
+    "target_kl",
+)
+SUMMED = ("episode/dropped", "episode/failed")  # numbers of episodes are added up; other figures are averaged
+ROLLOUT_SECONDS = "time/rollout_seconds"
+
+
+class DataParallel(RolloutStep):
+    """Lets an unmodified algorithm train one policy in the processes that `torchrun` or `accelerate launch` started.
+
+    `make_agent` attaches it; to an algorithm that is built by hand it is passed as a callback. With one process it does
+    nothing. The settings of a script are those of the whole job: `n_envs` lanes, `batch_size` transitions and
+    `total_timesteps` are divided among the processes, so that the same script makes the same updates on any number of
+    them. `num_timesteps` counts the tokens of all processes.
+
+    Rank 0 logs the means over the processes (numbers of episodes are added up). `time/rollout_seconds` is that of the
+    slowest process, and `time/rollout_seconds/rank_<r>` that of each.
+
+    Raises:
+        ValueError: When attached, if the processes have different settings, or if the algorithm normalises advantages
+            within the minibatches of each.
+
+    Example:
+        >>> from agents import DataParallel
+        >>> callbacks = [DataParallel()]  # PPO(LMPolicy, TextVecEnv(env, 64), ...).learn(100_000, callback=callbacks)
+    """
+
+    key = DATA_PARALLEL
+    order = Order.PROCESSES
+    is_kept = False  # a model that was trained in several processes may go on in one
+
+    def attach(self, model: BaseAlgorithm) -> None:
+        """Put the step before the buffer's others, if there are several processes."""
+        if world() is not None:
+            super().attach(model)
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Check that the settings of all processes agree."""
+        raise_together(_refusal(model))
+        shards = cast("LMPolicy", model.policy).lm.shards
+        self.algorithm = model
+        settings = {name: repr(vars(model).get(name)) for name in SETTINGS}
+        settings["shard"] = "" if shards is None else f"{shards.spec} on {shards.device}"
+        settings["weights"] = str([tuple(w.shape) for w in model.policy.parameters() if w.requires_grad])
+        for rank, other_settings in enumerate(gather("the settings", settings)):
+            unlike = [name for name in settings if settings[name] != other_settings[name]]
+            if unlike:
+                raise ValueError(f"Expected the same settings in all processes, got others in rank {rank}: {unlike}.")
+
+    def begin(self) -> None:
+        """Share the log and the decision to break an update off from here on, and start the clock."""
+        self._clock = time.perf_counter()
+        logger = vars(self.algorithm).get("_logger")  # none before the first `learn`
+        if logger is not None and not isinstance(logger, SharedLogger):
+            # Not by `set_logger`, after which SB3 `base_class._setup_learn` would make no new logger for a new `learn`.
+            self.algorithm._logger = SharedLogger(logger)
+        target, shared = vars(self.algorithm).get("target_kl"), cast("LMPolicy", self.algorithm.policy).shared
+        assert shared is not None, "several processes"
+        shared.target = None if target is None else AgreedTarget(target)
+        if target is not None:
+            self.algorithm.target_kl = shared.target  # type: ignore[attr-defined]
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Count the tokens of the other processes, and record how long this process sampled."""
+        here = world()
+        assert here is not None, "set when attached"
+        self.algorithm.logger.record(ROLLOUT_SECONDS, time.perf_counter() - self._clock)
+        # SB3 `on_policy_algorithm.collect_rollouts` has counted those of this process.
+        self.algorithm.num_timesteps += (here.size - 1) * buffer.buffer_size * buffer.n_envs
+
+
+class SharedLogger(Logger):
+    """A logger whose `dump`, called in all processes, writes the figures of all in the process of rank 0.
+
+    Args:
+        logger: The logger of this process.
+    """
+
+    def __init__(self, logger: Logger) -> None:
+        here = world()
+        super().__init__(logger.dir, logger.output_formats if here is None or here.rank == 0 else [])
+        self.level = logger.level
+        self.name_to_value.update(logger.name_to_value)
+        self.name_to_excluded.update(logger.name_to_excluded)
+
+    def dump(self, step: int = 0) -> None:
+        """Write the means over the processes; of values that are no numbers, those of rank 0."""
+        rows = gather("the log", (dict(self.name_to_value), dict(self.name_to_excluded)))
+        merged = merge([values for values, _ in rows])
+        # Reversed, so that rank 0's entry is the one that stays.
+        excluded = {key: formats for _, row in reversed(rows) for key, formats in row.items()}
+        self.name_to_value.clear()
+        for key, value in merged.items():
+            self.record(key, value, excluded.get(key))
+        super().dump(step)
+
+
+def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one row to log of the rows that several processes have recorded.
+
+    Example:
+        >>> merge([{"reward/task": 1.0}, {"reward/task": 2.0, "episode/dropped": 3}])
+        {'reward/task': 1.5, 'episode/dropped': 3.0}
+    """
+    by_key: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        for key, value in row.items():
+            by_key[key].append(value)
+    merged: dict[str, Any] = {}
+    for key, values in by_key.items():
+        if not all(isinstance(value, (int, float, np.number)) for value in values):
+            merged[key] = values[0]
+        elif key == ROLLOUT_SECONDS:
+            merged[key] = max(values)
+            merged.update({f"{key}/rank_{rank}": row[key] for rank, row in enumerate(rows) if key in row})
+        elif all(value == values[0] for value in values) and key not in SUMMED:
+            merged[key] = values[0]  # a whole number stays one, which a mean would make a float
+        else:
+            merged[key] = float(np.sum(values) if key in SUMMED else np.mean(values))
+    return merged
+
+
+def _refusal(model: BaseAlgorithm) -> ValueError | None:
+    """Return the error of settings with which several processes cannot train; None where they can."""
+    shards = cast("LMPolicy", model.policy).lm.shards
+    if shards is not None and shards.device.type != model.device.type:
+        return ValueError(f"Expected Sharded(device={model.device.type!r}), as the algorithm's, got {shards.spec}.")
+    if vars(model).get("normalize_advantage"):
+        return ValueError(
+            "Expected normalize_advantage=False of the algorithm in several processes, got True, which normalises "
+            "within the minibatches of each: pass rollout_buffer_kwargs=dict(normalize_advantage=True), which "
+            "normalises over all processes."
+        )
+    return None

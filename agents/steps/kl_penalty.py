@@ -1,0 +1,224 @@
+"""The KL penalty: the divergence from a reference model, subtracted from the reward of each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import Tensor
+
+from ..distributed.collectives import gather
+from ..distributed.sharding import placed
+from ..models.interface import version_of
+from ..models.pretrained import LMLike
+from ..policies.actor_critic import LMActorCritic
+from ..policies.lm_policy import LMPolicy
+from ..policies.reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
+from ..rollout.buffer import SequenceRolloutBuffer
+from ..rollout.transitions import RolloutView
+from .step import RolloutStep, sequence_buffer
+
+Estimator: TypeAlias = Literal["k1", "k2", "k3", "exact"]
+MAX_ERROR = 0.2  # the largest relative error that counts (Ziegler et al., 2019, section 2.2)
+
+
+@dataclass(frozen=True)
+class AdaptiveCoef:
+    """A coefficient that moves the divergence of an episode towards a target (Ziegler et al., 2019, section 2.2).
+
+    After a rollout in which n episodes ended, it is multiplied by 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon,
+    where `kl` is the divergence in the penalties of the rollout, divided by n.
+
+    Args:
+        init: The first coefficient, in reward per nat.
+        target: The divergence to aim at, in nats an episode.
+        horizon: The number of episodes over which the largest error changes the coefficient by about a fifth.
+
+    Raises:
+        ValueError: If an argument is not positive.
+
+    Example:
+        >>> from agents import AdaptiveCoef, KLPenalty
+        >>> callback = KLPenalty(AdaptiveCoef(init=0.1, target=6.0, horizon=10_000))
+        >>> round(AdaptiveCoef(0.1, 6.0, 100).next(0.1, kl=12.0, n_episodes=50), 3)
+        0.11
+    """
+
+    init: float
+    target: float
+    horizon: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"Expected `{name}` to be positive, got {value}.")
+
+    def next(self, coef: float, kl: float, n_episodes: int) -> float:
+        """Return the coefficient after a rollout with a divergence of `kl` nats an episode."""
+        error = float(np.clip(kl / self.target - 1, -MAX_ERROR, MAX_ERROR))
+        return coef * max(1 + error * n_episodes / self.horizon, 0.0)
+
+
+class KLPenalty(RolloutStep):
+    """Subtracts `coef` times the divergence from a reference model from the reward of every token of the policy.
+
+    With r = log pi(a) - log pi_ref(a) of a token a, under the policy's temperature, the divergence is estimated as
+    (Schulman, 2020, "Approximating KL Divergence"):
+
+    - "k1": r. Its mean over the policy's samples is the divergence; that of a single token may be negative (Ziegler et
+      al., 2019, equation 2).
+    - "k2": r^2 / 2. Never negative, and its mean is close to the divergence while that is small.
+    - "k3": exp(-r) - 1 + r. Never negative, with the same mean as k1 and less variance.
+    - "exact": the sum over the vocabulary of pi (log pi - log pi_ref), which does not depend on the token.
+
+    As a reward, only k1 has the gradient of the divergence in expectation. That of k3 lacks the gradient of the reverse
+    divergence, which nearly cancels it close to the reference. The exact divergence does not penalise the choice of a
+    token, but only the texts that it leads to. Both suit logs, and bounds on single tokens.
+
+    The reference is the policy as it is when training first starts: the policy without its adapters where it trains a
+    `LoRA`, else a frozen copy that shares the weights that the policy keeps frozen. The divergence is computed at the
+    end of a rollout, in one forward of the reference a sequence, from the log-probabilities with which the tokens were
+    sampled. Until the first update it is exactly 0. The task reward in the logs does not include the penalty. Logged
+    are `kl/token` (nats), `kl/sequence` (nats, of sequences that ended), `kl/penalty` (reward a token) and `kl/coef`.
+
+    It needs a `SequenceRolloutBuffer`. A checkpoint keeps the reference and the coefficient; a file written by
+    `model.save` does not, and training a loaded model raises unless `reference` is given or the policy has adapters.
+
+    Args:
+        coef: The penalty, in reward per nat, or an `AdaptiveCoef`. 0.01 to 0.1 is usual.
+        reference: The reference where it is not the policy's start: a name or path, a config or a spec as for the
+            policy (with the same tokenizer), or another policy's `lm`, which is copied.
+        estimator: "k1", "k2", "k3" or "exact".
+        clip: The largest absolute divergence of one token, in nats; None for no bound.
+
+    Raises:
+        ValueError: If an argument is out of range. When attached, if the model is already trained and its start is not
+            known, or a checkpoint has another reference than the one given.
+
+    Example:
+        >>> from agents import KLPenalty
+        >>> callback = KLPenalty(0.02)  # model.learn(100_000, callback=callback)
+    """
+
+    key = "KLPenalty"
+
+    def __init__(
+        self,
+        coef: float | AdaptiveCoef,
+        reference: LMActorCritic | LMLike | None = None,
+        estimator: Estimator = "k1",
+        clip: float | None = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.controller = coef if isinstance(coef, AdaptiveCoef) else None
+        self.coef = coef.init if isinstance(coef, AdaptiveCoef) else coef
+        if self.coef < 0:
+            raise ValueError(f"Expected `coef` to be 0 or more, got {coef}.")
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"Expected `estimator` to be one of {list(get_args(Estimator))}, got {estimator!r}.")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"Expected `clip` to be positive or None, got {clip}.")
+        self.estimator, self.clip = estimator, clip
+        is_spec = reference is not None and not isinstance(reference, LMActorCritic)
+        self.spec = cast("LMLike", reference) if is_spec else None
+        self.reference = copy_of(reference) if isinstance(reference, LMActorCritic) else None
+        self._start: int | None = None  # the version of the policy's weights while they are the reference's
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Build the reference, or take the policy as it is now for it, unless there is a reference already."""
+        self.algorithm = model
+        self.policy = cast("LMPolicy", model.policy).lm
+        if self.reference is None and self.spec is not None:
+            assert model.observation_space.shape is not None
+            self.reference = build_reference(self.spec, self.policy, model.observation_space.shape[0] - 1)
+        # The step of an earlier call of `learn` has the policy's start.
+        for step in sequence_buffer(model).before_returns:
+            if isinstance(step, KLPenalty) and self.reference is None:
+                self.reference, self._start = step.reference, step._start
+        if self.reference is None:
+            self.reference = start_of(self.policy)
+            is_start = model._n_updates == 0 or self.reference is self.policy
+            if not is_start and self.key not in sequence_buffer(model).saved_steps:
+                self.reference = None
+                raise ValueError(
+                    "Expected the reference of a model that is already trained, since its start is gone: pass "
+                    "KLPenalty(coef, reference=policy.lm) with a policy that holds it, or resume from a checkpoint."
+                )
+            self._start = version_of(self.policy.parameters()) if model._n_updates == 0 else None
+        self.reference.sampling = self.policy.sampling
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Subtract the penalty from `buffer.rewards`."""
+        view = buffer.view()
+        kl = self._divergence(buffer, view)  # (N,), in nats
+        if self.clip is not None:
+            kl = kl.clip(-self.clip, self.clip)
+        buffer.rewards[view.steps, view.lanes] -= self.coef * kl
+        self._log(kl, view.steps, view.lanes, buffer)
+        if self.controller is not None:
+            own = float(kl.sum()), sum(segment.is_finished for segment in buffer.segments)
+            # The sums over processes, so that all have the same coefficient.
+            total, n_episodes = map(sum, zip(*gather("the divergence", own), strict=True))
+            if n_episodes > 0:
+                self.coef = self.controller.next(self.coef, total / n_episodes, int(n_episodes))
+
+    def _divergence(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> np.ndarray:
+        assert self.reference is not None, "set when attached"
+        if self.algorithm._n_updates == 0 and self._start == version_of(self.policy.parameters()):
+            # Two forwards of equal weights would differ by rounding, a few 1e-7 nats.
+            return np.zeros(len(view.steps), dtype=np.float32)
+        if self.estimator == "exact":
+            return divergences(self.reference, self.policy, view.batch).cpu().numpy()
+        reference = log_probs(self.reference, self.policy, view.batch, view.actions).cpu().numpy()  # (N,)
+        policy = buffer.log_probs[view.steps, view.lanes]  # (N,), of when the tokens were sampled
+        return estimate(torch.as_tensor(policy - reference), self.estimator).numpy()
+
+    def _log(self, kl: np.ndarray, steps: np.ndarray, lanes: np.ndarray, buffer: SequenceRolloutBuffer) -> None:
+        by_step = np.zeros_like(buffer.rewards)  # (T, B)
+        by_step[steps, lanes] = kl
+        per_segment = [by_step[s.start : s.end, s.lane].sum() for s in buffer.segments if s.is_finished]
+        logger = self.algorithm.logger
+        logger.record("kl/token", float(kl.mean()))
+        if per_segment:
+            logger.record("kl/sequence", float(np.mean(per_segment)))
+        logger.record("kl/penalty", float(self.coef * kl.mean()))
+        logger.record("kl/coef", self.coef)
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the weights of the reference that the policy does not hold, and the coefficient."""
+        assert self.reference is not None, "set when attached"
+        return own_tensors(self.reference, self.policy), {"coef": self.coef}
+
+    def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Restore the reference and the coefficient.
+
+        Raises:
+            ValueError: If the saved reference has other weights than this one.
+        """
+        assert self.reference is not None, "set when attached"
+        own = own_tensors(self.reference, self.policy)
+        unlike = sorted(own.keys() ^ tensors.keys())
+        unlike += sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+        if unlike:
+            raise ValueError(
+                f"Expected the `reference` that was saved, got another: {unlike[:5]} differ. Pass the same."
+            )
+        for name, weight in own.items():
+            weight.data.copy_(placed(tensors[name], weight))
+        self.coef = meta["coef"]
+
+
+def estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:
+    """Return the estimated divergence of each token, (N,), in nats.
+
+    Args:
+        log_ratio: log pi(a) - log pi_ref(a) of each token, (N,), in nats.
+        estimator: "k1", "k2" or "k3"; see `KLPenalty`.
+    """
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    return torch.expm1(-log_ratio) + log_ratio if estimator == "k3" else log_ratio

@@ -1,0 +1,147 @@
+"""The step that shapes scores before the KL penalty: clipped, scaled, whitened, and lower where a text was cut off."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from textenv.episodes.rules import EndReason
+
+from ..distributed.collectives import Spread, gather, merge_moments
+from ..distributed.world import world
+from ..rollout.buffer import SequenceRolloutBuffer
+from .scores import final_reward
+from .step import Order, RolloutStep, text_vec_env
+
+SMALL = 1e-8  # a deviation below this, relative to the mean, is rounding
+
+
+class RewardShaping(RolloutStep):
+    """Changes the score of each episode, on its last token, by those of these operations that are asked for, in order.
+
+    1. `clip`: the score is limited to [-clip, clip];
+    2. `scale`: it is divided by the standard deviation of all scores so far, those of this rollout included (Engstrom
+       et al., 2020, section 3). The mean is not subtracted. A checkpoint keeps the running figures;
+    3. `whiten`: the scores of a rollout get mean 0 and deviation 1;
+    4. `missing_eos_penalty` is subtracted if the episode ended at its limit of tokens (end reason "length"): its text
+       is not finished.
+
+    Late scores come before these and KL penalties after them, whatever the order of the callbacks. Scores that are all
+    equal are left as they are by 2 and become 0 by 3. The task reward in infos and logs stays untouched. Logged are
+    `shaping/score`, the mean of the shaped scores, and `shaping/cut`, the share of episodes that ended at the limit.
+
+    Args:
+        clip: The largest absolute score.
+        scale: Whether to divide by the running deviation.
+        whiten: Whether to normalise over the rollout's episodes.
+        missing_eos_penalty: The penalty, in units of the score after the operations before it.
+
+    Raises:
+        ValueError: If `clip` is not positive or the penalty is negative. When attached, for the first three operations,
+            if the env has rewards for every token or a VecNormalize scales rewards.
+
+    Example:
+        >>> from agents import KLPenalty, RewardShaping
+        >>> callbacks = [RewardShaping(clip=5.0, missing_eos_penalty=1.0), KLPenalty(0.02)]  # learn(callback=callbacks)
+    """
+
+    key = "RewardShaping"
+    order = Order.SHAPING
+
+    def __init__(
+        self,
+        clip: float | None = None,
+        scale: bool = False,
+        whiten: bool = False,
+        missing_eos_penalty: float = 0.0,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        if clip is not None and clip <= 0:
+            raise ValueError(f"Expected `clip` to be positive or None, got {clip}.")
+        if missing_eos_penalty < 0:
+            raise ValueError(f"Expected `missing_eos_penalty` to be 0 or more, got {missing_eos_penalty}.")
+        self.clip, self.scale, self.whiten = clip, scale, whiten
+        self.missing_eos_penalty = missing_eos_penalty
+        # The number and the mean of all scores so far, and the sum of their squared distances to that mean.
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    @property
+    def _changes_scores(self) -> bool:
+        return self.clip is not None or self.scale or self.whiten
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Check that an episode has one score, at its end, and that no wrapper changes it on its way to the buffer."""
+        env, normalizer = text_vec_env(model.get_env()), model.get_vec_normalize_env()
+        if self._changes_scores and env.env.score_at == "step":
+            raise ValueError(
+                "Expected an env with score_at='done' or 'rollout_end', got 'step': clip, scale and whiten are of the "
+                "one score of an episode."
+            )
+        if self._changes_scores and normalizer is not None and normalizer.norm_reward:
+            raise ValueError(
+                "Expected VecNormalize with norm_reward=False, got True: RewardShaping(scale=True) scales in its place."
+            )
+        self.env = env
+        self.algorithm = model
+
+    def begin(self) -> None:
+        """Have the env record the episodes of this rollout."""
+        self.env.begin_rollout()
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Change the rewards on the last tokens of the episodes whose score has come."""
+        infos = self.env.record.scored
+        scores = np.array([info["episode"]["r"] for info in infos.values()])  # (E,)
+        is_cut = np.array([info["end_reason"] is EndReason.LENGTH for info in infos.values()])
+        shaped = self._shape_all(scores) if self._changes_scores else scores
+        if not infos:
+            return
+        penalties = self.missing_eos_penalty * is_cut
+        for place, score, new_score, penalty in zip(infos, scores, shaped, penalties, strict=True):
+            reward = final_reward(buffer, self.env, place)
+            if reward is None:
+                continue
+            # SB3 `on_policy_algorithm.collect_rollouts` has added gamma * V to the reward of a truncated episode, so
+            # that the score is replaced within the sum.
+            if self._changes_scores:
+                reward[:] = (reward - np.float32(score)) + np.float32(new_score)
+            reward -= np.float32(penalty)
+        self.algorithm.logger.record("shaping/score", float((shaped - penalties).mean()))
+        self.algorithm.logger.record("shaping/cut", float(is_cut.mean()))
+
+    def _shape_all(self, scores: np.ndarray) -> np.ndarray:
+        """Return the shaped scores of this process, (E,); deviations and means are over those of all processes."""
+        by_process = gather("scores", scores)
+        all_scores = np.concatenate(by_process)
+        here = world()
+        start = sum(map(len, by_process[: 0 if here is None else here.rank]))  # where those of this process begin
+        return self._shape(all_scores)[start : start + len(scores)] if len(all_scores) else scores
+
+    def _shape(self, scores: np.ndarray) -> np.ndarray:
+        if self.clip is not None:
+            scores = scores.clip(-self.clip, self.clip)
+        if self.scale:
+            self._update(scores)
+            deviation = math.sqrt(self.squares / self.count)
+            scores = scores / deviation if deviation > SMALL * max(1.0, abs(self.mean)) else scores
+        if self.whiten:
+            shifted = scores - scores[0]  # makes equal scores exactly 0
+            scores = (shifted - shifted.mean()) / (shifted.std() + SMALL)
+        return scores
+
+    def _update(self, scores: np.ndarray) -> None:
+        """Include scores in the running figures."""
+        before = Spread(self.count, self.mean, self.squares)
+        self.count, self.mean, self.squares = merge_moments(before, Spread.of(scores))
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the running figures."""
+        return {}, {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Take back the running figures."""
+        self.count, self.mean, self.squares = meta["count"], meta["mean"], meta["squares"]

@@ -1,0 +1,165 @@
+"""The base class of the steps that work on a finished rollout before returns are computed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from enum import IntEnum
+from typing import Any, ClassVar, Protocol
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from ..rollout.buffer import SequenceRolloutBuffer
+from ..rollout.vec_env import TextVecEnv
+
+
+class Order(IntEnum):
+    """The order in which the steps of a rollout run; steps of the same order run as they were attached."""
+
+    PROCESSES = 0  # first, since it measures how long the rollout took up to here
+    ENGINE = 1  # before all that look at log-probabilities or values
+    GROUPS = 2  # before late scores, some of which belong to episodes that waited for their group
+    SCORES = 3
+    SHAPING = 4  # changes scores, without the penalties
+    PENALTIES = 5
+
+
+class RolloutStep(BaseCallback):
+    """A callback that changes the rollout's rewards before returns are computed.
+
+    SB3 `on_policy_algorithm.collect_rollouts` computes returns before it calls `on_rollout_end`, which is too late for
+    that. A step is therefore run by `SequenceRolloutBuffer.compute_returns_and_advantage`.
+
+    Passed to `learn(callback=...)`, or attached with `attach(model)`, it stays with the model's buffer. A saved model
+    remembers its key, and training raises until a step with that key is attached again.
+
+    Attributes:
+        key: The step's name in saved models and checkpoints; of the steps with the same key a buffer has the last.
+        order: When the step runs among the others.
+        is_kept: Whether saved models and checkpoints have its key, and ask for it.
+
+    Raises:
+        TypeError: When a subclass is defined without `key`.
+
+    Example:
+        >>> from agents import RolloutStep
+        >>> class Halved(RolloutStep):
+        ...     key = "Halved"
+        ...
+        ...     def __call__(self, buffer):
+        ...         buffer.rewards /= 2
+        >>> callback = Halved()  # model.learn(100_000, callback=callback)
+    """
+
+    key: ClassVar[str] = ""
+    order: ClassVar[Order] = Order.PENALTIES
+    is_kept: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.key:
+            raise TypeError(
+                f'Expected a class constant `key` in {cls.__name__}, got none: set key = "{cls.__name__}". Checkpoints '
+                "name the step by it, also after the class has been renamed."
+            )
+
+    def attach(self, model: BaseAlgorithm) -> None:
+        """Put the step into the buffer's `before_returns`, in place of one with the same key.
+
+        Raises:
+            TypeError: If the model's buffer is not a `SequenceRolloutBuffer`.
+        """
+        buffer = sequence_buffer(model)
+        self.prepare(model)
+        if self.key in buffer.saved_steps:
+            self.load_state_dict(*buffer.saved_steps.pop(self.key))
+        others = [step for step in buffer.before_returns if step.key != self.key]
+        buffer.before_returns = sorted([*others, self], key=lambda step: step.order)
+        if not self.is_kept:
+            return
+        buffer.expected_steps = [self.key, *(key for key in buffer.expected_steps if key != self.key)]
+        # SB3 `base_class.save` stores every attribute of the model, and `load` passes these to the new buffer, which
+        # then knows what is missing.
+        model.rollout_buffer_kwargs = {  # type: ignore[attr-defined]
+            **model.rollout_buffer_kwargs,  # type: ignore[attr-defined]
+            "expected_steps": list(buffer.expected_steps),
+        }
+
+    def prepare(self, model: BaseAlgorithm) -> None:
+        """Check that the step can work with the model, and take env and policy from it; called once, when attached."""
+
+    def begin(self) -> None:
+        """Prepare for a rollout that begins; called by the buffer's `reset`, whether the step is a callback or not."""
+
+    @abstractmethod
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        """Change `buffer.rewards`, (T, B), in place; `buffer.view()` gives the rollout as sequences."""
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the state that checkpoints keep: tensors, and entries that fit JSON."""
+        return {}, {}
+
+    def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+
+    def _on_training_start(self) -> None:
+        self.attach(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Remembering(Protocol):
+    """A callback whose observations checkpoints keep; training goes on without it, too.
+
+    Attributes:
+        key: Its name in checkpoints.
+    """
+
+    key: str
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that checkpoints keep, as entries that fit JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+
+
+def remember(model: BaseAlgorithm, callback: Remembering) -> None:
+    """Have checkpoints keep what a callback has observed, and give it what the loaded checkpoint has kept.
+
+    Models with another buffer than a `SequenceRolloutBuffer` have no checkpoints.
+    """
+    buffer = model.rollout_buffer  # type: ignore[attr-defined]
+    if isinstance(buffer, SequenceRolloutBuffer):
+        buffer.remembering[callback.key] = callback
+        if callback.key in buffer.remembered:
+            callback.load_state_dict(buffer.remembered.pop(callback.key))
+
+
+def sequence_buffer(model: BaseAlgorithm) -> SequenceRolloutBuffer:
+    """Return the model's buffer.
+
+    Raises:
+        TypeError: If it is not a `SequenceRolloutBuffer`.
+    """
+    buffer = model.rollout_buffer  # type: ignore[attr-defined]
+    if not isinstance(buffer, SequenceRolloutBuffer):
+        raise TypeError(
+            f"Expected rollout_buffer_class=SequenceRolloutBuffer, got {type(buffer).__name__}, which computes returns "
+            "before anything else can touch the rewards."
+        )
+    return buffer
+
+
+def text_vec_env(env: VecEnv | None) -> TextVecEnv:
+    """Return the `TextVecEnv` inside SB3's wrappers.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    inner = None if env is None else env.unwrapped
+    if not isinstance(inner, TextVecEnv):
+        raise ValueError(f"Expected the model to train on a TextVecEnv, got {type(inner).__name__}.")
+    return inner

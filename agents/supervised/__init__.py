@@ -1,0 +1,1 @@
+"""Supervised training before PPO: SFT, classifiers, reward models, models from scratch."""

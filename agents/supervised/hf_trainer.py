@@ -1,0 +1,132 @@
+"""The `Trainer` of transformers as SFT and classifiers run it: interruptible and resumable. Needs accelerate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ..signals import Interrupts
+from .resumable import States, stop_requests
+
+
+def training_arguments(
+    work: Path, n_epochs: float, batch_size: int, learning_rate: float, seed: int, progress_bar: bool
+) -> TrainingArguments:
+    """Return the arguments of the `Trainer`; it reports to no tracker.
+
+    Args:
+        work: The folder of the states.
+        n_epochs: The number of passes over the data; may be a fraction.
+        batch_size: The number of rows in a minibatch.
+        learning_rate: The peak of a cosine schedule that warms up over the first tenth.
+        seed: The seed of dropout and the order of the data.
+        progress_bar: Whether to show a progress bar.
+    """
+    return TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=n_epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        disable_tqdm=not progress_bar,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,  # below 1: a share of all steps
+        weight_decay=0.01,
+        save_strategy="no",  # `_Saving` decides when, and `States` how many are kept
+        logging_steps=20,
+        report_to="none",
+        remove_unused_columns=False,  # rows are no dicts: our own collators read them
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore the random generators of Python, NumPy and torch on leaving: the `Trainer` seeds all of them."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+class SealedTrainer(Trainer):
+    """A `Trainer` whose checkpoints are sealed once they are complete; a failed one is tried again later.
+
+    Args:
+        states: Writes and seals the checkpoints.
+        **kwargs: The arguments of `Trainer`.
+    """
+
+    def __init__(self, states: States, **kwargs: Any) -> None:
+        self.states = states
+        super().__init__(**kwargs)
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        save = super()._save_checkpoint
+        # transformers `Trainer._save_checkpoint` writes to output_dir/checkpoint-<step>, which is `folder`.
+        self.states.save(self.state.global_step, lambda folder: save(*args))
+
+
+class _Saving(TrainerCallback):
+    """Tells the `Trainer` when to save, and to stop after the step in which a signal came."""
+
+    def __init__(self, states: States, signals: Interrupts) -> None:
+        self.states, self.signals = states, signals
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # `Trainer` reads both flags behind each step: it saves first, and then leaves its loop.
+        is_asked_to_stop = self.signals.number != 0
+        control.should_save = is_asked_to_stop or self.states.is_due(state.global_step)
+        control.should_training_stop = control.should_training_stop or is_asked_to_stop
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Sequence[Any],
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    arguments: TrainingArguments,
+    checkpoint: Path | None,
+) -> int:
+    """Run the `Trainer`, and return the number of steps.
+
+    Args:
+        model: The model, changed in place.
+        rows: The training data.
+        collate: A function from some rows to a batch on the CPU, labels included.
+        arguments: The arguments that `training_arguments` returned.
+        checkpoint: The state to resume from, as `prepare` returned it; None starts anew.
+
+    Raises:
+        StageStopped: After a signal, once the state is saved.
+        StorageError: After a signal, if the state could not be saved.
+    """
+    # transformers `Trainer.train` sets `use_cache` of the config, which is saved with the model. A config of a model
+    # that never caches has no such key.
+    use_cache = vars(model.config).get("use_cache")
+    states = States(Path(str(arguments.output_dir)))
+    with stop_requests() as signals:
+        trainer = SealedTrainer(
+            states,
+            model=model,
+            args=arguments,
+            train_dataset=cast("Any", rows),
+            data_collator=cast("Any", collate),
+            callbacks=[_Saving(states, signals)],
+        )
+        trainer.remove_callback(PrinterCallback)  # prints each log where there is no progress bar
+        steps = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).global_step
+    if signals.number and steps < trainer.state.max_steps:
+        raise states.stopped(steps, signals.number)
+    if use_cache is not None:
+        model.config.use_cache = use_cache
+    return steps

@@ -1,0 +1,203 @@
+"""The resumable states of a stage of training before PPO: saved in a folder, from which the same arguments go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from textenv.checks.json_files import read_json
+
+from ..checkpoints.manifest import newest_intact, numbered, of_our_making, seal
+from ..checkpoints.storage import explain
+from ..errors import StageStopped, StorageError
+from ..files import naming, write_text
+from ..policies.optimizers import load_optimizer, optimizer_state
+from ..signals import Interrupts, raise_interrupt, write_line
+
+SAVE_STEPS = 500  # steps from one state to the next: what a process that is killed loses at most
+RETRY_STEPS = 20  # steps to the next attempt after one that failed: a full disk may have room again soon
+KEPT = 2  # how many of the newest states stay: one could be damaged
+STATE = "checkpoint"  # names are "checkpoint-<step>", as transformers' `trainer_utils.PREFIX_CHECKPOINT_DIR` has it
+
+
+def stop_requests() -> Interrupts:
+    """Return a context that notes Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C or SIGTERM raises KeyboardInterrupt."""
+    return Interrupts(write_line, "step", raise_interrupt)
+
+
+def work_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the hidden folder of a stage's states, beside the folder of its result."""
+    target = Path(folder).absolute()
+    return target.with_name(f".{target.name}.training")
+
+
+def origin(model: PreTrainedModel, lm: object) -> tuple[str, str | None]:
+    """Return what identifies the model that a stage began with: its config, and its name or path if it came by one."""
+    return model.config.to_json_string(), os.fspath(lm) if isinstance(lm, (str, os.PathLike)) else None
+
+
+def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
+    """Return the newest intact state, to go on from; if there is none, make an empty folder of states, and return None.
+
+    Damaged states are passed over, with a warning each.
+
+    Args:
+        work: The folder of states, of `work_folder`.
+        arguments: All that the result depends on, the data included; compared by its `repr`.
+        resume: Whether to go on with the states that are there.
+
+    Raises:
+        ValueError: If the states are of other arguments or data, or the folder holds other things than states.
+    """
+    newest, damage = newest_intact(work, STATE) if resume else (None, [])
+    goes_on = "training begins anew" if newest is None else f"going on from {newest}"
+    for message in damage:
+        warnings.warn(f"{message.rstrip('.')}; {goes_on}.", stacklevel=3)
+    fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
+    mark = work / "fingerprint"
+    if newest is None:
+        foreign = (
+            [] if mark.is_file() or not work.is_dir() else [path.name for path in work.iterdir() if path.name[0] != "."]
+        )
+        if foreign:
+            raise ValueError(f"Expected no folder {work}, where a stage keeps its states, got one with {foreign[0]}.")
+        shutil.rmtree(work, ignore_errors=True)
+        write_text(mark, fingerprint)
+        return None
+    if not mark.is_file() or mark.read_bytes() != fingerprint.encode():
+        raise ValueError(
+            f"Expected the arguments and data of the interrupted run in {work}, got others: repeat them, or start "
+            "anew with resume=False."
+        )
+    return newest
+
+
+class States:
+    """The writer of a stage's states: each is sealed once it is complete, and then older ones are removed.
+
+    If a state cannot be written, a warning says so and it is tried again soon; training goes on, and older states stay.
+
+    Args:
+        work: The folder that `prepare` made.
+
+    Attributes:
+        failure: Why the last state could not be written; None if it was.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.failure: str | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a state is to be written after this step."""
+        return step % SAVE_STEPS == 0 or (self.failure is not None and step % RETRY_STEPS == 0)
+
+    def save(self, step: int, write: Callable[[Path], object]) -> None:
+        """Write and seal the state after a step.
+
+        Args:
+            step: The number of steps that were made.
+            write: Writes the state into the folder that it is given.
+        """
+        folder = self.work / f"{STATE}-{step}"
+        self.failure = None
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # half a state, from a process that was killed
+            folder.mkdir(parents=True)
+            with naming(folder):
+                write(folder)
+                seal(folder, step)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            self.failure = f"The state after step {step} could not be written: {explain(error, folder)}"
+            warnings.warn(f"{self.failure} Training goes on, and it is tried again.", stacklevel=3)
+            return
+        for old in [path for path in numbered(self.work, STATE) if path != folder][KEPT - 1 :]:
+            shutil.rmtree(old)
+
+    def stopped(self, step: int, number: int) -> BaseException:
+        """Return the error that ends training after a signal: it says whether the state after the step is saved."""
+        if self.failure is not None:
+            return StorageError(self.failure)
+        return StageStopped(f"stopped after step {step}; `resume=True` goes on from there", number)
+
+
+class ResumableFit:
+    """A training by `fit` whose states wait in a folder; entered, it notes Ctrl-C, SIGTERM and SIGHUP.
+
+    Args:
+        work: The folder that `prepare` made.
+        state: What `prepare` returned: the state to go on from, or None.
+    """
+
+    def __init__(self, work: Path, state: Path | None) -> None:
+        self.states, self.state, self.asked = States(work), state, stop_requests()
+
+    def __enter__(self) -> ResumableFit:
+        self.asked.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.asked.__exit__(kind, error, traceback)
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Bring model and optimizer to the state to go on from; return the loss of each step made before."""
+        if self.state is None:
+            return []
+        with of_our_making(self.state):
+            return load_state(self.state, model, optimizer)
+
+    def after_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor], n_steps: int
+    ) -> None:
+        """Save the state where it is due or a signal came; then stop, unless that was the last step.
+
+        Raises:
+            StageStopped: After a signal, once the state is saved.
+            StorageError: If it could not be.
+        """
+        step = len(losses)
+        is_asked = self.asked.number != 0 and step < n_steps
+        if is_asked or self.states.is_due(step):
+            self.states.save(step, lambda folder: write_state(folder, model, optimizer, losses))
+        if is_asked:
+            raise self.states.stopped(step, self.asked.number)
+
+
+def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
+    """Write weights, optimizer and the loss of each step so far into a folder."""
+    tensors, groups = optimizer_state(optimizer)
+    files = {"model": dict(_weights(model)), "optimizer": tensors, "losses": {"losses": torch.stack(losses)}}
+    for name, content in files.items():
+        safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{name}.safetensors")
+    (folder / "groups.json").write_text(json.dumps(groups), encoding="utf-8")
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Bring model and optimizer to the state that `write_state` wrote; return the loss of each step."""
+    files = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
+    with torch.no_grad():
+        for name, weight in _weights(model).items():
+            weight.copy_(files["model"][name])
+    load_optimizer(optimizer, files["optimizer"], read_json(folder / "groups.json", [{"params": list}]))
+    device = next(model.parameters()).device
+    return list(safetensors.torch.load_file(folder / "losses.safetensors", device=str(device))["losses"])
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return each weight and buffer once: tied ones under their first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,0 +1,393 @@
+"""Reward models: training from rankings or labels, and scoring of texts."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from textenv.huggingface.weights import from_config, n_positions
+from textenv.rewards.reward_stats import RewardStats
+from textenv.text.tokenizer import Tokenizer
+
+from ..checkpoints.output_folders import check_output, output_folder
+from ..models.backbone import check_fits
+from ..models.critic import TrunkCritic, score_head
+from ..models.layers import disable_dropout
+from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel
+from ..small_models.from_scratch import fit, similar_lengths
+from .accuracy import RewardFigures, figures
+from .preferences import Labelled, Ranking, encode_texts
+from .resumable import ResumableFit, origin, prepare, work_folder
+
+Loss: TypeAlias = Literal["last", "tokens"]
+DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
+
+
+class RewardTraining(NamedTuple):
+    """The result of `train_reward_model`.
+
+    Args:
+        folder: The folder of the model, its tokenizer and `reward_stats.json`.
+        losses: The loss of each step, (n_steps,).
+        stats: The mean and standard deviation of the training texts' scores.
+        held_out: The figures on held-out data; None if there is none.
+    """
+
+    folder: Path
+    losses: np.ndarray
+    stats: RewardStats
+    held_out: RewardFigures | None
+
+
+def train_reward_model(
+    lm: LMLike,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Sequence[Ranking] | Sequence[Labelled],
+    folder: str | os.PathLike[str],
+    *,
+    held_out: Sequence[Ranking] | Sequence[Labelled] = (),
+    loss: Loss = "last",
+    centring: float = 0.0,
+    n_epochs: float = 1.0,
+    batch_size: int = 16,
+    learning_rate: float = 1e-5,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress_bar: bool = True,
+) -> RewardTraining:
+    """Train a causal model with a linear score head, and save it as `AutoModelForSequenceClassification` loads it.
+
+    A text's score is read at its last token. No end token is added, so that a critic that starts from this model
+    values a text before the policy ends it. Lengths decide what is padding, so that the pad token may be the end token,
+    or occur in a text. Rankings are trained by the Bradley-Terry loss over all their pairs, with one forward per text
+    (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
+
+    The training loop is that of `pretrain`: with transformers' `Trainer`, collator, loss and evaluation of rankings
+    would still be our own. Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is saved beside the folder,
+    in `.<name>.training`, and `resume=True` continues from the newest intact one, on a CPU to the same weights bit for
+    bit.
+
+    Args:
+        lm: The name or path of a language or reward model, a config, or a spec that builds a reward model.
+        tokenizer: The model's tokenizer.
+        data: `Ranking`s (pairs are rankings of two), or `Labelled` texts.
+        folder: The folder to write, absent or empty.
+        held_out: Data of the same kind that is measured and not trained on.
+        loss: "last" compares the scores at the last tokens. "tokens" takes the mean over all columns from the first
+            difference of two texts to the end of the longer one; beyond its end, the shorter text keeps its last score.
+        centring: The factor of (sum of both scores)^2 in the loss, which centres the scores at 0: comparisons alone
+            leave their mean undetermined (Eisenstein et al., 2023, equation 2).
+        n_epochs: The number of passes over the data; may be a fraction.
+        batch_size: The number of rankings, or of labelled texts, in a minibatch.
+        learning_rate: The peak of a one-cycle schedule.
+        max_tokens: Longer texts lose their start; by default the model's number of positions.
+        seed: The seed of a fresh head and of the order of the data.
+        resume: Whether to continue an interrupted run of the same arguments; it starts anew if there is none.
+        overwrite: Whether an earlier reward model in `folder` may be replaced, once the new one is complete.
+        progress_bar: Whether to show a progress bar.
+
+    Returns:
+        The folder, the loss of each step, the scores' mean and deviation, and the figures on `held_out`.
+
+    Raises:
+        ValueError: If there is no data, a ranking has fewer than two texts, the model is not causal, the interrupted
+            run had other arguments, or the folder holds files that would be lost.
+        StageStopped: After a signal, once the state is saved.
+
+    Example:
+        >>> from agents import Ranking, RewardModelCritic, train_reward_model
+        >>> pairs = [Ranking((" good.", " bad."), prompt="The film was")]
+        >>> # train_reward_model("gpt2", AutoTokenizer.from_pretrained("gpt2"), pairs, "my-reward-model")
+        >>> policy_kwargs = dict(critic=RewardModelCritic("my-reward-model"))
+    """
+    check_output(folder, "reward model", overwrite)  # now, rather than after the training
+    if loss not in get_args(Loss):
+        raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
+    _check_data("data", data)
+    model = build_reward_model(lm, seed)
+    limit = max_tokens or n_positions(model.config) or DEFAULT_MAX_TOKENS
+    check_fits(model, len(tokenizer), limit, "lower max_tokens")
+    _set_special_tokens(model, tokenizer)
+    examples = [_encode(tokenizer, example, limit) for example in data]
+    tests = []
+    if held_out:
+        _check_data("held_out", held_out)
+        tests = [_encode(tokenizer, example, limit) for example in held_out]
+    lengths = [max(map(len, example.ids)) for example in examples]
+    batches = similar_lengths(lengths, batch_size, np.random.default_rng(seed))
+    n_steps = max(1, round(n_epochs * len(examples) / batch_size))
+    work = work_folder(folder)
+    arguments = (origin(model, lm), examples, loss, centring, n_steps, batch_size, learning_rate, seed)
+    state = prepare(work, arguments, resume)
+    losses = fit(
+        model,
+        batches,
+        lambda indices: _loss(model, [examples[i] for i in indices], loss, centring),
+        n_steps,
+        learning_rate,
+        description="reward model",
+        progress_bar=progress_bar,
+        run=ResumableFit(work, state),
+    )
+    scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
+    stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))  # equal scores: nothing to divide by
+    with output_folder(folder, "reward model", overwrite) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        stats.save(beside)
+    shutil.rmtree(work)
+    measured = _measure(model, tests, loss, centring, batch_size) if tests else None
+    return RewardTraining(Path(folder), losses.cpu().numpy(), stats, measured)
+
+
+def build_reward_model(lm: LMLike, seed: int = 0) -> PreTrainedModel:
+    """Build a model with a single score from a name or path, a config (fresh weights) or a spec, without dropout.
+
+    Args:
+        lm: The name or path of a language or reward model, a config, or a spec that builds a reward model.
+        seed: The seed of a fresh score head.
+
+    Raises:
+        ValueError: If it has no linear score head, has trainable weights of 16 bits, or is not causal.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(lm, PreTrainedConfig):
+            config = copy.deepcopy(lm)
+            config.num_labels = 1
+            model = from_config(AutoModelForSequenceClassification, config)
+        elif isinstance(lm, LMSpec):
+            model = lm.build()
+        else:
+            model = PretrainedRewardModel(str(lm), num_labels=1).build()
+        score_head(model)
+        TrunkCritic(cast("PreTrainedModel", model.base_model))  # its constructor checks that the model is causal
+    disable_dropout(model)
+    return model
+
+
+def score_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 32
+) -> np.ndarray:
+    """Return the scores of texts, (N,), each read at its last token.
+
+    Args:
+        model: A reward model, as `AutoModelForSequenceClassification` loads it or `build_reward_model` builds it.
+        tokenizer: Its tokenizer; the side on which it pads does not matter.
+        texts: The N texts, prompt included; longer ones than the model's positions lose their start.
+        batch_size: The number of texts in a forward.
+
+    Raises:
+        ValueError: If a text has no token.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2ForSequenceClassification
+        >>> from agents import score_texts, word_tokenizer
+        >>> model = GPT2ForSequenceClassification(GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1, num_labels=1))
+        >>> score_texts(model, word_tokenizer(["good", "film"]), ["good film", "film"]).shape
+        (2,)
+    """
+    limit = n_positions(model.config) or DEFAULT_MAX_TOKENS
+    was_training = model.training
+    model.eval()
+    scores = _scores(
+        model, [encode_texts(cast("Tokenizer", tokenizer), [text], limit)[0] for text in texts], batch_size
+    )
+    model.train(was_training)
+    return scores
+
+
+def read_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
+    """Return the score of each text (B,) at its last real token, padded on whichever side.
+
+    Args:
+        model: The reward model.
+        ids: Tokens, (B, T).
+        is_real: Whether each of them is a token rather than padding, (B, T).
+    """
+    columns = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+    last = torch.where(is_real, columns, -1).amax(dim=1)  # (B,)
+    return _token_scores(model, ids, is_real)[torch.arange(len(ids), device=ids.device), last]
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centring: float = 0.0) -> Tensor:
+    """Return the loss of each pair of scores, in nats: -log sigmoid(chosen - rejected - margin) + centring * (sum)^2.
+
+    Args:
+        chosen: The scores of the better texts, (P,).
+        rejected: The scores of the worse texts, (P,).
+        margin: The difference that is asked for (Touvron et al., 2023, equation 2).
+        centring: The factor of the squared sum (Eisenstein et al., 2023, equation 2).
+
+    Example:
+        >>> import torch
+        >>> from agents.supervised.reward_model import bradley_terry
+        >>> loss = bradley_terry(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.0]), margin=0.0, centring=0.5)
+        >>> [round(value, 4) for value in loss.tolist()]
+        [0.6931, 2.1269]
+    """
+    return -functional.logsigmoid(chosen - rejected - margin) + centring * (chosen + rejected) ** 2
+
+
+class _Example(NamedTuple):
+    """An encoded ranking, or a labelled text, which is one list of ids without pairs."""
+
+    ids: list[list[int]]
+    pairs: list[tuple[int, int]]
+    margin: float = 0.0
+    label: float | None = None
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Ranking | Labelled, limit: int) -> _Example:
+    if isinstance(example, Labelled):
+        return _Example(
+            encode_texts(cast("Tokenizer", tokenizer), [example.text], limit), [], label=float(example.label)
+        )
+    return _Example(
+        encode_texts(cast("Tokenizer", tokenizer), example.wholes(), limit), example.pairs(), example.margin
+    )
+
+
+def _check_data(name: str, data: Sequence[Ranking] | Sequence[Labelled]) -> None:
+    kinds = {type(example) for example in data}
+    if kinds not in ({Ranking}, {Labelled}):
+        raise ValueError(
+            f"Expected `{name}` to hold Rankings or Labelled texts, of one kind and at least one, got "
+            f"{sorted(kind.__name__ for kind in kinds) or 'none'}."
+        )
+    for number, example in enumerate(data):
+        if isinstance(example, Ranking) and (isinstance(example.texts, str) or len(example.texts) < 2):
+            raise ValueError(f"Expected rankings of at least two texts, got {example.texts!r:.80} in row {number}.")
+    if name == "held_out" and kinds == {Labelled} and len({cast("Labelled", example).label for example in data}) < 2:
+        raise ValueError("Expected held-out labels that differ, got one value: there is nothing to compare.")
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set the pad token by which transformers' `...ForSequenceClassification.forward` finds a row's last token."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad is None:
+        raise ValueError("Expected a tokenizer with a pad or an end token, got neither: set tokenizer.pad_token.")
+    model.config.get_text_config().pad_token_id = cast("int", pad)
+    model.config.pad_token_id = cast("int", pad)
+
+
+def _pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens padded on the right, and whether each is a token, (B, T) both."""
+    lengths = torch.tensor([len(ids) for ids in texts], device=device)
+    ids = torch.zeros(len(texts), int(max(map(len, texts))), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
+    return ids.to(device), torch.arange(ids.shape[1], device=device) < lengths[:, None]
+
+
+def _token_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
+    """Return the score at each token, (B, T), float32; the values at padding have no meaning."""
+    positions = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T), from 0 behind padding on the left too
+    hidden = model.base_model(
+        input_ids=ids, attention_mask=is_real.long(), position_ids=positions, use_cache=False
+    ).last_hidden_state  # (B, T, H)
+    return score_head(model)(hidden).squeeze(-1).float()  # (B, T, 1) -> (B, T)
+
+
+@torch.no_grad()
+def _scores(model: PreTrainedModel, texts: Sequence[list[int]], batch_size: int) -> np.ndarray:
+    """Return the scores (N,) of encoded texts, read in batches of similar length."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    result = torch.zeros(len(texts), device=model.device)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        result[indices] = read_scores(model, *_pad([texts[i] for i in indices], model.device))
+    return result.cpu().numpy()
+
+
+def _loss(model: PreTrainedModel, examples: Sequence[_Example], loss: Loss, centring: float) -> Tensor:
+    """Return the mean over rankings of the mean loss of their pairs, or the mean squared error of labels."""
+    ids, is_real = _pad([text for example in examples for text in example.ids], model.device)
+    scores = _token_scores(model, ids, is_real)  # (B, T)
+    lasts = is_real.sum(dim=1) - 1  # (B,)
+    rows = torch.arange(len(ids), device=ids.device)
+    at_end = scores[rows, lasts]  # (B,)
+    if examples[0].label is not None:
+        labels = torch.tensor([example.label for example in examples], device=ids.device)
+        return functional.mse_loss(at_end, labels)
+    chosen, rejected, margins, weights = (torch.tensor(values, device=ids.device) for values in _pairs(examples))
+    if loss == "last":
+        losses = bradley_terry(at_end[chosen], at_end[rejected], margins, centring)  # (P,)
+    else:
+        losses = _per_token(ids, scores, lasts, chosen, rejected, margins, centring)  # (P,)
+    return (losses * weights).sum()
+
+
+def _pairs(examples: Sequence[_Example]) -> Iterator[list[int] | list[float]]:
+    """Yield the rows of better texts, of worse texts, margins and weights, (P,) each.
+
+    The weights of a ranking's pairs add up to the same for each ranking, however many texts it has.
+    """
+    chosen, rejected, margins, weights, first = [], [], [], [], 0
+    for example in examples:
+        for better, worse in example.pairs:
+            chosen.append(first + better)
+            rejected.append(first + worse)
+            margins.append(float(example.margin))
+            weights.append(1.0 / (len(example.pairs) * len(examples)))
+        first += len(example.ids)
+    yield from (chosen, rejected, margins, weights)
+
+
+def _per_token(
+    ids: Tensor, scores: Tensor, lasts: Tensor, chosen: Tensor, rejected: Tensor, margins: Tensor, centring: float
+) -> Tensor:
+    """Return the mean loss of each pair, (P,), from the first column where its texts differ to the end of both."""
+    columns = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+    # Beyond the end of a text its last score is read.
+    better, worse = (
+        scores[rows].gather(1, torch.minimum(columns, lasts[rows, None]))  # (P, T)
+        for rows in (chosen, rejected)
+    )
+    end = torch.maximum(lasts[chosen], lasts[rejected])[:, None]  # (P, 1)
+    has_both = columns <= torch.minimum(lasts[chosen], lasts[rejected])[:, None]  # (P, T)
+    differs = (ids[chosen] != ids[rejected]) | ~has_both
+    # Equal texts differ nowhere, and are compared at their end.
+    is_counted = (differs.cumsum(dim=1) > 0) & (columns <= end) | (columns == end)
+    losses = bradley_terry(better, worse, margins[:, None], centring)  # (P, T)
+    return torch.where(is_counted, losses, 0.0).sum(dim=1) / is_counted.sum(dim=1)
+
+
+@torch.no_grad()
+def _measure(
+    model: PreTrainedModel, examples: Sequence[_Example], loss: Loss, centring: float, batch_size: int
+) -> RewardFigures:
+    total = 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        total += float(_loss(model, batch, loss, centring)) * len(batch)
+    scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
+    if examples[0].label is not None:
+        labels = np.array([example.label for example in examples], dtype=float)
+        # All pairs of texts with different labels, as (N,) lists: text i against those before it.
+        signs = [np.sign(labels[i] - labels[:i]) for i in range(len(labels))]
+        margins = [((scores[i] - scores[:i]) * sign)[sign != 0] for i, sign in enumerate(signs)]
+        return figures(total / len(examples), margins, is_log_odds=False)
+    ends = np.cumsum([len(example.ids) for example in examples])
+    margins = []
+    for example, end in zip(examples, ends, strict=True):
+        own = scores[end - len(example.ids) : end]
+        margins.append(np.array([own[better] - own[worse] for better, worse in example.pairs]))
+    return figures(total / len(examples), margins, is_log_odds=True)

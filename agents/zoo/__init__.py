@@ -1,0 +1,1 @@
+"""rl_zoo3 as a client of textenv."""

@@ -1,0 +1,6 @@
+"""`python -m agents.zoo`: rl_zoo3 with the algorithms of textenv."""
+
+from .main import main
+
+if __name__ == "__main__":
+    main()

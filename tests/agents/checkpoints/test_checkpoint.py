@@ -1,0 +1,210 @@
+"""Checkpoints: a resumed run is the run (E8), and what is damaged, foreign or half-written is refused (E8, C5)."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from stable_baselines3 import A2C
+from transformers import LlamaConfig
+
+from agents import KLPenalty
+from agents.callbacks.checkpoints import Checkpoints
+from agents.callbacks.episode_metrics import EpisodeMetrics
+from agents.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from agents.checkpoints.manifest import verify_checkpoint
+from tests.helpers.command import ROOT
+from tests.helpers.models import few
+from tests.helpers.training import PROMPTS, Recorder, run_state, tiny_agent, tiny_config, tiny_env
+from textenv import TextEnv
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")  # of waiting segments
+STEPS, LANES, LONGEST = 5, 4, 7  # an episode of 7 tokens straddles rollouts of 5
+EVERY, TOTAL = 3, 6  # rollouts
+ROWS = [{"prompt": prompt, "max_new_tokens": 3 + i} for i, prompt in enumerate(PROMPTS)]
+
+
+class Remembers(TextEnv):
+    """Keeps memory in `preds.state`, draws from the env's generator, answers, and names its parts."""
+
+    def get_reward(self, prompt, preds, done):
+        preds.state["sum"] = preds.state.get("sum", 0.0) + float(self.np_random.normal()) + len(prompt) / 10
+        return {"memory": preds.state["sum"], "lengths": sum(len(turn.text) for turn in preds.turns) / 10}
+
+    def respond(self, prompt, preds):
+        return "yz" if preds.ids[-1] % 2 else None
+
+
+def global_random(prompt, preds, done):
+    return random.random() + np.random.rand() + float(torch.rand(())) if done else 0.0
+
+
+def linear(progress):
+    return 2e-2 * progress
+
+
+def llama():
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaConfig(vocab_size=33, max_position_embeddings=32, bos_token_id=0, eos_token_id=0, **shape)
+
+
+def long_env(**kwargs):
+    return tiny_env(**{"prompts": ROWS, "max_new_tokens": LONGEST, **kwargs})
+
+
+def turns_env():
+    return tiny_env(cls=Remembers, max_new_tokens=LONGEST, max_turns=4, max_response_tokens=2, stop_ids=range(0, 33, 3))
+
+
+def complete():
+    return {"rollout_buffer_kwargs": {"complete_episodes": True}, "batch_size": LANES * STEPS}
+
+
+# What a run is made of: the env's arguments, the agent's, and its callbacks.
+RUNS = {
+    "unfinished": (long_env, dict, list),
+    "kl": (long_env, dict, lambda: [KLPenalty(0.1)]),
+    "waiting": (long_env, complete, lambda: [KLPenalty(0.1)]),
+    "late": (lambda: long_env(score_at="rollout_end"), complete, list),
+    "schedule": (tiny_env, lambda: {"learning_rate": linear, "clip_range": linear}, lambda: [EpisodeMetrics()]),
+    "a2c": (tiny_env, lambda: {"algorithm": A2C}, lambda: [KLPenalty(0.1)]),
+    "rmsprop": (tiny_env, lambda: {"algorithm": A2C, "use_rms_prop": True}, list),
+    "turns": (turns_env, lambda: {"lm": tiny_config(n_positions=64)}, list),
+    "random": (lambda: tiny_env(global_random), dict, list),
+    "llama": (tiny_env, lambda: {"lm": llama()}, lambda: [KLPenalty(0.1)]),
+    "untied": (tiny_env, lambda: {"lm": tiny_config(tie_word_embeddings=False)}, list),
+    "sequential": (lambda: tiny_env(order="sequential"), dict, list),
+}
+
+
+def build(run, **kwargs):
+    env, agent, callbacks = RUNS[run]
+    return tiny_agent(env(), n_steps=STEPS, n_envs=LANES, **{**agent(), **kwargs}), callbacks()
+
+
+def history(recorder, start=0):
+    """What happened from rollout `start` on: prompts, tokens and rewards of every step."""
+    infos = [
+        [(str(info["prompt"]), info["text"], info["reward_parts"]) for info in step if info] for step in recorder.infos
+    ]
+    steps = slice(start * STEPS, None)
+    tokens = [
+        np.concatenate([row.ravel() for row in pair]).tolist() for pair in zip(recorder.observations, recorder.actions)
+    ]
+    return tokens[steps], infos[steps], [rewards.tolist() for rewards in recorder.rewards[start:]]
+
+
+def disturb():
+    """Use up random numbers that another process would not have."""
+    random.random(), np.random.rand(3), torch.rand(3)
+
+
+@pytest.mark.parametrize("run", few(RUNS, 6))
+def test_e8_a_resumed_run_is_the_run(run, tmp_path):
+    """E8, bit for bit: weights, optimizer, episodes, prompts, rewards, generators and counters."""
+    model, callbacks = build(run)
+    whole = Recorder()
+    model.learn(TOTAL * STEPS * LANES, callback=[*callbacks, whole, Checkpoints(tmp_path, every=EVERY)])
+    middle = tmp_path / f"step_{EVERY * STEPS * LANES:012d}"
+    assert verify_checkpoint(middle) == EVERY * STEPS * LANES
+
+    expected = run_state(model)
+    disturb()
+    resumed, callbacks = build(run, seed=7)
+    load_checkpoint(resumed, middle)
+    rest = Recorder()
+    resumed.learn((TOTAL - EVERY) * STEPS * LANES, callback=[*callbacks, rest], reset_num_timesteps=False)
+    assert history(rest) == history(whole, EVERY)
+    assert run_state(resumed) == expected
+
+
+def test_e8_what_the_runs_above_contain(tmp_path):
+    """Unfinished episodes, waiting segments, a second epoch of prompts and a rate that falls are really there."""
+    model, _ = build("waiting")
+    model.learn(EVERY * STEPS * LANES)
+    save_checkpoint(model, tmp_path / "saved")
+    meta = json.loads((tmp_path / "saved" / "state.json").read_text())
+    assert meta["env"]["cursor"]["epoch"] >= 1
+    assert safetensors.torch.load_file(tmp_path / "saved" / "waiting.safetensors")
+    assert safetensors.torch.load_file(tmp_path / "saved" / "episodes.safetensors")["generated"].max() > 0
+    model, callbacks = build("schedule")
+    model.learn(TOTAL * STEPS * LANES, callback=Checkpoints(tmp_path, every=EVERY))
+    middle = json.loads((tmp_path / "step_000000000060" / "state.json").read_text())
+    assert middle["param_groups"][0]["lr"] == pytest.approx(linear(0.5))
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+PROCESS = """
+import sys, torch
+from tests.agents.checkpoints.test_checkpoint import *
+model, callbacks = build("waiting", learning_rate=linear, seed=3)
+load_checkpoint(model, sys.argv[1])
+model.learn((TOTAL - EVERY) * STEPS * LANES, callback=callbacks, reset_num_timesteps=False)
+save_checkpoint(model, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_e8_in_a_fresh_process(tmp_path):
+    model, callbacks = build("waiting", learning_rate=linear)
+    model.learn(TOTAL * STEPS * LANES, callback=[*callbacks, Checkpoints(tmp_path, every=EVERY)])
+    first, last = sorted(tmp_path.glob("step_*"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", PROCESS, first, tmp_path / "resumed"], check=True, env=environment)
+    for file in sorted(last.iterdir()):
+        if file.name == "state.json":
+            saved, resumed = (json.loads((folder / file.name).read_text()) for folder in (last, tmp_path / "resumed"))
+            for episode in (*saved["episodes"], *resumed["episodes"]):
+                del episode["t"]  # the clock
+            assert resumed == saved
+        elif file.name != "manifest.json":
+            assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes(), file.name
+
+
+def test_loading_and_saving_at_once_keeps_everything(tmp_path):
+    """C5, E8: the reference too, although no penalty has been attached to the new model yet."""
+    model, callbacks = build("kl")
+    model.learn(60, callback=callbacks)
+    save_checkpoint(model, tmp_path / "first")
+    again, _ = build("kl", seed=7)
+    load_checkpoint(again, tmp_path / "first")
+    save_checkpoint(again, tmp_path / "second")
+    for name in sorted(path.name for path in (tmp_path / "first").iterdir()):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+def test_c5_a_resumed_run_has_the_reference_and_asks_for_its_penalty(tmp_path):
+    model, [penalty] = build("kl")
+    model.learn(60, callback=penalty)
+    save_checkpoint(model, tmp_path / "saved")
+    resumed, _ = build("kl", seed=7)
+    load_checkpoint(resumed, tmp_path / "saved")
+    with pytest.raises(RuntimeError, match=r"\['KLPenalty'\] before returns"):
+        resumed.learn(20, reset_num_timesteps=False)
+    resumed, _ = build("kl", seed=7)
+    load_checkpoint(resumed, tmp_path / "saved")
+    other = KLPenalty(5.0)
+    resumed.learn(20, callback=other, reset_num_timesteps=False)
+    assert other.coef == penalty.coef
+    for name, tensor in penalty.reference.state_dict().items():
+        assert torch.equal(tensor, other.reference.state_dict()[name])
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    model, callbacks = build("kl")
+    model.learn(40, callback=callbacks)
+    saved = save_checkpoint(model, tmp_path / "saved")
+    assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    load_checkpoint(build("kl")[0], saved)

@@ -1,0 +1,201 @@
+"""The verbs beside `train`: what each prints, writes and refuses."""
+
+import io
+import json
+import re
+import shutil
+import warnings
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from agents.cli import main as cli
+from agents.cli import trained_model as verbs
+from agents.runs.live_screen import LiveScreen
+from agents.runs.screens import warnings_on
+from tests.helpers.command import ROLLOUT, run, settings
+from textenv import demo
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    """A finished run of a policy with adapters."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    words = settings(model, out, rollouts=2, **{"model.train": "lora", "model.lora_r": 2})
+    assert run("train", *words, "--quiet") == 0
+    return out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(verb, "--help")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: textenv {verb}")
+
+
+def test_tasks_has_a_line_each(capsys):
+    assert run("tasks") == 0
+    said = capsys.readouterr().out
+    for name in ("demo", "vader", "classifier", "rouge", "perplexity", "intent_accuracy", "regex", "grammar", "curves"):
+        assert re.search(rf"^  {name} +[A-Z].{{20}}", said, flags=re.MULTILINE), name
+
+
+def test_evaluate_prints_before_and_after(done, capsys):
+    assert run("evaluate", done, "--metrics", "[distinct, {id: words}]", "--n_prompts", "8") == 0
+    said = capsys.readouterr().out
+    assert "| figure | before | after | difference |" in said and "| reward |" in said and "distinct" in said
+    assert json.loads((done / "evaluation.json").read_text())["n_prompts"] == 8
+
+
+def test_generate_streams_json(done, model, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("this phone is\nthe lamp was\n")
+    for source in (done, model):
+        words = ["--prompts", tmp_path / "prompts.txt", "--n", "2", "--max_new_tokens", "4"]
+        assert run("generate", source, *words) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["prompt"] for line in lines] == ["this phone is"] * 2 + ["the lamp was"] * 2
+        assert all(line["text"] for line in lines)
+    assert run("generate", model, "--prompts", "nowhere.txt") == 2
+    assert "Expected prompts in nowhere.txt" in capsys.readouterr().err
+
+
+def test_export_merges_adapters_and_generates_the_same(done, tmp_path, capsys):
+    assert run("export", done, tmp_path / "model") == 0
+    assert "generates the same" in capsys.readouterr().out
+    names = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert not [name for name in names if "lora" in name]
+    assert (tmp_path / "model" / "README.md").is_file()
+
+
+def test_an_exported_model_that_writes_otherwise_is_said(done, model, tmp_path, monkeypatch, capsys):
+    other = AutoModelForCausalLM.from_pretrained(model)
+    torch.nn.init.normal_(other.get_input_embeddings().weight, std=3.0)
+    other.save_pretrained(tmp_path / "other")
+    make = verbs.make_policy
+    monkeypatch.setattr(verbs, "make_policy", lambda name, *rest, **more: make(str(tmp_path / "other"), *rest, **more))
+    assert run("export", done, tmp_path / "model") == 1
+    assert "another text at prompt" in capsys.readouterr().err
+
+
+def test_damage_is_refused(done, tmp_path, capsys):
+    copy = shutil.copytree(done, tmp_path / "copy")
+    file = max((copy / "checkpoints").iterdir()) / "policy.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    for words in (["evaluate", copy], ["export", copy, tmp_path / "model"]):
+        assert run(*words) == 2
+        error = capsys.readouterr().err
+        assert "policy.safetensors: " in error and f"newest intact: step {ROLLOUT}" in error
+    assert not (tmp_path / "model").exists()
+
+
+def test_compare_draws_and_prints(done, tmp_path, capsys):
+    assert run("compare", done, done, "--out", tmp_path / "both.png") == 0
+    assert "| run | tokens | reward at first | reward/task |" in (said := capsys.readouterr().out)
+    assert said.count(f"| {2 * ROLLOUT} |") == 2
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert run("compare", "nowhere") == 2
+
+
+def test_show_has_a_line_a_token(done, capsys):
+    assert run("show", done, "--prompt", "1") == 0
+    said = capsys.readouterr().out
+    rows = re.findall(r"^'.+' +(-?\d\.\d+) +(-?\d+\.\d+) +(-?\d\.\d+)$", said, flags=re.MULTILINE)
+    assert 1 <= len(rows) <= 8
+    total = float(re.search(r"reward (\d\.\d+)", said.splitlines()[-1])[1])
+    assert sum(float(row[0]) for row in rows) == pytest.approx(total, abs=1e-3)
+    assert run("show", done, "--prompt", "400") == 2
+
+
+def test_chat_remembers(model, monkeypatch, capsys):
+    from agents.cli import chat
+
+    asked = []
+    original = chat.generate
+    monkeypatch.setattr(
+        chat,
+        "generate",
+        lambda policy, prompts, *rest, **kwargs: asked.append(prompts) or original(policy, prompts, *rest, **kwargs),
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("this phone is\nand the lamp\n/reset\nthis phone is\n/exit\nno\n"))
+    assert run("chat", model, "--max_new_tokens", "3", "--greedy", "true") == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 3 and answers[0] == answers[2]
+    assert len(asked[1][0]) > len(asked[0][0]) + 3 and asked[2] == asked[0]
+
+
+def test_doctor_reports(model, capsys):
+    code = run("doctor", *[word for word in settings(model) if "--samples" not in word])
+    said = capsys.readouterr().out
+    assert code in (0, 1) and "vocabulary" in said and ("failed" in said) == (code == 1)
+
+
+def test_a_dry_run_estimates_and_writes_nothing(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *settings(model), "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"rollout of {ROLLOUT} tokens: \d+\.\d\d s; its update: \d+\.\d\d s", said)
+    assert re.search(r"the whole run, 256 tokens: about 0:00:\d\d", said) and "memory at most: " in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_live_view_shows_figures_and_harmless_samples():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    screen = LiveScreen(1000, console)
+    screen.say("hello")
+    screen.row({"tokens": 0, "eval/reward": 0.25})
+    screen.row(
+        {"tokens": 500, "reward/task": 0.5, "reward/mood": 0.125, "kl/sequence": 1.5, "train/entropy_loss": -2.0}
+    )
+    screen.samples([{"prompt": "this is ", "text": "\x1b[2Jbad [red]", "reward": 1.0}])
+    screen.close()
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", console.file.getvalue())
+    for part in ("hello", "500 / 1,000 tokens", "0.500", "0.125", "1.50", "2.00", "0.250", "\\x1b[2Jbad [red]", "left"):
+        assert part in shown, part
+    assert "\x1b[2J" not in console.file.getvalue()
+
+
+def test_warnings_of_a_run_go_to_its_screen_and_what_showed_them_before_is_back_afterwards(monkeypatch):
+    console, others = Console(file=io.StringIO(), width=120), []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: others.append(str(message)))
+    before, filters = warnings.showwarning, list(warnings.filters)
+    with pytest.raises(ArithmeticError), warnings_on(LiveScreen(10, console)):
+        warnings.simplefilter("always")
+        warnings.warn("the reward is constant", stacklevel=1)
+        assert "warning: the reward is constant" in console.file.getvalue(), "at once, and not when the run ends"
+        raise ArithmeticError
+    assert (warnings.showwarning, list(warnings.filters), others) == (before, filters, [])
+    with pytest.warns(UserWarning, match="of nobody's run"):
+        warnings.warn("of nobody's run", stacklevel=1)
+    assert "of nobody's run" not in console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_sft_and_reward_model_make_folders_that_the_next_stage_takes(model, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("\n".join(demo.reviews(32)))
+    pairs = [{"prompt": f"the {one} was ", "chosen": "great .", "rejected": "awful ."} for one in ("lamp", "phone")] * 8
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "sft.yml").write_text(f"data: {tmp_path / 'texts.txt'}\nmodel: {model}\nlearning_rate: 0.01\n")
+    words = ["--held_out", tmp_path / "texts.txt", "--out", tmp_path / "tuned", "--n_epochs", "3", "--quiet"]
+    assert run("sft", tmp_path / "sft.yml", *words) == 0
+    before, after = re.search(r"held out: loss (\S+) -> (\S+),", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    words = ["--model", tmp_path / "tuned", "--data", tmp_path / "pairs.jsonl", "--learning_rate", "0.01"]
+    words += ["--held_out", tmp_path / "pairs.jsonl", "--n_epochs", "4", "--out", tmp_path / "scorer", "--quiet"]
+    assert run("reward-model", *words) == 0
+    assert "held out: " in capsys.readouterr().out
+    reward = {"id": "preference", "args": {"model": str(tmp_path / "scorer")}}
+    words = settings(tmp_path / "tuned", tmp_path / "run", rollouts=1, **{"env.reward": json.dumps(reward)})
+    critic = ["--model.critic", "reward_model", "--model.critic_model", tmp_path / "scorer"]
+    assert run("train", *words, *critic, "--quiet") == 0
+
+
+def test_stages_say_what_their_files_lack(model, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
+    for verb, words in (("sft", "prompt and reference, or text"), ("reward-model", "chosen and rejected, or text")):
+        assert run(verb, "--model", model, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out") == 2
+        assert f"Expected {words}" in capsys.readouterr().err
+        assert run(verb) == 2
+        assert re.search("Expected --out DIR, and --data or --task", capsys.readouterr().err)

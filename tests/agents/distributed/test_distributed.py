@@ -1,0 +1,217 @@
+"""Several processes train one policy: the same update as one, what they agree on, and who logs."""
+
+import pickle
+import re
+import time
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from agents import DataParallel
+from agents.cli import main as cli
+from agents.distributed.collectives import ProcessLost
+from agents.distributed.world import world
+from tests.helpers.models import seldom
+from tests.helpers.processes import free_port, launch, torchrun, train
+from tests.helpers.training import tiny_agent
+
+SAME = 1e-6
+OTHERS = ("advantages", "returns", "scores", "divergence")
+
+
+def largest_difference(one, other):
+    return max(np.abs(one[name] - other[name]).max() for name in one)
+
+
+@cache
+def alone(n_minibatches):
+    """The weights and figures after three updates in one process."""
+    return train(1, "scripted_updates", n_minibatches)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "n_minibatches"),
+    [pytest.param(2, 1, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.slow), (4, 2)],
+)
+def test_the_update_is_that_of_one_process_on_the_union_of_the_data(size, n_minibatches):
+    weights, figures = alone(n_minibatches)
+    results = train(size, "scripted_updates", n_minibatches)
+    for theirs, their_figures in results:
+        assert largest_difference(theirs, weights) < SAME
+        assert their_figures == pytest.approx(figures, rel=1e-5)
+
+
+@pytest.mark.parametrize("off", ["weights", *seldom(OTHERS, 1)])
+def test_without_agreement_the_update_is_another(off):
+    weights, _ = alone(2)
+    (theirs, _), (others, _) = train(2, "scripted_updates", 2, off)
+    assert max(largest_difference(theirs, weights), largest_difference(others, weights)) > 10 * SAME
+
+
+@pytest.mark.slow
+def test_the_update_is_the_same_with_every_option():
+    alone, (first, second) = train(1, "every_option")[0], train(2, "every_option", timeout=120)
+    assert len(alone) > 10
+    for option, (weights, figures) in alone.items():
+        tolerance = 1e-3 if option == "bfloat16" else SAME
+        for theirs, their_figures in (first[option], second[option]):
+            assert largest_difference(theirs, weights) < tolerance, option
+            assert their_figures == pytest.approx(figures, rel=1e-2 if option == "bfloat16" else 1e-4), option
+    assert 3 < alone["target_kl"][1]["updates"] < 12, "some updates were broken off"
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_resumes_exactly(tmp_path):
+    whole = train(2, "part_of_a_run", tmp_path, 4)
+    train(2, "part_of_a_run", tmp_path, 2, None, "half")
+    resumed = train(2, "part_of_a_run", tmp_path, 2, "half")
+    for (weights, _, figures, *_), (again, before, same, _, said) in zip(whole, resumed):
+        assert largest_difference(weights, again) == 0 and figures == same and not said
+        assert before["tokens"] == 96 and same["tokens"] == 192, "of both processes"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """2 -> 1 -> 2: weights, coefficient and counts go on, prompts do not repeat, and it is said what is lost."""
+    two = train(2, "part_of_a_run", tmp_path, 2, None, "two")
+    one = train(1, "part_of_a_run", tmp_path, 1, "two", "one")
+    again = train(2, "part_of_a_run", tmp_path, 1, "one")
+    for earlier, later in ((two, one), (one, again)):
+        for _, before, *_ in later:
+            assert before == earlier[0][2], "as it was saved"
+    numbers = [number for part in (two, one, again) for *_, dealt, _ in part for number in dealt]
+    assert len(numbers) == len(set(numbers)) > 30, "no prompt twice in an epoch"
+    said = [text for part in (two, one, again) for *_, texts in part for text in texts]
+    assert len(said) == 2, "by rank 0, when the number changes"
+    assert "is of 2 processes, and 1 go on" in said[0] and "8 running episodes" in said[0]
+    assert "is of 1 processes, and 2 go on" in said[1]
+
+
+@pytest.mark.slow
+def test_one_process_logs_evaluates_and_writes_for_all(tmp_path):
+    (tokens, rows, shown, evaluated, numbers), other = train(2, "logged_run", tmp_path)
+    # Both stop after two evaluations without a better figure, in the first step of the next rollout.
+    assert other[0] == tokens == 2 * 48 + 4 and other[3] == evaluated == [0, 48, 96]
+    assert other[1] == [] and other[2] == "" and "samples after 48 tokens" in shown
+    assert not set(numbers) & set(other[4]), "no prompt in both"
+    logged = {key: value for _, row in rows for key, value in row.items()}
+    assert logged["own/rank"] == 0.5 and logged["own/last"] == 7 and logged["episode/dropped"] == 3
+    assert logged["time/total_timesteps"] == 96 and "eval/reward" in logged
+    each = [logged[f"time/rollout_seconds/rank_{rank}"] for rank in (0, 1)]
+    assert logged["time/rollout_seconds"] == max(each) and min(each) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "checkpoints", "curves.png", "model"}
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2 and (tmp_path / "model" / "config.json").is_file()
+
+
+def test_without_a_seed_weights_and_order_are_shared_and_samples_are_not():
+    one, other = train(2, "unseeded")
+    assert one[0] == other[0] and not set(one[1]) & set(other[1]) and one[2] != other[2]
+
+
+REFUSED = {
+    "lanes": (ValueError, "Expected n_envs to divide by the 2 processes, got 3"),
+    "batch": (ValueError, "Expected `batch_size` to divide n_steps \\* n_envs = 16, got 10"),
+    "normalize_advantage": (ValueError, "Expected normalize_advantage=False of the algorithm"),
+    "settings": (ValueError, r"Expected the same settings in all processes, got others in rank [01]: \['n_epochs'\]"),
+    "TRPO": (ValueError, "Expected one process for FlatLMPolicy, got several"),
+    "alone": (RuntimeError, "Expected all processes at the same, got rank . at '(saving|training)' and rank"),
+    "by hand": (RuntimeError, r"Expected the callback DataParallel\(\)"),
+}
+
+
+def test_refusals_and_an_algorithm_built_by_hand():
+    """What is refused is so in all processes, which can go on together."""
+    for results in train(2, "refusals", [*REFUSED, "nothing"]):
+        assert results.pop("nothing") == "trained"
+        for case, (error, words) in REFUSED.items():
+            assert isinstance(results[case], error) and re.search(words, str(results[case])), results[case]
+
+
+def test_an_error_in_one_process_ends_the_others():
+    first, second = launch(2, "refused", "reward", timeout=30)
+    assert "the scorer is gone" in str(second)
+    assert isinstance(first, ProcessLost) and "rank 1" in str(first)
+
+
+def test_a_process_group_of_the_scripts_own_is_used():
+    assert train(2, "join_as_initialised") == [([0, 1], 0)] * 2
+
+
+def test_the_process_that_serves_the_others_leaves_last():
+    first, second = train(2, "leave_late", 0.5)
+    assert first > second
+
+
+def test_one_process_has_nothing_of_it(monkeypatch):
+    """No group, no wrapper, no step: what several processes need is not even looked at."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    model = tiny_agent()
+    model.learn(16, callback=DataParallel())
+    assert world() is None and not torch.distributed.is_initialized() and model.policy.shared is None
+    assert model.rollout_buffer.before_returns == [] and next(model.rollout_buffer.get()).observations.share is None
+
+
+def test_the_command_wants_one_process(monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train"]) == 2
+    assert "Expected one process, got WORLD_SIZE=2" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_wrongly_are_told():
+    ok = launch(2, "join", 20)
+    assert [one[:2] for one in ok] == [(0, 2), (1, 2)] and ok[0][2] == ok[1][2]
+    sizes = {0: {"WORLD_SIZE": "3"}}
+    for result in launch(2, "join", 20, environments=sizes):
+        assert isinstance(result, ValueError) and "was told WORLD_SIZE=" in str(result)
+    for result in launch(2, "join", 1, environments={rank: {"WORLD_SIZE": "3"} for rank in (0, 1)}):
+        assert isinstance(result, TimeoutError) and "got none of rank [2]" in str(result)
+    result = launch(1, "join", 1, environments={0: {"WORLD_SIZE": "2"}})[0]
+    assert isinstance(result, ValueError) and "variable RANK to be a number" in str(result)
+    alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    result = launch(1, "join", 1, environments={0: alone})[0]
+    assert isinstance(result, TimeoutError) and "an answer of rank 0 at 127.0.0.1" in str(result)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_in_a_rollout_is_named(tmp_path):
+    start = time.monotonic()
+    first, second = launch(2, "killed", "rollout", tmp_path)
+    assert isinstance(second, ChildProcessError) and time.monotonic() - start < 60
+    assert isinstance(first, ProcessLost) and "got no answer of rank 1" in str(first)
+
+
+@pytest.mark.slow
+def test_what_stands_beside_training_does_so_in_several_processes():
+    """The doctor, warnings, NLPO, a critic with a trunk of its own; draws by priority are each process's own."""
+    (weights, tokens, drawn), other = train(2, "beside")
+    assert other[:2] == (weights, tokens) and tokens == 96 and sum(drawn) > 12 and other[2] != drawn
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_does():
+    ((first, last),) = train(1, "learn_a", 1e-2)
+    (ours, learnt), _ = train(2, "learn_a", 1e-2)
+    assert first < 0.1 and ours < 0.1 and last > 0.8 and learnt > 0.8
+    (before, after), _ = train(2, "learn_a", 0.0)
+    assert abs(after - before) < 0.1, "the negative control"
+
+
+@pytest.mark.slow
+def test_torchrun_ends_all_within_a_minute_and_names_the_one_that_was_killed(tmp_path):
+    done, seconds = torchrun(tmp_path, "killed", "rollout")
+    assert done.returncode != 0 and seconds < 60
+    assert re.search(r"rank\s*: 1", done.stderr) and "exitcode  : -9" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
+    """Killed in an update, after rank 0 has counted its tokens: the same weights as without, and as many tokens."""
+    whole = train(2, "killed", "nowhere", tmp_path / "whole")
+    done, _ = torchrun(tmp_path, "killed", "update", options=["--max-restarts=1"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank, (weights, tokens, _) in enumerate(whole):
+        again, same, resumed_at = pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes())
+        assert largest_difference(weights, again) == 0 and tokens == same == 192 and resumed_at == 48

@@ -1,0 +1,194 @@
+"""Generation: each prompt exactly so often, the same as one by one, and training none the wiser (invariant E12)."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+
+from agents import KLPenalty, TextVecEnv
+from agents.callbacks.episode_metrics import EpisodeMetrics
+from agents.evaluation.generation import generate
+from agents.evaluation.sample_table import SampleTable
+from tests.helpers.models import few
+from tests.helpers.training import PROMPTS, TOKENIZER, same_weights, tiny_agent, tiny_config, tiny_env, weights
+from textenv import CharTokenizer, EndReason
+
+MANY = ("a", "bcd", "efghi", "jk", "l", "mnop", "q")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Trained a little, so that some texts end early; large initial weights, so that they differ."""
+    model = tiny_agent(tiny_env(max_new_tokens=8), lm=tiny_config(initializer_range=0.3))
+    return model.learn(64)
+
+
+def one_by_one(model, prompt_ids, max_new_tokens, pick):
+    """A plain loop: full forwards of the language model, one row, no padding, no cache."""
+    ids = list(prompt_ids)
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits = model.policy.lm.backbone.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(pick(logits / model.policy.lm.sampling.temperature))
+        if ids[-1] == TOKENIZER.eos_token_id:
+            break
+    return ids[len(prompt_ids) :]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n_envs", [2, 7, 64])
+def test_each_prompt_exactly_so_often_in_order(model, n, n_envs):
+    generations = generate(model, MANY, TOKENIZER, n, max_new_tokens=6, n_envs=n_envs)
+    assert [str(one.prompt) for one in generations] == [prompt for prompt in MANY for _ in range(n)]
+    for one in generations:
+        ended = one.ids[-1] == 0
+        assert one.end_reason is (EndReason.EOS if ended else EndReason.LENGTH)
+        assert len(one.ids) == 6 or (ended and len(one.ids) < 6)
+        assert one.text == TOKENIZER.decode(one.ids, skip_special_tokens=True)
+    if n > 1:
+        assert len({tuple(one.ids) for one in generations[:n]}) > 1, "samples of one prompt differ"
+
+
+def test_the_same_prompt_several_times_in_the_list(model):
+    generations = generate(model, ["ab", "c", "ab"], TOKENIZER, 2, max_new_tokens=3)
+    assert [str(one.prompt) for one in generations] == ["ab", "ab", "c", "c", "ab", "ab"]
+
+
+def test_deterministic_is_the_same_as_one_by_one(model):
+    generations = generate(model, MANY, TOKENIZER, max_new_tokens=8, n_envs=3, deterministic=True)
+    for one in generations:
+        assert one.ids == one_by_one(model, TOKENIZER.encode(str(one.prompt)), 8, lambda logits: int(logits.argmax()))
+
+
+def test_one_row_samples_the_same_as_one_by_one(model):
+    """The same numbers from the same generator, through inverse CDF, without any of the machinery."""
+    generations = generate(model, MANY, TOKENIZER, max_new_tokens=8, n_envs=1, seed=3)
+    generator = torch.Generator().manual_seed(3)
+
+    def pick(logits):
+        cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+        return int(torch.searchsorted(cumulative, torch.rand(1, generator=generator).double() * cumulative[-1]))
+
+    for one in generations:
+        assert one.ids == one_by_one(model, TOKENIZER.encode(str(one.prompt)), 8, pick)
+
+
+def test_the_seed_repeats_and_another_does_not(model):
+    first, again, other = (
+        [one.ids for one in generate(model, MANY, TOKENIZER, 2, max_new_tokens=6, seed=seed)] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_stop_strings_and_other_arguments_of_the_env(model):
+    alphabet = tuple("abcdefghijklm")
+    generations = generate(model, MANY, TOKENIZER, 8, max_new_tokens=8, stop_strings=alphabet)
+    stopped = [one for one in generations if one.end_reason is EndReason.STOP]
+    assert stopped
+    for one in stopped:
+        assert TOKENIZER.decode(one.ids)[-1] in alphabet
+        assert not set(one.text) & set(alphabet) and len(one.text) == len(one.ids) - 1
+    assert not any(set(one.text) & set(alphabet) for one in generations)
+    kept = generate(model, ["abcdef"], TOKENIZER, max_new_tokens=2, max_prompt_tokens=3, truncation_side="left")
+    assert kept[0].prompt.ids.tolist() == TOKENIZER.encode("def")
+
+
+def test_prompts_as_rows_and_as_token_ids(model):
+    rows = [{"prompt": "ab", "label": 1, "max_new_tokens": 2}, [1, 2], "ab"]
+    generations = generate(model, rows, TOKENIZER, max_new_tokens=4, deterministic=True)
+    assert generations[0].prompt.row["label"] == 1
+    assert generations[1].ids == generations[2].ids
+    assert generations[0].ids == generations[2].ids[:2]
+
+
+def test_a_policy_alone_and_a_progress_bar(model, capfd):
+    with_policy = generate(model.policy, ["ab"], TOKENIZER, max_new_tokens=4, progress_bar=True)
+    assert with_policy == generate(model, ["ab"], TOKENIZER, max_new_tokens=4)
+    assert "1/1" in capfd.readouterr().err
+
+
+def test_what_is_refused(model):
+    with pytest.raises(ValueError, match="of 33 tokens, got one of 4"):
+        generate(model, ["a"], CharTokenizer("abc"))
+    with pytest.raises(ValueError, match="Expected `n` to be at least 1, got 0"):
+        generate(model, ["a"], TOKENIZER, n=0)
+    with pytest.raises(ValueError, match="Expected at least one prompt, got none"):
+        generate(model, [], TOKENIZER)
+    with pytest.raises(TypeError, match="Expected a model with an LMPolicy, got ActorCriticPolicy"):
+        generate(PPO("MlpPolicy", "CartPole-v1", device="cpu"), ["a"], TOKENIZER)
+    with pytest.raises(
+        ValueError, match="Expected prompt and completion to fit the model's 32 positions, got up to 41"
+    ):
+        generate(model, ["a"], TOKENIZER, max_new_tokens=40)
+
+
+# E12: looking at it does not change it
+
+
+class Generates(BaseCallback):
+    """Generates inside the rollout, in the midst of an episode, and at its end."""
+
+    def _on_step(self):
+        assert generate(self.model, ["ab", "c"], TOKENIZER, max_new_tokens=5)
+        self.model.predict(self.locals["new_obs"][:2])
+        return True
+
+    def _on_rollout_end(self):
+        generate(self.model, MANY, TOKENIZER, n=2, max_new_tokens=3, deterministic=True)
+
+
+def sample_table():
+    return SampleTable(PROMPTS, TOKENIZER, every=1, max_new_tokens=5, console=Console(file=io.StringIO()))
+
+
+def evaluation(env=None, deterministic=True):
+    envs = TextVecEnv(env or tiny_env(max_new_tokens=6), 3)
+    return EvalCallback(envs, n_eval_episodes=4, eval_freq=3, deterministic=deterministic, verbose=0)
+
+
+LOOKS = {
+    "table": lambda env: [sample_table()],
+    "evaluation": lambda env: [evaluation()],
+    "sampled evaluation": lambda env: [evaluation(deterministic=False)],
+    "evaluation of the same env": lambda env: [evaluation(env)],
+    "generate": lambda env: [Generates()],
+    "metrics": lambda env: [EpisodeMetrics()],
+    "all": lambda env: [sample_table(), evaluation(), Generates(), EpisodeMetrics()],
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return trained(lambda env: [])
+
+
+def trained(look):
+    """Train with a penalty and episodes that straddle rollouts; return weights, generators and last rewards."""
+    env = tiny_env(max_new_tokens=6)
+    model = tiny_agent(env, n_steps=5)
+    model.learn(20 * 4, callback=[KLPenalty(0.1), *look(env)])
+    generators = [model.policy.generator.get_state(), torch.get_rng_state()]
+    return weights(model), generators, np.random.get_state()[1].tolist(), model.rollout_buffer.rewards.tolist()
+
+
+@pytest.mark.parametrize("look", few(reversed(LOOKS), 2))
+def test_e12_trained_parameters_are_bit_identical_with_or_without(look, undisturbed):
+    """E12, and A9: neither the rollout's randomness nor its cached keys and values are touched."""
+    looked = trained(LOOKS[look])
+    assert same_weights(looked[0], undisturbed[0])
+    assert all(torch.equal(one, other) for one, other in zip(looked[1], undisturbed[1]))
+    assert looked[2:] == undisturbed[2:]
+
+
+def test_e12_the_rollout_goes_on_from_its_cached_rows():
+    """Generation in between costs the rollout no row that it would have to read again."""
+    model = tiny_agent(tiny_env(max_new_tokens=6, stop_ids=()), n_steps=6)
+    fresh = []
+    prefill = model.policy.lm.rollout_cache._prefill
+    model.policy.lm.rollout_cache._prefill = lambda *args: (fresh.append(len(args[2])), prefill(*args))
+    model.learn(24, callback=Generates())
+    assert len(fresh) == 1, "the prompts at the start, and no row after"

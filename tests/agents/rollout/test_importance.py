@@ -1,0 +1,206 @@
+"""What another distribution has sampled, weighted: the policy gradient by enumeration, through the real loss."""
+
+import itertools
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from agents import EngineRollouts
+from agents.rollout.importance import Correction
+from agents.rollout.transitions import Transitions, joined
+from tests.helpers.engines import Scripted
+from tests.helpers.models import randomise_critic
+from tests.helpers.training import tiny_agent, tiny_config
+from textenv import CharTokenizer, TextEnv
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")
+LETTERS = CharTokenizer("ab")
+V, CAP = len(LETTERS), 1.3
+PROMPT = [1, 2]
+REWARDS = np.random.default_rng(3).normal(size=(V, V)) * 2
+FIRST = np.array([0.6, 0.3, 0.1])  # of the engine: far from the policy, which is nearly uniform
+SECOND = np.array([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25], [0.2, 0.7, 0.1]])
+TEXTS = {length: list(itertools.product(range(V), repeat=length)) for length in (1, 2)}
+
+
+def behaviour(text):
+    """The engine's probability of each token of a text."""
+    return np.array([FIRST[text[0]], *(SECOND[text[0]][text[i]] for i in range(1, len(text)))])
+
+
+def reward_of(text):
+    return REWARDS[text[0], text[-1]]
+
+
+def scored(prompt, preds, done):
+    return float(reward_of(preds.ids)) if done else 0.0
+
+
+def build(length):
+    """An agent of one lane whose update is one plain step of gradient descent, of rate 1, of the policy's loss."""
+    env = TextEnv([PROMPT], LETTERS, reward=scored, max_new_tokens=length, stop_ids=())
+    model = tiny_agent(
+        env,
+        n_envs=1,
+        n_steps=2,
+        lm=tiny_config(vocab_size=V, initializer_range=0.5),
+        batch_size=2,
+        n_epochs=1,
+        learning_rate=1.0,
+        max_grad_norm=1e9,
+        vf_coef=0.0,
+        gae_lambda=1.0,
+        policy_kwargs={"optimizer_class": torch.optim.SGD},
+        rollout_buffer_kwargs={"normalize_advantage": False},
+    )
+    randomise_critic(model.policy)
+    return model
+
+
+@cache
+def started(length):
+    """An agent, and the weights with which it starts."""
+    model = build(length)
+    return model, {name: weight.clone() for name, weight in model.policy.state_dict().items()}
+
+
+def step_of(length, text, correction):
+    """What an update on this text alone adds to the weights, times its tokens: the sum of its tokens' gradients."""
+    model, start = started(length)
+    model.policy.load_state_dict(start)
+    before = flat(model)
+    step = EngineRollouts(Scripted(text, np.log(behaviour(text))))
+    step.correction = correction
+    model.learn(2, callback=step)
+    return (flat(model) - before) * length
+
+
+def flat(model):
+    return torch.cat([weight.detach().flatten() for weight in model.policy.backbone.parameters()]).double()
+
+
+def estimate(length, correction):
+    """The mean step over what the engine samples, by enumeration."""
+    return sum(behaviour(text).prod() * step_of(length, text, correction) for text in TEXTS[length])
+
+
+class Off(Correction):
+    """The negative control: all weights are 1."""
+
+    def weights(self, log_probs, behaviour_log_probs, rows):
+        return np.ones_like(log_probs)
+
+
+class Exact:
+    """Gradients by autograd from the definition, in the same weights."""
+
+    def __init__(self, length):
+        self.model, self.length = build(length), length
+        self.weights = list(self.model.policy.backbone.parameters())
+        logits = {(): self.logits([]), **{(a,): self.logits([a]) for a in range(V)}}
+        self.log_pi = {prefix: torch.log_softmax(one, -1) for prefix, one in logits.items()}
+        values = self.model.policy.lm
+        self.value = {prefix: float(self.value_of(values, list(prefix))) for prefix in logits}
+
+    def logits(self, written):
+        return self.model.policy.backbone.model(input_ids=torch.tensor([PROMPT + written])).logits[0, -1, :V]
+
+    def value_of(self, lm, written):
+        hidden = lm.backbone.model.base_model(input_ids=torch.tensor([PROMPT + written])).last_hidden_state[0, -1:]
+        return lm.critic(hidden).detach()
+
+    def of(self, text):
+        """The policy's log-probability of each token of a text."""
+        return torch.stack([self.log_pi[tuple(text[:i])][text[i]] for i in range(len(text))])
+
+    def gradient(self, objective):
+        grads = torch.autograd.grad(objective, self.weights, retain_graph=True, allow_unused=True)
+        zeros = [torch.zeros_like(weight) for weight in self.weights]
+        parts = [zero if grad is None else grad for grad, zero in zip(grads, zeros)]
+        return torch.cat([part.flatten() for part in parts]).double()
+
+    def policy_gradient(self):
+        """Of the expected reward under the policy."""
+        return self.gradient(sum(self.of(text).sum().exp() * reward_of(text) for text in TEXTS[self.length]))
+
+    def weighted(self, weight):
+        """The sum over what the engine samples of weight * advantage * grad log pi, where `weight` maps ratios."""
+        total = 0.0
+        for text in TEXTS[self.length]:
+            ours, mu = self.of(text), behaviour(text)
+            weights = weight(ours.detach().exp().numpy() / mu)
+            advantages = np.array([reward_of(text) - self.value[tuple(text[:i])] for i in range(len(text))])
+            total = total + mu.prod() * (torch.as_tensor(weights * advantages) * ours).sum()
+        return self.gradient(total)
+
+
+def apart(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+SAME = 1e-4
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_a13_of_one_token_the_weighted_gradient_is_the_policy_gradient(per):
+    exact = Exact(1)
+    assert apart(estimate(1, Correction(math.inf, per)), exact.policy_gradient()) < SAME
+    truncated = estimate(1, Correction(CAP, per))
+    assert apart(truncated, exact.weighted(lambda ratios: np.minimum(ratios, CAP))) < SAME
+    assert apart(truncated, exact.policy_gradient()) > 0.05, "truncation pulls towards the engine"
+    assert apart(estimate(1, Off()), exact.policy_gradient()) > 0.3, "the negative control: no weights"
+
+
+def test_a13_of_two_tokens_a_weight_a_sequence_gives_the_policy_gradient_and_one_a_token_comes_near():
+    exact = Exact(2)
+    target = exact.policy_gradient()
+    assert apart(estimate(2, Correction(math.inf, "sequence")), target) < SAME
+    by_token, without = estimate(2, Correction(math.inf, "token")), estimate(2, Off())
+    assert apart(by_token, exact.weighted(lambda ratios: ratios)) < SAME
+    assert apart(without, exact.weighted(np.ones_like)) < SAME
+    assert 0.01 < apart(by_token, target) < 0.8 * apart(without, target), "the engine's states stay"
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_a13_of_two_tokens_truncated_weights_are_the_formula(per):
+    whole = {"token": lambda ratios: ratios, "sequence": lambda ratios: np.full_like(ratios, ratios.prod())}[per]
+    expected = Exact(2).weighted(lambda ratios: np.minimum(whole(ratios), CAP))
+    assert apart(estimate(2, Correction(CAP, per)), expected) < SAME
+
+
+def test_weights_are_bounded_and_finite():
+    log_probs, behaviour = np.array([0.0, -1.0, -500.0, 0.0]), np.array([-900.0, -1.0, 0.0, -0.5])
+    rows = np.array([0, 0, 1, 1])
+    assert Correction(2.0).weights(log_probs, behaviour, rows).tolist() == [2.0, 1.0, 0.0, pytest.approx(math.exp(0.5))]
+    assert np.isfinite(Correction(math.inf, "sequence").weights(log_probs, behaviour, rows)).all()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"truncation": 0.5}, "`truncation` of at least 1, got 0.5"),
+        ({"truncation": math.nan}, "`truncation` of at least 1, got nan"),
+        ({"per": "word"}, r"`per` to be one of \['token', 'sequence'\], got 'word'"),
+    ],
+)
+def test_what_is_no_correction_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Correction(**kwargs)
+
+
+def test_log_probabilities_of_what_sampled_cost_nothing_where_it_is_the_policy():
+    """The same memory in a rollout, and in what waits for the rest of its episode."""
+    model = tiny_agent(n_steps=6, rollout_buffer_kwargs={"complete_episodes": True}, batch_size=24)
+    model.learn(24)
+    buffer = model.rollout_buffer
+    assert buffer.behaviour_log_probs is buffer.log_probs and buffer.waiting
+    assert all(part.behaviour_log_probs is part.log_probs for part in buffer.waiting.values())
+    own = next(iter(buffer.waiting.values()))
+    theirs = Transitions(*own)._replace(behaviour_log_probs=own.log_probs + 1)
+    both = joined([own, theirs])
+    assert not both.is_by_policy
+    expected = np.concatenate([own.log_probs, own.log_probs + 1])
+    assert np.array_equal(both.behaviour_log_probs, expected)

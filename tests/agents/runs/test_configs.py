@@ -1,0 +1,127 @@
+"""The ready configurations: what each opens with, that its commands are right, and that they run as they stand."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from agents.cli import arguments, main as cli
+from agents.cli.stages import fresh_config
+from agents.cli.options import ClassifierConfig, EvaluateOptions, RewardModelConfig, SFTConfig
+from tests.helpers.command import ROOT, run
+from tests.helpers.task_data import write_data
+from textenv import TASKS
+
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yml"))
+STAGES = {"sft": SFTConfig, "classifier": ClassifierConfig, "reward-model": RewardModelConfig}
+TRAINED = [path for path in CONFIGS if not path.stem.endswith(("_sft", "_classifier", "_reward_model"))]
+SMALL = [path for path in TRAINED if not path.stem.endswith("_gpt2")]
+DATA = "FOLDER"  # what stands in the commands for the data set's folder
+
+
+def opening(path):
+    """The comment that a configuration begins with."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return "\n".join(lines)
+
+
+def commands(path):
+    """The commands of the opening, each as words behind `textenv`."""
+    text = opening(path).replace("\\\n", " ")
+    found = [shlex.split(line) for line in text.splitlines() if line.startswith("  textenv ")]
+    return [words[1:] for words in found]
+
+
+def stage_config(verb, words):
+    parser = arguments.make_parser(verb, "[CONFIG.yml]", STAGES[verb], cli.StageOptions)
+    return arguments.split(parser, arguments.with_config(words), STAGES[verb], cli.StageOptions)[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_opens_with_command_hardware_minutes_and_figure(path):
+    text = opening(path)
+    own = [words for words in commands(path) if f"examples/configs/{path.name}" in words]
+    assert len(own) == 1, "the command that takes it"
+    assert own[0][0] == ("train" if path in TRAINED else own[0][0] if own[0][0] in STAGES else "a stage")
+    assert re.search(r"\bCPU\b|\bGPU\b", text), "the hardware"
+    assert re.search(r"\d (minutes?|hours?)\b|less than a minute|half a minute", text), "the time"
+    expected = text.partition("Expect")[2]
+    assert re.search(r"\d", expected) or "not measured" in expected, "the figure"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_its_commands_are_understood_and_make_what_the_next_ones_read(path):
+    made = set()
+    for verb, *words in commands(path):
+        if verb == "train":
+            config, options, dumped = cli.train_config(words)
+            needed, out = set(re.findall(r"\bruns/[\w/]+", dumped)) - {config.out}, config.out
+            assert (DATA in dumped) == (config.env.id in ("Reviews", "DailyDialog", "HH", "ZhReviews"))
+            assert config.total_tokens > 0
+        elif verb in STAGES:
+            config = stage_config(verb, words)
+            needed = {name for name in (config.model, vars(config).get("tokenizer")) if str(name).startswith("runs/")}
+            out = config.out
+            if fresh := vars(config).get("fresh"):
+                assert fresh_config(fresh).model_type == fresh["model_type"]
+        else:
+            parser = arguments.make_parser(verb, "RUN", EvaluateOptions, cli.TrustOptions)
+            needed, out = {arguments.parse(parser, words).run}, None
+        if path in TRAINED:
+            assert needed <= made, "an earlier command makes it"
+        made.add(out)
+
+
+def test_a_key_that_is_none_would_be_noticed(tmp_path):
+    (tmp_path / "reviews.yml").write_text("algorithm: {n_env: 4}\n")
+    with pytest.raises(cli.CommandError, match=r"did you mean 'algorithm\.n_envs'"):
+        cli.train_config([str(tmp_path / "reviews.yml")])
+    (tmp_path / "sft.yml").write_text("taks: Reviews\n")
+    with pytest.raises(cli.CommandError, match="did you mean 'task'"):
+        stage_config("sft", [str(tmp_path / "sft.yml")])
+
+
+def test_every_task_has_a_small_configuration_and_one_of_gpt2s_size_with_adapters():
+    tasks = {"demo", *TASKS} - {"Text"}  # which is "text", with prompts and a reward of one's own
+    read = {path.stem: cli.train_config([str(path)])[0] for path in TRAINED}
+    assert {config.env.id for name, config in read.items() if not name.endswith("_gpt2")} == {*tasks, "text"}
+    large = {config.env.id: config.model for name, config in read.items() if name.endswith("_gpt2")}
+    assert large.keys() == tasks and {model.train for model in large.values()} == {"lora"}
+
+
+def test_the_readme_beside_them_lists_all():
+    table = (ROOT / "examples" / "configs" / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in TRAINED if f"`{path.name}`" not in table] == []
+
+
+def test_the_demo_configuration_is_what_train_does_alone():
+    assert cli.train_config([])[0] == cli.train_config([str(ROOT / "examples" / "configs" / "demo.yml")])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+def test_a_small_configuration_runs_for_a_rollout(path, tmp_path, monkeypatch, capsys):
+    """All its commands as they are written, but for sizes: on made-up data, a few steps of each stage."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("agents.cli.stage_data.N_RANDOM_TEXTS", 60)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    folders = write_data(tmp_path / "data", n=40)
+    for words in commands(path):
+        if words[0] == "train":
+            config = cli.train_config(words[1:])[0]
+            size = {"n_envs": 8, "n_steps": 32, "batch_size": 256}  # 32, so that groups of texts are over
+            words += [f"--algorithm.{name}={value}" for name, value in size.items()]
+            words += ["--total_tokens=256", "--evaluation.n_prompts=2", "--evaluation.n=1", "--samples=1", "--quiet"]
+            task = config.env.id
+        elif words[0] in STAGES:
+            task = stage_config(words[0], words[1:]).task
+            words += ["--n_epochs", "0.05", "--quiet"]
+        elif words[0] == "evaluate":
+            words += ["--n_prompts", "2", "--n", "1"]
+        assert run(*(str(folders[task]) if word == DATA else word for word in words)) == 0, capsys.readouterr().err
+    assert ["| reward |" in file.read_text() for file in Path("runs").rglob("results.md")] == [True]

@@ -1,0 +1,192 @@
+"""Reward shaping: each part by hand, in the documented order, once, before KL and out of the logs (C6, C9)."""
+
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecNormalize
+
+from agents import KLPenalty, LMPolicy, RewardShaping, SequenceRolloutBuffer, TextVecEnv
+from agents.callbacks.checkpoints import Checkpoints
+from agents.callbacks.episode_metrics import EpisodeMetrics
+from agents.checkpoints.checkpoint import load_checkpoint
+from tests.helpers.training import TOKENIZER, Recorder, run_state, tiny_agent, tiny_config, tiny_env
+from textenv import EndReason, TextEnv
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 4 in each:UserWarning")
+
+
+def letters(prompt, preds, done):
+    return float(sum(preds.ids)) if done else 0.0
+
+
+def env_of(score_at="done", reward=letters, **kwargs):
+    return tiny_env(reward, score_at=score_at, max_new_tokens=5, stop_ids=range(0, 33, 4), **kwargs)
+
+
+def shaped_rewards(*callbacks, env=None, n_rollouts=3, **kwargs):
+    """Train, and return the infos of each rollout's episodes with what the buffer had for them: (info, rewards)."""
+    recorder = Recorder()
+    model = tiny_agent(env or env_of(), n_steps=8, **kwargs)
+    model.learn(32 * n_rollouts, callback=[*callbacks, recorder])
+    rewards = recorder.stacked("rewards")
+    rollouts = [[] for _ in range(n_rollouts)]
+    for info, places in recorder.episodes():
+        rollouts[places[-1][0] // 8].append((info, [float(rewards[place]) for place in places]))
+    return rollouts
+
+
+@pytest.mark.parametrize("score_at", ["done", "rollout_end"])
+def test_c6_the_documented_order_by_hand(score_at):
+    """C6, C9: clip, scale by all scores so far, whiten over the rollout, then the penalty where cut."""
+    shaping = RewardShaping(clip=50.0, scale=True, whiten=True, missing_eos_penalty=2.0)
+    rollouts = shaped_rewards(shaping, env=env_of(score_at))
+    seen, reasons = [], set()
+    for episodes in rollouts:
+        scores = np.clip([info["episode"]["r"] for info, _ in episodes], -50, 50)
+        seen += scores.tolist()
+        scores = scores / np.std(seen)
+        scores = (scores - scores.mean()) / scores.std()
+        for (info, rewards), score in zip(episodes, scores):
+            cut = info["end_reason"] is EndReason.LENGTH
+            reasons.add(info["end_reason"])
+            assert rewards[-1] == pytest.approx(score - 2.0 * cut, abs=1e-5)
+            assert not any(rewards[:-1])
+    assert max(seen) == 50.0 and reasons == {EndReason.EOS, EndReason.LENGTH}
+    assert shaping.count == len(seen) and shaping.mean == pytest.approx(np.mean(seen))
+
+
+def test_the_scale_keeps_the_mean_and_follows_the_scores():
+    shaping = RewardShaping(scale=True)
+    seen = []
+    for episodes in shaped_rewards(shaping):
+        seen += [info["episode"]["r"] for info, _ in episodes]
+        for info, rewards in episodes:
+            assert rewards[-1] == pytest.approx(info["episode"]["r"] / np.std(seen), rel=1e-5)
+
+
+@pytest.mark.parametrize("callbacks_in_order", [True, False])
+def test_c6_the_score_is_clipped_before_the_penalty_is_added(callbacks_in_order):
+    """The penalty is not clipped, in any order of callbacks."""
+    shaping, penalty = RewardShaping(clip=10.0), KLPenalty(100.0)
+    order = [shaping, penalty] if callbacks_in_order else [penalty, shaping]
+    model, recorder = tiny_agent(env_of(), n_steps=8), Recorder()
+    model.learn(32 * 3, callback=[*order, recorder])
+    assert [type(step).__name__ for step in model.rollout_buffer.before_returns] == ["RewardShaping", "KLPenalty"]
+    rewards, penalised = recorder.stacked("rewards"), 0
+    for _, places in recorder.episodes():
+        others = [abs(rewards[place]) for place in places[:-1]]
+        penalised += any(one > 10.0 for one in others)
+    assert penalised > 3
+
+
+def test_c6_the_same_with_the_penalty_taken_out():
+    """With a policy that is the reference the penalty is 0, and what is left is the clipped score."""
+    for info, rewards in shaped_rewards(KLPenalty(1.0), RewardShaping(clip=10.0), n_rollouts=1)[0]:
+        assert sum(rewards) == pytest.approx(min(info["episode"]["r"], 10.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.1, -1e6, 1e12])
+def test_c6_a_constant_batch_gives_no_nan(value):
+    env = env_of(reward=lambda prompt, preds, done: value)
+    for episodes in shaped_rewards(RewardShaping(scale=True), env=env, n_rollouts=2):
+        assert all(rewards[-1] == np.float32(value) for _, rewards in episodes)
+    for episodes in shaped_rewards(RewardShaping(scale=True, whiten=True), env=env, n_rollouts=2):
+        assert all(rewards[-1] == 0.0 for _, rewards in episodes)
+    for episodes in shaped_rewards(RewardShaping(clip=0.5), env=env, n_rollouts=2):
+        assert all(rewards[-1] == np.float32(np.clip(value, -0.5, 0.5)) for _, rewards in episodes)
+
+
+@pytest.mark.parametrize("score_at", ["step", "done"])
+def test_c9_the_penalty_is_for_those_cut_off_alone_and_once(score_at):
+    """C9, over episodes of all lengths, some of which straddle rollouts; rewards for every token are left alone."""
+
+    def each(prompt, preds, done):
+        return 1.0
+
+    plain = 1.0 if score_at == "step" else 0.0
+    n_cut, n_ended = 0, 0
+    for episodes in shaped_rewards(RewardShaping(missing_eos_penalty=0.75), env=env_of(score_at, each), n_rollouts=5):
+        for info, rewards in episodes:
+            cut = info["end_reason"] is EndReason.LENGTH
+            assert rewards == [plain] * (len(rewards) - 1) + [1.0 - 0.75 * cut]
+            n_cut, n_ended = n_cut + cut, n_ended + (not cut)
+    assert n_cut > 3 and n_ended > 3
+
+
+@pytest.mark.slow
+def test_c9_one_penalty_in_several_turns_and_none_where_the_env_ends():
+    class Talk(TextEnv):
+        def get_reward(self, prompt, preds, done):
+            return 0.0
+
+        def respond(self, prompt, preds):
+            return "xy"
+
+    env = Talk(["ab"], TOKENIZER, max_new_tokens=6, max_turns=3, max_response_tokens=2, stop_ids=range(0, 33, 3))
+    reasons = set()
+    lm = tiny_config(n_positions=64)
+    for episodes in shaped_rewards(RewardShaping(missing_eos_penalty=1.0), env=env, n_rollouts=5, lm=lm):
+        for info, rewards in episodes:
+            reasons.add(info["end_reason"])
+            assert rewards == [0.0] * (len(rewards) - 1) + [-float(info["end_reason"] is EndReason.LENGTH)]
+    assert {EndReason.LENGTH, EndReason.ENV} <= reasons
+
+
+def test_the_value_of_a_truncated_episode_is_not_shaped():
+    """The critic's value of what would have followed stands beside the score: here 0, as the critic starts at 0."""
+    env = env_of(length_limit="truncate")
+    for info, rewards in shaped_rewards(RewardShaping(clip=1.0), env=env, n_rollouts=1)[0]:
+        assert rewards[-1] == min(info["episode"]["r"], 1.0)
+
+
+def test_c10_the_task_reward_in_the_logs_is_untouched():
+    model, recorder = tiny_agent(env_of(), n_steps=8), Recorder()
+    shaping = RewardShaping(clip=1.0, missing_eos_penalty=100.0)
+    model.learn(32, callback=[EpisodeMetrics(), shaping, recorder], log_interval=None)
+    infos = [info for info, _ in recorder.episodes()]
+    assert all(info["episode"]["r"] == np.floor(info["episode"]["r"]) for info in infos)  # sums of token ids
+    logged = model.logger.name_to_value
+    assert logged["reward/task"] == pytest.approx(np.mean([info["episode"]["r"] for info in infos])) and len(infos) > 5
+    cut = np.mean([info["end_reason"] is EndReason.LENGTH for info in infos])
+    assert logged["shaping/cut"] == pytest.approx(cut)
+    shaped = np.mean(np.clip([info["episode"]["r"] for info in infos], -1, 1))
+    assert logged["shaping/score"] == pytest.approx(shaped - 100.0 * cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 3])
+def test_e8_the_running_figures_are_resumed(groups, tmp_path):
+    """Bit for bit, with scores that wait for their group as well."""
+
+    def build(seed):
+        env = env_of("rollout_end", samples_per_prompt=groups)
+        buffer = {"advantage": "grpo"} if groups > 1 else {}
+        return tiny_agent(env, n_steps=8, n_envs=7, seed=seed, rollout_buffer_kwargs=buffer)
+
+    def callbacks():
+        return [RewardShaping(clip=60.0, scale=True, missing_eos_penalty=1.0), KLPenalty(0.1)]
+
+    model = build(0)
+    model.learn(56 * 4, callback=[*callbacks(), Checkpoints(tmp_path, every=2)])
+    resumed = build(3)
+    load_checkpoint(resumed, tmp_path / f"step_{56 * 2:012d}")
+    resumed.learn(56 * 2, callback=callbacks(), reset_num_timesteps=False)
+    assert run_state(resumed) == run_state(model)
+    (first,), (second,) = (
+        [step for step in one.rollout_buffer.before_returns if isinstance(step, RewardShaping)]
+        for one in (model, resumed)
+    )
+    assert first.state_dict() == second.state_dict() and first.count > 20
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(ValueError, match="Expected `clip` to be positive or None, got 0"):
+        RewardShaping(clip=0)
+    with pytest.raises(ValueError, match="Expected `missing_eos_penalty` to be 0 or more, got -1"):
+        RewardShaping(missing_eos_penalty=-1)
+    with pytest.raises(ValueError, match="Expected an env with score_at='done' or 'rollout_end', got 'step'"):
+        RewardShaping(whiten=True).attach(tiny_agent(env_of("step")))
+    settings = {"policy_kwargs": {"lm": tiny_config()}, "rollout_buffer_class": SequenceRolloutBuffer, "device": "cpu"}
+    model = PPO(LMPolicy, VecNormalize(TextVecEnv(env_of(), 2), norm_obs=False), n_steps=4, batch_size=8, **settings)
+    with pytest.raises(ValueError, match="Expected VecNormalize with norm_reward=False"):
+        RewardShaping(clip=1.0).attach(model)

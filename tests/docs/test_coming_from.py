@@ -1,0 +1,130 @@
+"""The pages for those who come from other libraries: their snippets run, and steering one prompt steers it."""
+
+import ast
+import re
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from agents import bpe_tokenizer
+from tests.helpers.command import ROOT
+from tests.helpers.models import seldom
+from tests.helpers.seq2seq import T5
+
+EXAMPLES = ROOT / "examples"
+PAGES = ["from_trl.md", "from_rl4lms.md", "from_openrl.md", "from_textrl.md"]
+STEERING = "## Steering one prompt"
+SEEN_BEFORE = "from transformers import AutoTokenizer; from agents import make_agent; from textenv import TextEnv"
+N_TOKENS = 300
+GPT = dict(vocab_size=N_TOKENS, n_layer=1, n_embd=16, n_head=2, n_positions=256, pad_token_id=0)
+BERT = dict(vocab_size=N_TOKENS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+ENDS = dict(bos_token_id=0, eos_token_id=0)
+STAND_INS = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT, **ENDS)),
+    "rajkumarrrk/gpt2-fine-tuned-on-daily-dialog": (GPT2LMHeadModel, GPT2Config(**GPT, **ENDS)),
+    "google/flan-t5-base": (T5ForConditionalGeneration, T5Config(**{**T5, "vocab_size": N_TOKENS})),
+    "cardiffnlp/twitter-roberta-base-sentiment": (BertForSequenceClassification, BertConfig(**BERT, num_labels=3)),
+    "rajkumarrrk/roberta-daily-dialog-intent-classifier": (
+        BertForSequenceClassification,
+        BertConfig(**BERT, num_labels=4),
+    ),
+    "my-reward-model": (GPT2ForSequenceClassification, GPT2Config(**GPT, **ENDS, num_labels=1)),
+}
+"""What stands in the working directory under the names of the hub: `from_pretrained` looks there first."""
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Work in a folder that holds a tiny model and a tokenizer for every name of the pages."""
+    tokenizer = bpe_tokenizer(["the film was great and this phone is good"] * 9, N_TOKENS)
+    torch.manual_seed(0)
+    for name, (model, config) in STAND_INS.items():
+        model(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def snippets(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def page(name):
+    return (EXAMPLES / name).read_text(encoding="utf-8")
+
+
+def steering():
+    """The two snippets that make a model and steer it."""
+    making, steering = snippets(page("from_textrl.md").partition(STEERING)[2].partition("\n## ")[0])
+    return making, steering
+
+
+def run_for_one_rollout(blocks, name):
+    """Run snippets in one namespace, in which `learn` stops after the first rollout."""
+    names = {}
+    for block in blocks:
+        short, n_changed = re.subn(r"\.learn\([\d_ *]+", ".learn(1", block)
+        assert n_changed == block.count(".learn(")
+        exec(compile(short, name, "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*sequences in", "ignore:.*WordNet")
+@pytest.mark.parametrize("name", PAGES)
+def test_the_snippets_of_a_page_run(hub, name):
+    pytest.importorskip("nltk")
+    text = page(name)
+    head, _, rest = text.partition(STEERING)
+    blocks = snippets(head)
+    assert len(blocks) >= 2 and len(snippets(rest)) == 2 * (name == "from_textrl.md")
+    names = run_for_one_rollout(blocks, name)
+    assert names["model"].num_timesteps == names["model"].n_steps * names["model"].n_envs  # it did train
+    for folder in re.findall(r"^export\(.*?, \"([^\"]+)\"\)", "\n".join(blocks), flags=re.MULTILINE):
+        kind = AutoModelForSeq2SeqLM if "t5" in folder else AutoModelForCausalLM
+        assert kind.from_pretrained(hub / folder).config.vocab_size == N_TOKENS
+
+
+@pytest.fixture(scope="module")
+def fan(tmp_path_factory):
+    """The folder and the namespace in which the page has made its model of favourable reviews."""
+    folder, names = tmp_path_factory.mktemp("fan"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(
+            "from transformers import AutoTokenizer\nfrom agents import make_agent\nfrom textenv import TextEnv", names
+        )
+        exec(compile(steering()[0], "from_textrl.md", "exec"), names)
+    return folder, names
+
+
+@pytest.mark.parametrize("seed", seldom(range(3)))
+def test_one_prompt_is_steered(fan, monkeypatch, seed):
+    folder, names = fan
+    monkeypatch.chdir(folder)
+    block = steering()[1]
+    assert block.count("seed=0") == 1
+    exec(compile(block.replace("seed=0", f"seed={seed}"), "from_textrl.md", "exec"), names)
+    assert names["before"].figures["reward"].value <= 0.2
+    assert names["after"].figures["reward"].value >= 0.8
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_imports_is_there(name):
+    imports = [
+        node for node in ast.walk(ast.parse("\n".join(snippets(page(name))))) if isinstance(node, ast.ImportFrom)
+    ]
+    assert {node.module.partition(".")[0] for node in imports} >= {"agents", "textenv", "transformers"}
+    for node in imports:
+        exec(ast.unparse(node), {})

@@ -1,0 +1,295 @@
+"""Every command of the documentation is understood by what it calls: an option that does not exist fails here.
+
+With `-s`, each is printed with its exit code.
+"""
+
+import argparse
+import configparser
+import importlib
+import importlib.util
+import itertools
+import re
+import runpy
+import sys
+from argparse import ArgumentParser
+from types import SimpleNamespace
+
+import gymnasium
+import pytest
+
+from agents.cli import main as cli
+from agents.runs.folder import RunFolder
+from agents.zoo import main as zoo
+from tests.helpers import documented
+from tests.helpers.command import ROOT
+
+DEMO = "examples/configs/demo.yml"
+ENGINES = {  # what a verb calls once it has understood its words
+    "train": ("agents.runs.train", "start", "resume"),
+    "sft": ("agents.cli.stages", "tune_model"),
+    "classifier": ("agents.cli.stages", "classify"),
+    "reward-model": ("agents.cli.stages", "train_scorer"),
+    "evaluate": ("agents.cli.trained_model", "evaluate_run"),
+    "generate": ("agents.cli.trained_model", "generate_lines"),
+    "chat": ("agents.cli.chat", "talk"),
+    "rate": ("agents.cli.rate", "rate"),
+    "show": ("agents.cli.show", "show"),
+    "export": ("agents.cli.trained_model", "export_run"),
+    "compare": ("agents.cli.compare", "compare"),
+    "doctor": ("agents.cli.trained_model", "examine"),
+    "tasks": ("agents.cli.catalogue", "catalogue"),
+}
+POSITIONAL = {"evaluate": "RUN", "generate": "RUN", "chat": "RUN", "show": "RUN", "export": "RUN DIR", "compare": "A B"}
+STAGES = ("sft", "classifier", "reward-model")
+SOURCES = ("--data", "--task", "--from-feedback")
+VALUES = {  # of options that the documentation names without one
+    "--fresh": "{model_type: gpt2}",
+    "--data": "FILE",
+    "--to_hub": "you/model",
+    "--max-restarts": "3",
+}
+STAND_INS = {"CONFIG.yml": DEMO, "[CONFIG.yml]": DEMO, "N": "0", "VERB": "tasks"}
+IN_ANOTHER_ENVIRONMENT = ("benchmarks/trl_peer.py",)
+COMMANDS = {words: where for where, words in reversed(documented.commands())}
+
+
+class Understood(Exception):
+    """A script has parsed its words."""
+
+
+@pytest.fixture
+def exit_code(monkeypatch, pytestconfig):
+    """What a command ends with, when what it starts once it has understood its words is taken out."""
+    monkeypatch.chdir(ROOT)
+
+    def code(words):
+        program, *rest = (STAND_INS.get(word, word) for word in words)
+        if rest[-1:] and rest[-1] in VALUES:
+            rest.append(VALUES[rest[-1]])
+        try:
+            if program == "textenv":
+                return textenv(rest, monkeypatch)
+            if program == "pytest":
+                return check_pytest(rest, pytestconfig)
+            return {"python": python, "torchrun": torchrun, "accelerate": accelerate, "pip": pip}[program](
+                rest, monkeypatch
+            )
+        except SystemExit as end:  # of --help, and of argparse
+            return 0 if end.code is None else end.code
+
+    return code
+
+
+def textenv(words, monkeypatch):
+    """Run a verb; what the documentation leaves out where it speaks of one is given."""
+    verb, *rest = words
+    if verb not in cli.VERBS:
+        return cli.main(words)
+    if not rest and verb in (*POSITIONAL, *STAGES):
+        return cli.main([verb, "--help"])
+    if verb in POSITIONAL and rest[0].startswith("-"):
+        rest = [*POSITIONAL[verb].split(), *rest]
+    if verb in STAGES:
+        has_config = not rest[0].startswith("-")
+        rest += [] if "--out" in rest else ["--out", "DIR"]
+        rest += [] if has_config or set(SOURCES) & set(rest) else ["--data", "FILE"]
+    if "--key" in rest:  # which stands for any
+        del rest[rest.index("--key") : rest.index("--key") + 2]
+    called = []
+    module, *engines = ENGINES[verb]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "open", lambda path: SimpleNamespace(config=ROOT / DEMO))
+        patch.setattr(cli, "check_folders", lambda words, config: None)  # FOLDER and RUN stand for what is not there
+        patch.setattr(cli, "_check_model", lambda path: None)
+        for engine in engines:
+            patch.setattr(importlib.import_module(module), engine, lambda *args: called.append(verb) or 0)
+        code = cli.main([verb, *rest])
+    assert code or called == [verb], f"textenv {verb} calls something else than {ENGINES[verb]}"
+    return code
+
+
+def python(words, monkeypatch):
+    """Start a script or a module until its words are parsed."""
+    first, *rest = words
+    if first == "-c":
+        compile(rest[0], "-c", "exec")
+        return 0
+    if first == "-m":
+        return module(*rest, monkeypatch=monkeypatch)
+    path = ROOT / first
+    if not path.is_file():
+        return f"no file {first}"
+    if first in IN_ANOTHER_ENVIRONMENT:
+        return 0
+    if not re.search(r"import argparse|from work import .*(arguments|run_script)", path.read_text()):
+        return f"{first} takes no words" if rest else 0
+    return parsed(lambda: runpy.run_path(str(path), run_name="__main__"), [first, *rest], monkeypatch)
+
+
+def parsed(start, words, monkeypatch):
+    """Start something with words of the command line, and end it where they are parsed."""
+    parse = ArgumentParser.parse_args
+
+    def parse_and_end(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Understood
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", list(words))
+        patch.syspath_prepend(str((ROOT / words[0]).parent))
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+        with pytest.raises(Understood):
+            start()
+    return 0
+
+
+def module(name, *words, monkeypatch):
+    """Check a module's words: all of them where rl_zoo3, which parses them, is installed."""
+    if name == "nltk.downloader":
+        return 0
+    given = dict(itertools.pairwise(words))
+    if "--conf-file" in given and not (ROOT / given["--conf-file"]).is_file():
+        return f"no file {given['--conf-file']}"
+    if given.get("--algo", "ppo") not in (*zoo.ALGORITHMS, "ppo"):
+        return f"no algorithm {given['--algo']}"
+    gymnasium.spec(given.get("--env", "textenv/Demo-v0"))
+    if importlib.util.find_spec("rl_zoo3") is None:
+        return 0 if name == "agents.zoo" or name.startswith("rl_zoo3.") else f"no module {name}"
+    return parsed(lambda: runpy.run_module(name, run_name="__main__"), [name, *words], monkeypatch)
+
+
+def torchrun(words, monkeypatch):
+    """Parse the launcher's words, and those of the script if it is ours."""
+    from torch.distributed.run import get_args_parser
+
+    return launched(get_args_parser(), words, monkeypatch)
+
+
+def accelerate(words, monkeypatch):
+    """As `torchrun`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return launched(launch_command_parser(), words[1:], monkeypatch) if words[0] == "launch" else f"not {words[0]}"
+
+
+def launched(parser, words, monkeypatch):
+    has_script = any(word.endswith(".py") for word in words)
+    given = parser.parse_args(words if has_script else [*words, "train.py"])
+    script = given.training_script
+    return 0 if script == "train.py" else python([script, *given.training_script_args], monkeypatch)
+
+
+def pip(words, monkeypatch):
+    """Check the names of extras and of files."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for word in words:
+        for extra in re.findall(r"[\w-]+", (re.search(r"\[(.*)\]", word) or ["", ""])[1]):
+            if extra not in setup["options.extras_require"]:
+                return f"no extra {extra}"
+        if word.endswith(".txt") and not (ROOT / word).is_file():
+            return f"no file {word}"
+    return 0
+
+
+def check_pytest(words, config):
+    """Parse with the options of all plugins, and look for markers, files and the names of tests."""
+    given = config._parser.parse(words)
+    markers = {line.partition(":")[0].partition("(")[0].strip() for line in config.getini("markers")}
+    unknown = set(re.findall(r"\w+", given.markexpr or "")) - {"and", "or", "not"} - markers
+    if unknown:
+        return f"no marker {', '.join(sorted(unknown))}"
+    texts = []
+    for path in given.file_or_dir:
+        if not (ROOT / path).exists():
+            return f"no file {path}"
+        texts.append((ROOT / path).read_text())
+    if given.keyword and not re.search(rf"def test_\w*{given.keyword}|{given.keyword}", "\n".join(texts)):
+        return f"no test named {given.keyword}"
+    return 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that the scripts import
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words)[:60])
+def test_a_documented_command_is_understood(words, exit_code, capsys):
+    code = exit_code(words)
+    said = capsys.readouterr().err
+    print(f"exit {code}  {COMMANDS[words]}: {' '.join(words)}")
+    assert code == 0, f"{COMMANDS[words]}: {' '.join(words)}: {said or code}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "page",
+    [
+        "```\ntextenv train --no_such_option 1\n```",
+        "```bash\ntextenv train \\\n  --env.id text --env.no_such_option 1\n```",
+        "goes on with `textenv trian`",
+        "and `textenv reward-model --frish` makes one",
+        "| `sft`, `classifier` | the stages before; `--no_such_option` goes on |",
+        "| `generate RUN --no_such_option FILE`, `chat RUN` | lines |",
+        "    python examples/quickstart.py --no-such-option",
+        "`python examples/reviews.py --seed 0`",  # without its data
+        "`python examples/nowhere.py`",
+        "`python benchmarks/scale_on_paper.py --quick`",
+        "`python -m agents.zoo --algo nothing`",
+        "`python -m agents.zoo --algo token_ppo --conf-file examples/zoo/nowhere.yml`",
+        pytest.param("`python -m agents.zoo --algo token_ppo --no-such-option`", marks=pytest.mark.library),
+        "`pytest -m slwo`",
+        "`pytest tests/nowhere.py`",
+        "`pytest tests/test_house.py -k no_such_rule`",
+        "`pytest --no-such-option`",
+        "```\ntextenv tasks && torchrun --no_such_option 2 train.py\n```",
+        "```\ntextenv tasks   # or, with GPUs: torchrun examples/quickstart.py --no-such-option\n```",
+        "`accelerate launch --no_such_option 2 train.py`",
+        '```\npip install "textenv[nothing]"\n```',
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(page, exit_code):
+    if "agents.zoo --algo token_ppo --no" in page:
+        pytest.importorskip("rl_zoo3")
+
+    def code(words):
+        try:
+            return exit_code(words)
+        except pytest.UsageError as error:
+            return str(error)
+
+    assert any(code(words) != 0 for words in documented.of_page(page))
+
+
+def test_commands_are_read_as_they_are_typed():
+    block = (
+        "PYTHONPATH=. textenv train a.yml \\\n  --x '{id: a,\n  args: {}}' # why\nyes | textenv tasks > file\nit isn't"
+    )
+    page = f"textenv is no command\n```\n{block}\n```\nand `textenv\nsft --data X` but not `textenv/env.py`, `textenv`"
+    typed = [("train", "a.yml", "--x", "{id: a,\n  args: {}}"), ("tasks",), ("sft", "--data", "X")]
+    assert documented.of_page(page) == [("textenv", *words) for words in typed]
+    code = '"""One.\n\n    python a.py [--b C]\n\nAnd `pytest -x`.\n"""\nx = 1  # of several: torchrun a.py\n'
+    assert documented.of_code(code) == [("torchrun", "a.py"), ("python", "a.py", "--b", "C"), ("pytest", "-x")]
+    settings = "# One.\n#\n#   textenv train \\\n#     x.yml    (goes on)\nkey: 1  # textenv tasks\n"
+    assert documented.of_settings(settings) == [("textenv", "train", "x.yml")]
+
+
+@pytest.fixture
+def options(pytestconfig, capsys):
+    """Every option of every program that the documentation starts."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    for verb in cli.VERBS:
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+    texts = [capsys.readouterr().out, launch_command_parser().format_help(), get_args_parser().format_help()]
+    texts += [path.read_text() for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    found = set(re.findall(r"--[a-z](?:[\w.-]*\w)?", "\n".join(texts)))
+    return {name.replace("-", "_") for name in found | {"--key"}}  # which stands for any
+
+
+def test_an_option_that_is_named_alone_belongs_to_a_program(options):
+    pages = {path: path.read_text() for pattern in documented.PAGES for path in ROOT.glob(pattern)}
+    alone = re.compile(r"`(--[a-z][\w.-]*)[^`]*`")
+    named = {name: path.name for path, text in pages.items() for name in alone.findall(text)}
+    assert len(named) > 10
+    assert [f"{page}: {name}" for name, page in named.items() if name.replace("-", "_") not in options] == []
+    assert "__no_such_option" not in options

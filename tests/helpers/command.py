@@ -1,0 +1,90 @@
+"""The command `textenv` for tests: in this process, or in one of its own, on a model that is made in no time."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from agents import word_tokenizer
+from agents.cli import main as cli
+from agents.small_models.tokenizers import EOS_TOKEN
+from textenv import demo
+
+ROOT = Path(__file__).resolve().parents[2]
+N_ENVS, N_STEPS = 8, 8
+ROLLOUT = N_ENVS * N_STEPS
+
+
+def small_model(folder):
+    """Write a GPT-2 of one layer that knows the demo's words, and nothing about them."""
+    tokenizer = word_tokenizer(demo.vocabulary())
+    eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
+    shape = {"n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0}
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, attn_pdrop=0, **shape)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def settings(model, out=None, rollouts=4, **more):
+    """The words behind `textenv train` for a run of some small rollouts."""
+    given = {
+        "model.name": model,
+        "env.max_new_tokens": N_STEPS,
+        "algorithm.n_envs": N_ENVS,
+        "algorithm.n_steps": N_STEPS,
+        "algorithm.batch_size": ROLLOUT,
+        "algorithm.learning_rate": 1e-2,
+        "algorithm.schedule": "linear",
+        "evaluation.every": 2 * ROLLOUT,
+        "evaluation.n_prompts": 8,
+        "total_tokens": rollouts * ROLLOUT,
+        "checkpoint_every": 1,
+        "samples_every": 2,
+        "device": "cpu",
+        "loggers": "[]",
+        **({} if out is None else {"out": out}),
+        **more,
+    }
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def run(*words):
+    """Run the command in this process; the exit code."""
+    return cli.main([str(word) for word in words])
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(*words, cwd=ROOT, **kwargs):
+    """Start the command in a process of its own."""
+    command = [sys.executable, "-m", "agents.cli", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment(), **{**pipes, **kwargs})
+
+
+def in_a_fork(*words):
+    """Run the command in a forked process, which has all that is loaded here; its id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = run(*words)
+        finally:
+            os._exit(code)  # whatever happened, the fork does not return into pytest
+    return pid
+
+
+def rows(folder, name="metrics.jsonl"):
+    """The rows of a run but for what the clock says."""
+    lines = [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not re.match("time/", key)} for line in lines]

@@ -1,0 +1,145 @@
+"""What the tests of several processes run in each of them, where something is wrong or goes wrong."""
+
+import os
+import signal
+import time
+
+import torch
+from sb3_contrib import TRPO
+from stable_baselines3 import PPO
+
+import agents.distributed.collectives
+import agents.distributed.world
+from agents import (
+    Checkpoints,
+    CriticWarmup,
+    DataParallel,
+    LMPolicy,
+    SequenceRolloutBuffer,
+    Sharded,
+    TextVecEnv,
+    latest_checkpoint,
+    load_checkpoint,
+)
+from agents.doctor.examine import check
+from tests.helpers.jobs import N_LANES, PROMPTS, rank_and_size, shared_agent, uneven, weights_of
+from tests.helpers.seq2seq import tiny_seq2seq
+from tests.helpers.training import tiny_agent, tiny_config, tiny_env
+
+UNSHARDED = {"NLPO": {"top_p": 0.9, "top_p_lag": 2}, "popart": {"value_norm": "popart"}}
+
+
+def refused(case):
+    """Build what several processes cannot train; the error comes from building or learning."""
+    agents.distributed.collectives.ANSWER_SECONDS = 1.0
+    env = tiny_env(uneven, PROMPTS, score_at="done")
+    if case == "lanes":
+        return tiny_agent(env, n_envs=3)
+    if case == "normalize_advantage":
+        return tiny_agent(env, normalize_advantage=True)
+    if case == "TRPO":
+        return tiny_agent(env, algorithm=TRPO)
+    if case == "settings":
+        return tiny_agent(env, n_epochs=1 + rank_and_size()[0])
+    if case == "batch":
+        return tiny_agent(env, batch_size=10).learn(16)
+    if case == "alone":
+        return agents.distributed.collectives.gather("saving" if rank_and_size()[0] == 0 else "training", 0)
+    if case == "by hand":
+        return PPO(LMPolicy, **by_hand(env)).learn(16)
+    if case == "reward":
+        return tiny_agent(tiny_env(fails_in_one, PROMPTS, score_at="done")).learn(16)
+    if case in UNSHARDED:
+        return tiny_agent(env, policy_kwargs={"shard": Sharded(), **UNSHARDED[case]})
+    if case == "gathered encoder-decoder":
+        return tiny_agent(env, lm=tiny_seq2seq(vocab_size=33), policy_kwargs={"shard": Sharded(gather=False)})
+    if case == "warm-up":
+        return tiny_agent(env, policy_kwargs={"shard": Sharded()}).learn(16, callback=CriticWarmup(1))
+    if case == "doctor":
+        return check(tiny_agent(env, policy_kwargs={"shard": Sharded()}))
+    if case == "save":
+        return tiny_agent(env, policy_kwargs={"shard": Sharded()}).save(os.devnull)
+    if case == "shard":
+        return tiny_agent(env, policy_kwargs={"shard": Sharded(offload=rank_and_size()[0] == 0)})
+    assert case == "nothing"
+    PPO(LMPolicy, **by_hand(env)).learn(16, callback=DataParallel())
+    return "trained"
+
+
+def refusals(cases):
+    """What `refused` returns or raises in each case."""
+    results = {}
+    for case in cases:
+        try:
+            results[case] = refused(case)
+        except Exception as error:
+            results[case] = error
+    return results
+
+
+def fails_in_one(prompt, preds, done):
+    if rank_and_size()[0] == 1:
+        raise OSError("the scorer is gone")
+    return 0.0
+
+
+def by_hand(env):
+    return {
+        "env": TextVecEnv(env, 4),
+        "n_steps": 4,
+        "batch_size": 16,
+        "n_epochs": 1,
+        "normalize_advantage": False,
+        "rollout_buffer_class": SequenceRolloutBuffer,
+        "policy_kwargs": {"lm": tiny_config()},
+        "device": "cpu",
+    }
+
+
+def join_as_initialised():
+    """Meet in a process group that the script has made."""
+    rank, size = rank_and_size()
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    return agents.distributed.collectives.gather("ranks", rank), agents.distributed.collectives.from_main(
+        "a rank", rank
+    )
+
+
+def leave_late(seconds):
+    """Leave the others, rank 1 after some seconds; when that was done, by the clock that all processes share."""
+    here = agents.distributed.world.world()
+    if here.rank == 1:
+        time.sleep(seconds)
+    agents.distributed.world.leave(here.store, here.rank, here.size)
+    return time.monotonic()
+
+
+def join(seconds):
+    """Meet the others within some seconds."""
+    agents.distributed.world.JOIN_SECONDS = seconds
+    here = agents.distributed.world.world()
+    return here.rank, here.size, here.seed
+
+
+def killed(where, folder, n_iterations=4, shard=None):
+    """Train, saving each iteration; rank 1 kills itself in the third rollout or second update of the first attempt."""
+    agents.distributed.collectives.ANSWER_SECONDS = 1.0
+    model, _ = shared_agent(policy_kwargs={"shard": shard})
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    done, iteration = model.num_timesteps, 2 * N_LANES * model.n_steps
+    is_victim = rank_and_size()[0] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def kill(*args):
+        if model.num_timesteps >= iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if is_victim and where == "update":
+        model.policy.optimizer.register_step_pre_hook(kill)
+    if is_victim and where == "rollout":
+        act = model.policy.lm.act
+        model.policy.lm.act = lambda *args, **kwargs: (kill(), act(*args, **kwargs))[1]
+    total = n_iterations * N_LANES * model.n_steps
+    model.learn(total - done, callback=Checkpoints(folder, every=1, keep=9), reset_num_timesteps=done == 0)
+    return weights_of(model), model.num_timesteps, done

@@ -1,0 +1,189 @@
+"""Tiny random language models of every family that the tests run, and what is built from them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import CallbackList
+from transformers import (
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from agents import LMPolicy, RolloutStep, SequenceRolloutBuffer, TextVecEnv
+from textenv import CharTokenizer, TextEnv
+from textenv.episodes.rules import PADDING, SEPARATOR
+
+N_TOKENS = len(CharTokenizer())  # 33
+N_ROWS = 40  # embedding rows: those beyond the tokenizer's are padding
+N_POSITIONS = 128
+WINDOW = 4
+LENGTH = 64  # columns of an observation
+
+COMMON = {"vocab_size": N_ROWS, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GPT = {"n_layer": 2, "n_embd": 16, "n_head": 2}
+LAYERS = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+GATED = {**LAYERS, "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": N_POSITIONS}
+
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "gpt2": (GPT2Config, {**GPT, "n_positions": N_POSITIONS}),
+    "llama": (LlamaConfig, GATED),
+    "qwen2": (Qwen2Config, GATED),
+    "gpt_neox": (GPTNeoXConfig, {**LAYERS, "intermediate_size": 32, "max_position_embeddings": N_POSITIONS}),
+    "opt": (
+        OPTConfig,
+        {**LAYERS, "ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": N_POSITIONS, "init_std": 0.3},
+    ),
+    "bloom": (BloomConfig, GPT | {"hidden_size": 16}),
+    "mistral": (MistralConfig, {**GATED, "sliding_window": WINDOW}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            **GATED,
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    # Logits are not the output embeddings of the hidden states: a soft cap, a scale.
+    "gemma2": (Gemma2Config, {**GATED, "head_dim": 8, "sliding_window": WINDOW, "final_logit_softcapping": 2.0}),
+    "cohere": (CohereConfig, {**GATED, "logit_scale": 0.5}),
+    # No keys and values.
+    "mamba": (MambaConfig, {"num_hidden_layers": 2, "hidden_size": 16, "state_size": 4}),
+}
+CACHED = [name for name in FAMILIES if name != "mamba"]
+NON_LINEAR = ("gemma2", "cohere")
+
+
+def few(values, n):
+    """The values as parameters of a test: the first n of them in the default suite, all of them in the slow one."""
+    listed = list(values)
+    return [*listed[:n], *(pytest.param(value, marks=pytest.mark.slow) for value in listed[n:])]
+
+
+def seldom(values, n=1):
+    """The values as parameters of a test: the first n of them in the slow suite, the others by `pytest -m long`."""
+    marks = {True: pytest.mark.slow, False: pytest.mark.long}
+    return [pytest.param(value, marks=marks[i < n]) for i, value in enumerate(values)]
+
+
+def tiny(family: str = "gpt2", **overrides: Any) -> PreTrainedConfig:
+    """The config of a model of two layers; its weights are large, so that logits differ clearly."""
+    cls, options = FAMILIES[family]
+    return cls(**{"initializer_range": 0.3, **COMMON, **options, **overrides})
+
+
+def make_policy(config: Any = None, length: int = LENGTH, seed: int = 0, **kwargs: Any) -> LMPolicy:
+    """A policy for observations of `length` columns, in evaluation mode; its value head is not zero."""
+    torch.manual_seed(seed)
+    space = spaces.Box(SEPARATOR, N_TOKENS - 1, (length,), np.int64)
+    lm = tiny() if config is None else config
+    policy = LMPolicy(space, spaces.Discrete(N_TOKENS), lambda _: 1e-3, lm=lm, **kwargs)
+    policy.set_training_mode(False)
+    randomise_critic(policy)
+    return policy
+
+
+def randomise_critic(policy: LMPolicy) -> None:
+    """Take the value head away from zero, where all values would agree whatever they are read from."""
+    torch.nn.init.normal_(policy.lm.critic.linear.weight, generator=torch.Generator().manual_seed(5))
+
+
+def no_reward(prompt, preds, done):
+    return 0.0
+
+
+def count_a(prompt, preds, done):
+    """Reward a token that depends on what was written: 1 for an "a", and the length at the end."""
+    return float(preds[-1] == 1) + (0.1 * len(preds) if done else 0.0)
+
+
+PROMPTS = ["a", "bcd", "efghijklm", "no", "pqrst", "u"]
+
+
+def make_ppo(
+    config: Any = None,
+    prompts: Any = PROMPTS,
+    n_envs: int = 4,
+    max_new_tokens: int = 6,
+    n_steps: int = 12,
+    reward: Any = count_a,
+    env: TextEnv | None = None,
+    rollout_buffer_class: Any = SequenceRolloutBuffer,
+    seed: int = 0,
+    algorithm: Any = PPO,
+    policy_kwargs: dict[str, Any] | None = None,
+    policy_class: Any = LMPolicy,
+    **kwargs: Any,
+) -> Any:
+    """PPO (or another algorithm) on a tiny model; one minibatch a rollout and SGD unless told otherwise."""
+    env = env or TextEnv(prompts, CharTokenizer(), reward=reward, max_new_tokens=max_new_tokens)
+    if algorithm is PPO:
+        kwargs = {"batch_size": n_steps * n_envs, "n_epochs": 1, "normalize_advantage": False, **kwargs}
+    model = algorithm(
+        policy_class,
+        TextVecEnv(env, n_envs),
+        n_steps=n_steps,
+        rollout_buffer_class=rollout_buffer_class,
+        policy_kwargs={
+            "lm": tiny() if config is None else config,
+            "optimizer_class": torch.optim.SGD,
+            **(policy_kwargs or {}),
+        },
+        seed=seed,
+        device="cpu",
+        **kwargs,
+    )
+    randomise_critic(model.policy)
+    return model
+
+
+def collect(model: Any, *callbacks: Any) -> Any:
+    """One rollout without training; returns the buffer."""
+    _, callback = model._setup_learn(model.n_steps * model.n_envs, CallbackList(list(callbacks)))
+    callback.on_training_start({}, {})
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model.rollout_buffer
+
+
+def log_ratios(model: Any, buffer: SequenceRolloutBuffer) -> np.ndarray:
+    """log pi_now - log pi_sampled of every transition of the rollout."""
+    view = buffer.view()
+    with torch.no_grad():
+        now = model.policy.lm.log_probs(view.batch, view.actions).numpy()
+    return now - buffer.log_probs[view.steps, view.lanes]
+
+
+class CheckRatio(RolloutStep):
+    """Keeps the largest |log ratio| of each rollout, before any optimizer step on it; invariant A1 wants zero."""
+
+    key = "CheckRatio"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: list[float] = []
+
+    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
+        self.largest.append(float(np.abs(log_ratios(self.model, buffer)).max()))
+
+
+def observe(rows: list[tuple[list[int], list[int]]], length: int = LENGTH) -> torch.Tensor:
+    """Observations of (prompt, tokens since), (B, length)."""
+    observations = np.full((len(rows), length), PADDING, dtype=np.int64)
+    for observation, (prompt, since) in zip(observations, rows):
+        tokens = [*prompt, SEPARATOR, *since]
+        observation[: len(tokens)] = tokens
+    return torch.as_tensor(observations)

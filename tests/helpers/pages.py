@@ -1,0 +1,27 @@
+"""The tests that a page of the documentation names, looked up by the name of their file wherever it lies."""
+
+import re
+
+from tests.helpers.command import ROOT
+
+NAMED_TEST = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
+
+
+def table_rows(page):
+    """The rows of a page's tables, without their headers."""
+    lines = page.splitlines()
+    return [
+        line
+        for line, after in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("| ") and not after.startswith("|---")
+    ]
+
+
+def absent_tests(page):
+    """The tests that a page names and that no file below tests/ has."""
+    return [f"{file}::{name}" for file, name in NAMED_TEST.findall(page) if not _is_defined(file, name)]
+
+
+def _is_defined(file, name):
+    paths = (ROOT / "tests").rglob(file)
+    return any(f"\ndef {name}(" in path.read_text(encoding="utf-8") for path in paths)

@@ -1,0 +1,107 @@
+"""Runs a function in several processes that train together, as a launcher would start them."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+
+from agents.distributed import world
+from tests.helpers import jobs, mistakes
+from tests.helpers.command import ROOT
+
+# Children are forked from a server that has imported everything once, and never ran a backward pass.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.helpers.jobs", "tests.helpers.mistakes"])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(size, job, *args, environments=None, timeout=60):
+    """Run a function of `tests.helpers.jobs` or `.mistakes` in each process; return the results by rank, or raise."""
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
+        if size == 1:
+            names = {}
+        names |= {"LOCAL_RANK": str(rank), **((environments or {}).get(rank, {}))}
+        mine, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_child, args=(theirs, names, job, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(mine)
+        processes.append(process)
+    results = []
+    for rank, pipe in enumerate(pipes):
+        try:
+            results.append(pipe.recv() if pipe.poll(timeout) else TimeoutError(f"rank {rank} hangs"))
+        except EOFError:
+            results.append(ChildProcessError(f"rank {rank} was killed"))
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    return results
+
+
+def train(size, job, *args, **kwargs):
+    """As `launch`, where no process may fail."""
+    results = launch(size, job, *args, **kwargs)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def torchrun(folder, *words, options=()):
+    """Two processes of `tests/helpers/launched.py`; the finished process and the seconds it took."""
+    return run_script(folder, *words, options=["torch.distributed.run", "--nproc_per_node=2", *options])
+
+
+def accelerate(folder, *words, options=()):
+    """As `torchrun`, by `accelerate launch`."""
+    quiet = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    return run_script(folder, *words, options=["accelerate.commands.launch", "--num_processes=2", *quiet, *options])
+
+
+def run_script(folder, *words, options):
+    folder.mkdir(exist_ok=True)
+    launcher, *options = options
+    port = "--master_port" if "torch" in launcher else "--main_process_port"
+    start = time.monotonic()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", launcher, f"{port}={free_port()}", *options),
+            *("tests/helpers/launched.py", words[0], str(folder), *words[1:]),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return done, time.monotonic() - start
+
+
+def _child(pipe, names, job, args):
+    os.environ.update(names)
+    try:
+        result = (vars(jobs).get(job) or vars(mistakes)[job])(*args)
+    except BaseException as error:
+        error.add_note(traceback.format_exc())
+        result = error
+    try:
+        pipe.send(result)
+    except Exception:
+        pipe.send(RuntimeError(f"{type(result).__name__}: {result}"))
+    here = world._joined
+    if here is not None:  # as at the end of a script: processes of multiprocessing have no atexit
+        world.leave(here.store, here.rank, here.size)

@@ -1,0 +1,156 @@
+"""Every callable of both packages, public and private, in every place where a configuration names something."""
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+import agents
+import textenv
+from agents import word_tokenizer
+from agents.errors import CommandError
+from agents.runs.assemble import ENV, make_env, make_metric
+from agents.runs.config import EnvConfig, Named
+from agents.runs.loggers import LOGGER, check_loggers
+from agents.runs.names import MASK, MASKS, METRIC, build
+from tests.helpers.command import environment
+from textenv import demo
+from textenv.checks.trust import Trust, find_class
+from textenv.rewards.asynchronous import JUDGE
+from textenv.rewards.registry import REWARD
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A folder beside the one to work in, which must stay as it is."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "beside").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield tmp_path / "beside"
+    assert list((tmp_path / "beside").iterdir()) == []
+
+
+@cache
+def members():
+    """The path of everything callable that a module of ours has, its own or imported."""
+    found = []
+    for package in (textenv, agents):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            loaded = importlib.import_module(module.name)
+            found += [f"{module.name}:{name}" for name, value in vars(loaded).items() if callable(value)]
+    return found
+
+
+def fitting(kind):
+    """What may be named where a kind is asked for."""
+    return sorted(path for path in members() if fits(path, kind))
+
+
+def fits(path, kind):
+    try:
+        return isinstance(find_class(path, kind, Trust()), type)
+    except ValueError:
+        return False
+
+
+COMPOSED = "Cached Clip Ensemble Gate Scale WeightedSum"
+# A class that comes here has been looked at: what can its arguments have it do, when they are a stranger's?
+LOOKED_AT = {
+    REWARD: {
+        "agents.supervised.learned_reward": "LearnedReward",
+        "agents.cli.rate_training": "FirstEpisodes",
+        "textenv.rewards.asynchronous": "AsyncFunction",
+        "textenv.rewards.classifier": "Classifier",
+        "textenv.rewards.compose": COMPOSED,
+        "textenv.rewards.http_judge": "ChatJudge HTTPJudge",
+        "textenv.rewards.human": "HumanReward",
+        "textenv.rewards.lexicon": "Vader",
+        "textenv.rewards.likelihood": "Likelihood",
+        "textenv.rewards.overlap": "BLEU ChrF METEOR ROUGE SacreBLEU",
+        "textenv.rewards.preference": "Preference",
+        "textenv.rewards.rules": "Format Keyword Length Regex Repetition",
+        "textenv.rewards.similarity": "Similarity",
+        "textenv.tasks.each_turn": "EachTurn",
+        "textenv.tasks.increasing_numbers": "Increasing",
+    },
+    JUDGE: {},
+    METRIC: {
+        "textenv.metrics.model": "IntentAccuracy Perplexity",
+        "textenv.metrics.overlap": "BLEU ChrF METEOR ROUGE SacreBLEU",
+        "textenv.metrics.surface": "Distinct Length",
+    },
+    MASK: {
+        "textenv.masks.grammar": "GrammarMask JSONSchemaMask RegexMask _Matching",
+        "textenv.masks.token_masks": "AllowedMask BannedMask MinLengthMask _FunctionMask",
+    },
+    LOGGER: {"agents.runs.loggers": "TensorBoard", "agents.runs.recording": "RowWriter"},
+    ENV: {
+        "textenv.adapters.turn_env": "TurnEnv",
+        "textenv.env": "TextEnv",
+        "textenv.tasks.dailydialog": "Conversation DailyDialog",
+        "textenv.tasks.dates": "Dates",
+        "textenv.tasks.demo": "Demo",
+        "textenv.tasks.hh": "HH",
+        "textenv.tasks.increasing_numbers": "IncreasingNumbers",
+        "textenv.tasks.reviews": "Reviews",
+        "textenv.tasks.zh_reviews": "ZhReviews",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LOOKED_AT, ids=lambda kind: kind.name)
+def test_only_what_was_looked_at_may_be_named(kind):
+    assert len(members()) > 1500
+    listed = [f"{module}:{name}" for module, names in LOOKED_AT[kind].items() for name in names.split()]
+    assert fitting(kind) == sorted(listed)
+
+
+def in_every_place(path, arguments, tokenizer):
+    """The ways by which a configuration has something built, each as a function."""
+    reward = {"name": path, **arguments}
+    yield lambda: make_env(EnvConfig("text", arguments, "p.txt", Named(path, arguments)), tokenizer, 0, Trust())
+    yield lambda: make_env(EnvConfig(path, arguments), tokenizer, 0, Trust())
+    yield lambda: make_env(EnvConfig("Dates", {"reward": reward}), tokenizer, 0, Trust())
+    for outer in ({"name": "scale", "reward": reward, "factor": 1.0}, {"name": "async", "function": path}):
+        yield lambda outer=outer: make_env(EnvConfig("Dates", {"reward": outer}), tokenizer, 0, Trust())
+    yield lambda: build(Named(path, arguments), MASKS, MASK, Trust())
+    yield lambda: make_metric(Named(path, arguments), Trust())
+    yield lambda: check_loggers([Named(path, arguments)], Trust())
+
+
+@pytest.mark.slow
+def test_every_callable_in_every_place_is_refused_or_harmless(beside):
+    """Built without arguments, and where it may be named with paths of the folder beside for all that it takes."""
+    tokenizer = word_tokenizer(demo.vocabulary())
+    named = {path for kind in LOOKED_AT for path in fitting(kind)}
+    n_built = n_refused = 0
+    for path in members():
+        module, _, name = path.partition(":")
+        takes = list(inspect.signature(vars(sys.modules[module])[name]).parameters) if path in named else []
+        for arguments in [
+            {},
+            *({key: str(beside / "made") for key in keys} for keys in (takes, *([key] for key in takes))),
+        ]:
+            for make in in_every_place(path, arguments, tokenizer):
+                try:
+                    make()
+                except (CommandError, ValueError, TypeError, ImportError, OSError):
+                    n_refused += 1
+                else:
+                    n_built += 1
+                assert list(beside.iterdir()) == [], (path, arguments)
+    assert n_built > 20 and n_refused > 10_000
+
+
+@pytest.mark.slow
+def test_importing_any_module_of_ours_does_nothing(tmp_path):
+    """A name has its module imported before it is known to be refused."""
+    modules = sorted({path.partition(":")[0] for path in members()})
+    code = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    command = [sys.executable, "-c", code, *modules]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())

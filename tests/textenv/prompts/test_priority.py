@@ -1,0 +1,305 @@
+"""Prioritized prompts: probabilities by hand, draws that follow them, late scores, resumed runs; and what it is for."""
+
+import json
+
+import numpy as np
+import pytest
+
+from agents import LateScores, TextVecEnv, generate
+from agents.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from agents.checkpoints.manifest import CheckpointError
+from tests.helpers.training import length_and_letters, run_state, tiny_agent, tiny_config, tiny_env
+from textenv import CharTokenizer, PrioritySampling, TextEnv, TextVectorEnv
+from textenv.lanes.lanes import Lanes
+
+LETTERS = "abcd"
+PAYS = {"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.75}  # of one prompt each
+EOS = 0
+
+
+def pay(prompt, preds, done):
+    return PAYS[str(prompt)] if done else 0.0
+
+
+def cursor(n=4, seed=0, **kwargs):
+    return PrioritySampling(**{"staleness": 0.0, "epsilon": 0.0, **kwargs}).cursor(n, seed)
+
+
+# Probabilities by hand
+
+
+def test_low_rewards_by_hand():
+    """Shortfalls of the best: 0, 1, 1/2, 1/4 of the range."""
+    one = cursor(alpha=1.0)
+    for number, reward in enumerate(PAYS.values()):
+        one.observe(number, reward)
+    np.testing.assert_allclose(one.priorities(), [0, 1, 0.5, 0.25])
+    np.testing.assert_allclose(one.probabilities(), np.array([0, 4, 2, 1]) / 7)
+    two = cursor(alpha=2.0, epsilon=0.5)
+    for number, reward in enumerate(PAYS.values()):
+        two.observe(number, 10 * reward - 3)  # neither the scale nor the zero of a reward matters
+    np.testing.assert_allclose(two.probabilities(), np.array([4, 36, 16, 9]) / 65)
+
+
+def test_the_recent_reward_is_a_moving_average():
+    one = cursor(2, rate=0.25)
+    for reward in (1.0, 0.0, 2.0):
+        one.observe(0, reward)
+    assert one.mean[0] == 0.75 + 0.25 * (2 - 0.75)  # 1, 0.75, 1.0625
+
+
+def test_spread_by_hand():
+    """Of (0, 2, 0, ...) twice at rate 1/2: variance 1/2 * (0 + 1/2 * 4) = 1, then 1/2 * (1 + 1/2 * 1) = 3/4."""
+    one = cursor(3, by="spread", rate=0.5)
+    for number, reward in [(0, 0), (0, 2), (1, 0), (1, 2), (1, 0), (2, 5), (2, 5)]:
+        one.observe(number, reward)
+    np.testing.assert_allclose(one.variance, [1, 0.75, 0])
+    np.testing.assert_allclose(one.priorities(), [1, np.sqrt(0.75), 0])
+
+
+def test_novelty_by_hand():
+    one = cursor(3, by="novelty", alpha=2.0)
+    one.draws[:] = [0, 1, 3]
+    np.testing.assert_allclose(one.probabilities(), np.array([1, 1 / 2, 1 / 4]) * 4 / 7)
+
+
+def test_what_is_unknown_comes_first():
+    """For the spread one reward is not enough: its deviation is 0 whatever the prompt is like."""
+    one = cursor(3, by="reward")
+    np.testing.assert_allclose(one.probabilities(), [1 / 3] * 3)
+    one.observe(0, 1.0)
+    one.observe(1, 0.0)
+    np.testing.assert_allclose(one.probabilities(), [0, 1 / 2, 1 / 2])
+    two = cursor(3, by="spread")
+    two.observe(0, 1.0)
+    np.testing.assert_allclose(two.probabilities(), [1 / 3] * 3)
+    two.observe(0, 1.0)
+    np.testing.assert_allclose(two.probabilities(), [0, 1 / 2, 1 / 2])
+
+
+def test_staleness_by_hand():
+    """After draws 2, 0, 2 of four prompts the counts since are 1, 3, 0, 3."""
+    one = cursor(staleness=0.25, alpha=0.0)
+    np.testing.assert_allclose(one.probabilities(), [0.25] * 4)  # before the first draw
+    one.last_draw[:], one.n_draws = [2, 0, 3, 0], 3
+    np.testing.assert_allclose(one.probabilities(), 0.75 / 4 + 0.25 * np.array([1, 3, 0, 3]) / 7)
+
+
+def test_staleness_starves_none():
+    one = cursor(20, staleness=0.1)
+    gaps = {number: 0 for number in range(20)}
+    longest = 0
+    for _ in range(2_000):
+        number = one.advance()
+        one.observe(number, 1.0 if number else 0.0)  # prompt 0 alone falls short
+        gaps = {other: 0 if other == number else gap + 1 for other, gap in gaps.items()}
+        longest = max(longest, *gaps.values())
+    assert one.draws[0] > 1_700 and one.draws.min() >= 4 and longest < 700
+
+
+# Draws
+
+
+@pytest.mark.parametrize("by", ["reward", "spread"])
+def test_frequencies_follow_the_probabilities(by):
+    one = cursor(5, seed=3, by=by, epsilon=0.1)
+    for number in range(5):
+        one.observe(number, 0.0)
+        one.observe(number, float(number))
+    expected = one.probabilities()
+    counts = np.bincount([one.advance() for _ in range(3_000)], minlength=5)
+    deviations = np.sqrt(3_000 * expected * (1 - expected))
+    assert (np.abs(counts - 3_000 * expected) < 4 * deviations).all() and expected.max() > 3 * expected.min()
+
+
+def test_exponent_zero_is_uniform_whatever_is_earned():
+    bare, paid = cursor(alpha=0.0, seed=5), cursor(alpha=0.0, seed=5)
+    draws = []
+    for _ in range(2_000):
+        draws.append((bare.advance(), paid.advance()))
+        paid.observe(paid.number, PAYS[LETTERS[paid.number]])
+        assert (paid.probabilities() == 0.25).all()
+    assert all(one == other for one, other in draws)
+    counts = np.bincount([one for one, _ in draws], minlength=4)
+    assert (np.abs(counts - 500) < 4 * np.sqrt(2_000 * 3 / 16)).all()
+
+
+def test_the_draws_follow_from_the_seed():
+    one, same, other = ([c.advance() for _ in range(50)] for c in (cursor(seed=1), cursor(seed=1), cursor(seed=2)))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("by", ["reward", "spread", "novelty"])
+def test_a_saved_state_goes_on_the_same(by):
+    def run(one, n):
+        drawn = []
+        for step in range(n):
+            drawn.append(one.advance())
+            one.observe(one.number, np.sin(one.number + 0.1 * step))
+        return drawn
+
+    one = cursor(6, seed=4, by=by, staleness=0.2)
+    run(one, 30)
+    state = json.loads(json.dumps(one.state_dict()))
+    resumed = cursor(6, seed=9, by=by, staleness=0.2)
+    resumed.load_state_dict(state)
+    assert resumed.number == one.number
+    assert run(resumed, 30) == run(one, 30) and resumed.state_dict() == one.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"by": "length"}, r"`by` to be one of \['reward', 'spread', 'novelty'\], got 'length'"),
+        ({"alpha": -1}, "`alpha` to be at least 0 and finite, got -1"),
+        ({"epsilon": float("nan")}, "`epsilon` to be at least 0 and finite, got nan"),
+        ({"staleness": 1.5}, r"`staleness` in \[0, 1\], for it is a share, got 1.5"),
+        ({"rate": 0.0}, "`rate` above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_bad_settings_are_refused(kwargs, words):
+    with pytest.raises(ValueError, match="Expected " + words):
+        PrioritySampling(**kwargs)
+
+
+# In the env
+
+
+def priority_env(cls=TextEnv, order=None, **kwargs):
+    settings = {"reward": pay, "max_new_tokens": 2, **kwargs}
+    return cls(list(LETTERS), CharTokenizer(), order=order or PrioritySampling("reward", staleness=0.05), **settings)
+
+
+def play(step, n_steps, actions):
+    """Write "a" and the end token in turn in all rows; return which prompts ended."""
+    return [str(info["prompt"]) for i in range(n_steps) for info in step(actions(i)) if info]
+
+
+@pytest.mark.parametrize("n_lanes", [1, 3, 8])
+def test_lanes_draw_by_what_their_episodes_earned(n_lanes):
+    """One lane or eight: the frequencies of 1,200 episodes are those of the rewards, known from the first on."""
+    lanes = Lanes(priority_env(order=PrioritySampling("reward", staleness=0.0, epsilon=0.0)), n_lanes)
+    lanes.reset(seed=0)
+    ended = play(lambda actions: lanes.step(actions).infos, 1_200 // n_lanes, lambda i: np.full(n_lanes, EOS))
+    cursor = lanes.dealer.cursor
+    np.testing.assert_allclose(cursor.mean, list(PAYS.values()))
+    share = np.array([ended.count(letter) for letter in LETTERS]) / len(ended)
+    np.testing.assert_allclose(share, np.array([0, 4, 2, 1]) / 7, atol=0.06)
+
+
+def test_all_front_ends_draw_alike():
+    """The lone env, Gymnasium's and SB3's: the same seed deals the same prompts."""
+    lone, rows = priority_env(), []
+    for episode in range(30):
+        lone.reset(seed=0 if episode == 0 else None)
+        rows.append(str(lone.step(EOS)[4]["prompt"]))
+    gym_env = TextVectorEnv(priority_env(), 1)
+    gym_env.reset(seed=0)
+    gym_rows = [str(gym_env.step(np.array([EOS]))[4]["final_info"]["prompt"][0]) for _ in range(30)]
+    sb3_env = TextVecEnv(priority_env(), 1)
+    sb3_env.seed(0)
+    sb3_env.reset()
+    sb3_rows = [str(sb3_env.step(np.array([EOS]))[3][0]["prompt"]) for _ in range(30)]
+    assert rows == gym_rows == sb3_rows and rows.count("b") > 10 > rows.count("a")
+
+
+def test_groups_are_one_draw_and_earn_together():
+    lanes = Lanes(priority_env(samples_per_prompt=3), 4)
+    lanes.reset(seed=1)
+    infos = [info for _ in range(60) for info in lanes.step(np.full(4, EOS)).infos if info]
+    groups = {}
+    for info in infos:
+        groups.setdefault(info["group"], []).append(str(info["prompt"]))
+    assert all(len(set(prompts)) == 1 for prompts in groups.values())
+    cursor = lanes.dealer.cursor
+    assert cursor.n_draws == lanes.dealer.n_groups == cursor.draws.sum() and cursor.n_rewards.sum() == len(infos) == 240
+
+
+def test_late_scores_count_when_they_come():
+    lanes = Lanes(priority_env(score_at="rollout_end", samples_per_prompt=2), 4)
+    lanes.reset(seed=0)
+    lanes.defer_scores = True
+    infos = [info for _ in range(3) for info in lanes.step(np.full(4, EOS)).infos]
+    assert len(infos) == 12 and lanes.dealer.cursor.n_rewards.sum() == 0
+    lanes.score_unscored()
+    assert lanes.dealer.cursor.n_rewards.sum() == 12
+    for number, letter in enumerate(LETTERS):
+        assert lanes.dealer.cursor.mean[number] == (PAYS[letter] if lanes.dealer.cursor.n_rewards[number] else 0)
+
+
+def test_rows_given_to_reset_are_not_counted():
+    lanes = Lanes(priority_env(), 2)
+    lanes.reset(seed=0, prompts=["a", *lanes.env.prompts])
+    play(lambda actions: lanes.step(actions).infos, 3, lambda i: np.full(2, EOS))
+    assert lanes.idle.all() and lanes.dealer.cursor.n_rewards.sum() == lanes.dealer.cursor.n_draws == 0
+
+
+def test_another_order_is_refused():
+    with pytest.raises(ValueError, match="Expected `order` to be one of"):
+        priority_env(order="priority")
+
+
+# Training
+
+
+def resumable(order, score_at):
+    complete = {"rollout_buffer_kwargs": {"complete_episodes": True}, "batch_size": 32}
+    env = tiny_env(length_and_letters, max_new_tokens=7, order=order, score_at=score_at)
+    return tiny_agent(env, n_steps=8, **complete)
+
+
+@pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")
+@pytest.mark.parametrize(("by", "score_at"), [("reward", "done"), ("spread", "rollout_end"), ("novelty", "done")])
+def test_a_resumed_run_is_the_run(by, score_at, tmp_path):
+    """Bit for bit, with episodes that straddle the checkpoint."""
+    order = PrioritySampling(by, staleness=0.2)
+    model = resumable(order, score_at)
+    callbacks = [LateScores()] if score_at == "rollout_end" else []
+    model.learn(64, callback=callbacks)
+    save_checkpoint(model, tmp_path / "half")
+    model.learn(64, callback=callbacks, reset_num_timesteps=False)
+    resumed = resumable(order, score_at)
+    load_checkpoint(resumed, tmp_path / "half")
+    resumed.learn(64, callback=callbacks, reset_num_timesteps=False)
+    state = run_state(model)
+    assert run_state(resumed) == state and sum(state["env"]["cursor"]["prompts"]["n_rewards"]) > 8
+    with pytest.raises(CheckpointError, match="Expected the order of the saved run, got another: order='shuffle'"):
+        load_checkpoint(resumable("shuffle", score_at), tmp_path / "half")
+
+
+ALPHABET = "abcdefghijkl"
+HARD = ALPHABET[:6]  # each wants a letter of its own; whatever is written to the others pays, as if they were solved
+WANTED = {letter: ALPHABET[(5 * i + 3) % 12] for i, letter in enumerate(HARD)}
+
+
+def right_letter(prompt, preds, done):
+    return float(preds.text == WANTED.get(str(prompt), preds.text))
+
+
+def learned(order, seed, n_tokens=2048):
+    """The mean reward of the unsolved prompts after each quarter of so many tokens."""
+    tokenizer = CharTokenizer(ALPHABET)
+    env = TextEnv(list(ALPHABET), tokenizer, reward=right_letter, max_new_tokens=1, order=order)
+    settings = {"n_envs": 64, "n_steps": 2, "batch_size": 128, "seed": seed}
+    model = tiny_agent(env, lm=tiny_config(vocab_size=len(tokenizer)), **settings)
+    rewards = []
+    for _ in range(4):
+        model.learn(n_tokens // 4, reset_num_timesteps=False)
+        written = generate(model, list(HARD), tokenizer, n=16, max_new_tokens=1)
+        rewards.append(np.mean([one.text == WANTED[str(one.prompt)] for one in written]))
+    return np.mean(rewards)
+
+
+@pytest.mark.long
+def test_unsolved_prompts_are_learned_faster():
+    """On equal tokens; with an exponent of 0 as with an order that has no priorities."""
+    orders = {
+        "shuffle": "shuffle",
+        "reward": PrioritySampling("reward"),
+        "zero": PrioritySampling("reward", alpha=0.0, staleness=0.0),
+    }
+    means = {name: np.array([learned(order, seed) for seed in range(6)]) for name, order in orders.items()}
+    print({name: values.round(3).tolist() for name, values in means.items()})
+    gain = means["reward"] - means["shuffle"]
+    assert gain.mean() > 0.05 and (gain > 0).sum() >= 5
+    assert abs(means["zero"].mean() - means["shuffle"].mean()) < 0.05

@@ -1,0 +1,276 @@
+"""What is imported is declared: at import time in `install_requires`, later in an extra, whose absence is then said.
+
+Read from the sources and from setup.cfg, so that it holds whatever the environment of the tests happens to have.
+"""
+
+import ast
+import configparser
+import re
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.helpers.house import ROOT, Source, assert_none, imports, is_type_checking, read, source
+
+FOLDERS = ("textenv", "agents", "examples", "benchmarks")
+OWN = {"textenv", "agents", "textenv_command"}
+# Where a package is called otherwise than its module.
+PACKAGES = {"PIL": "pillow", "gem": "gem-llm", "yaml": "pyyaml"}
+# The only modules that may import at their head what an extra brings, and the extra; nothing else imports them at its
+# head. None is an environment of its own, which `benchmarks/iteration.py` names where it is missing.
+LATE = {
+    "textenv/feedback/connections.py": "feedback",
+    "textenv/feedback/guard.py": "feedback",
+    "textenv/feedback/web.py": "feedback",
+    "benchmarks/trl_peer.py": None,
+}
+
+
+class Declared(NamedTuple):
+    """The packages of setup.cfg: those that are always there, and those of each extra."""
+
+    required: set[str]
+    extras: dict[str, set[str]]
+
+
+class Place(NamedTuple):
+    """An import statement, when it runs ("head", "call" or never: "typing"), and the extra whose absence is said."""
+
+    node: ast.Import | ast.ImportFrom
+    when: str
+    guard: str | None
+
+
+def package_of(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", PACKAGES.get(name, name)).lower()
+
+
+def declared(text: str) -> Declared:
+    config = configparser.ConfigParser()
+    config.read_string(text)
+
+    def packages(lines: str) -> set[str]:
+        return {package_of(re.match(r"[\w.-]+", line)[0]) for line in lines.split("\n") if line and line[0] != "#"}
+
+    extras = {extra: packages(lines) for extra, lines in config["options.extras_require"].items() if extra != "dev"}
+    return Declared(packages(config["options"]["install_requires"]), extras)
+
+
+def constants(call: ast.AST, *functions: str) -> list[str | None]:
+    """The arguments, None where they are not written out, of a call of one of the functions; none of another node."""
+    if not isinstance(call, ast.Call) or ast.unparse(call.func).split(".")[-1] not in functions:
+        return []
+    return [part.value if isinstance(part, ast.Constant) else None for part in call.args]
+
+
+def places(node: ast.AST, when: str = "head", guard: str | None = None) -> Iterator[Place]:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield Place(node, when, guard)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        when = "call"
+    if isinstance(node, ast.If) and is_type_checking(node):
+        for statement in node.body:
+            yield from places(statement, "typing", guard)
+        for statement in node.orelse:
+            yield from places(statement, when, guard)
+        return
+    if isinstance(node, ast.With):
+        for item in node.items:
+            guard = (constants(item.context_expr, "needs") or [guard])[0]
+    for child in ast.iter_child_nodes(node):
+        yield from places(child, when, guard)
+
+
+def undeclared(files: list[Source], known: Declared, late: dict[str, str | None]) -> list[str]:
+    """Find the imports of packages that need not be there, and are neither listed nor guarded."""
+    beside = {file.path.rpartition("/")[0] + "/" + file.module.split(".")[-1] for file in files}  # scripts' own modules
+    problems = []
+    for file in files:
+        for place in places(file.tree):
+            for found in imports(file, iter([place.node])):
+                root = found.module.split(".")[0]
+                if found.relative or root in OWN or root in sys.stdlib_module_names:
+                    continue
+                if file.folder not in OWN and f"{file.path.rpartition('/')[0]}/{root}" in beside:
+                    continue
+                if said := _why_not(place, root, file.path, known, late):
+                    problems.append(f"{file.path}:{found.line}: {said}")
+    return problems
+
+
+def _why_not(place: Place, root: str, path: str, known: Declared, late: dict[str, str | None]) -> str | None:
+    package = package_of(root)
+    extras = {extra for extra, packages in known.extras.items() if package in packages}
+    if package in known.required or (place.when == "head" and path in late and late[path] is None):
+        return None
+    if place.when == "head" and late.get(path) not in extras:
+        return f"imports {root} at its head, and install_requires lacks {package}"
+    if not extras:
+        return f"imports {root}, and no extra brings {package}"
+    if place.when != "typing" and place.guard not in extras:
+        return f'imports {root} outside of needs("{min(extras)}", ...)'
+    return None
+
+
+def unsaid(files: list[Source], known: Declared) -> list[str]:
+    """Find import_module("name") of what no extra brings, or of one that the file does not name; wrong check_extra."""
+    problems = []
+    for file in files:
+        calls = list(ast.walk(file.tree))
+        named = {words[0] for call in calls if (words := constants(call, "needs", "check_extra"))}
+        there = OWN | sys.stdlib_module_names | known.required.union(*(known.extras.get(extra, ()) for extra in named))
+        for call in calls:
+            for name in constants(call, "import_module")[:1]:
+                root = (name or ".").split(".")[0]
+                if root and not {root, package_of(root)} & there:
+                    problems.append(f"{file.path}:{call.lineno}: imports {root}, whose extra is not said")
+            words = constants(call, "check_extra")
+            if len(words) > 1 and None not in words[:2] and package_of(words[1]) not in known.extras.get(words[0], ()):
+                problems.append(f"{file.path}:{call.lineno}: {words[0]} does not bring {words[1]}")
+    return problems
+
+
+def loads_late(files: list[Source], late: dict[str, str | None]) -> list[str]:
+    """Find imports, at the head of a module, of one that is listed: it would load for everybody."""
+    listed = {path.removesuffix(".py").replace("/", ".") for path in late}
+    problems = []
+    for file in files:
+        for place in places(file.tree):
+            for found in imports(file, iter([place.node])):
+                names = {found.module, f"{found.module}.{found.name}", f"{file.folder}.{found.module}"}
+                if place.when == "head" and file.path not in late and names & listed:
+                    problems.append(f"{file.path}:{found.line}: imports {min(names & listed)} at its head")
+    return problems
+
+
+@pytest.fixture(scope="module")
+def known():
+    return declared((ROOT / "setup.cfg").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def files():
+    path = ROOT / "textenv_command.py"
+    return [*read(*FOLDERS), source(path.name, path.read_text(encoding="utf-8"))]
+
+
+def test_what_is_imported_is_declared(files, known):
+    assert {"torch", "huggingface-hub", "tokenizers"} <= known.required and "pandas" not in known.required
+    assert known.extras["lora"] == {"peft"} and len(files) > 150
+    assert_none(undeclared(files, known, LATE))
+    assert_none(unsaid(files, known))
+    fewer = known._replace(required=known.required - {"tokenizers"})
+    assert {problem.split(":")[0] for problem in undeclared(files, fewer, LATE)} == {
+        "agents/small_models/tokenizers.py"
+    }
+
+
+def test_what_loads_late_is_there_and_loads_late(files):
+    assert set(LATE) <= {file.path for file in files}
+    assert_none(loads_late(files, LATE))
+
+
+# Each rule can fail.
+
+MADE_UP = """
+[options]
+install_requires =
+    numpy
+    jsonargparse>=4.53,<5
+[options.extras_require]
+lora =
+    peft>=0.18
+# a comment
+page =
+    starlette>=0.49.1
+    Some.Thing; python_version < "3.12"
+dev =
+    pandas
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import pandas", "agents/a.py:1: imports pandas at its head, and install_requires lacks pandas"),
+        ("import os, numpy.random\nfrom jsonargparse import x\nfrom .b import c\nfrom textenv import env", None),
+        ("import peft", "agents/a.py:1: imports peft at its head, and install_requires lacks peft"),
+        (
+            "try:\n    import peft\nexcept ImportError:\n    peft = None",
+            "agents/a.py:2: imports peft at its head, and ",
+        ),
+        ("with needs('lora', 'peft', 'x'):\n    import peft", "agents/a.py:2: imports peft at its head, and "),
+        ("class A:\n    import yaml", "agents/a.py:2: imports yaml at its head, and install_requires lacks pyyaml"),
+        ("def f():\n    import pandas.core", "agents/a.py:2: imports pandas, and no extra brings pandas"),
+        ("def f():\n    import peft", 'agents/a.py:2: imports peft outside of needs("lora", ...)'),
+        (
+            "def f():\n    with needs('page', 'peft', 'x'):\n        import peft",
+            "agents/a.py:3: imports peft outside of ",
+        ),
+        ("def f():\n    with suppress(E):\n        import peft", "agents/a.py:3: imports peft outside of needs"),
+        ("def f():\n    with needs('lora', 'peft', 'x'):\n        from peft import y", None),
+        ("async def f():\n    with extras.needs('page', 'some_thing', 'x'):\n        import some_thing.b", None),
+        ("if TYPE_CHECKING:\n    from peft import x", None),
+        ("if TYPE_CHECKING:\n    from pandas import x", "agents/a.py:2: imports pandas, and no extra brings pandas"),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    import peft", "agents/a.py:4: imports peft at its head, and "),
+        ("from recipe import x", "agents/a.py:1: imports recipe at its head, and "),
+    ],
+)
+def test_undeclared_can_fail(text, said):
+    files = [source("agents/a.py", text), source("examples/recipe.py", ""), source("examples/a.py", "import recipe")]
+    problems = undeclared(files, declared(MADE_UP), {})
+    assert len(problems) == (said is not None) and all(problem.startswith(said) for problem in problems), problems
+
+
+def test_a_listed_module_imports_its_own_extra_guarded_and_nothing_else():
+    text = "with needs('page', 'starlette', 'x'):\n    import starlette\nimport peft\nimport starlette"
+    files = [source("agents/page.py", text), source("benchmarks/peer.py", "import trl")]
+    assert undeclared(files, declared(MADE_UP), {"agents/page.py": "page", "benchmarks/peer.py": None}) == [
+        "agents/page.py:3: imports peft at its head, and install_requires lacks peft",
+        'agents/page.py:4: imports starlette outside of needs("page", ...)',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import_module('peft.x')", "agents/a.py:1: imports peft, whose extra is not said"),
+        (
+            "check_extra('page', 'starlette', 'x')\nimportlib.import_module('peft')",
+            "agents/a.py:2: imports peft, whose ",
+        ),
+        ("check_extra('lora', 'peft', 'x')\nimport_module('peft')\nimport_module('json')\nimport_module(name)", None),
+        ("check_extra('lora', 'pandas', 'x')", "agents/a.py:1: lora does not bring pandas"),
+        ("check_extra('laro', 'peft', 'x')", "agents/a.py:1: laro does not bring peft"),
+        ("check_extra(name, name, 'x')", None),
+    ],
+)
+def test_unsaid_can_fail(text, said):
+    problems = unsaid([source("agents/a.py", text)], declared(MADE_UP))
+    assert len(problems) == (said is not None) and all(problem.startswith(said) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "fails"),
+    [
+        ("textenv/a.py", "from textenv.page import serve", True),
+        ("textenv/a.py", "from textenv import page", True),
+        ("agents/a.py", "import textenv.page", True),
+        ("textenv/a.py", "from .page import serve", True),
+        ("benchmarks/a.py", "import peer", True),
+        ("textenv/a.py", "def f():\n    from textenv.page import serve", False),
+        ("textenv/guard.py", "from textenv.page import serve", False),
+        ("textenv/a.py", "from textenv.pages import serve", False),
+    ],
+)
+def test_loads_late_can_fail(path, text, fails):
+    late = {"textenv/page.py": "page", "textenv/guard.py": "page", "benchmarks/peer.py": None}
+    assert bool(loads_late([source(path, text)], late)) is fails
+
+
+def test_what_is_declared_is_read_as_pip_reads_it():
+    known = declared(MADE_UP)
+    assert known.required == {"numpy", "jsonargparse"}
+    assert known.extras == {"lora": {"peft"}, "page": {"starlette", "some-thing"}}  # what dev brings is for tests alone

@@ -1,0 +1,1 @@
+"""The nouns of an episode: its rules, its completion, its scores, and failed scores."""

@@ -1,0 +1,1 @@
+"""Hugging Face: rows of data sets by name, weights whole."""

@@ -1,0 +1,1 @@
+"""Episodes side by side, and what they ask of an environment."""

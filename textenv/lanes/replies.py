@@ -1,0 +1,67 @@
+"""The tokens between two turns of the policy: a reply, and what a chat template writes around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textenv.episodes.completion import Preds
+from textenv.episodes.rules import EndReason
+from textenv.prompts.chat import Message, render_chat
+from textenv.text.tokenizer import Tokenizer
+
+TURN = "0A1place2of3a4turn5B6"  # stands for what the policy writes: no template has a rule for such a text
+
+
+def encode_reply(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message] | None,
+    preds: Preds,
+    reply: str,
+    tail: str = "",
+    stop_strings: Sequence[str] = (),
+) -> list[int]:
+    """Return the tokens between a turn of the policy that has just ended and its next turn.
+
+    Behind a prompt that is no chat, these are the tokens of the reply. In a chat, they are all that the template writes
+    there: the end of the assistant's turn (unless the policy has written it), the reply as a user's message, and the
+    opening of the assistant's next turn. They are the difference of two renderings of the chat, with and without the
+    reply, so the longer one must begin with the shorter. The tokens of the policy stay as they are.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The messages of the prompt; None if it is no chat.
+        preds: The completion so far, whose last turn has just ended.
+        reply: The reply to that turn.
+        tail: The last few tokens of the turn as text, special tokens included.
+        stop_strings: The texts that end a turn.
+
+    Raises:
+        ValueError: If the template changes earlier messages when one is added.
+    """
+    if messages is None:
+        return list(tokenizer.encode(reply, add_special_tokens=False))
+    history = list(messages)  # up to the turn that has just ended
+    for turn in preds.turns[:-1]:
+        history = [*_with_turn(history, turn.text), {"role": "user", "content": turn.response or ""}]
+    # The turn itself is a stand-in in both renderings: many templates strip the text of a message, and its tokens may
+    # not be those that the tokenizer would choose.
+    before = render_chat(tokenizer, history) + TURN
+    after = render_chat(tokenizer, [*_with_turn(history, TURN), {"role": "user", "content": reply}])
+    if not after.startswith(before):
+        raise ValueError(
+            "Expected a chat template that keeps earlier messages as they are when one is added, got one that then "
+            f"writes {before[-80:]!r} in another way. Give prompts as texts in the model's format; then the text that "
+            "`respond` returns is observed as it is: let it close the turn and open the next."
+        )
+    rest = after[len(before) :]
+    # What ended the turn, EOS or a stop string, may be what the template writes first: it is there already.
+    ends = [tokenizer.decode([preds[-1]])] if preds.end_reason is EndReason.EOS else stop_strings
+    written = next((end for end in ends if tail.endswith(end) and rest.startswith(end)), "")
+    return list(tokenizer.encode(rest[len(written) :], add_special_tokens=False))
+
+
+def _with_turn(history: Sequence[Message], text: str) -> list[Message]:
+    """Return the messages with a turn of the assistant at the end, joined to its last message if that is unfinished."""
+    if history[-1]["role"] != "assistant":
+        return [*history, {"role": "assistant", "content": text}]
+    return [*history[:-1], {**history[-1], "content": history[-1]["content"] + text}]

@@ -1,0 +1,111 @@
+"""The calls of an env's reward: checked, timed, and with `on_failure` applied to the rows that it fails on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from textenv.episodes.completion import Preds
+from textenv.episodes.scores import (
+    DROPPED,
+    RAISED,
+    Reward,
+    RewardError,
+    check_length,
+    check_reward,
+    check_rewards,
+    describe,
+)
+from textenv.lanes.hooks import RewardHost
+from textenv.prompts.prompts import Prompt
+
+
+class RewardCalls:
+    """Calls an env's reward and checks what it returns.
+
+    Args:
+        env: The env; its `on_failure` decides what happens to rows without a reward.
+
+    Attributes:
+        seconds: How long all calls together have taken, in seconds of a monotonic clock.
+    """
+
+    def __init__(self, env: RewardHost) -> None:
+        self.env = env
+        self.seconds = 0.0
+
+    def score(
+        self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool], accepts_dropped: bool
+    ) -> list[Reward]:
+        """Return the checked rewards of rows; a row whose reward failed has `has_failed`, and what it gets instead.
+
+        Args:
+            prompts: The prompts of the rows.
+            preds: Their completions.
+            dones: Whether the episode of each row is over.
+            accepts_dropped: Whether the caller can leave finished episodes out.
+
+        Raises:
+            RewardError: If the reward raises or returns no finite number, unless `on_failure` says otherwise; or if it
+                drops a row that must have a reward.
+        """
+        if not prompts:
+            return []
+        start = time.monotonic()
+        try:
+            if self.env.on_failure == "raise":
+                rewards = check_rewards(self._ask(prompts, preds, dones), prompts, preds)
+            else:
+                rewards = self._score_apart(prompts, preds, dones)
+        finally:
+            self.seconds += time.monotonic() - start
+        # A failed row may be dropped at any token: its episode is then left out once it ends.
+        for prompt, completion, done, reward in zip(prompts, preds, dones, rewards, strict=True):
+            if reward.is_dropped and not ((done or reward.has_failed) and accepts_dropped):
+                raise RewardError(
+                    f"Expected a reward of every {'' if done else 'un'}finished row, got {DROPPED!r} "
+                    f"({describe(prompt, completion)}). Finished episodes can be left out by a SequenceRolloutBuffer "
+                    "with the step LateScores (score_at='rollout_end') or DropEpisodes, and by agents.evaluate; let "
+                    "the reward return a number elsewhere (on_failure=0.0)."
+                )
+        return rewards
+
+    def _ask(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Any:
+        try:
+            return self.env.get_rewards(prompts, preds, dones)
+        except RewardError:  # names the row already
+            raise
+        except RAISED as error:
+            raise RewardError(
+                f"`get_rewards` raised {type(error).__name__}: {error}, on {len(prompts)} rows, the first of them "
+                f"{describe(prompts[0], preds[0])}."
+            ) from error
+
+    def _score_apart(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[Reward]:
+        """Return the rewards of rows of which some may fail: all rows of a call that raises, and rows without a number.
+
+        Rows are scored one at a time where the reward of a row does not depend on the others.
+        """
+        n, failures = len(prompts), self.env.failures
+        calls = [[row] for row in range(n)] if self.env.scores_rows_apart else [list(range(n))]
+        causes: dict[int, Exception] = {}
+        # The rewards of failed rows; those of the others are put in their places below.
+        rewards = check_rewards([failures.instead] * n, prompts, preds)
+        for rows in calls:
+            try:
+                values = self._ask(
+                    [prompts[row] for row in rows], [preds[row] for row in rows], [dones[row] for row in rows]
+                )
+                check_length(values, len(rows))
+            except RewardError as error:
+                causes.update(dict.fromkeys(rows, error))
+                continue
+            for row, value in zip(rows, values, strict=True):
+                try:
+                    rewards[row] = check_reward(value, prompts[row], preds[row])
+                except RewardError as error:
+                    causes[row] = error
+        if causes:
+            failures.note("The reward", causes, prompts, preds, "")
+        return [reward._replace(has_failed=row in causes) for row, reward in enumerate(rewards)]

@@ -1,0 +1,1 @@
+"""Masks: which tokens are allowed next."""

@@ -1,0 +1,1 @@
+"""Prompts: what one is, where it comes from, which is next."""

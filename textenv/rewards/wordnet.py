@@ -1,0 +1,31 @@
+"""nltk's WordNet, where its data is installed, and an empty one to take its place in METEOR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textenv.checks.extras import needs
+
+
+class NoWordNet:
+    """A WordNet in which no word has a synonym."""
+
+    def synsets(self, word: str) -> tuple[()]:
+        """Return the meanings of a word: none."""
+        return ()
+
+
+def installed_wordnet() -> Any | None:
+    """Return nltk's WordNet, or None where its data is not installed.
+
+    Raises:
+        ImportError: Without nltk.
+    """
+    with needs("overlap", "nltk", "METEOR"):
+        from nltk.corpus import wordnet
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:  # nltk `data.find`: the data was not downloaded
+        return None
+    return wordnet

@@ -1,0 +1,1 @@
+"""Tokenizers, vocabularies in bytes, printable text and the built-in corpus."""

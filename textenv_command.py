@@ -1,7 +1,7 @@
 """The start of the command `textenv`: it imports `agents` only after it has checked that the package is textenv's.
 
 openai-agents also installs a package named `agents`, and pip lets the later one overwrite files of the earlier. Even if
-ours was the later one, the other's folder `agents/memory/` hides our `agents/policies/out_of_memory.py`. The check has a module of its
+ours was the later one, files of both lie in `agents/models/`, a folder that both have. The check has a module of its
 own: in `agents` it might be the other's, and `import textenv` takes as long as all the rest of `textenv --help`.
 """
 

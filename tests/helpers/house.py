@@ -26,8 +26,8 @@ MAX_FILE_LINES = 400
 MAX_BODY_LINES = 60
 MAX_FOLDER_FILES = 30
 
-# The rooms of each package, lowest layer first. A room may import itself and the rooms of lower layers, but no other room
-# of its own layer. A room is a folder, or a file that stands beside the folders.
+# The rooms of each package, lowest layer first. A room may import itself and the rooms of lower layers, but no other
+# room of its own layer. A room is a folder, or a file that stands beside the folders.
 LAYERS = {
     "agents": (
         ("errors",),

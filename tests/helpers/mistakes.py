@@ -8,8 +8,6 @@ import torch
 from sb3_contrib import TRPO
 from stable_baselines3 import PPO
 
-import agents.distributed.collectives
-import agents.distributed.world
 from agents import (
     Checkpoints,
     CriticWarmup,
@@ -21,6 +19,7 @@ from agents import (
     latest_checkpoint,
     load_checkpoint,
 )
+from agents.distributed import collectives, world
 from agents.doctor.examine import check
 from tests.helpers.jobs import N_LANES, PROMPTS, rank_and_size, shared_agent, uneven, weights_of
 from tests.helpers.seq2seq import tiny_seq2seq
@@ -31,7 +30,7 @@ UNSHARDED = {"NLPO": {"top_p": 0.9, "top_p_lag": 2}, "popart": {"value_norm": "p
 
 def refused(case):
     """Build what several processes cannot train; the error comes from building or learning."""
-    agents.distributed.collectives.ANSWER_SECONDS = 1.0
+    collectives.ANSWER_SECONDS = 1.0
     env = tiny_env(uneven, PROMPTS, score_at="done")
     if case == "lanes":
         return tiny_agent(env, n_envs=3)
@@ -44,7 +43,7 @@ def refused(case):
     if case == "batch":
         return tiny_agent(env, batch_size=10).learn(16)
     if case == "alone":
-        return agents.distributed.collectives.gather("saving" if rank_and_size()[0] == 0 else "training", 0)
+        return collectives.gather("saving" if rank_and_size()[0] == 0 else "training", 0)
     if case == "by hand":
         return PPO(LMPolicy, **by_hand(env)).learn(16)
     if case == "reward":
@@ -100,30 +99,28 @@ def join_as_initialised():
     """Meet in a process group that the script has made."""
     rank, size = rank_and_size()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-    return agents.distributed.collectives.gather("ranks", rank), agents.distributed.collectives.from_main(
-        "a rank", rank
-    )
+    return collectives.gather("ranks", rank), collectives.from_main("a rank", rank)
 
 
 def leave_late(seconds):
     """Leave the others, rank 1 after some seconds; when that was done, by the clock that all processes share."""
-    here = agents.distributed.world.world()
+    here = world.world()
     if here.rank == 1:
         time.sleep(seconds)
-    agents.distributed.world.leave(here.store, here.rank, here.size)
+    world.leave(here.store, here.rank, here.size)
     return time.monotonic()
 
 
 def join(seconds):
     """Meet the others within some seconds."""
-    agents.distributed.world.JOIN_SECONDS = seconds
-    here = agents.distributed.world.world()
+    world.JOIN_SECONDS = seconds
+    here = world.world()
     return here.rank, here.size, here.seed
 
 
 def killed(where, folder, n_iterations=4, shard=None):
     """Train, saving each iteration; rank 1 kills itself in the third rollout or second update of the first attempt."""
-    agents.distributed.collectives.ANSWER_SECONDS = 1.0
+    collectives.ANSWER_SECONDS = 1.0
     model, _ = shared_agent(policy_kwargs={"shard": shard})
     checkpoint = latest_checkpoint(folder)
     if checkpoint is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,18 @@ def test_imports_lead_to_lower_layers(package: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_room_is_in_a_layer(package: str) -> None:
     assert_none(wrong_rooms(read(package), LAYERS[package]))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_readme_lists_the_rooms_by_layer(package: str) -> None:
+    rooms = [room for layer in LAYERS[package] for room in layer if room != "__init__"]
+    files = {file.module: file for file in read(package)}
+    lines = [
+        f"| `{room}{'/' if (ROOT / package / room).is_dir() else '.py'}` | "
+        f"{ast.get_docstring(files[f'{package}.{room}'].tree).splitlines()[0]} |"
+        for room in rooms
+    ]
+    assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_folders_are_not_crowded() -> None:

@@ -1,1 +1,1 @@
-"""Files on disk: the whole state of a run, Stable-Baselines3's zip, a Hugging Face folder."""
+"""Checkpoints: the whole state of a run, zips of Stable-Baselines3, Hugging Face folders, and their manifests."""

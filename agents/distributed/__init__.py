@@ -1,1 +1,1 @@
-"""Training in several processes: how they meet, agree, and share weights and gradients."""
+"""Training in several processes: collectives, shared gradients and sharded weights."""

@@ -1,1 +1,1 @@
-"""Rollouts that another engine writes."""
+"""Rollouts that are written by another engine than the policy."""

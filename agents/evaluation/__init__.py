@@ -1,1 +1,1 @@
-"""Evaluation of a policy: texts, figures, curves, tables."""
+"""Evaluation of a policy: generated texts, metrics, curves and tables."""

@@ -1,1 +1,1 @@
-"""One rollout: the VecEnv that fills it, the buffer that holds it, and its minibatches."""
+"""The rollout: the VecEnv that fills it, the buffer that holds it, and its minibatches."""

@@ -1,1 +1,1 @@
-"""Supervised training before PPO: SFT, classifiers, reward models, models from scratch."""
+"""Supervised training before PPO: fine-tuning, classifiers and reward models."""

@@ -1,1 +1,1 @@
-"""rl_zoo3 as a client of textenv."""
+"""The algorithms and policies of textenv in rl_zoo3."""

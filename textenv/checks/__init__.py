@@ -1,1 +1,1 @@
-"""Checks of what comes from outside: files, names of classes, arguments, installed extras."""
+"""Checks of untrusted and optional things: files, names of classes, arguments, packages of extras."""

@@ -1,1 +1,1 @@
-"""The nouns of an episode: its rules, its completion, its scores, and failed scores."""
+"""The parts of an episode: its rules, its completion, its scores, and the policy for scores that fail."""

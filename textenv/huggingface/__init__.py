@@ -1,1 +1,1 @@
-"""Hugging Face: rows of data sets by name, weights whole."""
+"""Data sets and model weights from the Hugging Face hub or from folders."""

@@ -1,1 +1,1 @@
-"""Episodes side by side, and what they ask of an environment."""
+"""Lanes: episodes that run side by side, and the protocols by which they use an environment."""

@@ -1,1 +1,1 @@
-"""Masks: which tokens are allowed next."""
+"""Masks of the tokens that are allowed next."""

@@ -1,1 +1,1 @@
-"""Prompts: what one is, where it comes from, which is next."""
+"""Prompts: their sources, their order, and chats rendered by a template."""

@@ -42,8 +42,17 @@ from stable_baselines3.common.utils import LinearSchedule
 from transformers import AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, GPT2Config, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from agents import Evaluation, KLPenalty, bpe_tokenizer, evaluate, export, make_agent, sample_table, train_classifier
-from agents.supervised import sft
+from agents import (
+    Evaluation,
+    KLPenalty,
+    bpe_tokenizer,
+    evaluate,
+    export,
+    make_agent,
+    sample_table,
+    sft,
+    train_classifier,
+)
 from textenv.metrics import METEOR, ROUGE, ChrF, Distinct, IntentAccuracy, Length, Perplexity, SacreBLEU
 from textenv.rewards import Length as LengthReward
 from textenv.rewards import WeightedSum

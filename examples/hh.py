@@ -55,10 +55,10 @@ from agents import (
     export,
     make_agent,
     pair_accuracy,
+    sft,
     train_reward_model,
     wilson_interval,
 )
-from agents.supervised import sft
 from textenv.metrics import Distinct, Perplexity, Scores, mean_of
 from textenv.tasks.hh import HH, Pair, hold_out, read_pairs
 

@@ -35,8 +35,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, DistilBertConfig, GPT2Config, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from agents import Evaluation, KLPenalty, evaluate, export, make_agent, sample_table, train_classifier
-from agents.supervised import sft
+from agents import Evaluation, KLPenalty, evaluate, export, make_agent, sample_table, sft, train_classifier
 from textenv.metrics import Distinct, Perplexity, Scores, mean_of
 from textenv.rewards.text_model import TextModel
 from textenv.tasks.reviews import LABELS, Review, Reviews, part_of, read_reviews

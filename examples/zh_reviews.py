@@ -54,10 +54,10 @@ from agents import (
     make_agent,
     pair_accuracy,
     sample_table,
+    sft,
     train_reward_model,
     wilson_interval,
 )
-from agents.supervised import sft
 from textenv.metrics import Distinct, Perplexity, Scores, mean_of
 from textenv.rewards.preference import Preference
 from textenv.rewards.reward_stats import RewardStats

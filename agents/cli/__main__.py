@@ -1,4 +1,4 @@
-"""`python -m agents.cli`: the command `textenv`."""
+"""The command `textenv`, started as a module."""
 
 import sys
 

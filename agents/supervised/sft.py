@@ -45,8 +45,8 @@ class Tuned(NamedTuple):
         held_out_loss: The loss on held-out data after training; None if there is none.
 
     Example:
-        >>> from agents.sft import Tuned
-        >>> Tuned("my-model", n_steps=1, train_loss=0.0).perplexity(3.0)
+        >>> from agents import sft
+        >>> sft.Tuned("my-model", n_steps=1, train_loss=0.0).perplexity(3.0)
         20.085536923187668
     """
 

@@ -1,4 +1,4 @@
-"""`python -m agents.zoo`: rl_zoo3 with the algorithms of textenv."""
+"""rl_zoo3 with the algorithms of textenv, started as a module."""
 
 from .main import main
 

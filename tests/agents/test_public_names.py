@@ -62,7 +62,8 @@ def test_a_private_import_is_found(text, problems):
 def test_type_checkers_see_the_names_that_are_loaded():
     tree = ast.parse(Path(agents.__file__).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    seen = {alias.asname: f".{node.module or alias.name}" for node in block.body for alias in node.names}
+    imports = [(node.module, alias.asname) for node in block.body for alias in node.names]
+    seen = {name: ".".join(["", *filter(None, [module, name in agents.MODULES and name])]) for module, name in imports}
     assert seen == {**agents.MODULES, **agents.NAMES}
     assert list(agents.NAMES) == sorted(agents.NAMES) and not agents.MODULES.keys() & agents.NAMES.keys()
 

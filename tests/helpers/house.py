@@ -11,7 +11,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -114,10 +114,15 @@ def read(*folders: str) -> list[Source]:
     return [source(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")) for file in files]
 
 
-def imports(file: Source) -> list[Import]:
-    """List all imports of a file, also those in functions and under TYPE_CHECKING; relative ones are made absolute."""
+def imports(file: Source, nodes: Iterable[ast.AST] | None = None) -> list[Import]:
+    """List the imports of a file, also those in functions and under TYPE_CHECKING; relative ones are made absolute.
+
+    Args:
+        file: The file.
+        nodes: The nodes of its tree that are looked at; all by default.
+    """
     statements = []
-    for node in ast.walk(file.tree):
+    for node in ast.walk(file.tree) if nodes is None else nodes:
         if isinstance(node, ast.Import):
             statements += [Import(node.lineno, alias.name, None, False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

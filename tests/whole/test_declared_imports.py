@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.house import ROOT, Source, assert_none, imports, is_type_checking, read, source
+from tests.helpers.house import ROOT, Source, assert_none, imports, read, source
 
 FOLDERS = ("textenv", "agents", "examples", "benchmarks")
 OWN = {"textenv", "agents", "textenv_command"}
@@ -58,6 +58,10 @@ def declared(text: str) -> Declared:
     return Declared(packages(config["options"]["install_requires"]), extras)
 
 
+def is_type_checking(node: ast.If) -> bool:
+    return ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING"
+
+
 def constants(call: ast.AST, *functions: str) -> list[str | None]:
     """The arguments, None where they are not written out, of a call of one of the functions; none of another node."""
     if not isinstance(call, ast.Call) or ast.unparse(call.func).split(".")[-1] not in functions:
@@ -89,7 +93,7 @@ def undeclared(files: list[Source], known: Declared, late: dict[str, str | None]
     problems = []
     for file in files:
         for place in places(file.tree):
-            for found in imports(file, iter([place.node])):
+            for found in imports(file, [place.node]):
                 root = found.module.split(".")[0]
                 if found.relative or root in OWN or root in sys.stdlib_module_names:
                     continue
@@ -138,7 +142,7 @@ def loads_late(files: list[Source], late: dict[str, str | None]) -> list[str]:
     problems = []
     for file in files:
         for place in places(file.tree):
-            for found in imports(file, iter([place.node])):
+            for found in imports(file, [place.node]):
                 names = {found.module, f"{found.module}.{found.name}", f"{file.folder}.{found.module}"}
                 if place.when == "head" and file.path not in late and names & listed:
                     problems.append(f"{file.path}:{found.line}: imports {min(names & listed)} at its head")

@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config
 
-from agents import Ranking, RewardCurves, export, save_checkpoint, train_classifier, train_reward_model
+from agents import Ranking, RewardCurves, export, save_checkpoint, sft, train_classifier, train_reward_model
 from agents.checkpoints.output_folders import MARK, OutputFolderError, check_output, output_folder
 from agents.files import write_text
-from agents.supervised import sft
 from tests.helpers.command import run, settings, small_model
 from tests.helpers.models import make_ppo
 from textenv.feedback import exchange

@@ -137,7 +137,7 @@ def test_every_argument_has_help():
 
 def test_help_loads_no_torch():
     code = (
-        "import sys; from agents.cli import VERBS, main\nfor verb in VERBS:\n"
+        "import sys; from agents.cli.main import VERBS, main\nfor verb in VERBS:\n"
         "    try: main([verb, '--help'])\n    except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'gymnasium'} & sys.modules.keys()))"
     )
@@ -146,7 +146,9 @@ def test_help_loads_no_torch():
     assert out.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("module", ["config", "names", "verb_config", "arguments", "catalogue", "compare"])
+@pytest.mark.parametrize(
+    "module", ["runs.config", "runs.names", "cli.options", "cli.arguments", "cli.catalogue", "cli.compare"]
+)
 def test_what_is_read_before_a_verb_starts_loads_no_torch(module):
     assert not loaded_by(f"agents.{module}", ROOT) & {"torch", "transformers", "stable_baselines3"}
 

@@ -14,10 +14,10 @@ from agents import (
     generate,
     make_agent,
     score_texts,
+    sft,
     train_reward_model,
     word_tokenizer,
 )
-from agents.supervised import sft
 from tests.helpers.models import tiny
 from textenv import TextEnv, demo
 from textenv.rewards.reward_stats import RewardStats

@@ -23,7 +23,7 @@ from tests.helpers.models import tiny
 from tests.helpers.training import NO_DROPOUT, tiny_env
 from textenv import CharTokenizer, TextEnv
 
-MODULES = ("doctor", "model_checks", "setting_checks", "trial_checks")
+MODULES = ("examine", "model_checks", "setting_checks", "trial_checks")
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
@@ -280,7 +280,7 @@ def written_cures():
     """Every cure in the source, with `{}` where a value stands."""
     found = []
     for module in MODULES:
-        tree = ast.parse((ROOT / "agents" / f"{module}.py").read_text())
+        tree = ast.parse((ROOT / "agents" / "doctor" / f"{module}.py").read_text())
         for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
             for node in ast.walk(function):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding" and len(node.args) == 5:

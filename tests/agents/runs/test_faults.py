@@ -75,7 +75,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_loads(
 
 def test_a_cache_that_cannot_be_written_to_works(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(demo_models, "_elsewhere", {})
+    monkeypatch.setattr(demo_models, "_temporary", {})
     with pytest.warns(UserWarning, match=r"cache .*file.* cannot be written to .*TEXTENV_CACHE"):
         made = demo_model(tmp_path / "file" / "cache", n_epochs=0.01, progress_bar=False)
     assert (made / "model.safetensors").is_file() and tmp_path not in made.parents

@@ -41,14 +41,14 @@ BASE = {
 }
 VALUES = [
     None, True, -1, 0, 10**30, 1e308, float("nan"), "", "x" * 5000, "\ud800", "\0", "a:b", "demo", "length", "Dates",
-    "../beside/x.db", "os:system", "agents.cli:main", "agents.files:write_text", "human", "http", "async", "HH",
+    "../beside/x.db", "os:system", "agents.cli.main:main", "agents.files:write_text", "human", "http", "async", "HH",
     "textenv.rewards.registry:import_module", "agents.supervised.learned_reward:LearnedReward",
     "textenv.adapters.python_tool:PythonTool", [], {}, [[]], [None], {"id": 3}, {"name": 1}, {1: 2},
     {"id": "length", "args": []}, {"id": "length", "args": {"target": {}}}, {"id": {}, "args": {}},
     {"class_path": "os.system"}, {"class_path": "antigravity.x", "init_args": {}},
     {"id": "human", "args": {"db": "../beside/x.db"}}, {"id": "human", "args": {"db": "../beside/x"}},
     {"id": "http", "args": {"url": "http://127.0.0.1:9/", "api_key_variable": "HOME"}},
-    {"id": "agents.cli:main", "args": {"arguments": ["tasks"]}}, {"name": "os:mkdir", "path": "../beside/made"},
+    {"id": "agents.cli.main:main", "args": {"arguments": ["tasks"]}}, {"name": "os:mkdir", "path": "../beside/made"},
     {"id": "regex", "args": {"pattern": "("}}, {"id": "json_schema", "args": {"schema": "{"}},
 ]  # fmt: skip
 

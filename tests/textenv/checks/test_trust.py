@@ -20,13 +20,13 @@ from textenv.rewards import make_reward, read_reward
 from textenv.rewards.asynchronous import JUDGE
 from textenv.rewards.registry import REWARD
 
-MAIN = "{id: 'agents.cli:main', args: {arguments: [train, --allow, os, --out, ../beside/run]}}"
+MAIN = "{id: 'agents.cli.main:main', args: {arguments: [train, --allow, os, --out, ../beside/run]}}"
 WRITE = "{id: 'agents.files:write_text', args: {file: ../beside/made, text: x}}"
 IMPORT = "{id: 'textenv.rewards.registry:import_module', args: {package: antigravity}}"
 LAUGHS = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefgh")]
 MERGES = [f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}" for a, b in pairwise("abcdefgh")]
 HOSTILE = {
-    "a function": (f"env: {{reward: {MAIN}}}", "agents.cli defines, got 'agents.cli:main', a function"),
+    "a function": (f"env: {{reward: {MAIN}}}", "agents.cli.main defines, got 'agents.cli.main:main', a function"),
     "a writer": (f"env: {{reward: {WRITE}}}", "got 'agents.files:write_text', a function"),
     "a re-export": (f"env: {{reward: {IMPORT}}}", "got 'textenv.rewards.registry:import_module', a function"),
     "another's class": ("env: {reward: {id: 'textenv.rules:Any'}}", "Expected 'textenv.rules:Any' to be there"),
@@ -38,16 +38,16 @@ HOSTILE = {
     "a folder": ("env: {reward: {id: 'agents.runs.folder:RunFolder', args: {path: ../beside}}}", "got another class"),
     "within a sum": (
         f"env: {{reward: {{id: sum, args: {{parts: {{a: {MAIN}}}}}}}}}",
-        "got 'agents.cli:main', a function",
+        "got 'agents.cli.main:main', a function",
     ),
     "within a scale": (f"env: {{reward: {{id: scale, args: {{reward: {WRITE}, factor: 1}}}}}}", "a function"),
     "within a gate": (f"env: {{reward: {{id: gate, args: {{condition: vader, reward: {MAIN}}}}}}}", "a function"),
     "within an ensemble": (f"env: {{reward: {{id: ensemble, args: {{rewards: [{MAIN}]}}}}}}", "a function"),
     "within a cache": (f"env: {{reward: {{id: cached, args: {{reward: {IMPORT}}}}}}}", "a function"),
     "a judge": ("env: {reward: {id: async, args: {function: 'os:getcwd'}}}", "add --allow os"),
-    "a judge of ours": ("env: {reward: {id: async, args: {function: 'agents.cli:main'}}}", "a function"),
+    "a judge of ours": ("env: {reward: {id: async, args: {function: 'agents.cli.main:main'}}}", "a function"),
     "a learner": (
-        "env: {reward: {id: human, args: {db: a.db, learned: {id: 'agents.cli:main', args: {arguments: []}}}}}",
+        "env: {reward: {id: human, args: {db: a.db, learned: {id: 'agents.cli.main:main', args: {arguments: []}}}}}",
         "a function",
     ),
     "a name in the name's place": (
@@ -65,8 +65,8 @@ HOSTILE = {
         f"env: {{masks: [{WRITE}]}}",
         "a class with start(self, vocabulary), or with __call__(self, prompt, preds)",
     ),
-    "a logger": (f"loggers: [{MAIN}]", "a KVWriter of Stable-Baselines3, that agents.cli defines"),
-    "an environment": ("env: {id: 'agents.cli:main'}", "Expected a TextEnv, that agents.cli defines"),
+    "a logger": (f"loggers: [{MAIN}]", "a KVWriter of Stable-Baselines3, that agents.cli.main defines"),
+    "an environment": ("env: {id: 'agents.cli.main:main'}", "Expected a TextEnv, that agents.cli.main defines"),
     "an environment's game": (
         "env: {id: 'textenv.adapters.turn_env:TurnEnv', args: {game: 'os:system'}}",
         "Expected `game` to be a class",
@@ -193,7 +193,7 @@ def test_the_python_api_takes_functions_and_re_exports_as_before():
     assert make_reward("tests.textenv.checks.test_trust:no_reward") is no_reward
     with (
         only_with(Trust(["tests"])),
-        pytest.raises(ValueError, match=r"got 'tests\.test_trust:only_with', a function"),
+        pytest.raises(ValueError, match=r"got 'tests\.textenv\.checks\.test_trust:only_with', a function"),
     ):
         make_reward("tests.textenv.checks.test_trust:only_with")
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from browsing import PATIENCE, Browser, Server, need_browser
 
+from tests.helpers.browsing import PATIENCE, Browser, Server, need_browser
 from textenv.feedback.store import FeedbackStore
 
 pytest.importorskip("starlette", reason='needs starlette: pip install "textenv[feedback]"')

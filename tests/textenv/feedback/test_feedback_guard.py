@@ -6,8 +6,8 @@ import socket
 from urllib.parse import quote
 
 import pytest
-from browsing import Server
 
+from tests.helpers.browsing import Server
 from textenv.feedback.store import FeedbackStore
 
 pytest.importorskip("starlette", reason='needs starlette: pip install "textenv[feedback]"')

@@ -5,8 +5,8 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
-from browsing import Server
 
+from tests.helpers.browsing import Server
 from textenv.feedback.store import FeedbackStore
 
 pytest.importorskip("starlette", reason='needs starlette: pip install "textenv[feedback]"')

@@ -19,6 +19,7 @@ from tests.helpers.house import (
     absolute_imports,
     assert_none,
     crowded_folders,
+    folders_without_init,
     forbidden_imports,
     import_cycle,
     loaded_by,
@@ -83,6 +84,10 @@ def test_the_readme_lists_the_rooms_by_layer(package: str) -> None:
         for room in rooms
     ]
     assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_folder_is_a_package() -> None:
+    assert_none(folders_without_init([file.path for file in read(*PACKAGES, "tests")]))
 
 
 def test_folders_are_not_crowded() -> None:
@@ -235,6 +240,11 @@ def test_wrong_rooms_can_fail() -> None:
         "data: named in a layer, and not there",
     ]
     assert wrong_rooms(files, (("errors", "models", "new"),)) == []
+
+
+def test_folders_without_init_can_fail() -> None:
+    assert folders_without_init(["agents/__init__.py", "agents/a.py", "agents/runs/b.py"]) == ["agents/runs"]
+    assert folders_without_init(["agents/__init__.py", "agents/runs/__init__.py", "agents/runs/b.py"]) == []
 
 
 def test_crowded_folders_can_fail() -> None:

@@ -205,6 +205,12 @@ def wrong_rooms(files: list[Source], layers: Layers) -> list[str]:
     ]
 
 
+def folders_without_init(paths: list[str]) -> list[str]:
+    """Find the folders with modules that are no packages: a wheel would leave them out."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    return sorted(folder for folder in folders if f"{folder}/__init__.py" not in paths)
+
+
 def crowded_folders(paths: list[str]) -> list[str]:
     """Find the folders that hold more files than the limit; each `__init__.py` is left out."""
     counts = Counter(path.rpartition("/")[0] for path in paths if not path.endswith("/__init__.py"))

@@ -1,7 +1,8 @@
-"""Language models by name: a checkpoint's weights, a config's fresh ones, or a spec's, built and checked."""
+"""The construction of language models from a name, a config or a spec, and the checks of their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -20,8 +21,10 @@ from textenv.checks.extras import check_extra
 from textenv.huggingface.weights import from_config, from_pretrained, load_whole
 
 from ..small_models.demo_model import model_folder
-from .interface import BackendSpec
-from .trainable import Trainable, check_in_memory, set_trainable
+from .backbone import Backbone
+from .interface import BackendSpec, LanguageModel
+from .seq2seq import Seq2SeqBackbone
+from .trainable import Trainable, check_in_memory, checkpoint_layers, set_trainable
 
 # With one of these arguments transformers looks for a name elsewhere than usual, so it is not looked up beforehand.
 LOOK_UP_OPTIONS = {"cache_dir", "token", "local_files_only"}
@@ -172,6 +175,41 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
     check_in_memory(model)
     _refuse_16_bits(model)
     return model
+
+
+def backbone_class(model: PreTrainedModel) -> type[Backbone]:
+    """Return the class that reads a model of transformers: one for causal models, one for encoder-decoders."""
+    return Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone
+
+
+def build_backbone(
+    lm: LMLike,
+    train: Trainable | None,
+    vocab_size: int,
+    n_positions: int,
+    gradient_checkpointing: bool = False,
+    class_of: Callable[[PreTrainedModel], type[Backbone]] = backbone_class,
+) -> LanguageModel:
+    """Build the `LanguageModel` of a policy or a reference.
+
+    Args:
+        lm: Where the model comes from, as for `build_model`, or a `BackendSpec`.
+        train: Which weights are trained, as for `build_model`; a `BackendSpec` decides that itself.
+        vocab_size: How many tokens the tokenizer has.
+        n_positions: The longest sequence that will be read, in tokens.
+        gradient_checkpointing: Whether the backward pass computes the activations of each layer again.
+        class_of: Returns the class that reads a model of transformers.
+
+    Raises:
+        TypeError: As `build_model`.
+        ValueError: As `build_model`; also if the model has fewer tokens or positions.
+    """
+    if isinstance(lm, BackendSpec):
+        return lm.build_backend(vocab_size, n_positions)
+    model = build_model(lm, train)
+    if gradient_checkpointing:
+        checkpoint_layers(model)
+    return class_of(model)(model, vocab_size, n_positions)
 
 
 def _refuse_16_bits(model: PreTrainedModel) -> None:

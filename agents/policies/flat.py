@@ -224,8 +224,8 @@ class FlatLMPolicy(LMPolicy):
             )
         super().__init__(observation_space, action_space, lr_schedule, critic=critic, **kwargs)
 
-    def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
-        if language_model.config.is_encoder_decoder:
+    def _backbone_class(self, model: PreTrainedModel) -> type[Backbone]:
+        if model.config.is_encoder_decoder:
             raise ValueError(
                 f"Expected a causal language model for {type(self).__name__}, got an encoder-decoder: TRPO's second "
                 "derivatives are not supported there. Use PPO."

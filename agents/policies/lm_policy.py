@@ -21,12 +21,11 @@ from ..distributed.sharding import Sharded, Shards
 from ..distributed.world import world
 from ..models.backbone import Backbone
 from ..models.critic import CriticSpec, SharedCritic, TrunkCritic
-from ..models.interface import BackendSpec, LanguageModel
-from ..models.pretrained import LMLike, build_model
+from ..models.interface import BackendSpec
+from ..models.pretrained import LMLike, backbone_class, build_backbone
 from ..models.sampling import Sampling, TokenDistribution
-from ..models.seq2seq import Seq2SeqBackbone
 from ..models.sequences import SequenceBatch
-from ..models.trainable import Trainable, checkpoint_layers
+from ..models.trainable import Trainable
 from .actor_critic import LMActorCritic, Step
 from .optimizers import learning_rate_scales, scaled_optimizer
 from .tensor_notes import ALLOWED, READ_BY, TERMINAL, TerminalObservation, TerminalRow
@@ -163,17 +162,20 @@ class LMPolicy(ActorCriticPolicy):
         """Build language model, critic and optimizer in place of SB3's networks."""
         kwargs = dict(self.lm_kwargs)
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
-        backbone = self._build_backbone(
-            kwargs.pop("lm"),
-            kwargs.pop("train"),
-            kwargs.pop("gradient_checkpointing"),
-            vocab_size=int(self.action_space.n),
-            n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
+        lm, train, checkpointing = (kwargs.pop(name) for name in ("lm", "train", "gradient_checkpointing"))
+        if isinstance(lm, BackendSpec) and (train != "all" or checkpointing):
+            raise ValueError(
+                f"Expected neither `train` nor `gradient_checkpointing` with {type(lm).__name__}, which decides "
+                f"itself which weights are trained, got {train!r:.80} and {checkpointing}."
+            )
+        n_positions = self.observation_space.shape[0] - 1  # the separator is no token
+        backbone = build_backbone(
+            lm, train, int(self.action_space.n), n_positions, checkpointing, class_of=self._backbone_class
         )
         shard: Sharded | None = kwargs.pop("shard")
         critic = kwargs.pop("critic").build(backbone.hidden_size)
         if isinstance(critic, TrunkCritic):
-            critic.check_fits(backbone.vocab_size, self.observation_space.shape[0] - 1)
+            critic.check_fits(backbone.vocab_size, n_positions)
         sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
         self.lm = LMActorCritic(backbone, critic, sampling, **kwargs)
         # SB3 `base_class.set_random_seed` has seeded torch's generator: the same seed gives the same run.
@@ -193,9 +195,9 @@ class LMPolicy(ActorCriticPolicy):
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
         scales = learning_rate_scales(self.parameters(), critic, **self.lr_scales)
         self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
-        lm = self.lm
+        actor_critic = self.lm
         # A fused step does not raise `Tensor._version`, by which caches notice other writes to the weights.
-        self.optimizer.register_step_post_hook(lambda *_: lm.drop_caches())
+        self.optimizer.register_step_post_hook(lambda *_: actor_critic.drop_caches())
 
     @property
     def backbone(self) -> Backbone:
@@ -211,23 +213,8 @@ class LMPolicy(ActorCriticPolicy):
             )
         return self.lm.backbone
 
-    def _build_backbone(
-        self, lm: LMLike, train: Trainable, gradient_checkpointing: bool, vocab_size: int, n_positions: int
-    ) -> LanguageModel:
-        if isinstance(lm, BackendSpec):
-            if train != "all" or gradient_checkpointing:
-                raise ValueError(
-                    f"Expected neither `train` nor `gradient_checkpointing` with {type(lm).__name__}, which decides "
-                    f"itself which weights are trained, got {train!r:.80} and {gradient_checkpointing}."
-                )
-            return lm.build_backend(vocab_size, n_positions)
-        model = build_model(lm, train)
-        if gradient_checkpointing:
-            checkpoint_layers(model)
-        return self._backbone_class(model)(model, vocab_size, n_positions)
-
-    def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
-        return Seq2SeqBackbone if language_model.config.is_encoder_decoder else Backbone
+    def _backbone_class(self, model: PreTrainedModel) -> type[Backbone]:
+        return backbone_class(model)
 
     @property
     def lstm_actor(self) -> NoReturn:

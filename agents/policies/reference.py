@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from ..distributed.collectives import broadcast_weights
 from ..distributed.sharding import Shards, gathered
 from ..models.backbone import Backbone
-from ..models.interface import BackendSpec, LanguageModel
-from ..models.pretrained import LMLike, build_model
-from ..models.seq2seq import Seq2SeqBackbone
+from ..models.pretrained import LMLike, build_backbone
 from ..models.sequences import Chunk, SequenceBatch
 from ..models.trainable import adapted_layers, adapters_off
 from .actor_critic import LMActorCritic
@@ -62,13 +60,14 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
         ValueError: If it has fewer tokens or positions than needed, or if one of reference and policy is an
             encoder-decoder and the other is not.
     """
-    # `build_model` draws fresh weights, also where those of a checkpoint replace them. The fork keeps the generators as
-    # they were, so that a resumed run draws the same numbers.
+    # A model is built with fresh weights even if those of a checkpoint replace them at once. The fork keeps the
+    # generators as they were, so that a resumed run draws the same numbers.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        backbone, name = _build_backbone(lm, policy.backbone.vocab_size, n_positions)
+        backbone = build_backbone(lm, None, policy.backbone.vocab_size, n_positions)
     if backbone.is_encoder_decoder != policy.backbone.is_encoder_decoder:
         kinds = ("an encoder-decoder", "a causal model")
         expected, got = kinds if policy.backbone.is_encoder_decoder else kinds[::-1]
+        name = type(backbone.model if isinstance(backbone, Backbone) else lm).__name__
         raise ValueError(f"Expected {expected} as `reference`, as the policy is, got {got}, {name}.")
     sampling = replace(policy.sampling, top_p_lag=None)
     built = LMActorCritic(backbone, nn.Identity(), sampling, policy.autocast, cache=False)
@@ -77,15 +76,6 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
         built.requires_grad_(False).shards = Shards(built, policy.shards.spec)
         return built.eval()
     return built.to(policy.backbone.device).requires_grad_(False).eval()
-
-
-def _build_backbone(lm: LMLike, vocab_size: int, n_positions: int) -> tuple[LanguageModel, str]:
-    """Return a language model and the name of its class, for errors."""
-    if isinstance(lm, BackendSpec):
-        return lm.build_backend(vocab_size, n_positions), type(lm).__name__
-    model = build_model(lm, train=None)
-    backbone_class = Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone
-    return backbone_class(model, vocab_size, n_positions), type(model).__name__
 
 
 @torch.no_grad()

@@ -179,7 +179,7 @@ class Shards(Generic[Scorer]):
 
     def _probe(self) -> tuple[Any, ...]:
         """Return the inputs of a forward of a few tokens."""
-        return tuple(tensor.to(self.device) for tensor in self._backbone.probe_places())
+        return tuple(tensor.to(self.device) for tensor in self._backbone.probe_inputs())
 
     def _take_turns(self) -> None:
         """Make each forward of a trunk wait until all other processes take part in it."""

@@ -1,4 +1,4 @@
-"""The reference model of the KL penalty: frozen, and sharing the weights that the policy keeps frozen."""
+"""The reference model of the KL penalty: frozen, with the policy's own frozen weights where it has some."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .actor_critic import LMActorCritic
 
 
 def start_of(policy: LMActorCritic) -> LMActorCritic:
-    """Return the policy as it is now as a reference, to be read by the functions below.
+    """Return a reference that computes as the policy does now, for the functions below to read.
 
-    With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy. Weights that are frozen
-    in the policy are shared and those that are trained copied, so that with `LastLayers(n)` the reference costs the
-    memory of n layers. The copy of a sharded policy is sharded, and shares no weights.
+    With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy that shares the weights
+    that the policy keeps frozen, so that with `LastLayers(n)` the reference takes the memory of n layers. The copy of a
+    sharded policy is sharded, and shares no weights.
     """
     if adapted_layers(policy):
         return policy
@@ -35,8 +35,8 @@ def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMAc
     """Return a frozen copy without a critic.
 
     Args:
-        lm: The model to copy; the copy of a sharded one is sharded.
-        shared: The weights that the copy shares with it.
+        lm: The model to copy; the copy of a sharded model is sharded.
+        shared: The weights that the copy shares with the model; by default none.
     """
     lm.drop_caches()
     if lm.shards is not None:
@@ -54,7 +54,7 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     Args:
         lm: A name or path, a config, a spec, or the `BackendSpec` of a model that is not transformers'.
         policy: The policy.
-        n_positions: The longest sequence that it will read, in tokens.
+        n_positions: The longest sequence that the reference will read, in tokens.
 
     Raises:
         ValueError: If it has fewer tokens or positions than needed, or if one of reference and policy is an
@@ -89,7 +89,7 @@ def log_probs(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBa
 def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch) -> Tensor:
     """Return KL(policy, reference) over the whole vocabulary at each transition, (N,), in nats.
 
-    Policy and reference take turns, so that log-probabilities (n, V) are held for a part of the transitions at a time.
+    Policy and reference take turns, so that log-probabilities (n, V) are held for n transitions at a time.
     """
     result = torch.zeros(len(batch), device=batch.tokens.device)
     with gathered(reference):
@@ -107,7 +107,7 @@ def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: Sequence
 def _log_probabilities(reference: LMActorCritic, policy: LMActorCritic, chunk: Chunk) -> Iterator[Tensor]:
     parts = reference.log_probabilities(chunk)
     while True:
-        # Adapters are off for this part alone: the policy computes its own part before the next one.
+        # Adapters are off for this part alone: the policy computes the same part before and after, with adapters.
         with _frozen(reference, policy):
             part = next(parts, None)
         if part is None:
@@ -122,7 +122,8 @@ def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextM
 def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Tensor]:
     """Return the reference's weights and buffers that the policy does not hold; tied ones once, by their first name.
 
-    Weights that a device map has offloaded (device "meta") are left out: they never change, and come with the model.
+    Weights that a device map has offloaded (device "meta") are left out: they never change, and are loaded with the
+    model.
     """
     shared = {id(tensor) for tensor in (*policy.parameters(), *policy.buffers())}
     # `named_parameters` and `named_buffers` of torch name a tied tensor once.

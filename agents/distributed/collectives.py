@@ -62,8 +62,8 @@ def gather(what: str, value: Value) -> list[Value]:
         if theirs != what:
             raise RuntimeError(
                 f"Expected all processes at the same, got rank {rank} at {theirs!r} and rank {here.rank} at {what!r}. "
-                "`if is_main_process()` may stand around what prints or writes, not around what builds, trains, checks "
-                "or saves an agent."
+                "Put `if is_main_process()` around code that prints or writes, not around code that builds, trains, "
+                "checks or saves an agent."
             )
     return [value for _, value in answers]
 
@@ -187,7 +187,7 @@ def _silent(here: World) -> str:
             time.sleep(0.1)
     except RuntimeError:  # the store is gone, and with it rank 0, which served it
         return "rank 0"
-    return "rank " + ", ".join(map(str, lost)) if lost else "one that is busy"
+    return "rank " + ", ".join(map(str, lost)) if lost else "a process that is busy"
 
 
 class Spread(NamedTuple):

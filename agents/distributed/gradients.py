@@ -35,6 +35,7 @@ class AgreedTarget(float):
 
     agreed: float | None = None
 
+    # `1.5 * target` calls it first, since the class of the right operand is a subclass of the left operand's.
     def __rmul__(self, factor: float) -> float:
         limit = factor * float(self)
         if self.agreed is None:
@@ -97,6 +98,7 @@ class SharedGradient:
         assert batch.share is not None and batch.old_log_probs is not None, "a minibatch of the buffer"
         log_ratio = log_probs - batch.old_log_probs
         own = float((log_ratio.exp() - 1 - log_ratio).mean())
+        # With weights n W / N (the shares), the average over W processes is the mean over all N transitions.
         weighted = gather("the divergence", own * batch.share)
         return sum(weighted) / len(weighted)
 

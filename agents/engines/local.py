@@ -68,7 +68,7 @@ class LocalEngine:
             if not value > 0:
                 raise ValueError(f"Expected `{name}` to be positive, got {value}.")
         self._patience = timedelta(seconds=patience)
-        listening = socket.create_server((LOOPBACK, 0))
+        listening = socket.create_server((LOOPBACK, 0))  # a free port, which nobody can take before the store has it
         store = dist.TCPStore(
             LOOPBACK,
             listening.getsockname()[1],

@@ -146,6 +146,7 @@ def check_completions(requests: Sequence[Request], completions: Sequence[Complet
                 "model's embedding beyond the tokenizer must never be sampled."
             )
         stops = np.flatnonzero(np.isin(tokens, request.stop_ids))
+        # A text that is shorter than asked for, or has a stop id, must end with its first stop id.
         if (n < request.most_new or len(stops)) and (len(stops) == 0 or stops[0] != n - 1):
             raise ValueError(
                 f"Expected a completion that ends with the first of its stop ids {request.stop_ids}, or after "

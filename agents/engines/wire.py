@@ -55,7 +55,7 @@ class Wire:
             raise ValueError(f"Expected tensors of {', '.join(DTYPES)}, got {', '.join(unknown)}.")
         shapes = [(str(tensor.dtype), list(tensor.shape)) for tensor in tensors]
         text = json.dumps({**header, "tensors": shapes}).encode()
-        self._put(torch.tensor([len(text)]).view(torch.uint8))
+        self._put(torch.tensor([len(text)]).view(torch.uint8))  # (8,): the bytes of an int64
         self._put(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         for group in _groups([tensor.nbytes for tensor in tensors]):
             self._put(torch.cat([_bytes_of(tensors[index].detach().cpu().contiguous()) for index in group]))

@@ -212,6 +212,6 @@ def _probe(trunk: PreTrainedModel) -> Tensor:
     if not torch.allclose(hidden[0, :-1], changed[0, :-1], atol=PROBE_TOLERANCE):
         raise ValueError(
             f"Expected a causal model as critic, got {type(trunk).__name__}, in which hidden states depend on tokens "
-            "that come later: values would be read from what is yet to happen."
+            "that come later: values would depend on tokens that are yet to be sampled."
         )
     return hidden

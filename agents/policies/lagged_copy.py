@@ -27,7 +27,7 @@ class LaggedCopy(nn.Module):
         for weight in self.backbone.parameters():
             weight.requires_grad_(False)
         self.every = every
-        self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))  # so that files and checkpoints keep it
         self.rollout_cache, self.predict_cache = self.backbone.new_cache(), self.backbone.new_cache()
 
     @torch.no_grad()

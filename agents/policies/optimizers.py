@@ -40,7 +40,7 @@ def scaled_optimizer(
         >>> slow.item(), fast.item(), [group["lr"] for group in optimizer.param_groups]
         (-0.5, -5.0, [0.5, 0.5])
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[float, list[nn.Parameter]] = {}  # by factor; torch keeps settings per group, not per weight
     for weight, scale in scales.items():
         if not scale > 0:
             raise ValueError(f"Expected factors of the learning rate above 0, got {scale}.")

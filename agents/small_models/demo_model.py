@@ -73,7 +73,7 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
     tokenizer = word_tokenizer(demo.vocabulary())
     eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **SHAPE)  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # a fixed seed for the weights, which leaves the caller's generator alone
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
         model.init_weights()

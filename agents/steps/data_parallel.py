@@ -54,7 +54,7 @@ class DataParallel(RolloutStep):
 
     key = DATA_PARALLEL
     order = Order.PROCESSES
-    is_kept = False  # a model that was trained in several processes may go on in one
+    is_kept = False  # a model that was trained in several processes may be trained further in one
 
     def attach(self, model: BaseAlgorithm) -> None:
         """Put the step before the buffer's other steps, if there are several processes."""
@@ -114,7 +114,7 @@ class SharedLogger(Logger):
         """Write the means over the processes; for values that are not numbers, write those of rank 0."""
         rows = gather("the log", (dict(self.name_to_value), dict(self.name_to_excluded)))
         merged = merge([values for values, _ in rows])
-        # Reversed, so that rank 0's entry is the one that stays.
+        # In reverse, so that rank 0's entries overwrite the others.
         excluded = {key: formats for _, row in reversed(rows) for key, formats in row.items()}
         self.name_to_value.clear()
         for key, value in merged.items():

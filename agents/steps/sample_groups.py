@@ -50,7 +50,7 @@ class SampleGroups(RolloutStep):
 
     def begin(self) -> None:
         """Have the env record the episodes of this rollout."""
-        self.env.begin_rollout()
+        self.env.begin_rollout()  # scores and dropped episodes are the business of `LateScores` and `DropEpisodes`
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Give the buffer the groups of the rollout's episodes; rewards stay as they are."""

@@ -68,8 +68,8 @@ class LateScores(RolloutStep):
                 continue
             reward = final_reward(buffer, self.env, place)
             if reward is not None:
-                reward += score
-            if place not in self.env.record.ended:
+                reward += score  # a view, (1,): this writes into the buffer's rewards or the waiting episode's
+            if place not in self.env.record.ended:  # an episode of an earlier rollout, which SB3 has not logged
                 self._log(info)
         # Episodes that still wait for their scores would be logged with a reward of 0.
         unlogged += [episode.info for episode in self.env.lanes.waiting]
@@ -138,6 +138,6 @@ def final_reward(buffer: SequenceRolloutBuffer, env: TextVecEnv, place: Place) -
     """Return the reward of the transition that ended an episode, (1,), to be changed in place; None if it is lost."""
     row, lane = env.record.row_of(place), place[1]
     if row is not None:
-        return buffer.rewards[row : row + 1, lane]
+        return buffer.rewards[row : row + 1, lane]  # (1,), a view; an index alone would copy the number
     episode = buffer.waiting_episodes.get(place)
     return None if episode is None else episode.part.rewards[-1:]

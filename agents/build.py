@@ -44,7 +44,7 @@ def make_agent(
     check: bool = False,
     **algorithm_kwargs: Any,
 ) -> Algorithm:
-    """Build an unmodified Stable-Baselines3 algorithm that trains `lm` on `env`.
+    """Build an unmodified algorithm of Stable-Baselines3 or sb3-contrib that trains `lm` on `env`.
 
     It is `algorithm(LMPolicy, TextVecEnv(env, n_envs), rollout_buffer_class=SequenceRolloutBuffer, ...)`, for TRPO with
     `FlatLMPolicy`, and with these settings, each of which a keyword argument overrides (SB3's PPO default in brackets):
@@ -65,18 +65,18 @@ def make_agent(
     learning_rate (TRPO)  1e-3 (1e-3)            of the value head alone; `target_kl` bounds the policy's steps
     ===================== ====================== ==============================================================
 
-    TRPO has no n_epochs, vf_coef and max_grad_norm. Several processes that `torchrun` or `accelerate launch` started
-    train one agent together: see `DataParallel`.
+    TRPO has no n_epochs, vf_coef and max_grad_norm. If `torchrun` or `accelerate launch` has started several processes,
+    they train one agent together: see `DataParallel`.
 
     Args:
-        env: A `TextEnv`, a subclass, or one that `gym.make` has wrapped.
+        env: A `TextEnv`, a subclass, or the result of `gym.make` for one.
         lm: The language model: a name or path, a config, or a spec such as `Pretrained(name)`.
         n_envs: The number of episodes that run side by side, in all processes together.
-        algorithm: The class: PPO, A2C, sb3-contrib's TRPO or MaskablePPO, or a subclass; policy and buffer follow.
+        algorithm: The class: PPO, A2C, sb3-contrib's TRPO or MaskablePPO, or a subclass; it decides policy and buffer.
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
-            with the advantage "gae" alone, and `complete_episodes` with an env of `samples_per_prompt`.
-        check: Whether to have the doctor examine the model (see `agents.doctor.check`), which warns of likely problems
+            only with the advantage "gae", and `complete_episodes` only with an env of `samples_per_prompt`.
+        check: Whether to have the doctor examine the model (see `agents.doctor.check`); it warns of likely problems
             and changes nothing.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
 
@@ -85,8 +85,8 @@ def make_agent(
         `samples_per_prompt` the step `SampleGroups`, and `DropEpisodes` where the env's reward may drop some.
 
     Raises:
-        ValueError: If the algorithm is not one of these or a subclass; or if one of algorithm and env has masks and the
-            other has not.
+        ValueError: If the algorithm is none of these or their subclasses; or if MaskablePPO gets an env without masks,
+            or another algorithm an env with masks.
         DoctorError: With `check=True`, where training would be wrong; it names the check that failed, and the cure.
 
     Example:
@@ -111,7 +111,7 @@ def make_agent(
     settings = {**settings_for(algorithm, vec_env, algorithm_kwargs), **algorithm_kwargs}
     buffer_kwargs = buffer_settings(vec_env, rollout_buffer_kwargs)
     with warnings.catch_warnings():
-        # SB3 `PPO.__init__` compares `batch_size`, which is that of all processes, with the rollout of this one.
+        # SB3 `ppo.PPO.__init__` compares `batch_size`, that of all processes, with the rollout of this process.
         if vec_env.world is not None:
             warnings.filterwarnings("ignore", "You have specified a mini-batch size")
         model = algorithm(
@@ -131,7 +131,7 @@ def make_agent(
 
 
 def usual_learning_rate(algorithm: type) -> float:
-    """Return the learning rate of `make_agent` for an algorithm; for TRPO it is that of the value head alone."""
+    """Return the learning rate of `make_agent` for an algorithm; TRPO uses it for the value head alone."""
     return 1e-3 if issubclass(algorithm, TRPO) else 1e-5
 
 
@@ -141,7 +141,7 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
     Args:
         algorithm: The class of the algorithm.
         vec_env: The env that it trains on.
-        given: Settings of the caller; `batch_size` follows the `n_steps` among them.
+        given: The caller's settings; `batch_size` depends on the `n_steps` among them.
     """
     settings: dict[str, Any] = {
         "gamma": 1.0,
@@ -163,14 +163,14 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
 
 
 def buffer_settings(vec_env: TextVecEnv, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of the rollout buffer: those given, and the settings of `make_agent` for the others."""
+    """Return the arguments of the rollout buffer: the given ones, and the settings of `make_agent` for the others."""
     settings = {"advantage": "gae", "complete_episodes": vec_env.env.samples_per_prompt > 1, **(given or {})}
     settings.setdefault("normalize_advantage", settings["advantage"] == "gae")
     return settings
 
 
 def attach_steps(model: OnPolicyAlgorithm, vec_env: TextVecEnv) -> None:
-    """Attach the steps that the env needs to a model's buffer, and check that its texts fit into the model."""
+    """Attach the steps that the env needs to a model's buffer, and check that the model can read the env's texts."""
     DataParallel().attach(model)
     cast("LMPolicy", model.policy).lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
     if vec_env.env.samples_per_prompt > 1 or cast("SequenceRolloutBuffer", model.rollout_buffer).advantage != "gae":
@@ -200,7 +200,7 @@ def _policy_class(algorithm: type) -> type[LMPolicy]:
 
 
 def _batch_size(n_steps: int, n_envs: int) -> int:
-    """Return an eighth of the rollout, or the smallest larger share that leaves enough sequences in a minibatch."""
+    """Return 1/8 of the rollout, or the next larger share (1/4, 1/2, all) with enough sequences in a minibatch."""
     size = n_steps * n_envs
     for n_minibatches in (8, 4, 2):
         if size % n_minibatches == 0 and n_envs >= SEQUENCES_A_MINIBATCH * n_minibatches:

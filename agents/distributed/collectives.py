@@ -1,4 +1,4 @@
-"""Agreement among the processes that train one policy: on values, errors, weights, and who writes."""
+"""Agreement among the processes that train one policy: about values, errors, weights and the process that writes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from .world import AGREE, World, is_main_process, world
 Value = TypeVar("Value")
 Owner = TypeVar("Owner")
 
-ANSWER_SECONDS = 5.0  # how long the others have to say that they live when one seems lost
+ANSWER_SECONDS = 5.0  # how long processes have to show that they are alive once one seems lost
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the job has ended, or does not answer."""
+    """The error of a process when another process of the job has ended or does not answer."""
 
 
 def gather(what: str, value: Value) -> list[Value]:
-    """Return the value of each process, by rank: [value] where there is one process.
+    """Return the values of all processes, by rank; [value] if there is one process.
 
-    All processes must call it, and for the same thing.
+    All processes must call it, with the same name.
 
     Args:
-        what: The name of what is gathered, by which processes notice that they are at different things.
+        what: The name of the values, by which processes notice that they have reached different calls.
         value: The value of this process: anything that can be pickled.
 
     Raises:
         ProcessLost: If another process has ended, with its rank.
-        RuntimeError: If another process is at something else.
+        RuntimeError: If another process has called it with another name.
 
     Example:
         >>> from agents.distributed.collectives import gather
@@ -55,24 +55,24 @@ def gather(what: str, value: Value) -> list[Value]:
         turn = next((theirs for theirs, _ in answers if theirs in here.turns), None)
         if turn is None or turn == what:
             break
-        here.turns[turn]()  # another process takes its turn: help, and then ask again
+        here.turns[turn]()  # another process takes its turn: help it, and then gather again
     if turn is not None:
-        return [value]  # a turn of this process, in which the others help: there is nothing to compare
+        return [value]  # this process takes the turn, and the others help: their names differ
     for rank, (theirs, _) in enumerate(answers):
         if theirs != what:
             raise RuntimeError(
                 f"Expected all processes at the same, got rank {rank} at {theirs!r} and rank {here.rank} at {what!r}. "
-                "`if is_main_process()` may stand around what prints or writes, not around what builds, trains, checks "
-                "or saves an agent."
+                "Put `if is_main_process()` around code that prints or writes, not around code that builds, trains, "
+                "checks or saves an agent."
             )
     return [value for _, value in answers]
 
 
 def offer_help(owner: Owner, work: Callable[[Owner], None]) -> str:
-    """Offer work that this process does, as long as `owner` lives, whenever others take the turn that needs all.
+    """Offer work that this process does, as long as `owner` lives, whenever others take a turn that needs all.
 
     Args:
-        owner: What the work belongs to. Only a weak reference to it is kept.
+        owner: The object that the work belongs to. Only a weak reference to it is kept.
         work: Takes part in the turn, given the owner.
 
     Returns:
@@ -94,30 +94,30 @@ def offer_help(owner: Owner, work: Callable[[Owner], None]) -> str:
 
 
 def take_turn(name: str) -> None:
-    """Wait until each other process takes the same turn, or helps with it by the work that it has offered.
+    """Wait until each other process takes the same turn too, or helps with it by the work that it has offered.
 
-    A process that waits for the others, in any function of this file, helps meanwhile; so each may take as many turns
-    as it needs, and no two need the same number.
+    A process that waits for the others, in any function of this file, helps meanwhile. So each process may take as many
+    turns as it needs, and the numbers may differ.
     """
     gather(name, None)
 
 
 def from_main(what: str, value: Value) -> Value:
-    """Return the value of rank 0. All processes must call it, as `gather`."""
+    """Return the value of rank 0. All processes must call it, as they do `gather`."""
     return gather(what, value)[0]
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise this process's error here and a `ProcessLost` that quotes it in the others, so that none waits for it.
+    """Raise this process's error, and a `ProcessLost` that quotes it in the other processes.
 
-    All processes must call it.
+    All processes must call it, so that none keeps waiting for one that has failed.
 
     Args:
-        error: The error of this process, None where all went well.
+        error: The error of this process; None if all went well.
 
     Raises:
-        Exception: The error given, if one is.
-        ProcessLost: In the others, with the rank and the error's text.
+        Exception: `error`, unless it is None.
+        ProcessLost: In the other processes, with the rank and the error's text.
     """
     texts = gather("an error", None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
@@ -128,7 +128,7 @@ def raise_together(error: Exception | None) -> None:
 
 
 def once(write: Callable[[], Any]) -> None:
-    """Call `write` in the process of rank 0; the others wait, and share its error. All processes must call it."""
+    """Call `write` in the process of rank 0; the others wait, and raise if it fails. All processes must call it."""
     error = None
     if is_main_process():
         try:
@@ -142,8 +142,9 @@ def by_main(name: str, write: Callable[[], Any]) -> None:
     """Call `write` in the process of rank 0, which waits for nobody; others that call this wait for rank 0.
 
     Args:
-        name: What is written. Calls of the same name belong together: the first of each process, the second, ...
-        write: What writes.
+        name: The name of the file or folder. The first calls of all processes with a name belong together, then the
+            second calls, and so on.
+        write: The function that writes.
     """
     here = world()
     if here is None:
@@ -168,7 +169,7 @@ def by_main(name: str, write: Callable[[], Any]) -> None:
 
 
 def _together(here: World, call: Callable[[], Any]) -> None:
-    """Make a call that needs all processes; where one is lost, name it."""
+    """Make a call that needs all processes; if one of them is lost, raise an error with its rank."""
     try:
         call()
     except RuntimeError as error:  # gloo's: a connection was closed, or nothing came in time
@@ -176,7 +177,7 @@ def _together(here: World, call: Callable[[], Any]) -> None:
 
 
 def _silent(here: World) -> str:
-    """Return which processes do not say within a few seconds that they live."""
+    """Return the ranks that do not show within a few seconds that they are alive, as words."""
     deadline, others = time.monotonic() + ANSWER_SECONDS, range(here.size)
     try:
         here.store.set(f"lives {here.rank}", "1")
@@ -184,17 +185,17 @@ def _silent(here: World) -> str:
             time.monotonic() < deadline
         ):
             time.sleep(0.1)
-    except RuntimeError:  # rank 0 served the store
+    except RuntimeError:  # the store is gone, and with it rank 0, which served it
         return "rank 0"
-    return "rank " + ", ".join(map(str, lost)) if lost else "one that is busy"
+    return "rank " + ", ".join(map(str, lost)) if lost else "a process that is busy"
 
 
 class Spread(NamedTuple):
-    """Running moments of numbers, in the form that can be merged."""
+    """The moments of numbers in a form in which those of two sets can be merged."""
 
     n: int = 0
     mean: float = 0.0
-    squares: float = 0.0  # the sum of the squared distances to the mean
+    squares: float = 0.0  # the sum of squared distances to the mean
 
     @classmethod
     def of(cls, values: np.ndarray) -> Spread:
@@ -247,7 +248,7 @@ def moments(what: str, values: np.ndarray) -> Moments:
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """Give all processes the weights and buffers of rank 0, where there are several.
+    """Copy the weights and buffers of rank 0 to all other processes.
 
     Raises:
         ValueError: If some are offloaded.

@@ -18,8 +18,8 @@ from .collectives import gather
 class AgreedTarget(float):
     """A `target_kl` at which all processes stop their update at the same minibatch.
 
-    SB3 `ppo.train` compares the divergence of this process's minibatch with `1.5 * self.target_kl`. The product
-    here is minus or plus infinity, so that the comparison comes out as for the minibatch of all processes.
+    SB3 `ppo.PPO.train` compares the divergence of this process's minibatch with `1.5 * self.target_kl`. The product is
+    minus or plus infinity, so that the comparison comes out as it would for the minibatch of all processes.
 
     Attributes:
         agreed: The divergence (nats) of the minibatch of all processes; None before the first.
@@ -28,13 +28,14 @@ class AgreedTarget(float):
         >>> target = AgreedTarget(0.1)
         >>> 1.5 * target, float(target)
         (0.15000000000000002, 0.1)
-        >>> target.agreed = 0.2  # of all processes; here it is 0.01
+        >>> target.agreed = 0.2  # of all processes; that of this process is 0.01
         >>> 0.01 > 1.5 * target
         True
     """
 
     agreed: float | None = None
 
+    # `1.5 * target` calls it first, since the class of the right operand is a subclass of the left operand's.
     def __rmul__(self, factor: float) -> float:
         limit = factor * float(self)
         if self.agreed is None:
@@ -48,13 +49,13 @@ class SharedGradient:
     `DistributedDataParallel` averages the gradients of W processes while they are computed, so that all clip and step
     by the same gradient. SB3's losses are means over the n transitions of one process; the mean over all N is the
     average of the processes' losses with weights n W / N. That weight is the batch's `share`: the gradients of the
-    evaluated tensors are multiplied by it. All processes start from the weights of rank 0 at the first minibatch.
+    evaluated tensors are multiplied by it. At the first minibatch all processes take the weights of rank 0.
 
     Args:
         lm: The policy's model.
 
     Attributes:
-        target: The algorithm's `target_kl`, which is given the divergence of every minibatch; None if it has none.
+        target: The algorithm's `target_kl`, which is told the divergence of every minibatch; None without one.
     """
 
     def __init__(self, lm: SequenceScorer) -> None:
@@ -71,7 +72,7 @@ class SharedGradient:
         assert batch.share is not None, "a minibatch of the buffer"
         if self.lm.shards is None:
             values, log_probs, entropies = self._replicated(batch, actions)
-        else:  # `fully_shard` averages gradients itself, but all processes must run as many forwards
+        else:  # `fully_shard` averages gradients itself, but all processes must run the same number of forwards
             n_forwards = gather("the parts of a minibatch", sum(1 for _ in batch.chunks(self.lm.most_tokens)))
             values, log_probs, entropies = self.lm.evaluate_parts(batch, actions, max(n_forwards))
         if self.target is not None:
@@ -80,7 +81,8 @@ class SharedGradient:
 
     def _replicated(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         trained = [weight for weight in self.lm.parameters() if weight.requires_grad]
-        if list(map(id, trained)) != list(map(id, self._trained)):  # the first minibatch, or after a `CriticWarmup`
+        # At the first minibatch, and whenever `CriticWarmup` has changed which weights are trained.
+        if list(map(id, trained)) != list(map(id, self._trained)):
             with warnings.catch_warnings():  # torch 2.13 renames the option, and older versions lack the new name
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
                 self._engine = DistributedDataParallel(
@@ -96,6 +98,7 @@ class SharedGradient:
         assert batch.share is not None and batch.old_log_probs is not None, "a minibatch of the buffer"
         log_ratio = log_probs - batch.old_log_probs
         own = float((log_ratio.exp() - 1 - log_ratio).mean())
+        # With weights n W / N (the shares), the average over W processes is the mean over all N transitions.
         weighted = gather("the divergence", own * batch.share)
         return sum(weighted) / len(weighted)
 
@@ -112,7 +115,7 @@ class _Evaluation(nn.Module):
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
+    """The identity, but for a gradient that is multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: float) -> Tensor:
@@ -125,5 +128,5 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def _scaled_gradient(values: Tensor, scale: float) -> Tensor:
-    """Return the same values; their gradient is multiplied by `scale` in the backward pass."""
+    """Return the values, whose gradient the backward pass multiplies by `scale`."""
     return _ScaledGradient.apply(values, scale)

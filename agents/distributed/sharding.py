@@ -43,20 +43,20 @@ class Sharded:
 
     Each of W processes keeps 1/W of every tensor of policy, critic and optimizer. In the update the weights of a
     transformer layer are gathered while it is computed, and each process averages the gradients of its own shard. The
-    numbers are those of `DistributedDataParallel`, up to rounding; `autocast` gathers weights in 16 bits and averages
+    results are those of `DistributedDataParallel`, up to rounding; `autocast` gathers weights in 16 bits and averages
     gradients in 32. A policy that trains in one process is not sharded. `accelerate launch --use_fsdp --fsdp_version 2`
-    stands for `Sharded()`, and its `--fsdp_offload_params` for `offload`, without a change of the script.
+    has the effect of `Sharded()`, and its `--fsdp_offload_params` that of `offload`, without a change of the script.
 
     Args:
         gather: Whether each process holds all weights during a rollout, and caches keys and values of its own lanes.
             False gathers one layer at a time in rollouts, too, for weights that do not fit (embeddings and heads stay
             gathered). Processes then run in lock-step, since all must take part in each forward of any of them: a
-            process that has none of its own runs one of a few tokens.
-        offload: Whether shards and optimizer stay in the memory of the host, where the optimizer's step is computed.
+            process that has no forward to run runs one of a few tokens.
+        offload: Whether shards and optimizer stay in the host's memory, where the optimizer's step is then computed.
         device: The device of the algorithm.
 
     Raises:
-        ValueError: When the policy is built, if it has a part that cannot be sharded; the message names it.
+        ValueError: When the policy is built, if a part of it cannot be sharded; the message names the part.
 
     Example:
         >>> from agents import Sharded
@@ -69,10 +69,10 @@ class Sharded:
 
     @classmethod
     def asked_for(cls) -> Sharded | None:
-        """Return the options that `accelerate launch` has put into the environment; None if it asks for no sharding.
+        """Return the options that `accelerate launch` has put into the environment; None without `--use_fsdp`.
 
         Raises:
-            ValueError: If it asks for the first version of FSDP, which is not supported.
+            ValueError: If they ask for the first version of FSDP, which is not supported.
         """
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"):
             return None
@@ -82,13 +82,13 @@ class Sharded:
 
 
 class Shards(Generic[Scorer]):
-    """The shards of a policy's weights, which it gathers for forwards and releases again.
+    """The sharded weights of a policy, gathered for forwards and released again.
 
-    While the weights are gathered, any forward without gradients can read them. While they are released, only
-    `LMActorCritic.evaluate_parts` can, called in all processes; the parameters are `DTensor`s otherwise.
+    While the weights are gathered, any forward without gradients can read them. While they are released, the parameters
+    are `DTensor`s, and only `LMActorCritic.evaluate_parts` can read them, called in all processes.
 
     Args:
-        lm: The model that is sharded, in place: before its optimizer is built, with the same weights in all processes.
+        lm: The model to shard, in place: before its optimizer is built, with the same weights in all processes.
         spec: The options.
 
     Attributes:
@@ -104,31 +104,31 @@ class Shards(Generic[Scorer]):
         self.mesh = init_device_mesh(self.device.type, (here.size,))
         self.placements = (Shard(0),)  # along the first dimension, as `fully_shard` does
         self._is_helping = False
-        self._reads: list[Read] = []  # the forwards of the trunks that take turns
+        self._reads: list[Read] = []  # by trunk, a function that runs its forward, for `_help`
         self._plain = _without_weights(lm)
         precision = MixedPrecisionPolicy()
         if lm.autocast is not None:  # autocast casts the inputs itself
             precision = MixedPrecisionPolicy(lm.autocast_dtype, torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if spec.offload else OffloadPolicy()
         self._layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-        # Inner modules first: `fully_shard` takes all parameters of a module that no earlier call has taken.
+        # Inner modules first: `fully_shard` takes all parameters of a module, except those of earlier calls.
         for layer in reversed(self._layers):
             fully_shard(layer, mesh=self.mesh, mp_policy=precision, offload_policy=offload)
-        if isinstance(lm.critic, ValueHead):  # a value head computes in float32 whatever the model's precision
+        if isinstance(lm.critic, ValueHead):  # without `precision`: a value head always computes in float32
             fully_shard(lm.critic.linear, mesh=self.mesh, offload_policy=offload)
         fully_shard(lm, mesh=self.mesh, mp_policy=precision, offload_policy=offload)
         register_fsdp_forward_method(lm, "evaluate_parts")  # weights are gathered around it as around a forward
         self._modules = [module for module in lm.modules() if isinstance(module, FSDPModule)]
         with torch.no_grad():
-            # torch's `FSDPState._lazy_init`: the first module to run becomes the root of those inside it, and only
-            # the outermost may be that.
+            # torch's `FSDPState._lazy_init` makes the first module that runs the root of the modules inside it: the
+            # outermost must run first.
             lm(*self._probe())
         self._set(False)
         if not spec.gather:
             self._take_turns()
 
     def bring(self, is_gathered: bool) -> None:
-        """Gather the weights, for forwards without gradients, or release all but this process's shards.
+        """Gather the weights for forwards without gradients, or release all but this process's shards.
 
         All processes must call it.
         """
@@ -137,7 +137,7 @@ class Shards(Generic[Scorer]):
             self._set(is_gathered)
 
     def whole(self) -> Scorer | None:
-        """Return an unsharded copy without critic, on the host, in the process of rank 0; None in the others.
+        """Return an unsharded copy without critic, on the host, in the process of rank 0; return None in the others.
 
         All processes must call it.
         """
@@ -166,8 +166,9 @@ class Shards(Generic[Scorer]):
 
     def _set(self, is_gathered: bool) -> None:
         if not is_gathered:
-            # Releases all weights, and clears the order of forwards, by which torch's `FSDPParamGroup` gathers ahead
-            # in the backward pass: a rollout's order differs between processes, which would gather different layers.
+            # Releases all weights, and clears the recorded order of forwards, by which torch's `FSDPParamGroup` gathers
+            # ahead in the backward pass: a rollout's order differs between processes, so that they would gather
+            # different layers.
             cast("FSDPModule", self.lm).reset_iter_state()
         for module in self._modules:
             stays = is_gathered and (self.spec.gather or module not in self._layers)
@@ -179,7 +180,7 @@ class Shards(Generic[Scorer]):
 
     def _probe(self) -> tuple[Any, ...]:
         """Return the inputs of a forward of a few tokens."""
-        return tuple(tensor.to(self.device) for tensor in self._backbone.probe_places())
+        return tuple(tensor.to(self.device) for tensor in self._backbone.probe_inputs())
 
     def _take_turns(self) -> None:
         """Make each forward of a trunk wait until all other processes take part in it."""
@@ -192,7 +193,7 @@ class Shards(Generic[Scorer]):
             self._reads.append(read)
 
     def _wait_for_turn(self, name: str) -> None:
-        # With gradients it is an update, in which each process runs the same number of forwards.
+        # A forward with gradients belongs to an update, in which all processes run the same number of forwards.
         if not self._is_helping and not torch.is_grad_enabled():
             take_turn(name)
 
@@ -201,22 +202,23 @@ class Shards(Generic[Scorer]):
         """Take part in another process's forward of a trunk, by a forward of a few tokens."""
         self._is_helping = True
         try:
-            # In an empty context: this process may itself be inside a forward, whose context variables do not apply.
+            # In an empty context: this process may be inside a forward of its own, whose context variables (the layout
+            # of a decoding step) do not fit this one.
             Context().run(self._reads[trunk], *self._probe())
         finally:
             self._is_helping = False
 
 
 def gathered(lm: SequenceScorer) -> AbstractContextManager[None]:
-    """Return a context in which forwards without gradients can read the weights.
+    """Return a context in which forwards without gradients can read the weights, sharded or not.
 
-    If the weights are sharded, all processes must enter it, and leave it.
+    If the weights are sharded, all processes must enter and leave the context.
     """
     return _with_weights(lm, True)
 
 
 def released(lm: SequenceScorer) -> AbstractContextManager[None]:
-    """Return a context in which sharded parameters are `DTensor`s; all processes must enter it, and leave it."""
+    """Return a context in which sharded parameters are `DTensor`s; all processes must enter and leave it."""
     return _with_weights(lm, False)
 
 
@@ -234,12 +236,12 @@ def _with_weights(lm: SequenceScorer, is_gathered: bool) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a sharded tensor; any other tensor as it is."""
+    """Return this process's shard of a sharded tensor; return any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor sharded as `like` is, given whole in each process; one that is sharded already as it is."""
+    """Return a tensor, whole in each process, sharded like `like`; return a sharded tensor as it is."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     device = like.device_mesh.device_type
@@ -247,14 +249,14 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _without_weights(lm: Scorer) -> Scorer:
-    """Return a frozen copy, without critic, whose parameters are on the meta device: shapes without memory."""
+    """Return a frozen copy without critic, whose parameters are on the meta device: shapes without memory."""
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), False) for weight in lm.parameters()}
-    # `deepcopy` takes what its memo has for an id in place of a copy.
+    # `deepcopy` uses the memo's entry for an id in place of a copy.
     return copy.deepcopy(lm, {**empty, id(lm.critic): nn.Identity()}).eval()
 
 
 def _allocate(plain: Scorer) -> Scorer:
-    """Return a copy on the host whose parameters have memory, and no values yet."""
+    """Return a copy on the host whose parameters have memory, but no values yet."""
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="cpu"), False) for weight in plain.parameters()}
     return copy.deepcopy(plain, cast("dict[int, Any]", empty))
 

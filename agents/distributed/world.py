@@ -1,4 +1,4 @@
-"""The processes of a job: how a launcher's variables bring them together, and how they leave."""
+"""The processes of a job: their meeting, by the environment variables of a launcher, and their end."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import torch
 import torch.distributed as dist
 
 JOIN_SECONDS = 300.0  # how long processes wait for each other at the start: some load a model on a busy machine first
-AGREE = timedelta(hours=4)  # the longest that one process waits for another, which may be in an evaluation
-LEAVE_SECONDS = 10.0  # how long the process that serves the store waits for the others at its end
-POLL_SECONDS = 0.05  # between two looks into the store
+AGREE = timedelta(hours=4)  # the longest that one process waits for another, which may be evaluating
+LEAVE_SECONDS = 10.0  # how long the process that serves the store waits for the others before it ends
+POLL_SECONDS = 0.05  # the pause between two looks into the store
 
 
 @dataclass(eq=False)
 class World:
-    """The processes of a job, seen from one of them, and what they have counted together.
+    """The processes of a job, as one of them sees them, and the counters that they have in common.
 
     Attributes:
-        rank: The number of this process; 0 logs, evaluates and writes.
+        rank: The number of this process; rank 0 logs, evaluates and writes.
         size: The number of processes.
-        seed: A number that all processes share, fresh for each job.
-        store: The key-value store through which processes find what the others have left.
+        seed: A number that all processes share, new for each job.
+        store: The key-value store through which the processes leave each other short messages.
         group: The process group (gloo, on the host) through which they agree.
-        n_written: How often each name was written by `by_main`: the same in all processes.
+        n_written: How often `by_main` has written each name: the same in all processes.
         turns: By name, the work that this process does when others take that turn (`offer_help`).
-        n_turns: The number of turns ever offered: the same in all processes.
+        n_turns: The number of turns offered so far: the same in all processes.
     """
 
     rank: int
@@ -46,19 +46,20 @@ class World:
     n_turns: int = 0
 
 
-_joined: World | None = None  # the job of this process, from the first call of `world` to its end
+_joined: World | None = None  # the job of this process, from the first call of `world` to the end of the process
 
 
 def world() -> World | None:
-    """Return the processes that train together, or None where this one trains alone.
+    """Return the processes that train together, or None if this process trains alone.
 
-    `torchrun`, `accelerate launch` and job schedulers say by environment variables (WORLD_SIZE, RANK, LOCAL_RANK,
-    MASTER_ADDR, MASTER_PORT) that there are several. The first call joins them, and waits until all have come; a
+    `torchrun`, `accelerate launch` and job schedulers announce several processes by environment variables (WORLD_SIZE,
+    RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). The first call joins the processes, and waits until all have come; a
     process group that the script has initialised itself is used as it is.
 
     Raises:
-        ValueError: If a variable is missing or not a number, or the processes were given different numbers.
-        TimeoutError: If not all have come after five minutes.
+        ValueError: If a variable is missing or not a number, or the processes have different values of WORLD_SIZE or
+            the same RANK.
+        TimeoutError: If not all processes have come after five minutes.
 
     Example:
         >>> from agents.distributed.world import world
@@ -72,7 +73,7 @@ def world() -> World | None:
 
 
 def is_main_process() -> bool:
-    """Whether this process logs, evaluates and writes for all: the one of rank 0, or the only one.
+    """Return whether this process logs, evaluates and writes for all: it has rank 0, or is the only one.
 
     Example:
         >>> from agents import is_main_process
@@ -102,7 +103,7 @@ def _number_from_environment(name: str, default: int | None = None) -> int:
 
 
 def _join() -> World:
-    """Meet the other processes, and make the process group where there is none."""
+    """Meet the other processes, and make the process group unless the script has made one."""
     if torch.cuda.is_available() and _number_from_environment("LOCAL_RANK", 0) < torch.cuda.device_count():
         torch.cuda.set_device(_number_from_environment("LOCAL_RANK", 0))  # "cuda" means this device from now on
     if dist.is_initialized():
@@ -122,7 +123,7 @@ def _join() -> World:
 
 
 def _meet(rank: int, size: int) -> dist.Store:
-    """Return the store of all processes once each has come and been given the same number of processes."""
+    """Return the store of all processes, once all have come with the same WORLD_SIZE."""
     if not 0 <= rank < size:
         raise ValueError(f"Expected RANK from 0 to WORLD_SIZE - 1 = {size - 1}, got {rank}.")
     host, port = os.environ.get("MASTER_ADDR"), _number_from_environment("MASTER_PORT")
@@ -137,23 +138,23 @@ def _meet(rank: int, size: int) -> dist.Store:
     except dist.DistError as error:
         does = "to open" if serves else f"within {JOIN_SECONDS:.0f} s an answer of rank 0 at"
         raise TimeoutError(f"Expected {does} {host}:{port} (MASTER_ADDR, MASTER_PORT), got: {error}") from error
-    # The store of `torchrun` outlives a restart of the processes: each attempt has keys of its own.
+    # The store of `torchrun` outlives a restart of the processes, so each attempt gets its own keys.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
     refusal = _refusal(store, rank, size)
     if refusal is not None:
         if serves:
-            time.sleep(1.0)  # the others read the reason in this store, which ends with this process
+            time.sleep(1.0)  # seconds for the others to read the reason: the store ends with this process
         raise refusal
     return store
 
 
 def _serves(rank: int) -> bool:
-    """Whether this process serves the store: rank 0 does, except under `torchrun`, which has one for all restarts."""
+    """Return whether this process serves the store: rank 0 does, unless `torchrun` has a store for all restarts."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def leave(store: dist.Store, rank: int, size: int) -> None:
-    """Say that this process ends; the one that serves the store waits a while for those that still read it."""
+    """Announce the end of this process; the process that serves the store waits a while for those that still read."""
     deadline, all_left = time.monotonic() + LEAVE_SECONDS, [f"left {other}" for other in range(size)]
     with suppress(dist.DistError):  # the process that serves the store has ended already
         store.set(f"left {rank}", "1")
@@ -162,7 +163,7 @@ def leave(store: dist.Store, rank: int, size: int) -> None:
 
 
 def _refusal(store: dist.Store, rank: int, size: int) -> Exception | None:
-    """Wait until all processes have come, and return what is wrong with them."""
+    """Wait until all processes have come; return the error if they do not fit together, else None."""
     deadline, missing = time.monotonic() + JOIN_SECONDS, list(range(size))
     try:
         first = int(store.compare_set("size", "", str(size)))

@@ -123,7 +123,7 @@ def _head_difference(backbone: Backbone, largest: float) -> float:
 
     A soft cap (Gemma 2) bends large logits only, and is invisible on the small ones of an untrained model.
     """
-    ids, *places = backbone.probe_places()  # of an encoder-decoder also the prompt's length
+    ids, *places = backbone.probe_inputs()  # of an encoder-decoder also the prompt's length
     head = backbone.model.get_output_embeddings()
     now = float(backbone(ids, *places)[1].abs().max())
     scale = largest / max(now, 1e-6)  # a model whose logits are all 0 must not divide by it

@@ -26,22 +26,22 @@ END_SECONDS = 5.0  # how long the process may take to end by itself before it is
 class LocalEngine:
     """A rollout engine for `EngineRollouts` in a process of its own, with a copy of the language model.
 
-    The constructor starts the process on the same machine; it builds the model from `lm`, and takes the weights that it
-    is sent. It decodes in the same way as the policy, with cached keys and values, and rows that take the next text
-    when one ends. Trainer and engine exchange tensors over torch.distributed (gloo, on the loopback address, through
-    the host's memory), in a process group of their own; no pickles.
+    The constructor starts the process on the same machine. The process builds the model from `lm` and takes the
+    weights that it is sent. It decodes as the policy does, with cached keys and values; when a text ends, its row takes
+    the next one. Trainer and engine exchange tensors over torch.distributed (gloo, on the loopback address, through the
+    host's memory), in a process group of their own, without pickles.
 
-    The process ends with the trainer's, however that ends, with `close()`, and at the end of a `with`. If it dies, the
-    next call raises within seconds. It is started by `spawn`, so a script that makes one needs
-    `if __name__ == "__main__":` around what it runs.
+    The process ends with the trainer's process, however that ends, by `close()`, and at the end of a `with`. If it
+    dies, the next call raises within seconds. It is started by `spawn`, so a script that makes a `LocalEngine` must run
+    under `if __name__ == "__main__":`.
 
     Args:
-        lm: The language model, as the policy has it: a name or path, a config or a spec.
+        lm: The policy's language model: a name or path, a config or a spec.
         vocab_size: The number of tokens of the tokenizer; the model's other tokens are never sampled.
         autocast: "bfloat16" or "float16" to compute in 16 bits, whatever the policy's precision.
         device: The device of the copy: "cpu", "cuda", "cuda:1", ...
         n_rows: The most texts that are written side by side.
-        patience: The longest that building the model, and each answer, may take, in seconds.
+        patience: The longest time, in seconds, for building the model and for each answer.
 
     Raises:
         ValueError: If an argument is out of range, or the process cannot build the model, with the reason.
@@ -68,7 +68,7 @@ class LocalEngine:
             if not value > 0:
                 raise ValueError(f"Expected `{name}` to be positive, got {value}.")
         self._patience = timedelta(seconds=patience)
-        listening = socket.create_server((LOOPBACK, 0))
+        listening = socket.create_server((LOOPBACK, 0))  # a free port, which nobody can take before the store has it
         store = dist.TCPStore(
             LOOPBACK,
             listening.getsockname()[1],
@@ -90,7 +90,7 @@ class LocalEngine:
             raise
 
     def _meet(self, store: dist.Store) -> None:
-        """Wait until the process has built its model, or say why it has not."""
+        """Wait until the process has built its model; raise the reason if it cannot."""
         deadline = time.monotonic() + self._patience.total_seconds()
         while not store.check(["ready"]):
             if store.check(["refused"]):
@@ -102,7 +102,7 @@ class LocalEngine:
                 )
             if time.monotonic() > deadline:
                 raise EngineLost(f"Expected a model within {self._patience}, got none: raise `patience`.")
-            time.sleep(0.05)  # seconds: short beside the start of a process
+            time.sleep(0.05)  # seconds: short compared with the start of a process
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Send weights; see `RolloutEngine`.
@@ -142,10 +142,10 @@ class LocalEngine:
         return results
 
     def _or_close(self, talk: Callable[[], Any]) -> Any:
-        """Return the answer; on any error end the process, since half a message may still be on its way."""
+        """Return the answer; on any error end the process, since half a message may still be in transit."""
         try:
             return talk()
-        except RuntimeError as error:  # gloo's
+        except RuntimeError as error:  # from gloo: the connection is closed, or no answer came in time
             self._process.join(1.0)
             state = self._state()
             self.close()
@@ -155,7 +155,7 @@ class LocalEngine:
             raise
 
     def _state(self) -> str:
-        """Return what has become of the process, for an error."""
+        """Return the state of the process in words, for an error."""
         code = self._process.exitcode
         if code is None:
             return "none in time, though it runs"
@@ -166,7 +166,7 @@ class LocalEngine:
         self._wire = None
         self._process.terminate()  # SIGTERM, as at the end of the interpreter
         self._process.join(END_SECONDS)
-        self._process.kill()  # nothing is lost: it writes no files
+        self._process.kill()  # nothing is lost: the process writes no files
         self._process.join()
 
     def __enter__(self) -> LocalEngine:

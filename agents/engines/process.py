@@ -1,4 +1,4 @@
-"""The process of a `LocalEngine`, which holds a model, takes weights, and continues texts."""
+"""The process of a `LocalEngine`: it holds a model, takes weights and continues texts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..policies.actor_critic import LMActorCritic
 from .protocol import Completion, Request, unique
 from .wire import LOOPBACK, Wire, interruptible
 
-MEET = timedelta(minutes=5)  # the longest wait for the trainer's store, which is there before the process starts
-FOREVER = timedelta(days=365)  # between two rollouts an evaluation may take any time
+MEET = timedelta(minutes=5)  # the longest wait for the trainer's store, which exists before the process starts
+FOREVER = timedelta(days=365)  # the longest wait for a request: an evaluation between two rollouts may take any time
 
 
 class Setup(NamedTuple):
@@ -46,17 +46,17 @@ class Setup(NamedTuple):
 
 
 def serve(setup: Setup) -> None:
-    """Build the model, and answer the trainer until that ends, or terminates this process.
+    """Build the model, and answer the trainer until the trainer ends or terminates this process.
 
-    SIGTERM ends the process by `sys.exit`, so that libraries clean up: of a killed process Python would report, for
-    instance, tqdm's semaphore as leaked.
+    SIGTERM ends the process by `sys.exit`, so that libraries clean up: after a kill, Python would report tqdm's
+    semaphore as leaked, for instance.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to both processes; the trainer decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to both processes; the trainer handles it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         _answer_all(setup)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process is ending already
 
 
 def _answer_all(setup: Setup) -> None:
@@ -87,7 +87,7 @@ def _end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None, "started by a LocalEngine"
     connection.wait([parent.sentinel])
-    os._exit(0)  # at once: the main thread may wait in C++, where no exception reaches it
+    os._exit(0)  # not `sys.exit`: the main thread may wait in C++, where no exception reaches it
 
 
 class Writer:
@@ -107,7 +107,7 @@ class Writer:
         self.n_rows = setup.n_rows
 
     def answer(self, header: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
-        """Do what a message asks for ("load" or "write"), and return the tensors of the answer."""
+        """Carry out a message ("load" or "write"), and return the tensors of the answer."""
         if header["do"] == "load":
             self.load(dict(zip(header["names"], tensors, strict=True)))
             return []
@@ -124,7 +124,7 @@ class Writer:
         """Copy weights into the model.
 
         Raises:
-            ValueError: If their names or shapes are not those of the model.
+            ValueError: If their names or shapes differ from those of the model.
         """
         differing = sorted(weights.keys() ^ self.weights.keys())
         common = weights.keys() & self.weights.keys()
@@ -142,7 +142,7 @@ class Writer:
 def write(
     lm: LMActorCritic, requests: Sequence[Request], temperature: float, seed: int, n_rows: int
 ) -> list[Completion]:
-    """Continue texts, at most `n_rows` side by side; a row whose text ends takes the next one.
+    """Continue texts, at most `n_rows` side by side; a row whose text ends takes the next text.
 
     Args:
         lm: The model; its sampling is set, and its caches are dropped afterwards.
@@ -162,13 +162,13 @@ def write(
     generator = torch.Generator().manual_seed(seed)
     n_rows, waiting = min(n_rows, len(requests)), deque(range(len(requests)))
     width = 1 + max(len(request.tokens) + request.most_new for request in requests)  # 1 for the separator
-    rows = np.full((n_rows, width), PADDING, dtype=np.int64)  # as a `TextEnv` observes: prompt, separator, completion
+    rows = np.full((n_rows, width), PADDING, dtype=np.int64)  # observations: prompt, separator, completion, padding
     request_of = np.full(n_rows, -1)  # by row, the index of its request; -1: the row is free
     written: list[list[tuple[int, float]]] = [[] for _ in requests]  # tokens and log-probabilities
     while True:
         for row in np.flatnonzero(request_of < 0).tolist():
             rows[row] = PADDING
-            rows[row, 0] = SEPARATOR  # a free row is an empty prompt: it is read as well, and its token is not used
+            rows[row, 0] = SEPARATOR  # a free row is an empty prompt, which is read like the others and then ignored
             if waiting:
                 request_of[row] = waiting.popleft()
                 tokens = requests[request_of[row]].tokens

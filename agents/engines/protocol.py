@@ -12,11 +12,11 @@ from torch import Tensor
 from ..models.backbone import Backbone
 from ..models.trainable import merged_state_dict
 
-MOST_LOG_PROB = 1e-3  # nats: a log-probability that is above 0 by no more than this was rounded
+MOST_LOG_PROB = 1e-3  # nats: rounding lifts a log-probability above 0 by no more than this
 
 
 class EngineLost(RuntimeError):
-    """A rollout engine has ended, or does not answer."""
+    """The error of a rollout engine that has ended, or does not answer."""
 
 
 class Request(NamedTuple):
@@ -25,7 +25,7 @@ class Request(NamedTuple):
     Attributes:
         tokens: (T,) int64, the text so far: prompt, completion and the replies of an environment.
         most_new: The most tokens to write, 1 or more.
-        stop_ids: Tokens that end the text; the one that is written is the last token of the completion.
+        stop_ids: Tokens that end the text; the completion includes the stop token that ends it.
     """
 
     tokens: np.ndarray
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """The text that an engine wrote: up to and including the first stop id, or `most_new` tokens.
+    """The text that an engine wrote, up to and including the first stop id, or of `most_new` tokens.
 
     Attributes:
         tokens: (n,) int64.
@@ -64,9 +64,12 @@ class RolloutEngine(Protocol):
     """
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over weights, by the names of the transformers model, tied ones once; drop caches of the old weights.
+        """Copy weights into the engine's model, and drop caches of the old weights.
 
-        The tensors are the trainer's own, which changes them later: copy them before this returns.
+        The tensors are the trainer's own, which it changes later: copy them before this returns.
+
+        Args:
+            weights: The names in the transformers model, and the tensors; tied weights come once.
         """
         ...
 
@@ -74,7 +77,7 @@ class RolloutEngine(Protocol):
         """Continue each text, in the order of the requests.
 
         Args:
-            requests: The texts; if one is there several times, each is continued independently.
+            requests: The texts; if a text comes several times, each time is continued independently.
             temperature: The number that divides the logits.
             seed: The same weights, requests and seed should give the same completions: a resumed run then equals one
                 that was never stopped.
@@ -94,7 +97,7 @@ def named_weights(backbone: Backbone) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield the weights of a policy's language model by name, with adapters merged, tied weights once.
 
     Raises:
-        ValueError: If some are offloaded, or there are adapters on quantised weights.
+        ValueError: If some weights are offloaded, or there are adapters on quantised weights.
     """
     with backbone.whole_model() as model:
         weights = unique(merged_state_dict(model))
@@ -107,10 +110,10 @@ def named_weights(backbone: Backbone) -> Iterator[list[tuple[str, Tensor]]]:
 
 
 def unique(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Return weights by name; those that share their memory come once, under their first name."""
+    """Return weights by name; weights that share their memory come once, under their first name."""
     names: dict[tuple[int, tuple[int, ...]], str] = {}
     for name, weight in weights.items():
-        # `data_ptr` is 0 for a tensor that is empty or offloaded: such ones are told apart as objects.
+        # `data_ptr` is 0 for a tensor that is empty or offloaded: such tensors are told apart by `id`.
         names.setdefault((weight.data_ptr() or id(weight), tuple(weight.shape)), name)
     return [(name, weights[name]) for name in names.values()]
 
@@ -119,8 +122,8 @@ def check_completions(requests: Sequence[Request], completions: Sequence[Complet
     """Check that an engine's completions can be trained on.
 
     Args:
-        requests: The texts that it was given.
-        completions: Its answer.
+        requests: The texts that the engine was given.
+        completions: The engine's answer.
         vocab_size: The number of tokens of the tokenizer.
 
     Raises:
@@ -143,6 +146,7 @@ def check_completions(requests: Sequence[Request], completions: Sequence[Complet
                 "model's embedding beyond the tokenizer must never be sampled."
             )
         stops = np.flatnonzero(np.isin(tokens, request.stop_ids))
+        # A text that is shorter than asked for, or has a stop id, must end with its first stop id.
         if (n < request.most_new or len(stops)) and (len(stops) == 0 or stops[0] != n - 1):
             raise ValueError(
                 f"Expected a completion that ends with the first of its stop ids {request.stop_ids}, or after "

@@ -1,4 +1,4 @@
-"""The step that has another engine write rollouts, whose tokens are then weighted in the update."""
+"""The step that has another engine write rollouts, and weights their tokens in the update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..rollout.transitions import RolloutView
 from ..steps.step import Order, RolloutStep, sequence_buffer, text_vec_env
 from .protocol import Completion, Request, RolloutEngine, check_completions, named_weights
 
-Plan = deque[tuple[int, float]]  # tokens that an engine has written, the next one first, with log-probabilities
+Plan = deque[tuple[int, float]]  # tokens that an engine has written, the next token first, with log-probabilities
 
 
 class EngineRollouts(RolloutStep):
@@ -35,23 +35,23 @@ class EngineRollouts(RolloutStep):
     In a rollout the policy's `forward` takes the next token of each lane from the text that the engine has written for
     it, as long as the lane's row is its last row plus that token. All other rows (a new episode, a reply of the
     environment, a turn cut short by a stop string) are sent to the engine in one call, each as the prompt of a request.
-    The first call of a rollout also sends the prompts that will be dealt next, as many as the last rollout began, so
-    that their text is ready when a lane ends early. Where these were too few, the next call sends as many as will be
-    begun at this rollout's pace. New weights are sent before the rollout after an update, and text that old weights
-    wrote is not used then. `predict`, evaluations and sample tables sample from the policy itself.
+    The first call of a rollout also sends the next prompts of the env, as many as the last rollout began, so that their
+    text is ready when a lane ends early. If these are too few, the next call sends as many as the rest of the rollout
+    will begin at its pace so far. After an update the engine gets the new weights before the next rollout, and the text
+    that old weights wrote is thrown away. `predict`, evaluations and sample tables sample from the policy itself.
 
     At the end of a rollout the policy reads each sequence once. Its log-probabilities become the buffer's `log_probs`,
     from which PPO's ratio starts at 1 and which penalties and warnings read; those of the engine stay in
     `behaviour_log_probs`. Their ratio, truncated, multiplies the advantages of minibatches (see `Correction`), after
-    their normalisation: the mean that is subtracted is an unbiased baseline only if it is weighted too.
+    their normalisation: the subtracted mean is an unbiased baseline only if it is weighted as well.
 
-    Logged under `engine/`: `weight` (the mean of the weights before truncation; 1 but for noise if the engine reports
-    the log-probabilities that it samples with), `truncated` (the share of tokens whose weight is truncated), `kl_k1`
-    and `kl_k3` (estimates of KL(engine, policy), nats a token), `calls`, `used` (the share of the written tokens that
-    lanes took) and `seconds` (spent waiting for the engine).
+    Logged under `engine/`: `weight` (the mean of the weights before truncation; 1 except for noise if the engine
+    reports the log-probabilities that it samples with), `truncated` (the share of tokens whose weight is truncated),
+    `kl_k1` and `kl_k3` (estimates of KL(engine, policy), nats per token), `calls`, `used` (the share of the written
+    tokens that lanes took) and `seconds` (spent waiting for the engine).
 
     Args:
-        engine: The engine. It is not closed.
+        engine: The engine, which the caller closes.
         truncation: The largest weight; `math.inf` for no truncation.
         per: "token" weights each token by its own ratio, "sequence" by the product over its sequence.
 
@@ -76,9 +76,9 @@ class EngineRollouts(RolloutStep):
         self._n_more = 0  # the number of episodes that began during the last rollout
 
     def _clear(self) -> None:
-        self._expected = np.full((self.env.num_envs, 1), PADDING)  # (B, L) rows of the lanes that follow their plan
+        self._expected = np.full((self.env.num_envs, 1), PADDING)  # (B, L) the next rows, if lanes follow their plans
         self._plans: list[Plan] = [deque() for _ in range(self.env.num_envs)]
-        self._spare: dict[bytes, deque[Plan]] = defaultdict(deque)  # by prompt, for the lanes that will be dealt it
+        self._spare: dict[bytes, deque[Plan]] = defaultdict(deque)  # by prompt, for the lanes that will begin with it
         self._is_first = True  # no call to the engine has been made in this rollout
         self._n_steps = self._n_calls = self._n_written = self._n_begun = 0
         self._seconds = 0.0
@@ -96,18 +96,18 @@ class EngineRollouts(RolloutStep):
         self._n_more = earlier[-1]._n_more if earlier else 0  # from an earlier call of `learn`
 
     def begin(self) -> None:
-        """Forget the text that older weights wrote, and have the engine write from here to the end of the rollout."""
+        """Forget the text that older weights wrote, and have the engine write until the end of the rollout."""
         self._clear()
         self.policy.take_tokens_from(self.next_tokens)
 
     def _on_training_end(self) -> None:
-        self.policy.sample_itself()  # a callback may have broken a rollout off
+        self.policy.sample_itself()  # `__call__` did not, if a callback has broken the last rollout off
 
     def next_tokens(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next token of each lane and its log-probability by the engine, in nats, (B,) each, on the host.
 
         Raises:
-            ValueError: If these are not the rows of all lanes, or the engine's answers are wrong.
+            ValueError: If there is not one row per lane, or the engine's answers are wrong.
         """
         rows = observations.cpu().numpy()
         if len(rows) != self.env.num_envs:
@@ -115,9 +115,9 @@ class EngineRollouts(RolloutStep):
                 f"Expected the rows of all {self.env.num_envs} lanes in a rollout that an engine writes, got "
                 f"{len(rows)}: `policy.predict` samples from the policy itself."
             )
-        goes_on = np.asarray((rows == self._expected).all(axis=1))
+        follows = np.asarray((rows == self._expected).all(axis=1))  # (B,): whether each lane follows its plan
         try:
-            self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (goes_on[lane] and plan)])
+            self._plan(rows, [lane for lane, plan in enumerate(self._plans) if not (follows[lane] and plan)])
         except BaseException:
             self.policy.sample_itself()  # the rollout is over, and SB3 calls no callback after an error
             raise
@@ -129,11 +129,12 @@ class EngineRollouts(RolloutStep):
         return torch.tensor(tokens), torch.tensor(log_probs, dtype=torch.float32)
 
     def _plan(self, rows: np.ndarray, lanes: list[int]) -> None:
-        """Give lanes a plan: one that was written ahead for their prompt, or else one that the engine writes now."""
+        """Give lanes a plan: one that was written ahead for their prompt if there is one, else a new one."""
         missing, is_short = [], False
         for lane in lanes:
             spare = self._spare.get(_key(rows[lane]))
-            # A row that ends with the separator is a prompt. Those of the first step had begun before the rollout.
+            # A row that ends with the separator is a new episode's. The episodes of a rollout's first step are not
+            # counted: they began before it.
             is_new = self._n_steps > 0 and rows[lane][rows[lane] != PADDING][-1] == SEPARATOR
             self._n_begun += is_new
             if spare:
@@ -148,18 +149,19 @@ class EngineRollouts(RolloutStep):
         """Return the number of prompts to send besides the missing rows.
 
         Args:
-            is_short: Whether an episode has begun for whose prompt no text was written ahead.
+            is_short: Whether an episode has begun without a text that was written ahead.
         """
         if self._is_first:
             return self._n_more
-        # As many episodes as will begin in the steps that are left, at the pace of this rollout so far.
+        # The number of episodes that will begin in the remaining steps, at the pace of this rollout so far.
         left = self.buffer.buffer_size - self._n_steps
         return math.ceil(self._n_begun / self._n_steps * left) if is_short else 0
 
     def _ask_for(self, rows: np.ndarray, lanes: list[int], n_ahead: int) -> None:
-        """Have the engine write for some lanes, and for `n_ahead` prompts after those that are written already."""
+        """Have the engine write for some lanes, and for the `n_ahead` prompts after those that it has written ahead."""
         left = self.buffer.buffer_size - self._n_steps
-        # The rows may be older than the env's lanes: SB3 keeps `_last_obs` after a rollout that was broken off.
+        # The rows may be older than the env's lanes, since SB3 keeps `_last_obs` after a rollout that was broken off:
+        # hence the bound by each row's own width.
         width = rows.shape[1] - (rows != PADDING).sum(axis=1)
         room = np.minimum(np.minimum(self.env.lanes.most_new_tokens(), left), width).clip(min=1)
         stop_ids = self.env.env.rules.stop_ids
@@ -181,7 +183,7 @@ class EngineRollouts(RolloutStep):
             with named_weights(self.policy.backbone) as weights:
                 self.engine.load_weights(weights)
             self._is_first = False
-        # From the policy's generator, which checkpoints keep: a resumed run draws the same.
+        # From the policy's generator, which checkpoints keep: a resumed run draws the same seeds.
         seed = int(torch.randint(2**31, (), generator=self.policy.generator))
         completions = self.engine.generate(requests, self.policy.lm.sampling.temperature, seed)
         check_completions(requests, completions, self.policy.backbone.vocab_size)
@@ -191,18 +193,17 @@ class EngineRollouts(RolloutStep):
         return [_plan_of(completion) for completion in completions]
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Replace the engine's log-probabilities, and the zeros that stand for values, by those of the policy."""
+        """Compute the policy's log-probabilities, and its values, for which the buffer has zeros so far."""
         self.policy.sample_itself()
         self._n_more = self._n_begun
         view, lm = buffer.view(), self.policy.lm
         with torch.no_grad():
-            if isinstance(lm.critic, TrunkCritic):  # the buffer has computed its values
+            if isinstance(lm.critic, TrunkCritic):  # the buffer has computed the values already
                 log_probs = lm.log_probs(view.batch, view.actions)
             else:
                 values, log_probs, _ = lm.evaluate(view.batch, view.actions)
                 buffer.values[view.steps, view.lanes] = lm.in_reward_units(values).cpu().numpy()
-        buffer.log_probs = np.zeros_like(buffer.behaviour_log_probs)
-        buffer.log_probs[view.steps, view.lanes] = log_probs.cpu().numpy()
+        buffer.set_policy_log_probs(view, log_probs.cpu().numpy())
         self._log(buffer, view)
 
     def _log(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> None:
@@ -236,7 +237,7 @@ def _plan_of(completion: Completion) -> Plan:
 
 
 def _key(row: np.ndarray) -> bytes:
-    """Return a row without its padding, by which an episode that begins finds the text for its prompt."""
+    """Return a row without padding as bytes: the key under which an episode finds the text for its prompt."""
     return row[row != PADDING].astype(np.int64).tobytes()
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LOOPBACK = "127.0.0.1"
-MOST_BYTES = 1 << 26  # 64 MiB: the most that tensors are copied into one message; a larger tensor travels alone
+MOST_BYTES = 1 << 26  # 64 MiB: the most bytes of tensors that share a message; a larger tensor travels alone
 DTYPES = {
     str(dtype): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8)
@@ -23,13 +23,13 @@ DTYPES = {
 class Wire:
     """One end of a connection between two processes of this machine, by gloo, through the host's memory.
 
-    It is a process group of its own, and leaves torch's default group alone, by which `world` recognises processes that
+    It has its own process group, and leaves torch's default group alone, by which `world` recognises processes that
     train together. It listens on the loopback address only.
 
     Args:
         store: The store through which the two ends find each other.
         rank: 0 for one end, 1 for the other.
-        patience: How long a message of the other end may take.
+        patience: The longest wait for a message of the other end.
 
     Raises:
         RuntimeError: From gloo, if the other end has ended or is silent for longer than `patience`.
@@ -45,7 +45,7 @@ class Wire:
     def send(self, header: dict[str, Any], tensors: Sequence[Tensor] = ()) -> None:
         """Send a header, which must fit JSON, and tensors, from any device.
 
-        The messages are the header's length, the header, and groups of tensors as bytes.
+        Three kinds of messages go out: the header's length, the header, and groups of tensors as bytes.
 
         Raises:
             ValueError: If a tensor's dtype is not in `DTYPES`.
@@ -55,7 +55,7 @@ class Wire:
             raise ValueError(f"Expected tensors of {', '.join(DTYPES)}, got {', '.join(unknown)}.")
         shapes = [(str(tensor.dtype), list(tensor.shape)) for tensor in tensors]
         text = json.dumps({**header, "tensors": shapes}).encode()
-        self._put(torch.tensor([len(text)]).view(torch.uint8))
+        self._put(torch.tensor([len(text)]).view(torch.uint8))  # (8,): the bytes of an int64
         self._put(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         for group in _groups([tensor.nbytes for tensor in tensors]):
             self._put(torch.cat([_bytes_of(tensors[index].detach().cpu().contiguous()) for index in group]))
@@ -86,7 +86,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the indices of tensors that travel in one message, given their bytes: a message has a cost of its own."""
+    """Yield the indices of the tensors that share a message, given their bytes: each message has a cost of its own."""
     group: list[int] = []
     for index, size in enumerate(sizes):
         if size == 0:
@@ -100,9 +100,9 @@ def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def interruptible(call: Callable[[], Any]) -> Any:
-    """Return the result of a call that may wait in C++ for long, and notice Ctrl-C meanwhile.
+    """Return the result of a call that may wait in C++ for long, and let Ctrl-C interrupt the wait.
 
-    The call runs in a thread: Python handles signals in the main thread, between two of its own instructions.
+    The call runs in a thread, since Python handles signals in the main thread, between two Python instructions.
     """
     results: list[Any] = []
     errors: list[BaseException] = []
@@ -116,7 +116,7 @@ def interruptible(call: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(0.5)  # seconds until a signal is handled at the latest
+        thread.join(0.5)  # seconds: the longest until a signal is handled
     if errors:
         raise errors[0]
     return results[0]

@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from textenv.env import TextEnv
 from textenv.episodes.rules import SEPARATOR, EndReason
+from textenv.lanes.lanes import Lanes
 from textenv.prompts.prompts import Prompt, PromptLike
 from textenv.text.tokenizer import Tokenizer
-from textenv.vector import TextVectorEnv
+from textenv.vector import unwrap_text_env
 
 from ..models.interface import LengthError
 from ..policies.lm_policy import LMPolicy
@@ -180,18 +181,17 @@ def run_episodes(
     reward drops is returned like any other, with `info["dropped"]` true.
     """
     policy.lm.backbone.check_length(env.max_prompt_tokens, env.rules.room)
-    envs = TextVectorEnv(env, min(n_envs, len(prompts)))
-    envs.lanes.accepts_dropped = True
+    lanes = Lanes(unwrap_text_env(env), min(n_envs, len(prompts)), accepts_dropped=True)
     generator = torch.Generator().manual_seed(seed)
     ends: dict[int, FinalStep] = {}
-    observations = envs.lanes.reset(0, prompts)
+    observations = lanes.reset(0, prompts)
     policy.set_training_mode(False)
     with torch.no_grad(), tqdm(total=len(prompts), unit="text", disable=not progress_bar) as bar:
-        while not envs.lanes.idle.all():
+        while not lanes.idle.all():
             batch = torch.as_tensor(observations, device=policy.device)
-            allowed = torch.as_tensor(envs.lanes.allowed(), device=policy.device) if env.masks else None
+            allowed = torch.as_tensor(lanes.allowed(), device=policy.device) if env.masks else None
             actions = policy.lm.act(batch, deterministic, generator, policy.lm.predict_cache, allowed, False).actions
-            result = envs.lanes.step(actions.cpu().numpy())
+            result = lanes.step(actions.cpu().numpy())
             observations = result.observations
             for lane, observation in result.final_observations.items():
                 # `group` counts prompts in the order in which they were dealt: here one episode each.

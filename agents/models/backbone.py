@@ -1,4 +1,4 @@
-"""The reader of a causal model of transformers: tokens in, hidden states and logits out, cached where that is exact."""
+"""A causal language model of transformers, read as hidden states and logits, cached if decoding is then exact."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .prefix_cache import PrefixCache
 from .step_layout import attends_by_row, attention_by_row
 from .trainable import is_checkpointing, is_placed
 
-PROBE_LENGTH = 4  # tokens: a few to read first, and one more to decode from their keys and values
+PROBE_LENGTH = 4  # tokens: three to read first, and one more to decode from their keys and values
 PROBE_LOGIT = 100.0  # the probe's largest logit, after scaling: beyond the soft cap of Gemma-2 (30)
 PROBE_TOLERANCE = 1e-3  # of the largest logit: kernels differ by about 1e-6 in float32, a wrong mask by much more
-SHORTER = "lower max_prompt_tokens or max_new_tokens"
+SHORTER = "lower max_prompt_tokens or max_new_tokens"  # the usual cure for sequences that are too long
 
 
 def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int, cure: str = SHORTER) -> None:
-    """Raise ValueError where the model has fewer embedding rows, or fewer positions, than are asked for.
+    """Raise ValueError if the model has fewer embedding rows or fewer positions than needed.
 
     Args:
         model: The model.
-        vocab_size: How many tokens the tokenizer has.
+        vocab_size: The number of tokens of the tokenizer.
         n_positions: The longest sequence that will be read, in tokens.
-        cure: What the caller may do against sequences that are too long; it ends the message.
+        cure: The settings to change against sequences that are too long: the end of the message.
     """
     n_rows = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
     if n_rows < vocab_size:
@@ -44,7 +44,7 @@ def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int, cure: 
 
 
 def check_length(model: PreTrainedModel, n_tokens: int, cure: str = SHORTER) -> None:
-    """Raise LengthError where sequences of `n_tokens` are longer than the model can read."""
+    """Raise LengthError if sequences of `n_tokens` are longer than the model can read."""
     limit = n_positions(model.config)
     if limit is not None and n_tokens > limit:
         fact = f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens"
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
 
     Args:
         model: The model. Its dropout is switched off, in place.
-        vocab_size: V, how many tokens the tokenizer has. Embedding rows beyond it are never sampled and never scored.
+        vocab_size: V, the number of tokens of the tokenizer. Embedding rows beyond it are never sampled nor scored.
         n_positions: The longest sequence that will be read, in tokens.
 
     Raises:
@@ -93,26 +93,26 @@ class Backbone(nn.Module):
         self._probe()
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
-        """Raise LengthError where prompts of `n_tokens` and `n_written` tokens after them are more than can be read."""
+        """Raise LengthError if the model cannot read a prompt of `n_tokens` followed by `n_written` tokens."""
         check_length(self.model, n_tokens + n_written)
 
     @property
     def device(self) -> torch.device:
-        """The device of the model: of its first layers, where a device map spreads it over several."""
+        """The device of the model; of its first layers, if a device map spreads them over several devices."""
         return self.model.device
 
     @property
     def takes_cache(self) -> bool:
-        """Whether `read` may be given a cache now: in training, layers under activation checkpointing drop it."""
+        """Whether `read` can use a cache now: in training, layers under activation checkpointing ignore it."""
         return not (self.training and is_checkpointing(self.model))
 
     def new_cache(self) -> PrefixCache | None:
-        """Return an empty cache of keys and values; None where decoding from one would not be exact."""
+        """Return an empty cache of keys and values; None if decoding from one would not be exact."""
         return PrefixCache(self) if self.is_cacheable else None
 
     @contextmanager
     def whole_model(self) -> Iterator[PreTrainedModel]:
-        """Give the model as transformers built it, to be saved: every weight a parameter under its own name."""
+        """Yield the model as transformers built it, to be saved: every weight is a parameter under its own name."""
         yield self.model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Backbone:
@@ -141,9 +141,9 @@ class Backbone(nn.Module):
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states at the positions (rows, cols) of a batch, without its head where that is linear.
+        """Return the hidden states at the positions (rows, cols) of a batch, and the logits if the head is not linear.
 
-        Reading the head only at the N positions that are asked for saves a tensor of (B, T, V).
+        A linear head is left to `logits`: run at the N positions alone, it needs no tensor of (B, T, V).
 
         Args:
             ids: Tokens, (B, T). Without `attention_mask` they are padded on the right: attention is causal, so no real
@@ -155,7 +155,7 @@ class Backbone(nn.Module):
             cache: Keys and values of earlier tokens; extended in place.
 
         Returns:
-            Hidden states (N, H), and None where `head_is_linear`, else logits (N, V).
+            Hidden states (N, H), and None if `head_is_linear`, else logits (N, V).
         """
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
         if attention_mask is not None:
@@ -188,14 +188,14 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Find out, on a few tokens, how this model can be read: see the class."""
-        inputs = self.probe_places()
+        """Test the two assumptions of the class on a few tokens."""
+        inputs = self.probe_inputs()
         was_training = self.model.training
         self.model.eval()
         head = self.model.get_output_embeddings()
         largest = float(head(self.read(*inputs)[0]).abs().max())
         # A soft cap bends large logits only. Fresh weights give small ones, and trained weights may replace them after
-        # the probe: scaled up, the cap shows with either.
+        # the probe: scaled up, the logits of either show the cap.
         scale = PROBE_LOGIT / max(largest, 1e-6)
         hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
         expected = self._full_logits(*inputs)
@@ -215,21 +215,21 @@ class Backbone(nn.Module):
                 stacklevel=2,
             )
 
-    def probe_places(self) -> tuple[Any, ...]:
-        """Return the arguments of `read` for the last of a few tokens, one row."""
+    def probe_inputs(self) -> tuple[Any, ...]:
+        """Return the arguments of `read` for the last token of one row of a few tokens."""
         ids = torch.arange(PROBE_LENGTH, device=self.device)[None] % self.vocab_size  # (1, T)
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         return ids, zero, zero + PROBE_LENGTH - 1
 
     def _full_logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
-        """Return the logits (1, V) after the last token, by the whole model."""
+        """Return the logits (1, V) after the last token, computed by the whole model."""
         return self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
 
     def _decodes_like(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
-        """Return whether the last token of a left-padded row, read with a cache, has the logits of the full forward."""
+        """Return whether the last token of a left-padded row, read with a cache, gets the logits of a full forward."""
         device = ids.device
         first = PROBE_LENGTH - 1
-        padded = torch.cat([torch.zeros_like(ids[:, :2]), ids[:, :first]], dim=1)  # (1, 2 + T - 1): two of padding
+        padded = torch.cat([torch.zeros_like(ids[:, :2]), ids[:, :first]], dim=1)  # (1, 2 + T - 1), two of padding
         positions = torch.tensor([[0, 0, *range(first)]], device=device)
         cache = self.prefill(padded, positions.new_tensor([[0, 0, *[1] * first]]), positions)
         mask = positions.new_tensor([[0, 0, *[1] * PROBE_LENGTH]])
@@ -238,7 +238,7 @@ class Backbone(nn.Module):
         return close(logits, expected)
 
     def _takes_new_rows(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
-        """Return whether a new row, read beside one that grows by a token, ends in the logits of the full forward."""
+        """Return whether a new row, read beside one that grows by a token, gets the logits of a full forward."""
         if self.is_encoder_decoder or not attends_by_row(self.model.config.get_text_config()):
             return False
         self.takes_new_rows = True
@@ -247,13 +247,13 @@ class Backbone(nn.Module):
         cache.read(ids.expand(2, -1), lengths)
         try:  # row 0 grows from 2 tokens to 3; row 1, from 1 to all, counts as new
             logits = cache.read(ids.expand(2, -1), lengths.new_tensor([3, PROBE_LENGTH]))[1]
-        except NotImplementedError:  # by `decoding._attend`: attention with a bias of positions, as MPT's ALiBi
+        except NotImplementedError:  # from `step_layout._attend`: attention with a position bias, such as MPT's ALiBi
             return False
         return close(logits[1:], expected)
 
 
 def at(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Return `states[rows, cols]`, (N, ...) of (B, T, ...), moved to the device of `rows`, as a device map needs."""
+    """Return `states[rows, cols]`, (N, ...) of (B, T, ...), on the device of `rows`: a device map may use several."""
     return states[rows.to(states.device), cols.to(states.device)].to(rows.device)
 
 

@@ -15,7 +15,7 @@ from .backbone import check_fits
 from .layers import disable_dropout, fuse_activations
 from .pretrained import LMLike, PretrainedRewardModel, build_model
 
-PROBE_LENGTH = 4  # tokens: the last one is changed, the hidden states of the others are compared
+PROBE_LENGTH = 4  # tokens: the last one is changed, and the hidden states of the first three are compared
 PROBE_TOLERANCE = 1e-4  # float32 rounds by about 1e-6; attention to a later token changes a hidden state by far more
 
 
@@ -28,7 +28,7 @@ class CriticSpec(Protocol):
 
 @dataclass(frozen=True)
 class SharedCritic:
-    """A linear value head on the policy's own trunk, initialised to zero: V = 0 at the start.
+    """A linear value head on the policy's trunk, initialised to zero: V = 0 at the start.
 
     Args:
         detach: Whether the value loss stops at the head, so that it does not train the trunk.
@@ -67,7 +67,7 @@ class ValueHead(nn.Module):
 class TrunkCritic(ValueHead):
     """A value head on a trunk of its own, which shares no weight with the policy.
 
-    The trunk must be causal: a hidden state depends on the tokens up to its own alone. A probe tests that.
+    The trunk must be causal: a hidden state depends only on the tokens up to its own. A probe tests that.
 
     Args:
         trunk: The model without its head. Its dropout is switched off, in place.
@@ -84,7 +84,7 @@ class TrunkCritic(ValueHead):
         self.trunk = trunk
 
     def check_fits(self, vocab_size: int, n_positions: int) -> None:
-        """Raise ValueError where the trunk has fewer embedding rows or fewer positions than are asked for."""
+        """Raise ValueError if the trunk has fewer embedding rows or fewer positions than needed."""
         check_fits(self.trunk, vocab_size, n_positions)
 
     def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class SeparateCritic:
     """A critic that is a model of its own, with a zero-initialised value head: V = 0 at the start.
 
     The policy's trunk then follows the policy's gradient alone, at the cost of a second model in memory and in the
-    update. Its forwards come at the end of a rollout, where a `SequenceRolloutBuffer` has whole sequences valued, one
-    forward each. (With Stable-Baselines3's own buffer every step is valued, by a forward over the whole prefix.)
+    update. With a `SequenceRolloutBuffer` the critic runs at the end of a rollout, in one forward per sequence; with
+    Stable-Baselines3's own buffer it runs at every step, over the whole prefix.
 
     Args:
         lm: The model whose trunk the critic takes, as for `LMPolicy`: any causal model with the policy's tokenizer.
@@ -130,8 +130,8 @@ class SeparateCritic:
 class RewardModelCritic:
     """A critic that starts as a trained reward model: at first, the value of a whole text is its score.
 
-    The score head becomes the value head (as in Ouyang et al., 2022, section C.4), and both train on. Otherwise as
-    `SeparateCritic`.
+    The score head becomes the value head (as in Ouyang et al., 2022, section C.4); trunk and head are then trained. In
+    all else it is like `SeparateCritic`.
 
     Args:
         name: A name on the hub or the path of a folder, which `AutoModelForSequenceClassification` loads with
@@ -165,8 +165,8 @@ class RewardModelCritic:
             critic.linear.weight.copy_(head.weight)
             if head.bias is not None:
                 critic.linear.bias.copy_(head.bias)
-            # Any token but that of padding: transformers `modeling_layers.GenericForSequenceClassification.forward`
-            # scores the last token that is not padding.
+            # Any token but the pad token: transformers `modeling_layers.GenericForSequenceClassification.forward`
+            # scores at the last token that is not padding.
             ids = torch.full((1, PROBE_LENGTH), int(model.config.get_text_config().pad_token_id == 0))  # (1, T)
             score, value = model.eval()(input_ids=ids).logits[0], critic(_read(critic.trunk, ids)[:, -1])
         if not torch.allclose(score, value, atol=PROBE_TOLERANCE):
@@ -174,7 +174,7 @@ class RewardModelCritic:
                 f"Expected {type(model).__name__} to score a text by its last hidden state, got {float(score):.4g} "
                 f"from it and {float(value):.4g} from its head there: use SeparateCritic."
             )
-        # Unpickled, the spec has no name: the saved weights that come next are normalised already.
+        # An unpickled spec has no name: the saved weights, which are loaded next, are normalised already.
         if self.normalise and self.model.name is not None:
             stats = RewardStats.load(self.model.name)
             with torch.no_grad():  # (w x + b - mean) / std, folded into w and b
@@ -201,7 +201,7 @@ def _read(trunk: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _probe(trunk: PreTrainedModel) -> Tensor:
-    """Check that hidden states do not depend on later tokens; return those of a few tokens, (1, T, H)."""
+    """Check that hidden states do not depend on later tokens; return the hidden states of the probe, (1, T, H)."""
     ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=trunk.device)  # (1, T)
     with_other_end = ids.clone()
     with_other_end[0, -1] = 1
@@ -212,6 +212,6 @@ def _probe(trunk: PreTrainedModel) -> Tensor:
     if not torch.allclose(hidden[0, :-1], changed[0, :-1], atol=PROBE_TOLERANCE):
         raise ValueError(
             f"Expected a causal model as critic, got {type(trunk).__name__}, in which hidden states depend on tokens "
-            "that come later: values would be read from what is yet to happen."
+            "that come later: values would depend on tokens that are yet to be sampled."
         )
     return hidden

@@ -1,6 +1,7 @@
-"""The contract of a language model: what a policy asks of it, of its decoding cache and of the spec that builds it.
+"""The interfaces of a language model, of its decoding cache and of the spec that builds it.
 
-`Backbone` meets it for transformers' models; `examples/remote_lm.py` for a model whose layers run in other processes.
+`Backbone` implements them for transformers' models, `examples/remote_lm.py` for a model whose layers run in other
+processes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from .sequences import Chunk, SequenceBatch
 
 
 class LengthError(ValueError):
-    """Sequences are longer than a model can read.
+    """The error of sequences that are longer than a model can read.
 
     Args:
-        fact: What was expected, and what is there.
-        cure: What the caller may change.
-        excess: By how many tokens completions would have to be shorter; None where the prompts alone are too long.
+        fact: The expected and the actual length: the first half of the message.
+        cure: The settings that the caller may change: the second half of the message.
+        excess: How many tokens shorter completions would have to be; None if the prompts alone are too long.
     """
 
     def __init__(self, fact: str, cure: str, excess: int | None) -> None:
@@ -40,17 +41,17 @@ class LanguageModel(Protocol):
     This is all that actor, critic, buffers, KL penalty, evaluation and checkpoints ask of a model. Code that needs a
     model of transformers (`export`, adapters, some checks of the doctor) refuses any other by name.
 
-    A batch is (B, T) tokens, padded on the right, without an attention mask. The output at a position depends on the
-    tokens up to it alone, and so never on padding; it is not random. Gradients flow from hidden states and logits to
-    every parameter with `requires_grad`, once (`torch.autograd.grad`, no second derivative); a forward may be repeated,
-    as activation checkpointing does. Checkpoints and `model.save` keep parameters and buffers, and nothing else. A copy
-    (`copy.deepcopy`) has weights of its own.
+    A batch is (B, T) tokens, padded on the right, without an attention mask. The output at a position depends only on
+    the tokens up to that position, hence never on padding, and is not random. Hidden states and logits can be
+    differentiated once with respect to every parameter with `requires_grad` (`torch.autograd.grad`; no second
+    derivative). The policy may run a forward again in the backward pass, as activation checkpointing does. Checkpoints
+    and `model.save` keep parameters and buffers, and nothing else. A copy (`copy.deepcopy`) has weights of its own.
 
     Attributes:
         vocab_size: V, the number of tokens that can be sampled: the columns of the logits.
         hidden_size: H, the size of the hidden states, which the critic reads.
-        is_encoder_decoder: Whether `read` takes, after `cols`, and a cache's `read`, after the lengths, the number of
-            prompt tokens of each row, (B,).
+        is_encoder_decoder: Whether `read` takes a further argument after `cols`, and a cache's `read` after the
+            lengths: the number of prompt tokens of each row, (B,).
 
     Example:
         >>> from agents.models.backbone import Backbone
@@ -70,13 +71,13 @@ class LanguageModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The device that tokens must be on, and that hidden states and logits come back on."""
+        """The device of tokens, hidden states and logits."""
         ...
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
-        """Raise ValueError where prompts of `n_tokens` followed by `n_written` tokens are more than the model can read.
+        """Raise ValueError if the model cannot read a prompt of `n_tokens` followed by `n_written` tokens.
 
-        A `LengthError` also says by how many tokens, so that lengths that nobody chose can be cut to fit.
+        A `LengthError` also has the `excess`, by which the caller shortens a default length.
         """
         ...
 
@@ -87,7 +88,7 @@ class LanguageModel(Protocol):
     def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the hidden states (N, H) at the positions (rows, cols) of `ids` (B, T), and perhaps the logits there.
 
-        The logits (N, V) are None where they are a function of the hidden states: `logits` is called for them then.
+        The logits (N, V) are None if they are a function of the hidden states; the caller then asks `logits` for them.
         """
         ...
 
@@ -96,15 +97,15 @@ class LanguageModel(Protocol):
         ...
 
     def new_cache(self) -> RowCache | None:
-        """Return an empty decoding cache; several are in use side by side.
+        """Return a new, empty decoding cache, or None if the model has none; several are in use side by side.
 
-        A cache returns what `read` returns at the last token of each row, and is never read with gradients on. None
-        where the model has no cache: each new token is then a `read` of the whole row.
+        A cache returns hidden states and logits at the last token of each row, and is never read with gradients on.
+        Without a cache, each new token takes a `read` of the whole row.
         """
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Give the weights; a `RowCache` compares their version to notice that they were changed."""
+        """Return the weights, whose versions a `RowCache` compares to notice a change."""
         ...
 
 
@@ -112,7 +113,7 @@ class CachedModel(LanguageModel, Protocol):
     """A language model whose keys and values a `PrefixCache` keeps.
 
     Attributes:
-        takes_new_rows: Whether a row that is read anew may stand beside rows that grow by one token, in one forward.
+        takes_new_rows: Whether one forward can read a new row from its start beside rows that grow by one token.
     """
 
     takes_new_rows: bool
@@ -123,10 +124,10 @@ class CachedModel(LanguageModel, Protocol):
 
 
 class SequenceScorer(nn.Module, ABC):
-    """Base class of a model that values and scores the transitions of minibatches; `LMActorCritic` is the one there is.
+    """Base class of a model that values and scores the transitions of minibatches.
 
-    The code that shards such a model, shares its gradients and splits its minibatches is written against this class,
-    and so does not import the policies.
+    `LMActorCritic` is the only subclass. The code that shards it, shares its gradients or splits its minibatches knows
+    this class alone, and so does not import the policies.
 
     Attributes:
         backbone: The language model.
@@ -135,7 +136,7 @@ class SequenceScorer(nn.Module, ABC):
         value_norm: The normalisation of returns, or None.
         autocast: The name of the type that forwards run in, or None for that of the weights.
         shards: The weights' `Shards` where they are spread over several processes, or None.
-        most_tokens: The most tokens that an update reads at a time, once memory has been too small; None before.
+        most_tokens: The most tokens that an update reads in one forward, set by an out-of-memory error; None before.
     """
 
     backbone: LanguageModel
@@ -159,19 +160,31 @@ class SequenceScorer(nn.Module, ABC):
     def evaluate_parts(
         self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `evaluate` does, in as many forwards as the batch has chunks, or in `n_forwards`."""
+        """Return the results of `evaluate`, computed in one forward per chunk, or in `n_forwards` forwards."""
 
     @abstractmethod
     def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `evaluate` does for the n transitions of a chunk, (n,) each, in one forward."""
+        """Return the results of `evaluate` for the n transitions of a chunk, (n,) each, computed in one forward."""
 
 
 @runtime_checkable
 class BackendSpec(Protocol):
     """A small object that pickles and builds a `LanguageModel` of your own; `policy_kwargs` hold it as `lm`.
 
-    `model.save` pickles it, and `PPO.load` builds it again before the saved weights are copied in: it holds names and
-    addresses, no weights, connections or secrets.
+    `model.save` pickles the spec, and `PPO.load` builds the model again before it copies the saved weights in. So the
+    spec holds names and addresses, and no weights, connections or secrets.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from agents import BackendSpec
+        >>> @dataclass(frozen=True)
+        ... class Remote:
+        ...     address: str
+        ...
+        ...     def build_backend(self, vocab_size, n_positions):
+        ...         raise NotImplementedError("return an object with the members of LanguageModel")
+        >>> isinstance(Remote("localhost:5000"), BackendSpec)
+        True
     """
 
     def build_backend(self, vocab_size: int, n_positions: int) -> LanguageModel:
@@ -187,10 +200,10 @@ class BackendSpec(Protocol):
 class RowCache(ABC):
     """Base class of decoding caches: a row that grew by exactly one token reuses its state; any other is read anew.
 
-    Rows are compared token by token with those of the last read (`growth`), so that the result is a function of the
-    tokens alone, whoever calls. A change of the weights is noticed by `version_of`; where that does not count it (a
-    fused optimizer's steps: `LMPolicy` sees to its own), call `drop`. `PrefixCache` keeps keys and values; another
-    subclass keeps whatever its model needs.
+    `growth` compares rows token by token with those of the last read, so that the result depends on the tokens alone,
+    not on the caller. `version_of` notices a change of the weights, except for a fused optimizer's steps: call `drop`
+    after those (`LMPolicy` does for its own optimizer). `PrefixCache` keeps keys and values; other subclasses keep what
+    their model needs.
 
     Args:
         backbone: The language model.
@@ -211,25 +224,25 @@ class RowCache(ABC):
         """Return the hidden states (B, H) and the logits (B, V) at the last token of each row.
 
         Args:
-            *row: Tokens, (B, T), padded on the right; how many of them are real, (B,), where the result of a row with
-                none is used by nobody; and for an encoder-decoder how many of them are the prompt's, (B,).
+            *row: Tokens, (B, T), padded on the right; the length of each row, (B,), where 0 marks a row whose result
+                is ignored; and for an encoder-decoder the length of each prompt, (B,).
         """
         try:
             return self._read(*row)
-        except BaseException:  # stopped within a step: some layers hold the new token, others do not
+        except BaseException:  # broken off inside a step: some layers hold the new token, others do not
             self.drop()
             raise
 
     @abstractmethod
     def _read(self, *row: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `read` says; call `remember` at the end."""
+        """Return the result of `read`; call `remember` at the end."""
 
     def remember(self, ids: Tensor, lengths: Tensor) -> None:
         """Keep the rows just read, for `growth` to compare the next ones with."""
         self.ids, self.lengths, self.version = ids, lengths, version_of(self.weights)
 
     def growth(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Return by how many tokens each row extends the row of the last read, (B,); -1 where it does not extend it."""
+        """Return by how many tokens each row extends the row of the last read, (B,); -1 if it does not extend it."""
         is_stale = self.version != version_of(self.weights)
         if self.ids is None or self.lengths is None or len(self.ids) != len(ids) or is_stale:
             return torch.full_like(lengths, -1)

@@ -9,10 +9,10 @@ from textenv.episodes.rules import SEPARATOR
 
 
 def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens of observations without the separator, and how many there are.
+    """Return the tokens of observations without the separator, and the number of tokens of each.
 
     Args:
-        observations: (B, L): prompt, separator, the tokens since, padding; see `TextEnv`.
+        observations: (B, L): prompt, separator, later tokens, padding; see `TextEnv`.
 
     Returns:
         Tokens (B, L - 1), padded on the right with 0, and lengths (B,).
@@ -39,5 +39,5 @@ def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prompt_lengths(observations: Tensor) -> Tensor:
-    """Return how many tokens of each observation (B, L) are the prompt's, (B,): those before the separator."""
+    """Return the number of prompt tokens of each observation (B, L), (B,): those before the separator."""
     return (observations == SEPARATOR).long().argmax(dim=1)

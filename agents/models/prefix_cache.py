@@ -1,4 +1,4 @@
-"""The prefix cache: each row's keys and values, reused while the row still begins with the tokens they are of."""
+"""The prefix cache: each row's keys and values, reused as long as the row begins with the tokens behind them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .sequences import bucket_by_length
 from .step_layout import NewRow, StepLayout, column_groups, current_layout, laid_out, sort_into_groups
 
 GROWTH = 64  # columns: the least by which a full buffer grows, so that short texts do not copy it token by token
-COMPACT_FROM = 16  # unused columns on the left from which dropping them is worth a copy of the buffer
-# The most tokens of new prompts that a decoding step reads beside the newest token of each other row. With more, a
-# forward of their own is faster.
+COMPACT_FROM = 16  # the fewest unused columns on the left for which a copy of the buffer without them is worth it
+# The most prompt tokens of new rows that a decoding step reads beside the newest tokens of the other rows. More tokens
+# are read faster in a forward of their own.
 NEW_TOKENS = 256
 
 
@@ -29,11 +29,11 @@ class ColumnLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.columns = 0  # in use, from the left; a buffer has more
-        self.buffers: list[Tensor] = []  # keys and values, once the shapes are known
+        self.columns = 0  # columns in use, from the left; the buffers have room for more
+        self.buffers: list[Tensor] = []  # keys and values; empty until the first states show their shapes
 
     def allocate(self, n_rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
-        """Make the buffers, or let them grow, to at least `columns` columns of `n_rows` rows, like the given states."""
+        """Make or enlarge the buffers to `columns` columns of `n_rows` rows or more, shaped and typed as the states."""
         capacity = self.buffers[0].shape[2] if self.buffers else 0
         if columns <= capacity:
             return
@@ -41,15 +41,15 @@ class ColumnLayer(DynamicLayer):
         old, self.buffers = self.buffers, []
         for template in (keys, values):
             self.buffers.append(template.new_zeros(n_rows, template.shape[1], capacity, template.shape[3]))
-        for buffer, kept in zip(self.buffers, old, strict=False):  # at first there are no old ones
+        for buffer, kept in zip(self.buffers, old, strict=False):  # at first there are no old buffers
             buffer[:, :, : self.columns] = kept[:, :, : self.columns]
-        self.is_initialized = True  # else transformers takes the layer for empty
+        self.is_initialized = True  # otherwise transformers takes the layer for empty
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states of the newest tokens; return all keys and values, (B, heads, columns, size).
 
-        Attention calls it through transformers' `cache_utils.Cache.update`, with (B, heads, T, size); within a step,
-        with (B + P, heads, 1, size): the newest token of each row, then the P earlier tokens of new rows.
+        Attention calls it through transformers' `cache_utils.Cache.update`, with states (B, heads, T, size); within a
+        step, with (B + P, heads, 1, size): the newest token of each row, then the P earlier tokens of new rows.
         """
         end = self.columns + key_states.shape[2]
         layout = current_layout()
@@ -65,13 +65,13 @@ class ColumnLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Return the number of columns in use; transformers makes masks and positions from it."""
+        """Return the number of columns in use, from which transformers makes masks and positions."""
         return self.columns
 
     def move(self, old: Tensor, new: Tensor, n_columns: int) -> None:
         """Copy the last `n_columns` columns of the rows `old` into the rows `new`."""
         last = slice(self.columns - n_columns, self.columns)
-        for buffer in self.buffers:  # with a device map, on the device of its layer
+        for buffer in self.buffers:  # a device map puts each layer's buffers on the layer's device
             buffer[new.to(buffer.device), :, last] = buffer[old.to(buffer.device), :, last]
 
     def place(self, rows: Tensor, n_rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
@@ -82,22 +82,22 @@ class ColumnLayer(DynamicLayer):
         self.columns = columns
 
     def shift(self, offset: int) -> None:
-        """Move all columns to the right; to the left by a negative offset, which drops the first ones."""
+        """Move all columns to the right, or to the left by a negative offset, which drops the first columns."""
         if not self.buffers:
             return
         self.allocate(self.buffers[0].shape[0], self.columns + offset, *self.buffers)
         kept = slice(max(-offset, 0), self.columns)
-        for buffer in self.buffers:  # source and target overlap, hence the clone
+        for buffer in self.buffers:  # source and target may overlap, hence the clone
             buffer[:, :, max(offset, 0) : self.columns + offset] = buffer[:, :, kept].clone()
         self.columns += offset
 
 
 class PrefixCache(RowCache):
-    """Decodes one token a row from the keys and values of the tokens before it; see `RowCache` for when.
+    """Decodes one token per row from the keys and values of the tokens before it; `RowCache` says for which rows.
 
-    Rows are aligned on the right: all write the same next column, and the columns left of a row's first token are
+    Rows are aligned on the right: all rows write the same next column, and the columns left of a row's first token are
     masked, which to the model is left padding. A row that did not just grow by one token is a new row: its keys and
-    values are computed from its first token on, in a forward of their own (`_prefill`) or in the step's own (`_step`).
+    values are computed from its first token on, in a separate forward (`_prefill`) or in the step's forward (`_step`).
 
     Each row has a slot, its index in the buffers. Rows of similar length have neighbouring slots, so that attention
     reads few masked columns; see `sort_into_groups`.
@@ -112,15 +112,15 @@ class PrefixCache(RowCache):
         """Forget all rows."""
         super().drop()
         self.layers = Cache(layer_class_to_replicate=ColumnLayer)  # a layer is made when the model first writes to it
-        self.columns = 0  # in use, in each layer
+        self.columns = 0  # columns in use, in each layer
         self.slots = np.arange(0)  # (B,): the slot of each row
 
     def _read(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         lengths = lengths.clamp(min=1)
-        # The only synchronisation with the device in a step.
+        # Stacked, (2, B), for a single synchronisation with the device in a step.
         growth, counts = torch.stack([self.growth(ids, lengths), lengths]).tolist()
-        # The same rows again: SB3 `on_policy_algorithm.collect_rollouts` values a rollout's last observations, and the
-        # next rollout acts on them. The newest column is forgotten and read once more.
+        # No row has grown: SB3 `on_policy_algorithm.collect_rollouts` values a rollout's last observations, and the
+        # next rollout acts on them again. The newest column is forgotten and read once more.
         if not any(growth):
             self._step_back()
             growth = [1] * len(growth)
@@ -131,22 +131,22 @@ class PrefixCache(RowCache):
         self._make_room(max(counts), max((counts[row] for row in fresh), default=1) - 1)
         n_tokens = np.array(counts)
         self._arrange(n_tokens, np.array(is_known))
-        beside = fresh if self._reads_beside(fresh, counts, is_known) else []
-        for bucket in bucket_by_length(n_tokens[[] if beside else fresh] - 1):
+        joining = fresh if self._can_join(fresh, counts, is_known) else []
+        for bucket in bucket_by_length(n_tokens[[] if joining else fresh] - 1):
             similar = [fresh[i] for i in bucket]  # the longest is the first
             self._prefill(ids, lengths, similar, counts[similar[0]] - 1)
-        result = self._step(ids, lengths, n_tokens, beside)
+        result = self._step(ids, lengths, n_tokens, joining)
         self.columns += 1
         self.remember(ids, lengths)
         return result
 
-    def _reads_beside(self, fresh: list[int], counts: list[int], is_known: list[bool]) -> bool:
-        """Return whether new rows are read in the step's own forward, beside those that grew by a token."""
+    def _can_join(self, fresh: list[int], counts: list[int], is_known: list[bool]) -> bool:
+        """Return whether new rows join the step's forward, beside the rows that grew by a token."""
         n_tokens = sum(counts[row] - 1 for row in fresh)
         return self.backbone.takes_new_rows and any(is_known) and 0 < n_tokens <= NEW_TOKENS
 
-    def _step(self, ids: Tensor, lengths: Tensor, counts: np.ndarray, beside: list[int]) -> tuple[Tensor, Tensor]:
-        """Read the last token of each row, and all tokens of the rows `beside`, in one forward of (B + P, 1).
+    def _step(self, ids: Tensor, lengths: Tensor, counts: np.ndarray, joining: list[int]) -> tuple[Tensor, Tensor]:
+        """Read each row's last token, and the P earlier tokens of the `joining` rows, in one forward of (B + P, 1).
 
         The batch is in the order of slots; reading it at `slots` returns hidden states and logits in the order of rows.
         """
@@ -157,13 +157,13 @@ class PrefixCache(RowCache):
         mask = columns >= self.columns + 1 - lengths[:, None]  # (B, columns + 1)
         positions = lengths - 1
         new_rows, start = [], len(ids)
-        for row in beside:
+        for row in joining:
             end = start + int(counts[row]) - 1
             new_rows.append(NewRow(int(self.slots[row]), slice(start, end)))
             tokens = torch.cat([tokens, ids[row, : end - start]])  # in the end (B + P,), as are the positions
             positions = torch.cat([positions, torch.arange(end - start, device=ids.device)])
             start = end
-        # (B + P, columns + 1): `decoding._attend` ignores the mask of the P tokens, but the shapes must agree.
+        # (B + P, columns + 1): `step_layout._attend` ignores the mask of the P tokens, but the shapes must agree.
         mask = torch.cat([mask, mask.new_ones(start - len(ids), len(columns))])
         groups = column_groups(self.slots, counts, self.columns + 1)
         with laid_out(StepLayout(len(ids), groups, new_rows)):
@@ -176,11 +176,11 @@ class PrefixCache(RowCache):
             layer.columns -= 1
 
     def _make_room(self, longest: int, n_prefill: int) -> None:
-        """Drop columns on the left that no row needs; add some where a new prompt is longer than the columns in use.
+        """Drop columns on the left that no row needs; add columns if a new row is longer than the columns in use.
 
         Args:
-            longest: The tokens of the longest row.
-            n_prefill: The most tokens of a new row, without the last one.
+            longest: The number of tokens of the longest row.
+            n_prefill: The number of tokens of the longest new row, without its last one.
         """
         unused = self.columns + 1 - longest
         if unused >= COMPACT_FROM and 4 * unused >= self.columns:  # a quarter: less is not worth the copy
@@ -210,10 +210,11 @@ class PrefixCache(RowCache):
     def _prefill(self, ids: Tensor, lengths: Tensor, similar: list[int], width: int) -> None:
         """Read all but the last token of some rows, left-padded to `width`, and write their keys and values."""
         rows, slots = (torch.tensor(array, device=ids.device) for array in (similar, self.slots[similar]))
-        # The token of its row that each column holds, negative in padding.
+        # The index in its row of the token that each column holds; negative in padding.
         source = torch.arange(width, device=ids.device) - (width - (lengths[rows, None] - 1))  # (R, width)
         positions = source.clamp(min=0)
-        states = self.backbone.prefill(ids[rows].gather(1, positions), (source >= 0).long(), positions)
+        tokens = ids[rows].gather(1, positions)  # (R, width)
+        states = self.backbone.prefill(tokens, (source >= 0).long(), positions)
         self._write(slots, len(ids), states)
 
     def _write(self, slots: Tensor, n_rows: int, states: Cache) -> None:

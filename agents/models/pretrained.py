@@ -1,7 +1,8 @@
-"""Language models by name: a checkpoint's weights, a config's fresh ones, or a spec's, built and checked."""
+"""The construction of language models from a name, a config or a spec, and the checks of their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -20,10 +21,12 @@ from textenv.checks.extras import check_extra
 from textenv.huggingface.weights import from_config, from_pretrained, load_whole
 
 from ..small_models.demo_model import model_folder
-from .interface import BackendSpec
-from .trainable import Trainable, check_in_memory, set_trainable
+from .backbone import Backbone
+from .interface import BackendSpec, LanguageModel
+from .seq2seq import Seq2SeqBackbone
+from .trainable import Trainable, check_in_memory, checkpoint_layers, set_trainable
 
-# With one of these arguments transformers looks for a name elsewhere than usual, so it is not looked up beforehand.
+# With one of these arguments transformers looks for a name elsewhere than usual, so `model_folder` does not check it.
 LOOK_UP_OPTIONS = {"cache_dir", "token", "local_files_only"}
 TRUST = "trust_remote_code"
 
@@ -43,19 +46,19 @@ class Pretrained:
     """A checkpoint's weights, as a spec that pickles only the config once it has been built.
 
     Stable-Baselines3 pickles `policy_kwargs` into the file that `model.save` writes, and `PPO.load` builds the policy
-    again before it copies the saved weights in. With this spec that needs neither a download nor the folder. A bare
-    name or path is looked up again by name, and so is a quantised model.
+    again before it copies the saved weights in. With this spec, loading needs neither a download nor the folder. A bare
+    name or path is looked up again on load, and so is a quantised model.
 
     Args:
         name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`, or
             `AutoModelForSeq2SeqLM` where its config says `is_encoder_decoder`. "demo" is the built-in model.
         **kwargs: Other arguments of `from_pretrained`. `dtype` is float32 unless given. With a `quantization_config`
-            of transformers the frozen weights beside LoRA are held in 8 or 4 bits.
+            of transformers the frozen weights beside LoRA take 8 or 4 bits.
 
     Raises:
         ImportError: When built, if a package is missing: accelerate (extra `sft`) for `device_map` or
-            `quantization_config`, and what the latter needs, as bitsandbytes.
-        ValueError: When built, if the folder lacks a tensor of the model, or has tensors that the model has not.
+            `quantization_config`, and the quantiser's own package, such as bitsandbytes.
+        ValueError: When built, if the folder lacks a tensor of the model, or has tensors that the model lacks.
 
     Example:
         >>> import pickle
@@ -71,7 +74,7 @@ class Pretrained:
         self.config: PreTrainedConfig | None = None
 
     def build(self) -> PreTrainedModel:
-        """Return the checkpoint's model; after unpickling, one with fresh weights for the saved ones to replace."""
+        """Return the checkpoint's model; after unpickling, a model with fresh weights, which the saved ones replace."""
         if self.name is None:
             assert self.config is not None, "pickled only once built"
             return from_config(self._auto_class(self.config), self.config, self.kwargs.get(TRUST, False))
@@ -86,7 +89,7 @@ class Pretrained:
 
     @property
     def _makes_head(self) -> bool:
-        """Whether a head that the folder lacks is made, with fresh weights."""
+        """Whether a head that the folder lacks is made with fresh weights."""
         return False
 
     @staticmethod
@@ -94,19 +97,19 @@ class Pretrained:
         return _auto_model(config)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: once built, the config alone."""
+        """Return the state to pickle: once built, the config alone."""
         if self.config is None or "quantization_config" in self.kwargs:  # a config builds no quantised weights
             return self.__dict__.copy()
         return {"name": None, "kwargs": {TRUST: True} if self.kwargs.get(TRUST) else {}, "config": self.config}
 
 
 class PretrainedRewardModel(Pretrained):
-    """A checkpoint of a model that scores a text by one number; pickles as `Pretrained` does.
+    """A checkpoint of a model that scores a text by one number; it is pickled like `Pretrained`.
 
     Args:
         name: A name on the hub or the path of a folder, for `AutoModelForSequenceClassification.from_pretrained`.
         **kwargs: Other arguments of `from_pretrained`. `dtype` is float32 unless given. With `num_labels`, a head that
-            the folder lacks is made with fresh weights; without, the folder must have it.
+            the folder lacks is made with fresh weights; without it, the folder must have a head.
 
     Example:
         >>> from agents.models.pretrained import PretrainedRewardModel
@@ -115,7 +118,7 @@ class PretrainedRewardModel(Pretrained):
 
     @property
     def _makes_head(self) -> bool:
-        return "num_labels" in self.kwargs  # which says how many scores the new head has
+        return "num_labels" in self.kwargs  # the number of scores of a new head
 
     @staticmethod
     def _auto_class(config: PreTrainedConfig) -> Any:
@@ -174,8 +177,43 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
     return model
 
 
+def backbone_class(model: PreTrainedModel) -> type[Backbone]:
+    """Return the class that reads a model of transformers: one for causal models, one for encoder-decoders."""
+    return Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone
+
+
+def build_backbone(
+    lm: LMLike,
+    train: Trainable | None,
+    vocab_size: int,
+    n_positions: int,
+    gradient_checkpointing: bool = False,
+    class_of: Callable[[PreTrainedModel], type[Backbone]] = backbone_class,
+) -> LanguageModel:
+    """Build the `LanguageModel` of a policy or a reference.
+
+    Args:
+        lm: Where the model comes from, as for `build_model`, or a `BackendSpec`.
+        train: Which weights are trained, as for `build_model`; a `BackendSpec` decides that itself.
+        vocab_size: How many tokens the tokenizer has.
+        n_positions: The longest sequence that will be read, in tokens.
+        gradient_checkpointing: Whether the backward pass computes the activations of each layer again.
+        class_of: Returns the class that reads a model of transformers.
+
+    Raises:
+        TypeError: As `build_model`.
+        ValueError: As `build_model`; also if the model has fewer tokens or positions.
+    """
+    if isinstance(lm, BackendSpec):
+        return lm.build_backend(vocab_size, n_positions)
+    model = build_model(lm, train)
+    if gradient_checkpointing:
+        checkpoint_layers(model)
+    return class_of(model)(model, vocab_size, n_positions)
+
+
 def _refuse_16_bits(model: PreTrainedModel) -> None:
-    """Raise ValueError where a weight that is trained has fewer than 4 bytes."""
+    """Raise ValueError if a number of a trained weight has fewer than 4 bytes."""
     small = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.element_size() < 4]
     if small:
         raise ValueError(

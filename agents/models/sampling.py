@@ -1,4 +1,4 @@
-"""The distribution over the next token: the one that rollouts sample from and that updates score under."""
+"""The distribution over the next token, from which rollouts sample and under which updates score."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-FORBIDDEN = -1e30  # a logit of probability 0; unlike -inf, times 0 it is 0, as entropies need
+FORBIDDEN = -1e30  # a logit of probability 0; in entropies, 0 * -1e30 is 0, where 0 * -inf would be NaN
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How logits become the distribution that tokens are sampled from and scored under.
+    """The settings by which logits become the distribution of sampling and of scoring.
 
     In this order: repetition penalty, temperature, the env's mask, top-k, top-p, min-p. The last three choose the
     tokens that can be sampled (`has_support`). Their choice is made when a token is sampled, stored with it and used
@@ -74,7 +74,7 @@ class Sampling:
         Args:
             logits: (N, V).
             tokens: Returns the row of each transition, (N, T); called only if there is a repetition penalty.
-            counts: How many tokens of its row each transition comes after, (N,).
+            counts: The number of tokens before each transition in its row, (N,).
         """
         logits = logits.float()
         if self.repetition_penalty != 1:
@@ -87,12 +87,12 @@ class Sampling:
         return logits if self.temperature == 1 else logits / self.temperature
 
     def support(self, logits: Tensor, allowed: Tensor | None = None, lagged: Tensor | None = None) -> Tensor | None:
-        """Return the tokens that can be sampled, (B, V) bool; None where all can.
+        """Return the tokens that can be sampled, (B, V) bool; None for all tokens.
 
         Args:
-            logits: What `adjust` returned, (B, V).
+            logits: The logits that `adjust` returned, (B, V).
             allowed: The env's mask, (B, V) bool; None allows all.
-            lagged: The same of the lagged copy, (B, V); given with `top_p_lag`.
+            lagged: Such logits of the lagged copy, (B, V), with `top_p_lag`.
         """
         if not self.has_support:
             return allowed
@@ -155,7 +155,7 @@ class TokenDistribution:
         cumulative = probabilities.cumsum(dim=-1)  # (N, V)
         total = cumulative[:, -1:]
         uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device)  # (N, 1)
-        # `uniform` is below 1, but its product with the total may round up to the total, beyond which no token is.
+        # `uniform` is below 1, but its product with the total may round up to the total, which is past the last token.
         draw = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))  # (N, 1)
         tokens = torch.searchsorted(cumulative, draw, right=True)  # (N, 1)
         # A GPU sums in parallel: unlike on a CPU, the sum may rise by rounding at a token of probability 0.
@@ -181,16 +181,16 @@ class TokenDistribution:
 
     @property
     def distribution(self) -> Categorical:
-        """The same as a distribution of torch, under the name that SB3's `CategoricalDistribution` has it by."""
+        """This distribution as torch's `Categorical`, the attribute of SB3 `CategoricalDistribution`."""
         return Categorical(logits=self.log_probabilities)
 
 
 def score_tokens(logits: Tensor, actions: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies of `TokenDistribution(logits, allowed)`, with a lean backward.
 
-    The same numbers and gradients in about half the passes over the vocabulary: one tensor of (N, V) is kept for the
-    backward, and the gradients of both results are computed together. There is no second derivative: asking for one
-    raises RuntimeError; `TokenDistribution` has it.
+    Numbers and gradients are the same, in about half the passes over the vocabulary: the backward keeps one tensor of
+    (N, V), and computes the gradients of both results together. There is no second derivative: asking for one raises
+    RuntimeError; `TokenDistribution` has it.
 
     Args:
         logits: (N, V).
@@ -225,7 +225,8 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the saved tensors are no inputs: a second derivative would silently be wrong
+        # The saved tensors are not inputs of the function: a second derivative would silently be wrong.
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 "Expected to differentiate `score_tokens` once, got create_graph=True: for second derivatives take "
                 "log-probabilities from get_distribution (TRPO with FlatLMPolicy does)."
@@ -245,5 +246,5 @@ def _log_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def _probabilities(log_probabilities: Tensor, is_masked: bool) -> Tensor:
-    # On a CPU `exp` is several times slower where it underflows, as at every token that is not allowed.
+    # On a CPU `exp` is several times slower where it underflows, as it does at each forbidden token.
     return log_probabilities.softmax(dim=-1) if is_masked else log_probabilities.exp()

@@ -1,4 +1,4 @@
-"""The reader of an encoder-decoder (T5, BART): the encoder reads the prompt, the decoder the tokens since."""
+"""An encoder-decoder of transformers (T5, BART): its encoder reads the prompt, its decoder the tokens after it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .sequences import bucket_by_length
 
 
 class Seq2SeqBackbone(Backbone):
-    """An encoder-decoder of transformers, read like a `Backbone`, given how many tokens of each row are the prompt's.
+    """An encoder-decoder of transformers with the members of `Backbone`; `read` also takes the prompts' lengths.
 
-    The encoder reads the prompt. The decoder reads the config's `decoder_start_token_id` and then the tokens since the
+    The encoder reads the prompt. The decoder reads the config's `decoder_start_token_id` and then the tokens after the
     prompt, replies of a multi-turn environment included: its column k has read k of them, and predicts the next.
 
     Logits may be the output embedding of the hidden states, scaled (T5) or with a bias (`final_logits_bias` of BART).
-    For any other head the whole model is run, without a cache. `TextEnv` leaves out the tokens with which a tokenizer
-    closes a text; for an encoder that was trained with them, give prompts as lists of token ids. An empty prompt, which
+    With any other head the whole model is run, without a cache. `TextEnv` leaves out the tokens with which a tokenizer
+    closes a text; for an encoder that was trained with them, pass prompts as lists of token ids. An empty prompt, which
     `TextEnv` refuses, is read as the start token alone.
 
     Args:
         model: The model. Its dropout is switched off, in place.
-        vocab_size: V, how many tokens the tokenizer has. Embedding rows beyond it are never sampled and never scored.
-        n_positions: Ignored: encoder and decoder have a limit each, which `check_length` knows.
+        vocab_size: V, the number of tokens of the tokenizer. Embedding rows beyond it are never sampled nor scored.
+        n_positions: Ignored: encoder and decoder have a limit each, which `check_length` checks.
 
     Raises:
         ValueError: If the model has fewer embedding rows, or no `decoder_start_token_id`.
@@ -50,12 +50,12 @@ class Seq2SeqBackbone(Backbone):
                 "begins (pad_token_id for T5, eos_token_id for BART)."
             )
         self.start = int(start)
-        # As transformers' `T5ForConditionalGeneration.forward` scales the hidden states; other configs lack the flag.
+        # `T5ForConditionalGeneration.forward` of transformers scales the hidden states; other configs lack the flag.
         self.head_scale = model.config.d_model**-0.5 if model.config.to_dict().get("scale_decoder_outputs") else 1.0
         super().__init__(model, vocab_size, 0)  # no limit to check here: `n_positions` counts both halves together
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
-        """Raise LengthError where prompts are longer than the encoder can read, or completions than the decoder can."""
+        """Raise LengthError if the encoder cannot read a prompt of `n_tokens`, or the decoder `n_written` tokens."""
         limit = n_positions(self.model.config)
         if limit is None:
             return
@@ -71,7 +71,7 @@ class Seq2SeqBackbone(Backbone):
             )
 
     def new_cache(self) -> Seq2SeqCache | None:
-        """Return an empty cache of keys and values; None where decoding from one would not be exact."""
+        """Return an empty cache of keys and values; None if decoding from one would not be exact."""
         return Seq2SeqCache(self) if self.is_cacheable else None  # type: ignore[arg-type]  # `read` takes one argument more
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -84,19 +84,19 @@ class Seq2SeqBackbone(Backbone):
         """Return the decoder's hidden states at the positions (rows, cols) of whole rows.
 
         Args:
-            ids: Prompts and the tokens since, (B, T), padded on the right.
+            ids: Prompts and the tokens after them, (B, T), padded on the right.
             rows: The row of each position, (N,).
             cols: The column of `ids` after which to read, (N,): that of a prompt's last token, or a later one.
-            n_prompt: How many tokens of each row are the prompt's, (B,).
+            n_prompt: The number of prompt tokens of each row, (B,).
 
         Returns:
-            Hidden states (N, H), and None where `head_is_linear`, else logits (N, V).
+            Hidden states (N, H), and None if `head_is_linear`, else logits (N, V).
 
         Raises:
             ValueError: If a column is inside a prompt, or a prompt or completion is longer than the model can read.
         """
         columns = cols + 1 - n_prompt[rows]  # (N,): in the decoder, where column 0 is the start token
-        # The only synchronisation with the device.
+        # Stacked, (3,), for a single synchronisation with the device.
         first, last, width = torch.stack([columns.min(), columns.max(), n_prompt.max()]).tolist()
         if first < 0:
             raise ValueError(f"Expected columns from a prompt's last token on, got one {-first} before it.")
@@ -125,7 +125,7 @@ class Seq2SeqBackbone(Backbone):
         encoder_mask = torch.arange(width, device=device) < n_prompt.clamp(min=1)[:, None]  # (B, width)
         columns = n_prompt[:, None] - 1 + torch.arange(n_decoder, device=device)  # (B, n_decoder)
         decoder_ids = ids.gather(1, columns.clamp(0, ids.shape[1] - 1))  # (B, n_decoder)
-        decoder_ids[:, 0] = self.start  # in the place of the prompt's last token
+        decoder_ids[:, 0] = self.start  # replaces the prompt's last token
         return encoder_ids, encoder_mask.long(), decoder_ids
 
     def prefill_rows(
@@ -142,7 +142,7 @@ class Seq2SeqBackbone(Backbone):
     ) -> tuple[Tensor, Tensor]:
         """Return hidden states (B, H) and logits (B, V) after one more token of each row, (B, 1)."""
         # With cached keys and values of the prompt (`EncoderDecoderCache.is_updated`), cross-attention ignores the
-        # encoder's output (`modeling_bart.BartAttention.forward`): only its shape is used, for the mask.
+        # encoder's output (`modeling_bart.BartAttention.forward`): only the output's shape is used, for the mask.
         shape = (*encoder_mask.shape, self.model.config.d_model)
         hidden = torch.zeros((), device=ids.device, dtype=self.model.dtype).expand(shape)
         states = self._decode(ids, hidden, encoder_mask, mask, position_ids, cache)[:, 0]  # (B, H)
@@ -174,7 +174,7 @@ class Seq2SeqBackbone(Backbone):
 
     @contextmanager
     def _at(self, position_ids: Tensor | None) -> Iterator[None]:
-        """Within it, a decoder with absolute positions takes them from (B, T), row by row.
+        """Give a decoder with absolute positions those of `position_ids`, (B, T), inside; None leaves it alone.
 
         transformers' `modeling_bart.BartDecoder.forward` takes no `position_ids`: it counts columns, the same for all
         rows, and passes (T,) to its position embedding, an `nn.Embedding` that is a direct child of the decoder. Hooks
@@ -198,20 +198,20 @@ class Seq2SeqBackbone(Backbone):
                     stack.enter_context(child.register_forward_hook(unsqueeze))
             yield
 
-    def probe_places(self) -> tuple[Any, ...]:
-        """Return the arguments of `read` for a prompt of `PROBE_LENGTH` tokens and one token fewer after it."""
+    def probe_inputs(self) -> tuple[Any, ...]:
+        """Return the arguments of `read` for one row: a prompt of `PROBE_LENGTH` tokens, then one token fewer."""
         ids = torch.arange(2 * PROBE_LENGTH - 1, device=self.device)[None] % self.vocab_size  # (1, T)
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         return ids, zero, zero + ids.shape[1] - 1, zero + PROBE_LENGTH
 
     def _full_logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
-        """Return the logits (1, V) after the last token, by the whole model."""
+        """Return the logits (1, V) after the last token, computed by the whole model."""
         encoder_ids, _, decoder_ids = self.split(ids, inputs[-1], PROBE_LENGTH, PROBE_LENGTH)
         output = self.model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, use_cache=False)
         return output.logits[0, -1:, : self.vocab_size]
 
     def _decodes_like(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
-        """Return whether a padded prompt and a left-padded decoder row, read with a cache, end in the same logits."""
+        """Return whether a padded prompt and a left-padded decoder row, read with a cache, give the same logits."""
         if not self.head_is_linear:
             return False
         width, first = PROBE_LENGTH + 2, PROBE_LENGTH - 1
@@ -225,28 +225,28 @@ class Seq2SeqBackbone(Backbone):
 
 
 class Seq2SeqCache(PrefixCache):
-    """A `PrefixCache` of the decoder's tokens, with the keys and values of each row's prompt in cross-attention.
+    """A `PrefixCache` of the decoder's tokens, with the keys and values of each row's prompt for cross-attention.
 
-    A row is decoded from the cache only if its prompt ends at the same token as before, too. The prompt of a new row
-    is encoded once; its keys and values stay until the row is replaced or the weights change. They are aligned on the
+    A row is decoded from the cache only if its prompt also ends at the same token as before. The prompt of a new row is
+    encoded once; its keys and values stay until the row is replaced or the weights change. They are aligned on the
     left, in as many columns as the longest prompt has. Rows stay in order: a row's slot is its index.
 
     Args:
         backbone: The encoder-decoder.
     """
 
-    backbone: Seq2SeqBackbone  # type: ignore[assignment]  # whose `read` takes the lengths of the prompts, too
+    backbone: Seq2SeqBackbone  # type: ignore[assignment]  # its `read` also takes the lengths of the prompts
 
     def drop(self) -> None:
         """Forget all rows and prompts."""
         super().drop()
-        self.prompt_layers: list[ColumnLayer] = []  # cross-attention's, one a layer
+        self.prompt_layers: list[ColumnLayer] = []  # of cross-attention, one per layer of the decoder
         self.n_prompt: Tensor | None = None  # (B,) of the last read
 
     def _read(self, ids: Tensor, lengths: Tensor, n_prompt: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         known = self._grew_by_one(ids, lengths, n_prompt)
-        since = lengths - n_prompt  # (B,): the decoder has one token more, the start token
-        # The only synchronisation with the device in a step.
+        since = lengths - n_prompt  # (B,) tokens after the prompt; the decoder also has the start token
+        # Stacked, (3, B), for a single synchronisation with the device in a step.
         is_known, counts, prompts = torch.stack([known.long(), since, n_prompt]).tolist()
         fresh = [row for row, is_old in enumerate(is_known) if not is_old]
         if not any(is_known):
@@ -259,7 +259,7 @@ class Seq2SeqCache(PrefixCache):
         width = max(*prompts, 1)
         for layer in self.prompt_layers:
             layer.keys, layer.values = (buffer[:, :, :width] for buffer in layer.buffers)  # (B, heads, width, size)
-        # (B, 1): the newest token of each row, or the start token where there is none since the prompt.
+        # (B, 1): the newest token of each row, or the start token if there is none after the prompt.
         last = ids.gather(1, (lengths[:, None] - 1).clamp(min=0)).masked_fill(since[:, None] == 0, self.backbone.start)
         columns = torch.arange(self.columns + 1, device=ids.device)
         mask = columns >= self.columns - since[:, None]  # (B, columns + 1)
@@ -285,8 +285,9 @@ class Seq2SeqCache(PrefixCache):
     def _fill(self, ids: Tensor, since: Tensor, n_prompt: Tensor, rows: Tensor, width: int, n_since: int) -> None:
         """Encode the prompts of some rows, read all but the last of their decoder tokens, and write keys and values."""
         encoder_ids, encoder_mask, decoder_ids = self.backbone.split(ids[rows], n_prompt[rows], width, n_since + 1)
-        n_read = max(n_since, 1)  # cross-attention computes the prompt's keys only with a decoder token, if the first
-        # The decoder token that each column holds, negative in padding.
+        # At least 1: cross-attention computes the prompt's keys and values only when the decoder reads a token.
+        n_read = max(n_since, 1)
+        # The index of the decoder token that each column holds; negative in padding.
         source = torch.arange(n_read, device=ids.device) - (n_read - since[rows, None].clamp(min=1))  # (R, n_read)
         positions = source.clamp(min=0)
         states = self.backbone.prefill_rows(

@@ -1,4 +1,4 @@
-"""Batches of whole sequences with the positions at which the policy acted: an update reads each in one forward."""
+"""Batches of whole sequences with the positions at which the policy acted; one forward reads a sequence."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from .observations import prompt_lengths, unpack_observations
 from .token_sets import AllowedTokens
 
-MIN_BUCKET_TOKENS = 512  # in fewer tokens, a forward more costs more time than the padding that it saves
-MAX_PADDING = 0.25  # the largest share of padding in a group of similar lengths, where it has more tokens than that
+MIN_BUCKET_TOKENS = 512  # for fewer tokens, a forward of their own takes longer than the padding that it avoids
+MAX_PADDING = 0.25  # the largest share of padding in a group of more than `MIN_BUCKET_TOKENS` tokens
 
 
 def pad_sequences(sequences: list[np.ndarray], device: torch.device | str) -> tuple[Tensor, np.ndarray]:
@@ -26,35 +26,36 @@ def pad_sequences(sequences: list[np.ndarray], device: torch.device | str) -> tu
 
 
 class Chunk(NamedTuple):
-    """The sequences of a batch that are read in one forward, and the transitions in them."""
+    """Some sequences of a batch, which one forward reads, and the transitions in them."""
 
     ids: Tensor  # (S, T), padded on the right
     rows: Tensor  # (N,): the sequence of each transition, by its row in `ids`
     cols: Tensor  # (N,): the column after which each transition acted
     transitions: np.ndarray  # (N,): the index of each transition in the batch
     allowed: AllowedTokens | None = None  # the tokens that each transition could sample
-    n_prompt: Tensor | None = None  # (S,): how many tokens of each sequence are the prompt's
+    n_prompt: Tensor | None = None  # (S,): the number of prompt tokens of each sequence
 
 
 class SequenceBatch:
-    """Sequences and the transitions in them; it takes the place of `observations` in Stable-Baselines3's samples.
+    """Sequences and the transitions in them, in place of `observations` in Stable-Baselines3's samples.
 
-    SB3's `ppo.PPO.train` and its like pass `rollout_data.observations` to `policy.evaluate_actions` without looking
-    inside. sb3-contrib's TRPO slices it: `batch[::2]` keeps every other transition.
+    SB3 `ppo.PPO.train` and `a2c.A2C.train` pass `rollout_data.observations` to `policy.evaluate_actions` without
+    looking inside. sb3-contrib's TRPO slices it: `batch[::2]` keeps every other transition.
 
     Args:
         tokens: (S, T), padded on the right.
-        lengths: How many tokens of each sequence are real, (S,), on the host.
+        lengths: The number of tokens of each sequence, without padding, (S,), on the host.
         rows: The sequence of each transition, (N,), on the host.
         cols: The column after which each transition acted, where its logits and value are read, (N,), on the host.
         micro_batch_tokens: The most tokens of one forward, padding included; None sets no bound. With a bound the
-            backward repeats each forward, which halves the memory and changes nothing else.
-        allowed: The tokens that each transition could sample; None where all could be.
-        n_prompt: How many tokens of each sequence are the prompt's, (S,), on the host; an encoder-decoder needs it.
+            backward repeats each forward: less memory, and the same gradient.
+        allowed: The tokens that each transition could sample; None for all tokens.
+        n_prompt: The number of prompt tokens of each sequence, (S,), on the host; an encoder-decoder needs it.
 
     Attributes:
-        share: The weight of a minibatch's losses where several processes train (see `SharedGradient`), else None.
-        old_log_probs: The log-probabilities that the actions were sampled with, (N,), where several processes train.
+        share: The weight of a minibatch's losses if several processes train (see `SharedGradient`), else None.
+        old_log_probs: The log-probabilities with which the actions were sampled, (N,), in nats; set together with
+            `share`.
 
     Example:
         >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 0]])
@@ -86,10 +87,10 @@ class SequenceBatch:
 
     @classmethod
     def from_observations(cls, observations: Tensor) -> SequenceBatch:
-        """Return a batch of one transition for each observation, (B, L): how samples of SB3's own buffer are read."""
+        """Return a batch of one transition for each observation, (B, L), for the samples of SB3's own buffer."""
         ids, lengths = unpack_observations(observations)
         counts = lengths.cpu().numpy()
-        rows, cols = np.arange(len(counts)), np.maximum(counts - 1, 0)
+        rows, cols = np.arange(len(counts)), np.maximum(counts - 1, 0)  # 0: an empty row is read, and nobody uses it
         n_prompt = prompt_lengths(observations).cpu().numpy()
         return cls(ids[:, : max(counts.max(), 1)], counts, rows, cols, n_prompt=n_prompt)
 
@@ -104,7 +105,7 @@ class SequenceBatch:
         return SequenceBatch(self.tokens, self.lengths, rows, cols, self.micro_batch_tokens, allowed, self.n_prompt)
 
     def of_sequences(self, sequences: np.ndarray) -> tuple[SequenceBatch, np.ndarray]:
-        """Return a batch of some sequences, and the indices of their transitions in this batch, (n,).
+        """Return a smaller batch of some sequences, and the indices of their transitions in this one, (n,).
 
         Args:
             sequences: The indices of the sequences, (s,), in ascending order.
@@ -120,7 +121,7 @@ class SequenceBatch:
         """Yield the batch in chunks of similar length, so that little padding is read.
 
         Args:
-            most_tokens: The most tokens of a chunk, padding included, where that is less than `micro_batch_tokens`.
+            most_tokens: A further bound on the tokens of a chunk, padding included; the smaller of the two holds.
         """
         device = self.tokens.device
         bounds = [bound for bound in (self.micro_batch_tokens, most_tokens) if bound is not None]
@@ -145,7 +146,7 @@ def bucket_by_length(lengths: np.ndarray, max_tokens: int | None = None) -> Iter
     """Yield the indices of sequences in groups of similar length, the longest first.
 
     Args:
-        lengths: Tokens of each sequence, (S,).
+        lengths: The number of tokens of each sequence, (S,).
         max_tokens: The most tokens of a group, padding included; a longer sequence is a group by itself. None sets no
             bound.
 

@@ -1,10 +1,10 @@
-"""The layout of a decoding step: rows of similar length side by side, attention computed a group at a time.
+"""The layout of a decoding step: rows of similar length side by side, attention computed one group at a time.
 
-Rows in one buffer, aligned on the right, are as wide as the longest of them, and attention of one query reads all of
-it, masked or not. Where lanes are refilled as they end, about half of what is read is masked. So rows are kept in a few
-groups by length, and attention is computed group by group. A new row also brings its prompt: those tokens go through
-the same forward as the newest tokens of the other rows, as in continuous batching (Yu et al., 2022, "Orca", section
-3.2: only attention has to know which row a token belongs to).
+Rows in one buffer, aligned on the right, are as wide as the longest row, and the attention of one query reads the whole
+width, masked or not. With lanes that are refilled as they end, about half of that is masked. So rows are kept in a few
+groups by length, and attention is computed group by group. The tokens of a new row's prompt go through the same forward
+as the newest tokens of the other rows, as in continuous batching (Yu et al., 2022, "Orca", section 3.2: only attention
+has to know which row a token belongs to).
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-N_GROUPS = 4  # a call of attention each: with more, the calls cost more than the columns that they save
-DISORDER = 1.2  # rows move once attention reads more than this times the columns that it would read in perfect order
-GROUPS_PAY = 0.75  # groups are used only where they read at most this share of the columns of one group of all rows
-NAME = "sdpa_by_row"  # under which transformers knows this attention
+N_GROUPS = 4  # each group takes one call of attention: more calls cost more than the columns that they save
+DISORDER = 1.2  # rows move once attention reads more columns than this factor times those of a perfect order
+GROUPS_PAY = 0.75  # groups are used only if they read at most this share of the columns of one group of all rows
+NAME = "sdpa_by_row"  # the name of this attention in transformers' registries
 
 
 class Group(NamedTuple):
-    """Rows in neighbouring slots, and how many columns, on the right, the longest of them has."""
+    """Rows in neighbouring slots, and the number of columns, on the right, of the longest of them."""
 
     rows: slice
     n_columns: int
 
 
 class NewRow(NamedTuple):
-    """A row that is read from its first token on in this step."""
+    """A row that this step reads from its first token on."""
 
-    slot: int  # its index in the cache's buffers
-    tokens: slice  # where its tokens but the last are in the batch
+    slot: int  # the row's index in the cache's buffers
+    tokens: slice  # the part of the batch that holds the row's tokens, except for the last one
 
 
 class StepLayout(NamedTuple):
     """The layout of a batch (B + P, 1): the newest token of each of B rows, then the P earlier tokens of new rows."""
 
     n_rows: int  # B
-    groups: Sequence[Group]  # of the B rows, in the order of their slots
+    groups: Sequence[Group]  # the B rows, in the order of their slots
     new_rows: Sequence[NewRow] = ()
 
 
-# `ColumnLayer.update` and `_attend` run inside the model, whose arguments have no room for a layout.
+# `ColumnLayer.update` and `_attend` are called by the model, which has no argument to pass a layout through.
 _layout: ContextVar[StepLayout | None] = ContextVar("layout", default=None)
 
 
@@ -60,7 +60,7 @@ def current_layout() -> StepLayout | None:
 
 @contextmanager
 def laid_out(layout: StepLayout) -> Iterator[None]:
-    """Within it, the forwards of a model are a decoding step of this layout."""
+    """Run a model's forwards inside as decoding steps of this layout."""
     token = _layout.set(layout)
     try:
         yield
@@ -69,14 +69,14 @@ def laid_out(layout: StepLayout) -> Iterator[None]:
 
 
 def sort_into_groups(slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return a slot for each row, (B,), such that the longest rows are in the first group, the next in the second, ...
+    """Return a slot for each row, (B,): the longest rows are in the first group, the next longest in the second, ...
 
     The slots are divided into `N_GROUPS` groups of neighbours. A row moves only if its length puts it into another
     group, and no row moves while attention reads at most `DISORDER` times the columns of perfect order.
 
     Args:
         slots: The slot of each row, a permutation, (B,).
-        lengths: The tokens of each row, (B,).
+        lengths: The number of tokens of each row, (B,).
 
     Example:
         >>> sort_into_groups(np.arange(8), np.array([9, 1, 9, 1, 9, 1, 9, 1]))  # the long ones first
@@ -92,17 +92,18 @@ def sort_into_groups(slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     result = slots.copy()
     free = np.setdiff1d(np.arange(len(slots)), slots[stays])  # ascending, so ordered by group
     movers = np.flatnonzero(~stays)
-    result[movers[np.argsort(target[movers], kind="stable")]] = free  # as many are free in a group as move there
+    # A group has as many free slots as rows move to it.
+    result[movers[np.argsort(target[movers], kind="stable")]] = free
     return result
 
 
 def column_groups(slots: np.ndarray, lengths: np.ndarray, n_columns: int) -> tuple[Group, ...]:
-    """Return the groups of a step, in the order of their slots; a single group where several would save little.
+    """Return the groups of a step, in the order of their slots; a single group if several would save little.
 
     Args:
         slots: The slot of each row, a permutation, (B,).
-        lengths: The tokens of each row, the newest included, (B,).
-        n_columns: The columns in use.
+        lengths: The number of tokens of each row, the newest included, (B,).
+        n_columns: The number of columns in use.
 
     Example:
         >>> column_groups(np.arange(4), np.array([20, 4, 4, 2]), n_columns=20)[:2]
@@ -131,9 +132,9 @@ def _group_size(n_rows: int) -> int:
 
 
 def attends_by_row(config: PreTrainedConfig) -> bool:
-    """Return whether a model's attention can be computed by the layout: PyTorch's SDPA, over all earlier tokens.
+    """Return whether a model's attention can follow a layout: PyTorch's SDPA, over all earlier tokens.
 
-    Attention with a sliding window or in chunks needs the mask that the model makes of whole rows.
+    Attention with a sliding window or in chunks needs the mask that the model makes for whole rows.
     """
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return config._attn_implementation == "sdpa" and all(window is None for window in windows)
@@ -141,14 +142,15 @@ def attends_by_row(config: PreTrainedConfig) -> bool:
 
 @contextmanager
 def attention_by_row(config: PreTrainedConfig) -> Iterator[None]:
-    """Within it, a model whose attention is PyTorch's `scaled_dot_product_attention` computes it by the step's layout.
+    """Have a model that attends by PyTorch's `scaled_dot_product_attention` follow the step's layout inside.
 
     Outside a step, and for other implementations of attention, nothing changes.
     """
     if current_layout() is None or config._attn_implementation != "sdpa":
         yield
         return
-    # Attention of transformers is looked up by this name in each forward, as in `modeling_gpt2.GPT2Attention.forward`.
+    # transformers looks its attention up by this name in each forward, for instance in
+    # `modeling_gpt2.GPT2Attention.forward`.
     config._attn_implementation = NAME
     try:
         yield
@@ -173,7 +175,7 @@ def _attend(
         (B + P, 1, heads, size), and None for the attention weights, as transformers' models expect.
     """
     layout = current_layout()
-    assert layout is not None, "its name is set only within a step"
+    assert layout is not None, "`attention_by_row` sets this attention only within a step"
     if kwargs.get("position_bias") is not None:  # MPT's ALiBi, T5's relative positions: (B, heads, 1, columns)
         if layout.new_rows:
             raise NotImplementedError("a bias of positions belongs to rows, not to tokens")
@@ -185,7 +187,7 @@ def _attend(
             sdpa_attention_forward(module, query[rows], key[rows, :, -n:], value[rows, :, -n:], mask, **kwargs)[0]
         )
     for slot, tokens in layout.new_rows:
-        # The row's last column holds its newest token, which is among the B above; the earlier ones are before it.
+        # The row's last column holds its newest token, which is among the B above; its earlier tokens end before it.
         row, earlier = slice(slot, slot + 1), slice(-1 - (tokens.stop - tokens.start), -1)
         own = query[tokens].transpose(0, 2)  # (1, heads, tokens, size)
         # Without a mask, several queries attend causally (`is_causal` in `sdpa_attention_forward`).

@@ -1,4 +1,4 @@
-"""The allowed tokens of each transition: every distinct set is kept once, as bits or as ids, whichever is smaller."""
+"""The allowed tokens of each transition: every distinct set is stored once, as bits or ids, whichever is smaller."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class TokenSets:
-    """Distinct sets of tokens, each under a number; a transition keeps the number of its set.
+    """A store of numbered, distinct sets of tokens; a transition keeps the number of its set.
 
-    A set takes V / 8 bytes as bits, or 4 bytes a token as ids. Set 0 is the whole vocabulary.
+    A set takes V / 8 bytes as bits, or 4 bytes per token as ids. Set 0 is the whole vocabulary.
 
     Args:
         vocab_size: V, the number of tokens.
@@ -29,18 +29,18 @@ class TokenSets:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.sets: list[np.ndarray] = []  # (V / 8,) uint8 of bits, or (n,) int32 of ids
-        self._numbers: dict[bytes, int] = {}  # by the bytes of the array in `sets`, which is a view of its key
+        self.sets: list[np.ndarray] = []  # by number: bits, (V / 8,) uint8, or ids, (n,) int32
+        self._numbers: dict[bytes, int] = {}  # by the bytes of a set's array; the array is a view of this key
         self.add(np.ones((1, vocab_size), dtype=bool))
 
     def add(self, allowed: np.ndarray) -> np.ndarray:
-        """Keep the sets, (B, V) bool; return their numbers, (B,) int32."""
+        """Store the sets, (B, V) bool; return their numbers, (B,) int32."""
         bits = np.packbits(allowed, axis=1)  # (B, ceil(V / 8))
         return np.array([self._number(row, flags) for row, flags in zip(bits, allowed, strict=True)], dtype=np.int32)
 
     def _number(self, bits: np.ndarray, allowed: np.ndarray) -> int:
         is_small = 4 * np.count_nonzero(allowed) < bits.nbytes
-        # No key of ids equals one of bits: it is always shorter.
+        # A key of ids never equals a key of bits, since it is always shorter.
         key = np.flatnonzero(allowed).astype(np.int32).tobytes() if is_small else bits.tobytes()
         if key not in self._numbers:
             self._numbers[key] = len(self.sets)
@@ -48,7 +48,7 @@ class TokenSets:
         return self._numbers[key]
 
     def only(self, numbers: Sequence[np.ndarray]) -> TokenSets:
-        """Return the sets with these numbers, numbered anew, and write the new numbers into the arrays."""
+        """Return a store of the sets with these numbers alone, and write their new numbers into the arrays."""
         used, kept = _used(numbers), TokenSets(self.vocab_size)
         new_number = {int(number): i for i, number in enumerate(used)}
         kept.sets = [self.sets[number] for number in used]
@@ -71,7 +71,7 @@ class TokenSets:
     def state_dict(self, numbers: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """Return the sets with these numbers, for a checkpoint: the numbers, (n,), and the sets as bits, (n, V / 8)."""
         used = _used(numbers)
-        # One at a time: all of them dense would be (n, V).
+        # One set at a time: all at once would be (n, V) bool.
         bits = [np.packbits(self.dense(used[i : i + 1]), axis=1) for i in range(len(used))]
         return {"numbers": torch.as_tensor(used), "bits": torch.as_tensor(np.concatenate(bits))}
 
@@ -79,7 +79,7 @@ class TokenSets:
         """Replace all sets by those of `state_dict`, under the same numbers."""
         self.sets, self._numbers = [], {}
         for number, bits in zip(tensors["numbers"].tolist(), tensors["bits"].numpy(), strict=True):
-            self.sets += [np.zeros(0, dtype=np.int32)] * (number - len(self.sets))  # numbers that nothing uses
+            self.sets += [np.zeros(0, dtype=np.int32)] * (number - len(self.sets))  # stand for numbers that are unused
             self._number(bits, np.unpackbits(bits, count=self.vocab_size).astype(bool))
 
 

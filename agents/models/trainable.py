@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from textenv.checks.extras import needs
 
-ADAPTER = "default"  # the name that peft gives an adapter which nobody names
+ADAPTER = "default"  # the usual name of an adapter in peft (`mapping.inject_adapter_in_model`)
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LastLayers:
     """Train the last `n` transformer layers; embeddings, the layers below, the final norm and the head stay frozen.
 
     Args:
-        n: How many layers; at most as many as the model has.
+        n: The number of layers, at most all of the model's.
 
     Raises:
         ValueError: If `n` is not positive.
@@ -50,8 +50,8 @@ class LoRA:
     Args:
         r: The rank of A and B.
         alpha: The numerator of the scale alpha / r.
-        target_modules: How the names of the linear layers end that get an adapter, as `["q_proj", "v_proj"]`; by
-            default all of them but the head (Dettmers et al., 2023, section 4).
+        target_modules: The endings of the names of the linear layers that get an adapter, such as
+            `["q_proj", "v_proj"]`; by default all linear layers but the head (Dettmers et al., 2023, section 4).
 
     Raises:
         ImportError: When built without peft.
@@ -75,8 +75,8 @@ def set_trainable(model: PreTrainedModel, train: Trainable | None) -> None:
 
     Args:
         model: The language model; changed in place.
-        train: What to train. "head" is the output embedding, and where the two are tied, the input embedding with it:
-            they are one tensor. None freezes everything.
+        train: The part to train. "head" is the output embedding; if the input embedding is tied to it, both are one
+            tensor and are trained. None freezes everything.
 
     Raises:
         ValueError: If `train` is anything else, or the model has fewer layers than `LastLayers` asks for.
@@ -117,7 +117,7 @@ def is_placed(model: PreTrainedModel) -> bool:
 
 
 def check_in_memory(model: PreTrainedModel) -> None:
-    """Raise ValueError where a device map has offloaded a weight that is trained: no optimizer would reach it."""
+    """Raise ValueError if a device map has offloaded a weight that is trained: no optimizer would reach it."""
     # accelerate's `AlignDevicesHook` leaves an offloaded weight on the "meta" device, which holds no data.
     away = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.is_meta]
     if away:
@@ -147,21 +147,21 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Return whether activation checkpointing is on: in training mode such layers then drop cached keys and values.
+    """Return whether activation checkpointing is on: in training mode the layers then ignore cached keys and values.
 
-    transformers' `modeling_layers.GradientCheckpointingLayer` replaces `past_key_values` by None there.
+    `modeling_layers.GradientCheckpointingLayer` of transformers replaces `past_key_values` by None.
     """
     return any(layer.gradient_checkpointing for layer in transformer_layers(model))
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the modules that have an adapter, by name; none where the model has no LoRA."""
+    """Return the modules that have an adapter, by name; none if the model has no LoRA."""
     return {name: module for name, module in model.named_modules() if "lora_A" in dict(module.named_children())}
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it, the model computes without its adapters: as it was before any training."""
+    """Have the model compute without its adapters inside: as before any training."""
     layers = adapted_layers(model).values()
     for layer in layers:
         layer.enable_adapters(False)

@@ -1,4 +1,4 @@
-"""The language model as actor and critic: backbone, value head, sampling and caches, without SB3."""
+"""The language model as actor and critic: backbone, critic, sampling and caches, without SB3."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     actions: Tensor  # (B,) int64
     values: Tensor  # (B,) in units of reward
     log_probs: Tensor  # (B,) in nats
-    allowed: Tensor | None  # (B, V) bool: the tokens that were sampled from; None where all of them were
+    allowed: Tensor | None  # (B, V) bool: the tokens that could be sampled; None for all tokens
 
 
 class LMActorCritic(SequenceScorer):
@@ -42,14 +42,14 @@ class LMActorCritic(SequenceScorer):
     Args:
         backbone: The language model: a `Backbone`, or another module with the members of `LanguageModel`.
         critic: Maps the backbone's hidden states (N, H) to values (N,), or has a trunk of its own (`TrunkCritic`).
-        sampling: How logits become the distribution over the next token, in sampling and scoring.
+        sampling: The settings by which logits become the distribution over the next token.
         autocast: "bfloat16" or "float16" runs the model in that type; weights, softmax and values stay float32.
-        cache: Whether decoding reuses keys and values: the result is the same, and takes less time.
+        cache: Whether decoding reuses keys and values: the same result in less time.
         value_norm: "norm" or "popart": the critic predicts returns in units of their deviation; see `ValueNorm`.
 
     Attributes:
-        most_tokens: The most tokens that an update reads at a time, after an out-of-memory error; None before one.
-        shards: The weights where they are spread over processes, else None.
+        most_tokens: The most tokens that an update reads in one forward, set by an out-of-memory error; None before.
+        shards: The weights if they are spread over processes, else None.
 
     Raises:
         ValueError: For an unknown `autocast`, or `value_norm` with a critic that does not end in a `ValueHead`.
@@ -94,24 +94,25 @@ class LMActorCritic(SequenceScorer):
             self.lagged.drop_caches()
 
     def begin_update(self) -> None:
-        """Count an update, for the lagged copy."""
+        """Count an update that begins, for the lagged copy."""
         if self.lagged is not None:
             self.lagged.count_update(self.backbone)
 
     def defer_values(self) -> None:
-        """Return zeros as values of steps from now on, where the critic has a trunk of its own.
+        """Have `act` return zeros as values from now on, if the critic has a trunk of its own.
 
-        A buffer that has whole sequences valued at the end of the rollout, in one forward each, asks for it.
+        `SequenceRolloutBuffer` calls it, and computes the values of whole sequences when the rollout ends, in one
+        forward each.
         """
         self._defers_values = isinstance(self.critic, TrunkCritic)
 
     def settle_values(self) -> bool:
-        """Value each step again; return whether the steps since `defer_values` have zeros in place of values."""
+        """Have `act` compute values again; return whether the steps so far have zeros in place of values."""
         was_deferred, self._defers_values = self._defers_values, False
         return was_deferred
 
     def _apply(self, fn: Any, recurse: bool = True) -> LMActorCritic:
-        """Move or cast the weights and drop all cached keys and values. Shards stay where they are."""
+        """Move or cast the weights, unless they are sharded, and drop all cached keys and values."""
         self.drop_caches()
         return self if self.shards is not None else super()._apply(fn, recurse)
 
@@ -132,11 +133,11 @@ class LMActorCritic(SequenceScorer):
 
         Args:
             observations: (B, L); see `TextEnv`.
-            deterministic: Take the most probable token.
-            generator: The source of the randomness; None for torch's own.
+            deterministic: Whether to take the most probable token.
+            generator: The source of the randomness; None for torch's own generator.
             cache: `rollout_cache`, `predict_cache` or None for a full forward.
             allowed: The env's mask, (B, V) bool; None allows all.
-            with_values: False saves the forward of a critic with a trunk of its own, whose values are then zeros.
+            with_values: Whether a critic with a trunk of its own is run; if not, its values are zeros.
         """
         row = self._unpack(observations)
         ids, lengths = row[:2]  # (B, L - 1), (B,)
@@ -167,8 +168,8 @@ class LMActorCritic(SequenceScorer):
         row = self._unpack(observations)
         if isinstance(self.critic, TrunkCritic):
             return self._trunk_values(*row[:2])
-        # The last observations of a rollout continue rows of its cache. Terminal ones are rows of their own, and would
-        # evict those from it.
+        # The last observations of a rollout continue the rows in its cache. Terminal observations belong to other rows:
+        # read by the cache, they would evict the lanes' rows.
         cache = self.rollout_cache
         if cache is not None and not (self.use_cache and cache.has_rows_of(*row)):
             cache = None
@@ -180,14 +181,14 @@ class LMActorCritic(SequenceScorer):
         return self.in_reward_units(self._critic_outputs(None, ids[:, : int(lengths.max())], rows, lengths - 1))
 
     def _critic_outputs(self, hidden: Tensor | None, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """Return the critic's outputs, (N,), given the backbone's hidden states (N, H) at (rows, cols) of ids."""
+        """Return the critic's outputs (N,) at (rows, cols) of ids, given the backbone's hidden states (N, H) there."""
         if isinstance(self.critic, TrunkCritic):
             with self._precision():
                 hidden = self.critic.read(ids, rows, cols)
         return self.critic(hidden)
 
     def in_reward_units(self, outputs: Tensor) -> Tensor:
-        """Return the critic's outputs in units of reward; without `value_norm` they are in those already."""
+        """Return the critic's outputs in units of reward: without `value_norm`, unchanged."""
         return outputs if self.value_norm is None else self.value_norm.denormalize(outputs)
 
     def _unpack(self, observations: Tensor) -> tuple[Tensor, ...]:
@@ -199,7 +200,7 @@ class LMActorCritic(SequenceScorer):
         self, backbone: LanguageModel, row: tuple[Tensor, ...], cache: RowCache | None
     ) -> tuple[Tensor, Tensor]:
         with self._precision():
-            # Caches write keys and values in place, through which there is no backward pass.
+            # Caches write keys and values in place, which autograd cannot differentiate.
             if cache is not None and self.use_cache and backbone.takes_cache and not torch.is_grad_enabled():
                 return cache.read(*row)
             ids, lengths, *n_prompt = row
@@ -208,7 +209,7 @@ class LMActorCritic(SequenceScorer):
             return backbone(ids[:, : int(lengths.max())], rows, lengths - 1, *n_prompt)
 
     def _read_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        """Return hidden states (n, H) at a chunk's transitions, and logits (n, V) where they are needed besides."""
+        """Return hidden states (n, H) at a chunk's transitions, and logits (n, V) if they do not follow from these."""
         inputs: tuple[Any, ...] = (chunk.ids, chunk.rows, chunk.cols)
         if self.backbone.is_encoder_decoder:
             if chunk.n_prompt is None:
@@ -218,15 +219,15 @@ class LMActorCritic(SequenceScorer):
             return self.backbone.read(*inputs)
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score actions under the current weights, in one forward a sequence.
+        """Score actions under the current weights; one forward reads a sequence with all its transitions.
 
         Args:
             batch: Sequences with N transitions.
             actions: The tokens taken, (N,).
 
         Returns:
-            Outputs of the critic (values, without `value_norm`), log-probabilities and entropies (both in nats), (N,)
-            float32 each. Where gradients are on, they can be differentiated once; see `evaluate_in_memory`.
+            Outputs of the critic (values, unless there is a `value_norm`), log-probabilities and entropies (both in
+            nats), (N,) float32 each. With gradients on, they can be differentiated once; see `evaluate_in_memory`.
         """
         if torch.is_grad_enabled():
             values, log_probs, entropies = evaluate_in_memory(self, batch, actions)
@@ -236,13 +237,13 @@ class LMActorCritic(SequenceScorer):
     def evaluate_parts(
         self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score actions as `evaluate` does, without its answer to out-of-memory errors.
+        """Score actions as `evaluate` does, but let out-of-memory errors through.
 
         Args:
             batch: Sequences with N transitions.
             actions: The tokens taken, (N,).
-            n_forwards: The number of forwards to run where each needs all processes, at least the number of parts.
-                With `micro_batch_tokens` each forward is run again in the backward pass.
+            n_forwards: The number of forwards to run, at least that of the batch's chunks: with sharded weights all
+                processes must run equally many. With `micro_batch_tokens` the backward pass then repeats each forward.
         """
         evaluate, parts, order = self.evaluate_chunk, [], []
         if n_forwards is not None and batch.micro_batch_tokens is not None:
@@ -255,23 +256,23 @@ class LMActorCritic(SequenceScorer):
         for _ in range(len(parts), n_forwards or 0):
             first, indices = batch.of_sequences(np.zeros(1, dtype=np.int64))
             results = evaluate(next(first.chunks()), actions[torch.as_tensor(indices, device=actions.device)])
-            # Adds 0, and keeps this process in the other processes' collective backward.
+            # Adds 0: keeps this process in the other processes' collective backward.
             values = values + 0.0 * torch.cat(results).sum()
         return values, log_probs, entropies
 
     def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score the actions of a part of a batch, (n,), in one forward; results as those of `evaluate`, (n,) each."""
+        """Score the actions of a chunk, (n,), in one forward; return the results of `evaluate`, (n,) each."""
         hidden, logits = self._read_chunk(chunk)
         outputs = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
         return outputs, *self._score(hidden, logits, actions, chunk)
 
     def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and entropies, (n,) each; of many transitions the logits are never held at once."""
+        """Return log-probabilities and entropies, (n,) each; the logits of many transitions are never held at once."""
         parts = self._parts(len(hidden))
         if logits is not None or len(parts) == 1:
             return self._score_part(hidden, logits, actions, chunk, slice(None))
         scores = [
-            # The backward computes logits again: one more forward of the head, in place of several (n, V) tensors.
+            # The backward computes the logits again: a second forward of the head saves several (n, V) tensors.
             checkpoint(self._score_part, hidden, None, actions, chunk, part, use_reentrant=False)
             for part in parts
         ]
@@ -279,7 +280,7 @@ class LMActorCritic(SequenceScorer):
         return log_probs, entropies
 
     def _parts(self, n: int) -> list[slice]:
-        """Return n transitions as slices, whose logits have no more than `MAX_LOGITS` numbers each."""
+        """Split n transitions into slices whose logits have no more than `MAX_LOGITS` numbers each."""
         size = max(1, MAX_LOGITS // self.backbone.vocab_size)
         return [slice(start, start + size) for start in range(0, n, size)]
 
@@ -292,7 +293,7 @@ class LMActorCritic(SequenceScorer):
     def _adjusted(
         self, hidden: Tensor, logits: Tensor | None, chunk: Chunk, part: slice
     ) -> tuple[Tensor, Tensor | None]:
-        """Return adjusted logits (m, V) of a part of a chunk's transitions, and the tokens they were sampled from."""
+        """Return adjusted logits (m, V) of some of a chunk's transitions, and the tokens that they could sample."""
         if self.sampling.has_support and chunk.allowed is None:
             raise ValueError(
                 "Expected to know which tokens were sampled from (top_k, top_p, min_p), got transitions without: train "
@@ -305,7 +306,7 @@ class LMActorCritic(SequenceScorer):
         return adjusted, None if chunk.allowed is None else chunk.allowed[part].dense(adjusted.device)
 
     def log_probs(self, batch: SequenceBatch, actions: Tensor) -> Tensor:
-        """Return the log-probabilities of actions (N,), in nats, as a reference model is asked for them."""
+        """Return the log-probabilities of actions (N,), in nats, without values: the scores of a reference model."""
         result = actions.new_zeros(len(actions), dtype=torch.float32)
         for chunk in batch.chunks(self.most_tokens):
             indices = torch.as_tensor(chunk.transitions, device=actions.device)
@@ -314,7 +315,7 @@ class LMActorCritic(SequenceScorer):
         return result
 
     def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
-        """Yield the log-probabilities of all tokens at a chunk's transitions, (m, V) for a part of them at a time."""
+        """Yield the log-probabilities of all tokens at a chunk's transitions, (m, V) for m transitions at a time."""
         hidden, logits = self._read_chunk(chunk)
         for part in self._parts(len(hidden)):
             yield TokenDistribution(*self._adjusted(hidden, logits, chunk, part)).log_probabilities
@@ -329,7 +330,7 @@ class LMActorCritic(SequenceScorer):
         return TokenDistribution(torch.cat(logits)[inverse])  # (N, V)
 
     def sequence_values(self, batch: SequenceBatch) -> Tensor:
-        """Return the critic's outputs, as `evaluate` does, for all transitions of a batch, (N,)."""
+        """Return the critic's outputs at all transitions of a batch, (N,), without scoring actions."""
         values = torch.zeros(len(batch), device=batch.tokens.device)
         for chunk in batch.chunks(self.most_tokens):
             hidden = None if isinstance(self.critic, TrunkCritic) else self._read_chunk(chunk)[0]
@@ -339,7 +340,7 @@ class LMActorCritic(SequenceScorer):
 
     @property
     def autocast_dtype(self) -> torch.dtype:
-        """The type of the forwards under `autocast`."""
+        """The type of forwards with `autocast`."""
         return AUTOCAST_DTYPES.get(self.autocast or "", torch.bfloat16)
 
     def _precision(self) -> torch.autocast:
@@ -347,6 +348,6 @@ class LMActorCritic(SequenceScorer):
 
 
 def tolerance(lm: LMActorCritic) -> float:
-    """Return by how many nats two computations of the same log-probability may differ by rounding alone."""
+    """Return the largest difference in nats that rounding alone makes between two scores of the same token."""
     is_16_bit = lm.autocast is not None or any(weight.element_size() < 4 for weight in lm.backbone.parameters())
     return TOLERANCE_16_BIT if is_16_bit else TOLERANCE

@@ -25,7 +25,7 @@ from .lm_policy import LMPolicy
 class FlatBackbone(Backbone):
     """A `Backbone` whose trainable weights are views of one vector; frozen ones are buffers.
 
-    The vector is the only parameter. Before each forward, views of it are put where the modules look for their weights,
+    The vector is the only parameter. Before each forward, its views are put where the modules look for their weights,
     so that a write to the vector, or another tensor as its `data`, takes effect at once. Tied weights are in it once.
 
     Args:
@@ -38,7 +38,7 @@ class FlatBackbone(Backbone):
     """
 
     _is_flat = False  # not yet while `Backbone.__init__` checks the model
-    _in_graph = False  # whether `weights()` has put views with a graph in place
+    _in_graph = False  # whether the views now in place have a graph, which leads gradients to the vector
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__(model, vocab_size, n_positions)
@@ -82,14 +82,14 @@ class FlatBackbone(Backbone):
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """Give the modules views of the vector as weights inside, with a graph where gradients are on.
+        """Give the modules views of the vector as their weights inside, with a graph if gradients are on.
 
-        The outermost entry splits the vector once for all forwards in it, so that its backward joins the gradients of
-        the views once.
+        The outermost context splits the vector once for all forwards inside, so that the backward joins the gradients
+        of the views once.
 
         Raises:
-            ValueError: If the model uses gradient checkpointing: its second forward runs in the backward pass, outside
-                of this context, and would find no graph to the vector.
+            ValueError: If the model uses gradient checkpointing, whose second forward runs in the backward pass,
+                outside this context, and would find no graph to the vector.
         """
         if self._in_graph or not self._is_flat:
             yield
@@ -104,7 +104,8 @@ class FlatBackbone(Backbone):
         try:
             if self._in_graph:
                 self._place(self._views(self.flat))
-            # The vector has another `data`. The views keep the memory of the old one, so its address is not reused.
+            # Another tensor has become the vector's `data`. The address shows it: the views keep the old memory alive,
+            # so that its address is not reused.
             elif self.flat.data_ptr() != self._placed:
                 self._place(self._views(self.flat.detach()))
             yield
@@ -146,7 +147,7 @@ class FlatBackbone(Backbone):
 
 
 def _holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Return, for each parameter, the modules that hold it and its name there: several where it is tied."""
+    """Return the modules that hold each parameter, with its name there; a tied parameter has several."""
     holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():
@@ -158,15 +159,15 @@ def _holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]
 class FlatLMPolicy(LMPolicy):
     """A causal language model as the policy of sb3-contrib's TRPO, unmodified.
 
-    It computes as `LMPolicy` does. Trust Region Policy Optimization (Schulman et al., 2015) needs two things besides:
+    It computes as `LMPolicy` does, with two changes for Trust Region Policy Optimization (Schulman et al., 2015):
 
     * All trainable weights of the language model are one parameter. sb3-contrib `TRPO._compute_actor_grad` runs a
-      backward pass for each parameter, and skips every parameter with "value" in its name, as `query_key_value` of
-      GPT-NeoX and BLOOM has, which the value loss alone would then move. The critic's parameters stay apart: TRPO
-      trains them by `optimizer` at `learning_rate`.
-    * `get_distribution` attends with PyTorch's plain kernel: the fused ones have no second derivative.
+      backward pass for each parameter, and skips every parameter with "value" in its name, such as `query_key_value` of
+      GPT-NeoX and BLOOM, which the value loss alone would then train. The critic's parameters stay apart: TRPO trains
+      them by `optimizer` at `learning_rate`.
+    * `get_distribution` attends with PyTorch's plain kernel, since the fused kernels have no second derivative.
 
-    The critic is detached by default: TRPO discards the gradient of the value loss by the policy's weights.
+    The critic is detached by default, since TRPO discards the gradient of the value loss by the policy's weights.
 
     TRPO reads the whole rollout at once and holds its log-probabilities, (N, V); `sub_sampling_factor` lowers N.
     `LMPolicy` and this class do not load each other's files; `export` writes the same folder from both.
@@ -179,8 +180,8 @@ class FlatLMPolicy(LMPolicy):
         **kwargs: The other arguments of `LMPolicy`.
 
     Raises:
-        ValueError: As `LMPolicy`; also for an encoder-decoder, a `BackendSpec`, gradient checkpointing, `top_p_lag` and
-            several processes.
+        ValueError: As for `LMPolicy`; also for an encoder-decoder, a `BackendSpec`, gradient checkpointing, `top_p_lag`
+            and several processes.
 
     Example:
         >>> from agents import FlatLMPolicy
@@ -224,8 +225,8 @@ class FlatLMPolicy(LMPolicy):
             )
         super().__init__(observation_space, action_space, lr_schedule, critic=critic, **kwargs)
 
-    def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
-        if language_model.config.is_encoder_decoder:
+    def _backbone_class(self, model: PreTrainedModel) -> type[Backbone]:
+        if model.config.is_encoder_decoder:
             raise ValueError(
                 f"Expected a causal language model for {type(self).__name__}, got an encoder-decoder: TRPO's second "
                 "derivatives are not supported there. Use PPO."

@@ -1,4 +1,4 @@
-"""The lagged copy of the policy that chooses which tokens may be sampled: the mask of NLPO."""
+"""The lagged copy of the policy, which chooses the tokens that may be sampled: the mask of NLPO."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class LaggedCopy(nn.Module):
 
     Args:
         backbone: The language model to copy.
-        every: The number of updates after which the copy takes the weights that sampled the last rollout.
+        every: The number of updates from one renewal to the next; the copy takes the weights that sampled the last
+            rollout.
     """
 
     n_updates: Tensor
@@ -26,12 +27,12 @@ class LaggedCopy(nn.Module):
         for weight in self.backbone.parameters():
             weight.requires_grad_(False)
         self.every = every
-        self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.long))  # so that files and checkpoints keep it
         self.rollout_cache, self.predict_cache = self.backbone.new_cache(), self.backbone.new_cache()
 
     @torch.no_grad()
     def count_update(self, backbone: LanguageModel) -> None:
-        """Count an update that begins; at every `every`-th of them, copy the weights of `backbone`."""
+        """Count an update that begins; before every `every`-th update, copy the weights of `backbone`."""
         self.n_updates += 1
         if int(self.n_updates) % self.every == 0:
             for copied, weight in zip(self.backbone.parameters(), backbone.parameters(), strict=True):

@@ -21,12 +21,11 @@ from ..distributed.sharding import Sharded, Shards
 from ..distributed.world import world
 from ..models.backbone import Backbone
 from ..models.critic import CriticSpec, SharedCritic, TrunkCritic
-from ..models.interface import BackendSpec, LanguageModel
-from ..models.pretrained import LMLike, build_model
+from ..models.interface import BackendSpec
+from ..models.pretrained import LMLike, backbone_class, build_backbone
 from ..models.sampling import Sampling, TokenDistribution
-from ..models.seq2seq import Seq2SeqBackbone
 from ..models.sequences import SequenceBatch
-from ..models.trainable import Trainable, checkpoint_layers
+from ..models.trainable import Trainable
 from .actor_critic import LMActorCritic, Step
 from .optimizers import learning_rate_scales, scaled_optimizer
 from .tensor_notes import ALLOWED, READ_BY, TERMINAL, TerminalObservation, TerminalRow
@@ -36,11 +35,11 @@ NextTokens: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class ForeignBackendError(TypeError):
-    """An error: the policy's language model is no model of transformers, which is needed here."""
+    """The error of code that needs a model of transformers when the policy has another language model."""
 
 
 class LMPolicy(ActorCriticPolicy):
-    """A language model, causal or encoder-decoder, as the policy of PPO, A2C and the like, unmodified.
+    """A language model, causal or encoder-decoder, as the policy of the unmodified PPO or A2C of Stable-Baselines3.
 
     The observation is the prompt and the tokens so far, (L,) (see `textenv.TextEnv`); the action is the next token. In
     a rollout the policy decodes with cached keys and values; in the update it reads each sequence of a
@@ -50,8 +49,8 @@ class LMPolicy(ActorCriticPolicy):
     tables do not change training. Dropout is off throughout, since the probabilities of the rollout and of the update
     must be the same. Only parameters with `requires_grad` are optimised.
 
-    Pass the arguments below by `policy_kwargs`. They are pickled into the file that `model.save` writes, and the
-    policy is built again from them on load: a name is then looked up again, `Pretrained(name)` and a config are not.
+    Pass the arguments below by `policy_kwargs`. `model.save` pickles them, and `PPO.load` builds the policy from them:
+    a name is then looked up again, `Pretrained(name)` and a config are not.
 
     Args:
         observation_space: The env's.
@@ -59,7 +58,7 @@ class LMPolicy(ActorCriticPolicy):
         lr_schedule: Maps the remaining progress, 1 to 0, to the learning rate.
         lm: The language model: a name or path, a transformers config (fresh weights), a spec such as
             `Pretrained(name)`, or the `BackendSpec` of a model that is not transformers'. With an encoder-decoder (T5,
-            BART), the encoder reads the prompt, once an episode, and the decoder all later tokens, replies of a
+            BART), the encoder reads the prompt, once per episode, and the decoder all later tokens, replies of a
             multi-turn environment included.
         critic: The spec of the critic: `SharedCritic`, `SeparateCritic` or `RewardModelCritic`.
         temperature: Divides the logits, in the rollout and in the update; for this and the next five see `Sampling`.
@@ -71,14 +70,14 @@ class LMPolicy(ActorCriticPolicy):
         autocast: "bfloat16" runs the model in 16 bits; weights stay float32.
         cache: Decode with cached keys and values; False reads the whole prefix for every token.
         value_norm: "popart" or "norm": the critic predicts returns in units of their running deviation (see
-            `ValueNorm`); needs a `SequenceRolloutBuffer`. `evaluate_actions` and `predict_values` then return values in
-            these units for sequences of the buffer, whose minibatches have the same; others are in units of reward.
+            `ValueNorm`); needs a `SequenceRolloutBuffer`. For sequences of the buffer, `evaluate_actions` and
+            `predict_values` then return values in these units, like the minibatches; all others are in units of reward.
         critic_lr_scale: Multiplies the learning rate of the critic: its value head, and its trunk where it has one.
         head_lr_scale: Multiplies the learning rate of the value head, besides `critic_lr_scale`.
         train: The part of the language model that is trained, besides the value head: "all", "head", `LastLayers(n)` or
             `LoRA(...)`. The rest is frozen.
-        gradient_checkpointing: Compute the activations of each layer again in the backward pass, which takes less
-            memory and about a third more time; the gradient is the same.
+        gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
+            third more time, and the same gradient.
         shard: `Sharded()` spreads weights, gradients and optimizer over the processes of a job that has several.
         optimizer_class: AdamW by default; SB3's A2C passes RMSprop unless it has `use_rms_prop=False`.
         optimizer_kwargs: Its arguments except the learning rate; by default no weight decay and AdamW's fused kernel.
@@ -148,7 +147,7 @@ class LMPolicy(ActorCriticPolicy):
         }
         self.lr_scales = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
         if optimizer_kwargs is None:
-            # One kernel in place of a dozen passes over the weights: saves a tenth of a small model's update.
+            # One kernel in place of a dozen passes over the weights saves a tenth of a small model's update.
             optimizer_kwargs = {"weight_decay": 0.0, "fused": True} if optimizer_class is torch.optim.AdamW else {}
         super().__init__(
             observation_space,
@@ -163,28 +162,31 @@ class LMPolicy(ActorCriticPolicy):
         """Build language model, critic and optimizer in place of SB3's networks."""
         kwargs = dict(self.lm_kwargs)
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
-        backbone = self._build_backbone(
-            kwargs.pop("lm"),
-            kwargs.pop("train"),
-            kwargs.pop("gradient_checkpointing"),
-            vocab_size=int(self.action_space.n),
-            n_positions=self.observation_space.shape[0] - 1,  # the separator is no token
+        lm, train, checkpointing = (kwargs.pop(name) for name in ("lm", "train", "gradient_checkpointing"))
+        if isinstance(lm, BackendSpec) and (train != "all" or checkpointing):
+            raise ValueError(
+                f"Expected neither `train` nor `gradient_checkpointing` with {type(lm).__name__}, which decides "
+                f"itself which weights are trained, got {train!r:.80} and {checkpointing}."
+            )
+        n_positions = self.observation_space.shape[0] - 1  # the separator is no token
+        backbone = build_backbone(
+            lm, train, int(self.action_space.n), n_positions, checkpointing, class_of=self._backbone_class
         )
         shard: Sharded | None = kwargs.pop("shard")
         critic = kwargs.pop("critic").build(backbone.hidden_size)
         if isinstance(critic, TrunkCritic):
-            critic.check_fits(backbone.vocab_size, self.observation_space.shape[0] - 1)
+            critic.check_fits(backbone.vocab_size, n_positions)
         sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
         self.lm = LMActorCritic(backbone, critic, sampling, **kwargs)
         # SB3 `base_class.set_random_seed` has seeded torch's generator: the same seed gives the same run.
         seed = int(torch.randint(2**31, ()))
         here = world()
         self.shared = None if here is None else SharedGradient(self.lm)
-        if here is not None:  # all processes have the same weights, and each samples differently
+        if here is not None:  # all processes start from the same weights, and each samples from its own seed
             broadcast_weights(self.lm)
-            seed = from_main("a seed", seed) + 2 * here.rank  # 2: a process has two generators
+            seed = from_main("a seed", seed) + 2 * here.rank  # 2: each process has two generators
             shard = shard or Sharded.asked_for()
-            if shard is not None:  # before the optimizer is built, whose state is then that of shards
+            if shard is not None:  # before the optimizer is built, which then keeps the state of the shards alone
                 self.lm.shards = Shards(self.lm, shard)
         # The terminal observations of a step, (K, L), and their values, (K, 1).
         self._terminal_values: tuple[np.ndarray, Tensor] | None = None
@@ -193,9 +195,9 @@ class LMPolicy(ActorCriticPolicy):
         self.predict_generator = torch.Generator().manual_seed(seed + 1)
         scales = learning_rate_scales(self.parameters(), critic, **self.lr_scales)
         self.optimizer = scaled_optimizer(self.optimizer_class, scales, lr_schedule(1), **self.optimizer_kwargs)
-        lm = self.lm
+        actor_critic = self.lm
         # A fused step does not raise `Tensor._version`, by which caches notice other writes to the weights.
-        self.optimizer.register_step_post_hook(lambda *_: lm.drop_caches())
+        self.optimizer.register_step_post_hook(lambda *_: actor_critic.drop_caches())
 
     @property
     def backbone(self) -> Backbone:
@@ -211,23 +213,8 @@ class LMPolicy(ActorCriticPolicy):
             )
         return self.lm.backbone
 
-    def _build_backbone(
-        self, lm: LMLike, train: Trainable, gradient_checkpointing: bool, vocab_size: int, n_positions: int
-    ) -> LanguageModel:
-        if isinstance(lm, BackendSpec):
-            if train != "all" or gradient_checkpointing:
-                raise ValueError(
-                    f"Expected neither `train` nor `gradient_checkpointing` with {type(lm).__name__}, which decides "
-                    f"itself which weights are trained, got {train!r:.80} and {gradient_checkpointing}."
-                )
-            return lm.build_backend(vocab_size, n_positions)
-        model = build_model(lm, train)
-        if gradient_checkpointing:
-            checkpoint_layers(model)
-        return self._backbone_class(model)(model, vocab_size, n_positions)
-
-    def _backbone_class(self, language_model: PreTrainedModel) -> type[Backbone]:
-        return Seq2SeqBackbone if language_model.config.is_encoder_decoder else Backbone
+    def _backbone_class(self, model: PreTrainedModel) -> type[Backbone]:
+        return backbone_class(model)
 
     @property
     def lstm_actor(self) -> NoReturn:
@@ -257,10 +244,10 @@ class LMPolicy(ActorCriticPolicy):
     def set_training_mode(self, mode: bool) -> None:
         """Switch to training or evaluation; before training, cached keys and values are dropped (invariant A8).
 
-        SB3 calls it with True at the start of each `train`, with False at that of each `collect_rollouts` and
-        `predict`. Sharded weights are brought together for evaluation, so that all processes must call it.
+        SB3 calls it with True at the start of each `train`, and with False at the start of each `collect_rollouts` and
+        `predict`. Sharded weights are gathered for evaluation, so that all processes must call it.
         """
-        self.lm.settle_values()  # a rollout that was broken off leaves them deferred
+        self.lm.settle_values()  # a rollout that was broken off has left values deferred
         if mode and not self.training:
             self.lm.begin_update()
         if mode:
@@ -271,12 +258,12 @@ class LMPolicy(ActorCriticPolicy):
             self.lm.shards.bring(not mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the weights; a RuntimeError is raised where they are sharded."""
+        """Return the weights; raise RuntimeError if they are sharded."""
         self._check_whole()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights and drop all cached keys and values; a RuntimeError is raised where weights are sharded."""
+        """Load weights and drop all cached keys and values; raise RuntimeError if the weights are sharded."""
         self._check_whole()
         self.lm.drop_caches()
         self._terminal_values = None
@@ -292,9 +279,9 @@ class LMPolicy(ActorCriticPolicy):
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).
 
-        Values and log-probabilities carry notes for the buffer (see `tensor_notes`). In a rollout of a
-        `SequenceRolloutBuffer` the values of a critic with a trunk of its own are zeros, since the buffer has whole
-        sequences valued later. Where another engine writes the rollout, the values of any critic are zeros, and the
+        Values and log-probabilities carry notes for the buffer (see `tensor_notes`). While a `SequenceRolloutBuffer`
+        collects, the values of a critic with a trunk of its own are zeros, since the buffer computes them later from
+        whole sequences. If another engine writes the rollout, the values of any critic are zeros, and the
         log-probabilities are the engine's.
         """
         return self._step(obs, deterministic)
@@ -312,7 +299,7 @@ class LMPolicy(ActorCriticPolicy):
         return step.actions, values, step.log_probs
 
     def take_tokens_from(self, next_tokens: NextTokens) -> None:
-        """Have `forward` return another engine's tokens from now on, with zeros as values, until `sample_itself`."""
+        """Have `forward` return another engine's tokens, and zeros as values, until `sample_itself` is called."""
         self._next_tokens = next_tokens
 
     def sample_itself(self) -> None:
@@ -326,7 +313,7 @@ class LMPolicy(ActorCriticPolicy):
 
     @contextmanager
     def rollout_set_aside(self) -> Iterator[None]:
-        """Sample from the policy, with empty caches, inside; afterwards the running rollout goes on undisturbed."""
+        """Have `forward` sample from the policy inside, with empty caches; restore the running rollout afterwards."""
         lm = self.lm
         rollout = (lm.rollout_cache, lm.predict_cache, self._terminal_values, self._next_tokens)
         lm.rollout_cache, lm.predict_cache = lm.backbone.new_cache(), lm.backbone.new_cache()
@@ -337,7 +324,7 @@ class LMPolicy(ActorCriticPolicy):
             lm.rollout_cache, lm.predict_cache, self._terminal_values, self._next_tokens = rollout
 
     def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:  # type: ignore[override]
-        """Return actions (B,) for `predict`, with a cache and a generator apart from the rollout's."""
+        """Return actions (B,) for `predict`, by a cache and a generator that rollouts do not use."""
         return self._choose(observation, deterministic)
 
     def _choose(self, obs: Tensor, deterministic: bool, allowed: Tensor | None = None) -> Tensor:
@@ -347,8 +334,8 @@ class LMPolicy(ActorCriticPolicy):
     def predict_values(self, obs: Tensor | SequenceBatch) -> Tensor:  # type: ignore[override]
         """Return the values of observations (B, L), (B, 1), or of all transitions of sequences, (N, 1).
 
-        SB3 `on_policy_algorithm.collect_rollouts` asks for terminal observations one by one. Those of one step are
-        valued in one forward, at the first of them.
+        SB3 `on_policy_algorithm.collect_rollouts` asks for the values of terminal observations one by one. The first
+        call values all terminal observations of the step in one forward, and the others read its result.
         """
         if isinstance(obs, SequenceBatch):
             return self.lm.sequence_values(obs)[:, None]
@@ -370,7 +357,7 @@ class LMPolicy(ActorCriticPolicy):
                 "buffer hold returns in units of reward."
             )
         batch, actions = _as_batch(obs), actions.long().flatten()
-        # A minibatch of the buffer, in several processes, has a `share`.
+        # In several processes, minibatches of the buffer have a `share`.
         evaluate = self.shared.evaluate if self.shared is not None and batch.share is not None else self.lm.evaluate
         values, log_probs, entropy = evaluate(batch, actions)
         return values[:, None], log_probs, entropy
@@ -383,7 +370,7 @@ class LMPolicy(ActorCriticPolicy):
         """Return observations as a tensor, (B, L), and whether they were given as a batch.
 
         Raises:
-            ValueError: If they are no token ids.
+            ValueError: If they are not token ids.
         """
         rows = np.asarray(observation)
         if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):

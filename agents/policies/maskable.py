@@ -1,4 +1,4 @@
-"""The policy for MaskablePPO of sb3-contrib, which samples under the masks of the env."""
+"""The policy for MaskablePPO of sb3-contrib, which samples the tokens that the env's masks allow."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class MaskableLMPolicy(LMPolicy):
     """`LMPolicy` for sb3-contrib's MaskablePPO: tokens are sampled and scored among those that the env's mask allows.
 
     A forbidden token has probability 0, and the others are normalised among themselves (Huang & Ontañón, 2022). A
-    `MaskableSequenceRolloutBuffer` stores the allowed tokens with the sequences; from the stock `MaskableRolloutBuffer`
-    masks come in `action_masks`. Arguments are those of `LMPolicy`.
+    `MaskableSequenceRolloutBuffer` stores the allowed tokens with the sequences; the stock `MaskableRolloutBuffer`
+    passes masks as `action_masks`. Arguments are those of `LMPolicy`.
 
     Raises:
-        ValueError: If a mask allows no token, or has not the size of the vocabulary.
+        ValueError: If a mask allows no token, or its size is not that of the vocabulary.
 
     Example:
         >>> from agents import MaskableLMPolicy
@@ -48,7 +48,7 @@ class MaskableLMPolicy(LMPolicy):
 
         Args:
             obs: (B, L).
-            deterministic: Take the most probable token.
+            deterministic: Whether to take the most probable token.
             action_masks: (B, V), True where a token is allowed; None allows all.
         """
         return self._step(obs, deterministic, self._allowed(action_masks, len(obs)))
@@ -86,7 +86,7 @@ class MaskableLMPolicy(LMPolicy):
     def _with_masks(
         self, obs: Tensor | SequenceBatch, action_masks: np.ndarray | Tensor | None
     ) -> Tensor | SequenceBatch:
-        """Return observations with the masks of the stock buffer's samples, which sequences carry already."""
+        """Return observations together with the stock buffer's masks; sequences carry their masks already."""
         if action_masks is None or isinstance(obs, SequenceBatch) or self.lm.sampling.has_support:
             return obs
         batch, sets = SequenceBatch.from_observations(obs), TokenSets(self.lm.backbone.vocab_size)
@@ -112,6 +112,6 @@ class MaskableLMPolicy(LMPolicy):
         return allowed
 
 
-# sb3-contrib `MaskablePPO._setup_model` asks for this class by `isinstance`. To inherit from it would bring networks
-# that a language model has no use for.
+# sb3-contrib `MaskablePPO._setup_model` checks for this class by `isinstance`. Inheriting from it would bring networks
+# that a language model does not use.
 MaskableActorCriticPolicy.register(MaskableLMPolicy)

@@ -17,9 +17,9 @@ def scaled_optimizer(
 ) -> torch.optim.Optimizer:
     """Build an optimizer whose steps multiply the learning rate by a factor for each weight.
 
-    SB3 `utils.update_learning_rate` writes the scheduled rate into all groups before each update. The factor, a
-    group's `lr_scale`, is therefore multiplied in before a step and `lr` restored after it. Weights with the same
-    factor share a group, in the order given. State and groups are saved and loaded as those of any optimizer.
+    SB3 `utils.update_learning_rate` writes the scheduled rate into all groups before each update. Therefore a group's
+    `lr` is multiplied by its factor, `lr_scale`, before a step and restored after it. Weights with the same factor
+    share a group, in their order in `scales`. State and groups are saved and loaded as for any optimizer.
 
     Args:
         optimizer_class: An optimizer of torch.
@@ -40,14 +40,14 @@ def scaled_optimizer(
         >>> slow.item(), fast.item(), [group["lr"] for group in optimizer.param_groups]
         (-0.5, -5.0, [0.5, 0.5])
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[float, list[nn.Parameter]] = {}  # by factor; torch keeps settings per group, not per weight
     for weight, scale in scales.items():
         if not scale > 0:
             raise ValueError(f"Expected factors of the learning rate above 0, got {scale}.")
         groups.setdefault(float(scale), []).append(weight)
     param_groups = [{"params": weights, "lr_scale": scale} for scale, weights in groups.items()]
     optimizer = optimizer_class(param_groups, lr=lr, **kwargs)  # type: ignore[call-arg]
-    rates: list[Any] = []  # of the groups, while a step runs
+    rates: list[Any] = []  # the groups' unscaled rates, while a step runs
 
     def scale_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         rates[:] = [group["lr"] for group in optimizer.param_groups]
@@ -71,8 +71,8 @@ def learning_rate_scales(
     Args:
         weights: The weights of the policy.
         critic: The critic among them: a value head, or a trunk with one.
-        critic_lr_scale: The factor of all of the critic's weights.
-        head_lr_scale: A further factor of its value head's.
+        critic_lr_scale: The factor of all weights of the critic.
+        head_lr_scale: A further factor of the weights of its value head.
     """
     scales = {weight: 1.0 for weight in weights if weight.requires_grad}
     in_trunk = set(critic.trunk.parameters()) if isinstance(critic, TrunkCritic) else set()
@@ -82,7 +82,7 @@ def learning_rate_scales(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return the state of an optimizer: its tensors, named "index of the weight.name", and its groups, which fit JSON.
+    """Return an optimizer's state: tensors, named as "0.exp_avg" by the weight's index, and groups, which fit JSON.
 
     Raises:
         TypeError: If the state holds something that is neither a number nor a tensor.
@@ -105,6 +105,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         weight = weights[int(index)]
-        # State of the weight's shape is spread over processes as the weight is; a count of steps is a scalar.
+        # A tensor of the weight's shape is sharded like the weight; a scalar, such as the count of steps, is not.
         state.setdefault(int(index), {})[name] = placed(tensor, weight) if tensor.shape == weight.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": groups})

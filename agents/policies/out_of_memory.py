@@ -1,4 +1,4 @@
-"""The evaluation of a minibatch that goes on after an out-of-memory error, in smaller parts."""
+"""The evaluation of a minibatch, repeated in smaller parts after an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Result = TypeVar("Result")
 def evaluate_in_memory(lm: SequenceScorer, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
     """Score the actions of a minibatch as `LMActorCritic.evaluate` does, with results that can be differentiated once.
 
-    An out-of-memory error, in this forward or in the backward that follows, halves the most tokens that are read at a
-    time (`lm.most_tokens`, for this minibatch and all later ones), and the pass is run again from the same random
+    An out-of-memory error, in this forward or in the backward that follows, halves the number of tokens that a forward
+    may read (`lm.most_tokens`, for this minibatch and all later ones), and the pass is run again from the same random
     state. With such a bound the forward keeps no activations and is repeated in the backward, part by part, with the
-    same gradient. PPO, MaskablePPO and A2C score by it. TRPO differentiates twice, so it scores by `get_distribution`.
+    same gradient. PPO, MaskablePPO and A2C score actions by this function. TRPO differentiates twice, so it scores them
+    by `get_distribution`.
 
     Args:
         lm: The model that scores.
@@ -42,13 +43,13 @@ def evaluate_in_memory(lm: SequenceScorer, batch: SequenceBatch, actions: Tensor
 class _Evaluate(torch.autograd.Function):
     """A minibatch as one operation on the weights, so that both of its passes can be repeated.
 
-    SB3 `PPO.train` calls `loss.backward()` outside of our code: an error in there could not be caught otherwise.
+    SB3 `ppo.PPO.train` calls `loss.backward()` itself: only code inside an autograd function can catch an error there.
     """
 
     @staticmethod
     def forward(ctx: Any, minibatch: Minibatch, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.minibatch = minibatch
-        ctx.set_materialize_grads(False)  # a result that the loss does not use has None as gradient, not zeros
+        ctx.set_materialize_grads(False)  # the gradient of a result that the loss does not use is None, not zeros
         return minibatch.forward()
 
     @staticmethod
@@ -58,7 +59,7 @@ class _Evaluate(torch.autograd.Function):
 
 
 class Minibatch:
-    """A minibatch that is scored, and differentiated, in parts that fit into memory.
+    """A minibatch that is scored and differentiated in parts that fit into memory.
 
     Args:
         lm: The model that scores.
@@ -70,7 +71,7 @@ class Minibatch:
     def __init__(self, lm: SequenceScorer, batch: SequenceBatch, actions: Tensor, weights: Sequence[Tensor]) -> None:
         self.lm, self.batch, self.actions, self.weights = lm, batch, actions, weights
         self.random = RandomState.now(batch.tokens.device)
-        self.graph: tuple[Tensor, ...] | None = None  # the results with their graph, where there is no bound
+        self.graph: tuple[Tensor, ...] | None = None  # the results with their graph, if there is no bound
 
     def forward(self) -> tuple[Tensor, ...]:
         """Return the three results of `LMActorCritic.evaluate`, (N,) each, without a graph."""
@@ -92,7 +93,7 @@ class Minibatch:
         graph, self.graph = self.graph, None
         if graph is not None:
             return self._differentiate(graph, gradients)
-        self.random.restore()  # the forward is repeated from where it began
+        self.random.restore()  # the forward is repeated with the random numbers that it drew
         total: list[Tensor | None] = [None] * len(self.weights)
         for chunk in self.batch.chunks(self.lm.most_tokens):
             indices = torch.as_tensor(chunk.transitions, device=self.actions.device)  # (n,)
@@ -117,7 +118,7 @@ class Minibatch:
         return self.lm.most_tokens is not None or self.batch.micro_batch_tokens is not None
 
     def _repeat(self, work: Callable[[], Result]) -> Result:
-        """Return the result of a pass, run again with half the tokens at a time after each out-of-memory error."""
+        """Return the result of a pass, repeated with half the tokens per forward after each out-of-memory error."""
         while True:
             try:
                 return work()

@@ -1,4 +1,4 @@
-"""The reference model of the KL penalty: frozen, and sharing the weights that the policy keeps frozen."""
+"""The reference model of the KL penalty: frozen, with the policy's own frozen weights where it has some."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from ..distributed.collectives import broadcast_weights
 from ..distributed.sharding import Shards, gathered
 from ..models.backbone import Backbone
-from ..models.interface import BackendSpec, LanguageModel
-from ..models.pretrained import LMLike, build_model
-from ..models.seq2seq import Seq2SeqBackbone
+from ..models.pretrained import LMLike, build_backbone
 from ..models.sequences import Chunk, SequenceBatch
 from ..models.trainable import adapted_layers, adapters_off
 from .actor_critic import LMActorCritic
 
 
 def start_of(policy: LMActorCritic) -> LMActorCritic:
-    """Return the policy as it is now as a reference, to be read by the functions below.
+    """Return a reference that computes as the policy does now, for the functions below to read.
 
-    With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy. Weights that are frozen
-    in the policy are shared and those that are trained copied, so that with `LastLayers(n)` the reference costs the
-    memory of n layers. The copy of a sharded policy is sharded, and shares no weights.
+    With LoRA it is the policy itself, read without its adapters. Otherwise it is a frozen copy that shares the weights
+    that the policy keeps frozen, so that with `LastLayers(n)` the reference takes the memory of n layers. The copy of a
+    sharded policy is sharded, and shares no weights.
     """
     if adapted_layers(policy):
         return policy
@@ -37,8 +35,8 @@ def copy_of(lm: LMActorCritic, shared: list[nn.Parameter] | None = None) -> LMAc
     """Return a frozen copy without a critic.
 
     Args:
-        lm: The model to copy; the copy of a sharded one is sharded.
-        shared: The weights that the copy shares with it.
+        lm: The model to copy; the copy of a sharded model is sharded.
+        shared: The weights that the copy shares with the model; by default none.
     """
     lm.drop_caches()
     if lm.shards is not None:
@@ -56,19 +54,20 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     Args:
         lm: A name or path, a config, a spec, or the `BackendSpec` of a model that is not transformers'.
         policy: The policy.
-        n_positions: The longest sequence that it will read, in tokens.
+        n_positions: The longest sequence that the reference will read, in tokens.
 
     Raises:
         ValueError: If it has fewer tokens or positions than needed, or if one of reference and policy is an
             encoder-decoder and the other is not.
     """
-    # `build_model` draws fresh weights, also where those of a checkpoint replace them. The fork keeps the generators as
-    # they were, so that a resumed run draws the same numbers.
+    # A model is built with fresh weights even if those of a checkpoint replace them at once. The fork keeps the
+    # generators as they were, so that a resumed run draws the same numbers.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        backbone, name = _build_backbone(lm, policy.backbone.vocab_size, n_positions)
+        backbone = build_backbone(lm, None, policy.backbone.vocab_size, n_positions)
     if backbone.is_encoder_decoder != policy.backbone.is_encoder_decoder:
         kinds = ("an encoder-decoder", "a causal model")
         expected, got = kinds if policy.backbone.is_encoder_decoder else kinds[::-1]
+        name = type(backbone.model if isinstance(backbone, Backbone) else lm).__name__
         raise ValueError(f"Expected {expected} as `reference`, as the policy is, got {got}, {name}.")
     sampling = replace(policy.sampling, top_p_lag=None)
     built = LMActorCritic(backbone, nn.Identity(), sampling, policy.autocast, cache=False)
@@ -77,15 +76,6 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
         built.requires_grad_(False).shards = Shards(built, policy.shards.spec)
         return built.eval()
     return built.to(policy.backbone.device).requires_grad_(False).eval()
-
-
-def _build_backbone(lm: LMLike, vocab_size: int, n_positions: int) -> tuple[LanguageModel, str]:
-    """Return a language model and the name of its class, for errors."""
-    if isinstance(lm, BackendSpec):
-        return lm.build_backend(vocab_size, n_positions), type(lm).__name__
-    model = build_model(lm, train=None)
-    backbone_class = Seq2SeqBackbone if model.config.is_encoder_decoder else Backbone
-    return backbone_class(model, vocab_size, n_positions), type(model).__name__
 
 
 @torch.no_grad()
@@ -99,7 +89,7 @@ def log_probs(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBa
 def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch) -> Tensor:
     """Return KL(policy, reference) over the whole vocabulary at each transition, (N,), in nats.
 
-    Policy and reference take turns, so that log-probabilities (n, V) are held for a part of the transitions at a time.
+    Policy and reference take turns, so that log-probabilities (n, V) are held for n transitions at a time.
     """
     result = torch.zeros(len(batch), device=batch.tokens.device)
     with gathered(reference):
@@ -117,7 +107,7 @@ def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: Sequence
 def _log_probabilities(reference: LMActorCritic, policy: LMActorCritic, chunk: Chunk) -> Iterator[Tensor]:
     parts = reference.log_probabilities(chunk)
     while True:
-        # Adapters are off for this part alone: the policy computes its own part before the next one.
+        # Adapters are off for this part alone: the policy computes the same part before and after, with adapters.
         with _frozen(reference, policy):
             part = next(parts, None)
         if part is None:
@@ -132,7 +122,8 @@ def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextM
 def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Tensor]:
     """Return the reference's weights and buffers that the policy does not hold; tied ones once, by their first name.
 
-    Weights that a device map has offloaded (device "meta") are left out: they never change, and come with the model.
+    Weights that a device map has offloaded (device "meta") are left out: they never change, and are loaded with the
+    model.
     """
     shared = {id(tensor) for tensor in (*policy.parameters(), *policy.buffers())}
     # `named_parameters` and `named_buffers` of torch name a tied tensor once.

@@ -1,7 +1,7 @@
 """The notes that ride on tensors through Stable-Baselines3: from policy to buffer, and from env to policy.
 
 SB3 hands the policy's three results to the buffer and nothing else, and terminal observations to the policy one by one.
-Further information is written on these very tensors, as an attribute. That works because SB3 passes on the same
+Further information is written on these very tensors, as an attribute. It arrives because SB3 passes on the same
 objects, without a copy, in these lines:
 
 - `ALLOWED` and `READ_BY`: stable_baselines3 `common/on_policy_algorithm.py`, `OnPolicyAlgorithm.collect_rollouts` (PPO,
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Note(Generic[Value]):
-    """A kind of note that a tensor can carry.
+    """A kind of note that a tensor can carry, under an attribute of its own.
 
     Args:
         name: The attribute of the tensor.
@@ -49,19 +49,19 @@ class Note(Generic[Value]):
         setattr(tensor, self.name, value)
 
     def read(self, tensor: Tensor) -> Value | None:
-        """Return the note on a tensor, or None where it carries none."""
+        """Return the note on a tensor, or None if it carries none."""
         return vars(tensor).get(self.name)
 
 
 class TerminalObservation(np.ndarray):
-    """The last observation of a truncated episode, (L,), which knows those of the lanes truncated in the same step.
+    """The last observation of a truncated episode, (L,), with those of all lanes that were truncated in the same step.
 
-    SB3 asks for their values one after the other; with its siblings a policy values all of them in one forward.
+    SB3 asks for their values one after the other; the siblings let the policy value all of them in one forward.
 
     Attributes:
-        siblings: The terminal observations of that step, (K, L); None in a copy, which may have been changed: SB3
-            `vec_normalize.VecNormalize.normalize_obs` makes one.
-        index: The row of `siblings` that this is.
+        siblings: The terminal observations of that step, (K, L); None in a copy, whose numbers may have been changed:
+            SB3 `vec_normalize.VecNormalize.normalize_obs` copies, then normalises.
+        index: The row of `siblings` that holds this observation.
     """
 
     siblings: np.ndarray | None = None
@@ -79,20 +79,20 @@ class TerminalObservation(np.ndarray):
 
 @dataclass(frozen=True)
 class TerminalRow:
-    """Which of the terminal observations of a step a tensor holds.
+    """The position of a tensor's observation among the terminal observations of its step.
 
     Attributes:
         siblings: The terminal observations of that step, (K, L).
-        index: The row of `siblings`.
+        index: The row of `siblings` that the tensor holds.
     """
 
     siblings: np.ndarray
     index: int
 
 
-# On the log-probabilities of `LMPolicy.forward`: which tokens each row was sampled from, (B, V) bool; no note for all.
+# On the log-probabilities of `LMPolicy.forward`: the tokens that each row could sample, (B, V) bool; no note if all.
 ALLOWED: Note[Tensor] = Note("allowed")
-# On the values of `LMPolicy.forward`: the model that computed them, so that the buffer can have it read sequences.
+# On the values of `LMPolicy.forward`: the model that computed them, by which the buffer reads whole sequences.
 READ_BY: Note[LMActorCritic] = Note("read_by")
-# On the observation that `LMPolicy.obs_to_tensor` returns of a `TerminalObservation`.
+# On the tensor that `LMPolicy.obs_to_tensor` makes from a `TerminalObservation`.
 TERMINAL: Note[TerminalRow] = Note("terminal")

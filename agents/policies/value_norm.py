@@ -13,8 +13,8 @@ from ..distributed.world import world
 from ..models.critic import ValueHead
 
 VALUE_NORMS = ("norm", "popart")
-DECAY = 0.9  # the factor by which each later rollout lowers a rollout's weight: about the last ten count
-MIN_DEVIATION = 1e-4  # returns that are all equal must not be divided by 0
+DECAY = 0.9  # the factor by which each later rollout lowers a rollout's weight: about the last ten rollouts count
+MIN_DEVIATION = 1e-4  # in units of reward: keeps returns that are all equal from a division by 0
 
 
 class Scale(NamedTuple):
@@ -36,11 +36,11 @@ class ValueNorm(nn.Module):
     decaying weights, corrected for the zeros that they start from (as in MAPPO; Yu et al., 2022, section 5.1). When
     they move from mean m and deviation s to m' and s',
 
-    * "norm" leaves the critic as it is, so that the same outputs mean other values until it has learnt;
-    * "popart" rescales its last layer, w' = w s / s' and b' = (b s + m - m') / s', so that its values stay (van Hasselt
-      et al., 2016, "preserving outputs precisely", proposition 1).
+    * "norm" leaves the critic as it is, so that its outputs mean other values until it has learnt;
+    * "popart" rescales the critic's last layer, w' = w s / s' and b' = (b s + m - m') / s', so that its values stay the
+      same (van Hasselt et al., 2016, "preserving outputs precisely", proposition 1).
 
-    Mean and deviation are buffers: files and checkpoints of the policy hold them.
+    Mean and deviation are buffers, which files and checkpoints of the policy hold.
 
     Args:
         kind: "norm" or "popart".
@@ -68,7 +68,7 @@ class ValueNorm(nn.Module):
         self.register_buffer("weight", torch.zeros(()))  # the sum of the weights of n rollouts: 1 - DECAY^n
 
     def scale(self) -> Scale:
-        """Return the mean and the deviation of the returns so far; 0 and 1 before the first."""
+        """Return the mean and the deviation of the returns so far; 0 and 1 before the first rollout."""
         return Scale(float(self.mean), float(self._deviation()))
 
     def denormalize(self, outputs: Tensor) -> Tensor:
@@ -88,13 +88,13 @@ class ValueNorm(nn.Module):
         """
         mean, deviation = self.mean.clone(), self._deviation()
         self.weight.mul_(DECAY).add_(1 - DECAY)
-        share = (1 - DECAY) / self.weight  # of this rollout in the averages; 1 for the first
+        share = (1 - DECAY) / self.weight  # the weight of this rollout in the averages; 1 for the first rollout
         if world() is None:
             new_mean, new_variance = returns.mean(), returns.var(correction=0)
         else:
             new_mean, new_variance = map(returns.new_tensor, moments("returns", returns.cpu().numpy())[1:])
         shift = new_mean - self.mean
-        # Equals the decaying mean of x^2 less the square of that of x, which would round badly where the mean is large.
+        # Equals the decaying mean of x^2 minus the squared mean of x, which would round badly if the mean is large.
         new_variance = new_variance + (1 - share) * shift.square()
         self.variance.lerp_(new_variance, share)
         self.mean.add_(share * shift)
@@ -108,7 +108,7 @@ def scales_of(norm: ValueNorm | None, critic: nn.Module, returns: list[np.ndarra
     """Include a rollout's returns in the statistics, and return the units of its minibatches.
 
     Args:
-        norm: The statistics; None where values are in units of reward.
+        norm: The statistics; None if values are in units of reward.
         critic: The critic.
         returns: The returns of each sequence that is trained, (n,) each, in units of reward.
 
@@ -121,6 +121,6 @@ def scales_of(norm: ValueNorm | None, critic: nn.Module, returns: list[np.ndarra
     earlier = norm.scale()
     all_returns = np.concatenate([np.zeros(0, dtype=np.float32), *returns])  # (N,)
     norm.update(torch.as_tensor(all_returns, device=norm.mean.device), critic.linear)
-    # SB3 `PPO.train` clips values around the old ones: they must be the critic's outputs before its first step. Under
-    # "norm" those are still in the earlier units, since its last layer was not rescaled.
+    # SB3 `ppo.PPO.train` clips values around the old ones, which must be the critic's outputs before its first step.
+    # Under "norm" these are still in the earlier units, since the critic's last layer was not rescaled.
     return (norm.scale() if norm.keeps_values else earlier), norm.scale()

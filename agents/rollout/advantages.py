@@ -1,4 +1,4 @@
-"""Advantages: of episodes within their group, without a critic, and of episodes that span several rollouts."""
+"""Advantages of episodes within their group, without a critic, and of episodes that span several rollouts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SMALL = 1e-4  # keeps differences that are rounding or noise from becoming advan
 
 
 def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advantage) -> np.ndarray:
-    """Return the advantage of each episode over the others that began with the same prompt.
+    """Return the advantage of each episode over the other episodes of its prompt.
 
     With the return r of an episode, and the mean and deviation over the n episodes of its group:
 
     - "grpo": (r - mean) / (deviation + 1e-4), where the deviation divides by n - 1 (Shao et al., 2024, DeepSeekMath,
       section 4.1.2);
     - "grpo_mean": r - mean, so that hard and easy prompts count alike (Liu et al., 2025, Dr. GRPO, section 3.2);
-    - "rloo": r - the mean of the other episodes (Ahmadian et al., 2024, section 3.3), which is n / (n - 1) times the
-      one before.
+    - "rloo": r - the mean of the other episodes (Ahmadian et al., 2024, section 3.3), which is n / (n - 1) times
+      "grpo_mean".
 
     In a group of one episode, or of equal returns, all advantages are exactly 0.
 
@@ -57,14 +57,14 @@ def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advanta
 
 
 def carry(part: Transitions, advantage: float, next_value: float, gamma: float, gae_lambda: float) -> None:
-    """Recompute the advantages and returns of an episode's part, in place, from the transition that follows it.
+    """Recompute the advantages and returns of a part of an episode, in place, from the transition that follows it.
 
-    SB3 `buffers.RolloutBuffer.compute_returns_and_advantage` ends the estimation (Schulman et al., 2016, equation 16)
-    at the end of a rollout, with the value of the last observation; here it goes on into the next rollout.
+    SB3 `buffers.RolloutBuffer.compute_returns_and_advantage` cuts the estimation (Schulman et al., 2016, equation 16)
+    off at the end of a rollout, with the value of the last observation; here it continues into the next rollout.
 
     Args:
         part: The transitions of the part, (n,) each.
-        advantage: The advantage of the transition that follows it; 0 at the end of the episode.
+        advantage: The advantage of the transition that follows the part; 0 at the end of the episode.
         next_value: The value of that transition; 0 at the end of the episode.
         gamma: Discount factor.
         gae_lambda: The trade-off of the estimation.
@@ -78,9 +78,9 @@ def carry(part: Transitions, advantage: float, next_value: float, gamma: float, 
 
 
 def mean_and_deviation(advantages: np.ndarray) -> tuple[float | np.float32, float | np.float32]:
-    """Return the mean and the deviation that normalise advantages, (N,), over those of all processes.
+    """Return the mean and the deviation by which to normalise advantages, (N,), over those of all processes.
 
-    They are 0 and 1 where there are fewer than two advantages. As in SB3 `PPO.train`, the deviation divides by N - 1
+    They are 0 and 1 if there are fewer than two advantages. As in SB3 `ppo.PPO.train`, the deviation divides by N - 1
     and has 1e-8 added.
     """
     if world() is None:

@@ -1,4 +1,4 @@
-"""The rollout buffer of whole sequences, which an update reads in one forward each."""
+"""The rollout buffer of whole sequences, each of which an update reads in one forward."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ DATA_PARALLEL = "DataParallel"  # the key of the step without which several proc
 
 
 class BeforeReturns(Protocol):
-    """A step that works on a complete rollout before returns are computed, as the buffer sees a `RolloutStep`."""
+    """The interface of the steps that work on a complete rollout before returns are computed: see `RolloutStep`."""
 
     @property
     def key(self) -> str:
-        """Its name in saved models and checkpoints."""
+        """The step's name in saved models and checkpoints."""
 
     @property
     def order(self) -> int:
-        """When it runs among the others: lower ones first."""
+        """The step's rank among the others: steps of lower order run first."""
 
     def begin(self) -> None:
         """Prepare for a rollout that begins."""
@@ -54,13 +54,13 @@ class SequenceRolloutBuffer(RolloutBuffer):
     """Stores a rollout as token sequences and numbers, and yields minibatches of whole sequences.
 
     The stock buffer stores the whole prefix with every token, and the update reads each prefix. Here a sequence is
-    stored once, and read in one forward an epoch, with the same loss and gradient. It works under unmodified PPO and
-    A2C, with `LMPolicy`, and stores nothing of the size of the vocabulary.
+    stored once, and read in one forward per epoch, with the same loss and gradient. The buffer works under unmodified
+    PPO and A2C, with `LMPolicy`, and stores nothing of the size of the vocabulary.
 
-    `batch_size` stays in transitions: each epoch has exactly `n_steps * n_envs / batch_size` minibatches, of whole
+    `batch_size` still counts transitions: each epoch has exactly `n_steps * n_envs / batch_size` minibatches, of whole
     sequences and about equal numbers of transitions, in a new random order.
 
-    A critic with a trunk of its own is not run at every step, but at the end of the rollout over whole sequences. With
+    A critic with a trunk of its own does not run at every step, but over whole sequences when the rollout ends. With
     `value_norm` the `old_values` and `returns` of minibatches are in the critic's units; the buffer's own `values` and
     `returns`, from which SB3 computes advantages and the explained variance, are in units of reward.
 
@@ -75,26 +75,26 @@ class SequenceRolloutBuffer(RolloutBuffer):
         normalize_advantage: Normalise advantages to mean 0 and deviation 1 over the whole rollout. Pass
             `normalize_advantage=False` to PPO with it: within a minibatch of few sequences it destroys learning.
         complete_episodes: Train only episodes that have ended. Segments of the others wait, with the log-probabilities
-            with which they were sampled, for the rollout in which their episode ends. Scores that come at the end of an
-            episode reach all its tokens only so.
+            with which they were sampled, for the rollout in which their episode ends. Only then does a score at the end
+            of an episode reach all its tokens.
         micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
         advantage: "gae", or one that needs no critic (pass `vf_coef=0`): "grpo", "grpo_mean" or "rloo" compare the
             episodes of a prompt (see `group_advantages`), for an env with `samples_per_prompt` and the step
             `SampleGroups`. All tokens of an episode have the same advantage; the return of an episode is the plain sum
             of its rewards, a KL penalty included. Implies `complete_episodes`; a critic's targets stay those of "gae".
-        expected_steps: The keys of the steps that must be in `before_returns`; the steps write them themselves.
+        expected_steps: The keys of the steps that must be in `before_returns`; each step adds its own.
 
     Attributes:
         before_returns: The steps that run on the complete rollout, in order, before returns are computed: late scores,
-            a KL penalty. Callbacks attach them (see `RolloutStep`). They are not stored with a saved model, whose
-            training raises until they are attached again.
+            a KL penalty. Callbacks attach them (see `RolloutStep`). A saved model does not hold them, and its training
+            raises until they are attached again.
         log_probs: The log-probabilities by the policy, (T, B), in nats.
-        behaviour_log_probs: Those by the model that sampled: the same array, unless another engine did (see
-            `EngineRollouts`). Importance weights then multiply the advantages of minibatches.
+        behaviour_log_probs: The log-probabilities by the model that sampled, (T, B): the same array, unless an engine
+            sampled (see `EngineRollouts`). Importance weights then multiply the advantages of minibatches.
         trained: The sequences of the complete rollout that are trained.
 
     Raises:
-        ValueError: For an unknown `advantage`, or `normalize_advantage` with another one than "gae".
+        ValueError: For an unknown `advantage`, or `normalize_advantage` with an `advantage` other than "gae".
 
     Example:
         >>> from agents import SequenceRolloutBuffer
@@ -131,15 +131,15 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.micro_batch_tokens = micro_batch_tokens
         self.expected_steps = list(expected_steps)
         self.before_returns: list[BeforeReturns] = []
-        self.correction: Correction | None = None  # where another engine samples; see `EngineRollouts`
+        self.correction: Correction | None = None  # set if another engine samples; see `EngineRollouts`
         self.waiting: dict[int, Transitions] = {}  # by lane: the earlier segments of its unfinished episode
-        self.waiting_episodes: dict[Place, EndedEpisode] = {}  # whole episodes whose group is not whole yet
-        # By key: the states of steps, from a checkpoint, until the steps are attached.
+        self.waiting_episodes: dict[Place, EndedEpisode] = {}  # ended episodes of groups with unfinished members
+        # By key: the states of steps from a checkpoint, until the steps are attached.
         self.saved_steps: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         self.remembering: dict[str, Any] = {}  # by key: callbacks whose observations checkpoints keep
-        self.remembered: dict[str, dict[str, Any]] = {}  # by key: their states, from a checkpoint, until they ask
+        self.remembered: dict[str, dict[str, Any]] = {}  # by key: these observations from a checkpoint, until asked for
         # Seeded from numpy's global generator, which SB3 `utils.set_random_seed` has seeded, and separate from then on:
-        # an evaluation or a user's reward that draws from that one does not change the order of minibatches.
+        # an evaluation or a user's reward that draws from the global generator leaves the order of minibatches alone.
         self.rng = np.random.default_rng(np.random.randint(2**31))
         assert isinstance(action_space, spaces.Discrete)
         self.token_sets = TokenSets(int(action_space.n))
@@ -147,13 +147,13 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         """Make room for a new rollout; segments that wait for the end of their episode stay."""
-        # SB3 `buffers.BaseBuffer.__init__` sets `pos` to 0. In between, a rollout was broken off: the tokens that would
-        # join the waiting segments are lost.
+        # `pos` is 0 after SB3 `buffers.BaseBuffer.__init__`, and `buffer_size` after a complete rollout. In between, a
+        # rollout was broken off, and the tokens that would have joined the waiting segments are lost.
         if 0 < self.pos < self.buffer_size:
             self.waiting.clear()
             self.waiting_episodes.clear()
         self.token_sets = self.token_sets.only(self.waiting_sets())
-        self.is_masked = len(self.token_sets.sets) > 1  # whether some tokens were sampled from a part of the vocabulary
+        self.is_masked = len(self.token_sets.sets) > 1  # whether a transition could not sample the whole vocabulary
         shape = (self.buffer_size, self.n_envs)
         self.observations = np.zeros((0,), dtype=np.int64)  # not stored: the segments have the tokens
         self.actions = np.zeros(shape, dtype=np.int32)
@@ -167,7 +167,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._lm: LMActorCritic | None = None  # the model of the policy, while the rollout is collected
         self._value_scale = self._return_scale = Scale()
         self._recorder = SegmentRecorder(self.n_envs)
-        self.segments: list[Segment] = []  # of the complete rollout
+        self.segments: list[Segment] = []  # filled when the rollout is complete
         self.groups: RolloutGroups | None = None
         self.dropped: set[tuple[int, int]] = set()  # the last step and the lane of episodes that are not trained
         self.dones = np.zeros(self.n_envs, dtype=bool)
@@ -177,7 +177,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             step.begin()
 
     def waiting_sets(self) -> list[np.ndarray]:
-        """Return the numbers of the token sets of each waiting segment: the segments' own arrays, to be renumbered."""
+        """Return the token-set numbers of each waiting segment: the segments' own arrays, for `TokenSets.only`."""
         parts = [*self.waiting.values(), *(episode.part for episode in self.waiting_episodes.values())]
         return [part.allowed for part in parts]
 
@@ -200,7 +200,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             reward: The rewards, (B,).
             episode_start: Whether the observations begin an episode, (B,).
             value: The values, (B, 1), with the note `READ_BY`.
-            log_prob: The log-probabilities of the tokens, (B,), with the note `ALLOWED` where not all were allowed.
+            log_prob: The log-probabilities of the tokens, (B,), with the note `ALLOWED` if some were not allowed.
         """
         if self.pos == 0:
             self._lm = READ_BY.read(value)
@@ -260,7 +260,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._lm = None
 
     def _value_sequences(self, lm: LMActorCritic) -> None:
-        """Compute the values that were deferred, in one forward a sequence."""
+        """Compute the values that were deferred, in one forward per sequence."""
         if lm.settle_values():
             view = self.view()
             with torch.no_grad():
@@ -268,7 +268,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self.values[view.steps, view.lanes] = values.cpu().numpy()
 
     def view(self) -> RolloutView:
-        """Return the rollout as whole sequences, over which a step of `before_returns` can run a model."""
+        """Return the rollout as whole sequences, for steps of `before_returns` that run a model over them."""
         counts = [segment.end - segment.start for segment in self.segments]
         steps = np.concatenate([np.arange(segment.start, segment.end) for segment in self.segments])  # (N,)
         lanes = np.repeat([segment.lane for segment in self.segments], counts)  # (N,)
@@ -279,6 +279,14 @@ class SequenceRolloutBuffer(RolloutBuffer):
         cols = self.cols[steps, lanes]
         batch = SequenceBatch(tokens, lengths, rows, cols, self.micro_batch_tokens, allowed, n_prompt)
         return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device).long(), steps, lanes)
+
+    def set_policy_log_probs(self, view: RolloutView, log_probs: np.ndarray) -> None:
+        """Store the policy's log-probabilities, (N,), of a rollout that another engine sampled.
+
+        Those of the engine stay in `behaviour_log_probs`.
+        """
+        self.log_probs = np.zeros_like(self.behaviour_log_probs)  # a new array: until now the two were one
+        self.log_probs[view.steps, view.lanes] = log_probs
 
     def _allowed(self, numbers: np.ndarray) -> AllowedTokens | None:
         return AllowedTokens(self.token_sets, numbers) if self.is_masked else None
@@ -342,7 +350,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
         n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
         advantages = (part.advantages - self._mean) / self._deviation  # (N,)
-        # After the normalisation: the mean that is subtracted is an unbiased baseline only if it is weighted too.
+        # After the normalisation: the subtracted mean is an unbiased baseline only if it is weighted as well.
         if self.correction is not None:
             advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, rows)
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)

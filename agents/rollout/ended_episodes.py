@@ -1,4 +1,4 @@
-"""The episodes that have ended, and wait in the buffer until all samples of their prompt have."""
+"""The episodes that have ended, and wait in the buffer until all samples of their prompt have ended."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from .transitions import Segment, Transitions
 
 
 class EndedEpisode(NamedTuple):
-    """A whole episode of which no token has been trained yet."""
+    """An episode from its first to its last token, none of which has been trained."""
 
     group: int  # the number of its group of samples
-    tokens: np.ndarray  # (T,) int32: the prompt, then the actions but the last
-    n_prompt: int  # the number of tokens that belong to the prompt
-    part: Transitions  # of all its actions
+    tokens: np.ndarray  # (T,) int32: the prompt, then all actions but the last
+    n_prompt: int  # the number of tokens of the prompt
+    part: Transitions  # the transitions of all its actions
     is_dropped: bool = False  # whether it counts as a member of its group without being trained on
 
 
 class RolloutGroups(NamedTuple):
-    """The groups of samples at the end of a rollout, as the env has them; `SampleGroups` hands them to the buffer."""
+    """The env's groups of samples at the end of a rollout, which `SampleGroups` hands to the buffer."""
 
-    record: RolloutRecord  # of the episodes that ended in the rollout
-    open_groups: set[int]  # the groups of which some member still runs or has not begun
+    record: RolloutRecord  # the infos of the episodes that ended in the rollout
+    open_groups: set[int]  # the groups with a member that still runs or has not begun
     size: int  # the number of members of a group
     reset_at: int  # the step of the env's last reset, which abandoned all groups begun before it
 
     def ended(self, place: Place, segment: Segment, part: Transitions) -> EndedEpisode | None:
-        """Return the episode that ended with a segment, or None where none did or some of its tokens were lost.
+        """Return the episode that ended with a segment, or None if none did or some of its tokens were lost.
 
         A rollout that is broken off loses tokens: SB3 `on_policy_algorithm.collect_rollouts` then returns before it
         sets `_last_obs`, so that the next call starts from observations that the env has left behind.
 
         Args:
-            place: Where the segment ended.
+            place: The step and the lane at which the segment ended.
             segment: The segment.
             part: The transitions of the whole episode, as far as the buffer has them.
         """
@@ -53,7 +53,7 @@ class RolloutGroups(NamedTuple):
     ) -> tuple[dict[Place, EndedEpisode], dict[Place, EndedEpisode]]:
         """Return the episodes of whole groups, in the order of their places, and those that wait for their group.
 
-        Episodes that a reset abandoned, or whose group lost a member, are in neither.
+        An episode that a reset abandoned, or whose group lost a member, is in neither.
         """
         kept = {place: episodes[place] for place in sorted(episodes) if place[0] >= self.reset_at}
         counts = Counter(episode.group for episode in kept.values())

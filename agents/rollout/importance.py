@@ -1,4 +1,4 @@
-"""Truncated importance weights for tokens that another distribution than the policy sampled."""
+"""Truncated importance weights for tokens that were sampled from another distribution than the policy's."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Per: TypeAlias = Literal["token", "sequence"]
 
 @dataclass(frozen=True)
 class Correction:
-    """Truncated importance weights, min(pi / mu, truncation), of tokens that mu sampled and pi is trained on.
+    """Truncated importance weights, min(pi / mu, truncation), for training pi on tokens that mu sampled.
 
     Truncation bounds the variance and pulls towards mu (Ionides, 2008, "Truncated Importance Sampling"); for the gap
     between the engine that samples and the one that trains: Yao et al., 2025, "Your Efficient RL Framework Secretly
     Brings You Off-Policy RL Training".
 
-    - "token": each token is weighted by its own ratio. This corrects the choice of the token, but not that mu visits
-      other texts than the policy would, before and after it. A ratio is as close to 1 as the two distributions are,
-      however long the text.
+    - "token": each token is weighted by its own ratio. This corrects the choice of the token, but not the difference
+      between the texts that mu and the policy would write before and after it. The closer the two distributions are,
+      the closer the ratios are to 1, however long the text.
     - "sequence": each token is weighted by the product of all ratios of its sequence. Without truncation, and with
       whole episodes, the mean of the weighted gradients is the policy gradient itself. The variance of the product
       grows with the number of tokens, so that it suits short texts.
 
     Args:
-        truncation: The largest weight, 1 or more; `math.inf` for none.
+        truncation: The largest weight, 1 or more; `math.inf` for no truncation.
         per: "token" or "sequence".
 
     Raises:
@@ -56,11 +56,11 @@ class Correction:
 
         Args:
             log_probs: The log-probabilities by the policy, (N,), in nats.
-            behaviour_log_probs: Those by the model that sampled, (N,), in nats.
+            behaviour_log_probs: The log-probabilities by the model that sampled, (N,), in nats.
             rows: The sequence that each token is in, (N,).
         """
         log_ratios = log_probs - behaviour_log_probs
         if self.per == "sequence":
-            log_ratios = np.bincount(rows, weights=log_ratios)[rows]  # sums a sequence, (S,), then (N,)
-        # The exponential of the sum over a long sequence could overflow, hence the bound before it.
+            log_ratios = np.bincount(rows, weights=log_ratios)[rows]  # sums per sequence, (S,) -> (N,)
+        # Bounded before `exp`, which could overflow for the sum over a long sequence.
         return np.exp(np.minimum(log_ratios, min(math.log(self.truncation), MOST_NATS))).astype(np.float32)

@@ -14,7 +14,7 @@ class MaskableSequenceRolloutBuffer(SequenceRolloutBuffer, MaskableRolloutBuffer
     """`SequenceRolloutBuffer` for MaskablePPO, with each distinct mask stored once, as bits or token ids.
 
     The stock buffer stores float32 (n_steps, n_envs, V): 4.6 GiB for 128 steps of 64 lanes at V = 152,000. It is a base
-    class only since sb3-contrib `MaskablePPO.collect_rollouts` asserts it.
+    class only because sb3-contrib `MaskablePPO.collect_rollouts` asserts that.
 
     Example:
         >>> from agents import MaskableLMPolicy, MaskableSequenceRolloutBuffer
@@ -22,5 +22,5 @@ class MaskableSequenceRolloutBuffer(SequenceRolloutBuffer, MaskableRolloutBuffer
     """
 
     def add(self, *args: Any, action_masks: np.ndarray | None = None, **kwargs: Any) -> None:
-        """Add one step; `action_masks` are not read: the tokens that they allow ride on `log_prob` (`ALLOWED`)."""
+        """Add one step; `action_masks` are not read, since `log_prob` carries the allowed tokens (`ALLOWED`)."""
         super().add(*args, **kwargs)

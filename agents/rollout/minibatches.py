@@ -8,18 +8,18 @@ import numpy as np
 
 from ..distributed.collectives import gather
 
-MIN_SEQUENCES = 4  # with fewer in a minibatch, training did not learn reliably
-SPREAD = 0.3  # enough noise on the lengths that two epochs hardly ever have a minibatch in common
+MIN_SEQUENCES = 4  # with fewer sequences in a minibatch, training did not learn reliably
+SPREAD = 0.3  # the relative noise on lengths: with it, two epochs hardly ever have a minibatch in common
 
 
 def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: int) -> int:
     """Return the number of minibatches of an epoch.
 
-    It depends on sizes alone, so that all processes of a job count the same.
+    The number depends on sizes alone, so that it is the same in all processes of a job.
 
     Args:
-        n_transitions: The transitions of the rollout: steps times lanes.
-        batch_size: The transitions of a minibatch, on average; None for one minibatch of all.
+        n_transitions: The number of transitions of the rollout: steps times lanes.
+        batch_size: The mean number of transitions of a minibatch; None for one minibatch of all.
         n_sequences: The number of whole sequences.
 
     Raises:
@@ -46,14 +46,14 @@ def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: i
 
 
 def even_groups(counts: np.ndarray, n_groups: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Deal sequences to groups at random, about equal in transitions; return the indices of each group's sequences.
+    """Divide sequences into random groups of about equal numbers of transitions; return each group's indices.
 
     Args:
-        counts: The transitions of each sequence, (S,).
+        counts: The number of transitions of each sequence, (S,).
         n_groups: The number of groups.
         rng: The source of the randomness.
     """
-    # The longest first, each to the group with the fewest transitions, fills groups evenly.
+    # The longest sequences first, each into the group with the fewest transitions so far, fill the groups evenly.
     keys = counts * rng.uniform(1 - SPREAD, 1 + SPREAD, size=len(counts))
     groups: list[list[int]] = [[] for _ in range(n_groups)]
     loads = np.zeros(n_groups)
@@ -67,22 +67,22 @@ def even_groups(counts: np.ndarray, n_groups: int, rng: np.random.Generator) -> 
 def deal(
     counts: np.ndarray, n_dropped: int, n_transitions: int, batch_size: int | None, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, float | None]]:
-    """Deal the sequences of a rollout to the minibatches of an epoch; each process of a job has as many minibatches.
+    """Divide the sequences of a rollout among the minibatches of an epoch, the same number of them in each process.
 
     Args:
-        counts: The transitions of each sequence of this process, (S,).
+        counts: The number of transitions of each sequence of this process, (S,).
         n_dropped: The number of sequences that were left out.
-        n_transitions: The transitions of this process's rollout: steps times lanes.
-        batch_size: The transitions of a minibatch of all processes, on average; None for one minibatch of all.
+        n_transitions: The number of transitions of this process's rollout: steps times lanes.
+        batch_size: The mean number of transitions of a minibatch of all processes; None for one minibatch of all.
         rng: The source of the randomness.
 
     Returns:
         For each minibatch the indices of its sequences and, with several processes, the weight of its losses in this
-        one (see `SharedGradient`). A process without a sequence for a minibatch gets sequence 0 with a weight of 0,
+        process (see `SharedGradient`). A process without a sequence for a minibatch gets sequence 0 with weight 0,
         since each process must take part in each backward pass.
 
     Raises:
-        ValueError: As `count_minibatches`; and in all processes, where one of them has no sequence at all.
+        ValueError: As `count_minibatches`; in all processes, if one of them has no sequence at all.
     """
     sizes = gather("minibatches", (len(counts), n_dropped))
     n_sequences = sum(size[0] for size in sizes)

@@ -1,4 +1,4 @@
-"""The cutting of a rollout's rows into segments, lane by lane, while it is collected."""
+"""The division of a rollout into segments, lane by lane, while it is collected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .transitions import Segment
 
 
 class SegmentRecorder:
-    """Keeps the last observations of all lanes, and cuts a segment where a lane's episode is over.
+    """Keeps the last observations of all lanes, and closes a segment when a lane's episode is over.
 
     Args:
         n_lanes: The number of lanes, B.
@@ -25,9 +25,9 @@ class SegmentRecorder:
         """Add the observations of a step, and close the segments of lanes whose row does not continue the last one.
 
         Args:
-            step: The step.
-            observations: (B, L).
-            episode_starts: Whether an episode begins with them, (B,).
+            step: The number of the step in the rollout.
+            observations: The observations, (B, L).
+            episode_starts: Whether they begin an episode, (B,).
 
         Returns:
             The number of tokens in each row, (B,).
@@ -36,15 +36,15 @@ class SegmentRecorder:
             same = (observations[:, : self._last.shape[1]] == self._last) | (self._last == PADDING)  # (B, W)
             # Not by `episode_starts` alone: after `learn` was broken off inside a rollout, SB3 starts from observations
             # that the env has left behind, and the next row is another episode's.
-            goes_on = same.all(axis=1) & (np.asarray(episode_starts) == 0)  # (B,)
-            for lane in np.flatnonzero(~goes_on):
+            continues = same.all(axis=1) & (np.asarray(episode_starts) == 0)  # (B,)
+            for lane in np.flatnonzero(~continues):
                 self._close(int(lane), step, is_finished=True)
         lengths = (observations >= 0).sum(axis=1)  # (B,)
-        self._last = observations[:, : lengths.max() + 1].astype(np.int32)  # tokens, and the separator as one more
+        self._last = observations[:, : lengths.max() + 1].astype(np.int32)  # + 1 for the separator
         return lengths
 
     def finish(self, n_steps: int, dones: np.ndarray) -> list[Segment]:
-        """Close the segments of all lanes at the end of a rollout, and return all in the order of their ends.
+        """Close the segments of all lanes at the end of a rollout; return all segments in the order of their ends.
 
         Args:
             n_steps: The number of steps of the rollout.
@@ -52,7 +52,7 @@ class SegmentRecorder:
         """
         for lane, done in enumerate(dones):
             self._close(lane, n_steps, is_finished=bool(done))
-        self._last = np.zeros((len(dones), 0), dtype=np.int32)  # frees them: the segments have the tokens
+        self._last = np.zeros((len(dones), 0), dtype=np.int32)  # frees the memory: the segments have the tokens
         return self._segments
 
     def _close(self, lane: int, end: int, is_finished: bool) -> None:

@@ -1,4 +1,4 @@
-"""The choice of the sequences of a finished rollout that are trained now, and of those that wait for a later one."""
+"""The choice of the sequences that are trained after a rollout, and of those that wait for a later rollout."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .transitions import Segment, Transitions, joined
 
 
 class FinishedRollout(NamedTuple):
-    """A rollout with its returns, as the choice below reads it.
+    """A rollout with its returns: the input of the functions below.
 
     Attributes:
-        segments: The runs of each lane inside one episode, in the order in which they ended.
+        segments: The segments, in the order of their ends.
         read: Returns the transitions of a segment, as views of the buffer's arrays.
         episode_starts: Whether an episode began at a step of a lane, (T, B).
-        dropped: The last step and the lane of each episode that is not to be trained on.
+        dropped: The last step and the lane of each episode that is not trained.
         gamma: Discount factor.
         gae_lambda: The trade-off of generalized advantage estimation.
     """
@@ -34,7 +34,7 @@ class FinishedRollout(NamedTuple):
     gae_lambda: float
 
     def is_dropped(self, segment: Segment) -> bool:
-        """Whether the episode that ended with a segment is not to be trained on."""
+        """Return whether the episode that ended with a segment is not trained."""
         return (segment.end - 1, segment.lane) in self.dropped
 
 
@@ -42,7 +42,7 @@ class TrainedSequence(NamedTuple):
     """A sequence that is trained."""
 
     segment: Segment
-    copied: Transitions | None  # where they are not one segment of this rollout; None: they are read when needed
+    copied: Transitions | None  # its transitions if they span several rollouts; None: read from the buffer when needed
 
 
 class TrainedSequences:
@@ -52,14 +52,14 @@ class TrainedSequences:
     twice.
 
     Args:
-        rollout: The rollout they are of.
+        rollout: The rollout that the sequences come from.
         sequences: The sequences, in order.
         n_dropped: The number of ended episodes that are left out because the reward dropped them.
     """
 
     def __init__(self, rollout: FinishedRollout, sequences: list[TrainedSequence], n_dropped: int) -> None:
         self._rollout, self._sequences, self.n_dropped = rollout, sequences, n_dropped
-        self.counts = np.array([len(part.actions) for part in self], dtype=np.int64)  # (S,) transitions of each
+        self.counts = np.array([len(part.actions) for part in self], dtype=np.int64)  # (S,): transitions per sequence
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -70,7 +70,7 @@ class TrainedSequences:
         return map(self.transitions, range(len(self)))
 
     def segment(self, sequence: int) -> Segment:
-        """Return the tokens of a sequence, and where it comes from."""
+        """Return the segment that holds the tokens of a sequence."""
         return self._sequences[sequence].segment
 
     def transitions(self, sequence: int) -> Transitions:
@@ -84,8 +84,8 @@ def ended_sequences(rollout: FinishedRollout, waiting: dict[int, Transitions] | 
 
     Args:
         rollout: The rollout.
-        waiting: By lane, the transitions of its unfinished episode from earlier rollouts; brought up to date. None
-            where episodes are trained on in parts.
+        waiting: By lane, the transitions of its unfinished episode from earlier rollouts; updated in place. None if
+            episodes are trained in parts.
     """
     if waiting is None:
         return [TrainedSequence(segment, None) for segment in rollout.segments]
@@ -123,14 +123,14 @@ def choose_groups(
     groups: RolloutGroups,
     advantage: Advantage,
 ) -> tuple[TrainedSequences, dict[Place, EndedEpisode]]:
-    """Return the episodes whose group of samples is whole, without the dropped ones, and those that wait for theirs.
+    """Return the episodes of whole groups, without dropped ones, and those that wait for their group.
 
     Args:
         rollout: The rollout.
         waiting: As in `ended_sequences`.
         waiting_episodes: The episodes that waited for their group until now.
         groups: The groups of the episodes that ended in the rollout.
-        advantage: How the episodes of a group are compared; "gae" not at all.
+        advantage: The comparison of the episodes of a group; "gae" compares none.
     """
     ended = TrainedSequences(rollout, ended_sequences(rollout, waiting), 0)
     episodes = dict(waiting_episodes)

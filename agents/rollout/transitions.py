@@ -14,20 +14,20 @@ from ..models.sequences import SequenceBatch
 class Segment(NamedTuple):
     """A run of steps of one lane, inside one episode and one rollout.
 
-    An episode that lasts longer than a rollout has a segment in each of them.
+    An episode that spans several rollouts has a segment in each of them.
     """
 
     lane: int
     start: int  # the first step
     end: int  # one more than the last step
-    # (T,) int32: the row before the first step, then the actions but the last, of which nothing is asked
+    # (T,) int32: the row before the first step, then all actions but the last, after which nothing is predicted
     tokens: np.ndarray
-    is_finished: bool  # whether the episode ended with it
-    n_prompt: int  # the number of tokens that belong to the prompt
+    is_finished: bool  # whether the segment ends its episode
+    n_prompt: int  # the number of tokens of the prompt
 
 
 class Transitions(NamedTuple):
-    """The transitions of one sequence in numbers, each array (n,); the fields are named as the buffer's arrays."""
+    """The numbers of the transitions of one sequence, (n,) each; the fields have the names of the buffer's arrays."""
 
     cols: np.ndarray  # int32: the column of the sequence at which logits and value are read
     actions: np.ndarray  # int32
@@ -37,7 +37,7 @@ class Transitions(NamedTuple):
     advantages: np.ndarray
     returns: np.ndarray  # advantages + values, before any normalisation (invariant D1)
     allowed: np.ndarray  # int32: the number of the token set that the action was sampled from; 0 is the vocabulary
-    # In nats, by the model that sampled: `log_probs` itself, in the same memory, unless another engine did.
+    # In nats, by the model that sampled: in the memory of `log_probs`, unless another engine sampled.
     behaviour_log_probs: np.ndarray
 
     @property
@@ -49,7 +49,7 @@ class Transitions(NamedTuple):
 def joined(parts: Sequence[Transitions]) -> Transitions:
     """Return the transitions of all parts, one after the other, in new arrays.
 
-    Log-probabilities stay one array where they are one in all parts.
+    `log_probs` and `behaviour_log_probs` stay one array if they are one array in all parts.
     """
     names = Transitions._fields[:-1]
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}  # (N,) each
@@ -74,9 +74,9 @@ class SequenceSamples(NamedTuple):
 
 
 class RolloutView(NamedTuple):
-    """A rollout of N transitions as whole sequences, with the index of each in the buffer's (T, B) arrays."""
+    """A rollout of N transitions as whole sequences, with each transition's index in the buffer's (T, B) arrays."""
 
     batch: SequenceBatch
     actions: Tensor  # (N,)
-    steps: np.ndarray  # (N,)
-    lanes: np.ndarray  # (N,)
+    steps: np.ndarray  # (N,): the first index
+    lanes: np.ndarray  # (N,): the second index

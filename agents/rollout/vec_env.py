@@ -24,14 +24,14 @@ from .rollout_record import RolloutRecord
 
 
 class TextVecEnv(VecEnv):
-    """N episodes of one `TextEnv` side by side, each refilled in the step that ends it, for SB3's algorithms.
+    """N episodes of one `TextEnv` side by side, for SB3's algorithms; the step that ends an episode begins the next.
 
-    The hooks of `env` serve all lanes, in one reward call a step, in this process. Infos of finished episodes have the
-    entry `episode`, so that no Monitor is needed.
+    The hooks of `env` serve all lanes, in one reward call per step, in this process. Infos of finished episodes have
+    the entry `episode`, so that no Monitor is needed.
 
     Args:
-        env: A `TextEnv`, a subclass, or one that `gym.make` has wrapped.
-        n_envs: The number of lanes. W processes of a job have n_envs / W each, and each W-th prompt.
+        env: A `TextEnv`, a subclass, or the result of `gym.make` for one.
+        n_envs: The number of lanes. W processes of a job have n_envs / W lanes and every W-th prompt each.
 
     Raises:
         TypeError: If `env` is no `TextEnv`, if a wrapper changes it, or if it overrides `step` or `reset`.
@@ -62,13 +62,13 @@ class TextVecEnv(VecEnv):
     def reset(self) -> np.ndarray:
         """Begin new episodes in all lanes, scored as they end, and return the observations, (B, L) int64.
 
-        A seed that was given to `seed` starts the prompts' order anew. After `set_options({"prompts": rows})` the lanes
-        run these rows, each exactly once.
+        After a call of `seed`, the prompts' order starts anew. After `set_options({"prompts": rows})` the lanes run
+        these rows, each exactly once.
         """
         seed, options = self._seeds[0], self._options[0]
         self._reset_seeds()
         self._reset_options()
-        # An evaluation may follow; a rollout asks for all three again.
+        # An evaluation may follow; the steps of a rollout ask for deferred scores, dropped episodes and a record again.
         self.lanes.defer_scores = self.lanes.accepts_dropped = False
         self.record = RolloutRecord(self.lanes.n_steps, is_kept=False)
         order_seed = None
@@ -131,7 +131,7 @@ class TextVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return an attribute of the env, once for each lane asked for."""
-        # sb3-contrib `maskable/utils.is_masking_supported` asks for it; the env's own is that of its single row.
+        # sb3-contrib `maskable/utils.is_masking_supported` asks for it; the env's own method masks its single row.
         if attr_name == "action_masks":
             self.env.check_mask()
             return [lambda lane=lane: self.lanes.allowed()[lane] for lane in self._get_indices(indices)]
@@ -160,19 +160,19 @@ class TextVecEnv(VecEnv):
         return [method(*method_args, **method_kwargs) for _ in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        """Return True for Monitor alone, whose entries infos have: else SB3 `evaluation.evaluate_policy` would warn."""
+        """Return True for Monitor alone: infos have its entries, and SB3 `evaluation.evaluate_policy` asks for it."""
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
     def begin_rollout(self, defer_scores: bool = False, accept_dropped: bool = False) -> None:
         """Record the episodes that end from now on in `record`, for the steps that run before returns.
 
-        Each of these steps calls it as a rollout begins, with what it needs; one call more changes nothing that another
-        step has asked for. `reset` takes everything back.
+        Each of these steps calls it when a rollout begins, with the options that it needs; a further call keeps what
+        earlier calls have switched on. `reset` switches everything off.
 
         Args:
-            defer_scores: Let finished episodes wait for `score_unscored`; those of a rollout that was broken off are
-                forgotten.
-            accept_dropped: Let the reward drop episodes: the caller leaves them out of training.
+            defer_scores: Let finished episodes wait for `score_unscored`, and forget those of a rollout that was broken
+                off.
+            accept_dropped: Let the reward drop episodes, which the caller then leaves out of training.
         """
         self.record = RolloutRecord(self.lanes.n_steps, is_kept=True)
         if defer_scores:

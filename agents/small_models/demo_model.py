@@ -35,11 +35,11 @@ SHAPE = {
 }
 TRAINING = {"batch_size": 64, "learning_rate": 1e-2}
 N_REVIEWS = 8000
-_temporary: dict[str, Path] = {}  # models of this process by name, where the cache cannot be written to
+_temporary: dict[str, Path] = {}  # by name, the folders of models that this process could not write into the cache
 
 
 def cache_folder() -> Path:
-    """Return the folder where models are kept: `TEXTENV_CACHE`, or `textenv` in the user's cache folder."""
+    """Return the folder that keeps models: `TEXTENV_CACHE`, or `textenv` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TEXTENV_CACHE") or Path(base) / "textenv")
 
@@ -48,13 +48,14 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
     """Return the folder of a small model that writes product reviews of all moods; train it if the cache has none.
 
     The model is a GPT-2 of 2 layers and width 64 (about 0.1 M parameters) with one token per word, trained on 8,000
-    reviews from a fixed seed. Training takes some seconds. The folder's name is a hash of grammar and settings, so that
-    a change of them makes a new model. Where the cache cannot be written to, the model lives as long as the process.
+    reviews from a fixed seed. Training takes some seconds. The folder's name is a hash of the reviews and the settings,
+    so that a change of either makes a new model. If the cache cannot be written to, the model lives as long as the
+    process.
 
     Args:
         folder: The cache; `cache_folder()` by default.
         n_epochs: The number of passes over the corpus; fewer are enough to try things out.
-        progress_bar: Whether to show a progress bar while it trains.
+        progress_bar: Whether to show a progress bar during training.
 
     Returns:
         A folder for `Pretrained` and `AutoTokenizer.from_pretrained`.
@@ -72,7 +73,7 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
     tokenizer = word_tokenizer(demo.vocabulary())
     eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **SHAPE)  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # a fixed seed for the weights, which leaves the caller's generator alone
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
         model.init_weights()
@@ -100,14 +101,14 @@ def demo_model(folder: Path | None = None, n_epochs: float = 1.6, progress_bar: 
 
 
 def model_folder(name: str, progress_bar: bool = True) -> str:
-    """Return the name or folder by which transformers loads a model: for "demo" the built-in model's, else `name`.
+    """Return the name or folder from which transformers loads a model: the demo model's folder for "demo", else `name`.
 
     Args:
         name: "demo", a folder, or a name on the hub.
         progress_bar: Whether to show a progress bar if the demo model has to be trained.
 
     Raises:
-        ValueError: If it is the folder of a run, or neither a folder nor a possible name.
+        ValueError: If `name` is the folder of a run, or neither a folder nor a possible name.
     """
     if name == DEMO:
         return str(demo_model(progress_bar=progress_bar))

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 IGNORED = -100  # the target that torch's `cross_entropy` and transformers' losses leave out
-POOL = 16  # minibatches sorted by length together: little padding, and an order that is still random
+POOL = 16  # minibatches whose texts are sorted by length together: little padding, yet a random order
 
 Batch = TypeVar("Batch")
 
@@ -35,13 +35,13 @@ def pretrain(
     """Train a causal language model to continue texts, each closed by the end token.
 
     The optimizer is AdamW with a one-cycle schedule; minibatches of similar lengths come in random order. Larger models
-    are better trained by `sft.tune`, which can be interrupted and resumed.
+    are better trained by `agents.sft.tune`, which can be interrupted and resumed.
 
     Args:
         model: The model, changed in place.
         tokenizer: Its tokenizer.
         texts: The corpus.
-        n_epochs: The number of passes over it; may be a fraction.
+        n_epochs: The number of passes over the corpus; may be a fraction.
         batch_size: The number of texts in a minibatch.
         learning_rate: The peak of the schedule.
         seed: The seed of the minibatches' order.
@@ -80,16 +80,19 @@ def pretrain(
 
 
 class FitRun(AbstractContextManager[object], Protocol):
-    """A training by `fit` that can be stopped and resumed; entered while it lasts. `ResumableFit` keeps it on disk."""
+    """The saved state of a call of `fit`, which can be stopped and resumed; a context around its steps.
+
+    `ResumableFit` keeps the state on disk.
+    """
 
     def load(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Bring model and optimizer to the state to go on from; return the loss of each step made before."""
+        """Load the saved state into model and optimizer; return the loss of each step that was already made."""
         ...
 
     def after_step(
         self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[Tensor], n_steps: int
     ) -> None:
-        """Save the state where it is due, and raise where the training is to stop; `losses` has one item a step."""
+        """Save the state when a save is due, and raise when training should stop; `losses` has one item per step."""
         ...
 
 
@@ -108,25 +111,26 @@ def fit(
 
     Args:
         model: The model, changed in place; in evaluation mode afterwards.
-        batches: The minibatches, in an order that is the same each time: a resumed run skips those it has seen.
+        batches: The minibatches, in the same order each time: a resumed run skips those of the steps already made.
         loss_of: A function from a minibatch to its loss; it draws no random numbers.
         n_steps: The number of steps.
         learning_rate: The peak of the schedule.
         description: The label of the progress bar.
         progress_bar: Whether to show a progress bar.
-        run: Saves the state every so often and stops after a signal; None does neither.
+        run: Saves the state at intervals and stops the training after a signal; None does neither.
 
     Returns:
         The loss of each step, (n_steps,).
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # The betas are those of GPT-3 (Brown et al., 2020, appendix B); the weight decay is torch's default.
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     # torch's OneCycleLR divides by the warm-up's length, pct_start * total_steps - 1, which is 0 for a tenth of 10.
     warm_up = 0.2 if n_steps == 10 else 0.1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_steps, pct_start=warm_up)
     losses = [] if run is None else run.load(model, optimizer)
     if losses:
-        # The schedule is a function of the step alone; its constructor has already counted one.
+        # The schedule depends on the step number alone; its constructor has already counted one step.
         schedule.load_state_dict({"last_epoch": len(losses), "_step_count": len(losses) + 1})
     model.train()
     with (
@@ -140,9 +144,9 @@ def fit(
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(loss.detach())  # stays on the device: `float` here would wait for it in every step
+            losses.append(loss.detach())  # stays on the device: `float` would wait for the device in every step
             bar.update()
-            if len(losses) % 20 == 0:
+            if len(losses) % 20 == 0:  # seldom, since `float` waits for the device
                 bar.set_postfix(loss=f"{float(losses[-1]):.3f}")
             if run is not None:
                 run.after_step(model, optimizer, losses, n_steps)
@@ -158,7 +162,7 @@ def _next_token_loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Te
 
 
 def similar_lengths(lengths: Sequence[int], batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Yield minibatches as lists of indices, without end: each index once per pass, in random order, similar lengths.
+    """Yield minibatches of similar lengths forever, as lists of indices; a pass has each index once, in random order.
 
     Args:
         lengths: The length of each row, in tokens.
@@ -178,7 +182,7 @@ def similar_lengths(lengths: Sequence[int], batch_size: int, rng: np.random.Gene
 def _batches(
     sequences: Sequence[Sequence[int]], batch_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets, each (B, T), without end."""
+    """Yield inputs and targets forever, each (B, T), padded on the right."""
     for indices in similar_lengths([len(sequence) for sequence in sequences], batch_size, rng):
         chosen = [sequences[i] for i in indices]
         width = max(map(len, chosen))
@@ -186,5 +190,5 @@ def _batches(
         targets = torch.full((len(chosen), width), IGNORED)
         for row, sequence in enumerate(chosen):
             ids[row, : len(sequence)] = torch.tensor(sequence)
-            targets[row, : len(sequence) - 1] = torch.tensor(sequence[1:])  # each token is predicted one place before
+            targets[row, : len(sequence) - 1] = torch.tensor(sequence[1:])  # column t predicts token t + 1
         yield ids, targets

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-EOS_TOKEN = "</s>"  # ends a text, and pads: lengths decide what is padding, never ids
+EOS_TOKEN = "</s>"  # ends a text and also pads it: padding is told by lengths, never by this id
 UNKNOWN_TOKEN = "<unk>"
 
 
@@ -34,7 +34,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def char_tokenizer(texts: Sequence[str], min_count: int = 1) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per character, which suits Chinese: decoded texts have no spaces between them.
+    """Return a tokenizer with one token per character; it decodes them without spaces in between, as Chinese needs.
 
     Token 0 is the end token. The most frequent characters have the lowest ids.
 
@@ -53,7 +53,7 @@ def char_tokenizer(texts: Sequence[str], min_count: int = 1) -> PreTrainedTokeni
     vocabulary = {token: i for i, token in enumerate([EOS_TOKEN, UNKNOWN_TOKEN, *chars])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # without a decoder, tokens are joined by spaces
+    tokenizer.decoder = decoders.Fuse()  # joins tokens without spaces, unlike a tokenizer that has no decoder
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS_TOKEN,
@@ -68,7 +68,7 @@ def bpe_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerF
 
     Args:
         texts: The texts to train on.
-        vocab_size: The number of tokens, at least 257: the end token and all bytes.
+        vocab_size: The number of tokens, at least 257: the end token and the 256 bytes.
 
     Example:
         >>> from agents import bpe_tokenizer

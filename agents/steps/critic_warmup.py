@@ -13,11 +13,11 @@ from .step import RolloutStep, sequence_buffer
 
 
 class CriticWarmup(RolloutStep):
-    """Trains the critic alone on the first rollouts, so that the first advantages are not those of a fresh value head.
+    """Trains the critic alone on the first rollouts, so that no fresh value head decides the policy's first advantages.
 
     Before the update of each of these rollouts the policy's weights are taken out of the gradient (`requires_grad`):
-    the weights, and the optimizer's state of them, stay the same bit for bit, and the backward pass costs less. A trunk
-    that policy and critic share counts as the policy's; there only the value head learns.
+    the weights and their optimizer state stay the same bit for bit, and the backward pass costs less. A trunk that
+    policy and critic share counts as the policy's; then only the value head learns.
 
     Rollouts are counted from the first time that the step is attached to a model. A checkpoint keeps the count. A file
     written by `model.save` does not: a loaded model to which the step is attached is warmed up again, which
@@ -61,7 +61,7 @@ class CriticWarmup(RolloutStep):
                 "`fully_shard` settles once which are trained. Warm up without shards, and go on from that checkpoint."
             )
         critic_weights = set(policy.lm.critic.parameters())
-        # The optimizer has all weights that are trained, also those that an earlier warm-up took out of the gradient.
+        # The optimizer has all trained weights, those that an earlier warm-up took out of the gradient included.
         optimized = [weight for group in policy.optimizer.param_groups for weight in group["params"]]
         self.weights = [weight for weight in optimized if weight not in critic_weights]
 
@@ -69,7 +69,7 @@ class CriticWarmup(RolloutStep):
         """Take the policy's weights out of the coming update's gradient, or put them back in."""
         for weight in self.weights:
             weight.requires_grad_(self.n_done >= self.n_rollouts)
-            weight.grad = None  # of an earlier minibatch; `clip_grad_norm_` and the optimizer skip weights without
+            weight.grad = None  # forgets an earlier minibatch: `clip_grad_norm_` and the optimizer skip such weights
         self.n_done += 1
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,5 +77,5 @@ class CriticWarmup(RolloutStep):
         return {}, {"n_done": self.n_done}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Go on from the count of a checkpoint."""
+        """Continue the count of a checkpoint."""
         self.n_done = meta["n_done"]

@@ -28,24 +28,24 @@ SETTINGS = (
     "max_grad_norm",
     "target_kl",
 )
-SUMMED = ("episode/dropped", "episode/failed")  # numbers of episodes are added up; other figures are averaged
+SUMMED = ("episode/dropped", "episode/failed")  # counts of episodes are added up; other figures are averaged
 ROLLOUT_SECONDS = "time/rollout_seconds"
 
 
 class DataParallel(RolloutStep):
     """Lets an unmodified algorithm train one policy in the processes that `torchrun` or `accelerate launch` started.
 
-    `make_agent` attaches it; to an algorithm that is built by hand it is passed as a callback. With one process it does
+    `make_agent` attaches it; pass it as a callback to an algorithm that is built by hand. With one process it does
     nothing. The settings of a script are those of the whole job: `n_envs` lanes, `batch_size` transitions and
     `total_timesteps` are divided among the processes, so that the same script makes the same updates on any number of
     them. `num_timesteps` counts the tokens of all processes.
 
-    Rank 0 logs the means over the processes (numbers of episodes are added up). `time/rollout_seconds` is that of the
-    slowest process, and `time/rollout_seconds/rank_<r>` that of each.
+    Rank 0 logs the means over the processes (counts of episodes are added up). `time/rollout_seconds` is the time of
+    the slowest process, and `time/rollout_seconds/rank_<r>` that of each.
 
     Raises:
         ValueError: When attached, if the processes have different settings, or if the algorithm normalises advantages
-            within the minibatches of each.
+            within the minibatches of each process.
 
     Example:
         >>> from agents import DataParallel
@@ -54,10 +54,10 @@ class DataParallel(RolloutStep):
 
     key = DATA_PARALLEL
     order = Order.PROCESSES
-    is_kept = False  # a model that was trained in several processes may go on in one
+    is_kept = False  # a model that was trained in several processes may be trained further in one
 
     def attach(self, model: BaseAlgorithm) -> None:
-        """Put the step before the buffer's others, if there are several processes."""
+        """Put the step before the buffer's other steps, if there are several processes."""
         if world() is not None:
             super().attach(model)
 
@@ -75,11 +75,11 @@ class DataParallel(RolloutStep):
                 raise ValueError(f"Expected the same settings in all processes, got others in rank {rank}: {unlike}.")
 
     def begin(self) -> None:
-        """Share the log and the decision to break an update off from here on, and start the clock."""
+        """Share the log, and the decision to break an update off, among the processes; start the clock."""
         self._clock = time.perf_counter()
         logger = vars(self.algorithm).get("_logger")  # none before the first `learn`
         if logger is not None and not isinstance(logger, SharedLogger):
-            # Not by `set_logger`, after which SB3 `base_class._setup_learn` would make no new logger for a new `learn`.
+            # Not by `set_logger`: after it, SB3 `base_class._setup_learn` makes no new logger for the next `learn`.
             self.algorithm._logger = SharedLogger(logger)
         target, shared = vars(self.algorithm).get("target_kl"), cast("LMPolicy", self.algorithm.policy).shared
         assert shared is not None, "several processes"
@@ -88,11 +88,11 @@ class DataParallel(RolloutStep):
             self.algorithm.target_kl = shared.target  # type: ignore[attr-defined]
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Count the tokens of the other processes, and record how long this process sampled."""
+        """Count the tokens of the other processes, and record how long this process took for its rollout."""
         here = world()
         assert here is not None, "set when attached"
         self.algorithm.logger.record(ROLLOUT_SECONDS, time.perf_counter() - self._clock)
-        # SB3 `on_policy_algorithm.collect_rollouts` has counted those of this process.
+        # SB3 `on_policy_algorithm.collect_rollouts` has counted the tokens of this process.
         self.algorithm.num_timesteps += (here.size - 1) * buffer.buffer_size * buffer.n_envs
 
 
@@ -111,10 +111,10 @@ class SharedLogger(Logger):
         self.name_to_excluded.update(logger.name_to_excluded)
 
     def dump(self, step: int = 0) -> None:
-        """Write the means over the processes; of values that are no numbers, those of rank 0."""
+        """Write the means over the processes; for values that are not numbers, write those of rank 0."""
         rows = gather("the log", (dict(self.name_to_value), dict(self.name_to_excluded)))
         merged = merge([values for values, _ in rows])
-        # Reversed, so that rank 0's entry is the one that stays.
+        # In reverse, so that rank 0's entries overwrite the others.
         excluded = {key: formats for _, row in reversed(rows) for key, formats in row.items()}
         self.name_to_value.clear()
         for key, value in merged.items():
@@ -123,7 +123,7 @@ class SharedLogger(Logger):
 
 
 def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one row to log of the rows that several processes have recorded.
+    """Merge the rows that several processes have recorded into one row of the log.
 
     Example:
         >>> merge([{"reward/task": 1.0}, {"reward/task": 2.0, "episode/dropped": 3}])
@@ -141,7 +141,7 @@ def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
             merged[key] = max(values)
             merged.update({f"{key}/rank_{rank}": row[key] for rank, row in enumerate(rows) if key in row})
         elif all(value == values[0] for value in values) and key not in SUMMED:
-            merged[key] = values[0]  # a whole number stays one, which a mean would make a float
+            merged[key] = values[0]  # a whole number stays whole, where a mean would make it a float
         else:
             merged[key] = float(np.sum(values) if key in SUMMED else np.mean(values))
     return merged

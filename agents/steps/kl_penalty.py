@@ -29,12 +29,12 @@ MAX_ERROR = 0.2  # the largest relative error that counts (Ziegler et al., 2019,
 class AdaptiveCoef:
     """A coefficient that moves the divergence of an episode towards a target (Ziegler et al., 2019, section 2.2).
 
-    After a rollout in which n episodes ended, it is multiplied by 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon,
-    where `kl` is the divergence in the penalties of the rollout, divided by n.
+    After a rollout in which n episodes ended, the coefficient is multiplied by
+    1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon, where `kl` is the sum of the rollout's divergences over n.
 
     Args:
         init: The first coefficient, in reward per nat.
-        target: The divergence to aim at, in nats an episode.
+        target: The divergence to aim at, in nats per episode.
         horizon: The number of episodes over which the largest error changes the coefficient by about a fifth.
 
     Raises:
@@ -57,7 +57,7 @@ class AdaptiveCoef:
                 raise ValueError(f"Expected `{name}` to be positive, got {value}.")
 
     def next(self, coef: float, kl: float, n_episodes: int) -> float:
-        """Return the coefficient after a rollout with a divergence of `kl` nats an episode."""
+        """Return the coefficient after a rollout with a divergence of `kl` nats per episode."""
         error = float(np.clip(kl / self.target - 1, -MAX_ERROR, MAX_ERROR))
         return coef * max(1 + error * n_episodes / self.horizon, 0.0)
 
@@ -68,29 +68,29 @@ class KLPenalty(RolloutStep):
     With r = log pi(a) - log pi_ref(a) of a token a, under the policy's temperature, the divergence is estimated as
     (Schulman, 2020, "Approximating KL Divergence"):
 
-    - "k1": r. Its mean over the policy's samples is the divergence; that of a single token may be negative (Ziegler et
+    - "k1": r. Its mean over the policy's samples is the divergence; r of a single token may be negative (Ziegler et
       al., 2019, equation 2).
     - "k2": r^2 / 2. Never negative, and its mean is close to the divergence while that is small.
     - "k3": exp(-r) - 1 + r. Never negative, with the same mean as k1 and less variance.
     - "exact": the sum over the vocabulary of pi (log pi - log pi_ref), which does not depend on the token.
 
-    As a reward, only k1 has the gradient of the divergence in expectation. That of k3 lacks the gradient of the reverse
+    As a reward, only k1 has the gradient of the divergence in expectation. The gradient of k3 lacks that of the reverse
     divergence, which nearly cancels it close to the reference. The exact divergence does not penalise the choice of a
-    token, but only the texts that it leads to. Both suit logs, and bounds on single tokens.
+    token, but only the texts that follow it. Both suit logs, and bounds on single tokens.
 
-    The reference is the policy as it is when training first starts: the policy without its adapters where it trains a
-    `LoRA`, else a frozen copy that shares the weights that the policy keeps frozen. The divergence is computed at the
-    end of a rollout, in one forward of the reference a sequence, from the log-probabilities with which the tokens were
+    The reference is the policy at the start of its first training: with a `LoRA` the policy without its adapters, else
+    a frozen copy that shares the weights that the policy keeps frozen. The divergence is computed at the end of a
+    rollout, in one forward of the reference per sequence, from the log-probabilities with which the tokens were
     sampled. Until the first update it is exactly 0. The task reward in the logs does not include the penalty. Logged
-    are `kl/token` (nats), `kl/sequence` (nats, of sequences that ended), `kl/penalty` (reward a token) and `kl/coef`.
+    are `kl/token` (nats), `kl/sequence` (nats, of sequences that ended), `kl/penalty` (reward per token) and `kl/coef`.
 
     It needs a `SequenceRolloutBuffer`. A checkpoint keeps the reference and the coefficient; a file written by
     `model.save` does not, and training a loaded model raises unless `reference` is given or the policy has adapters.
 
     Args:
         coef: The penalty, in reward per nat, or an `AdaptiveCoef`. 0.01 to 0.1 is usual.
-        reference: The reference where it is not the policy's start: a name or path, a config or a spec as for the
-            policy (with the same tokenizer), or another policy's `lm`, which is copied.
+        reference: Another reference than the policy's start: a name or path, a config or a spec as for the policy (with
+            the same tokenizer), or another policy's `lm`, which is copied.
         estimator: "k1", "k2", "k3" or "exact".
         clip: The largest absolute divergence of one token, in nats; None for no bound.
 
@@ -126,16 +126,16 @@ class KLPenalty(RolloutStep):
         is_spec = reference is not None and not isinstance(reference, LMActorCritic)
         self.spec = cast("LMLike", reference) if is_spec else None
         self.reference = copy_of(reference) if isinstance(reference, LMActorCritic) else None
-        self._start: int | None = None  # the version of the policy's weights while they are the reference's
+        self._start: int | None = None  # the version of the policy's weights at which they equal the reference's
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Build the reference, or take the policy as it is now for it, unless there is a reference already."""
+        """Build the reference, or make it from the policy as it is now, unless there is a reference already."""
         self.algorithm = model
         self.policy = cast("LMPolicy", model.policy).lm
         if self.reference is None and self.spec is not None:
             assert model.observation_space.shape is not None
             self.reference = build_reference(self.spec, self.policy, model.observation_space.shape[0] - 1)
-        # The step of an earlier call of `learn` has the policy's start.
+        # The step of an earlier call of `learn` has the reference of the policy's start.
         for step in sequence_buffer(model).before_returns:
             if isinstance(step, KLPenalty) and self.reference is None:
                 self.reference, self._start = step.reference, step._start
@@ -161,7 +161,7 @@ class KLPenalty(RolloutStep):
         self._log(kl, view.steps, view.lanes, buffer)
         if self.controller is not None:
             own = float(kl.sum()), sum(segment.is_finished for segment in buffer.segments)
-            # The sums over processes, so that all have the same coefficient.
+            # The sums over all processes give all of them the same coefficient.
             total, n_episodes = map(sum, zip(*gather("the divergence", own), strict=True))
             if n_episodes > 0:
                 self.coef = self.controller.next(self.coef, total / n_episodes, int(n_episodes))
@@ -174,7 +174,7 @@ class KLPenalty(RolloutStep):
         if self.estimator == "exact":
             return divergences(self.reference, self.policy, view.batch).cpu().numpy()
         reference = log_probs(self.reference, self.policy, view.batch, view.actions).cpu().numpy()  # (N,)
-        policy = buffer.log_probs[view.steps, view.lanes]  # (N,), of when the tokens were sampled
+        policy = buffer.log_probs[view.steps, view.lanes]  # (N,), by the weights that sampled
         return estimate(torch.as_tensor(policy - reference), self.estimator).numpy()
 
     def _log(self, kl: np.ndarray, steps: np.ndarray, lanes: np.ndarray, buffer: SequenceRolloutBuffer) -> None:

@@ -1,4 +1,4 @@
-"""The step that shapes scores before the KL penalty: clipped, scaled, whitened, and lower where a text was cut off."""
+"""The step that shapes scores before the KL penalty: clips, scales and whitens them, and lowers those of cut texts."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ SMALL = 1e-8  # a deviation below this, relative to the mean, is rounding
 
 
 class RewardShaping(RolloutStep):
-    """Changes the score of each episode, on its last token, by those of these operations that are asked for, in order.
+    """Changes the score of each episode, on its last token, by the operations that are asked for, in this order.
 
     1. `clip`: the score is limited to [-clip, clip];
-    2. `scale`: it is divided by the standard deviation of all scores so far, those of this rollout included (Engstrom
-       et al., 2020, section 3). The mean is not subtracted. A checkpoint keeps the running figures;
+    2. `scale`: it is divided by the standard deviation of all scores so far, this rollout included (Engstrom et al.,
+       2020, section 3). The mean is not subtracted. A checkpoint keeps the running figures;
     3. `whiten`: the scores of a rollout get mean 0 and deviation 1;
     4. `missing_eos_penalty` is subtracted if the episode ended at its limit of tokens (end reason "length"): its text
        is not finished.
 
-    Late scores come before these and KL penalties after them, whatever the order of the callbacks. Scores that are all
-    equal are left as they are by 2 and become 0 by 3. The task reward in infos and logs stays untouched. Logged are
-    `shaping/score`, the mean of the shaped scores, and `shaping/cut`, the share of episodes that ended at the limit.
+    Late scores come before these operations and KL penalties after them, whatever the order of the callbacks. Scores
+    that are all equal are left alone by 2 and become 0 by 3. The task reward in infos and logs stays untouched. Logged
+    are `shaping/score` (the mean of the shaped scores) and `shaping/cut` (the share of episodes cut off at the limit).
 
     Args:
         clip: The largest absolute score.
         scale: Whether to divide by the running deviation.
         whiten: Whether to normalise over the rollout's episodes.
-        missing_eos_penalty: The penalty, in units of the score after the operations before it.
+        missing_eos_penalty: The penalty, in units of the score after the first three operations.
 
     Raises:
         ValueError: If `clip` is not positive or the penalty is negative. When attached, for the first three operations,
@@ -66,7 +66,7 @@ class RewardShaping(RolloutStep):
             raise ValueError(f"Expected `missing_eos_penalty` to be 0 or more, got {missing_eos_penalty}.")
         self.clip, self.scale, self.whiten = clip, scale, whiten
         self.missing_eos_penalty = missing_eos_penalty
-        # The number and the mean of all scores so far, and the sum of their squared distances to that mean.
+        # The number and the mean of all scores so far, and the sum of their squared distances to the mean.
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     @property
@@ -105,8 +105,8 @@ class RewardShaping(RolloutStep):
             reward = final_reward(buffer, self.env, place)
             if reward is None:
                 continue
-            # SB3 `on_policy_algorithm.collect_rollouts` has added gamma * V to the reward of a truncated episode, so
-            # that the score is replaced within the sum.
+            # The score is replaced within a sum: SB3 `on_policy_algorithm.collect_rollouts` has added gamma * V to the
+            # reward of a truncated episode.
             if self._changes_scores:
                 reward[:] = (reward - np.float32(score)) + np.float32(new_score)
             reward -= np.float32(penalty)
@@ -114,11 +114,11 @@ class RewardShaping(RolloutStep):
         self.algorithm.logger.record("shaping/cut", float(is_cut.mean()))
 
     def _shape_all(self, scores: np.ndarray) -> np.ndarray:
-        """Return the shaped scores of this process, (E,); deviations and means are over those of all processes."""
+        """Return the shaped scores of this process, (E,), by means and deviations over all processes."""
         by_process = gather("scores", scores)
         all_scores = np.concatenate(by_process)
         here = world()
-        start = sum(map(len, by_process[: 0 if here is None else here.rank]))  # where those of this process begin
+        start = sum(map(len, by_process[: 0 if here is None else here.rank]))  # of this process
         return self._shape(all_scores)[start : start + len(scores)] if len(all_scores) else scores
 
     def _shape(self, scores: np.ndarray) -> np.ndarray:
@@ -134,7 +134,7 @@ class RewardShaping(RolloutStep):
         return scores
 
     def _update(self, scores: np.ndarray) -> None:
-        """Include scores in the running figures."""
+        """Add scores to the running figures."""
         before = Spread(self.count, self.mean, self.squares)
         self.count, self.mean, self.squares = merge_moments(before, Spread.of(scores))
 
@@ -143,5 +143,5 @@ class RewardShaping(RolloutStep):
         return {}, {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Take back the running figures."""
+        """Restore the running figures."""
         self.count, self.mean, self.squares = meta["count"], meta["mean"], meta["squares"]

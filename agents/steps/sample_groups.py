@@ -12,7 +12,7 @@ from .step import Order, RolloutStep, sequence_buffer, text_vec_env
 class SampleGroups(RolloutStep):
     """Trains the samples of one prompt together: an episode waits in the buffer until the last of its group has ended.
 
-    For an env with `samples_per_prompt` of 2 or more; `make_agent` attaches it. The group-relative advantages of
+    It suits an env with `samples_per_prompt` of 2 or more; `make_agent` attaches it. The group-relative advantages of
     `SequenceRolloutBuffer(advantage="grpo" | "grpo_mean" | "rloo")` need it, and so do scores that compare the members
     of a group, which then reach all their tokens.
 
@@ -29,7 +29,7 @@ class SampleGroups(RolloutStep):
     order = Order.GROUPS
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Check that the env has groups and the buffer waits for them."""
+        """Check that the env has groups, and that the buffer waits for whole episodes."""
         env, buffer = text_vec_env(model.get_env()), sequence_buffer(model)
         if env.env.samples_per_prompt < 2:
             raise ValueError(
@@ -50,9 +50,9 @@ class SampleGroups(RolloutStep):
 
     def begin(self) -> None:
         """Have the env record the episodes of this rollout."""
-        self.env.begin_rollout()
+        self.env.begin_rollout()  # scores and dropped episodes are the business of `LateScores` and `DropEpisodes`
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Tell the buffer which groups the episodes belong to; rewards stay as they are."""
+        """Give the buffer the groups of the rollout's episodes; rewards stay as they are."""
         lanes = self.env.lanes
         buffer.groups = RolloutGroups(self.env.record, lanes.open_groups(), lanes.dealer.group_size, lanes.reset_at)

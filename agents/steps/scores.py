@@ -1,4 +1,4 @@
-"""The steps that bring scores to a finished rollout, or leave the episodes without one out of training."""
+"""The steps that bring late scores to a finished rollout, and leave dropped episodes out of training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .step import Order, RolloutStep, text_vec_env
 class LateScores(RolloutStep):
     """Scores all episodes that ended in a rollout in one call of the env's reward, at the rollout's end.
 
-    For an env with `score_at="rollout_end"`: a heavy scorer sees one large batch instead of a row or two a step. The
-    score lands on the last transition of its episode; `info["episode"]["r"]` and the logs are brought up to date.
+    It needs an env with `score_at="rollout_end"`: a heavy scorer then sees one large batch instead of a row or two per
+    step. The score is added to the last transition of its episode, and `info["episode"]["r"]` and the logs are updated.
     With `samples_per_prompt` a group is scored when its last member has ended, which may be some rollouts later.
-    Episodes that the reward drops are left out, as by `DropEpisodes`.
-    Scores of episodes that began in an earlier rollout reach all their tokens with
-    `rollout_buffer_kwargs=dict(complete_episodes=True)`.
+    Episodes that the reward drops are left out, as by `DropEpisodes`. Only with
+    `rollout_buffer_kwargs=dict(complete_episodes=True)` does the score of an episode that began in an earlier rollout
+    reach all its tokens.
 
     Raises:
         ValueError: When attached, if the env is no `TextVecEnv` with `score_at="rollout_end"`.
@@ -46,7 +46,7 @@ class LateScores(RolloutStep):
         self.algorithm = model
 
     def begin(self) -> None:
-        """Let finished episodes wait for their scores, and the reward drop some."""
+        """Let finished episodes wait for their scores, and let the reward drop some."""
         self.env.begin_rollout(defer_scores=True, accept_dropped=True)
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
@@ -68,15 +68,15 @@ class LateScores(RolloutStep):
                 continue
             reward = final_reward(buffer, self.env, place)
             if reward is not None:
-                reward += score
-            if place not in self.env.record.ended:
+                reward += score  # a view, (1,): this writes into the buffer's rewards or the waiting episode's
+            if place not in self.env.record.ended:  # an episode of an earlier rollout, which SB3 has not logged
                 self._log(info)
-        # An episode that still waits for its score would be logged with a reward of 0.
+        # Episodes that still wait for their scores would be logged with a reward of 0.
         unlogged += [episode.info for episode in self.env.lanes.waiting]
         remove_from_log(self.algorithm, unlogged)
 
     def _log(self, info: dict[str, Any]) -> None:
-        """Let SB3 log an episode whose score has come in a later rollout."""
+        """Have SB3 log an episode whose score has come in a later rollout."""
         assert self.algorithm.ep_info_buffer is not None
         self.algorithm.ep_info_buffer.append(info["episode"])
 
@@ -84,10 +84,11 @@ class LateScores(RolloutStep):
 class DropEpisodes(RolloutStep):
     """Leaves out of training the episodes for which the reward returned `textenv.rewards.DROPPED` as they ended.
 
-    For an env with `score_at="done"` or "step"; `LateScores` does the same for its own. None of their tokens is trained
-    on, and no mean of rewards or advantages contains them; a group goes on without its dropped members. Tokens that
-    were trained in an earlier rollout stay trained: with `rollout_buffer_kwargs=dict(complete_episodes=True)` there are
-    none. The divergence from a reference needs no score: it is measured and logged with the dropped episodes.
+    It is for an env with `score_at="done"` or "step"; with "rollout_end", `LateScores` does the same. None of the
+    tokens of a dropped episode is trained, no mean of rewards or advantages includes it, and its group is compared
+    without it. Tokens that an earlier rollout has trained stay trained; with
+    `rollout_buffer_kwargs=dict(complete_episodes=True)` there are none. The divergence from a reference needs no score,
+    so that its figures include dropped episodes.
 
     Example:
         >>> from agents import DropEpisodes
@@ -98,15 +99,15 @@ class DropEpisodes(RolloutStep):
     order = Order.SCORES
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Take env and log from the model."""
+        """Keep the model and its env."""
         self.env, self.algorithm = text_vec_env(model.get_env()), model
 
     def begin(self) -> None:
-        """Let the reward drop episodes, and the env record which."""
+        """Let the reward drop episodes, and have the env record them."""
         self.env.begin_rollout(accept_dropped=True)
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Tell the buffer which episodes are left out."""
+        """Have the buffer leave the dropped episodes out."""
         dropped = {place: info for place, info in self.env.record.ended.items() if info["dropped"]}
         for place in dropped:
             drop_episode(buffer, self.env, place)
@@ -116,8 +117,8 @@ class DropEpisodes(RolloutStep):
 def remove_from_log(algorithm: BaseAlgorithm, infos: Iterable[dict[str, Any]]) -> None:
     """Take episodes out of `rollout/ep_rew_mean` and `rollout/ep_len_mean`.
 
-    SB3 `base_class._update_info_buffer` appends each info's `episode` itself to `ep_info_buffer`, not a copy, so that
-    the entries are known by identity.
+    SB3 `base_class._update_info_buffer` appends each info's `episode` to `ep_info_buffer` without a copy, so that
+    entries can be found by `id`.
     """
     log, hidden = algorithm.ep_info_buffer, {id(info["episode"]) for info in infos}
     if log is not None and hidden:
@@ -125,7 +126,7 @@ def remove_from_log(algorithm: BaseAlgorithm, infos: Iterable[dict[str, Any]]) -
 
 
 def drop_episode(buffer: SequenceRolloutBuffer, env: TextVecEnv, place: Place) -> None:
-    """Have the buffer leave out an episode that ended in this rollout, or waits for its group since an earlier one."""
+    """Have the buffer leave out an episode that ended in this rollout, or earlier and waits for its group."""
     row = env.record.row_of(place)
     if row is not None:
         buffer.dropped.add((row, place[1]))
@@ -137,6 +138,6 @@ def final_reward(buffer: SequenceRolloutBuffer, env: TextVecEnv, place: Place) -
     """Return the reward of the transition that ended an episode, (1,), to be changed in place; None if it is lost."""
     row, lane = env.record.row_of(place), place[1]
     if row is not None:
-        return buffer.rewards[row : row + 1, lane]
+        return buffer.rewards[row : row + 1, lane]  # (1,), a view; an index alone would copy the number
     episode = buffer.waiting_episodes.get(place)
     return None if episode is None else episode.part.rewards[-1:]

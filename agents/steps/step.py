@@ -17,8 +17,8 @@ from ..rollout.vec_env import TextVecEnv
 class Order(IntEnum):
     """The order in which the steps of a rollout run; steps of the same order run as they were attached."""
 
-    PROCESSES = 0  # first, since it measures how long the rollout took up to here
-    ENGINE = 1  # before all that look at log-probabilities or values
+    PROCESSES = 0  # first, since it measures the duration of the rollout without the other steps
+    ENGINE = 1  # before all steps that read log-probabilities or values
     GROUPS = 2  # before late scores, some of which belong to episodes that waited for their group
     SCORES = 3
     SHAPING = 4  # changes scores, without the penalties
@@ -28,16 +28,16 @@ class Order(IntEnum):
 class RolloutStep(BaseCallback):
     """A callback that changes the rollout's rewards before returns are computed.
 
-    SB3 `on_policy_algorithm.collect_rollouts` computes returns before it calls `on_rollout_end`, which is too late for
-    that. A step is therefore run by `SequenceRolloutBuffer.compute_returns_and_advantage`.
+    SB3 `on_policy_algorithm.collect_rollouts` computes returns before it calls `on_rollout_end`, which is therefore too
+    late. `SequenceRolloutBuffer.compute_returns_and_advantage` runs the step instead.
 
-    Passed to `learn(callback=...)`, or attached with `attach(model)`, it stays with the model's buffer. A saved model
-    remembers its key, and training raises until a step with that key is attached again.
+    Passed to `learn(callback=...)`, or attached with `attach(model)`, a step stays with the model's buffer. A saved
+    model remembers the step's key, and training raises until a step with that key is attached again.
 
     Attributes:
-        key: The step's name in saved models and checkpoints; of the steps with the same key a buffer has the last.
-        order: When the step runs among the others.
-        is_kept: Whether saved models and checkpoints have its key, and ask for it.
+        key: The step's name in saved models and checkpoints; a buffer keeps the last attached of steps with one key.
+        order: The position of the step among the others.
+        is_kept: Whether saved models and checkpoints keep the key, and require the step.
 
     Raises:
         TypeError: When a subclass is defined without `key`.
@@ -79,8 +79,8 @@ class RolloutStep(BaseCallback):
         if not self.is_kept:
             return
         buffer.expected_steps = [self.key, *(key for key in buffer.expected_steps if key != self.key)]
-        # SB3 `base_class.save` stores every attribute of the model, and `load` passes these to the new buffer, which
-        # then knows what is missing.
+        # SB3 `base_class.save` stores every attribute of the model, and `load` passes `rollout_buffer_kwargs` to the
+        # new buffer, which then knows the steps that are missing.
         model.rollout_buffer_kwargs = {  # type: ignore[attr-defined]
             **model.rollout_buffer_kwargs,  # type: ignore[attr-defined]
             "expected_steps": list(buffer.expected_steps),
@@ -90,7 +90,7 @@ class RolloutStep(BaseCallback):
         """Check that the step can work with the model, and take env and policy from it; called once, when attached."""
 
     def begin(self) -> None:
-        """Prepare for a rollout that begins; called by the buffer's `reset`, whether the step is a callback or not."""
+        """Prepare for a rollout that begins; called by the buffer's `reset`, however the step was attached."""
 
     @abstractmethod
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
@@ -111,10 +111,10 @@ class RolloutStep(BaseCallback):
 
 
 class Remembering(Protocol):
-    """A callback whose observations checkpoints keep; training goes on without it, too.
+    """A callback whose observations checkpoints keep; a resumed training does not require it.
 
     Attributes:
-        key: Its name in checkpoints.
+        key: The callback's name in checkpoints.
     """
 
     key: str
@@ -127,9 +127,9 @@ class Remembering(Protocol):
 
 
 def remember(model: BaseAlgorithm, callback: Remembering) -> None:
-    """Have checkpoints keep what a callback has observed, and give it what the loaded checkpoint has kept.
+    """Have checkpoints keep a callback's observations, and give it those of the checkpoint that was loaded.
 
-    Models with another buffer than a `SequenceRolloutBuffer` have no checkpoints.
+    Nothing happens if the buffer is not a `SequenceRolloutBuffer`, without which there are no checkpoints.
     """
     buffer = model.rollout_buffer  # type: ignore[attr-defined]
     if isinstance(buffer, SequenceRolloutBuffer):

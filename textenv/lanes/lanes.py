@@ -63,6 +63,7 @@ class Lanes:
         env: The environment.
         n_lanes: How many episodes run side by side, B.
         autoreset: Whether a lane begins the next episode in the step that ends one; otherwise `reset` must follow.
+        accepts_dropped: The first value of the attribute.
 
     Attributes:
         state: The running episodes.
@@ -80,7 +81,7 @@ class Lanes:
         ValueError: If `n_lanes` is not in [1, 65536].
     """
 
-    def __init__(self, env: EpisodeHost, n_lanes: int, autoreset: bool = True) -> None:
+    def __init__(self, env: EpisodeHost, n_lanes: int, autoreset: bool = True, accepts_dropped: bool = False) -> None:
         if not 1 <= n_lanes <= MAX_LANES:
             raise ValueError(
                 f"Expected 1 to {MAX_LANES:,} lanes, got {n_lanes:,}: 64 to 1,024 are usual (n_envs, num_envs)."
@@ -93,7 +94,7 @@ class Lanes:
         self.n_steps = 0
         self.reset_at = 0
         self.defer_scores = False
-        self.accepts_dropped = False
+        self.accepts_dropped = accepts_dropped
         self.unscored: list[FinishedEpisode] = []
         self.waiting: list[FinishedEpisode] = []
         self.start_time = time.monotonic()

@@ -1,4 +1,4 @@
-"""The arguments of `TextEnv` that make the rules of an episode, checked."""
+"""The checks of those arguments of `TextEnv` that make the rules of an episode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_rules(
         stop_ids: Token ids that end a turn.
         stop_strings: Texts that end a turn.
         max_new_tokens: The most tokens of an episode.
-        length_limit: Whether that limit terminates or truncates.
+        length_limit: Whether an episode that reaches this limit is terminated or truncated.
         max_turns: The most turns.
         max_response_tokens: The most tokens of a reply.
         turn_tokens: The most tokens of a turn.

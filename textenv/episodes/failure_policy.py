@@ -100,7 +100,7 @@ class Failures:
             consequence = "are dropped" if self.on_failure == "drop" else f"earn {self.on_failure:g}"
             warnings.warn(
                 f"{summary}; such rows {consequence}. The first: {descriptions[0]}. Not said again; see n_failed.",
-                stacklevel=4,  # the call of the reward, above `note` and its callers
+                stacklevel=4,
             )
 
     def count(self, n_rows: int, n_failed: int) -> None:

@@ -1,4 +1,4 @@
-"""Export of answers as lines of JSON: pairs, rankings or scores, as reward models are trained on them."""
+"""Export of answers as lines of JSON: pairs, rankings or scores, the forms on which reward models are trained."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FORMS: tuple[str, ...] = get_args(Form)
 
 
 def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all answers in one form, each with its rater, run, models, seconds and time where known.
+    """Yield the rows of all answers in a form, each with its rater, run, models, seconds and time where known.
 
     - "pairs": prompt, chosen, rejected; one row for each pair that a choice, a ranking or unequal scores decide. The
       columns are those of hh-rlhf, with the prompt in a column of its own. Ties yield no row.
-    - "rankings": prompt, ranking (the texts, best first); one row for each ranking, and for each choice as a ranking
-      of two.
+    - "rankings": prompt, ranking (the texts, best first); one row for each ranking, and for each choice, a ranking of
+      two texts.
     - "scores": prompt, completion, text (prompt and completion together), label (the score), scale; one row for each
       score.
 
@@ -51,8 +51,8 @@ def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
         origin = {"answer": answer.id, "rater": answer.rater, "run": answer.run}
         timing = {"seconds": answer.seconds, "time": answer.time}
         for row in make[form](answer):
-            whole = {"prompt": answer.prompt, **row, **origin, **timing}
-            yield {name: value for name, value in whole.items() if value is not None}
+            columns = {"prompt": answer.prompt, **row, **origin, **timing}
+            yield {name: value for name, value in columns.items() if value is not None}
 
 
 def _pairs(answer: Answer) -> Iterator[dict[str, Any]]:
@@ -83,13 +83,13 @@ def _scores(answer: Answer) -> Iterator[dict[str, Any]]:
 def export(store: FeedbackStore, path: str | PathLike[str], form: Form, overwrite: bool = False) -> int:
     """Write the answers that count to a file with one JSON object per line, and return the number of lines.
 
-    The file appears whole, or stays as it was.
+    The file is never half-written: if the export fails, a file of that name stays as it was.
 
     Args:
         store: The answers.
         path: The file.
-        form: The rows' form; see `rows_of`.
-        overwrite: Whether an existing file is replaced.
+        form: The form of the rows: "pairs", "rankings" or "scores"; see `rows_of`.
+        overwrite: Whether to replace an existing file.
 
     Raises:
         FileExistsError: If the file exists and `overwrite` is False.

@@ -72,10 +72,10 @@ def register_reward(name: str, entry_point: str) -> None:
 
 
 def make_reward(name: str, **options: Any) -> RewardFunction:
-    """Return the reward of a registered name, or that of a "module:name", whose module is imported.
+    """Return the reward of a registered name, or of a "module:name", whose module is imported.
 
     Args:
-        name: A registered name, or the "module:name" of a class or function; in a configuration, of a class.
+        name: A registered name, or the "module:name" of a class or function (in a configuration, of a class only).
         **options: The arguments of the class. A function takes none.
 
     Raises:
@@ -115,10 +115,10 @@ def make_named(name: str, kind: Kind, options: Mapping[str, Any]) -> Any:
 
 
 def read_reward(reward: RewardLike) -> RewardFunction:
-    """Return a reward that a user gave as an object, by its name, or as a mapping of its name and options.
+    """Return a reward from the forms in which a user may write it: an object, a name, or a mapping of name and options.
 
     Raises:
-        TypeError: If it is none of these.
+        TypeError: If the argument is none of these.
         ValueError: As `make_reward`, or if the mapping has no "name".
 
     Example:

@@ -54,7 +54,7 @@ class EachTurn(BatchReward):
         )
         scores: list[Score] = []
         for prompt, row in zip(prompts, replies, strict=True):
-            # The mean is over the recorded replies, so that those that were not written count as 0.
+            # The divisor is the number of recorded replies, so that replies that were not written count as 0.
             n_recorded = 1 + len(prompt.row["exchanges"])
             parts: dict[str, float] = {}
             total = 0.0

@@ -76,7 +76,7 @@ class IncreasingNumbers(TextEnv):
         **kwargs: Other arguments of `TextEnv`, except `reward`.
 
     Raises:
-        ValueError: If the tokenizer has no end token and `prompts` are missing, or as `TextEnv` does.
+        ValueError: If the tokenizer has no end token and `prompts` are missing, or if `TextEnv` raises it.
 
     Example:
         >>> from textenv import CharTokenizer

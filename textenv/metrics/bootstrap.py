@@ -38,8 +38,8 @@ def figures_of(scores: Scores, drawn: np.ndarray) -> np.ndarray:
     """
     n = len(scores.rows)
     if drawn.shape[1] == n - 1:
-        # The jackknife of scipy's BCa (`_resampling._jackknife_resample`): the sum of all rows minus the row that is left
-        # out is N times as fast as a new sum. The number of that row is what is missing from 0 + 1 + ... + (N - 1).
+        # The jackknife of scipy's BCa (`_resampling._jackknife_resample`). The sum of all rows minus the row that is
+        # left out is N times as fast as a new sum; the number of that row is missing from the sum 0 + ... + (N - 1).
         left_out = n * (n - 1) // 2 - drawn.sum(axis=1)  # (B,)
         sums = scores.rows.sum(axis=0) - scores.rows[left_out]  # (B, K)
     else:

@@ -55,5 +55,6 @@ TASKS = {  # from the names in `gymnasium.make("textenv/<name>-v0")` to the clas
     "Dates": "textenv.tasks.dates:Dates",
 }
 
+# Entry points are texts, so that gymnasium imports a task's module only when somebody makes its environment.
 for name, env in {"Demo": "textenv.tasks.demo:Demo", **TASKS}.items():
     register(f"textenv/{name}-v0", env, vector_entry_point=partial(make_vector_env, env_type=env))

@@ -132,7 +132,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         (1.0, False)
     """
 
-    metadata: dict[str, Any] = {"render_modes": list(MODES), "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": list(MODES), "render_fps": 4}  # 4 tokens a second: reading speed
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.order = order
         self.seed = seed
         self.render_mode = render_mode
-        self.is_multi_turn = type(self).respond is not TextEnv.respond
+        self.is_multi_turn = type(self).respond is not TextEnv.respond  # a subclass with `respond` has several turns
         self.rules = make_rules(
             self.tokenizer,
             stop_ids=stop_ids,
@@ -193,6 +193,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self._reader = PromptReader(
             self.tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side
         )
+        # All prompts are read before the width of the observation is known, since it may depend on the longest one.
         self.prompts, longest = read_source(prompts, self.read_prompt)
         self.max_prompt_tokens = self._reader.max_prompt_tokens = max_prompt_tokens or longest
         width = self.max_prompt_tokens + 1 + self.rules.room  # 1 for the separator
@@ -233,6 +234,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             ValueError: If the prompt is empty, too long or malformed, or its `max_new_tokens` is above the env's.
         """
         prompt = self._reader.read(row, number)
+        # A row may only lower the limit, since the observation's width leaves room for the env's `max_new_tokens`.
         if (prompt.max_new_tokens or 1) > self.rules.max_new_tokens:
             raise ValueError(
                 f"Expected the max_new_tokens of prompt {str(prompt)[:80]!r} to be at most the env's, "
@@ -294,6 +296,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     @property
     def scores_rows_apart(self) -> bool:
         """Whether the reward of a row does not depend on the other rows of the call."""
+        # A `get_rewards` of the user's own or a `BatchReward` may compare the rows of a call.
         by_row = not isinstance(self.reward, BatchReward) or isinstance(self.reward, RowReward)
         return by_row and type(self).get_rewards is TextEnv.get_rewards
 

@@ -119,7 +119,7 @@ def make_vector_env(num_envs: int, env_type: str = "textenv.env:TextEnv", **kwar
 
     Args:
         num_envs: The number of rows.
-        env_type: The class, as "module:Class".
+        env_type: The "module:Class" of the environment.
         **kwargs: The arguments of the class.
     """
     create = cast(type[TextEnv], load_env_creator(env_type))

@@ -66,6 +66,7 @@ class GymnasiumGame:
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take the action of a text, if it has one; return text, reward, terminated, truncated and info."""
         action = self.text_to_action(text)
+        # Checked here, since most envs do not check an action that is outside their space.
         if action is None or not self.env.action_space.contains(action):
             return self.refusal, 0.0, False, False, {"refused": True}
         observation, reward, terminated, truncated, info = self.env.step(action)

@@ -72,7 +72,7 @@ class TextArenaGame:
         self.env_id = env_id
         self.kwargs = kwargs
         self.opponents = list(opponents)
-        self.opponents.insert(seat, _no_opponent)
+        self.opponents.insert(seat, _no_opponent)  # so that an index in this list is the number of a seat
         self.seat = seat
         self.to_text = to_text
         self.to_action = to_action
@@ -83,7 +83,7 @@ class TextArenaGame:
             import textarena
 
         env = textarena.make(self.env_id, **self.kwargs)
-        while isinstance(env, textarena.Wrapper):
+        while isinstance(env, textarena.Wrapper):  # wrappers repeat the history at every turn (see the traps above)
             env = env.env
         self.env = env
         self.seen = ["" for _ in self.opponents]  # the messages that each seat has seen

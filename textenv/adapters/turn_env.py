@@ -97,7 +97,7 @@ class TurnEnv(TextEnv):
     ) -> None:
         if n_games < 1:
             raise ValueError(f"Expected `n_games` to be at least 1, got {n_games}.")
-        self.games = RunningGames(game)
+        self.games = RunningGames(game)  # before `super().__init__`, which calls `read_prompt`
         self.chat = chat
         super().__init__(
             [{"seed": number} for number in range(n_games)],  # `read_prompt` reads the opening of each
@@ -126,6 +126,7 @@ class TurnEnv(TextEnv):
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"Expected a row {{'seed': n}} with n >= 0, the number of a game, got {source!r:.80}.")
         opening = self.games.opening(seed)
+        # The row keeps the seed, from which the lane's own game begins when the policy ends its first turn.
         prompt = [{"role": "user", "content": opening}] if self.chat else opening
         return super().read_prompt({"prompt": prompt, "seed": seed}, number)
 

@@ -21,9 +21,9 @@ class Trust(NamedTuple):
     """The permissions that the command line, and nothing else, gives to a configuration.
 
     Args:
-        modules: The modules that it may import besides `textenv` and `agents`.
+        modules: The modules that the configuration may import in addition to `textenv` and `agents`.
         remote_code: Whether a model's own code may run.
-        variables: The environment variables whose values it may send.
+        variables: The environment variables whose values the configuration may send.
     """
 
     modules: Collection[str] = ()

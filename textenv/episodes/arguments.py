@@ -63,6 +63,7 @@ def _check_turns(
 ) -> None:
     check_at_least_one("max_new_tokens", max_new_tokens)
     if turn_tokens is not None:
+        # (1, 0) are the defaults of `TextEnv`: the caller has set neither of the two.
         if responder is None or (max_turns, max_response_tokens) != (1, 0):
             raise ValueError(
                 "Expected `turn_tokens` where `respond` is defined, and without max_turns and max_response_tokens, "
@@ -71,6 +72,7 @@ def _check_turns(
         if not 1 <= turn_tokens <= max_new_tokens:
             raise ValueError(f"Expected `turn_tokens` in [1, max_new_tokens={max_new_tokens}], got {turn_tokens}.")
         return
+    # A reply needs a second turn that reads it, and room for its tokens.
     if responder is not None and (max_turns < 2 or max_response_tokens < 1):
         raise ValueError(
             f"Expected max_turns >= 2 and max_response_tokens >= 1, since {responder} defines `respond`; got "

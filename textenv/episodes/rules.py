@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-SEPARATOR = -2  # in an observation, stands between the prompt and the tokens that follow it
+SEPARATOR = -2  # in an observation, marks the end of the prompt
 PADDING = -1  # in an observation, fills the positions after the last token
 
 

@@ -11,6 +11,11 @@ from typing import Any
 
 APPLICATION = 0x74786662  # "txfb" in ASCII: the application id in SQLite's header
 VERSION = 2
+# An item is a question; a showing is one display of an item to a rater. Columns whose names do not tell their meaning:
+# - items: `low` and `high` are the ends of the scale, `raters` is the number of raters who are to answer;
+# - showings: `places` is the order of the completions (JSON), `handed` the time of the showing, `owed` the number of
+#   answers to come, and `due` the number of the answer after which a gold item waits for its second showing, or 0;
+# - answers: `stands` is 1 until the answer is undone.
 SCHEMA = (
     """CREATE TABLE items (
         id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, prompt TEXT NOT NULL, run TEXT,

@@ -56,14 +56,14 @@ def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
 
 
 def _pairs(answer: Answer) -> Iterator[dict[str, Any]]:
-    models = answer.models or (None,) * len(answer.completions)
+    models = answer.models or (None,) * len(answer.completions)  # `rows_of` leaves out columns that are None
     for better, worse in answer.pairs():
         texts = {"chosen": answer.completions[better], "rejected": answer.completions[worse]}
         yield {**texts, "chosen_model": models[better], "rejected_model": models[worse]}
 
 
 def _rankings(answer: Answer) -> Iterator[dict[str, Any]]:
-    if answer.kind == "rank" and isinstance(answer.value, tuple):
+    if answer.kind == "rank" and isinstance(answer.value, tuple):  # a tie or skip leaves `order` empty
         order = [int(index) for index in answer.value]
     else:
         order = [index for pair in answer.pairs() for index in pair] if answer.kind == "compare" else []

@@ -113,7 +113,7 @@ class Progress(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An answer that was given elsewhere, for `FeedbackStore.record`; see `Answer` for the fields."""
+    """An answer from elsewhere, for `FeedbackStore.record`; see `Answer` for the fields."""
 
     kind: Kind
     prompt: str

@@ -362,6 +362,7 @@ class FeedbackStore:
 
     def _record(self, record: Record) -> int:
         question = record.prompt, record.completions, record.kind
+        # With the default of one rater, this answer closes the item, so that nobody is asked.
         item = self._add(*question, record.models, record.run, scale=record.scale)
         n = len(record.completions)
         value = check_value(record.kind, record.value, n, record.scale)

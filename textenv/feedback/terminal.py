@@ -86,7 +86,7 @@ class RatingTerminal:
                 self.console.print("Nothing to undo.")
             else:
                 self.console.print(f"Undone: the answer to {undone.kind} {undone.id}.")
-                if answered:
+                if answered:  # empty if the undone answer is older than this call
                     answered.pop()
             if left is not None:
                 left = set(items or ()) - set(answered)
@@ -159,6 +159,7 @@ class RatingTerminal:
         answers = self._standing.update()
         own = [answer for answer in answers if answer.rater == self.rater and self.kind in (None, answer.kind)]
         values = [answer.value for answer in own if answer.kind != "skip"]
+        # Scores are floats; the value of a ranking is a tuple of indices, which are ints.
         scores = [score for value in values if isinstance(value, tuple) for score in value if isinstance(score, float)]
         n = f"{len(values)} answer{'' if len(values) == 1 else 's'}"
         return f"{n}, mean {statistics.fmean(scores):.2f}" if scores else n

@@ -160,7 +160,7 @@ def _check(lark: str, mask: GrammarMask | RegexMask | JSONSchemaMask) -> None:
 class _Tokens:
     """The tokens as bytes, with the attributes that `llguidance.TokenizerWrapper` reads.
 
-    An additional last token stands for all stop ids, since llguidance knows a single end token.
+    An additional last token represents all stop ids, since llguidance has a single end token.
     """
 
     bos_token_id = None

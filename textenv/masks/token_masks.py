@@ -32,6 +32,18 @@ class TokenMask(Protocol):
 
     The function must be able to recompute from its arguments whatever it remembers: a lane may begin a new episode, be
     copied, or be resumed from a checkpoint, and the function is not notified.
+
+    Example:
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> class NoStart:  # the first token of a turn is not a stop id
+        ...     def start(self, vocabulary):
+        ...         stops = vocabulary.pack(vocabulary.stop_ids)
+        ...         everything = vocabulary.everything
+        ...         return lambda prompt, preds: everything if len(preds.turn_ids) else everything & ~stops
+        >>> env = TextEnv(["b"], CharTokenizer("ab"), reward=lambda prompt, preds, done: 0.0, mask=NoStart())
+        >>> _ = env.reset(seed=0)
+        >>> env.action_masks()
+        array([False,  True,  True])
     """
 
     def start(self, vocabulary: Vocabulary) -> Allowed:

@@ -70,9 +70,14 @@ class Metric(Protocol):
 
 
 def mean_of(values: Sequence[float] | np.ndarray) -> Scores:
-    """Return scores whose figure is the mean of the rows' values, (N,)."""
+    """Return scores whose figure is the mean of the rows' values, (N,).
+
+    Example:
+        >>> mean_of([1.0, 2.0, 6.0]).value
+        3.0
+    """
     numbers = np.asarray(values, dtype=np.float64)
-    return Scores(np.stack([numbers, np.ones_like(numbers)], axis=1))  # (N, 2)
+    return Scores(np.stack([numbers, np.ones_like(numbers)], axis=1))  # (N, 2): `ratio` divides the sums
 
 
 def check_references(texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -28,7 +28,7 @@ class Prompt(str):
         row: The row of the data set; `{prompt_column: prompt}` for a bare text, list of token ids or chat.
         messages: The messages of a chat, whose rendering is the text; None for any other prompt.
         references: The texts of the references column, a list; empty without that column.
-        number: The index of the row in its source, or -1 for a prompt given to `reset`.
+        number: The index of the row in its source, or -1 for a prompt passed to `reset`.
         max_new_tokens: The row's own limit, in tokens, or None.
 
     Example:
@@ -170,7 +170,7 @@ class PromptReader:
             raise ValueError(f"Expected {where} to be a text, a list of token ids or of messages, got {value!r:.80}.")
         ids = [int(i) for i in value]
         self._check_ids(ids, where)
-        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)  # ids stay exactly as they were given
+        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)  # the user's ids are kept exactly
 
     def _encode_chat(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int], str]:
         """Return what `_encode` does; the template writes the opening tokens, so that no BOS is added."""

@@ -92,6 +92,13 @@ def score_rows(
 
     Raises:
         RewardError: If a reward is no finite number; the message names its row.
+
+    Example:
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> from textenv.rewards import Length
+        >>> preds = [Preds(CharTokenizer("ab"), [1, 2]), Preds(CharTokenizer("ab"), [1])]
+        >>> [reward.value for reward in score_rows(Length(2), [Prompt("a")] * 2, preds, [True, False])]
+        [1.0, 0.0]
     """
     return check_rewards(ask_rows(reward, prompts, preds, dones), prompts, preds)
 
@@ -103,7 +110,7 @@ def ask_rows(
     if not isinstance(reward, BatchReward):
         return score_each(reward, prompts, preds, dones)
     chosen = [row for row, done in enumerate(dones) if done or reward.score_at == "step"]
-    scores: list[Score] = [0.0 for _ in dones]
+    scores: list[Score] = [0.0 for _ in dones]  # unfinished rows of a reward of finished texts stay at 0
     if chosen:
         values = reward.score(*([column[row] for row in chosen] for column in (prompts, preds, dones)))  # type: ignore[arg-type]
         check_length(values, len(chosen))

@@ -67,6 +67,7 @@ def register_reward(name: str, entry_point: str) -> None:
     """
     if ":" in name or ":" not in entry_point:
         raise ValueError(f"Expected a name and a 'module:name', got {name!r} and {entry_point!r}.")
+    # `setdefault` returns the earlier entry point if the name is taken; registering the same one again is allowed.
     if REWARDS.setdefault(name, entry_point) != entry_point:
         raise ValueError(f"Expected a name that is free, got {name!r}, which stands for {REWARDS[name]!r}.")
 
@@ -102,7 +103,7 @@ def make_named(name: str, kind: Kind, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"Expected 'module:name' or one of {sorted(REWARDS)}, got {name!r}.")
     trust = current_trust()  # None outside a configuration, where the caller's own code gives the name
     if trust is not None and name not in REWARDS:
-        target: Any = find_class(entry_point, kind, trust)
+        target: Any = find_class(entry_point, kind, trust)  # only a class of this kind, from an allowed module
     else:
         module, _, attribute = entry_point.partition(":")
         target = vars(import_module(module)).get(attribute)

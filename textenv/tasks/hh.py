@@ -82,6 +82,7 @@ def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], 
     held_out: list[Pair] = []
     train: list[Pair] = []
     first_turns = list(groups)
+    # Groups in random order fill the held-out list until it has `n` pairs; the others are for training.
     for i in np.random.default_rng(seed).permutation(len(first_turns)):
         (held_out if len(held_out) < n else train).extend(groups[first_turns[i]])
     if not held_out or not train:

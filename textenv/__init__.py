@@ -1,4 +1,4 @@
-"""Text generation as a Gymnasium environment: prompts, episodes, rewards and masks."""
+"""Text generation as a Gymnasium environment, with its prompts, episodes, rewards and masks."""
 
 from functools import partial
 
@@ -45,7 +45,7 @@ __all__ = [
     "read_dataset",
 ]
 
-TASKS = {  # the names of `gymnasium.make("textenv/<name>-v0")`, and where each class is
+TASKS = {  # from the names in `gymnasium.make("textenv/<name>-v0")` to the classes
     "Text": "textenv.env:TextEnv",
     "Reviews": "textenv.tasks.reviews:Reviews",
     "DailyDialog": "textenv.tasks.dailydialog:DailyDialog",
@@ -55,5 +55,6 @@ TASKS = {  # the names of `gymnasium.make("textenv/<name>-v0")`, and where each 
     "Dates": "textenv.tasks.dates:Dates",
 }
 
+# Entry points are texts, so that gymnasium imports a task's module only when somebody makes its environment.
 for name, env in {"Demo": "textenv.tasks.demo:Demo", **TASKS}.items():
     register(f"textenv/{name}-v0", env, vector_entry_point=partial(make_vector_env, env_type=env))

@@ -1,4 +1,4 @@
-"""The environment: text generation, one episode at a time, with the hooks that a user writes."""
+"""The environment: text generation, one episode at a time, and the hooks that users override."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from textenv.text.vocabulary import Vocabulary
 class TextEnv(gym.Env[np.ndarray, Any]):
     """Text generation as an environment: in an episode a policy continues one prompt, and each action is one token.
 
-    Subclass it and define `get_reward`, or pass `reward=`; then train with Stable-Baselines3.
+    Define `get_reward` in a subclass, or pass `reward=`; then train with Stable-Baselines3.
 
     **Observation**: `Box(-2, V - 1, (L,), int64)` with V = `len(tokenizer)` and L = `max_prompt_tokens + 1 +
     max_new_tokens` (plus the replies of an env with several turns): the token ids of the prompt, one separator (-2),
@@ -42,76 +42,79 @@ class TextEnv(gym.Env[np.ndarray, Any]):
 
     **Action**: `Discrete(V)`, the id of the next token.
 
-    **Reward**: what `get_reward(prompt, preds, done)` returns for the token just written; `score_at` says when it is
-    called.
+    **Reward**: the result of `get_reward(prompt, preds, done)` for the token just written; `score_at` decides for which
+    tokens it is called.
 
-    **Start**: `reset` takes the next prompt in `order`; nothing is written yet.
+    **Start**: `reset` takes the next prompt in `order`, after which the policy writes.
     `reset(options={"prompts": rows})` runs rows of your own.
 
-    **End**: the policy writes one of `stop_ids` or `stop_strings`, or `max_new_tokens` tokens. All of these terminate,
-    the length limit too, since the observation shows how many tokens are left; with `length_limit="truncate"` it
-    truncates. The `info` of the last step has these keys (that of any other step is empty):
+    **End**: the policy writes one of `stop_ids` or `stop_strings`, or `max_new_tokens` tokens. All of these terminate
+    the episode. The length limit does, too, since the observation shows how many tokens are left; with
+    `length_limit="truncate"` it truncates. The `info` of the last step has these keys (the info of other steps is
+    empty):
 
     - `text`, `prompt`: the completion, and the `Prompt` that it continues.
     - `end_reason`: an `EndReason`: "eos", "stop", "length" or "env".
     - `reward_parts`: the sum of each named part of the rewards.
     - `episode`: `{"r": sum of rewards, "l": number of tokens}`. Gymnasium's RecordEpisodeStatistics writes the same
-      key by default: give it another `stats_key`.
+      key by default: pass it another `stats_key`.
     - `group`: the number of the group of samples; see `samples_per_prompt`.
     - `scored`: False while a score of `score_at="rollout_end"` is still to come.
     - `dropped`: whether the reward left the episode out of training.
 
-    **Several turns**: define `respond(prompt, preds) -> str | None`. It is called when a turn of the policy ends. Its
-    text is observed, but never trained; None ends the episode. If the prompt is a chat, the text is the content of a
-    user's message, and the policy observes all that the chat template writes up to the assistant's next turn: make
-    `max_response_tokens` large enough for that. A template that rewrites earlier messages is refused.
+    **Several turns**: define `respond(prompt, preds) -> str | None`, which is called when a turn of the policy ends.
+    The policy observes its text but is not trained on it; None ends the episode. If the prompt is a chat, the text is
+    the content of a user's message, and the policy observes all that the chat template writes up to the assistant's
+    next turn: make `max_response_tokens` large enough for that. A template that rewrites earlier messages is refused.
 
-    An env has no state of an episode besides that of its own single row: the same instance serves all lanes of a
-    `TextVectorEnv` or `agents.TextVecEnv`. Hooks that need memory keep it in `preds.state`, which lives one episode.
+    The same instance serves all lanes of a `TextVectorEnv` or `agents.TextVecEnv`, so hooks must not keep anything
+    about an episode in `self`. They keep it in `preds.state`, a dict that lives as long as the episode.
 
     Args:
         prompts: Texts, rows (dicts), lists of token ids or chats (lists of messages `{"role": ..., "content": ...}`,
             rendered by the tokenizer's chat template, which also opens the assistant's turn); or the path of a .jsonl,
-            .csv or .txt file. A row may have a smaller `max_new_tokens` of its own. A list is read at once. Any other
-            sized sequence, such as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row and not
-            kept in memory: a row is read again each time it is drawn.
+            .csv or .txt file. A row may have a smaller `max_new_tokens` of its own. A list is read into memory. Any
+            other sized sequence, such as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row at
+            the start, and a row is read again each time it is drawn.
         tokenizer: A Hugging Face tokenizer, its name or folder, or any object with the members of `textenv.Tokenizer`.
-            Special tokens that open a text (BOS) are added to a prompt, those that close it are not.
+            Special tokens that open a text (BOS) are added to a prompt; special tokens that close it are not.
         reward: In place of a subclass: a function with the contract of `get_reward`, a `textenv.rewards.BatchReward`,
             or the name of a reward, such as "vader" (see `textenv.rewards.read_reward`).
         max_new_tokens: The most tokens that the policy writes in an episode.
-        max_prompt_tokens: The most tokens of a prompt; by default those of the longest one given. Set it if training
-            and test prompts differ, since it decides the width of the observation.
+        max_prompt_tokens: The most tokens of a prompt; by default, the length of the longest of `prompts`. Set it if
+            training and test prompts differ, since it decides the width of the observation.
         truncation_side: The side on which a longer prompt is cut: "left" keeps its end, "right" its start. None
             raises.
         prompt_column: The column of a row that holds the prompt.
         references_column: The column that holds reference texts; the reward reads them as `prompt.references`.
         stop_ids: Token ids that end a turn; by default the tokenizer's EOS. Chat models may use another one.
         stop_strings: Texts that end a turn as soon as they appear; they are not part of `preds.text`.
-        length_limit: What reaching `max_new_tokens` does: "terminate" or "truncate".
-        score_at: When the reward is called. "step": for every token. "done": for finished episodes. "rollout_end": for
-            all finished episodes of a rollout in one call (see `agents.LateScores`; without it, as "done"). By default
-            what the `BatchReward` says, and "step" for any other reward.
-        on_failure: What happens to a row whose reward raises or is no finite number. "raise" stops the run. "drop"
-            leaves the episode out of training and counts it; too many stop the run (see `Failures`). A number is the
-            row's reward, as the part "failure". If a `BatchReward` or `get_rewards` raises, all rows of the call fail.
-            An `AsyncReward` has an `on_failure` of its own. There is no time limit, since Python cannot stop a
-            function: `AsyncFunction(judge, time_limit=30)` and `HTTPJudge` have one.
-        samples_per_prompt: How many episodes continue each prompt that is drawn: a group. Lanes begin the members as
-            they become free, so `n_envs` need not be a multiple of it. `preds.group` and `info["group"]` number the
-            groups. With `score_at="rollout_end"` and `agents.LateScores` a group is scored in one call, its rows
-            together, once its last member has ended: the reward may compare them. Rows given to `reset` run once.
+        length_limit: The effect of reaching `max_new_tokens`: "terminate" or "truncate".
+        score_at: The time of the reward's call. "step": at every token. "done": at the end of each episode.
+            "rollout_end": once for all episodes of a rollout that have ended (with `agents.LateScores`; without it,
+            the same as "done"). The default is the `score_at` of a `BatchReward`, and "step" for any other reward.
+        on_failure: The treatment of a row whose reward raises or is no finite number. "raise" stops the run. "drop"
+            leaves the episode out of training and counts it; too many dropped episodes stop the run (see `Failures`). A
+            number is the row's reward, as the part "failure". If a `BatchReward` or `get_rewards` raises, all rows of
+            the call fail. An `AsyncReward` has an `on_failure` of its own. There is no time limit, since Python cannot
+            stop a function: `AsyncFunction(judge, time_limit=30)` and `HTTPJudge` have one.
+        samples_per_prompt: The number of episodes that continue each drawn prompt, and form a group. Lanes begin the
+            members as they become free, so `n_envs` need not be a multiple of it. `preds.group` and `info["group"]`
+            number the groups. With `score_at="rollout_end"` and `agents.LateScores`, a group is scored in one call once
+            its last member has ended, its rows side by side, so that the reward may compare them. Rows passed to
+            `reset` run once.
         order: "shuffle": each prompt once an epoch, in a new order. "sequential": the order of the source.
             `PrioritySampling`: by priority, for example more often where the reward is low.
         max_turns: The most turns of the policy, if `respond` is defined.
         max_response_tokens: The most tokens of a reply, if `respond` is defined.
         turn_tokens: In place of these two: the most tokens of one turn. `max_new_tokens` then limits turns and replies
-            together, and `respond` is called after every turn. The episode ends by length if a reply and another whole
+            together, and `respond` is called after every turn. The episode ends by length if a reply and another full
             turn no longer fit.
-        mask: Which tokens are allowed next: a mask (`RegexMask(...)`), a function (prompt, preds) that returns ids or
-            a bool array (V,), or a list of these, all of which must allow a token. It is read through `action_masks`,
-            as sb3-contrib's MaskablePPO does; `step` accepts forbidden tokens. Masks see the current turn only.
-        seed: The seed of the order of prompts, until `reset(seed=...)` gives another.
+        mask: The tokens that are allowed next: a mask (`RegexMask(...)`), a function (prompt, preds) that returns ids
+            or a bool array (V,), or a list of these, all of which must allow a token. Algorithms such as sb3-contrib's
+            MaskablePPO read it through `action_masks`; `step` itself accepts forbidden tokens. Masks see the current
+            turn only.
+        seed: The seed of the order of prompts, until `reset(seed=...)` sets another.
         render_mode: "ansi" (`render` returns a str), "human" (it prints), "rgb_array" (it draws; needs Pillow) or None.
 
     Raises:
@@ -129,7 +132,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         (1.0, False)
     """
 
-    metadata: dict[str, Any] = {"render_modes": list(MODES), "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": list(MODES), "render_fps": 4}  # 4 tokens a second: reading speed
 
     def __init__(
         self,
@@ -173,7 +176,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self.order = order
         self.seed = seed
         self.render_mode = render_mode
-        self.is_multi_turn = type(self).respond is not TextEnv.respond
+        self.is_multi_turn = type(self).respond is not TextEnv.respond  # a subclass with `respond` has several turns
         self.rules = make_rules(
             self.tokenizer,
             stop_ids=stop_ids,
@@ -190,6 +193,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         self._reader = PromptReader(
             self.tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side
         )
+        # All prompts are read before the width of the observation is known, since it may depend on the longest one.
         self.prompts, longest = read_source(prompts, self.read_prompt)
         self.max_prompt_tokens = self._reader.max_prompt_tokens = max_prompt_tokens or longest
         width = self.max_prompt_tokens + 1 + self.rules.room  # 1 for the separator
@@ -224,12 +228,13 @@ class TextEnv(gym.Env[np.ndarray, Any]):
 
         Args:
             row: The prompt.
-            number: Its index among the env's prompts, -1 if it is none of them.
+            number: The prompt's index among the env's prompts, -1 if it is none of them.
 
         Raises:
-            ValueError: If it is empty, too long or malformed, or its `max_new_tokens` is above the env's.
+            ValueError: If the prompt is empty, too long or malformed, or its `max_new_tokens` is above the env's.
         """
         prompt = self._reader.read(row, number)
+        # A row may only lower the limit, since the observation's width leaves room for the env's `max_new_tokens`.
         if (prompt.max_new_tokens or 1) > self.rules.max_new_tokens:
             raise ValueError(
                 f"Expected the max_new_tokens of prompt {str(prompt)[:80]!r} to be at most the env's, "
@@ -242,26 +247,26 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         return int(self.np_random.integers(2**31)) if self.seed is None else self.seed
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
-        """Return the reward of the token just written; override it.
+        """Return the reward of the token just written; override this method.
 
         Args:
             prompt: The prompt, a str; `prompt.row` is its row of the data set, `prompt.references` its reference texts.
             preds: The tokens written so far; `preds.text` decodes them.
-            done: Whether the episode is over. A score of the whole text: `return score(preds.text) if done else 0.0`.
+            done: Whether the episode is over. To score whole texts: `return score(preds.text) if done else 0.0`.
 
         Returns:
             A finite number, or a dict of named numbers, which are summed, and logged by name. For a finished episode
-            without a score `textenv.rewards.DROPPED`: training and `agents.evaluate` leave it out.
+            without a score, return `textenv.rewards.DROPPED`: training and `agents.evaluate` leave it out.
         """
         assert self.reward is not None, "checked at construction"
         return self.reward(prompt, preds, done)
 
     def get_rewards(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
-        """Return the rewards of several rows; override it if a batch is cheaper, as for a classifier.
+        """Return the rewards of several rows; override this method if a batch is cheaper, as for a classifier.
 
         By default a `BatchReward` is called once, and for any other reward `get_reward` is called row by row. Rows with
-        the same `preds.group` are samples of one prompt. In training with `score_at="rollout_end"` a call has whole
-        groups, the rows of each together; otherwise (an evaluation, a single row) a group may be incomplete.
+        the same `preds.group` are samples of one prompt. In training with `score_at="rollout_end"` a call has complete
+        groups, the rows of each side by side; otherwise (an evaluation, a single row) a group may be incomplete.
 
         Args:
             prompts: The prompts of the rows.
@@ -280,7 +285,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
 
     @property
     def on_failure(self) -> OnFailure:
-        """What happens to a row whose reward fails."""
+        """The treatment of a row whose reward fails."""
         return self.failures.on_failure
 
     @property
@@ -291,6 +296,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     @property
     def scores_rows_apart(self) -> bool:
         """Whether the reward of a row does not depend on the other rows of the call."""
+        # A `get_rewards` of the user's own or a `BatchReward` may compare the rows of a call.
         by_row = not isinstance(self.reward, BatchReward) or isinstance(self.reward, RowReward)
         return by_row and type(self).get_rewards is TextEnv.get_rewards
 
@@ -299,7 +305,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
 
         Args:
             prompt: The prompt.
-            preds: What the policy has written; `preds.turns[-1].text` is the turn that has just ended.
+            preds: The tokens written so far; `preds.turns[-1].text` is the turn that has just ended.
 
         Returns:
             The reply; None to end the episode; `EndReason.LENGTH` to end it as the length limit does (see
@@ -313,8 +319,8 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         """Begin an episode at the next prompt.
 
         Args:
-            seed: Starts the order of prompts anew.
-            options: `{"prompts": rows}` runs these rows, one at each reset, and then goes on with the env's prompts.
+            seed: The seed with which the order of prompts starts anew; None continues the order.
+            options: `{"prompts": rows}` runs these rows, one at each reset, and then continues with the env's prompts.
 
         Returns:
             The observation, (L,) int64, and an empty dict.
@@ -345,7 +351,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             ValueError: If the action is no token id.
             RewardError: If the reward raises or is no finite number.
         """
-        # (1,), from an int, a numpy scalar or an array of one
+        # From an int, a numpy scalar or an array with one element to shape (1,), the single lane.
         result = self._lanes.step(np.asarray(action).reshape(-1))
         if self.render_mode == "human":
             self.render()
@@ -356,12 +362,12 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     def action_masks(self) -> Callable[[], np.ndarray]:
         """A function without arguments that returns which tokens are allowed next, (V,) bool.
 
-        It is a property, so that an env without `mask` has no such attribute: `is_masking_supported` of sb3-contrib
-        (`common/maskable/utils.py`) asks for `action_masks`. Once the episode is over all tokens are allowed.
+        This is a property, so that an env without `mask` has no such attribute: `is_masking_supported` of sb3-contrib
+        (`common/maskable/utils.py`) looks for it. Once the episode is over, all tokens are allowed.
 
         Raises:
-            AttributeError: Without a mask.
-            MaskError: From the call, if no token is allowed.
+            AttributeError: If the env has no mask.
+            MaskError: When the function is called, if no token is allowed.
         """
         self.check_mask()
         return lambda: self._lanes.allowed()[0]
@@ -372,7 +378,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             raise AttributeError(f"Expected `mask` to be given to {type(self).__name__}, for it has no `action_masks`.")
 
     def render(self) -> Any:
-        """Return ("ansi"), draw ("rgb_array") or print ("human") the prompt, a bar, and what was written so far."""
+        """Return ("ansi"), draw ("rgb_array") or print ("human") the prompt, a bar, and the text written so far."""
         text = render_row(self.tokenizer, self._lanes.tokens[0])
         if self.render_mode == "rgb_array":
             return picture(text)

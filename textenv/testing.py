@@ -1,4 +1,4 @@
-"""A conformance check for environments that users write."""
+"""The conformance check for environments that users write."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from textenv.lanes.lanes import Lanes
 from textenv.prompts.prompts import Prompt
 from textenv.vector import unwrap_text_env
 
-N_LANES = 3
-N_EPISODES = 12  # that are played under a mask
-N_CALLS = 20  # the first calls of the reward, which are repeated; later ones are if an episode has ended
+N_LANES = 3  # lane 0 reaches the length limit; the others may stop early
+N_EPISODES = 12  # the episodes that are played under a mask
+N_CALLS = 20  # the first calls of the reward, all of which are repeated; later ones only if an episode has ended
 
 _Step = tuple[int, np.ndarray, float, bool, bool]  # action, observation, reward, terminated, truncated
 
@@ -33,15 +33,15 @@ _Step = tuple[int, np.ndarray, float, bool, bool]  # action, observation, reward
 def check_text_env(env: gym.Env[Any, Any]) -> None:
     """Check that the hooks of a `TextEnv` keep their contract, by playing random episodes in several lanes and alone.
 
-    It checks that
+    The check passes if
 
     - the tokenizer's ids are in the vocabulary, and a sample of them decodes;
-    - rewards are finite, the same when asked for again, the same for a row alone as in a batch, and the same from
+    - rewards are finite, the same in a second call, the same for a row alone as in a batch, and the same from
       `get_reward` as from `get_rewards` if both are defined;
-    - `respond` returns a str or None, not too long, and the same when asked again;
+    - `respond` returns a str or None, not too long, and the same in a second call;
     - no hook changes the instance (except for what it loads at first use) or a prompt's row;
     - the same actions lead to the same observations and rewards in a lane and alone;
-    - masks allow something, and the same when computed from the whole text as token by token;
+    - masks allow a token, and the same tokens when computed from the whole text as token by token;
     - Gymnasium's own `check_env` passes.
 
     It warns if the env cannot be copied or pickled, and if its masks never allowed a stop id. It resets the env.
@@ -52,8 +52,8 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     Raises:
         TypeError: If the env is wrapped, overrides `step` or `reset`, or `respond` returns no text.
         ValueError: If the tokenizer's ids do not fit, a reward is no finite number, or a reply is too long.
-        MaskError: If a mask allows nothing.
-        AssertionError: If a hook breaks its contract; the message says where, and what to do.
+        MaskError: If a mask allows no token.
+        AssertionError: If a hook breaks its contract; the message names the hook, the row and a cure.
 
     Example:
         >>> from textenv import CharTokenizer, TextEnv
@@ -69,12 +69,12 @@ def check_text_env(env: gym.Env[Any, Any]) -> None:
     episodes = _play(text_env)
     try:
         _play(cast(EpisodeHost, _Probe(text_env)))
-    except RewardError as error:  # the lanes wrap errors of a reward, here those that the probe raises
+    except RewardError as error:  # the lanes wrap all errors of a reward, those that the probe raises included
         raise error.__cause__ if isinstance(error.__cause__, AssertionError) else error from None
     _check_alone(text_env, episodes)
     if text_env.masks:
         _check_masks(text_env)
-    check_env(text_env, skip_render_check=True)  # the check of rendering makes the env again, from a registered id
+    check_env(text_env, skip_render_check=True)  # gymnasium's check of rendering needs an env with a registered id
 
 
 def _check_tokenizer(env: TextEnv) -> None:
@@ -83,7 +83,7 @@ def _check_tokenizer(env: TextEnv) -> None:
         raise ValueError(f"Expected as many actions as tokens, {size}, got {env.action_space}: add tokens first.")
     if not set(env.rules.stop_ids) <= set(range(size)):
         raise ValueError(f"Expected stop ids (by default eos_token_id) in [0, {size}), got {env.rules.stop_ids}.")
-    # The first, the last and 64 others: to decode all of 150,000 would take seconds.
+    # The first, the last and 64 random ids: decoding all ids of a vocabulary of 150,000 would take seconds.
     for token in {0, size - 1, *np.random.default_rng(0).integers(size, size=64).tolist()}:
         try:
             text: Any = env.tokenizer.decode([token], skip_special_tokens=True)
@@ -102,21 +102,21 @@ def _check_copy(env: TextEnv, participle: str, make_copy: Callable[[TextEnv], Te
 
 
 def _play(env: EpisodeHost) -> list[tuple[Prompt, list[_Step]]]:
-    """Play random episodes side by side until each lane has finished one; return the last of each lane."""
+    """Play random episodes side by side until every lane has finished an episode; return the last one of each lane."""
     lanes, random = Lanes(env, N_LANES), np.random.default_rng(0)
     lanes.reset(seed=0)
     running: list[list[_Step]] = [[] for _ in range(N_LANES)]
     finished: dict[int, tuple[Prompt, list[_Step]]] = {}
     while len(finished) < N_LANES:
         actions = random.integers(len(env.tokenizer), size=N_LANES)
-        # Now and then one lane stops early; never lane 0, so that one episode reaches the limit.
+        # In 3 of 10 steps a lane stops early, but never lane 0, so that one episode reaches the length limit.
         if env.rules.stop_ids and random.random() < 0.3:
             actions[random.integers(1, N_LANES)] = random.choice(env.rules.stop_ids)
         if env.masks:
             actions = _allowed_actions(lanes.allowed(), actions, random)
         prompts, result = list(lanes.prompts), lanes.step(actions)
         for lane, action in enumerate(actions.tolist()):
-            # behind the refill `observations` has the next episode's
+            # in a lane that has ended, `observations` already has the next episode's first observation
             observation = result.final_observations.get(lane, result.observations[lane])
             ends = bool(result.terminated[lane]), bool(result.truncated[lane])
             running[lane].append((action, observation, float(result.rewards[lane]), *ends))
@@ -146,13 +146,13 @@ def _allowed_actions(allowed: np.ndarray, wanted: np.ndarray, random: np.random.
 
 
 def _check_masks(env: TextEnv) -> None:
-    """Check that masks with the memory of the steps so far allow the same as fresh copies of them."""
+    """Check that masks which remember the steps so far allow the same tokens as fresh copies of them."""
     lanes, random = Lanes(env, N_LANES), np.random.default_rng(0)
     lanes.reset(seed=0)
     stop_ids, stops, n_finished = list(env.rules.stop_ids), not env.rules.stop_ids, 0
     while n_finished < N_EPISODES:
-        # (B, V), and the same from masks without memory
-        allowed, fresh = lanes.allowed(), copy.deepcopy(lanes.masks)  # `LaneMasks.__reduce__` leaves the memory out
+        # `LaneMasks.__reduce__`, which deepcopy calls, leaves out what the masks remember.
+        allowed, fresh = lanes.allowed(), copy.deepcopy(lanes.masks)  # (B, V), and masks to compare it with
         rows = [(prompt, _copied(lanes.preds(lane))) for lane, prompt in enumerate(lanes.prompts)]
         if not np.array_equal(allowed, fresh.allowed(rows)):
             lane = int(np.flatnonzero((allowed != fresh.allowed(rows)).any(axis=1))[0])
@@ -170,13 +170,13 @@ def _check_masks(env: TextEnv) -> None:
 
 
 class _Probe:
-    """An env in the hands of lanes: passes everything on to the env, and checks the calls of its hooks."""
+    """A stand-in for the env that lanes use: it passes everything on to the env, and checks the calls of its hooks."""
 
     def __init__(self, env: TextEnv) -> None:
         self.env, self.n_calls, hooks = env, 0, type(env)
         self.has_both = TextEnv.get_reward is not hooks.get_reward and TextEnv.get_rewards is not hooks.get_rewards
 
-    def __getattr__(self, name: str) -> Any:  # for all that the class does not define
+    def __getattr__(self, name: str) -> Any:  # Python calls this only for names that the class does not define
         return getattr(self.env, name)
 
     def get_rewards(self, prompts: list[Prompt], preds: list[Preds], dones: list[bool]) -> Sequence[Any]:
@@ -209,7 +209,7 @@ class _Probe:
 
 
 def _is_close(a: float, b: float) -> bool:
-    # The score of a model depends on the size of the batch in the last digits of float32, here with some room.
+    # The last digits of a model's float32 score depend on the batch size, hence the tolerance.
     return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5)
 
 
@@ -241,7 +241,7 @@ def _unchanged(env: TextEnv, hook: str, prompts: Sequence[Prompt]) -> Iterator[N
 
 
 def _frozen(value: Any) -> Any:
-    """Return plain data by value, and other objects by identity, since a model may count its calls."""
+    """Return plain data by value, and other objects by their identity, since a model may count its calls."""
     if isinstance(value, Mapping):
         return {key: _frozen(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -1,4 +1,4 @@
-"""The vector environment: N episodes of one `TextEnv` side by side, for Gymnasium."""
+"""The vector environment for Gymnasium: N episodes of one `TextEnv` side by side."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from textenv.text.printable import printable
 
 
 class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """N episodes of one `TextEnv` side by side, with one call of the reward a step.
+    """N episodes of one `TextEnv` side by side, with one call of the reward per step.
 
-    A row whose episode ends begins the next one in the same step (`AutoresetMode.SAME_STEP`); the last observation and
-    info of the old one are in `infos["final_obs"]` and `infos["final_info"]`, as in Gymnasium's `SyncVectorEnv`. The
-    hooks of `env` serve all rows, and the rows share one order of prompts. The single row of `env` is not touched.
+    A row whose episode ends begins the next episode in the same step (`AutoresetMode.SAME_STEP`); the last observation
+    and info of the old episode are in `infos["final_obs"]` and `infos["final_info"]`, as in Gymnasium's
+    `SyncVectorEnv`. The hooks of `env` serve all rows, and the rows share one order of prompts. The own episode of
+    `env` is not touched.
 
     Spaces are those of `env`, batched: observations (B, L) int64, actions (B,), rewards (B,) float64.
 
@@ -61,7 +62,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     @property
     def idle(self) -> np.ndarray:
-        """Which rows have no episode, (B,) bool, since the rows of `reset(options={"prompts": ...})` have run out."""
+        """Whether each row has no episode, (B,) bool, since the prompts passed to `reset` have run out."""
         return self.lanes.idle.copy()
 
     def reset(
@@ -70,14 +71,14 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Begin new episodes in all rows.
 
         Args:
-            seed: Starts the prompts' order anew.
-            options: `{"prompts": rows}` runs these rows, each exactly once, few or many; see `idle`.
+            seed: The seed with which the order of prompts starts anew; None continues the order.
+            options: `{"prompts": prompts}` runs these prompts, each exactly once, few or many; see `idle`.
 
         Returns:
             Observations, (B, L) int64, and an empty dict.
         """
         super().reset(seed=seed)
-        if seed is not None:  # the hooks draw from the `np_random` of their env
+        if seed is not None:  # the hooks draw from the `np_random` of `self.env`, so it is seeded, too
             self.env.np_random = self.np_random
         order_seed = None if seed is None else int(self.np_random.integers(2**31))
         return self.lanes.reset(order_seed, (options or {}).get("prompts")), {}
@@ -94,7 +95,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         result = self.lanes.step(actions)
         infos: dict[str, Any] = {}
         for lane, observation in result.final_observations.items():
-            # Gymnasium's `VectorEnv._add_info` makes arrays of the infos of rows, with a mask `_key` for each key.
+            # Gymnasium's `VectorEnv._add_info` turns the infos of rows into arrays, with a mask `_key` for each key.
             infos = self._add_info(infos, {"final_obs": observation, "final_info": result.infos[lane]}, lane)
         return result.observations, result.rewards, result.terminated, result.truncated, infos
 
@@ -118,7 +119,7 @@ def make_vector_env(num_envs: int, env_type: str = "textenv.env:TextEnv", **kwar
 
     Args:
         num_envs: The number of rows.
-        env_type: The class, as "module:Class".
+        env_type: The "module:Class" of the environment.
         **kwargs: The arguments of the class.
     """
     create = cast(type[TextEnv], load_env_creator(env_type))
@@ -131,7 +132,7 @@ def unwrap_text_env(env: Any) -> TextEnv:
     Raises:
         TypeError: See `TextVectorEnv`.
     """
-    # `gym.make` adds these two (gymnasium `envs/registration.make`); they check calls and change nothing.
+    # gymnasium `envs/registration.make` adds these two wrappers, which check calls and change nothing.
     while isinstance(env, (PassiveEnvChecker, OrderEnforcing)):
         env = env.env
     if isinstance(env, gym.Wrapper):

@@ -10,8 +10,8 @@ OpenEnv     `textenv.adapters.openenv.OpenEnvGame`                      openenv 
 verifiers   `textenv.adapters.verifiers.VerifiersGame`                  verifiers 0.4.0
 =========== =========================================================== ==================================
 
-None of them is a dependency: a module imports its library only when it is used. Its docstring lists the library's
-traps.
+None of these libraries is a dependency: a module imports its library only when it is used. The module's docstring lists
+the library's traps.
 """
 
 from textenv.adapters.game import Game, GameError, Outcome

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class GameError(RuntimeError):
-    """A game raised an error, broke the protocol, or played differently from the same seed; the message says which."""
+    """A game raised an error, broke the protocol, or played differently from the same seed; the message tells which."""
 
 
 class Outcome(NamedTuple):
@@ -46,7 +46,7 @@ class Game(Protocol):
     """
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """Begin the game of this seed; return its opening, after which the policy writes, and an info."""
+        """Begin the game of this seed; return its opening, to which the policy replies, and an info."""
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Play a turn; return the fields of `Outcome`: text, reward, terminated, truncated, info."""

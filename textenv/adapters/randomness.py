@@ -14,12 +14,12 @@ from numpy.random.mtrand import get_bit_generator, set_bit_generator
 class OwnRandomness:
     """The state of `random` and of NumPy's global functions for one game, whatever the game does to them.
 
-    Inside the block of `inside`, both continue from where this game left them; after it, they are restored, so that
-    neither other games nor training notice. NumPy's whole bit generator is exchanged, which is 200 times faster than a
-    copy of its state. The exchange loses a second normal deviate that NumPy's legacy functions may hold ready.
+    In a block of `inside`, both generators continue from where this game left them; after it, they are restored, so
+    that neither other games nor training notice. NumPy's bit generator is exchanged as an object, which is 200 times
+    faster than a copy of its state. The exchange loses a second normal deviate that NumPy's legacy functions may cache.
 
     Args:
-        seed: The seed of both.
+        seed: The seed of both generators.
 
     Example:
         >>> own = OwnRandomness(0)

@@ -1,4 +1,4 @@
-"""The running games, one for each lane, which are played again from their seed and turns where needed."""
+"""The running games, one for each lane, which are replayed from their seed and turns where needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from textenv.adapters.game import Game, GameError, Outcome
 from textenv.adapters.randomness import OwnRandomness
 from textenv.episodes.completion import Turn
 
-OPENINGS = -1  # the number of a lane that exists only to read openings
+OPENINGS = -1  # the number of a pretended lane whose game is used only to read openings
 
 
 @dataclass
@@ -27,12 +27,12 @@ class _Running:
 class RunningGames:
     """The games of all lanes, in which each turn is played once and its outcome can be asked for repeatedly.
 
-    A game's state is its seed and its turns. If a lane's game is in another state (a checkpoint was loaded, an
-    evaluation ran in between, or the env was copied), it is played again from its start and must give the same replies.
-    So nothing of a game is saved beyond what the lanes keep anyway.
+    A game's state follows from its seed and its turns. If a lane's game is in another state (a checkpoint was loaded,
+    an evaluation ran in between, or the env was copied), it is replayed from its start and must give the same replies.
+    So a checkpoint needs nothing of a game but its seed and turns, which the lanes save anyway.
 
     Args:
-        make: Makes a game.
+        make: A function that makes a game.
 
     Raises:
         ValueError: If `make` is a game itself, or not callable.
@@ -50,7 +50,7 @@ class RunningGames:
         self._running: dict[int, _Running] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the games, which are played again when they are needed."""
+        """Pickle without the games, which are replayed when they are needed."""
         return RunningGames, (self.make,)
 
     def opening(self, seed: int) -> str:
@@ -58,12 +58,12 @@ class RunningGames:
         return self._begin(OPENINGS, seed)
 
     def outcome(self, lane: int, seed: int, opening: str, turns: Sequence[Turn]) -> Outcome:
-        """Return the outcome of the last of these turns, which is played if it was not yet.
+        """Return the outcome of the last of these turns, and play that turn unless it was played before.
 
         Args:
             lane: The number of the game's lane.
             seed: The game's seed.
-            opening: The text with which it began.
+            opening: The text with which the game began.
             turns: All turns of the policy, each but the last with the game's reply.
 
         Raises:
@@ -71,9 +71,9 @@ class RunningGames:
         """
         texts, running = [turn.text.strip() for turn in turns], self._running.get(lane)
         if running is not None and running.seed == seed and running.texts == texts and running.last is not None:
-            return running.last  # asked for again: the turn was already played
+            return running.last  # this turn was already played
         if running is None or running.seed != seed or running.texts != texts[:-1]:
-            # The lane's game stands elsewhere: it is played again, and each reply compared with the recorded one.
+            # The lane's game is in another state: it is replayed, and each reply compared with the recorded one.
             self._check_same(seed, 0, self._begin(lane, seed), opening)
             for number, (text, turn) in enumerate(zip(texts[:-1], turns, strict=False), start=1):
                 self._check_same(seed, number, self._step(lane, text).text, turn.response)
@@ -96,7 +96,7 @@ class RunningGames:
         return result[0]
 
     def _step(self, lane: int, text: str) -> Outcome:
-        running = self._running.pop(lane)  # put back below, unless it raises, after which its state is unknown
+        running = self._running.pop(lane)  # put back below, but not if the game raises: its state is then unknown
         with running.randomness.inside():
             try:
                 result = running.game.step(text)

@@ -3,11 +3,11 @@
 Written for textarena 0.7.4. Its traps:
 
 - The default wrapper (`LLMObservationWrapper`) keeps the observations of earlier episodes through `reset`, and repeats
-  the whole history at every turn. So each episode makes a new game here, without its wrappers, and a reply is only what
-  is new. The `-train` wrappers put brackets around an action; `to_action` can do that.
+  the whole history at every turn. So each episode makes a new game here, without its wrappers, and a reply has only the
+  new messages. The `-train` wrappers put brackets around an action; `to_action` can do that.
 - Games draw from Python's global `random`, which `reset(seed=...)` seeds. Its state is kept for each game (see `Game`).
 - `step` returns no reward. Rewards come from `close`, once the game is over, so the last turn earns all of it.
-- A first invalid move costs nothing, and the player, an opponent too, is asked again; the second one loses the game
+- A first invalid move costs nothing, and the player, even an opponent, is asked again; the second one loses the game
   (`error_allowance`).
 - If an opponent's invalid move ends the game, the policy wins: a reward of 1 may be the opponent's mistake.
 - GuessTheNumber pays for a near miss, even if two invalid moves end the game: a first guess in the middle and then
@@ -23,7 +23,7 @@ from typing import Any
 from textenv.adapters.game import GameError
 from textenv.checks.extras import needs
 
-MOVES = 1000  # of opponents between two turns of the policy: more than any game has, so that a loop ends in an error
+MOVES = 1000  # the most moves of opponents between two turns of the policy: more than any game needs
 
 
 class TextArenaGame:
@@ -44,9 +44,8 @@ class TextArenaGame:
         env_id: An id for `textarena.make`.
         opponents: The functions of the other seats, in their order; none for a game of one player.
         seat: The policy's seat, from 0.
-        to_text: Returns the text that the policy sees for its new messages, which are joined by newlines and include
-            none of its own.
-        to_action: Returns the game's action for a turn's text.
+        to_text: A function from the new messages of the others, joined by newlines, to the text that the policy sees.
+        to_action: A function from a turn's text to the game's action.
         **kwargs: Other arguments of `textarena.make`.
 
     Raises:
@@ -73,7 +72,7 @@ class TextArenaGame:
         self.env_id = env_id
         self.kwargs = kwargs
         self.opponents = list(opponents)
-        self.opponents.insert(seat, _no_opponent)
+        self.opponents.insert(seat, _no_opponent)  # so that an index in this list is the number of a seat
         self.seat = seat
         self.to_text = to_text
         self.to_action = to_action
@@ -84,7 +83,7 @@ class TextArenaGame:
             import textarena
 
         env = textarena.make(self.env_id, **self.kwargs)
-        while isinstance(env, textarena.Wrapper):
+        while isinstance(env, textarena.Wrapper):  # wrappers repeat the history at every turn (see the traps above)
             env = env.env
         self.env = env
         self.seen = ["" for _ in self.opponents]  # the messages that each seat has seen

@@ -1,4 +1,4 @@
-"""Tools: functions that the policy may call in a turn, and whose results it observes."""
+"""Tools: functions that the policy may call in a turn, to observe their results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ToolGame:
     a turn, so that it can be one of the env's stop strings. Only the env's `max_new_tokens` limits the number of calls.
 
     Args:
-        game: Makes the inner game.
+        game: A function that makes the inner game.
         tools: The functions by name. The policy observes a `ToolError` as `error: message`; other errors end training.
         reply: The form of a reply, with `{}` in place of the result.
 
@@ -95,7 +95,7 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.UAdd: operator.pos,
     ast.USub: operator.neg,
 }
-LARGEST = 10**15  # the bound of every intermediate result; floats hold whole numbers up to here exactly
+LARGEST = 10**15  # the bound of every intermediate result; floats hold whole numbers up to this size exactly
 LARGEST_EXPONENT = 50  # enough for 2 ** 49, and small enough that no power takes long
 GRAMMAR = "expected numbers with + - * / // % ** and brackets"
 NESTED = "expected fewer brackets and signs within each other"

@@ -1,4 +1,4 @@
-"""Games of turns as token environments."""
+"""The environment of a game of turns: each turn is written token by token, then played."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class TurnEnv(TextEnv):
     """A game as a `TextEnv`: the policy writes a turn token by token, the game plays it, the policy observes its reply.
 
     A turn ends with EOS, with a stop string, or with its `turn_tokens`-th token. The game gets the turn's text without
-    these and without surrounding white space. The last token of a turn gets the turn's reward, all others 0. Replies
-    are observed and never trained: after a turn the observation grows by the reply's tokens (in a chat, by those of the
-    chat template up to the assistant's next turn), and the earlier tokens stay as they are. The episode terminates or
-    is truncated (end reason "length") when the game is, and it is truncated when `max_new_tokens` leaves no room for
-    the reply and one more turn.
+    EOS, stop string and surrounding white space. The last token of a turn gets the turn's reward, all others 0. The
+    policy observes replies but is not trained on them: after a turn the observation grows by the reply's tokens (in a
+    chat, by all tokens of the chat template up to the assistant's next turn), and the earlier tokens stay as they are.
+    The episode terminates or is truncated (end reason "length") when the game is, and it is truncated when
+    `max_new_tokens` leaves no room for the reply and one more turn.
 
     A prompt is the opening of a numbered game, and its row is `{"seed": n}`. Other seeds, as in
     `reset(options={"prompts": [{"seed": 10_000}]})`, give games that training has not seen.
 
-    Every lane has a game of its own. A game's state is its seed and the turns played, so copies, evaluations during
-    training and checkpoints store no more than these. Where its state is needed again, the game is played again from
-    its start; if its replies then differ, a `GameError` says so. `outcome` returns the game's whole result of a turn,
-    for a `get_reward` of your own.
+    Every lane has a game of its own. A game's state follows from its seed and the turns played, so copies, evaluations
+    during training and checkpoints store only these. Where its state is needed again, the game is replayed from its
+    start; if its replies then differ, a `GameError` is raised. `outcome` returns the game's full result of a turn, for
+    a `get_reward` of your own.
 
     Args:
-        game: Makes a game (see `textenv.adapters.Game`): a class, a `functools.partial` of one, or a function.
+        game: A function that makes a game (see `textenv.adapters.Game`), its class, or a `functools.partial` of these.
         tokenizer: The policy's tokenizer; see `TextEnv`.
         turn_tokens: The most tokens of one turn.
         max_new_tokens: The most tokens of all turns and replies together.
@@ -44,10 +44,10 @@ class TurnEnv(TextEnv):
         stop: Texts that end a turn as soon as they appear.
         chat: Whether the tokenizer's chat template writes the opening and replies as a user's messages, and the turns
             as the assistant's; otherwise the texts follow each other as they are.
-        length_limit: What happens to a game that is broken off, or has no room left: "truncate", as in Gymnasium, adds
-            the value of its continuation to the episode's return, so that training does not count the end; "terminate"
-            does not, and suits tasks in which the room is part of the rules (a number of guesses).
-        stop_ids: As in `TextEnv`, like all arguments below.
+        length_limit: The treatment of a game that is broken off, or has no room left: "truncate", as in Gymnasium, adds
+            the value of its continuation to the episode's return, as if the game did not end there; "terminate" does
+            not, and suits tasks in which the room is part of the rules (a number of guesses).
+        stop_ids: Token ids that end a turn. This and the arguments below are those of `TextEnv`.
         max_prompt_tokens: The most tokens of an opening. By default, the longest of the `n_games`; the openings of
             other seeds may be longer.
         samples_per_prompt: The number of times that each game is played before the next, as a group.
@@ -97,7 +97,7 @@ class TurnEnv(TextEnv):
     ) -> None:
         if n_games < 1:
             raise ValueError(f"Expected `n_games` to be at least 1, got {n_games}.")
-        self.games = RunningGames(game)
+        self.games = RunningGames(game)  # before `super().__init__`, which calls `read_prompt`
         self.chat = chat
         super().__init__(
             [{"seed": number} for number in range(n_games)],  # `read_prompt` reads the opening of each
@@ -126,6 +126,7 @@ class TurnEnv(TextEnv):
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"Expected a row {{'seed': n}} with n >= 0, the number of a game, got {source!r:.80}.")
         opening = self.games.opening(seed)
+        # The row keeps the seed, from which the lane's own game begins when the policy ends its first turn.
         prompt = [{"role": "user", "content": opening}] if self.chat else opening
         return super().read_prompt({"prompt": prompt, "seed": seed}, number)
 
@@ -140,7 +141,7 @@ class TurnEnv(TextEnv):
         return self.outcome(prompt, preds).reward if is_over else 0.0
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | Literal[EndReason.LENGTH] | None:
-        """Play a turn that has ended; return the game's reply, None if the game is over, or LENGTH if it broke off."""
+        """Play a turn that has ended; return the game's reply, None if the game is over, LENGTH if it is broken off."""
         outcome = self.outcome(prompt, preds)
         if outcome.terminated:
             return None

@@ -4,9 +4,9 @@ Written for verifiers 0.4.0 (`verifiers.v1`). Its traps:
 
 - In this version, a `Taskset` yields `Task`s, and a task scores a `Trace` with its own `@reward` methods, which are
   coroutines. That needs no models, clients or sandboxes.
-- Rewards that need a sandbox (`runtime`) are skipped without one, with no more than a line in the log. They are refused
-  here.
-- Rewards have weights, and one may return several by name; `trace.reward` is their weighted sum.
+- verifiers skips rewards that need a sandbox (`runtime`) if there is none, with no more than a line in the log. They
+  are refused here.
+- Rewards have weights, and a reward may return several numbers by name; `trace.reward` is their weighted sum.
 - A task may have several turns (tools, a user who opens), a container, or a judge that asks a server. All of this is
   refused here, as far as the task shows it.
 - A system prompt is a field of its own (`system_prompt`). Here it comes before the prompt, with an empty line between.
@@ -63,7 +63,7 @@ class VerifiersGame:
         """Score the turn; return text, reward, terminated, truncated and info.
 
         Raises:
-            GameError: If a reward gave no number.
+            GameError: If a reward returned no number.
         """
         trace = _trace(self.task, text)
         asyncio.run(self.task.score(trace))
@@ -80,7 +80,7 @@ def _check_single_turn(task: Any) -> None:
     if task.NEEDS_CONTAINER or task.data.image is not None or type(task).toolsets(task.config):
         raise ValueError(f"Expected {name} to be of one turn, got one with a container or tools.")
     for reward in task.hooks("reward"):
-        # verifiers itself tells by this parameter that a reward needs a sandbox
+        # verifiers itself recognises a reward that needs a sandbox by this parameter
         runtime = inspect.signature(reward).parameters.get("runtime")
         if runtime is not None and runtime.default is inspect.Parameter.empty:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The error for a missing optional package: it names the extra of textenv that installs it."""
+"""The error for a missing optional package, which names the extra of textenv that installs it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pip install "textenv[plot]".
 
 
 def check_extra(extra: str, package: str, feature: str) -> None:
-    """Check that a package is installed, without importing it, so that a long job does not fail at its end.
+    """Check that a package is installed, without importing it, so that a long job fails at its start and not its end.
 
     Args:
         extra: The extra's name in `setup.cfg`.

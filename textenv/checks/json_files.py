@@ -1,4 +1,4 @@
-"""JSON files that may be damaged or a stranger's: their shape is checked once, when they are read."""
+"""Reading of JSON files that may be damaged or hostile: their shape is checked once, when they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 # A type (`float` takes whole numbers as well, `object` anything), None for null, a tuple of alternatives, [shape] for a
-# list, or {key: shape} for an object. An object may have other keys: of any shape, or of the one under the key `str`.
+# list, or {key: shape} for an object. An object may have further keys; the entry under the key `str`, if there is one,
+# is the shape of their values.
 Shape = Any
 
 NOTHING = object()  # the value of a missing key
@@ -26,10 +27,15 @@ def read_json(path: str | PathLike[str], shape: Shape = object) -> Any:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not JSON, or of another shape; the message names the file and the key.
+        ValueError: If the file is not JSON, or of another shape; the message names the file and the key.
 
     Example:
-        >>> # read_json("runs/mine/best/best.json", {"figure": str, "value": float})["value"]
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "best.json"
+        ...     n_chars = file.write_text('{"figure": "F1", "value": 0.9}')
+        ...     read_json(file, {"figure": str, "value": float})["value"]
+        0.9
     """
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"), shape, str(path))
@@ -38,15 +44,15 @@ def read_json(path: str | PathLike[str], shape: Shape = object) -> Any:
 
 
 def parse_json(text: str, shape: Shape, where: str) -> Any:
-    """Return the value of a JSON text, checked as `read_json` checks that of a file.
+    """Return the value of a JSON text, with the check of its shape that `read_json` makes for a file.
 
     Args:
         text: The JSON text.
         shape: The shape that the value must have.
-        where: The text's place, for errors.
+        where: The origin of the text, as errors name it.
 
     Raises:
-        ValueError: If it is not JSON, or of another shape.
+        ValueError: If the text is not JSON, or of another shape.
 
     Example:
         >>> parse_json('{"tokens": "8"}', {"tokens": int}, "line 1 of metrics.jsonl")
@@ -90,7 +96,7 @@ def _is_of(value: Any, kind: Any) -> bool:
         return False
     if kind is None or value is None:
         return value is None and kind in (None, object)
-    if isinstance(value, bool):  # a bool is an int in Python, and not in JSON
+    if isinstance(value, bool):  # `isinstance(True, int)` holds in Python, but JSON's true is no number
         return kind in (bool, object)
     return isinstance(value, (int, float) if kind is float else kind)
 

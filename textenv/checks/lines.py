@@ -1,4 +1,4 @@
-"""Reading of untrusted text, JSON and CSV files: with bounded lengths, and errors that name file and line."""
+"""Reading of untrusted text, JSON and CSV files, with bounded lengths and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_CHARS = 4_000_000  # of a line or a cell: about a million tokens, more than 
 
 
 def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Yield the number, from 1, and the text of each line of a file that is not blank.
+    """Yield the number, from 1, and the text of each line that is not blank.
 
     Raises:
         ValueError: If a line is longer than 4,000,000 characters, or the file is not UTF-8.
@@ -28,7 +28,7 @@ def numbered(stream: TextIO, path: str | PathLike[str]) -> Iterator[tuple[int, s
 
     Args:
         stream: The open file.
-        path: Its name, for errors.
+        path: The file's name, for errors.
 
     Raises:
         ValueError: If a line is longer than 4,000,000 characters.
@@ -57,7 +57,7 @@ def read_csv(path: str | PathLike[str]) -> list[dict[str, Any]]:
             reader = csv.DictReader(stream)
             rows: list[dict[str, Any]] = []
             while True:
-                where = f"row {len(rows) + 1} of {fspath(path)!r}, behind its line {reader.line_num}"
+                where = f"row {len(rows) + 1} of {fspath(path)!r}, after its line {reader.line_num}"
                 try:
                     row = next(reader)
                 except StopIteration:
@@ -79,10 +79,10 @@ def read_json(line: str, where: str) -> Any:
 
     Args:
         line: The JSON text.
-        where: Its place, for errors, such as "line 3 of 'prompts.jsonl'".
+        where: The origin of the line, as errors name it, such as "line 3 of 'prompts.jsonl'".
 
     Raises:
-        ValueError: If it is not JSON, or nested too deeply.
+        ValueError: If the line is not JSON, or nested too deeply.
 
     Example:
         >>> read_json('{"prompt": "It was"}', "line 1")

@@ -1,4 +1,4 @@
-"""The limits of a configuration, which may be a stranger's: only the command line lets it import, send or run more."""
+"""Limits on configurations that strangers may have written: only the command line lets them import or send more."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Trust(NamedTuple):
     """The permissions that the command line, and nothing else, gives to a configuration.
 
     Args:
-        modules: The modules that it may import besides `textenv` and `agents`.
+        modules: The modules that the configuration may import in addition to `textenv` and `agents`.
         remote_code: Whether a model's own code may run.
-        variables: The environment variables whose values it may send.
+        variables: The environment variables whose values the configuration may send.
     """
 
     modules: Collection[str] = ()
@@ -36,8 +36,8 @@ class Kind(NamedTuple):
 
     Args:
         name: The kind: "reward", "metric", ...
-        what: What a class of this kind must be, as errors say after "Expected".
-        fits: Returns whether a class is of this kind.
+        what: The requirement on such a class, as errors print it after "Expected".
+        fits: A function that returns whether a class is of this kind.
     """
 
     name: str
@@ -51,10 +51,10 @@ _trust: ContextVar[Trust | None] = ContextVar("trust", default=None)
 
 @contextmanager
 def only_with(trust: Trust) -> Iterator[None]:
-    """Check names, variables and paths inside the block, where objects are built from a configuration.
+    """Limit the names, variables and paths in a block that builds objects from a configuration.
 
     Args:
-        trust: What the command line allows.
+        trust: The permissions that the command line gives.
 
     Example:
         >>> from textenv.rewards import make_reward
@@ -72,20 +72,20 @@ add --allow os to the command.
 
 
 def current_trust() -> Trust | None:
-    """Return the permissions of the configuration that is being built; None outside of one, as in Python code."""
+    """Return the permissions inside an `only_with` block; None outside of one, where Python code is trusted."""
     return _trust.get()
 
 
 def find_class(path: Any, kind: Kind, trust: Trust) -> type:
     """Import the class that a configuration names as "module:Class".
 
-    The module must define the class itself, and the class must be of the given kind: a function, or an object that the
-    module imported from elsewhere, might do anything.
+    The module must define the class itself, and the class must be of the expected kind: a call of a function, or of an
+    object that the module imported from elsewhere, might do anything.
 
     Args:
         path: The name, "module:Class".
         kind: The kind of class that is expected.
-        trust: What the command line allows.
+        trust: The permissions that the command line gives.
 
     Raises:
         ValueError: If the module may not be imported, or the class is missing or of another kind.
@@ -112,8 +112,8 @@ def find_class(path: Any, kind: Kind, trust: Trust) -> type:
     if imported is None:
         raise ValueError(f"Expected {path!r} to be there, got a module without it.")
     if not isinstance(imported, type) or imported.__module__ != module:
-        what = f"one of {imported.__module__}" if isinstance(imported, type) else f"a {type(imported).__name__}"
-        raise ValueError(f"Expected {kind.what}, that {module} defines, got {path!r}, {what}.")
+        got = f"one of {imported.__module__}" if isinstance(imported, type) else f"a {type(imported).__name__}"
+        raise ValueError(f"Expected {kind.what}, that {module} defines, got {path!r}, {got}.")
     # typing.Protocol sets `_is_protocol` on the protocols themselves, and to False on classes that implement one.
     if inspect.isabstract(imported) or vars(imported).get("_is_protocol") or not kind.fits(imported):
         raise ValueError(f"Expected {kind.what} at {path!r}, as a {kind.name} is, got another class.")
@@ -121,7 +121,7 @@ def find_class(path: Any, kind: Kind, trust: Trust) -> type:
 
 
 def is_called_with(*names: str, method: str = "__call__") -> Callable[[type], bool]:
-    """Return a function that tells whether a class has a method whose required arguments have exactly these names.
+    """Return a function that checks whether the required arguments of a class's method have exactly these names.
 
     Args:
         *names: The names after `self`, without leading underscores.

@@ -1,4 +1,4 @@
-"""The arguments of `TextEnv` that make the rules of an episode, checked."""
+"""The checks of those arguments of `TextEnv` that make the rules of an episode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_rules(
         stop_ids: Token ids that end a turn.
         stop_strings: Texts that end a turn.
         max_new_tokens: The most tokens of an episode.
-        length_limit: Whether that limit terminates or truncates.
+        length_limit: Whether an episode that reaches this limit is terminated or truncated.
         max_turns: The most turns.
         max_response_tokens: The most tokens of a reply.
         turn_tokens: The most tokens of a turn.
@@ -63,6 +63,7 @@ def _check_turns(
 ) -> None:
     check_at_least_one("max_new_tokens", max_new_tokens)
     if turn_tokens is not None:
+        # (1, 0) are the defaults of `TextEnv`: the caller has set neither of the two.
         if responder is None or (max_turns, max_response_tokens) != (1, 0):
             raise ValueError(
                 "Expected `turn_tokens` where `respond` is defined, and without max_turns and max_response_tokens, "
@@ -71,6 +72,7 @@ def _check_turns(
         if not 1 <= turn_tokens <= max_new_tokens:
             raise ValueError(f"Expected `turn_tokens` in [1, max_new_tokens={max_new_tokens}], got {turn_tokens}.")
         return
+    # A reply needs a second turn that reads it, and room for its tokens.
     if responder is not None and (max_turns < 2 or max_response_tokens < 1):
         raise ValueError(
             f"Expected max_turns >= 2 and max_response_tokens >= 1, since {responder} defines `respond`; got "

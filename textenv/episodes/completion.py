@@ -1,4 +1,4 @@
-"""The completion of a prompt, finished or not: token ids, and text that is decoded when it is read."""
+"""The completion of a prompt, finished or not: its token ids, and its text, which is decoded when it is first read."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Turn(NamedTuple):
 
 
 class Preds(Sequence[int]):
-    """The tokens that the policy has written in an episode, as `get_reward` and `respond` get them.
+    """The tokens that the policy has written in an episode, as `get_reward` and `respond` receive them.
 
-    It is a sequence of token ids, `len(preds)`, `preds[-1]`, and a snapshot: it may be kept.
+    The object is a sequence of token ids, `len(preds)`, `preds[-1]`, and a snapshot: you may keep it.
 
     Args:
-        tokenizer: Decodes the ids.
+        tokenizer: The tokenizer that decodes the ids.
         ids: The token ids of all turns, (T,), without the env's replies.
-        context: The few token ids in front of the current turn, which decide how it decodes.
-        turn_length: How many of `ids` belong to the current turn; all of them by default.
+        context: The few token ids before the current turn, on which its decoding depends (a leading space).
+        turn_length: The number of `ids` that belong to the current turn; all of them by default.
         closed: The earlier turns.
-        end_reason: Why the current turn is over, if it is.
+        end_reason: The reason why the current turn is over, or None while it is not.
         stop_strings: The texts that end a turn.
-        state: The hooks' own memory of the episode.
+        state: A dict in which the env's hooks remember things about the episode.
         lane: The lane in which the episode runs.
         group: The number of its group of samples.
 
@@ -40,7 +40,7 @@ class Preds(Sequence[int]):
         state: A dict of your own, which lives as long as the episode.
         lane: The number of the lane.
         group: The number of the group: the episodes of one draw of a prompt (`TextEnv(samples_per_prompt=...)`).
-        end_reason: Why the current turn is over, or None while it is not.
+        end_reason: The reason why the current turn is over, or None while it is not.
 
     Example:
         >>> from textenv.text.tokenizer import CharTokenizer
@@ -67,7 +67,7 @@ class Preds(Sequence[int]):
         group: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
-        self.ids = np.array(ids, dtype=np.int64)  # a copy, (T,): the lanes go on writing into the array it came from
+        self.ids = np.array(ids, dtype=np.int64)  # (T,), a copy: the lanes keep writing into their own array
         self.ids.flags.writeable = False
         self._context = np.array(context, dtype=np.int64)
         self._turn_length = len(self.ids) if turn_length is None else turn_length
@@ -77,7 +77,7 @@ class Preds(Sequence[int]):
         self.state = {} if state is None else state
         self.lane = lane
         self.group = group
-        self._text: str | None = None  # decoded when it is first asked for: many rewards read the ids only
+        self._text: str | None = None  # decoded when it is first read: many rewards need the ids only
 
     @property
     def turn_ids(self) -> np.ndarray:
@@ -88,7 +88,7 @@ class Preds(Sequence[int]):
     def text(self) -> str:
         """The text that the policy wrote, without end token and stop string; turns are joined by a newline.
 
-        `prompt + preds.text` reads right: the space in front of the first word is kept.
+        The space before the first word is kept, so that `prompt + preds.text` is the whole text.
         """
         if self._text is None:
             self._text = "\n".join(turn.text for turn in self.turns)
@@ -97,7 +97,7 @@ class Preds(Sequence[int]):
     @property
     def turns(self) -> tuple[Turn, ...]:
         """The policy's turns with the env's replies; the last turn is the current one."""
-        if self._turn_length == 0 and self._closed:  # behind a reply, before the first token of the next turn
+        if self._turn_length == 0 and self._closed:  # after a reply, before the first token of the next turn
             return self._closed
         return (*self._closed, Turn(self._turn_text(), None))
 
@@ -122,7 +122,7 @@ class Preds(Sequence[int]):
         }
 
     def __len__(self) -> int:
-        """Return how many tokens the policy has written."""
+        """Return the number of tokens that the policy has written."""
         return len(self.ids)
 
     @overload

@@ -14,17 +14,17 @@ from textenv.prompts.prompts import Prompt
 
 OnFailure = Literal["raise", "drop"] | float
 MOST_DROPPED = 0.05  # the largest share of rows that may be left out: the rest is still a fair sample
-WINDOW = 1000  # the share is taken over this many rows, the latest
-FEWEST = 100  # the share is taken over at least this many, so that one early failure does not stop a run
+WINDOW = 1000  # the number of rows, the latest ones, over which the share is taken
+FEWEST = 100  # the share is taken over at least this many rows, so that an early failure does not stop a run
 
 
 class RowError(Exception):
-    """A row that has no score; `AsyncReward.score_row` raises it, and says whether another attempt may help.
+    """The error of a row that gets no score; `AsyncReward.score_row` raises it to say whether another attempt may help.
 
     Args:
-        message: Why there is no score.
-        again: Whether to try again.
-        wait: The least time to wait before that, in seconds.
+        message: The reason why there is no score.
+        again: Whether another attempt may help.
+        wait: The least time before that attempt, in seconds.
     """
 
     def __init__(self, message: str, again: bool = True, wait: float = 0.0) -> None:
@@ -33,16 +33,16 @@ class RowError(Exception):
 
 
 class Failures:
-    """Counts the rows whose reward failed, and decides what happens to them.
+    """The failure policy of one reward, with a count of the rows that have failed.
 
     Args:
-        on_failure: "raise": a `RewardError` lists all of them. "drop": the episodes are left out of training; a
+        on_failure: "raise": a `RewardError` lists the failed rows. "drop": their episodes are left out of training; a
             `RewardError` is raised once they are more than 5 % of the last 1000 rows (among the first 100 rows: more
-            than 5). A number: that is their reward, as the part "failure". The first failure of rows that are dropped
-            or get a number is a warning.
+            than 5). A number: the reward of a failed row, as the part "failure". With "drop" or a number, the first
+            failure is a warning.
 
     Attributes:
-        n_failed: How many rows have failed so far.
+        n_failed: The number of rows that have failed so far.
 
     Raises:
         ValueError: If `on_failure` is none of these.
@@ -71,46 +71,47 @@ class Failures:
         return {"n_failed": self.n_failed, "has_warned": self._has_warned, "recent": recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         self.n_failed, self._has_warned = state["n_failed"], state["has_warned"]
         self._recent = deque((failed == "1" for failed in state["recent"]), maxlen=WINDOW)
 
     def note(
         self, who: str, causes: Mapping[int, Exception], prompts: Sequence[Prompt], preds: Sequence[Preds], tried: str
     ) -> None:
-        """Raise for rows that have failed, or warn of the first.
+        """Raise an error for rows that have failed, or warn of the first one.
 
         Args:
             who: The subject of the message, such as "The reward".
             causes: The error of each failed row, by its number.
             prompts: The prompts of all rows of the call.
             preds: Their completions.
-            tried: What was tried, for the message: ", each asked 3 times at most".
+            tried: The end of the message's first line, such as ", each asked 3 times at most".
 
         Raises:
             RewardError: With "raise"; the message lists the failed rows and their causes.
         """
         self.n_failed += len(causes)
-        rows = [f"{describe(prompts[row], preds[row])}: {_cause(error)}" for row, error in causes.items()]
-        how_many = f"{who} has no score of {len(causes)} of {len(prompts)} rows"
+        descriptions = [f"{describe(prompts[row], preds[row])}: {_cause(error)}" for row, error in causes.items()]
+        summary = f"{who} has no score of {len(causes)} of {len(prompts)} rows"
         if self.on_failure == "raise":
-            raise RewardError("\n- ".join([f"{how_many}{tried}:", *rows])) from next(iter(causes.values()))
+            raise RewardError("\n- ".join([f"{summary}{tried}:", *descriptions])) from next(iter(causes.values()))
         if not self._has_warned:
             self._has_warned = True
-            what = "are dropped" if self.on_failure == "drop" else f"earn {self.on_failure:g}"
+            consequence = "are dropped" if self.on_failure == "drop" else f"earn {self.on_failure:g}"
             warnings.warn(
-                f"{how_many}; such rows {what}. The first: {rows[0]}. Not said again; see n_failed.", stacklevel=4
+                f"{summary}; such rows {consequence}. The first: {descriptions[0]}. Not said again; see n_failed.",
+                stacklevel=4,
             )
 
     def count(self, n_rows: int, n_failed: int) -> None:
         """Count finished rows.
 
         Args:
-            n_rows: How many were scored.
-            n_failed: How many of them failed.
+            n_rows: The number of rows that were scored, failed ones included.
+            n_failed: The number of rows that failed.
 
         Raises:
-            RewardError: With "drop", if too many have failed.
+            RewardError: With "drop", if more than 5 % of the latest rows have failed.
         """
         if self.on_failure != "drop":
             return
@@ -126,7 +127,7 @@ class Failures:
 
 
 def _is_number(value: Any) -> bool:
-    # True is an int in Python, and as a reward surely a mistake.
+    # bool is excluded: True is an int in Python, but as a reward surely a mistake.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

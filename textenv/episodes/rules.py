@@ -1,4 +1,4 @@
-"""The rules of an episode: when a turn ends, and why."""
+"""The rules of an episode: its limits, and the tokens and texts that end a turn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-SEPARATOR = -2  # in an observation: between the prompt and the tokens since
-PADDING = -1  # in an observation: behind its last token
+SEPARATOR = -2  # in an observation, marks the end of the prompt
+PADDING = -1  # in an observation, fills the positions after the last token
 
 
 class EndReason(StrEnum):
-    """Why an episode ended."""
+    """The reason why an episode ended."""
 
     EOS = "eos"
     """The policy wrote one of `stop_ids`."""
@@ -50,14 +50,15 @@ class EpisodeRules:
 
     @property
     def room(self) -> int:
-        """The most tokens of an observation behind its separator: the turns of the policy and the replies between."""
+        """The most tokens of an observation after its separator: the policy's turns, and the replies between them."""
         return self.max_new_tokens + (self.max_turns - 1) * self.max_response_tokens
 
     @property
     def tail_tokens(self) -> int:
-        """How many of the last tokens decide whether a stop string has just appeared.
+        """The number of latest tokens in which a stop string that has just appeared must lie.
 
-        A token writes at least one byte. 4 more, the most bytes of a character in UTF-8: the tail may begin within one.
+        A token writes at least one byte, so the longest stop string needs as many tokens as it has bytes. 4 are added,
+        the most bytes of a UTF-8 character, since the first token may begin within a character.
         """
         return max((len(text.encode()) for text in self.stop_strings), default=0) + 4
 
@@ -69,16 +70,16 @@ def ended_turns(
     limits: np.ndarray,
     tail: Callable[[int], str],
 ) -> dict[int, EndReason]:
-    """Return the rows whose turn ends with the token just written, and why.
+    """Return the rows whose turn ends with the token just written, each with the reason.
 
-    Where several reasons hold, EOS goes before STOP, and STOP before LENGTH.
+    Where several reasons hold, EOS takes precedence over STOP, and STOP over LENGTH.
 
     Args:
         rules: The rules.
         actions: The token that each row has just written, (B,).
-        generated: How many tokens the policy has written in each row, this one included, (B,).
+        generated: The number of tokens that the policy has written in each row, this one included, (B,).
         limits: The most tokens of each row, (B,).
-        tail: Returns the text of the last tokens of a row's current turn; only called if there are stop strings.
+        tail: A function from a row to the text of its turn's last tokens; only called if there are stop strings.
     """
     # Later reasons overwrite earlier ones.
     ends = {int(row): EndReason.LENGTH for row in np.flatnonzero(generated >= limits)}

@@ -1,4 +1,4 @@
-"""Rewards: the contract of the functions that return them, and the checks of what they return."""
+"""Rewards: the contract of reward functions, and the checks of the values that they return."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from textenv.prompts.prompts import Prompt
 
 ScoreAt = Literal["step", "done", "rollout_end"]
 FAILURE = "failure"  # the reward part of a row that got a penalty in place of a score
-# The largest reward: a critic's gradient is as large, and the norm of gradients sums squares in float32 (up to 3e38).
+# The largest reward. A critic's gradient is about as large, and the gradient norm sums its squares in float32, whose
+# largest number is 3e38.
 LARGEST = 1e15
 # Exceptions that count as a failure of the reward. KeyboardInterrupt does not; sys.exit within a reward does.
 RAISED = (Exception, SystemExit)
@@ -28,9 +29,9 @@ class Dropped(Enum):
         return self.name
 
 
-# A reward returns it for a finished row without a score: the episode is not trained on and counts in no mean. It is not
-# None, which a function returns that has forgotten its `return`. Callers that cannot leave an episode out raise
-# `RewardError`.
+# The value that a reward returns for a finished row without a score: the episode is not trained on and counts in no
+# mean. None would not do, since a function that forgets its `return` returns None. Callers that cannot leave an episode
+# out raise `RewardError`.
 DROPPED: Final = Dropped.DROPPED
 
 Score = float | Mapping[str, float] | Dropped
@@ -60,7 +61,7 @@ class Reward(NamedTuple):
         value: The number.
         parts: The named parts, of which `value` is the sum; empty for a bare number.
         is_dropped: Whether the row has no reward and is left out; `value` is then 0.
-        has_failed: Whether the reward failed, and this is what `on_failure` puts in its place.
+        has_failed: Whether the reward failed, so that `value` is the number that `on_failure` gives such rows.
     """
 
     value: float
@@ -70,7 +71,7 @@ class Reward(NamedTuple):
 
     @property
     def score(self) -> Score:
-        """The reward in the form in which a function returns it."""
+        """The reward in the form in which a reward function returns it: `DROPPED`, named parts or a number."""
         return DROPPED if self.is_dropped else self.parts or self.value
 
 
@@ -86,14 +87,14 @@ def score_each(
     dones: Sequence[bool],
     name: str = "the reward",
 ) -> list[Score]:
-    """Return the rewards of rows, one call of a function for each.
+    """Return the rewards of rows from a function that is called once for each row.
 
     Args:
         reward: The function.
         prompts: The prompts of the rows.
         preds: Their completions.
         dones: Whether the episode of each row is over.
-        name: What an error calls the function.
+        name: The function as errors name it.
 
     Raises:
         RewardError: If the function raises; the message names it and the row.
@@ -112,7 +113,7 @@ def check_rewards(values: Any, prompts: Sequence[Prompt], preds: Sequence[Preds]
     """Return the rewards of a batch, checked.
 
     Args:
-        values: What `get_rewards` returned: for each row a number, a dict of named numbers or `DROPPED`.
+        values: The result of `get_rewards`: for each row a number, a dict of named numbers or `DROPPED`.
         prompts: The prompts of the rows.
         preds: The completions of the rows.
 
@@ -166,7 +167,7 @@ def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
     except Exception:  # `value` may be an object of any library, such as a tensor without data
         number = math.nan
     if not math.isfinite(number):
-        # TextRL's rewards return a list of one number.
+        # Rewards written for TextRL return a list of one number, so the message has a cure for this.
         is_list_of_one = not isinstance(value, (str, bytes, Mapping)) and _length(value) == 1
         cure = ": return the number itself, not a list of one" if is_list_of_one else ""
         where = describe(prompt, preds)

@@ -18,8 +18,8 @@ class Agreement(NamedTuple):
     """The agreement of raters on one kind of question.
 
     Attributes:
-        alpha: Krippendorff's alpha: 1 for full agreement, 0 for agreement by chance, below 0 for less than that; NaN
-            where all answers were the same.
+        alpha: Krippendorff's alpha: 1 for full agreement, 0 for agreement by chance, below 0 for less than by chance;
+            NaN where all answers were the same.
         units: The number of scores, choices or pairs of ranked completions that at least two raters gave.
         raters: The number of those raters.
     """
@@ -42,14 +42,14 @@ class SelfAgreement(NamedTuple):
 
 
 def agreement(answers: Iterable[Answer]) -> dict[str, Agreement]:
-    """Return the agreement for each kind of question in which two raters answered the same item.
+    """Return the agreement for each kind of question of which some item has answers by two raters.
 
     The figure is Krippendorff's alpha (Krippendorff, 2011, "Computing Krippendorff's Alpha-Reliability") from the
-    `krippendorff` library. Scores differ by their squared difference (level "interval"). Choices, and the better one
-    of each two ranked completions, are equal or not (level "nominal"). Each rater's first answer to an item counts.
+    `krippendorff` library. Scores differ by their squared difference (level "interval"). Choices are equal or not
+    (level "nominal"), as is the better completion of each ranked pair. Each rater's first answer to an item counts.
 
     Raises:
-        ImportError: Without krippendorff: `pip install "textenv[feedback]"`.
+        ImportError: If krippendorff is not installed: `pip install "textenv[feedback]"`.
 
     Example:
         >>> votes = {"ann": [0, 1, 1, 0], "bob": [0, 1, 1, 1]}
@@ -72,7 +72,7 @@ def self_agreement(answers: Iterable[Answer]) -> dict[str, SelfAgreement]:
     """Return, for each rater, the agreement of their first and second answers to gold items.
 
     An item counts 1 for the same choice and 0 for another; scores count 1 minus their mean difference, as a share of
-    the scale's width; a ranking counts the share of pairs that were ranked alike.
+    the scale's width; a ranking counts the share of pairs that were ranked alike both times.
     """
     twice: dict[tuple[str, int], dict[int, Answer]] = defaultdict(dict)
     for answer in answers:

@@ -1,4 +1,4 @@
-"""The questions that a feedback store already holds, and the answers that count: so that nothing is asked twice."""
+"""The questions that a feedback store already holds, and the answers that count, so that nothing is asked twice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def questions_of(path: str | os.PathLike[str], run: str) -> list[Question]:
 
     Args:
         path: The store's file.
-        run: The `run` that was given to `FeedbackStore.add`.
+        run: The value of `run` in the calls of `FeedbackStore.add`.
 
     Example:
         >>> import tempfile
@@ -48,7 +48,7 @@ def questions_of(path: str | os.PathLike[str], run: str) -> list[Question]:
     finally:
         database.close()
     questions: dict[int, Question] = {}
-    for row in rows:  # one for each completion
+    for row in rows:  # one row for each completion
         earlier = questions[row["id"]].completions if row["id"] in questions else ()
         scale = (row["low"], row["high"])
         questions[row["id"]] = Question(row["id"], row["kind"], row["prompt"], (*earlier, row["text"]), scale)
@@ -59,7 +59,7 @@ class StandingAnswers:
     """The answers of a store that count at present, skips included, second answers to gold items excluded.
 
     Args:
-        store: The store; each `update` reads what was written to it since the last one.
+        store: The store; each `update` reads the answers that were written since the last `update`.
 
     Example:
         >>> import tempfile

@@ -10,17 +10,17 @@ from textenv.checks.extras import needs
 with needs("feedback", "uvicorn", "the rating page"):
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-FROM_ONE_ADDRESS = 32  # connections; a browser opens six to a host
-FROM_ALL = 160  # connections; below the lowest usual limit of open files, 256 on macOS
-REQUEST_SECONDS = 20.0  # from the connection, or from the first byte of a further request, to the request's end
+FROM_ONE_ADDRESS = 32  # the most connections of one address; a browser opens six to a host
+FROM_ALL = 160  # the most connections in all: below the lowest usual limit of open files, 256 on macOS
+REQUEST_SECONDS = 20.0  # the most time from the connection, or a later request's first byte, to the request's end
 
 
 class BoundedConnection(H11Protocol):
     """A uvicorn connection that is closed if its visitor does not send a whole request in time.
 
     uvicorn itself waits for the end of a request for ever, and accepts connections until no more files can be opened.
-    With too many connections, the one that has waited longest for its visitor's request is dropped; if all are busy
-    with a request, the new one is.
+    With too many connections, the one that has waited longest for its visitor's request is dropped; if all of them are
+    busy with a request, the new connection is dropped.
     """
 
     _opened = 0.0  # on the event loop's clock, in seconds
@@ -28,26 +28,26 @@ class BoundedConnection(H11Protocol):
 
     @property
     def awaits_request(self) -> bool:
-        """Whether no request has arrived whole since the last one was answered."""
+        """Whether no complete request has arrived since the last one was answered."""
         # `cycle` is uvicorn's record of the latest request (`h11_impl.RequestResponseCycle`).
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Register a connection, and drop one if there are now too many."""
+        """Register this connection, and drop a connection if there are now too many."""
         super().connection_made(transport)
         self._opened = self.loop.time()
         self._timer = self.loop.call_later(REQUEST_SECONDS, transport.close)
         bounded = [connection for connection in self.connections if isinstance(connection, BoundedConnection)]
         same_address = [connection for connection in bounded if connection._address() == self._address()]
         if len(same_address) > FROM_ONE_ADDRESS:
-            self._drop_one(same_address)
+            self._drop_longest_idle(same_address)
         elif len(bounded) > FROM_ALL:
-            self._drop_one(bounded)
+            self._drop_longest_idle(bounded)
 
-    def _drop_one(self, candidates: list[BoundedConnection]) -> None:
+    def _drop_longest_idle(self, candidates: list[BoundedConnection]) -> None:
         idle = [connection for connection in candidates if connection is not self and connection.awaits_request]
         dropped = min(idle, key=lambda connection: connection._opened, default=self)
-        # Uncounted at once: the next connection may come before `connection_lost` is called for this one.
+        # Removed from uvicorn's set at once: the next connection may come before `connection_lost` is called.
         dropped.connections.discard(dropped)
         dropped.transport.abort()
 
@@ -55,7 +55,7 @@ class BoundedConnection(H11Protocol):
         return self.client and self.client[0]
 
     def data_received(self, data: bytes) -> None:
-        """Pass bytes on, and time the request that they belong to until it is whole."""
+        """Pass the bytes on to uvicorn, and keep a timer running until their request is complete."""
         if self._timer is None:
             self._timer = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
         super().data_received(data)
@@ -63,7 +63,7 @@ class BoundedConnection(H11Protocol):
             self._stop_timer()
 
     def shutdown(self) -> None:
-        """Close the connection, after the answer to a request that is being served."""
+        """Close the connection: at once if it awaits a request, else after the answer (uvicorn calls this to stop)."""
         if self.awaits_request:
             self.transport.abort()
         else:

@@ -11,6 +11,11 @@ from typing import Any
 
 APPLICATION = 0x74786662  # "txfb" in ASCII: the application id in SQLite's header
 VERSION = 2
+# An item is a question; a showing is one display of an item to a rater. Columns whose names do not tell their meaning:
+# - items: `low` and `high` are the ends of the scale, `raters` is the number of raters who are to answer;
+# - showings: `places` is the order of the completions (JSON), `handed` the time of the showing, `owed` the number of
+#   answers to come, and `due` the number of the answer after which a gold item waits for its second showing, or 0;
+# - answers: `stands` is 1 until the answer is undone.
 SCHEMA = (
     """CREATE TABLE items (
         id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, prompt TEXT NOT NULL, run TEXT,
@@ -27,15 +32,15 @@ SCHEMA = (
         UNIQUE (item, rater, repeat))""",
     "CREATE INDEX open_showings ON showings (rater, kind, handed, id) WHERE is_open",
     "CREATE INDEX due_showings ON showings (rater, kind, due) WHERE due > 0",
-    # AUTOINCREMENT never reuses numbers, and there is one writer at a time: so whoever reads the answers after a
-    # number misses none
+    # AUTOINCREMENT never reuses numbers, and there is one writer at a time: so a reader who asks for the answers after
+    # a number misses none
     """CREATE TABLE answers (
         id INTEGER PRIMARY KEY AUTOINCREMENT, showing INTEGER NOT NULL REFERENCES showings, rater TEXT NOT NULL,
         kind TEXT NOT NULL, value TEXT NOT NULL, seconds REAL, time REAL NOT NULL, stands INTEGER NOT NULL,
         undoes INTEGER UNIQUE REFERENCES answers)""",
     "CREATE UNIQUE INDEX one_standing_answer ON answers (showing) WHERE stands",
     "CREATE INDEX standing_answers ON answers (rater, id) WHERE stands",
-    # counts that `queues.py` keeps up to date; gold items count twice in n, owed and seen
+    # The counts that `queues.py` keeps up to date; gold items count twice in the columns n, owed and seen.
     "CREATE TABLE open_items (kind TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
     """CREATE TABLE raters (
         rater TEXT NOT NULL, kind TEXT NOT NULL, last INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
@@ -49,7 +54,7 @@ SCHEMA = (
 
 
 class Database:
-    """A connection for all threads of a process, to a file that several processes may use.
+    """The connection of all threads of a process to a file that several processes may use.
 
     A transaction is on the disk when it ends (a write-ahead log, synchronous=FULL).
 
@@ -65,8 +70,8 @@ class Database:
     def __init__(self, path: str, timeout: float) -> None:
         self.path = path
         self._timeout = timeout
-        self._lock = threading.Lock()  # a server calls from many threads, and they share one connection
-        # isolation_level=None: sqlite3 opens no transactions by itself, `writing` and `reading` do
+        self._lock = threading.Lock()  # a server calls from many threads, which share one connection
+        # isolation_level=None: transactions are opened by `writing` and `reading`, not by sqlite3 on its own.
         self._connection = sqlite3.connect(self.path, timeout=timeout, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
         try:
@@ -112,10 +117,10 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Run the block as one transaction: all of it is written or nothing, and no other process writes meanwhile."""
+        """Run the block as one transaction: all of it is written or none, and no other process writes meanwhile."""
         with self._lock:
-            # IMMEDIATE takes the write lock at once: one that reads first and writes later fails with "locked", without
-            # a wait, if another process wrote in between
+            # IMMEDIATE takes the write lock at once. A transaction that reads first and writes later would fail with
+            # "locked", without a wait, if another process wrote in between.
             self.execute("BEGIN IMMEDIATE")
             try:
                 yield

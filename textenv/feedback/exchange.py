@@ -1,4 +1,4 @@
-"""Export of answers as lines of JSON: pairs, rankings or scores, as reward models are trained on them."""
+"""Export of answers as lines of JSON: pairs, rankings or scores, the forms on which reward models are trained."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FORMS: tuple[str, ...] = get_args(Form)
 
 
 def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all answers in one form, each with its rater, run, models, seconds and time where known.
+    """Yield the rows of all answers in a form, each with its rater, run, models, seconds and time where known.
 
     - "pairs": prompt, chosen, rejected; one row for each pair that a choice, a ranking or unequal scores decide. The
       columns are those of hh-rlhf, with the prompt in a column of its own. Ties yield no row.
-    - "rankings": prompt, ranking (the texts, best first); one row for each ranking, and for each choice as a ranking
-      of two.
+    - "rankings": prompt, ranking (the texts, best first); one row for each ranking, and for each choice, a ranking of
+      two texts.
     - "scores": prompt, completion, text (prompt and completion together), label (the score), scale; one row for each
       score.
 
@@ -51,19 +51,19 @@ def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
         origin = {"answer": answer.id, "rater": answer.rater, "run": answer.run}
         timing = {"seconds": answer.seconds, "time": answer.time}
         for row in make[form](answer):
-            whole = {"prompt": answer.prompt, **row, **origin, **timing}
-            yield {name: value for name, value in whole.items() if value is not None}
+            columns = {"prompt": answer.prompt, **row, **origin, **timing}
+            yield {name: value for name, value in columns.items() if value is not None}
 
 
 def _pairs(answer: Answer) -> Iterator[dict[str, Any]]:
-    models = answer.models or (None,) * len(answer.completions)
+    models = answer.models or (None,) * len(answer.completions)  # `rows_of` leaves out columns that are None
     for better, worse in answer.pairs():
         texts = {"chosen": answer.completions[better], "rejected": answer.completions[worse]}
         yield {**texts, "chosen_model": models[better], "rejected_model": models[worse]}
 
 
 def _rankings(answer: Answer) -> Iterator[dict[str, Any]]:
-    if answer.kind == "rank" and isinstance(answer.value, tuple):
+    if answer.kind == "rank" and isinstance(answer.value, tuple):  # a tie or skip leaves `order` empty
         order = [int(index) for index in answer.value]
     else:
         order = [index for pair in answer.pairs() for index in pair] if answer.kind == "compare" else []
@@ -83,13 +83,13 @@ def _scores(answer: Answer) -> Iterator[dict[str, Any]]:
 def export(store: FeedbackStore, path: str | PathLike[str], form: Form, overwrite: bool = False) -> int:
     """Write the answers that count to a file with one JSON object per line, and return the number of lines.
 
-    The file appears whole, or stays as it was.
+    The file is never half-written: if the export fails, a file of that name stays as it was.
 
     Args:
         store: The answers.
         path: The file.
-        form: The rows' form; see `rows_of`.
-        overwrite: Whether an existing file is replaced.
+        form: The form of the rows: "pairs", "rankings" or "scores"; see `rows_of`.
+        overwrite: Whether to replace an existing file.
 
     Raises:
         FileExistsError: If the file exists and `overwrite` is False.

@@ -31,9 +31,9 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI layer that passes on only requests from the pages of the app behind it.
+    """An ASGI layer that passes only requests from the pages of its app on to that app.
 
-    It refuses, with status
+    It refuses with the status
 
     - 403: a `Host` header with a foreign name, since a foreign page could reach a local server through a domain of its
       own that resolves to this machine ("DNS rebinding");
@@ -50,7 +50,7 @@ class Guard:
             network. A foreign domain cannot forge them.
         token: The secret, or None for no secret.
         open_path: The prefix of paths that need no token, for style sheets and scripts.
-        unauthorised: Returns the response to visitors without the token.
+        unauthorised: A function that returns the response to visitors without the token.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ async def _read(request: Request) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return an ASGI `receive` that gives the body again, and then the end of the connection from the real one."""
+    """Return an ASGI `receive` that delivers the body once more, and after it the messages of the real `receive`."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

@@ -1,4 +1,4 @@
-"""The next item and the progress of each rater, kept as counts whose cost does not grow with the store."""
+"""The next item and the progress of each rater, from counts whose cost does not grow with the size of the store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from textenv.feedback.records import KINDS, Kind, Progress
 
 GOLD_GAP = 10  # answers that a rater gives between the two showings of a gold item
 
-# The answer to a showing, if there is one, and whether a second showing of its gold item is still to come.
+# The state of one showing: its answer, if there is one, and whether a second showing of its gold item is still to come.
 _STATE = """
 SELECT showings.rater, showings.kind, owed, answers.id AS answer, answers.kind AS given,
     gold AND NOT repeat AND NOT EXISTS (
@@ -34,7 +34,7 @@ SELECT id, answered, raters FROM items WHERE kind = ? AND answered < raters AND 
 
 
 class Next(NamedTuple):
-    """A rater's next question: an unanswered `showing`, or else an `item`, for the second time if `repeat` is 1."""
+    """A rater's next question: the number of an unanswered showing, or of an item (shown again if `repeat` is 1)."""
 
     showing: int | None = None
     item: int | None = None
@@ -44,10 +44,10 @@ class Next(NamedTuple):
 class Queues:
     """The order of items for each rater, kept in the tables of a store; use it inside `writing` or `reading`.
 
-    An item is open until enough raters have answered it. A rater takes open items in the order of their numbers. The
-    column `last` holds the number up to which every open item was shown to the rater or stands in the table `passed`:
-    items that others had in hand, or that are open again because an answer was taken back. So items below `last` are
-    not searched again, and the number of items that are left is a sum of counts.
+    An item is open until enough raters have answered it. A rater takes open items in the order of their numbers. Every
+    open item up to the number in the column `last` was shown to the rater, or is listed in the table `passed` (other
+    raters had it in hand, or it is open again because an answer was taken back). So items up to `last` are not searched
+    again, and the number of items that are left is a sum of counts.
 
     Args:
         db: The store's tables.
@@ -66,8 +66,8 @@ class Queues:
         Args:
             rater: The rater's name.
             kind: The kind of question; None for any.
-            since: An item counts as in another rater's hands if it was shown to them after this time (seconds since
-                1970).
+            since: A time in seconds since 1970: an item that was shown to another rater after it counts as being in
+                that rater's hands.
         """
         kinds = _kinds(kind)
         # Last handed out first: an item whose answer was just taken back comes next.
@@ -93,7 +93,7 @@ class Queues:
         return len(self._db.execute(later, (rater, answer, GOLD_GAP)).fetchall()) == GOLD_GAP
 
     def _fresh(self, rater: str, kinds: Iterable[str], since: float) -> int | None:
-        """Return the first item that the rater has not seen, or the first one in others' hands if there is no other."""
+        """Return the first unseen item that is not in others' hands, or else the first unseen item, or None."""
         held = None
         # Each kind's rows come in the order of their numbers, so the merge is in that order, too.
         for item, answered, raters in heapq.merge(*(self._unseen(rater, kind) for kind in kinds)):
@@ -147,13 +147,13 @@ class Queues:
         self._count_answered(item)
 
     def progress(self, rater: str, kind: Kind | None) -> Progress:
-        """Return a rater's progress with one kind of question, or, for None, with all."""
+        """Return a rater's progress with a kind of question, or with all kinds for None."""
         done = skipped = left = 0
         for name in _kinds(kind):
             open_items = self._db.execute("SELECT n FROM open_items WHERE kind = ?", (name,)).fetchone()
             left += 0 if open_items is None else open_items["n"]
             row = self._db.execute("SELECT * FROM raters WHERE rater = ? AND kind = ?", (rater, name)).fetchone()
-            if row is not None:  # what is left: open items, plus those still owed, minus open ones already seen
+            if row is not None:  # left = open items + answers still owed - open items already seen
                 done, skipped, left = done + row["done"], skipped + row["skipped"], left + row["owed"] - row["seen"]
         return Progress(done, skipped, left)
 
@@ -170,7 +170,7 @@ class Queues:
         self._add(row["rater"], row["kind"], owed=owed - row["owed"])
 
     def _count_answered(self, item: int) -> None:
-        """Count the raters who have answered an item, and update all counts if that closes or reopens it."""
+        """Count the raters who have answered an item, and update all other counts if this closes or reopens it."""
         row = self._db.execute("SELECT * FROM items WHERE id = ?", (item,)).fetchone()
         answered = self._db.execute(_ANSWERED, (item,)).fetchone()[0]
         self._db.execute("UPDATE items SET answered = ? WHERE id = ?", (answered, item))

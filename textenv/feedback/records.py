@@ -13,10 +13,11 @@ Choice = Literal["a", "b", "tie", "both_bad"]
 KINDS: tuple[str, ...] = get_args(Kind)
 CHOICES: tuple[str, ...] = get_args(Choice)
 UNDECIDED = ("tie", "both_bad")
-MAX_COMPLETIONS = 8  # so that number keys can rank them, and a reader can keep them in mind
+MAX_COMPLETIONS = 8  # few enough that number keys can rank them, and that a reader can keep them in mind
 SIZES = {"score": (1, MAX_COMPLETIONS), "compare": (2, 2), "rank": (2, MAX_COMPLETIONS)}  # fewest and most completions
 
-# Scores, one for each completion; the better one's index, or "tie" or "both_bad"; indices, best first; None if skipped
+# By kind: a score for each completion; the index of the better one, "tie" or "both_bad"; the indices, best first; None
+# for a skip
 Value = tuple[float, ...] | int | str | tuple[int, ...] | None
 
 
@@ -30,7 +31,7 @@ class Item(NamedTuple):
         kind: The kind of question: "score" each completion, "compare" two, or "rank" all.
         prompt: The prompt of the completions.
         completions: The completions in the order in which this rater sees them, drawn at random and stored.
-        order: The index of each of them in the list that was added.
+        order: The index of each of these completions in the list that was added.
         scale: The lowest and the highest score.
     """
 
@@ -112,7 +113,7 @@ class Progress(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An answer that was given elsewhere, for `FeedbackStore.record`; see `Answer` for the fields."""
+    """An answer from elsewhere, for `FeedbackStore.record`; see `Answer` for the fields."""
 
     kind: Kind
     prompt: str

@@ -27,7 +27,7 @@ from textenv.feedback.records import (
     check_value,
 )
 
-LEASE = 600.0  # seconds for which an item that was shown counts as being in that rater's hands
+LEASE = 600.0  # seconds for which a shown item counts as being in that rater's hands: longer than an answer takes
 
 # New answers that still count, and new undos of answers that a reader up to :since has already seen.
 _ANSWERS = """
@@ -44,10 +44,10 @@ class FeedbackStore:
     process or the machine loses no acknowledged answer. A writer waits up to `timeout` seconds for another one. Nothing
     is deleted: an undo is a further row, which a reader of the new answers (`since`) sees, too.
 
-    `next` gives a rater one item after the other. The order of its completions is drawn once for each showing and
-    stored; a showing that was not answered comes again in the same order. Each rater sees a gold item twice, the second
-    time in another order, ten answers later or at the end. `textenv.feedback.exchange` exports pairs, rankings and
-    scores; `textenv.feedback.agreement` says how far raters agree.
+    `next` returns the items for a rater, one after the other. The order of an item's completions is drawn once for each
+    showing and stored; a showing that was not answered comes again in the same order. Each rater sees a gold item
+    twice, the second time in another order, ten answers later or at the end. `textenv.feedback.exchange` exports pairs,
+    rankings and scores; `textenv.feedback.agreement` measures how far raters agree.
 
     Args:
         path: The file, in a folder that exists; it is created if it does not exist.
@@ -175,7 +175,8 @@ class FeedbackStore:
         n = self._db.execute("SELECT count(*) FROM completions WHERE item = ?", (item,)).fetchone()[0]
         order = self._random.sample(range(n), n)
         first = self._db.execute("SELECT places FROM showings WHERE item = ? AND rater = ?", (item, rater)).fetchone()
-        while n > 1 and first is not None and order == json.loads(first["places"]):  # a gold item: in another order
+        # The second showing of a gold item has another order than the first.
+        while n > 1 and first is not None and order == json.loads(first["places"]):
             order = self._random.sample(range(n), n)
         return self._item(self._insert_showing(item, rater, repeat, order))
 
@@ -262,7 +263,7 @@ class FeedbackStore:
         return self._answer(item, "rank", tuple(item.order[int(index)] for index in value), seconds)
 
     def skip(self, item: Item, seconds: float | None = None) -> int:
-        """Write that the rater does not answer, and return the number of this; the item is not shown to them again."""
+        """Record that the rater skips the item, and return the record's number; the item is not shown to them again."""
         return self._answer(item, "skip", None, seconds)
 
     def _answer(self, item: Item, kind: str, value: Value, seconds: float | None) -> int:
@@ -301,7 +302,8 @@ class FeedbackStore:
         Args:
             rater: The rater's name.
             answer: The answer's number; by default, the last one that counts. A second call with the same number
-                changes nothing, so that a page may send it again; a second call without one takes back one more.
+                changes nothing, so that a page may send it again; a second call without a number takes back another
+                answer.
 
         Raises:
             ValueError: If the rater gave no such answer.
@@ -326,8 +328,8 @@ class FeedbackStore:
     def answers(self, since: int = 0) -> list[Answer]:
         """Return the answers that count and were written after answer `since`, in the order of writing.
 
-        An answer that has been undone is left out. If its number is `since` or lower, so that the reader had it, the
-        result has the undo instead: an answer of kind "undo" whose `undoes` is that number.
+        An answer that has been undone is left out. If its number is `since` or lower, so that the reader has seen it,
+        the result has the undo instead: an answer of kind "undo" whose `undoes` is that number.
         """
         with self._db.reading():
             rows = self._db.execute(_ANSWERS, {"since": since}).fetchall()
@@ -335,7 +337,7 @@ class FeedbackStore:
         return [_read_answer(row, texts[row["item"]]) for row in rows]
 
     def record(self, records: Iterable[Record]) -> list[int]:
-        """Write answers that were given elsewhere, all or none, with their questions, which are not asked again.
+        """Write answers from elsewhere, all or none, together with their questions, which are not asked again.
 
         Returns:
             The answers' numbers.
@@ -360,6 +362,7 @@ class FeedbackStore:
 
     def _record(self, record: Record) -> int:
         question = record.prompt, record.completions, record.kind
+        # With the default of one rater, this answer closes the item, so that nobody is asked.
         item = self._add(*question, record.models, record.run, scale=record.scale)
         n = len(record.completions)
         value = check_value(record.kind, record.value, n, record.scale)
@@ -368,7 +371,7 @@ class FeedbackStore:
         return self._insert_answer(showing, rater, record.kind, value, check_seconds("seconds", record.seconds), when)
 
     def progress(self, rater: str, kind: Kind | None = None) -> Progress:
-        """Return a rater's progress with one kind of question, or, for None, with all."""
+        """Return a rater's progress with a kind of question, or with all kinds for None."""
         with self._db.reading():
             return self._queues.progress(check_rater(rater), kind)
 

@@ -1,4 +1,4 @@
-"""The rating of model output in a terminal."""
+"""The dialogue in which a person rates model output in a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from textenv.text.printable import printable
 CHOICES: dict[str, Choice] = {"a": "a", "b": "b", "t": "tie", "n": "both_bad"}
 COMMANDS = {"u": "undo", "s": "skip", "q": "quit"}
 COMMANDS_HELP = "u undoes the answer before, s skips, q quits (all answers are kept), ? helps"
-PAUSE = 0.5  # seconds between two looks for a new question, short enough to seem immediate
+PAUSE = 0.5  # seconds between two looks for a new question: short enough to seem immediate
 
 
 class RatingTerminal:
@@ -34,7 +34,7 @@ class RatingTerminal:
         rater: The rater's name.
         kind: The kind of question, "score", "compare" or "rank"; None for any.
         console: The console to print to; rich's default console if None.
-        read: Returns the line that is typed after a prompt; by default, the console's `input`.
+        read: A function from a prompt to the line that the rater types after it; by default, the console's `input`.
 
     Example:
         >>> import io, os, tempfile
@@ -62,7 +62,8 @@ class RatingTerminal:
         """Ask until no question is left, and return True, or False if the rater quits.
 
         Args:
-            items: The items after which to stop; with them, only answers of this call can be undone.
+            items: The items to wait for: `run` stops when all of them are answered, and only answers of this call can
+                be undone. None for no such limit.
             wait: Whether to wait for new questions when none is left, until Ctrl-C.
         """
         left = None if items is None else set(items)
@@ -85,7 +86,7 @@ class RatingTerminal:
                 self.console.print("Nothing to undo.")
             else:
                 self.console.print(f"Undone: the answer to {undone.kind} {undone.id}.")
-                if answered:
+                if answered:  # empty if the undone answer is older than this call
                     answered.pop()
             if left is not None:
                 left = set(items or ()) - set(answered)
@@ -105,7 +106,7 @@ class RatingTerminal:
             except EOFError:
                 return "quit"
             except UnicodeDecodeError:
-                line = "\ufffd"  # bytes that are no text are no valid answer, so the error below explains it
+                line = "\ufffd"  # a stand-in for bytes that are no text: it is no valid answer, and is explained below
             if line == "?":
                 self.console.print(f"Expected {_wanted(item)}. {COMMANDS_HELP}.")
                 continue
@@ -125,7 +126,7 @@ class RatingTerminal:
         if single:
             spans.append(printable(item.completions[0]))
         self.console.print(Panel(Text.assemble(*spans), title=f"{item.kind} {item.id}", title_align="left"))
-        # A single completion stands in the panel of its prompt, several ones in panels of their own.
+        # A single completion is in the panel of its prompt; several completions have panels of their own.
         for name, text in zip(_names(item), () if single else item.completions, strict=False):
             self.console.print(Panel(Text(printable(text)), title=name, title_align="left"))
 
@@ -158,6 +159,7 @@ class RatingTerminal:
         answers = self._standing.update()
         own = [answer for answer in answers if answer.rater == self.rater and self.kind in (None, answer.kind)]
         values = [answer.value for answer in own if answer.kind != "skip"]
+        # Scores are floats; the value of a ranking is a tuple of indices, which are ints.
         scores = [score for value in values if isinstance(value, tuple) for score in value if isinstance(score, float)]
         n = f"{len(values)} answer{'' if len(values) == 1 else 's'}"
         return f"{n}, mean {statistics.fmean(scores):.2f}" if scores else n

@@ -66,7 +66,7 @@ class Pages:
         ]
 
     def page(self, request: Request, name: str, status: int = 200) -> Response:
-        """Return a page in the visitor's language and theme; a query parameter changes either, and is remembered."""
+        """Return a page in the visitor's language and theme; query parameters set these, and cookies keep them."""
         language = _preferred(request, "language", LANGUAGES, _accepted_language(request))
         theme = _preferred(request, "theme", THEMES, "")
         context = {"words": words(language), "language": language, "languages": LANGUAGES, "theme": theme}
@@ -102,7 +102,7 @@ class Pages:
 
     async def next(self, request: Request) -> Response:
         rater, _ = _known_rater(request), await _body(request)
-        # In a thread, like all writes: one that waits for a locked file would block all other visitors here.
+        # In a thread, like all writes: a write that waits for a locked file would block all other visitors.
         return JSONResponse(await run_in_threadpool(self._state, rater))
 
     async def answer(self, request: Request) -> Response:
@@ -182,7 +182,7 @@ def make_app(
         kind: The kind of question that is asked; None for any.
         token: The secret that visitors must have; see `Guard`.
         names: The host names by which visitors reach the server.
-        any_address: Whether they may reach it by any numeric address, too; see `Guard`.
+        any_address: Whether visitors may reach it by any numeric address, too; see `Guard`.
     """
     pages = Pages(store, kind)
     guard = Middleware(Guard, names, any_address, token, open_path="/static/", unauthorised=pages.unauthorised)
@@ -206,7 +206,7 @@ def serve(
 ) -> None:
     """Serve the page until Ctrl+C.
 
-    Anyone who reaches the server may rate under any name. Without a token it listens on this machine alone.
+    Anyone who reaches the server may rate under any name. Without a token the server listens on this machine alone.
 
     Args:
         store: The store of questions and answers; other processes may use its file at the same time.
@@ -216,7 +216,7 @@ def serve(
         token: The secret that visitors must have, of at least 16 letters, digits, - and _. It is required for an
             address that others can reach.
         names: Further host names of this machine by which others reach it, besides `localhost` and its own.
-        announce: Called with the URL to open, once the server listens; prints it by default.
+        announce: A function that is called with the URL to open once the server listens; by default it prints the URL.
 
     Raises:
         ValueError: If the token is missing where it is required, too short, or has other characters.
@@ -241,7 +241,7 @@ def serve(
     # No access log, since URLs may hold the token; no warnings, since malformed requests could fill the disk with them.
     quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
     plain: dict[str, Any] = {"ws": "none", "lifespan": "off", "proxy_headers": False, **quiet}
-    # A backlog of 64: asyncio accepts up to that many connections at once, before `BoundedConnection` counts them.
+    # A backlog of 64, since asyncio accepts up to that many connections at once before `BoundedConnection` counts them.
     config = uvicorn.Config(app, http=BoundedConnection, backlog=64, timeout_graceful_shutdown=3, **plain)
     with suppress(KeyboardInterrupt), listening:  # Ctrl+C is the regular end
         uvicorn.Server(config).run(sockets=[listening])
@@ -255,7 +255,7 @@ def _is_local(host: str) -> bool:
 
 
 async def _body(request: Request, *names: str) -> dict[str, Any]:
-    """Return the JSON object of a request, which may have these keys and no others."""
+    """Return the JSON object of a request, which may have the keys `names` and no others."""
     try:
         body = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
@@ -306,7 +306,7 @@ def _accepted_language(request: Request) -> str:
 
 
 def _shown(item: Item) -> dict[str, Any]:
-    """Return an item as the page gets it: without its models, and without the sign of a gold item's second showing."""
+    """Return an item as the page receives it: without models, and without a sign that a gold item is shown again."""
     texts = {"prompt": item.prompt, "completions": item.completions}
     return {"showing": item.showing, "kind": item.kind, **texts, "scale": item.scale}
 

@@ -10,7 +10,7 @@ from textenv.checks.extras import needs
 
 
 def read_dataset(name: str | PathLike[str], split: str = "train", **options: Any) -> Sequence[Mapping[str, Any]]:
-    """Return the rows of one split through `datasets.load_dataset`, read from disk when they are needed.
+    """Return the rows of one split, which `datasets.load_dataset` maps from disk rather than reads into memory.
 
     The result is a `datasets.Dataset`: `TextEnv(prompts=read_dataset(name))` reads a row when it deals it. With the
     environment variable HF_HUB_OFFLINE=1 only folders and data sets already on this machine are found.
@@ -21,7 +21,7 @@ def read_dataset(name: str | PathLike[str], split: str = "train", **options: Any
         options: Other arguments of `datasets.load_dataset`, such as `revision`.
 
     Raises:
-        ImportError: Without datasets: `pip install "textenv[hub]"`.
+        ImportError: If datasets is not installed: `pip install "textenv[hub]"`.
         ValueError: If there is no such data set or split; the message says what was tried and why it failed.
 
     Example:

@@ -1,4 +1,4 @@
-"""Guarded loading of Hugging Face models: unknown names, damaged files and missing weights are named in errors."""
+"""Guarded loading of Hugging Face models, with errors that name an unknown model, a damaged file or missing weights."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def check_name(name: str | PathLike[str], expected: str = "the folder of a model
 
     Args:
         name: The name or folder of a model or tokenizer.
-        expected: What the name may be, for the message.
+        expected: The names that are accepted, in words, for the message.
 
     Raises:
-        ValueError: If it is none of these; the message says what was tried.
+        ValueError: If the name is none of these; the message lists what was tried.
 
     Example:
         >>> check_name(".")  # any folder passes: its files are checked when they are loaded
@@ -72,20 +72,20 @@ def _look_up(name: str) -> None:
         raise LookupError("no model of the hub can be called so") from error
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
-            raise LookupError("it was not downloaded before, and HF_HUB_OFFLINE forbids to ask the hub") from error
+            raise LookupError("it was not downloaded before, and HF_HUB_OFFLINE forbids asking the hub") from error
     answer = _ask_hub(name)
     if isinstance(answer, RepositoryNotFoundError) and not isinstance(answer, GatedRepoError):
-        raise LookupError(f"{constants.ENDPOINT} has no such model, or a private one, for which `hf auth login` asks")
+        raise LookupError(f"{constants.ENDPOINT} has no such model, or a private one, which needs `hf auth login`")
     # Other answers of the hub are left to transformers, whose error explains how to get access to a gated model.
     if answer is not None and not isinstance(answer, HfHubHTTPError):
         raise LookupError(f"it was not downloaded before, and {constants.ENDPOINT} cannot be reached: {answer}")
 
 
 def _ask_hub(name: str) -> Exception | None:
-    """Return the error with which the hub answers for a model, or None if it has the model.
+    """Return the error with which the hub answers a request for a model, or None if it has the model.
 
-    The request runs in a thread with a time limit of its own: the limit of a request applies to each of the hub's IP
-    addresses in turn, and not to the DNS look-up.
+    The request runs in a thread with a time limit of its own, since the `timeout` of a request applies to each of the
+    hub's IP addresses in turn, and not to the DNS look-up.
     """
     from huggingface_hub import HfApi
 
@@ -95,7 +95,7 @@ def _ask_hub(name: str) -> Exception | None:
         try:
             HfApi().model_info(name, timeout=LOOK_UP_SECONDS)
             answers.put(None)
-        except Exception as error:  # any error of the libraries below is the answer
+        except Exception as error:  # any error of huggingface_hub, httpx or the sockets below is the answer
             answers.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
@@ -111,7 +111,7 @@ def from_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -
     Args:
         auto_class: A class of transformers.
         name: A name on the hub or the path of a folder.
-        **kwargs: Other arguments. `trust_remote_code` is True only if the command line allowed it or it is given here.
+        **kwargs: Other arguments. `trust_remote_code` is True only if the command line allows it or the caller sets it.
 
     Raises:
         ValueError: If the model has code of its own that may not run, or a file is damaged.
@@ -155,13 +155,14 @@ def load_whole(
     Args:
         auto_class: A class of transformers.
         name: A name on the hub or the path of a folder.
-        fresh_head: Whether the head, that is, all weights outside the base model, may be a new one.
+        fresh_head: Whether the head, that is, all weights outside the base model, may be a new one with random weights.
         any_more: Whether the folder may hold weights that the model does not have.
         **kwargs: The other arguments.
 
     Raises:
         ValueError: If the folder lacks a tensor of the model or has others, or a file is damaged.
     """
+    # `output_loading_info` is an argument of transformers' `PreTrainedModel.from_pretrained`.
     model, loading_info = from_pretrained(auto_class, name, output_loading_info=True, **kwargs)
     body = f"{model.base_model_prefix}."
     missing, unexpected = sorted(loading_info["missing_keys"]), sorted(loading_info["unexpected_keys"])
@@ -183,10 +184,10 @@ def load_whole(
 
 
 def n_positions(config: PretrainedConfig) -> int | None:
-    """Return the most tokens that a model's positions allow in a sequence; None where they set no limit.
+    """Return the longest sequence that a model's position embeddings allow, in tokens; None where they set no limit.
 
-    Relative positions set none (T5, BLOOM's ALiBi). An encoder-decoder has as many for the prompt as for the
-    completion.
+    Relative positions set no limit (T5, BLOOM's ALiBi). The limit of an encoder-decoder holds for prompt and completion
+    each.
 
     Args:
         config: The model's config; of a model with several modalities, its text part is read.
@@ -196,14 +197,14 @@ def n_positions(config: PretrainedConfig) -> int | None:
         >>> n_positions(GPT2Config(n_positions=24)), n_positions(T5Config())
         (24, None)
     """
-    # Configs that name it otherwise map this name to theirs (`attribute_map` of transformers' GPT2Config); those
-    # without a limit lack it.
+    # Configs with another name for the limit map this one to it (`attribute_map` of transformers' GPT2Config); configs
+    # without a limit have no such attribute.
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager
 def readable(name: str | PathLike[str]) -> Iterator[None]:
-    """Turn errors that a damaged file causes inside the block into one that names the file.
+    """Turn errors that a damaged file causes inside the block into a ValueError that names the file.
 
     Args:
         name: The folder that is loaded; a name on the hub has no files here and is not checked.

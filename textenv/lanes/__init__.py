@@ -1,1 +1,1 @@
-"""Lanes: episodes that run side by side, and the protocols by which they use an environment."""
+"""Lanes: episodes that run side by side in arrays, and the protocols by which they use an environment."""

@@ -1,4 +1,4 @@
-"""Finished episodes that wait for their score, alone or with the others of their group."""
+"""Finished episodes that wait for their score, and for the other members of their group."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from textenv.episodes.rules import EndReason
 from textenv.lanes.hooks import EpisodeHost, PromptHost
 from textenv.prompts.prompts import Prompt
 
-Place = tuple[int, int]  # where an episode ended: the step (of all that the lanes have taken) and the lane
+Place = tuple[int, int]  # the end of an episode: the step, counted over all steps of the lanes, and the lane
 
 
 class FinishedEpisode(NamedTuple):
     """A finished episode that waits for its score (`score_at="rollout_end"`).
 
     Attributes:
-        place: The step and the lane in which it ended.
-        prompt: Its prompt.
-        preds: Its completion.
-        info: The info of its last step, which gets the score when that is known.
+        place: The step and the lane in which the episode ended.
+        prompt: The prompt.
+        preds: The completion.
+        info: The info of the episode's last step, into which the score is written once it is known.
     """
 
     place: Place
@@ -32,7 +32,7 @@ class FinishedEpisode(NamedTuple):
 
     @property
     def group(self) -> int:
-        """The number of its group of samples."""
+        """The number of the episode's group of samples."""
         return self.preds.group
 
 
@@ -45,8 +45,8 @@ def split_groups(
 
     Args:
         episodes: Finished episodes, in the order in which they ended.
-        open_groups: The groups of which members are running or still to be dealt.
-        size: How many members a group has.
+        open_groups: The groups with members that are running or not yet begun.
+        size: The number of members of a group.
 
     Returns:
         The episodes of complete groups, group by group, in the order in which the last members of the groups ended;
@@ -61,12 +61,12 @@ def split_groups(
 
 
 def prompt_state(prompt: Prompt) -> int | dict[str, Any]:
-    """Return what a checkpoint keeps of a prompt: its number in the env, or the row that was given to `reset`."""
+    """Return a prompt as a checkpoint keeps it: its number in the env, or its row if `reset` was called with it."""
     return prompt.number if prompt.number >= 0 else prompt.row
 
 
 def load_prompt(env: PromptHost, saved: int | dict[str, Any]) -> Prompt:
-    """Return the prompt of which `prompt_state` was saved."""
+    """Return the prompt that `prompt_state` saved."""
     return env.prompts[saved] if isinstance(saved, int) else env.read_prompt(saved)
 
 
@@ -82,8 +82,8 @@ def finished_state(episode: FinishedEpisode) -> dict[str, Any]:
 
 
 def load_finished(env: EpisodeHost, state: Mapping[str, Any]) -> FinishedEpisode:
-    """Return the episode of which `finished_state` was saved."""
-    saved = dict(state["preds"])  # a copy, from which entries are taken below
+    """Return the episode that `finished_state` saved."""
+    saved = dict(state["preds"])  # a copy, from which `pop` takes entries below
     preds = Preds(
         env.tokenizer,
         saved.pop("ids"),
@@ -107,7 +107,7 @@ def final_info(
     Args:
         prompt: The prompt.
         preds: The completion.
-        reason: Why the episode ended, which may not be why its last turn did.
+        reason: The reason why the episode ended, which may differ from that of its last turn.
         parts: The sum of each named part of the rewards.
         episode: "r", the sum of the rewards, "l", the number of tokens, and maybe "t", the time in seconds.
         scored: Whether the score is known.

@@ -1,7 +1,7 @@
-"""The parts of an env that its lanes call: prompts, rewards and the rules of an episode.
+"""The protocols of the parts of an env that its lanes use: prompts, rewards and the rules of an episode.
 
-`TextEnv` has all of them. Lanes are typed against these protocols, so that the env can import the lanes and not the
-other way round as well.
+`TextEnv` has all of them. Lanes are typed against these protocols, so that the env can import the lanes without an
+import circle.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PromptHost(Protocol):
     samples_per_prompt: int
 
     def draw_seed(self) -> int:
-        """Return the seed of the order where `reset` was given none."""
+        """Return the seed of the order for a `reset` without a seed."""
 
     def read_prompt(self, row: PromptLike, number: int = -1) -> Prompt:
         """Return a text, row, list of token ids or chat as a checked `Prompt`."""
@@ -41,7 +41,7 @@ class RewardHost(Protocol):
 
     @property
     def on_failure(self) -> OnFailure:
-        """What becomes of a row whose reward fails."""
+        """The treatment of a row whose reward fails."""
 
     @property
     def scores_rows_apart(self) -> bool:
@@ -52,7 +52,7 @@ class RewardHost(Protocol):
 
 
 class EpisodeHost(PromptHost, RewardHost, Protocol):
-    """An env as its lanes see it: prompts and rewards, the rules of an episode, masks and replies."""
+    """An env as its lanes see it: prompts, rewards, the rules of an episode, masks and replies."""
 
     tokenizer: Tokenizer
     rules: EpisodeRules

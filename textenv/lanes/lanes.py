@@ -1,4 +1,4 @@
-"""The array core: N episodes side by side, behind the environments for Gymnasium and Stable-Baselines3."""
+"""The array core behind the environments for Gymnasium and Stable-Baselines3: N episodes side by side."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from textenv.lanes.turn_ends import EpisodeEnd, end_turns, lane_preds, turn_limi
 from textenv.masks.lane_masks import LaneMasks
 from textenv.prompts.prompts import Prompt, PromptLike
 
-MAX_LANES = 2**16  # more is a mistake: their observations alone fill the memory
+MAX_LANES = 2**16  # a larger number is a mistake: the observations alone would fill the memory
 
 
 class StepResult(NamedTuple):
-    """The result of a step of all lanes; all arrays and dicts are new, so they may be written to.
+    """The result of a step of all lanes; all arrays and dicts are new, so the caller may write to them.
 
     Attributes:
-        observations: The observations, (B, L) int64; in a lane whose episode ended, that of the next one.
+        observations: The observations, (B, L) int64; in a lane whose episode ended, the next episode's first one.
         rewards: The rewards, (B,) float64.
         terminated: Whether the episode terminated, (B,) bool.
         truncated: Whether the episode was truncated, (B,) bool.
@@ -55,13 +55,13 @@ class StepResult(NamedTuple):
 class Lanes:
     """N episodes of one env: a step appends a token to each, scores them, and refills the lanes whose episode ends.
 
-    The env has the rules, the prompts and the hooks, the lanes have the state of the episodes. A lane without a prompt
+    The env has the rules, the prompts and the hooks; the lanes have the state of the episodes. A lane without a prompt
     is idle: its observation is the separator alone, its actions are ignored, its reward is 0 and it never ends. Lanes
     are idle only once the rows of `reset(prompts=...)` have run out.
 
     Args:
         env: The environment.
-        n_lanes: How many episodes run side by side, B.
+        n_lanes: The number of episodes that run side by side, B.
         autoreset: Whether a lane begins the next episode in the step that ends one; otherwise `reset` must follow.
         accepts_dropped: The first value of the attribute.
 
@@ -70,11 +70,11 @@ class Lanes:
         dealer: The dealer of prompts.
         masks: The masks of the lanes.
         reward_calls: The calls of the env's reward, and their time.
-        defer_scores: Whether finished episodes wait for `score_unscored` (the caller sets it, and calls that).
-        accepts_dropped: Whether the caller, who sets it, can leave out episodes that the reward drops.
+        defer_scores: Whether finished episodes wait for `score_unscored`. The caller that calls it sets this.
+        accepts_dropped: Whether the caller can leave out episodes that the reward drops. The caller sets this.
         unscored: The episodes that have ended since the last `score_unscored`, if scores are deferred.
         waiting: Earlier episodes without a score, since other members of their group have not ended.
-        n_steps: How many steps these lanes have taken; `reset` does not change it.
+        n_steps: The number of steps that these lanes have taken; `reset` does not change it.
         reset_at: The value of `n_steps` at the last `reset`.
 
     Raises:
@@ -104,12 +104,12 @@ class Lanes:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The observations, (B, L) int64: not a copy."""
+        """The observations, (B, L) int64; the lanes' own array, not a copy."""
         return self.state.tokens
 
     @property
     def idle(self) -> np.ndarray:
-        """Which lanes have no prompt, (B,) bool: not a copy."""
+        """Whether each lane has no prompt, (B,) bool; the lanes' own array, not a copy."""
         return self.state.idle
 
     @property
@@ -121,9 +121,9 @@ class Lanes:
         """Begin a new episode in every lane and return the observations, (B, L).
 
         Args:
-            seed: Starts the order of prompts anew; None goes on with it.
-            prompts: Rows to run in place of the env's prompts, each exactly once, dealt to the lanes in order; then
-                lanes become idle. Without autoreset each of the next resets takes one more of them.
+            seed: The seed with which the order of prompts starts anew; None continues the order.
+            prompts: Rows to run in place of the env's prompts, each exactly once, in their order; lanes that find no
+                further row become idle. Without autoreset, each of the next resets takes the next row.
         """
         dealer = self.dealer
         if seed is not None or dealer.cursor is None:
@@ -163,7 +163,7 @@ class Lanes:
                 "Expected `reset` before the first `step`, and after the end of an episode or a step that raised."
             )
         actions = self._checked(actions)
-        self.state.over[:] = True  # until the step is complete: a hook may raise, and then `reset` must follow
+        self.state.over[:] = True  # cleared when the step is complete: if a hook raises, `reset` must follow
         self.state.append(actions)
         ends = end_turns(self.env, self.state, actions)
         infos: list[dict[str, Any]] = [{} for _ in range(self.n_lanes)]
@@ -185,11 +185,11 @@ class Lanes:
                 self._refill(lane)
         self.state.over[:] = False if self.autoreset else terminated | truncated
         self.n_steps += 1
-        # A copy: SB3 `on_policy_algorithm.collect_rollouts` stores observations after the step that follows them.
+        # A copy, since SB3 `on_policy_algorithm.collect_rollouts` stores an observation after the step that follows it.
         return StepResult(self.state.tokens.copy(), rewards, terminated, truncated, infos, final_observations)
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
-        """Return the actions, (B,), if all are token ids."""
+        """Return the actions as an array, (B,), or raise ValueError unless all are token ids."""
         actions = np.asarray(actions)
         if actions.shape != (self.n_lanes,) or not np.issubdtype(actions.dtype, np.integer):
             raise ValueError(
@@ -204,11 +204,11 @@ class Lanes:
         return actions
 
     def most_new_tokens(self) -> np.ndarray:
-        """Return how many tokens the policy may still write in each lane's current turn, (B,)."""
+        """Return the number of tokens that the policy may still write in each lane's current turn, (B,)."""
         return turn_limits(self.env.rules, self.state) - self.state.generated
 
     def turn_limit(self, prompt: Prompt) -> int:
-        """Return how many tokens the policy may write in the first turn after a prompt."""
+        """Return the number of tokens that the policy may write in the first turn after a prompt."""
         return self.env.rules.turn_tokens or prompt.max_new_tokens or self.env.rules.max_new_tokens
 
     def preds(self, lane: int) -> Preds:
@@ -216,7 +216,7 @@ class Lanes:
         return lane_preds(self.env, self.state, lane)
 
     def allowed(self) -> np.ndarray:
-        """Return which tokens each lane may write next, (B, V) bool; any token, if it is idle or its episode is over.
+        """Return which tokens each lane may write next, (B, V) bool: any token if it is idle or its episode is over.
 
         Raises:
             MaskError: If no token is allowed in a lane.
@@ -228,10 +228,10 @@ class Lanes:
         )
 
     def _score(self, ends: Mapping[int, EpisodeEnd]) -> tuple[np.ndarray, np.ndarray]:
-        """Call the reward for the rows that have one now; return the rewards and which are dropped, (B,) each."""
+        """Call the reward for the lanes that are scored in this step; return rewards and whether dropped, (B,) each."""
         rewards, dropped = np.zeros(self.n_lanes, dtype=np.float64), np.zeros(self.n_lanes, dtype=bool)
         lanes, episodes = np.flatnonzero(~self.state.idle).tolist(), self.state.episodes
-        if self.env.score_at != "step":  # "rollout_end" is like "done" unless the caller defers scores
+        if self.env.score_at != "step":  # "rollout_end" means "done" unless the caller defers scores
             lanes = [] if self.defer_scores else sorted(ends)
         scored = self.reward_calls.score(
             [episodes[lane].prompt for lane in lanes],
@@ -251,7 +251,7 @@ class Lanes:
         return rewards, dropped
 
     def open_groups(self) -> set[int]:
-        """Return the numbers of the groups of which members are running or still to be dealt."""
+        """Return the numbers of the groups with members that are running or not yet begun."""
         running = {self.state.episodes[lane].group for lane in np.flatnonzero(~self.state.idle)}
         return running | self.dealer.open_groups()
 
@@ -261,10 +261,10 @@ class Lanes:
         Episodes of a group wait for its last member, and are scored together.
 
         Returns:
-            Place, info and score of each episode, group by group, in the order in which the groups became complete.
+            The place, info and score of each episode, group by group, in the order in which the groups became complete.
 
         Raises:
-            RewardError: As from `step`; the episodes then still wait.
+            RewardError: As `step` does; the episodes continue to wait.
         """
         finished, waiting = split_groups(self.waiting + self.unscored, self.open_groups(), self.dealer.group_size)
         scored = self.reward_calls.score(
@@ -274,9 +274,9 @@ class Lanes:
             self.accepts_dropped,
         )
         self.env.failures.count(len(scored), sum(reward.has_failed for reward in scored))
-        self.unscored, self.waiting = [], waiting  # behind the call of the reward, which may raise
+        self.unscored, self.waiting = [], waiting  # only after the call of the reward, which may raise
         for episode, reward in zip(finished, scored, strict=True):
-            # In place: SB3's `ep_info_buffer` and the callbacks already hold these dicts.
+            # In place, since SB3's `ep_info_buffer` and the callbacks already hold these dicts.
             episode.info["episode"]["r"] += reward.value
             episode.info["reward_parts"].update(reward.parts)
             episode.info["scored"], episode.info["dropped"] = True, reward.is_dropped
@@ -287,7 +287,7 @@ class Lanes:
     def _final_info(self, lane: int, end: EpisodeEnd) -> dict[str, Any]:
         episode = self.state.episodes[lane]
         figures = {"r": episode.reward, "l": int(self.state.generated[lane])}
-        if self.autoreset:  # not of a single env, whose infos are deterministic; SB3's Monitor writes its own "t"
+        if self.autoreset:  # a single env has no "t": its infos are deterministic, and SB3's Monitor adds a "t" itself
             figures["t"] = round(time.monotonic() - self.start_time, 6)
         return final_info(episode.prompt, end.preds, end.reason, episode.parts, figures, scored=not self.defer_scores)
 
@@ -311,7 +311,7 @@ class Lanes:
         }
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> np.ndarray:
-        """Go on from what `state_dict` returned; return the observations, (B, L).
+        """Continue from a state that `state_dict` returned; return the observations, (B, L).
 
         Raises:
             ValueError: If the saved lanes differ in number or width, or their env in its prompts or their order.

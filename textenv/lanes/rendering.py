@@ -11,8 +11,8 @@ from textenv.text.tokenizer import Tokenizer
 
 MODES = ("ansi", "human", "rgb_array")
 SIZE = (640, 360)  # width and height of a picture, in pixels: the same for every text, as videos need
-FONT_SIZE = 16
-MARGIN = 12
+FONT_SIZE = 16  # pixels
+MARGIN = 12  # pixels on each side
 
 
 def check_render_mode(mode: str | None) -> None:
@@ -29,23 +29,23 @@ def check_render_mode(mode: str | None) -> None:
 
 
 def render_row(tokenizer: Tokenizer, observation: np.ndarray) -> str:
-    """Return an observation, (L,), as text: the prompt, a bar, and what was written since."""
+    """Return an observation, (L,), as text: the prompt, a bar, and the text that follows the prompt."""
     end = int(np.flatnonzero(observation == SEPARATOR)[0])
-    since = observation[end + 1 :]
-    ids = since[since > PADDING].tolist()
-    # Decoding both together keeps the space in front of the first word, which decoding `ids` alone may lose.
+    written = observation[end + 1 :]
+    ids = written[written > PADDING].tolist()
+    # Prompt and ids are decoded together, since decoding `ids` alone may lose the space before the first word.
     prompt = tokenizer.decode(observation[:end].tolist())
     whole = tokenizer.decode(observation[:end].tolist() + ids)
     return f"{prompt} |{whole[len(prompt) :]}" if whole.startswith(prompt) else f"{prompt} | {tokenizer.decode(ids)}"
 
 
 def picture(text: str) -> np.ndarray:
-    """Return a text drawn in black on white, (360, 640, 3) uint8; of a text that is too long, the last lines.
+    """Draw a text in black on white, (360, 640, 3) uint8; of a text that is too long, only the last lines are drawn.
 
     The font is Pillow's own: a character that it lacks is drawn as a box.
 
     Raises:
-        ImportError: Without Pillow.
+        ImportError: If Pillow is not installed.
 
     Example:
         >>> picture("a film | that").shape
@@ -67,7 +67,7 @@ def picture(text: str) -> np.ndarray:
         else:
             lines.append(char.strip())
     image = Image.new("RGB", SIZE, "white")
-    height = FONT_SIZE + 4  # of a line, in pixels: 4 of them between the letters of two lines
+    height = FONT_SIZE + 4  # the height of a line in pixels, with a gap of 4 to the next one
     shown = lines[-((SIZE[1] - 2 * MARGIN) // height) :]
     for number, line in enumerate(shown):
         ImageDraw.Draw(image).text((MARGIN, MARGIN + number * height), line, "black", font)

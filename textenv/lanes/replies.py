@@ -1,4 +1,4 @@
-"""The tokens between two turns of the policy: a reply, and what a chat template writes around it."""
+"""The tokens between two turns of the policy: the env's reply, and the chat template's text around it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from textenv.episodes.rules import EndReason
 from textenv.prompts.chat import Message, render_chat
 from textenv.text.tokenizer import Tokenizer
 
-TURN = "0A1place2of3a4turn5B6"  # stands for what the policy writes: no template has a rule for such a text
+TURN = "0A1place2of3a4turn5B6"  # the stand-in for a turn of the policy: a text that no template has a rule for
 
 
 def encode_reply(
@@ -22,17 +22,18 @@ def encode_reply(
 ) -> list[int]:
     """Return the tokens between a turn of the policy that has just ended and its next turn.
 
-    Behind a prompt that is no chat, these are the tokens of the reply. In a chat, they are all that the template writes
-    there: the end of the assistant's turn (unless the policy has written it), the reply as a user's message, and the
-    opening of the assistant's next turn. They are the difference of two renderings of the chat, with and without the
-    reply, so the longer one must begin with the shorter. The tokens of the policy stay as they are.
+    After a prompt that is no chat, these are the tokens of the reply. In a chat, they are everything that the template
+    writes between the turns: the end of the assistant's turn (unless the policy has written it), the reply as a user's
+    message, and the opening of the assistant's next turn. They are the difference of two renderings of the chat, with
+    and without the reply, so the longer rendering must begin with the shorter one. The policy's own tokens stay as they
+    are.
 
     Args:
         tokenizer: The tokenizer.
         messages: The messages of the prompt; None if it is no chat.
         preds: The completion so far, whose last turn has just ended.
         reply: The reply to that turn.
-        tail: The last few tokens of the turn as text, special tokens included.
+        tail: The text of the turn's last few tokens, special tokens included.
         stop_strings: The texts that end a turn.
 
     Raises:
@@ -43,8 +44,8 @@ def encode_reply(
     history = list(messages)  # up to the turn that has just ended
     for turn in preds.turns[:-1]:
         history = [*_with_turn(history, turn.text), {"role": "user", "content": turn.response or ""}]
-    # The turn itself is a stand-in in both renderings: many templates strip the text of a message, and its tokens may
-    # not be those that the tokenizer would choose.
+    # In both renderings a stand-in takes the place of the turn: many templates strip the text of a message, and the
+    # policy's tokens may not be those that the tokenizer would choose for it.
     before = render_chat(tokenizer, history) + TURN
     after = render_chat(tokenizer, [*_with_turn(history, TURN), {"role": "user", "content": reply}])
     if not after.startswith(before):
@@ -54,14 +55,14 @@ def encode_reply(
             "`respond` returns is observed as it is: let it close the turn and open the next."
         )
     rest = after[len(before) :]
-    # What ended the turn, EOS or a stop string, may be what the template writes first: it is there already.
+    # The template may begin with the EOS or stop string that ended the turn, which must not be written twice.
     ends = [tokenizer.decode([preds[-1]])] if preds.end_reason is EndReason.EOS else stop_strings
     written = next((end for end in ends if tail.endswith(end) and rest.startswith(end)), "")
     return list(tokenizer.encode(rest[len(written) :], add_special_tokens=False))
 
 
 def _with_turn(history: Sequence[Message], text: str) -> list[Message]:
-    """Return the messages with a turn of the assistant at the end, joined to its last message if that is unfinished."""
+    """Return the messages with a turn of the assistant added, joined to a last message that is the assistant's."""
     if history[-1]["role"] != "assistant":
         return [*history, {"role": "assistant", "content": text}]
     return [*history[:-1], {**history[-1], "content": history[-1]["content"] + text}]

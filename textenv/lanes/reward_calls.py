@@ -1,4 +1,4 @@
-"""The calls of an env's reward: checked, timed, and with `on_failure` applied to the rows that it fails on."""
+"""The calls of an env's reward: checked, timed, and with `on_failure` applied to the rows whose reward fails."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from textenv.prompts.prompts import Prompt
 
 
 class RewardCalls:
-    """Calls an env's reward and checks what it returns.
+    """The caller of an env's reward, which checks the rewards and measures the time.
 
     Args:
         env: The env; its `on_failure` decides what happens to rows without a reward.
 
     Attributes:
-        seconds: How long all calls together have taken, in seconds of a monotonic clock.
+        seconds: The time that all calls together have taken, in seconds of wall clock.
     """
 
     def __init__(self, env: RewardHost) -> None:
@@ -38,7 +38,7 @@ class RewardCalls:
     def score(
         self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool], accepts_dropped: bool
     ) -> list[Reward]:
-        """Return the checked rewards of rows; a row whose reward failed has `has_failed`, and what it gets instead.
+        """Return the checked rewards of rows; a row whose reward failed has `has_failed` and the reward of such rows.
 
         Args:
             prompts: The prompts of the rows.
@@ -47,8 +47,8 @@ class RewardCalls:
             accepts_dropped: Whether the caller can leave finished episodes out.
 
         Raises:
-            RewardError: If the reward raises or returns no finite number, unless `on_failure` says otherwise; or if it
-                drops a row that must have a reward.
+            RewardError: If the reward raises or returns no finite number while `on_failure` is "raise", or if it drops
+                a row that must have a reward.
         """
         if not prompts:
             return []
@@ -60,7 +60,7 @@ class RewardCalls:
                 rewards = self._score_apart(prompts, preds, dones)
         finally:
             self.seconds += time.monotonic() - start
-        # A failed row may be dropped at any token: its episode is then left out once it ends.
+        # A failed row may be dropped before its end, too: its episode is left out once it ends.
         for prompt, completion, done, reward in zip(prompts, preds, dones, rewards, strict=True):
             if reward.is_dropped and not ((done or reward.has_failed) and accepts_dropped):
                 raise RewardError(
@@ -74,7 +74,7 @@ class RewardCalls:
     def _ask(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Any:
         try:
             return self.env.get_rewards(prompts, preds, dones)
-        except RewardError:  # names the row already
+        except RewardError:  # its message already names the row
             raise
         except RAISED as error:
             raise RewardError(
@@ -85,12 +85,12 @@ class RewardCalls:
     def _score_apart(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[Reward]:
         """Return the rewards of rows of which some may fail: all rows of a call that raises, and rows without a number.
 
-        Rows are scored one at a time where the reward of a row does not depend on the others.
+        If the reward of a row does not depend on the other rows, each row has a call of its own.
         """
         n, failures = len(prompts), self.env.failures
         calls = [[row] for row in range(n)] if self.env.scores_rows_apart else [list(range(n))]
         causes: dict[int, Exception] = {}
-        # The rewards of failed rows; those of the others are put in their places below.
+        # At first every row has the reward of a failed row; the loop overwrites it for the rows that succeed.
         rewards = check_rewards([failures.instead] * n, prompts, preds)
         for rows in calls:
             try:

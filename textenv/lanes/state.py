@@ -1,7 +1,7 @@
-"""The state of N running episodes: one object that is cleared, saved and loaded as a whole.
+"""The state of all running episodes, in one object that is cleared, saved and loaded as a whole.
 
 The tokens of all lanes and their counts are arrays, since every step changes them in every lane: a loop over lanes in
-Python takes 6 times as long with 1,024 lanes. The rest is one `RunningEpisode` a lane.
+Python takes 6 times as long with 1,024 lanes. The rest of the state is one `RunningEpisode` per lane.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from textenv.episodes.rules import PADDING, SEPARATOR
 from textenv.prompts.prompts import Prompt
 from textenv.text.tokenizer import BOUNDARY_TOKENS
 
-NO_GROUP = -1  # of a lane without a prompt
+NO_GROUP = -1  # the group of a lane without a prompt
 ARRAYS = ("tokens", "lengths", "turn_starts", "generated", "limits", "idle", "over")
 
 
@@ -27,14 +27,14 @@ class RunningEpisode:
     """The episode of one lane, apart from its tokens and their counts.
 
     Attributes:
-        prompt: The prompt; in an idle lane an empty one.
-        group: The number of its group of samples.
-        reward: The sum of its rewards so far.
-        parts: The sum so far of each named part of its rewards.
-        failed: Whether the reward failed at one of its tokens.
+        prompt: The prompt; an empty one in an idle lane.
+        group: The number of the episode's group of samples.
+        reward: The sum of the episode's rewards so far.
+        parts: The sum so far of each named part of these rewards.
+        failed: Whether the reward failed at one of the episode's tokens.
         turns: The turns before the current one, each with its reply.
         written: The token ids of those turns, without the replies.
-        state: The hooks' own memory, `preds.state`.
+        state: `preds.state`, in which the env's hooks remember things about the episode.
     """
 
     prompt: Prompt = field(default_factory=Prompt)
@@ -52,10 +52,10 @@ class LaneState:
     """The running episodes of B lanes.
 
     Attributes:
-        tokens: The observations, (B, L) int64: prompt, separator, the tokens written since, padding.
-        lengths: How many columns of `tokens` are in use, the separator included, (B,) int64.
+        tokens: The observations, (B, L) int64: prompt, separator, turns and replies, padding.
+        lengths: The number of columns of `tokens` that are in use, the separator included, (B,) int64.
         turn_starts: The column in which the current turn begins, (B,) int64.
-        generated: How many tokens the policy has written, (B,) int64.
+        generated: The number of tokens that the policy has written, (B,) int64.
         limits: The most tokens that the policy may write in this episode, (B,) int64.
         idle: Whether the lane has no prompt, (B,) bool.
         over: Whether the lane waits for `reset`, (B,) bool.
@@ -98,7 +98,7 @@ class LaneState:
         """
         episode = RunningEpisode(Prompt() if prompt is None else prompt, group)
         n_prompt = len(episode.prompt.ids)
-        self.tokens[lane] = PADDING  # all of the row: the last episode was maybe longer
+        self.tokens[lane] = PADDING  # the whole row, since the last episode may have been longer
         self.tokens[lane, :n_prompt] = episode.prompt.ids
         self.tokens[lane, n_prompt] = SEPARATOR
         self.lengths[lane] = self.turn_starts[lane] = n_prompt + 1
@@ -119,7 +119,7 @@ class LaneState:
         self.generated[active] += 1
 
     def close_turn(self, lane: int, turn: Turn, written: list[int], reply: Sequence[int]) -> None:
-        """Begin the next turn of a lane behind the tokens of a reply.
+        """Append the tokens of a reply, after which the next turn of a lane begins.
 
         Args:
             lane: The lane.
@@ -139,8 +139,8 @@ class LaneState:
         return self.tokens[lane, start if most is None else max(start, end - most) : end]
 
     def context(self, lane: int, end: int) -> list[int]:
-        """Return the few tokens in front of column `end`, which decide how those behind it decode."""
-        # `decode_continuation` reads BOUNDARY_TOKENS of them; the separator, which is no token, may be one more.
+        """Return the few tokens before column `end`, on which the decoding of the tokens after it depends."""
+        # `decode_continuation` reads BOUNDARY_TOKENS of them; one more column, since the separator may be among them.
         near = self.tokens[lane, max(end - BOUNDARY_TOKENS - 1, 0) : end]  # (5,) or fewer
         return near[near >= 0].tolist()
 

@@ -17,7 +17,7 @@ from textenv.text.tokenizer import decode_continuation
 
 
 class EpisodeEnd(NamedTuple):
-    """The end of an episode: why it ended, which may not be why its last turn did, and the completion."""
+    """The end of an episode: its reason, which may differ from that of the last turn, and the completion."""
 
     reason: EndReason
     preds: Preds
@@ -30,7 +30,7 @@ def lane_preds(env: EpisodeHost, state: LaneState, lane: int, end_reason: EndRea
         env: The env.
         state: The running episodes.
         lane: The lane.
-        end_reason: Why the current turn is over, if it is.
+        end_reason: The reason why the current turn is over, or None while it is not.
     """
     episode, turn = state.episodes[lane], state.turn(lane)
     return Preds(
@@ -48,7 +48,7 @@ def lane_preds(env: EpisodeHost, state: LaneState, lane: int, end_reason: EndRea
 
 
 def turn_limits(rules: EpisodeRules, state: LaneState) -> np.ndarray:
-    """Return how many tokens of the policy an episode may have when its current turn ends, (B,)."""
+    """Return the value of `state.generated` at which the current turn has reached its limit, (B,)."""
     if rules.turn_tokens is None:
         return state.limits
     n_turn = state.lengths - state.turn_starts  # tokens of the current turn, (B,)
@@ -56,7 +56,9 @@ def turn_limits(rules: EpisodeRules, state: LaneState) -> np.ndarray:
 
 
 def end_turns(env: EpisodeHost, state: LaneState, actions: np.ndarray) -> dict[int, EpisodeEnd]:
-    """Return the episodes that end with the tokens just appended, by lane; in the others, turns that end are answered.
+    """Return the episodes that end with the tokens just appended, by lane.
+
+    Where a turn ends and its episode does not, the env's reply is appended.
 
     Args:
         env: The env.
@@ -68,8 +70,8 @@ def end_turns(env: EpisodeHost, state: LaneState, actions: np.ndarray) -> dict[i
         rules, actions, state.generated, turn_limits(rules, state), lambda lane: _tail(env, state, lane)
     )
     ends: dict[int, EpisodeEnd] = {}
-    for lane, turn_reason in reasons.items():  # in an idle lane nothing was written, and nothing ends
-        if state.idle[lane]:
+    for lane, turn_reason in reasons.items():
+        if state.idle[lane]:  # nothing was written, so nothing ends
             continue
         preds = lane_preds(env, state, lane, turn_reason)
         reason = _answer(env, state, lane, preds) if env.is_multi_turn else turn_reason
@@ -79,13 +81,13 @@ def end_turns(env: EpisodeHost, state: LaneState, actions: np.ndarray) -> dict[i
 
 
 def _answer(env: EpisodeHost, state: LaneState, lane: int, preds: Preds) -> EndReason | None:
-    """Append the env's reply to a turn; or return why the episode ends with that turn."""
+    """Append the env's reply to a turn and return None, or return the reason why the episode ends with that turn."""
     rules, episode = env.rules, state.episodes[lane]
     if rules.turn_tokens is None:
-        # The last token allowed leaves no room for another turn, however this one ended.
+        # The last allowed token leaves no room for another turn, whatever ended this turn.
         if state.generated[lane] >= state.limits[lane]:
             return preds.end_reason
-        # `respond` is not called for the last turn, whose reply nobody would answer.
+        # `respond` is not called for the last turn, since the policy would not answer the reply.
         if len(episode.turns) + 1 >= rules.max_turns:
             return EndReason.ENV
     response = env.respond(episode.prompt, preds)
@@ -111,8 +113,8 @@ def _has_room(rules: EpisodeRules, state: LaneState, lane: int, reply: Sequence[
     """
     prompt = state.episodes[lane].prompt
     if rules.turn_tokens is not None:
-        n_since = int(state.lengths[lane]) - (len(prompt.ids) + 1)  # tokens behind the separator, replies included
-        return bool(n_since + len(reply) + rules.turn_tokens <= state.limits[lane])
+        n_used = int(state.lengths[lane]) - (len(prompt.ids) + 1)  # tokens after the separator, replies included
+        return bool(n_used + len(reply) + rules.turn_tokens <= state.limits[lane])
     if len(reply) > rules.max_response_tokens:
         raise ValueError(
             f"Expected a response of at most max_response_tokens={rules.max_response_tokens} tokens, got "
@@ -122,7 +124,7 @@ def _has_room(rules: EpisodeRules, state: LaneState, lane: int, reply: Sequence[
 
 
 def _tail(env: EpisodeHost, state: LaneState, lane: int) -> str:
-    """Return the last tokens of a lane's current turn as text, special tokens included."""
+    """Return the text of the last tokens of a lane's current turn, special tokens included."""
     tail = state.turn(lane, env.rules.tail_tokens).tolist()
     context = state.context(lane, int(state.lengths[lane]) - len(tail))
     return decode_continuation(env.tokenizer, context, tail, skip_special_tokens=False)

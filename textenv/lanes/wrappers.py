@@ -10,12 +10,12 @@ from gymnasium.wrappers import RecordEpisodeStatistics
 def check_wrappers() -> None:
     """Refuse a RecordEpisodeStatistics that would overwrite `info["episode"]`; `TextEnv.reset` calls it.
 
-    An env does not know its wrappers, but their `reset` methods are its callers: they are found on the stack. Without
+    An env does not know its wrappers, but their `reset` methods call its own, so they are found on the stack. Without
     this check the first episode would end with `assert self._stats_key not in info` in
     `RecordEpisodeStatistics.step` (gymnasium `wrappers/common.py`), which has no message.
 
     Raises:
-        ValueError: If there is one with the default `stats_key`.
+        ValueError: If there is a RecordEpisodeStatistics with the default `stats_key`.
     """
     frame = sys._getframe(1)
     while (caller := frame.f_back) is not None:

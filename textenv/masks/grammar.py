@@ -12,7 +12,8 @@ outlines-core  nothing                     7.3 s           2.2 s           0.33 
 =============  ==========================  ==============  ==============  ==================  ==================
 
 (The schema has two strings, an integer and an array; the regex is a phrase and then `[a-z ]{5,60}`, which allows
-thousands of tokens.) outlines-core computes every state in advance, so it has no recursive schemas and no grammars.
+thousands of tokens.) outlines-core computes every state in advance, so it supports neither recursive schemas nor
+grammars.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ from textenv.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# By default llguidance allows only one tokenization of a text that is certain to follow: that of its own tokenizer.
+# By default llguidance forces a text that is certain to follow into a single tokenization, that of its own tokenizer.
 HEADER = '%llguidance {"no_forcing": true}\n'
 
 
 @dataclass(frozen=True)
 class GrammarMask:
-    r"""Constrains each turn of the policy to a context-free grammar.
+    r"""A mask that constrains each turn of the policy to a context-free grammar.
 
-    The grammar is about the text of the turn, as in `preds.text`: without the end token, but with the stop string.
-    Behind a prompt, the first token of a word tokenizer writes a space. The env's stop ids are allowed once the text is
-    complete, special tokens never. A text that `max_new_tokens` cuts may be incomplete. After a forbidden token nothing
-    is allowed.
+    The grammar describes the text of the turn, as in `preds.text`, without the end token but with the stop string.
+    After a prompt, the first token of a word tokenizer writes a space. The env's stop ids are allowed once the text is
+    complete, special tokens never. A text that `max_new_tokens` cuts short may be incomplete. After a forbidden token
+    nothing is allowed.
 
     Args:
         grammar: A grammar in llguidance's dialect of Lark; its first rule is `start`.
 
     Raises:
-        ValueError: If llguidance cannot read the grammar; the message says where.
-        ImportError: Without llguidance.
+        ValueError: If llguidance cannot read the grammar; the message shows the position.
+        ImportError: If llguidance is not installed: `pip install "textenv[grammar]"`.
 
     Example:
         >>> from textenv import CharTokenizer, TextEnv
@@ -78,14 +79,14 @@ class GrammarMask:
 
 @dataclass(frozen=True)
 class RegexMask:
-    r"""Constrains each turn of the policy to a regular expression, which must match all of it; see `GrammarMask`.
+    r"""A mask that constrains each turn of the policy to full matches of a regular expression; see `GrammarMask`.
 
     Args:
         pattern: A regular expression in the syntax of Rust's `regex` crate: no look-around, no back references.
 
     Raises:
         ValueError: If llguidance cannot read the pattern.
-        ImportError: Without llguidance.
+        ImportError: If llguidance is not installed: `pip install "textenv[grammar]"`.
 
     Example:
         >>> RegexMask(r"(yes|no)\.")
@@ -107,7 +108,7 @@ class RegexMask:
 
 @dataclass(frozen=True)
 class JSONSchemaMask:
-    """Constrains each turn of the policy to JSON with a schema; see `GrammarMask`.
+    """A mask that constrains each turn of the policy to JSON of a schema; see `GrammarMask`.
 
     Args:
         schema: The JSON schema, a dict or its JSON text.
@@ -115,7 +116,7 @@ class JSONSchemaMask:
 
     Raises:
         ValueError: If llguidance cannot read the schema.
-        ImportError: Without llguidance.
+        ImportError: If llguidance is not installed: `pip install "textenv[grammar]"`.
 
     Example:
         >>> JSONSchemaMask({"type": "integer"})
@@ -127,11 +128,11 @@ class JSONSchemaMask:
 
     def __post_init__(self) -> None:
         schema = self.schema if isinstance(self.schema, str) else json.dumps(self.schema)
-        object.__setattr__(self, "schema", schema)  # hashable
+        object.__setattr__(self, "schema", schema)  # a text, since the mask is hashed: a key of `Vocabulary.remember`
         _check(self._lark(), self)
 
     def _lark(self) -> str:
-        assert isinstance(self.schema, str), "made one at construction"
+        assert isinstance(self.schema, str), "`__post_init__` made the schema a text"
         schema = json.loads(self.schema)
         if not isinstance(schema, dict):
             raise ValueError(f"Expected a JSON schema to be a dict, got {schema!r:.80}.")
@@ -150,14 +151,17 @@ def _llguidance() -> Any:
 
 
 def _check(lark: str, mask: GrammarMask | RegexMask | JSONSchemaMask) -> None:
-    # Some errors show only with a tokenizer: any will do.
+    # llguidance finds some errors only with a tokenizer, so it gets one of a single token.
     matcher = _llguidance().LLMatcher(_engine_tokenizer([b"a"]), lark, log_level=0)
     if matcher.is_error():
         raise ValueError(f"Expected a grammar that llguidance can read, got {mask!r}: {matcher.get_error()}")
 
 
 class _Tokens:
-    """The tokens in bytes, as `llguidance.TokenizerWrapper` wants them; one more, the last, stands for all stop ids."""
+    """The tokens as bytes, with the attributes that `llguidance.TokenizerWrapper` reads.
+
+    An additional last token represents all stop ids, since llguidance has a single end token.
+    """
 
     bos_token_id = None
 
@@ -167,7 +171,7 @@ class _Tokens:
         self.special_token_ids = [i for i, piece in enumerate(self.tokens) if not piece]
 
     def __call__(self, text: bytes) -> list[int]:
-        """Return no tokens: llguidance encodes only texts that it forces, and `HEADER` switches that off."""
+        """Return no tokens: llguidance encodes only texts that it forces, and `HEADER` switches forcing off."""
         return []
 
 
@@ -177,9 +181,9 @@ def _engine_tokenizer(pieces: list[bytes]) -> LLTokenizer:
 
 
 class _Matching:
-    """The function of one lane: remembers the tokens that the engine has read, and lets it read those that are new.
+    """The mask function of one lane, whose matcher reads only the tokens that are new since the last call.
 
-    If the text does not begin with those tokens, a new matcher reads it from its start.
+    If the turn does not begin with the tokens that the matcher has read, a new matcher reads it from its start.
     """
 
     def __init__(self, mask: GrammarMask | RegexMask | JSONSchemaMask, lark: str, vocabulary: Vocabulary) -> None:
@@ -195,19 +199,19 @@ class _Matching:
         new = ids[len(self.ids) :]
         n_read = self.matcher.try_consume_tokens(new)  # fewer than `new` if one of them is forbidden
         self.ids += new[:n_read]
-        # (W,) or more, the lowest bit first, as in `Vocabulary.pack`
+        # (W,), or one word longer for the additional token; lowest bit first, as in `Vocabulary.pack`
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         if self.matcher.is_error():
             error, self.matcher = self.matcher.get_error().partition("\n")[0], None
             raise MaskError(f"{self.mask!r} failed: {error} ({describe(prompt, preds)}).")
         if n_read < len(new):
             return np.zeros_like(self.stops)
-        # The bit behind the last token of the vocabulary is that of our end token, see `_Tokens`.
+        # The bit after the vocabulary's last token is that of the additional end token, see `_Tokens`.
         is_complete = bits[self.vocabulary.size // 8] >> self.vocabulary.size % 8 & 1
         return bits[: len(self.stops)] | self.stops if is_complete else bits[: len(self.stops)]
 
     def _fresh(self) -> LLMatcher:
-        """Return a matcher that has read nothing; the vocabulary keeps it, since compiling takes milliseconds."""
+        """Return a matcher that has read nothing; the vocabulary caches it, since compiling takes milliseconds."""
         stop = set(self.vocabulary.stop_ids)
         remember, pieces = self.vocabulary.remember, self.vocabulary.pieces
         tokenizer = remember(

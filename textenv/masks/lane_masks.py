@@ -1,4 +1,4 @@
-"""The masks of N lanes."""
+"""The masks of all lanes, combined into the tokens that each lane may write next."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from textenv.text.vocabulary import Vocabulary
 
 
 class LaneMasks:
-    """The masks of N lanes: a lane may write the tokens that all its masks allow.
+    """The masks of B lanes: a lane may write the tokens that all its masks allow.
 
     Args:
         masks: The masks.
         vocabulary: The tokens.
-        n_lanes: The number of lanes.
+        n_lanes: The number of lanes, B.
     """
 
     def __init__(self, masks: Sequence[TokenMask], vocabulary: Vocabulary, n_lanes: int) -> None:
@@ -29,7 +29,7 @@ class LaneMasks:
         self.lanes = [[mask.start(vocabulary) for mask in masks] for _ in range(n_lanes)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave out what the functions of the lanes remember: they compute it again, and some of it does not pickle."""
+        """Pickle the masks without their lanes' functions, which are made anew: llguidance's matchers do not pickle."""
         return LaneMasks, (self.masks, self.vocabulary, len(self.lanes))
 
     def allowed(self, rows: Sequence[tuple[Prompt, Preds] | None]) -> np.ndarray:
@@ -44,7 +44,7 @@ class LaneMasks:
         packed = np.stack(  # (B, W)
             [self.vocabulary.everything if row is None else self._packed(lane, *row) for lane, row in enumerate(rows)]
         )
-        # `view` instead of `astype`: the bytes are 0 or 1, and there is no second array of B * V
+        # `view` instead of `astype`: the bytes are 0 or 1, and a second array of B * V bytes is saved
         return np.unpackbits(packed, axis=1, count=self.vocabulary.size, bitorder="little").view(bool)  # (B, V)
 
     def _packed(self, lane: int, prompt: Prompt, preds: Preds) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Masks: the tokens that are allowed next, as a function of the text so far."""
+"""Token masks: functions from the text so far to the tokens that are allowed next."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Allowed = Callable[[Prompt, Preds], np.ndarray]  # the tokens allowed next, pack
 
 
 class MaskError(ValueError):
-    """No token is allowed; the message names the masks, the prompt and the text so far."""
+    """The error where no token is allowed; the message names the masks, the prompt and the text so far."""
 
 
 class MaskFunction(Protocol):
-    """A mask given as a function; it is called before each token, with the arguments that `get_reward` has."""
+    """A mask given as a function, which is called before each token with the first two arguments of `get_reward`."""
 
     def __call__(self, prompt: Prompt, preds: Preds) -> Sequence[int] | np.ndarray:
         """Return the ids of the tokens allowed next, or whether each token is allowed, (V,) bool."""
@@ -28,10 +28,22 @@ class MaskFunction(Protocol):
 
 @runtime_checkable
 class TokenMask(Protocol):
-    """A mask with a function for each lane, which can remember how far it has read the text.
+    """A mask with a function for each lane, which may remember how far it has read the text.
 
-    The function must be able to compute what it remembers from its arguments: lanes begin new episodes, are copied, and
-    are resumed from checkpoints, without telling it.
+    The function must be able to recompute from its arguments whatever it remembers: a lane may begin a new episode, be
+    copied, or be resumed from a checkpoint, and the function is not notified.
+
+    Example:
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> class NoStart:  # the first token of a turn is not a stop id
+        ...     def start(self, vocabulary):
+        ...         stops = vocabulary.pack(vocabulary.stop_ids)
+        ...         everything = vocabulary.everything
+        ...         return lambda prompt, preds: everything if len(preds.turn_ids) else everything & ~stops
+        >>> env = TextEnv(["b"], CharTokenizer("ab"), reward=lambda prompt, preds, done: 0.0, mask=NoStart())
+        >>> _ = env.reset(seed=0)
+        >>> env.action_masks()
+        array([False,  True,  True])
     """
 
     def start(self, vocabulary: Vocabulary) -> Allowed:
@@ -50,7 +62,7 @@ MaskLike = TokenMask | MaskFunction
 
 @dataclass(frozen=True)
 class BannedMask:
-    """Forbids tokens, and texts anywhere in a turn, across tokens and inside longer words as well.
+    """A mask that forbids tokens, and texts anywhere in a turn, across tokens and inside longer words as well.
 
     Args:
         ids: Token ids.
@@ -83,7 +95,7 @@ class BannedMask:
         """Return the function of one lane."""
         ids = vocabulary.everything & ~vocabulary.pack(self.ids)
         texts = [text.encode() for text in self.texts]
-        longest = max((len(text) for text in texts), default=1) - 1  # bytes of a text that may stand already
+        longest = max((len(text) for text in texts), default=1) - 1  # the most bytes of a text that the turn may end in
 
         def without_texts() -> np.ndarray:
             pieces = enumerate(vocabulary.pieces)
@@ -94,7 +106,7 @@ class BannedMask:
                 return ids
             bits = vocabulary.remember(self, without_texts)  # (W,): without tokens that hold a text themselves
             tail = _tail(vocabulary.pieces, preds.turn_ids, longest)
-            for text in texts:  # where its first bytes have been written, the others may not follow
+            for text in texts:  # where the turn ends in the first bytes of a text, the others may not follow
                 for cut in range(1, len(text)):
                     if tail.endswith(text[:cut]):
                         bits = bits & ~_starting_with(vocabulary, text[cut:])
@@ -104,7 +116,7 @@ class BannedMask:
 
 
 def _tail(pieces: list[bytes], ids: np.ndarray, length: int) -> bytes:
-    """Return the last bytes that `ids` write: `length` of them or a few more."""
+    """Return at least the last `length` bytes that `ids` write, or all of them if there are fewer."""
     tail = b""
     for token in ids[::-1]:  # from the end: a turn may have thousands of tokens
         if len(tail) >= length:
@@ -124,7 +136,7 @@ def _starting_with(vocabulary: Vocabulary, start: bytes) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AllowedMask:
-    """Allows a fixed set of tokens, and the env's stop ids.
+    """A mask that allows a fixed set of tokens, and the env's stop ids.
 
     Args:
         ids: Token ids.
@@ -147,7 +159,7 @@ class AllowedMask:
 
 @dataclass(frozen=True)
 class MinLengthMask:
-    """Forbids the env's stop ids until a turn has a number of tokens; the stop id itself does not count.
+    """A mask that forbids the env's stop ids until a turn has `n_tokens` tokens; the stop id itself does not count.
 
     It does not forbid `stop_strings`, since many sequences of tokens may write them.
 
@@ -178,7 +190,7 @@ class MinLengthMask:
 
 @dataclass(frozen=True)
 class _FunctionMask:
-    """A function as a mask."""
+    """A mask of a user's function, whose result is checked and packed."""
 
     function: MaskFunction
 
@@ -189,7 +201,7 @@ class _FunctionMask:
         array = np.asarray(allowed)
         if array.dtype == bool and array.shape == (vocabulary.size,):
             return vocabulary.pack_flags(array)
-        # an empty list has the dtype float64
+        # an empty list is accepted, too: numpy gives it the dtype float64
         if array.ndim == 1 and (np.issubdtype(array.dtype, np.integer) or not len(array)):
             return vocabulary.pack(array)
         raise ValueError(

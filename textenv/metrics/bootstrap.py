@@ -10,12 +10,12 @@ import numpy as np
 
 from textenv.metrics.scores import Scores
 
-BATCH = 100  # resamples that are computed together: 100 times 10,000 rows are 8 MB
-ROUNDING = 1e-12  # of a figure: a spread below it is none, but of sums in another order
+BATCH = 100  # resamples that are computed together: 100 times 10,000 rows of int64 are 8 MB
+ROUNDING = 1e-12  # a spread below this share of a figure is rounding: the same sums, added in another order
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval; None where the figure has none."""
+    """A figure and its 95 % interval, whose ends are None where the figure has no interval."""
 
     value: float
     low: float | None = None
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
 
 def per_prompt(scores: Scores, n: int) -> Scores:
-    """Return scores with a row a prompt: the sums over its `n` texts, which stand together."""
+    """Return scores with one row for each prompt: the sums over its `n` texts, which are consecutive rows."""
     if scores.whole is not None or n == 1:
         return scores
     return scores._replace(rows=scores.rows.reshape(-1, n, scores.rows.shape[1]).sum(axis=1))  # (P, K)
@@ -38,7 +38,8 @@ def figures_of(scores: Scores, drawn: np.ndarray) -> np.ndarray:
     """
     n = len(scores.rows)
     if drawn.shape[1] == n - 1:
-        # The jackknife of BCa: the sums of all rows less the one left out are N times as fast as new sums.
+        # The jackknife of scipy's BCa (`_resampling._jackknife_resample`). The sum of all rows minus the row that is
+        # left out is N times as fast as a new sum; the number of that row is missing from the sum 0 + ... + (N - 1).
         left_out = n * (n - 1) // 2 - drawn.sum(axis=1)  # (B,)
         sums = scores.rows.sum(axis=0) - scores.rows[left_out]  # (B, K)
     else:
@@ -50,14 +51,14 @@ def figures_of(scores: Scores, drawn: np.ndarray) -> np.ndarray:
 def estimate(scores: Scores, seed: int = 0, n_resamples: int = 1000) -> Estimate:
     """Return the figure with its 95 % interval.
 
-    The interval is bias-corrected and accelerated (BCa; Efron, 1987), by `scipy.stats.bootstrap`. A figure has none
-    where it does not follow from sums over rows, for a single row, which says nothing of the spread, and where some
-    resample has no figure (a perplexity of empty texts alone).
+    The interval is bias-corrected and accelerated (BCa; Efron, 1987), by `scipy.stats.bootstrap`. There is none if the
+    figure does not follow from sums over rows, if there is a single row, which shows no spread, or if some resample has
+    no figure (the perplexity of empty texts only).
 
     Args:
-        scores: The scores; the rows are drawn with replacement.
-        seed: Of the draws.
-        n_resamples: How often as many rows are drawn.
+        scores: The scores, whose rows are drawn with replacement.
+        seed: The seed of the draws.
+        n_resamples: The number of resamples, each of as many rows as there are.
 
     Example:
         >>> from textenv.metrics.scores import mean_of
@@ -75,7 +76,7 @@ def difference(after: Scores, before: Scores, seed: int = 0, n_resamples: int = 
     """Return after - before with its 95 % interval, as `estimate` does; the same prompts are drawn for both.
 
     Raises:
-        ValueError: If they have different numbers of rows.
+        ValueError: If the two have different numbers of rows.
     """
     value = after.value - before.value
     if after.whole is not None or before.whole is not None:
@@ -95,12 +96,12 @@ def _with_interval(
     value: float, figures: Callable[[np.ndarray], np.ndarray], n: int, seed: int, n_resamples: int
 ) -> Estimate:
     """Return a figure of `n` rows with its interval; `figures` maps resamples, (B, n) numbers of rows, to (B,)."""
-    from scipy.stats import bootstrap  # takes as long to import as all the rest of textenv
+    from scipy.stats import bootstrap  # here, since it takes as long to import as all of textenv
 
     if n < 2:
         return Estimate(value)
     with warnings.catch_warnings():
-        # scipy warns where it finds no interval, and divides by 0 before it does.
+        # scipy divides by 0 where it finds no interval, and then warns of that.
         warnings.simplefilter("ignore", RuntimeWarning)
         result = bootstrap(
             (np.arange(n),),

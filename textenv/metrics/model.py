@@ -1,4 +1,4 @@
-"""Metrics by a separate model: the perplexity of the texts, and the intents that a classifier reads in them."""
+"""Metrics by a separate model: the perplexity of the texts, and the accuracy of their intents by a classifier."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Tokens(NamedTuple):
-    """The tokens of a row, and the position of the first one that is the text's."""
+    """The tokens of a row, and the position of the text's first token."""
 
     ids: list[int]
     start: int
 
 
 def perplexity(sums: np.ndarray) -> float:
-    """Return exp(nats / tokens) from the two sums; nan without tokens."""
+    """Return exp(nats / tokens) from these two sums; nan without tokens."""
     return float(np.exp(sums[0] / sums[1])) if sums[1] else math.nan
 
 
@@ -37,8 +37,8 @@ class Perplexity:
 
     That is exp of the mean negative log-likelihood, in nats, over all tokens of all texts. The model reads prompt and
     text through its own tokenizer, which may differ from the policy's. Tokens of the prompt and end tokens are not
-    counted; a token that spans the end of the prompt and the start of the text is. With an empty prompt, the first
-    token of the text counts only if the tokenizer puts a token in front of it.
+    counted; a token that spans the end of the prompt and the start of the text is counted. With an empty prompt, the
+    first token of the text counts only if the tokenizer puts a token before it.
 
     A row that is too long loses the start of its prompt. Figures under different models or tokenizers cannot be
     compared.
@@ -47,15 +47,19 @@ class Perplexity:
         model: A causal model of transformers, on any device; it runs in evaluation mode, without gradients.
         tokenizer: The model's own tokenizer.
         name: The name of the figure.
-        max_tokens: The most tokens of a row; None for the positions of the model.
+        max_tokens: The most tokens of a row; None for the longest sequence that the model's positions allow.
         batch_tokens: The most tokens in a forward pass, padding included.
 
     Raises:
         ValueError: If a text alone is longer than `max_tokens`.
 
     Example:
-        >>> from textenv.metrics import Perplexity
-        >>> # evaluate(model, prompts, tokenizer, [Perplexity(AutoModelForCausalLM.from_pretrained("gpt2"), gpt2)])
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from textenv import CharTokenizer
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1))
+        >>> metric = Perplexity(model, CharTokenizer("ab"))
+        >>> metric(["a"], ["bab"], [[]])["perplexity"].value > 1
+        True
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Perplexity:
         self.model.eval()
         try:
             while order:
-                n = max(1, self.batch_tokens // len(tokens[order[0]].ids))
+                n = max(1, self.batch_tokens // len(tokens[order[0]].ids))  # the first row of a batch is the longest
                 rows[order[:n], 0] = self._nats([tokens[row] for row in order[:n]])
                 order = order[n:]
         finally:
@@ -91,7 +95,7 @@ class Perplexity:
     def _read(self, prompt: str, text: str, row: int) -> Tokens:
         opening, body = encode_prompt(self.tokenizer, prompt + text)
         before = encode_prompt(self.tokenizer, prompt)[1] if prompt else []
-        shared = 0  # the text begins where its tokens part from those of the prompt alone
+        shared = 0  # the text begins where the tokens of prompt and text differ from those of the prompt alone
         while shared < min(len(before), len(body)) and before[shared] == body[shared]:
             shared += 1
         if not text:
@@ -110,9 +114,9 @@ class Perplexity:
         import torch  # here, since the other metrics run without it
 
         device = next(self.model.parameters()).device
-        width = len(rows[0].ids)  # of the longest
+        width = len(rows[0].ids)  # T: the first row is the longest
         ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=device)  # (B, T)
-        # Padding is on the right, where the tokens that count do not attend to it in a causal model.
+        # Padding on the right does not change a causal model's logits at the tokens before it. (B, T) each:
         is_real = torch.tensor([[i < len(row.ids) for i in range(width)] for row in rows], device=device)
         is_text = torch.tensor([[row.start <= i < len(row.ids) for i in range(width)] for row in rows], device=device)
         with torch.no_grad():
@@ -122,18 +126,17 @@ class Perplexity:
 
 def _row_nats(logits: torch.Tensor, targets: torch.Tensor, counts: torch.Tensor) -> list[float]:
     """Return the sum of the nats of the targets that count, (B,), from logits (B, T, V)."""
-    nats = logits.new_zeros(targets.shape).float()
+    nats = logits.new_zeros(targets.shape).float()  # (B, T)
     kept = logits[counts].float()  # (N, V): the tokens of the prompts need no softmax
-    nats[counts] = kept.logsumexp(dim=-1) - kept.gather(1, targets[counts][:, None])[:, 0]
+    nats[counts] = kept.logsumexp(dim=-1) - kept.gather(1, targets[counts][:, None])[:, 0]  # (N,)
     return nats.double().sum(dim=1).tolist()
 
 
 class IntentAccuracy:
     """The share of texts to which a classifier gives the label of their row: `intent_accuracy`.
 
-    The classifier reads the text alone, through its own tokenizer. Use another classifier than the one in the reward,
-    which the policy may have learned to exploit. The prompts have to carry their rows, as those of `agents.evaluate`
-    do.
+    The classifier reads the text alone, through its own tokenizer. Use another classifier than the reward's, which the
+    policy may have learned to exploit. The prompts must be `Prompt`s with their rows, such as `agents.evaluate` passes.
 
     Args:
         model: A text classifier: a name on the hub, the path of a folder, or a model in this process.
@@ -146,8 +149,13 @@ class IntentAccuracy:
         ValueError: If a prompt has no such column, or its label is none of the model's.
 
     Example:
-        >>> from textenv.metrics import IntentAccuracy
-        >>> # evaluate(model, rows, tokenizer, [IntentAccuracy("my-intents")], references_column="references")
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from agents import word_tokenizer
+        >>> shape = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=4)
+        >>> model = BertForSequenceClassification(BertConfig(**shape, id2label={0: "inform", 1: "question"}))
+        >>> metric = IntentAccuracy(model, word_tokenizer(["who", "me"]))
+        >>> metric([Prompt("hi", row={"intent": "question"})], ["who"], [[]])["intent_accuracy"].value in (0.0, 1.0)
+        True
     """
 
     def __init__(
@@ -158,7 +166,7 @@ class IntentAccuracy:
         name: str = "intent_accuracy",
         batch_size: int = 32,
     ) -> None:
-        from textenv.rewards.classifier import Classifier  # needs torch
+        from textenv.rewards.classifier import Classifier  # here, since the other metrics run without torch
 
         self.label_column, self.name = label_column, name
         options: dict[str, Any] = {"label_column": label_column, "output": "label", "batch_size": batch_size}

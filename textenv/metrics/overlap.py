@@ -1,8 +1,8 @@
 """Metrics for overlap with reference texts: METEOR, ROUGE, BLEU, SacreBLEU and chrF, in [0, 1].
 
-A figure of rows is made of the scores that the reward of the same name gives them (`Scores.per_row`). METEOR, ROUGE and
-BLEU are their mean. SacreBLEU and chrF add up the counts of all rows and score the sums, as papers do, which is not the
-mean of the rows' scores. The libraries come with `pip install "textenv[overlap]"`.
+The score of each row (`Scores.per_row`) is that of the reward of the same name. The figures of METEOR, ROUGE and BLEU
+are the means of these scores. SacreBLEU and chrF add up the counts of all rows and score the sums, as papers do, which
+is not the mean of the rows' scores. The libraries come with `pip install "textenv[overlap]"`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _MeanOverRows(measures.Measure):
         return {self.name: mean_of([self.compare(text, own) for text, own in zip(texts, references, strict=True)])}
 
 
-class _OfAllRows(measures.CountedMeasure):
+class _CorpusScore(measures.CountedMeasure):
     """A measure whose figure is the score of the counts of all rows together."""
 
     def __call__(
@@ -37,7 +37,7 @@ class _OfAllRows(measures.CountedMeasure):
 
 
 class METEOR(measures.METEOR, _MeanOverRows):
-    """The mean METEOR of the texts: `meteor`, or `meteor_without_wordnet`; options as `overlap_measures.METEOR`.
+    """The mean METEOR of the texts: `meteor`, or `meteor_without_wordnet`; the options of `overlap_measures.METEOR`.
 
     Example:
         >>> scores = METEOR(wordnet=False)([""], ["the cats sat"], [["the cat sat"]])  # one chunk of three matches
@@ -47,7 +47,7 @@ class METEOR(measures.METEOR, _MeanOverRows):
 
 
 class ROUGE(measures.ROUGE, _MeanOverRows):
-    """The mean ROUGE of the texts, by its kind: `rougeL`, `rouge1`, ...; options as `overlap_measures.ROUGE`.
+    """The mean ROUGE of the texts, named by its kind: `rougeL`, ...; the options of `overlap_measures.ROUGE`.
 
     Example:
         >>> ROUGE("rouge1")([""], ["the cat sat"], [["the cat ran"]])["rouge1"].value == 2 / 3
@@ -56,7 +56,7 @@ class ROUGE(measures.ROUGE, _MeanOverRows):
 
 
 class BLEU(measures.BLEU, _MeanOverRows):
-    """The mean BLEU of single texts: `bleu`; options as `overlap_measures.BLEU`. For a corpus's BLEU: `SacreBLEU`.
+    """The mean BLEU of single texts: `bleu`; the options of `overlap_measures.BLEU`. `SacreBLEU` scores a corpus.
 
     Example:
         >>> round(BLEU(n=2)([""], ["the cat ran"], [["the cat sat"]])["bleu"].value, 4)  # sqrt(2/3 * 1/2)
@@ -64,8 +64,8 @@ class BLEU(measures.BLEU, _MeanOverRows):
     """
 
 
-class SacreBLEU(measures.SacreBLEU, _OfAllRows):
-    """The BLEU of the texts as one corpus, over 100: `sacrebleu`; options as `overlap_measures.SacreBLEU`.
+class SacreBLEU(measures.SacreBLEU, _CorpusScore):
+    """The BLEU of the texts as one corpus, over 100: `sacrebleu`; the options of `overlap_measures.SacreBLEU`.
 
     Example:
         >>> round(SacreBLEU()([""], ["the cat sat on the mat"], [["the cat sat on the mat"]])["sacrebleu"].value, 4)
@@ -73,8 +73,8 @@ class SacreBLEU(measures.SacreBLEU, _OfAllRows):
     """
 
 
-class ChrF(measures.ChrF, _OfAllRows):
-    """The chrF of the texts as one corpus, over 100: `chrf`, or `chrf++`; options as `overlap_measures.ChrF`.
+class ChrF(measures.ChrF, _CorpusScore):
+    """The chrF of the texts as one corpus, over 100: `chrf`, or `chrf++`; the options of `overlap_measures.ChrF`.
 
     Example:
         >>> round(ChrF()([""], ["a cat"], [["a cat"]])["chrf"].value, 4)

@@ -1,4 +1,4 @@
-"""The contract of metrics, and their scores: sums over rows, so that rows can be resampled."""
+"""The protocol of metrics, and their scores: terms of sums over rows, so that rows can be resampled."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Figure = Callable[[np.ndarray], float]
 
 
 def ratio(sums: np.ndarray) -> float:
-    """Return the first sum divided by the second; nan where that is 0."""
+    """Return the first sum divided by the second; nan if the second is 0."""
     return float(sums[0] / sums[1]) if sums[1] else math.nan
 
 
 class Scores(NamedTuple):
-    """The result of a metric on N rows: the terms that each row adds to K sums, and the figure that the sums make.
+    """The result of a metric on N rows: the terms that each row adds to K sums, and the figure as a function of these.
 
     Many figures of a corpus are not the mean of the rows' own figures (BLEU, perplexity), but nearly all follow from
     sums over the rows: a mean from the sum of the values and their number, a perplexity from the sums of nats and of
@@ -26,8 +26,8 @@ class Scores(NamedTuple):
     Attributes:
         rows: The terms of each row, (N, K) float64.
         figure: The function from the sums, (K,), to the figure.
-        whole: The figure itself where it follows from no sums over rows (distinct n-grams), and `rows` is (N, 0); else
-            None.
+        whole: The figure itself if it does not follow from sums over rows (distinct n-grams), in which case `rows` is
+            (N, 0); else None.
 
     Example:
         >>> scores = mean_of([1.0, 2.0, 6.0])
@@ -46,12 +46,12 @@ class Scores(NamedTuple):
 
     @property
     def per_row(self) -> np.ndarray | None:
-        """The figure of each row alone, (N,); None where it follows from no sums over rows."""
+        """The figure of each row alone, (N,); None if the figure does not follow from sums over rows."""
         return np.array([self.figure(row) for row in self.rows]) if self.whole is None else None
 
 
 class Metric(Protocol):
-    """The contract of metrics: any callable with this signature.
+    """The protocol of metrics: any callable with this signature.
 
     The prompts that `agents.evaluate` passes are `Prompt`s, whose `row` has the other columns of the data set.
 
@@ -70,16 +70,21 @@ class Metric(Protocol):
 
 
 def mean_of(values: Sequence[float] | np.ndarray) -> Scores:
-    """Return scores whose figure is the mean of the rows' values, (N,)."""
+    """Return scores whose figure is the mean of the rows' values, (N,).
+
+    Example:
+        >>> mean_of([1.0, 2.0, 6.0]).value
+        3.0
+    """
     numbers = np.asarray(values, dtype=np.float64)
-    return Scores(np.stack([numbers, np.ones_like(numbers)], axis=1))  # (N, 2)
+    return Scores(np.stack([numbers, np.ones_like(numbers)], axis=1))  # (N, 2): `ratio` divides the sums
 
 
 def check_references(texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     """Check that each text has a reference.
 
     Raises:
-        ValueError: If one has none, or there are more texts than lists of references or fewer.
+        ValueError: If a text has no reference, or the numbers of texts and of lists of references differ.
     """
     if len(texts) != len(references):
         raise ValueError(f"Expected a list of references for each of {len(texts)} texts, got {len(references)}.")

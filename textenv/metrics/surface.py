@@ -17,7 +17,7 @@ class Length:
     """The mean length of the texts: `length_words`, or `length_tokens` with a tokenizer.
 
     Args:
-        tokenizer: The tokenizer whose tokens are counted; None counts words, which white space separates.
+        tokenizer: The tokenizer whose tokens are counted; None counts words, which are separated by white space.
 
     Example:
         >>> Length()(["The", "A"], [" film was good", " dog"], [[], []])["length_words"].value
@@ -40,15 +40,16 @@ class Length:
 class Distinct:
     """The share of different n-grams among all n-grams of the texts: `distinct_n` (Li et al., 2016, section 5.2).
 
-    It falls with the number of texts, so compare equally many. It has no interval: a text that is drawn twice would
-    make the resampled figure smaller than the true one. It is nan where no text has n words.
+    The share falls with the number of texts, so compare equal numbers of texts. It has no interval: a text that is
+    drawn twice would make the resampled figure smaller than the true one. It is nan where no text has n words.
 
     Args:
         orders: The values of n.
-        split: Cuts a text into words, by default at white space; `list` takes single characters, as for Chinese.
+        split: The function that cuts a text into words, by default at white space; `list` cuts it into characters, as
+            Chinese needs it.
 
     Raises:
-        ValueError: If there is no order or one is below 1.
+        ValueError: If `orders` is empty or has a number below 1.
 
     Example:
         >>> scores = Distinct()(["", ""], ["a b a b", "a b"], [[], []])
@@ -68,7 +69,7 @@ class Distinct:
         words = [self.split(text) for text in texts]
         scores = {}
         for n in self.orders:
-            # Within each text: no n-gram spans two of them.
+            # Each text by itself, so that no n-gram spans two texts.
             ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
             share = len(set(ngrams)) / len(ngrams) if ngrams else math.nan
             scores[f"distinct_{n}"] = Scores(np.zeros((len(texts), 0)), whole=share)

@@ -1,4 +1,4 @@
-"""Chats as prompts: messages as text, through the tokenizer's chat template."""
+"""Chats as prompts: messages that the tokenizer's chat template renders as text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_chat(value: Any) -> TypeGuard[Sequence[Message]]:
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = "the prompt") -> str:
-    """Return messages as the text that a chat model continues, special tokens included.
+    """Render messages as the text that a chat model continues, special tokens included.
 
     The text ends with the opening of the assistant's turn (`add_generation_prompt`). If the last message is the
     assistant's, the text ends within that message (`continue_final_message`).
@@ -38,7 +38,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
         messages: The messages, each with "role" and "content".
-        where: What an error calls the messages.
+        where: The messages as errors name them, such as "prompt 3".
 
     Raises:
         ValueError: If there is no template, a message lacks a role or a text, or the template refuses the messages.

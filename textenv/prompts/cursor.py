@@ -1,4 +1,4 @@
-"""The order of prompts by epochs: shuffled, or as the source has them."""
+"""The order of prompts by epochs: shuffled, or that of the source."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from textenv.prompts.prompts import Order
 
 
 class PromptCursor:
-    """The order of prompts: each once an epoch, as a function of (seed, epoch).
+    """The order of prompts: each prompt once an epoch, in an order that depends on (seed, epoch) only.
 
     The state is (seed, epoch, position), so a run can be resumed anywhere.
 
     Args:
-        n_prompts: How many prompts there are.
+        n_prompts: The number of prompts.
         order: "shuffle": a new permutation each epoch; "sequential": the order of the source.
         seed: The seed of the permutations.
-        shard: (r, w) where w processes share the order: this one takes each w-th prompt of it, from the r-th on (r
-            counts from 0).
+        shard: (r, w) where w processes share the order: this process takes every w-th prompt, starting with prompt r
+            of the order (r counts from 0).
 
     Attributes:
-        epoch: How many epochs were finished before the last prompt.
-        position: How many prompts of that epoch have been drawn, the last one included.
+        epoch: The epoch of the last prompt, from 0.
+        position: The number of prompts of that epoch that have been drawn, the last one included.
 
     Example:
         >>> cursor = PromptCursor(3, "shuffle", seed=0)
@@ -43,13 +43,13 @@ class PromptCursor:
     def _draw(self) -> np.ndarray:
         if self.order == "sequential":
             return np.arange(self.n_prompts)
-        # From (seed, epoch), not from a running generator: a resumed run draws the same without saving one.
+        # A fresh generator from (seed, epoch), so that a resumed run draws the same order without a saved generator.
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.n_prompts)
 
     def advance(self) -> int:
         """Return the number of the next prompt."""
         rank, size = self.shard
-        # The first draw from `n_drawn` on that is this process's: those with rank = draw modulo size.
+        # Draw number d belongs to the process whose rank is d modulo size; this is the first one from `n_drawn` on.
         epoch, index = divmod(self.n_drawn + (rank - self.n_drawn) % size, self.n_prompts)
         if epoch != self.epoch:
             self.epoch = epoch
@@ -59,7 +59,7 @@ class PromptCursor:
 
     @property
     def n_drawn(self) -> int:
-        """How many prompts all processes together have drawn, up to this one's last."""
+        """The number of prompts that all processes together have drawn, up to the last one of this process."""
         return self.epoch * self.n_prompts + self.position
 
     @property
@@ -72,6 +72,6 @@ class PromptCursor:
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a state that `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
         self._permutation = self._draw()

@@ -1,4 +1,4 @@
-r"""Dialogues of a human and an assistant as texts, and pairs of two that differ in their last reply.
+r"""Dialogues of a human and an assistant as texts, and pairs of dialogues that differ in their last reply.
 
 The format is that of Anthropic's hh-rlhf (Bai et al., 2022, "Training a Helpful and Harmless Assistant with
 Reinforcement Learning from Human Feedback"): turns that open with "\n\nHuman:" and "\n\nAssistant:".
@@ -16,10 +16,10 @@ REPLIES = ("chosen", "rejected")
 
 
 class Pair(NamedTuple):
-    """The part that two dialogues share, up to the opening of the assistant's reply, and the two replies.
+    """The text that two dialogues share, up to the opening of the assistant's reply, and the two replies.
 
     Attributes:
-        prompt: The shared part; it ends with "Assistant:".
+        prompt: The shared text; it ends with "Assistant:".
         chosen: The better reply.
         rejected: The worse reply.
     """
@@ -30,14 +30,14 @@ class Pair(NamedTuple):
 
 
 def split_pair(row: Mapping[str, Any], where: str) -> Pair:
-    r"""Split the two dialogues of a row behind the last "\n\nAssistant:" that they share.
+    r"""Split the two dialogues of a row after the last "\n\nAssistant:" that they share.
 
     Args:
         row: A mapping with the texts "chosen" and "rejected", each a whole dialogue.
-        where: What an error calls the row.
+        where: The row as errors name it, such as "row 3".
 
     Raises:
-        ValueError: If one of the two is missing or no text, or they share no "\n\nAssistant:".
+        ValueError: If a dialogue is missing or no text, or the two share no "\n\nAssistant:".
 
     Example:
         >>> shared = "\n\nHuman: Hi\n\nAssistant:"

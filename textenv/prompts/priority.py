@@ -15,9 +15,9 @@ PROMPT_ARRAYS = ("draws", "last_draw", "n_rewards", "mean", "variance")  # of `P
 
 @dataclass(frozen=True)
 class PrioritySampling:
-    """An order in which prompts are drawn by priority: `TextEnv(prompts, tokenizer, order=PrioritySampling("reward"))`.
+    """The order of prompts by priority: `TextEnv(prompts, tokenizer, order=PrioritySampling("reward"))`.
 
-    It is prioritized experience replay (Schaul et al. 2016, equation 1, proportional) of prompts, with the staleness
+    This is prioritized experience replay (Schaul et al. 2016, equation 1, proportional) of prompts, with the staleness
     of prioritized level replay (Jiang et al. 2021): prompt i is drawn with the probability
 
         P(i) = (1 - staleness) * p_i^alpha / sum_k p_k^alpha + staleness * (c - C_i) / sum_k (c - C_k)
@@ -26,23 +26,23 @@ class PrioritySampling:
     draw gives the prompt to `samples_per_prompt` episodes. Draws are with replacement, so there are no epochs;
     `alpha=0, staleness=0` draws uniformly. The priority p_i is `epsilon` plus a number between 0 and 1:
 
-    - "reward": how far the mean reward of the prompt is below that of the best prompt, divided by how far that of the
-      worst is. Rewards are those of whole episodes, `info["episode"]["r"]`, without KL penalties and shaping. The mean
-      is a moving average that starts at the first reward: m <- m + rate * (r - m).
+    - "reward": (best - m_i) / (best - worst), where m_i is the mean reward of the prompt, and best and worst are the
+      highest and lowest mean of all prompts. Rewards are those of whole episodes, `info["episode"]["r"]`, without KL
+      penalties and shaping. The mean is a moving average that starts at the first reward: m <- m + rate * (r - m).
     - "spread": the standard deviation of the rewards of the prompt, divided by the largest one. A prompt that always
       fails or always succeeds teaches nothing; it is drawn through staleness only, until that changes. The variance is
       a moving average as well: v <- (1 - rate) * (v + rate * (r - m)^2).
     - "novelty": 1 / sqrt(n + 1) after n draws (the bonus of count-based exploration, Bellemare et al. 2016).
 
     A prompt with no reward yet (for "spread": with fewer than two) has the highest priority, 1. Late scores
-    (`score_at="rollout_end"`) count once they are known. Episodes of rows given to `reset` do not count.
-    A draw takes 0.1 ms with 1,000 prompts and 7 ms with 100,000, since it looks at all of them.
-    The policy is trained on this distribution of prompts, not on that of the data set: there are no importance weights.
+    (`score_at="rollout_end"`) count once they are known. Episodes of rows that the user passes to `reset` do not count.
+    A draw computes the probabilities of all prompts: 0.1 ms with 1,000 prompts and 7 ms with 100,000.
+    There are no importance weights: the policy is trained on this distribution of prompts, not on that of the data set.
 
     Args:
         by: The source of the priority.
         alpha: The exponent of the priority: 0 is uniform, 1 proportional, more is greedier.
-        staleness: The share of draws that go by how long ago each prompt was drawn, so that every prompt returns.
+        staleness: The weight of the second term, which favours prompts drawn long ago, so that every prompt returns.
         rate: The weight of the newest reward in the averages; 1 keeps the newest only.
         epsilon: The lowest priority.
 
@@ -80,19 +80,19 @@ class PrioritySampling:
 
 
 class PriorityCursor:
-    """The draws of prompts by priority; rewards and random generator are part of the state, so a run can be resumed.
+    """The draws of prompts by priority; its state holds rewards and random generator, so that a run can be resumed.
 
     Args:
-        sampling: How priorities are computed.
-        n_prompts: How many prompts there are, N.
+        sampling: The definition of priorities.
+        n_prompts: The number of prompts, N.
         seed: The seed of the draws.
 
     Attributes:
         number: The prompt that `advance` returned last, -1 before.
-        n_draws: How many prompts have been drawn.
-        draws: How often each prompt was drawn, (N,) int64.
+        n_draws: The number of draws so far.
+        draws: The number of draws of each prompt, (N,) int64.
         last_draw: The number of the draw in which each prompt came last, from 1; 0 for never, (N,) int64.
-        n_rewards: How many rewards of each prompt are known, (N,) int64.
+        n_rewards: The number of known rewards of each prompt, (N,) int64.
         mean: The moving average of each prompt's rewards, (N,) float64.
         variance: Their variance, a moving average as well, (N,) float64.
     """
@@ -110,7 +110,7 @@ class PriorityCursor:
         self.variance = np.zeros(n_prompts, dtype=np.float64)
 
     def observe(self, number: int, reward: float) -> None:
-        """Take the reward of a finished episode into the averages of its prompt.
+        """Update the averages of a prompt with the reward of a finished episode.
 
         Args:
             number: The number of the prompt.
@@ -126,7 +126,7 @@ class PriorityCursor:
         """Return p of each prompt, (N,) float64."""
         if self.sampling.by == "novelty":  # needs no reward
             return 1 / np.sqrt(self.draws + 1) + self.sampling.epsilon
-        # The variance of a single reward is 0, which would say that the prompt teaches nothing.
+        # The variance of a single reward is 0, which would mark the prompt as one that teaches nothing.
         known = self.n_rewards >= (1 if self.sampling.by == "reward" else 2)
         priorities = np.ones(len(known), dtype=np.float64)
         if known.any():
@@ -160,7 +160,7 @@ class PriorityCursor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned."""
+        """Continue from a state that `state_dict` returned."""
         self.seed, self.number, self.n_draws = state["seed"], state["number"], state["n_draws"]
         self.rng.bit_generator.state = state["rng"]
         for name in PROMPT_ARRAYS:

@@ -1,4 +1,4 @@
-"""Prompts, and the sources that they are read from."""
+"""Prompts, and the lists, files and data sets that they are read from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Prompt(str):
         row: The row of the data set; `{prompt_column: prompt}` for a bare text, list of token ids or chat.
         messages: The messages of a chat, whose rendering is the text; None for any other prompt.
         references: The texts of the references column, a list; empty without that column.
-        number: The index of the row in its source, or -1 for a prompt given to `reset`.
+        number: The index of the row in its source, or -1 for a prompt passed to `reset`.
         max_new_tokens: The row's own limit, in tokens, or None.
 
     Example:
@@ -90,10 +90,10 @@ def read_rows(path: str | PathLike[str]) -> list[Any]:
 
 
 class PromptReader:
-    """Makes a `Prompt` of a text, row, list of token ids or chat: its text, columns and tokens, cut to length.
+    """The reader that makes a `Prompt` of a text, row, list of token ids or chat, and cuts it to length.
 
     Args:
-        tokenizer: Encodes texts, decodes prompts that are token ids, and renders chats.
+        tokenizer: The tokenizer, which encodes texts, decodes prompts that are token ids, and renders chats.
         prompt_column: The column of a row that holds the prompt: a text, token ids or the messages of a chat.
         references_column: The column that holds one reference text or a list of them.
         max_prompt_tokens: The most tokens of a prompt; None for no limit.
@@ -125,13 +125,13 @@ class PromptReader:
 
         Args:
             source: The text, row, token ids or chat.
-            number: Its index in its source, -1 if it has none.
+            number: The index of the prompt in its source, -1 if it has none.
 
         Raises:
-            ValueError: If it is empty or too long, lacks a column, has a token id outside the vocabulary, or is a chat
-                that cannot be rendered.
+            ValueError: If the prompt is empty or too long, lacks a column, has a token id outside the vocabulary, or is
+                a chat that cannot be rendered.
         """
-        if isinstance(source, Prompt):  # it may come from another env, with another tokenizer
+        if isinstance(source, Prompt):  # its ids may be those of another env's tokenizer, so its row is read again
             source = source.row
         where = f"prompt {number}" if number >= 0 else "the prompt"
         row = dict(source) if isinstance(source, Mapping) else {self.prompt_column: source}
@@ -170,7 +170,7 @@ class PromptReader:
             raise ValueError(f"Expected {where} to be a text, a list of token ids or of messages, got {value!r:.80}.")
         ids = [int(i) for i in value]
         self._check_ids(ids, where)
-        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)  # ids stay exactly as they were given
+        return [], ids, self.tokenizer.decode(ids, skip_special_tokens=True)  # the user's ids are kept exactly
 
     def _encode_chat(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int], str]:
         """Return what `_encode` does; the template writes the opening tokens, so that no BOS is added."""
@@ -178,7 +178,7 @@ class PromptReader:
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         self._check_ids(ids, where)
         opening, body = encode_prompt(self.tokenizer, text)
-        # Only where the template has written what the tokenizer would add is it known which tokens open the text.
+        # The opening tokens are known only if the template wrote exactly those that the tokenizer would add.
         return (opening, body, text) if opening + body == ids else ([], ids, text)
 
     def _check_ids(self, ids: Sequence[int], where: str) -> None:
@@ -213,7 +213,7 @@ class PromptReader:
 
     def _own_limit(self, row: Mapping[str, Any], where: str) -> int | None:
         value = row.get("max_new_tokens")
-        if value in (None, ""):  # an empty cell of a CSV
+        if value in (None, ""):  # "" is an empty cell of a CSV file
             return None
         if not str(value).isdecimal() or int(value) < 1:
             raise ValueError(f"Expected the max_new_tokens of {where} to be an integer of at least 1, got {value!r}.")
@@ -221,11 +221,11 @@ class PromptReader:
 
 
 class PromptRows(Sequence[Prompt]):
-    """The prompts of a source that is not in memory, such as a `datasets.Dataset`: each is read when asked for.
+    """The prompts of a source that is not in memory, such as a `datasets.Dataset`; a row is read when it is indexed.
 
     Args:
         rows: Any object with a length and rows by number.
-        read: Makes a `Prompt` of a row and its number.
+        read: The function that makes a `Prompt` of a row and its number.
     """
 
     def __init__(self, rows: Sequence[PromptLike], read: Callable[[PromptLike, int], Prompt]) -> None:
@@ -233,7 +233,7 @@ class PromptRows(Sequence[Prompt]):
         self._read = read
 
     def __len__(self) -> int:
-        """Return how many rows there are."""
+        """Return the number of rows."""
         return len(self.rows)
 
     @overload
@@ -246,7 +246,7 @@ class PromptRows(Sequence[Prompt]):
         """Return the prompt of a row, or a list of them for a slice."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]  # raises IndexError behind the last row, which ends a `for` loop
+        number = range(len(self))[index]  # raises IndexError after the last row, which ends a `for` loop
         return self._read(self.rows[number], number)
 
 
@@ -255,11 +255,11 @@ def read_source(
 ) -> tuple[Sequence[Prompt], int]:
     """Return the prompts of a list, a file or a data set, all of them checked, and the length of the longest in tokens.
 
-    The prompts of a list or file are kept; those of any other source are read again each time they are asked for.
+    The prompts of a list or file are kept; a prompt of any other source is read again each time it is indexed.
 
     Args:
         source: The prompts, as for `TextEnv`.
-        read: Makes a checked `Prompt` of a row and its number.
+        read: The function that makes a checked `Prompt` of a row and its number.
 
     Raises:
         ValueError: If the source is empty or has no length, or a prompt cannot work.

@@ -1,4 +1,4 @@
-"""The rendering of untrusted chat templates, with limits of time, memory and length."""
+"""The rendering of untrusted chat templates, with limits on time, memory and length."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from textenv.checks.extras import MissingExtraError, needs
 from textenv.checks.lines import MAX_CHARS
 
 SECONDS = 10.0  # a template usually takes milliseconds
-MEMORY = 2 << 30  # bytes that a template may add to the process: doubling a text in a loop would fill the machine
+MEMORY = 2 << 30  # bytes that a template may add to the process: one that doubles a text in a loop would fill it
 STATM = Path("/proc/self/statm")  # on Linux; its first number is the size of the process in pages
 
 
 def apply_template(tokenizer: Any, messages: Any, where: str, **options: Any) -> str:
     """Return `tokenizer.apply_chat_template(messages, tokenize=False, **options)`.
 
-    A template is a program from whoever made the tokenizer. transformers runs it in jinja2's sandbox
-    (`utils/chat_template_utils.py`), where it can reach nothing, but for as long as it likes.
+    A template is a program by the tokenizer's author. transformers runs it in jinja2's sandbox
+    (`utils/chat_template_utils.py`), which stops it from reaching anything, but not from running for ever.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
         messages: The messages, each with "role" and "content".
-        where: What an error calls the messages.
+        where: The messages as errors name them, such as "prompt 3".
         **options: Other arguments of `apply_chat_template`.
 
     Raises:
@@ -52,7 +52,10 @@ def apply_template(tokenizer: Any, messages: Any, where: str, **options: Any) ->
 
 @cache
 def _refuse_powers(template: str) -> None:
-    """Refuse powers such as `9 ** 9 ** 9`: one step, which no timer interrupts, also when jinja2 compiles it."""
+    """Refuse powers such as `9 ** 9 ** 9`, a single step of Python that no timer interrupts.
+
+    jinja2 would compute a constant power already when it compiles the template.
+    """
     with needs("feedback", "jinja2", "a chat template"):  # transformers needs it for every template
         from jinja2 import Environment
 
@@ -62,7 +65,7 @@ def _refuse_powers(template: str) -> None:
 
 @contextmanager
 def _no_longer_than(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in a block that takes longer; a timer that is already running goes on after the block."""
+    """Raise TimeoutError in a block that takes longer; a timer that was already running continues after the block."""
     if not _may_limit() or not hasattr(signal, "setitimer"):
         yield
         return

@@ -1,6 +1,6 @@
-"""Rewards of finished texts, and how they are put together.
+"""Rewards of finished texts, alone or combined.
 
-The rewards that need torch are in modules of their own: `textenv.rewards.classifier`, `.preference`, `.likelihood`,
+The rewards that need torch are not imported here: `textenv.rewards.classifier`, `.preference`, `.likelihood` and
 `.similarity`.
 """
 

@@ -1,4 +1,4 @@
-"""Rewards that wait for an answer, as that of a server: several rows at a time, time limits, retries, failures."""
+"""Rewards by coroutines, which wait for a server's answer: several rows at a time, with time limits and retries."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-LONGEST_WAIT = 60.0  # seconds between two attempts: a server that asks for more would hold up the whole rollout
-POLL = 0.1  # seconds until Ctrl-C is noticed on Windows, where it does not interrupt a wait without a limit
+LONGEST_WAIT = 60.0  # seconds between two attempts: a longer wait would hold up the whole rollout
+POLL = 0.1  # seconds after which Windows notices Ctrl-C, which does not interrupt a wait without a limit there
 
 
 @dataclass(kw_only=True)
 class AsyncReward(BatchReward):
-    """Base class of rewards of finished texts by a coroutine, `score_row`, which subclasses write for one row.
+    """Base class of rewards whose coroutine `score_row`, which subclasses write, scores one finished row.
 
-    The rows of a call run concurrently, in an event loop in a thread of its own, so that it works in a notebook, too.
-    When the call returns, raises or is interrupted (Ctrl-C), none of its coroutines is left running. A coroutine has to
-    wait by `await`: anything else holds up the other rows and its own time limit. An attempt fails if `score_row`
-    raises, exceeds the time limit, or returns no finite number; a `RowError` says whether and when to try again.
+    The rows of a call run concurrently, in an event loop in a thread of its own, so that the reward works in a
+    notebook, too. When the call returns, raises or is interrupted (Ctrl-C), none of its coroutines is left running. A
+    coroutine has to wait by `await`: a blocking call holds up the other rows and its own time limit. An attempt fails
+    if `score_row` raises, exceeds the time limit, or returns no finite number; a `RowError` says whether and when to
+    try again.
 
     Declare the parameters of a subclass as the fields of a dataclass, so that it can be pickled.
 
@@ -49,9 +50,9 @@ class AsyncReward(BatchReward):
         backoff: The seconds before the first retry; they double with each further one and are multiplied by a random
             number in [0.5, 1.5], up to 60 s. A `RowError` may ask for a longer pause.
         on_failure: The treatment of a row whose last attempt has failed. "raise": a `RewardError` that lists all such
-            rows. "drop": the episode is left out of training (`textenv.rewards.DROPPED`), and too many of them stop the
-            run (see `textenv.episodes.failure_policy.Failures`). A number: the row's reward, as the part "failure".
-            Dropped and penalised rows are counted, with one warning.
+            rows. "drop": the episode is left out of training (`textenv.rewards.DROPPED`), and too many dropped episodes
+            stop the run (see `textenv.episodes.failure_policy.Failures`). A number: the row's reward, as the part
+            "failure". Dropped and penalised rows are counted, with one warning.
         score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:
@@ -92,18 +93,18 @@ class AsyncReward(BatchReward):
 
     @abstractmethod
     async def score_row(self, prompt: Prompt, preds: Preds) -> Score:
-        """Return the reward of a finished row: a finite number, a dict of named ones, or `DROPPED`."""
+        """Return the reward of a finished row: a finite number, a dict of named numbers, or `DROPPED`."""
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
-        """Enter before the first row of a call and leave after the last: override it to open a client for all rows."""
+        """Enclose the rows of a call: override it to open a client before the first row and close it after the last."""
         yield
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
         """Return the rewards of the rows.
 
         Raises:
-            RewardError: If rows failed and `on_failure` is "raise": each of them with its cause.
+            RewardError: If rows failed and `on_failure` is "raise"; the message lists them with their causes.
         """
         answers = run_apart(self._score_rows(prompts, preds))
         causes = {row: answer for row, answer in enumerate(answers) if isinstance(answer, Exception)}
@@ -117,7 +118,7 @@ class AsyncReward(BatchReward):
         turns = asyncio.Semaphore(self.concurrency)
 
         async def wait_for_turn(row: int) -> Score | Exception:
-            async with turns:  # kept during the pauses between attempts, so that an overloaded server gets less to do
+            async with turns:  # held during the pauses between attempts, too, so that an overloaded server gets a rest
                 return await self._answer(row, prompts[row], preds[row])
 
         async with self.session():
@@ -126,19 +127,19 @@ class AsyncReward(BatchReward):
                 if tasks:
                     await asyncio.wait(tasks)
             finally:
-                # Cancelled once, so `asyncio.wait` above and not `gather`, which cancels them itself: a second time
-                # would interrupt their clean-up.
+                # Each task is cancelled only once, since a second time would interrupt its clean-up. Hence
+                # `asyncio.wait` above: `gather` cancels its tasks itself.
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
             return [task.result() for task in tasks]
 
     async def _answer(self, row: int, prompt: Prompt, preds: Preds) -> Score | Exception:
-        """Return the score of a row, or why it has none."""
-        import tenacity  # here, since `import textenv` loads this file, and is light
+        """Return the score of a row, or the error of its last attempt."""
+        import tenacity  # here, since `import textenv` loads this file, and may load gymnasium and numpy only
 
-        jitter = Random(row)  # rows wait for different times, and the generators of others are left alone
-        # One object a row: tenacity keeps the state of an attempt in it (`BaseRetrying.iter_state`).
+        jitter = Random(row)  # a generator of its own, so that rows wait for different times, reproducibly
+        # A new object for each row: tenacity keeps the state of an attempt in it (`BaseRetrying.iter_state`).
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_is_worth_another),
             stop=tenacity.stop_after_attempt(self.retries + 1),
@@ -151,7 +152,7 @@ class AsyncReward(BatchReward):
             return error
 
     async def _ask_once(self, prompt: Prompt, preds: Preds) -> Score:
-        """Return the checked score of a row, or raise why this attempt has none."""
+        """Return the checked score of a row, or raise the reason why this attempt failed."""
         try:
             value = await asyncio.wait_for(self._ask(prompt, preds), self.time_limit)
             return check_rewards([value], [prompt], [preds])[0].score
@@ -166,7 +167,7 @@ class AsyncReward(BatchReward):
     async def _ask(self, prompt: Prompt, preds: Preds) -> Score:
         try:
             return await self.score_row(prompt, preds)
-        except SystemExit as error:  # asyncio lets it end the event loop, and with it the other rows
+        except SystemExit as error:  # it would end the event loop, and with it the other rows
             raise RowError(f"SystemExit: {error}") from error
 
     def _pause(self, state: tenacity.RetryCallState, jitter: Random) -> float:
@@ -177,7 +178,7 @@ class AsyncReward(BatchReward):
 
 
 def _is_worth_another(error: BaseException) -> bool:
-    # A cancelled attempt, which is no `Exception`, is not made again.
+    # `CancelledError` is no `Exception`, so a cancelled attempt is not repeated.
     return error.again if isinstance(error, RowError) else isinstance(error, Exception)
 
 
@@ -191,10 +192,11 @@ JUDGE = Kind(
 
 @dataclass
 class AsyncFunction(AsyncReward):
-    """The reward by a coroutine function, `async def judge(prompt, preds)`.
+    """The reward of a coroutine function, `async def judge(prompt, preds)`.
 
     Args:
-        function: The function, or its "module:name"; in a configuration, that of a class with such a `__call__`.
+        function: The function, or its "module:name"; in a configuration, the "module:name" of a class with such a
+            `__call__`.
         **options: The arguments of `AsyncReward`.
 
     Raises:
@@ -224,14 +226,14 @@ class AsyncFunction(AsyncReward):
 
 
 def is_coroutine_function(function: Any) -> bool:
-    """Return whether a call of a function or object gives a coroutine."""
+    """Return whether a call of a function or object returns a coroutine."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of a coroutine, which runs in an event loop in a thread of its own.
+    """Run a coroutine in an event loop in a thread of its own, and return its result.
 
-    If this call is interrupted, the coroutine is cancelled, and its clean-up is waited for.
+    If this call is interrupted, it cancels the coroutine and waits for its clean-up.
     """
     outcome: Future[Result] = Future()
     stops: list[Callable[[], Any]] = []

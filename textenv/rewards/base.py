@@ -1,4 +1,4 @@
-"""The contract of rewards that score many rows in a call, and the helpers that they share."""
+"""The base classes of rewards that score many rows in a call, and the helpers that rewards share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Reads = Literal["completion", "whole"]
 class BatchReward(ABC):
     """Base class of rewards that score many rows in one call: `TextEnv(prompts, tokenizer, reward=MyReward())`.
 
-    Subclass it and write `score`. Declare its parameters as the fields of a dataclass, so that it can be pickled. For a
+    Write `score` in a subclass. Declare its parameters as the fields of a dataclass, so that it can be pickled. For a
     single row, an instance can be called as a function: `reward(prompt, preds, done)`.
 
     Attributes:
-        score_at: When `TextEnv` calls the reward, unless its own `score_at` is given. "step": for every token. "done"
-            and "rollout_end": for finished texts alone, when each ends or once at the end of a rollout, and other rows
-            earn 0. "rollout_end" suits rewards that are expensive a call, as those of a model.
+        score_at: The time of the call, unless the `TextEnv` sets its own `score_at`. "step": at every token. "done": at
+            the end of each text. "rollout_end": once for all texts of a rollout that have ended, which suits rewards
+            with an expensive call, such as a model's. With the last two, tokens within a text earn 0.
         may_drop: Whether `score` may return `textenv.rewards.DROPPED`: `agents.make_agent` then attaches the step that
             leaves such episodes out of training.
 
@@ -43,7 +43,7 @@ class BatchReward(ABC):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
         """Return the rewards of B rows, in their order: finite numbers, or dicts of named parts, which are summed.
 
-        `textenv.rewards.DROPPED` means that a finished row has no reward and is to be left out of training.
+        For a finished row without a reward, return `textenv.rewards.DROPPED`: training leaves its episode out.
         """
 
     def __call__(self, prompt: Prompt, preds: Preds, done: bool) -> Score:
@@ -52,7 +52,7 @@ class BatchReward(ABC):
         return reward.score
 
 
-# A function, a `BatchReward`, the name of one, or a mapping of the name and options: {"name": "length", "target": 9}.
+# A function, a `BatchReward`, the name of a reward, or a mapping of name and options: {"name": "length", "target": 9}.
 RewardLike = RewardFunction | str | Mapping[str, Any]
 
 
@@ -75,19 +75,30 @@ class RowReward(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Any]:
         """Return the rewards of the rows."""
         return score_each(
-            lambda prompt, one, done: self.score_row(prompt, one), prompts, preds, dones, type(self).__name__
+            lambda prompt, completion, done: self.score_row(prompt, completion),
+            prompts,
+            preds,
+            dones,
+            type(self).__name__,
         )
 
 
 def score_rows(
     reward: RewardFunction, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
 ) -> list[Reward]:
-    """Return the checked rewards of B rows, by a function as well as by a `BatchReward`.
+    """Return the checked rewards of B rows from a reward function or a `BatchReward`.
 
-    A `BatchReward` of finished texts is called with those rows alone, and not at all where there are none.
+    A `BatchReward` of finished texts is called with the finished rows only, and not at all if there are none.
 
     Raises:
         RewardError: If a reward is no finite number; the message names its row.
+
+    Example:
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> from textenv.rewards import Length
+        >>> preds = [Preds(CharTokenizer("ab"), [1, 2]), Preds(CharTokenizer("ab"), [1])]
+        >>> [reward.value for reward in score_rows(Length(2), [Prompt("a")] * 2, preds, [True, False])]
+        [1.0, 0.0]
     """
     return check_rewards(ask_rows(reward, prompts, preds, dones), prompts, preds)
 
@@ -95,11 +106,11 @@ def score_rows(
 def ask_rows(
     reward: RewardFunction, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]
 ) -> list[Score]:
-    """Return the rewards of rows as `score_rows` does, one a row, but unchecked."""
+    """Return the rewards of rows as `score_rows` does, one for each row, but unchecked."""
     if not isinstance(reward, BatchReward):
         return score_each(reward, prompts, preds, dones)
     chosen = [row for row, done in enumerate(dones) if done or reward.score_at == "step"]
-    scores: list[Score] = [0.0 for _ in dones]
+    scores: list[Score] = [0.0 for _ in dones]  # unfinished rows of a reward of finished texts stay at 0
     if chosen:
         values = reward.score(*([column[row] for row in chosen] for column in (prompts, preds, dones)))  # type: ignore[arg-type]
         check_length(values, len(chosen))
@@ -117,7 +128,7 @@ def read_references(prompt: Prompt) -> list[str]:
     """Return the prompt's reference texts.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If the prompt has none.
     """
     if not prompt.references:
         raise ValueError(

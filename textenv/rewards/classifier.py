@@ -1,4 +1,4 @@
-"""Hugging Face text classifiers as rewards. Needs torch, so `textenv.rewards` does not import it."""
+"""Hugging Face text classifiers as rewards. The module needs torch, so `textenv.rewards` does not import it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from textenv.rewards.text_model import ModelLike, TextModel
 
 @dataclass
 class Classifier(BatchReward):
-    """The score of a wanted label by a text classifier: its probability, its logit, or whether it is the likeliest.
+    """A text classifier's score of a wanted label: its probability, its logit, or whether it is the likeliest label.
 
     The model reads the text through its own tokenizer, never the policy's token ids; for padding and truncation see
     `TextModel`.
 
-    With `label_column="intent", output="label"` it is the intent reward of OpenRL and RL4LMs: 1 where the predicted
+    With `label_column="intent", output="label"` this is the intent reward of OpenRL and RL4LMs: 1 where the predicted
     intent of the reply is the labelled one.
 
     Args:
@@ -30,15 +30,16 @@ class Classifier(BatchReward):
         label: The wanted label: a name in the model's `config.id2label`, or its number.
         label_column: The column of the prompt's row that holds its own wanted label, instead of `label`.
         output: "probability", "logit", or "label": 1.0 if the label is the likeliest, else 0.0. Probabilities add up
-            to 1 over the labels (softmax), or are each label's own (sigmoid) for a model of one label or of
-            `problem_type` "multi_label_classification", as transformers' `TextClassificationPipeline` has it.
+            to 1 over the labels (softmax), except for a model of one label or of `problem_type`
+            "multi_label_classification", where each label has its own (sigmoid), as in transformers'
+            `TextClassificationPipeline`.
         reads: "completion" scores the completion alone, "whole" the prompt and the completion as one text.
         tokenizer: The model's own tokenizer, for a model in this process.
         max_length: The most tokens of a text; longer texts are truncated, with one warning.
         truncation_side: The side on which longer texts lose tokens.
         batch_size: The most texts in a forward pass.
         device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
-        dtype: The dtype of the weights, as "bfloat16"; None for float32 where they are loaded by name, and for no
+        dtype: The dtype of the weights, such as "bfloat16"; None for float32 where they are loaded by name, and for no
             change to a model in this process.
         score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
@@ -117,6 +118,6 @@ class Classifier(BatchReward):
         chosen = logits[np.arange(len(texts)), labels]  # (B,)
         if self.output == "logit":
             return chosen.tolist()
-        # The logarithm of sigmoid's or softmax's denominator, (B,).
+        # The logarithm of the denominator of the sigmoid or softmax, (B,).
         total = np.logaddexp(chosen, 0.0) if self._is_separate else np.logaddexp.reduce(logits, axis=1)
         return np.exp(chosen - total).tolist()

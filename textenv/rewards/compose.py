@@ -1,6 +1,6 @@
 """Rewards made of other rewards: sums, limits, factors, conditions, ensembles and a cache.
 
-Where one of the rewards drops a row, the whole drops it.
+Where one of the inner rewards drops a row, the outer reward drops it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _may_drop(rewards: Sequence[RewardFunction]) -> bool:
 
 
 def _when(rewards: Sequence[RewardFunction]) -> ScoreAt:
-    """Return the `score_at` of the whole: "step" if a reward needs every token, as a plain function does."""
+    """Return the `score_at` of the outer reward: "step" if an inner one scores every token, as a function does."""
     wanted = {reward.score_at if isinstance(reward, BatchReward) else "step" for reward in rewards}
     return "step" if "step" in wanted else "rollout_end" if "rollout_end" in wanted else "done"
 
@@ -35,15 +35,15 @@ def _when(rewards: Sequence[RewardFunction]) -> ScoreAt:
 class WeightedSum(BatchReward):
     """The weighted sum of several rewards, each of which is logged under its name.
 
-    Beside a function, which is called for every token, a `BatchReward` of finished texts is still called for those
-    alone. The parts of a reward that has parts itself are named "name/part".
+    A function is called for every token; a `BatchReward` of finished texts is called for finished texts only, even
+    beside a function. The parts of a reward that has parts itself are named "name/part".
 
     Args:
         parts: The rewards by name: functions, `BatchReward`s, registered names, or mappings of name and options.
         weights: The factors by name; 1 for the others.
 
     Raises:
-        ValueError: If there are no parts, or a weight is none of a part.
+        ValueError: If there are no parts, or a weight has a name that no part has.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -150,11 +150,11 @@ class Scale(BatchReward):
 
 @dataclass
 class Gate(BatchReward):
-    """A reward that is called only for the rows that meet a condition, as a judge of answers in the right format.
+    """A reward that is called only for the rows that meet a condition, such as a judge of answers in the right format.
 
     Args:
-        condition: The reward whose score decides: a row meets the condition where it is above `threshold`. If it
-            scores finished texts alone, so does the whole.
+        condition: The reward whose score decides: a row meets the condition if its score is above `threshold`. If the
+            condition scores finished texts only, so does the gate.
         reward: The reward of the rows that meet the condition; it never sees the others.
         otherwise: The reward of the other rows.
         threshold: The bound on the condition's score.
@@ -182,7 +182,7 @@ class Gate(BatchReward):
         """Return the gated rewards."""
         verdicts = score_rows(self._condition, prompts, preds, dones)
         opened = [not verdict.is_dropped and verdict.value > self.threshold for verdict in verdicts]
-        rows = [row for row, is_open in enumerate(opened) if is_open]  # the only ones that the reward is given
+        rows = [row for row, is_open in enumerate(opened) if is_open]  # the only rows for which the reward is called
         scores: list[Score] = [DROPPED if verdict.is_dropped else self.otherwise for verdict in verdicts]
         earned = score_rows(self._reward, *_rows(rows, prompts, preds, dones))
         for row, reward in zip(rows, earned, strict=True):
@@ -192,10 +192,10 @@ class Gate(BatchReward):
 
 @dataclass
 class Ensemble(BatchReward):
-    """Several rewards for the same quality as one: their mean, or their minimum.
+    """The mean or the minimum of several rewards for the same quality.
 
-    The minimum resists a policy that exploits the weakness of one of them (Coste et al., 2023, Reward Model Ensembles
-    Help Mitigate Overoptimization, section 4: worst-case optimisation).
+    The minimum resists a policy that exploits the weakness of a single reward (Coste et al., 2023, Reward Model
+    Ensembles Help Mitigate Overoptimization, section 4: worst-case optimisation).
 
     Args:
         rewards: The rewards, in the same units.
@@ -236,13 +236,13 @@ class Ensemble(BatchReward):
 class Cached(BatchReward):
     """A cache in front of a reward: each pair of prompt and finished text is scored once.
 
-    It is meant for rewards that depend on the prompt, its row and the text alone: not on token ids, the end reason,
-    `preds.state` or the other rows. Equal texts of one call are scored once, too. Rows that are not done or that were
-    dropped are not cached.
+    The cache suits rewards that depend on the prompt, its row and the text only, and not on token ids, the end reason,
+    `preds.state` or the other rows. Equal texts within a call are scored once, too. Unfinished and dropped rows are not
+    cached.
 
     Args:
         reward: The reward behind the cache.
-        size: The most scores that are kept; the least recently used one goes first.
+        size: The most scores that are kept; the least recently used one is removed first.
 
     Attributes:
         n_asked: The number of rows that the reward itself has scored.
@@ -276,7 +276,7 @@ class Cached(BatchReward):
             for row, (prompt, completion, done) in enumerate(zip(prompts, preds, dones, strict=True))
         ]
         rewards = {key: self._known[key] for key in keys if key in self._known}
-        asked = {key: row for row, key in enumerate(keys) if key not in rewards}  # of equal rows, the last
+        asked = {key: row for row, key in enumerate(keys) if key not in rewards}  # of several equal rows, the last one
         rows = list(asked.values())
         self.n_asked += len(rows)
         fresh = score_rows(self._reward, *_rows(rows, prompts, preds, dones))

@@ -1,4 +1,4 @@
-"""The scores of HTTP services: a row is posted as JSON, and its score read from the JSON of the answer."""
+"""Rewards by HTTP services: a row is posted as JSON, and its score is read from the JSON of the answer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from textenv.rewards.asynchronous import AsyncReward
 if TYPE_CHECKING:
     import httpx
 
-EXCERPT = 200  # characters of a server's answer in an error
+EXCERPT = 200  # characters of a server's answer that an error quotes
 
-# The client of the running call; not in the reward, which is pickled, and which several threads may call at once.
+# The client of the running call. It is no attribute of the reward, which is pickled, and which several threads may call
+# at once.
 _client: ContextVar[httpx.AsyncClient] = ContextVar("client")
 
 
@@ -39,15 +40,15 @@ class HTTPJudge(AsyncReward):
 
     A row is posted as `{"prompt": ..., "completion": ..., "references": [...]}`, with `"row"` for the columns asked
     for. Subclasses may override `body` and `read`. A request is repeated after status 429 or 5xx, a lost connection,
-    the time limit or an answer without a score, and not before the time in the header Retry-After; after another status
-    it is not. Redirects are not followed. Proxies are taken from the environment.
+    the time limit or an answer without a score, and not before the time in the header Retry-After. After any other
+    status it is not repeated. Redirects are not followed. Proxies are taken from the environment.
 
-    Needs httpx: `pip install "textenv[judge]"`.
+    The reward needs httpx: `pip install "textenv[judge]"`.
 
     Args:
-        url: The address of the service, http or https. A key belongs into `api_key_variable`, not into the address.
-        key: The path of the score in the answer: names and, in lists, numbers from 0, joined by dots, as
-            "choices.0.score". At its end is a number, or a mapping of named numbers, whose sum is the score.
+        url: The address of the service, http or https. A key belongs in `api_key_variable`, not in the address.
+        key: The path of the score in the answer: names and, in lists, numbers from 0, joined by dots, such as
+            "choices.0.score". The path leads to a number, or to a mapping of named numbers, whose sum is the score.
         row_columns: The columns of `prompt.row` that are sent.
         api_key_variable: The name of the environment variable that holds a key, sent as `Authorization: Bearer ...`.
             The key is read for each request and stored nowhere. A configuration may only name a variable that the
@@ -57,9 +58,9 @@ class HTTPJudge(AsyncReward):
             `score_at`.
 
     Raises:
-        ImportError: Without httpx.
-        ValueError: If the URL is none or contains a user or password, an option is out of its range, or the variable
-            holds no key.
+        ImportError: If httpx is not installed.
+        ValueError: If the URL is malformed or contains a user or password, an option is out of its range, or the
+            variable holds no key.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt
@@ -74,7 +75,7 @@ class HTTPJudge(AsyncReward):
     key: str = "score"
     row_columns: Sequence[str] = ()
     api_key_variable: str | None = None
-    max_bytes: int = 1_000_000  # a score takes a line; this bounds memory where the service sends something else
+    max_bytes: int = 1_000_000  # far more than a score takes; the limit bounds the memory if something else is sent
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +107,7 @@ class HTTPJudge(AsyncReward):
         """Return the score in an answer, a parsed JSON value.
 
         Raises:
-            RowError: If there is none.
+            RowError: If the answer has no value at `key`.
         """
         value = answer
         for step in self.key.split("."):
@@ -134,9 +135,9 @@ class HTTPJudge(AsyncReward):
         """Open the client that the requests of a call share."""
         httpx = _load_httpx()
         limits = httpx.Limits(max_connections=self.concurrency)
-        # No time limit of httpx: `AsyncReward.time_limit` bounds the whole attempt.
+        # httpx gets no time limit: `AsyncReward.time_limit` bounds the whole attempt.
         async with httpx.AsyncClient(timeout=None, limits=limits, follow_redirects=False) as client:
-            token = _client.set(client)  # seen by the tasks of the rows, which copy the context when they are made
+            token = _client.set(client)  # the rows' tasks see it, since a task copies the context when it is created
             try:
                 yield
             finally:
@@ -144,7 +145,7 @@ class HTTPJudge(AsyncReward):
 
     async def _post(self, content: bytes) -> str:
         """Return the text of the answer, with the API key blanked if the service repeats it."""
-        # Uncompressed: a small compressed answer could unpack to any size, past the count below.
+        # "identity" asks for no compression: a small compressed answer could unpack to any size, past the count below.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         api_key = self._api_key()
         if api_key is not None:
@@ -159,7 +160,7 @@ class HTTPJudge(AsyncReward):
             text = self._blanked(received.decode("utf-8", "replace"))
             if 200 <= status < 300:
                 return text
-            # Too many requests, or an error of the server: both may pass. Any other status would come again.
+            # 429 (too many requests) and server errors may pass. Any other status would be the same the next time.
             again = status == 429 or status >= 500
             wait = _seconds(response.headers.get("Retry-After", "")) if again else 0.0
             target = self._blanked(response.headers.get("Location", ""))
@@ -170,7 +171,7 @@ class HTTPJudge(AsyncReward):
         if self.api_key_variable is None:
             return None
         api_key = os.environ.get(self.api_key_variable, "").strip()
-        # h11, below httpx, quotes the value of a header that it cannot send in its error: no key may get there.
+        # h11, below httpx, quotes a header value that it cannot send in its error, where a key must not appear.
         if not api_key or not api_key.isascii() or not api_key.isprintable():
             raise ValueError(
                 f"Expected the environment variable {self.api_key_variable!r} to hold a key of printable ASCII, got "
@@ -179,20 +180,20 @@ class HTTPJudge(AsyncReward):
         return api_key
 
     def _blanked(self, text: str) -> str:
-        """Return a text of the service without the API key, which it may repeat."""
+        """Return a text from the service with "***" for the API key, which the text may repeat."""
         api_key = self._api_key()
         return text if api_key is None else text.replace(api_key, "***")
 
 
 @dataclass
 class ChatJudge(HTTPJudge):
-    """The mark of a chat model behind OpenAI's chat completions API (vLLM, llama.cpp, ...), scaled to 0 to 1.
+    """The mark that a chat model gives, by OpenAI's chat completions API (vLLM, llama.cpp, ...), scaled to 0 to 1.
 
     A reply without a mark from `low` to `high` fails the attempt, which is repeated. The policy may learn to talk the
     judge round instead of writing better: read its texts.
 
     Args:
-        url: The address of the API, as "http://127.0.0.1:8000/v1/chat/completions".
+        url: The address of the API, such as "http://127.0.0.1:8000/v1/chat/completions".
         model: The name of the model on the server.
         question: The message to the model; {prompt}, {completion} and {references} (a line each) are filled in.
         low: The worst mark, which scores 0.
@@ -232,7 +233,7 @@ class ChatJudge(HTTPJudge):
             fields = [parsed[1:] for parsed in Formatter().parse(self.question) if parsed[1] is not None]
         except ValueError as error:
             fields = [(str(error), "", None)]
-        # A format, as {prompt:999999999}, would let a configuration ask for any amount of memory.
+        # A format such as {prompt:999999999} would let a configuration ask for any amount of memory.
         wrong = [name for name, *rest in fields if name not in ("prompt", "completion", "references") or any(rest)]
         if wrong:
             raise ValueError(
@@ -242,7 +243,7 @@ class ChatJudge(HTTPJudge):
 
     def body(self, prompt: Prompt, preds: Preds) -> dict[str, Any]:
         """Return the JSON value that is posted for a row."""
-        # str.format fills in each value as it is: braces in a text of the policy stay braces.
+        # str.format does not look into the values, so braces in a text of the policy stay braces.
         row = {"prompt": str(prompt), "completion": preds.text, "references": "\n".join(prompt.references)}
         messages = [{"role": "user", "content": self.question.format(**row)}]
         return {"model": self.model, "messages": messages, **self.options}
@@ -251,7 +252,7 @@ class ChatJudge(HTTPJudge):
         """Return the mark, scaled to 0 to 1.
 
         Raises:
-            RowError: If the reply has none from `low` to `high`.
+            RowError: If the reply has no mark from `low` to `high`.
         """
         reply = str(super().read(answer))
         match = re.search(self.pattern, reply)

@@ -1,4 +1,4 @@
-"""The reward that people give: questions about finished texts in a store of feedback, and their answers."""
+"""The reward by people, who answer questions about finished texts in a feedback store."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ GROUP = {"score": 1, "compare": 2, "rank": 4}  # the most texts in one question:
 
 @runtime_checkable
 class Learner(Protocol):
-    """The contract of rewards that learn from people's answers, such as `agents.LearnedReward`."""
+    """The protocol of rewards that learn from people's answers, such as `agents.LearnedReward`."""
 
     def fit(self, answers: Sequence[Answer]) -> None:
-        """Learn from all answers that count so far, those of earlier calls among them."""
+        """Learn from all answers that count so far, those of earlier calls included."""
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
         """Return the rewards of the rows, as `BatchReward` does."""
@@ -46,8 +46,8 @@ class HumanReward(BatchReward):
 
     With `learned`, a reward model scores the texts at once. Meanwhile people are asked about some of them, spread
     evenly from the best to the worst score, and whenever `every` more answers have come in, the model learns from all
-    answers in the store (Christiano et al., 2017, section 2.2). The first `every` answers have to be there before:
-    `textenv rate MODEL` collects them.
+    answers in the store (Christiano et al., 2017, section 2.2). The store must hold the first `every` answers at the
+    start: `textenv rate MODEL` collects them.
 
     Evaluations ask people as well: keep them small where training waits for the answers.
 
@@ -62,8 +62,8 @@ class HumanReward(BatchReward):
         n_asked: With `learned`, the most questions that wait for an answer at a time.
 
     Attributes:
-        attend: A function of the numbers of the questions that lack an answer, called once before the waiting, or None.
-            It may have somebody answer them on the spot.
+        attend: A function that is called once before the waiting, with the numbers of the questions that lack an
+            answer, or None. It may have somebody answer them on the spot.
 
     Raises:
         ValueError: If a number or the kind is out of its range, or the store has too few answers to learn from.
@@ -97,7 +97,7 @@ class HumanReward(BatchReward):
         low, high = check_scale(self.scale)
         self.scale = (float(low), float(high))
         check_choice("kind", self.kind, tuple(GROUP))
-        # A file with content is opened as a store or refused; any other would be written.
+        # A file with content is opened as a store or refused, but a new or empty file would be written.
         if not (os.path.isfile(self.db) and os.path.getsize(self.db)):
             check_written(self.db, ".db")
         if min(self.raters, self.every, self.n_asked) < 1:
@@ -107,7 +107,7 @@ class HumanReward(BatchReward):
             raise ValueError(f"Expected kind='score' without `learned`, got {self.kind!r}, which gives no numbers.")
         self._standing: StandingAnswers | None = None
         self._asked: dict[str, dict[tuple[str, tuple[str, ...]], int]] = {}  # numbers of questions, by run
-        self._n_learned = 0  # the number of answers that the learner was last given
+        self._n_learned = 0  # the number of answers at the learner's last fit
         self._has_warned = False
         self._learner: Learner | None = None
         if self.learned is not None:
@@ -132,7 +132,7 @@ class HumanReward(BatchReward):
         return self._standing
 
     def _known(self) -> dict[tuple[str, tuple[str, ...]], int]:
-        """Return the numbers of the run's questions of this kind and scale, by prompt and texts."""
+        """Return the numbers of the run's questions of this kind and scale, keyed by prompt and texts."""
         if self.run not in self._asked:
             self._asked[self.run] = {
                 (question.prompt, question.completions): question.id
@@ -159,7 +159,7 @@ class HumanReward(BatchReward):
         return scores
 
     def _ask(self, prompt: str, texts: Sequence[str]) -> int:
-        """Return the number of a question, which is added to the store unless it was asked before."""
+        """Return the number of a question, and add the question to the store unless it is there already."""
         known, key = self._known(), (prompt, tuple(texts))
         if key not in known:
             options: dict[str, Any] = {"run": self.run, "raters": self.raters, "scale": self.scale}
@@ -167,7 +167,7 @@ class HumanReward(BatchReward):
         return known[key]
 
     def _wait(self, items: Collection[int]) -> list[Answer]:
-        """Return the answers that count, as soon as `raters` people have answered or skipped each item."""
+        """Wait until `raters` people have answered or skipped each item, and return the answers that count."""
         has_attended = self.attend is None
         while True:
             answers = self._open().update()
@@ -189,12 +189,12 @@ class HumanReward(BatchReward):
 
 
 def _means(items: Sequence[int], answers: Sequence[Answer]) -> list[Score]:
-    """Return the mean score of each item, or `DROPPED` for one that everybody skipped."""
-    given: dict[int, list[float]] = defaultdict(list)
+    """Return the mean score of each item, or `DROPPED` for an item that everybody skipped."""
+    scores: dict[int, list[float]] = defaultdict(list)
     for answer in answers:
         if answer.kind == "score" and isinstance(answer.value, tuple):
-            given[answer.item].append(float(answer.value[0]))
-    return [statistics.fmean(given[item]) if given[item] else DROPPED for item in items]
+            scores[answer.item].append(float(answer.value[0]))
+    return [statistics.fmean(scores[item]) if scores[item] else DROPPED for item in items]
 
 
 def _questions(

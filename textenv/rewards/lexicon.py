@@ -15,14 +15,14 @@ from textenv.rewards.base import Reads, RowReward, check_choice, read_text
 class Vader(RowReward):
     """The sentiment of an English text by VADER's lexicon and rules (Hutto and Gilbert, 2014).
 
-    Needs vaderSentiment: `pip install "textenv[sentiment]"`.
+    The reward needs vaderSentiment: `pip install "textenv[sentiment]"`.
 
     Args:
         part: "compound", in [-1, 1], or the share of the text that is "pos", "neg" or "neu", in [0, 1].
         reads: "completion" scores the completion alone, "whole" the prompt and the completion as one text.
 
     Raises:
-        ImportError: Without vaderSentiment.
+        ImportError: If vaderSentiment is not installed.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt

@@ -1,4 +1,4 @@
-"""The likelihood of completions under a frozen model. Needs torch, so `textenv.rewards` does not import it."""
+"""The likelihood of completions under a frozen model. The module needs torch: `textenv.rewards` does not import it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from textenv.rewards.text_model import ModelLike, TextModel
 
 @dataclass
 class Likelihood(BatchReward):
-    """The mean log-probability, in nats a token, of the completion given the prompt, under a frozen causal model.
+    """The mean log-probability, in nats per token, of the completion given the prompt, under a frozen causal model.
 
-    The model's own tokenizer reads prompt and completion as one text. The tokens that end behind the prompt count. The
+    The model's own tokenizer reads prompt and completion as one text. A token counts if it ends after the prompt. The
     model's end token counts where the policy ended the text, and for an empty completion, so that writing nothing is
-    not free. The first token of the whole has no probability and is left out.
+    not free. The first token of the text has no probability and is left out.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
@@ -31,7 +31,7 @@ class Likelihood(BatchReward):
         max_length: The most tokens of prompt and completion together; longer texts lose their start, without a warning.
         batch_size: The most texts in a forward pass.
         device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
-        dtype: The dtype of the weights, as "bfloat16"; None for float32 where they are loaded by name, and for no
+        dtype: The dtype of the weights, such as "bfloat16"; None for float32 where they are loaded by name, and for no
             change to a model in this process.
         score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
@@ -75,7 +75,7 @@ class Likelihood(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
         """Return the score of each row."""
         texts = [self._encode(*row) for row in zip(prompts, preds, strict=True)]
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row][0]))
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row][0]))  # similar lengths need little padding
         scores = [0.0] * len(texts)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -84,12 +84,12 @@ class Likelihood(BatchReward):
         return scores
 
     def _encode(self, prompt: Prompt, preds: Preds) -> tuple[list[int], list[bool]]:
-        """Return the ids of prompt and completion, and for each whether it counts."""
+        """Return the ids of prompt and completion, and for each id whether it counts."""
         tokenizer = self._model.tokenizer
         # The offsets of a token are the characters where it starts and ends; only fast tokenizers have them.
         coded = tokenizer(str(prompt) + preds.text, return_offsets_mapping=True, truncation=False, verbose=False)
         tokens = list(zip(coded["input_ids"], coded["offset_mapping"], strict=True))
-        while tokens and tokens[-1][0] == tokenizer.eos_token_id:  # some tokenizers end each text
+        while tokens and tokens[-1][0] == tokenizer.eos_token_id:  # added by some tokenizers (Llama's add_eos_token)
             tokens.pop()
         ids, counts = [token for token, _ in tokens], [end > len(prompt) for _, (_, end) in tokens]
         if preds.end_reason is EndReason.EOS or not any(counts[1:]):

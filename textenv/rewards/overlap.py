@@ -23,7 +23,7 @@ class _OverlapReward(measures.Measure, RowReward):
 
 
 class METEOR(measures.METEOR, _OverlapReward):
-    """METEOR as a reward, with the options of `overlap_measures.METEOR`; warns where it has to do without WordNet.
+    """METEOR as a reward, with the options of `overlap_measures.METEOR`; it warns if WordNet is not installed.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt

@@ -1,8 +1,8 @@
-"""Measures of how far a text overlaps with reference texts: METEOR, ROUGE, BLEU, SacreBLEU and chrF.
+"""Measures of the overlap of a text with reference texts: METEOR, ROUGE, BLEU, SacreBLEU and chrF.
 
-`textenv.rewards` has each as a reward and `textenv.metrics` as a metric, of the same name and options. All lie in
-[0, 1]: rewards are added up with each other and with weights, so one that is a hundred times as large would drown the
-rest. Papers give SacreBLEU and chrF times 100.
+`textenv.rewards` has each measure as a reward and `textenv.metrics` as a metric, of the same name and options. All lie
+in [0, 1], since rewards are added up, and a reward that is a hundred times as large would drown the others. Papers
+report SacreBLEU and chrF times 100.
 
 The libraries come with `pip install "textenv[overlap]"`.
 """
@@ -45,12 +45,12 @@ class METEOR(Measure):
     without WordNet cannot be compared, so their names differ: `meteor` and `meteor_without_wordnet`.
 
     Args:
-        wordnet: Whether synonyms match. None: where WordNet is installed (`python -m nltk.downloader wordnet`).
-        split: Cuts a text into words. None takes nltk's `wordpunct_tokenize`: at white space and around punctuation.
-            Give `list` for texts without spaces, as Chinese.
+        wordnet: Whether synonyms match. None: if WordNet is installed (`python -m nltk.downloader wordnet`).
+        split: The function that cuts a text into words. None takes nltk's `wordpunct_tokenize`, which cuts at white
+            space and around punctuation. Pass `list` for texts without spaces, such as Chinese.
 
     Raises:
-        ImportError: Without nltk.
+        ImportError: If nltk is not installed.
         LookupError: If `wordnet=True` and WordNet is not installed.
         ValueError: If `split` is no function.
     """
@@ -74,7 +74,7 @@ class METEOR(Measure):
 
     def compare(self, text: str, references: Sequence[str]) -> float:
         """Return the score of a text, in [0, 1]."""
-        # A pickle may be read where WordNet is not installed: the scores must not fall silently.
+        # A pickle may be read on a machine without WordNet, where the scores must not fall silently.
         wordnet = installed_wordnet() if self.has_wordnet else NoWordNet()
         if wordnet is None:
             raise LookupError("Expected WordNet to be installed here, too: nltk.download('wordnet').")
@@ -86,18 +86,19 @@ class METEOR(Measure):
 class ROUGE(Measure):
     """ROUGE (Lin, 2004) by rouge_score; the best of several references.
 
-    The figure is named by its kind, as `rougeL`, and by its measure unless that is the F-measure: `rougeL_recall`.
+    The figure is named by its kind, such as `rougeL`, and by its measure unless that is the F-measure: `rougeL_recall`.
 
     Args:
         kind: "rouge1" to "rouge9" (n-grams), "rougeL" (longest common subsequence) or "rougeLsum" (the same, with each
             line taken for a sentence).
         measure: "fmeasure", "precision" or "recall".
         stem: Whether words are compared by their stem (Porter's).
-        split: Cuts a text into words. None takes rouge_score's own, lower-case ASCII letters and digits, which finds no
-            words in other scripts: give `list` for Chinese. With a function of your own there is no stemming.
+        split: The function that cuts a text into words. None takes rouge_score's own words of lower-case ASCII letters
+            and digits, of which other scripts have none: pass `list` for Chinese. With a function of your own there is
+            no stemming.
 
     Raises:
-        ImportError: Without rouge_score.
+        ImportError: If rouge_score is not installed.
         ValueError: If `kind` or `measure` is none of these, `split` is no function, or `stem` is given with it.
     """
 
@@ -123,7 +124,7 @@ class ROUGE(Measure):
 
     def compare(self, text: str, references: Sequence[str]) -> float:
         """Return the score of a text, in [0, 1]."""
-        # rouge_score's `score_multi` takes the reference of the best F-measure, whatever is asked for.
+        # Not rouge_score's `score_multi`, which takes the reference of the best F-measure, whatever `measure` is.
         scores = [self._scorer.score(reference, text)[self.kind] for reference in references]
         return float(max(score._asdict()[self.measure] for score in scores))
 
@@ -138,7 +139,7 @@ class BLEU(Measure):
         n: The longest n-gram, in words.
 
     Raises:
-        ImportError: Without nltk.
+        ImportError: If nltk is not installed.
         ValueError: If `n` is below 1.
     """
 
@@ -163,9 +164,9 @@ class BLEU(Measure):
 
 
 class CountedMeasure(Measure):
-    """Base class of the measures by sacrebleu: a score of n-gram counts, which may be one text's or a corpus's.
+    """Base class of the measures by sacrebleu, which score the n-gram counts of a text or of a corpus.
 
-    The score of a corpus is that of the sums of its texts' counts, which is not the mean of the texts' scores.
+    The score of a corpus is computed from the sums of its texts' counts, and is not the mean of the texts' scores.
     """
 
     _scorer: Any
@@ -176,10 +177,11 @@ class CountedMeasure(Measure):
 
     def counts(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         """Return the counts of each text, (N, K) float64."""
-        # As sacrebleu has them: a stream holds the i-th reference of each text, None where a text has fewer.
+        # sacrebleu takes references as streams: the i-th stream holds the i-th reference of each text, or None.
         most = max(len(own) for own in references)
         streams = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
-        # sacrebleu has no public way to the rows' counts; its own bootstrap (`significance.py`) calls these two.
+        # sacrebleu has no public way to the rows' counts; its own bootstrap (`significance.py`) calls this method and
+        # the one that `score_of` calls.
         return np.array(self._scorer._extract_corpus_statistics(texts, streams), dtype=np.float64)
 
     def score_of(self, counts: np.ndarray) -> float:
@@ -191,15 +193,15 @@ class CountedMeasure(Measure):
 class SacreBLEU(CountedMeasure):
     """BLEU by sacrebleu (Post, 2018) with its own tokenizers and smoothing ("exp"), over 100; named `sacrebleu`.
 
-    N-grams that are longer than all texts are left out (sacrebleu's `effective_order`, "eff:yes" in its signature);
-    where one text has four words it makes no difference to a corpus.
+    N-grams that are longer than all texts are left out (sacrebleu's `effective_order`, "eff:yes" in its signature). The
+    score of a corpus in which a text has four words or more does not depend on this.
 
     Args:
-        tokenize: How words are split: "13a" (sacrebleu's default), "zh", "ja-mecab", "char" and so on.
+        tokenize: The name of sacrebleu's tokenizer: "13a" (its default), "zh", "ja-mecab", "char" and so on.
         lowercase: Whether case is ignored.
 
     Raises:
-        ImportError: Without sacrebleu.
+        ImportError: If sacrebleu is not installed.
     """
 
     tokenize: str = "13a"
@@ -221,12 +223,12 @@ class ChrF(CountedMeasure):
     """The F-score of character n-grams (chrF; Popović, 2015) by sacrebleu, over 100; named `chrf`, or `chrf++`.
 
     Args:
-        word_order: The longest n-gram of words that counts beside those of characters: 0 for chrF, 2 for chrF++
+        word_order: The longest n-gram of words that counts beside the n-grams of characters: 0 for chrF, 2 for chrF++
             (Popović, 2017).
         lowercase: Whether case is ignored.
 
     Raises:
-        ImportError: Without sacrebleu.
+        ImportError: If sacrebleu is not installed.
     """
 
     word_order: int = 0
@@ -244,7 +246,7 @@ class ChrF(CountedMeasure):
 
 
 def _words_and_marks(text: str) -> Sequence[str]:
-    # Imported at each call, not kept in the object: nltk 3.10's tokenizer does not work after it was pickled.
+    # Imported at each call and not kept in the object, since nltk 3.10's tokenizer does not work once it was pickled.
     with needs("overlap", "nltk", "the words of METEOR and BLEU"):
         from nltk.tokenize import wordpunct_tokenize
     return wordpunct_tokenize(text)
@@ -261,7 +263,7 @@ class _SplitTokenizer:
 
 
 def _checked_split(split: Any) -> Split:
-    """Return the function; raise ValueError for anything else, which a configuration may give."""
+    """Return the function; raise ValueError for anything else, such as a text from a configuration."""
     if not callable(split):
         raise ValueError(f"Expected `split` to be a function from a text to its words, got {split!r:.80}.")
     return split

@@ -1,4 +1,4 @@
-"""Trained reward models as rewards. Needs torch, so `textenv.rewards` does not import it."""
+"""Trained reward models as rewards. The module needs torch, so `textenv.rewards` does not import it."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Preference(BatchReward):
         truncation_side: The side on which longer texts lose tokens; "left" keeps the completion.
         batch_size: The most texts in a forward pass.
         device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
-        dtype: The dtype of the weights, as "bfloat16"; None for float32 where they are loaded by name, and for no
+        dtype: The dtype of the weights, such as "bfloat16"; None for float32 where they are loaded by name, and for no
             change to a model in this process.
         score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:
         ValueError: If the model has several labels, or `chat` is set and the tokenizer has no chat template.
-        FileNotFoundError: If stats="stored" and the model's folder has none.
+        FileNotFoundError: If stats="stored" and the model's folder has no statistics.
 
     Example:
         >>> from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -67,7 +67,7 @@ class Preference(BatchReward):
     reads: Reads = "whole"
     tokenizer: Any = field(default=None, repr=False)
     max_length: int | None = None
-    truncation_side: Literal["left", "right"] = "left"  # the completion, which is to be scored, stands at the end
+    truncation_side: Literal["left", "right"] = "left"  # keeps the end of the text: the completion, which is scored
     batch_size: int = 32
     device: Any = None
     dtype: Any = None
@@ -105,7 +105,7 @@ class Preference(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
         """Return the score of each row."""
         texts = [self.text(*row) for row in zip(prompts, preds, strict=True)]
-        # A chat template writes the special tokens itself. The logits are (B, 1).
+        # No special tokens in a chat, whose template writes them. The logits are (B, 1).
         scores = self._model.logits(texts, add_special_tokens=not self.chat)[:, 0].astype(np.float64).tolist()
         return scores if self._stats is None else [self._stats.normalised(score) for score in scores]
 

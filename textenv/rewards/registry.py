@@ -67,15 +67,16 @@ def register_reward(name: str, entry_point: str) -> None:
     """
     if ":" in name or ":" not in entry_point:
         raise ValueError(f"Expected a name and a 'module:name', got {name!r} and {entry_point!r}.")
+    # `setdefault` returns the earlier entry point if the name is taken; registering the same one again is allowed.
     if REWARDS.setdefault(name, entry_point) != entry_point:
         raise ValueError(f"Expected a name that is free, got {name!r}, which stands for {REWARDS[name]!r}.")
 
 
 def make_reward(name: str, **options: Any) -> RewardFunction:
-    """Return the reward of a registered name, or that of a "module:name", whose module is imported.
+    """Return the reward of a registered name, or of a "module:name", whose module is imported.
 
     Args:
-        name: A registered name, or the "module:name" of a class or function; in a configuration, of a class.
+        name: A registered name, or the "module:name" of a class or function (in a configuration, of a class only).
         **options: The arguments of the class. A function takes none.
 
     Raises:
@@ -102,7 +103,7 @@ def make_named(name: str, kind: Kind, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"Expected 'module:name' or one of {sorted(REWARDS)}, got {name!r}.")
     trust = current_trust()  # None outside a configuration, where the caller's own code gives the name
     if trust is not None and name not in REWARDS:
-        target: Any = find_class(entry_point, kind, trust)
+        target: Any = find_class(entry_point, kind, trust)  # only a class of this kind, from an allowed module
     else:
         module, _, attribute = entry_point.partition(":")
         target = vars(import_module(module)).get(attribute)
@@ -115,10 +116,10 @@ def make_named(name: str, kind: Kind, options: Mapping[str, Any]) -> Any:
 
 
 def read_reward(reward: RewardLike) -> RewardFunction:
-    """Return a reward that a user gave as an object, by its name, or as a mapping of its name and options.
+    """Return a reward from the forms in which a user may write it: an object, a name, or a mapping of name and options.
 
     Raises:
-        TypeError: If it is none of these.
+        TypeError: If the argument is none of these.
         ValueError: As `make_reward`, or if the mapping has no "name".
 
     Example:

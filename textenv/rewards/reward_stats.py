@@ -57,7 +57,7 @@ class RewardStats:
         """Read the statistics from the model's folder.
 
         Raises:
-            FileNotFoundError: If the folder has none.
+            FileNotFoundError: If the folder has no such file.
             ValueError: If the file is damaged.
         """
         file = Path(folder) / STATS_FILE

@@ -52,8 +52,8 @@ class Length(RowReward):
 class Repetition(RowReward):
     """A penalty for repetition within the text: minus the share of its n-grams that occurred earlier in it.
 
-    That is (distinct n-grams / n-grams) - 1, in (-1, 0], and 0 where the text has no n-gram. As in Yeo et al., 2025
-    (Demystifying Long Chain-of-Thought Reasoning in LLMs).
+    That is (distinct n-grams / n-grams) - 1, in (-1, 0], and 0 where the text has no n-gram. The definition is from
+    Yeo et al., 2025 (Demystifying Long Chain-of-Thought Reasoning in LLMs).
 
     Args:
         n: The length of an n-gram, in units of `unit`.
@@ -77,7 +77,7 @@ class Repetition(RowReward):
         check_choice("unit", self.unit, ("words", "characters"))
 
     def score_row(self, prompt: Prompt, preds: Preds) -> float:
-        """Return minus the share, in (-1, 0]."""
+        """Return the penalty, in (-1, 0]."""
         words = preds.text.split() if self.unit == "words" else list(preds.text)
         ngrams = [tuple(words[i : i + self.n]) for i in range(len(words) - self.n + 1)]
         return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0
@@ -88,7 +88,7 @@ class Keyword(RowReward):
     """The share of the given keywords that occur in the text, each as a whole word.
 
     Args:
-        words: The keywords; one may consist of several words ("machine learning").
+        words: The keywords; a keyword may consist of several words ("machine learning").
         ignore_case: Whether "Good" counts as "good".
         column: The column of the prompt's row that holds its own keywords, a text or a list, instead of `words`.
 
@@ -115,7 +115,7 @@ class Keyword(RowReward):
         """Return the share, in [0, 1]."""
         words = self.words if self.column is None else _listed(prompt.row[self.column])
         flags = re.IGNORECASE if self.ignore_case else 0
-        # Not \b, which has no boundary after "C++": a keyword may begin or end with punctuation.
+        # Look-arounds in place of \b, which finds no boundary after "C++": a keyword may end with punctuation.
         occurs = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", preds.text, flags) is not None for word in words]
         return sum(occurs) / len(words)
 
@@ -125,8 +125,8 @@ class Regex(RowReward):
     """1 for a text that matches a regular expression (of Python's `re`), 0 for any other.
 
     Args:
-        pattern: The expression; it may have inline flags, as "(?i)yes".
-        whole: Whether the whole text has to match; else a match anywhere in it is enough.
+        pattern: The expression, maybe with inline flags, such as "(?i)yes".
+        whole: Whether the whole text has to match; otherwise a match anywhere in it is enough.
 
     Raises:
         ValueError: If the pattern is no regular expression.
@@ -156,13 +156,13 @@ class Regex(RowReward):
 class Format(RowReward):
     """1 for a text of tagged sections, each once, in order and with only white space between them; else 0.
 
-    By default `<think> ... </think> <answer> ... </answer>`, as in DeepSeek-R1 (2025, table 1).
+    The default is `<think> ... </think> <answer> ... </answer>`, the format of DeepSeek-R1 (2025, table 1).
 
     Args:
         tags: The names of the sections, in order.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no tags.
 
     Example:
         >>> from textenv import CharTokenizer, Preds, Prompt

@@ -1,4 +1,4 @@
-"""The similarity of texts by sentence embeddings. Needs torch, so `textenv.rewards` does not import it."""
+"""The similarity of texts by sentence embeddings. The module needs torch, so `textenv.rewards` does not import it."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class Similarity(BatchReward):
-    """The cosine, in [-1, 1], of the embeddings of a text and of its references; the highest of several.
+    """The cosine, in [-1, 1], of the embeddings of a text and its reference; the highest one of several references.
 
-    As in Sentence-BERT (Reimers and Gurevych, 2019, section 3). The model reads the text through its own tokenizer,
-    never the policy's token ids, and truncates it to its `max_seq_length`. An empty text scores 0. A model given by
-    name is loaded at the first score, and a pickle holds its name alone.
+    The method is that of Sentence-BERT (Reimers and Gurevych, 2019, section 3). The model reads the text through its
+    own tokenizer, never the policy's token ids, and truncates it to its `max_seq_length`. An empty text scores 0. A
+    model given by name is loaded at the first score, and a pickle holds its name alone.
 
-    Needs sentence-transformers: `pip install "textenv[similarity]"`.
+    The reward needs sentence-transformers: `pip install "textenv[similarity]"`.
 
     Args:
         model: A name on the hub, the path of a folder, or a `SentenceTransformer` in this process.
-        text: A text that all are compared with, instead of each prompt's references.
+        text: A text with which all texts are compared, instead of each prompt's references.
         reads: "completion" compares the completion alone, "whole" the prompt and the completion as one text.
         batch_size: The most texts in a forward pass.
         device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
-        dtype: The dtype of the weights, as "bfloat16"; None for float32 where they are loaded by name, and for no
+        dtype: The dtype of the weights, such as "bfloat16"; None for float32 where they are loaded by name, and for no
             change to a model in this process.
         score_at: "rollout_end" scores the texts of a rollout together, "done" each text when it ends.
 
     Raises:
-        ImportError: Without sentence-transformers.
+        ImportError: If sentence-transformers is not installed.
         ValueError: If `text` is empty or a number is out of its range.
 
     Example:
@@ -77,7 +77,7 @@ class Similarity(BatchReward):
         self._loaded: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to pickle, without a model loaded by name, which is loaded again."""
+        """Return the state to pickle, without the loaded model, which is loaded again from `model`."""
         return {**vars(self), "_loaded": None}
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
@@ -110,7 +110,7 @@ class Similarity(BatchReward):
         model, dtype = self.model, self.dtype
         if not isinstance(model, SentenceTransformer):
             try:
-                model = SentenceTransformer(str(model), device="cpu")  # its default is a GPU where there is one
+                model = SentenceTransformer(str(model), device="cpu")  # by default it would take a GPU if there is one
             except ValueError as error:
                 raise refused_code(error, model) from error
             dtype = "float32" if dtype is None else dtype

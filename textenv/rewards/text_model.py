@@ -1,4 +1,4 @@
-"""The frozen Hugging Face model behind rewards of texts: loading, tokenizing, batching. Needs torch."""
+"""The frozen Hugging Face model behind rewards of texts: its loading, tokenizing and batching. It needs torch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class TextModel:
     """A model for sequence classification with its own tokenizer: text in, logits out.
 
     The model is put into evaluation mode and computes no gradients. Texts are sorted by length into batches and padded
-    on the right, whatever the tokenizer's `padding_side`: models with absolute positions score a left-padded text
-    differently. The score of a causal model is that of its last token that is not the config's pad token; where the
-    config has none, it is set to the tokenizer's pad token, or else its end token. An empty text is scored as a single
-    pad token.
+    on the right, whatever the tokenizer's `padding_side`, since models with absolute positions score a left-padded text
+    differently. The score of a causal model is read at its last token that is not the config's pad token; a config
+    without a pad token gets the tokenizer's pad token, or else its end token. An empty text is scored as a single pad
+    token.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process.
-        tokenizer: The model's own tokenizer; None loads that of the same name or path.
-        max_length: The most tokens of a text, special tokens included; None for what tokenizer and model allow. Longer
-            texts are truncated, with one warning.
+        tokenizer: The model's own tokenizer; None loads the tokenizer of the same name or path.
+        max_length: The most tokens of a text, special tokens included; None for the limit of tokenizer and model.
+            Longer texts are truncated, with one warning.
         truncation_side: The side on which longer texts lose tokens.
         batch_size: The most texts in a forward pass.
         device: The device of the model; None leaves it where it is.
@@ -66,7 +66,7 @@ class TextModel:
             tokenizer = from_pretrained(AutoTokenizer, model) if tokenizer is None else tokenizer
             weights = read_dtype("float32" if dtype is None else dtype)
             self.model = load_whole(auto_class, model, any_more=True, dtype=weights)
-        # Unless asked, a model stays as transformers has placed it: `PreTrainedModel.to` refuses quantised ones.
+        # Called only on request, since transformers' `PreTrainedModel.to` refuses quantised models.
         if dtype is not None:
             self.model.to(dtype=read_dtype(dtype))
         if device is not None:
@@ -80,7 +80,7 @@ class TextModel:
         self._has_warned = False
 
     def _longest(self, max_length: int | None) -> int:
-        # A tokenizer without a limit of its own has 1e30 (transformers `tokenization_utils_base.VERY_LARGE_INTEGER`).
+        # A tokenizer without a limit has 1e30 (transformers `tokenization_utils_base.VERY_LARGE_INTEGER`).
         limit = min(self.tokenizer.model_max_length, n_positions(self.model.config) or self.tokenizer.model_max_length)
         if max_length is not None and not 1 <= max_length <= limit:
             raise ValueError(
@@ -89,8 +89,8 @@ class TextModel:
         return limit if max_length is None else max_length
 
     def _find_pad_id(self) -> int:
-        # transformers `modeling_layers.GenericForSequenceClassification.forward` reads the score before this token,
-        # and refuses batches without one.
+        # transformers `modeling_layers.GenericForSequenceClassification.forward` reads the score at the last token that
+        # is not the pad token, and refuses batches if the config has no pad token.
         config = self.model.config.get_text_config()
         if config.pad_token_id is None:
             tokenizer = self.tokenizer
@@ -102,7 +102,7 @@ class TextModel:
     def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each text, truncated to `max_length`."""
         tokenize = self.tokenizer
-        # Without truncation first, so that the texts which would lose tokens are known.
+        # The first pass does not truncate, which shows the texts that are too long.
         ids = tokenize(list(texts), add_special_tokens=add_special_tokens, truncation=False, verbose=False)["input_ids"]
         long = [row for row, tokens in enumerate(ids) if len(tokens) > self.max_length]
         for row in long:
@@ -123,7 +123,7 @@ class TextModel:
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         logits = np.zeros((len(ids), self.model.config.num_labels), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]  # of similar lengths, so that little is padding
+            rows = order[start : start + self.batch_size]  # texts of similar lengths need little padding
             logits[rows] = self._forward([ids[row] or [self.pad_id] for row in rows])
         return logits
 
@@ -133,7 +133,7 @@ class TextModel:
         return self.model(input_ids=tokens, attention_mask=is_text).logits.float().cpu().numpy()
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids padded on the right, and 1 for each token of a text: two (B, T) int64 on the device."""
+        """Return the token ids, padded on the right, and their attention mask: two (B, T) int64 on the device."""
         tokens = torch.full((len(ids), max(map(len, ids))), self.pad_id)  # (B, T)
         is_text = torch.zeros_like(tokens)  # (B, T)
         for row, text in enumerate(ids):
@@ -143,7 +143,7 @@ class TextModel:
 
 
 def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return the dtype of a name, as "bfloat16", or the dtype itself.
+    """Return the dtype of a name, such as "bfloat16", or the dtype itself.
 
     Raises:
         ValueError: If torch has no such dtype.

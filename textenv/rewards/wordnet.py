@@ -1,4 +1,4 @@
-"""nltk's WordNet, where its data is installed, and an empty one to take its place in METEOR."""
+"""nltk's WordNet, if its data is installed, and an empty WordNet that replaces it in METEOR."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class NoWordNet:
 
 
 def installed_wordnet() -> Any | None:
-    """Return nltk's WordNet, or None where its data is not installed.
+    """Return nltk's WordNet, or None if its data is not installed.
 
     Raises:
-        ImportError: Without nltk.
+        ImportError: If nltk is not installed.
     """
     with needs("overlap", "nltk", "METEOR"):
         from nltk.corpus import wordnet

@@ -1,8 +1,8 @@
 """The DailyDialog task: the next reply, or several, in conversations of everyday life.
 
 The data set has 13,118 dialogues, in which each turn is labelled with its speaker's intent (Li et al., 2017,
-"DailyDialog: A Manually Labelled Multi-turn Dialogue Dataset"). The reward is that of OpenRL and RL4LMs: the intent of
-the recorded reply, and METEOR with it.
+"DailyDialog: A Manually Labelled Multi-turn Dialogue Dataset"). The reward is that of OpenRL and RL4LMs: whether the
+intent is that of the recorded reply, and METEOR with that reply.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _dialogue(turns: Sequence[str], acts: Sequence[int], where: str) -> Dialogue
 def split_dialogues(
     dialogues: Sequence[Dialogue], held_back: float = HELD_OUT, seed: int = 0
 ) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Return dialogues to train on and dialogues held back, drawn at random; a dialogue is never split.
+    """Draw at random which dialogues to train on and which to hold back, and return both lists.
 
     Dialogues with the same turns are kept only once.
 
@@ -131,7 +131,7 @@ def split_dialogues(
         seed: The seed of the draw.
 
     Raises:
-        ValueError: If one of the two parts would be empty.
+        ValueError: If one of the two lists would be empty.
 
     Example:
         >>> train, held_back = split_dialogues([Dialogue((f"Hi {i} .", "Hi ."), (0, 0)) for i in range(20)])
@@ -192,14 +192,14 @@ def intent_and_meteor(
 ) -> BatchReward:
     """Return OpenRL's and RL4LMs' reward without its KL penalty: the weighted sum of `intent` and `meteor`.
 
-    `intent` is 1 if the classifier predicts for the written reply the intent of the recorded one, else 0; `meteor` is
-    in [0, 1].
+    `intent` is 1 if the intent that the classifier predicts for the written reply is that of the recorded reply, else
+    0; `meteor` is in [0, 1].
 
     Args:
         classifier: A text classifier whose labels are `INTENTS` in their order: a name on the hub, a folder, or a model
             with its `tokenizer`.
         tokenizer: The classifier's tokenizer, if `classifier` is a model.
-        weights: The weights of "intent" and "meteor"; 1 for those not given.
+        weights: The weights of "intent" and "meteor"; the default of each is 1.
     """
     intent = {"name": "classifier", "model": classifier, "tokenizer": tokenizer}
     summands: dict[str, RewardLike] = {
@@ -213,13 +213,15 @@ class DailyDialog(TextEnv):
     r"""The next reply of a conversation: `gymnasium.make("textenv/DailyDialog-v0", data=..., tokenizer=...)`.
 
     A prompt is the last turns of a dialogue, each followed by the separator; a reply ends with the separator or the end
-    token. By default it earns 1 if a classifier predicts for it the intent of the recorded reply, plus its METEOR with
-    the recorded reply. This is OpenRL's reward without its KL penalty, for which there is `agents.KLPenalty`.
+    token. By default a reply earns 1 if its intent, predicted by a classifier, is that of the recorded reply, plus its
+    METEOR with the recorded reply. This is OpenRL's reward without its KL penalty, for which there is
+    `agents.KLPenalty`.
 
-    With `max_turns` of 2 or more, an episode continues: the other speaker's recorded turn follows (observed, never
-    trained), and the policy replies again. It ends with the dialogue, or before a turn of the other speaker of more
-    than `max_response_tokens`. Its reward is the mean over the recorded replies of the episode, each compared with the
-    reply at its position (`EachTurn`). Replies that were not written, because all turns share `max_new_tokens`, earn 0.
+    With `max_turns` of 2 or more, an episode continues: the other speaker's recorded turn follows (the policy observes
+    it, and is not trained on it), and the policy replies again. The episode ends with the dialogue, or before a turn of
+    the other speaker of more than `max_response_tokens`. Its reward is the mean over the recorded replies of the
+    episode, each compared with the written reply at its position (`EachTurn`). Replies that were not written, because
+    all turns share `max_new_tokens`, earn 0.
 
     Args:
         data: A folder or a data set's name, as for `read_dialogues`, or dialogues, as from `split_dialogues`.
@@ -227,7 +229,7 @@ class DailyDialog(TextEnv):
         reward: A reward of a single reply in place of the default, whatever `max_turns` is.
         classifier: The intent classifier of the default reward: a name on the hub, or a folder.
         split: The split of `data`.
-        part: "train" or "held_out", as `split_dialogues` draws them; by default, all dialogues.
+        part: "train" or "held_out", the two lists that `split_dialogues` draws; by default, all dialogues.
         history: The most turns of a prompt.
         separator: The text that ends a turn.
         max_turns: The most replies of an episode.
@@ -236,7 +238,7 @@ class DailyDialog(TextEnv):
         **kwargs: Other arguments of `TextEnv`: `max_new_tokens`, `max_prompt_tokens`, `score_at`, `seed`, ...
 
     Raises:
-        ValueError: As `read_dialogues` and `TextEnv` do.
+        ValueError: If `read_dialogues` or `TextEnv` raises it.
 
     Example:
         >>> from textenv import CharTokenizer
@@ -297,7 +299,7 @@ class Conversation(DailyDialog):
         exchanges, n_replies = prompt.row["exchanges"], len(preds.turns)
         if n_replies > len(exchanges):
             return None
-        # A reply that was stopped already ends with the separator, which is the one stop string.
+        # A reply that ended by the stop string already has the separator at its end.
         opening = "" if preds.end_reason is EndReason.STOP else self.separator
         return f"{opening}{exchanges[n_replies - 1]['other']}{self.separator}"
 

@@ -30,7 +30,7 @@ class Dates(TextEnv):
         **kwargs: Other arguments of `TextEnv`, except `reward`.
 
     Raises:
-        ValueError: If the tokenizer has no end token and `prompts` are missing, or as `TextEnv` does.
+        ValueError: If the tokenizer has no end token and `prompts` are missing, or if `TextEnv` raises it.
 
     Example:
         >>> from textenv import CharTokenizer

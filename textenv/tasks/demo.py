@@ -1,4 +1,4 @@
-"""The built-in demo as an environment made of plain values: product reviews, continued in a good mood."""
+"""The built-in demo as an environment: product reviews, to be continued in a good mood."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from textenv.text.tokenizer import Tokenizer
 class Demo(TextEnv):
     """Reviews that earn the share of positive words among their mood words at the end: `gym.make("textenv/Demo-v0")`.
 
-    It needs no data and no arguments, and all arguments can be written in a YAML file, so that programs such as rl_zoo3
-    can make it by name. Its language model is `agents.demo_model`.
+    The demo needs no data and no arguments, and all arguments can be written in a YAML file, so that programs such as
+    rl_zoo3 can make it by name. Its language model is `agents.demo_model`.
 
     Args:
-        tokenizer: The language model's tokenizer; "demo" is that of the demo's model.
+        tokenizer: The language model's tokenizer; "demo" is the tokenizer of the demo's model.
         prompts: Other prompts, in any form that `TextEnv` takes.
         max_new_tokens: The most tokens of a text.
-        banned: Words that must not be written, by a mask; it needs MaskablePPO.
+        banned: Words that a mask forbids; they need MaskablePPO.
         **kwargs: Other arguments of `TextEnv`, except `reward`.
 
     Example:

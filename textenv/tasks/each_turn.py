@@ -54,7 +54,7 @@ class EachTurn(BatchReward):
         )
         scores: list[Score] = []
         for prompt, row in zip(prompts, replies, strict=True):
-            # The mean is over the recorded replies, so that those that were not written count as 0.
+            # The divisor is the number of recorded replies, so that replies that were not written count as 0.
             n_recorded = 1 + len(prompt.row["exchanges"])
             parts: dict[str, float] = {}
             total = 0.0
@@ -76,7 +76,7 @@ class EachTurn(BatchReward):
         # An exchange follows each recorded turn but the last; the policy may have written fewer turns (strict=False).
         for turn, exchange in zip(preds.turns, [*prompt.row["exchanges"], None], strict=False):
             ids = self.tokenizer.encode(turn.text, add_special_tokens=False)
-            written = [Turn(turn.text, None)]
+            written = [Turn(turn.text, None)]  # a closed turn, so that `preds.text` is this text, without decoding
             reply = Preds(self.tokenizer, ids, turn_length=0, closed=written, lane=preds.lane, group=preds.group)
             episodes.append((Prompt(text, row=row, references=references, number=prompt.number), reply))
             if exchange is not None:

@@ -1,7 +1,6 @@
-r"""The task of replying as an assistant, on hh-rlhf's dialogues with two replies, of which people preferred one.
+r"""The task of replying as an assistant, on dialogues of hh-rlhf with two replies, of which people preferred one.
 
-The format is that of Anthropic's hh-rlhf (Bai et al., 2022, "Training a Helpful and Harmless Assistant with
-Reinforcement Learning from Human Feedback"): turns begin with "\n\nHuman:" and "\n\nAssistant:".
+`textenv.prompts.dialogues` describes the format: turns begin with "\n\nHuman:" and "\n\nAssistant:".
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def read_pairs(data: str | PathLike[str], split: str = "train") -> list[Pair]:
     """Read pairs from a folder of .jsonl or .jsonl.gz files, or from a data set by its name on the Hugging Face hub.
 
     Args:
-        data: The folder, whose files are read in the order of their names, with an object of "chosen" and "rejected"
-            on each line. If there is no such folder, the name of a data set on the hub, such as "Anthropic/hh-rlhf".
+        data: The folder, whose files are read in the order of their names; each line is an object with "chosen" and
+            "rejected". If there is no such folder, the name of a data set on the hub, such as "Anthropic/hh-rlhf".
         split: The split of that data set to read; a folder has none.
 
     Raises:
@@ -47,7 +46,7 @@ def read_pairs(data: str | PathLike[str], split: str = "train") -> list[Pair]:
 
 
 def _file_rows(folder: Path) -> Iterator[tuple[Any, str]]:
-    """Yield each object of the files, with its file and line for errors."""
+    """Yield each object of the files, with its file and line as errors name them."""
     files = sorted(path for path in folder.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
         raise ValueError(f"Expected files that end in .jsonl or .jsonl.gz in {fspath(folder)!r}, got none.")
@@ -60,15 +59,17 @@ def _file_rows(folder: Path) -> Iterator[tuple[Any, str]]:
 
 
 def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    r"""Return pairs to train on and pairs held out, drawn so that dialogues with the same first turn stay together.
+    r"""Draw which pairs to train on and which to hold out, and return both lists.
+
+    Pairs whose dialogues have the same first turn stay together.
 
     Args:
         pairs: The pairs.
-        n: The least number of pairs that are held out; there are more if the last group that is drawn has more.
+        n: The least number of pairs to hold out; there are more if the last group that is drawn is larger.
         seed: The seed of the draw.
 
     Raises:
-        ValueError: If one of the two parts would be empty.
+        ValueError: If one of the two lists would be empty.
 
     Example:
         >>> first, second = Pair("\n\nHuman: A", " a", " b"), Pair("\n\nHuman: B", " a", " b")
@@ -81,6 +82,7 @@ def hold_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], 
     held_out: list[Pair] = []
     train: list[Pair] = []
     first_turns = list(groups)
+    # Groups in random order fill the held-out list until it has `n` pairs; the others are for training.
     for i in np.random.default_rng(seed).permutation(len(first_turns)):
         (held_out if len(held_out) < n else train).extend(groups[first_turns[i]])
     if not held_out or not train:
@@ -103,14 +105,14 @@ def part_of(pairs: Sequence[Pair], part: Part) -> list[Pair]:
 class HH(TextEnv):
     r"""The assistant's next reply: `gymnasium.make("textenv/HH-v0", data=..., tokenizer=..., reward=...)`.
 
-    A prompt is the part that the two dialogues of a pair share, "\n\nAssistant:" included. A reply ends with the end
+    A prompt is the text that the two dialogues of a pair share, "\n\nAssistant:" included. A reply ends with the end
     token, or when the policy begins a turn of the human, which is not part of the reply's text. Each `prompt.row` has
     `chosen` and `rejected`; the chosen reply is the prompt's reference.
 
     Args:
         data: A folder or a data set's name, as for `read_pairs`, or pairs, as from `hold_out`.
         tokenizer: The policy's tokenizer, as for `TextEnv`.
-        reward: As for `TextEnv`; `{"name": "preference", "model": folder}` is a trained reward model.
+        reward: The reward, as for `TextEnv`; `{"name": "preference", "model": folder}` is a trained reward model.
         split: The split of a data set on the hub.
         part: "train", or the tenth that is "held_out" (see `part_of`); by default, all pairs.
         max_new_tokens: The most tokens of a reply.
@@ -119,7 +121,7 @@ class HH(TextEnv):
         **kwargs: Other arguments of `TextEnv`.
 
     Raises:
-        ValueError: As `read_pairs` and `TextEnv` do.
+        ValueError: If `read_pairs` or `TextEnv` raises it.
 
     Example:
         >>> from textenv import CharTokenizer

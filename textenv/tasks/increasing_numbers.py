@@ -48,7 +48,7 @@ class Increasing(RowReward):
         """Return the share, in [0, 1]."""
         words = preds.text.split()
         numbers = [number for word in words if (number := _number(word)) is not None]
-        count = len(numbers[:1])
+        count = len(numbers[:1])  # 1, or 0 without a number
         # The comparison is false with "nan" on either side, which ends the run.
         while 0 < count < len(numbers) and numbers[count] > numbers[count - 1]:
             count += 1
@@ -76,7 +76,7 @@ class IncreasingNumbers(TextEnv):
         **kwargs: Other arguments of `TextEnv`, except `reward`.
 
     Raises:
-        ValueError: If the tokenizer has no end token and `prompts` are missing, or as `TextEnv` does.
+        ValueError: If the tokenizer has no end token and `prompts` are missing, or if `TextEnv` raises it.
 
     Example:
         >>> from textenv import CharTokenizer

@@ -5,4 +5,4 @@ from __future__ import annotations
 from typing import Literal
 
 Part = Literal["train", "held_out"]
-HELD_OUT = 0.1  # of all rows
+HELD_OUT = 0.1  # the share of all rows

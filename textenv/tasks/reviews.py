@@ -1,4 +1,4 @@
-"""Film reviews, to be continued in a better mood: labelled sentences, and an environment with their first words."""
+"""The task of continuing film reviews in a better mood: labelled sentences, whose first words are the prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from textenv.text.tokenizer import Tokenizer
 
 FILES = ("rt-polarity.neg", "rt-polarity.pos")  # in the order of the labels
 LABELS = ("negative", "positive")
-# Dashes and quotes in Windows' encoding, which Latin-1 decodes to control characters.
+# Dashes and quotes in Windows' encoding (cp1252), keyed by the control characters to which Latin-1 decodes their bytes.
 WINDOWS = {code: bytes([code]).decode("cp1252", "replace") for code in range(0x80, 0xA0)}
 
 
@@ -68,7 +68,7 @@ def _read_lines(file: Path) -> list[str]:
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8")
-    except UnicodeDecodeError:  # the file as its authors distribute it
+    except UnicodeDecodeError:  # the encoding of the file as its authors distribute it
         text = raw.decode("latin-1")
     lines = (" ".join(line.split()) for line in text.translate(WINDOWS).split("\n"))
     return [line for line in lines if line]

@@ -1,4 +1,4 @@
-"""The task of writing a favourable Chinese review, on rankings of reviews from the most to the least pleased."""
+"""The task of writing a favourable Chinese review, on rankings of reviews from the most to the least favourable."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_rankings(data: str | PathLike[str]) -> list[tuple[str, ...]]:
     r"""Read rankings of reviews from the file `ranked.tsv` (UTF-8) in a folder.
 
     Each line is one ranking, best review first, with tabs between the reviews. Rankings may have different lengths. A
-    repeated line is read once; a review may stand in several lines (see `split_rankings`). Blank lines are skipped.
+    repeated line is read once; a review may be in several lines (see `split_rankings`). Blank lines are skipped.
 
     Raises:
         ValueError: If there is no such folder or file, or a line has fewer than two reviews, an empty review or a
@@ -69,7 +69,7 @@ def _read_line(line: str, where: str) -> tuple[str, ...]:
 
 
 def split_rankings(rankings: Rankings, shares: Mapping[str, float], seed: int = 0) -> dict[str, list[tuple[str, ...]]]:
-    """Return the rankings in parts that are drawn at random and have no review in common.
+    """Divide the rankings at random into parts that have no review in common.
 
     Rankings that share a review, directly or through other rankings, stay together.
 
@@ -132,15 +132,15 @@ class ZhReviews(TextEnv):
     Args:
         data: The folder of the rankings, as for `read_rankings`, or rankings, as from `split_rankings`.
         tokenizer: The policy's tokenizer; `agents.char_tokenizer` makes one that knows Chinese.
-        reward: As for `TextEnv`, such as `textenv.rewards.preference.Preference` with a reward model that was trained
-            on the rankings.
+        reward: The reward, as for `TextEnv`, such as `textenv.rewards.preference.Preference` with a reward model that
+            was trained on the rankings.
         part: "train", or the tenth that is "held_out" (see `part_of`); by default, all rankings.
         n_characters: The number of a review's characters that make a prompt. Reviews without more are left out.
         max_new_tokens: The most tokens of a completion.
         **kwargs: Other arguments of `TextEnv`.
 
     Raises:
-        ValueError: As `read_rankings` and `TextEnv` do, and if no review is longer than a prompt.
+        ValueError: If no review is longer than a prompt, or if `read_rankings` or `TextEnv` raises it.
 
     Example:
         >>> from textenv import CharTokenizer

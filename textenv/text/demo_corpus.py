@@ -1,4 +1,4 @@
-"""The built-in corpus: product reviews written by a small seeded grammar, so that the main job needs no download.
+"""The built-in corpus: product reviews from a small grammar and a seed, so that a first run needs no download.
 
 A review has two or three clauses with one mood word each, all in lower case. Spaces stand between words and around
 punctuation, so that a tokenizer that splits at spaces is enough::
@@ -59,7 +59,7 @@ POSITIVE, NEGATIVE = (frozenset(word for name in MOODS for [word] in TABLE[name]
 
 
 def _write(symbol: str, sides: Iterator[int], rng: np.random.Generator) -> list[str]:
-    """Expands `symbol` into random words; each two-sided rule that is met consumes the next of `sides`."""
+    """Expand `symbol` into random words; each two-sided rule on the way takes the next of `sides`."""
     if symbol not in TABLE:
         return [symbol]
     alternatives = TABLE[symbol][next(sides) if len(TABLE[symbol]) == 2 else 0]
@@ -68,7 +68,7 @@ def _write(symbol: str, sides: Iterator[int], rng: np.random.Generator) -> list[
 
 
 def _pattern(symbol: str) -> str:
-    """Returns a regular expression for every text of `symbol`, on either side, with a space after each word."""
+    """Return a regular expression for every text of `symbol`, on either side, with a space after each word."""
     if symbol not in TABLE:
         return re.escape(f"{symbol} ")
     alternatives = itertools.chain.from_iterable(TABLE[symbol])
@@ -76,7 +76,7 @@ def _pattern(symbol: str) -> str:
 
 
 def _all(symbol: str) -> list[str]:
-    """Returns every text of `symbol`, in the order of the tables."""
+    """Return every text of `symbol`, in the order of the tables."""
     if symbol not in TABLE:
         return [symbol]
     alternatives = itertools.chain.from_iterable(TABLE[symbol])
@@ -87,7 +87,7 @@ _REVIEW = re.compile(_pattern("REVIEW"))
 
 
 def reviews(n: int, seed: int = 0) -> list[str]:
-    """Writes reviews in random order: a third of them positive, a third negative and a third neutral.
+    """Write reviews in random order: a third of them positive, a third negative and a third neutral.
 
     Nine of ten mood words in a positive (negative) review are positive (negative); a neutral review has one of each.
     The mean score of the corpus is therefore one half. A review has 9 to 24 words, the final "." included.
@@ -109,24 +109,25 @@ def reviews(n: int, seed: int = 0) -> list[str]:
     if n < 1:
         raise ValueError(f"Expected `n` to be positive, got {n}.")
     rng = np.random.default_rng(seed)
-    # Moods are counted out rather than drawn, so that small corpora are balanced too.
+    # Moods are shared out equally rather than drawn at random, so that small corpora are balanced, too.
     return [_review(mood, rng) for mood in rng.permutation(np.arange(n) % 3)]
 
 
 def _review(mood: int, rng: np.random.Generator) -> str:
-    """Writes one review of mood 0 (positive), 1 (negative) or 2 (neutral)."""
+    """Write one review of mood 0 (positive), 1 (negative) or 2 (neutral)."""
     if mood == 2:
         first = int(rng.integers(2))
         symbol, moods = "SHORT", [first, 1 - first]
     else:
         symbol, moods = "REVIEW", [int(side) for side in np.where(rng.random(3) < FAITHFUL, mood, 1 - mood)]
-    # Two-sided rules come in the order mood, join, mood, join, mood; a short review leaves the last two unused.
+    # Two-sided rules come in the order mood, join, mood, join, mood; a short review leaves the last two unused. A join
+    # has side 0 ("and") between equal moods and 1 ("but") between different ones, hence the exclusive or.
     sides = moods[:1] + [side for before, now in itertools.pairwise(moods) for side in (before ^ now, now)]
     return " ".join(_write(symbol, iter(sides), rng))
 
 
 def score(text: str) -> float:
-    """Returns the share of positive words among the mood words of `text`, in [0, 1]; 0.0 if it has none.
+    """Return the share of positive words among the mood words of `text`, in [0, 1]; 0.0 if it has no mood word.
 
     Example:
         >>> score("this phone is great but i hate it and everything works well .") == 2 / 3
@@ -138,9 +139,9 @@ def score(text: str) -> float:
 
 
 def parses(text: str) -> bool:
-    """Returns whether the whole `text`, prompt and completion together, is a review of the grammar, in any mood.
+    """Return whether the whole `text`, prompt and completion together, is a review of the grammar, in any mood.
 
-    Either mood is accepted wherever a mood word or a join is due, and the number of spaces does not matter.
+    Wherever the grammar has a mood word or a join, either side is accepted; the number of spaces does not matter.
 
     Example:
         >>> parses("this phone is great and i love it ."), parses("this phone is great and i love it")
@@ -150,7 +151,7 @@ def parses(text: str) -> bool:
 
 
 def prompts() -> list[str]:
-    """Returns every opening: 3 or 4 words without mood, with which reviews begin and after which 6 to 20 words follow.
+    """Return every opening of a review: 3 or 4 words without mood, which 6 to 20 further words follow.
 
     Example:
         >>> len(prompts()), prompts()[0]
@@ -160,7 +161,7 @@ def prompts() -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Returns every word of the grammar, ``,`` and ``.`` included, in alphabetical order.
+    """Return every word of the grammar, ``,`` and ``.`` included, in alphabetical order.
 
     Example:
         >>> len(vocabulary()), vocabulary()[:3]

@@ -2,7 +2,7 @@
 
 import html
 
-# The characters that Markdown takes for markup, as HTML entities, which it leaves alone.
+# From each character that Markdown takes for markup to its HTML entity, which Markdown leaves alone.
 MARKDOWN = {ord(char): f"&#{ord(char)};" for char in "\\`*_[]|"}
 
 
@@ -20,7 +20,7 @@ def printable(text: str) -> str:
 
 
 def page_text(text: str) -> str:
-    r"""Return a text as TensorBoard's page shows it: what a model wrote is neither HTML nor Markdown there.
+    r"""Return a text that a page shows as it is, without taking any of it for HTML or Markdown, as TensorBoard would.
 
     Example:
         >>> page_text("<b> [a](b)")

@@ -1,4 +1,4 @@
-"""The tokenizer protocol, the encoding of prompts and decoding of continuations, and a character tokenizer."""
+"""The tokenizer protocol, the encoding of prompts, the decoding of continuations, and a character tokenizer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
     """Encode `text` for a causal model to continue: with the special tokens before it, without those after it.
 
     A tokenizer may add special tokens before a text (BOS, [CLS]) and after it (EOS, [SEP]); the latter would end the
-    prompt. A text that already begins with the opening tokens, as chat templates write them, gets them only once.
+    prompt. A text that already begins with its opening tokens, as texts from chat templates do, gets no second ones.
 
     Returns:
         The special tokens that open the text, and the tokens of the text itself.
@@ -64,7 +64,7 @@ def decode_continuation(
     """Return the text that `token_ids` add to the text of `context`.
 
     Decoding the ids alone would lose the space before the first word (SentencePiece, word tokenizers) and break a
-    character whose bytes are split between the two.
+    character whose bytes are split between context and continuation.
 
     Example:
         >>> decode_continuation(CharTokenizer("ab"), [1, 2], [1, 0])
@@ -76,7 +76,7 @@ def decode_continuation(
     shared = len(context_text)
     while not whole_text.startswith(context_text[:shared]):
         shared -= 1
-    if not context_text[shared:].strip(BROKEN):  # the two differ at most in a character that the new ids complete
+    if not context_text[shared:].strip(BROKEN):  # at most a broken character differs, which the new ids complete
         return whole_text[shared:]
     return tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 

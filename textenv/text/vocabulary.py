@@ -1,4 +1,4 @@
-"""The tokens of a tokenizer as bytes, against which masks match text."""
+"""The tokens of a tokenizer as bytes, with which masks match text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens for 
 
 @runtime_checkable
 class _NamesTokens(Protocol):
-    """A tokenizer that gives the string of a token, as every Hugging Face tokenizer does."""
+    """A tokenizer that has the string of each token, as every Hugging Face tokenizer does."""
 
     def convert_ids_to_tokens(self, ids: int) -> str:
         """Return the token's string."""
@@ -48,11 +48,11 @@ class Vocabulary:
         self._remembered: dict[Hashable, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the arguments alone: all else can be computed again, and some of it does not pickle."""
+        """Pickle only the arguments: everything else can be recomputed, and matchers of llguidance do not pickle."""
         return Vocabulary, (self.tokenizer, self.stop_ids)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return the result of `make`, which is called only the first time a key is used."""
+        """Return the value of a key, which `make` computes the first time that the key is asked for."""
         if key not in self._remembered:
             self._remembered[key] = make()
         return self._remembered[key]
@@ -72,7 +72,7 @@ class Vocabulary:
         return self.pack_flags(allowed)
 
     def pack_flags(self, allowed: np.ndarray) -> np.ndarray:
-        """Return the set of tokens whose flag is true, from (V,) bool to packed bits, (W,) uint8."""
+        """Pack the set of tokens whose flag is true, from (V,) bool to (W,) uint8."""
         bits = np.packbits(allowed, bitorder="little")  # (ceil(V / 8),)
         return np.pad(bits, (0, -len(bits) % 4))  # (W,): whole words of 32 bits
 
@@ -83,13 +83,13 @@ class Vocabulary:
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """The bytes that each token adds to a text, its leading space included; none for special tokens.
+        """The bytes that each token adds to a text, its leading space included; empty for special tokens.
 
         The bytes of a token that is only part of a character are read from its string (byte-level BPE, SentencePiece's
-        `<0x0A>`); if the tokenizer does not give that string, the token counts as adding nothing.
+        `<0x0A>`); if the tokenizer cannot name that string, the token counts as adding nothing.
         """
         decode = self.tokenizer.decode
-        # Each token is decoded after a plain one, since the first token of a text may lose its space.
+        # Each token is decoded after a plain one (the anchor), since the first token of a text may lose its space.
         anchor = next((i for i in range(self.size) if _is_plain(decode([i], skip_special_tokens=True))), None)
         near = [] if anchor is None else [anchor]
         anchor_text = decode(near, skip_special_tokens=True)
@@ -118,8 +118,8 @@ def _is_plain(text: str) -> bool:
 def _byte_alphabet() -> dict[str, int]:
     """Return the byte that each character stands for in byte-level BPE.
 
-    It is the inverse of `bytes_to_unicode` in transformers' `convert_slow_tokenizer.py`: printable bytes stand for
-    themselves, and the others, in their order, for the characters from 256 on.
+    This is the inverse of `bytes_to_unicode` in transformers' `convert_slow_tokenizer.py`: printable bytes are written
+    as themselves, and the others, in their order, as the characters from 256 on.
     """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # "!" to "~", "¡" to "¬", "®" to "ÿ"
     hidden = [byte for byte in range(256) if byte not in shown]

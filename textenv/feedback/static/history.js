@@ -12,8 +12,8 @@ function query(more) {
 // The mark that an answer puts before each completion: its score, a tick or its rank.
 function marks({ kind, value, completions }) {
   if (kind === "score") return value.map(String);
-  if (kind === "compare") return completions.map((_, place) => (place === value ? "✓" : "·"));
-  if (kind === "rank") return completions.map((_, place) => `#${value.indexOf(place) + 1}`);
+  if (kind === "compare") return completions.map((_, index) => (index === value ? "✓" : "·"));
+  if (kind === "rank") return completions.map((_, index) => `#${value.indexOf(index) + 1}`);
   return completions.map(() => "·");
 }
 
@@ -21,10 +21,10 @@ function row(answer) {
   const made = element("tr");
   const said = element("td", "said");
   const shown = marks(answer);
-  const order = answer.kind === "rank" ? answer.value : answer.completions.map((_, place) => place);
-  for (const place of order) {
+  const order = answer.kind === "rank" ? answer.value : answer.completions.map((_, index) => index);
+  for (const index of order) {
     const line = element("div");
-    line.append(element("span", "mark", shown[place]), element("span", "text", trimmed(answer.completions[place])));
+    line.append(element("span", "mark", shown[index]), element("span", "text", trimmed(answer.completions[index])));
     said.append(line);
   }
   if (typeof answer.value === "string") said.append(element("div", "quiet", words[answer.value]));
@@ -50,17 +50,17 @@ function sum({ agreement, self_agreement }) {
 async function load(from) {
   const asked = query({ start: from });
   try {
-    const found = await call(`/api/history?${asked}`);
+    const page = await call(`/api/history?${asked}`);
     if (asked !== query({ start: from })) return; // the filters changed while the request was under way
-    start = from + found.rows.length;
+    start = from + page.rows.length;
     if (from === 0) byId("rows").replaceChildren();
-    byId("rows").append(...found.rows.map(row));
-    byId("more").hidden = start >= found.n;
-    byId("status").textContent = found.n ? `${start} / ${found.n}` : words.no_answers;
-    byId("agreement").textContent = sum(found);
+    byId("rows").append(...page.rows.map(row));
+    byId("more").hidden = start >= page.n;
+    byId("status").textContent = page.n ? `${start} / ${page.n}` : words.no_answers;
+    byId("agreement").textContent = sum(page);
     const raters = filters.elements.rater;
     const known = [...raters.options].map((option) => option.value);
-    for (const name of found.raters.filter((name) => !known.includes(name))) raters.append(new Option(name, name));
+    for (const name of page.raters.filter((name) => !known.includes(name))) raters.append(new Option(name, name));
   } catch (error) {
     byId("status").textContent = error.message;
   }

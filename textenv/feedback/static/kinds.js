@@ -1,8 +1,9 @@
-// The three kinds of question. Each draws the completions of an item into the element `place` and returns
+// The three kinds of question. Each draws the completions of an item into the element `container` and returns
 //   keys: the descriptions of its keys, shown below the item;
 //   key(event): handles a key and returns whether it was one of its own;
 //   value(): the answer as the server expects it, or null while it is incomplete.
-// `draft` is the unfinished answer, which survives a reload; `changed` is called when it changes, `send(value)` answers.
+// `draft` is the unfinished answer, which survives a reload; `changed` is called when it changes; `send(value)` sends an
+// answer.
 
 import { draggable } from "./order.js";
 import { element, trimmed, words } from "./page.js";
@@ -20,7 +21,7 @@ function numbered(name, digits) {
   return [words[name].replace("{digits}", first === last ? first : `${first}–${last}`)];
 }
 
-function score(item, place, draft, changed) {
+function score(item, container, draft, changed) {
   const [low, high] = item.scale;
   let current = 0;
   const rows = item.completions.map((text, number) => {
@@ -30,14 +31,14 @@ function score(item, place, draft, changed) {
     Object.assign(slider, { type: "range", min: low, max: high, step: 1, value: (low + high) / 2 });
     slider.setAttribute("aria-label", `${words.score} ${number + 1}`);
     slider.addEventListener("input", () => set(number, Number(slider.value)));
-    slider.addEventListener("pointerup", () => set(number, Number(slider.value))); // a click on the middle does not move it
+    slider.addEventListener("pointerup", () => set(number, Number(slider.value))); // a click on the middle, where the knob is, sends no "input"
     row.addEventListener("pointerdown", () => focus(number));
     const line = element("div", "slider");
     line.append(element("span", "quiet", String(low)), slider, element("span", "quiet", String(high)), shown);
     row.append(line);
     return { row, slider, shown };
   });
-  place.append(...rows.map(({ row }) => row));
+  container.append(...rows.map(({ row }) => row));
 
   function show() {
     rows.forEach(({ row, slider, shown }, number) => {
@@ -78,7 +79,7 @@ function score(item, place, draft, changed) {
   return { keys, key, value: () => (complete() ? rows.map((_, number) => draft[number]) : null) };
 }
 
-function compare(item, place, draft, changed, send) {
+function compare(item, container, draft, changed, send) {
   const pair = element("div", "pair");
   const choices = element("div", "choices");
   ["a", "b"].forEach((choice, number) => {
@@ -97,7 +98,7 @@ function compare(item, place, draft, changed, send) {
     button.addEventListener("click", () => send(choice));
     choices.append(button);
   }
-  place.append(pair, choices);
+  container.append(pair, choices);
   const keys = { a: "a", ArrowLeft: "a", 1: "a", b: "b", ArrowRight: "b", 2: "b", t: "tie", x: "both_bad" };
   function key(event) {
     const choice = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
@@ -107,7 +108,7 @@ function compare(item, place, draft, changed, send) {
   return { keys: [words.keys_compare], key, value: () => null };
 }
 
-function rank(item, place, draft, changed) {
+function rank(item, container, draft, changed) {
   const count = item.completions.length;
   const cards = item.completions.map((text, number) => {
     const row = card(String(number + 1), text);
@@ -122,7 +123,7 @@ function rank(item, place, draft, changed) {
   texts.append(...cards);
   const columns = element("div", "columns");
   columns.append(texts, side);
-  place.append(columns);
+  container.append(columns);
 
   const rest = () => item.completions.map((_, number) => number).filter((number) => !draft.includes(number));
   function show() {

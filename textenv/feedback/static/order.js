@@ -5,22 +5,22 @@ export function draggable(list, moved) {
   list.addEventListener("pointerdown", (down) => {
     const row = down.target.closest("li");
     if (!row || down.button !== 0) return;
-    down.preventDefault(); // or the browser would select text
+    down.preventDefault(); // otherwise the browser would select text
     const rows = [...list.children];
     const from = rows.indexOf(row);
-    const middles = rows.map((one) => one.getBoundingClientRect()).map((box) => box.top + box.height / 2);
+    const middles = rows.map((other) => other.getBoundingClientRect()).map((box) => box.top + box.height / 2);
     let to = from;
 
     const move = (event) => {
       const shift = event.clientY - down.clientY;
       row.style.transform = `translateY(${shift}px)`;
       const middle = middles[from] + shift;
-      to = middles.filter((other, place) => place !== from && other < middle).length;
+      to = middles.filter((other, index) => index !== from && other < middle).length;
       const step = row.getBoundingClientRect().height + 6;
-      rows.forEach((other, place) => {
+      rows.forEach((other, index) => {
         if (other === row) return;
-        const up = place > from && place <= to;
-        const lower = place < from && place >= to;
+        const up = index > from && index <= to;
+        const lower = index < from && index >= to;
         other.style.transform = up ? `translateY(${-step}px)` : lower ? `translateY(${step}px)` : "";
       });
     };
@@ -29,7 +29,7 @@ export function draggable(list, moved) {
       removeEventListener("pointerup", end);
       removeEventListener("pointercancel", end);
       row.classList.remove("dragged");
-      rows.forEach((one) => (one.style.transform = ""));
+      rows.forEach((other) => (other.style.transform = ""));
       if (event.type === "pointerup" && to !== from) moved(from, to);
     };
     row.classList.add("dragged");

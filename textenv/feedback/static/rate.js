@@ -41,8 +41,8 @@ function show(state) {
 function draw() {
   const kept = JSON.parse(sessionStorage.getItem("draft") ?? "{}");
   draft = kept.showing === item.showing ? kept.draft : [];
-  const one = item.kind === "score" && item.completions.length === 1;
-  byId("question").textContent = words[one ? "ask_score_one" : `ask_${item.kind}`];
+  const single = item.kind === "score" && item.completions.length === 1;
+  byId("question").textContent = words[single ? "ask_score_one" : `ask_${item.kind}`];
   byId("prompt").textContent = item.prompt;
   byId("send").hidden = item.kind === "compare";
   byId("answer").replaceChildren();
@@ -61,14 +61,14 @@ function changed() {
   byId("send").disabled = !asked || asked.value() === null;
 }
 
-async function exchange(path, body, said) {
+async function exchange(path, body, message) {
   if (busy) return;
   busy = true;
   document.body.classList.add("busy");
   try {
     const state = await call(path, body);
     show(state);
-    say(said(state));
+    say(message(state));
   } catch (error) {
     say(`${words.not_saved} (${error.message})`, true);
   } finally {

@@ -19,34 +19,34 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from textenv import TASKS
-from textenv.text import demo_corpus as demo
-from textenv.episodes.completion import Preds
-from textenv.env import TextEnv
-from textenv.metrics.scores import Metric
-from textenv.huggingface.weights import from_pretrained
-from textenv.text.named_tokenizer import DEMO
-from textenv.prompts.prompts import Prompt, PromptLike
 from textenv.checks.signatures import check_arguments, needed
-from textenv.text.tokenizer import Tokenizer
 from textenv.checks.trust import Kind, Trust, only_with
+from textenv.env import TextEnv
+from textenv.episodes.completion import Preds
+from textenv.huggingface.weights import from_pretrained
+from textenv.metrics.scores import Metric
+from textenv.prompts.prompts import Prompt, PromptLike
+from textenv.text import demo_corpus as demo
+from textenv.text.named_tokenizer import DEMO
+from textenv.text.tokenizer import Tokenizer
 from textenv.vector import unwrap_text_env
 
 from ..build import make_agent, usual_learning_rate
-from .config import AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrustOptions
-from ..models.critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
-from ..steps.critic_warmup import CriticWarmup
-from ..small_models.demo_model import model_folder
 from ..callbacks.episode_metrics import EpisodeMetrics
-from ..evaluation.generation import no_reward
-from ..models.interface import LengthError
-from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
-from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, call, find
-from ..policies.lm_policy import LMPolicy
-from ..models.pretrained import Pretrained
-from ..errors import CommandError
-from ..steps.reward_shaping import RewardShaping
-from ..models.trainable import LastLayers, LoRA, Trainable
 from ..callbacks.training_warnings import TrainingWarnings
+from ..errors import CommandError
+from ..evaluation.generation import no_reward
+from ..models.critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
+from ..models.interface import LengthError
+from ..models.pretrained import Pretrained
+from ..models.trainable import LastLayers, LoRA, Trainable
+from ..policies.lm_policy import LMPolicy
+from ..small_models.demo_model import model_folder
+from ..steps.critic_warmup import CriticWarmup
+from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
+from ..steps.reward_shaping import RewardShaping
+from .config import AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrustOptions
+from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, call, find
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
 SETTINGS = ("n_steps", "batch_size", "n_epochs")  # A2C and TRPO lack some

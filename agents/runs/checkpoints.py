@@ -10,11 +10,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from ..checkpoints.checkpoint import is_between_iterations, save_step
-from ..signals import Interrupts
 from ..checkpoints.manifest import newest_intact
-from ..errors import CommandError, Interrupted, NumericsError, StorageError, is_full
-from .folder import RunFolder
 from ..checkpoints.storage import explain
+from ..errors import CommandError, Interrupted, NumericsError, StorageError, is_full
+from ..signals import Interrupts
+from .folder import RunFolder
 
 BYTES_A_WEIGHT = 12  # a trained weight and its two moments of AdamW, 4 bytes each in float32
 

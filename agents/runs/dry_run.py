@@ -11,14 +11,14 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 
-from .assemble import Parts, assemble, training_callbacks, trust_of
-from .config import TrainConfig, TrainOptions
-from ..evaluation.evaluation import evaluate
 from ..callbacks.finite_updates import FiniteUpdates
-from ..errors import Exit
-from .checkpoints import needed
-from .screens import clock
 from ..checkpoints.storage import size
+from ..errors import Exit
+from ..evaluation.evaluation import evaluate
+from .assemble import Parts, assemble, training_callbacks, trust_of
+from .checkpoints import needed
+from .config import TrainConfig, TrainOptions
+from .screens import clock
 
 
 class Stopwatch(BaseCallback):

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 
 from textenv.episodes.scores import RewardError
 
-from ..errors import FULL, CommandError, Exit
 from ..checkpoints.storage import explain
+from ..errors import FULL, CommandError, Exit
 
 # OSErrors of writing. Others, such as ENOENT for a file that the user names, are refusals.
 WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)

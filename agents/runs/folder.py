@@ -20,9 +20,9 @@ from typing import Any
 
 from textenv.checks.json_files import Shape, parse_json, read_json
 
-from ..files import clear_leftovers, naming, write_text
-from ..errors import CommandError, is_full
 from ..checkpoints.storage import size
+from ..errors import CommandError, is_full
+from ..files import clear_leftovers, naming, write_text
 
 FORMAT = 1
 # The files that a run leaves when it ends before its first checkpoint.

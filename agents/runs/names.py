@@ -12,8 +12,8 @@ from typing import Any
 
 from textenv.checks.trust import Kind, Trust, find_class, is_called_with, only_with
 
-from .config import Named
 from ..errors import CommandError, Exit
+from .config import Named
 
 METRICS = {
     "rouge": "textenv.metrics.overlap:ROUGE",

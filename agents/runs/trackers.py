@@ -16,9 +16,9 @@ from textenv.checks.json_files import read_json
 from textenv.checks.signatures import check_arguments
 from textenv.checks.trust import Trust
 
-from .config import Named, TrainConfig
-from ..files import write_text
 from ..errors import CommandError
+from ..files import write_text
+from .config import Named, TrainConfig
 from .folder import RunFolder
 
 # By tracker: the arguments that any configuration may give. Others choose the server that gets figures and API keys.

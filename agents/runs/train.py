@@ -17,29 +17,29 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from textenv import __version__
 from textenv.checks.extras import MissingExtraError
 from textenv.checks.json_files import read_json
-from textenv.text.named_tokenizer import DEMO
 from textenv.episodes.scores import RAISED
+from textenv.text.named_tokenizer import DEMO
 
-from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
-from ..checkpoints.checkpoint import load_checkpoint
-from .config import FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
-from ..evaluation.curves import draw_curves
-from .dry_run import dry_run
-from ..evaluation.evaluate_callback import HISTORY, Evaluate
-from ..checkpoints.hf_export import write_model
-from .exit_codes import as_command_error
-from ..files import write_text
 from ..callbacks.finite_updates import FiniteUpdates
+from ..checkpoints.checkpoint import load_checkpoint
+from ..checkpoints.hf_export import write_model
+from ..checkpoints.output_folders import output_folder
+from ..errors import CommandError, Exit, Interrupted, is_full
+from ..evaluation.curves import draw_curves
+from ..evaluation.evaluate_callback import HISTORY, Evaluate
+from ..files import write_text
+from ..policies.lm_policy import LMPolicy
 from ..signals import Interrupts, leave, write_line
+from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
+from .checkpoints import RunCheckpoints, checkpoint_to_load, needed
+from .config import FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
+from .dry_run import dry_run
+from .exit_codes import as_command_error
+from .folder import RunFolder, read_rows
 from .live_screen import LiveScreen
 from .loggers import SamplePages, check_loggers, make_loggers, make_trackers, named
 from .model_card import model_card
-from ..checkpoints.output_folders import output_folder
-from ..policies.lm_policy import LMPolicy
 from .recording import Recorder, RowWriter, SampleRecorder
-from ..errors import CommandError, Exit, Interrupted, is_full
-from .checkpoints import RunCheckpoints, checkpoint_to_load, needed
-from .folder import RunFolder, read_rows
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, warnings_on
 
 MENDED = (Exit.REFUSED, Exit.MISSING)  # errors that the user mends, to give the same command again: no run began

@@ -14,11 +14,11 @@ import time
 import pytest
 import torch
 
-from agents.runs import train as training_run
 from agents.checkpoints.checkpoint import latest_checkpoint
-from agents.signals import Interrupts
 from agents.checkpoints.manifest import verify_checkpoint
+from agents.runs import train as training_run
 from agents.runs.recording import Recorder
+from agents.signals import Interrupts
 from tests.helpers.command import ROLLOUT, in_a_fork, rows, run, settings, start
 
 ROLLOUTS = 5

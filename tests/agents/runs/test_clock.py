@@ -7,16 +7,15 @@ import random
 import re
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from agents.cli import main as cli
 from agents.checkpoints.checkpoint import latest_checkpoint, save_step
 from agents.checkpoints.manifest import newest_intact
-from agents.runs.recording import Recorder
+from agents.cli import main as cli
 from agents.runs.folder import read_rows
-from tests.helpers.command import ROOT, ROLLOUT, rows, run, settings
+from agents.runs.recording import Recorder
+from tests.helpers.command import ROLLOUT, ROOT, rows, run, settings
 from tests.helpers.training import tiny_agent
 
 ROLLOUTS = 3

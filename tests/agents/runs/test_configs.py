@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from agents.cli import arguments, main as cli
-from agents.cli.stages import fresh_config
+from agents.cli import arguments
+from agents.cli import main as cli
 from agents.cli.options import ClassifierConfig, EvaluateOptions, RewardModelConfig, SFTConfig
+from agents.cli.stages import fresh_config
 from tests.helpers.command import ROOT, run
 from tests.helpers.task_data import write_data
 from textenv import TASKS

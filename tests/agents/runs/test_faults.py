@@ -13,17 +13,17 @@ import pytest
 import torch
 import yaml
 
-from agents.small_models import demo_model as demo_models
 from agents import demo_model, files, save_checkpoint
-from agents.runs import train as training_run
 from agents.checkpoints.checkpoint import latest_checkpoint, save_step
-from agents.runs.config import TrainConfig
 from agents.checkpoints.manifest import CheckpointError, verify_checkpoint
+from agents.errors import CommandError
+from agents.runs import train as training_run
+from agents.runs.config import TrainConfig
+from agents.runs.folder import RunFolder
 from agents.runs.model_card import model_card
 from agents.runs.recording import Recorder
-from agents.errors import CommandError
-from agents.runs.folder import RunFolder
 from agents.runs.screens import PlainScreen
+from agents.small_models import demo_model as demo_models
 from tests.helpers.command import ROLLOUT, run, settings
 from tests.helpers.training import tiny_agent
 from textenv.text.printable import printable

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from agents.runs.config import Named, TrainConfig
-from agents.runs.loggers import SamplePages
 from agents.runs.folder import RunFolder
+from agents.runs.loggers import SamplePages
 from agents.runs.trackers import MLflowTracker
 from tests.helpers.command import ROLLOUT, rows, run, settings, start
 

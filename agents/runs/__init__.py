@@ -1,0 +1,1 @@
+"""Runs of `textenv train`: their configuration, objects, folder, loggers and screens."""

@@ -1,4 +1,4 @@
-"""rl_zoo3 with the algorithms of textenv, started as a module."""
+"""The start of `python -m agents.zoo`."""
 
 from .main import main
 

@@ -1,4 +1,4 @@
-"""The start of `python -m agents.zoo`."""
+"""The start of `agents.zoo` as a module: rl_zoo3 with the algorithms of textenv."""
 
 from .main import main
 

@@ -1,8 +1,9 @@
-"""The start of the command `textenv`: it imports `agents` only after it has checked that the package is textenv's.
+"""The start of the command `textenv`: it checks that the package `agents` is textenv's, and then imports it.
 
-openai-agents also installs a package named `agents`, and pip lets the later one overwrite files of the earlier. Even if
-ours was the later one, files of both lie in `agents/models/`, a folder that both have. The check has a module of its
-own: in `agents` it might be the other's, and `import textenv` takes as long as all the rest of `textenv --help`.
+openai-agents also installs a package named `agents`, and pip lets whichever is installed later overwrite files of the
+other. Even if ours is the later one, files of both are mixed in `agents/models/`, a folder that both have. The check is
+a module of its own: inside `agents` it could be overwritten, and `import textenv` would double the time of
+`textenv --help`.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-MISSING = 6  # the same as agents.errors.Exit.MISSING, which cannot be imported before the check
+MISSING = 6  # the value of `agents.errors.Exit.MISSING`, which cannot be imported before the check
 
 
 def check_agents() -> None:
-    """Check that the package `agents` belongs to textenv, and to nothing else.
+    """Check that the package `agents` belongs to textenv alone.
 
     Raises:
-        ImportError: If it does not, with the cure.
+        ImportError: If it does not; the message has the cure.
     """
-    # RECORD lists the files of a distribution. Its name costs a second file, which is read for the few that match.
+    # The file RECORD lists a distribution's files. Its name is in another file, which only the owners have read.
     owners = [owner for owner in distributions() if "\nagents/" in f"\n{owner.read_text('RECORD') or ''}"]
     others = {owner.metadata["Name"] for owner in owners} - {"textenv"}
     if others:
@@ -29,15 +30,16 @@ def check_agents() -> None:
             f"Expected the package `agents` to be textenv's alone, got one of {' and '.join(sorted(others))} besides, "
             "and they overwrite each other: install textenv into an environment of its own (python3 -m venv DIR)."
         )
-    ours, first = _folder("textenv").with_name("agents"), _folder("agents")
-    if first != ours:
+    ours, actual = _folder("textenv").with_name("agents"), _folder("agents")
+    if actual != ours:
         raise ImportError(
-            f"Expected the package `agents` to be textenv's, {ours}, got {first}: install textenv into an environment "
+            f"Expected the package `agents` to be textenv's, {ours}, got {actual}: install textenv into an environment "
             "of its own (python3 -m venv DIR), or take the other off PYTHONPATH."
         )
 
 
 def _folder(package: str) -> Path:
+    """Return the folder from which Python would import a package, without importing it."""
     spec = find_spec(package)
     if spec is None:
         raise ImportError(f"Expected the package `{package}` to be installed, got none: install textenv again.")

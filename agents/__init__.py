@@ -1,7 +1,7 @@
 """Language models as Stable-Baselines3 agents: policies, rollouts, and the tools that train, score and export them.
 
-Each public name is imported with its module when it is first asked for (PEP 562), so that the command line can print
-its help without torch, and a script loads no more than it uses.
+A public name is imported from its module at its first use (PEP 562), so that the command line can print its help
+without torch, and a script loads no more than it uses.
 """
 
 from functools import cache
@@ -91,7 +91,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .supervised.reward_model import score_texts as score_texts
     from .supervised.reward_model import train_reward_model as train_reward_model
 
-MODULES = {"doctor": ".doctor", "sft": ".supervised.sft"}  # called by their module: doctor.check(model), sft.tune(...)
+MODULES = {"doctor": ".doctor", "sft": ".supervised.sft"}  # public as modules: doctor.check(model), sft.tune(...)
 NAMES = {
     "AdaptiveCoef": ".steps.kl_penalty",
     "AlgorithmConfig": ".runs.config",
@@ -172,14 +172,14 @@ NAMES = {
     "word_tokenizer": ".small_models.tokenizers",
 }
 
-_check_agents = cache(check_agents)  # once a process: it reads what every installed distribution has
+_check_agents = cache(check_agents)  # once per process: it reads the file lists of all installed distributions
 
 
-if not TYPE_CHECKING:  # checkers have the imports above, and report any other name
+if not TYPE_CHECKING:  # type checkers read the imports above instead, and so report names that do not exist
     __all__ = sorted({*MODULES, *NAMES})
 
     def __getattr__(name: str) -> Any:
-        """Import a public name where it is first asked for.
+        """Import a public name at its first use.
 
         Raises:
             AttributeError: If there is no such name.
@@ -189,7 +189,8 @@ if not TYPE_CHECKING:  # checkers have the imports above, and report any other n
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         _check_agents()
         module = import_module(MODULES.get(name) or NAMES[name], __name__)
-        value = globals()[name] = module if name in MODULES else getattr(module, name)  # found there from now on
+        # As a global, the name is found without `__getattr__` from now on.
+        value = globals()[name] = module if name in MODULES else getattr(module, name)
         return value
 
 

@@ -1,15 +1,16 @@
-"""The exit codes of the command, and the errors that end it with one."""
+"""The exit codes of the command `textenv`, and the errors that carry one."""
 
 from __future__ import annotations
 
 import errno
 from enum import IntEnum
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, over the user's quota, over the file's limit
+# The disk is full, the user's quota is used up, the file would exceed the size limit of the system or the process.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error says that a disk is full: the write is then tried again later."""
+    """Return whether an error means that there is no room for a file, so that writing it again later may succeed."""
     return isinstance(error, OSError) and error.errno in FULL
 
 
@@ -23,14 +24,14 @@ class Exit(IntEnum):
     REWARD = 4
     STORAGE = 5
     MISSING = 6  # a package is missing, or another package has its name
-    SIGNAL = 128  # plus the signal's number, as shells have it: 130 after Ctrl-C
+    SIGNAL = 128  # plus the signal's number, as in shells: 130 after Ctrl-C
 
 
 class CommandError(Exception):
     """An error that ends the command with one line and an exit code.
 
     Args:
-        message: What was expected, what is there, and the cure.
+        message: The line: what was expected, what the command got, and the cure.
         code: The exit code.
     """
 
@@ -57,8 +58,8 @@ class Interrupted(CommandError):
     """A signal has stopped the run, which is saved as far as possible.
 
     Args:
-        message: After how many tokens it stopped, and how to go on.
-        signal_number: The signal.
+        message: The line: after how many tokens the run stopped, and how to continue it.
+        signal_number: The signal, which becomes part of the exit code.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -66,13 +67,13 @@ class Interrupted(CommandError):
 
 
 class StageStopped(KeyboardInterrupt):
-    """A signal has stopped a stage of training before PPO, whose state is saved.
+    """A signal has stopped a training stage before PPO, whose state is saved.
 
-    A KeyboardInterrupt, so that a script which calls the stage ends as after Ctrl-C.
+    It is a KeyboardInterrupt, so that a script that calls the stage ends as it does after Ctrl-C.
 
     Args:
-        message: After which step it stopped, and how to go on.
-        signal_number: The signal.
+        message: The line: after which step the stage stopped, and how to continue it.
+        signal_number: The signal, which becomes part of the exit code.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

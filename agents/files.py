@@ -1,4 +1,4 @@
-"""Files and folders that are never half-written: written beside, synced to the disk, then renamed."""
+"""Files and folders that are never half-written: made under another name, synced to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 
 @contextmanager
 def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` to write into, and put it in its place when all went well.
+    """Yield an empty folder beside `folder` to write into; after the body, rename it to `folder`.
 
-    Files are synced before the rename. On an error the old folder stays, and the new one is removed. A process that is
-    killed between the two renames leaves the old folder under a hidden name: `restore_folder` puts it back.
+    Files are synced before the rename. After an error the old folder stays, and the new one is removed. A process that
+    is killed between the two renames leaves the old folder under a hidden name: `restore_folder` puts it back.
 
     Raises:
         NotADirectoryError: If `folder` exists and is a file.
-        OSError: If it cannot be written, with its path where the system names none.
+        OSError: If it cannot be written; the error always names a path.
 
     Example:
         >>> import tempfile
@@ -41,7 +41,7 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     restore_folder(target)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    aside = target.with_name(f".{target.name}.old-{os.getpid()}")  # where the old folder waits during the rename
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
@@ -62,17 +62,18 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def restore_folder(folder: str | os.PathLike[str]) -> None:
-    """Put back, or remove, the hidden folders that killed processes have left beside a folder that they wrote."""
+    """Put back, or remove, the hidden folders that killed processes left beside a folder while they replaced it."""
     target = Path(folder).absolute()
     _clear(target.parent.glob(f".{glob.escape(target.name)}.*-*"), _is_running)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Do as `restore_folder` for all content of a folder that the caller has locked: nobody else writes in it."""
+    """Clear up like `restore_folder` in a whole folder that the caller has locked, so that nobody else writes in it."""
     _clear(folder.glob(".*.*-*"), lambda pid: False)
 
 
 def _clear(paths: Iterator[Path], is_writing: Callable[[int], bool]) -> None:
+    """Put old folders back if their target is missing; remove the others, except those that are still being written."""
     for path in sorted(paths):
         leftover = re.fullmatch(r"\.(.+)\.(partial|old)-(\d{1,9})", path.name, re.ASCII)
         if leftover is None or is_writing(int(leftover[3])):
@@ -88,26 +89,26 @@ def _clear(paths: Iterator[Path], is_writing: Callable[[int], bool]) -> None:
 
 def _is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # signal 0 is not sent: the call only looks whether the process is there
+        os.kill(pid, 0)  # signal 0 is never sent: the call only checks that the process exists
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is there, and another user's
+    except PermissionError:  # the process exists and belongs to another user
         return True
     return True
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give errors of writing within the path they are about, where the system has named none.
+    """Within, add a path to errors of writing that name none.
 
     Raises:
-        OSError: In place of a SafetensorError, too, with the number that its text quotes.
+        OSError: In place of a SafetensorError, with the error number in its text.
     """
     try:
         yield
     except SafetensorError as error:
-        quoted = re.search(r"os error (\d+)", str(error))  # as Rust's `std::io::Error` is printed
-        number = int(quoted[1]) if quoted else errno.EIO
+        match = re.search(r"os error (\d+)", str(error))  # the format of Rust's `std::io::Error`
+        number = int(match[1]) if match else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
     except OSError as error:
         if error.errno is not None and error.filename is None:
@@ -134,7 +135,7 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file (UTF-8), which appears whole or stays as it was; missing folders above it are made."""
+    """Write a text file (UTF-8), which appears whole or stays as it was; make missing folders above it."""
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")

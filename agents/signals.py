@@ -1,4 +1,4 @@
-"""Requests to stop, by a signal or by a terminal that is gone: noted at once, obeyed when all is saved."""
+"""Requests to stop, by a signal or a closed terminal: noted at once, obeyed when everything is saved."""
 
 from __future__ import annotations
 
@@ -20,42 +20,43 @@ SHOW_CURSOR = "\x1b[?25h"  # rich hides the cursor while a live screen is shown,
 
 
 def write_line(text: str) -> None:
-    """Write a line to standard error in one system call, without a lock: the handler of a signal may call this."""
-    with suppress(OSError):  # the terminal is gone: there is nobody to tell
+    """Write a line to standard error in one system call, without a lock: a signal handler may call this."""
+    with suppress(OSError):  # the terminal may be closed: then nobody can read the line
         os.write(2, f"{text}\n".encode())
 
 
 def leave(number: int, how_to_go_on: Callable[[], str] = str) -> None:
-    """End the process at once and say how to go on: a checkpoint that was being written leaves the older ones whole.
+    """End the process at once, and print how to continue; older checkpoints stay intact even if one is being written.
 
     Args:
-        number: The signal, which the exit code carries.
-        how_to_go_on: Returns the end of the line; by default it is empty.
+        number: The signal, which becomes part of the exit code.
+        how_to_go_on: A function that returns the end of the printed line; by default it is empty.
     """
     write_line("; ".join(filter(None, (f"{SHOW_CURSOR if os.isatty(2) else ''}stopped at once", how_to_go_on()))))
     os._exit(Exit.SIGNAL + number)
 
 
 def raise_interrupt(number: int) -> None:
-    """Raise KeyboardInterrupt, as Python does itself."""
+    """Raise KeyboardInterrupt, as Python's own handler of Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 class Interrupts:
-    """A context that notes the first request to stop, for the training to obey once it has saved, and obeys the second.
+    """A context that notes a first request to stop, which training obeys once it is saved, and obeys a second at once.
 
-    Requests are SIGINT, SIGTERM and SIGHUP, and also standard output or error whose reader is gone: what is written
-    there then goes nowhere, rather than raise before the training is saved. Python lets only the main thread handle
+    Requests are SIGINT, SIGTERM and SIGHUP, and the loss of the reader of standard output or error: further output is
+    then discarded, since an error would end training before it is saved. Python lets only the main thread handle
     signals; in another thread signals do what they did before.
 
     Args:
-        tell: Called with a line for the person, inside the handler: it must not wait for a lock.
-        unit: What is finished before the training stops, for that line.
-        again: Called with the number of a second SIGINT or SIGTERM: `leave`, which ends the process, or
-            `raise_interrupt`, for code that a script calls.
+        tell: A function that is called with a line for the user, in the signal handler: it must not wait for a lock.
+        unit: The unit of work that is finished before training stops, for that line.
+        again: A function that is called with the number of a second SIGINT or SIGTERM: `leave`, which ends the process,
+            or `raise_interrupt`, for code that a script calls.
 
     Attributes:
-        number: The signal that came, 0 until then: SIGPIPE for a pipe that is gone, SIGHUP for a terminal.
+        number: The number of the first signal, 0 until then; SIGPIPE stands for a broken pipe, SIGHUP for a closed
+            terminal.
 
     Example:
         >>> import signal
@@ -78,7 +79,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            # `nohup` starts a process with SIGHUP ignored, and it must stay so
+            # `nohup` starts a process with SIGHUP ignored, which must stay so.
             watched = [sig for sig in WATCHED if sig in AGAIN or signal.getsignal(sig) is not signal.SIG_IGN]
             self._old = {number: signal.signal(number, self._note) for number in watched}
         self._streams = sys.stdout, sys.stderr
@@ -93,7 +94,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def lose(self, number: int) -> None:
-        """Note that output is gone, by the signal that stands for it, as a first request to stop."""
+        """Note the loss of an output's reader, by the signal that stands for it, as a first request to stop."""
         self.number = self.number or number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -106,11 +107,11 @@ class Interrupts:
 
 
 class KeptStream:
-    """A text stream whose reader may end: from then on, what is written to it goes nowhere.
+    """A text stream that discards all output once its reader is gone.
 
     Args:
-        stream: The stream. What it cannot write to a full disk stays in its buffer.
-        lost: Called when its reader is gone, with SIGPIPE for a pipe and SIGHUP for a terminal.
+        stream: The stream. While a disk is full, output stays in its buffer.
+        lost: A function that is called when the reader is gone, with SIGPIPE for a pipe and SIGHUP for a terminal.
     """
 
     def __init__(self, stream: Any, lost: Callable[[int], None]) -> None:
@@ -137,7 +138,7 @@ class KeptStream:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             self._lost(signal.SIGPIPE if error.errno == errno.EPIPE else signal.SIGHUP)
-            # In place of the descriptor, so that what C code and the buffer still hold goes nowhere, too.
+            # /dev/null takes over the descriptor, so that the rest of the buffer and C code's output go there, too.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

@@ -1,4 +1,4 @@
-"""The checkpoints of a whole run, written every so many rollouts and when training ends."""
+"""The callback that writes checkpoints of a whole run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..checkpoints.checkpoint import is_between_iterations, save_step
 
 
 class Checkpoints(BaseCallback):
-    """Saves the whole run in a folder, as `step_<timesteps>`, every so many rollouts and when training ends.
+    """Saves the whole run in a folder, as `step_<timesteps>`, every `every` rollouts and when training ends.
 
     Resume with `load_checkpoint(model, latest_checkpoint(folder))` and `learn(rest, reset_num_timesteps=False)`.
 
     Args:
-        folder: Where the checkpoints go.
-        every: Rollouts from one checkpoint to the next.
-        keep: How many of the newest checkpoints stay.
+        folder: The folder of the checkpoints.
+        every: The number of rollouts from one checkpoint to the next.
+        keep: The number of newest checkpoints to keep.
 
     Raises:
         ValueError: If `every` or `keep` is below 1.
@@ -48,7 +48,7 @@ class Checkpoints(BaseCallback):
         if is_between_iterations(self.model):  # type: ignore[arg-type]
             self._save()
         else:
-            # A callback has returned False in a step: the rollout is cut short, and no checkpoint can hold it.
+            # A callback returned False in a step, so that the rollout is incomplete: a checkpoint cannot hold it.
             warnings.warn(
                 "Training was stopped inside a rollout: the last checkpoint is the one before it.", stacklevel=2
             )

@@ -1,4 +1,4 @@
-"""The log of each rollout's episodes: reward and its parts, length, end reasons, tokens per second."""
+"""The callback that logs each rollout's episodes: reward and its parts, length, end reasons, tokens per second."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .scored_episodes import ScoredEpisodes
 
 
 class EpisodeMetrics(BaseCallback):
-    """Logs, for each rollout, the means over the episodes that ended in it; late scores count where they come in.
+    """Logs, for each rollout, means over the episodes that ended in it, or whose late score came in it.
 
-    The keys, of which the README's table has all:
+    It logs these keys, which the README's table has, too:
 
     - `reward/task` and `reward/<part>`: the task reward and its named parts,
-    - `episode/length`: tokens,
+    - `episode/length`: the number of tokens that the policy wrote,
     - `episode/end_<reason>`: the share of each end reason, 0 to 1,
-    - `time/tokens_per_second`: since the end of the last rollout, the update included,
+    - `time/tokens_per_second`: tokens per second since the end of the last rollout, the update included,
     - `time/reward_share`: the share of that time that the reward took, 0 to 1; only with a `TextVecEnv`,
-    - `episode/dropped`: episodes that the reward failed on and left out; they count in no other figure,
-    - `episode/failed`: episodes that got a penalty for a score (the part "failure"). These two keys are logged from
-      the first such episode on.
+    - `episode/dropped`: the number of episodes that were dropped since their reward failed; no other figure has them,
+    - `episode/failed`: the number of episodes that got a penalty since their reward failed (the part "failure"). These
+      two keys are logged from the first such episode on.
 
     Example:
         >>> from agents import EpisodeMetrics
@@ -60,7 +60,7 @@ class EpisodeMetrics(BaseCallback):
         self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
 
     def _on_step(self) -> bool:
-        self._episodes.see(self.locals["infos"])
+        self._episodes.collect(self.locals["infos"])
         return True
 
     def _on_rollout_end(self) -> None:
@@ -71,9 +71,9 @@ class EpisodeMetrics(BaseCallback):
         self.logger.record("time/tokens_per_second", speed)
         if self._rewards is not None:
             self.logger.record("time/reward_share", self._rewards.share)
-            self._rewards = RewardShare(self._rewards.lanes)  # measures anew from here
+            self._rewards = RewardShare(self._rewards.lanes)  # the next rollout's share starts here
         n_dropped = sum(info["dropped"] for info in infos)
-        # Within a sum of rewards the part is called `<reward>/failure`.
+        # In a sum of rewards the part's name is `<reward>/failure`.
         n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)
         self._has_failed = self._has_failed or n_dropped + n_failed > 0
         if self._has_failed:

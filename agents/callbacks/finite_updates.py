@@ -1,4 +1,4 @@
-"""The guard against NaN and infinity: it skips optimizer steps with such gradients; too many of them stop the run."""
+"""The callback that skips optimizer steps with a NaN or infinity in the gradient, and stops the run after too many."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from ..errors import NumericsError
 class FiniteUpdates(BaseCallback):
     """Skips optimizer steps whose gradient has a NaN or an infinity: weights and optimizer state stay as they are.
 
-    `train/skipped_updates` logs how many a rollout had. `patience` of them in a row raise `NumericsError`; the run's
-    last checkpoint is from before them. So does a loss that is not finite in as many rollouts in a row: if each entry
-    of its gradient is finite but the norm overflows, clipping divides the gradient to zero, and nothing is learned.
+    `train/skipped_updates` logs their number per rollout. `patience` skipped steps in a row raise `NumericsError`; the
+    run's last checkpoint is from before them. A loss that is not finite in `patience` rollouts in a row raises it, too:
+    if each entry of the gradient is finite but its norm overflows, clipping turns the gradient into zero, and nothing
+    is learned.
 
     It hooks into the optimizer, so that the algorithm stays unmodified. TRPO updates its policy without the optimizer:
-    there only the critic's steps are watched.
+    there only the critic's steps are checked.
 
     Args:
-        patience: How many steps, or rollouts, in a row are too many.
+        patience: The number of steps, or rollouts, in a row after which to stop.
 
     Raises:
         ValueError: If `patience` is below 1.
@@ -43,11 +44,11 @@ class FiniteUpdates(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.in_a_row, self.skipped, self.has_trained, self.bad_losses = 0, 0, False, 0
-        self.handle = self.model.policy.optimizer.register_step_pre_hook(self._look)
+        self.handle = self.model.policy.optimizer.register_step_pre_hook(self._check_gradients)
 
-    def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _check_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
-        # A sum with a NaN or an infinity in it is not finite: one pass over the gradients, and one number each.
+        # A sum is not finite if a NaN or an infinity is in it: one pass over the gradients, and one number for each.
         sums = [local(weight.grad).sum() for weight in weights]
         is_finite = not sums or bool(torch.stack([total.float().to(sums[0].device) for total in sums]).isfinite().all())
         if any(isinstance(weight, DTensor) for weight in weights):  # each process has seen its own shards only
@@ -56,7 +57,7 @@ class FiniteUpdates(BaseCallback):
             self.in_a_row = 0
             return
         for weight in weights:
-            weight.grad = None  # optimizers of torch skip a weight without a gradient
+            weight.grad = None  # torch's optimizers skip a weight without a gradient
         self.in_a_row += 1
         self.skipped += 1
         if self.in_a_row >= self.patience:
@@ -76,7 +77,7 @@ class FiniteUpdates(BaseCallback):
         self.skipped, self.has_trained = 0, True
 
     def _check_losses(self) -> None:
-        """Count rollouts with a loss that is not finite, from the figures that SB3's `train` has recorded."""
+        """Count rollouts in a row with a loss that is not finite, as SB3's `train` recorded it."""
         values = self.logger.name_to_value
         losses = {name: value for name, value in values.items() if name.startswith("train/") and name.endswith("loss")}
         bad = {name: value for name, value in losses.items() if not math.isfinite(value)}

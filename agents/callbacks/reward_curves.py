@@ -1,4 +1,4 @@
-"""The picture of reward, divergence and length over a training, drawn at its end."""
+"""The callback that draws reward, divergence and length over a training, at its end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..steps.data_parallel import merge
 class RewardCurves(BaseCallback):
     """Draws the reward, the divergence from the reference and the length over training, as a PNG at the end.
 
-    Needs matplotlib: `pip install "textenv[plot]"`. Needs `EpisodeMetrics` before it in the list of callbacks; the
-    divergence is drawn where a `KLPenalty` logs it.
+    It needs matplotlib (`pip install "textenv[plot]"`), and `EpisodeMetrics` before it in the list of callbacks. The
+    divergence is drawn if a `KLPenalty` logs it.
 
     Args:
         path: The picture's file.
@@ -46,7 +46,7 @@ class RewardCurves(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        # What the callbacks before this one have recorded in this rollout, of all processes.
+        # The figures of this rollout that the callbacks before this one recorded, merged over all processes.
         values = merge(gather("figures", dict(self.logger.name_to_value)))
         row = {key: float(values.get(key, math.nan)) for key, _ in CURVES}
         self.history.append({"tokens": self.model.num_timesteps, **row})

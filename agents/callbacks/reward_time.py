@@ -8,7 +8,7 @@ from textenv.lanes.lanes import Lanes
 
 
 class RewardShare:
-    """Measures how long the reward was waited for since this object was made.
+    """Measures the time that reward calls took since this object was made.
 
     Args:
         lanes: The episodes whose reward calls are timed.
@@ -21,11 +21,11 @@ class RewardShare:
 
     @property
     def seconds(self) -> float:
-        """The time in reward calls, in seconds."""
+        """The seconds in reward calls."""
         return self.lanes.reward_calls.seconds - self.seconds_before
 
     @property
     def share(self) -> float:
-        """The share of all time, 0 to 1."""
+        """The share of the whole time since then, 0 to 1."""
         passed = time.monotonic() - self.started
         return self.seconds / passed if passed > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The episodes whose score has come since the last rollout, for callbacks."""
+"""The episodes that got their score since the last rollout, for callbacks that log or check them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..rollout.vec_env import TextVecEnv
 
 
 class ScoredEpisodes:
-    """Collects the infos of episodes that have ended, and returns those whose score has come.
+    """Collects the infos of episodes that ended, and returns them once they have a score.
 
     Args:
         env: The env that the model trains on.
@@ -21,17 +21,17 @@ class ScoredEpisodes:
         self.env = env.unwrapped
         self.infos: list[dict[str, Any]] = []
 
-    def see(self, infos: Iterable[dict[str, Any]]) -> None:
-        """Collect the infos of a step, (B,)."""
-        self.infos += [info for info in infos if "end_reason" in info]
+    def collect(self, infos: Iterable[dict[str, Any]]) -> None:
+        """Collect the infos of a step, one per lane, of the lanes whose episode ended."""
+        self.infos += [info for info in infos if "end_reason" in info]  # only final infos have the key
 
     def take(self) -> list[dict[str, Any]]:
         """Return, at a rollout's end, the infos of the episodes scored since the last call, dropped ones included."""
-        # `LateScores` has added scores to the infos since `see`, except to episodes that wait for their group.
+        # `LateScores` has added scores to the collected infos, except for episodes that wait for their group.
         infos = [info for info in self.infos if info["scored"]]
         self.infos = [info for info in self.infos if not info["scored"]]
         if isinstance(self.env, TextVecEnv) and self.env.record.is_kept:
-            # The env's record also has episodes that waited in a checkpoint, but none that were dropped.
+            # The env's record replaces ours: it also has episodes that waited in a checkpoint, but no dropped ones.
             dropped = [info for info in infos if info["dropped"]]
             infos, self.infos = [*self.env.record.scored.values(), *dropped], []
         return infos

@@ -1,4 +1,4 @@
-"""Warnings while a model trains: each fault once, with its likely cause and a cure."""
+"""The callback that warns while a model trains: of each fault once, with its likely cause and a cure."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..steps.step import remember, sequence_buffer, text_vec_env
 from .reward_time import RewardShare
 from .scored_episodes import ScoredEpisodes
 
-MIN_EPISODES = 32  # "all episodes": fewer conclude nothing, and wait for those of the next rollout
-N_SEQUENCES = 4  # of a rollout, read again before the update: enough to show a systematic difference
-NEGATIVE_KL = -1e-3  # nats a token; nearer to 0 it is noise
-MOST_REWARD = 0.5  # the share of a run's time from which the reward is called slow
-MIN_SECONDS = 1.0  # of the reward, below which its share does not matter
+MIN_EPISODES = 32  # the fewest episodes for a warning about all of them; fewer wait for the next rollout's
+N_SEQUENCES = 4  # sequences of a rollout that are read again before the update: enough for a systematic difference
+NEGATIVE_KL = -1e-3  # nats per token; a divergence nearer to 0 is noise
+MOST_REWARD = 0.5  # the share of a run's time above which the reward is slow
+MIN_SECONDS = 1.0  # seconds in the reward below which its share does not matter
 
 
 class Ended(NamedTuple):
-    """An ended episode, as far as the warnings look at it; the reward of a dropped one is None."""
+    """The parts of an ended episode that the warnings need; the reward of a dropped episode is None."""
 
     end_reason: str
     n_tokens: int
@@ -35,33 +35,33 @@ class Ended(NamedTuple):
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> Ended:
-        """Return the episode of a final info."""
+        """Return the ended episode that a final info describes."""
         reward = None if info["dropped"] else float(info["episode"]["r"])
         return cls(str(info["end_reason"]), info["episode"]["l"], reward)
 
 
 class TrainingWarnings(BaseCallback):
-    """Warns of faults that make training pointless or wrong, each once a run (resumed or not), with cause and cure.
+    """Warns of faults that make training pointless or wrong, once per run (resumed or not), with cause and cure.
 
     At the end of each rollout, before its update, it looks for
 
-    - all rewards equal, all episodes cut by length, or all texts empty, "all" being at least 32 episodes of one rollout
-      or several,
+    - equal rewards of all episodes, episodes that are all cut by length, or texts that are all empty ("all" means at
+      least 32 episodes, of one rollout or several),
     - a divergence from the reference that is negative for several rollouts,
-    - probability ratios away from 1 before the first step: rollout and update disagree about the sampled tokens,
+    - probability ratios other than 1 before the first step: rollout and update disagree about the sampled tokens,
     - a collapse of the entropy,
     - a reward that takes more than half of the time.
 
-    It reads a few sequences once more and changes nothing. It needs a `SequenceRolloutBuffer`. Its position in the list
-    of callbacks does not matter.
+    It reads a few sequences once more and changes nothing. Its position in the list of callbacks does not matter.
 
     Args:
-        entropy_fraction: It warns where the entropy, estimated by the mean of -log p of the sampled tokens, falls below
-            this fraction of the first rollout's.
-        patience: How many rollouts in a row the divergence must be negative.
+        entropy_fraction: The fraction of the first rollout's entropy below which it warns; the entropy is estimated by
+            the mean of -log p of the sampled tokens.
+        patience: The number of rollouts in a row with a negative divergence after which it warns.
 
     Raises:
         ValueError: If `entropy_fraction` is not between 0 and 1, or `patience` is below 1.
+        TypeError: When training starts, if the model has no `SequenceRolloutBuffer`.
 
     Example:
         >>> from agents import TrainingWarnings
@@ -80,10 +80,10 @@ class TrainingWarnings(BaseCallback):
         self._warned_of: set[str] = set()
         self._first_entropy: float | None = None
         self._divergences: deque[float] = deque(maxlen=patience)
-        self._recent: list[Ended] = []  # episodes that wait until there are `MIN_EPISODES`
+        self._recent: list[Ended] = []  # episodes that were not examined yet: fewer than `MIN_EPISODES`
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a checkpoint keeps, so that a resumed run warns like one that never stopped."""
+        """Return the state that a checkpoint keeps, so that a resumed run warns like an uninterrupted one."""
         return {
             "given": sorted(self._warned_of),
             "first_entropy": self._first_entropy,
@@ -98,14 +98,14 @@ class TrainingWarnings(BaseCallback):
         self._recent = [Ended(*episode) for episode in state["recent"]]
 
     def _on_training_start(self) -> None:
-        sequence_buffer(self.model)  # raises where the buffer is another one
+        sequence_buffer(self.model)  # raises for any other buffer
         env = text_vec_env(self.model.get_env())
         self._rules, self._rewards = env.env.rules, RewardShare(env.lanes)
         self._episodes = ScoredEpisodes(self.training_env)
         remember(self.model, self)  # checkpoints keep its state
 
     def _on_step(self) -> bool:
-        self._episodes.see(self.locals["infos"])
+        self._episodes.collect(self.locals["infos"])
         return True
 
     def _on_rollout_end(self) -> None:
@@ -158,7 +158,8 @@ class TrainingWarnings(BaseCallback):
             )
 
     def _look_at_divergence(self) -> None:
-        # Recorded by `KLPenalty` when the buffer computed its returns, which comes before the callbacks.
+        # `KLPenalty` recorded it when the buffer computed its returns, which SB3 `on_policy_algorithm.collect_rollouts`
+        # does before it calls `on_rollout_end`.
         value = self.logger.name_to_value.get("kl/token")
         if value is None:
             return
@@ -174,7 +175,7 @@ class TrainingWarnings(BaseCallback):
     def _look_at_ratios(self, buffer: SequenceRolloutBuffer) -> None:
         policy = cast("LMPolicy", self.model.policy)
         off, limit = _largest_log_ratio(policy, buffer), tolerance(policy.lm)  # nats
-        if not off <= limit:  # NaN too
+        if not off <= limit:  # also true for NaN
             self._warn(
                 "ratios",
                 f"Before the first step of an update the log-ratio of some token is {off:.3g}; up to {limit:.0e} is "
@@ -202,12 +203,13 @@ class TrainingWarnings(BaseCallback):
 
 @torch.no_grad()
 def _largest_log_ratio(policy: LMPolicy, buffer: SequenceRolloutBuffer) -> float:
-    """Return the largest |log ratio| over a few sequences of the rollout, read as the update is about to read them."""
+    """Return the largest |log ratio| over a few sequences of the rollout, evaluated as the update will do it."""
     view = buffer.view()
     n = len(view.batch.lengths)
+    # Evenly spread over the rollout: the first, the last, and some between.
     batch, transitions = view.batch.of_sequences(np.linspace(0, n - 1, min(N_SEQUENCES, n)).astype(int))
     was_training = policy.training
-    policy.train(True)  # as in the update; unlike `set_training_mode` it keeps the rollout's cached rows
+    policy.train(True)  # the update's mode; `set_training_mode` would also drop the rollout's cached rows
     actions = view.actions[torch.as_tensor(transitions, device=view.actions.device)]  # (n,)
     now = policy.evaluate_actions(batch, actions)[1]  # (n,)
     policy.train(was_training)

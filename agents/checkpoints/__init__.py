@@ -1,1 +1,1 @@
-"""Checkpoints: the whole state of a run, zips of Stable-Baselines3, Hugging Face folders, and their manifests."""
+"""Saved models: checkpoints of a whole run, zips of Stable-Baselines3, and Hugging Face folders."""

@@ -1,4 +1,4 @@
-"""The whole state of training as a folder of safetensors and JSON: written whole or not at all, never unpickled."""
+"""Checkpoints: the whole state of training in a folder of safetensors and JSON, which loads without unpickling."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ from .manifest import (
 )
 from .output_folders import output_folder
 from .random_states import generator_meta, generator_tensors, load_generators
-from .rank_states import add_other_ranks, begin_behind, reseed, take_own_rank
+from .rank_states import add_other_ranks, begin_after_furthest, reseed, take_own_rank
 from .shard_files import Tensors, read_shards, read_tensors, replaced_together, write_shards
 
-# Attributes of SB3's `BaseAlgorithm` that `learn` counts in and reads schedules by.
+# Attributes of SB3's `BaseAlgorithm` that hold the progress of `learn`; schedules are functions of the last one.
 COUNTERS = ("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining")
+# The safetensors files of every checkpoint, without suffix; each step before returns adds one, "step_<key>".
 FILES = ("policy", "optimizer", "episodes", "waiting", "token_sets", "generators", "probe")
 STATE = {  # the shape of state.json, for `read_json`
     "counters": dict.fromkeys(COUNTERS, float),
@@ -63,11 +64,12 @@ STATE = {  # the shape of state.json, for `read_json`
 
 
 def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Write all that the next update depends on, so that a resumed run equals one that was never stopped.
+    """Write everything that the next update depends on, so that a resumed run equals one that was never stopped.
 
-    That is policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished episodes,
-    transitions that wait for the end of their episode or group, and the state of the steps before returns. On a CPU
-    the next update is the same bit for bit. Of several processes all must call it; rank 0 writes each one's own state.
+    A checkpoint holds policy, critic, optimizer, schedule position, random generators, the order of prompts, unfinished
+    episodes, transitions that wait for the end of their episode or group, and the state of the steps before returns.
+    On a CPU the next update is the same bit for bit. With several processes, all must call it: each writes its shards,
+    and rank 0 the rest, including the states of the other processes.
 
     Args:
         model: A model built with `make_agent`, or with `TextVecEnv` and `SequenceRolloutBuffer`. Save between
@@ -79,9 +81,9 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], ov
         The folder.
 
     Raises:
-        RuntimeError: In the middle of a rollout, or before its update.
-        TypeError: If an optimizer keeps something that is neither a number nor a tensor, or an episode's state has
-            something that JSON would change.
+        RuntimeError: If it is called in the middle of a rollout, or between a rollout and its update.
+        TypeError: If an optimizer keeps something that is neither a number nor a tensor, or an episode's
+            `preds.state` holds something that JSON would change.
         FloatingPointError: If a weight is NaN or infinite: such a policy is never written.
         ValueError: An `OutputFolderError` if files in the folder would be lost.
 
@@ -100,7 +102,7 @@ def _save(model: OnPolicyAlgorithm, written: AbstractContextManager[Path]) -> No
     lm = cast("LMPolicy", model.policy).lm
     with gathered(lm):
         probe = probe_logits(lm.backbone)
-    with released(lm):  # each process writes its shards, which the optimizer's state matches
+    with released(lm):  # back to shards, whose shapes are those of the optimizer's state
         tensors, meta = _state(model, *env_state)
         tensors["probe"] = {"logits": probe}
         with replaced_together(written) as beside:
@@ -111,9 +113,9 @@ def _save(model: OnPolicyAlgorithm, written: AbstractContextManager[Path]) -> No
 def _state(
     model: OnPolicyAlgorithm, arrays: Mapping[str, np.ndarray], env_meta: Mapping[str, Any]
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Return the state to save, given that of the env: tensors by file, and the rest, which fits JSON."""
+    """Return the state to save: tensors by file, and the rest, which fits JSON; the env's state is passed in."""
     buffer = sequence_buffer(model)
-    # Of sharded weights each process sees its own shard, so one of them may find what the others do not.
+    # A process sees only its own shard of sharded weights, and all must raise if one of them finds a NaN.
     broken = [name for name, weight in named_tensors(model.policy) if not bool(local(weight).isfinite().all())]
     error = FloatingPointError(f"Expected finite weights to save, got a NaN or infinity in {', '.join(broken[:3])}.")
     raise_together(error if broken else None)
@@ -134,7 +136,8 @@ def _state(
         "env": env_meta,
         "param_groups": groups,
         **generator_meta(model),
-        "steps": {name: state for name, (_, state) in buffer.saved_steps.items()},  # loaded for steps not attached yet
+        # States that this model loaded for steps that are not attached again yet: they are saved as they came.
+        "steps": {name: state for name, (_, state) in buffer.saved_steps.items()},
         "remembered": buffer.remembered | {name: item.state_dict() for name, item in buffer.remembering.items()},
     }
     tensors.update({f"step_{name}": content for name, (content, _) in buffer.saved_steps.items()})
@@ -162,13 +165,14 @@ def is_between_iterations(model: OnPolicyAlgorithm) -> bool:
 
 
 def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) -> None:
-    """Bring a model that was built like the saved one to the saved state.
+    """Load a checkpoint into a model that was built like the saved one.
 
-    Go on with `model.learn(remaining, reset_num_timesteps=False, callback=...)` and the same callbacks. A
-    `KLPenalty` given there takes its reference from the checkpoint.
+    Continue with `model.learn(remaining, reset_num_timesteps=False, callback=...)` and the same callbacks. A
+    `KLPenalty` among them takes its reference from the checkpoint.
 
-    If the number of processes has changed, weights, optimizer, steps and counters are loaded, prompts go on behind the
-    furthest that any process had drawn, and a warning names the states of single processes that are given up.
+    If the number of processes has changed, weights, optimizer, steps and counters are loaded, and the order of prompts
+    continues after the furthest prompt that any process had drawn. A warning counts what is lost: running episodes,
+    episodes that waited for their group, and the states of random generators.
 
     Args:
         model: A model built with the same arguments as the saved one.
@@ -177,7 +181,7 @@ def load_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str]) ->
 
     Raises:
         CheckpointError: If a file is missing, damaged or of another model or format; the model is then unchanged. Also
-            if a file verifies but has other content than was saved, made by hand; the model may then be changed.
+            if somebody edited a file and its hash in the manifest; the model may then be changed.
 
     Example:
         >>> from agents import latest_checkpoint, load_checkpoint
@@ -218,9 +222,9 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
     is_other_size = not take_own_rank(tensors, meta)
     episodes = {name: tensor.numpy() for name, tensor in tensors["episodes"].items()}
     episode_starts = episodes.pop("episode_starts")
-    try:  # SB3 `base_class._setup_learn` resets an env only where `_last_obs` is None: it is given here
+    try:  # SB3 `base_class._setup_learn` resets the env if `_last_obs` is None, which would drop the loaded episodes
         if is_other_size:
-            model._last_obs, episode_starts = begin_behind(env, meta), np.ones(env.num_envs, dtype=bool)
+            model._last_obs, episode_starts = begin_after_furthest(env, meta), np.ones(env.num_envs, dtype=bool)
         else:
             model._last_obs = env.load_state_dict(episodes, meta["env"])
     except ValueError as error:
@@ -237,10 +241,10 @@ def _load(model: OnPolicyAlgorithm, tensors: Tensors, meta: dict[str, Any]) -> N
         buffer.token_sets.load_state_dict(tensors["token_sets"])
     for name in COUNTERS:
         setattr(model, name, meta["counters"][name])
-    # SB3 `base_class._setup_learn` keeps these two where counters are not reset.
+    # SB3 `base_class._setup_learn` makes these two anew only if `reset_num_timesteps` is true or they are None.
     model.ep_info_buffer = deque(meta["episodes"], maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
-    # The callbacks that `learn` attaches later take their states from here; those attached already do so now.
+    # Steps that `learn` attaches later take their states from `saved_steps`; those already attached take them now.
     buffer.saved_steps = {name: (tensors[f"step_{name}"], state) for name, state in meta["steps"].items()}
     buffer.expected_steps = list(meta["steps"])
     for step in buffer.before_returns:
@@ -270,18 +274,18 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: int) -> Path:
-    """Save a checkpoint as "step_<timesteps>" in a folder, and remove older ones, so that `keep` stay.
+    """Save a checkpoint as "step_<timesteps>" in a folder, and remove all but the newest `keep`.
 
     Raises:
-        OSError: If it cannot be written, or what is on the disk is not what was written; the older ones then stay.
+        OSError: If it cannot be written, or does not read back as it was written; the older ones then stay.
     """
     newest = Path(folder) / f"step_{model.num_timesteps:012d}"  # 12 digits: names sort as numbers do
     _save(model, replaced_folder(newest))  # replaces only an earlier, perhaps damaged checkpoint of this step
     try:
-        verify_checkpoint(newest)  # before older ones, which are known to be intact, are removed
+        verify_checkpoint(newest)  # first, since the older ones that are removed below are known to be intact
     except CheckpointError as error:
         raise OSError(errno.EIO, str(error)) from error
-    # Newer ones are another run's, or damaged: they are neither counted nor removed.
+    # Checkpoints with more timesteps are another run's, or damaged: they are neither counted nor removed.
     for old in [path for path in numbered(folder) if path <= newest][keep:]:
         if is_main_process():
             shutil.rmtree(old)
@@ -290,8 +294,8 @@ def save_step(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], keep: in
 
 def named_tensors(policy: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """Yield each weight and buffer of a policy once: tied ones under their first name, offloaded ones not at all."""
-    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
-        if not tensor.is_meta:  # offloaded weights are frozen, and come with the model itself
+    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):  # torch leaves out tied duplicates
+        if not tensor.is_meta:  # offloaded weights are frozen, and are loaded with the model itself
             yield name, tensor
 
 
@@ -339,7 +343,7 @@ def _arrays(transitions: Transitions) -> dict[str, np.ndarray]:
 
 
 def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the transitions back that `_waiting_tensors` returned."""
+    """Put the transitions that `_waiting_tensors` returned back into the buffer."""
     fields_of: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         origin, name = key.split(".")
@@ -362,19 +366,19 @@ def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) 
 
 
 def _json(meta: Mapping[str, Any]) -> str:
-    """Return the state as JSON, which the state of users' episodes must survive unchanged."""
+    """Return the state as JSON; refuse a `preds.state` of users' episodes that JSON would change."""
     text = json.dumps(meta, ensure_ascii=False, default=_plain)
     states = [
         [env["states"], [episode["preds"]["state"] for episode in env["waiting"]]]
         for env in (meta["env"], json.loads(text)["env"])
     ]
-    if states[0] != states[1]:  # a tuple became a list, or a number as a key a text
+    if states[0] != states[1]:  # as a tuple does, which becomes a list, or a number as a key, which becomes a text
         raise TypeError("Expected `preds.state` to hold what JSON brings back as it was: texts, numbers, lists, dicts.")
     return text
 
 
 def _plain(value: Any) -> Any:
-    """Turn numpy's numbers into JSON's."""
+    """Return a numpy scalar as a Python number, for `json.dumps`."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"Expected what a checkpoint keeps to fit JSON, got {value!r:.80} (in `preds.state`?).")

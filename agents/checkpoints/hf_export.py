@@ -30,8 +30,7 @@ def export(
     Adapters (LoRA) are merged into the weights that are written; the policy keeps them apart and can train on.
     An encoder-decoder loads with `AutoModelForSeq2SeqLM`.
 
-    The folder appears whole or not at all. Of several processes that of rank 0 writes it, and the others wait until it
-    is there.
+    The folder appears whole or not at all. With several processes, all must call it: rank 0 writes, the others wait.
 
     Args:
         model: A trained model, or its policy.
@@ -57,7 +56,7 @@ def export(
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
     shards = policy.lm.shards
-    whole = None if shards is None else shards.whole()  # in the process of rank 0
+    whole = None if shards is None else shards.whole()  # gathered from all processes, in the memory of rank 0
     backbone = policy.backbone if whole is None else cast("Backbone", whole.backbone)
 
     def write() -> None:
@@ -69,10 +68,10 @@ def export(
 
 
 def write_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """Write a language model, its adapters merged, and a tokenizer into an existing folder."""
+    """Write a language model with merged adapters, and a tokenizer, into an existing folder."""
     config, old = backbone.model.config, backbone.model.generation_config
-    # The `generation_config.json` that the model came with may name penalties and warpers (top-k, temperature), which
-    # transformers' `generate` would apply and the policy never did in training: only the token ids are kept.
+    # The model's own `generation_config.json` may name penalties and warpers (top-k, temperature) that transformers'
+    # `generate` would apply and the policy did not have in training: only the token ids are kept.
     plain = GenerationConfig(
         bos_token_id=old.bos_token_id,
         eos_token_id=old.eos_token_id,

@@ -1,4 +1,4 @@
-"""The logits probe of a checkpoint: computed again on load, it shows whether the model still computes the same."""
+"""The logits probe of a checkpoint: logits computed again on load, which show whether the model still computes them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def probe_logits(backbone: LanguageModel) -> Tensor:
     """Return some logits of a model for a few fixed tokens, (3, up to 256) float32 on the CPU."""
     device = backbone.device
     ids = torch.arange(N_TOKENS, device=device)[None] % backbone.vocab_size  # (1, T)
-    cols = torch.arange(N_PROMPT - 1, N_TOKENS, device=device)  # (3,): from the last token of the prompt on
+    # (3,): the columns that predict a token, which are the last of the prompt and those of the completion
+    cols = torch.arange(N_PROMPT - 1, N_TOKENS, device=device)
     n_prompt = [torch.tensor([N_PROMPT], device=device)] if backbone.is_encoder_decoder else []
     _, logits = backbone(ids, torch.zeros_like(cols), cols, *n_prompt)  # (3, V)
     return logits[:, :N_LOGITS].float().cpu()
 
 
 def check_probe(backbone: LanguageModel, kept: Tensor, then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Warn if a model with the weights of a checkpoint gives other logits than when that was written.
+    """Warn if a model with the weights of a checkpoint gives other logits than it did when the checkpoint was written.
 
     Args:
         backbone: The model, its weights loaded.

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and hash of each file, by which damage is noticed before anything is loaded."""
+"""The manifest of a checkpoint: the size and hash of each file, which show damage before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from textenv.checks.json_files import read_json
 
 from ..files import sha256, sync
 
-FORMAT = 2  # of what a checkpoint holds; another one is refused, older ones included
+FORMAT = 2  # the version of a checkpoint's content; any other version, older or newer, is refused
 MANIFEST = "manifest.json"
 SHAPE = {  # for `read_json`
     "format": int,
     "num_timesteps": int,
     "versions": {str: str},
     "files": {str: {"size": int, "sha256": str}},
-    "sha256": str,  # of the manifest without this entry, so that a change of it is noticed, too
+    "sha256": str,  # of the manifest without this entry, so that damage to the manifest itself is noticed, too
 }
 
-# What loading may raise where a file verifies and has another content than was saved.
+# The errors that loading may raise for files that match their hashes but were made by hand.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -57,7 +57,10 @@ def write_manifest(folder: Path, num_timesteps: int) -> None:
 
 
 def seal(folder: Path, num_timesteps: int) -> None:
-    """Make a checkpoint of a folder that was written in place: sync its files to the disk, then write the manifest."""
+    """Turn a folder that was written in place into a checkpoint: sync its files to the disk, then write the manifest.
+
+    Until the manifest is there, `verify_checkpoint` refuses the folder.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(folder.rglob("*")):
         sync(path)
@@ -77,7 +80,7 @@ def versions() -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, once it is known to be as it was written.
+    """Return the manifest of a checkpoint, after checking it against its own hash.
 
     Raises:
         CheckpointError: If there is none, it is of another format, or anything in it has changed.
@@ -113,7 +116,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
         The number of timesteps (tokens) at which it was saved.
 
     Raises:
-        CheckpointError: With the file, what was expected and what is there.
+        CheckpointError: If a file is missing or was changed; the message names it, and its expected and actual size.
     """
     path = Path(folder)
     manifest = read_manifest(path)
@@ -135,13 +138,15 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
 
 @contextmanager
 def of_our_making(folder: Path) -> Iterator[None]:
-    """Turn errors of loading into a `CheckpointError`: the files verify and were still not saved by us, but by hand.
+    """Within, turn errors of loading into a `CheckpointError`.
+
+    After `verify_checkpoint` such an error means that somebody made the files, with their hashes, by hand.
 
     Args:
-        folder: The checkpoint, which the error names.
+        folder: The checkpoint, which the message names.
 
     Raises:
-        CheckpointError: In place of any error within that says that a file has an unexpected content.
+        CheckpointError: In place of any error of `UNREADABLE`, and of safetensors.
     """
     try:
         yield
@@ -156,11 +161,11 @@ def of_our_making(folder: Path) -> Iterator[None]:
 
 
 def newest_intact(folder: str | os.PathLike[str], name: str | None = "step") -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint of a folder that verifies, or None, and what is wrong with newer ones.
+    """Return the newest intact checkpoint of a folder, or None, and the damage of each newer one as a message.
 
     Args:
         folder: The folder that holds the checkpoints.
-        name: What their names begin with, as for `numbered`.
+        name: The start of their names, as for `numbered`.
     """
     damage = []
     for path in numbered(folder, name):
@@ -174,12 +179,12 @@ def newest_intact(folder: str | os.PathLike[str], name: str | None = "step") -> 
 
 
 def numbered(folder: str | os.PathLike[str], name: str | None = "step") -> list[Path]:
-    """Return the checkpoints of a folder, intact or not, the newest first by the number of steps.
+    """Return the checkpoints of a folder, intact or not, the highest number of steps first.
 
     Args:
         folder: The folder that holds the checkpoints.
-        name: What their names begin with, before "_" or "-" and the number of steps: "step" for "step_12". None takes
-            all folders that have a manifest, by the number of steps that it says.
+        name: The start of their names, before "_" or "-" and the number of steps: "step" for "step_12". None takes
+            all folders with a manifest, whatever their names, by the number of steps in the manifest.
     """
     steps: dict[Path, int] = {}
     for path in Path(folder).glob("*"):
@@ -192,8 +197,8 @@ def numbered(folder: str | os.PathLike[str], name: str | None = "step") -> list[
 
 
 def _steps_of(folder: Path) -> int:
-    """Return how many steps the manifest of a checkpoint says; more than any, where the manifest is damaged."""
+    """Return the number of steps in the manifest of a checkpoint; the largest integer if the manifest is damaged."""
     try:
         return int(read_manifest(folder)["num_timesteps"])
     except CheckpointError:
-        return sys.maxsize  # first, so that the damage is reported whichever checkpoint is intact
+        return sys.maxsize  # sorts it first, so that `newest_intact` reports its damage

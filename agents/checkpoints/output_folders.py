@@ -1,4 +1,4 @@
-"""The rule for every folder written for a user: existing files are kept, unless they are an earlier output of ours."""
+"""The rule for every folder that we write for a user: only an earlier output of ours is ever replaced."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from textenv.checks.json_files import read_json
 from ..files import replaced_folder, write_text
 
 MARK = "textenv.json"  # names the kind of an output and each file that was written with it
-SHOWN = 3  # how many names of files an error shows: enough to recognise a folder
-RUN = "run.json"  # a folder with this file is that of a run
+SHOWN = 3  # names of files that an error shows: enough to recognise a folder
+RUN = "run.json"  # the file that marks the folder of a run
 
 Kind = Literal["language model", "classifier", "reward model", "checkpoint", "best model"]
 
@@ -30,17 +30,17 @@ def check_output(
     """Check that an output may be written to a folder, and return its path with symbolic links resolved.
 
     An absent or empty folder may be written to. A folder with an earlier output of the same kind, and nothing else, may
-    be replaced with `overwrite`. Every other folder is refused. So are, always, the working directory, the home folder,
-    a run, and the folders above them.
+    be replaced with `overwrite`. Every other folder is refused. The working directory, the home folder, the folders
+    above these two, and the folder of a run are always refused.
 
     Args:
         folder: The folder to write to.
         kind: The kind of output.
         overwrite: Whether an earlier output of that kind may be replaced.
-        keep: Other folders that must not be replaced, such as the run that is exported; nor those above them.
+        keep: Other folders, such as the run that is exported; neither they nor folders above them may be replaced.
 
     Raises:
-        OutputFolderError: If files would be lost; three of them are named.
+        OutputFolderError: If files would be lost; the message names up to three of them.
         NotADirectoryError: If the path is a file.
 
     Example:
@@ -69,7 +69,7 @@ def check_output(
     if not target.is_dir():
         raise NotADirectoryError(f"Expected a folder to write to, got the file {target}.")
     names = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir())
-    if not names and not any(target.iterdir()):
+    if not names and not any(target.iterdir()):  # no files, and no empty folders either
         return target
     if (target / RUN).exists():
         raise OutputFolderError(f"Expected a new or empty folder for the {kind}, got {folder}, which is a run.")
@@ -97,9 +97,9 @@ def check_output(
 def output_folder(
     folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, keep: Collection[str | os.PathLike[str]] = ()
 ) -> Iterator[Path]:
-    """Yield an empty folder to write an output into; it is marked as ours, and takes its place when all went well.
+    """Yield an empty folder to write an output into; without an error it is marked as ours and renamed to `folder`.
 
-    Arguments and errors are those of `check_output`, which long work also calls before it begins.
+    Arguments and errors are those of `check_output`. Long work calls that before it begins, too, so as to fail early.
 
     Example:
         >>> import tempfile
@@ -127,7 +127,7 @@ def _read_mark(folder: Path) -> tuple[str, list[str]] | None:
 
 
 def _shown(folder: Path) -> str:
-    """Return the first names in a folder, and how many more there are, for an error."""
+    """Return the first names in a folder, and the number of the others, for an error."""
     names = sorted(path.name for path in folder.iterdir())
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more}"

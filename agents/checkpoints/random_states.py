@@ -29,7 +29,7 @@ def generator_tensors(model: OnPolicyAlgorithm) -> dict[str, Tensor]:
 
 
 def generator_meta(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """Return the states of the other generators, as JSON keeps them."""
+    """Return the states of the other generators, in a form that fits JSON."""
     name, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
     return {
         "python_random": random.getstate(),
@@ -39,16 +39,16 @@ def generator_meta(model: OnPolicyAlgorithm) -> dict[str, Any]:
 
 
 def load_generators(model: OnPolicyAlgorithm, states: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Bring all generators to the states that `generator_tensors` and `generator_meta` returned."""
+    """Set all generators to the states that `generator_tensors` and `generator_meta` returned."""
     torch.set_rng_state(states["torch"])
     policy = cast("LMPolicy", model.policy)
     policy.generator.set_state(states["policy"])
     policy.predict_generator.set_state(states["predict"])
     for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in states:  # saved on a machine with as many GPUs
+        if f"cuda.{index}" in states:  # the checkpoint may come from a machine with fewer GPUs
             torch.cuda.set_rng_state(states[f"cuda.{index}"], index)
     version, internal, gauss = meta["python_random"]
-    random.setstate((version, tuple(internal), gauss))  # JSON has made a list of the tuple
+    random.setstate((version, tuple(internal), gauss))  # JSON turned the tuple into a list
     name, keys, *rest = meta["numpy_random"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     sequence_buffer(model).rng.bit_generator.state = meta["minibatches"]

@@ -1,4 +1,4 @@
-"""The states in a checkpoint that each of several processes has of its own, and what another number of them takes."""
+"""The states in a checkpoint that differ between processes, also for loading with another number of processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..distributed.world import world
 from ..policies.lm_policy import LMPolicy
 from ..rollout.vec_env import TextVecEnv
 
-# All else is the same in every process, and written once.
+# The states that each process has of its own. All other states are the same in every process, and are written once.
 OWN_TENSORS = ("episodes", "waiting", "token_sets", "generators")
 OWN_META = ("episodes", "env", "python_random", "numpy_random", "minibatches", "remembered")
 
 
 def add_other_ranks(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-    """Add the other processes' own states to those that a checkpoint keeps of this one, in place.
+    """Add the states of the other processes to those of rank 0, in place; all processes must call it.
 
-    All processes must call it. The tensors of rank r are named "rank<r>_<name>"; the rest is a list under "ranks".
+    The tensors of rank r get the names "rank<r>_<name>"; its other states become an entry of the list "ranks".
     """
     own = {name: tensors[name] for name in OWN_TENSORS}, {name: meta[name] for name in OWN_META}
     for rank, (their_tensors, their_meta) in enumerate(gather("a checkpoint", own)[1:], start=1):
@@ -33,10 +33,10 @@ def add_other_ranks(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any])
 
 
 def take_own_rank(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> bool:
-    """Replace the states of rank 0 by those saved of this process's rank, in place.
+    """Replace the states of rank 0 with those that were saved for this process's rank, in place.
 
     Returns:
-        Whether there are as many processes as were saved; otherwise nothing is replaced.
+        Whether there are as many processes as when the checkpoint was saved; if not, nothing is replaced.
     """
     here, others = world(), meta.get("ranks", [])
     rank, size = (0, 1) if here is None else (here.rank, here.size)
@@ -48,10 +48,10 @@ def take_own_rank(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -
     return True
 
 
-def begin_behind(env: TextVecEnv, meta: Mapping[str, Any]) -> np.ndarray:
-    """Begin new episodes behind the furthest prompt that any of the saved processes had drawn.
+def begin_after_furthest(env: TextVecEnv, meta: Mapping[str, Any]) -> np.ndarray:
+    """Begin new episodes after the furthest prompt that any of the saved processes had drawn.
 
-    A warning says which states are given up: those of running episodes, of episodes that wait, and of generators.
+    A warning counts what is lost: running episodes, episodes that waited for their group, and generators' states.
 
     Returns:
         The observations, (B, L).
@@ -59,14 +59,14 @@ def begin_behind(env: TextVecEnv, meta: Mapping[str, Any]) -> np.ndarray:
     here = world()
     rank, size = (0, 1) if here is None else (here.rank, here.size)
     states = [meta["env"], *(other["env"] for other in meta.get("ranks", []))]
-    has_order = "position" in states[0]["cursor"]
+    has_order = "position" in states[0]["cursor"]  # prompts drawn by priority have no order, and so no position
     chosen = max(states, key=_n_drawn) if has_order else states[rank % len(states)]
     dealer = env.lanes.dealer
     dealer.load_state_dict({**chosen, "dealt": {**chosen["dealt"], "left": 0}})
-    # Fresh generators, which follow from the seed and from how far training was.
+    # Fresh generators, seeded by the run's seed and its progress, so that loading twice gives the same.
     seeds = np.random.SeedSequence([chosen["cursor"]["seed"], sum(state["n_steps"] for state in states), rank])
     cursor_seed, env_seed = (int(number) for number in seeds.generate_state(2))
-    if not has_order:  # draws by priority, from a generator of each process's own
+    if not has_order:  # each process draws by priority, from a generator of its own
         dealer.cursor.rng = np.random.default_rng(cursor_seed)  # type: ignore[union-attr]
     env.env.np_random = seeding.np_random(env_seed)[0]
     env.lanes.n_steps = max(state["n_steps"] for state in states)
@@ -83,24 +83,24 @@ def begin_behind(env: TextVecEnv, meta: Mapping[str, Any]) -> np.ndarray:
 
 
 def reseed(policy: LMPolicy, states: Mapping[str, Tensor]) -> None:
-    """Give each process a sampling generator of its own, seeded by the next number of the one saved for rank 0."""
+    """Give each process its own sampling generator, seeded by the next number of the generator saved for rank 0."""
     here = world()
     policy.predict_generator.set_state(states["predict"])
     policy.generator.set_state(states["policy"])
     seed = int(torch.randint(2**31, (), generator=policy.generator))
-    # An even distance: `LMPolicy` seeds two generators of a process with neighbouring numbers.
+    # Seeds two apart: `LMPolicy` gives the two generators of a process neighbouring seeds.
     policy.generator.manual_seed(seed + 2 * (0 if here is None else here.rank))
 
 
 def _n_drawn(state: Mapping[str, Any]) -> int:
-    """Return the number of draws that the order of prompts of all processes had made when one of them was saved."""
+    """Return how far a process was in the order of prompts that all processes share, counted in draws."""
     return state["cursor"]["epoch"] * state["n_prompts"] + state["cursor"]["position"]
 
 
 def _n_passed_over(states: list[Mapping[str, Any]]) -> int:
-    """Return how many draws before the furthest were never made: those of slower processes.
+    """Return the number of draws before the furthest one that slower processes had not made yet.
 
-    Process r of W takes the draws r, r + W, r + 2 W, ... of one order.
+    Process r of W makes the draws r, r + W, r + 2 W, ... of the shared order.
     """
     furthest, size = max(map(_n_drawn, states)), len(states)
     return sum(

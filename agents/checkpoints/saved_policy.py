@@ -1,4 +1,4 @@
-"""The weights of a checkpoint's policy, for writing texts: optimizer, critics and episodes are not read."""
+"""The loading of a policy from a checkpoint for writing texts only, without optimizer, critic and episodes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .checkpoint import check_same_shapes, named_tensors
 from .manifest import of_our_making, verify_checkpoint
 from .shard_files import read_shards, read_tensors
 
-CRITIC = "lm.critic."  # the names of its weights begin so
+CRITIC = "lm.critic."  # the start of the names of a critic's weights
 
 
 def load_policy(policy: LMPolicy, folder: str | os.PathLike[str]) -> None:
     """Load the saved weights into a policy, except those of its critic, which stays as it is.
 
     Args:
-        policy: A policy built like the saved one; its critic may be another.
+        policy: A policy built like the saved one; its critic may differ.
         folder: The checkpoint.
 
     Raises:

@@ -26,8 +26,7 @@ def load_sb3_zip(path: str | os.PathLike[str], model: BaseAlgorithm, trust: bool
         `model`, or with `trust` the new model that SB3 made, on the env of `model`.
 
     Raises:
-        ValueError: If it is not such a file, is of another model, or has something among its weights that is not a
-            tensor.
+        ValueError: If it is not such a file, belongs to another model, or holds anything but tensors as weights.
 
     Example:
         >>> from agents import load_sb3_zip
@@ -44,8 +43,8 @@ def load_sb3_zip(path: str | os.PathLike[str], model: BaseAlgorithm, trust: bool
         )
         return type(model).load(file, env=model.get_env(), device=model.device)
     try:
-        # SB3 `save_util.load_from_zip_file` reads these entries by `torch.load(weights_only=True)`; the entry "data",
-        # which it would unpickle, is not asked for.
+        # SB3 `base_class.set_parameters` calls `save_util.load_from_zip_file` with `load_data=False`: weights are read
+        # by `torch.load(weights_only=True)`, and the pickles in the entry "data" are left alone.
         model.set_parameters(str(file), device=model.device)
     except pickle.UnpicklingError as error:
         raise ValueError(f"Expected tensors alone among the weights in {file}, got something else: {error}") from error

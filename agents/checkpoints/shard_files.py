@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint on disk: of sharded ones each process writes its part, and any number of them reads."""
+"""The tensors of a checkpoint on disk; each process writes its shards, which any number of processes can read."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from ..distributed.world import is_main_process, world
 from .manifest import CheckpointError
 
 FOLDER = "shards"
-Tensors = dict[str, dict[str, Tensor]]  # by file, by name
+Tensors = dict[str, dict[str, Tensor]]  # by the file's name, then by the tensor's
 
 
 @contextmanager
 def replaced_together(written: AbstractContextManager[Path]) -> Iterator[Path]:
-    """Yield, in all processes, the folder of a context that only the process of rank 0 enters; all must call it.
+    """Yield, in all processes, the folder of a context that only rank 0 enters; all processes must call it.
 
-    An error in the body must be raised in all processes, as `once` and `raise_together` do.
+    An error in the body must be raised in all processes, as `once` and `raise_together` do: otherwise they would wait
+    for each other forever.
 
     Args:
         written: The context that `replaced_folder` or `output_folder` returns.
@@ -47,7 +48,7 @@ def replaced_together(written: AbstractContextManager[Path]) -> Iterator[Path]:
         raise_together(error)
         yield from_main("the folder of a checkpoint", beside)
         try:
-            opened.close()  # in the process of rank 0: syncs the files, and renames the folder
+            opened.close()  # on rank 0 this syncs the files and renames the folder; elsewhere nothing is open
         except OSError as caught:
             error = caught
         raise_together(error)
@@ -58,18 +59,18 @@ def write_shards(folder: Path, tensors: Tensors) -> Tensors:
 
     Args:
         folder: A folder that all processes see, on one disk.
-        tensors: Tensors by name by file.
+        tensors: All tensors of the checkpoint.
 
     Raises:
         OSError: In all processes, if one of them cannot write.
     """
     here, sharded, whole = world(), {}, {}
-    # One name a tensor for torch's writer: "<file>/<name>", which `read_shards` takes apart.
+    # torch's writer takes a flat dict: the key is "<file>/<name>", which `read_shards` splits again.
     for file, content in tensors.items():
         sharded.update({f"{file}/{name}": tensor for name, tensor in content.items() if isinstance(tensor, DTensor)})
         whole[file] = {name: tensor for name, tensor in content.items() if not isinstance(tensor, DTensor)}
     if sharded:
-        assert here is not None, "several processes"
+        assert here is not None, "only several processes have sharded tensors"
         writer = HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
         try:
             dcp.save(sharded, storage_writer=writer, process_group=here.group)
@@ -91,16 +92,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_shards(folder: Path, shards: Shards | None) -> Tensors:
-    """Return the tensors that `write_shards` wrote, by name by file.
+    """Return the sharded tensors that `write_shards` wrote.
 
     Args:
         folder: The checkpoint.
-        shards: The shards of the policy, of which each process reads its own; None reads whole tensors.
+        shards: The shards of the policy: each process reads its own part of each tensor. None reads whole tensors.
     """
     if not (folder / FOLDER).is_dir():
         return {}
     here, reader = world(), HuggingFaceStorageReader(str(folder / FOLDER))
-    target: dict[str, Tensor] = {}
+    target: dict[str, Tensor] = {}  # torch reads into tensors of the right shapes, which are made here
     for name, entry in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata), "safetensors have nothing else"
         if shards is None:
@@ -109,7 +110,7 @@ def read_shards(folder: Path, shards: Shards | None) -> Tensors:
             placing: dict[str, Any] = {"device_mesh": shards.mesh, "placements": shards.placements}
             target[name] = zeros(entry.size, dtype=entry.properties.dtype, **placing)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as `no_dist` asks for, in one process
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what `no_dist` asks for
         dcp.load(target, storage_reader=reader, process_group=here and here.group, no_dist=here is None)
     tensors: Tensors = {}
     for key, tensor in target.items():
@@ -119,7 +120,7 @@ def read_shards(folder: Path, shards: Shards | None) -> Tensors:
 
 
 def _storage_error(error: CheckpointException) -> OSError:
-    """Return torch's error as an OSError, with the number and the text of the processes that failed."""
+    """Return torch's error as an OSError, with the error number and the messages of the processes that failed."""
     causes = {rank: cause for rank, (cause, _) in error.failures.items()}
     number = next((cause.errno for cause in causes.values() if isinstance(cause, OSError) and cause.errno), errno.EIO)
     texts = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())

@@ -1,4 +1,4 @@
-"""The room on a disk, and the sentence that says why a file could not be written."""
+"""Free space on a disk, and the explanation of why a file could not be written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..errors import FULL
 
 
 def explain(error: Exception, path: str | os.PathLike[str], n_bytes: int = 0) -> str:
-    """Return a sentence that says why something could not be written; of a full disk, with the room there is.
+    """Return a sentence that says why something could not be written; for a full disk, it has the free space.
 
     Args:
         error: The error that was raised.
-        path: Where the writing went; the path that the error names takes precedence.
-        n_bytes: About how many bytes it takes, 0 where that is unknown.
+        path: The file or folder that was written to, unless the error names one itself.
+        n_bytes: The approximate number of bytes that were to be written; 0 if unknown.
 
     Example:
         >>> import errno
@@ -35,7 +35,7 @@ def explain(error: Exception, path: str | os.PathLike[str], n_bytes: int = 0) ->
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:
-    """Return the room on the disk of a path, which need not exist yet, in bytes."""
+    """Return the free space on the disk of a path, which need not exist yet, in bytes."""
     existing = Path(path).absolute()
     while not existing.exists():
         existing = existing.parent
@@ -43,7 +43,7 @@ def free_bytes(path: str | os.PathLike[str]) -> int:
 
 
 def size(n_bytes: int) -> str:
-    """Return a number of bytes as text for people, in GB or MB (powers of ten).
+    """Return a number of bytes as text, in GB or MB (powers of ten).
 
     Example:
         >>> size(1_234_000_000), size(56_000)

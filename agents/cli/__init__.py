@@ -1,1 +1,1 @@
-"""The commands of `textenv`."""
+"""The command line: the verbs of `textenv`, their arguments and their output."""

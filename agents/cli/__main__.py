@@ -1,4 +1,4 @@
-"""The command `textenv`, started as a module."""
+"""The start of `agents.cli` as a module, which is the command `textenv`."""
 
 import sys
 

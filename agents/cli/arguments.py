@@ -1,4 +1,4 @@
-"""Parsing of a verb's arguments into its configuration and options, by jsonargparse; loads no torch."""
+"""The parsing of a verb's arguments by jsonargparse. Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import itertools
 import re
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import (
     ActionConfigFile,
     ArgumentError,
     ArgumentParser,
+    DefaultHelpFormatter,
     Namespace,
     get_loader,
     set_loader,
@@ -30,10 +31,25 @@ from ..runs.config import (
     argument_help,
 )
 from ..runs.plain_yaml import check_bounds, read_yaml
-from ..runs.values import check_values
+from ..runs.values import WORDS, check_values, in_words
 
-MODE = "textenv"  # the parser mode that we register with jsonargparse: its YAML loader, behind `check_bounds`
+MODE = "textenv"  # the name under which jsonargparse knows our loader: its own for YAML, after `check_bounds`
 ONLY_HERE = "only on the command line"
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's help, with the types of values in plain words, as in our errors."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # The help string of jsonargparse ends with "(type: %(type)s, default: %(default)s)", or a part of that.
+        text = super()._get_help_string(action).replace("type: %(type)s, default:", "%(type)s; default:")
+        return text.replace("type: %(type)s", "%(type)s")
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        if not action.option_strings:  # RUN, DIR and the like
+            return None
+        kind = getattr(action, "_typehint", None) or action.type
+        return in_words(kind) if kind in WORDS or get_args(kind) else super()._get_type_str(action)
 
 
 def make_parser(
@@ -44,13 +60,13 @@ def make_parser(
     Args:
         verb: The verb's name.
         usage: Its arguments, as the first line of help shows them. With "CONFIG" in it, the verb reads a YAML file.
-        config: The dataclass whose fields a YAML file may set too.
+        config: The dataclass whose fields a YAML file may set, too.
         options: The dataclass whose fields only the command line sets.
         does: The description in help; by default the first line of the docstring of `config`.
     """
     set_loader(MODE, _load, (YAMLError,))
-    # jsonargparse imports and calls whatever a value names under the key `class_path`, `Named` among them. A
-    # configuration may come from anyone, so it may name our own dataclass and nothing else.
+    # jsonargparse imports and calls the class that a value names under the key `class_path`. A configuration may come
+    # from anyone, so that it may name our own dataclass `Named` and nothing else.
     set_parsing_settings(
         import_path_denylist=["*"],
         import_path_allowlist=["agents.Named", "agents.runs.config.Named"],
@@ -60,12 +76,14 @@ def make_parser(
         prog=f"textenv {verb}",
         usage=f"textenv {verb} {usage}",
         description=does or _first_line(config),
+        formatter_class=HelpFormatter,
         exit_on_error=False,
         parser_mode=MODE,
         allow_abbrev=False,  # argparse would take --algorithm.n_env for --algorithm.n_envs
     )
     if "CONFIG" in usage:
-        parser.add_argument("--config", action=ActionConfigFile, help="A YAML file; what follows overrides it.")
+        text = "A YAML file with any of these keys, which later arguments override; may come first, without --config."
+        parser.add_argument("--config", action=ActionConfigFile, help=text, metavar="CONFIG.yml")
     parser.add_class_arguments(config, as_group=False, as_positional=True)
     helps = _helps(config)
     if options is not None:
@@ -75,14 +93,16 @@ def make_parser(
         if action.dest in helps:
             action.help = helps[action.dest] + (_two_defaults(action.dest) if config is TrainConfig else "")
         elif action.dest.endswith(".help"):
-            action.help = argparse.SUPPRESS  # --env.help and the like, which jsonargparse adds: help has all keys
+            action.help = argparse.SUPPRESS  # jsonargparse adds --env.help and the like; our help has all keys
         elif action.dest == "print_config":
             action.help = "Print all keys with the values that would be used, and exit."
             action.metavar = ""
     for group in parser._action_groups:
-        config_class = getattr(group, "group_class", None)  # which jsonargparse notes for a nested dataclass
+        config_class = getattr(group, "group_class", None)  # set by jsonargparse for a nested dataclass
         if config_class is not None:
             group.title = f"{group.dest}: {_first_line(config_class)}".rstrip(".")
+            whole = next(action for action in parser._actions if action.dest == group.dest)  # --env and the like
+            whole.metavar, whole.help = "{KEY: VALUE, ...}", "Several of the following keys at once."
     return parser
 
 
@@ -91,12 +111,12 @@ def _first_line(config: type) -> str:
 
 
 def _two_defaults(key: str) -> str:
-    """Return the type and both defaults, for the help of a key whose default depends on the model; else nothing."""
+    """Return the type and both defaults of a key whose default depends on the model, for its help; else nothing."""
     for settings, case in ((DEMO_SETTINGS, ""), (DEMO_PPO_SETTINGS, f" and {' or '.join(PPO_NAMES)}")):
         if key in settings:
             case += ", where that divides a rollout" if key == "algorithm.batch_size" else ""
             default = f'{settings[key]} with the model "{ModelConfig.name}"{case}; else %(default)s'
-            return f" (type: %(type)s, default: {default})"
+            return f" (%(type)s; default: {default})"
     return ""
 
 
@@ -108,14 +128,14 @@ def make_options_parser(options: type) -> argparse.ArgumentParser:
 
 
 def parse_options(options: type, words: list[str]) -> argparse.Namespace:
-    """Return a verb's options as the command line has them, whatever a configuration file says.
+    """Return a verb's options from the command line alone, whatever a configuration file has.
 
     Args:
         options: The dataclass of the options.
-        words: The words behind the verb; those that are no options are ignored.
+        words: The command's words after the verb; words that are not options are ignored.
 
     Raises:
-        CommandError: If an option lacks its value, or has one and takes none.
+        CommandError: If an option lacks its value, or has a value and takes none.
     """
     try:
         return make_options_parser(options).parse_known_args(words)[0]
@@ -126,7 +146,7 @@ def parse_options(options: type, words: list[str]) -> argparse.Namespace:
 def _add_options(group: Any, options: type) -> None:
     texts = argument_help(options)
     trust = {field.name for field in fields(TrustOptions)}
-    for field in sorted(fields(options), key=lambda field: field.name in trust):  # help has the verb's own first
+    for field in sorted(fields(options), key=lambda field: field.name in trust):  # in help, permissions come last
         flag = f"--{field.name}"
         kind = str(field.type)  # a string: `from __future__ import annotations` keeps annotations as their source
         both = dict.fromkeys((flag, flag.replace("_", "-")))
@@ -148,21 +168,21 @@ def _helps(config: type, prefix: str = "") -> dict[str, str]:
 
 
 def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
-    """Parse the words behind a verb.
+    """Parse the command's words after the verb.
 
     Raises:
         CommandError: For an unknown key, with the nearest known one, and for a value of a wrong type.
     """
     try:
         return parser.parse_args(words)
-    except (ArgumentError, ImportError) as error:  # ImportError: an import that the denylist refuses
+    except (ArgumentError, ImportError) as error:  # ImportError: the denylist has refused an import
         known = [action.dest for action in parser._actions]
         message = " ".join(str(error).split())
         if denied := re.search(r"Importing '([^']*)' is not allowed, denied by", message):
             raise CommandError(
                 f"Expected names, or keys and values, got the class {denied[1]!r}: id: module:Class, args: {{...}}."
             ) from error
-        # The two ways in which jsonargparse names an unknown key, the second within a group.
+        # jsonargparse names an unknown key in one of two ways, the second within a group.
         match = re.search(r"unrecognized arguments?: --([\w.]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
         group = re.search(r"Group '([\w.]+)'", message)
         name = (f"{group[1]}." if group else "") + (match[1] or match[2]) if match else ""
@@ -175,7 +195,7 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
 
 
 def with_config(words: list[str]) -> list[str]:
-    """Return the words with --config in front of a configuration file that comes first."""
+    """Return the words with --config before the first one, if that is a configuration file."""
     return ["--config", *words] if words and not words[0].startswith("-") else words
 
 
@@ -183,7 +203,7 @@ def check_file(words: list[str]) -> None:
     """Refuse a configuration file that does not exist, or is not plain YAML.
 
     Raises:
-        CommandError: With the reason, before jsonargparse reads the file.
+        CommandError: If it does not, or is not; jsonargparse has not read the file then.
     """
     for flag, path in itertools.pairwise(words):
         if flag == "--config":
@@ -191,7 +211,7 @@ def check_file(words: list[str]) -> None:
 
 
 def _load(text: str) -> Any:
-    """Return a value of the command line or of a file, read as jsonargparse reads YAML, but within bounds."""
+    """Check the bounds of a value of the command line or of a file, and read it by jsonargparse's loader for YAML."""
     check_bounds(text)
     return get_loader("yaml")(text)
 
@@ -201,12 +221,12 @@ def split(parser: ArgumentParser, words: list[str], config: type, options: type)
 
     Args:
         parser: The verb's parser.
-        words: The words behind the verb.
+        words: The command's words after the verb.
         config: The dataclass of the configuration.
         options: The dataclass of the options.
 
     Raises:
-        CommandError: If a configuration file sets an option: it would give itself a permission that only a person may.
+        CommandError: If a configuration file sets an option: a file must not give itself permissions.
     """
     parsed = parse(parser, words)
     alone = parse_options(options, words)
@@ -216,7 +236,7 @@ def split(parser: ArgumentParser, words: list[str], config: type, options: type)
             raise CommandError(f"Expected {name} {ONLY_HERE}, got it in a configuration file.")
     rest = Namespace(**{key: value for key, value in vars(parsed).items() if key not in (*names, "config")})
     built = parser.instantiate(rest)
-    # skip_unset=False keeps each null: without it the key would get its default again, which may not be null.
+    # skip_unset=False writes each null: a key that is left out would get its default again, which may not be null.
     dumped = parser.dump(rest, format="yaml", skip_validation=True, skip_unset=False)
     chosen = {name: getattr(parsed, name) for name in names}
     return config(**{field.name: getattr(built, field.name) for field in fields(config)}), options(**chosen), dumped

@@ -1,4 +1,4 @@
-"""The names that a configuration can use: tasks, rewards, metrics, masks and loggers; loads no torch."""
+"""The command `textenv tasks`: the names that a configuration can use. Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def catalogue() -> str:
     for kind, paths in kinds.items():
         if kind != "tasks (env.id)":
             lines += ["", kind]
-        # The task "Text" is TextEnv itself; here it has the name "text", with a line of its own above.
+        # The task "Text" is `TextEnv` itself, which the line "text" above describes.
         described = {name: first_line(path) for name, path in paths.items() if not path.endswith(":TextEnv")}
         lines += [f"  {name:<20}{line}" for name, line in described.items() if line is not None]
     lines += ["", "loggers", *(f"  {name:<20}{line}" for name, line in LOGGERS.items())]

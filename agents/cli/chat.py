@@ -1,4 +1,4 @@
-"""The command `textenv chat`: a conversation in the terminal, all of which is the prompt of the next answer."""
+"""The command `textenv chat`: a conversation in the terminal, which is the prompt of each next answer as a whole."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..runs.config import TrainConfig, TrustOptions
 from .options import ChatOptions
 from .trained_model import Writer, open_writer
 
-ANY_PROMPT = [[0]]  # given to `open_writer` so that it does not read the run's prompts
+ANY_PROMPT = [[0]]  # a stand-in for the run's prompts, which `open_writer` then does not read
 DEFAULT_POSITIONS = 1024  # the most tokens of prompt and answer, for a model whose config has no limit
 
 
 class Conversation:
-    """A conversation as a prompt.
+    """A conversation with a model.
 
-    With a chat template each turn is a message; without one the prompt is the turns' text with spaces between.
+    With a chat template each turn is a message; without one the prompt is the text of all turns, joined by spaces.
 
     Args:
         writer: The model.
@@ -48,12 +48,12 @@ class Conversation:
             seed=self.seed,
             **self.writer.options,
         )
-        self.seed += 1  # a repeated question may get another answer
+        self.seed += 1  # so that a repeated question may get another answer
         self.messages.append({"role": "assistant", "content": answer.text})
         return answer.text
 
     def _answer_length(self) -> int:
-        """Return the most tokens of an answer: at most half of what the model can read, unless a number is given."""
+        """Return the most tokens of an answer: the user's number, or at most half of what the model can read."""
         requested, usual = self.options.max_new_tokens, self.writer.trained_length or USUAL_TOKENS
         if requested is not None and requested >= self.positions:
             raise CommandError(

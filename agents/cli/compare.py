@@ -1,4 +1,4 @@
-"""The command `textenv compare`: the curves of several runs in one picture, and a table; loads no torch."""
+"""The command `textenv compare`: the curves of several runs in one picture, and a table. It does not load torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compare(paths: Sequence[str], out: str) -> int:
     for path in paths:
         run = RunFolder.open(path)
         name = run.path.resolve().name
-        # Runs of different folders may have the same name: the later ones go by their whole path.
+        # Two runs may have folders of the same name: the later one is shown by its whole path.
         runs[name if name not in runs else str(path)] = read_rows(run.metrics)
     draw_curves(out, runs)
     print(f"| run | tokens | reward at first | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 3)}")

@@ -1,4 +1,4 @@
-"""The command `textenv`: the table of its verbs, their arguments and their exit codes. `--help` loads no torch."""
+"""The command `textenv`: the table of its verbs, and how each reads its arguments. `--help` does not load torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .options import (
     StageOptions,
 )
 
-# Errors that end a verb with a line and an exit code, without a traceback: wrong arguments may lead to any of them.
+# The errors that end a verb with a line and an exit code instead of a traceback: wrong input can cause any of them.
 HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
 
 
@@ -40,12 +40,13 @@ class Verb(NamedTuple):
     """One verb of the command.
 
     Args:
-        does: What the verb does, for its line in `textenv --help`.
+        does: The description for its line in `textenv --help`.
         usage: Its arguments, for the first line of its own help.
-        config: The dataclass of the arguments that a configuration file may set too; None for none.
+        config: The dataclass of the arguments that a configuration file may set, too; None for none.
         options: The dataclass of the arguments that only the command line sets; None for none.
-        function: "module:function" of the work. It is imported after the words are parsed, since it loads torch.
-        read: A function from the verb's name and the words behind it to the arguments of `function`.
+        function: The function that does the work, as "module:function". It is imported after the arguments are parsed,
+            since it loads torch.
+        read: A function from the verb's name and the words after it to the arguments of `function`.
     """
 
     does: str
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; an error is printed as one line.
 
     Args:
-        arguments: The words behind `textenv`; those of this process by default.
+        arguments: The words after `textenv`; by default those of this process.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -79,14 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(words[0], words[1:])
     except CommandError as error:
         return _refuse(error)
-    except KeyboardInterrupt as interrupt:  # `interrupt.args`: a stage gives its message, Ctrl-C itself none
+    except KeyboardInterrupt as interrupt:  # a `StageStopped` has `args`, its message; Python's own has none
         _say(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}")
         return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2
     except HANDLED as error:
         from ..runs.exit_codes import as_command_error
 
         if isinstance(error, BrokenPipeError):  # `textenv ... | head`: the reader has closed the pipe
-            # Python flushes the standard output when it ends; into /dev/null that raises nothing again.
+            # Python flushes standard output when it ends, which would raise again: /dev/null takes it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return Exit.DONE
         return _refuse(as_command_error(error, Path.cwd()))
@@ -118,13 +119,14 @@ def _overview() -> str:
     return (
         "usage: textenv VERB ...\n\nReinforcement learning of language models on text.\n\n"
         f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` lists a verb's arguments.\n"
-        "Exit codes: 0 done, 1 unexpected error (doctor: something to fix), 2 usage or refused input, 3 numerics,\n"
-        "4 reward, 5 storage, 6 a missing package, 130 and 143 interrupted."
+        "Exit codes: 0 done, 1 unexpected error (doctor: something to fix), 2 wrong arguments or refused input,\n"
+        "3 a NaN or infinity in training, 4 a failed reward, 5 a failed write to the disk, 6 a missing package,\n"
+        "130 and 143 interrupted."
     )
 
 
 def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, Any, str]:
-    """Parse the words behind a verb that takes a `TrainConfig`.
+    """Parse the words after a verb that takes a `TrainConfig`.
 
     Args:
         words: The words; a configuration file may come first.
@@ -134,7 +136,7 @@ def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, An
         The configuration, the options of the command line, and the configuration as YAML.
 
     Raises:
-        CommandError: If a word or the file is not understood.
+        CommandError: If a key or value, on the command line or in the file, is unknown or refused.
 
     Example:
         >>> config, options, dumped = train_config(["--model.name", "gpt2", "--quiet"])
@@ -146,7 +148,7 @@ def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, An
     words = with_config(words)
     check_file(words)
     if not {"-h", "--help"} & set(words):
-        # The defaults depend on the model, so the words are parsed twice: --print_config would exit at the first time.
+        # The defaults depend on the model, so the words are parsed twice; --print_config would already exit here.
         plain = [word for word in words if not word.startswith("--print_config")]
         parser.set_defaults(default_settings(split(parser, plain, TrainConfig, options)[0]))
     return split(parser, words, TrainConfig, options)
@@ -186,7 +188,7 @@ def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
         config, options, dumped = train_config(words)
         check_folders(with_config(words), config)
         return config, dumped, options
-    from ..runs.folder import RunFolder  # here and below, what loads gymnasium is imported late, for a quick --help
+    from ..runs.folder import RunFolder  # here and below: imports that load gymnasium wait, for a quick --help
 
     run = RunFolder.open(resumed)
     before = read_config(run.config)
@@ -218,13 +220,13 @@ def _read_run(name: str, words: list[str]) -> tuple[Any, ...]:
 
 def _read_model(name: str, words: list[str]) -> tuple[Any, ...]:
     if name == "rate" and words and not words[0].startswith("-"):
-        words = ["--model", *words]  # an optional argument here: rate also works without a model
+        words = ["--model", *words]  # not positional for `rate`, which also works without a model
     chosen, options = _read(name, words)
     return None if chosen.model is None else run_or_model(chosen.model), chosen, options
 
 
 def _read_runs(name: str, words: list[str]) -> tuple[Any, ...]:
-    # jsonargparse reads a list from one word, so that RUN RUN becomes '["RUN", "RUN"]'.
+    # jsonargparse reads a list from a single word: RUN RUN becomes '["RUN", "RUN"]'.
     n_runs = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     runs = [str(list(words[:n_runs])).replace("'", '"')] if n_runs else []
     parser = make_parser(name, VERBS[name].usage, VERBS[name].config)
@@ -294,7 +296,7 @@ def _refuse_zip(path: str) -> None:
 
 STAGES = ("sft", "classifier", "reward-model")
 CONFIG = "[CONFIG.yml] [--key value ...]"
-STAGE = "[CONFIG.yml] --data FILE --out DIR"
+STAGE = "[CONFIG.yml] (--data FILE | --task NAME) --out DIR [--key value ...]"
 VERBS = {
     "train": Verb(
         "train a model on a task, or continue a run",
@@ -325,7 +327,7 @@ VERBS = {
     ),
     "evaluate": Verb(
         "compare a run's model before and after training, with intervals",
-        "RUN [--metrics ...]",
+        "RUN [--metrics '[NAME, ...]'] [--key value ...]",
         EvaluateOptions,
         TrustOptions,
         "agents.cli.trained_model:evaluate_run",
@@ -333,18 +335,23 @@ VERBS = {
     ),
     "generate": Verb(
         "write texts that continue prompts, as lines of JSON",
-        "RUN|MODEL --prompts FILE",
+        "RUN|MODEL [--prompts FILE] [--key value ...]",
         GenerateOptions,
         TrustOptions,
         "agents.cli.trained_model:generate_lines",
         _read_model,
     ),
     "chat": Verb(
-        "chat with a model in the terminal", "RUN|MODEL", ChatOptions, TrustOptions, "agents.cli.chat:talk", _read_model
+        "chat with a model in the terminal",
+        "RUN|MODEL [--key value ...]",
+        ChatOptions,
+        TrustOptions,
+        "agents.cli.chat:talk",
+        _read_model,
     ),
     "rate": Verb(
         "let people score a model's texts, and train on the scores",
-        "[RUN|MODEL --prompts FILE] [--terminal | --web] [--train]",
+        "[RUN|MODEL --prompts FILE] [--web | --train] [--key value ...]",
         RateConfig,
         RateOptions,
         "agents.cli.rate:rate",
@@ -352,7 +359,7 @@ VERBS = {
     ),
     "show": Verb(
         "print an episode token by token",
-        "RUN [--prompt N]",
+        "RUN [--prompt N] [--seed N]",
         ShowOptions,
         TrustOptions,
         "agents.cli.show:show",
@@ -360,7 +367,7 @@ VERBS = {
     ),
     "export": Verb(
         "write a run's model as a Hugging Face folder",
-        "RUN DIR [--sb3-zip] [--to_hub REPO]",
+        "RUN DIR [--overwrite] [--sb3-zip] [--to_hub REPO]",
         ExportOptions,
         ExportFlags,
         "agents.cli.trained_model:export_run",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..runs.config import ModelConfig, Named, TrustOptions
 
-RATED_TOKENS = 32  # the most tokens of a text to rate, by a model that is not a run: people read each text whole
+RATED_TOKENS = 32  # the most tokens of a text to rate from a model that is not a run: people must read all of it
 
 
 @dataclass
@@ -16,9 +16,9 @@ class EvaluateOptions:
 
     Args:
         run: The folder of the run.
-        metrics: Further metrics, by name or {id: NAME, args: {...}}, besides the run's own.
+        metrics: Metrics in addition to the run's own, by name or {id: NAME, args: {...}}.
         n_prompts: The number of prompts.
-        n: Texts per prompt.
+        n: The number of texts per prompt.
         seed: The seed of the sampling.
     """
 
@@ -35,8 +35,9 @@ class GenerateOptions:
 
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
-        prompts: A .jsonl, .csv or .txt file; by default the run's own prompts, or the built-in ones for "demo".
-        n: Texts per prompt.
+        prompts: A .jsonl, .csv or .txt file of prompts; by default the run's own prompts, or the built-in prompts for
+            "demo". Any other model needs a file.
+        n: The number of texts per prompt.
         max_new_tokens: The most tokens of a text; by default as many as in the run's training, or 64 for a model, and
             fewer if the model can read fewer.
         greedy: Take the most probable token instead of sampling.
@@ -88,7 +89,7 @@ class ExportFlags(TrustOptions):
 
     Args:
         sb3_zip: Also write sb3.zip, as SB3's model.save does: it contains pickles; see agents.load_sb3_zip.
-        to_hub: Upload the folder to this repository of the Hugging Face hub; a new repository is private.
+        to_hub: Upload the folder to this repository, as you/model, of the Hugging Face hub; a new one is private.
         overwrite: Replace an earlier export in the folder.
     """
 
@@ -118,7 +119,7 @@ class CompareOptions:
 
     Args:
         runs: The folders of the runs.
-        out: The file of the picture.
+        out: The picture to write, a PNG file.
     """
 
     runs: list[str]
@@ -130,7 +131,7 @@ class StageOptions(TrustOptions):
     """Options of `textenv sft`, `classifier` and `reward-model`: only the command line has them.
 
     Args:
-        resume: Continue an interrupted training with the same arguments.
+        resume: Continue an interrupted training; repeat its other arguments.
         overwrite: Replace an earlier output of the same kind in --out.
         quiet: Show no progress bar.
     """
@@ -147,11 +148,11 @@ class StageConfig:
     Args:
         model: The model to train from: a name on the hub, or a folder; "demo" is the built-in one.
         task: A task that `textenv tasks` lists: `data` is then its data set, of which a tenth is held out.
-        data: The training data: a file; with `task` a folder, or the data set's name on the hub.
-        out: The folder of the trained model.
+        data: The training data: a file; with `task`, a folder or the data set's name on the hub.
+        out: The folder to write the trained model to.
         held_out: A file of data to evaluate on, which is not trained on.
-        batch_size: Texts per minibatch.
-        max_tokens: The most tokens of a text, of which longer ones lose the rest; by default what the model can read.
+        batch_size: The number of texts in a minibatch.
+        max_tokens: The most tokens of a text: longer texts are cut; by default as many as the model can read.
         seed: The seed of fresh weights and of the order of the data.
     """
 
@@ -173,17 +174,18 @@ class SFTConfig(StageConfig):
         fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, vocab_size: 2048}`. Its tokenizer is
             made from the texts.
-        fresh_tokenizer: The tokenizer of a `fresh` model: `vocab_size` byte pairs, or one token per character, which
-            suits Chinese.
-        data: A .txt (one text per line), .jsonl or .csv file; with `task` a folder, or the data set's name on the hub.
+        fresh_tokenizer: The tokenizer of a `fresh` model: byte pairs, `vocab_size` of them, or one token per character,
+            which suits Chinese.
+        data: A .txt (one text per line), .jsonl or .csv file; with `task`, a folder or the data set's name on the hub.
         text_column: The column of texts.
         prompt_column: The column of prompts, if the data has prompts and references.
         reference_column: The column of references: texts that continue the prompts.
-        packing: Put several texts into one row.
-        n_epochs: Passes over the data.
-        batch_size: Rows per minibatch.
+        packing: Put several texts into one row, to save padding.
+        n_epochs: The number of passes over the data.
+        batch_size: The number of rows in a minibatch.
         learning_rate: The peak of the learning rate.
-        max_tokens: The most tokens of a row; by default what the model can read. Longer texts become several rows.
+        max_tokens: The most tokens of a row; by default as many as the model can read. Longer texts become several
+            rows.
     """
 
     fresh: dict[str, Any] = field(default_factory=dict)
@@ -204,10 +206,11 @@ class ClassifierConfig(StageConfig):
         fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: distilbert, n_layers: 1, dim: 64, hidden_dim: 128, n_heads: 2}`.
         tokenizer: The name or folder of the tokenizer, if it is not the model's own.
-        data: A .jsonl or .csv file with the columns text and label; with `task` a folder, or the data set's name on
+        data: A .jsonl or .csv file with the columns text and label; with `task`, a folder or the data set's name on
             the hub.
-        labels: The names of the labels, in order; by default the task's, or those in the data in alphabetical order.
-        n_epochs: Passes over the data.
+        labels: The names of the labels, in the order of their numbers; by default the task's labels, or the labels in
+            the data in alphabetical order.
+        n_epochs: The number of passes over the data.
         learning_rate: The peak of the learning rate.
     """
 
@@ -228,14 +231,15 @@ class RewardModelConfig(StageConfig):
             `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, n_positions: 128}`.
         tokenizer: The name or folder of the tokenizer, if it is not the model's own.
         data: A .jsonl or .csv file with the columns chosen and rejected, and optionally prompt; or text and label (a
-            number). With `task` a folder, or the data set's name on the hub.
-        from_feedback: Instead of `data`, a file of people's answers, which `textenv rate` has collected.
-        held_out: A file of data to evaluate on, which is not trained on; with `from_feedback` a tenth of the prompts
-            by default.
-        loss: Compare the scores of two texts at their last tokens, or at all tokens from their first difference on.
+            number). With `task`, a folder or the data set's name on the hub.
+        from_feedback: Instead of `data`, a file of people's answers that `textenv rate` collected.
+        held_out: A file of data to evaluate on, which is not trained on; with `from_feedback`, by default a tenth of
+            the prompts.
+        loss: Compare the scores of two texts at their last tokens ("last"), or at all tokens from their first
+            difference on ("tokens").
         centring: The weight of a penalty that keeps scores around zero; 0 for none.
-        n_epochs: Passes over the data.
-        batch_size: Comparisons (or texts) per minibatch.
+        n_epochs: The number of passes over the data.
+        batch_size: The number of comparisons (or texts) in a minibatch.
         learning_rate: The peak of the learning rate.
     """
 
@@ -250,19 +254,20 @@ class RewardModelConfig(StageConfig):
 
 @dataclass
 class RateConfig:
-    """Let people score, compare or rank texts that a model writes; without a model, texts that already wait.
+    """Let people score, compare or rank texts that a model writes; without a model, texts that wait in a file.
 
     After an interrupt the same command continues: no text is written twice, and no answered question is asked again.
 
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
-        prompts: A .jsonl, .csv or .txt file; by default the built-in reviews for "demo".
+        prompts: A .jsonl, .csv or .txt file of prompts; by default the built-in ones for "demo".
         db: The SQLite file of questions and answers; by default ratings.db, with --train in the folder `out`. Without
-            a model, a new file is only begun if it is named here.
-        kind: The kind of question; "score" by default, and without a model any that waits.
-        n: Texts per prompt; by default 1 to score, 2 to compare, 4 to rank. With --train, texts per update.
-        rater: The name of the person who answers; the user's name by default.
-        raters: The number of people who are to answer each question.
+            a model, the file must exist or be named here.
+        kind: The kind of question; by default "score", and without a model every kind that waits.
+        n: The number of texts per prompt; by default 1 to score, 2 to compare, 4 to rank. With --train, the number of
+            texts per update.
+        rater: The name of the person who answers; by default the user's name.
+        raters: The number of people who have to answer each question.
         low: The lowest score.
         high: The highest score.
         max_new_tokens: The most tokens of a text; by default as many as in the run's training, or 32 for a model, and
@@ -273,8 +278,8 @@ class RateConfig:
         token: With --web, a password in the page's address: at least 16 letters, digits, - and _.
         out: With --train, the folder of the trained model and its checkpoints.
         learning_rate: With --train, the learning rate; the demo's small model needs about 1e-3.
-        kl: With --train, the penalty on leaving the original model, per nat; scores are scaled to -1 to 1.
-        updates: With --train, the number of updates after which to stop.
+        kl: With --train, the penalty per nat of divergence from the original model; scores are scaled to -1 to 1.
+        updates: With --train, the number of updates after which to stop; null for no end.
     """
 
     model: str | None = None
@@ -302,9 +307,9 @@ class RateOptions(TrustOptions):
     """Options of `textenv rate`: only the command line has them.
 
     Args:
-        terminal: Answer in this terminal (the default).
+        terminal: Answer in this terminal, as without any of these options.
         web: Answer on a page in the browser.
-        train: Score texts in the terminal, and train the model on every score, or on every n.
+        train: Score texts in the terminal, and train the model after every n of them (after each by default).
     """
 
     terminal: bool = False

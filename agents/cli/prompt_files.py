@@ -1,4 +1,4 @@
-"""The prompts that a verb continues: those of a file, of the demo, or of a run."""
+"""The prompts for a verb that writes texts: from a file, the demo's, or a run's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..errors import CommandError
 
 
 def prompts_for(verb: str, model: str, path: str | None, *, is_run: bool = False) -> list[PromptLike]:
-    """Return the prompts of a file; where none is named, the demo's, or an empty list for a run, which has its own.
+    """Return the prompts of a file; without a file, the demo's, or an empty list for a run, which has its own.
 
     Args:
         verb: The verb, for the message.
-        model: The run or model that the prompts are for.
-        path: A .jsonl, .csv or .txt file.
+        model: The run or model that will continue the prompts.
+        path: A .jsonl, .csv or .txt file, or None.
         is_run: Whether `model` is a run whose own prompts the verb uses.
 
     Raises:

@@ -33,7 +33,7 @@ from .prompt_files import prompts_for
 from .rate_training import train_by_hand
 from .trained_model import Writer, open_writer, text_length
 
-CHUNK = 16  # prompts per call of `generate`: an interrupt loses the texts of one chunk at most
+CHUNK = 16  # prompts per call of `generate`: an interrupt loses at most the texts of one chunk
 DATABASE = "ratings.db"
 
 
@@ -54,7 +54,7 @@ def rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions) -
     """
     if options.web and (options.terminal or options.train):
         raise CommandError(f"Expected one of --web and {'--train' if options.train else '--terminal'}, got both.")
-    if options.web:  # checked before a model writes texts that nobody could see
+    if options.web:  # now, before a model writes texts that nobody could see
         for package in ("starlette", "uvicorn", "jinja2"):
             check_extra("feedback", package, "the rating page")
     rater = check_rater(getpass.getuser() if chosen.rater is None else chosen.rater)
@@ -100,7 +100,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
 
 
 def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
-    """Serve the page of raters until Ctrl-C."""
+    """Serve the rating page until Ctrl-C."""
     from textenv.feedback.web import serve
 
     announce = partial(print, "the page of raters, until Ctrl-C:", flush=True)
@@ -108,7 +108,7 @@ def serve_page(store: FeedbackStore, chosen: RateConfig) -> None:
 
 
 def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], chosen: RateConfig) -> int:
-    """Add the questions that the same model with the same settings has not added before; return their number.
+    """Have the model write texts, and add them as questions that the store does not have yet; return their number.
 
     The questions of a chunk of prompts are in the store before the texts of the next chunk are written.
 
@@ -121,19 +121,18 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
     assert chosen.db is not None
     kind, n, size = question_of(chosen)
     scale = (chosen.low, chosen.high)
-    # The name under which questions are found again: other weights or settings have another fingerprint.
+    # The name by which a later call finds these questions; other weights or settings have another fingerprint.
     run = f"{chosen.model} {fingerprint(writer.policy, kind, n, scale, chosen.max_new_tokens, chosen.seed)}"
     known = Counter(question.prompt for question in questions_of(chosen.db, run))
     n_new = 0
     for start in tqdm(range(0, len(prompts), CHUNK), desc="completions", unit="chunk", disable=None):
         rows = prompts[start : start + CHUNK]
-        env = TextEnv(
-            rows, writer.tokenizer, reward=no_reward, max_new_tokens=1
-        )  # reads rows as prompts, as `generate`
+        # The env turns rows into prompts, as `generate` does.
+        env = TextEnv(rows, writer.tokenizer, reward=no_reward, max_new_tokens=1)
         missing: list[PromptLike] = []
         for row, prompt in zip(rows, env.prompts, strict=True):
             n_known = min(known[str(prompt)], n // size)
-            known[str(prompt)] -= n_known  # a prompt may come several times
+            known[str(prompt)] -= n_known  # the file may have the same prompt again
             missing += [row] * (n - n_known * size)
         if not missing:
             continue
@@ -142,7 +141,7 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
             missing,
             writer.tokenizer,  # type: ignore[arg-type]
             max_new_tokens=chosen.max_new_tokens,
-            seed=chosen.seed + start,  # else equal prompts in two chunks would get equal texts
+            seed=chosen.seed + start,  # otherwise equal prompts in two chunks would get equal texts
             **writer.options,
         )
         for first in range(0, len(written), size):

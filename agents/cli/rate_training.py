@@ -37,17 +37,17 @@ from .options import RATED_TOKENS, RateConfig, RateOptions
 from .prompt_files import prompts_for
 from .trained_model import Writer, make_policy, text_length
 
-SAVE_EVERY = 10  # updates between two checkpoints; a resumed session makes later updates again, from stored answers
-TARGET_KL = 0.03  # nats per token at which an update ends early: it is of few samples, one by default
+SAVE_EVERY = 10  # updates between two checkpoints; a resumed session repeats later updates, from stored answers
+TARGET_KL = 0.03  # nats per token at which an update ends early, since it has few samples, by default one
 SHOWN = 10  # scores in the means that are printed
-# The settings that a session cannot change: stored answers are of texts that depend on them.
+# The settings that a session cannot change: the texts whose answers are stored depend on them.
 FIXED = ("model", "prompts", "n", "low", "high", "max_new_tokens", "seed", "learning_rate", "kl")
 
 
 class FirstEpisodes(BatchReward):
     """A reward that asks a person about the first episode of each lane in a rollout, and drops the other episodes.
 
-    Each update is thus of one sample per lane, however short the texts are. Rewards are in [-1, 1].
+    So each update has one sample per lane, however short the texts are. Rewards are in [-1, 1].
 
     Args:
         human: The reward that asks, on any scale.
@@ -92,7 +92,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         The exit code.
 
     Raises:
-        CommandError: If the run is not finished, or `--out` has a session of other settings.
+        CommandError: If the run is not finished, or `--out` has a session with other settings.
         Interrupted: After Ctrl-C, once the model is exported.
     """
     assert chosen.model is not None and chosen.out is not None and chosen.db is not None
@@ -123,7 +123,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
     if checkpoint is not None:
         env_of_agent = agent.get_env()
         assert env_of_agent is not None
-        # The first reset uses the env's seed. In `learn`, after loading, it would deal the prompts from the start.
+        # The first reset uses the env's seed. If `learn` made it, after loading, the prompts would start over.
         env_of_agent.reset()
         load_checkpoint(agent, checkpoint)
         print(f"goes on from {checkpoint}")
@@ -153,7 +153,7 @@ def claim(out: Path, chosen: RateConfig) -> str:
     """Write a new session's settings into its folder, or check those of an earlier one; return the session's name.
 
     Raises:
-        CommandError: If the folder has a session of other settings.
+        CommandError: If the folder has a session with other settings.
     """
     own = {name: vars(chosen)[name] for name in FIXED}
     file = out / "session.json"
@@ -169,7 +169,7 @@ def claim(out: Path, chosen: RateConfig) -> str:
 
 
 def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm:
-    """Return PPO with a rollout of one whole episode per lane, whose advantages are not normalised: they are few."""
+    """Return PPO with a rollout of one whole episode per lane; advantages are too few to be normalised."""
     n, n_steps = chosen.n or 1, env.rules.max_new_tokens
     agent: OnPolicyAlgorithm = make_agent(
         env,
@@ -188,22 +188,22 @@ def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm
 
 
 def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, session: str, n_updates: int | None) -> None:
-    """Update after update, each from new episodes, until `n_updates` or an interrupt.
+    """Make updates, each from new episodes, until there are `n_updates`, or until an interrupt.
 
     Args:
         agent: The algorithm.
         reward: The reward that asks.
         out: The folder of the session.
-        session: Its name.
-        n_updates: The number of updates, those before a resumption included; None for no end.
+        session: The name of the session.
+        n_updates: The number of updates, including those before a resumption; None for no end.
     """
     size = agent.n_steps * agent.n_envs
     update = agent.num_timesteps // size
     while n_updates is None or update < n_updates:
         update += 1
-        # The name makes the same text in another update another question, and finds the answers of a resumed session.
+        # Under this name the same text of another update is a new question, and a resumed session finds its answers.
         reward.human.run = f"{session} update {update}"
-        # SB3 `base_class._setup_learn` resets the env where this is None. Episodes that the old policy began end here.
+        # SB3 `base_class._setup_learn` then resets the env, which drops the episodes that the old policy began.
         agent._last_obs = None
         try:
             with warnings.catch_warnings():
@@ -211,7 +211,7 @@ def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, session: s
                 agent.learn(size, reset_num_timesteps=False)
         except RewardError:
             if reward.scores and not reward.scores[-1]:
-                continue  # the person has skipped all texts: there is nothing to learn from
+                continue  # the person skipped all texts, so that there is nothing to learn from
             raise
         recent = [score for of_update in reward.scores for score in of_update][-SHOWN:]
         print(f"update {update}: mean of the last {len(recent)} scores {statistics.fmean(recent):.2f}")
@@ -220,14 +220,14 @@ def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, session: s
 
 
 class _HasQuit(BaseException):
-    """The person has quit. A BaseException, as KeyboardInterrupt is: failure policies of rewards must not catch it."""
+    """The person has quit. It is a BaseException, which the failure policy of a reward does not catch."""
 
 
 def _answer(terminal: RatingTerminal, items: Collection[int]) -> None:
-    """Have the person answer.
+    """Ask the person these questions.
 
     Raises:
-        _HasQuit: If they quit.
+        _HasQuit: If the person quits.
     """
     if not terminal.run(items):
         raise _HasQuit

@@ -1,4 +1,4 @@
-"""The command `textenv show`: an episode token by token, with the reward, value and KL divergence of each."""
+"""The command `textenv show`: an episode token by token, with the reward, value and KL divergence of each token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .trained_model import load_newest
 def show(config: TrainConfig, chosen: ShowOptions, options: TrustOptions) -> int:
     """Print an episode of the run's newest policy, a line per token; return the exit code.
 
-    The divergence is exact, from the reference model or from the model before training, in nats.
+    The divergence, in nats, is exact; it is measured from the run's reference model, or the model before training.
 
     Raises:
         CommandError: If the number of the prompt is out of range, or the run has no intact checkpoint.
@@ -83,9 +83,9 @@ def replay(
 
 
 def _divergence(policy: LMPolicy, parts: Parts, last: torch.Tensor) -> list[float] | None:
-    """Return the divergence at each token, in nats; None with masks, replies or top-k and the like.
+    """Return the divergence at each token, in nats; None with masks, replies, top-k and the like.
 
-    Those restrict or insert tokens, which the plain distributions of the two models do not know of.
+    Those restrict or insert tokens, so that the distributions of the two models alone do not give the divergence.
     """
     env = parts.env
     if env.masks or env.is_multi_turn or policy.lm.sampling.has_support:

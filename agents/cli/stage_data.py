@@ -1,4 +1,4 @@
-"""The data of `sft`, `classifier` and `reward-model`: rows of files, or a task's data set, to train on and held out."""
+"""The data of `sft`, `classifier` and `reward-model`: the rows of files, or a task's data set, split in two."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..supervised.preferences import Labelled, Ranking, hh_pairs
 from ..supervised.sft_data import Text
 from .options import RewardModelConfig, SFTConfig, StageConfig
 
-N_RANDOM_TEXTS = 6_000  # texts that are made for a task without data, a tenth of them held out; made in a second
+N_RANDOM_TEXTS = 6_000  # random texts for a task without a data set, a tenth of them held out; they take a second
 
 
 class Rows(NamedTuple):
@@ -37,7 +37,7 @@ class Label(NamedTuple):
 
 
 def read_texts(config: SFTConfig) -> Rows:
-    """Return texts, or (prompt, reference) pairs, in the form of `agents.sft.tune`.
+    """Return texts, or (prompt, reference) pairs, as `agents.sft.tune` takes them.
 
     Raises:
         CommandError: If a row is neither, or the task has no texts.
@@ -59,7 +59,7 @@ def read_labels(config: StageConfig) -> Rows:
 
 
 def read_preferences(config: RewardModelConfig) -> Rows:
-    """Return rankings of texts (as those of hh-rlhf), or texts with a number each.
+    """Return rankings of texts, for example of hh-rlhf, or texts with a number each.
 
     Raises:
         CommandError: If a row has other columns, the task has no preferences, or the store of feedback does not exist.
@@ -170,7 +170,7 @@ def _preferences(path: str | None) -> list[Any]:
     if not {"chosen", "rejected"} <= columns:
         pairs = ({"text", "label"}, {"chosen", "rejected"})
         bad = next((number for number, row in enumerate(rows) if not any(pair <= row.keys() for pair in pairs)), None)
-        # Without one bad row, some rows have one pair of columns and some the other.
+        # If no single row is bad, some rows have one pair of columns and others the other pair.
         where, present = (path, columns) if bad is None else (row_names[bad], rows[bad])
         raise CommandError(
             f"Expected chosen and rejected, or text and label, in {where}, got {sorted(map(str, present))}."
@@ -178,7 +178,7 @@ def _preferences(path: str | None) -> list[Any]:
     for row, where in zip(rows, row_names, strict=True):
         for column in {"chosen", "rejected", "prompt"} & row.keys():
             text_of(row, column, where)
-    # hh-rlhf has no column for prompts: both texts of a row begin with the whole dialogue.
+    # hh-rlhf has no column of prompts: both texts of a row begin with the whole dialogue.
     if "prompt" not in columns and all("\n\nAssistant:" in row["chosen"] for row in rows):
         return hh_pairs(rows)
     return [Ranking((row["chosen"], row["rejected"]), row.get("prompt", "")) for row in rows]
@@ -219,7 +219,7 @@ def _pairs(data: str, part: Part) -> list[Ranking]:
 
 def _zh_texts(data: str, part: Part) -> list[Text]:
     rankings = zh_reviews.part_of(zh_reviews.read_rankings(data), part)
-    # As (prompt, reference) pairs: `encode_sample` cuts the end of a long reference, where it would split a long text
+    # As (prompt, reference) pairs, since `encode_sample` cuts the end of a long reference; it would split a long text
     # into pieces that begin in the middle of a sentence.
     return [(text[:1], text[1:]) for ranking in rankings for text in ranking]
 
@@ -232,7 +232,7 @@ def _random(task: str) -> Callable[[str | None, Part], list[Text]]:
     def read(data: str | None, part: Part) -> list[Text]:
         texts = random_texts(task, N_RANDOM_TEXTS)
         n_held_out = N_RANDOM_TEXTS // 10
-        # As in GPT-2's own training: a text begins behind the end token of the previous one.
+        # An end token first, as in GPT-2's own training, where it separates a text from the previous one.
         return [EOS_TOKEN + text for text in (texts[:n_held_out] if part == "held_out" else texts[n_held_out:])]
 
     return read

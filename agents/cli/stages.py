@@ -23,7 +23,7 @@ from .options import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
 
 ENOUGH = 40  # examples of a reward model: the fewest for which examples/people.md has a measured accuracy
-MIN_COUNT = 2  # occurrences of a character that gets its own token: a single one teaches nothing
+MIN_COUNT = 2  # a character gets its own token from two occurrences on: a single one teaches nothing
 END = 0  # the id of the end token in the tokenizers of fresh models
 
 
@@ -60,7 +60,7 @@ def _is_fresh(config: SFTConfig | ClassifierConfig | RewardModelConfig) -> bool:
 
 
 def _fresh_model(config: SFTConfig, texts: Sequence[Text]) -> tuple[Any, PreTrainedTokenizerBase | None]:
-    """Return the config of a model with fresh weights, and its tokenizer; None if `tune` makes one of byte pairs."""
+    """Return the config of a model with fresh weights, and its tokenizer, or None if `tune` makes one of byte pairs."""
     sizes = {"bos_token_id": END, "eos_token_id": END, **config.fresh}
     if config.fresh_tokenizer == "byte_pairs":
         return fresh_config(sizes), None
@@ -87,7 +87,7 @@ def fresh_config(sizes: dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.for_model(kind)
     except ValueError as error:
         raise CommandError(f"Expected the model_type of a fresh model, as gpt2, got {kind!r}.") from error
-    # `AutoConfig.for_model` takes any keyword, and keeps an unknown one as an attribute that nothing reads.
+    # transformers `AutoConfig.for_model` takes any keyword, and an unknown one becomes an attribute that nothing reads.
     unknown = sorted(name for name in rest if not hasattr(config, name))
     if unknown:
         raise CommandError(f"Expected sizes of {kind}, got {', '.join(unknown)}, which its config has not.")
@@ -111,10 +111,10 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
         **_training(config, options),
     )
     print(f"{trained.n_steps} steps")
-    for what, result in (("trained on", trained.training), ("held out", trained.held_out)):
+    for part, result in (("trained on", trained.training), ("held out", trained.held_out)):
         if result is not None:
             interval = f"{result.accuracy:.3f} [{result.low:.3f}, {result.high:.3f}]"
-            print(f"{what}: accuracy {interval} of {result.n_texts} texts")
+            print(f"{part}: accuracy {interval} of {result.n_texts} texts")
     print(f"model: {config.out}")
     return Exit.DONE
 
@@ -122,7 +122,7 @@ def classify(config: ClassifierConfig, options: StageOptions) -> int:
 def _reader(
     config: ClassifierConfig | RewardModelConfig, options: StageOptions
 ) -> tuple[str | PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Return a model's name or folder, or the config of one with fresh weights, and its tokenizer."""
+    """Return a model's name or folder, or the config for fresh weights, and the model's tokenizer."""
     own = None if _is_fresh(config) else config.model
     source = config.tokenizer or own
     if source is None:
@@ -135,6 +135,7 @@ def _reader(
 
 
 def _numbered(rows: Sequence[Label], names: Sequence[str]) -> LabelledTexts:
+    """Return texts and the numbers of their labels, which are the labels' positions in `names`."""
     for row in rows:
         if row.label not in names:
             raise CommandError(f"Expected labels among {', '.join(names)}, got {row.label!r}: give --labels.")

@@ -1,4 +1,4 @@
-"""The commands evaluate, generate, export and doctor, and the models that they write texts with."""
+"""The commands evaluate, generate, export and doctor, and the loading of the model that a command uses."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ from ..runs.model_card import model_card
 from .options import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions
 from .prompt_files import prompts_for
 
-CHUNK = 64  # prompts per call of `generate`, whose texts are then printed; as many as it runs side by side
-# The check of an exported model: texts of 32 tokens behind 8 prompts take a second, and other weights write others.
+CHUNK = 64  # prompts per call of `generate`, which runs as many side by side; then their texts are printed
+# The check of an exported model: 32 tokens after each of 8 prompts take a second, and show that weights are the same.
 N_COMPARED = 8
 COMPARED_PROMPT = 4  # tokens
 COMPARED_TOKENS = 32
-RESULTS = {"after": {"figures": {str: (float, None)}}}
+RESULTS = {"after": {"figures": {str: (float, None)}}}  # the shape of results.json, for `read_json`
 
 
 class Writer(NamedTuple):
-    """A policy that writes texts, with what it needs to write them as in training.
+    """A policy, and everything that it needs to write texts as in training.
 
     Args:
         policy: The policy.
         tokenizer: Its tokenizer.
-        prompts: The prompts by default: the run's, or the built-in ones of the demo.
+        prompts: The default prompts: the run's, or the built-in ones of the demo.
         trained_length: The most tokens of a text in training; None for a model that is not a run's.
         options: Arguments of `TextEnv` from training: stop ids, stop strings, masks, the prompt column.
     """
@@ -81,7 +81,7 @@ def newest(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[RunFolder, Pa
     """Return a run's folder and its newest checkpoint.
 
     Raises:
-        CommandError: If there is no checkpoint, it is damaged, or the tokenizer differs from the run's.
+        CommandError: If there is no intact checkpoint, or the tokenizer differs from the run's.
     """
     run = RunFolder.open(path)
     checkpoint = checkpoint_to_load(run)
@@ -103,7 +103,7 @@ def open_writer(
 ) -> Writer:
     """Return the writer of a run, with its newest policy, or of a model by name or folder.
 
-    A run's rewards and loggers are not built, and its prompts are read only if none are given.
+    A run's rewards and loggers are not built, and its prompts are read only if `prompts` is empty.
 
     Args:
         name: The folder of the run, or the model.
@@ -130,27 +130,27 @@ def open_writer(
 
 
 def open_policy(path: str, parts: Parts) -> LMPolicy:
-    """Return a run's newest policy, for writing only: its critic and optimizer are not loaded."""
+    """Return a run's newest policy, for writing texts only: its critic and optimizer are not loaded."""
     _, checkpoint = newest(path, parts.tokenizer)
     policy = make_policy(parts.folder, parts.tokenizer, parts.config.model, parts.trust, as_trained=True)
     load_policy(policy, checkpoint)
     return policy.to(get_device(parts.config.device))
 
 
-def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None, usual: int = USUAL_TOKENS) -> int:
-    """Return the most tokens of a text: the given number, or that of training, as far as the model can read so many.
+def text_length(writer: Writer, prompts: Sequence[PromptLike], requested: int | None, usual: int = USUAL_TOKENS) -> int:
+    """Return the most tokens of a text: the requested number, or as in training, or as many as the model can read.
 
     Args:
         writer: The writer.
         prompts: The prompts that it will continue.
-        given: The number of the command line; None for none.
+        requested: The number on the command line; None for none.
         usual: The number for a model that is not a run's.
 
     Raises:
-        CommandError: If the model cannot read the given number behind the prompts, or not even one token.
+        CommandError: If the model cannot read the requested number after the prompts, or not even one token.
     """
-    wanted = given or writer.trained_length or usual
-    # The env encodes the prompts as `generate` will, which gives the length of the longest one in tokens.
+    wanted = requested or writer.trained_length or usual
+    # The env encodes the prompts as `generate` will, and so has the length of the longest one in tokens.
     env = TextEnv(prompts, writer.tokenizer, reward=no_reward, max_new_tokens=wanted, **writer.options)
     try:
         most = fitting_length(writer.policy, env.max_prompt_tokens, wanted)
@@ -159,10 +159,10 @@ def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None
             f"Expected prompts that leave the model room for a text, got one of {env.max_prompt_tokens} tokens: "
             "shorten it."
         ) from error
-    if most < wanted and given is not None:
+    if most < wanted and requested is not None:
         raise CommandError(
             f"Expected --max_new_tokens {most} or less behind prompts of up to {env.max_prompt_tokens} tokens, for "
-            f"which the model has room, got {given}."
+            f"which the model has room, got {requested}."
         )
     if most < wanted:
         print(f"textenv: {shorter_texts(most, wanted, env.max_prompt_tokens)}.", file=sys.stderr)
@@ -172,17 +172,17 @@ def text_length(writer: Writer, prompts: Sequence[PromptLike], given: int | None
 def make_policy(
     name: str, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, trust: Trust, as_trained: bool = False
 ) -> LMPolicy:
-    """Return a policy of a model that samples as a configuration says, for writing only.
+    """Return a policy of a model, with the sampling of a configuration, for writing texts only.
 
     Args:
         name: The model's name or folder.
         tokenizer: Its tokenizer.
         model: The configuration.
         trust: The permission to run the model's own code.
-        as_trained: Add the adapters that the configuration trains, to load their weights afterwards.
+        as_trained: Whether to add the adapters that the configuration trains, to load their weights afterwards.
     """
     env = TextEnv([[0]], tokenizer, reward=no_reward, max_new_tokens=1)  # for its spaces, which a policy needs
-    # Adapters and critic exist for training; a merged or plain model has no adapters to load.
+    # The critic serves training only, and so do adapters unless their trained weights are loaded afterwards.
     left_out = {"critic"} if as_trained else {"critic", "train"}
     arguments = {key: value for key, value in policy_arguments(model).items() if key not in left_out}
     spaces = env.observation_space, env.action_space
@@ -191,14 +191,14 @@ def make_policy(
 
 
 def examine(config: TrainConfig, options: TrustOptions) -> int:
-    """Print the doctor's report; return the exit code, 1 if training would go wrong."""
+    """Print the doctor's report; return the exit code, which is 1 if training would go wrong."""
     report = check(Parts(config, trust_of(options)).agent)
     print(report)
     return Exit.DONE if report.ok else Exit.FAILED
 
 
 def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOptions) -> int:
-    """Evaluate a run's model before and after training, print the table and keep it in the run's folder.
+    """Evaluate a run's model before and after training; print the table, and write it into the run's folder.
 
     Raises:
         CommandError: If the run has no intact checkpoint.
@@ -218,7 +218,7 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
 
 
 def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:
-    """Print a line of JSON for each text, chunk by chunk."""
+    """Print a line of JSON for each text, chunk by chunk; return the exit code."""
     prompts = prompts_for("generate", chosen.model, chosen.prompts, is_run=config is not None)
     writer = open_writer(chosen.model, config, options, prompts)
     prompts = prompts or list(writer.prompts)
@@ -243,6 +243,9 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
 
 def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags) -> int:
     """Write a run's newest model with merged adapters, its card, curves and samples, and upload it on request.
+
+    Returns:
+        The exit code.
 
     Raises:
         CommandError: If the exported model does not generate the same texts, or the upload fails.
@@ -275,7 +278,7 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
 
 
 def _check_same(policy: LMPolicy, exported: LMPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that an exported model generates the same texts as the run's policy, behind random tokens.
+    """Check that an exported model generates the same texts as the run's policy, after prompts of random tokens.
 
     Raises:
         CommandError: If it does not.

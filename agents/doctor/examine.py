@@ -1,4 +1,4 @@
-"""The doctor: checks of a model and its env before training, each with the cause and the cure of what is wrong."""
+"""The examination of a model and its env before training: runs all checks in order, and reports their findings."""
 
 from __future__ import annotations
 
@@ -64,21 +64,21 @@ MODEL_CHECKS: tuple[Callable[[Subject, Sample], list[Finding]], ...] = (
 def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Report:
     """Examine a model before it is trained: probabilities, padding, cache, tokens, settings, reward, time and memory.
 
-    A few rows are decoded and evaluated, as PPO will do it, and the results are compared; that takes seconds (20 on one
-    core for GPT-2 with 124 M parameters). Weights, gradients, random generators, cached rows and the env's episodes and
+    The checks decode and evaluate a few rows as PPO will, and compare the results. They take seconds (20 on one core
+    for GPT-2 with 124 M parameters). Weights, gradients, random generators, cached rows and the env's episodes and
     order of prompts are restored, so that training is the same with and without an examination. The reward is called
     on two sampled episodes; state that a reward or a hook keeps outside `preds.state` is not restored.
 
     Args:
         model: An algorithm that `make_agent` built, or a policy.
-        env: The env of a policy, or of a model whose VecEnv is not a `TextVecEnv`.
+        env: The env to examine with a policy alone, or with a model whose VecEnv is not a `TextVecEnv`.
 
     Returns:
         The report: `print(report)`, `report.ok`, `report.raise_if_failed()`.
 
     Raises:
-        TypeError: If the policy is no `LMPolicy`.
-        ValueError: If a policy is given without its env, or its weights are sharded over processes.
+        TypeError: If the policy is not an `LMPolicy`.
+        ValueError: If a policy comes without an env, or its weights are sharded over processes.
 
     Example:
         >>> from agents import doctor, make_agent
@@ -109,7 +109,7 @@ def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Re
     with undisturbed(policy, env):
         try:
             sample = take_sample(policy, env)
-        except Exception as error:  # the user's model may raise any of them
+        except Exception as error:  # the user's own model may raise anything
             return Report((*findings, _broken("rollout", error)))
     for model_check in MODEL_CHECKS:
         findings += _run(model_check, subject, sample)
@@ -117,7 +117,7 @@ def check(model: OnPolicyAlgorithm | LMPolicy, env: TextEnv | None = None) -> Re
 
 
 def _run(examine: Callable[..., list[Finding]], subject: Subject, *sample: Sample) -> list[Finding]:
-    """Run one check; an error that the user's model or hooks raise in it becomes its finding."""
+    """Run one check; turn an error that the user's model or hooks raise in it into a finding."""
     name = examine.__name__.removeprefix("check_").replace("_", " ")
     try:
         with undisturbed(subject.policy, subject.env):
@@ -129,5 +129,5 @@ def _run(examine: Callable[..., list[Finding]], subject: Subject, *sample: Sampl
 
 
 def _broken(name: str, error: Exception) -> Finding:
-    cause = "The model, the tokenizer or the env raised it where training will call them too."
+    cause = "The model, the tokenizer or the env raised this error in a call that training makes, too."
     return Finding(name, "failed", f"{type(error).__name__}: {error}", cause, "Mend what the message says.")

@@ -18,7 +18,7 @@ from .sample import Sample, Subject
 def check_ratio(subject: Subject, sample: Sample) -> list[Finding]:
     """Compare the rollout's log-probabilities and values with the update's, before any step (invariant A1)."""
     policy, limit = subject.policy, tolerance(subject.policy.lm)
-    # SB3 `PPO.train` calls `set_training_mode(True)`, which would also tell the policy's parts that an update begins.
+    # Not `set_training_mode(True)`, as SB3 `ppo.PPO.train` calls it: that also begins an update, and drops caches.
     policy.train(True)
     values, log_probs, _ = policy.evaluate_actions(sample.view.batch, sample.view.actions)
     policy.set_training_mode(False)
@@ -43,15 +43,15 @@ def check_ratio(subject: Subject, sample: Sample) -> list[Finding]:
 def check_padding(subject: Subject, sample: Sample) -> list[Finding]:
     """Evaluate each sequence alone and padded to the longest: both must agree (invariant B1)."""
     lm, batch, actions = subject.policy.lm, sample.view.batch, sample.view.actions
-    # `evaluate` puts rows of similar length together and cuts each such bucket to its longest row. All rows get the
-    # length of the longest here, so that one forward reads all the padding.
+    # `evaluate` groups rows of similar length and cuts each group to its longest row. Here all rows claim the length
+    # of the longest, so that one forward reads all the padding.
     padded = batch[:]
     padded.lengths = np.full(len(batch.lengths), batch.tokens.shape[1])  # (B,)
     together = lm.evaluate(padded, actions)
     off = 0.0
     for row in range(len(batch.lengths)):
         own, positions = batch.of_sequences(np.array([row]))
-        of_row = torch.as_tensor(positions, device=actions.device)  # where its tokens are among all N
+        of_row = torch.as_tensor(positions, device=actions.device)  # (n,): the row's transitions among all N
         alone = lm.evaluate(own, actions[of_row])
         off = max(off, *(_largest(a - b[of_row]) for a, b in zip(alone[:2], together[:2], strict=True)))
     padding = int((padded.lengths - batch.lengths).max())
@@ -71,7 +71,7 @@ def check_padding(subject: Subject, sample: Sample) -> list[Finding]:
 
 @torch.no_grad()
 def check_cache(subject: Subject, sample: Sample) -> list[Finding]:
-    """Compare logits decoded with cached keys and values to full forwards, through restarts (invariants A7, A9)."""
+    """Compare logits decoded from cached keys and values with full forwards, across restarts (invariants A7, A9)."""
     lm = subject.policy.lm
     if not lm.use_cache:
         why = "switched off" if lm.rollout_cache is not None else "the model does not decode exactly from a cache"
@@ -91,7 +91,7 @@ def check_cache(subject: Subject, sample: Sample) -> list[Finding]:
             "cache",
             "failed",
             measured,
-            "The model does not decode from cached keys and values as it reads a whole text.",
+            "The model computes other logits from cached keys and values than from a whole text.",
             "Pass policy_kwargs=dict(cache=False): slower, and exact.",
         )
     ]
@@ -99,10 +99,10 @@ def check_cache(subject: Subject, sample: Sample) -> list[Finding]:
 
 @torch.no_grad()
 def check_head(subject: Subject, sample: Sample) -> list[Finding]:
-    """Compare logits from output embeddings times hidden states with the model's own, for small and large logits."""
+    """Compare hidden states times output embeddings with the model's own logits, for small and large logits."""
     backbone = subject.policy.backbone
     if not backbone.head_is_linear:
-        return [Finding("head", "ok", "logits are no linear map of the hidden states: the full forward is used")]
+        return [Finding("head", "ok", "logits are not linear in the hidden states: the full forward is used")]
     off = max(_head_difference(backbone, 1.0), _head_difference(backbone, PROBE_LOGIT))
     measured = f"output embeddings and the model's logits {off:.1e} apart, of the largest logit"
     if off <= PROBE_TOLERANCE:
@@ -119,14 +119,14 @@ def check_head(subject: Subject, sample: Sample) -> list[Finding]:
 
 
 def _head_difference(backbone: Backbone, largest: float) -> float:
-    """Return the largest difference on a probe, relative to its largest logit, which is scaled to `largest`.
+    """Return the largest difference on a probe whose largest logit is scaled to `largest`, relative to that logit.
 
     A soft cap (Gemma 2) bends large logits only, and is invisible on the small ones of an untrained model.
     """
-    ids, *places = backbone.probe_inputs()  # of an encoder-decoder also the prompt's length
+    ids, *places = backbone.probe_inputs()  # rows and columns to read; for an encoder-decoder also the prompt's length
     head = backbone.model.get_output_embeddings()
     now = float(backbone(ids, *places)[1].abs().max())
-    scale = largest / max(now, 1e-6)  # a model whose logits are all 0 must not divide by it
+    scale = largest / max(now, 1e-6)  # 1e-6: the logits of a fresh model may all be 0
     hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
     try:
         expected, got = backbone._full_logits(ids, *places), backbone(ids, *places)[1]
@@ -137,7 +137,7 @@ def _head_difference(backbone: Backbone, largest: float) -> float:
 
 @torch.no_grad()
 def check_dropout(subject: Subject, sample: Sample) -> list[Finding]:
-    """Run the update's forward twice in training mode, and look for dropout that is on (invariant A6)."""
+    """Run the update's forward twice in training mode, where dropout would make them differ (invariant A6)."""
     policy = subject.policy
     policy.train(True)  # dropout is random in this mode only
     first, second = (policy.evaluate_actions(sample.view.batch, sample.view.actions)[:2] for _ in range(2))
@@ -159,7 +159,7 @@ def check_dropout(subject: Subject, sample: Sample) -> list[Finding]:
             "dropout",
             "failed",
             measured,
-            "The model is random in training mode: functional dropout with a number of its own, or noise.",
+            "The model is random in training mode: functional dropout with a constant rate, or noise.",
             "Make the model use nn.Dropout or a float attribute with 'drop' in its name, which are set to 0.",
         )
     ]
@@ -176,7 +176,7 @@ def check_divergence(subject: Subject, sample: Sample) -> list[Finding]:
     log_ratio = sample.log_probs - lm.log_probs(sample.view.batch, sample.view.actions).to(sample.log_probs)
     whose = "the KLPenalty's reference" if reference is not None else "a reference equal to it"
     measured = f"{float(log_ratio.mean()):.1e} nats a token from {whose}, at most {_largest(log_ratio):.1e}"
-    # SB3 `PPO.train` adds its epochs to `_n_updates`: a policy that has been trained may be far from its reference.
+    # SB3 `ppo.PPO.train` adds its epochs to `_n_updates`: a trained policy may be far from its reference.
     is_trained = subject.model is not None and subject.model._n_updates > 0
     if _largest(log_ratio) <= tolerance(subject.policy.lm) or (reference is not None and is_trained):
         return [Finding("divergence", "ok", measured)]
@@ -185,18 +185,18 @@ def check_divergence(subject: Subject, sample: Sample) -> list[Finding]:
             "divergence",
             "failed",
             measured,
-            "The reference is another model than the policy starts from, or scores text in another way.",
+            "The reference is another model than the one that the policy starts from, or scores text differently.",
             "Give KLPenalty no reference, so that it copies the policy; see the check of the ratio.",
         )
     ]
 
 
 def check_weights(subject: Subject, sample: Sample) -> list[Finding]:
-    """Check that some weights are trained, in float32, and that the optimizer holds all of them."""
+    """Check that some weights of the model are trained, in float32, and that the optimizer holds all of them."""
     policy = subject.policy
     trainable = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
     in_model = [weight for weight in policy.lm.backbone.parameters() if weight.requires_grad]
-    small = [f"{name} ({weight.dtype})" for name, weight in trainable.items() if weight.element_size() < 4]
+    small = [f"{name} ({weight.dtype})" for name, weight in trainable.items() if weight.element_size() < 4]  # bytes
     held = {id(weight) for group in policy.optimizer.param_groups for weight in group["params"]}
     missing = [name for name, weight in trainable.items() if id(weight) not in held]
     total = sum(weight.numel() for weight in policy.parameters())
@@ -218,5 +218,5 @@ def check_weights(subject: Subject, sample: Sample) -> list[Finding]:
 
 
 def _largest(difference: Tensor) -> float:
-    """Return the largest absolute difference; infinite where one is not a number."""
+    """Return the largest absolute difference; infinity if any difference is NaN."""
     return float(difference.abs().nan_to_num(nan=torch.inf).max())

@@ -1,4 +1,4 @@
-"""The doctor's report: its findings, and the error that names the checks that failed."""
+"""The doctor's report: the findings of all checks, and the error that names the failed ones."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Report(NamedTuple):
         """Raise an error if a check failed.
 
         Raises:
-            DoctorError: If one did; it names each of them with cause and cure.
+            DoctorError: If a check failed; the message names each failed check with cause and cure.
         """
         if self.failed:
             names = ", ".join(dict.fromkeys(finding.name for finding in self.failed))

@@ -21,7 +21,7 @@ from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import RolloutView, SequenceRolloutBuffer
 
 N_STEPS = 6  # decoding steps of the sample: enough for a restart and for cached steps on both sides of it
-RESET_STEP = 3  # the step in which one row begins anew, whatever it has written
+RESET_STEP = 3  # the step after which one row restarts, even if its text has not ended
 
 
 class Subject(NamedTuple):
@@ -35,21 +35,21 @@ class Subject(NamedTuple):
 class Sample(NamedTuple):
     """A few steps of the policy on rows of different length, with restarts in the middle, as PPO collects them."""
 
-    observations: list[Tensor]  # one of (B, L) for each step
+    observations: list[Tensor]  # N_STEPS tensors of shape (B, L)
     view: RolloutView  # the N collected tokens as whole sequences, as an update reads them
     values: Tensor  # (N,), as the rollout stored them
     log_probs: Tensor  # (N,), nats, as the rollout stored them
 
 
 def start_rows(env: TextEnv) -> list[np.ndarray]:
-    """Return the ids of four prompts of different lengths: the longest, the shortest, half of the longest, a token."""
+    """Return the ids of four prompts: the longest, the shortest, half of the longest, and its first token."""
     by_length = sorted((prompt.ids for prompt in env.prompts), key=len)
     longest = by_length[-1]
     return [longest, by_length[0], longest[: (len(longest) + 1) // 2], longest[:1]]
 
 
 def observe(rows: list[np.ndarray], width: int) -> np.ndarray:
-    """Return the observations (B, width) of prompts before their first token is written."""
+    """Return the observations (B, width) of prompts that have no completion yet: prompt, separator, padding."""
     observations = np.full((len(rows), width), PADDING, dtype=np.int64)
     for observation, row in zip(observations, rows, strict=True):
         observation[: len(row)] = row
@@ -59,7 +59,7 @@ def observe(rows: list[np.ndarray], width: int) -> np.ndarray:
 
 @torch.no_grad()
 def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
-    """Collect a few steps with the policy's own `forward`, without calling any hook of the env.
+    """Collect a few steps with the policy's `forward`; no hook of the env is called.
 
     Raises:
         ValueError: If the policy returns a value or log-probability that is not finite.
@@ -93,7 +93,7 @@ def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
         is_start = is_over.astype(np.float32)
     buffer.compute_returns_and_advantage(torch.zeros(n_rows), is_start)
     view = buffer.view()
-    # (T, B) arrays in the order of the view, (N,)
+    # The buffer's arrays are (T, B); the view has the tokens sequence by sequence, (N,).
     collected = [torch.as_tensor(array[view.steps, view.lanes]) for array in (buffer.values, buffer.log_probs)]
     return Sample(observations, view, *collected)
 
@@ -109,7 +109,7 @@ def undisturbed(policy: LMPolicy, env: TextEnv) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), policy.rollout_set_aside():
         try:
             for weight, _ in gradients:
-                weight.grad = None
+                weight.grad = None  # the timed backward pass must not add to the user's gradients
             yield
         finally:
             for weight, gradient in gradients:

@@ -1,4 +1,4 @@
-"""The doctor's checks of settings: special tokens, vocabulary, lengths, templates, and those of the algorithm."""
+"""The doctor's checks of settings: special tokens, vocabulary, lengths, templates, and the algorithm's arguments."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..rollout.minibatches import MIN_SEQUENCES
 from .report import Finding
 from .sample import Subject
 
-MAX_PROMPTS = 200  # prompts that are looked at: enough to see a mistake that all share, in milliseconds
+MAX_PROMPTS = 200  # prompts that are examined: enough to see a mistake that all share, in milliseconds
 FAR_ROWS = 1.5  # embedding rows per token of the tokenizer; padding to a round number (GPT-NeoX) stays far below
 KEPT_DISCOUNT = 0.75  # the share of a score at the end that should reach the first token
-SMALL_MODEL = 10_000_000  # trained weights below which larger steps are usual
-LOWEST_RATE = 1e-8  # below, float32 weights hardly move
-USUAL_RATES = {  # the highest learning rate that is let pass, and the advice
+SMALL_MODEL = 10_000_000  # trained weights; smaller models usually train with larger steps
+LOWEST_RATE = 1e-8  # smaller steps hardly move float32 weights
+USUAL_RATES = {  # by kind of weights: the highest learning rate without a warning, and the advice
     "pretrained": (1e-4, "1e-6 to 1e-5 is usual; 1e-4 for adapters."),
     "small": (5e-3, "3e-4 to 4e-3 is usual for so few weights."),
     "fresh": (1e-2, "1e-4 to 1e-3 is usual for fresh weights."),
@@ -35,7 +35,7 @@ WARPERS = (  # settings of transformers' GenerationConfig that change the sampli
     *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens"),
     *("begin_suppress_tokens", "sequence_bias", "guidance_scale", "min_length", "min_new_tokens"),
 )
-NEUTRAL = (None, 0, 0.0, 1, 1.0)  # their values that change nothing
+NEUTRAL = (None, 0, 0.0, 1, 1.0)  # the values with which these settings change nothing
 
 
 def check_stop_tokens(subject: Subject) -> list[Finding]:
@@ -69,15 +69,16 @@ def check_stop_tokens(subject: Subject) -> list[Finding]:
         prompt for prompt in env.prompts[:MAX_PROMPTS] if len(prompt.ids) > 1 and prompt.ids[-1] in rules.stop_ids
     ]
     if closed:
-        cause = f"{len(closed)} prompts end with one of them, so the model is asked to go on behind the end of a text."
+        cause = f"{len(closed)} prompts end with one of them, so the model has to continue a text that has ended."
         return [Finding("stop tokens", "warning", measured, cause, "Encode prompts without what closes a text.")]
     return [Finding("stop tokens", "ok", f"{measured}{_padding_remark(env)}")]
 
 
 def _model_eos(subject: Subject) -> set[int]:
-    """Return the end tokens in the model's config and generation config, each of which is None, a number or a list."""
+    """Return the end tokens that the model's config and generation config name."""
     model = subject.policy.backbone.model
     ids: set[int] = set()
+    # transformers has None, a number or a list in each of the two.
     for value in (model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id):
         ids.update([] if value is None else value if isinstance(value, list) else [value])
     return ids
@@ -96,14 +97,15 @@ def check_opening(subject: Subject) -> list[Finding]:
     # A chat is left out: its template writes the opening tokens.
     prompts = [prompt for prompt in env.prompts[:MAX_PROMPTS] if str(prompt) and prompt.messages is None]
     if not prompts:
-        return [Finding("opening tokens", "skipped", "no prompt with a text that is no chat")]
+        return [Finding("opening tokens", "skipped", "no prompt is plain text")]
     opening = encode_prompt(env.tokenizer, str(prompts[0]))[0]
     if not opening:
         return [Finding("opening tokens", "ok", "the tokenizer puts nothing in front of a text")]
     n = len(opening)
     bare = sum(prompt.ids[:n].tolist() != opening for prompt in prompts)
     double = sum(prompt.ids[: 2 * n].tolist() == opening * 2 for prompt in prompts)
-    measured = f"the tokenizer opens a text with {opening}; {bare} of {len(prompts)} prompts do not, {double} do twice"
+    counts = f"of {len(prompts)} prompts {bare} lack it, {double} have it twice"
+    measured = f"the tokenizer opens a text with {opening}; {counts}"
     if not bare and not double:
         return [Finding("opening tokens", "ok", measured)]
     cause = "Prompts given as token ids were encoded with other special tokens than the model was trained with."
@@ -124,12 +126,12 @@ def check_generation_config(subject: Subject) -> list[Finding]:
     cause = f"The checkpoint's generation_config has {ignored}, which training ignores and an export leaves out."
     cure = "Set them to None in the generation_config of model.policy.backbone.model."
     if possible := ", ".join(f"{name}={value}" for name, value in ignored.items() if name in here):
-        cure = f"Pass policy_kwargs=dict({possible}) if texts are to be sampled so; s{cure[1:]}"
+        cure = f"Pass policy_kwargs=dict({possible}) to sample with these settings; s{cure[1:]}"
     return [Finding("generation config", "warning", measured, cause, cure)]
 
 
 def check_chat_template(subject: Subject) -> list[Finding]:
-    """Check that prompts are chats where the tokenizer has a chat template."""
+    """Check that prompts are chats if the tokenizer has a chat template."""
     env = subject.env
     if not isinstance(env.tokenizer, PreTrainedTokenizerBase) or env.tokenizer.chat_template is None:
         return [Finding("chat template", "ok", "the tokenizer has none")]
@@ -143,7 +145,7 @@ def check_chat_template(subject: Subject) -> list[Finding]:
     if not plain:
         return [Finding("chat template", "ok", measured)]
     cause = "The tokenizer has a chat template: this model was trained on chats, and plain text is unlike them."
-    cure = "Give prompts as lists of messages, [{'role': 'user', 'content': ...}], unless plain is meant."
+    cure = "Give prompts as lists of messages, [{'role': 'user', 'content': ...}], unless you want plain text."
     return [Finding("chat template", "warning", measured, cause, cure)]
 
 
@@ -157,7 +159,7 @@ def check_vocabulary(subject: Subject) -> list[Finding]:
         cure = "Use the model's own tokenizer, the same for env and policy."
         return [Finding("vocabulary", "failed", measured, cause, cure)]
     if rows > FAR_ROWS * n_tokens:
-        cause = "So many rows beyond the tokenizer speak for another tokenizer than the model's own."
+        cause = "The model has many more rows than the tokenizer has tokens: this is hardly the model's own tokenizer."
         return [Finding("vocabulary", "warning", measured, cause, "Load model and tokenizer from the same checkpoint.")]
     beyond = f"; the {rows - n_tokens} rows beyond are never sampled" if rows > n_tokens else ""
     return [Finding("vocabulary", "ok", f"{measured}{beyond}")]
@@ -175,7 +177,7 @@ def check_positions(subject: Subject) -> list[Finding]:
 
 
 def check_prompts(subject: Subject) -> list[Finding]:
-    """Count the prompts that lost tokens to max_prompt_tokens."""
+    """Count the prompts that max_prompt_tokens has cut."""
     env = subject.env
     prompts = env.prompts[:MAX_PROMPTS]
     lengths = [len(prompt.ids) for prompt in env.prompts]
@@ -206,10 +208,10 @@ def check_discount(subject: Subject) -> list[Finding]:
 
 
 def check_learning_rate(subject: Subject) -> list[Finding]:
-    """Check the first learning rate against the number of trained weights."""
+    """Compare the learning rate at the start with the usual ones for that number of trained weights."""
     if subject.model is None:
         return [Finding("learning rate", "skipped", "a policy without an algorithm")]
-    rate = float(subject.model.lr_schedule(1.0))  # of the progress that remains: SB3 schedules count down from 1
+    rate = float(subject.model.lr_schedule(1.0))  # SB3 schedules take the remaining progress, which starts at 1
     n_weights = sum(weight.numel() for weight in subject.policy.parameters() if weight.requires_grad)
     is_fresh = isinstance(subject.policy.lm_kwargs["lm"], PreTrainedConfig)
     highest, usual = USUAL_RATES["fresh" if is_fresh else "small" if n_weights < SMALL_MODEL else "pretrained"]
@@ -228,15 +230,16 @@ def check_batches(subject: Subject) -> list[Finding]:
         return [Finding("batches", "skipped", "a policy without an algorithm")]
     model, options = subject.model, vars(subject.model)
     if not isinstance(model.rollout_buffer, SequenceRolloutBuffer):
-        cause = f"{type(model.rollout_buffer).__name__} has the update read the whole prefix again for every token."
+        buffer = type(model.rollout_buffer).__name__
+        cause = f"With a {buffer} the update has to read the whole prefix again for every token."
         cure = "Build with make_agent, or pass rollout_buffer_class=SequenceRolloutBuffer."
         return [Finding("batches", "warning", f"n_steps {model.n_steps}, {model.n_envs} envs", cause, cure)]
     processes = world()
-    n_envs = model.n_envs * (1 if processes is None else processes.size)  # of all processes, as `batch_size` is
+    n_envs = model.n_envs * (1 if processes is None else processes.size)  # `batch_size` counts all processes, too
     size = model.n_steps * n_envs
     # SB3 `A2C.train` reads the whole rollout as one batch, and has no `batch_size`.
     batch_size = size if isinstance(model, A2C) else int(options.get("batch_size", size))
-    # Rounded up: a lane completes an episode in `max_new_tokens` steps at most, and the last one is cut.
+    # Rounded up: an episode takes at most `max_new_tokens` steps of its lane, and the rollout's end cuts the last one.
     sequences = n_envs * -(-model.n_steps // subject.env.rules.max_new_tokens)
     per_batch = sequences * batch_size / size
     measured = f"minibatches of {batch_size} of {size} tokens, at least {per_batch:.3g} sequences in each"
@@ -257,7 +260,7 @@ def check_batches(subject: Subject) -> list[Finding]:
 
 
 def _few(measured: str, batch_size: int | None, is_whole: bool) -> Finding:
-    cause = f"Of fewer than {MIN_SEQUENCES} sequences advantages can hardly be told from noise."
+    cause = f"The advantages of fewer than {MIN_SEQUENCES} sequences are mostly noise."
     cure = "Raise n_envs." if is_whole else "Raise n_envs, and batch_size with it."
     if batch_size is not None:
         cure = f"Pass batch_size={batch_size} or more."

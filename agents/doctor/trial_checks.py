@@ -1,4 +1,4 @@
-"""The doctor's trials: the reward on two sampled episodes, the time of an iteration, and the memory of training."""
+"""The doctor's trials: the reward on two sampled episodes, the time of an iteration, and the memory for training."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .sample import Sample, Subject, observe
 
 N_EPISODES = 2  # few, since a reward may cost seconds or money
 TRIAL_TOKENS = 16  # the longest episode of the reward's trial
-LARGE_REWARD = 100.0  # beyond, the value loss, which grows with its square, outweighs the policy's
+LARGE_REWARD = 100.0  # with larger rewards the value loss, which grows with their square, outweighs the policy's
 DECODE_STEPS = 3  # timed steps, of which the median counts
-N_UPDATE_SEQUENCES = 4  # of the timed update: a minibatch that fits wherever training does
+N_UPDATE_SEQUENCES = 4  # sequences of the timed update: few enough to fit wherever training fits
 GIB = 2**30
-MOMENTS = (  # how many numbers the optimizer keeps per weight; 2 for any other, as AdamW
+MOMENTS = (  # how many numbers the optimizer keeps per weight; 2 for any other optimizer, such as AdamW
     (torch.optim.RMSprop, 1),
     (torch.optim.Adagrad, 1),
     (torch.optim.SGD, 0),
@@ -40,7 +40,7 @@ MOMENTS = (  # how many numbers the optimizer keeps per weight; 2 for any other,
 def check_reward(subject: Subject) -> list[Finding]:
     """Let the policy write two short episodes, and call the env's reward on them."""
     lm, env = subject.policy.lm, subject.env
-    lanes = Lanes(env, N_EPISODES)  # beside those of the VecEnv, whose episodes stay as they are
+    lanes = Lanes(env, N_EPISODES)  # lanes of its own: the VecEnv's episodes stay as they are
     prompts = list(islice(cycle(env.prompts), N_EPISODES))
     observations = lanes.reset(seed=0, prompts=prompts)
     np.minimum(lanes.state.limits, TRIAL_TOKENS, out=lanes.state.limits)
@@ -56,7 +56,7 @@ def check_reward(subject: Subject) -> list[Finding]:
             result = lanes.step(actions)
         except RewardError as error:
             cure = "Return a finite number, or a dict of them, for any text, the empty one too."
-            return [Finding("reward", "failed", "it was called on sampled texts", str(error), cure)]
+            return [Finding("reward", "failed", "the reward raised an error on a sampled text", str(error), cure)]
         reward_seconds += time.perf_counter() - start
         observations = result.observations
         totals += [info["episode"]["r"] for info in result.infos if info]
@@ -69,7 +69,7 @@ def check_reward(subject: Subject) -> list[Finding]:
 
 
 def check_time(subject: Subject, sample: Sample) -> list[Finding]:
-    """Time decoding and an update, and estimate an iteration, which excludes reward, reference and optimizer step."""
+    """Time decoding and an update, and estimate an iteration without reward, reference and optimizer step."""
     env, model = subject.env, subject.model
     n_rows = N_UPDATE_SEQUENCES if model is None else model.n_envs
     prefill, step = _time_decoding(subject, n_rows)
@@ -86,7 +86,7 @@ def check_time(subject: Subject, sample: Sample) -> list[Finding]:
 
 @torch.no_grad()
 def _time_decoding(subject: Subject, n_rows: int) -> tuple[float, float]:
-    """Return the seconds that reading all prompts takes, and those of one step afterwards."""
+    """Return the seconds for reading all prompts, and for one decoding step afterwards."""
     policy, env = subject.policy, subject.env
     assert policy.observation_space.shape is not None
     prompts = [prompt.ids for prompt in islice(cycle(env.prompts), n_rows)]
@@ -94,32 +94,31 @@ def _time_decoding(subject: Subject, n_rows: int) -> tuple[float, float]:
     policy.set_training_mode(False)
     seconds = []
     for extra in range(min(1 + DECODE_STEPS, env.rules.max_new_tokens)):
-        # Each row has one token more than in the step before, so that the cache is read on.
+        # Each row has one token more than in the step before, so that its cached state is reused.
         observations = observe(prompts, width)
         for observation, prompt in zip(observations, prompts, strict=True):
             observation[len(prompt) + 1 : len(prompt) + 1 + extra] = prompt[0]
         batch = torch.as_tensor(observations, device=policy.device)
         start = time.perf_counter()
-        policy.forward(batch)[0].cpu()  # the copy waits for the device
+        policy.forward(batch)[0].cpu()  # the copy waits for the GPU, which computes asynchronously
         seconds.append(time.perf_counter() - start)
     return seconds[0], float(np.median(seconds[1:] or seconds))
 
 
 def _time_update(subject: Subject) -> float:
-    """Return the seconds per token of a forward and a backward on sequences of full length."""
+    """Return the seconds per token of a forward and a backward pass on sequences of full length."""
     policy, n_new = subject.policy, subject.env.rules.max_new_tokens
     longest = max((prompt.ids for prompt in subject.env.prompts), key=len)
     tokens = np.concatenate([longest, np.resize(longest, n_new)])
     ids = torch.as_tensor(np.stack([tokens[:-1]] * N_UPDATE_SEQUENCES), device=policy.device)  # (B, T)
-    # Where each of the N = B * n_new tokens is predicted: one place before it.
+    # The row and column that predict each of the N = B * n_new tokens: the column before the token's own.
     rows = np.repeat(np.arange(N_UPDATE_SEQUENCES), n_new)  # (N,)
     cols = np.tile(np.arange(n_new) + len(longest) - 1, N_UPDATE_SEQUENCES)  # (N,)
     n_prompt = np.full(N_UPDATE_SEQUENCES, len(longest))
     batch = SequenceBatch(ids, np.full(N_UPDATE_SEQUENCES, ids.shape[1]), rows, cols, n_prompt=n_prompt)
     if policy.lm.sampling.has_support:
-        batch.allowed = AllowedTokens(
-            TokenSets(policy.lm.backbone.vocab_size), rows * 0
-        )  # set 0 is the whole vocabulary
+        # With top-k and the like each token has a set of allowed tokens; set 0 is the whole vocabulary.
+        batch.allowed = AllowedTokens(TokenSets(policy.lm.backbone.vocab_size), rows * 0)
     actions = torch.as_tensor(np.tile(tokens[len(longest) :], N_UPDATE_SEQUENCES), device=policy.device)
     policy.train(True)
     seconds = 0.0
@@ -136,7 +135,7 @@ def _time_update(subject: Subject) -> float:
 
 
 def _finish(gradients: list[Tensor | None]) -> None:
-    """Wait for the device, which computes behind Python's back, by copying a number of a gradient."""
+    """Wait for the GPU, which computes asynchronously, by copying one number of a gradient to the CPU."""
     for gradient in gradients:
         if gradient is not None:
             gradient.flatten()[:1].cpu()
@@ -145,7 +144,7 @@ def _finish(gradients: list[Tensor | None]) -> None:
 
 @torch.no_grad()
 def check_memory(subject: Subject, sample: Sample) -> list[Finding]:
-    """Estimate the memory of weights, gradients, optimizer, keys and values, and logits; activations come on top."""
+    """Estimate the memory for weights, gradients, optimizer, keys and values, and logits; activations come on top."""
     policy, env, model = subject.policy, subject.env, subject.model
     backbone = policy.backbone
     trainable = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -157,10 +156,10 @@ def check_memory(subject: Subject, sample: Sample) -> list[Finding]:
     n_tokens = n_rows * env.rules.max_new_tokens
     parts = {
         "weights": sum(weight.numel() * weight.element_size() for weight in policy.parameters()),
-        "gradients": 4 * n_trained,  # bytes of float32, as trained weights are
+        "gradients": 4 * n_trained,  # 4 bytes of float32 each, the dtype of trained weights
         "optimizer": 4 * moments * n_trained,
         "keys and values": _bytes_a_column(subject, sample) * n_rows * columns if policy.lm.use_cache else 0,
-        "logits": 3 * 4 * min(n_tokens * backbone.vocab_size, most),  # logits, log-probabilities and a gradient
+        "logits": 3 * 4 * min(n_tokens * backbone.vocab_size, most),  # logits, log-probabilities, gradients: float32
     }
     listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     return [Finding("memory", "ok", f"{_size(sum(parts.values()))} and activations: {listed}")]

@@ -1,4 +1,4 @@
-"""Pictures of a run's figures over its tokens, or of several runs' in the same picture."""
+"""Curves of a run's figures over its tokens, or of several runs together, drawn as a PNG file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CURVES = (
     ("episode/length", "length, tokens"),
 )
 PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG file
-SPIKE = 2.0  # times the height of the curves: a value farther away than that is marked at the panel's edge
-MARKED = 3  # the farthest of those, whose values are written beside their marks
-LEGEND = 28  # characters of a run's name on a line of the legend
+SPIKE = 2.0  # in heights of the curves: a value farther away from them is marked at the panel's edge
+MARKED = 3  # how many of the farthest such values are written beside their marks
+LEGEND = 28  # characters per line of a run's name in the legend
 
-Point = tuple[float, float]
+Point = tuple[float, float]  # tokens, value
 
 
 def check_matplotlib() -> None:
-    """Raise ImportError, with the cure, where matplotlib is missing; called before training, not after."""
+    """Raise ImportError, with the cure, if matplotlib is missing; call it before training, not after."""
     check_extra("plot", "matplotlib", "the curves")
 
 
@@ -42,8 +42,8 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
 
     Args:
         path: The file.
-        runs: The rows of each run, by its name. A row has "tokens" and figures by their log keys; those that are
-            missing, None, NaN or infinite are left out.
+        runs: The rows of each run, by the run's name. A row has "tokens", and figures by their log keys; figures that
+            are missing, None, NaN or infinite are left out.
         title: The title of the picture.
 
     Raises:
@@ -56,7 +56,7 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
     with needs("plot", "matplotlib", "the curves"):
         from matplotlib.figure import Figure
 
-    # The Figure class by itself: pyplot would pick a window system and keep the figure alive.
+    # `Figure` without pyplot, which would open a window system and keep the figure alive.
     points = {(name, key): _points(rows, key) for name, rows in runs.items() for key, _ in CURVES}
     drawn = [(key, label) for key, label in CURVES if any(points[name, key] for name in runs)]
     figure = Figure(figsize=(4.2 * max(len(drawn), 1), 3.2), layout="constrained")
@@ -70,7 +70,7 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
         labels = ["\n".join(textwrap.wrap(name, LEGEND)) for name in runs]
         figure.legend(axes[0].get_lines()[: len(runs)], labels, loc="outside right upper", fontsize="small")
     if title:
-        figure.suptitle(title + "\n", fontweight="bold", linespacing=0.6)  # an empty line, of 0.6 of its height
+        figure.suptitle(title + "\n", fontweight="bold", linespacing=0.6)  # a gap of 0.6 lines below the title
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -79,10 +79,10 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
 
 
 def shown_range(curves: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """Return the lowest and highest value that a panel shows, spikes left out; None where there are no spikes.
+    """Return the lowest and highest value that a panel shows, without spikes; None if there are no spikes.
 
-    A curve's running median follows a rise at its start, but no spike. Its range, and the noise around it (the third
-    quartile of the distances of values from it), make the height of the curves; see `SPIKE`.
+    A curve's running median follows a rise at its start, but no spike. The height of the curves is the range of their
+    medians plus twice the noise around them (the third quartile of the distances between values and medians).
 
     Example:
         >>> shown_range([[0.0, 1.0, 2.0, 1.5, 2.5]]) is None
@@ -96,15 +96,15 @@ def shown_range(curves: Sequence[Sequence[float]]) -> tuple[float, float] | None
     noise = np.quantile(np.abs(np.subtract(values, medians)), 0.75)
     reach = SPIKE * (high - low + 2 * noise)
     near = [value for value in values if low - reach <= value <= high + reach]
-    if len(near) == len(values) or len(set(near)) < 2:  # fewer than 2: constant but for its spikes, so no range is left
+    if len(near) == len(values) or len(set(near)) < 2:  # fewer than 2: constant except for spikes, so there is no range
         return None
     return min(near), max(near)
 
 
 def _running_median(curve: Sequence[float]) -> Sequence[float]:
-    if len(curve) < 3:  # of two values neither is a spike
+    if len(curve) < 3:  # neither of two values is a spike
         return curve
-    return [float(np.median(curve[max(0, i - 2) : i + 3])) for i in range(len(curve))]  # of five values
+    return [float(np.median(curve[max(0, i - 2) : i + 3])) for i in range(len(curve))]  # windows of five values
 
 
 def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]]) -> None:
@@ -112,7 +112,7 @@ def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]]) -
         from matplotlib.ticker import EngFormatter
 
     for name, points in curves.items():
-        marker = "o" if len(points) == 1 else ""  # a line through one point would not be seen
+        marker = "o" if len(points) == 1 else ""  # a line through a single point is invisible
         axis.plot(*zip(*points, strict=True) if points else ((), ()), marker=marker, label=name)
     axis.set(xlabel="tokens", title=label)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -123,7 +123,7 @@ def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]]) -
 
 
 def _mark_spikes(axis: Axes, curves: Mapping[str, Sequence[Point]], shown: tuple[float, float]) -> None:
-    """Cut a panel to a range: a triangle at its edge for each value beyond, with the numbers of the farthest ones."""
+    """Limit a panel to a range, and mark each value outside by a triangle at its edge, the farthest with numbers."""
     low, high = shown
     left, right = axis.get_xlim()
     room = 0.15 * (high - low)  # above and below the curves, for the triangles
@@ -160,7 +160,7 @@ def _begins_as_png(file: Path) -> bool:
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError where a picture would replace a folder, or a file that is no PNG."""
+    """Raise FileExistsError if a picture would replace a folder, or a file that is not a PNG."""
     file = Path(path)
     if file.is_dir() or (file.is_file() and not _begins_as_png(file)):
         raise FileExistsError(f"Expected a new file, or a PNG to replace, got {file}, which is neither: name another.")

@@ -1,4 +1,4 @@
-"""The evaluation of a model while it trains: figures in the log, the best model kept, an early stop."""
+"""The callback that evaluates a model while it trains: it logs figures, keeps the best model, and may stop early."""
 
 from __future__ import annotations
 
@@ -40,37 +40,38 @@ HISTORY = [{"num_timesteps": int, "figures": {str: (float, None)}}]
 
 
 class Evaluate(BaseCallback):
-    """Evaluates before training, between iterations every so many tokens, and at the end; does not change training.
+    """Evaluates before training, every `every` tokens between iterations, and at the end; does not change training.
 
     It logs `eval/<figure>` for every figure of `evaluate`, at the number of tokens trained on. All evaluations have the
-    same seed, so that they can be compared. With a folder it writes there
+    same seed, so that they can be compared. If it has a folder, it writes there
 
     - `history.json`: the figures of every evaluation,
     - `best/model`: the best model so far, as `export` writes it, for `AutoModelForCausalLM.from_pretrained`,
     - `best/evaluation.json` and `.md`: its figures and texts,
-    - `best/best.json`: the figure by which it is best, and after how many tokens.
+    - `best/best.json`: the name and value of the figure that made it the best, and its number of tokens.
 
     The folder `best` is replaced whole or not at all. A run that is resumed from a checkpoint reads these files and
-    continues as if it had never stopped: evaluations made after the checkpoint are made again, and only a better model
-    replaces the best one.
+    continues as if it had never stopped: it repeats evaluations made after the checkpoint, and replaces the best model
+    only by a better one.
 
-    An early stop takes effect at the first step of the next rollout, before any update: the final model is the one
+    An early stop takes effect at the first step of the next rollout, before any update: the final model is the model
     that was evaluated last.
 
     Args:
-        prompts: What to continue; keep them apart from the prompts of training.
-        tokenizer: The tokenizer that the model trains with; one of transformers is written beside the best model.
-        metrics: As for `evaluate`.
-        every: Tokens from one evaluation to the next, rounded up to whole rollouts.
-        folder: Where history and best model go; None keeps neither.
+        prompts: The prompts to continue; keep them apart from the prompts of training.
+        tokenizer: The tokenizer that the model trains with; a Hugging Face one is written beside the best model.
+        metrics: The metrics, as for `evaluate`.
+        every: The number of tokens from one evaluation to the next, rounded up to whole rollouts.
+        folder: The folder of the history and the best model; None keeps neither.
         best: The name of the figure by which models are compared.
         higher_is_better: Whether a larger figure is better; False for a perplexity.
-        patience: Stop after this many evaluations in a row without a better figure; None never stops.
+        patience: The number of evaluations in a row without a better figure after which training stops; None never
+            stops.
         **kwargs: Other arguments of `evaluate`: `reward`, `n`, `max_new_tokens`, `references_column`, `reference`, ...
 
     Raises:
-        ValueError: If `every` or `patience` is below 1; in training, if `evaluate` returns no figure `best`, or a new
-            run finds the best model of another run in its folder.
+        ValueError: If `every` or `patience` is below 1; in training, if `evaluate` returns no figure named `best`, or
+            a new run finds the best model of another run in its folder.
 
     Example:
         >>> from agents import Evaluate
@@ -106,12 +107,12 @@ class Evaluate(BaseCallback):
             self.history, self.best_value, self.best_at = {}, -self.sign * math.inf, 0
         if self.folder is not None and is_main_process():
             self._resume(self.folder, now)
-        self._tell_all_processes()
-        # Evaluations made after the checkpoint that the run goes on from are made again.
+        self._share_results()
+        # A resumed run repeats the evaluations that were made after its checkpoint.
         self.history = {at: figures for at, figures in self.history.items() if at <= now}
 
     def _resume(self, folder: Path, now: int) -> None:
-        """Read the history and the best figure that an earlier part of the run has written."""
+        """Read the history and the best figure that the run wrote before it was stopped."""
         check_output(folder / "best", "best model", overwrite=True)
         best, history = folder / "best" / "best.json", folder / "history.json"
         restore_folder(folder / "best")
@@ -125,14 +126,14 @@ class Evaluate(BaseCallback):
             if kept["figure"] != self.best:
                 raise ValueError(f"Expected best={kept['figure']!r}, as in {folder}, got {self.best!r}.")
             self.best_value, self.best_at = kept["value"], kept["num_timesteps"]
-        # The history is written after the best model: a run killed between the two evaluates again.
+        # The history is written after the best model: a run that was killed between the two evaluates again.
         if now > 0 and history.is_file():
             self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in read_json(history, HISTORY)}
             if not best.is_file():
                 self._remember_best(folder / "best", now)
 
     def _remember_best(self, lost: Path, now: int) -> None:
-        """Take the best figure from the history, where the best model was removed, for patience to count from."""
+        """Take the best figure from the history, since somebody removed the best model: `patience` counts from it."""
         for at, figures in self.history.items():
             if at <= now and self.sign * figures.get(self.best, math.nan) > self.sign * self.best_value:
                 self.best_value, self.best_at = figures[self.best], at
@@ -142,7 +143,7 @@ class Evaluate(BaseCallback):
                 stacklevel=2,
             )
 
-    def _tell_all_processes(self) -> None:
+    def _share_results(self) -> None:
         """Send the results of rank 0 to all processes, so that they stop together."""
         known = self.history, self.best_value, self.best_at
         self.history, self.best_value, self.best_at = from_main("an evaluation", known)
@@ -161,27 +162,28 @@ class Evaluate(BaseCallback):
         return not self.is_over
 
     def _on_training_end(self) -> None:
-        if self._n_updates != self.model._n_updates:  # else the last evaluation was of these weights
+        if self._n_updates != self.model._n_updates:  # else these weights were evaluated already
             self._evaluate(is_last=True)
 
     def _evaluate(self, is_last: bool = False) -> None:
         now, self._n_updates = self.model.num_timesteps, self.model._n_updates
         with ExitStack() as readable:
             for lm in self._models_read:
-                readable.enter_context(gathered(lm))  # all processes take part; rank 0 then has whole weights
-            best, result = (self.best_value, self.best_at), self._measure(now) if is_main_process() else None
-            self._tell_all_processes()
+                readable.enter_context(gathered(lm))  # a collective: rank 0 then has whole weights
+            written, result = (self.best_value, self.best_at), self._measure(now) if is_main_process() else None
+            self._share_results()
         try:
-            if self.folder is not None and self.best_value != best[0]:
+            if self.folder is not None and self.best_value != written[0]:
                 self._keep(self.folder / "best", result)
-            best = self.best_value, self.best_at
+            written = self.best_value, self.best_at
             if self.folder is not None and is_main_process():
                 self._write_history(self.folder)
         except OSError as error:
             if is_last or not is_full(error) or world() is not None:
                 raise
+            # Forget this evaluation, so that the next rollout's start repeats it; `written` is the best on the disk.
             del self.history[now]
-            self.best_value, self.best_at = best
+            self.best_value, self.best_at = written
             warnings.warn(
                 f"The evaluation at {now:,} tokens could not be kept: {explain(error, self.folder or '.')} It is made "
                 "again after the next iteration.",
@@ -220,20 +222,20 @@ class Evaluate(BaseCallback):
         return result
 
     def _keep(self, folder: Path, result: Evaluation | None) -> None:
-        """Write the model and its evaluation; every process takes part, and only that of rank 0 has a result."""
+        """Write the model and its evaluation; all processes must call it, and only rank 0 has a result."""
         with replaced_together(output_folder(folder, "best model", overwrite=True)) as beside:
             tokenizer = self.tokenizer if isinstance(self.tokenizer, PreTrainedTokenizerBase) else None
             export(self.model, tokenizer, beside / "model")
             once(lambda: self._write_best(beside, result))
 
     def _write_best(self, folder: Path, result: Evaluation | None) -> None:
-        assert result is not None, "called on rank 0, which has measured"
+        assert result is not None, "only rank 0 calls this, and it has a result"
         result.save(folder / "evaluation")
         best = {"figure": self.best, "value": self.best_value, "num_timesteps": self.best_at}
         (folder / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
 
     def _write_history(self, folder: Path) -> None:
-        # JSON has neither NaN nor infinity.
+        # null for NaN and infinity, which JSON does not have
         rows = [
             {"num_timesteps": at, "figures": {name: v if math.isfinite(v) else None for name, v in figures.items()}}
             for at, figures in self.history.items()

@@ -1,4 +1,4 @@
-"""The evaluation of a policy on given prompts: figures with intervals, and their difference from an earlier one."""
+"""The evaluation of a policy on prompts: figures with intervals, and their differences from an earlier evaluation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..policies.reference import build_reference, divergences
 from ..steps.kl_penalty import KLPenalty
 from .generation import FinalStep, Generation, check_generator, env_that_fits, no_reward, run_episodes
 
-KL_ROWS = 64  # episodes whose divergence is computed together: it bounds the memory
+KL_ROWS = 64  # episodes per forward of the divergence, to bound the memory
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Evaluation:
     """The figures of an evaluation, each with its 95 % interval (BCa bootstrap over prompts).
 
     Attributes:
-        scores: What each prompt contributes to each figure; a row for each prompt.
-        generations: The texts, in the order of the prompts, those of one prompt together.
-        n: How many texts each prompt has.
-        before: The evaluation that this one is compared with, of the same prompts, or None.
+        scores: By figure, the contribution of each prompt: one row per prompt.
+        generations: The texts in the order of the prompts; the texts of one prompt stand together.
+        n: The number of texts per prompt.
+        before: The earlier evaluation of the same prompts to compare with, or None.
         seed: The seed of the resampling.
-        n_resamples: How often the prompts are resampled.
-        figures: The figures by name: value, low, high. Low and high are None where a figure has no interval, as
+        n_resamples: The number of times that the prompts are resampled.
+        figures: The figures by name: value, low, high. Low and high are None for a figure without an interval, such as
             distinct n-grams.
         differences: Each figure minus that of `before`, with the same prompts drawn for both; empty without `before`.
 
@@ -77,7 +77,7 @@ class Evaluation:
         object.__setattr__(self, "differences", differences)
 
     def to_markdown(self) -> str:
-        """Return the figures as a Markdown table; with `before`, both evaluations and their paired difference."""
+        """Return the figures as a Markdown table; with `before`, both evaluations and their paired differences."""
         if self.before is None:
             rows = [[name, _shown(figure)] for name, figure in self.figures.items()]
             return _table(["figure", "value [95 % interval]"], rows)
@@ -128,12 +128,12 @@ def evaluate(
 ) -> Evaluation:
     """Continue each prompt `n` times, in batches, and measure the texts.
 
-    The texts are those that `generate` returns for the same arguments; as there, training is not disturbed. The
-    figures are those of `metrics`, and
+    The texts are the ones that `generate` returns for the same arguments, and like `generate` this does not disturb
+    training. The figures are those of `metrics`, and
 
     - `length`: tokens written, the end token included, mean of the texts,
     - with a reward, `reward`: the sum of an episode's rewards, and `reward/<part>` for its named parts. Texts that the
-      reward drops are in neither; their share is `dropped`,
+      reward drops count in neither of the two; their share is `dropped`,
     - with a reference, `kl` (nats a text) and `kl_token` (nats a token): KL(policy, reference) over the whole
       vocabulary at each token written.
 
@@ -142,22 +142,23 @@ def evaluate(
         prompts: Texts, rows or lists of token ids; references come from the rows, see `references_column`.
         tokenizer: The tokenizer that the model was trained with.
         metrics: Callables of prompts, texts and references, as in `textenv.metrics`.
-        n: How many texts each prompt gets. Intervals are over prompts: the texts of a prompt are resampled together.
-        reward: A function with the contract of `TextEnv.get_reward`.
+        n: The number of texts per prompt. Intervals are over prompts: the texts of a prompt are resampled together.
+        reward: A function with the arguments and result of `TextEnv.get_reward`.
         env: An env to run the prompts through, with its reward, limits, masks and replies, instead of `reward` and
-            `env_kwargs`. Its own row and prompt order stay as they are; its hooks are called as in training.
+            `env_kwargs`. Its own episode and prompt order stay as they are; its hooks are called as in training.
         reference: A `KLPenalty` of this model, another policy's `lm`, or a name, path, config or spec.
         before: An evaluation of the same prompts, to compare with.
-        deterministic: Take the most probable token instead of sampling.
+        deterministic: Whether to take the most probable token instead of sampling.
         seed: The seed of the sampling and of the resampling.
-        n_envs: The most rows generated side by side.
-        progress_bar: Show a progress bar.
-        **env_kwargs: Arguments of `TextEnv`: `max_new_tokens` (unset, as in `generate`), `references_column`,
+        n_envs: The largest number of texts that are generated side by side.
+        progress_bar: Whether to show a progress bar.
+        **env_kwargs: Arguments of `TextEnv`: `max_new_tokens` (by default as in `generate`), `references_column`,
             `stop_strings`, ...
 
     Raises:
+        TypeError: If `model` has no `LMPolicy`.
         ValueError: If arguments contradict each other, two metrics return the same name, a metric returns another
-            number of rows than there are texts, or `before` is of other prompts.
+            number of rows than there are texts, or `before` has other prompts.
 
     Example:
         >>> from agents.evaluation.evaluation import evaluate
@@ -201,13 +202,17 @@ def _reward_scores(episodes: Sequence[FinalStep]) -> dict[str, Scores]:
     is_scored = np.array([not episode.info["dropped"] for episode in episodes])
     values = {"reward": [episode.info["episode"]["r"] for episode in episodes]}
     values |= {f"reward/{name}": [row.get(name, 0.0) for row in parts] for name in names}
-    # Each row is (sum, count): that of a dropped episode becomes (0, 0), and counts in neither.
+    # Each row of `mean_of` is (sum, count): the row of a dropped episode becomes (0, 0), and so does not count.
     scores = {name: Scores(mean_of(column).rows * is_scored[:, None]) for name, column in values.items()}
     return scores if is_scored.all() else scores | {"dropped": mean_of(~is_scored)}
 
 
 def _add(scores: dict[str, Scores], metric: Metric, generations: Sequence[Generation]) -> None:
-    """Add the scores of a metric, or say how they do not fit."""
+    """Add the scores of a metric.
+
+    Raises:
+        ValueError: If a name exists already, or the scores have another number of rows than there are texts.
+    """
     prompts, texts = [generation.prompt for generation in generations], [generation.text for generation in generations]
     for name, measured in metric(prompts, texts, [prompt.references for prompt in prompts]).items():
         if name in scores:
@@ -222,13 +227,13 @@ def _divergence_scores(
 ) -> dict[str, Scores]:
     """Return KL(policy, reference), summed over each text.
 
-    At each token written the divergence over the vocabulary is exact: its expectation is that of the estimator k1
-    (Schulman, 2020, "Approximating KL divergence"), its variance is lower.
+    The divergence at each token is exact, over the whole vocabulary: it has the same expectation as the estimator k1
+    (Schulman, 2020, "Approximating KL divergence") and a lower variance.
     """
     if env.masks or env.is_multi_turn or policy.lm.sampling.has_support:
         raise ValueError(
             "Expected a policy without top_k, top_p or min_p and an env without masks and replies for `reference`: "
-            "which tokens were allowed, and which were the policy's, is not kept here."
+            "an evaluation does not keep which tokens were allowed, and which the policy wrote."
         )
     width = env.max_prompt_tokens + env.rules.room
     lm = _reference(policy, reference, width)
@@ -237,24 +242,24 @@ def _divergence_scores(
     for start in range(0, len(episodes), KL_ROWS):
         observations = np.stack([episode.observation for episode in episodes[start : start + KL_ROWS]])  # (B, L)
         batch = sequence_of(torch.as_tensor(observations, device=policy.device))
-        kl = divergences(lm, policy.lm, batch).double().cpu().numpy()  # (transitions,)
-        nats.append(np.bincount(batch.rows, weights=kl, minlength=len(observations)))
+        kl = divergences(lm, policy.lm, batch).double().cpu().numpy()  # (n,), one per token written
+        nats.append(np.bincount(batch.rows, weights=kl, minlength=len(observations)))  # (B,), summed over each text
     sums = np.concatenate(nats)
     return {"kl": mean_of(sums), "kl_token": Scores(np.stack([sums, counts], axis=1))}
 
 
 def sequence_of(observations: torch.Tensor) -> SequenceBatch:
-    """Return final observations, (B, L), as sequences with a transition for every token since the prompt."""
-    ids, lengths = unpack_observations(observations)
+    """Return final observations, (B, L), as sequences with a transition for every token after the prompt."""
+    ids, lengths = unpack_observations(observations)  # (B, T) and (B,)
     n_tokens, n_prompt = lengths.cpu().numpy(), prompt_lengths(observations).cpu().numpy()
     rows = np.repeat(np.arange(len(n_tokens)), n_tokens - n_prompt)
-    # The first token after a prompt of p was chosen after column p - 1, the last of t tokens after column t - 2.
+    # With p tokens of prompt and t in all, column p - 1 predicts the first token written, column t - 2 the last.
     cols = np.concatenate([np.arange(p - 1, t - 1) for p, t in zip(n_prompt, n_tokens, strict=True)])
     return SequenceBatch(ids, n_tokens, rows, cols, n_prompt=n_prompt)
 
 
 def _reference(policy: LMPolicy, reference: LMActorCritic | LMLike | KLPenalty, width: int) -> LMActorCritic:
-    """Return the reference model, built where it is given by name, config or spec, for sequences of `width` tokens."""
+    """Return the reference model, for sequences of up to `width` tokens; build it from a name, config or spec."""
     if isinstance(reference, KLPenalty):
         if reference.reference is None:
             raise ValueError("Expected a KLPenalty that was attached to the model: it takes its reference then.")
@@ -267,6 +272,7 @@ def _reference(policy: LMPolicy, reference: LMActorCritic | LMLike | KLPenalty, 
 
 
 def _plain(figure: Estimate) -> dict[str, float | None]:
+    """Return a figure for JSON, with None for NaN and infinity."""
     numbers = figure._asdict()
     return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
 

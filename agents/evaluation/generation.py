@@ -1,4 +1,4 @@
-"""The generation of texts: a policy continues prompts, in batches, through an env without a reward."""
+"""The generation of texts by a policy, in batches, through an env without a reward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..models.interface import LengthError
 from ..policies.lm_policy import LMPolicy
 from ..rollout.vec_env import TextVecEnv
 
-USUAL_TOKENS = 64  # of a text, for a policy that knows no env: the default of `TextEnv`'s `max_new_tokens`
+USUAL_TOKENS = 64  # the most tokens of a text, for a policy without an env: the default of `TextEnv`
 
 
 class Generation(NamedTuple):
@@ -62,24 +62,24 @@ def generate(
 ) -> list[Generation]:
     """Continue each prompt exactly `n` times.
 
-    A row that ends makes room for the next prompt, so that no row waits for the longest. Training is not disturbed:
-    sampling uses a random generator and a cache of its own.
+    When a text ends, its row continues with the next prompt, so that no row waits for the longest. Training is not
+    disturbed: sampling has a random generator and a cache of its own.
 
     Args:
         model: A trained model, or its policy.
         prompts: Texts, rows or lists of token ids.
         tokenizer: The tokenizer that the model was trained with.
-        n: How many continuations each prompt gets.
-        max_new_tokens: The most tokens of a continuation. Unset, it is that of training (64 for a policy that is given
-            alone), or less, with a warning, where the model can read no more.
-        deterministic: Take the most probable token instead of sampling.
+        n: The number of continuations per prompt.
+        max_new_tokens: The most tokens of a continuation; by default as many as in training (64 for a policy without
+            its algorithm), or fewer, with a warning, if the model cannot read so many.
+        deterministic: Whether to take the most probable token instead of sampling.
         seed: The seed of the sampling: the same seed, prompts and `n_envs` give the same texts.
-        n_envs: The most rows generated side by side.
-        progress_bar: Show a progress bar.
+        n_envs: The largest number of texts that are generated side by side.
+        progress_bar: Whether to show a progress bar.
         **env_kwargs: Other arguments of `TextEnv`: `stop_ids`, `stop_strings`, `mask`, `prompt_column`, ...
 
     Returns:
-        The continuations in the order of the prompts, those of one prompt together.
+        The continuations in the order of the prompts; the continuations of one prompt stand together.
 
     Raises:
         TypeError: If `model` has no `LMPolicy`.
@@ -101,12 +101,12 @@ def generate(
 def env_that_fits(
     model: BaseAlgorithm | LMPolicy, make_env: Callable[[int], TextEnv], max_new_tokens: int | None
 ) -> TextEnv:
-    """Return an env to generate in, with texts as long as asked for, else as in training if the model can read them.
+    """Return an env to generate in, whose texts are as long as in training if the model can read them.
 
     Args:
         model: The model or policy that will generate.
-        make_env: Makes the env, given `max_new_tokens`.
-        max_new_tokens: What was asked for; None where nothing was.
+        make_env: A function from `max_new_tokens` to the env.
+        max_new_tokens: The length that the user asked for, which is then used as it is; None for none.
     """
     if max_new_tokens is not None:
         return make_env(max_new_tokens)
@@ -120,17 +120,17 @@ def env_that_fits(
 
 
 def trained_length(model: BaseAlgorithm | LMPolicy) -> int:
-    """Return `max_new_tokens` of the env that a model trains on; 64 where it has none."""
+    """Return `max_new_tokens` of the env that a model trains on; 64 for a model without an env."""
     envs = None if isinstance(model, LMPolicy) else model.get_env()
     inner = None if envs is None else envs.unwrapped
     return inner.env.rules.max_new_tokens if isinstance(inner, TextVecEnv) else USUAL_TOKENS
 
 
 def fitting_length(policy: LMPolicy, n_prompt: int, wanted: int) -> int:
-    """Return how many tokens fit after prompts of up to `n_prompt` tokens: at most those wanted.
+    """Return how many tokens, at most `wanted`, fit after prompts of up to `n_prompt` tokens.
 
     Raises:
-        ValueError: If not a single one fits.
+        ValueError: If not even one token fits.
     """
     try:
         policy.lm.backbone.check_length(n_prompt, wanted)
@@ -147,12 +147,12 @@ def fitting_length(policy: LMPolicy, n_prompt: int, wanted: int) -> int:
 
 
 def shorter_texts(most: int, wanted: int, n_prompt: int) -> str:
-    """Return the words that say that texts are shorter than usual, and why."""
+    """Return a message that texts are shorter than usual, and why, without a full stop."""
     return f"Texts have at most {most} tokens, not {wanted}: behind prompts of up to {n_prompt} the model reads no more"
 
 
 def check_generator(model: BaseAlgorithm | LMPolicy, tokenizer: Tokenizer, n: int) -> LMPolicy:
-    """Return the policy of a model, or raise where model, tokenizer and `n` do not fit; see `generate`."""
+    """Return the policy of a model; raise the errors of `generate` if model, tokenizer and `n` do not fit."""
     policy = model if isinstance(model, LMPolicy) else model.policy
     if not isinstance(policy, LMPolicy):
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
@@ -177,7 +177,7 @@ def run_episodes(
 ) -> list[FinalStep]:
     """Run one episode of each prompt, in batches; return the last step of each, in the order of the prompts.
 
-    Neither the policy's training nor the env's own row, prompt order and `np_random` are touched. An episode that the
+    The policy's training and the env's own episode, prompt order and `np_random` stay untouched. An episode that the
     reward drops is returned like any other, with `info["dropped"]` true.
     """
     policy.lm.backbone.check_length(env.max_prompt_tokens, env.rules.room)
@@ -194,7 +194,7 @@ def run_episodes(
             result = lanes.step(actions.cpu().numpy())
             observations = result.observations
             for lane, observation in result.final_observations.items():
-                # `group` counts prompts in the order in which they were dealt: here one episode each.
+                # `group` numbers the prompts in the order in which lanes took them: here one episode per prompt.
                 ends[result.infos[lane]["group"]] = FinalStep(result.infos[lane], observation)
                 bar.update()
     if policy.lm.predict_cache is not None:
@@ -203,10 +203,11 @@ def run_episodes(
 
 
 def _continuation(observation: np.ndarray) -> list[int]:
-    since = observation[int(np.flatnonzero(observation == SEPARATOR)[0]) + 1 :]
-    return since[since >= 0].tolist()  # padding is negative
+    """Return the ids behind the separator of an observation, (L,), without padding."""
+    behind = observation[int(np.flatnonzero(observation == SEPARATOR)[0]) + 1 :]
+    return behind[behind >= 0].tolist()  # padding is negative
 
 
 def no_reward(prompt: Prompt, preds: Any, done: bool) -> float:
-    """Return 0: the reward of an env that is used only to generate."""
+    """Return 0, the reward of an env that only generates."""
     return 0.0

@@ -1,4 +1,4 @@
-"""Tables of sampled texts, shown on the console and in TensorBoard while a model trains."""
+"""Tables of sampled texts, on the console and in TensorBoard, while a model trains."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .generation import Generation, generate
 
 
 class SampleTable(BaseCallback):
-    """Shows texts of the policy before training, every so many rollouts, and at the end; does not change training.
+    """Shows texts of the policy before training, every `every` rollouts, and at the end; does not change training.
 
-    The table goes to the console and, where TensorBoard logs, as text under `samples`.
+    The table goes to the console and, if the model logs to TensorBoard, into its texts under `samples`.
 
     Args:
-        prompts: What to continue, once each.
+        prompts: The prompts to continue, once each.
         tokenizer: The tokenizer that the model trains with.
-        every: Rollouts from one table to the next.
-        max_new_tokens: The most tokens of a sample; unset, as many as in training (see `generate`).
+        every: The number of rollouts from one table to the next.
+        max_new_tokens: The most tokens of a sample; by default as many as in training (see `generate`).
         seed: The seed of the sampling, the same for every table, so that they can be compared.
-        console: Where to print; by default a new `rich.console.Console`.
+        console: The console to print on; by default a new `rich.console.Console`.
         **env_kwargs: Other arguments of `generate`: the env's `mask`, `stop_ids`, `stop_strings`, ...
 
     Raises:
@@ -73,7 +73,7 @@ class SampleTable(BaseCallback):
         self._show()
 
     def _show(self) -> None:
-        with gathered(cast("LMPolicy", self.model.policy).lm):  # by all processes; rank 0 then has whole weights
+        with gathered(cast("LMPolicy", self.model.policy).lm):  # a collective: rank 0 then has whole weights
             if is_main_process():
                 self._print()
 
@@ -82,17 +82,17 @@ class SampleTable(BaseCallback):
         title = f"samples after {self.model.num_timesteps} tokens"
         self.console.print(sample_table({title: samples}))
         page = "\n\n".join(f"**{page_text(sample.prompt)}**{page_text(sample.text)}" for sample in samples)
-        # Not by `logger.record`: SB3 dumps at a later step, and after training not at all.
+        # Not through `logger.record`: SB3 `on_policy_algorithm.learn` dumps it a rollout later, or after the end never.
         for output in self.logger.output_formats:
             if isinstance(output, TensorBoardOutputFormat):
                 output.writer.add_text("samples", page, self.model.num_timesteps)
-                output.writer.flush()  # nothing else does so after training
+                output.writer.flush()  # SB3 flushes only in its own `write`, which it does not call after training
 
 
 def sample_table(columns: dict[str, Sequence[Generation]]) -> Table:
-    """Return samples as a table: a row for each prompt, a column for each title, the prompt dimmed before its text.
+    """Return samples as a table with a row for each prompt and a column for each title, prompts dimmed.
 
-    Control characters and markup in a text are shown, not obeyed.
+    Control characters and markup in a text are shown as they are, and have no effect.
 
     Args:
         columns: Samples of the same prompts in the same order, by title.

@@ -49,24 +49,24 @@ from .config import AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig,
 from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, call, find
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
-SETTINGS = ("n_steps", "batch_size", "n_epochs")  # A2C and TRPO lack some
-# The arguments of an algorithm that `make_agent` sets, and so a configuration cannot.
+SETTINGS = ("n_steps", "batch_size", "n_epochs")  # null leaves one to `make_agent`; A2C and TRPO lack some
+# The arguments of an algorithm that `make_agent` sets itself, so that a configuration cannot.
 OWN_ARGUMENTS = ("policy", "env", "policy_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model")
 ENV = Kind("environment", "a TextEnv", lambda cls: issubclass(cls, TextEnv))
-# The arguments of environments that an environment without rewards leaves out.
+# The arguments of environments that only serve the reward: an environment without rewards leaves them out.
 REWARDING = ("reward", "classifier", "references_column", "score_at", "on_failure")
 
 
 class Parts:
-    """The objects of a run; each is built when it is first read.
+    """The objects of a run; each is built at its first use.
 
     Args:
         config: The run's configuration.
         trust: The permissions of the command line.
-        progress_bar: Show a progress bar while the demo's model is made.
+        progress_bar: Whether to show a progress bar while the demo's model is made.
 
     Raises:
-        CommandError: If the algorithm does not take its settings, or torch does not know the device.
+        CommandError: If the algorithm does not have one of its settings, or torch does not know the device.
 
     Example:
         >>> from textenv.checks.trust import Trust
@@ -88,7 +88,7 @@ class Parts:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        folder = self.folder  # a missing model is reported before a missing tokenizer
+        folder = self.folder  # first, so that a missing model is reported before a missing tokenizer
         return load_tokenizer(self.config.model.tokenizer or folder, self.trust)
 
     @cached_property
@@ -102,10 +102,10 @@ class Parts:
         return make_env(self.config.env, self.tokenizer, self.config.seed, self.trust)
 
     def unscored(self, prompts: Sequence[PromptLike] = ()) -> TextEnv:
-        """Return the environment to train on without its reward, for writing texts only.
+        """Return the training environment without its reward, for writing texts only.
 
         Args:
-            prompts: Prompts in place of the environment's own, where it would read those from a file.
+            prompts: Prompts that replace the environment's own, which then need not be read from a file.
         """
         env = self.config.env
         other = EnvConfig(**{**vars(env), "prompts": prompts}) if prompts and env.id in (DEMO, "text") else env
@@ -113,7 +113,7 @@ class Parts:
 
     @cached_property
     def held_out(self) -> TextEnv:
-        """The environment of evaluations: that of training, unless the configuration has other prompts or arguments."""
+        """The environment of evaluations: the training environment, unless its prompts or arguments differ."""
         evaluation, env = self.config.evaluation, self.config.env
         if evaluation.prompts is None and not evaluation.env_args:
             return self.env
@@ -123,7 +123,7 @@ class Parts:
 
     @cached_property
     def agent(self) -> OnPolicyAlgorithm:
-        """The algorithm, with its policy and vectorised environment."""
+        """The algorithm, with its policy and its vector environment."""
         with only_with(self.trust), _lengths_by_key(self.env, "env.args"):
             return _agent(self.config, self.env, self.trust)
 
@@ -134,15 +134,15 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
     Args:
         config: The configuration.
         trust: The permissions of the command line.
-        progress_bar: Show a progress bar while the demo's model is made.
+        progress_bar: Whether to show a progress bar while the demo's model is made.
 
     Raises:
-        CommandError: If it names something that does not exist or may not be imported.
-        ValueError: If its settings exclude each other; the message is that of the object that refuses them.
+        CommandError: If the configuration names something that does not exist or may not be imported.
+        ValueError: If settings exclude each other; the message comes from the object that refuses them.
     """
     parts = Parts(config, trust, progress_bar)
-    for name in ("metrics", "tokenizer", "env", "held_out", "agent"):  # the quick ones first, to refuse mistakes early
-        getattr(parts, name)
+    for name in ("metrics", "tokenizer", "env", "held_out", "agent"):  # quick ones first, to refuse mistakes early
+        getattr(parts, name)  # builds and caches it
     held_out = parts.held_out
     with _lengths_by_key(held_out, "evaluation.env_args"):  # held-out prompts may be longer than those of training
         cast("LMPolicy", parts.agent.policy).lm.backbone.check_length(held_out.max_prompt_tokens, held_out.rules.room)
@@ -194,7 +194,7 @@ def make_env(
         tokenizer: The model's tokenizer.
         seed: The run's seed.
         trust: The permissions of the command line.
-        is_scored: Build its reward; if False, leave it out where the environment allows it.
+        is_scored: Whether to build its reward; False leaves it out if the environment works without one.
 
     Raises:
         CommandError: If the environment does not exist, or its arguments do not fit it.
@@ -203,7 +203,7 @@ def make_env(
         return _make_env(config, cast("Tokenizer", tokenizer), seed, trust, is_scored)
 
 
-def _make_env(config: EnvConfig, known: Tokenizer, seed: int, trust: Trust, is_scored: bool) -> TextEnv:
+def _make_env(config: EnvConfig, tokenizer: Tokenizer, seed: int, trust: Trust, is_scored: bool) -> TextEnv:
     arguments: dict[str, Any] = {"seed": seed, **config.args}
     if not is_scored:
         arguments = {key: value for key, value in arguments.items() if key not in REWARDING}
@@ -220,13 +220,13 @@ def _make_env(config: EnvConfig, known: Tokenizer, seed: int, trust: Trust, is_s
     if config.id not in (DEMO, "text"):
         if config.prompts is not None:
             arguments["prompts"] = config.prompts
-        return _named_env(config.id, known, arguments, trust)
+        return _named_env(config.id, tokenizer, arguments, trust)
     if config.id == DEMO:
         arguments = {"reward": mood, "score_at": "done", **arguments}
-        return call(TextEnv, arguments, "env.args", prompts=config.prompts or demo.prompts(), tokenizer=known)
+        return call(TextEnv, arguments, "env.args", prompts=config.prompts or demo.prompts(), tokenizer=tokenizer)
     if config.prompts is None or config.reward is None:
         raise CommandError('Expected --env.prompts FILE and --env.reward NAME with --env.id "text".')
-    return call(TextEnv, arguments, "env.args", prompts=config.prompts, tokenizer=known)
+    return call(TextEnv, arguments, "env.args", prompts=config.prompts, tokenizer=tokenizer)
 
 
 def make_masks(config: EnvConfig, trust: Trust) -> list[Any]:
@@ -252,11 +252,11 @@ def _named_env(name: str, tokenizer: Tokenizer, arguments: dict[str, Any], trust
     env_class = _env_class(name, trust)
     for argument in needed(env_class):
         if argument not in ("tokenizer", *arguments):
-            key, what = ("prompts", "FILE") if argument == "prompts" else (f"args.{argument}", "VALUE")
-            what = "FOLDER" if argument == "data" else what
-            also = " (of its data set, or the name of one on the hub)" if argument == "data" else ""
-            flag = f"--env.{key} {what}"
-            raise CommandError(f"Expected {flag}{also} for the task {name}, got none: add {flag} to the command.")
+            key, value = ("prompts", "FILE") if argument == "prompts" else (f"args.{argument}", "VALUE")
+            value = "FOLDER" if argument == "data" else value
+            remark = " (of its data set, or the name of one on the hub)" if argument == "data" else ""
+            flag = f"--env.{key} {value}"
+            raise CommandError(f"Expected {flag}{remark} for the task {name}, got none: add {flag} to the command.")
     return unwrap_text_env(call(env_class, arguments, f"the task {name}", tokenizer=tokenizer))
 
 
@@ -264,7 +264,7 @@ def make_metric(metric: Named | str, trust: Trust) -> Metric:
     """Build a metric.
 
     Args:
-        metric: Its name, with or without arguments; the argument `model` of "perplexity" is a model's name or folder.
+        metric: Its name, with or without arguments. "perplexity" takes a model's name or folder as argument `model`.
         trust: The permissions of the command line.
     """
     spec = Named(metric) if isinstance(metric, str) else metric
@@ -309,7 +309,7 @@ def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm
     settings = {name: value for name, value in settings.items() if value is not None}
     if algorithm.schedule == "linear":
         rate = algorithm.learning_rate or usual_learning_rate(ALGORITHMS[algorithm.name])
-        settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)  # zero after the whole (1.0) of training
+        settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)  # from `rate` to 0 over all (1.0) of the training
     elif algorithm.learning_rate is not None:
         settings["learning_rate"] = algorithm.learning_rate
     if algorithm.advantage != "gae":
@@ -370,9 +370,9 @@ def _critic(model: ModelConfig) -> CriticSpec:
 
 
 def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:
-    """Return the callbacks that a configuration asks for, in the order in which they change rewards.
+    """Return the callbacks of a configuration: figures, warnings, reward shaping, KL penalty and critic warm-up.
 
-    They are figures, warnings, reward shaping, KL penalty and critic warm-up.
+    Their order matters: it is the order in which they change rewards.
     """
     callbacks: list[BaseCallback] = [EpisodeMetrics(), TrainingWarnings()]
     shaping, kl = config.shaping, config.kl

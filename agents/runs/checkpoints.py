@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written between iterations, retried when the disk is full, and found again."""
+"""The checkpoints of a run: their writing between iterations, also after a full disk, and the choice of one to load."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ BYTES_A_WEIGHT = 12  # a trained weight and its two moments of AdamW, 4 bytes ea
 
 
 class RunCheckpoints(BaseCallback):
-    """Callback that saves the run every `every` rollouts, at the end, and when a signal has asked to stop.
+    """Saves the run every `every` rollouts, at the end, and after a request to stop.
 
-    A checkpoint that cannot be written leaves the older ones intact; training goes on, and the checkpoint is tried
-    again after the next iteration. Rows of figures that wait for room on the disk are tried again, too, and written
-    first: a checkpoint must never be ahead of the rows.
+    If a checkpoint cannot be written, older ones stay intact, training continues, and the next iteration tries again.
+    Rows of figures that wait for room on the disk are tried again, too, and before the checkpoint: it must never be
+    ahead of the rows.
 
     Args:
         run: The run's folder.
         every: The number of rollouts from one checkpoint to the next.
         keep: How many of the newest checkpoints stay.
         interrupts: The requests to stop.
-        is_over: Called when a rollout starts: whether its first step will end the training.
-        say: Called with a line to show.
+        is_over: A function that is called when a rollout starts, and returns whether its first step will end training.
+        say: A function that shows a line.
 
     Raises:
         Interrupted: After a signal, once the iteration is finished and saved.
@@ -67,7 +67,7 @@ class RunCheckpoints(BaseCallback):
         self._write_rows()
         now = self.model.num_timesteps
         size = self.model.n_steps * self.model.n_envs  # type: ignore[attr-defined]  # tokens of a rollout
-        # `now` counts whole rollouts here; after a failure every one is due.
+        # `now` is a multiple of `size` here. After a failure a checkpoint is due at every rollout.
         is_due = now // size % self.every == 0 or self.failure is not None
         if now > self.saved and (is_due or self.interrupts.number or self.is_over()):
             self._save()
@@ -82,7 +82,7 @@ class RunCheckpoints(BaseCallback):
         self._write_rows()
         if is_between_iterations(cast("OnPolicyAlgorithm", self.model)):
             self._save()
-        self._check()  # an early stop comes in the first step of a rollout, and was saved when that started
+        self._check()  # an early stop comes in the first step of a rollout, whose start has already saved the run
 
     def _check(self) -> None:
         """Raise StorageError if rows or a checkpoint are still not written."""
@@ -115,7 +115,7 @@ class RunCheckpoints(BaseCallback):
 
 
 def needed(model: object) -> int:
-    """Return about how many bytes a checkpoint of a model takes."""
+    """Return the approximate size of a model's checkpoint, in bytes."""
     policy = cast("OnPolicyAlgorithm", model).policy
     return sum(weight.numel() * (BYTES_A_WEIGHT if weight.requires_grad else 4) for weight in policy.parameters())
 
@@ -125,10 +125,10 @@ def checkpoint_to_load(run: RunFolder, say: Callable[[str], None] | None = None)
 
     Args:
         run: The run's folder.
-        say: Called with a line for each newer one that is damaged; without it, a damaged one is an error.
+        say: A function that shows a line for each damaged newer checkpoint; if it is None, damage is an error.
 
     Raises:
-        CommandError: If the newest is damaged and `say` is None, or if all are.
+        CommandError: If the newest checkpoint is damaged and `say` is None, or if all of them are damaged.
     """
     checkpoint, damage = newest_intact(run.checkpoints)
     newest = "no checkpoint is intact" if checkpoint is None else f"newest intact: step {int(checkpoint.name[5:])}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
-PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # each default logger: the package it needs
+PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # the default loggers, and the package of each
 
 
 @dataclass
@@ -35,7 +35,7 @@ def default_loggers() -> list[Named | str]:
 
 @dataclass
 class EnvConfig:
-    """The episodes of the task, and what they earn.
+    """The episodes of the task, and their reward.
 
     Args:
         id: "demo" (built-in product reviews), "text" (your own prompts and reward), a task that `textenv tasks` lists,
@@ -43,11 +43,11 @@ class EnvConfig:
         args: Further arguments of the environment, such as `data`, `stop_strings` or `score_at`.
         prompts: A .jsonl, .csv or .txt file of prompts; required for "text", replaces the prompts of other tasks.
         reward: A reward by name, or {id: NAME, args: {...}}; for tasks that have no reward of their own.
-        on_failure: What happens to a text whose reward raises an error or is not a number: "raise" stops the run,
-            "drop" leaves the text out (up to 5 % of them), a number is used as its reward. Rewards that call servers
-            have their own setting.
+        on_failure: What to do with a text whose reward raises an error or is not a number: "raise" stops the run,
+            "drop" leaves the text out (up to 5 % of all texts), and a number is used as its reward. Rewards that call
+            servers have their own setting.
         masks: Masks of the tokens that may be sampled next; they need algorithm.name "maskable_ppo".
-        max_new_tokens: The most tokens of an episode; null means the environment's own limit, 64 for "text".
+        max_new_tokens: The most tokens of an episode; null is the environment's own limit, 64 for "text".
     """
 
     id: str = "demo"
@@ -66,24 +66,24 @@ class ModelConfig:
     Args:
         name: A name on the Hugging Face hub, or a folder; "demo" is a tiny GPT-2 (64 positions) built in seconds.
         tokenizer: The name or folder of the tokenizer, if it is not the model's own.
-        train: The weights that are trained: all, the head alone, the last layers, or LoRA adapters.
-        last_layers: The number of layers to train with train "last_layers".
-        lora_r: The rank of the adapters with train "lora".
-        lora_alpha: The scale of the adapters with train "lora", which multiplies their output by alpha / rank.
-        critic: The source of the values: "shared" is a head on the policy's own layers, "detached" the same without
-            training those layers, "separate" and "reward_model" are models of their own.
-        critic_model: The name or folder of the model for the critics "separate" and "reward_model".
-        value_norm: How returns are normalised for the critic: "norm" by running mean and deviation, "popart" keeps the
-            predicted values unchanged while it does (PopArt); null for not at all.
+        train: The weights to train: all, the head alone, the last layers, or LoRA adapters.
+        last_layers: With train "last_layers", the number of layers to train.
+        lora_r: With train "lora", the rank of the adapters.
+        lora_alpha: With train "lora", the scale of the adapters, whose output is multiplied by alpha / rank.
+        critic: The critic that predicts values: "shared" is a head on the policy's own layers, "detached" the same
+            without training those layers; "separate" and "reward_model" are models of their own.
+        critic_model: With critic "separate" or "reward_model", the name or folder of its model.
+        value_norm: How to normalise returns for the critic: "norm" by running mean and deviation; "popart" does the
+            same and keeps the predicted values unchanged meanwhile (PopArt); null for not at all.
         critic_lr_scale: A factor on the learning rate of the critic.
-        temperature: Divides the logits, both when texts are sampled and in the update.
+        temperature: The temperature, which divides the logits, both in sampling and in the update.
         top_k: Sample from the k most probable tokens only.
         top_p: Sample from the most probable tokens that together have this probability.
         min_p: Sample from the tokens with at least this share of the largest probability.
-        repetition_penalty: Lowers the logits of tokens that the text already has; 1 for none.
-        top_p_lag: Choose the tokens of `top_p` by a copy of the policy that is renewed every so many updates (NLPO).
-        autocast: "bfloat16" computes in 16 bits.
-        gradient_checkpointing: Save memory, at about a third more time.
+        repetition_penalty: A factor that lowers the logits of tokens that the text already has; 1 for none.
+        top_p_lag: Choose the tokens of `top_p` by a copy of the policy, renewed after this many updates (NLPO).
+        autocast: "bfloat16" computes in 16 bits, to save time and memory; null for not at all.
+        gradient_checkpointing: Save memory, at the cost of about a third more time.
     """
 
     name: str = "demo"
@@ -108,20 +108,21 @@ class ModelConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """The algorithm and its settings; null leaves one to `agents.make_agent`.
+    """The algorithm and its settings; null leaves a setting to `agents.make_agent`.
 
     Args:
         name: The algorithm of Stable-Baselines3 or sb3-contrib.
         n_envs: The number of episodes that run side by side.
         learning_rate: The learning rate at the start; null is 1e-5 (with trpo 1e-3, for the critic alone).
         schedule: Keep the learning rate constant, or lower it linearly to zero at the end.
-        n_steps: Tokens of each of the `n_envs` in a rollout; null is env.max_new_tokens.
-        batch_size: Tokens of a minibatch; null is an eighth of a rollout, or more if that holds too few texts.
-        n_epochs: Passes over each rollout; null is 4.
-        advantage: "gae" uses a critic; the others compare samples of the same prompt and need
-            `--env.args '{samples_per_prompt: N}'`.
-        micro_batch_tokens: Split each minibatch into parts of so many tokens, to save memory.
-        critic_warmup: Rollouts at the start in which only the critic learns.
+        n_steps: The number of tokens that each of the `n_envs` episodes adds to a rollout; null is env.max_new_tokens.
+        batch_size: The number of tokens in a minibatch; null is an eighth of a rollout, or more if that holds too few
+            texts.
+        n_epochs: The number of passes over each rollout; null is 4.
+        advantage: The estimate of advantages: "gae" uses a critic; the others compare samples of the same prompt and
+            need `--env.args '{samples_per_prompt: N}'`.
+        micro_batch_tokens: Split each minibatch into parts of this many tokens, to save memory.
+        critic_warmup: The number of rollouts at the start in which only the critic learns.
         args: Further arguments of the algorithm, such as `target_kl` or `ent_coef`.
     """
 
@@ -140,16 +141,16 @@ class AlgorithmConfig:
 
 @dataclass
 class KLConfig:
-    """The penalty on leaving the reference model.
+    """The penalty on divergence from a reference model.
 
     Args:
-        coef: The coefficient: reward subtracted per nat of divergence; 0 switches the penalty off.
-        target: The divergence, in nats per episode, that an adaptive coefficient aims at; null keeps it fixed.
+        coef: The coefficient: the reward that is subtracted per nat of divergence; 0 switches the penalty off.
+        target: The divergence, in nats per episode, at which an adaptive coefficient aims; null keeps `coef` fixed.
         horizon: The number of episodes over which an adaptive coefficient adapts: the more, the slower.
         reference: The name or folder of the reference model; null is the policy as it was before training.
-        estimator: How the divergence of a token is estimated: k1, k2 and k3 from the sampled token (Schulman), "exact"
-            from the whole distribution.
-        clip: The most nats that a single token counts.
+        estimator: The estimator of a token's divergence: k1, k2 and k3 use the sampled token (Schulman), "exact" uses
+            the whole distribution.
+        clip: The limit to the divergence of a single token, in nats; null for none.
     """
 
     coef: float = 0.05
@@ -165,7 +166,7 @@ class ShapingConfig:
     """Changes to the score of each episode, before the KL penalty is subtracted.
 
     Args:
-        clip: Limit scores to this absolute value.
+        clip: Limit scores to this absolute value; null for no limit.
         scale: Divide scores by their running standard deviation.
         whiten: Normalise the scores of each rollout to mean 0 and deviation 1.
         missing_eos_penalty: Subtract this from texts that were cut off before they ended.
@@ -182,15 +183,15 @@ class EvaluationConfig:
     """Evaluations before, during and after training.
 
     Args:
-        every: Tokens of training between two evaluations.
-        n_prompts: The number of prompts of each evaluation.
-        n: Texts per prompt.
+        every: The number of tokens trained on between two evaluations.
+        n_prompts: The number of prompts in an evaluation.
+        n: The number of texts per prompt.
         prompts: A file of held-out prompts; the training prompts by default.
         env_args: Arguments of the environment that differ in evaluations, such as `{part: held_out}`.
         metrics: Metrics by name, or {id: NAME, args: {...}}.
-        best: The figure by which the best model is chosen and kept.
-        higher_is_better: Whether more is better in the figure `best`.
-        patience: Stop training after so many evaluations in a row without a better figure.
+        best: The figure by which the best model is chosen, which is kept.
+        higher_is_better: Whether a higher value of the figure `best` is better.
+        patience: Stop training after this many evaluations in a row without a better figure; null never stops.
     """
 
     every: int = 20_000
@@ -209,24 +210,24 @@ class TrainConfig:
     """Train a language model on a task.
 
     Args:
-        total_tokens: Tokens that the policy writes in the whole training.
+        total_tokens: The number of tokens that the policy writes in the whole training.
         seed: The seed of everything random.
-        device: "auto", "cpu", "cuda", ...
+        device: The device of the model, as torch names it: "cpu", "cuda", ...; "auto" is a GPU if there is one.
         env: The task.
         model: The language model.
         algorithm: The algorithm.
         kl: The KL penalty.
         shaping: Changes to scores.
         evaluation: Evaluations.
-        loggers: Where figures go besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio", "mlflow", or the
-            `module:Class` of a KVWriter of Stable-Baselines3; by name, or {id: NAME, args: {...}}. By default the
-            first two, if `pip install "textenv[plot]"` has installed their packages.
+        loggers: The loggers that get the figures besides metrics.jsonl: "tensorboard", "curves", "wandb", "trackio",
+            "mlflow", or the `module:Class` of a KVWriter of Stable-Baselines3; by name, or {id: NAME, args: {...}}. By
+            default the first two, if `pip install "textenv[plot]"` has installed their packages.
         samples: The number of prompts whose texts go into samples.jsonl.
-        samples_every: Rollouts between two sets of such samples.
-        checkpoint_every: Rollouts between two checkpoints.
-        keep_checkpoints: The number of checkpoints that are kept, the newest ones.
+        samples_every: The number of rollouts between two sets of such texts.
+        checkpoint_every: The number of rollouts between two checkpoints.
+        keep_checkpoints: The number of newest checkpoints to keep.
         license: The licence of the model, for its model card.
-        out: The folder of the run; by default a new one below runs/.
+        out: The folder of the run; by default a new one in runs/.
 
     Example:
         >>> config = TrainConfig(env=EnvConfig("Reviews", args={"data": "reviews.csv"}), model=ModelConfig("gpt2"))
@@ -274,9 +275,9 @@ class TrainOptions(TrustOptions):
 
     Args:
         resume: Continue the run in this folder; further arguments change its configuration.
-        change: With --resume, a key that may differ from the run's; the result then differs from an uninterrupted
-            run's. Can be repeated.
-        dry_run: Do one rollout and one update, and print the time, memory and disk space of the whole run.
+        change: With --resume, a key that may differ from the configuration so far; the result then differs from that
+            of an uninterrupted run. Can be repeated.
+        dry_run: Do one rollout and one update, and print an estimate of the whole run's time, memory and disk space.
         quiet: Print errors only.
         json: Print one line of JSON per iteration.
     """
@@ -289,20 +290,20 @@ class TrainOptions(TrustOptions):
 
 
 # The defaults with the demo model: it is small and hardly trained, so it learns at a much larger learning rate and in
-# fewer tokens than a pretrained model. Other models have the defaults of the dataclasses above. These settings reach
-# the bar that tests hold the demo to; examples/quickstart.py has the same in Python.
+# fewer tokens than a pretrained model. Other models have the defaults of the dataclasses above. With these settings the
+# demo reaches the reward that its tests demand; examples/quickstart.py has the same settings in Python.
 DEMO_SETTINGS: dict[str, Any] = {
     "total_tokens": 56_000,
     "env.max_new_tokens": 32,
     "algorithm.learning_rate": 1.5e-3,
     "algorithm.schedule": "linear",
 }
-DEMO_PPO_SETTINGS: dict[str, Any] = {  # and these with PPO_NAMES: A2C and TRPO have no such minibatches
+DEMO_PPO_SETTINGS: dict[str, Any] = {  # further ones for PPO_NAMES: A2C and TRPO have no such minibatches
     "algorithm.batch_size": 512,
     "algorithm.args": {"target_kl": 0.05},
 }
 PPO_NAMES = ("ppo", "maskable_ppo")
-# The keys that a resumed run may change freely: they have no influence on the weights.
+# The keys that a resumed run may change freely, since they have no influence on the weights.
 FREE_ON_RESUME = (
     "device",
     "out",
@@ -316,10 +317,10 @@ FREE_ON_RESUME = (
 
 
 def default_settings(given: TrainConfig) -> dict[str, Any]:
-    """Return the defaults, by dotted key, that differ from those of `TrainConfig`: some do with the demo model.
+    """Return the defaults, by dotted key, that differ from those of `TrainConfig`, as some do for the demo model.
 
     Args:
-        given: The configuration as it would be without them.
+        given: The configuration with the defaults of `TrainConfig`.
 
     Example:
         >>> default_settings(TrainConfig())["algorithm.batch_size"]
@@ -334,13 +335,13 @@ def default_settings(given: TrainConfig) -> dict[str, Any]:
         settings |= DEMO_PPO_SETTINGS
         n_steps = algorithm.n_steps or given.env.max_new_tokens or settings["env.max_new_tokens"]
         if n_steps * algorithm.n_envs % settings["algorithm.batch_size"]:
-            # SB3 `ppo.PPO.__init__` warns of a truncated minibatch where the batch size does not divide the rollout.
+            # SB3 `ppo.PPO.__init__` warns of a truncated minibatch if the batch size does not divide the rollout.
             del settings["algorithm.batch_size"]
     return settings
 
 
 def argument_help(config: type) -> dict[str, str]:
-    """Return what the docstrings of a config and of its base classes say of each argument.
+    """Return the description of each argument in the docstrings of a dataclass and of its base classes.
 
     Example:
         >>> argument_help(Named)["args"]

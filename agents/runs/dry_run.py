@@ -1,4 +1,4 @@
-"""The dry run: one rollout and one update, which show that a configuration works and what the whole run would take."""
+"""The dry run: one rollout and one update, which test a configuration and give an estimate of the whole run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .screens import clock
 
 
 class Stopwatch(BaseCallback):
-    """A callback that notes the end of the rollout, by a monotonic clock, in seconds."""
+    """A callback that notes when the rollout ended, in seconds of a monotonic clock."""
 
     def _on_step(self) -> bool:
         return True
@@ -32,7 +32,7 @@ class Stopwatch(BaseCallback):
 
 
 def dry_run(config: TrainConfig, options: TrainOptions) -> int:
-    """Train for one iteration, evaluate once, and print time, memory and disk space of the whole run. Write no file.
+    """Train for one iteration, evaluate once, and print an estimate of the whole run's cost; write no file.
 
     Returns:
         The exit code.

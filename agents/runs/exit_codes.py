@@ -12,10 +12,10 @@ from textenv.episodes.scores import RewardError
 from ..checkpoints.storage import explain
 from ..errors import FULL, CommandError, Exit
 
-# OSErrors of writing. Others, such as ENOENT for a file that the user names, are refusals.
+# The error numbers of failed writing. Others, such as ENOENT for a file that the user names, are refusals.
 WRITING = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-SIZES = (MemoryError, OverflowError, RecursionError)
-REFUSALS = (OSError, ValueError, TypeError)  # raised by the parts, as "Expected X, got Y"
+SIZES = (MemoryError, OverflowError, RecursionError)  # the errors for values that are too large
+REFUSALS = (OSError, ValueError, TypeError)  # the errors by which our code refuses input: "Expected X, got Y"
 
 
 def as_command_error(error: BaseException, path: Path) -> CommandError:
@@ -23,7 +23,7 @@ def as_command_error(error: BaseException, path: Path) -> CommandError:
 
     Args:
         error: The error that was raised; a `CommandError` is returned as it is.
-        path: The folder that was written to, for errors of storage that name no path.
+        path: The folder that was written to, for errors of writing that name no path.
 
     Example:
         >>> from pathlib import Path

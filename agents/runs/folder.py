@@ -1,4 +1,4 @@
-"""The folder of a run: creating, opening and locking it, and its text files; loads no torch."""
+"""The folder of a run: its creation, its lock and its text files. Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ..checkpoints.storage import size
 from ..errors import CommandError, is_full
 from ..files import clear_leftovers, naming, write_text
 
-FORMAT = 1
-# The files that a run leaves when it ends before its first checkpoint.
+FORMAT = 1  # the version of a run's folder
+# The files that a run leaves behind if it ends before its first checkpoint.
 LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", "history.json", "best", "tensorboard")
 # The shapes of a row of metrics.jsonl, a row of samples.jsonl, and run.json.
 ROW = {"tokens": int, str: (float, None)}
@@ -42,7 +42,7 @@ class RunFolder:
         path: Its path.
 
     Attributes:
-        waiting: Rows that could not be written yet since the disk was full, by file.
+        waiting: By file, the rows that wait to be written, since the disk was full.
 
     Example:
         >>> RunFolder("runs/demo").metrics.as_posix()
@@ -127,7 +127,7 @@ class RunFolder:
             raise CommandError(str(error)) from error
 
     def begin(self, config: str, textenv_version: str) -> None:
-        """Write `config.yml` and then `run.json`, by which the folder counts as a run's.
+        """Write `config.yml`, and then `run.json`, which marks the folder as a run.
 
         Args:
             config: The configuration as YAML.
@@ -154,7 +154,7 @@ class RunFolder:
         return f"nothing was saved yet in {self.path}: the same command starts again"
 
     def clear(self) -> None:
-        """Remove the files of a run without a checkpoint; its log stays, and config.yml, which may be a user's."""
+        """Remove the files of a run without a checkpoint, except its log and config.yml, which may be the user's."""
         for name in LEFT:
             path = self.path / name
             if path.is_dir():
@@ -163,7 +163,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
-        """Remove a run that never trained, so that the same command can start anew; a log stays."""
+        """Remove a run that never trained, except its log, so that the same command can start anew."""
         self.clear()
         if self.was_empty:
             self.config.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within, lock the folder for this process. The kernel frees the lock when the process ends, even if killed.
+        """Within, lock the folder for this process. The kernel frees the lock when the process ends or is killed.
 
         Raises:
             CommandError: If another process holds the lock, or the folder cannot be written to.
@@ -215,21 +215,21 @@ class RunFolder:
             stream.write(f"pid {os.getpid()} since {datetime.now().astimezone().isoformat(timespec='seconds')}\n")
             stream.flush()
             for folder in (self.path, self.checkpoints):
-                clear_leftovers(folder)  # of a killed process: under the lock, no living one is writing them
+                clear_leftovers(folder)  # a killed process left them: the lock shows that nobody is writing them
             yield
 
     def check_space(self, needed: int) -> None:
-        """Check that the disk has so many bytes free.
+        """Check that the disk has enough free space, in bytes.
 
         Raises:
-            CommandError: If it has not.
+            CommandError: If it has less.
         """
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise CommandError(f"The run needs {size(needed)}, {size(free)} free at {self.path}.")
 
     def cut(self, tokens: int) -> None:
-        """Remove the rows after so many tokens: a resumed run makes them again. -1 removes all, and the best model."""
+        """Remove the rows after a number of tokens, which a resumed run makes again; -1 also removes the best model."""
         for file, shape in ((self.metrics, ROW), (self.samples, SAMPLE)):
             if file.is_file():
                 rows = [row for row in read_rows(file, shape) if row["tokens"] <= tokens]
@@ -240,7 +240,7 @@ class RunFolder:
 
     def append(self, file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows to a file of the folder; while the disk is full they stay in `waiting`."""
-        # First to those that wait already: the order of rows is kept.
+        # Behind the rows that wait already, to keep their order.
         self.waiting[file] = self.waiting.get(file, "") + "".join(map(to_line, rows))
         try:
             self.write_waiting()
@@ -275,13 +275,13 @@ def to_line(row: Mapping[str, Any]) -> str:
         >>> to_line({"tokens": 4, "loss": float("nan")})
         '{"tokens": 4, "loss": null}\n'
     """
-    # value - value is 0 for finite numbers, NaN otherwise
+    # value - value is 0 for a finite number, and NaN for NaN and infinity.
     plain = {name: None if isinstance(value, float) and value - value != 0 else value for name, value in row.items()}
     return json.dumps(plain, ensure_ascii=False) + "\n"
 
 
 def append_text(file: Path, text: str) -> None:
-    """Append to a file, all or nothing: at the return the text is on the disk, after an error the file is unchanged."""
+    """Append to a file, all or nothing: on return the text is on the disk, after an error the file is unchanged."""
     content = text.encode()
     with naming(file), file.open("ab", buffering=0) as stream:
         before = stream.seek(0, os.SEEK_END)
@@ -290,7 +290,7 @@ def append_text(file: Path, text: str) -> None:
                 content = content[stream.write(content) :]
             os.fsync(stream.fileno())
         except OSError:
-            stream.truncate(before)  # no half row stays behind
+            stream.truncate(before)  # removes a half-written row
             raise
 
 

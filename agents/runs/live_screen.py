@@ -22,11 +22,11 @@ N_SAMPLES = 4  # texts in the view: it must fit a terminal of 24 lines
 class LiveScreen:
     """A view that is redrawn in place; other lines scroll above it.
 
-    Control characters and markup in a model's texts are shown, not obeyed.
+    Control characters and markup in a model's texts are shown as they are, and have no effect.
 
     Args:
-        total: Tokens of the whole run.
-        console: The console; rich's default console by default.
+        total: The number of tokens of the whole run.
+        console: The console; by default rich's default console.
     """
 
     def __init__(self, total: int, console: Console | None = None) -> None:
@@ -48,7 +48,7 @@ class LiveScreen:
         self.live.console.print(Text(printable(text)))
 
     def note(self, text: str) -> None:
-        """Show a line below the view at its next redrawing. A signal handler may call this: it does not print."""
+        """Show a line below the view when it is next redrawn. This does not print: a signal handler may call it."""
         self.last_note = text
 
     def row(self, row: Row) -> None:

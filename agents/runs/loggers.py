@@ -29,11 +29,11 @@ def named(logger: Named | str) -> Named:
 
 
 def check_loggers(loggers: list[Named | str], trust: Trust) -> None:
-    """Check that all loggers are known, installed, and permitted to have their arguments.
+    """Check that all loggers exist, that their packages are installed, and that they may have their arguments.
 
     Raises:
-        CommandError: If one is not known, or has arguments that it may not have.
-        ImportError: If the package of one is not installed, with the cure.
+        CommandError: If a logger does not exist, or has arguments that it may not have.
+        ImportError: If the package of a logger is not installed; the message has the cure.
     """
     for logger in map(named, loggers):
         if logger.id not in LOGGERS and ":" not in logger.id:
@@ -58,7 +58,7 @@ def make_loggers(run: RunFolder, config: TrainConfig, trust: Trust, done: int = 
         run: The run's folder.
         config: Its configuration.
         trust: The permissions of the command line.
-        done: Tokens that a resumed run has trained; TensorBoard forgets figures of later ones.
+        done: The number of tokens at which a run is resumed; TensorBoard discards the figures of later tokens.
 
     Raises:
         CommandError: If a user's own class does not take its arguments.
@@ -73,16 +73,17 @@ def make_loggers(run: RunFolder, config: TrainConfig, trust: Trust, done: int = 
 
 
 class TensorBoard(TensorBoardOutputFormat):
-    """SB3's writer for TensorBoard that survives a full disk: figures wait and go into a new event file afterwards.
+    """SB3's writer for TensorBoard, which survives a full disk: figures wait, and go into a new event file afterwards.
 
     Args:
         folder: The folder of event files; a configuration can only name one below the current folder.
-        done: Tokens that a resumed run has trained; TensorBoard forgets figures of later ones.
+        done: The number of tokens at which a run is resumed; TensorBoard discards the figures of later tokens.
     """
 
     def __init__(self, folder: str, done: int = 0) -> None:
         check_written(folder)
-        super().__init__(folder)  # SB3 `logger.TensorBoardOutputFormat` opens a SummaryWriter without `purge_step`
+        super().__init__(folder)
+        # SB3 `logger.TensorBoardOutputFormat` opened a SummaryWriter without `purge_step`: `_open` replaces it.
         self.writer.close()
         self.folder, self.is_broken = folder, False
         # TensorBoard purges the steps of earlier event files only if those had a `purge_step` too, so a new run has 0.
@@ -127,14 +128,14 @@ class SamplePages:
     """Writes a run's samples as a table into TensorBoard's texts, under the key `samples`.
 
     Args:
-        output: The writer of the run's figures: the texts go into the same file.
+        output: The writer of the run's figures, into whose file the texts go, too.
     """
 
     def __init__(self, output: TensorBoardOutputFormat) -> None:
         self.output = output
 
     def row(self, row: dict[str, Any]) -> None:
-        """Do nothing: SB3's logger gives the figures to the writer."""
+        """Do nothing: SB3's logger passes the figures to the writer."""
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write samples as a page of Markdown."""
@@ -151,7 +152,7 @@ def make_trackers(run: RunFolder, config: TrainConfig, sent: int) -> list[Tracke
     Args:
         run: The run's folder.
         config: Its configuration.
-        sent: The tokens up to which the trackers have all rows of a resumed run; -1 for none.
+        sent: The number of tokens up to which the trackers already have the rows of a resumed run; -1 for none.
     """
     chosen = [logger for logger in map(named, config.loggers) if logger.id in TRACKERS]
     return [(MLflowTracker if logger.id == "mlflow" else Tracker)(logger, run, config, sent) for logger in chosen]

@@ -14,7 +14,7 @@ from textenv.text.printable import page_text, printable
 
 from .config import Named, TrainConfig
 
-SHOWN = 8  # prompts whose samples the card shows
+SHOWN = 8  # the most prompts whose samples the card shows
 
 
 def model_card(
@@ -32,8 +32,8 @@ def model_card(
         about: The content of `run.json`.
         results: A table in Markdown.
         samples: Rows of `samples.jsonl`; the first and the last text of each prompt go into a table.
-        reward_after: The mean reward after training, for the hub's list of results; None for no such entry.
-        curves: The name of a picture in the card's folder.
+        reward_after: The mean reward after training, for the hub's list of results; None leaves the entry out.
+        curves: The file name of the picture of the curves in the card's folder; None for no picture.
     """
     reward = config.env.reward
     described = json.dumps(asdict(reward), ensure_ascii=False) if isinstance(reward, Named) else reward
@@ -77,7 +77,7 @@ def model_card(
 
 
 def _listing(config: TrainConfig, reward: float | None) -> list[str]:
-    """Return the field `model-index`, by which the hub lists a model's mean reward, as huggingface_sb3 writes it."""
+    """Return the field `model-index`, from which the hub lists the mean reward, in the form of huggingface_sb3."""
     if reward is None or not math.isfinite(reward):
         return []
     task = {"type": "reinforcement-learning", "name": "reinforcement-learning"}
@@ -106,4 +106,5 @@ def _plain(text: str) -> str:
 
 
 def _text(text: str) -> str:
+    """Return a text for one line of Markdown, within or outside of backticks, with HTML escaped."""
     return html.escape(printable(" ".join(text.split())).replace("`", "'"))

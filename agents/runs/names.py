@@ -1,4 +1,4 @@
-"""The names of metrics, masks and loggers, and the objects that a configuration's names stand for; loads no torch."""
+"""The names in a configuration, and the building of the objects that they name. Importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -71,32 +71,32 @@ def build(named: Named | str, names: Mapping[str, str], kind: Kind, trust: Trust
     path = names.get(spec.id, spec.id)
     if ":" not in path:
         raise CommandError(f"Expected a {kind.name} among {', '.join(names)} or module:Class, got {spec.id!r}.")
-    found_class = find(path, kind, trust)
+    named_class = find(path, kind, trust)
     with built_for(path, spec.args, trust):
-        return call(found_class, spec.args, f"the {kind.name} {spec.id!r}")
+        return call(named_class, spec.args, f"the {kind.name} {spec.id!r}")
 
 
-def call(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, **given: Any) -> Any:
-    """Call a class or function with arguments of a configuration and with our own.
+def call(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, **ours: Any) -> Any:
+    """Call a class or function with the arguments of a configuration and with our own.
 
     Args:
         function: The class or function.
         arguments: The arguments of the configuration.
-        name: What is called, for messages.
-        **given: Our own arguments.
+        name: The name of the class or function, for messages.
+        **ours: Our own arguments.
 
     Raises:
-        CommandError: If it does not take an argument, lacks one, or passes one on itself.
+        CommandError: If the function does not take an argument, lacks one, or sets one itself.
     """
     from textenv.checks.signatures import check_arguments
 
     try:
-        check_arguments(function, {**arguments, **given}, name)
+        check_arguments(function, {**arguments, **ours}, name)
     except ValueError as error:
         raise CommandError(str(error)) from error
     try:
-        return function(**given, **arguments)
-    except TypeError as error:  # from within a class that passes its keywords on, which a signature does not show
+        return function(**ours, **arguments)
+    except TypeError as error:  # a class may pass its **kwargs on to another, whose arguments its signature lacks
         if own := re.search(r"multiple values for keyword argument '(\w+)'", str(error)):
             raise CommandError(f"Expected no argument {own[1]!r} for {name}, which sets it itself.") from error
         raise CommandError(f"Expected the arguments of {name}, got {sorted(map(str, arguments))}: {error}.") from error
@@ -104,11 +104,11 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, 
 
 @contextmanager
 def built_for(path: str, arguments: Mapping[str, Any], trust: Trust) -> Iterator[None]:
-    """Within, build an object from a configuration's arguments, which may have any type and shape.
+    """Within, only permitted modules can be imported, and errors about a configuration's arguments become plain.
 
     Args:
-        path: The class that is built, for the message.
-        arguments: Its arguments.
+        path: The class to build, for the message.
+        arguments: Its arguments, which may have any type and shape.
         trust: The modules that may be imported meanwhile.
 
     Raises:
@@ -154,7 +154,7 @@ def as_reward(value: Any) -> Any:
     if isinstance(value, Mapping):
         if "id" in value and value.keys() <= {"id", "args"}:
             args = value.get("args") or {}
-            if not isinstance(args, Mapping) or "name" in args:  # "name" would take the place of the id
+            if not isinstance(args, Mapping) or "name" in args:  # a "name" would overwrite the id
                 raise CommandError(f"Expected the args of the reward {value['id']!r} by name, got {args!r:.80}.")
             return {"name": value["id"], **{key: as_reward(inner) for key, inner in args.items()}}
         return {key: as_reward(inner) for key, inner in value.items()}

@@ -1,4 +1,4 @@
-"""Reader of configuration files with bounds: a few lines of YAML aliases can expand to more than fits in memory."""
+"""The bounded reader of configuration files: a few lines of YAML aliases can expand to more than memory holds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..errors import CommandError
 
 # The bounds are far above any real configuration (the largest example has 77 keys and values) and cost seconds at most.
 MAX_BYTES = 1_000_000
-MAX_NODES = 50_000  # values of a file; an alias counts as all values that its anchor stands for
+MAX_NODES = 50_000  # values in a file; an alias counts as all the values of its anchor
 MAX_DEPTH = 64  # nested collections
-MAX_NAMES = 1000  # names in a list: jsonargparse tries each as several types. Lists in `args` may be longer
+MAX_NAMES = 1000  # names in a list, since jsonargparse tries several types for each; lists in `args` may be longer
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -52,14 +52,14 @@ def _is_long(value: Any) -> bool:
 
 
 def check_bounds(text: str, where: str = "the configuration") -> None:
-    r"""Check that YAML has neither too many values nor too deep ones, before any of it is built.
+    r"""Check that YAML has neither too many values nor too deeply nested ones, before any of it is built.
 
     Args:
         text: The YAML.
         where: The name of the text, for the message.
 
     Raises:
-        CommandError: If it has, or an anchor contains itself.
+        CommandError: If it has, or if an anchor contains itself.
 
     Example:
         >>> check_bounds("a: &a [1, 2]\nb: [*a, *a]")
@@ -67,7 +67,7 @@ def check_bounds(text: str, where: str = "the configuration") -> None:
     sizes: dict[str, int] = {}  # by anchor: the number of values that it stands for
     depths: dict[str, int] = {}  # by anchor: the depth of their nesting
     total = 0
-    # Of each open collection: its anchor, the total before it, and the largest depth in it so far.
+    # For each open collection: its anchor, the total before it, and the largest depth in it so far.
     levels = [("", 0, 0)]
     for event in yaml.parse(text, Loader):
         depth = 1

@@ -22,7 +22,7 @@ class RowWriter(KVWriter):
     """A writer of SB3's logger that collects the figures of one iteration in a row.
 
     SB3 `on_policy_algorithm.learn` dumps its logger after a rollout and before the update, so that the figures of an
-    update come with those of the next rollout. Here each goes into the row of its own iteration.
+    update come with those of the next rollout. Here the figures of an update go into the row of its own iteration.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class RowWriter(KVWriter):
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Add the figures of a dump of the logger to the row."""
         for name, value in key_values.items():
-            if self.in_rollout and name.startswith("train/"):  # of the previous update: its row is written
+            if self.in_rollout and name.startswith("train/"):  # the previous update's, whose row is already written
                 continue
             if isinstance(value, (int, float, np.generic)):
                 self.row[name] = value.item() if isinstance(value, np.generic) else value
@@ -45,8 +45,8 @@ class RowWriter(KVWriter):
 class Recorder(BaseCallback):
     """Writes a row of `metrics.jsonl` for each iteration, with its update and its evaluation.
 
-    In the list of callbacks it comes after all that log at the start of a rollout, and before the one that saves
-    checkpoints: the rows of all iterations before a checkpoint are on the disk.
+    In the list of callbacks it comes after all callbacks that log at the start of a rollout, and before the one that
+    saves checkpoints, so that the rows of all iterations before a checkpoint are on the disk.
 
     Args:
         run: The run's folder.
@@ -69,7 +69,7 @@ class Recorder(BaseCallback):
         self._write()
 
     def _write(self) -> None:
-        # SB3 logs an update's figures and dumps them only after the next rollout: here they are taken from its logger.
+        # SB3 `ppo.PPO.train` has recorded the update's figures, which are dumped only after the next rollout.
         values = {name: value for name, value in self.logger.name_to_value.items() if name.startswith("train/")}
         self.writer.write(values, {})
         if all(name.startswith("train/") for name in self.writer.row):  # an early stop: the row is written already
@@ -83,13 +83,13 @@ class Recorder(BaseCallback):
 class SampleRecorder(BaseCallback):
     """Writes the policy's texts for a few prompts into `samples.jsonl`: at the start, regularly and at the end.
 
-    It samples with a generator and a seed of its own, the same each time, and does not change training.
+    It samples with its own generator and the same seed each time, and does not change training.
 
     Args:
         run: The run's folder.
         env: The environment, whose first prompts are continued.
         n: The number of prompts; 0 writes nothing.
-        every: Rollouts between two sets of samples.
+        every: The number of rollouts between two sets of samples.
         show: A function that is called with each set.
 
     Raises:
@@ -103,7 +103,7 @@ class SampleRecorder(BaseCallback):
         self.run, self.env, self.n, self.every, self.show = run, env, n, every, show
 
     def _on_training_start(self) -> None:
-        self.tokens = max((row["tokens"] for row in read_rows(self.run.samples, SAMPLE)), default=-1)
+        self.last_written = max((row["tokens"] for row in read_rows(self.run.samples, SAMPLE)), default=-1)
 
     def _on_step(self) -> bool:
         return True
@@ -119,9 +119,9 @@ class SampleRecorder(BaseCallback):
 
     def _write(self) -> None:
         now = self.model.num_timesteps
-        if now <= self.tokens or self.n < 1:  # a resumed run has written them before
+        if now <= self.last_written or self.n < 1:  # a resumed run has these samples already
             return
-        self.tokens = now
+        self.last_written = now
         policy = cast("LMPolicy", self.model.policy)
         steps = run_episodes(policy, self.env, self.env.prompts[: self.n])
         rows = [{"tokens": now, **sample_row(step.info)} for step in steps]

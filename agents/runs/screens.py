@@ -1,4 +1,4 @@
-"""The output of a training run: plain lines, lines of JSON, or nothing; and its warnings."""
+"""The output of a training run: plain lines, lines of JSON, or nothing; and the display of its warnings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Screen(Protocol):
 def warnings_on(screen: Screen) -> Iterator[None]:
     """Within, show each warning on a screen, at once.
 
-    `warnings.catch_warnings` restores the previous display and the filters at the end, also after an error.
+    `warnings.catch_warnings` restores the previous display and filters at the end, also after an error.
 
     Example:
         >>> with warnings_on(PlainScreen(100)):
@@ -75,10 +75,10 @@ def figures(row: Row) -> dict[str, str]:
 
 
 class Remaining:
-    """The estimate of a run's remaining time, by a monotonic clock, from its speed since the first call.
+    """The estimate of a run's remaining time, from its speed since the first call.
 
     Args:
-        total: Tokens of the whole run.
+        total: The number of tokens of the whole run.
     """
 
     def __init__(self, total: int) -> None:
@@ -86,7 +86,7 @@ class Remaining:
         self.start: tuple[float, int] | None = None
 
     def seconds(self, tokens: int) -> float | None:
-        """Return the remaining seconds after so many tokens; None at the first call."""
+        """Return the remaining seconds after a number of tokens; None at the first call."""
         now = time.monotonic()
         if self.start is None or tokens <= self.start[1]:
             self.start = self.start or (now, tokens)
@@ -106,10 +106,10 @@ def clock(seconds: float) -> str:
 
 
 class PlainScreen:
-    """A line per iteration, for logs and pipes (without a terminal).
+    """One line per iteration, for output that is not a terminal.
 
     Args:
-        total: Tokens of the whole run.
+        total: The number of tokens of the whole run.
     """
 
     def __init__(self, total: int) -> None:
@@ -135,10 +135,10 @@ class PlainScreen:
 
 
 class JsonScreen:
-    """A line of JSON per iteration on the standard output (`--json`); other lines go to the standard error."""
+    """One line of JSON per iteration on standard output (`--json`); other lines go to standard error."""
 
     def say(self, text: str) -> None:
-        """Print a line on the standard error."""
+        """Print a line on standard error."""
         print(printable(text), file=sys.stderr, flush=True)
 
     def row(self, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""Folders that a configuration needs and an earlier command makes, as comments at the top of the file say."""
+"""The check for folders that a configuration needs and an earlier command makes; its top comment has the command."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..errors import CommandError
 
 
 def check_folders(words: Sequence[str], config: Any) -> None:
-    """Refuse a configuration with a missing folder, if a comment has the command that makes it.
+    """Refuse a configuration with a missing folder, if a comment names the command that makes it.
 
-    The comments are those of the configuration file, and of the other .yml files in its folder.
+    The comment may be in the configuration file, or in another .yml file of its folder.
 
     Args:
-        words: The words behind the verb, with --config before the file.
+        words: The command's words after the verb, with --config before the file.
         config: The configuration that was read.
 
     Raises:
@@ -32,9 +32,9 @@ def check_folders(words: Sequence[str], config: Any) -> None:
             for folder, command in made_by(sibling.read_text(encoding="utf-8")).items():
                 makers.setdefault(folder, command)
     named = asdict(config)
-    named.pop("out")  # the folder that this command makes
+    named.pop("out")  # which this command itself makes
     texts = set(_texts(named))
-    for folder, command in makers.items():  # in the order of the comments: the first missing stage is named first
+    for folder, command in makers.items():  # in the order of the comments, so that the first missing stage is named
         if folder in texts and not Path(folder).exists():
             raise CommandError(f"Expected the folder {folder}, got none: first run {command}")
 

@@ -21,7 +21,7 @@ from ..files import write_text
 from .config import Named, TrainConfig
 from .folder import RunFolder
 
-# By tracker: the arguments that any configuration may give. Others choose the server that gets figures and API keys.
+# By tracker: the arguments that any configuration may have. Others could send figures and API keys to another server.
 TRACKERS = {
     "wandb": ("project", "entity", "group", "job_type", "tags", "notes", "mode"),
     "trackio": ("project", "group"),
@@ -37,13 +37,14 @@ Row = dict[str, Any]
 
 
 class Tracker:
-    """A run of W&B or trackio, which gets each row and each table of samples. Its files go into the run's folder.
+    """A run of W&B or trackio, which receives each row and each table of samples; its files go into the run's folder.
 
     Args:
         named: "wandb" or "trackio", with further arguments of its `init` such as `project` or `mode`.
         run: The run's folder, which gives it its name; a resumed run continues it.
         config: The run's configuration.
-        sent: The tokens up to which it has all rows: a resumed run makes some rows again, which are not sent twice.
+        sent: The number of tokens up to which it has all rows: a resumed run makes some rows again, which are not sent
+            twice.
 
     Raises:
         ImportError: If the package is not installed.
@@ -83,7 +84,7 @@ class Tracker:
 
 
 class MLflowTracker:
-    """A run of MLflow: rows become metrics, samples the table `samples.json`, the configuration parameters.
+    """A run of MLflow: rows become metrics, samples a table `samples.json`, and the configuration parameters.
 
     MLflow's store is a SQLite file in the run's folder, with its artifacts beside it, unless `tracking_uri` or the
     environment variable MLFLOW_TRACKING_URI names another. The id of MLflow's run is kept in `mlflow.json`, by which a
@@ -93,7 +94,7 @@ class MLflowTracker:
         named: "mlflow", with the arguments `tracking_uri`, `experiment_name` and those of `MlflowClient.create_run`.
         run: The run's folder.
         config: The run's configuration.
-        sent: The tokens up to which it has all rows.
+        sent: The number of tokens up to which it has all rows.
 
     Raises:
         ImportError: If the package is not installed.
@@ -150,7 +151,7 @@ def check_tracker_arguments(named: Named, trust: Trust) -> None:
     """Check that a configuration gives a tracker no arguments that need `--allow`.
 
     Raises:
-        CommandError: If it does, and the command line does not allow them.
+        CommandError: If it does, and the command line does not allow the tracker.
     """
     others = sorted(named.args.keys() - set(TRACKERS[named.id]), key=str)
     if others and named.id not in trust.modules:
@@ -164,24 +165,24 @@ def check_tracker(name: str) -> None:
     """Check that the package of a tracker is installed.
 
     Raises:
-        ImportError: If it is not, with the cure.
+        ImportError: If it is not; the message has the cure.
     """
     check_extra(name, name, "the logger of that name")
 
 
 def _unique_name(run: RunFolder) -> str:
-    """Return the folder's name and the run's start: runs of the same project may have folders of the same name."""
+    """Return the folder's name and the time of the run's start: the folders of two runs may have the same name."""
     started = re.sub(r"\D", "", run.read_about()["started"][:19])
     return f"{run.path.resolve().name}-{started}"
 
 
 def _figures(row: Row) -> Row:
-    """Return the figures of a row that are numbers: NaN differs from itself."""
+    """Return the figures of a row without NaN, which is the only value that differs from itself."""
     return {name: value for name, value in row.items() if name != "tokens" and value == value}
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Return samples by column, as plain lists: all three trackers take them without pandas."""
+    """Return samples by column, as plain lists, which all three trackers take without pandas."""
     return {name: [row[name] for row in rows] for name in rows[0] if name != "parts"}
 
 

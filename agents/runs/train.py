@@ -42,8 +42,8 @@ from .model_card import model_card
 from .recording import Recorder, RowWriter, SampleRecorder
 from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, warnings_on
 
-MENDED = (Exit.REFUSED, Exit.MISSING)  # errors that the user mends, to give the same command again: no run began
-SPACE_FOR = 2  # the disk space to check for, in checkpoints besides the kept ones: a half-written one, and the models
+MENDED = (Exit.REFUSED, Exit.MISSING)  # mistakes that the user mends before repeating the command
+SPACE_FOR = 2  # checkpoints besides the kept ones that must fit on the disk: a half-written one, and the models
 
 
 def train(
@@ -94,11 +94,11 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         try:
             return _train(run, config, options)
         except CommandError as error:
-            if error.code in MENDED and not read_rows(run.metrics):  # the mended command starts a new run
+            if error.code in MENDED and not read_rows(run.metrics):  # nothing was trained: do not leave a run behind
                 run.withdraw()
             raise
         except KeyboardInterrupt as error:
-            interrupted = _interrupted(run)  # first: the advice depends on the folder
+            interrupted = _interrupted(run)  # before `withdraw`: its advice depends on the folder
             if not run.has_checkpoint():
                 run.withdraw()
             raise interrupted from error
@@ -109,9 +109,9 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
 
     Args:
         run: The run.
-        config: The configuration from now on.
+        config: The new configuration.
         before: The configuration of the run so far.
-        dumped: The configuration from now on as YAML, for config.yml.
+        dumped: The new configuration as YAML, for config.yml.
         options: The options of the command line.
 
     Returns:
@@ -153,7 +153,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
     changed: dict[str, tuple[Any, Any]] = {}
     for key in before.keys() | after.keys():
         old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict) and key != "args":  # arguments change as a whole
+        if isinstance(old, dict) and isinstance(new, dict) and key != "args":  # arguments count as one value
             changed |= differences(old, new, f"{prefix}{key}.")
         elif old != new:
             changed[prefix + key] = (old, new)
@@ -172,21 +172,21 @@ def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
 def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     """Train, in a locked folder; turn an error into one line, an exit code and a traceback in the log."""
     screen = make_screen(config, options)
-    # A full disk ends TensorBoard's writing thread with an error. `loggers.TensorBoard` writes its figures again, so
-    # that the traceback, which Python prints here, would only tear the live view.
+    # A full disk ends TensorBoard's writing thread with an error. `loggers.TensorBoard` writes the figures again later,
+    # so the traceback, which Python would print by this hook, would only garble the live view.
     previous = threading.excepthook
     threading.excepthook = lambda thread: None if is_full(thread.exc_value) else previous(thread)
     try:
-        # A run has the main thread (`Interrupts` needs it) and the terminal, so all warnings meanwhile are the run's.
+        # Nothing else runs in this process meanwhile, so that all warnings are the run's.
         with warnings_on(screen):
             return _run(run, config, options, screen)
     except RAISED as error:
-        known = as_command_error(error, run.path)
-        # An error that we raised for the user says all in its line; for any other the traceback is needed.
-        says_all = known is error or isinstance(error, MissingExtraError)
-        is_kept = (not says_all or known.code not in MENDED) and run.keep_traceback()
+        command_error = as_command_error(error, run.path)
+        # An error that we raised for the user says everything in its line; any other needs its traceback.
+        says_all = command_error is error or isinstance(error, MissingExtraError)
+        is_kept = (not says_all or command_error.code not in MENDED) and run.keep_traceback()
         hint = f" (the traceback is in {run.log})" if is_kept and not says_all else ""
-        raise CommandError(f"{known}{hint}", known.code) from error
+        raise CommandError(f"{command_error}{hint}", command_error.code) from error
     finally:
         threading.excepthook = previous
         screen.close()
@@ -212,11 +212,11 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         load_checkpoint(agent, checkpoint)
         done = agent.num_timesteps
         screen.say(f"resumed from {checkpoint}: {done:,} tokens")
-    # Trackers have all rows up to the stop. `cut` removes those after the checkpoint, which the run makes again.
+    # Trackers have all rows until the run stopped. `cut` removes the rows after the checkpoint, to be made again.
     sent = max((row["tokens"] for row in read_rows(run.metrics)), default=-1) if done else -1
     run.cut(done if checkpoint is not None else -1)
     outputs = make_loggers(run, config, trust, done)
-    # SB3 `base_class._setup_learn` would make a logger of its own for an agent without one.
+    # Otherwise SB3 `base_class._setup_learn` would make a logger of its own.
     agent.set_logger(Logger(None, [writer, *outputs]))
     evaluate = _evaluate(run, parts)
     trackers = make_trackers(run, config, sent)
@@ -225,7 +225,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     kept = config.checkpoint_every, config.keep_checkpoints
     tell = screen.note if isinstance(screen, LiveScreen) else write_line
     with Interrupts(tell, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
-        callbacks = [  # `Recorder` after all that log, `RunCheckpoints` last: a checkpoint's rows are on the disk
+        callbacks = [  # `Recorder` after all that log; `RunCheckpoints` last, when a checkpoint's rows are on the disk
             *training_callbacks(config, trust),
             FiniteUpdates(),
             evaluate,
@@ -234,12 +234,12 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         if done < config.total_tokens:
-            # Without a reset, SB3 `base_class._setup_learn` adds the tokens that are done to the total, so that the
-            # schedule of the learning rate continues where it was.
+            # Without a reset, SB3 `base_class._setup_learn` adds the tokens trained so far to the total, so that the
+            # schedule of the learning rate continues where it stopped.
             agent.learn(
                 config.total_tokens - done,
                 callback=CallbackList(callbacks),
-                log_interval=1,  # SB3 `a2c.A2C.learn` has 100; here every iteration is a row
+                log_interval=1,  # every iteration is a row; the default of SB3 `a2c.A2C.learn` is 100
                 reset_num_timesteps=checkpoint is None,
             )
         agent.logger.close()

@@ -1,4 +1,4 @@
-"""Checks of a configuration's values: ranges of numbers, a single name as a list of one, errors in plain words."""
+"""The checks of a configuration's values: ranges of numbers, single names as lists, errors in plain words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from .config import Named
 
-WORDS = {  # of types, for errors
+WORDS = {  # by type, for errors and help
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -55,7 +55,7 @@ class Limits(NamedTuple):
 ANY, NOT_NEGATIVE, POSITIVE = Limits(), Limits(0), Limits(0, above=True)
 # A seed has 32 bits: SB3 `utils.set_random_seed` gives it to np.random.seed, which takes no more.
 AT_LEAST_ONE, SHARE, SEED = Limits(1), Limits(0, 1, above=True), Limits(0, 2**32 - 1)
-# By the last part of a key: "algorithm.n_envs" is under "n_envs".
+# The ranges by the last part of a key: the range of "algorithm.n_envs" is under "n_envs".
 LIMITS = {
     **dict.fromkeys(("total_tokens", "samples_every", "checkpoint_every", "keep_checkpoints"), AT_LEAST_ONE),
     **dict.fromkeys(("max_new_tokens", "last_layers", "lora_r", "top_k", "top_p_lag"), AT_LEAST_ONE),
@@ -105,8 +105,10 @@ def in_words(kind: Any) -> str:
 
 
 def check_values(action: Action) -> None:
-    """Make a parser's argument accept a single name as a list, check its range, and refuse values in plain words."""
-    # jsonargparse `ActionTypeHint._check_type` checks the values of command line and configuration files alike.
+    """Make a parser's argument accept a single name as a list, check its range, and refuse values in plain words.
+
+    It wraps jsonargparse `ActionTypeHint._check_type`, which checks values of the command line and of files alike.
+    """
     kind = getattr(action, "_typehint", None)
     inner = getattr(action, "_check_type", None)
     if kind is None or inner is None:  # an action without a typed value, such as --help
@@ -131,7 +133,7 @@ def check_values(action: Action) -> None:
 
 
 def _is_misread(kind: Any, value: Any) -> bool:
-    """Return whether a mapping with other keys than id and args was read as a name: `Named | str` takes any text."""
+    """Return whether a mapping with other keys than id and args was taken for a name, as `Named | str` allows."""
     names = value if isinstance(value, list) else [value]
     return "Named" in str(kind) and any(isinstance(name, str) and name.strip().startswith(("{", "[")) for name in names)
 

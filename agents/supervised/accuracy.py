@@ -1,4 +1,4 @@
-"""Accuracy, its confidence interval and the calibration of a reward model on comparisons of texts."""
+"""The accuracy of a reward model on comparisons of texts, its confidence interval, and its calibration."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-Z95 = 1.959964  # the normal distribution's 97.5 % point
-N_BINS = 10  # of confidence, a few comparisons in each where a held-out set has a few hundred
+Z95 = 1.959964  # the 97.5 % point of the normal distribution
+N_BINS = 10  # bins of confidence: a held-out set of a few hundred comparisons has some in each
 
 
 class RewardFigures(NamedTuple):
     """The figures of a reward model on held-out data.
 
     Args:
-        loss: The loss that training minimises: nats a pair, or the mean squared error of labels.
-        accuracy: The share of pairs in which the better text has the higher score; equal scores count one half.
-        low: Lower bound of its 95 % interval.
-        high: Upper bound.
+        loss: The loss that training minimises: nats per pair, or the mean squared error of labels.
+        accuracy: The share of pairs in which the better text has the higher score; equal scores count as one half.
+        low: The lower bound of the accuracy's 95 % interval.
+        high: The upper bound.
         calibration_error: The mean distance between sigmoid(score difference) and the share of pairs in the right order
-            (`calibration`); None for labels, whose scores are no log-odds.
+            (`calibration`); None for labels, whose scores are not log-odds.
         n_pairs: The number of pairs.
     """
 
@@ -34,7 +34,7 @@ class RewardFigures(NamedTuple):
 
 
 def pair_accuracy(margins: np.ndarray) -> float:
-    """Return the share of score differences (N,), better less worse, that are positive; zero counts one half.
+    """Return the share of score differences (N,), better minus worse, that are positive; zero counts as one half.
 
     Example:
         >>> import numpy as np
@@ -48,7 +48,7 @@ def pair_accuracy(margins: np.ndarray) -> float:
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """Return the 95 % interval, low and high, of a share seen in `n` independent trials (Wilson, 1927).
 
-    `scipy.stats.binomtest` has it for whole numbers of successes alone; here ties count one half.
+    `scipy.stats.binomtest` computes it for whole numbers of successes only; here a tie is half a success.
 
     Example:
         >>> from agents.supervised.accuracy import wilson_interval
@@ -56,21 +56,21 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
         [0.49, 0.943]
     """
     square = Z95**2 / n
-    middle = (share + square / 2) / (1 + square)  # drawn towards one half, the more the fewer trials
+    middle = (share + square / 2) / (1 + square)  # between the share and one half: the fewer trials, the nearer to it
     half = math.sqrt(max(share * (1 - share), 0.0) / n * Z95**2 + square**2 / 4) / (1 + square)
     return middle - half, middle + half
 
 
 def calibration(margins: np.ndarray, n_bins: int = N_BINS) -> float:
-    """Return the expected calibration error of score differences (N,), better less worse (Guo et al., 2017, eq. 3).
+    """Return the expected calibration error of score differences (N,), better minus worse (Guo et al., 2017, eq. 3).
 
     The model predicts that the text with the higher score is the better one, with confidence sigmoid(|difference|),
-    between 1/2 and 1; it is right where the difference is positive, and half right where it is zero. In each of
-    `n_bins` bins of equal width the mean confidence is compared with the share right; the error is the mean of these
-    distances over all comparisons.
+    between 1/2 and 1. It is right if the difference is positive, and half right if it is zero. Confidences fall into
+    `n_bins` bins of equal width; the error is the mean distance between confidence and share right in a bin, weighted
+    by the number of comparisons.
 
-    scikit-learn's `calibration_curve` does not serve: it refuses outcomes of one half, and returns no counts, with
-    which the bins have to be weighted.
+    scikit-learn's `calibration_curve` cannot be used: it refuses outcomes of one half, and does not return the counts
+    that weight the bins.
 
     Example:
         >>> import numpy as np
@@ -91,9 +91,9 @@ def figures(loss: float, margins: Sequence[np.ndarray], is_log_odds: bool) -> Re
 
     Args:
         loss: The loss on them.
-        margins: The score differences, better less worse, of each ranking: an array (pairs,) a ranking. The interval
-            counts a ranking as one trial, since its pairs depend on each other: too wide rather than too narrow.
-        is_log_odds: Whether the sigmoid of a difference is a probability, so that calibration means something.
+        margins: The score differences, better minus worse: one array (pairs,) per ranking. The interval counts a
+            ranking as one trial, since its pairs depend on each other; it is rather too wide than too narrow.
+        is_log_odds: Whether the sigmoid of a difference is a probability; without it there is no calibration error.
     """
     differences = np.concatenate(margins)  # (pairs of all rankings,)
     accuracy = pair_accuracy(differences)

@@ -88,18 +88,18 @@ def train_classifier(
     """Train any model for sequence classification on labelled texts, and save it.
 
     Texts are encoded as the reward `Classifier` encodes them, with the tokenizer's special tokens, so that the accuracy
-    measured here is that of the reward. transformers' `Trainer` runs the training and needs accelerate:
+    measured here is the accuracy of the reward. transformers' `Trainer` runs the training and needs accelerate:
     `pip install "textenv[sft]"`. Signals, resuming and random generators are handled as in `agents.sft.tune`.
 
     Args:
-        lm: A model's name or path (it gets a fresh head unless it has one of that many labels), or a config, for
+        lm: A model's name or path (the model gets a fresh head unless its own has that many labels), or a config, for
             example of BERT or GPT-2, for fresh weights.
         tokenizer: The model's tokenizer.
         texts: The N texts to train on.
         labels: The number of each text's label, (N,), from 0.
         folder: The folder to write, absent or empty.
-        held_out: Texts and labels that are measured and not trained on.
-        label_names: The labels' names in the order of their numbers; "LABEL_0" and so on by default.
+        held_out: Texts and labels that are not trained on, to measure the accuracy.
+        label_names: The labels' names in the order of their numbers; by default "LABEL_0", "LABEL_1", ...
         n_epochs: The number of passes over the data; may be a fraction.
         batch_size: The number of texts in a minibatch.
         learning_rate: The peak of a cosine schedule that warms up over the first tenth.
@@ -124,7 +124,7 @@ def train_classifier(
         >>> #                         held_out=(others, their_labels), label_names=["negative", "positive"])
         >>> # print(made.held_out.accuracy); reward = Classifier("mood", label="positive")
     """
-    check_output(folder, "classifier", overwrite)  # now, rather than after the training
+    check_output(folder, "classifier", overwrite)  # fail now rather than after the training
     names = [f"LABEL_{i}" for i in range(max(labels, default=0) + 1)] if label_names is None else list(label_names)
     _check_labels("labels", (texts, labels), names)
     if held_out is not None:
@@ -177,7 +177,7 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
         "problem_type": "single_label_classification",
     }
     if not isinstance(lm, PreTrainedConfig):
-        # transformers replaces a head of another size by a fresh one instead of raising an error.
+        # transformers' `from_pretrained` then replaces a head of another size by a fresh one; it would raise otherwise.
         labels["ignore_mismatched_sizes"] = True
         labels["dtype"] = torch.float32
         return load_whole(AutoModelForSequenceClassification, model_folder(os.fspath(lm)), fresh_head=True, **labels)
@@ -197,8 +197,8 @@ def _collate(rows: Sequence[tuple[list[int], int]], pad_id: int) -> dict[str, Te
 
 
 def _measure(reader: TextModel, texts: Sequence[str], labels: Sequence[int]) -> ClassifierFigures:
-    logits = reader.logits(texts).astype(np.float64)  # (N, labels)
-    numbers = np.asarray(labels)
+    logits = reader.logits(texts).astype(np.float64)  # (N, K) for K labels
+    numbers = np.asarray(labels)  # (N,)
     nats = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(numbers)), numbers]  # (N,) cross-entropies
     accuracy = float(np.mean(logits.argmax(axis=1) == numbers))
     return ClassifierFigures(float(nats.mean()), accuracy, *wilson_interval(accuracy, len(numbers)), len(numbers))

@@ -18,7 +18,7 @@ from ..errors import CommandError
 from .preferences import Labelled, Ranking
 
 Examples = list[Ranking] | list[Labelled]
-HELD_OUT = 10  # one prompt of so many is held out
+HELD_OUT = 10  # one prompt in so many is held out
 
 
 class Feedback(NamedTuple):
@@ -43,7 +43,7 @@ def read_feedback(path: str, everything: bool = False) -> Feedback:
         raise CommandError(f"Expected a store of feedback, as `textenv rate` makes it, got no file {path}.")
     with FeedbackStore(path) as store:
         answers = StandingAnswers(store).update()
-    # Ordered by a hash: the same prompts are held out whenever the store is read, in whatever order it was filled.
+    # Sorted by a hash: the same prompts are held out each time, in whatever order the store was filled.
     prompts = sorted({answer.prompt for answer in answers}, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     chosen = set() if everything else set(prompts[: len(prompts) // HELD_OUT])
     data = examples_of([answer for answer in answers if answer.prompt not in chosen])
@@ -51,12 +51,12 @@ def read_feedback(path: str, everything: bool = False) -> Feedback:
     if isinstance(data[0], Ranking):
         return Feedback(data, rankings_of(rest))
     labelled = labels_of(rest)
-    # Equal labels make no pair to compare, so that nothing could be measured on them.
+    # The accuracy is measured on pairs of different labels: without any, there is nothing to measure.
     return Feedback(data, labelled if len({text.label for text in labelled}) > 1 else [])
 
 
 def examples_of(answers: Sequence[Answer]) -> Examples:
-    """Return rankings where people compared or ranked texts, else texts labelled with the mean of their scores.
+    """Return rankings if people compared or ranked texts, else texts labelled with the mean of their scores.
 
     Raises:
         ValueError: If no answer says which text is better.
@@ -75,8 +75,9 @@ def examples_of(answers: Sequence[Answer]) -> Examples:
 
 
 def rankings_of(answers: Sequence[Answer]) -> list[Ranking]:
-    """Return comparisons and rankings; scores that a rater gave to several texts of a prompt count as comparisons."""
+    """Return comparisons and rankings; two texts of a prompt that a rater scored differently are a comparison, too."""
     rankings = []
+    # By rater, prompt and scale: the score of each text.
     scored: dict[tuple[str, str, tuple[float, float]], dict[str, float]] = defaultdict(dict)
     for answer in answers:
         if answer.kind == "rank" and isinstance(answer.value, tuple):

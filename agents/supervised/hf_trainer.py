@@ -1,4 +1,4 @@
-"""The `Trainer` of transformers as SFT and classifiers run it: interruptible and resumable. Needs accelerate."""
+"""transformers' `Trainer` for SFT and classifiers, interruptible and resumable; it needs accelerate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def training_arguments(
     """Return the arguments of the `Trainer`; it reports to no tracker.
 
     Args:
-        work: The folder of the states.
+        work: The folder of the training states.
         n_epochs: The number of passes over the data; may be a fraction.
         batch_size: The number of rows in a minibatch.
         learning_rate: The peak of a cosine schedule that warms up over the first tenth.
@@ -37,19 +37,19 @@ def training_arguments(
         seed=seed,
         disable_tqdm=not progress_bar,
         lr_scheduler_type="cosine",
-        warmup_steps=0.1,  # below 1: a share of all steps
+        warmup_steps=0.1,  # transformers `TrainingArguments.get_warmup_steps`: below 1, a share of all steps
         weight_decay=0.01,
-        save_strategy="no",  # `_Saving` decides when, and `States` how many are kept
+        save_strategy="no",  # `_Saving` decides when to save, and `States` how many states are kept
         logging_steps=20,
         report_to="none",
-        remove_unused_columns=False,  # rows are no dicts: our own collators read them
+        remove_unused_columns=False,  # our rows are not dicts, and our own collators read them
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restore the random generators of Python, NumPy and torch on leaving: the `Trainer` seeds all of them."""
+    """Restore the random generators of Python, NumPy and torch on leaving, since the `Trainer` seeds all of them."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -60,10 +60,10 @@ def random_state_kept() -> Iterator[None]:
 
 
 class SealedTrainer(Trainer):
-    """A `Trainer` whose checkpoints are sealed once they are complete; a failed one is tried again later.
+    """A `Trainer` whose checkpoints get a manifest once they are complete; a failed one is tried again later.
 
     Args:
-        states: Writes and seals the checkpoints.
+        states: The writer of the checkpoints.
         **kwargs: The arguments of `Trainer`.
     """
 
@@ -73,7 +73,7 @@ class SealedTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any) -> None:
         save = super()._save_checkpoint
-        # transformers `Trainer._save_checkpoint` writes to output_dir/checkpoint-<step>, which is `folder`.
+        # transformers `Trainer._save_checkpoint` writes to output_dir/checkpoint-<step>, the same path as `folder`.
         self.states.save(self.state.global_step, lambda folder: save(*args))
 
 
@@ -84,7 +84,7 @@ class _Saving(TrainerCallback):
         self.states, self.signals = states, signals
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # `Trainer` reads both flags behind each step: it saves first, and then leaves its loop.
+        # transformers `Trainer` reads both flags after each step: first it saves, then it leaves its loop.
         is_asked_to_stop = self.signals.number != 0
         control.should_save = is_asked_to_stop or self.states.is_due(state.global_step)
         control.should_training_stop = control.should_training_stop or is_asked_to_stop
@@ -102,7 +102,7 @@ def train(
     Args:
         model: The model, changed in place.
         rows: The training data.
-        collate: A function from some rows to a batch on the CPU, labels included.
+        collate: A function from rows to a batch on the CPU, labels included.
         arguments: The arguments that `training_arguments` returned.
         checkpoint: The state to resume from, as `prepare` returned it; None starts anew.
 
@@ -110,8 +110,8 @@ def train(
         StageStopped: After a signal, once the state is saved.
         StorageError: After a signal, if the state could not be saved.
     """
-    # transformers `Trainer.train` sets `use_cache` of the config, which is saved with the model. A config of a model
-    # that never caches has no such key.
+    # transformers `Trainer.__init__` changes `use_cache` of the config, which is saved with the model: it is put back
+    # below. The config of a model that never caches has no such key.
     use_cache = vars(model.config).get("use_cache")
     states = States(Path(str(arguments.output_dir)))
     with stop_requests() as signals:
@@ -123,7 +123,7 @@ def train(
             data_collator=cast("Any", collate),
             callbacks=[_Saving(states, signals)],
         )
-        trainer.remove_callback(PrinterCallback)  # prints each log where there is no progress bar
+        trainer.remove_callback(PrinterCallback)  # which prints each log if there is no progress bar
         steps = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).global_step
     if signals.number and steps < trainer.state.max_steps:
         raise states.stopped(steps, signals.number)

@@ -1,4 +1,4 @@
-"""A reward model of people's answers that is trained again as more of them come in."""
+"""A reward that learns from people's answers: a reward model, trained anew as more answers come in."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from .reward_model import train_reward_model
 
 @dataclass
 class LearnedReward(BatchReward):
-    """The score of a reward model that each call of `fit` trains from its start on all answers so far.
+    """The score of a reward model that each call of `fit` trains anew, on all answers so far.
 
-    Meant for `textenv.rewards.HumanReward(..., learned=LearnedReward(...))`, which calls `fit`. Each training starts
-    from `model`, so the portions in which the answers came in make no difference. Scores are normalised to mean 0 and
-    standard deviation 1 over the texts of the training data.
+    It is made for `textenv.rewards.HumanReward(..., learned=LearnedReward(...))`, which calls `fit`. Each training
+    starts from `model`, so it does not matter in which portions the answers came in. Scores are normalised to mean 0
+    and standard deviation 1 over the texts of the training data.
 
     Args:
         model: The model that each training starts from: a language or reward model, as a folder or a name on the hub;
             "demo" is the built-in model.
-        folder: Where the newest reward model is kept; None for a temporary folder. A configuration may only name a
+        folder: The folder of the newest reward model; None for a temporary folder. A configuration may only name a
             folder below the current one.
-        n_epochs: Passes over the answers: ten, since they are few.
-        batch_size: Answers in a minibatch.
-        learning_rate: The peak of its schedule.
-        seed: Seeds a fresh head and the order of the answers.
+        n_epochs: The number of passes over the answers: ten, since answers are few.
+        batch_size: The number of answers in a minibatch.
+        learning_rate: The peak of the learning rate's schedule.
+        seed: The seed of a fresh head and of the order of the answers.
 
     Raises:
-        RuntimeError: If it is asked for a score before the first `fit`.
+        RuntimeError: If a score is needed before the first `fit`.
 
     Example:
         >>> from textenv.feedback.records import Answer
@@ -79,7 +79,7 @@ class LearnedReward(BatchReward):
             self._temporary = tempfile.TemporaryDirectory(prefix="textenv-")  # removed with this object
         folder = f"{self._temporary.name}/model" if self.folder is None else self.folder
         verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # each `fit` would warn of the fresh head again
+        transformers_logging.set_verbosity_error()  # otherwise each `fit` would warn about the fresh head again
         try:
             self._train(answers, folder)
         finally:
@@ -87,7 +87,7 @@ class LearnedReward(BatchReward):
         self._scorer = Preference(folder, stats="stored")
 
     def _train(self, answers: Sequence[Answer], folder: str) -> None:
-        with torch.enable_grad():  # `generation.run_episodes` scores its texts without gradients
+        with torch.enable_grad():  # `generation.run_episodes`, which may call this, switches gradients off
             train_reward_model(
                 self.model,
                 from_pretrained(AutoTokenizer, model_folder(self.model)),
@@ -97,7 +97,7 @@ class LearnedReward(BatchReward):
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 seed=self.seed,
-                overwrite=True,  # the model of fewer answers
+                overwrite=True,  # the folder has the model of the previous `fit`
                 progress_bar=False,
             )
 

@@ -14,10 +14,10 @@ class Ranking(NamedTuple):
     """Answers to one prompt, the best first; a ranking of two is a pair of chosen and rejected.
 
     Args:
-        texts: The answers, each as it continues the prompt.
-        prompt: The text that they share. What is scored is `prompt + text`.
-        margin: The least difference between the scores of a better and a worse answer, in nats (Touvron et al., 2023,
-            "Llama 2", equation 2).
+        texts: The answers, each as a continuation of the prompt.
+        prompt: The text that all answers continue. A reward model scores `prompt + text`.
+        margin: The difference to train between the scores of a better and a worse answer, in nats (Touvron et al.,
+            2023, "Llama 2", equation 2).
 
     Example:
         >>> from agents import Ranking
@@ -39,7 +39,7 @@ class Ranking(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """A text, prompt included, and the score that it should get."""
+    """A text, prompt included, and the score that a reward model should give it."""
 
     text: str
     label: float
@@ -52,10 +52,10 @@ def hh_pairs(rows: Sequence[Mapping[str, str]]) -> list[Ranking]:
         rows: Mappings with "chosen" and "rejected": turns that open with "\n\nHuman:" and "\n\nAssistant:".
 
     Returns:
-        Rankings of two whose prompt is all that both dialogues share, up to the last shared "\n\nAssistant:".
+        Rankings of two, whose prompt is the shared start of both dialogues, up to its last "\n\nAssistant:".
 
     Raises:
-        ValueError: If the dialogues of a row share no opening of an answer, naming the row.
+        ValueError: If the dialogues of a row share no "\n\nAssistant:"; the message names the row.
 
     Example:
         >>> from agents import hh_pairs
@@ -69,8 +69,8 @@ def hh_pairs(rows: Sequence[Mapping[str, str]]) -> list[Ranking]:
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
     """Encode texts that are compared with each other, without an end token.
 
-    Where a text is longer than `max_tokens`, all lose the same number of tokens of their common start, so that their
-    first difference stays in one column; a text that is still too long loses more of its own start.
+    If a text is longer than `max_tokens`, all texts lose the same number of tokens of their common start, so that
+    their first difference stays in one column; a text that is still too long loses more of its own start.
 
     Raises:
         ValueError: If a text has no token.
@@ -82,6 +82,6 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) ->
             raise ValueError(f"Expected texts of at least one token, got {text!r}.")
         encoded.append(opening + body)
     excess = max(0, max(map(len, encoded)) - max_tokens)
-    # As many tokens as all texts have in common at the start.
+    # The number of tokens at the start that all texts share.
     n_shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*encoded, strict=False)))
     return [ids[min(excess, n_shared, len(ids) - 1) :][-max_tokens:] for ids in encoded]

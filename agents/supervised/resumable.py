@@ -1,4 +1,4 @@
-"""The resumable states of a stage of training before PPO: saved in a folder, from which the same arguments go on."""
+"""The resumable states of a training stage before PPO: saved in a folder, and continued by the same arguments."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from ..files import naming, write_text
 from ..policies.optimizers import load_optimizer, optimizer_state
 from ..signals import Interrupts, raise_interrupt, write_line
 
-SAVE_STEPS = 500  # steps from one state to the next: what a process that is killed loses at most
-RETRY_STEPS = 20  # steps to the next attempt after one that failed: a full disk may have room again soon
+SAVE_STEPS = 500  # steps from one state to the next: the most that a killed process loses
+RETRY_STEPS = 20  # steps until the next attempt after a failed one: a full disk may have room again soon
 KEPT = 2  # how many of the newest states stay: one could be damaged
-STATE = "checkpoint"  # names are "checkpoint-<step>", as transformers' `trainer_utils.PREFIX_CHECKPOINT_DIR` has it
+STATE = "checkpoint"  # states are named "checkpoint-<step>", after transformers' `trainer_utils.PREFIX_CHECKPOINT_DIR`
 
 
 def stop_requests() -> Interrupts:
@@ -38,28 +38,28 @@ def stop_requests() -> Interrupts:
 
 
 def work_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return the hidden folder of a stage's states, beside the folder of its result."""
+    """Return the hidden folder of a stage's states, which lies beside the folder of its result."""
     target = Path(folder).absolute()
     return target.with_name(f".{target.name}.training")
 
 
 def origin(model: PreTrainedModel, lm: object) -> tuple[str, str | None]:
-    """Return what identifies the model that a stage began with: its config, and its name or path if it came by one."""
+    """Return the identity of the model that a stage starts from: its config, and its name or path if it has one."""
     return model.config.to_json_string(), os.fspath(lm) if isinstance(lm, (str, os.PathLike)) else None
 
 
 def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
-    """Return the newest intact state, to go on from; if there is none, make an empty folder of states, and return None.
+    """Return the newest intact state to continue from; without one, make an empty folder of states and return None.
 
-    Damaged states are passed over, with a warning each.
+    Damaged states are passed over, each with a warning.
 
     Args:
-        work: The folder of states, of `work_folder`.
-        arguments: All that the result depends on, the data included; compared by its `repr`.
-        resume: Whether to go on with the states that are there.
+        work: The folder of states, which `work_folder` returned.
+        arguments: Everything that the result depends on, data included; compared by its `repr`.
+        resume: Whether to continue from existing states.
 
     Raises:
-        ValueError: If the states are of other arguments or data, or the folder holds other things than states.
+        ValueError: If the states belong to other arguments or data, or the folder holds anything but states.
     """
     newest, damage = newest_intact(work, STATE) if resume else (None, [])
     goes_on = "training begins anew" if newest is None else f"going on from {newest}"
@@ -85,15 +85,15 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
 
 
 class States:
-    """The writer of a stage's states: each is sealed once it is complete, and then older ones are removed.
+    """The writer of a stage's states: a complete state gets a manifest, and then older ones are removed.
 
-    If a state cannot be written, a warning says so and it is tried again soon; training goes on, and older states stay.
+    If a state cannot be written, it warns, and tries again `RETRY_STEPS` later; training and older states continue.
 
     Args:
         work: The folder that `prepare` made.
 
     Attributes:
-        failure: Why the last state could not be written; None if it was.
+        failure: The reason why the last state could not be written; None if it was written.
     """
 
     def __init__(self, work: Path) -> None:
@@ -101,20 +101,20 @@ class States:
         self.failure: str | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether a state is to be written after this step."""
+        """Whether to write a state after this step."""
         return step % SAVE_STEPS == 0 or (self.failure is not None and step % RETRY_STEPS == 0)
 
     def save(self, step: int, write: Callable[[Path], object]) -> None:
-        """Write and seal the state after a step.
+        """Write the state after a step, and its manifest.
 
         Args:
-            step: The number of steps that were made.
-            write: Writes the state into the folder that it is given.
+            step: The number of steps so far.
+            write: A function that writes the state into the folder that it receives.
         """
         folder = self.work / f"{STATE}-{step}"
         self.failure = None
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # half a state, from a process that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # a killed process may have left half a state here
             folder.mkdir(parents=True)
             with naming(folder):
                 write(folder)
@@ -128,34 +128,34 @@ class States:
             shutil.rmtree(old)
 
     def stopped(self, step: int, number: int) -> BaseException:
-        """Return the error that ends training after a signal: it says whether the state after the step is saved."""
+        """Return the error that ends training after a signal, which says whether the state was saved."""
         if self.failure is not None:
             return StorageError(self.failure)
         return StageStopped(f"stopped after step {step}; `resume=True` goes on from there", number)
 
 
 class ResumableFit:
-    """A training by `fit` whose states wait in a folder; entered, it notes Ctrl-C, SIGTERM and SIGHUP.
+    """A context in which `fit` can be stopped by Ctrl-C, SIGTERM and SIGHUP, and continued from its saved states.
 
     Args:
         work: The folder that `prepare` made.
-        state: What `prepare` returned: the state to go on from, or None.
+        state: The state to continue from, as `prepare` returned it; None for none.
     """
 
     def __init__(self, work: Path, state: Path | None) -> None:
-        self.states, self.state, self.asked = States(work), state, stop_requests()
+        self.states, self.state, self.interrupts = States(work), state, stop_requests()
 
     def __enter__(self) -> ResumableFit:
-        self.asked.__enter__()
+        self.interrupts.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.asked.__exit__(kind, error, traceback)
+        self.interrupts.__exit__(kind, error, traceback)
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Bring model and optimizer to the state to go on from; return the loss of each step made before."""
+        """Load the state to continue from, if there is one; return the loss of each earlier step."""
         if self.state is None:
             return []
         with of_our_making(self.state):
@@ -164,18 +164,18 @@ class ResumableFit:
     def after_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor], n_steps: int
     ) -> None:
-        """Save the state where it is due or a signal came; then stop, unless that was the last step.
+        """Save the state if it is due or a signal came; after a signal also stop, except at the last step.
 
         Raises:
             StageStopped: After a signal, once the state is saved.
-            StorageError: If it could not be.
+            StorageError: After a signal, if the state could not be saved.
         """
         step = len(losses)
-        is_asked = self.asked.number != 0 and step < n_steps
-        if is_asked or self.states.is_due(step):
+        must_stop = self.interrupts.number != 0 and step < n_steps
+        if must_stop or self.states.is_due(step):
             self.states.save(step, lambda folder: write_state(folder, model, optimizer, losses))
-        if is_asked:
-            raise self.states.stopped(step, self.asked.number)
+        if must_stop:
+            raise self.states.stopped(step, self.interrupts.number)
 
 
 def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
@@ -188,7 +188,7 @@ def write_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Bring model and optimizer to the state that `write_state` wrote; return the loss of each step."""
+    """Load the state that `write_state` wrote into model and optimizer; return the loss of each step."""
     files = {name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer")}
     with torch.no_grad():
         for name, weight in _weights(model).items():

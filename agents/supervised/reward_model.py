@@ -1,4 +1,4 @@
-"""Reward models: training from rankings or labels, and scoring of texts."""
+"""The training of reward models from rankings or labels, and the scoring of texts."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def train_reward_model(
 ) -> RewardTraining:
     """Train a causal model with a linear score head, and save it as `AutoModelForSequenceClassification` loads it.
 
-    A text's score is read at its last token. No end token is added, so that a critic that starts from this model
-    values a text before the policy ends it. Lengths decide what is padding, so that the pad token may be the end token,
-    or occur in a text. Rankings are trained by the Bradley-Terry loss over all their pairs, with one forward per text
+    A text's score is read at its last token. No end token is added, so that a critic that starts from this model can
+    value a text before the policy ends it. Padding is known from the lengths, so the pad token may be the end token, or
+    occur in a text. Rankings are trained by the Bradley-Terry loss over all their pairs, with one forward per text
     (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
 
     The training loop is that of `pretrain`: with transformers' `Trainer`, collator, loss and evaluation of rankings
     would still be our own. Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is saved beside the folder,
-    in `.<name>.training`, and `resume=True` continues from the newest intact one, on a CPU to the same weights bit for
+    in `.<name>.training`. `resume=True` continues from the newest intact state, on a CPU to the same weights bit for
     bit.
 
     Args:
@@ -89,9 +89,9 @@ def train_reward_model(
         tokenizer: The model's tokenizer.
         data: `Ranking`s (pairs are rankings of two), or `Labelled` texts.
         folder: The folder to write, absent or empty.
-        held_out: Data of the same kind that is measured and not trained on.
+        held_out: Data of the same kind that is not trained on, to measure the accuracy.
         loss: "last" compares the scores at the last tokens. "tokens" takes the mean over all columns from the first
-            difference of two texts to the end of the longer one; beyond its end, the shorter text keeps its last score.
+            difference of two texts to the end of the longer one; after its end, the shorter text keeps its last score.
         centring: The factor of (sum of both scores)^2 in the loss, which centres the scores at 0: comparisons alone
             leave their mean undetermined (Eisenstein et al., 2023, equation 2).
         n_epochs: The number of passes over the data; may be a fraction.
@@ -117,7 +117,7 @@ def train_reward_model(
         >>> # train_reward_model("gpt2", AutoTokenizer.from_pretrained("gpt2"), pairs, "my-reward-model")
         >>> policy_kwargs = dict(critic=RewardModelCritic("my-reward-model"))
     """
-    check_output(folder, "reward model", overwrite)  # now, rather than after the training
+    check_output(folder, "reward model", overwrite)  # fail now rather than after the training
     if loss not in get_args(Loss):
         raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
     _check_data("data", data)
@@ -215,7 +215,7 @@ def score_texts(
 
 
 def read_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
-    """Return the score of each text (B,) at its last real token, padded on whichever side.
+    """Return the score of each text (B,) at its last real token; padding may be on either side.
 
     Args:
         model: The reward model.
@@ -233,7 +233,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
     Args:
         chosen: The scores of the better texts, (P,).
         rejected: The scores of the worse texts, (P,).
-        margin: The difference that is asked for (Touvron et al., 2023, equation 2).
+        margin: The difference to train, in nats (Touvron et al., 2023, equation 2).
         centring: The factor of the squared sum (Eisenstein et al., 2023, equation 2).
 
     Example:
@@ -247,7 +247,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
 
 
 class _Example(NamedTuple):
-    """An encoded ranking, or a labelled text, which is one list of ids without pairs."""
+    """An encoded ranking, or an encoded labelled text: a single list of ids, no pairs, and a label."""
 
     ids: list[list[int]]
     pairs: list[tuple[int, int]]
@@ -289,7 +289,7 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens padded on the right, and whether each is a token, (B, T) both."""
+    """Return tokens padded on the right, and whether each is a real token, (B, T) both."""
     lengths = torch.tensor([len(ids) for ids in texts], device=device)
     ids = torch.zeros(len(texts), int(max(map(len, texts))), dtype=torch.long)
     for row, text in enumerate(texts):
@@ -299,7 +299,7 @@ def _pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
 
 def _token_scores(model: PreTrainedModel, ids: Tensor, is_real: Tensor) -> Tensor:
     """Return the score at each token, (B, T), float32; the values at padding have no meaning."""
-    positions = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T), from 0 behind padding on the left too
+    positions = (is_real.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T), counted from the first real token
     hidden = model.base_model(
         input_ids=ids, attention_mask=is_real.long(), position_ids=positions, use_cache=False
     ).last_hidden_state  # (B, T, H)
@@ -336,9 +336,9 @@ def _loss(model: PreTrainedModel, examples: Sequence[_Example], loss: Loss, cent
 
 
 def _pairs(examples: Sequence[_Example]) -> Iterator[list[int] | list[float]]:
-    """Yield the rows of better texts, of worse texts, margins and weights, (P,) each.
+    """Yield the rows of better texts, the rows of worse texts, margins and weights, (P,) each.
 
-    The weights of a ranking's pairs add up to the same for each ranking, however many texts it has.
+    The weights of a ranking's pairs add up to 1 / (number of rankings), however many texts it has.
     """
     chosen, rejected, margins, weights, first = [], [], [], [], 0
     for example in examples:
@@ -356,7 +356,7 @@ def _per_token(
 ) -> Tensor:
     """Return the mean loss of each pair, (P,), from the first column where its texts differ to the end of both."""
     columns = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-    # Beyond the end of a text its last score is read.
+    # After a text's end, its last score is repeated.
     better, worse = (
         scores[rows].gather(1, torch.minimum(columns, lasts[rows, None]))  # (P, T)
         for rows in (chosen, rejected)
@@ -364,7 +364,7 @@ def _per_token(
     end = torch.maximum(lasts[chosen], lasts[rejected])[:, None]  # (P, 1)
     has_both = columns <= torch.minimum(lasts[chosen], lasts[rejected])[:, None]  # (P, T)
     differs = (ids[chosen] != ids[rejected]) | ~has_both
-    # Equal texts differ nowhere, and are compared at their end.
+    # The last column always counts: equal texts differ in no other.
     is_counted = (differs.cumsum(dim=1) > 0) & (columns <= end) | (columns == end)
     losses = bradley_terry(better, worse, margins[:, None], centring)  # (P, T)
     return torch.where(is_counted, losses, 0.0).sum(dim=1) / is_counted.sum(dim=1)
@@ -381,7 +381,7 @@ def _measure(
     scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
     if examples[0].label is not None:
         labels = np.array([example.label for example in examples], dtype=float)
-        # All pairs of texts with different labels, as (N,) lists: text i against those before it.
+        # Every pair of texts with different labels once: text i against the texts before it, (i,).
         signs = [np.sign(labels[i] - labels[:i]) for i in range(len(labels))]
         margins = [((scores[i] - scores[:i]) * sign)[sign != 0] for i, sign in enumerate(signs)]
         return figures(total / len(examples), margins, is_log_odds=False)

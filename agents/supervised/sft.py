@@ -31,7 +31,7 @@ from .resumable import origin, prepare, work_folder
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
 
 DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
-N_MEASURED = 256  # rows of the training data whose loss is measured at the end: an estimate in seconds
+N_MEASURED = 256  # rows of the training data whose loss is measured at the end: enough for an estimate, in seconds
 
 
 class Tuned(NamedTuple):
@@ -81,16 +81,16 @@ def tune(
 ) -> Tuned:
     """Fine-tune a causal language model on texts, or on prompts with reference answers, and save it.
 
-    Of a (prompt, reference) pair the reference and the end token are trained; the prompt is only read. The folder
+    Of a (prompt, reference) pair, the reference and the end token are trained; the prompt is only read. The folder
     loads with `AutoModelForCausalLM`, and both `Pretrained` and `train_reward_model` take it.
 
     transformers' `Trainer` runs the training, for its schedule, its resuming and its support of large machines; TRL's
     trainer would be a further dependency for the same. It needs accelerate: `pip install "textenv[sft]"`. (`pretrain`,
-    for small models from scratch, does not.)
+    for small models from scratch, does not need it.)
 
-    Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is saved beside the folder, in `.<name>.training`,
-    and `resume=True` continues from the newest intact one, to the same weights as without the interruption. The
-    process's random generators are restored at the end.
+    Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is saved beside the folder, in `.<name>.training`.
+    `resume=True` continues from the newest intact state, to the same weights as without the interruption. The process's
+    random generators are restored at the end.
 
     Args:
         lm: A name or path, a config (fresh weights) or a spec.
@@ -99,8 +99,8 @@ def tune(
         folder: The folder to write, absent or empty.
         tokenizer: The model's tokenizer; by default that of the name or path, and for a config a byte-level BPE of
             `config.vocab_size` tokens trained on the data.
-        held_out: Data that is measured and not trained on.
-        packing: Whether several texts share a row of `max_tokens`, without seeing each other, to save padding.
+        held_out: Data that is not trained on, to measure the loss before and after.
+        packing: Whether several texts share a row of `max_tokens`, without attending to each other, to save padding.
         n_epochs: The number of passes over the data; may be a fraction.
         batch_size: The number of rows in a minibatch.
         learning_rate: The peak of a cosine schedule that warms up over the first tenth.
@@ -126,7 +126,7 @@ def tune(
         >>> pairs = [("The film was", " good."), ("The actors were", " great.")]
         >>> # sft.tune("gpt2", pairs, "my-model", held_out=..., n_epochs=2).held_out_loss
     """
-    check_output(folder, "language model", overwrite)  # now, rather than after the training
+    check_output(folder, "language model", overwrite)  # fail now rather than after the training
     if not data:
         raise ValueError("Expected at least one text, got none.")
     check_extra("sft", "accelerate", "transformers' Trainer")
@@ -164,7 +164,7 @@ def tune(
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 16) -> float:
-    """Return the mean loss over all trained tokens of rows, in nats per token."""
+    """Return the mean loss over all trained tokens of some rows, in nats per token."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -182,7 +182,7 @@ def mean_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int = 16)
 def _with_tokenizer(
     lm: LMLike, tokenizer: PreTrainedTokenizerBase | None, data: Sequence[Text]
 ) -> tuple[LMLike, PreTrainedTokenizerBase]:
-    """Return `lm` and the model's tokenizer; a config gets a fresh one by default, and its special tokens."""
+    """Return `lm` and its tokenizer; a config gets a fresh tokenizer by default, and the tokenizer's special tokens."""
     if isinstance(lm, PreTrainedConfig):
         lm = copy.deepcopy(lm)
         if tokenizer is None:
@@ -202,13 +202,13 @@ def _with_tokenizer(
 
 @torch.no_grad()
 def _check_model(model: PreTrainedModel, packing: bool) -> None:
-    """Raise ValueError for an encoder-decoder, or if packed texts would see each other."""
+    """Raise ValueError for an encoder-decoder, or if packed texts would attend to each other."""
     if model.config.is_encoder_decoder:
         raise ValueError(f"Expected a causal model, got the encoder-decoder {type(model).__name__}.")
     if not packing:
         return
-    # Attention implementations differ in whether they heed positions that start again at 0, so it is tried: the second
-    # of two packed texts must have the logits that it has alone.
+    # Not every attention implementation takes positions that start again at 0 as a new text. So this is tried out: the
+    # second of two packed texts must have the logits that it has alone.
     was_training = model.training
     first, second = Sample([1] * PROBE_LENGTH, 1), Sample([0] * PROBE_LENGTH, 1)
     together, alone = ({**collate([row])} for row in ([first, second], [second]))

@@ -1,4 +1,4 @@
-"""Training rows of SFT: tokens, which of them are trained, packing of several texts, and batches."""
+"""The training rows of SFT: encoding, packing of several texts into a row, and batches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from textenv.text.tokenizer import Tokenizer, encode_prompt
 
 from ..small_models.from_scratch import IGNORED
 
-Text: TypeAlias = str | tuple[str, str]
+Text: TypeAlias = str | tuple[str, str]  # a text, or a prompt and its reference
 
 
 class Sample(NamedTuple):
-    """The tokens of a text: the first `n_read` are only read, the others are trained."""
+    """The tokens of a text: the first `n_read` are only read, the others are also trained."""
 
     ids: list[int]
     n_read: int
@@ -28,8 +28,8 @@ Row: TypeAlias = list[Sample]  # one sample, or several packed ones
 def encode_sample(tokenizer: Tokenizer, text: Text, end: int, max_tokens: int) -> list[Sample]:
     """Encode a text, or a prompt with its reference, closed by the end token.
 
-    A prompt is encoded as an environment encodes it. Prompt and reference are encoded together, as tokens may span
-    their border, and the tokens behind the prompt's are the reference's; where the prompt's tokens change by that, the
+    A prompt is encoded as an environment encodes it. Prompt and reference are encoded together, since tokens may span
+    their border, and the tokens after the prompt's are the reference's; if that changes the prompt's own tokens, the
     reference is encoded alone. A prompt that leaves no room for the reference loses its start, a reference that is
     too long by itself loses its end, and a text that is too long becomes several samples.
 
@@ -46,7 +46,7 @@ def encode_sample(tokenizer: Tokenizer, text: Text, end: int, max_tokens: int) -
         opening, body = encode_prompt(tokenizer, text)
         ids = [*opening, *body, end]
         pieces = [ids[start : start + max_tokens] for start in range(0, len(ids), max_tokens)]
-        # The first token of a piece is only read: there is nothing before it to predict it from.
+        # The first token of a piece is only read: no token before it could predict it.
         return [Sample(piece, 1) for piece in pieces if len(piece) > 1]
     prompt, reference = text
     opening, body = encode_prompt(tokenizer, prompt)
@@ -59,7 +59,7 @@ def encode_sample(tokenizer: Tokenizer, text: Text, end: int, max_tokens: int) -
     whole = whole_opening + whole_body
     is_prefix = whole[: len(before)] == before
     after = whole[len(before) :] if is_prefix else list(tokenizer.encode(reference, add_special_tokens=False))
-    after = [*after, end][: max_tokens - 1]  # one token of the prompt is kept at least
+    after = [*after, end][: max_tokens - 1]  # at least one token of the prompt is kept
     before = before[-(max_tokens - len(after)) :]
     return [Sample(before + after, len(before))]
 
@@ -82,9 +82,9 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> list[Row]:
 def collate(rows: Sequence[Row]) -> dict[str, Any]:
     """Return a batch for a causal model: tensors (B, T), padded on the right.
 
-    `labels` are the trained tokens themselves, at their own places: the model shifts them. Samples of a packed row do
-    not see each other: their positions start again at 0, where transformers' `find_packed_sequence_indices`
-    (masking_utils) begins another sequence.
+    `labels` are the trained tokens in their own columns, since the model shifts them itself. The samples of a packed
+    row do not attend to each other: the positions of each start at 0, where transformers
+    `masking_utils.find_packed_sequence_indices` begins another sequence.
     """
     width = max(sum(len(sample.ids) for sample in row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -100,8 +100,8 @@ def collate(rows: Sequence[Row]) -> dict[str, Any]:
             positions[number, start:end] = torch.arange(end - start)
             start = end
         is_real[number, :start] = 1
-        positions[number, start:] = torch.arange(width - start)  # padding becomes a sample of its own
+        positions[number, start:] = torch.arange(width - start)  # padding becomes a sequence of its own
     batch = {"input_ids": ids, "labels": labels}
-    # transformers looks for packed sequences only where no attention mask is given.
+    # transformers looks for packed sequences only in a batch without an attention mask.
     is_packed = any(len(row) > 1 for row in rows)
     return batch | ({"position_ids": positions} if is_packed else {"attention_mask": is_real})

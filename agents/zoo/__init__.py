@@ -1,1 +1,1 @@
-"""The algorithms and policies of textenv in rl_zoo3."""
+"""The algorithms and policies of textenv for rl_zoo3."""

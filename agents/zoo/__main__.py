@@ -1,4 +1,4 @@
-"""rl_zoo3 with the algorithms of textenv, started as a module."""
+"""The start of `agents.zoo` as a module: rl_zoo3 with the algorithms of textenv."""
 
 from .main import main
 

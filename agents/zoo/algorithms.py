@@ -1,4 +1,4 @@
-"""PPO and MaskablePPO with the settings of `make_agent`, as classes for programs that name them (rl_zoo3)."""
+"""PPO and MaskablePPO with the settings of `make_agent`, as classes for programs that need a class (rl_zoo3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..steps.step import text_vec_env
 
 
 class _InLanes:
-    """Mixin of both algorithms: lanes, buffer and settings; see `TokenPPO`."""
+    """A mixin that gives both algorithms their lanes, buffer and settings; see `TokenPPO`."""
 
     _buffer_class: type[SequenceRolloutBuffer] = SequenceRolloutBuffer
 
@@ -42,7 +42,7 @@ class _InLanes:
 
     def _setup_model(self) -> None:
         super()._setup_model()  # type: ignore[misc]
-        # SB3's `BaseAlgorithm.load` without an env sets the model up, too.
+        # SB3 `base_class.BaseAlgorithm.load` calls this, too, and perhaps without an env.
         if self.env is not None:  # type: ignore[attr-defined]
             attach_steps(cast("OnPolicyAlgorithm", self), text_vec_env(self.env))  # type: ignore[attr-defined]
 
@@ -50,8 +50,8 @@ class _InLanes:
 class TokenPPO(_InLanes, PPO):
     """SB3's PPO with the lanes, buffer and settings of `make_agent`.
 
-    Environments made one by one, as by SB3's `make_vec_env`, are replaced by lanes of the first of them: one reward
-    call per step, and one forward per sequence in the update. Training, saving and loading are PPO's own.
+    Separate environments, as SB3's `make_vec_env` makes them, are replaced by lanes of the first of them: that takes
+    one reward call per step, and one forward per sequence in the update. Training, saving and loading are PPO's own.
 
     Args:
         policy: `LMPolicy`, or a subclass.
@@ -77,7 +77,7 @@ class TokenMaskablePPO(_InLanes, MaskablePPO):
 
 
 def as_lanes(env: VecEnv | Env[Any, Any] | None) -> TextVecEnv | None:
-    """Return as many lanes of the first environment as there are environments; None and a `TextVecEnv` as they are.
+    """Return as many lanes of the first environment as there are environments; None and a `TextVecEnv` stay.
 
     Raises:
         TypeError: If the environments are wrapped in more than a Monitor, or live in other processes.
@@ -91,7 +91,7 @@ def as_lanes(env: VecEnv | Env[Any, Any] | None) -> TextVecEnv | None:
         )
     envs = env.envs if isinstance(env, DummyVecEnv) else [env]
     first, writers = envs[0], [_writer(env) for env in envs]
-    while isinstance(first, Monitor):  # SB3 `Monitor.step` adds info["episode"], which lanes write themselves
+    while isinstance(first, Monitor):  # SB3 `monitor.Monitor.step` adds info["episode"], as lanes do themselves
         first = first.env
     return _MonitoredLanes(first, writers)
 
@@ -106,7 +106,7 @@ class _MonitoredLanes(TextVecEnv):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         observations, rewards, dones, infos = super().step_wait()
         for lane in np.flatnonzero(dones).tolist():
-            if not self.defers_scores:  # late scores are written by `score_unscored`
+            if not self.defers_scores:  # an episode with a late score is written by `score_unscored`
                 self._write(lane, infos[lane])
         return observations, rewards, dones, infos
 
@@ -127,13 +127,14 @@ def _writer(env: Env[Any, Any]) -> ResultsWriter | None:
 
 
 def _settings(
-    algorithm: type, lanes: TextVecEnv, n_minibatches: int | None, buffer: dict[str, Any] | None, given: dict[str, Any]
+    algorithm: type, lanes: TextVecEnv, n_minibatches: int | None, buffer: dict[str, Any] | None, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
+    """Return the arguments of the algorithm: the settings of `make_agent`, overridden by `kwargs`."""
     if issubclass(algorithm, MaskablePPO):
         lanes.env.check_mask()
     settings = {
-        **settings_for(algorithm, lanes, given),
-        **given,
+        **settings_for(algorithm, lanes, kwargs),
+        **kwargs,
         "rollout_buffer_kwargs": buffer_settings(lanes, buffer),
     }
     if n_minibatches is not None:

@@ -1,7 +1,7 @@
 """rl_zoo3 with two more algorithms, token_ppo and token_maskable_ppo: `python -m agents.zoo train` and `enjoy`.
 
 Both train in lanes, with one forward per sequence, and a search draws hyper-parameters that suit a language model.
-rl_zoo3 without them trains an `LMPolicy` by its own ppo, more slowly; see examples/zoo.
+Plain rl_zoo3 can train an `LMPolicy` with its own ppo, too, but more slowly; see examples/zoo.
 
     python -m agents.zoo train --algo token_ppo --env textenv/Demo-v0 --gym-packages textenv \
         --conf-file examples/zoo/token_ppo.yml -f logs
@@ -30,7 +30,7 @@ from .algorithms import TokenMaskablePPO, TokenPPO
 SCRIPTS = ("train", "enjoy")
 MASKED = "token_maskable_ppo"
 ALGORITHMS = {"token_ppo": TokenPPO, MASKED: TokenMaskablePPO}
-# What a search draws from.
+# The choices of a search for hyper-parameters.
 EPOCHS = (1, 2, 4, 8)
 MINIBATCHES = (1, 2, 4, 8)
 CLIP_RANGES = (0.1, 0.2, 0.3)
@@ -51,12 +51,12 @@ class Trial(Protocol):
 def sample_token_ppo(trial: Trial, n_actions: int, n_envs: int, additional_args: Mapping[str, Any]) -> Parameters:
     """Draw hyper-parameters that suit a language model, for rl_zoo3's search.
 
-    Three settings stay as they are: `policy_kwargs`, which name the model, the discount of 1, and `n_steps`, which goes
-    with the length of texts. The learning rate suits models of 10^5 parameters (1e-3) to 10^9 (1e-6).
+    Three settings stay as they are: `policy_kwargs`, which name the model; the discount of 1; and `n_steps`, which
+    depends on the length of texts. The range of learning rates suits models of 10^5 (1e-3) to 10^9 parameters (1e-6).
 
     Args:
         trial: The trial.
-        n_actions: Unused, as are the next two; rl_zoo3 passes all three.
+        n_actions: The number of tokens. It is unused, like the next two: rl_zoo3 passes all three.
         n_envs: The number of lanes.
         additional_args: The arguments of replay buffers.
     """
@@ -141,7 +141,7 @@ def enjoy_masked() -> None:
 
 
 def main() -> None:
-    """Run rl_zoo3's `train` or `enjoy`, as the first word of the command line says, with its other words."""
+    """Run rl_zoo3's `train` or `enjoy`, whichever the first word of the command line names, with the other words."""
     script = sys.argv[1] if len(sys.argv) > 1 else "nothing"
     if script not in SCRIPTS:
         sys.exit(

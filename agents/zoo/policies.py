@@ -1,4 +1,4 @@
-"""Policies with the demo's language model built in, for programs that name a policy by its class alone."""
+"""Policies with the demo's language model built in, for programs that know a policy by its class only."""
 
 from __future__ import annotations
 

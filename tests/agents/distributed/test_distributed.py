@@ -64,9 +64,9 @@ def test_the_update_is_the_same_with_every_option():
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_resumes_exactly(tmp_path):
-    whole = train(2, "part_of_a_run", tmp_path, 4)
-    train(2, "part_of_a_run", tmp_path, 2, None, "half")
-    resumed = train(2, "part_of_a_run", tmp_path, 2, "half")
+    whole = train(2, "run_between_checkpoints", tmp_path, 4)
+    train(2, "run_between_checkpoints", tmp_path, 2, None, "half")
+    resumed = train(2, "run_between_checkpoints", tmp_path, 2, "half")
     for (weights, _, figures, *_), (again, before, same, _, said) in zip(whole, resumed):
         assert largest_difference(weights, again) == 0 and figures == same and not said
         assert before["tokens"] == 96 and same["tokens"] == 192, "of both processes"
@@ -75,9 +75,9 @@ def test_a_run_of_two_processes_resumes_exactly(tmp_path):
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """2 -> 1 -> 2: weights, coefficient and counts go on, prompts do not repeat, and it is said what is lost."""
-    two = train(2, "part_of_a_run", tmp_path, 2, None, "two")
-    one = train(1, "part_of_a_run", tmp_path, 1, "two", "one")
-    again = train(2, "part_of_a_run", tmp_path, 1, "one")
+    two = train(2, "run_between_checkpoints", tmp_path, 2, None, "two")
+    one = train(1, "run_between_checkpoints", tmp_path, 1, "two", "one")
+    again = train(2, "run_between_checkpoints", tmp_path, 1, "one")
     for earlier, later in ((two, one), (one, again)):
         for _, before, *_ in later:
             assert before == earlier[0][2], "as it was saved"
@@ -186,7 +186,7 @@ def test_a_process_that_is_killed_in_a_rollout_is_named(tmp_path):
 @pytest.mark.slow
 def test_what_stands_beside_training_does_so_in_several_processes():
     """The doctor, warnings, NLPO, a critic with a trunk of its own; draws by priority are each process's own."""
-    (weights, tokens, drawn), other = train(2, "beside")
+    (weights, tokens, drawn), other = train(2, "extras_together")
     assert other[:2] == (weights, tokens) and tokens == 96 and sum(drawn) > 12 and other[2] != drawn
 
 

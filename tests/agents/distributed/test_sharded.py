@@ -61,7 +61,7 @@ def test_the_update_is_the_same_with_every_option(names):
 
 @pytest.mark.slow
 def test_each_process_keeps_its_share():
-    for shares, is_gathered in train(2, "what_is_kept", Sharded()):
+    for shares, is_gathered in train(2, "kept_shares", Sharded()):
         assert all(0.45 < share < 0.55 for share in shares) and not is_gathered
 
 
@@ -69,7 +69,7 @@ def test_each_process_keeps_its_share():
 def test_a_run_is_the_same_sharded_or_not(tmp_path):
     """Rollouts of different lengths in each process, a reference, checkpoints that the next run goes on from."""
     ways = {"whole": None, "gathered": Sharded(), "lock-step": Sharded(gather=False)}
-    whole, *others = [train(2, "part_of_a_run", tmp_path, 4, None, way, shard) for way, shard in ways.items()]
+    whole, *others = [train(2, "run_between_checkpoints", tmp_path, 4, None, way, shard) for way, shard in ways.items()]
     for other in others:
         for (weights, _, figures, numbers, _), (theirs, _, their_figures, their_numbers, _) in zip(whole, other):
             assert largest_difference(weights, theirs) < SAME
@@ -80,9 +80,9 @@ def test_a_run_is_the_same_sharded_or_not(tmp_path):
 
 @pytest.mark.parametrize("way", seldom(["gathered", "lock-step", "offloaded"]))
 def test_a_sharded_run_resumes_exactly(way, tmp_path):
-    whole = train(2, "part_of_a_run", tmp_path, 4, None, None, WAYS[way])
-    train(2, "part_of_a_run", tmp_path, 2, None, "half", WAYS[way])
-    resumed = train(2, "part_of_a_run", tmp_path, 2, "half", None, WAYS[way])
+    whole = train(2, "run_between_checkpoints", tmp_path, 4, None, None, WAYS[way])
+    train(2, "run_between_checkpoints", tmp_path, 2, None, "half", WAYS[way])
+    resumed = train(2, "run_between_checkpoints", tmp_path, 2, "half", None, WAYS[way])
     for (weights, _, figures, *_), (again, before, same, _, said) in zip(whole, resumed):
         assert largest_difference(weights, again) == 0 and figures == same and not said
         assert before["tokens"] == 96 and same["tokens"] == 192
@@ -91,10 +91,10 @@ def test_a_sharded_run_resumes_exactly(way, tmp_path):
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_with_another_number_of_processes(tmp_path):
     """2 -> 1 -> 4, where one process has no shards, and back to whole weights."""
-    two = train(2, "part_of_a_run", tmp_path, 2, None, "two", Sharded())
-    one = train(1, "part_of_a_run", tmp_path, 1, "two", "one", Sharded())
-    four = train(4, "part_of_a_run", tmp_path, 1, "one", "four", Sharded())
-    again = train(2, "part_of_a_run", tmp_path, 1, "four", None, None)
+    two = train(2, "run_between_checkpoints", tmp_path, 2, None, "two", Sharded())
+    one = train(1, "run_between_checkpoints", tmp_path, 1, "two", "one", Sharded())
+    four = train(4, "run_between_checkpoints", tmp_path, 1, "one", "four", Sharded())
+    again = train(2, "run_between_checkpoints", tmp_path, 1, "four", None, None)
     for earlier, later in ((two, one), (one, four), (four, again)):
         for _, before, *_ in later:
             assert before == pytest.approx(earlier[0][2]), "as it was saved"
@@ -140,8 +140,8 @@ def test_a_shard_that_cannot_be_written_is_an_error_of_storage_in_all(tmp_path):
 @pytest.mark.long
 def test_files_of_shards_hold_what_is_not_elsewhere(tmp_path):
     """Nothing is pickled, and no file of a process holds another's part."""
-    train(2, "part_of_a_run", tmp_path, 2, None, "two", Sharded())
-    train(2, "part_of_a_run", tmp_path, 2, None, "whole")
+    train(2, "run_between_checkpoints", tmp_path, 2, None, "two", Sharded())
+    train(2, "run_between_checkpoints", tmp_path, 2, None, "whole")
     assert {path.suffix for path in (tmp_path / "two").rglob("*") if path.is_file()} == {".safetensors", ".json"}
     parts = [load_file(path) for path in sorted((tmp_path / "two" / "shards").iterdir())]
     for file in ("policy", "optimizer", "step_KLPenalty"):

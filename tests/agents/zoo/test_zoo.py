@@ -302,7 +302,6 @@ def test_enjoying_is_masked(monkeypatch, tmp_path):
         for _ in range(60):
             actions, _ = agent.predict(observations, deterministic=False)
             taken |= {words[action] for action in actions}
-            # A banned token would raise in `step`, so the unmasked agent only ever writes first tokens.
             observations = env.step(actions)[0] if agent is masked else env.reset()
         written[agent] = taken
     assert len(written[masked]) > 10 and not written[masked] & set(banned)

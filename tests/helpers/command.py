@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -88,3 +89,19 @@ def rows(folder, name="metrics.jsonl"):
     """Return the rows of a run's file, without the figures that depend on the clock."""
     lines = [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
     return [{key: value for key, value in line.items() if not re.match("time/", key)} for line in lines]
+
+
+def same_runs(first, second):
+    """Assert that two run folders have equal rows, samples and final weights."""
+    assert rows(first) == rows(second)
+    assert rows(first, "samples.jsonl") == rows(second, "samples.jsonl")
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (first, second)]
+    assert weights[0] == weights[1]
+
+
+def wait_for_rows(process, folder, n):
+    """Wait until the run of a process has written `n` rows."""
+    limit = time.monotonic() + 100
+    while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_text().splitlines()) < n:
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.01)

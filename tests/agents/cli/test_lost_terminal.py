@@ -13,8 +13,7 @@ from agents import signals as interrupts
 from agents.checkpoints.checkpoint import latest_checkpoint
 from agents.runs.recording import Recorder
 from agents.signals import Interrupts, KeptStream
-from tests.agents.runs.test_cli_resume import wait_for_rows
-from tests.helpers.command import ROLLOUT, environment, rows, run, settings, start
+from tests.helpers.command import ROLLOUT, environment, rows, run, settings, start, wait_for_rows
 
 LONG = 100_000
 

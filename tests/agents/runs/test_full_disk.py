@@ -18,8 +18,7 @@ from agents.runs.exit_codes import as_command_error
 from agents.runs.folder import append_text
 from agents.runs.loggers import TensorBoard
 from agents.runs.recording import Recorder
-from tests.agents.runs.test_cli_resume import same_runs
-from tests.helpers.command import ROLLOUT, rows, run, settings
+from tests.helpers.command import ROLLOUT, rows, run, same_runs, settings
 
 ROLLOUTS = 6
 

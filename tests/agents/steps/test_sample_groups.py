@@ -207,12 +207,12 @@ def test_members_are_scored_in_one_call_and_stand_together():
 def whole_groups(recorder, n, n_steps=5):
     """Return, by rollout, the groups whose last member ended in it, with (info, transitions) of each member."""
     members = defaultdict(list)
-    for info, places in recorder.episodes():
-        members[info["group"]].append((info, places))
+    for info, transitions in recorder.episodes():
+        members[info["group"]].append((info, transitions))
     rollouts = defaultdict(list)
     for group in members.values():
         if len(group) == n:
-            last = max(places[-1][0] for _, places in group)
+            last = max(transitions[-1][0] for _, transitions in group)
             rollouts[last // n_steps].append(group)
     return rollouts
 
@@ -229,11 +229,13 @@ def test_every_token_gets_its_episodes_advantage_once_its_group_is_whole(advanta
         expected = []
         for group in rollouts[i]:
             # A member that waited got its score after the recorder had copied its rewards.
-            late = [info["episode"]["r"] if places[-1][0] // 5 < i else 0.0 for info, places in group]
-            returns = np.array([sum(rewards[place] for place in places) for _, places in group]) + late
-            straddling += len({places[-1][0] // 5 for _, places in group}) > 1
+            late = [info["episode"]["r"] if transitions[-1][0] // 5 < i else 0.0 for info, transitions in group]
+            returns = (
+                np.array([sum(rewards[transition] for transition in transitions) for _, transitions in group]) + late
+            )
+            straddling += len({transitions[-1][0] // 5 for _, transitions in group}) > 1
             each = group_advantages(returns, np.zeros(3), advantage)
-            expected += [(log_probs[p], a) for (_, places), a in zip(group, each) for p in places]
+            expected += [(log_probs[p], a) for (_, transitions), a in zip(group, each) for p in transitions]
         got = sorted(row[:2] for row in trained.rollouts[i])
         np.testing.assert_allclose(got, sorted((float(p), float(a)) for p, a in expected), atol=1e-4)
     assert straddling > 3 and any(len(rows) for rows in rollouts.values())
@@ -247,7 +249,9 @@ def test_scores_that_come_late_reach_all_tokens_with_a_critic_too():
     model.learn(35 * 6, callback=[recorder, trained])
     log_probs = recorder.stacked("log_probs")
     for i, groups in whole_groups(recorder, 3).items():
-        expected = [(float(log_probs[p]), info["episode"]["r"]) for g in groups for info, places in g for p in places]
+        expected = [
+            (float(log_probs[p]), info["episode"]["r"]) for g in groups for info, transitions in g for p in transitions
+        ]
         got = [(log_prob, value) for log_prob, _, value, _ in trained.rollouts[i]]
         np.testing.assert_allclose(sorted(got), sorted(expected), atol=1e-4)
 
@@ -328,7 +332,7 @@ def test_a_broken_off_rollout_or_a_reset_leaves_no_half_group(score_at, reset):
     log_probs = recorder.stacked("log_probs")
     rollouts = whole_groups(recorder, 3, n_steps=6)
     for i, rows in enumerate(trained.rollouts):
-        expected = [float(log_probs[p]) for group in rollouts[i] for _, places in group for p in places]
+        expected = [float(log_probs[p]) for group in rollouts[i] for _, transitions in group for p in transitions]
         if reset or i > 2:  # earlier rollouts train only episodes that the recorder saw from their start
             assert sorted(row[0] for row in rows) == pytest.approx(sorted(expected))
         assert {row[0] for row in rows} <= set(log_probs.flatten().tolist())

@@ -7,10 +7,10 @@ import pytest
 
 from textenv import CharTokenizer, TextEnv
 
-# Before torch is loaded: more threads than a tiny model can use make it slower, and so do two test processes.
+# Set before torch is loaded: a tiny model runs slower on several threads, and more so beside a second test process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell starts what it sends to the background with Ctrl-C ignored, nohup ignores that a terminal hangs up, and
-# processes that tests start would inherit both.
+# A shell ignores Ctrl-C (SIGINT) for background jobs, and nohup ignores SIGHUP. Processes that tests start would
+# inherit both, so restore the defaults.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -27,7 +27,7 @@ def char_tokenizer():
 
 @pytest.fixture
 def make_env(char_tokenizer):
-    """Build a `TextEnv` of characters (or the subclass `cls`) from what matters to a test."""
+    """Build a `TextEnv` of characters, or the subclass `cls`; a test passes only the arguments that matter to it."""
 
     def make(prompts=("ab", "cde"), cls=TextEnv, tokenizer=char_tokenizer, max_new_tokens=4, **kwargs):
         if cls is TextEnv:
@@ -39,7 +39,7 @@ def make_env(char_tokenizer):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The folder of a model of one layer that the command can train; files with another model have one of their own."""
-    from tests.helpers.command import small_model  # which loads torch: tests without it need not
+    """The folder of a one-layer model that the command can train; test files may override this fixture."""
+    from tests.helpers.command import small_model  # imported here, since it loads torch and many tests do without
 
     return small_model(tmp_path_factory.mktemp("models") / "small")

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what carries a docstring, how long files, bodies and folders get."""
+"""The rules of the house: allowed imports, required docstrings, and the largest files, bodies and folders."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_function_bodies_are_short() -> None:
     assert_none(long_bodies(read(*FOLDERS)))
 
 
-# Each rule can fail: what it says of a source that breaks it, and of one that just keeps it.
+# Each rule can fail: a made-up source that breaks it gets the message, one that just keeps it gets none.
 
 
 @pytest.mark.parametrize(

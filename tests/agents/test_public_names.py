@@ -1,4 +1,4 @@
-"""The public names of both packages: each is loaded by itself, and examples and pages need no others."""
+"""The public names of both packages: one loads without the others, and examples and pages need no private names."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ PLAIN = re.compile(r"^[ >]*import +((?:agents|textenv)\.[\w.]+)", flags=re.MULTI
 
 
 def private_imports(text):
-    """The imports of a script or a page that are neither a public name nor from one of the rooms that users open."""
+    """Return the imports of a script or page that are neither public names nor from one of the public `ROOMS`."""
     problems = [f"import {module}" for module in PLAIN.findall(text) if not module.startswith(ROOMS)]
     for module, block, line in FROM.findall(text):
         names = [name.split(" as ")[0] for name in re.split(r"\s*,\s*", (block or line).strip()) if name]
@@ -32,7 +32,7 @@ def private_imports(text):
 
 
 def test_examples_and_pages_import_public_names_alone():
-    """Benchmarks may look inside: they measure caches, masks and minibatches by themselves."""
+    """Benchmarks are left out: they measure caches, masks and minibatches on their own."""
     paths = [path for pattern in (*PAGES, "examples/**/*.py", "examples/**/*.yml") for path in ROOT.glob(pattern)]
     paths = [path for path in paths if path.name != "CHANGELOG.md"]
     found = {path.name: private_imports(path.read_text(encoding="utf-8")) for path in paths}
@@ -77,7 +77,7 @@ def test_every_name_is_there_and_is_its_modules_own():
 
 
 def loaded_after(statement):
-    """The modules that a fresh interpreter holds after a statement."""
+    """Return the modules that a fresh interpreter has loaded after a statement."""
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -26,11 +26,11 @@ from textenv.feedback.store import FeedbackStore
 from textenv.feedback.web import serve
 serve(FeedbackStore(sys.argv[1], seed=0), **json.loads(sys.argv[2]))
 """
-PATIENCE = 20.0  # seconds
+PATIENCE = 20.0  # seconds that `until` waits
 
 
 class Server:
-    """The server as users run it; `kill` gives it no time to finish anything."""
+    """The rating server as users run it. `kill` gives it no time to finish anything."""
 
     def __init__(self, store, options="{}"):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -66,7 +66,7 @@ class Browser:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def forget(self):
-        """Become a visitor who was never here."""
+        """Become a visitor who was never here: no cookies, no emulated phone, no log."""
         self.driver.execute_cdp_cmd("Network.clearBrowserCookies", {})
         self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         self.driver.get("about:blank")
@@ -87,7 +87,7 @@ class Browser:
         return self.driver.find_elements("css selector", selector)
 
     def texts(self, selector):
-        """Return what the elements hold, as they hold it."""
+        """Return the elements' texts, exactly as they are in the page."""
         return [element.get_property("textContent") for element in self.all(selector)]
 
     def press(self, *keys, holding=""):
@@ -100,7 +100,7 @@ class Browser:
             chain.send_keys(*keys).perform()
 
     def drag(self, selector, start, end):
-        """Drag one of a list's rows to the place of another."""
+        """Drag the row with index `start` to the row with index `end`."""
         from selenium.webdriver.common.action_chains import ActionChains
 
         rows = self.all(selector)
@@ -120,25 +120,25 @@ class Browser:
         end = time.monotonic() + PATIENCE
         while True:
             try:
-                if found := condition():
-                    return found
-            except WebDriverException:  # an element was replaced between looking it up and asking it
-                found = None
+                if result := condition():
+                    return result
+            except WebDriverException:  # the page replaced an element between finding and reading it
+                pass
             if time.monotonic() > end:
                 body = self.run("return document.body.innerText")
                 raise AssertionError(f"Waited {PATIENCE:g} s for {what}, got the page:\n{body}")
             time.sleep(0.03)
 
     def shows(self, prompt):
-        """Wait until an item is shown."""
+        """Wait until the item with this prompt is shown."""
         self.until(lambda: self.one("#prompt").is_displayed() and self.texts("#prompt") == [prompt], f"{prompt!r}")
 
     def says(self, text):
-        """Wait until the status line says a text."""
+        """Wait until the status line contains a text."""
         self.until(lambda: text in self.texts("#status")[0], repr(text))
 
     def phone(self):
-        """Become 390 pixels wide, with a finger."""
+        """Emulate a phone, 390 pixels wide."""
         size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
@@ -148,19 +148,19 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def keep(self, name):
-        """Save a screenshot where the environment variable TEXTENV_SCREENSHOTS says, if it does."""
+        """Save a screenshot to the folder of the environment variable TEXTENV_SCREENSHOTS, if it is set."""
         folder = os.environ.get("TEXTENV_SCREENSHOTS")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.driver.save_screenshot(str(Path(folder) / f"{name}.png"))
 
     def complaints(self):
-        """Return what the browser has to complain about since it was asked last."""
+        """Return the errors that the browser has logged since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def need_browser():
-    """Skip, and say why, where there is no browser to test with."""
+    """Skip the test, with the reason, where no browser is installed."""
     pytest.importorskip("selenium", reason='needs selenium: pip install "textenv[dev]"')
     if not CHROMIUM or not DRIVER:
         pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")

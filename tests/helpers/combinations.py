@@ -1,4 +1,4 @@
-"""Which options combine, as data: the axes, the pairs that do not combine and why, and a walk over the others."""
+"""Options that combine, as data: the axes, the pairs that are refused and why, and cells that cover all others."""
 
 from itertools import combinations, product
 
@@ -17,7 +17,7 @@ AXES = {
     "beside": ("none", "CriticWarmup", "TrainingWarnings", "doctor"),
 }
 
-# One side, the other, and why they do not combine: words of the error.
+# One side, the other side, and words of the error that says why they do not combine.
 REFUSED = (
     (("mask", "any"), ("algorithm", "PPO, A2C, TRPO"), "would sample what the mask forbids"),
     (("mask", "none"), ("algorithm", "MaskablePPO"), "without `mask`"),
@@ -29,7 +29,7 @@ REFUSED = (
 
 
 def options(side):
-    """Which options of its axis a side of `REFUSED` names."""
+    """Return the options of its axis that one side of `REFUSED` names."""
     axis, named = side
     if named == "any":
         return AXES[axis][1:]
@@ -38,17 +38,17 @@ def options(side):
 
 
 def refused_pairs():
-    """Each pair that does not combine, as ((axis, option), (axis, option), words)."""
-    for one, other, words in REFUSED:
-        for first, second in product(options(one), options(other)):
-            yield (one[0], first), (other[0], second), words
+    """Yield each pair that does not combine, as ((axis, option), (axis, option), words)."""
+    for left, right, words in REFUSED:
+        for first, second in product(options(left), options(right)):
+            yield (left[0], first), (right[0], second), words
 
 
 def walk():
-    """Cells, each a dict of an option an axis, that hold every pair of options that combine at least once."""
+    """Return cells, each a dict of one option per axis, that together hold every pair of options that combine."""
     never = {frozenset(pair[:2]) for pair in refused_pairs()}
-    places = [(axis, option) for axis, of_axis in AXES.items() for option in of_axis]
-    missing = {frozenset(pair) for pair in combinations(places, 2) if pair[0][0] != pair[1][0]} - never
+    choices = [(axis, option) for axis, of_axis in AXES.items() for option in of_axis]
+    missing = {frozenset(pair) for pair in combinations(choices, 2) if pair[0][0] != pair[1][0]} - never
     cells = []
     while missing:
         cell = dict(min(sorted(pair) for pair in missing))
@@ -56,8 +56,10 @@ def walk():
             if axis in cell:
                 continue
             chosen = list(cell.items())
-            fitting = [one for one in of_axis if not any(frozenset(((axis, one), two)) in never for two in chosen)]
-            new = [sum(frozenset(((axis, one), two)) in missing for two in chosen) for one in fitting]
+            fitting = [
+                option for option in of_axis if not any(frozenset(((axis, option), pair)) in never for pair in chosen)
+            ]
+            new = [sum(frozenset(((axis, option), pair)) in missing for pair in chosen) for option in fitting]
             cell[axis] = fitting[new.index(max(new))]
         missing -= {frozenset(pair) for pair in combinations(cell.items(), 2)}
         cells.append(cell)
@@ -65,7 +67,7 @@ def walk():
 
 
 def readme_tables():
-    """What the README says of all this."""
+    """Return the tables of the README: the axes, and the pairs that are refused."""
     cells = [f"{axis} | {'; '.join(of_axis)}" for axis, of_axis in AXES.items()]
     lines = ["| of | any of | of | any of |", "|---|---|---|---|"]
     lines += [f"| {first} | {second} |" for first, second in zip(cells[::2], cells[1::2])]

@@ -1,10 +1,11 @@
-"""The command `textenv` for tests: in this process, or in one of its own, on a model that is made in no time."""
+"""The command `textenv` for tests: run in this process, in a fork or in a new process, on a tiny model."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ ROLLOUT = N_ENVS * N_STEPS
 
 
 def small_model(folder):
-    """Write a GPT-2 of one layer that knows the demo's words, and nothing about them."""
+    """Write an untrained one-layer GPT-2 whose vocabulary is the demo's words; return its folder."""
     tokenizer = word_tokenizer(demo.vocabulary())
     eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
     shape = {"n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0}
@@ -33,8 +34,8 @@ def small_model(folder):
 
 
 def settings(model, out=None, rollouts=4, **more):
-    """The words behind `textenv train` for a run of some small rollouts."""
-    given = {
+    """Return the options of `textenv train` for a run of a few small rollouts."""
+    values = {
         "model.name": model,
         "env.max_new_tokens": N_STEPS,
         "algorithm.n_envs": N_ENVS,
@@ -52,11 +53,11 @@ def settings(model, out=None, rollouts=4, **more):
         **({} if out is None else {"out": out}),
         **more,
     }
-    return [f"--{name}={value}" for name, value in given.items()]
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def run(*words):
-    """Run the command in this process; the exit code."""
+    """Run the command in this process; return its exit code."""
     return cli.main([str(word) for word in words])
 
 
@@ -65,14 +66,14 @@ def environment():
 
 
 def start(*words, cwd=ROOT, **kwargs):
-    """Start the command in a process of its own."""
+    """Start the command in a new process; return it."""
     command = [sys.executable, "-m", "agents.cli", *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, env=environment(), **{**pipes, **kwargs})
 
 
 def in_a_fork(*words):
-    """Run the command in a forked process, which has all that is loaded here; its id."""
+    """Run the command in a fork, which need not import anything again; return the fork's process id."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -85,6 +86,22 @@ def in_a_fork(*words):
 
 
 def rows(folder, name="metrics.jsonl"):
-    """The rows of a run but for what the clock says."""
+    """Return the rows of a run's file, without the figures that depend on the clock."""
     lines = [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
     return [{key: value for key, value in line.items() if not re.match("time/", key)} for line in lines]
+
+
+def same_runs(first, second):
+    """Assert that two run folders have equal rows, samples and final weights."""
+    assert rows(first) == rows(second)
+    assert rows(first, "samples.jsonl") == rows(second, "samples.jsonl")
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (first, second)]
+    assert weights[0] == weights[1]
+
+
+def wait_for_rows(process, folder, n):
+    """Wait until the run of a process has written `n` rows."""
+    limit = time.monotonic() + 100
+    while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_text().splitlines()) < n:
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.01)

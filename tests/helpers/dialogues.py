@@ -1,4 +1,4 @@
-"""Made-up dialogues in the files of DailyDialog."""
+"""Made-up dialogues in the file format of DailyDialog."""
 
 import random
 
@@ -10,7 +10,7 @@ QUESTIONS = ["Have you seen the {thing} ?", "Is it a {kind} {thing} , {name} ?"]
 DIRECTIVES = ["Please bring the {kind} {thing} .", "Let's take the {thing} , {name} ."]
 COMMISSIVES = ["All right , I will take the {thing} .", "Sure , {name} , I will bring a {kind} {thing} ."]
 TURNS = (INFORMS, QUESTIONS, DIRECTIVES, COMMISSIVES)
-ANSWERS = {0: 1, 1: 0, 2: 3, 3: 2}  # what is said is answered by its own kind of turn
+ANSWERS = {0: 1, 1: 0, 2: 3, 3: 2}  # the intent that usually answers each intent
 
 TALK = [
     Dialogue(("hi", "who is there?", "me", "come in!", "thanks"), (0, 1, 0, 2, 3)),
@@ -19,7 +19,7 @@ TALK = [
 
 
 def made_up(n, seed=0):
-    """`n` different dialogues of 3 to 7 turns."""
+    """Return `n` different dialogues of 3 to 7 turns."""
     random_ = random.Random(seed)
     dialogues = {}
     while len(dialogues) < n:
@@ -37,12 +37,12 @@ def made_up(n, seed=0):
 
 
 def write_dialogues(folder, dialogues, split="validation"):
-    """Write them as the data set's own files have them, and return the folder."""
+    """Write dialogues in the format of the data set's own files; return the folder."""
     folder.mkdir(exist_ok=True)
     lines = {
-        "": [" ".join(f"{turn} __eou__" for turn in one.turns) for one in dialogues],
-        "act_": [" ".join(str(intent + 1) for intent in one.intents) + " " for one in dialogues],
-        "emotion_": ["0 " * len(one.turns) for one in dialogues],
+        "": [" ".join(f"{turn} __eou__" for turn in dialogue.turns) for dialogue in dialogues],
+        "act_": [" ".join(str(intent + 1) for intent in dialogue.intents) + " " for dialogue in dialogues],
+        "emotion_": ["0 " * len(dialogue.turns) for dialogue in dialogues],
     }
     for kind, rows in lines.items():
         (folder / f"dialogues_{kind}{split}.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")

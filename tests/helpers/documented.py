@@ -1,4 +1,4 @@
-"""The commands that the documentation has: where each stands, as the words that a shell makes of it."""
+"""The commands in the documentation and in docstrings, each as the words that a shell would split it into."""
 
 import ast
 import re
@@ -16,9 +16,9 @@ SETTINGS = ("examples/**/*.yml",)
 PROGRAMS = ("textenv", "python", "pytest", "torchrun", "accelerate", "pip")
 BEGINS = re.compile(rf"\s*(?:[A-Z_]+=\S* )*(?:{'|'.join(PROGRAMS)}) ")
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")  # which a line's end may break
+INLINE = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")  # may run over one line's end
 ASIDE = re.compile(r": ((?:torchrun|accelerate launch|python \S+\.py|pytest|textenv) .*)")  # "on GPUs: torchrun ..."
-REMARK = re.compile(r" {2,}\([^()]*\)$")  # behind a command: "...   (goes on)"
+REMARK = re.compile(r" {2,}\([^()]*\)$")  # a remark after a command: "...   (goes on)"
 OPTIONAL = re.compile(r"\[(-[^\]]*)\]")
 TABLE_ROW = re.compile(r"^\| (`.*?) \| (.*) \|$", flags=re.MULTILINE)
 
@@ -28,7 +28,7 @@ class Command(NamedTuple):
 
     Attributes:
         where: The file, from the root of the repository.
-        words: What a shell makes of it, without variables in front; words that leave something out ("...") are gone.
+        words: The words that a shell makes of it, without variables in front and without the placeholder "...".
     """
 
     where: str
@@ -39,7 +39,7 @@ class Command(NamedTuple):
 
 
 def commands():
-    """All commands of the repository, each once a file."""
+    """Return all commands of the repository, each once per file."""
     found = []
     for patterns, read in ((PAGES, of_page), (CODE, of_code), (SETTINGS, of_settings)):
         for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
@@ -49,7 +49,7 @@ def commands():
 
 
 def of_page(text):
-    """The commands of a page: in blocks and their comments, in the text, and in tables of verbs."""
+    """Return the commands of a page: in blocks and their comments, in the text, and in tables of verbs."""
     rest = FENCE.sub("", text)
     found = of_blocks(text)
     for language, block in FENCE.findall(text):
@@ -59,19 +59,19 @@ def of_page(text):
 
 
 def of_blocks(text):
-    """The commands of a page's blocks that are no Python."""
+    """Return the commands of a page's blocks that are not Python."""
     blocks = [block for language, block in FENCE.findall(text) if language != "python"]
     return [words for block in blocks for words in of_lines(block.splitlines())]
 
 
 def of_tables(text):
-    """The commands of a page's tables of verbs."""
+    """Return the commands of a page's tables of verbs."""
     rows = [(first.replace("\\|", "|"), second) for first, second in TABLE_ROW.findall(text)]
     return [words for first, second in rows for words in of_verbs(first, second)]
 
 
 def of_verbs(first, second):
-    """The commands of a table's row: verbs in its first cell, of which each has the options in the second one."""
+    """Return the commands of a table row: each verb of the first cell with each option of the second."""
     verbs = [code for code in INLINE.findall(first) if re.match(r"[a-z-]+( |$)", code)]
     if re.sub(r"`[^`]*`|[, ]", "", first) or not verbs or verbs[0].split()[0] not in VERBS:
         return []
@@ -80,7 +80,7 @@ def of_verbs(first, second):
 
 
 def of_code(text):
-    """The commands of a module: in its docstrings, indented or in the text, and in its comments."""
+    """Return the commands of a module: in its docstrings, indented or in the text, and in its comments."""
     found = of_comments(text)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -90,26 +90,26 @@ def of_code(text):
 
 
 def of_comments(text):
-    """The commands of comments: behind a colon, or in the text."""
+    """Return the commands of comments: after a colon, or in the text."""
     comments = re.findall(r"(?:^|\s)# (.*)$", text, flags=re.MULTILINE)
-    asides = [found for comment in comments for found in ASIDE.findall(comment)]
+    asides = [aside for comment in comments for aside in ASIDE.findall(comment)]
     return of_lines(asides) + of_inline("\n".join(comments))
 
 
 def of_settings(text):
-    """The commands of a YAML file: indented in its comments, or in their text."""
+    """Return the commands of a YAML file: indented in its comments, or in their text."""
     comments = [line.removeprefix("#").removeprefix(" ") for line in text.splitlines() if line.startswith("#")]
     indented = [line[2:] for line in comments if line.startswith("  ")]
     return of_lines(indented) + of_inline("\n".join(line for line in comments if not line.startswith("  ")))
 
 
 def of_inline(text):
-    """The commands among what stands between backticks."""
+    """Return the commands among the texts between backticks."""
     return of_lines([" ".join(code.split()) for code in INLINE.findall(text)])
 
 
 def of_lines(lines):
-    """The commands of lines as they are typed, with comments, pipes, and quotes over several lines."""
+    """Return the commands of lines as they are typed, with comments, pipes, and quotes over several lines."""
     found, open_line = [], ""
     for line in lines:
         found += of_lines(ASIDE.findall(line.partition(" # ")[2]))
@@ -119,7 +119,7 @@ def of_lines(lines):
             continue
         try:
             words = shlex.split(open_line, comments=True)
-        except ValueError:  # a quote is open
+        except ValueError:  # a quote is open: join the next line
             open_line = f"{open_line}\n" if BEGINS.match(open_line) else ""
             continue
         open_line = ""
@@ -128,17 +128,17 @@ def of_lines(lines):
 
 
 def of_words(words):
-    """The commands of a line, which `&&`, `|` and the like part."""
-    found, part = [], []
+    """Return the commands of a line, which `&&`, `|` and the like separate."""
+    found, current = [], []
     for word in [*words, "&&"]:
         if word in ("&&", "||", "|", ";", ">"):
-            found.append(tuple(part))
-            part = []
+            found.append(tuple(current))
+            current = []
         elif word != "...":
-            part += [] if not part and re.match(r"[A-Z_]+=", word) else [word]
+            current += [] if not current and re.match(r"[A-Z_]+=", word) else [word]  # no variable in front
     return [(Path(words[0]).name, *words[1:]) for words in found if is_command(words)]
 
 
 def is_command(words):
-    """Whether this is one of the programs that are known here, and no sentence or name that begins like it."""
+    """Return whether words start one of `PROGRAMS`, and are no mere mention of its name."""
     return bool(words) and Path(words[0]).name in PROGRAMS and (len(words) > 1 or words[0] == "pytest")

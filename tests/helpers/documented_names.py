@@ -1,4 +1,4 @@
-"""The names of Python that a page has between backticks, and where the page says that they come from."""
+"""The Python names that a page has between backticks, and the modules that the page imports them from."""
 
 import ast
 import builtins
@@ -16,7 +16,7 @@ FILES = (".py", ".md", ".yml", ".png", ".json", ".jsonl")
 
 
 def names_of(text):
-    """The names in a page's text: classes, what is called, and dotted names of the packages; no file, no keyword."""
+    """Return the names in a page's text: classes, called functions, and dotted names of the packages."""
     found = set()
     for span in SPAN.findall(FENCE.sub("", text)):
         if span.endswith(FILES):
@@ -40,30 +40,30 @@ def is_class(name):
 
 
 def imported_by(text):
-    """What the page's Python imports: each name with the module it is taken from."""
+    """Return the imports of a page's Python blocks: (module, name) by the local name."""
     blocks = [block for language, block in FENCE.findall(text) if language == "python"]
     nodes = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name: (node.module, alias.name) for node in nodes for alias in node.names}
 
 
 def is_there(dotted):
-    """Whether a dotted name is a module, or is found in one."""
+    """Return whether a dotted name is a module, or an attribute of one."""
     path = dotted.split(".")
     for n in range(len(path), 0, -1):
         try:
-            found = importlib.import_module(".".join(path[:n]))
+            value = importlib.import_module(".".join(path[:n]))
         except ModuleNotFoundError:
             continue
         for name in path[n:]:
-            if not hasattr(found, name):
+            if not hasattr(value, name):
                 return False
-            found = getattr(found, name)
+            value = getattr(value, name)
         return True
     return False
 
 
 def unknown_names(text, own=()):
-    """The names that neither the packages' roots nor an import of the page have, but for those that a reader gives."""
+    """Return the names that neither the packages' roots nor the page's imports define, without the reader's own."""
     imports = imported_by(text)
     roots = {*agents.__all__, *textenv.__all__}
 

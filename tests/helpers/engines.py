@@ -1,4 +1,4 @@
-"""Engines that write rollouts in the tests' own process."""
+"""Engines that write rollouts in the test process, and agents that use them."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ LANES, STEPS, LONGEST = 6, 8, 7
 
 
 class InProcess:
-    """What runs in the process of a `LocalEngine`, without the process; it keeps what it was asked."""
+    """The writer of a `LocalEngine` without its process; it keeps all requests."""
 
     def __init__(self, lm=None, vocab_size=33, autocast=None, n_rows=64, takes_weights=True, heat=1.0):
         self.writer = Writer(Setup(0, lm or tiny_config(), vocab_size, autocast, "cpu", n_rows))
@@ -31,27 +31,27 @@ class InProcess:
         return write(self.writer.lm, requests, self.heat * temperature, seed, self.writer.n_rows)
 
     def close(self):
-        """It holds nothing."""
+        """Do nothing: there is nothing to release."""
 
 
 class Scripted:
-    """Writes the same tokens with the same log-probabilities, whatever it is asked."""
+    """Answers every request with the same tokens and log-probabilities."""
 
     def __init__(self, tokens, log_probs):
         self.completion = Completion(np.array(tokens), np.array(log_probs, dtype=np.float32))
 
     def load_weights(self, weights):
-        """What it writes is fixed."""
+        """Ignore the weights: the answer is fixed."""
 
     def generate(self, requests, temperature, seed):
         return [self.completion] * len(requests)
 
     def close(self):
-        """It holds nothing."""
+        """Do nothing: there is nothing to release."""
 
 
 def often(number):
-    """Every so manyth token ends the text: episodes of all lengths."""
+    """Return env arguments by which every `number`-th token ends the text, so that episodes have all lengths."""
     return {"stop_ids": range(0, 33, number), "max_new_tokens": LONGEST}
 
 

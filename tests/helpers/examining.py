@@ -1,4 +1,4 @@
-"""What the doctor's tests share: a healthy agent, a broken model, and how a report is asked."""
+"""Helpers for the doctor's tests: a healthy agent, broken models, and reports of single checks."""
 
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +12,7 @@ LONG = {"prompts": ("abcdefgh", "ab", "cde"), "max_new_tokens": 4}
 
 
 class Broken:
-    """A spec of a model with something wrong in it."""
+    """A model spec whose `build` breaks the model by a given function."""
 
     def __init__(self, break_it, config=None):
         self.break_it, self.config = break_it, config
@@ -24,12 +24,12 @@ class Broken:
 
 
 def agent(lm=None, env=None, n_envs=8, **kwargs):
-    """What passes every check, unless told otherwise; its weights are large, so that nothing agrees by chance."""
+    """Return an agent that passes every check by default; its weights are large, so that nothing agrees by chance."""
     return tiny_agent(env or tiny_env(**LONG), n_envs=n_envs, lm=lm or tiny(), **{"learning_rate": 1e-3, **kwargs})
 
 
 def one(name, model, env=None):
-    """The report of one check of settings, or of the reward; `doctor.check` runs them all."""
+    """Return the report of a single check of settings or of the reward; `doctor.check` runs all checks."""
     subject = Subject(model.policy, env or model.get_env().env, model)
     (check,) = [check for check in doctor.SETTING_CHECKS if check.__name__ == f"check_{name}"]
     return Report(tuple(check(subject)))
@@ -40,9 +40,9 @@ def statuses(report, status):
 
 
 def assert_names(report, name, status, *words):
-    """The report names the check with that status, and says the words in measurement, cause or cure."""
-    found = [finding for finding in report.findings if finding.name == name and finding.status == status]
-    assert found, str(report)
-    assert found[0].cause and found[0].cure
+    """Assert that a report has a finding of that name and status, and the words in measurement, cause or cure."""
+    matching = [finding for finding in report.findings if finding.name == name and finding.status == status]
+    assert matching, str(report)
+    assert matching[0].cause and matching[0].cure
     for word in words:
-        assert any(word in str(finding) for finding in found), str(report)
+        assert any(word in str(finding) for finding in matching), str(report)

@@ -1,6 +1,6 @@
-"""Stand-ins for the libraries of `textenv.adapters`, shaped as their sources, for where they are not installed.
+"""Stand-ins for the libraries of `textenv.adapters`, modelled on their sources, for where they are not installed.
 
-The tests that play with them play with the libraries themselves where those are installed, and must see the same.
+Where a library is installed, the same tests play with the library itself and must get the same results.
 """
 
 import random
@@ -8,11 +8,11 @@ import re
 import types
 from dataclasses import dataclass, field
 
-GAME = -1  # who speaks for the game in TextArena
+GAME = -1  # the sender of the game's own messages in TextArena
 
 
 class ArenaState:
-    """As textarena.core.State: what each player has not seen yet, whose turn it is, and rewards at the end."""
+    """As textarena.core.State: each player's unread messages, the player to move, and rewards at the end."""
 
     def __init__(self, num_players, seed):
         if seed is not None:
@@ -115,7 +115,7 @@ class ArenaTicTacToe(ArenaGame):
 
 
 class ArenaWrapper:
-    """As textarena.Wrapper, and as its default one: it keeps what it saw through `reset`, and repeats it all."""
+    """As textarena.Wrapper, and as the default one: keeps all messages, even through `reset`, and repeats them."""
 
     def __init__(self, env):
         self.env, self.full = env, {}
@@ -193,7 +193,7 @@ class VerifiersReward:
 
 @dataclass
 class VerifiersTrace:
-    """As verifiers.v1.Trace, as far as a score needs it."""
+    """As verifiers.v1.Trace, with the fields that scoring uses."""
 
     task: object
     agent: object
@@ -211,7 +211,7 @@ class VerifiersTrace:
 
 
 class VerifiersTask:
-    """As verifiers.v1.Task: rewards are coroutines, found by their mark."""
+    """As verifiers.v1.Task: rewards are coroutines, found by an attribute that the decorator sets."""
 
     NEEDS_CONTAINER, config, key, hash = False, None, "key", "hash"
 

@@ -1,4 +1,4 @@
-"""What the tests of stores and of their page share."""
+"""A pair to rate and a visitor of the rating page, for the tests of feedback."""
 
 HERE = "http://127.0.0.1:8000"
 
@@ -8,7 +8,7 @@ def pair(store, prompt="It was", **options):
 
 
 def visit(store, rater="ann", **options):
-    """A browser on our page, as far as the server can tell."""
+    """Return a client that the server takes for a browser on its own page."""
     from starlette.testclient import TestClient
 
     from textenv.feedback import web

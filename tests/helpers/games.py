@@ -1,4 +1,4 @@
-"""Small games of turns for the tests, shaped as the adapters' are, and how tokens are written into them."""
+"""Small turn-based games with the interface of the adapters' games, and functions that play them."""
 
 import random
 import warnings
@@ -17,7 +17,7 @@ EOS = 0
 
 
 class Guess:
-    """A number from 1 to 9, drawn from the global generator as TextArena does; at most `max_turns` guesses."""
+    """Guess a number from 1 to 9 that the global generator draws, as in TextArena; at most `max_turns` guesses."""
 
     def __init__(self, max_turns=6):
         self.max_turns = max_turns
@@ -36,7 +36,7 @@ class Guess:
 
 
 class Noise:
-    """Draws from both global generators at every turn, and says what it drew; ends by chance."""
+    """Draws from both global generators at every turn, and replies with the numbers; ends at random."""
 
     def reset(self, *, seed):
         self.opened = f"{random.randrange(100)} {np.random.randint(100)} "
@@ -48,7 +48,7 @@ class Noise:
 
 
 def write(env, text):
-    """Write characters, "/" for the end token; return the results of the steps."""
+    """Step through a text's characters, "/" for the end token; return the results of the steps."""
     return [env.step(EOS if char == "/" else env.tokenizer.encode(char)[0]) for char in text]
 
 
@@ -62,20 +62,20 @@ def check_envs(make, max_new_tokens=600):
 
 
 def plays_the_same_again(make, turns, seed=3):
-    """Whether a game in lanes gives what it gives alone, though others play in between and seed globally."""
+    """Return whether a game in lanes is undisturbed by others that seed the global generators in between."""
 
     def play(disturb):
         game = TurnEnv(make, PRINTABLE, turn_tokens=8, max_new_tokens=2000, n_games=20)
         envs = TextVectorEnv(game, 2)
         envs.reset(options={"prompts": [{"seed": seed}, {"seed": seed + 1}]})
-        said = []
+        results = []
         for char in "".join(f"{turn}\0" for turn in turns):
             if disturb:
                 random.seed(0), np.random.seed(0)
             token = 0 if char == "\0" else PRINTABLE.encode(char)[0]
             observations, rewards, *_ = envs.step(np.array([token, token]))
-            said.append((observations[0].tolist(), rewards[0]))
-        return said
+            results.append((observations[0].tolist(), rewards[0]))
+        return results
 
     return play(False) == play(True)
 

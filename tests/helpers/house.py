@@ -1,4 +1,4 @@
-"""The rules of `tests/test_house.py`: the layers of both packages as data, and each rule as a function.
+"""The rules of `tests/test_house.py`: the layers of both packages as data, and one function per rule.
 
 A rule takes source files and returns a list of messages, one for each place that breaks it.
 """
@@ -68,7 +68,7 @@ Layers = tuple[tuple[str, ...], ...]
 
 
 class Source(NamedTuple):
-    """One file: its path below the root of the repository, its text and its syntax tree."""
+    """One file: its path from the root of the repository, its text and its syntax tree."""
 
     path: str
     text: str
@@ -85,12 +85,12 @@ class Source(NamedTuple):
 
     @property
     def room(self) -> str:
-        """The part of its package that the file belongs to: a folder, or the file itself."""
+        """The room that the file belongs to: a folder of its package, or the file itself."""
         return self.path.split("/")[1].removesuffix(".py")
 
     @property
     def package(self) -> str:
-        """The package that a relative import of level one starts from."""
+        """The package from which `from . import` of this file imports."""
         return self.module if self.path.endswith("__init__.py") else self.module.rpartition(".")[0]
 
 
@@ -115,11 +115,9 @@ def read(*folders: str) -> list[Source]:
 
 
 def imports(file: Source, nodes: Iterable[ast.AST] | None = None) -> list[Import]:
-    """List the imports of a file, also those in functions and under TYPE_CHECKING; relative ones are made absolute.
+    """List the imports of a file or of some nodes of its tree, those in functions and under TYPE_CHECKING included.
 
-    Args:
-        file: The file.
-        nodes: The nodes of its tree that are looked at; all by default.
+    Relative imports are made absolute.
     """
     statements = []
     for node in ast.walk(file.tree) if nodes is None else nodes:
@@ -127,7 +125,7 @@ def imports(file: Source, nodes: Iterable[ast.AST] | None = None) -> list[Import
             statements += [Import(node.lineno, alias.name, None, False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = file.package.split(".")
-            base = base[: len(base) - node.level + 1] if node.level else []
+            base = base[: len(base) - node.level + 1] if node.level else []  # `from .. import` drops one name
             module = ".".join([*base, *([node.module] if node.module else [])])
             statements += [Import(node.lineno, module, alias.name, node.level > 0) for alias in node.names]
     return statements
@@ -143,13 +141,13 @@ def forbidden_imports(files: list[Source], forbidden: set[str]) -> list[str]:
 
 
 def root_imports(files: list[Source]) -> list[str]:
-    """Find the imports of a package's own root from within it; the root, and what it loads late, may name modules."""
+    """Find the imports of a package's own root by a file of the package other than the root itself."""
     problems = []
     for file in files:
         for statement in imports(file):
             # `import textenv.env` binds the root as well
             binds = statement.name is None and statement.module.split(".")[0] == file.folder
-            if binds or (statement.module == file.folder and file.module not in (file.folder, f"{file.folder}.public")):
+            if binds or (statement.module == file.folder and file.module != file.folder):
                 problems.append(f"{file.path}:{statement.line}: imports its own package's root, {file.folder}")
     return problems
 
@@ -164,7 +162,7 @@ def absolute_imports(files: list[Source]) -> list[str]:
 
 
 def arrows(files: list[Source]) -> Iterator[tuple[Source, Source, str]]:
-    """Yield each import of one of the files by another: importer, imported, and the place as a message starts."""
+    """Yield each import of one file by another: the importer, the imported file, and the start of a message."""
     by_module = {file.module: file for file in files}
     for file in files:
         for statement in imports(file):
@@ -198,10 +196,10 @@ def upward_imports(files: list[Source], layers: Layers) -> list[str]:
 
 
 def wrong_rooms(files: list[Source], layers: Layers) -> list[str]:
-    """Find the rooms of a package that its layers do not name, and the names that stand for no room."""
-    named, there = {room for rooms in layers for room in rooms}, {file.room for file in files}
-    return [f"{room}: a room in no layer" for room in sorted(there - named)] + [
-        f"{room}: named in a layer, and not there" for room in sorted(named - there)
+    """Find the rooms of a package that are in no layer, and the names in layers that are no rooms."""
+    named, existing = {room for rooms in layers for room in rooms}, {file.room for file in files}
+    return [f"{room}: a room in no layer" for room in sorted(existing - named)] + [
+        f"{room}: named in a layer, and not there" for room in sorted(named - existing)
     ]
 
 
@@ -253,7 +251,7 @@ def loaded_by(module: str, root: Path) -> set[str]:
     """Name the top-level packages outside the standard library that a fresh interpreter loads for the module."""
     code = (
         f"import sys; sys.path.insert(0, {str(root)!r}); before = set(sys.modules); import {module}; "
-        # without a spec: entries that compiled extensions put there, which no import statement names
+        # Entries without a spec are put there by compiled extensions, not by an import statement.
         "print(*{name.split('.')[0] for name in set(sys.modules) - before if vars(sys.modules[name]).get('__spec__')})"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)

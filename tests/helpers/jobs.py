@@ -1,4 +1,4 @@
-"""What the tests of several processes run in each of them."""
+"""Jobs: functions that the tests of several processes run in each process, by name."""
 
 import errno
 import io
@@ -55,7 +55,7 @@ torch.set_num_threads(1)
 N_LANES = 8
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PROMPTS = [LETTERS[i % 26] + LETTERS[(7 * i) % 26] * (i % 5) for i in range(40)]
-GROUP_OF_LANE = np.array([0, 0, 0, 1, 0, 1, 1, 1])  # with 2 or 4 processes other numbers in each, and in some none
+GROUP_OF_LANE = np.array([0, 0, 0, 1, 0, 1, 1, 1])  # of 8 / size lanes a process: sizes differ, some are 0
 
 
 def rank_and_size():
@@ -63,24 +63,25 @@ def rank_and_size():
 
 
 def uneven(prompt, preds, done):
-    """A reward that differs a lot from prompt to prompt, so that a process's own statistics are not those of all."""
+    """Reward prompts very differently, so that the statistics of one process differ from those of all."""
     return (sum(preds.ids) / 40 + 3.0 * (prompt.number % 2) + 0.2 * prompt.number) if done else 0.0
 
 
 def uneven_or_dropped(prompt, preds, done):
-    """The same, with no score for some prompts: more of them in one process than in another."""
+    """Reward as `uneven` does, but drop the episodes of some prompts: more in one process than in another."""
     return DROPPED if done and prompt.number % 5 == 2 else uneven(prompt, preds, done)
 
 
 def choose_by_row():
-    """Make the next token a function of the row alone, never the end token: the same data in however many processes."""
-    if LMActorCritic.act.__name__ == "scripted_act":
+    """Patch sampling: each token depends on its row alone and never ends the text, so any number of processes agree."""
+    if LMActorCritic.act.__name__ == "scripted_act":  # patched by an earlier job of this process
         return
     chosen, act = [], LMActorCritic.act
 
     def scripted_act(self, observations, *args, **kwargs):
-        places = torch.arange(observations.shape[1]) + 3
-        chosen[:] = [(observations.clamp(min=0) * places).sum(dim=1) % 31 + 1]
+        weights = torch.arange(observations.shape[1]) + 3
+        # tokens 1 to 31 of 33: token 0 ends the text
+        chosen[:] = [(observations.clamp(min=0) * weights).sum(dim=1) % 31 + 1]
         return act(self, observations, *args, **kwargs)
 
     LMActorCritic.act = scripted_act
@@ -88,14 +89,14 @@ def choose_by_row():
 
 
 def group_by_lane(counts, n_groups, rng):
-    """Deal the sequences of a rollout, one a lane, by the lanes of one process that all the processes' stand for."""
+    """Assign this process's sequences, one per lane, to minibatches by `GROUP_OF_LANE` of their global lane."""
     rank, size = rank_and_size()
     group = GROUP_OF_LANE[np.arange(len(counts)) * size + rank]
     return [np.flatnonzero(group == number) for number in range(n_groups)]
 
 
 def switch_off(name):
-    """Leave out one of the things on which the processes agree."""
+    """Disable one of the exchanges between the processes, so that their results differ from those of one process."""
     alone = lambda what, value: [value]  # noqa: E731
     if name == "weights":
         evaluate = SharedGradient.evaluate
@@ -121,7 +122,7 @@ def switch_off(name):
 
 
 def scripted_updates(n_minibatches, off=None, reward="uneven", steps=(), env_kwargs=None, **kwargs):
-    """Three rollouts and their updates; returns the weights afterwards, and figures on which all agree."""
+    """Run three rollouts and their updates; return the weights afterwards, and figures that all processes share."""
     choose_by_row()
     switch_off(off)
     if n_minibatches > 1:
@@ -141,18 +142,18 @@ def scripted_updates(n_minibatches, off=None, reward="uneven", steps=(), env_kwa
 
 
 def weights_of(model):
-    """The weights, each whole: all processes call it."""
+    """Return all weights, gathered from their shards. A collective operation: every process must call it."""
     with released(model.policy.lm):
-        weights = {name: whole(weight.detach()) for name, weight in model.policy.named_parameters()}
+        weights = {name: gathered(weight.detach()) for name, weight in model.policy.named_parameters()}
     return {name: weight.numpy().copy() for name, weight in weights.items()}
 
 
-def whole(weight):
+def gathered(weight):
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def options():
-    """The options that touch the update, each as arguments of `scripted_updates`."""
+    """Return the options that touch the update, each as arguments of `scripted_updates`."""
     head = {"value_norm": None}
     return {
         "dropped": {"reward": "uneven_or_dropped", "steps": [DropEpisodes()]},
@@ -181,12 +182,12 @@ def options():
 
 
 def every_option():
-    """What `scripted_updates` returns with each of `options`."""
+    """Run `scripted_updates` with each of `options`; return the results by the option's name."""
     return {name: scripted_updates(1, **kwargs) for name, kwargs in options().items()}
 
 
 def sharded_updates(shards, names=("plain",)):
-    """What `scripted_updates` returns with each of some options, sharded in each of some ways."""
+    """Run `scripted_updates` with each option under each sharding; return the results by (option, sharding)."""
     results = {}
     for name in names:
         for way, shard in shards.items():
@@ -196,12 +197,12 @@ def sharded_updates(shards, names=("plain",)):
     return results
 
 
-def what_is_kept(shard):
-    """The shares of weights, gradients and optimizer that a process keeps, and the logits that it then samples by."""
+def kept_shares(shard):
+    """Return the shares of weights, gradients and optimizer moments that a process keeps, and `is_gathered` after."""
     model = tiny_agent(policy_kwargs={"shard": shard, "lm": tiny_config(n_embd=32)}, n_envs=8)
     kept, step = [], model.policy.optimizer.step
 
-    def noted(*args):
+    def step_and_measure(*args):
         result = step(*args)
         weights = list(model.policy.parameters())
         moments = [state["exp_avg"] for state in model.policy.optimizer.state.values()]
@@ -210,13 +211,13 @@ def what_is_kept(shard):
             kept.append(sum(local(tensor).numel() for tensor in tensors) / sum(tensor.numel() for tensor in tensors))
         return result
 
-    model.policy.optimizer.step = noted
+    model.policy.optimizer.step = step_and_measure
     model.learn(32)
     return kept[:3], model.policy.lm.shards.is_gathered
 
 
 def shared_agent(n_prompts=200, **kwargs):
-    """An agent of 8 lanes whose segments wait for the end of their episode, and the numbers of prompts it is given."""
+    """Return an agent of 8 lanes that trains complete episodes only, and a growing list of its prompts' numbers."""
     prompts = [LETTERS[i % 26] + LETTERS[i // 26] for i in range(n_prompts)]
     env = tiny_env(uneven, prompts, score_at="done")
     model = tiny_agent(
@@ -232,17 +233,17 @@ def shared_agent(n_prompts=200, **kwargs):
     dealer, numbers = model.get_env().lanes.dealer, []
     deal = dealer.deal
 
-    def noted():
+    def deal_and_note():
         prompt, group = deal()
         numbers.append(prompt.number)
         return prompt, group
 
-    dealer.deal = noted
+    dealer.deal = deal_and_note
     return model, numbers
 
 
-def part_of_a_run(folder, n_iterations, load=None, save=None, shard=None):
-    """Go on from a checkpoint for some iterations and save again; returns weights, figures and the prompts dealt."""
+def run_between_checkpoints(folder, n_iterations, load=None, save=None, shard=None):
+    """Load, train and save; return the weights, figures before and after, prompt numbers and checkpoint warnings."""
     model, numbers = shared_agent(policy_kwargs={"shard": shard})
     penalty = KLPenalty(AdaptiveCoef(init=0.5, target=0.01, horizon=20))
     with warnings.catch_warnings(record=True) as caught:
@@ -257,8 +258,8 @@ def part_of_a_run(folder, n_iterations, load=None, save=None, shard=None):
         save_checkpoint(model, folder / save)
     weights = weights_of(model)
     after = {"coef": penalty.coef, "tokens": model.num_timesteps, "weights": sum_of_weights(model)}
-    said = [str(one.message) for one in caught if "checkpoint" in str(one.message)]
-    return weights, before, after, numbers, said
+    messages = [str(warning.message) for warning in caught if "checkpoint" in str(warning.message)]
+    return weights, before, after, numbers, messages
 
 
 def sum_of_weights(model):
@@ -266,7 +267,7 @@ def sum_of_weights(model):
 
 
 class Rows(KVWriter):
-    """Keeps what is logged."""
+    """Keeps each row that is logged, with its step."""
 
     def __init__(self):
         self.rows = []
@@ -279,7 +280,7 @@ class Rows(KVWriter):
 
 
 class RecordRank(BaseCallback):
-    """Logs a figure that differs between processes, and one that rank 1 alone has."""
+    """Logs a figure that differs between processes, and figures that only the last process has."""
 
     def _on_step(self):
         return True
@@ -293,7 +294,7 @@ class RecordRank(BaseCallback):
 
 
 def logged_run(folder, shard=None):
-    """A run that evaluates, shows, saves, draws and stops early; what each process saw of it."""
+    """Train with callbacks that evaluate, show, save, draw and stop early; return what this process saw."""
     model, numbers = shared_agent(learning_rate=0.0, policy_kwargs={"shard": shard})
     rows, console = Rows(), Console(file=io.StringIO())
     model.set_logger(Logger(None, [rows]))
@@ -314,7 +315,7 @@ def logged_run(folder, shard=None):
 
 
 def measured_run(folder, shard):
-    """A run that ends after an update, evaluates against its reference, shows and saves; figures and what is kept."""
+    """Train with a reference, samples and checkpoints; return evaluations, number of tables and weights."""
     model, _ = shared_agent(policy_kwargs={"shard": shard})
     penalty, console = KLPenalty(0.05), Console(file=io.StringIO())
     evaluate = Evaluate(["ab"], TOKENIZER, every=48, reward=uneven, reference=penalty, max_new_tokens=4)
@@ -324,7 +325,7 @@ def measured_run(folder, shard):
 
 
 def unwritable(folder, shard):
-    """Save where one process cannot write; what is raised."""
+    """Save a checkpoint where rank 1 cannot write; return the number and the text of the error that is raised."""
     model, _ = shared_agent(policy_kwargs={"shard": shard})
     model.learn(48)
     save_checkpoint(model, folder / "saved")
@@ -341,8 +342,8 @@ def full_disk(self, plan, planner):
 
 
 def unseeded():
-    """Two agents without a seed: their first weights, prompts and samples."""
-    torch.manual_seed(10 + rank_and_size()[0])  # of the server that the processes come from all have the same
+    """Train an agent without a seed; return the sum of its first weights, its prompts and its tokens."""
+    torch.manual_seed(10 + rank_and_size()[0])  # forked processes inherit one state; started ones do not
     model, numbers = shared_agent(seed=None)
     first = sum_of_weights(model)
     model.learn(48)
@@ -354,7 +355,7 @@ def likes_a(prompt, preds, done):
 
 
 def learn_a(learning_rate, seed=0):
-    """The first and last mean rewards of an agent that is paid for the letter a; None where nothing is logged."""
+    """Reward the letter a; return the first and last mean rewards, or None in a process that logs nothing."""
     env = tiny_env(likes_a, PROMPTS, score_at="done", max_new_tokens=8)
     model = tiny_agent(env, n_envs=16, n_epochs=4, batch_size=64, learning_rate=learning_rate, seed=seed)
     rows = Rows()
@@ -364,8 +365,8 @@ def learn_a(learning_rate, seed=0):
     return (rewards[0], np.mean(rewards[-3:])) if rewards else None
 
 
-def beside():
-    """The doctor, warnings, NLPO, a critic of its own and prompts by priority, in a natural run; the prompts drawn."""
+def extras_together():
+    """Train with doctor, warnings, NLPO, a separate critic and priority sampling; return what all processes share."""
     env = tiny_env(uneven, PROMPTS, score_at="done", order=PrioritySampling("spread"))
     kwargs = {"top_p": 0.9, "top_p_lag": 2, "critic": SeparateCritic(tiny_config())}
     with warnings.catch_warnings():
@@ -377,8 +378,8 @@ def beside():
 
 
 def remote_rank(folder, addresses, key_file):
-    """Train a model whose blocks a third process holds, with a connection of this rank's own."""
-    from tests.helpers.remote import Remote  # not in all processes: it adds to `sys.path`
+    """Train a model whose blocks a third process serves, over a connection of this rank's own."""
+    from tests.helpers.remote import Remote  # only in this job: the import extends `sys.path`
 
     model = tiny_agent(n_envs=4, lm=Remote(folder, [], addresses, key_file).spec())
     model.learn(3 * 16)

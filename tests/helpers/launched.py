@@ -1,4 +1,4 @@
-"""A script that a launcher starts: `torchrun launched.py JOB FOLDER ARGUMENT`; what JOB returns goes to FOLDER."""
+"""The script of launchers, `torchrun launched.py JOB FOLDER ARGUMENT`: pickles the result of JOB into FOLDER."""
 
 import pickle
 import sys

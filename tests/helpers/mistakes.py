@@ -1,4 +1,4 @@
-"""What the tests of several processes run in each of them, where something is wrong or goes wrong."""
+"""Jobs for several processes in which a setting is wrong or something goes wrong."""
 
 import os
 import signal
@@ -25,11 +25,12 @@ from tests.helpers.jobs import N_LANES, PROMPTS, rank_and_size, shared_agent, un
 from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import tiny_agent, tiny_config, tiny_env
 
+# Policies that cannot be sharded, by the name of the case.
 UNSHARDED = {"NLPO": {"top_p": 0.9, "top_p_lag": 2}, "popart": {"value_norm": "popart"}}
 
 
 def refused(case):
-    """Build what several processes cannot train; the error comes from building or learning."""
+    """Build, and where needed train, what several processes must refuse; raises the refusal."""
     collectives.ANSWER_SECONDS = 1.0
     env = tiny_env(uneven, PROMPTS, score_at="done")
     if case == "lanes":
@@ -66,7 +67,7 @@ def refused(case):
 
 
 def refusals(cases):
-    """What `refused` returns or raises in each case."""
+    """Run `refused` for each case; return its result or its error by the case's name."""
     results = {}
     for case in cases:
         try:
@@ -96,14 +97,14 @@ def by_hand(env):
 
 
 def join_as_initialised():
-    """Meet in a process group that the script has made."""
+    """Join a process group that the script itself has initialised."""
     rank, size = rank_and_size()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     return collectives.gather("ranks", rank), collectives.from_main("a rank", rank)
 
 
 def leave_late(seconds):
-    """Leave the others, rank 1 after some seconds; when that was done, by the clock that all processes share."""
+    """Leave the group, rank 1 only after some seconds; return the monotonic time, which all processes share."""
     here = world.world()
     if here.rank == 1:
         time.sleep(seconds)
@@ -112,7 +113,7 @@ def leave_late(seconds):
 
 
 def join(seconds):
-    """Meet the others within some seconds."""
+    """Join the other processes within some seconds; return rank, size and seed."""
     world.JOIN_SECONDS = seconds
     here = world.world()
     return here.rank, here.size, here.seed
@@ -125,11 +126,11 @@ def killed(where, folder, n_iterations=4, shard=None):
     checkpoint = latest_checkpoint(folder)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
-    done, iteration = model.num_timesteps, 2 * N_LANES * model.n_steps
+    done, two_iterations = model.num_timesteps, 2 * N_LANES * model.n_steps
     is_victim = rank_and_size()[0] == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
     def kill(*args):
-        if model.num_timesteps >= iteration:
+        if model.num_timesteps >= two_iterations:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if is_victim and where == "update":

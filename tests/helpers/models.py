@@ -1,4 +1,4 @@
-"""Tiny random language models of every family that the tests run, and what is built from them."""
+"""Tiny random language models of every tested family, and the policies and algorithms built from them."""
 
 from typing import Any
 
@@ -58,10 +58,10 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
-    # Logits are not the output embeddings of the hidden states: a soft cap, a scale.
+    # Their logits are more than hidden states times output embeddings: gemma2 adds a soft cap, cohere a scale.
     "gemma2": (Gemma2Config, {**GATED, "head_dim": 8, "sliding_window": WINDOW, "final_logit_softcapping": 2.0}),
     "cohere": (CohereConfig, {**GATED, "logit_scale": 0.5}),
-    # No keys and values.
+    # A state-space model: it has no keys and values to cache.
     "mamba": (MambaConfig, {"num_hidden_layers": 2, "hidden_size": 16, "state_size": 4}),
 }
 CACHED = [name for name in FAMILIES if name != "mamba"]
@@ -69,25 +69,25 @@ NON_LINEAR = ("gemma2", "cohere")
 
 
 def few(values, n):
-    """The values as parameters of a test: the first n of them in the default suite, all of them in the slow one."""
+    """Return the values as test parameters: the first n in the default suite, the others in the slow one."""
     listed = list(values)
     return [*listed[:n], *(pytest.param(value, marks=pytest.mark.slow) for value in listed[n:])]
 
 
 def seldom(values, n=1):
-    """The values as parameters of a test: the first n of them in the slow suite, the others by `pytest -m long`."""
+    """Return the values as test parameters: the first n in the slow suite, the others only with `pytest -m long`."""
     marks = {True: pytest.mark.slow, False: pytest.mark.long}
     return [pytest.param(value, marks=marks[i < n]) for i, value in enumerate(values)]
 
 
 def tiny(family: str = "gpt2", **overrides: Any) -> PreTrainedConfig:
-    """The config of a model of two layers; its weights are large, so that logits differ clearly."""
+    """Return the config of a two-layer model with large weights, so that logits differ clearly."""
     cls, options = FAMILIES[family]
     return cls(**{"initializer_range": 0.3, **COMMON, **options, **overrides})
 
 
 def make_policy(config: Any = None, length: int = LENGTH, seed: int = 0, **kwargs: Any) -> LMPolicy:
-    """A policy for observations of `length` columns, in evaluation mode; its value head is not zero."""
+    """Return a policy for observations (B, `length`), in evaluation mode and with a random value head."""
     torch.manual_seed(seed)
     space = spaces.Box(SEPARATOR, N_TOKENS - 1, (length,), np.int64)
     lm = tiny() if config is None else config
@@ -98,7 +98,7 @@ def make_policy(config: Any = None, length: int = LENGTH, seed: int = 0, **kwarg
 
 
 def randomise_critic(policy: LMPolicy) -> None:
-    """Take the value head away from zero, where all values would agree whatever they are read from."""
+    """Randomise the value head: at its initial zero, all values would agree whatever they are read from."""
     torch.nn.init.normal_(policy.lm.critic.linear.weight, generator=torch.Generator().manual_seed(5))
 
 
@@ -129,7 +129,7 @@ def make_ppo(
     policy_class: Any = LMPolicy,
     **kwargs: Any,
 ) -> Any:
-    """PPO (or another algorithm) on a tiny model; one minibatch a rollout and SGD unless told otherwise."""
+    """Return PPO (or another algorithm) on a tiny model; by default SGD with one minibatch per rollout."""
     env = env or TextEnv(prompts, CharTokenizer(), reward=reward, max_new_tokens=max_new_tokens)
     if algorithm is PPO:
         kwargs = {"batch_size": n_steps * n_envs, "n_epochs": 1, "normalize_advantage": False, **kwargs}
@@ -152,7 +152,7 @@ def make_ppo(
 
 
 def collect(model: Any, *callbacks: Any) -> Any:
-    """One rollout without training; returns the buffer."""
+    """Collect one rollout as `OnPolicyAlgorithm.learn` of SB3 does, without training; return the buffer."""
     _, callback = model._setup_learn(model.n_steps * model.n_envs, CallbackList(list(callbacks)))
     callback.on_training_start({}, {})
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
@@ -160,7 +160,7 @@ def collect(model: Any, *callbacks: Any) -> Any:
 
 
 def log_ratios(model: Any, buffer: SequenceRolloutBuffer) -> np.ndarray:
-    """log pi_now - log pi_sampled of every transition of the rollout."""
+    """Return log pi_now - log pi_sampled of every transition of the rollout, (N,)."""
     view = buffer.view()
     with torch.no_grad():
         now = model.policy.lm.log_probs(view.batch, view.actions).numpy()
@@ -168,7 +168,7 @@ def log_ratios(model: Any, buffer: SequenceRolloutBuffer) -> np.ndarray:
 
 
 class CheckRatio(RolloutStep):
-    """Keeps the largest |log ratio| of each rollout, before any optimizer step on it; invariant A1 wants zero."""
+    """Keeps the largest |log ratio| of each rollout before any optimizer step; by invariant A1 it is zero."""
 
     key = "CheckRatio"
 
@@ -181,7 +181,7 @@ class CheckRatio(RolloutStep):
 
 
 def observe(rows: list[tuple[list[int], list[int]]], length: int = LENGTH) -> torch.Tensor:
-    """Observations of (prompt, tokens since), (B, length)."""
+    """Return observations (B, length) of pairs of prompt tokens and tokens written since."""
     observations = np.full((len(rows), length), PADDING, dtype=np.int64)
     for observation, (prompt, since) in zip(observations, rows):
         tokens = [*prompt, SEPARATOR, *since]

@@ -1,4 +1,4 @@
-"""The tests that a page of the documentation names, looked up by the name of their file wherever it lies."""
+"""The tests that a documentation page names, looked up by file name in every folder of tests/."""
 
 import re
 
@@ -8,17 +8,17 @@ NAMED_TEST = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
 def table_rows(page):
-    """The rows of a page's tables, without their headers."""
+    """Return the rows of a page's tables, without their headers."""
     lines = page.splitlines()
     return [
         line
-        for line, after in zip(lines, [*lines[1:], ""], strict=True)
-        if line.startswith("| ") and not after.startswith("|---")
+        for line, next_line in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("| ") and not next_line.startswith("|---")
     ]
 
 
 def absent_tests(page):
-    """The tests that a page names and that no file below tests/ has."""
+    """Return the tests that a page names and that no file in tests/ defines."""
     return [f"{file}::{name}" for file, name in NAMED_TEST.findall(page) if not _is_defined(file, name)]
 
 

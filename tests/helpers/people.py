@@ -1,4 +1,4 @@
-"""People who are none: raters with a known taste, who answer what a real store asks."""
+"""Simulated raters with a known taste, who answer the questions of a real store."""
 
 import threading
 
@@ -8,15 +8,15 @@ from textenv import demo
 
 
 def mood(text):
-    """The taste: the share of positive mood words."""
+    """Return the taste: the share of positive words among a text's mood words."""
     return demo.score(text)
 
 
 class Rater:
-    """Answers as its taste says, with noise; or at random.
+    """Ranks, compares and scores texts by its taste with noise, or at random.
 
-    A ranking follows the taste with Gumbel noise of deviation 1.28 / `care` on it (the Plackett-Luce model), a score is
-    the taste on the scale with normal noise of a tenth of it, rounded to a quarter.
+    A ranking sorts by taste plus Gumbel noise of standard deviation 1.28 / `care` (the Plackett-Luce model). A score
+    is the taste mapped to the scale, plus normal noise of a tenth of the scale, rounded to a quarter.
     """
 
     def __init__(self, store, name="ann", care=6.0, is_random=False, seed=0):
@@ -50,7 +50,7 @@ class Rater:
 
 
 class Crowd(threading.Thread):
-    """A rater at work in a thread of its own, until it is told to stop."""
+    """A rater that answers in a thread of its own until the `with` block ends."""
 
     def __init__(self, rater):
         super().__init__(daemon=True)

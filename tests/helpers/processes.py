@@ -1,4 +1,4 @@
-"""Runs a function in several processes that train together, as a launcher would start them."""
+"""Functions that run a job in several processes which train together, as a launcher starts them."""
 
 import multiprocessing
 import os
@@ -12,7 +12,8 @@ from agents.distributed import world
 from tests.helpers import jobs, mistakes
 from tests.helpers.command import ROOT
 
-# Children are forked from a server that has imported everything once, and never ran a backward pass.
+# Children are forked from a server that has imported everything once and has never run a backward pass: the threads
+# that a backward pass starts do not survive a fork.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.jobs", "tests.helpers.mistakes"])
 
@@ -24,19 +25,19 @@ def free_port():
 
 
 def launch(size, job, *args, environments=None, timeout=60):
-    """Run a function of `tests.helpers.jobs` or `.mistakes` in each process; return the results by rank, or raise."""
+    """Run a function of `tests.helpers.jobs` or `.mistakes` in each process; return results and errors by rank."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):
-        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "RANK": str(rank)}
         if size == 1:
-            names = {}
-        names |= {"LOCAL_RANK": str(rank), **((environments or {}).get(rank, {}))}
-        mine, theirs = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_child, args=(theirs, names, job, args), daemon=True)
+            variables = {}  # as for a script that no launcher started
+        variables |= {"LOCAL_RANK": str(rank), **((environments or {}).get(rank, {}))}
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_child, args=(sender, variables, job, args), daemon=True)
         process.start()
-        theirs.close()
-        pipes.append(mine)
+        sender.close()  # or a killed child's pipe would never end here
+        pipes.append(receiver)
         processes.append(process)
     results = []
     for rank, pipe in enumerate(pipes):
@@ -52,7 +53,7 @@ def launch(size, job, *args, environments=None, timeout=60):
 
 
 def train(size, job, *args, **kwargs):
-    """As `launch`, where no process may fail."""
+    """Run a job as `launch` does, and raise the first error of any process."""
     results = launch(size, job, *args, **kwargs)
     for result in results:
         if isinstance(result, BaseException):
@@ -61,12 +62,12 @@ def train(size, job, *args, **kwargs):
 
 
 def torchrun(folder, *words, options=()):
-    """Two processes of `tests/helpers/launched.py`; the finished process and the seconds it took."""
+    """Run two processes of `launched.py` by torchrun; return the finished launcher and the seconds it took."""
     return run_script(folder, *words, options=["torch.distributed.run", "--nproc_per_node=2", *options])
 
 
 def accelerate(folder, *words, options=()):
-    """As `torchrun`, by `accelerate launch`."""
+    """Run two processes of `launched.py` by `accelerate launch`; return what `torchrun` returns."""
     quiet = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     return run_script(folder, *words, options=["accelerate.commands.launch", "--num_processes=2", *quiet, *options])
 
@@ -91,8 +92,8 @@ def run_script(folder, *words, options):
     return done, time.monotonic() - start
 
 
-def _child(pipe, names, job, args):
-    os.environ.update(names)
+def _child(pipe, variables, job, args):
+    os.environ.update(variables)
     try:
         result = (vars(jobs).get(job) or vars(mistakes)[job])(*args)
     except BaseException as error:
@@ -100,8 +101,8 @@ def _child(pipe, names, job, args):
         result = error
     try:
         pipe.send(result)
-    except Exception:
+    except Exception:  # the result cannot be pickled
         pipe.send(RuntimeError(f"{type(result).__name__}: {result}"))
     here = world._joined
-    if here is not None:  # as at the end of a script: processes of multiprocessing have no atexit
+    if here is not None:  # what atexit does at the end of a script; processes of multiprocessing skip atexit
         world.leave(here.store, here.rank, here.size)

@@ -1,4 +1,4 @@
-"""A tiny model whose blocks are served by threads of the test's own process, over real sockets; the same one whole."""
+"""A tiny model whose blocks threads of the test process serve over real sockets, and the same model in one piece."""
 
 import sys
 import threading
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers.command import ROOT
 from tests.helpers.models import N_TOKENS, tiny
 
-sys.path.insert(0, str(ROOT / "examples"))  # as for a script
+sys.path.insert(0, str(ROOT / "examples"))  # Python does so for scripts of that folder
 
 import remote_blocks
 import remote_chain
@@ -74,7 +74,7 @@ def listen(host, key=KEY, **kwargs) -> Listener:
 
 
 def save(folder: Path, family: str = "bloom", config=None, dtype=torch.float32, **overrides) -> Path:
-    """Save a tiny model of four blocks, of a family or a config."""
+    """Save a tiny model of four blocks, built from a family's config or the given one."""
     torch.manual_seed(0)
     layers = "n_layer" if family in ("bloom", "gpt2") else "num_hidden_layers"
     config = config or tiny(family, **{layers: N_BLOCKS}, **overrides)
@@ -84,24 +84,24 @@ def save(folder: Path, family: str = "bloom", config=None, dtype=torch.float32, 
 
 @contextmanager
 def served(folder: Path, family: str = "bloom", **kwargs):
-    """A model of four blocks, of which one server has three and another the last."""
+    """Serve a model of four blocks: one server has the first three, another the last."""
     save(folder / "model", family, **kwargs)
     (folder / "key").write_bytes(KEY)
     hosts = [Blocks(folder / "model", 0, 3), Blocks(folder / "model", 3, 4)]
     listeners = [listen(host) for host in hosts]
-    addresses = tuple(listener.address for listener in reversed(listeners))  # in any order
+    addresses = tuple(listener.address for listener in reversed(listeners))  # the order of addresses must not matter
     yield Remote(folder / "model", hosts, addresses, folder / "key")
     for listener in listeners:
         listener.close()
 
 
 def blocks_of_all(remote: Remote) -> list[torch.Tensor]:
-    """Copies of all weights that the servers have."""
+    """Return copies of all weights that the servers hold."""
     return [weight.detach().clone() for host in remote.hosts for weight in host.trunk.parameters()]
 
 
 class Whole(nn.Module):
-    """The slow twin of a `RemoteLM`: the same model in one process, with the same virtual tokens and head, no cache."""
+    """The slow reference for a `RemoteLM`: one process, the same virtual tokens and head, no cache."""
 
     is_encoder_decoder = False
     takes_cache = True
@@ -119,7 +119,7 @@ class Whole(nn.Module):
         return self.virtual.device
 
     def check_length(self, n_tokens, n_written=0):
-        """Any will do."""
+        """Accept any length."""
 
     def forward(self, ids, rows, cols):
         hidden, _ = self.read(ids, rows, cols)
@@ -127,6 +127,7 @@ class Whole(nn.Module):
 
     def read(self, ids, rows, cols):
         embedded = self.model.get_input_embeddings()(ids)
+        # (n_virtual, H) -> (B, n_virtual, H) in front of (B, L, H)
         embedded = torch.cat([self.virtual.expand(len(ids), -1, -1), embedded], dim=1)
         hidden = self.model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return hidden[rows, cols + len(self.virtual)], None
@@ -135,33 +136,35 @@ class Whole(nn.Module):
         return self.head(hidden)[:, : self.vocab_size]
 
     def new_cache(self):
-        """A row is read whole."""
+        """Return no cache: every row is read in full."""
 
 
 def rows_of(lengths, width, seed=0):
-    """Right-padded tokens (B, width), with tokens in the padding too."""
+    """Return random tokens (B, width): those behind a row's length are padding, which must not matter."""
     rng = np.random.default_rng(seed)
     return torch.as_tensor(rng.integers(0, N_TOKENS, (len(lengths), width)))
 
 
 def decode(lm, seed, n_steps):
-    """Rows that go on, are refilled, stay as they are or are cut, at random; the largest difference to full reads."""
+    """Decode rows that grow, stay, or are replaced at random; return the largest difference from full reads."""
     rng = np.random.default_rng(seed)
     n_rows, width = 6, 24
     ids = torch.as_tensor(rng.integers(0, N_TOKENS, (n_rows, width)))
     lengths = torch.as_tensor(rng.integers(0, 5, n_rows))
-    cache, off = lm.new_cache(), 0.0
+    cache, largest = lm.new_cache(), 0.0
     for _ in range(n_steps):
         with torch.no_grad():
             hidden, logits = cache.read(ids, lengths)
             expected = lm(ids, torch.arange(n_rows), lengths.clamp(min=1) - 1)
-        off = max(off, *(float((a - b).abs().max()) for a, b in zip((hidden, logits), expected)))
+        largest = max(largest, *(float((a - b).abs().max()) for a, b in zip((hidden, logits), expected)))
         ids, lengths = ids.clone(), lengths.clone()
         for row in range(n_rows):
             choice = rng.random()
-            if choice < 0.15 or lengths[row] + 1 >= width:  # another row, perhaps as long as the old one would be
+            if (
+                choice < 0.15 or lengths[row] + 1 >= width
+            ):  # another text, sometimes exactly as long as the old one would be
                 ids[row] = torch.as_tensor(rng.integers(0, N_TOKENS, width))
                 lengths[row] = int(lengths[row] + 1) % 8 if choice < 0.05 else int(rng.integers(0, 7))
             elif choice < 0.9:
                 lengths[row] += 1
-    return off
+    return largest

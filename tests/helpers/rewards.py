@@ -1,4 +1,4 @@
-"""What the tests of rewards share: rows of prompts and texts."""
+"""Rows of prompts and texts for the tests of rewards, and their checked scores."""
 
 from textenv import CharTokenizer, Preds, Prompt
 from textenv.episodes.scores import check_rewards
@@ -12,12 +12,12 @@ def preds_of(text, **kwargs):
 
 
 def rows(texts, prompts=None, references=(), row=None):
-    """Prompts, completions and dones of finished rows."""
+    """Return the prompts, completions and `done` flags of finished rows."""
     prompts = prompts or ["p "] * len(texts)
     return [Prompt(p, references=references, row=row) for p in prompts], list(map(preds_of, texts)), [True] * len(texts)
 
 
 def scores(reward, texts, **kwargs):
-    """The checked values of a batch."""
+    """Score texts as one batch; return the checked values."""
     prompts, preds, dones = rows(texts, **kwargs)
-    return [one.value for one in check_rewards(reward.score(prompts, preds, dones), prompts, preds)]
+    return [score.value for score in check_rewards(reward.score(prompts, preds, dones), prompts, preds)]

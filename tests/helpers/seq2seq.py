@@ -1,4 +1,4 @@
-"""Tiny random encoder-decoders, and their logits by their own forward."""
+"""Tiny random encoder-decoders, and the logits that their plain Transformers forward gives."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ BART = {
 }
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "t5": (T5Config, T5),  # tied, so that its logits are scaled
+    "t5": (T5Config, T5),  # tied embeddings, for which T5 scales its logits
     "t5 untied": (T5Config, {**T5, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
     "bart": (BartConfig, BART),
     "marian": (MarianConfig, {**BART, "decoder_vocab_size": N_ROWS}),  # sinusoidal positions
@@ -51,13 +51,13 @@ CACHED = list(FAMILIES)
 
 
 def tiny_seq2seq(family: str = "t5", **overrides: Any) -> PreTrainedConfig:
-    """The config of two layers on either side; its weights are large, so that logits differ clearly."""
+    """Return a config with two layers on either side and large weights, so that logits differ clearly."""
     cls, options = FAMILIES[family]
     return cls(**{**options, **overrides})
 
 
 def expected_logits(model: PreTrainedModel, observations: Tensor) -> Tensor:
-    """The logits (B, V) at the end of each row by the whole model, a row at a time."""
+    """Return the logits (B, V) at the end of each row, from one full forward per row."""
     logits = []
     for observation in observations:
         boundary = int((observation == SEPARATOR).nonzero()[0])

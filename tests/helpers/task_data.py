@@ -1,4 +1,4 @@
-"""Made-up data sets of all tasks, in their own files."""
+"""Made-up data sets of all tasks, each in the file format of the real one."""
 
 import json
 import random
@@ -11,11 +11,11 @@ ZH_MOODS = ["很好，非常满意", "还可以吧", "不太好", "太差了，�
 
 
 def write_data(folder, n=60):
-    """Write `n` rows of each; return the folder of each task's data by the task's id."""
+    """Write `n` rows for each task; return the folder of its data by the task's id."""
     rng = random.Random(0)
     folders = {task: folder / task for task in ("Reviews", "DailyDialog", "HH", "ZhReviews")}
-    for one in folders.values():
-        one.mkdir(parents=True)
+    for task_folder in folders.values():
+        task_folder.mkdir(parents=True)
     for name, moods in zip(FILES, MOODS):
         nouns = (rng.choice(["film", "plot", "cast"]) for _ in range(n))
         lines = [f"the {noun} is a {rng.choice(moods)} thing to see {i}" for i, noun in enumerate(nouns)]

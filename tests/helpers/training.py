@@ -1,4 +1,4 @@
-"""Tiny models and agents for the tests that train, and how two of them are compared."""
+"""Tiny models and agents for the tests that train, and functions that compare two of them."""
 
 import json
 import random
@@ -18,13 +18,13 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def tiny_config(vocab_size=33, **kwargs):
-    """A GPT-2 of two layers whose end token is the `CharTokenizer`'s."""
+    """Return the config of a two-layer GPT-2 whose end token is the `CharTokenizer`'s."""
     shape = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 32, **NO_DROPOUT, **kwargs}
     return GPT2Config(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, **shape)
 
 
 def length_and_letters(prompt, preds, done):
-    """A reward that differs from text to text: named parts, at the end."""
+    """Reward the end of a text by two named parts that differ from text to text."""
     return {"length": 0.1 * len(preds), "letters": sum(preds.ids) / 100} if done else 0.0
 
 
@@ -35,7 +35,7 @@ def tiny_env(reward=length_and_letters, prompts=PROMPTS, max_new_tokens=4, cls=T
 
 
 def tiny_agent(env=None, n_envs=4, algorithm=PPO, lm=None, **kwargs):
-    """An agent that visibly learns in a few iterations: a large learning rate, one or two epochs."""
+    """Return an agent that visibly learns in a few iterations: the learning rate is large."""
     env = env or tiny_env()
     settings = {
         "seed": 0,
@@ -50,17 +50,17 @@ def tiny_agent(env=None, n_envs=4, algorithm=PPO, lm=None, **kwargs):
 
 
 def weights(model):
-    """A copy of all weights of the policy."""
+    """Return a copy of all weights of the policy."""
     return {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
 
 
 def same_weights(first, second):
-    """Whether two results of `weights` are equal bit for bit."""
+    """Return whether two results of `weights` are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Recorder(BaseCallback):
-    """Keeps every transition: seen, done, earned, and what the buffer had for it at the rollout's end."""
+    """Keeps observations, actions, dones and infos of all steps, and each rollout's rewards and log-probabilities."""
 
     def _on_training_start(self):
         self.observations, self.actions, self.dones, self.infos = [], [], [], []
@@ -78,12 +78,12 @@ class Recorder(BaseCallback):
         self.log_probs.append(self.model.rollout_buffer.log_probs.copy())
 
     def episodes(self):
-        """Yield the info and the transitions, (step, lane) each, of all episodes that ended."""
+        """Yield the final info and the transitions, as (step, lane), of each episode that ended."""
         for lane in range(len(self.dones[0])):
             start = 0
             for step in range(len(self.dones)):
                 if self.dones[step][lane]:
-                    yield self.infos[step][lane], [(place, lane) for place in range(start, step + 1)]
+                    yield self.infos[step][lane], [(number, lane) for number in range(start, step + 1)]
                     start = step + 1
 
     def stacked(self, name):
@@ -91,18 +91,18 @@ class Recorder(BaseCallback):
 
 
 def run_state(model):
-    """All that the next update depends on, to be compared with ==."""
+    """Return everything that the next update depends on, comparable with ==."""
     buffer = model.rollout_buffer
     arrays, meta = model.get_env().state_dict()
     for episode in meta["waiting"]:
-        del episode["episode"]["t"]  # the clock
+        del episode["episode"]["t"]  # wall-clock seconds differ from run to run
     optimizer = model.policy.optimizer.state_dict()
     tensors = {f"policy.{name}": tensor for name, tensor in model.policy.state_dict().items()}
     tensors |= {f"optimizer.{i}.{k}": v for i, entries in optimizer["state"].items() for k, v in entries.items()}
     tensors |= {f"waiting.{lane}.{k}": v for lane, part in buffer.waiting.items() for k, v in part._asdict().items()}
-    for place, one in buffer.waiting_episodes.items():
-        fields = {**one.part._asdict(), "tokens": one.tokens, "group": one.group}
-        tensors |= {f"waiting.{place}.{name}": array for name, array in fields.items()}
+    for number, episode in buffer.waiting_episodes.items():
+        fields = {**episode.part._asdict(), "tokens": episode.tokens, "group": episode.group}
+        tensors |= {f"waiting.{number}.{name}": array for name, array in fields.items()}
     tensors |= arrays | {"last_obs": model._last_obs, "starts": model._last_episode_starts}
     tensors |= {name: getattr(model.policy, name).get_state() for name in ("generator", "predict_generator")}
     tensors["torch"] = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""What callbacks log, show and draw, checked by hand."""
+"""Callbacks that log metrics, show samples and draw curves, against figures worked out by hand."""
 
 import io
 
@@ -19,7 +19,7 @@ from textenv import EndReason, Prompt
 
 
 class Dumps(KVWriter):
-    """Keeps what every dump of the logger has written, in place of a console."""
+    """Keeps the values of every dump of the logger."""
 
     def __init__(self):
         self.dumped = []
@@ -29,7 +29,7 @@ class Dumps(KVWriter):
 
 
 def logged(model, callbacks, n_rollouts):
-    """Train, and return what was logged of each rollout."""
+    """Train, and return the values that were logged for each rollout, with their step."""
     dumps = Dumps()
 
     class Attach(BaseCallback):
@@ -44,7 +44,7 @@ def logged(model, callbacks, n_rollouts):
 
 
 def parts(prompt, preds, done):
-    """Two parts, one of them not in every episode, and something before the end."""
+    """Reward every token by one part, and the end of longer texts by a second one."""
     reward = {"tokens": 0.1}
     if done and len(preds) > 1:
         reward["long"] = 1.0 + len(prompt)
@@ -52,7 +52,7 @@ def parts(prompt, preds, done):
 
 
 def test_episode_metrics_by_hand():
-    """Every key of the docstring, for every rollout, from the infos of the episodes that ended in it."""
+    """Every key of the class's docstring, for every rollout, from the infos of the episodes that ended in it."""
     model, recorder = tiny_agent(tiny_env(parts, max_new_tokens=3, stop_strings=["z", "k"]), n_envs=16), Recorder()
     dumped = logged(model, [EpisodeMetrics(), recorder], 3)
     assert [step for step, _ in dumped] == [48, 96, 144]

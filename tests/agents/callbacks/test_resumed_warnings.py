@@ -1,4 +1,4 @@
-"""What callbacks have seen, in checkpoints: a resumed run warns, and logs, as one that was never stopped."""
+"""State of callbacks in checkpoints: a resumed run warns and logs as one that was never stopped."""
 
 import warnings
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(fewer than 4 in each|such row
 
 
 class Sharpen(BaseCallback):
-    """Makes the policy write the same again and again from some rollout on."""
+    """Sharpens the policy after two rollouts, so that it writes the same text again and again."""
 
     def _on_step(self):
         return True
@@ -55,11 +55,11 @@ def late_groups():
     return tiny_agent(env, n_envs=N_ENVS)
 
 
-def said(model, n_rollouts, callbacks):
+def messages(model, n_rollouts, callbacks):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.learn(n_rollouts * ROLLOUT, callback=[*callbacks, TrainingWarnings()], reset_num_timesteps=False)
-    return [str(one.message) for one in caught if "tokens: " in str(one.message)]
+    return [str(warning.message) for warning in caught if "tokens: " in str(warning.message)]
 
 
 @pytest.mark.parametrize(
@@ -72,20 +72,20 @@ def said(model, n_rollouts, callbacks):
     ],
 )
 def test_a_resumed_run_warns_as_one_that_was_never_stopped(build, others, words, tmp_path):
-    whole = said(build(), ROLLOUTS, others(0))
-    assert sum(words in one for one in whole) == 1
+    whole = messages(build(), ROLLOUTS, others(0))
+    assert sum(words in message for message in whole) == 1
     for done in (2, 5):
         model = build()
-        before = said(model, done, others(0))
+        before = messages(model, done, others(0))
         save_checkpoint(model, tmp_path / "saved", overwrite=True)
         again = build()
         load_checkpoint(again, tmp_path / "saved")
-        assert before + said(again, ROLLOUTS - done, others(done)) == whole, done
+        assert before + messages(again, ROLLOUTS - done, others(done)) == whole, done
 
 
 def test_what_was_loaded_is_kept_where_nobody_asks_for_it(tmp_path):
     model = constant()
-    said(model, 5, [])
+    messages(model, 5, [])
     save_checkpoint(model, tmp_path / "saved")
     again = constant()
     load_checkpoint(again, tmp_path / "saved")
@@ -93,7 +93,7 @@ def test_what_was_loaded_is_kept_where_nobody_asks_for_it(tmp_path):
     save_checkpoint(again, tmp_path / "saved", overwrite=True)
     last = constant()
     load_checkpoint(last, tmp_path / "saved")
-    assert said(last, 5, []) == []  # it was said in the first part
+    assert messages(last, 5, []) == []  # the warning came before the first checkpoint
 
 
 def test_counts_of_failures_go_on(tmp_path):

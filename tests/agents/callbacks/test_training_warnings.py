@@ -16,7 +16,7 @@ ROLLOUT = 32 * 4
 
 
 def messages(model, *callbacks, n_rollouts=4, **options):
-    """Train, and return what `TrainingWarnings` said."""
+    """Train, and return the warnings of `TrainingWarnings`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.learn(n_rollouts * ROLLOUT, callback=[*callbacks, TrainingWarnings(**options)])
@@ -27,14 +27,14 @@ def agent(env=None, **kwargs):
     return tiny_agent(env, n_envs=32, **{"learning_rate": 1e-3, **kwargs})
 
 
-def assert_once(found, *words):
-    assert len(found) == 1, found
+def assert_once(warned, *words):
+    assert len(warned) == 1, warned
     for word in words:
-        assert word in found[0], found
+        assert word in warned[0], warned
 
 
 def ends_with_odds(logit):
-    """A model that always, or never, writes the end token."""
+    """Return a model whose end token (id 0) has `logit` added: it always, or never, ends."""
 
     def shift(module, inputs, output):
         return output + logit * (torch.arange(output.shape[-1]) == 0)
@@ -61,8 +61,8 @@ def test_training_is_the_same_with_and_without():
 
 
 def test_equal_rewards_are_named():
-    found = messages(agent(tiny_env(lambda prompt, preds, done: 0.5 if done else 0.0)))
-    assert_once(found, "earned 0.5", "partial credit")
+    warned = messages(agent(tiny_env(lambda prompt, preds, done: 0.5 if done else 0.0)))
+    assert_once(warned, "earned 0.5", "partial credit")
 
 
 @pytest.mark.parametrize("score_at", ["done", "rollout_end"])
@@ -79,13 +79,15 @@ def test_texts_of_fixed_length_are_silent():
 
 
 def test_empty_texts_are_named():
-    found = messages(agent(tiny_env(lambda prompt, preds, done: float(sum(map(ord, prompt)))), lm=ends_with_odds(50.0)))
+    warned = messages(
+        agent(tiny_env(lambda prompt, preds, done: float(sum(map(ord, prompt)))), lm=ends_with_odds(50.0))
+    )
     # Nothing is left to explore from the start on, so the entropy does not fall.
-    assert_once(found, "an end token and nothing else")
+    assert_once(warned, "an end token and nothing else")
 
 
 class LoggedKL(RolloutStep):
-    """Logs a divergence as given."""
+    """Logs given values as the divergence."""
 
     key = "LoggedKL"
 
@@ -102,15 +104,15 @@ class LoggedKL(RolloutStep):
     [([-0.1] * 7, 1), ([-0.1] * 4 + [0.1] + [-0.1], 0), ([-1e-5] * 6, 0)],
 )
 def test_a_divergence_below_zero_for_long_is_named(values, n_warnings):
-    found = messages(agent(), LoggedKL(values), n_rollouts=len(values))
-    assert len(found) == n_warnings
-    if found:
-        assert "negative for 5 rollouts, last -0.1" in found[0] and "doctor" in found[0]
+    warned = messages(agent(), LoggedKL(values), n_rollouts=len(values))
+    assert len(warned) == n_warnings
+    if warned:
+        assert "negative for 5 rollouts, last -0.1" in warned[0] and "doctor" in warned[0]
 
 
 def test_a_reference_that_the_samples_do_not_come_from_is_named():
     class Hotter(KLPenalty):
-        """Scores the policy at a temperature that it was not sampled with."""
+        """Sees each sampled token half a nat less probable than it was."""
 
         def __call__(self, buffer):
             buffer.log_probs -= 0.5
@@ -155,8 +157,8 @@ def test_an_entropy_that_collapses_is_named():
                 with torch.no_grad():
                     self.model.policy.lm.backbone.model.transformer.ln_f.weight.mul_(self.factor)
 
-    found = messages(agent(tiny_env(stop_ids=[]), lm=tiny(), learning_rate=1e-6), Sharpen(30.0, step=-1))
-    assert_once(found, "entropy fell", "ent_coef")
+    warned = messages(agent(tiny_env(stop_ids=[]), lm=tiny(), learning_rate=1e-6), Sharpen(30.0, step=-1))
+    assert_once(warned, "entropy fell", "ent_coef")
 
 
 def test_options_that_cannot_work_are_refused():

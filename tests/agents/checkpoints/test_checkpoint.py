@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run is the run (E8), and what is damaged, foreign or half-written is refused (E8, C5)."""
+"""Resuming from checkpoints: the resumed run equals the uninterrupted one (E8), its reference included (C5)."""
 
 import json
 import os
@@ -24,14 +24,14 @@ from tests.helpers.models import few
 from tests.helpers.training import PROMPTS, Recorder, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import TextEnv
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")  # of waiting segments
+pytestmark = pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")  # counts waiting segments
 STEPS, LANES, LONGEST = 5, 4, 7  # an episode of 7 tokens straddles rollouts of 5
 EVERY, TOTAL = 3, 6  # rollouts
 ROWS = [{"prompt": prompt, "max_new_tokens": 3 + i} for i, prompt in enumerate(PROMPTS)]
 
 
 class Remembers(TextEnv):
-    """Keeps memory in `preds.state`, draws from the env's generator, answers, and names its parts."""
+    """An env with memory in `preds.state`, draws from its generator, replies and named reward parts."""
 
     def get_reward(self, prompt, preds, done):
         preds.state["sum"] = preds.state.get("sum", 0.0) + float(self.np_random.normal()) + len(prompt) / 10
@@ -66,7 +66,7 @@ def complete():
     return {"rollout_buffer_kwargs": {"complete_episodes": True}, "batch_size": LANES * STEPS}
 
 
-# What a run is made of: the env's arguments, the agent's, and its callbacks.
+# Each run as functions that return the env, the agent's arguments and the callbacks.
 RUNS = {
     "unfinished": (long_env, dict, list),
     "kl": (long_env, dict, lambda: [KLPenalty(0.1)]),
@@ -89,7 +89,7 @@ def build(run, **kwargs):
 
 
 def history(recorder, start=0):
-    """What happened from rollout `start` on: prompts, tokens and rewards of every step."""
+    """Return the tokens, finished episodes and rewards of every step from rollout `start` on."""
     infos = [
         [(str(info["prompt"]), info["text"], info["reward_parts"]) for info in step if info] for step in recorder.infos
     ]
@@ -101,13 +101,13 @@ def history(recorder, start=0):
 
 
 def disturb():
-    """Use up random numbers that another process would not have."""
+    """Advance the global generators, as another process would not have."""
     random.random(), np.random.rand(3), torch.rand(3)
 
 
 @pytest.mark.parametrize("run", few(RUNS, 6))
 def test_e8_a_resumed_run_is_the_run(run, tmp_path):
-    """E8, bit for bit: weights, optimizer, episodes, prompts, rewards, generators and counters."""
+    """Bit for bit: weights, optimizer, episodes, prompts, rewards, generators and counters."""
     model, callbacks = build(run)
     whole = Recorder()
     model.learn(TOTAL * STEPS * LANES, callback=[*callbacks, whole, Checkpoints(tmp_path, every=EVERY)])
@@ -125,7 +125,7 @@ def test_e8_a_resumed_run_is_the_run(run, tmp_path):
 
 
 def test_e8_what_the_runs_above_contain(tmp_path):
-    """Unfinished episodes, waiting segments, a second epoch of prompts and a rate that falls are really there."""
+    """The runs do have unfinished episodes, waiting segments, a second epoch of prompts and a falling rate."""
     model, _ = build("waiting")
     model.learn(EVERY * STEPS * LANES)
     save_checkpoint(model, tmp_path / "saved")
@@ -161,14 +161,14 @@ def test_e8_in_a_fresh_process(tmp_path):
         if file.name == "state.json":
             saved, resumed = (json.loads((folder / file.name).read_text()) for folder in (last, tmp_path / "resumed"))
             for episode in (*saved["episodes"], *resumed["episodes"]):
-                del episode["t"]  # the clock
+                del episode["t"]  # wall-clock seconds
             assert resumed == saved
         elif file.name != "manifest.json":
             assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes(), file.name
 
 
 def test_loading_and_saving_at_once_keeps_everything(tmp_path):
-    """C5, E8: the reference too, although no penalty has been attached to the new model yet."""
+    """The reference is kept too, although no penalty has been attached to the new model yet (C5, E8)."""
     model, callbacks = build("kl")
     model.learn(60, callback=callbacks)
     save_checkpoint(model, tmp_path / "first")

@@ -1,4 +1,4 @@
-"""Checkpoint files: damaged, foreign, half-written and pruned ones (E8: a model is loaded whole or not at all)."""
+"""Checkpoint files: damaged, foreign, half-written and pruned ones. A model is loaded entirely or not at all (E8)."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def victim():
-    """A model of its own training, into which nothing damaged may be loaded."""
+    """Another trained model, into which nothing damaged may be loaded."""
     model = build(seed=5)
     model.learn(20, callback=KLPenalty(0.1))
     return model
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_model_is_refused(kwargs, env, message, saved):
 
 
 def test_saving_inside_a_rollout_is_refused(tmp_path):
-    """At its first step too, when the buffer is still empty, and at its end, before the update."""
+    """Also at a rollout's first step, when the buffer is still empty, and at its end, before the update."""
 
     class Saves(BaseCallback):
         def _on_step(self):
@@ -170,7 +170,7 @@ def failure():
 
 
 def break_at(patch, where, action):
-    """Make a save fail (or die) in a place: `action` is called instead of the third file, the rename, ..."""
+    """Make a save fail or die at one call: `action` replaces the third `save_file`, the first rename, ..."""
     targets = {"save_file": (safetensors.torch, "save_file", 3), "json": (json, "dumps", 1), "fsync": (os, "fsync", 2)}
     targets |= {"first rename": (Path, "rename", 1), "second rename": (Path, "rename", 2)}
     module, name, number = targets[where]
@@ -212,7 +212,7 @@ def test_what_a_killed_process_had_put_aside_comes_back(tmp_path):
     dead.wait()
     (tmp_path / f".saved.old-{dead.pid}").mkdir()
     (tmp_path / f".saved.old-{dead.pid}" / "file").write_text("old")
-    (tmp_path / f".saved.partial-{os.getppid()}").mkdir()  # of a process that runs
+    (tmp_path / f".saved.partial-{os.getppid()}").mkdir()  # belongs to a process that still runs
     with pytest.raises(OSError, match="disk full"), replaced_folder(tmp_path / "saved"):
         failure()
     assert (tmp_path / "saved" / "file").read_text() == "old"
@@ -251,7 +251,7 @@ def test_checkpoints_every_so_often_and_the_newest_kept(tmp_path):
 
 
 def test_what_was_saved_last_is_never_pruned(tmp_path):
-    """Not even where later ones, damaged, are in the folder."""
+    """Not even where the folder has a damaged checkpoint of a higher step."""
     (tmp_path / "step_000000999999").mkdir()
     model = build()
     model.learn(60, callback=Checkpoints(tmp_path, every=1, keep=1))

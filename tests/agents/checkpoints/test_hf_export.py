@@ -1,4 +1,4 @@
-"""What `export` writes loads with transformers alone and writes the same texts (invariants E9, E7)."""
+"""`export`: the folder loads with transformers alone and generates the same texts (E9); tied weights stay tied (E7)."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def test_e9_the_folder_loads_alone_with_the_same_greedy_output(trained, tmp_path
     assert export(model, tokenizer, tmp_path / "model") == tmp_path / "model"
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     loaded_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    ours = [one.ids for one in generate(model, TEXTS, tokenizer, max_new_tokens=LONGEST, deterministic=True)]
+    ours = [text.ids for text in generate(model, TEXTS, tokenizer, max_new_tokens=LONGEST, deterministic=True)]
     assert greedy_by_transformers(lm, loaded_tokenizer) == ours
     assert len({tuple(ids) for ids in ours}) > 1
     start = greedy_by_transformers(words_agent()[0].policy.lm.backbone.model, tokenizer)
@@ -92,7 +92,7 @@ print(json.dumps(out[0, ids["input_ids"].shape[1]:].tolist()))
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_e7_tied_embeddings_stay_tied(tied, tmp_path):
-    """E7: through training, saving by SB3, and export; and untied ones part."""
+    """Through training, saving by SB3, and export; untied ones become different."""
     model, tokenizer = words_agent(tiny_config(vocab_size=12, tie_word_embeddings=tied))
     model.learn(64)
     stream = io.BytesIO()
@@ -110,7 +110,7 @@ def test_e7_tied_embeddings_stay_tied(tied, tmp_path):
 
 
 def test_e9_an_exported_model_trains_on(trained, tmp_path):
-    """As `Pretrained(folder)`: the same policy as the one exported."""
+    """Loaded by `Pretrained(folder)`, it is the policy that was exported."""
     model, tokenizer = trained
     export(model, tokenizer, tmp_path / "model")
     again, _ = words_agent(Pretrained(str(tmp_path / "model")))
@@ -129,21 +129,21 @@ def test_e9_embedding_rows_beyond_the_vocabulary_and_another_family(tmp_path):
     export(model, tokenizer, tmp_path / "model")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert lm.config.vocab_size == 16 and lm.lm_head.weight.shape[0] == 16
-    ours = [one.ids for one in generate(model, TEXTS, tokenizer, max_new_tokens=LONGEST, deterministic=True)]
+    ours = [text.ids for text in generate(model, TEXTS, tokenizer, max_new_tokens=LONGEST, deterministic=True)]
     theirs = greedy_by_transformers(lm, tokenizer)
     for text, one, other in zip(TEXTS, ours, theirs):
-        assert one == other or max(other) >= len(tokenizer), text  # rows without a token are never ours
+        assert one == other or max(other) >= len(tokenizer), text  # ours never samples embedding rows without a token
 
 
 def test_e9_what_the_checkpoint_said_about_sampling_is_not_exported(tmp_path):
-    """E9, A4: with a penalty in its generation_config the exported model would write other texts than ours."""
+    """With a repetition penalty in its generation_config, the exported model would write other texts (E9, A4)."""
     start, tokenizer = words_agent()
     start.policy.lm.backbone.model.generation_config.repetition_penalty = 9.0
     start.policy.lm.backbone.model.save_pretrained(tmp_path / "start")
     model, _ = words_agent(Pretrained(str(tmp_path / "start")))
     export(model, tokenizer, tmp_path / "model")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    ours = [one.ids for one in generate(model, TEXTS, tokenizer, max_new_tokens=LONGEST, deterministic=True)]
+    ours = [text.ids for text in generate(model, TEXTS, tokenizer, max_new_tokens=LONGEST, deterministic=True)]
     assert greedy_by_transformers(lm, tokenizer) == ours
     assert greedy_by_transformers(model.policy.lm.backbone.model, tokenizer) != ours
 
@@ -154,7 +154,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(trained, tmp_path, monkeypatch
     export(model, None, folder)
     without = sorted(path.name for path in folder.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(type(tokenizer), "save_pretrained", fail)  # the model is written by then
+        patch.setattr(type(tokenizer), "save_pretrained", fail)  # called after the model is written
         with pytest.raises(OSError, match="disk full"):
             export(model, tokenizer, folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

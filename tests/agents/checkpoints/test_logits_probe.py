@@ -1,4 +1,4 @@
-"""The logits that a checkpoint keeps: a model that computes something else is noticed when it is loaded."""
+"""The logits in a checkpoint, by which loading notices a model that computes something else."""
 
 import json
 import warnings
@@ -16,11 +16,11 @@ from tests.helpers.training import tiny_agent
 
 
 def loaded(model, folder):
-    """What is said when a checkpoint is loaded."""
+    """Load a checkpoint, and return the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_checkpoint(model, folder)
-    return [str(one.message) for one in caught]
+    return [str(warning.message) for warning in caught]
 
 
 def saved(folder, **kwargs):
@@ -34,7 +34,7 @@ def seal_by_hand(folder, manifest):
 
 
 def with_versions(folder, **versions):
-    """Have a checkpoint say that it was written with other versions."""
+    """Edit a checkpoint's manifest to name other versions."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["versions"] |= versions
     seal_by_hand(folder, manifest)
@@ -54,7 +54,7 @@ def test_a_model_that_computes_otherwise_is_warned_of_with_the_versions(tmp_path
     with_versions(folder, torch="1.0", transformers="2.0")
     [said] = loaded(other, folder)
     assert f"torch 1.0 -> {torch.__version__}, transformers 2.0 ->" in said and "numpy" not in said
-    assert loaded(tiny_agent(), folder) == []  # another version alone is none
+    assert loaded(tiny_agent(), folder) == []  # other versions alone are no reason to warn
 
 
 def test_it_is_small_and_costs_one_forward_of_a_few_tokens(tmp_path):
@@ -63,7 +63,7 @@ def test_it_is_small_and_costs_one_forward_of_a_few_tokens(tmp_path):
     assert kept.dtype == torch.float32 and kept.shape == (3, 33)
     backbone = make_policy().lm.backbone
     read = []
-    backbone.model.get_input_embeddings().register_forward_pre_hook(lambda _, words: read.append(words[0].numel()))
+    backbone.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
     probe_logits(backbone)
     assert read == [N_TOKENS]
 

@@ -1,4 +1,4 @@
-"""Every writer of a folder over every case of what may stand there: what exists is never deleted."""
+"""Every writer of output folders over every content that may be there: nothing foreign is ever deleted."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SHAPE = {"n_layer": 1, "n_embd": 8, "n_head": 1, "n_positions": 32}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A finished run, a small model and data: what the writers need."""
+    """A folder with a finished run, a small model and data for the writers."""
     folder = tmp_path_factory.mktemp("home")
     model = small_model(folder / "model")
     assert run("train", *settings(model, folder / "runs" / "a", rollouts=1), "--quiet") == 0
@@ -55,24 +55,24 @@ def by_tune(home, folder, overwrite):
 
 
 def by_train_classifier(home, folder, overwrite):
-    made = tokenizer(home)
-    config = GPT2Config(vocab_size=len(made), pad_token_id=0, **SHAPE)
+    words = tokenizer(home)
+    config = GPT2Config(vocab_size=len(words), pad_token_id=0, **SHAPE)
     labels = [0, 1, 0, 1]
-    train_classifier(config, made, TEXTS, labels, folder, n_epochs=1, overwrite=overwrite, progress_bar=False)
+    train_classifier(config, words, TEXTS, labels, folder, n_epochs=1, overwrite=overwrite, progress_bar=False)
 
 
 def by_train_reward_model(home, folder, overwrite):
-    made, pairs = tokenizer(home), [Ranking((text, "bad")) for text in TEXTS]
-    config = GPT2Config(vocab_size=len(made), pad_token_id=0, **SHAPE)
-    train_reward_model(config, made, pairs, folder, overwrite=overwrite, progress_bar=False)
+    words, pairs = tokenizer(home), [Ranking((text, "bad")) for text in TEXTS]
+    config = GPT2Config(vocab_size=len(words), pad_token_id=0, **SHAPE)
+    train_reward_model(config, words, pairs, folder, overwrite=overwrite, progress_bar=False)
 
 
 def by_command(*words):
-    """A writer that is a verb of the command, whose refusal is raised as its line says it."""
+    """Return a writer that runs the command and raises `OutputFolderError` for an exit code other than 0."""
 
     def write(home, folder, overwrite):
-        given = [str(word).format(home=home, folder=folder) for word in words]
-        code = run(*given, *(["--overwrite"] if overwrite else []))
+        filled = [str(word).format(home=home, folder=folder) for word in words]
+        code = run(*filled, *(["--overwrite"] if overwrite else []))
         if code:
             raise OutputFolderError(code)
 
@@ -125,7 +125,7 @@ def a_run(folder, kind, home):
     earlier(folder, kind, ["run.json"])
 
 
-REFUSED = {  # what stands there, what is said, and whether it is refused with `overwrite` too
+REFUSED = {  # what fills the folder, a pattern of the error, and whether `overwrite=True` is refused too
     "foreign": (foreign, "a_chapter.tex, data.csv, notes.md and 1 more", True),
     "another kind": (another_kind, "an earlier (checkpoint|classifier)", True),
     "a broken mark": (broken_mark, f"{MARK.replace('.', '[.]')}|part", True),
@@ -187,9 +187,9 @@ def test_a_run_is_not_exported_over_itself(target, home, capsys):
 def check_written(writer, kind, write, home, folder, overwrite):
     write(home, folder, overwrite)
     mark = json.loads((folder / MARK).read_text())
-    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    assert mark["kind"] == kind and sorted(mark["files"]) == there
-    assert ("sb3.zip" in there) == ("--sb3-zip" in writer)
+    written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert mark["kind"] == kind and sorted(mark["files"]) == written
+    assert ("sb3.zip" in written) == ("--sb3-zip" in writer)
     assert not (folder / "part").exists()
 
 
@@ -203,7 +203,7 @@ def test_what_is_absent_empty_or_an_earlier_output_is_written(writer, home, tmp_
         check_written(writer, kind, write, home, tmp_path / name, False)
     earlier(tmp_path / "earlier", kind)
     check_written(writer, kind, write, home, tmp_path / "earlier", True)
-    check_written(writer, kind, write, home, tmp_path / "link", True)  # what it points to is replaced
+    check_written(writer, kind, write, home, tmp_path / "link", True)  # the folder that the link points to is replaced
     assert (tmp_path / "link").is_symlink()
 
 
@@ -222,7 +222,7 @@ def test_an_earlier_output_is_not_replaced_by_half_of_one(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_what_is_kept_is_kept_with_all_above_it(tmp_path):
+def test_a_folder_to_keep_is_safe_from_outputs_at_or_above_it(tmp_path):
     kept = tmp_path / "runs" / "mine"
     for folder in (kept, kept.parent, tmp_path):
         with pytest.raises(OutputFolderError, match=r"which is( above)? the folder .*runs/mine"):

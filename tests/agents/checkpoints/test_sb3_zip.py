@@ -1,4 +1,4 @@
-"""SB3's own files: weights are read without unpickling anything, the rest only with trust."""
+"""Zip files of SB3: weights are read without unpickling, everything else only with `trust=True`."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def saved(tmp_path):
 
 
 def replaced(source, target, name, content):
-    """A copy of a zip with another member in it."""
+    """Copy a zip with one member's content replaced; return the copy."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for member in old.namelist():
             new.writestr(member, content if member == name else old.read(member))
@@ -41,7 +41,7 @@ def replaced(source, target, name, content):
 
 
 def with_pickle(tmp_path, bomb):
-    """The file of before, with a field of `data` that runs code."""
+    """Copy the saved zip with a field of `data` that runs code when unpickled; return the copy."""
     import base64
 
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
@@ -56,11 +56,11 @@ def test_weights_and_optimizer_are_read_and_nothing_is_unpickled(saved, tmp_path
     model = tiny_agent(seed=5)
     assert load_sb3_zip(evil, model) is model
     assert same_weights(weights(model), weights(saved)) and not bomb.exists()
-    ours, theirs = (one.policy.optimizer.state_dict()["state"][0]["exp_avg"] for one in (model, saved))
+    ours, theirs = (agent.policy.optimizer.state_dict()["state"][0]["exp_avg"] for agent in (model, saved))
     assert torch.equal(ours, theirs)
     with pytest.raises((TypeError, ValueError, AttributeError)):
         PPO.load(evil)
-    assert bomb.exists()  # so that the file does what the test says
+    assert bomb.exists()  # the control: the file does run code when unpickled
 
 
 def test_weights_that_are_a_pickle_of_something_else_are_refused(saved, tmp_path):

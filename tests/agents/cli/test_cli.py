@@ -1,4 +1,4 @@
-"""The command line: what it says, what it refuses, what a run leaves behind."""
+"""`textenv train` and its arguments: the files that a run leaves, refusals, help, and parts by id or module:Class."""
 
 import importlib
 import json
@@ -30,11 +30,11 @@ def done(model, tmp_path_factory):
 
 
 def test_a_run_leaves_all_that_it_should(done, model):
-    found = {path.name for path in done.iterdir()}
+    names = {path.name for path in done.iterdir()}
     wanted = (
         "config.yml run.json metrics.jsonl samples.jsonl curves.png tensorboard checkpoints best model history.json"
     )
-    assert found >= {*wanted.split(), "results.json", "results.md"}
+    assert names >= {*wanted.split(), "results.json", "results.md"}
     lines = rows(done)
     assert [row["tokens"] for row in lines] == [0, *(ROLLOUT * i for i in (1, 2, 3, 4))]
     assert all({"reward/task", "kl/sequence", "train/loss", "train/skipped_updates"} <= row.keys() for row in lines[1:])
@@ -200,7 +200,7 @@ loggers: [{id: curves}, {id: "own_parts:Steps", args: {file: steps.txt}}]
 
 @pytest.fixture
 def own_parts(tmp_path, monkeypatch):
-    """A folder with a user's own classes, and a configuration that names them beside built-in ones by id and args."""
+    """A folder with a user's own classes, and a configuration that names them and built-in ones by id and args."""
     (tmp_path / "own_parts.py").write_text(OWN)
     (tmp_path / "own.yml").write_text(OWN_CONFIG)
     monkeypatch.chdir(tmp_path)

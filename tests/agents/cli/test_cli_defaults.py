@@ -1,4 +1,4 @@
-"""Defaults of the command: what is printed is what runs, lengths fit run and model, and help says it in words."""
+"""Defaults of the command: the printed ones are those that run, lengths fit run and model, and help explains them."""
 
 import io
 import json
@@ -30,7 +30,7 @@ LONG = "this phone is great and " * 5  # 25 tokens of the 32 that the small mode
 
 @pytest.fixture(scope="module")
 def done(model, tmp_path_factory):
-    """A finished run of texts of 8 tokens, which end at "." as well."""
+    """A finished run of texts of at most 8 tokens, which also end at "." or "great"."""
     out = tmp_path_factory.mktemp("runs") / "done"
     more = {"env.args": "{stop_strings: ['.', great]}", "env.masks": "[{id: banned, args: {texts: [lovely]}}]"}
     assert run("train", *settings(model, out, 1, **more, **{"algorithm.name": "maskable_ppo"}), "--quiet") == 0
@@ -51,7 +51,7 @@ def said(capsys):
     return [json.loads(line) for line in out.splitlines()], err
 
 
-# generate, chat, rate
+# Lengths of generate, chat and rate
 
 
 def test_generate_takes_prompts_lengths_ends_and_masks_from_the_run(done, here, capsys):
@@ -126,7 +126,7 @@ def test_bare_rate_makes_no_database(here, capsys):
     assert not list(here.glob("*.db"))
 
 
-# the same in Python
+# Lengths of the same functions in Python
 
 
 def test_generate_and_evaluate_write_as_much_as_in_training():
@@ -144,7 +144,7 @@ def test_they_are_capped_with_a_warning_and_what_is_asked_for_is_not():
         UserWarning, match="at most 29 tokens, not 64: behind prompts of up to 3 .*; max_new_tokens chooses"
     ):
         texts = generate(policy, ["abc", "a"], TOKENIZER, stop_ids=())
-    assert [len(one.ids) for one in texts] == [29, 29]
+    assert [len(text.ids) for text in texts] == [29, 29]
     with pytest.warns(UserWarning, match="at most 29 tokens"):
         assert len(evaluate(policy, ["abc"], TOKENIZER, stop_ids=()).generations[0].ids) == 29
     with pytest.raises(
@@ -163,7 +163,7 @@ def test_a_stage_names_its_own_option(tmp_path):
         tune(tiny_config(vocab_size=300), ["ab"], tmp_path / "out", max_tokens=40)
 
 
-# one table
+# Defaults of the demo's model and of others, from one table
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_what_is_printed_is_what_runs(words, changed, capsys):
     config, _, dumped = cli.train_config(words)
     for key in DEMO_SETTINGS | DEMO_PPO_SETTINGS:
         *above, last = key.split(".")
-        values = [vars(vars(one)[above[0]] if above else one)[last] for one in (config, plain)]
+        values = [vars(vars(top)[above[0]] if above else top)[last] for top in (config, plain)]
         assert values == [changed.get(key, values[1]), values[1]], key
     for verb in ("train", "doctor"):
         with pytest.raises(SystemExit):
@@ -257,7 +257,8 @@ def test_every_exit_code_is_in_help_and_readme(capsys):
     assert run() == 0
     for text in (capsys.readouterr().out, README):
         listed = text.partition("Exit codes:")[2]
-        for code in (*(one for one in Exit if one != Exit.SIGNAL), Exit.SIGNAL + 2, Exit.SIGNAL + 15):
+        # A signal's exit code is 128 + its number: 2 is SIGINT, 15 is SIGTERM.
+        for code in (*(member for member in Exit if member != Exit.SIGNAL), Exit.SIGNAL + 2, Exit.SIGNAL + 15):
             assert re.search(rf"\b{int(code)}\b", listed), code
 
 

@@ -1,4 +1,4 @@
-"""The command as a person starts it, in a process of its own: every verb, every exit code, stop and resume."""
+"""The command in a new process, as a person starts it: every verb, exit codes, stop and resume."""
 
 import json
 import re
@@ -15,21 +15,23 @@ pytestmark = pytest.mark.slow
 N_ROLLOUTS = 6
 
 
-def command(*words, cwd, given="", **kwargs):
-    """Run the command to its end; exit code, standard output and standard error."""
+def command(*words, cwd, typed="", **kwargs):
+    """Run the command to its end; return exit code, standard output and standard error."""
     with start(*words, cwd=cwd, stdin=-1, **kwargs) as process:
-        out, err = process.communicate(given, timeout=120)
+        out, err = process.communicate(typed, timeout=120)
     return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def home(tmp_path_factory):
     """A folder with a model, a finished run, prompts, texts and preferences."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("home")
     small_model(folder / "small")
     (folder / "prompts.txt").write_text("this phone is\nthe lamp was\n")
     (folder / "texts.txt").write_text("\n".join(demo.reviews(16)))
-    pairs = [{"prompt": f"the {one} was ", "chosen": "great .", "rejected": "awful ."} for one in ("lamp", "phone")] * 4
+    pairs = [
+        {"prompt": f"the {thing} was ", "chosen": "great .", "rejected": "awful ."} for thing in ("lamp", "phone")
+    ] * 4
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     labelled = [{"text": f"the lamp was {word} .", "label": word} for word in ("great", "awful")] * 4
     (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled)))
@@ -39,7 +41,7 @@ def place(tmp_path_factory):
     return folder
 
 
-CALLS = {  # what stands behind each verb, and what it prints or leaves
+CALLS = {  # the words after each verb, a pattern that it prints, and a file that it writes
     "sft": (
         "--model small --data texts.txt --out tuned --n_epochs 1 --quiet",
         r"model: tuned",
@@ -68,24 +70,24 @@ CALLS = {  # what stands behind each verb, and what it prints or leaves
 
 
 @pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "train"])
-def test_each_verb(verb, place):
+def test_each_verb(verb, home):
     words, prints, leaves = CALLS[verb]
-    code, out, err = command(verb, *words.split(), cwd=place, given="3\n" if verb == "rate" else "this phone is\n")
+    code, out, err = command(verb, *words.split(), cwd=home, typed="3\n" if verb == "rate" else "this phone is\n")
     assert (code == 0 or verb == "doctor") and "Traceback" not in err, err
     assert re.search(prints, out, flags=re.MULTILINE), out
-    assert leaves is None or (place / leaves).stat().st_size > 0
+    assert leaves is None or (home / leaves).stat().st_size > 0
 
 
-def test_help_of_each_verb(place):
+def test_help_of_each_verb(home):
     for verb in cli.VERBS:
-        code, out, err = command(verb, "--help", cwd=place)
+        code, out, err = command(verb, "--help", cwd=home)
         assert code == 0 and out.startswith(f"usage: textenv {verb}") and not err
-    code, out, _ = command(cwd=place)
+    code, out, _ = command(cwd=home)
     assert code == 0 and all(re.search(rf"^  {verb} ", out, flags=re.MULTILINE) for verb in cli.VERBS)
 
 
-def test_json_is_a_line_of_json_an_iteration(place):
-    code, out, err = command("train", *settings("small", "json", 2), "--json", cwd=place)
+def test_json_is_a_line_of_json_an_iteration(home):
+    code, out, err = command("train", *settings("small", "json", 2), "--json", cwd=home)
     assert code == 0 and [json.loads(line)["tokens"] for line in out.splitlines()] == [0, ROLLOUT, 2 * ROLLOUT], err
 
 
@@ -98,13 +100,13 @@ REWARDS = {
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_exit_codes_of_rewards(name, place):
+def test_exit_codes_of_rewards(name, home):
     body, expected, message = REWARDS[name]
-    (place / f"{name}.py").write_text(f"class Reward:\n    def __call__(self, prompt, preds, done):\n        {body}\n")
+    (home / f"{name}.py").write_text(f"class Reward:\n    def __call__(self, prompt, preds, done):\n        {body}\n")
     words = settings("small", name, **{"env.reward": f"{name}:Reward", "kl.coef": 0})
-    code, _, err = command("train", *words, "--allow", name, "--quiet", cwd=place)
+    code, _, err = command("train", *words, "--allow", name, "--quiet", cwd=home)
     assert (code, err.count("\n")) == (expected, 1) and message in err, err
-    assert "Traceback" in (place / name / "log.txt").read_text()
+    assert "Traceback" in (home / name / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -117,25 +119,25 @@ def test_exit_codes_of_rewards(name, place):
         (["evaluate", "small"], "Expected the folder of a run, got small"),
     ],
 )
-def test_refusals_end_with_2(words, message, place):
-    code, out, err = command(*words, cwd=place)
+def test_refusals_end_with_2(words, message, home):
+    code, out, err = command(*words, cwd=home)
     assert code == 2 and message in err and "Traceback" not in err and out in ("", "run: none\n")
-    assert not (place / "none").exists(), "what is refused before it has trained leaves nothing"
+    assert not (home / "none").exists(), "what is refused before it has trained leaves nothing"
 
 
-def test_stop_and_resume_is_the_same_run(place):
+def test_stop_and_resume_is_the_same_run(home):
     words = settings("small", "stopped", N_ROLLOUTS)
-    with start("train", *words, cwd=place) as process:
-        while not (place / "stopped" / "metrics.jsonl").is_file():
+    with start("train", *words, cwd=home) as process:
+        while not (home / "stopped" / "metrics.jsonl").is_file():
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     again = re.search(r"go on with: textenv (.+)", err)[1].split()
-    assert len(rows(place / "stopped")) < 1 + N_ROLLOUTS
-    code, _, err = command(*again, "--quiet", cwd=place)
+    assert len(rows(home / "stopped")) < 1 + N_ROLLOUTS
+    code, _, err = command(*again, "--quiet", cwd=home)
     assert code == 0, err
-    assert rows(place / "stopped") == rows(place / "run")
-    weights = [(place / name / "model" / "model.safetensors").read_bytes() for name in ("run", "stopped")]
+    assert rows(home / "stopped") == rows(home / "run")
+    weights = [(home / name / "model" / "model.safetensors").read_bytes() for name in ("run", "stopped")]
     assert weights[0] == weights[1]

@@ -1,4 +1,4 @@
-"""The live view in a terminal, as a person sees it: a tmux session, recorded as text."""
+"""The live view of `textenv train`, as a person sees it in a terminal: a tmux session, captured as text."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ ROLLOUTS = 60
 
 
 class Terminal:
-    """A tmux session of its own server: 100 columns, 24 rows."""
+    """A tmux session of 100 columns and 24 rows, on a tmux server of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.socket = folder / "tmux"

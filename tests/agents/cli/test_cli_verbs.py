@@ -1,4 +1,4 @@
-"""The verbs beside `train`: what each prints, writes and refuses."""
+"""The commands other than `train`: the output, files and refusals of each."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from textenv import demo
 
 @pytest.fixture(scope="module")
 def done(model, tmp_path_factory):
-    """A finished run of a policy with adapters."""
+    """A finished run that trained LoRA adapters."""
     out = tmp_path_factory.mktemp("runs") / "done"
     words = settings(model, out, rollouts=2, **{"model.train": "lora", "model.lora_r": 2})
     assert run("train", *words, "--quiet") == 0
@@ -175,7 +175,9 @@ def test_warnings_of_a_run_go_to_its_screen_and_what_showed_them_before_is_back_
 @pytest.mark.slow
 def test_sft_and_reward_model_make_folders_that_the_next_stage_takes(model, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("\n".join(demo.reviews(32)))
-    pairs = [{"prompt": f"the {one} was ", "chosen": "great .", "rejected": "awful ."} for one in ("lamp", "phone")] * 8
+    pairs = [
+        {"prompt": f"the {thing} was ", "chosen": "great .", "rejected": "awful ."} for thing in ("lamp", "phone")
+    ] * 8
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (tmp_path / "sft.yml").write_text(f"data: {tmp_path / 'texts.txt'}\nmodel: {model}\nlearning_rate: 0.01\n")
     words = ["--held_out", tmp_path / "texts.txt", "--out", tmp_path / "tuned", "--n_epochs", "3", "--quiet"]

@@ -1,4 +1,4 @@
-"""Signals, closed terminals and pipes that nobody reads: the run is saved, and says how it ended."""
+"""Signals, closed terminals and broken pipes: the run is saved, and its exit code says how it ended."""
 
 import errno
 import os
@@ -13,14 +13,13 @@ from agents import signals as interrupts
 from agents.checkpoints.checkpoint import latest_checkpoint
 from agents.runs.recording import Recorder
 from agents.signals import Interrupts, KeptStream
-from tests.agents.runs.test_cli_resume import wait_for_rows
-from tests.helpers.command import ROLLOUT, environment, rows, run, settings, start
+from tests.helpers.command import ROLLOUT, environment, rows, run, settings, start, wait_for_rows
 
 LONG = 100_000
 
 
 class Gone:
-    """A stream whose reader goes after so many texts."""
+    """A stream whose reader disappears after `left` writes; then each write raises error `number`."""
 
     def __init__(self, number, left=0):
         self.number, self.left, self.tried = number, left, 0
@@ -64,13 +63,13 @@ def test_a_terminal_hangs_up_twice_and_the_run_is_still_saved(model, tmp_path, m
 
 
 def test_which_signals_are_noted_and_which_end_it():
-    told, ended = [], []
+    lines, ended = [], []
     before = [signal.getsignal(number) for number in interrupts.WATCHED]
-    with Interrupts(told.append, "step", ended.append) as noted:
+    with Interrupts(lines.append, "step", ended.append) as noted:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert noted.number == signal.SIGHUP and not ended
-        assert told == ["stopping when this step is done and saved; once more stops at once"]
+        assert lines == ["stopping when this step is done and saved; once more stops at once"]
         os.kill(os.getpid(), signal.SIGINT)
         assert ended == [signal.SIGINT]
     assert [signal.getsignal(number) for number in interrupts.WATCHED] == before
@@ -117,7 +116,7 @@ def test_a_real_pipe_whose_reader_ends(model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["train", "sft"])
 def test_a_real_terminal_that_is_closed(verb, model, tmp_path):
-    """Its process gets SIGHUP, and what it then writes fails with EIO."""
+    """The process gets SIGHUP, and its writes then fail with EIO."""
     out = tmp_path / "run"
     if verb == "train":
         words = ["train", *settings(model, out, rollouts=LONG)]

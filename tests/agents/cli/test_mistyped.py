@@ -1,4 +1,4 @@
-"""What is typed wrongly in commands, configurations and data: exit code 2, and one line with the cause and the cure."""
+"""Typing mistakes in commands, configurations and data: exit code 2, and one line with the cause and the cure."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def here(tmp_path, monkeypatch):
 
 
 def refused(capfd, *words):
-    """Return the one line that refuses a command, which has left no file."""
+    """Run a command that is refused and leaves no file; return the one line that it prints."""
     before = files_here()
     code = run(*words)
     error = capfd.readouterr().err
@@ -49,24 +49,25 @@ def files_here():
 
 
 def numbers_of(config, above=""):
-    """Name all keys that take a number."""
-    for one in fields(config):
-        kind = typing.get_type_hints(config)[one.name]
+    """Yield the dotted names of all keys that take a number."""
+    for field in fields(config):
+        kind = typing.get_type_hints(config)[field.name]
         if is_dataclass(kind):
-            yield from numbers_of(kind, f"{above}{one.name}.")
+            yield from numbers_of(kind, f"{above}{field.name}.")
         elif {int, float} & {kind, *typing.get_args(kind)}:
-            yield above + one.name
+            yield above + field.name
 
 
 NUMBERS = [(config, key) for config in CONFIGS for key in numbers_of(config)]
 
 
 def as_a_value(config, key, value):
-    """Return what a parser makes of a value of a key, or the words of its refusal."""
+    """Return the value that a parser reads for a key, or the text of its refusal."""
     parser = make_parser("verb", "[CONFIG.yml]", config)
-    places = [one.name for one in fields(config) if one.default is one.default_factory]  # what has no default
+    # A field without a default has MISSING as both; it is a positional argument of the command.
+    positional = [field.name for field in fields(config) if field.default is field.default_factory]
     try:
-        return parse(parser, ["x" for _ in places] + [f"--{key}={value}"])[key]
+        return parse(parser, ["x" for _ in positional] + [f"--{key}={value}"])[key]
     except Exception as error:
         return str(error)
 
@@ -131,7 +132,7 @@ def test_words_of_train_that_are_refused(words, said, model, capfd):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_without_its_data_says_what_to_add(task, model, capfd):
-    needs = [one for one in needed(environment_of(task)) if one != "tokenizer"]
+    needs = [argument for argument in needed(environment_of(task)) if argument != "tokenizer"]
     if not needs:
         assert task in ("IncreasingNumbers", "Dates")
         return
@@ -165,8 +166,8 @@ def test_words_of_other_verbs_that_are_refused(verb, words, said, capfd):
 def test_one_name_is_a_list_of_one_in_commands_and_files(here):
     def of(*words):
         parser = make_parser("train", "[CONFIG.yml]", TrainConfig)
-        found = parse(parser, [*words])
-        return found.evaluation.metrics, found.loggers, found.env.masks
+        config = parse(parser, [*words])
+        return config.evaluation.metrics, config.loggers, config.env.masks
 
     (here / "one.yml").write_text("evaluation: {metrics: rouge}\nloggers: curves\nenv: {masks: {id: allowed}}\n")
     (here / "lists.yml").write_text(
@@ -315,7 +316,7 @@ def test_arguments_through_keywords_of_base_classes_and_of_those_without_a_signa
 
 
 def test_a_run_with_one_name_for_each_list(model, here):
-    """The negative control of the refusals: the same words, spelled rightly, train."""
+    """The control for the refusals: the same words, spelled correctly, train."""
     words = settings(model, here / "run", rollouts=1, **{"evaluation.metrics": "distinct"})
     assert run("train", *words, "--loggers=curves", "--algorithm.args.target_kl=0.1", "--quiet") == 0
     assert "distinct" in (here / "run" / "results.md").read_text() and (here / "run" / "curves.png").is_file()

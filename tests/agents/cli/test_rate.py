@@ -1,4 +1,4 @@
-"""`textenv rate`: from a model's completions to questions, each once, and the loop that trains on the answers."""
+"""`textenv rate`: completions of a model become questions, each asked once, and a loop trains on the answers."""
 
 import io
 import json
@@ -25,7 +25,7 @@ PROMPTS = ["this phone is", "the lamp was", "my new radio is", "this phone is"]
 
 @pytest.fixture
 def pexpect():
-    """A terminal for a process."""
+    """The library that runs a process in a terminal; skips the test where it is not installed."""
     return pytest.importorskip("pexpect")
 
 
@@ -38,8 +38,8 @@ def here(tmp_path, monkeypatch):
 
 def rate(model, lines, *words, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    given = ["--prompts", "prompts.txt", "--rater", "ann", "--max_new_tokens", "4"]
-    return run("rate", model, *given, *words)
+    usual = ["--prompts", "prompts.txt", "--rater", "ann", "--max_new_tokens", "4"]
+    return run("rate", model, *usual, *words)
 
 
 def answers(path="ratings.db"):
@@ -55,20 +55,20 @@ def test_an_interrupted_session_goes_on(model, here, monkeypatch, capsys):
     assert rate(model, ["5", "s"], "--terminal", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
     assert "0 new questions" in said and "ann: 3 answered, 1 skipped, 0 left" in said
-    found = answers()
-    assert [answer.value for answer in found] == [(3.0,), (4.0,), (5.0,), None]
-    assert sorted(answer.prompt for answer in found) == sorted(PROMPTS)
-    assert {answer.models for answer in found} == {(str(model),)}
-    assert all(answer.completions[0] for answer in found)
+    given = answers()
+    assert [answer.value for answer in given] == [(3.0,), (4.0,), (5.0,), None]
+    assert sorted(answer.prompt for answer in given) == sorted(PROMPTS)
+    assert {answer.models for answer in given} == {(str(model),)}
+    assert all(answer.completions[0] for answer in given)
 
 
 def test_other_settings_or_weights_are_other_questions(model, here):
     writer = open_writer(str(model), None, RateOptions())
 
-    def n_new(**given):
-        chosen = RateConfig(**{"model": str(model), "db": str(here / "all.db"), "max_new_tokens": 4, **given})
-        with FeedbackStore(chosen.db) as store:
-            return ask(store, writer, PROMPTS, chosen)
+    def n_new(**settings):
+        config = RateConfig(**{"model": str(model), "db": str(here / "all.db"), "max_new_tokens": 4, **settings})
+        with FeedbackStore(config.db) as store:
+            return ask(store, writer, PROMPTS, config)
 
     assert [n_new(), n_new()] == [4, 0]
     assert [n_new(kind="compare"), n_new(kind="compare"), n_new(kind="compare", n=4)] == [4, 0, 8]
@@ -82,8 +82,8 @@ def test_other_settings_or_weights_are_other_questions(model, here):
 def test_broken_off_while_it_writes_nothing_is_written_twice(model, here, monkeypatch):
     monkeypatch.setattr(rate_module, "CHUNK", 1)
     writer = open_writer(str(model), None, RateOptions())
-    chosen = RateConfig(model=str(model), db=str(here / "all.db"), max_new_tokens=4, n=2)
-    with FeedbackStore(chosen.db) as store:
+    config = RateConfig(model=str(model), db=str(here / "all.db"), max_new_tokens=4, n=2)
+    with FeedbackStore(config.db) as store:
         add, n_added = store.add, []
 
         def broken(*args, **kwargs):
@@ -93,12 +93,12 @@ def test_broken_off_while_it_writes_nothing_is_written_twice(model, here, monkey
 
         monkeypatch.setattr(store, "add", broken)
         with pytest.raises(KeyboardInterrupt):
-            ask(store, writer, PROMPTS, chosen)
-    with FeedbackStore(chosen.db) as store:
-        assert ask(store, writer, PROMPTS, chosen) == 8 - 3
+            ask(store, writer, PROMPTS, config)
+    with FeedbackStore(config.db) as store:
+        assert ask(store, writer, PROMPTS, config) == 8 - 3
         run_name = f"{model} {fingerprint(writer.policy, 'score', 2, (1.0, 5.0), 4, 0)}"
-        found = [question.prompt for question in questions_of(chosen.db, run_name)]
-    assert sorted(found) == sorted(PROMPTS * 2)
+        prompts = [question.prompt for question in questions_of(config.db, run_name)]
+    assert sorted(prompts) == sorted(PROMPTS * 2)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_every_sample_of_the_loop_is_of_the_model_of_then(model, here, monkeypat
 def test_ctrl_c_in_the_loop_ends_with_130_and_quitting_with_0_and_both_write_the_model(
     model, here, monkeypatch, capsys
 ):
-    """Ctrl-C where a line is awaited; what was scored before is learned, and the same command asks no more of it."""
+    """Ctrl-C while a line is awaited: earlier scores are trained on, and the same command does not ask them again."""
     words = ["--train", "--out", "hand", "--learning_rate", "0.01", "--updates", "2"]
     with monkeypatch.context() as patch:
         lines = iter(["5"])
@@ -175,16 +175,17 @@ def test_the_loop_goes_on_where_it_was_killed_and_asks_nothing_twice(model, here
     lines = [str(1 + number % 5) for number in range(7)]
     words = ["--train", "--learning_rate", "0.01", "--updates", "7"]
     assert rate(model, lines, *words, "--out", "whole", "--db", "whole.db", monkeypatch=monkeypatch) == 0
-    # three updates and an answer, of which the newest checkpoint knows two updates; then the rest
+    # Stop after three answers; the newest checkpoint is after two updates. Then give the remaining answers.
     assert rate(model, [*lines[:3], "q"], *words, "--out", "parts", "--db", "parts.db", monkeypatch=monkeypatch) == 0
     assert len(answers("parts.db")) == 3
     assert rate(model, lines[3:], *words, "--out", "parts", "--db", "parts.db", monkeypatch=monkeypatch) == 0
     assert "goes on from parts/checkpoints/step_000000000008" in capsys.readouterr().out
     whole, parts = answers("whole.db"), answers("parts.db")
     assert len(whole) == 7
-    assert [one[:2] + one[4:7] for one in parts] == [one[:2] + one[4:7] for one in whole]  # prompts, texts and scores
-    one, other = weights("whole/model"), weights("parts/model")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    # The fields of prompts, texts and scores; times and ids differ.
+    assert [answer[:2] + answer[4:7] for answer in parts] == [answer[:2] + answer[4:7] for answer in whole]
+    first, second = weights("whole/model"), weights("parts/model")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def test_a_page_that_others_can_reach_needs_a_token(here, capsys):
 
 @pytest.mark.slow
 def test_training_on_what_people_say_and_again_without_them(model, here):
-    """The command with the reward "human": somebody answers meanwhile; the same run again has no more questions."""
+    """The reward "human": a thread answers while the run trains; the same run again asks nothing more."""
     reward = {"id": "human", "args": {"db": "ratings.db", "scale": [0, 1]}}
     more = {"env.reward": json.dumps(reward), "samples": 0, "evaluation.n_prompts": 2}
     with FeedbackStore("ratings.db", seed=0) as store:
@@ -242,5 +243,5 @@ def test_training_on_what_people_say_and_again_without_them(model, here):
         assert len(asked) == len(set(asked)) == crowd.n_answers == len(store.answers()) > 16
         assert run("train", *settings(model, "again", rollouts=2, **more), "--quiet") == 0
         assert len(questions_of("ratings.db", "training")) == len(asked)
-    one, other = weights("run/model"), weights("again/model")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = weights("run/model"), weights("again/model")
+    assert all(torch.equal(first[name], second[name]) for name in first)

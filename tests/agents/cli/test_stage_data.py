@@ -1,4 +1,4 @@
-"""The stages before PPO on a task's data set: what is trained on, what is held out, and that they learn from it."""
+"""The stages before PPO on a task's data set: training and held-out parts, refusals, and learning."""
 
 import json
 import re
@@ -36,14 +36,14 @@ def few_random_texts(monkeypatch):
     monkeypatch.setattr(stage_data, "N_RANDOM_TEXTS", 200)
 
 
-def whole(text):
+def joined(text):
     return text if isinstance(text, str) else "".join(text)
 
 
 @pytest.mark.parametrize("task", TEXTS)
 def test_texts_are_in_one_part_only(data, task):
     parts = read_texts(SFTConfig(task=task, data=str(data.get(task))))
-    train, held_out = ([whole(text) for text in part] for part in parts)
+    train, held_out = ([joined(text) for text in part] for part in parts)
     assert not set(train) & set(held_out)
     assert 0.08 < len(held_out) / len(train + held_out) < 0.12
 
@@ -77,9 +77,9 @@ def letters_of(folder):
 def test_an_environment_takes_the_same_parts(data, env, rows, parts):
     folder = data[env.__name__]
     options = {"tokenizer": letters_of(folder), "reward": lambda prompt, preds, done: 0.0, "max_prompt_tokens": 400}
-    found = [env(folder, part=part, **options).prompts for part in ("train", "held_out")]
-    assert found == [env(part, **options).prompts for part in parts(rows(folder))]
-    assert len(found[0]) > len(found[1]) > 0
+    prompts = [env(folder, part=part, **options).prompts for part in ("train", "held_out")]
+    assert prompts == [env(part, **options).prompts for part in parts(rows(folder))]
+    assert len(prompts[0]) > len(prompts[1]) > 0
     with pytest.raises(ValueError, match="Expected `part` to be one of"):
         env(folder, part="test", **options)
 
@@ -175,22 +175,22 @@ def test_a_classifier_of_a_task_or_of_a_file(data, tmp_path, capsys):
     words += ["--tokenizer", model, "--out", tmp_path / "made"]
     assert run("classifier", *words, "--data", tmp_path / "rows.jsonl", "--held_out", tmp_path / "rows.jsonl") == 0
     assert re.search(r"held out: accuracy 1\.000 \[0\.9\d\d, 1\.000\] of 80 texts", capsys.readouterr().out)
-    made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "made").config
-    assert made.id2label == {0: "awful", 1: "great"}
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "made").config
+    assert config.id2label == {0: "awful", 1: "great"}
     assert run("classifier", *words, "--data", tmp_path / "rows.jsonl", "--labels", "[great, good]") == 2
     assert "Expected labels among great, good, got 'awful'" in capsys.readouterr().err
     words = ["--model", model, "--task", "DailyDialog", "--data", data["DailyDialog"], "--n_epochs", "0.1", "--quiet"]
     assert run("classifier", *words, "--out", tmp_path / "intents", "--max_tokens", "16") == 0
-    made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "intents").config
-    assert tuple(made.id2label.values()) == INTENTS
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "intents").config
+    assert tuple(config.id2label.values()) == INTENTS
 
 
 SCORER = '{"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32}'
 
 
 def write_preferences(folder, better, worse):
-    """The same preference as pairs, as labels and as the answers of a person, each with the words that name it."""
-    prompts = [f"{number} the {one} was " for one in ("lamp", "phone") for number in range(16)]
+    """Write one preference as pairs, as labels and as a person's answers; return the options that name each source."""
+    prompts = [f"{number} the {thing} was " for thing in ("lamp", "phone") for number in range(16)]
     pairs = [{"prompt": prompt, "chosen": f"{better} .", "rejected": f"{worse} ."} for prompt in prompts]
     labels = [{"text": f"{prompt}{word} .", "label": n} for prompt in prompts for word, n in ((better, 1), (worse, 0))]
     for name, rows in (("pairs", pairs), ("labels", labels)):
@@ -206,13 +206,15 @@ def write_preferences(folder, better, worse):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["pairs", "labels", "feedback"])
-@pytest.mark.parametrize(("better", "worse"), [("great", "awful"), ("awful", "great")])  # told the reverse, it says so
+@pytest.mark.parametrize(
+    ("better", "worse"), [("great", "awful"), ("awful", "great")]
+)  # the reverse data teach the reverse
 def test_a_fresh_reward_model_ranks_as_it_was_told_and_is_a_reward(better, worse, source, tmp_path):
     sources, model = write_preferences(tmp_path, better, worse), small_model(tmp_path / "small")
     words = ["--fresh", SCORER, "--tokenizer", model, *sources[source], "--out", tmp_path / "scorer", "--quiet"]
     assert run("reward-model", *words, "--learning_rate", "1e-2", "--n_epochs", "8", "--batch_size", "8") == 0
-    made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").config
-    assert (made.n_layer, made.n_positions, made.vocab_size) == (1, 32, len(AutoTokenizer.from_pretrained(model)))
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").config
+    assert (config.n_layer, config.n_positions, config.vocab_size) == (1, 32, len(AutoTokenizer.from_pretrained(model)))
     reward, tokenizer = Preference(str(tmp_path / "scorer"), stats="stored"), AutoTokenizer.from_pretrained(model)
     scores = [
         reward(Prompt("3 the lamp was "), Preds(tokenizer, tokenizer.encode(f"{word} .")), True)
@@ -221,7 +223,7 @@ def test_a_fresh_reward_model_ranks_as_it_was_told_and_is_a_reward(better, worse
     assert scores[0] > scores[1] + 1.0  # standard deviations of the training texts' scores
 
 
-def test_a_fresh_reward_model_is_told_its_tokenizer(tmp_path, capsys):
+def test_a_fresh_reward_model_needs_a_tokenizer(tmp_path, capsys):
     sources = write_preferences(tmp_path, "great", "awful")
     assert run("reward-model", "--fresh", SCORER, *sources["pairs"], "--out", tmp_path / "scorer") == 2
     assert "Expected --tokenizer NAME with `fresh`, got none" in capsys.readouterr().err

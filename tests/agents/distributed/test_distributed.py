@@ -1,4 +1,4 @@
-"""Several processes train one policy: the same update as one, what they agree on, and who logs."""
+"""Training in several processes: the update of one process, shared figures, checkpoints, refusals, lost processes."""
 
 import pickle
 import re
@@ -17,17 +17,17 @@ from tests.helpers.models import seldom
 from tests.helpers.processes import free_port, launch, torchrun, train
 from tests.helpers.training import tiny_agent
 
-SAME = 1e-6
-OTHERS = ("advantages", "returns", "scores", "divergence")
+SAME = 1e-6  # the largest difference of weights that sums in another order may cause
+OTHERS = ("advantages", "returns", "scores", "divergence")  # exchanges that `jobs.switch_off` can disable
 
 
-def largest_difference(one, other):
-    return max(np.abs(one[name] - other[name]).max() for name in one)
+def largest_difference(first, second):
+    return max(np.abs(first[name] - second[name]).max() for name in first)
 
 
 @cache
 def alone(n_minibatches):
-    """The weights and figures after three updates in one process."""
+    """Return the weights and figures after three updates in one process."""
     return train(1, "scripted_updates", n_minibatches)[0]
 
 
@@ -44,7 +44,7 @@ def test_the_update_is_that_of_one_process_on_the_union_of_the_data(size, n_mini
 
 
 @pytest.mark.parametrize("off", ["weights", *seldom(OTHERS, 1)])
-def test_without_agreement_the_update_is_another(off):
+def test_without_an_exchange_the_update_differs(off):
     weights, _ = alone(2)
     (theirs, _), (others, _) = train(2, "scripted_updates", 2, off)
     assert max(largest_difference(theirs, weights), largest_difference(others, weights)) > 10 * SAME
@@ -64,9 +64,9 @@ def test_the_update_is_the_same_with_every_option():
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_resumes_exactly(tmp_path):
-    whole = train(2, "part_of_a_run", tmp_path, 4)
-    train(2, "part_of_a_run", tmp_path, 2, None, "half")
-    resumed = train(2, "part_of_a_run", tmp_path, 2, "half")
+    whole = train(2, "run_between_checkpoints", tmp_path, 4)
+    train(2, "run_between_checkpoints", tmp_path, 2, None, "half")
+    resumed = train(2, "run_between_checkpoints", tmp_path, 2, "half")
     for (weights, _, figures, *_), (again, before, same, _, said) in zip(whole, resumed):
         assert largest_difference(weights, again) == 0 and figures == same and not said
         assert before["tokens"] == 96 and same["tokens"] == 192, "of both processes"
@@ -74,10 +74,10 @@ def test_a_run_of_two_processes_resumes_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """2 -> 1 -> 2: weights, coefficient and counts go on, prompts do not repeat, and it is said what is lost."""
-    two = train(2, "part_of_a_run", tmp_path, 2, None, "two")
-    one = train(1, "part_of_a_run", tmp_path, 1, "two", "one")
-    again = train(2, "part_of_a_run", tmp_path, 1, "one")
+    """2 -> 1 -> 2: weights, coefficient and counts are kept, no prompt repeats, and a warning names what is lost."""
+    two = train(2, "run_between_checkpoints", tmp_path, 2, None, "two")
+    one = train(1, "run_between_checkpoints", tmp_path, 1, "two", "one")
+    again = train(2, "run_between_checkpoints", tmp_path, 1, "one")
     for earlier, later in ((two, one), (one, again)):
         for _, before, *_ in later:
             assert before == earlier[0][2], "as it was saved"
@@ -122,7 +122,7 @@ REFUSED = {
 
 
 def test_refusals_and_an_algorithm_built_by_hand():
-    """What is refused is so in all processes, which can go on together."""
+    """All processes get the refusal, and can train together afterwards."""
     for results in train(2, "refusals", [*REFUSED, "nothing"]):
         assert results.pop("nothing") == "trained"
         for case, (error, words) in REFUSED.items():
@@ -145,7 +145,7 @@ def test_the_process_that_serves_the_others_leaves_last():
 
 
 def test_one_process_has_nothing_of_it(monkeypatch):
-    """No group, no wrapper, no step: what several processes need is not even looked at."""
+    """A single process makes no process group, no shared gradient and no rollout step."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     model = tiny_agent()
     model.learn(16, callback=DataParallel())
@@ -162,7 +162,7 @@ def test_the_command_wants_one_process(monkeypatch, capfd):
 @pytest.mark.slow
 def test_processes_that_were_started_wrongly_are_told():
     ok = launch(2, "join", 20)
-    assert [one[:2] for one in ok] == [(0, 2), (1, 2)] and ok[0][2] == ok[1][2]
+    assert [joined[:2] for joined in ok] == [(0, 2), (1, 2)] and ok[0][2] == ok[1][2]
     sizes = {0: {"WORLD_SIZE": "3"}}
     for result in launch(2, "join", 20, environments=sizes):
         assert isinstance(result, ValueError) and "was told WORLD_SIZE=" in str(result)
@@ -184,9 +184,9 @@ def test_a_process_that_is_killed_in_a_rollout_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_stands_beside_training_does_so_in_several_processes():
-    """The doctor, warnings, NLPO, a critic with a trunk of its own; draws by priority are each process's own."""
-    (weights, tokens, drawn), other = train(2, "beside")
+def test_doctor_warnings_nlpo_and_a_separate_critic_work_in_several_processes():
+    """Weights and counts are shared; draws by priority are each process's own."""
+    (weights, tokens, drawn), other = train(2, "extras_together")
     assert other[:2] == (weights, tokens) and tokens == 96 and sum(drawn) > 12 and other[2] != drawn
 
 
@@ -208,7 +208,7 @@ def test_torchrun_ends_all_within_a_minute_and_names_the_one_that_was_killed(tmp
 
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
-    """Killed in an update, after rank 0 has counted its tokens: the same weights as without, and as many tokens."""
+    """Killed in an update, after rank 0 has counted its tokens: weights and token counts are those of a whole run."""
     whole = train(2, "killed", "nowhere", tmp_path / "whole")
     done, _ = torchrun(tmp_path, "killed", "update", options=["--max-restarts=1"])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Weights spread over processes: the same update as in one, what each keeps, files, refusals and deaths."""
+"""Weights sharded over processes: the update of one process, the share of each, files, refusals and lost processes."""
 
 import errno
 import pickle
@@ -23,13 +23,13 @@ SLOW = pytest.mark.slow
 WAYS = {"gathered": Sharded(), "lock-step": Sharded(gather=False), "offloaded": Sharded(offload=True)}
 FIRST = {"gathered": Sharded()}
 OFTEN = ["LoRA", "SeparateCritic", "gradient_checkpointing", "micro_batch_tokens", "bfloat16", "encoder-decoder"]
-LOCK_STEP = ["SeparateCritic", "micro_batch_tokens", "late"]
-NEVER = ["warmup"]  # refused
+LOCK_STEP = ["SeparateCritic", "micro_batch_tokens", "late"]  # options that are tried in lock-step as well
+NEVER = ["warmup"]  # sharded policies refuse it
 
 
-def largest_difference(one, other):
-    assert one.keys() == other.keys()
-    return max(np.abs(one[name] - other[name]).max() for name in one)
+def largest_difference(first, second):
+    assert first.keys() == second.keys()
+    return max(np.abs(first[name] - second[name]).max() for name in first)
 
 
 def check_same(alone, results, tolerance=SAME):
@@ -52,24 +52,24 @@ def test_the_update_is_the_same_with_every_option(names):
     results = train(2, "sharded_updates", {"gathered": Sharded()}, names, timeout=240)
     for result in results:
         assert len(result) == len(names) > 5
-        in_16_bits = {key: one for key, one in result.items() if key[0] == "bfloat16"}
+        in_16_bits = {key: value for key, value in result.items() if key[0] == "bfloat16"}
         check_same(alone, [in_16_bits], 1e-3)
-        check_same(alone, [{key: one for key, one in result.items() if key not in in_16_bits}])
+        check_same(alone, [{key: value for key, value in result.items() if key not in in_16_bits}])
     lock_step = [name for name in names if name in LOCK_STEP]
     check_same(alone, train(2, "sharded_updates", {"lock-step": Sharded(gather=False)}, lock_step, timeout=120))
 
 
 @pytest.mark.slow
 def test_each_process_keeps_its_share():
-    for shares, is_gathered in train(2, "what_is_kept", Sharded()):
+    for shares, is_gathered in train(2, "kept_shares", Sharded()):
         assert all(0.45 < share < 0.55 for share in shares) and not is_gathered
 
 
 @pytest.mark.slow
 def test_a_run_is_the_same_sharded_or_not(tmp_path):
-    """Rollouts of different lengths in each process, a reference, checkpoints that the next run goes on from."""
+    """With different prompts in each process, a reference, and a checkpoint that is saved at the end."""
     ways = {"whole": None, "gathered": Sharded(), "lock-step": Sharded(gather=False)}
-    whole, *others = [train(2, "part_of_a_run", tmp_path, 4, None, way, shard) for way, shard in ways.items()]
+    whole, *others = [train(2, "run_between_checkpoints", tmp_path, 4, None, way, shard) for way, shard in ways.items()]
     for other in others:
         for (weights, _, figures, numbers, _), (theirs, _, their_figures, their_numbers, _) in zip(whole, other):
             assert largest_difference(weights, theirs) < SAME
@@ -80,9 +80,9 @@ def test_a_run_is_the_same_sharded_or_not(tmp_path):
 
 @pytest.mark.parametrize("way", seldom(["gathered", "lock-step", "offloaded"]))
 def test_a_sharded_run_resumes_exactly(way, tmp_path):
-    whole = train(2, "part_of_a_run", tmp_path, 4, None, None, WAYS[way])
-    train(2, "part_of_a_run", tmp_path, 2, None, "half", WAYS[way])
-    resumed = train(2, "part_of_a_run", tmp_path, 2, "half", None, WAYS[way])
+    whole = train(2, "run_between_checkpoints", tmp_path, 4, None, None, WAYS[way])
+    train(2, "run_between_checkpoints", tmp_path, 2, None, "half", WAYS[way])
+    resumed = train(2, "run_between_checkpoints", tmp_path, 2, "half", None, WAYS[way])
     for (weights, _, figures, *_), (again, before, same, _, said) in zip(whole, resumed):
         assert largest_difference(weights, again) == 0 and figures == same and not said
         assert before["tokens"] == 96 and same["tokens"] == 192
@@ -90,11 +90,11 @@ def test_a_sharded_run_resumes_exactly(way, tmp_path):
 
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_with_another_number_of_processes(tmp_path):
-    """2 -> 1 -> 4, where one process has no shards, and back to whole weights."""
-    two = train(2, "part_of_a_run", tmp_path, 2, None, "two", Sharded())
-    one = train(1, "part_of_a_run", tmp_path, 1, "two", "one", Sharded())
-    four = train(4, "part_of_a_run", tmp_path, 1, "one", "four", Sharded())
-    again = train(2, "part_of_a_run", tmp_path, 1, "four", None, None)
+    """2 -> 1 -> 4 processes, of which a single one writes no shards, and then unsharded again."""
+    two = train(2, "run_between_checkpoints", tmp_path, 2, None, "two", Sharded())
+    one = train(1, "run_between_checkpoints", tmp_path, 1, "two", "one", Sharded())
+    four = train(4, "run_between_checkpoints", tmp_path, 1, "one", "four", Sharded())
+    again = train(2, "run_between_checkpoints", tmp_path, 1, "four", None, None)
     for earlier, later in ((two, one), (one, four), (four, again)):
         for _, before, *_ in later:
             assert before == pytest.approx(earlier[0][2]), "as it was saved"
@@ -139,15 +139,16 @@ def test_a_shard_that_cannot_be_written_is_an_error_of_storage_in_all(tmp_path):
 
 @pytest.mark.long
 def test_files_of_shards_hold_what_is_not_elsewhere(tmp_path):
-    """Nothing is pickled, and no file of a process holds another's part."""
-    train(2, "part_of_a_run", tmp_path, 2, None, "two", Sharded())
-    train(2, "part_of_a_run", tmp_path, 2, None, "whole")
+    """The shards of all processes, joined, are the weights of an unsharded run; nothing is pickled."""
+    train(2, "run_between_checkpoints", tmp_path, 2, None, "two", Sharded())
+    train(2, "run_between_checkpoints", tmp_path, 2, None, "whole")
     assert {path.suffix for path in (tmp_path / "two").rglob("*") if path.is_file()} == {".safetensors", ".json"}
     parts = [load_file(path) for path in sorted((tmp_path / "two" / "shards").iterdir())]
     for file in ("policy", "optimizer", "step_KLPenalty"):
         saved = load_file(tmp_path / "whole" / f"{file}.safetensors")
         left = load_file(tmp_path / "two" / f"{file}.safetensors")
         for name, tensor in saved.items():
+            # A sharded tensor is split along its first axis, in rank order.
             pieces = [part[f"{file}/{name}"] for part in parts if f"{file}/{name}" in part]
             joined = left[name] if name in left else torch.cat(pieces)
             assert torch.allclose(joined, tensor, atol=SAME), name
@@ -198,7 +199,7 @@ def test_refusals():
 
 @pytest.mark.long
 def test_torchrun_restarts_from_the_shards(tmp_path, monkeypatch):
-    """Killed in an update: the same weights as without, up to what it says of whole weights, and as many tokens."""
+    """Killed in an update: weights, within `SAME`, and token counts are those of an unsharded whole run."""
     whole = train(2, "killed", "nowhere", tmp_path / "whole")
     for name, value in ASKED.items():
         monkeypatch.setenv(name, value)

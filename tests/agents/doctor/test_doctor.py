@@ -63,7 +63,7 @@ def test_every_check_is_run():
     assert written == {check.__name__ for check in (*doctor.SETTING_CHECKS, *doctor.MODEL_CHECKS)}
 
 
-# It leaves no trace.
+# The doctor leaves no trace.
 
 
 def test_training_is_the_same_with_and_without():
@@ -121,7 +121,7 @@ def test_make_agent_warns_of_what_may_go_badly():
 
 
 def hook_output(change):
-    """Break the last hidden state, given the module and its output."""
+    """Return a function that makes a model's last hidden state `change(module, output)`."""
     return lambda model: model.transformer.ln_f.register_forward_hook(lambda module, inputs, out: change(module, out))
 
 
@@ -139,7 +139,7 @@ def test_a6_a_dropout_module_is_named():
 
 
 def test_b1_a_model_that_sees_padding_is_named():
-    # Only on longer sequences: the probe at construction has four tokens.
+    # Only on longer sequences: the probe at a policy's construction has four tokens and would refuse the model.
     broken = Broken(hook_output(lambda module, out: out if out.shape[1] < 6 else out - out.mean(dim=1, keepdim=True)))
     assert_names(doctor.check(agent(broken)), "padding", "failed", "not causal")
 
@@ -162,7 +162,7 @@ def test_a7_a_cache_that_lies_is_named():
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_a_head_wrongly_taken_for_linear_is_named(family):
-    # Fresh weights give small logits, which a cap of 50 hardly bends.
+    # Fresh weights give small logits, which a soft cap of 50 hardly changes.
     options = {"initializer_range": 0.02, "final_logit_softcapping": 50.0} if family == "gemma2" else {}
     model = agent(tiny(family, **options))
     assert not model.policy.lm.backbone.head_is_linear
@@ -205,7 +205,7 @@ def test_the_time_of_an_iteration(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(trial_checks.time, "perf_counter", lambda: float(next(clock)))
     (finding,) = [finding for finding in doctor.check(agent(n_epochs=2)).findings if finding.name == "time"]
-    # Whatever is timed takes a second: 4 steps and a prefill; 2 epochs of 8 rows of 4 tokens, at 1 s for 4 rows of 4.
+    # Each timed call takes 1 s. Rollout: 4 decode steps and a prefill. Update: 2 epochs of 8 rows, 1 s for 4 rows.
     assert "decode 1000.00 ms a step of 8 rows, prefill 1000.0 ms, update 62.500 ms a token" in finding.measured
     assert "about 9 s an iteration (5 rollout, 4 update)" in finding.measured
 
@@ -219,8 +219,8 @@ def test_the_memory_of_training():
         "weights": 4 * n_weights,
         "gradients": 4 * n_weights,
         "optimizer": 8 * n_weights,
-        "keys and values": 2 * 2 * 16 * 4 * 8 * columns,  # layers, keys and values, width, bytes, rows
-        "logits": 3 * 4 * 8 * 4 * 33,
+        "keys and values": 2 * 2 * 16 * 4 * 8 * columns,  # layers, keys and values, width, bytes, rows, columns
+        "logits": 3 * 4 * 8 * 4 * 33,  # copies, bytes, rows, tokens a row, vocabulary
     }
     for name, size in mib.items():
         assert f"{name} {size / 2**20:.3g} MiB" in finding.measured

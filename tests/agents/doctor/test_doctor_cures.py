@@ -1,4 +1,4 @@
-"""The doctor's cures: what each finding advises is accepted where it is meant, and the finding is gone afterwards."""
+"""The doctor's cures: each piece of advice can be followed, and the finding is gone afterwards."""
 
 import ast
 import dataclasses
@@ -36,7 +36,7 @@ def env_of(prompts, tokenizer, **kwargs):
 
 
 def changed(change, model=None):
-    """A healthy agent whose language model, or itself, is changed once it is built."""
+    """Apply a change to a built agent, healthy by default; return the agent."""
     model = model or agent()
     change(model)
     return model
@@ -47,7 +47,7 @@ def language_model(model):
 
 
 def hooked(change):
-    """A spec with something done to the last hidden state."""
+    """Return a model spec whose last hidden state is `change(module, output)`."""
     return Broken(
         lambda model: model.transformer.ln_f.register_forward_hook(lambda module, inputs, out: change(module, out))
     )
@@ -58,7 +58,7 @@ def random_in_training(module, out):
 
 
 def with_share(model):
-    """Give a functional dropout a share that is a float attribute with "drop" in its name."""
+    """Add a functional dropout whose share is a float attribute with "drop" in its name, so that it can be set to 0."""
     model.transformer.ln_f.dropout_share = 0.3
     model.transformer.ln_f.register_forward_hook(lambda module, inputs, out: random_in_training(module, out))
 
@@ -115,7 +115,7 @@ MODEL_FINDINGS = ("ratio", "rollout", "padding", "cache", "head", "dropout", "di
 
 
 def ends_at_7(model):
-    language_model(model).generation_config.eos_token_id = [0, 7, 50256]  # of which the env has the first two
+    language_model(model).generation_config.eos_token_id = [0, 7, 50256]  # 0 and 7 are tokens of the env, 50256 is not
 
 
 def nan_weights(model):
@@ -165,7 +165,7 @@ def other_critic(model):
     model.policy.lm.critic.linear = nn.Linear(16, 1)
 
 
-# The finding, words of its cure, who has it, and who has done as it says, in each way that it names.
+# The finding's name, words of its cure, a subject that has it, and subjects cured in each way that the words name.
 CASES = [
     ("ratio", "cache=False", lambda: agent(Broken(lying_cache)), [
         lambda: agent(Broken(lying_cache), policy_kwargs={"cache": False})]),
@@ -247,7 +247,7 @@ CASES = [
 
 
 def examine(name, subject):
-    """What the doctor finds: of a setting by the checks of settings, which take less time."""
+    """Return the doctor's report on a subject; for a finding about settings, of the fast checks of settings alone."""
     model, *env = subject if isinstance(subject, tuple) else (subject,)
     if name in MODEL_FINDINGS:
         return doctor.check(model, *env)
@@ -277,29 +277,30 @@ def test_what_a_cure_says_is_accepted_and_helps(name, words, ill, cured):
 
 
 def written_cures():
-    """Every cure in the source, with `{}` where a value stands."""
-    found = []
+    """Return every cure in the doctor's source, with `{}` for each formatted value."""
+    written = []
     for module in MODULES:
         tree = ast.parse((ROOT / "agents" / "doctor" / f"{module}.py").read_text())
         for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
             for node in ast.walk(function):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding" and len(node.args) == 5:
-                    found += texts(node.args[4], function)
-    return found
+                    written += texts(node.args[4], function)
+    return written
 
 
 def texts(node, function):
-    """The texts that an expression may be: those of a name are what the function assigns to it."""
+    """Return the texts that an expression may have; a name has those that the function assigns to it."""
     if isinstance(node, ast.Constant):
         return [node.value]
     if isinstance(node, ast.JoinedStr):
         return ["".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)]
     if isinstance(node, ast.IfExp):
         return texts(node.body, function) + texts(node.orelse, function)
-    if not isinstance(node, ast.Name):  # looked up in a table: see the test of learning rates
+    if not isinstance(node, ast.Name):  # an entry of a table, which the test of learning rates covers
         return []
-    given = [one for one in ast.walk(function) if isinstance(one, ast.Assign) and names(one.targets[0]) == {node.id}]
-    return [text for one in given for text in texts(one.value, function)]
+    nodes = [other for other in ast.walk(function) if isinstance(other, ast.Assign)]
+    assigned = [other.value for other in nodes if names(other.targets[0]) == {node.id}]
+    return [text for value in assigned for text in texts(value, function)]
 
 
 def names(target):
@@ -332,7 +333,9 @@ def test_only_a_model_that_has_a_language_forgets_it(small, usual, tmp_path, mon
 def test_no_ready_configuration_has_a_learning_rate_that_is_warned_of():
     paths = (ROOT / "examples" / "configs").glob("*.yml")
     algorithms = {path.stem: yaml.safe_load(path.read_text()).get("algorithm", {}) for path in paths}
-    rates = {name: given["learning_rate"] for name, given in algorithms.items() if "learning_rate" in given}
+    rates = {name: values["learning_rate"] for name, values in algorithms.items() if "learning_rate" in values}
     assert len(rates) > 10
-    most = setting_checks.USUAL_RATES["small"][0]  # which holds for the adapters of the large ones, too
+    most = setting_checks.USUAL_RATES["small"][
+        0
+    ]  # the large configurations train adapters, whose usual rates are as high
     assert [name for name, rate in rates.items() if rate > most] == []

@@ -1,4 +1,4 @@
-"""The doctor on tokens, vocabulary, lengths, templates, the reward and PPO's settings: each check can fail."""
+"""The doctor's checks of vocabulary, lengths, stop tokens, templates, the reward and settings: each can fail."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def test_stop_tokens_that_do_not_fit_are_named():
 
 
 class OpeningTokenizer(CharTokenizer):
-    """Opens a text with token 27, as a BOS."""
+    """Puts token 27 in front of each text, as a BOS token."""
 
     def encode(self, text, *, add_special_tokens=True):
         return ([27] if add_special_tokens else []) + super().encode(text)

@@ -1,4 +1,4 @@
-"""Rollouts that another engine writes: the same updates as the policy's own, what is asked, and what is refused."""
+"""Rollouts that another engine writes: the updates of the policy's own rollouts, requests, weights and resuming."""
 
 import itertools
 from collections import Counter
@@ -36,11 +36,11 @@ from textenv.episodes.rules import SEPARATOR
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")
 ROLLOUTS = 3
-CLOSE = 1e-5
+CLOSE = 1e-5  # tolerance of float32 log-probabilities
 
 
 class Answers(TextEnv):
-    """A dialogue: what the policy writes up to a stop id, and a reply."""
+    """A dialogue: after a turn that ends with an odd id, the env replies "yz"."""
 
     def get_reward(self, prompt, preds, done):
         return sum(preds.ids) / 40 if done else 0.0
@@ -53,7 +53,7 @@ def complete(**kwargs):
     return {"rollout_buffer_kwargs": {"complete_episodes": True, "normalize_advantage": True, **kwargs}}
 
 
-# The env's arguments, the agent's, and the callbacks beside.
+# The env's arguments, the agent's, and a function that returns further callbacks.
 CASES = {
     "plain": (often(4), {}, list),
     "everything": (
@@ -86,7 +86,7 @@ def trained(model, *callbacks):
     "case", ["everything", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "everything")]
 )
 def test_an_update_is_that_of_the_policys_own_rollout_of_the_same_tokens(case, monkeypatch):
-    """With equal weights in the engine: weights of 1, and the same values, bootstraps, penalties and gradients."""
+    """The engine has the policy's weights: importance weights are 1, and values, penalties and gradients the same."""
     env_kwargs, agent_kwargs, callbacks = CASES[case]
     engine, model = InProcess(), build(env_kwargs, agent_kwargs)
     written = trained(model, EngineRollouts(engine), *callbacks())
@@ -113,30 +113,34 @@ def test_an_update_is_that_of_the_policys_own_rollout_of_the_same_tokens(case, m
 
 
 def test_what_is_asked_of_the_engine():
-    """New weights and all rows at first, with as many prompts ahead as the last rollout began; then what is missing."""
+    """At a rollout's start: new weights, all rows, and the next prompts; later only rows without a completion."""
     different = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]
     engine, model = InProcess(), build({**often(4), "prompts": different}, {})
     recorder, n_rollouts, steps = Recorder(), 5, []
     generate = engine.generate
     engine.generate = lambda *args: (steps.append(len(recorder.actions)), generate(*args))[1]
     model.learn(n_rollouts * STEPS * LANES, callback=[EngineRollouts(engine), recorder])
-    firsts = np.concatenate([[np.ones(LANES, dtype=bool)], np.array(recorder.dones)[:-1]])  # where an episode begins
+    firsts = np.concatenate(
+        [[np.ones(LANES, dtype=bool)], np.array(recorder.dones)[:-1]]
+    )  # (T, B): where an episode begins
     begun = firsts.reshape(n_rollouts, STEPS, LANES)[:, 1:].sum(axis=(1, 2))
     assert engine.n_loads == n_rollouts and len(set(engine.seeds)) == len(engine.seeds) and begun.min() > 5
     prompts = {tuple(prompt.ids.tolist()) for prompt in model.env.env.prompts}
     asked = np.zeros(n_rollouts, dtype=int)
     for step, call in zip(steps, engine.calls):
-        rollout, place = divmod(step, STEPS)
+        rollout, step_in_rollout = divmod(step, STEPS)
         observed = recorder.observations[step]
         rows = [row[row >= 0].tolist() for row in observed]
-        n_missing = LANES if place == 0 else next(i for i in range(len(call), 0, -1) if call[i - 1][0] in rows)
+        n_missing = (
+            LANES if step_in_rollout == 0 else next(i for i in range(len(call), 0, -1) if call[i - 1][0] in rows)
+        )
         assert all(tokens in rows for tokens, _ in call[:n_missing])
-        if place == 0:
+        if step_in_rollout == 0:
             assert len(call) == LANES + (begun[rollout - 1] if rollout else 0)
             written = (observed >= 0).sum(axis=1) - (observed == SEPARATOR).argmax(axis=1)
             assert [most_new for _, most_new in call[:LANES]] == np.minimum(LONGEST - written, STEPS).tolist()
         for tokens, most_new in call[n_missing:]:
-            assert tuple(tokens) in prompts and most_new == min(LONGEST, STEPS - place)
+            assert tuple(tokens) in prompts and most_new == min(LONGEST, STEPS - step_in_rollout)
         asked[rollout] += len(call)
     assert len(engine.calls) < begun.sum() / 2 and (asked >= LANES + begun).all(), "few calls, and each episode in one"
 
@@ -146,24 +150,24 @@ def test_texts_written_ahead_go_to_the_prompts_they_continue():
     written = Counter()
     generated = engine.generate
 
-    def noted(requests, *args):
+    def generate_and_note(requests, *args):
         completions = generated(requests, *args)
         for request, completion in zip(requests, completions):
             written[(*request.tokens.tolist(), SEPARATOR, *completion.tokens.tolist())] += 1
         return completions
 
-    engine.generate = noted
+    engine.generate = generate_and_note
     recorder = Recorder()
     model.learn(3 * STEPS * LANES, callback=[EngineRollouts(engine), recorder])
     starts = {tuple(text[: text.index(SEPARATOR)]) for text in written}
     checked = 0
-    for _, places in recorder.episodes():
-        if places[0][0] // STEPS != places[-1][0] // STEPS:
-            continue  # it was asked for anew in the middle
-        row = recorder.observations[places[0][0]][places[0][1]]
+    for _, transitions in recorder.episodes():
+        if transitions[0][0] // STEPS != transitions[-1][0] // STEPS:
+            continue  # a new rollout asked for the rest anew
+        row = recorder.observations[transitions[0][0]][transitions[0][1]]
         prompt = tuple(row[row >= 0].tolist())
-        text = (*prompt, SEPARATOR, *(int(recorder.actions[step][lane]) for step, lane in places))
-        assert prompt in starts and any(one[: len(text)] == text for one in written)
+        text = (*prompt, SEPARATOR, *(int(recorder.actions[step][lane]) for step, lane in transitions))
+        assert prompt in starts and any(completion[: len(text)] == text for completion in written)
         checked += 1
     assert checked > 12
 
@@ -180,7 +184,7 @@ def test_the_dealer_knows_what_is_coming():
 
 
 def test_an_engine_with_old_weights_is_noticed():
-    """The negative control of sending: weights differ from 1, and the correction says by how much."""
+    """The control for sending weights: without them, the engine's log-probabilities differ from the policy's."""
     spreads = []
     for takes_weights in (True, False):
         model = build(often(6), {"learning_rate": 0.5})
@@ -209,7 +213,7 @@ def test_what_waits_keeps_what_the_engine_said():
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
 def test_the_weights_of_joined_parts_by_hand(per):
-    """What waited and the end of its episode: advantages as they were, times min(exp(ours - theirs), truncation)."""
+    """Advantages of waiting parts and their ends are multiplied by min(exp(ours - theirs), truncation)."""
     model = build(often(20), complete())
     model.learn(2 * STEPS * LANES, callback=EngineRollouts(InProcess(heat=0.5), truncation=1.5, per=per))
     buffer = model.rollout_buffer
@@ -221,8 +225,8 @@ def test_the_weights_of_joined_parts_by_hand(per):
     ours, theirs = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("log_probs", "behaviour_log_probs")
     )
-    by_place = dict(zip(ours.tolist(), (ours - theirs).tolist()))
-    ratios = np.array([by_place[one] for one in plain.old_log_prob.tolist()])
+    log_ratios = dict(zip(ours.tolist(), (ours - theirs).tolist()))
+    ratios = np.array([log_ratios[log_prob] for log_prob in plain.old_log_prob.tolist()])
     rows = plain.observations.rows
     if per == "sequence":
         ratios = np.array([ratios[rows == row].sum() for row in rows])
@@ -240,7 +244,7 @@ def test_one_step_serves_one_model_after_another():
 
 
 def test_after_a_rollout_that_was_broken_off_no_more_is_asked_for_than_fits():
-    """Stable-Baselines3 goes on with rows at their end where the env has begun anew."""
+    """After a stop, SB3 passes the old `_last_obs` although the env has already begun new episodes."""
 
     class Stops(BaseCallback):
         def _on_step(self):
@@ -317,7 +321,7 @@ def test_a_resumed_run_without_the_engine_is_refused(tmp_path):
 
 
 def test_the_engine_writes_what_a_plain_forward_says(n_requests=9):
-    """Rows that refill, more texts than rows: each token's log-probability is that of the whole text read at once."""
+    """With more texts than rows: each token's log-probability is that of one forward over the whole text."""
     engine = InProcess(n_rows=3)
     rng = np.random.default_rng(0)
     requests = [Request(rng.integers(1, 33, 1 + i), 2 + i % 5, (0, 7)) for i in range(n_requests)]
@@ -330,6 +334,6 @@ def test_the_engine_writes_what_a_plain_forward_says(n_requests=9):
         expected = torch.log_softmax(logits / 0.8, -1).gather(-1, torch.as_tensor(tokens)[:, None])[:, 0]
         assert np.abs(expected.numpy() - log_probs).max() < CLOSE
     again = write(engine.writer.lm, requests, 0.8, 5, 3)
-    assert all(np.array_equal(one.tokens, other.tokens) for one, other in zip(written, again)), "the same seed"
+    assert all(np.array_equal(first.tokens, second.tokens) for first, second in zip(written, again)), "the same seed"
     with pytest.raises(ValueError, match="32 positions, got up to 40"):
         write(engine.writer.lm, [Request(np.ones(30, int), 10, ())], 1.0, 0, 3)

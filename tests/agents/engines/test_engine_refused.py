@@ -1,4 +1,4 @@
-"""What an engine cannot do, and what it must not answer: refused with the reason."""
+"""Refusals of engines: policies and envs that they cannot serve, and wrong completions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""An engine in a process of its own: it is real, it is fast to say what is wrong, and it leaves nothing behind."""
+"""The engine in a process of its own: tensors on the wire, training, errors, death, and nothing left behind."""
 
 import os
 import re
@@ -39,8 +39,8 @@ if __name__ == "__main__":
     time.sleep(60)
 """
 
-# As docs/engines.md has it, without `with` and without `close()`; the second process draws a bar, whose lock is a
-# semaphore of the system's.
+# The script of docs/engines.md, without `with` and without `close()`. The engine's process draws a progress bar, whose
+# lock is a semaphore of the operating system.
 DOCUMENTED = """
 import sys
 if __name__ == "__main__":
@@ -82,7 +82,7 @@ def weights_to_send():
 
 
 def test_tensors_of_all_kinds_cross_the_wire_unchanged(monkeypatch):
-    monkeypatch.setattr(wire, "MOST_BYTES", 20)  # some travel together, some alone
+    monkeypatch.setattr(wire, "MOST_BYTES", 20)  # small, so that some tensors share a message and some do not
     store, ends = dist.HashStore(), {}
 
     def meet(rank):
@@ -97,18 +97,18 @@ def test_tensors_of_all_kinds_cross_the_wire_unchanged(monkeypatch):
         torch.tensor([], dtype=torch.int64),
         torch.tensor([1, 2]).int(),
     ]
-    receiving = threading.Thread(target=lambda: ends.update(found=ends[1].receive()))
+    receiving = threading.Thread(target=lambda: ends.update(received=ends[1].receive()))
     receiving.start()
     ends[0].send({"do": "écrire", "names": ["a"]}, sent)
     receiving.join()
-    header, found = ends["found"]
-    assert header == {"do": "écrire", "names": ["a"]} and len(found) == len(sent)
-    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, sent))
+    header, received = ends["received"]
+    assert header == {"do": "écrire", "names": ["a"]} and len(received) == len(sent)
+    assert all(torch.equal(ours, theirs) and ours.dtype == theirs.dtype for ours, theirs in zip(received, sent))
 
 
 @pytest.mark.slow
 def test_it_trains_answers_errors_and_is_noticed_when_it_is_killed():
-    """One engine for all, since starting one takes seconds."""
+    """One engine serves three checks, since starting one takes seconds."""
     with LocalEngine(tiny_config(), vocab_size=33) as engine:
         trains_as_in_one_process(engine)
         says_what_it_cannot_do(engine)
@@ -117,11 +117,11 @@ def test_it_trains_answers_errors_and_is_noticed_when_it_is_killed():
 
 
 def trains_as_in_one_process(engine):
-    """Bit for bit: tokens, log-probabilities and weights cross unchanged, and it starts no group of torch's own."""
+    """Bit for bit, since tokens, log-probabilities and weights cross unchanged; no torch process group is made."""
     trained = []
-    for one in (engine, InProcess()):
+    for writer in (engine, InProcess()):
         model = tiny_agent(n_envs=6, n_steps=6)
-        model.learn(4 * 36, callback=EngineRollouts(one))
+        model.learn(4 * 36, callback=EngineRollouts(writer))
         buffer = model.rollout_buffer
         assert np.abs(buffer.log_probs - buffer.behaviour_log_probs).max() < 1e-5
         trained.append(weights(model))
@@ -130,16 +130,16 @@ def trains_as_in_one_process(engine):
 
 
 def says_what_it_cannot_do(engine):
-    mine = weights_to_send()
-    engine.load_weights(mine)
+    sent = weights_to_send()
+    engine.load_weights(sent)
     with pytest.raises(ValueError, match=r"those of another: \['lm_head.bias'"):
-        engine.load_weights([*mine, ("lm_head.bias", torch.zeros(33))])
+        engine.load_weights([*sent, ("lm_head.bias", torch.zeros(33))])
     with pytest.raises(ValueError, match=r"wpe.weight'\] differ"):
-        engine.load_weights([(name, w[:5] if name.endswith("wpe.weight") else w) for name, w in mine])
+        engine.load_weights([(name, w[:5] if name.endswith("wpe.weight") else w) for name, w in sent])
     with pytest.raises(ValueError, match="32 positions, got up to 42"):
         engine.generate([Request(np.ones(2, dtype=int), 40, ())], 1.0, 0)
     same = InProcess()
-    same.load_weights(mine)
+    same.load_weights(sent)
     for one, other in zip(engine.generate(requests(), 0.7, 3), same.generate(requests(), 0.7, 3)):
         assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.log_probs, other.log_probs)
 
@@ -177,7 +177,7 @@ def test_a_model_that_cannot_be_built_is_refused_with_the_reason(tmp_path):
 
 @pytest.mark.slow
 def test_16_bits_in_the_engine_alone_and_no_answer_in_time():
-    """The engine's own log-probabilities are those of 16 bits; the policy's are not."""
+    """The engine's log-probabilities are computed in 16 bits, the policy's are not."""
     lm = tiny_config(initializer_range=0.3, n_positions=4096)
     with LocalEngine(lm, vocab_size=33, autocast="bfloat16") as made:
         model = tiny_agent(lm=lm, n_envs=16, n_steps=8)
@@ -228,7 +228,7 @@ def test_a_script_without_its_guard_is_told(tmp_path):
 
 
 def start_script(path, *words):
-    """In a group of its own: Ctrl-C in a terminal reaches trainer and engine."""
+    """Start a script in a new session, so that a signal to its process group is like Ctrl-C in a terminal."""
     return subprocess.Popen(
         [sys.executable, str(path), *words],
         stdout=subprocess.PIPE,
@@ -242,7 +242,7 @@ def start_script(path, *words):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["left", "closed"])
 def test_a_script_ends_without_a_word(how, tmp_path):
-    """No "leaked semaphore" of multiprocessing's, above all."""
+    """In particular without multiprocessing's warning of a leaked semaphore."""
     (tmp_path / "script.py").write_text(DOCUMENTED)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -250,4 +250,4 @@ def test_a_script_ends_without_a_word(how, tmp_path):
     )
     said = [line for line in re.split("[\r\n]+", done.stderr) if line and not line.startswith("Loading weights")]
     assert (done.returncode, said) == (0, []) and not is_running(int(done.stdout))
-    assert "Loading weights" in done.stderr  # the semaphore was there
+    assert "Loading weights" in done.stderr  # the control: the bar, and so its semaphore, was there

@@ -1,4 +1,4 @@
-"""Pictures of training: what a panel shows, where it is cut, and that nothing lies on anything else."""
+"""Pictures of training curves: shown ranges, cut spikes, and a layout without overlaps."""
 
 import itertools
 import math
@@ -14,14 +14,14 @@ RISE = [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.98, 0.97, 0.98]
 
 
 def rows(*curves):
-    """Rows of figures every 1000 tokens, with a curve each for the first keys."""
+    """Return rows of figures, one per 1000 tokens, in which each curve belongs to one of the first keys."""
     keys = [key for key, _ in CURVES]
     return [{"tokens": 1000 * (i + 1), **dict(zip(keys, values))} for i, values in enumerate(zip(*curves))]
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Draws, and returns the figure, laid out."""
+    """A function that draws curves to a file and returns the matplotlib figure, laid out."""
     figures, save = [], Figure.savefig
 
     def keep(figure, *args, **kwargs):
@@ -43,11 +43,11 @@ def drawn(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("curves", "shown"),
     [
-        ([RISE], None),  # the start of a curve is no spike, though most of it lies elsewhere
-        ([[math.exp(i) for i in range(12)]], None),  # nor is the end of a run that went wrong
+        ([RISE], None),  # the start of a curve is no spike, though most values are far from it
+        ([[math.exp(i) for i in range(12)]], None),  # nor is the end of a run that diverges
         ([[1.5, 480.0, 1.2, 1.8, 1.4, 1.6]], (1.2, 1.8)),
         ([[-1.5, -480.0, -1.2, -1.8, -1.4, -1.6]], (-1.8, -1.2)),
-        ([[0.0, 1.0, 2.0, 2.0, 2.2, 3.8, 2.1, 2.0, 1.5]], None),  # a bump that one can look at
+        ([[0.0, 1.0, 2.0, 2.0, 2.2, 3.8, 2.1, 2.0, 1.5]], None),  # a bump that fits the panel
         ([[1.5, 1.2, 1.8, 1.4, 1.6, 480.0]], (1.2, 1.8)),  # the last one
         ([[1.5, 1.3, 1.2, 480.0, 500.0, 1.2, 1.8, 1.4, 1.6]], (1.2, 1.8)),  # two at a time
         ([[1.5, 1.2, 1.8, 1.4], [480.0, 490.0, 470.0, 480.0]], None),  # another run is no spike
@@ -70,8 +70,8 @@ def test_a_spike_is_cut_and_marked_with_its_value(drawn):
     marks = {(*line.get_xdata(), line.get_marker()) for line in divergence.get_lines()[1:]}
     assert marks == {(5000, "^"), (9000, "v")}
     assert {text.get_text() for text in divergence.texts} == {"480", "-70"}
-    assert list(divergence.get_lines()[0].get_ydata()) == kl  # which leaves the panel, and comes back
-    # the negative control: a curve as high everywhere, and a panel without spikes
+    assert list(divergence.get_lines()[0].get_ydata()) == kl  # the line leaves the panel and comes back
+    # The controls: a panel without spikes, and a curve that is as high everywhere.
     assert not reward.texts and len(reward.get_lines()) == 1 and reward.get_ylim()[1] > max(RISE)
     high = drawn({"run": rows(RISE, [480.0 + value for value in RISE])})
     assert not high.axes[1].texts and len(high.axes[1].get_lines()) == 1
@@ -93,11 +93,11 @@ def test_titles_and_names_touch_nothing(drawn):
     boxes = [figure._suptitle.get_window_extent(), figure.legends[0].get_window_extent()]
     boxes += [axis.title.get_window_extent() for axis in figure.axes]
     boxes += [axis.get_window_extent() for axis in figure.axes]
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.padded(2).overlaps(other), (one, other)
+    for box, other in itertools.combinations(boxes, 2):
+        assert not box.padded(2).overlaps(other), (box, other)
     inside = figure.bbox
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1 for box in boxes)
-    # not a blank line of text alone: the words of the title stand above those of the panels
+    # The figure's title is a clear distance above the panels' titles.
     gap = boxes[0].y1 - boxes[2].y1
     assert gap > 1.5 * boxes[2].height
 

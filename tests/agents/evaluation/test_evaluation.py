@@ -1,4 +1,4 @@
-"""Evaluation: the texts of `generate`, figures worked by hand, and a callback that changes nothing."""
+"""Evaluation: the texts of `generate`, figures worked out by hand, and a callback that does not disturb training."""
 
 import json
 import math
@@ -41,14 +41,16 @@ def test_the_texts_are_those_of_generate(model):
 
 
 def test_figures_by_hand(model):
-    """Reward and parts from the reward itself, metrics from the metrics themselves, references from the rows."""
+    """Figures equal those of the reward and the metrics, called directly, with references from the rows."""
     metrics = [Length(), Distinct((1,), split=list), ROUGE("rouge1")]
     result = evaluate(model, ROWS, TOKENIZER, metrics, n=2, reward=length_and_letters, references_column="reply")
-    texts = [one.text for one in result.generations]
-    rewards = [length_and_letters(one.prompt, Preds(TOKENIZER, one.ids), True) for one in result.generations]
+    texts = [generation.text for generation in result.generations]
+    rewards = [
+        length_and_letters(written.prompt, Preds(TOKENIZER, written.ids), True) for written in result.generations
+    ]
     references = [row["reply"] for row in ROWS for _ in range(2)]
     expected = {
-        "length": np.mean([len(one.ids) for one in result.generations]),
+        "length": np.mean([len(generation.ids) for generation in result.generations]),
         "reward": np.mean([sum(reward.values()) for reward in rewards]),
         "reward/length": np.mean([reward["length"] for reward in rewards]),
         "reward/letters": np.mean([reward["letters"] for reward in rewards]),
@@ -56,16 +58,16 @@ def test_figures_by_hand(model):
         "distinct_1": len(set("".join(texts))) / len("".join(texts)),
         "rouge1": ROUGE("rouge1")([""] * 10, texts, references)["rouge1"].value,
     }
-    assert {name: one.value for name, one in result.figures.items()} == pytest.approx(expected)
+    assert {name: figure.value for name, figure in result.figures.items()} == pytest.approx(expected)
     assert result.scores["reward"].per_row.tolist() == pytest.approx(
         [sum(rewards[i].values()) / 2 + sum(rewards[i + 1].values()) / 2 for i in range(0, 10, 2)]
     )
-    for name, one in result.figures.items():
-        assert one.low is None if name == "distinct_1" else one.low <= one.value <= one.high
+    for name, figure in result.figures.items():
+        assert figure.low is None if name == "distinct_1" else figure.low <= figure.value <= figure.high
 
 
 class Twice(TextEnv):
-    """Two turns, and a reward for each token of an even id."""
+    """An env of two turns that rewards each token with an even id."""
 
     def get_reward(self, prompt, preds, done):
         return {"even": float(preds[-1] % 2 == 0), "turns": len(preds.turns) - 1.0 if done else 0.0}
@@ -77,7 +79,9 @@ class Twice(TextEnv):
 def test_an_env_brings_its_reward_its_limits_and_its_replies(model):
     env = Twice(PROMPTS, TOKENIZER, max_new_tokens=5, max_turns=2, max_response_tokens=2, stop_ids=range(9), seed=1)
     result = evaluate(model, [*PROMPTS, "xy"], TOKENIZER, env=env, n=2)
-    assert [str(one.prompt) for one in result.generations] == [p for p in [*PROMPTS, "xy"] for _ in range(2)]
+    assert [str(generation.prompt) for generation in result.generations] == [
+        p for p in [*PROMPTS, "xy"] for _ in range(2)
+    ]
     assert result.figures["reward"].value == pytest.approx(
         result.figures["reward/even"].value + result.figures["reward/turns"].value
     )
@@ -99,13 +103,13 @@ def test_the_divergence_is_the_sum_over_the_vocabulary_at_each_token(model):
             weight.mul_(0.5)
     result = evaluate(policy, PROMPTS, TOKENIZER, reference=other.lm, max_new_tokens=5)
     by_hand = []
-    for one in result.generations:
-        ids = torch.tensor([[*one.prompt.ids.tolist(), *one.ids]])
+    for text in result.generations:
+        ids = torch.tensor([[*text.prompt.ids.tolist(), *text.ids]])
         ours, theirs = (p.backbone.model(ids).logits[0, :, :33].log_softmax(-1) for p in (policy, other))
         kl = (ours.exp() * (ours - theirs)).sum(-1)
-        by_hand.append(kl[len(one.prompt.ids) - 1 : -1].sum().item())
+        by_hand.append(kl[len(text.prompt.ids) - 1 : -1].sum().item())
     assert result.scores["kl"].per_row.tolist() == pytest.approx(by_hand, abs=1e-4)
-    n_tokens = sum(len(one.ids) for one in result.generations)
+    n_tokens = sum(len(text.ids) for text in result.generations)
     assert result.figures["kl_token"].value == pytest.approx(sum(by_hand) / n_tokens, abs=1e-4)
     assert evaluate(policy, PROMPTS, TOKENIZER, reference=policy.lm).figures["kl"].value == 0.0
 
@@ -126,15 +130,15 @@ def test_the_reference_of_a_penalty_is_the_start():
 
 
 def test_the_divergence_of_an_encoder_decoder():
-    """Its own forward, one text at a time: the decoder reads what was written, behind its start token."""
+    """Equal to plain forwards, text text at a time: the decoder reads its start token and the text so far."""
     policy, other = (make_policy(tiny_seq2seq(), seed=seed) for seed in (1, 2))
     result = evaluate(policy, PROMPTS, TOKENIZER, reference=other.lm, max_new_tokens=4, seed=1)
     by_hand = []
-    for one in result.generations:
-        since = np.array([*one.prompt.ids, -2, *one.ids])
-        places = [torch.as_tensor(since[: len(one.prompt.ids) + 1 + t])[None] for t in range(len(one.ids))]
+    for text in result.generations:
+        since = np.array([*text.prompt.ids, -2, *text.ids])
+        prefixes = [torch.as_tensor(since[: len(text.prompt.ids) + 1 + t])[None] for t in range(len(text.ids))]
         kl = 0.0
-        for seen in places:
+        for seen in prefixes:
             ours, theirs = (expected_logits(p.backbone.model, seen)[..., :33].log_softmax(-1) for p in (policy, other))
             kl += (ours.exp() * (ours - theirs)).sum().item()
         by_hand.append(kl)
@@ -253,7 +257,7 @@ def test_figures_are_logged_at_the_tokens_trained_on():
 
 @pytest.mark.parametrize(("sign", "n_evaluations"), [(True, 4), (False, 7)])
 def test_training_stops_when_patience_ends(sign, n_evaluations):
-    """A figure that falls from the first one on, which is good or bad."""
+    """The figure falls in every evaluation, which is worse or better by `higher_is_better`."""
     values = iter(range(100, 0, -1))
 
     def falling(prompts, texts, references):
@@ -269,7 +273,7 @@ def test_training_stops_when_patience_ends(sign, n_evaluations):
 
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path):
-    """The checkpoint is older than the last evaluation; best value, history and patience are those of one run."""
+    """Resumed from before the last evaluation: best value and history are those of an uninterrupted run."""
 
     def look(folder):
         return Evaluate(
@@ -295,7 +299,7 @@ def final(value):
 
 
 @pytest.mark.slow
-def test_a_worse_model_does_not_replace_the_best_of_before(tmp_path):
+def test_a_worse_model_does_not_replace_the_best_of_an_earlier_run(tmp_path):
     model = learner()
     model.learn(64, callback=Evaluate(PROMPTS, TOKENIZER, folder=tmp_path, reward=final(5.0)))
     model.learn(
@@ -303,7 +307,7 @@ def test_a_worse_model_does_not_replace_the_best_of_before(tmp_path):
         reset_num_timesteps=False,
         callback=Evaluate(PROMPTS, TOKENIZER, every=1, folder=tmp_path, reward=final(4.0)),
     )
-    (tmp_path / "history.json").unlink()  # as where a run is killed between the two
+    (tmp_path / "history.json").unlink()  # as if a run was killed between writing the model and the history
     again = Evaluate(PROMPTS, TOKENIZER, every=1, folder=tmp_path, reward=final(4.5))
     model.learn(64, reset_num_timesteps=False, callback=again)
     assert list(again.history) == [128, 192] and again.best_value == 5.0

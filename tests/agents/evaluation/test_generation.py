@@ -1,4 +1,4 @@
-"""Generation: each prompt exactly so often, the same as one by one, and training none the wiser (invariant E12)."""
+"""`generate`: each prompt exactly `n` times, equal to a plain loop, and without effect on training (E12)."""
 
 import io
 
@@ -22,13 +22,13 @@ MANY = ("a", "bcd", "efghi", "jk", "l", "mnop", "q")
 
 @pytest.fixture(scope="module")
 def model():
-    """Trained a little, so that some texts end early; large initial weights, so that they differ."""
+    """A model trained a little, so that some texts end early, from large weights, so that texts differ."""
     model = tiny_agent(tiny_env(max_new_tokens=8), lm=tiny_config(initializer_range=0.3))
     return model.learn(64)
 
 
 def one_by_one(model, prompt_ids, max_new_tokens, pick):
-    """A plain loop: full forwards of the language model, one row, no padding, no cache."""
+    """Continue a prompt by a plain loop: full forwards of one row, without padding or cache; return the new ids."""
     ids = list(prompt_ids)
     for _ in range(max_new_tokens):
         with torch.no_grad():
@@ -43,29 +43,31 @@ def one_by_one(model, prompt_ids, max_new_tokens, pick):
 @pytest.mark.parametrize("n_envs", [2, 7, 64])
 def test_each_prompt_exactly_so_often_in_order(model, n, n_envs):
     generations = generate(model, MANY, TOKENIZER, n, max_new_tokens=6, n_envs=n_envs)
-    assert [str(one.prompt) for one in generations] == [prompt for prompt in MANY for _ in range(n)]
-    for one in generations:
-        ended = one.ids[-1] == 0
-        assert one.end_reason is (EndReason.EOS if ended else EndReason.LENGTH)
-        assert len(one.ids) == 6 or (ended and len(one.ids) < 6)
-        assert one.text == TOKENIZER.decode(one.ids, skip_special_tokens=True)
+    assert [str(generation.prompt) for generation in generations] == [prompt for prompt in MANY for _ in range(n)]
+    for generation in generations:
+        ended = generation.ids[-1] == 0
+        assert generation.end_reason is (EndReason.EOS if ended else EndReason.LENGTH)
+        assert len(generation.ids) == 6 or (ended and len(generation.ids) < 6)
+        assert generation.text == TOKENIZER.decode(generation.ids, skip_special_tokens=True)
     if n > 1:
-        assert len({tuple(one.ids) for one in generations[:n]}) > 1, "samples of one prompt differ"
+        assert len({tuple(generation.ids) for generation in generations[:n]}) > 1, "samples of generation prompt differ"
 
 
 def test_the_same_prompt_several_times_in_the_list(model):
     generations = generate(model, ["ab", "c", "ab"], TOKENIZER, 2, max_new_tokens=3)
-    assert [str(one.prompt) for one in generations] == ["ab", "ab", "c", "c", "ab", "ab"]
+    assert [str(generation.prompt) for generation in generations] == ["ab", "ab", "c", "c", "ab", "ab"]
 
 
 def test_deterministic_is_the_same_as_one_by_one(model):
     generations = generate(model, MANY, TOKENIZER, max_new_tokens=8, n_envs=3, deterministic=True)
-    for one in generations:
-        assert one.ids == one_by_one(model, TOKENIZER.encode(str(one.prompt)), 8, lambda logits: int(logits.argmax()))
+    for generation in generations:
+        assert generation.ids == one_by_one(
+            model, TOKENIZER.encode(str(generation.prompt)), 8, lambda logits: int(logits.argmax())
+        )
 
 
 def test_one_row_samples_the_same_as_one_by_one(model):
-    """The same numbers from the same generator, through inverse CDF, without any of the machinery."""
+    """A plain inverse CDF draws the same tokens from the same generator."""
     generations = generate(model, MANY, TOKENIZER, max_new_tokens=8, n_envs=1, seed=3)
     generator = torch.Generator().manual_seed(3)
 
@@ -73,13 +75,13 @@ def test_one_row_samples_the_same_as_one_by_one(model):
         cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
         return int(torch.searchsorted(cumulative, torch.rand(1, generator=generator).double() * cumulative[-1]))
 
-    for one in generations:
-        assert one.ids == one_by_one(model, TOKENIZER.encode(str(one.prompt)), 8, pick)
+    for generation in generations:
+        assert generation.ids == one_by_one(model, TOKENIZER.encode(str(generation.prompt)), 8, pick)
 
 
 def test_the_seed_repeats_and_another_does_not(model):
     first, again, other = (
-        [one.ids for one in generate(model, MANY, TOKENIZER, 2, max_new_tokens=6, seed=seed)] for seed in (0, 0, 1)
+        [text.ids for text in generate(model, MANY, TOKENIZER, 2, max_new_tokens=6, seed=seed)] for seed in (0, 0, 1)
     )
     assert first == again != other
 
@@ -87,12 +89,12 @@ def test_the_seed_repeats_and_another_does_not(model):
 def test_stop_strings_and_other_arguments_of_the_env(model):
     alphabet = tuple("abcdefghijklm")
     generations = generate(model, MANY, TOKENIZER, 8, max_new_tokens=8, stop_strings=alphabet)
-    stopped = [one for one in generations if one.end_reason is EndReason.STOP]
+    stopped = [generation for generation in generations if generation.end_reason is EndReason.STOP]
     assert stopped
-    for one in stopped:
-        assert TOKENIZER.decode(one.ids)[-1] in alphabet
-        assert not set(one.text) & set(alphabet) and len(one.text) == len(one.ids) - 1
-    assert not any(set(one.text) & set(alphabet) for one in generations)
+    for generation in stopped:
+        assert TOKENIZER.decode(generation.ids)[-1] in alphabet
+        assert not set(generation.text) & set(alphabet) and len(generation.text) == len(generation.ids) - 1
+    assert not any(set(generation.text) & set(alphabet) for generation in generations)
     kept = generate(model, ["abcdef"], TOKENIZER, max_new_tokens=2, max_prompt_tokens=3, truncation_side="left")
     assert kept[0].prompt.ids.tolist() == TOKENIZER.encode("def")
 
@@ -126,11 +128,11 @@ def test_what_is_refused(model):
         generate(model, ["a"], TOKENIZER, max_new_tokens=40)
 
 
-# E12: looking at it does not change it
+# E12: looking at a model does not change its training
 
 
 class Generates(BaseCallback):
-    """Generates inside the rollout, in the midst of an episode, and at its end."""
+    """Generates and predicts at every step of a rollout, and generates at its end."""
 
     def _on_step(self):
         assert generate(self.model, ["ab", "c"], TOKENIZER, max_new_tokens=5)
@@ -167,7 +169,7 @@ def undisturbed():
 
 
 def trained(look):
-    """Train with a penalty and episodes that straddle rollouts; return weights, generators and last rewards."""
+    """Train with a penalty and episodes that straddle rollouts; return weights, generator states and last rewards."""
     env = tiny_env(max_new_tokens=6)
     model = tiny_agent(env, n_steps=5)
     model.learn(20 * 4, callback=[KLPenalty(0.1), *look(env)])
@@ -177,7 +179,7 @@ def trained(look):
 
 @pytest.mark.parametrize("look", few(reversed(LOOKS), 2))
 def test_e12_trained_parameters_are_bit_identical_with_or_without(look, undisturbed):
-    """E12, and A9: neither the rollout's randomness nor its cached keys and values are touched."""
+    """Neither the rollout's random numbers nor its cached keys and values are touched (E12, A9)."""
     looked = trained(LOOKS[look])
     assert same_weights(looked[0], undisturbed[0])
     assert all(torch.equal(one, other) for one, other in zip(looked[1], undisturbed[1]))
@@ -185,7 +187,7 @@ def test_e12_trained_parameters_are_bit_identical_with_or_without(look, undistur
 
 
 def test_e12_the_rollout_goes_on_from_its_cached_rows():
-    """Generation in between costs the rollout no row that it would have to read again."""
+    """Generation in between does not make the rollout read any row again."""
     model = tiny_agent(tiny_env(max_new_tokens=6, stop_ids=()), n_steps=6)
     fresh = []
     prefill = model.policy.lm.rollout_cache._prefill

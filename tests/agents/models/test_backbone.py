@@ -1,4 +1,4 @@
-"""What a language model is built from, what is refused, and what the probe at construction finds out."""
+"""`Backbone`: the sources it is built from, refusals, dropout, autocast, and the probe at construction."""
 
 import copy
 import pickle
@@ -27,14 +27,14 @@ def log_probabilities(policy, observations=ROWS):
 
 
 def saved(folder, config=None) -> str:
-    """A checkpoint in a folder, and its path."""
+    """Save a model with random weights to a folder; return its path."""
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(config or tiny()).save_pretrained(folder)
     return str(folder)
 
 
 class Frozen:
-    """A spec of one's own: nothing of the language model is trained."""
+    """A user's own spec, of a language model that is not trained."""
 
     def __init__(self, config, dtype=torch.float32):
         self.config = config
@@ -44,7 +44,7 @@ class Frozen:
         return AutoModelForCausalLM.from_config(self.config).to(self.dtype).requires_grad_(False)
 
 
-# What `lm` may be
+# Sources: paths, configs and specs
 
 
 def test_a_path_a_name_and_a_spec_give_the_same_model(tmp_path):
@@ -56,7 +56,7 @@ def test_a_path_a_name_and_a_spec_give_the_same_model(tmp_path):
 
 
 def test_pretrained_loads_without_its_folder(tmp_path):
-    """`PPO.load` needs neither download nor folder: the spec pickles as its config once built."""
+    """`PPO.load` needs neither download nor folder, since a built spec pickles as its config."""
     path = saved(tmp_path / "model")
     model = make_ppo(Pretrained(path))
     before = log_probabilities(model.policy)
@@ -77,7 +77,7 @@ def test_pretrained_pickles_small(tmp_path):
     again = pickle.loads(pickle.dumps(spec))
     assert (again.name, again.kwargs, again.config.vocab_size) == (None, {}, 40)
     assert len(pickle.dumps(spec)) < 5_000
-    assert spec.build().config.vocab_size == 40  # the spec itself goes on from the folder
+    assert spec.build().config.vocab_size == 40  # the spec itself still loads from the folder
 
 
 def test_pretrained_of_a_16_bit_checkpoint_is_float32_before_and_after(tmp_path):
@@ -126,7 +126,7 @@ def test_frozen_weights_are_not_optimised():
     assert len(model.policy.optimizer.param_groups[0]["params"]) == 2
 
 
-# What is refused, and why
+# Refusals
 
 
 def test_a_live_model_is_refused():
@@ -163,7 +163,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_too_few_positions_are_refused(family):
     name = {"gpt2": "n_positions"}.get(family, "max_position_embeddings")
-    make_policy(tiny(family, **{name: LENGTH - 1}))  # the separator is no token
+    make_policy(tiny(family, **{name: LENGTH - 1}))  # one column of an observation is the separator, not a token
     with pytest.raises(ValueError, match=r"fit the model's 62 positions, got up to 63 tokens: lower max_prompt_tokens"):
         make_policy(tiny(family, **{name: LENGTH - 2}))
 
@@ -204,7 +204,9 @@ def test_a6_dropout_is_off_in_training_mode(family, dropouts):
         torch.testing.assert_close(log_probs, expected[[0, 1], [1, 2]])
     dropping = AutoModelForCausalLM.from_config(config).train()
     ids = torch.tensor([[1, 2, 3, 4]])
-    assert not torch.equal(dropping(input_ids=ids).logits, dropping(input_ids=ids).logits)  # it would have mattered
+    assert not torch.equal(
+        dropping(input_ids=ids).logits, dropping(input_ids=ids).logits
+    )  # the control: plain transformers do drop
 
 
 # Autocast
@@ -212,7 +214,7 @@ def test_a6_dropout_is_off_in_training_mode(family, dropouts):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma2"])
 def test_a12_autocast_runs_in_16_bits_with_float32_weights(family):
-    """OPT's last layer, a projection here, leaves its hidden states in 16 bits."""
+    """OPT is built with a last projection, which leaves its hidden states in 16 bits."""
     narrow = {"word_embed_proj_dim": 8} if family == "opt" else {}
     model = make_ppo(tiny(family, **narrow), policy_kwargs={"autocast": "bfloat16"}, learning_rate=0.01)
     exact = make_policy(tiny(family, **narrow))
@@ -228,7 +230,7 @@ def test_a12_autocast_runs_in_16_bits_with_float32_weights(family):
     assert all(weight.isfinite().all() for weight in model.policy.parameters())
 
 
-# What the probe at construction finds out
+# The probe at construction
 
 
 def test_a_recurrent_model_runs_uncached_with_one_warning():
@@ -249,7 +251,7 @@ def test_a_recurrent_model_runs_uncached_with_one_warning():
 
 @pytest.mark.parametrize("initializer_range", [0.02, 0.3])
 def test_the_probe_finds_a_cache_that_does_not_decode(monkeypatch, initializer_range):
-    """Without the flag that recurrent models carry, and on fresh weights, whose logits hardly differ."""
+    """The probe needs no flag of recurrent models, and works on fresh weights, whose logits hardly differ."""
     prefill = Backbone.prefill
     monkeypatch.setattr(Backbone, "prefill", lambda self, ids, mask, positions: prefill(self, ids * 0, mask, positions))
     with pytest.warns(UserWarning, match="GPT2LMHeadModel does not decode exactly from cached keys and values"):
@@ -257,7 +259,7 @@ def test_the_probe_finds_a_cache_that_does_not_decode(monkeypatch, initializer_r
 
 
 def test_soft_cap_is_found_on_fresh_weights(tmp_path):
-    """Small logits are not bent by it; after `PPO.load` the probe sees fresh weights before the trained ones come."""
+    """A cap hardly changes small logits, and `PPO.load` probes fresh weights before it loads the trained ones."""
     large = make_policy(tiny("gemma2", initializer_range=0.02, final_logit_softcapping=30.0))
     assert not large.lm.backbone.head_is_linear
     with torch.no_grad():
@@ -280,16 +282,16 @@ def test_the_probe_leaves_no_hook_and_the_mode_as_it_was():
 
 
 def test_the_fused_activation_is_the_models_own():
-    """The fast path and its slow twin: the logits and gradients of GPT-2 as transformers writes it."""
+    """The fused activation gives the logits and gradients of transformers' own GPT-2."""
     model = build_model(tiny("gpt2")).eval()
     twin = copy.deepcopy(model)
     fuse_activations(model)
     assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
     assert model.state_dict().keys() == twin.state_dict().keys()
     ids, results = torch.tensor([[1, 2, 3, 4]]), []
-    for one in (model, twin):
-        logits = one(input_ids=ids).logits
+    for lm in (model, twin):
+        logits = lm(input_ids=ids).logits
         logits.square().sum().backward()
-        results.append((logits.detach(), next(one.parameters()).grad))
+        results.append((logits.detach(), next(lm.parameters()).grad))
     for fused, written_out in zip(*results):
         torch.testing.assert_close(fused, written_out, atol=1e-5 * float(written_out.abs().max()), rtol=1e-5)

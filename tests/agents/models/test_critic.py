@@ -1,4 +1,4 @@
-"""Critics on a trunk of their own: what they value, what they cost a rollout, and what their loss trains."""
+"""Critics with a trunk of their own: their values, their cost in a rollout, and the weights that their loss trains."""
 
 import copy
 import pickle
@@ -24,12 +24,12 @@ ROWS = [([1, 2, 3], []), ([4], [5, 6]), ([7, 8, 9, 10, 11], [12])]
 
 
 def separate_ppo(**kwargs):
-    """PPO with a critic of its own, whose values differ from zero and from each other."""
+    """Return PPO with a separate critic, whose values differ from zero and from each other."""
     return make_ppo(**{**kwargs, "policy_kwargs": {**SEPARATE, **kwargs.get("policy_kwargs", {})}})
 
 
 def count_forwards(module):
-    """A list that grows by the rows of each forward of the module."""
+    """Return a list that grows by the number of rows of each forward of a module."""
     calls: list[int] = []
     module.register_forward_hook(
         lambda module, args, kwargs, output: calls.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -38,7 +38,7 @@ def count_forwards(module):
 
 
 def own_value(policy, tokens):
-    """The value of tokens by the plainest way: the trunk on them alone."""
+    """Return the value of tokens from a forward of the critic's trunk on them alone."""
     critic = policy.lm.critic
     return critic(critic.trunk(input_ids=torch.tensor([tokens])).last_hidden_state[0, -1:]).item()
 
@@ -68,7 +68,7 @@ def test_e5_its_values_are_zero_at_the_start():
 
 @pytest.fixture(scope="module")
 def reward_models(tmp_path_factory):
-    """Folders of a GPT-2 and a Llama that score a text by one number; the Llama's pads are token 0."""
+    """Folders of a GPT-2 and a Llama that score a text by one number; the Llama pads with token 0."""
     folders = {}
     for name, cls in (("gpt2", GPT2ForSequenceClassification), ("llama", LlamaForSequenceClassification)):
         torch.manual_seed(1)
@@ -112,7 +112,7 @@ def test_a_reward_models_critic_pickles_as_its_config_and_loads_without_the_fold
 
 
 def test_values_stand_still_when_later_tokens_change():
-    """A11, of the critic."""
+    """Invariant A11 for a separate critic."""
     policy = make_policy(**SEPARATE)
     tokens = torch.randint(N_TOKENS, (1, 12), generator=torch.Generator().manual_seed(0))
     batch = SequenceBatch(tokens, np.array([12]), np.zeros(11, dtype=int), np.arange(11))
@@ -125,7 +125,7 @@ def test_values_stand_still_when_later_tokens_change():
 
 
 def values_step_by_step(buffer_class, **kwargs):
-    """The same rollout whatever the buffer: its values, returns and advantages."""
+    """Collect the same rollout into a buffer of some class; return its values, returns and advantages."""
     model = separate_ppo(rollout_buffer_class=buffer_class, **kwargs)
     buffer = collect(model)
     assert np.ptp(buffer.values) > 0.1
@@ -134,19 +134,19 @@ def values_step_by_step(buffer_class, **kwargs):
 
 @pytest.mark.parametrize("limit", ["terminate", "truncate"])
 def test_values_at_the_end_equal_those_step_by_step(limit):
-    """What the sequence buffer has valued at once is what stock SB3 values at each step."""
+    """The sequence buffer values a rollout at its end; stock SB3 values it step by step, to the same numbers."""
 
     def env():
         return TextEnv(PROMPTS, CharTokenizer(), reward=count_a, max_new_tokens=5, length_limit=limit)
 
     late = values_step_by_step(SequenceRolloutBuffer, env=env())
     stock = values_step_by_step(RolloutBuffer, env=env())
-    for one, other in zip(late, stock):
-        np.testing.assert_allclose(one, other, atol=2e-5)
+    for ours, theirs in zip(late, stock):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_a_rollout_costs_one_forward_a_sequence():
-    """Of the critic's trunk: one at the first step, one over each sequence, one over the last observations."""
+    """Rows that the critic's trunk reads: the first step's, each sequence once, and the last observations."""
     model = separate_ppo()
     calls = count_forwards(model.policy.lm.critic.trunk)
     model.policy.set_training_mode(False)
@@ -157,13 +157,13 @@ def test_a_rollout_costs_one_forward_a_sequence():
         assert calls[:2] == [model.n_envs, model.n_envs]  # the first step's, the last observations'
         assert sum(calls[2:]) == n_sequences
     calls.clear()
-    next(iter(buffer.get(48)))  # nothing more
+    next(iter(buffer.get(48)))  # minibatches and `predict` cost no forward of the critic
     model.predict(model._last_obs)
     assert calls == []
 
 
 def test_values_are_there_again_outside_a_rollout():
-    """Also after one that was broken off, as soon as the policy is set to a mode."""
+    """Also after a rollout that was broken off, once `set_training_mode` is called."""
     model = separate_ppo()
     collect(model)
     observation = torch.as_tensor(model._last_obs)
@@ -180,7 +180,7 @@ def update_batch(model):
 
 
 def gradients(model, vf_coef, policy_coef=1.0, seed=0):
-    """Gradients by name, of a policy loss and a value loss on one rollout."""
+    """Return gradients by name of a policy loss plus a value loss on one rollout."""
     batch, actions, returns = update_batch(model)
     values, log_prob, _ = model.policy.evaluate_actions(batch, actions)
     loss = -policy_coef * (returns * log_prob).mean() + vf_coef * (returns - values.flatten()).square().mean()
@@ -199,7 +199,7 @@ def largest(grads, part):
     ids=["shared", "detached", "separate"],
 )
 def test_e6_what_the_value_loss_trains(critic, reaches_trunk):
-    """E6: at vf_coef 0 the trunk's gradient is the policy's; only a shared critic's loss changes it."""
+    """With vf_coef=0 the trunk's gradient is the policy's; only the loss of a shared critic changes it (E6)."""
     pure, both, value = (
         gradients(make_ppo(policy_kwargs={"critic": critic}), vf_coef, policy_coef)
         for vf_coef, policy_coef in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.0))
@@ -238,7 +238,7 @@ def test_it_runs_in_16_bits_where_the_policy_does_and_values_stay_float32():
     dtypes = []
     policy.lm.critic.trunk.layers[0].mlp.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     with torch.no_grad():
-        values, expected = (one.predict_values(observe(ROWS)) for one in (policy, exact))
+        values, expected = (each.predict_values(observe(ROWS)) for each in (policy, exact))
     assert dtypes == [torch.bfloat16] and values.dtype == torch.float32
     torch.testing.assert_close(values, expected, atol=0.1, rtol=0.1)
     assert not torch.equal(values, expected)

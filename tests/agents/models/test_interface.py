@@ -1,4 +1,4 @@
-"""The members of `LanguageModel` are all that actor and critic need: a table of pairs does, without transformers."""
+"""The protocol `LanguageModel` is all that actor and critic need: a table of pairs works, without transformers."""
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class Pairs(nn.Module):
         return self.table.device
 
     def check_length(self, n_tokens, n_written=0):
-        """Any length will do."""
+        """Accept any length."""
 
     def forward(self, ids, rows, cols):
         hidden, _ = self.read(ids, rows, cols)
@@ -47,7 +47,7 @@ class Pairs(nn.Module):
         return hidden @ self.table
 
     def new_cache(self):
-        """A row is read whole: there is nothing to keep."""
+        """Return no cache: every row is read in full."""
 
 
 def make_lm():

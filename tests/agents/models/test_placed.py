@@ -1,4 +1,4 @@
-"""Models whose layers lie where a device map puts them: some in memory, some on the disk."""
+"""Models with a device map, some of whose layers are offloaded to the disk, and quantised models."""
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ def folder(tmp_path_factory):
 
 
 def placed(folder, *on_disk):
-    """The model with some of its parts on the disk."""
+    """Return a spec of the model with some of its parts offloaded to the disk."""
     parts = ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f", "lm_head"]
-    places = {part: "disk" if part in on_disk else "cpu" for part in parts}
-    return Pretrained(folder / "model", device_map=places, offload_folder=str(folder / "offload"))
+    device_map = {part: "disk" if part in on_disk else "cpu" for part in parts}
+    return Pretrained(folder / "model", device_map=device_map, offload_folder=str(folder / "offload"))
 
 
 def trained(lm, reference=None, **kwargs):
@@ -45,7 +45,7 @@ def test_a_reference_on_the_disk_gives_the_same_penalty(folder):
     ("train", "part"), [(LastLayers(1), "transformer.h.0"), (LastLayers(1), "lm_head"), (LoRA(r=2), "lm_head")]
 )
 def test_frozen_layers_may_lie_on_the_disk(folder, train, part):
-    """Below what is trained, and above it: the same update."""
+    """The update is the same with a part on the disk below the trained layers, or above them."""
     plain, model = (trained(lm, train=train) for lm in (Pretrained(folder / "model"), placed(folder, part)))
     ours, theirs = in_memory(model), in_memory(plain)
     assert 0 < len(ours) < len(theirs)
@@ -55,13 +55,13 @@ def test_frozen_layers_may_lie_on_the_disk(folder, train, part):
 
 
 def test_what_lies_on_the_disk_stays_there(folder):
-    """Stable-Baselines3 moves the policy: a plain model follows, a placed one does not."""
+    """SB3 moves the policy in `_setup_model`: a plain model follows `to`, a model with a device map does not."""
     plain = tiny_agent(lm=Pretrained(folder / "model")).policy
     policy = tiny_agent(lm=placed(folder, "transformer.h.0"), policy_kwargs={"train": LastLayers(1)}).policy
     before = {name: weight.device.type for name, weight in policy.lm.backbone.named_parameters()}
     assert set(before.values()) == {"cpu", "meta"}
-    for one in (plain, policy):
-        one.to("meta")
+    for each in (plain, policy):
+        each.to("meta")
     assert {weight.device.type for weight in plain.parameters()} == {"meta"}
     assert {name: weight.device.type for name, weight in policy.lm.backbone.named_parameters()} == before
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_leaves_out_what_the_disk_has(folder, tmp_path):
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
 def test_a_quantised_base_stays_as_it_is_while_its_adapters_train(bits, tmp_path):
-    """Where bitsandbytes is installed: SB3's `to` leaves it, and a checkpoint goes on where it was."""
+    """The policy's `to` does not move a quantised model, and a checkpoint resumes it; needs bitsandbytes."""
     pytest.importorskip("bitsandbytes")
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=33, max_position_embeddings=64, eos_token_id=0, **shape)).save_pretrained(
@@ -111,6 +111,6 @@ def test_a_quantised_base_stays_as_it_is_while_its_adapters_train(bits, tmp_path
     assert any(not after[name].is_floating_point() for name in after.keys() - moved)
     save_checkpoint(model, tmp_path / "saved")
     load_checkpoint(other, tmp_path / "saved")
-    for one in (model, other):
-        one.learn(16, callback=KLPenalty(0.05), reset_num_timesteps=False)
+    for agent in (model, other):
+        agent.learn(16, callback=KLPenalty(0.05), reset_num_timesteps=False)
     assert same_weights(in_memory(model), in_memory(other))

@@ -1,4 +1,4 @@
-"""The one distribution: what is sampled is what is scored, exactly (A2, A12)."""
+"""`TokenDistribution`: tokens are scored under exactly the distribution that they are sampled from (A2, A12)."""
 
 import math
 
@@ -42,7 +42,7 @@ def draw(monkeypatch):
 
 
 def test_frequencies_by_enumeration(draw):
-    """An even grid of uniform numbers gives each token its probability, to one in 10,000."""
+    """An even grid of uniform numbers draws each token at its probability, to 1/10,000."""
     n = 10_000
     actions = draw(distribution(PROBABILITIES, n), (np.arange(n) + 0.5) / n)
     counts = np.bincount(actions, minlength=6)
@@ -75,7 +75,7 @@ def test_frequencies_follow_the_temperature(draw, temperature):
     [
         ([0.0, 0.5, 0.5], 0.0, 1),
         ([0.5, 0.0, 0.5], 0.0, 0),
-        ([0.25, 0.0, 0.25, 0.5], 0.25, 2),  # on the border: not the token that has none of it
+        ([0.25, 0.0, 0.25, 0.5], 0.25, 2),  # on a border: not the token without probability
         ([0.5, 0.5, 0.0], 0.5, 1),
         ([0.5, 0.5, 0.0], BELOW_ONE, 1),
         ([0.5, 0.5, 0.0, 0.0], 1.0, 1),
@@ -91,7 +91,7 @@ def test_a_token_without_probability_is_never_drawn(draw, probabilities, uniform
 
 
 def test_a_large_vocabulary(draw):
-    """The float32 sum of 151,936 is not exactly 1; no draw is outside, and quarters get what is theirs."""
+    """The float32 sum of 151,936 probabilities is not exactly 1: no draw is outside, and quarters get their share."""
     n, vocab_size = 40, 151_936
     dist = TokenDistribution(torch.randn(1, vocab_size, generator=seeded(0)).expand(n, -1))
     actions = torch.tensor(draw(dist, [0.0, BELOW_ONE, *(np.arange(n - 2) + 0.5) / (n - 2)]))
@@ -154,15 +154,17 @@ def test_a12_softmax_in_float32_from_16_bits(dtype):
     assert dist.log_prob(actions).isfinite().all() and dist.entropy().isfinite().all()
     exact = (logits.double() / 0.7).log_softmax(-1).float()
     torch.testing.assert_close(dist.log_probabilities, exact, atol=1e-4, rtol=0)
-    assert float(((logits / 0.7).log_softmax(-1) - exact).abs().max()) > 0.01  # what 16 bits would make of it
+    assert (
+        float(((logits / 0.7).log_softmax(-1) - exact).abs().max()) > 0.01
+    )  # the control: a softmax in 16 bits is off
 
 
-# One distribution throughout
+# One distribution in rollout, update and reference
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_a2_rollout_update_and_reference_score_alike(temperature):
-    """The stored log-probability is log_softmax(logits / T)[a] by the model's own forward."""
+    """All log-probabilities are log_softmax(logits / T)[a] of the model's own forward."""
     model = make_ppo(policy_kwargs={"temperature": temperature})
     buffer = collect(model)
     lm = model.policy.lm
@@ -178,7 +180,7 @@ def test_a2_rollout_update_and_reference_score_alike(temperature):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_padded_rows_are_never_sampled_and_never_scored(family):
-    """Embedding rows beyond the tokenizer's vocabulary, here with the largest logits of all."""
+    """Embedding rows beyond the tokenizer's vocabulary, here with the largest logits, have no probability."""
     policy = make_policy(tiny(family))
     head = policy.lm.backbone.model.get_output_embeddings()
     observations = observe([([1, 2], [3])] * 500)
@@ -200,7 +202,7 @@ def test_padded_rows_are_never_sampled_and_never_scored(family):
 
 
 def test_policy_samples_what_it_scores():
-    """Frequencies of 5,000 policy samples against the probabilities that it stores."""
+    """Frequencies of 5,000 samples match the policy's probabilities."""
     policy = make_policy()
     observations = observe([([1, 2], [3])] * 5_000)
     with torch.no_grad():
@@ -223,7 +225,7 @@ def test_e12_sampling_leaves_the_global_generators_alone():
 
 
 def test_prediction_and_rollout_draw_from_generators_of_their_own():
-    """Whatever is predicted in between, the rollout draws the same."""
+    """A `predict` in between does not change the draws of a rollout."""
     observations = observe([([1, 2], [3])] * 20)
     alone, disturbed = make_policy(), make_policy()
     disturbed.predict(observations.numpy())
@@ -249,18 +251,18 @@ def test_a_batch_is_scored_in_its_own_order():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_with_a_lean_backward_are_those_of_the_distribution(temperature):
-    """The fast path and its slow twin: values, and gradients of any mixture of the two."""
+    """`score_tokens` has the values of the distribution's methods, and the gradients of any mixture of the two."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(6, 11, generator=generator)
     actions = torch.randint(11, (6,), generator=generator)
     weights = torch.randn(2, 6, generator=generator)
     results = []
     for fast in (True, False):
-        given = logits.clone().requires_grad_()
-        distribution = TokenDistribution(given / temperature)
+        leaf = logits.clone().requires_grad_()
+        distribution = TokenDistribution(leaf / temperature)
         slow = distribution.log_prob(actions), distribution.entropy()
-        scores = score_tokens(given / temperature, actions) if fast else slow
+        scores = score_tokens(leaf / temperature, actions) if fast else slow
         (weights[0] * scores[0] + weights[1] * scores[1]).sum().backward()
-        results.append((*scores, given.grad))
+        results.append((*scores, leaf.grad))
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

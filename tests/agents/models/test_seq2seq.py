@@ -1,4 +1,4 @@
-"""What one does with an encoder-decoder: build, load, train, resume, export, generate, and be told what is wrong."""
+"""Encoder-decoders: building, loading, training, resuming, export, generation and refusals."""
 
 import shutil
 
@@ -61,7 +61,7 @@ def test_saved_and_loaded_without_its_folder(family, tmp_path):
 
 
 def test_the_bias_of_the_logits_is_part_of_them_when_loaded_later(tmp_path):
-    """`final_logits_bias` is zero in a fresh model, whatever is loaded into it afterwards."""
+    """`final_logits_bias` is zero in a fresh model, but may be loaded later, so it must always be added."""
     model = make_ppo(tiny_seq2seq("bart"))
     lm = model.policy.lm.backbone.model
     lm.final_logits_bias.copy_(torch.linspace(-3, 3, lm.final_logits_bias.shape[1])[None])
@@ -72,7 +72,7 @@ def test_the_bias_of_the_logits_is_part_of_them_when_loaded_later(tmp_path):
 
 
 def test_a_head_that_does_something_else_runs_the_whole_model():
-    """UMT5 scales its logits by no flag of the config."""
+    """UMT5 scales its logits without a flag in its config, so the probe must find it."""
     shape = {name: value for name, value in T5.items() if name != "tie_word_embeddings"}
     config = UMT5Config(**{**shape, "tie_word_embeddings": True})
     with pytest.warns(UserWarning, match="does not decode exactly"):
@@ -99,7 +99,7 @@ def test_sb3_trains_it_unmodified(family, algorithm):
     assert unmoved == []
 
 
-@pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")  # of waiting segments
+@pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")  # counts waiting segments
 @pytest.mark.parametrize("family", few(["t5", "bart"], 1))
 def test_e8_a_resumed_run_is_the_run(family, tmp_path):
     """Episodes of 7 tokens straddle rollouts of 5."""
@@ -121,12 +121,12 @@ def test_autocast():
     model = make_ppo(tiny_seq2seq("t5"), policy_kwargs={"autocast": "bfloat16"})
     check = CheckRatio()
     collect(model, check)
-    assert check.largest[0] < 0.2  # of 16 bits
+    assert check.largest[0] < 0.2  # rounding of 16 bits
     model.learn(48)
     assert all(weight.isfinite().all() for weight in model.policy.parameters())
 
 
-# What it writes
+# Texts that it writes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,11 +140,12 @@ def test_e9_the_exported_folder_writes_the_same(family, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     texts = ["a", "bcd", "hello you", "no"]
     ours = generate(model, texts, tokenizer, max_new_tokens=8, deterministic=True, n_envs=2)
-    for text, one in zip(texts, ours):
+    for text, generation in zip(texts, ours):
         ids = torch.tensor([tokenizer.encode(text)])
         written = lm.generate(input_ids=ids, attention_mask=ids * 0 + 1, max_new_tokens=8, do_sample=False)
-        assert written[0, 1 : 1 + len(one.ids)].tolist() == one.ids
-    assert len({tuple(one.ids) for one in ours}) > 1
+        # `generate` of transformers puts the decoder's start token in front.
+        assert written[0, 1 : 1 + len(generation.ids)].tolist() == generation.ids
+    assert len({tuple(generation.ids) for generation in ours}) > 1
 
 
 def test_generate_cached_or_not_is_the_same():
@@ -154,7 +155,7 @@ def test_generate_cached_or_not_is_the_same():
     assert [one.ids for one in written[0]] == [one.ids for one in written[1]]
 
 
-# What is refused
+# Refusals
 
 
 def test_each_half_has_its_own_limit():
@@ -216,7 +217,7 @@ def test_an_empty_prompt_is_read_as_the_token_that_begins():
 
 
 def test_a_closing_token_in_a_prompt_of_ids_is_read():
-    """`TextEnv` drops the end token that a tokenizer closes a text with; ids keep theirs."""
+    """`TextEnv` drops an end token that the tokenizer adds behind a text prompt; a prompt of ids keeps its own."""
     tokenizer = CharTokenizer()
     closed = [*tokenizer.encode("ab"), tokenizer.eos_token_id]
     model = make_ppo(tiny_seq2seq("t5"), prompts=[closed])
@@ -226,7 +227,7 @@ def test_a_closing_token_in_a_prompt_of_ids_is_read():
 
 
 def test_causal_models_are_not_asked_for_prompts(monkeypatch):
-    """They pay nothing for the boundary."""
+    """Causal models do not compute where prompts end."""
     monkeypatch.setattr("agents.policies.actor_critic.prompt_lengths", None)
     assert isinstance(make_policy().lm, LMActorCritic)
     collect(make_ppo())
@@ -239,7 +240,7 @@ LETTERS = "abcdefg"
 
 
 def emits_the_letter(reward_on: bool) -> float:
-    """How often it writes the letter of the prompt, which stands at one of three places."""
+    """Train, and return the share of samples that are the prompt's letter, which is at one of three positions."""
     tokenizer = CharTokenizer(LETTERS + "x")
     prompts = [text for letter in LETTERS for text in (letter, "x" + letter, letter + "xx")]
 

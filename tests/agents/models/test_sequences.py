@@ -1,4 +1,4 @@
-"""Observations as tokens, and batches read in parts of similar length."""
+"""Observations unpacked to tokens, and batches of sequences read in chunks of similar length."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from tests.helpers.models import N_TOKENS, make_policy, make_ppo, observe, tiny
 
 
 def batch_of(lengths, seed=0, micro_batch_tokens=None) -> tuple[SequenceBatch, torch.Tensor]:
-    """Random sequences of these lengths, with random transitions in random order, and random actions."""
+    """Return a batch of random sequences of these lengths, with random transitions in random order, and actions."""
     rng = np.random.default_rng(seed)
     lengths = np.array(lengths)
     tokens = torch.as_tensor(rng.integers(N_TOKENS, size=(len(lengths), lengths.max())))
-    places = [(row, col) for row, n in enumerate(lengths) for col in range(n) if rng.random() < 0.5]
-    rows, cols = np.array([places[i] for i in rng.permutation(len(places))]).T
+    transitions = [(row, col) for row, n in enumerate(lengths) for col in range(n) if rng.random() < 0.5]
+    rows, cols = np.array([transitions[i] for i in rng.permutation(len(transitions))]).T
     actions = torch.as_tensor(rng.integers(N_TOKENS, size=len(rows)))
     return SequenceBatch(tokens, lengths, rows, cols, micro_batch_tokens), actions
 
@@ -55,7 +55,7 @@ def test_chunks_cover_each_transition_once(lengths, micro_batch_tokens):
 
 
 def test_similar_lengths_are_read_together():
-    """Little padding is read, and few forwards are made."""
+    """Chunks have little padding, and there are few of them."""
     lengths = np.random.default_rng(0).integers(1, 400, size=64)
     batch, _ = batch_of(lengths)
     chunks = list(batch.chunks())
@@ -65,19 +65,19 @@ def test_similar_lengths_are_read_together():
 
 
 def test_a_slice_keeps_some_transitions():
-    """As TRPO subsamples: every other one, with the values that they have in the whole."""
+    """TRPO of sb3-contrib subsamples `rollout_data.observations[::n]`: the kept transitions keep their values."""
     policy = make_policy()
     batch, actions = batch_of([5, 9, 2])
     with torch.no_grad():
         whole, half = policy.evaluate_actions(batch, actions), policy.evaluate_actions(batch[::2], actions[::2])
     assert len(batch[::2]) == (len(batch) + 1) // 2
-    for all_of_them, some in zip(whole, half):
-        torch.testing.assert_close(all_of_them[::2], some, atol=1e-5, rtol=0)
+    for of_all, of_half in zip(whole, half):
+        torch.testing.assert_close(of_all[::2], of_half, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 60, 200])
 def test_e1_micro_batches_change_neither_loss_nor_gradient(micro_batch_tokens):
-    """Uneven lengths, split unevenly, down to a sequence at a time."""
+    """Sequences of uneven lengths, split into micro-batches down to one sequence each."""
     policy = make_policy()
     losses, gradients, forwards = [], [], []
     for bound in (None, micro_batch_tokens):
@@ -106,7 +106,7 @@ def test_values_of_sequences():
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_e1_logits_in_parts_change_neither_scores_nor_gradient(family, monkeypatch):
-    """E1: the vocabulary head in parts, computed again in the backward, is the head."""
+    """Logits computed in parts, and again in the backward, are those of the head in one piece (E1)."""
     policy = make_policy(tiny(family))
     observations = observe([([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([3, 1], [2])])
     actions = torch.tensor([5, 9, 2])

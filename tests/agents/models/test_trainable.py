@@ -1,4 +1,4 @@
-"""What is trained and what stays: LoRA, last layers, head; export, quantised bases, gradient checkpointing (E3, E7)."""
+"""Trained and frozen weights: LoRA, last layers, head; export, quantised bases, gradient checkpointing (E3, E7)."""
 
 import io
 import pickle
@@ -32,7 +32,7 @@ def names_of_trained(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_layers_are_those_before_the_head_in_every_family(family):
-    """The output's last hidden state depends on them alone above the first layer."""
+    """The trained layer is the second of two, and it runs last."""
     model = build_model(tiny(family), LastLayers(1))
     layers = transformer_layers(model)
     assert len(layers) == 2
@@ -40,8 +40,8 @@ def test_the_last_layers_are_those_before_the_head_in_every_family(family):
         id(weight) for weight in layers[1].parameters()
     }
     order = []
-    for place, layer in enumerate(layers):
-        layer.register_forward_hook(lambda *args, place=place: order.append(place))
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *args, number=number: order.append(number))
     model.eval()(input_ids=torch.tensor([[1, 2, 3]]))
     assert order == [0, 1]
 
@@ -64,7 +64,7 @@ def test_the_head_alone():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", TRAINED)
 def test_e7_frozen_weights_are_the_same_bits_after_training(name, tied):
-    """E7: and what is trained moves; tied embeddings stay tied; the optimizer holds what is trained alone."""
+    """Trained weights do change, tied embeddings stay tied, and the optimizer holds only trained weights (E7)."""
     lm = tiny_config(tie_word_embeddings=tied)
     model = tiny_agent(lm=lm, policy_kwargs={"train": TRAINED[name]})
     before = {name: weight.clone() for name, weight in model.policy.named_parameters()}
@@ -79,7 +79,7 @@ def test_e7_frozen_weights_are_the_same_bits_after_training(name, tied):
 
 @pytest.mark.parametrize("family", few(["gpt2", "llama", "gpt_neox", "opt", "bloom", "mistral", "gemma2"], 3))
 def test_a1_a7_with_lora_decoding_equals_the_whole_sequence(family):
-    """A1, A7: before an update and after one, over mixed lengths and episodes that straddle rollouts."""
+    """Before and after updates, over mixed lengths and episodes that straddle rollouts (A1, A7)."""
     check = CheckRatio()
     model = make_ppo(tiny(family), policy_kwargs={"train": LoRA(r=4)}, learning_rate=1e-2)
     disturb(model.policy.lm.backbone)
@@ -121,7 +121,7 @@ def test_e8_checkpoint_and_sb3_file(name, tmp_path):
 
 @pytest.mark.parametrize("family", few(["gpt2", "llama", "gemma2"], 1))
 def test_e9_export_merges_and_training_goes_on_unharmed(family, tmp_path):
-    """E9: logits within 1e-4 of the unmerged; every bit of the run as if there had been no export."""
+    """Merged logits are within 1e-4 of unmerged ones, and the run continues bit for bit as without an export (E9)."""
     runs = []
     for exports in (True, False):
         model = tiny_agent(lm=tiny(family, vocab_size=N_TOKENS), policy_kwargs={"train": LoRA(r=4)})
@@ -173,7 +173,7 @@ def grads_of(policy, observations, actions):
 @pytest.mark.parametrize("train", ["all", LastLayers(1), LoRA()], ids=["all", "last", "lora"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_e3_gradient_checkpointing_is_on_and_changes_nothing(family, train):
-    """E3: layers run again in the backward; loss and gradients are the same, also of parts (micro-batches)."""
+    """Layers run again in the backward; loss and gradients are the same (E3)."""
     results, runs = [], []
     for on in (False, True):
         policy = make_policy(tiny(family), train=train, gradient_checkpointing=on)
@@ -203,7 +203,7 @@ def test_e3_gradient_checkpointing_trains_the_same_and_decodes_with_its_cache():
         trained.append(weights(model))
     for name, weight in trained[0].items():
         assert torch.allclose(weight, trained[1][name], atol=1e-6), name
-    model.policy.set_training_mode(True)  # layers would drop the cache: it is left alone, and what is read is right
+    model.policy.set_training_mode(True)  # in training mode, layers would drop the cache
     observations = observe(ROWS, 32)
     with torch.no_grad():
         for _ in range(2):
@@ -221,12 +221,12 @@ def test_quantisation_without_its_package_is_named(tmp_path):
     except ImportError:
         with pytest.raises(ImportError, match=r"quantization requires bitsandbytes: `pip install"):
             build_model(spec, LoRA())
-    spec.config = tiny()  # as after a build: a config alone would build weights that are not quantised
+    spec.config = tiny()  # as after `build`; pickling only the config would lose the quantisation
     assert pickle.loads(pickle.dumps(spec)).name == str(tmp_path / "model")
 
 
 def test_dispatched_weights_stay_where_they_are():
-    """SB3 moves a policy without asking; here to a device that holds nothing."""
+    """SB3 calls `policy.to(device)` in `_setup_model`; here the device "meta", which holds no values."""
     accelerate = pytest.importorskip("accelerate")
     policy = make_policy()
     accelerate.dispatch_model(policy.lm.backbone.model, {"": "cpu"}, force_hooks=True)

@@ -1,4 +1,4 @@
-"""FlatLMPolicy: the same policy as LMPolicy with one vector of weights, which TRPO trains (A1, A8, E7, E8, E9)."""
+"""`FlatLMPolicy`: the policy of `LMPolicy` with its weights in one vector, as TRPO needs it (A1, A8, E7, E8, E9)."""
 
 import copy
 
@@ -45,7 +45,7 @@ EAGER = {"attn_implementation": "eager"}
 
 
 class HalfFrozen:
-    """A GPT-2 whose embeddings, tied to its head, and first layer are frozen."""
+    """A spec of a GPT-2 whose first layer and embeddings, tied to its head, are frozen."""
 
     def build(self):
         model = AutoModelForCausalLM.from_config(tiny())
@@ -55,7 +55,7 @@ class HalfFrozen:
 
 
 def make_flat(lm=None, seed=0, **kwargs):
-    """The flat twin of `make_policy`, with the same weights for the same seed."""
+    """Return the flat counterpart of `make_policy`, with the same weights for the same seed."""
     torch.manual_seed(seed)
     space = spaces.Box(SEPARATOR, N_TOKENS - 1, (LENGTH,), np.int64)
     policy = FlatLMPolicy(space, spaces.Discrete(N_TOKENS), lambda _: 1e-3, lm=lm or tiny(), **kwargs)
@@ -65,7 +65,7 @@ def make_flat(lm=None, seed=0, **kwargs):
 
 
 def make_trpo(lm=None, n_steps=6, **kwargs):
-    """TRPO on a tiny model, as `make_agent` builds it."""
+    """Return TRPO on a tiny model, built by `make_agent`."""
     env = tiny_env(max_new_tokens=6, reward=lambda prompt, preds, done: float(preds[-1] % 3 == 1))
     model = make_agent(env, lm or tiny(), 4, TRPO, n_steps=n_steps, seed=0, device="cpu", **kwargs)
     randomise_critic(model.policy)
@@ -73,7 +73,7 @@ def make_trpo(lm=None, n_steps=6, **kwargs):
 
 
 def parts(policy):
-    """The weights of the language model by name, each once, as transformers has them."""
+    """Return a copy of the language model's weights by their names in transformers, each once."""
     with policy.lm.backbone.whole_model() as model:
         return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
@@ -88,17 +88,17 @@ def test_it_is_the_same_policy_with_the_same_gradients(family):
         values, log_probs, entropies = results[-1]
         (log_probs.sum() + 0.3 * entropies.sum() + values.pow(2).sum()).backward()
         gradients.append(torch.cat([weight.grad.ravel() for weight in policy.parameters()]))
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for of_plain, of_flat in zip(*results):
+        torch.testing.assert_close(of_plain, of_flat, rtol=1e-5, atol=1e-5)
     assert len(gradients[0]) == len(gradients[1]) and gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4 * float(gradients[0].abs().max()))
-    one, other = (policy.get_distribution(observe(ROWS)).log_probabilities for policy in (plain, flat))
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    of_plain, of_flat = (policy.get_distribution(observe(ROWS)).log_probabilities for policy in (plain, flat))
+    torch.testing.assert_close(of_plain, of_flat, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2"])
 def test_the_second_derivative_is_the_fisher_matrix(family):
-    """KL(now, old) has the Fisher matrix as its Hessian at old: sum of p grad(log p) grad(log p)', first order only."""
+    """The Hessian of KL(now, old) at old is the Fisher matrix, the sum of p grad(log p) grad(log p)'."""
     model = make_trpo(tiny(family))
     batch = SequenceBatch.from_observations(observe(ROWS[:2]))
     flat = model.policy.lm.backbone.flat
@@ -134,16 +134,16 @@ def test_the_lean_score_has_no_second_derivative_and_says_so():
 
 
 def trained(model):
-    """Weights of the language model and the critic after one update."""
+    """Make one update; return the weights of the language model and the critic."""
     collect(model)
-    torch.manual_seed(0)  # TRPO's solver starts from noise
+    torch.manual_seed(0)  # TRPO's conjugate gradient solver starts from torch's global generator
     model.train()
     assert model.logger.name_to_value["train/is_line_search_success"] == 1
     return {**parts(model.policy), "critic": model.policy.lm.critic.linear.weight.detach().clone()}
 
 
 def test_an_update_ends_where_the_slow_ways_end():
-    """Whole sequences or a sample a token, one vector or a parameter a weight: the same weights after `train`."""
+    """Sequences or one sample per token, one vector or separate parameters: `train` ends with the same weights."""
     kwargs = {"normalize_advantage": True, "cg_max_steps": 5, "n_critic_updates": 3, "learning_rate": 1e-2}
     kwargs["policy_kwargs"] = {"critic": SharedCritic(), "optimizer_class": torch.optim.SGD}
     lm = tiny(**EAGER)
@@ -166,10 +166,10 @@ def test_an_update_ends_where_the_slow_ways_end():
 
 @pytest.mark.parametrize("family", ["gpt_neox", "bloom"])
 def test_weights_with_value_in_their_name_are_trained(family):
-    """TRPO skips `query_key_value` of a plain policy; in one vector it is trained as all others are."""
+    """TRPO takes parameters with "value" in their name for the critic's, as `query_key_value`; one vector avoids it."""
     moved = {}
     for cls in (LMPolicy, FlatLMPolicy):
-        detached = {"critic": SharedCritic(detach=True)}  # else the value loss would train what TRPO leaves out
+        detached = {"critic": SharedCritic(detach=True)}  # or the value loss would train the weights that TRPO skips
         lm = tiny(family, **EAGER)
         model = make_ppo(
             lm, algorithm=TRPO, n_steps=6, batch_size=24, cg_max_steps=5, policy_class=cls, policy_kwargs=detached
@@ -181,7 +181,7 @@ def test_weights_with_value_in_their_name_are_trained(family):
 
 
 def test_a1_rollouts_decode_with_the_new_weights():
-    """A1, A8: TRPO puts another tensor in the parameter's `data`; cached decoding follows, in each rollout."""
+    """TRPO replaces the parameter's `data`; cached decoding uses the new tensor in each rollout (A1, A8)."""
     model, check = make_trpo(n_steps=4), CheckRatio()
     model.learn(4 * 4 * 4, callback=check)
     assert len(check.largest) == 4 and max(check.largest) < 1e-4
@@ -199,9 +199,9 @@ def test_a1_rollouts_decode_with_the_new_weights():
         plain.lm.critic.load_state_dict(policy.lm.critic.state_dict())
         with torch.no_grad():
             expected = plain.lm.act(observations, deterministic=True)
-        for one, other, third in zip((values[:, 0], log_probs), full[1:], expected[1:]):
-            torch.testing.assert_close(one, third, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(other, third, rtol=1e-5, atol=1e-5)
+        for cached, uncached, of_plain in zip((values[:, 0], log_probs), full[1:], expected[1:]):
+            torch.testing.assert_close(cached, of_plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(uncached, of_plain, rtol=1e-5, atol=1e-5)
 
 
 def test_e7_frozen_weights_stay_and_tied_ones_stay_tied():
@@ -235,15 +235,15 @@ def test_it_saves_and_loads(tmp_path):
     again = TRPO.load(tmp_path / "model", env=model.get_env(), device="cpu")
     assert same_weights(weights(model), weights(again))
     observations = observe(ROWS)
-    one, other = (each.policy.get_distribution(observations).log_probabilities for each in (model, again))
-    assert torch.equal(one, other)
+    before, after = (each.policy.get_distribution(observations).log_probabilities for each in (model, again))
+    assert torch.equal(before, after)
 
 
 def test_e8_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
     def make():
         return tiny_agent(algorithm=TRPO, cg_max_steps=3, n_critic_updates=2)
 
-    whole = make()  # one after the other: TRPO draws from torch's own generator
+    whole = make()  # not side by side with the next: TRPO draws from torch's global generator
     whole.learn(48)
     expected = run_state(whole)
     first = make()
@@ -266,7 +266,7 @@ def test_e9_the_exported_folder_loads_alone(tmp_path, lm):
         expected = model.policy.get_distribution(observe([([1, 2, 3, 4], [])])).log_probabilities
         logits = alone(ids).logits[:, -1, :N_TOKENS]
     torch.testing.assert_close(logits.log_softmax(dim=-1), expected, rtol=1e-5, atol=1e-5)
-    model.learn(24)  # and the policy goes on as before
+    model.learn(24)  # the policy still trains after the export
 
 
 def test_gradient_checkpointing_is_refused():
@@ -277,7 +277,7 @@ def test_gradient_checkpointing_is_refused():
 
 
 class Unfit:
-    """A GPT-2 with all of its weights frozen, or some in another type."""
+    """A spec of a GPT-2 with all weights frozen, or with some of another dtype."""
 
     def __init__(self, frozen):
         self.frozen = frozen

@@ -37,18 +37,18 @@ VOWELS, CONSONANTS = TOKENIZER.encode("aeiou"), TOKENIZER.encode("bcdfg")
 
 
 def letters(prompt, preds):
-    """Vowels and consonants take turns; the prompt says which of them begins, and the text whether it may end."""
+    """Allow vowels and consonants in turn; the prompt's length decides which begin, the text's whether it may end."""
     ids = (VOWELS, CONSONANTS)[(len(prompt) + len(preds)) % 2]
     return ids if len(preds) < 2 else [0, *ids[: len(preds)]]
 
 
 def is_allowed(prompt, ids):
-    """Whether a text is one that `letters` lets through, token by token."""
-    return all(token in letters(prompt, ids[:place]) for place, token in enumerate(ids))
+    """Return whether `letters` allows a text, token by token."""
+    return all(token in letters(prompt, ids[:position]) for position, token in enumerate(ids))
 
 
 def follows(prompt, preds, done):
-    """Reward texts that the mask lets through, and among these the letter a."""
+    """Reward texts that the mask allows, and the letter a."""
     return is_allowed(prompt, preds.ids) + 0.1 * preds.text.count("a") if done else 0.0
 
 
@@ -66,7 +66,7 @@ def samples_of(model):
 
 
 class Written(CheckRatio):
-    """Keeps the texts of all episodes beside the ratios."""
+    """Keeps the texts of all episodes, as well as the ratios."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ SAMPLING = [{}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.9, "min_p"
 @pytest.mark.parametrize("temperature", few([0.7, 1.0, 1.3], 1))
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
 def test_a1_a5_the_ratio_is_one_and_forbidden_tokens_have_no_probability(sampling, temperature):
-    """Over updates and episodes that straddle rollouts: never sampled, probability 0, entropy and gradient finite."""
+    """Over updates and episodes that straddle rollouts; entropies and gradients are finite."""
     model, seen = masked_agent(policy_kwargs={"temperature": temperature, **sampling}), Written()
     model.learn(4 * 32, callback=seen)
     assert len(seen.largest) == 4 and max(seen.largest) < 1e-5
@@ -102,7 +102,7 @@ def test_a1_a5_the_ratio_is_one_and_forbidden_tokens_have_no_probability(samplin
 
 
 def test_a1_without_the_stored_masks_the_ratio_is_not_one():
-    """The negative control: scored under the whole vocabulary, tokens of a mask have the mask's share of it."""
+    """The control: scored under the whole vocabulary, the ratio is the mask's share of the probability."""
     model = masked_agent()
     collect(model)
     samples = samples_of(model)
@@ -113,7 +113,7 @@ def test_a1_without_the_stored_masks_the_ratio_is_not_one():
 
 
 def test_a5_a_head_row_of_a_token_that_is_never_allowed_does_not_move():
-    """No gradient reaches it, where embeddings and head are apart, through loss and entropy bonus alike."""
+    """With untied embeddings, no gradient reaches the row, from the loss or from the entropy bonus."""
     env = masked_env(lambda prompt, preds: [0, *VOWELS])
     model = masked_agent(env, lm=tiny_config(tie_word_embeddings=False), ent_coef=0.1)
     head = model.policy.backbone.model.get_output_embeddings().weight
@@ -145,7 +145,7 @@ def test_a5_a_row_in_which_nothing_is_allowed_raises():
 
 
 def by_buffer(buffer_class, seed=0, **kwargs):
-    """MaskablePPO by hand, since `make_agent` chooses the buffer."""
+    """Return MaskablePPO with the given buffer class, which `make_agent` would choose itself."""
     settings = {"batch_size": 48, "n_epochs": 1, "normalize_advantage": False, "learning_rate": 0.05, **kwargs}
     return make_ppo(
         env=masked_env(),
@@ -158,7 +158,7 @@ def by_buffer(buffer_class, seed=0, **kwargs):
 
 
 def test_a_rollout_scores_as_with_the_stock_buffer():
-    """One forward a sequence gives the values, log-probabilities, entropies and gradients of one a token."""
+    """One forward per sequence gives the values, log-probabilities, entropies and gradients of one per token."""
     results = []
     for buffer_class in (MaskableSequenceRolloutBuffer, MaskableRolloutBuffer):
         model = by_buffer(buffer_class, policy_kwargs={"temperature": 0.7})
@@ -169,6 +169,7 @@ def test_a_rollout_scores_as_with_the_stock_buffer():
         values, log_probs, entropies = model.policy.evaluate_actions(
             samples.observations, samples.actions.flatten(), samples.action_masks
         )
+        # The two buffers return transitions in different orders: sort them by old log-probability and return.
         order = np.lexsort(np.round([samples.old_log_prob.numpy(), samples.returns.numpy()], 3))
         per_token = torch.stack([values.flatten(), log_probs, entropies, samples.old_log_prob, samples.returns])
         (values.square().mean() + log_probs.mean() + entropies.mean()).backward()
@@ -180,7 +181,7 @@ def test_a_rollout_scores_as_with_the_stock_buffer():
 
 @pytest.mark.parametrize("policy_kwargs", [{}, {"temperature": 1.3}, {"repetition_penalty": 1.5}], ids=str)
 def test_training_ends_in_the_parameters_of_the_stock_buffer(policy_kwargs):
-    """Whole rollouts and updates, three epochs each, an entropy bonus; the stock buffer is the slow twin."""
+    """Three rollouts with three epochs each and an entropy bonus; the stock buffer is the slow reference."""
     ends = []
     for buffer_class in (MaskableSequenceRolloutBuffer, MaskableRolloutBuffer):
         model = by_buffer(buffer_class, n_epochs=3, ent_coef=0.1, policy_kwargs=policy_kwargs)
@@ -199,7 +200,7 @@ def test_the_stock_buffer_with_a_support_is_refused():
 
 @pytest.mark.parametrize("policy_kwargs", [{}, {"top_p": 0.7}], ids=str)
 def test_e8_masks_of_waiting_segments_survive_a_checkpoint(tmp_path, policy_kwargs):
-    """Bit for bit; and the checkpoint holds the masks of what waits, not those of the rollouts before."""
+    """A run resumes bit for bit, and the checkpoint holds only the masks of waiting segments."""
     options = {
         "n_envs": 8,
         "n_steps": 5,
@@ -226,7 +227,7 @@ def test_e8_masks_of_waiting_segments_survive_a_checkpoint(tmp_path, policy_kwar
 
 
 def test_masks_of_trained_segments_are_forgotten():
-    """With segments that always wait, each rollout's masks must not stay for good."""
+    """Even when some segments always wait, masks of earlier rollouts are not kept."""
     count = iter(range(10**6))
 
     def mask(prompt, preds):
@@ -252,7 +253,7 @@ def test_a_saved_model_is_loaded_and_goes_on(tmp_path):
     assert same_weights(weights(model), weights(loaded))
     observations = loaded.env.reset()
     masks = get_action_masks(loaded.env)
-    chosen = [one.predict(observations, deterministic=True, action_masks=masks)[0] for one in (model, loaded)]
+    chosen = [agent.predict(observations, deterministic=True, action_masks=masks)[0] for agent in (model, loaded)]
     assert (chosen[0] == chosen[1]).all() and masks[np.arange(4), chosen[0]].all()
     seen = Written()
     loaded.learn(64, callback=seen)
@@ -260,7 +261,7 @@ def test_a_saved_model_is_loaded_and_goes_on(tmp_path):
 
 
 def test_predict_takes_masks():
-    """The best allowed token, for a row and for rows; without masks, afterwards too, the best of all."""
+    """Greedy prediction takes the best allowed token of one row or many; without masks, the best of all tokens."""
     model = masked_agent(lm=tiny(n_positions=32))
     observations = model.env.reset()
     masks = get_action_masks(model.env)
@@ -276,7 +277,7 @@ def test_predict_takes_masks():
 
 @pytest.mark.parametrize("vectorised", [True, False])
 def test_evaluate_policy_of_sb3_contrib(vectorised):
-    """In lanes and in a single env; without masks the same policy hardly ever writes what they let through."""
+    """In lanes and in a single env; without masks, the same policy hardly ever writes allowed texts."""
     model = masked_agent()
     env = TextVecEnv(masked_env(), 3) if vectorised else masked_env()
     with warnings.catch_warnings():
@@ -293,21 +294,21 @@ def test_generate_and_sample_tables_take_the_mask(capsys):
     model = masked_agent()
     options = {"mask": letters, "max_new_tokens": 6}
     texts = generate(model, ["ab", "cde"], TOKENIZER, 20, n_envs=7, **options)
-    assert all(is_allowed(one.prompt, one.ids) for one in texts) and len({one.text for one in texts}) > 10
+    assert all(is_allowed(text.prompt, text.ids) for text in texts) and len({text.text for text in texts}) > 10
     assert texts == generate(model, ["ab", "cde"], TOKENIZER, 20, n_envs=7, **options)
     free = generate(model, ["ab", "cde"], TOKENIZER, 20, max_new_tokens=6)
-    assert not any(is_allowed(one.prompt, one.ids) for one in free)
+    assert not any(is_allowed(text.prompt, text.ids) for text in free)
     model.learn(1, callback=SampleTable(["ab"], TOKENIZER, **options))
     assert f"ab{generate(model, ['ab'], TOKENIZER, **options)[0].text} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
 def test_c2_the_penalty_is_zero_where_policy_and_reference_agree(estimator):
-    """C2, and after updates it is the divergence of both over what was allowed, by enumeration."""
+    """After updates, it is the divergence of both over the allowed tokens, by enumeration (C2)."""
     model, penalty = masked_agent(policy_kwargs={"temperature": 0.7}), KLPenalty(0.1, estimator=estimator)
     buffer = collect(model, penalty)
     assert (penalty._divergence(buffer, buffer.view()) == 0).all()
-    penalty._start = None  # compute it, though nothing has been trained
+    penalty._start = None  # compute the divergence, which is otherwise known to be 0 before training
     assert np.abs(penalty._divergence(buffer, buffer.view())).max() < 1e-6
     model.train()
     buffer = collect(model, penalty)
@@ -337,7 +338,7 @@ def test_make_agent_refuses_algorithms_that_know_no_masks(algorithm):
 
 
 def test_masks_take_little_memory():
-    """At a vocabulary of 152k, 128 steps of 64 lanes: the stock buffer takes 4.6 GiB."""
+    """For a vocabulary of 152,000 and 128 steps of 64 lanes, the stock buffer takes 4.6 GiB."""
     n_tokens, n_steps, n_envs = 152_000, 128, 64
     masks = np.random.default_rng(0).random((4, n_tokens)) < np.array([[0.5], [0.9], [1e-4], [1e-3]])
     allowed = torch.as_tensor(masks[np.arange(n_envs) % 4])
@@ -353,7 +354,7 @@ def test_masks_take_little_memory():
         buffer.add(row, np.zeros(n_envs), np.zeros(n_envs), np.zeros(n_envs), torch.zeros(n_envs), numbers)
     now, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    kept = sum(one.nbytes for one in buffer.token_sets.sets) + buffer.allowed.nbytes
+    kept = sum(token_set.nbytes for token_set in buffer.token_sets.sets) + buffer.allowed.nbytes
     assert kept < 100_000 and now - empty < 1 << 20 and peak < 16 << 20
     assert (buffer.token_sets.dense(buffer.allowed[-1, :4]) == masks).all()
 
@@ -373,12 +374,12 @@ def test_other_models_train_under_masks(name):
     before = weights(model)
     model.learn(2 * 32, callback=[seen, KLPenalty(0.05)])
     after = weights(model)
-    assert not same_weights(before, after) and all(one.isfinite().all() for one in after.values())
+    assert not same_weights(before, after) and all(weight.isfinite().all() for weight in after.values())
     assert max(seen.largest) < 1e-5 and all(is_allowed(prompt, ids) for prompt, ids in seen.texts)
 
 
 def test_doctor_and_warnings_know_masks():
-    """Neither takes masks for a fault, nor calls a reward on what they forbid."""
+    """Neither reports masks as a fault, nor calls the reward on a forbidden text."""
 
     def strict(prompt, preds, done):
         assert is_allowed(prompt, preds.ids)

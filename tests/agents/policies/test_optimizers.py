@@ -1,4 +1,4 @@
-"""Learning rates by factor: what a step multiplies, what SB3 and checkpoints see of it."""
+"""Learning rates scaled by factors: optimizer steps, SB3's schedule, saved files and checkpoints."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.helpers.training import run_state, tiny_agent
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 def test_steps_equal_those_of_an_optimizer_for_each_rate(cls):
-    """Also after Stable-Baselines3 has written one rate into all groups."""
+    """Also after SB3's `update_learning_rate` has written one rate into all groups."""
     together, apart = ([nn.Parameter(torch.ones(3)) for _ in range(3)] for _ in range(2))
     optimizer = scaled_optimizer(cls, dict(zip(together, (1.0, 10.0, 0.5))), lr=0.1)
     singles = [cls([weight], lr=0.1 * scale) for weight, scale in zip(apart, (1.0, 10.0, 0.5))]
@@ -25,8 +25,8 @@ def test_steps_equal_those_of_an_optimizer_for_each_rate(cls):
         for weights, optimizers in ((together, [optimizer]), (apart, singles)):
             for weight in weights:
                 weight.grad = torch.tensor([1.0, -2.0, 0.1]) * weight.detach()
-            for one in optimizers:
-                one.step()
+            for each in optimizers:
+                each.step()
         assert [group["lr"] for group in optimizer.param_groups] == [rate] * 3
     assert all(torch.equal(one, other) for one, other in zip(together, apart))
 

@@ -1,4 +1,4 @@
-"""Updates that run out of memory: done again in halves, equal to the whole, and refused at a single sequence."""
+"""Updates that run out of memory: repeated in halves, with an equal result, and refused at a single sequence."""
 
 import warnings
 
@@ -16,11 +16,11 @@ N_ENVS = 16
 
 
 class Small:
-    """A memory that holds so many rows: in training, the layer it is put on raises where there are more.
+    """A forward hook that runs out of memory when its layer, in training, has more rows than a limit.
 
     Args:
-        limit: The most rows.
-        where: "forward" or "backward".
+        limit: The largest number of rows that fits.
+        where: The pass that raises, "forward" or "backward".
     """
 
     def __init__(self, limit, where):
@@ -48,8 +48,8 @@ def trained(memory=None, n_updates=1, **kwargs):
     return model
 
 
-def largest_difference(one, other):
-    return max(float((first - weights(other)[name]).abs().max()) for name, first in weights(one).items())
+def largest_difference(first, second):
+    return max(float((weight - weights(second)[name]).abs().max()) for name, weight in weights(first).items())
 
 
 @pytest.mark.parametrize(
@@ -62,19 +62,19 @@ def largest_difference(one, other):
     ],
 )
 def test_an_update_is_repeated_in_halves_and_equals_the_whole(where, options):
-    # By plain descent: AdamW divides by gradients next to nothing, rounding and all.
+    # With SGD, since AdamW divides by tiny gradients and so magnifies rounding errors.
     sgd = {"policy_kwargs": {"optimizer_class": torch.optim.SGD}, **options}
     whole = trained(n_updates=3, **sgd)
     memory = Small(5, where)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         parts = trained(memory, n_updates=3, **sgd)
-    said = [str(one.message) for one in caught if "Out of memory" in str(one.message)]
+    messages = [str(warning.message) for warning in caught if "Out of memory" in str(warning.message)]
     assert largest_difference(whole, trained(n_updates=1, **sgd)) > 1e-4  # the updates do something
     assert largest_difference(whole, parts) < 1e-6
-    assert 1 <= memory.raised == len(said) <= 2  # halved until it fits, and smaller from then on
-    assert f"To begin with it, set micro_batch_tokens={parts.policy.lm.most_tokens}" in said[-1]
-    assert "Tried to allocate 2.00 GiB" in said[-1] and "more" not in said[-1]
+    assert 1 <= memory.raised == len(messages) <= 2  # halved until it fits, and never as large again
+    assert f"To begin with it, set micro_batch_tokens={parts.policy.lm.most_tokens}" in messages[-1]
+    assert "Tried to allocate 2.00 GiB" in messages[-1] and "more" not in messages[-1]
     assert torch.equal(whole.policy.generator.get_state(), parts.policy.generator.get_state())
 
 
@@ -113,7 +113,7 @@ def gradients(policy, evaluate, micro_batch_tokens=None):
 
 
 def test_without_an_error_nothing_is_changed():
-    """The gradient of the plain forward, bit for bit; weights that the loss does not use have none."""
+    """The gradient is that of the plain forward, bit for bit; weights that the loss does not use have none."""
     policy = make_policy(train="head")
     pairs = zip(gradients(policy, policy.lm.evaluate), gradients(policy, policy.lm.evaluate_parts), strict=True)
     assert all(one is other is None or torch.equal(one, other) for one, other in pairs)
@@ -125,7 +125,7 @@ def test_without_an_error_nothing_is_changed():
 
 @pytest.mark.filterwarnings("ignore:.*does not decode exactly")
 def test_a_part_that_is_read_again_draws_the_same_random_numbers():
-    """A model of the user's own with dropout: forward and backward must see the same one."""
+    """For a user's model with dropout, forward and backward must drop the same units."""
 
     def drop(module, inputs, output):
         return functional.dropout(output, 0.5)

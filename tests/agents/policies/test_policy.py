@@ -1,4 +1,4 @@
-"""The policy inside Stable-Baselines3: one distribution in rollout and update, padding, special tokens, the critic."""
+"""`LMPolicy` inside SB3: one distribution in rollout and update, padding, special tokens and the critic."""
 
 import copy
 
@@ -34,9 +34,9 @@ EACH_KIND = ["gpt2", "llama", "opt", "bloom", "mistral", "gemma3", "gemma2"]
 
 
 def trunk_gradient(policy) -> torch.Tensor:
-    """The gradient of the language model, flat; zero where there is none."""
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.lm.backbone.parameters()]
-    gradient = torch.cat([part.flatten() for part in parts]).clone()
+    """Return the gradient of the language model as one vector, with zeros where there is none, and clear it."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.lm.backbone.parameters()]
+    gradient = torch.cat([grad.flatten() for grad in grads]).clone()
     policy.zero_grad()
     return gradient
 
@@ -66,7 +66,7 @@ def test_a1_ratio_is_one(family, temperature):
 
 @pytest.mark.parametrize("options", [{"cache": False}, {"temperature": 0.5}], ids=str)
 def test_a1_in_ppos_own_numbers(options):
-    """PPO's KL, clip fraction and entropy of a first epoch: means over the policy's tokens only (B6)."""
+    """The KL, clip fraction and entropy that PPO logs in a first epoch are means over the policy's tokens (B6)."""
     model = make_ppo(policy_kwargs=options, n_epochs=1)
     buffer = collect(model)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_a1_in_ppos_own_numbers(options):
 
 
 def test_a1_with_the_stock_buffer_and_a_lone_env():
-    """`PPO(LMPolicy, env)`: one sequence a token, slowly."""
+    """`PPO(LMPolicy, env)` reads one sequence per token, which is slow but right."""
     torch.manual_seed(0)
     env = TextEnv(PROMPTS, CharTokenizer(), reward=count_a, max_new_tokens=5)
     model = PPO(LMPolicy, env, n_steps=24, batch_size=12, policy_kwargs={"lm": tiny()}, device="cpu", seed=0)
@@ -120,7 +120,7 @@ def test_a4_generation_config_has_no_effect(tmp_path):
 
 
 class Merging(CharTokenizer):
-    """Ten more tokens for the letter "a": what they decode to never encodes to them again."""
+    """A tokenizer with ten more tokens that decode to "a", to which no text ever encodes."""
 
     def __init__(self):
         super().__init__("abcdefgh")
@@ -140,12 +140,12 @@ def test_a10_trained_ids_are_the_sampled_ones():
     sampled = []
     step = model.policy.forward
 
-    def recorded(obs, deterministic=False):
+    def forward_and_note(obs, deterministic=False):
         actions, values, log_probs = step(obs, deterministic)
         sampled.extend((*row[row >= 0].tolist(), action) for row, action in zip(obs, actions.tolist()))
         return actions, values, log_probs
 
-    model.policy.forward = recorded
+    model.policy.forward = forward_and_note
     buffer = collect(model)
     trained = []
     for samples in buffer.get(20):
@@ -160,7 +160,7 @@ def test_a10_trained_ids_are_the_sampled_ones():
 
 @pytest.mark.parametrize("family", EACH_KIND)
 def test_a11_nothing_depends_on_later_tokens(family):
-    """Changing the tokens behind a column leaves log-probabilities and values up to it, and changes those after."""
+    """Other tokens after a column change log-probabilities and values after it, and none up to it."""
     policy = make_policy(tiny(family))
     tokens = torch.randint(N_TOKENS, (2, 20), generator=torch.Generator().manual_seed(0))
     batch = SequenceBatch(tokens, np.array([20, 20]), np.repeat([0, 1], 19), np.tile(np.arange(19), 2))
@@ -180,14 +180,14 @@ def test_a11_nothing_depends_on_later_tokens(family):
 
 
 def ragged(policy) -> tuple[SequenceBatch, torch.Tensor]:
-    """Four sequences of very different lengths, the transitions of each its second half."""
+    """Return four sequences of very different lengths, with transitions in the second half of each, and actions."""
     rng = np.random.default_rng(0)
     lengths = np.array([3, 30, 1, 12])
     tokens = torch.zeros(4, 30, dtype=torch.long)
     for row, n in enumerate(lengths):
         tokens[row, :n] = torch.as_tensor(rng.integers(N_TOKENS, size=n))
     cols = [np.arange(n // 2, n) for n in lengths]
-    rows = np.repeat(np.arange(4), [len(part) for part in cols])
+    rows = np.repeat(np.arange(4), [len(of_row) for of_row in cols])
     actions = torch.as_tensor(rng.integers(N_TOKENS, size=len(rows)))
     return SequenceBatch(tokens, lengths, rows, np.concatenate(cols)), actions
 
@@ -200,7 +200,7 @@ def alone(batch: SequenceBatch, actions, row: int) -> tuple[SequenceBatch, torch
 
 
 def loss_of(policy, batch, actions):
-    """A loss with weights that tell the transitions apart."""
+    """Return a loss that weights each transition differently."""
     values, log_probs, entropy = policy.evaluate_actions(batch, actions)
     weights = torch.as_tensor(np.sin(batch.cols + 1.0), dtype=torch.float32)
     return (weights * (log_probs + values[:, 0] ** 2 + 0.1 * entropy)).sum()
@@ -208,7 +208,7 @@ def loss_of(policy, batch, actions):
 
 @pytest.mark.parametrize("family", EACH_KIND)
 def test_b1_padding_changes_nothing(family):
-    """Log-probabilities, values, loss and gradient are those of each sequence on its own."""
+    """Log-probabilities, values, loss and gradient of a padded batch are those of each sequence alone."""
     policy = make_policy(tiny(family))
     batch, actions = ragged(policy)
     assert len(list(batch.chunks())) == 1  # padded together
@@ -231,7 +231,7 @@ def test_b1_padding_changes_nothing(family):
 @pytest.mark.parametrize("poison", [5, N_TOKENS - 1, 39])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
 def test_b5_what_stands_in_padding_changes_nothing(family, poison):
-    """Numbers have no padded slots in the buffer, token arrays have: any id may stand there, however much of it."""
+    """Any id may be in the padding of token arrays, and any amount of it; other arrays have no padding."""
     policy = make_policy(tiny(family))
     batch, actions = ragged(policy)
     loss = loss_of(policy, batch, actions)
@@ -248,7 +248,7 @@ def test_b5_what_stands_in_padding_changes_nothing(family, poison):
 
 @pytest.mark.parametrize("family", ABSOLUTE)
 def test_b2_positions_count_real_tokens(family, monkeypatch):
-    """What the model is told in a decoding step, left padding and all."""
+    """The masks and positions of a prefill and a decoding step, both with left padding."""
     policy = make_policy(tiny(family))
     seen = []
     forward, prefill = Backbone.forward, Backbone.prefill
@@ -270,7 +270,7 @@ def test_b2_positions_count_real_tokens(family, monkeypatch):
     assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]] and positions.tolist() == [[3], [1]]
 
 
-EOS = 0  # pad too, in every model here
+EOS = 0  # also the pad token, in every model here
 
 
 def test_b3_lengths_decide_not_the_pad_token():
@@ -322,7 +322,7 @@ def test_e5_values_are_zero_at_the_start():
 
 
 def test_e6_without_vf_coef_the_gradient_is_the_policys():
-    """A whole `train()` with vf_coef=0: the trunk takes the step of the policy gradient alone, the head none."""
+    """`train()` with vf_coef=0 moves the trunk by the policy gradient alone, and the value head not at all."""
     model = make_ppo(vf_coef=0.0, learning_rate=0.1, max_grad_norm=1e9)
     buffer = collect(model)
     view = buffer.view()
@@ -346,7 +346,7 @@ def test_e6_a_detached_critic_gives_the_trunk_none(detach):
     assert (float(trunk_gradient(policy).abs().max()) == 0) is detach
 
 
-# What Stable-Baselines3 calls
+# Methods that SB3 calls
 
 
 def test_predict_takes_one_observation_or_many():
@@ -390,4 +390,4 @@ def test_shapes_that_sb3_relies_on():
     assert actions.dtype == torch.int64 and values.dtype == log_probs.dtype == torch.float32
     assert policy.predict_values(observations).shape == (2, 1)
     evaluated = policy.evaluate_actions(observations, actions.float())
-    assert [tuple(part.shape) for part in evaluated] == [(2, 1), (2,), (2,)]
+    assert [tuple(output.shape) for output in evaluated] == [(2, 1), (2,), (2,)]

@@ -1,4 +1,4 @@
-"""Estimators by enumeration, the adaptive coefficient by hand, and each kind of reference (invariants C2 to C5)."""
+"""References of the KL penalty: estimators by enumeration, the adaptive coefficient, each kind of reference (C2-C5)."""
 
 import json
 
@@ -33,7 +33,7 @@ def batch_of(rows=ROWS):
 
 
 def every_token(reference, policy, batch):
-    """log pi_ref of each token of the vocabulary at each transition, (N, V), one token at a time."""
+    """Return log pi_ref of each token of the vocabulary at each transition, (N, V), one token at a time."""
     n = len(batch)
     return torch.stack(
         [log_probs(reference, policy, batch, torch.full((n,), token)) for token in range(N_TOKENS)], dim=1
@@ -41,7 +41,7 @@ def every_token(reference, policy, batch):
 
 
 def disturb(lm, scale=0.05, seed=0):
-    """Move what is trained, as an optimizer would."""
+    """Change the trained weights, as an optimizer would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in lm.backbone.parameters():
@@ -59,7 +59,7 @@ def test_c3_the_estimators_by_hand():
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_c3_the_means_by_enumeration_are_the_divergence(temperature):
-    """C3: E[k1] = E[k3] = exact = KL over all tokens; k3 >= 0; k2 is close while the divergence is small."""
+    """E[k1] = E[k3] = exact = KL over all tokens; k3 >= 0; E[k2] is close while the divergence is small (C3)."""
     policy = make_policy(temperature=temperature).lm
     reference, batch = start_of(policy), batch_of()
     disturb(policy, 0.01)
@@ -78,9 +78,9 @@ def test_c3_the_means_by_enumeration_are_the_divergence(temperature):
 def test_c3_the_gradient_of_the_expected_penalty_by_enumeration():
     """As a reward, k1, k3 and the exact divergence give the score-function gradient E[f grad log pi].
 
-    That of k1 is the gradient of KL(pi, ref). A reward of k3 gives -E[(ref / pi - r) grad log pi], which is the
-    gradient of KL less that of KL(ref, pi) (both worked out below by autograd); the exact one, the same for all
-    tokens of a place, gives none there and acts through the tokens before it.
+    For k1 this is the gradient of KL(pi, ref). For k3 it is the gradient of KL(pi, ref) minus that of KL(ref, pi); both
+    are computed below by autograd. The exact divergence is the same for all tokens at a position, so it gives no
+    gradient there, and acts only through earlier tokens.
     """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, generator=generator, dtype=torch.float64).requires_grad_()
@@ -103,7 +103,7 @@ def test_c3_the_gradient_of_the_expected_penalty_by_enumeration():
 
 
 def test_exact_divergence_in_parts_is_that_in_one(monkeypatch):
-    """Of at most two transitions by the vocabulary at once, and of tokens that are impossible under both."""
+    """In parts of at most two transitions, and finite for tokens that are impossible under both models."""
     policy = make_policy().lm
     reference, batch = start_of(policy), batch_of()
     disturb(policy)
@@ -125,7 +125,7 @@ def test_exact_divergence_in_parts_is_that_in_one(monkeypatch):
 
 @pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1.02), (100.0, 1.04), (0.0, 0.96), (5.4, 0.98)])
 def test_c4_the_coefficient_by_hand(kl, factor):
-    """C4: unchanged at the target; else 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon, with n / horizon = 1/5."""
+    """Unchanged at the target; else times 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon; n / horizon is 1/5."""
     assert AdaptiveCoef(0.1, 6.0, 100).next(0.3, kl, 20) == pytest.approx(0.3 * factor, rel=1e-12)
 
 
@@ -161,7 +161,7 @@ def test_c4_e8_a_resumed_run_goes_on_with_coefficient_and_reference(train, algor
     model.learn(40, callback=penalty)
     save_checkpoint(model, tmp_path / "saved")
     model.learn(40, callback=penalty, reset_num_timesteps=False)
-    resumed, again = build()  # the frozen base of a config is drawn anew: the same by its seed
+    resumed, again = build()  # checkpoints leave out a frozen base; a config draws it again by the same seed
     load_checkpoint(resumed, tmp_path / "saved")
     resumed.learn(40, callback=again, reset_num_timesteps=False)
     assert again.coef == penalty.coef != 0.1
@@ -175,19 +175,19 @@ def test_clip_bounds_what_a_token_is_charged():
     model, recorder = tiny_agent(n_steps=6), Recorder()
     model.learn(24 * 4, callback=[KLPenalty(2.0, clip=0.01), recorder])
     scores = np.zeros_like(recorder.stacked("rewards"))
-    for info, places in recorder.episodes():
-        scores[places[-1]] = info["episode"]["r"]
+    for info, transitions in recorder.episodes():
+        scores[transitions[-1]] = info["episode"]["r"]
     charged = scores - recorder.stacked("rewards")
     finished = np.zeros_like(scores, dtype=bool)
-    for _, places in recorder.episodes():
-        finished[tuple(zip(*places))] = True
+    for _, transitions in recorder.episodes():
+        finished[tuple(zip(*transitions))] = True
     assert np.abs(charged[finished]).max() == pytest.approx(0.02, abs=1e-5)
 
 
 @pytest.mark.parametrize("train", ["all", "head", LastLayers(1), LoRA()], ids=["all", "head", "last", "lora"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_c5_each_start_says_what_a_whole_frozen_copy_says(family, train):
-    """To 1e-6, whatever is trained afterwards; the exact divergence too."""
+    """Log-probabilities and exact divergences agree to 1e-6, after the policy has changed."""
     policy = make_policy(tiny(family), train=train).lm
     reference, whole, batch = start_of(policy), copy_of(policy), batch_of()
     disturb(policy)
@@ -211,7 +211,7 @@ def test_the_start_holds_only_what_is_trained_a_second_time():
 @pytest.mark.parametrize("estimator", ["k1", "exact"])
 @pytest.mark.parametrize("train", ["all", LastLayers(1), LoRA()], ids=["all", "last", "lora"])
 def test_c5_what_the_reference_says_never_changes(train, estimator):
-    """C5, through training, with a checksum of all it is made of: for LoRA, of the frozen base."""
+    """Through training; the reference's weights are checked too, which for LoRA are the policy's frozen base (C5)."""
     model, penalty = tiny_agent(policy_kwargs={"train": train}), KLPenalty(0.1, estimator=estimator)
     policy, batch, actions = model.policy.lm, batch_of(), torch.tensor([5, 6, 7])
     before = policy.log_probs(batch, actions).detach()
@@ -226,7 +226,7 @@ def test_c5_what_the_reference_says_never_changes(train, estimator):
 
 
 def test_another_checkpoint_as_reference(tmp_path):
-    """By spec, by path or by config; of another family; under the policy's vocabulary and temperature."""
+    """Given as a path, a spec or a config, of another family; uses the policy's vocabulary and temperature."""
     other = make_policy(tiny("llama"), seed=3)
     other.lm.backbone.model.save_pretrained(tmp_path / "other")
     for reference in (str(tmp_path / "other"), Pretrained(str(tmp_path / "other"))):
@@ -257,15 +257,15 @@ def test_a_reference_that_does_not_fit_is_refused():
 
 
 def test_a_loaded_lora_policy_needs_no_reference(tmp_path):
-    """Its start is inside it: the penalty on what `model.save` wrote is that of the run that was saved."""
+    """A LoRA policy contains its start, so the penalty of a loaded model has the reference of the saved run."""
     model = tiny_agent(policy_kwargs={"train": LoRA()})
     start = model.policy.lm.log_probs(batch_of(), torch.tensor([5, 6, 7])).detach()
     model.learn(32)
     model.save(tmp_path / "model.zip")
     loaded, penalty = PPO.load(tmp_path / "model.zip", env=TextVecEnv(tiny_env(), 4)), KLPenalty(0.1)
     loaded.learn(16, callback=penalty, reset_num_timesteps=False)
-    said = log_probs(penalty.reference, loaded.policy.lm, batch_of(), torch.tensor([5, 6, 7]))
-    assert torch.allclose(said, start, atol=1e-6)
+    of_reference = log_probs(penalty.reference, loaded.policy.lm, batch_of(), torch.tensor([5, 6, 7]))
+    assert torch.allclose(of_reference, start, atol=1e-6)
 
 
 def test_wrong_arguments_are_named():

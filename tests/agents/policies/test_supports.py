@@ -1,4 +1,4 @@
-"""Top-k, top-p, min-p, repetition penalty and NLPO: what was sampled from is what is scored under (invariant A3)."""
+"""Top-k, top-p, min-p, repetition penalty and NLPO: tokens are scored among those they were sampled from (A3)."""
 
 import math
 
@@ -39,11 +39,11 @@ def logits_of(*probabilities):
         ({"top_p": 0.5}, (0.5, 0.2, 0.3), [0]),
         ({"top_p": 0.51}, (0.5, 0.2, 0.3), [0, 2]),
         ({"top_p": 1.0}, (0.5, 0.2, 0.3), [0, 1, 2]),
-        ({"top_p": 0.01}, (0.5, 0.2, 0.3), [0]),  # never nothing
+        ({"top_p": 0.01}, (0.5, 0.2, 0.3), [0]),  # at least one token is kept
         ({"min_p": 0.5}, (0.5, 0.2, 0.3), [0, 2]),
         ({"min_p": 1.0}, (0.5, 0.2, 0.3), [0]),
         ({"top_k": 2, "top_p": 0.6}, (0.5, 0.2, 0.3), [0]),  # 0.5 of the 0.8 that top_k leaves is 0.625
-        ({"top_p": 0.6, "temperature": 0.5}, (0.5, 0.2, 0.3), [0]),  # 0.25 : 0.04 : 0.09
+        ({"top_p": 0.6, "temperature": 0.5}, (0.5, 0.2, 0.3), [0]),  # probabilities in proportion 0.25 : 0.04 : 0.09
     ],
 )
 def test_support_by_hand(options, probabilities, kept):
@@ -61,7 +61,7 @@ def test_support_is_within_the_mask_and_the_lagged_copy_decides():
 
 
 def test_repetition_penalty_by_hand():
-    """Positive logits of seen tokens are divided, negative ones multiplied; padding behind the row is not seen."""
+    """Positive logits of seen tokens are divided, negative ones multiplied; padding after the row does not count."""
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
     row = torch.tensor([[0, 1, 0, 2]])
     adjusted = Sampling(repetition_penalty=2.0).adjust(logits, lambda: row, torch.tensor([3]))
@@ -124,7 +124,7 @@ def test_gradient_of_masked_scores_is_that_of_the_plain_formula():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a3_ratio_is_one(options):
-    """After updates and over mixed lengths: what the rollout sampled from is what the update scores under."""
+    """After updates and over mixed lengths, the update scores tokens under the support that they were sampled from."""
     model = tiny_agent(n_steps=8, learning_rate=0.02, policy_kwargs=options)
     model.learn(3 * 8 * model.n_envs)
     model.collect_rollouts(model.env, _no_callback(model), model.rollout_buffer, model.n_steps)
@@ -140,7 +140,7 @@ def test_a3_ratio_is_one(options):
 
 
 def test_a3_without_the_stored_support_the_ratio_would_be_the_kept_mass():
-    """The negative control: scored under everything, a nucleus of half the mass has a ratio of about a half."""
+    """The control: scored under the whole vocabulary, a nucleus of half the mass has a ratio of about a half."""
     model = tiny_agent(n_steps=8, policy_kwargs={"top_p": 0.5})
     model.learn(8 * model.n_envs)
     samples = next(iter(model.rollout_buffer.get()))
@@ -162,8 +162,8 @@ def test_nlpo_the_copy_lags_and_is_renewed(tmp_path):
     size, lagged = 8 * model.n_envs, model.policy.lm.lagged
     first = [weight.clone() for weight in lagged.backbone.parameters()]
 
-    def same(one, other):
-        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    def same(first, second):
+        return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     model.learn(size)
     assert same(lagged.backbone.parameters(), first)
@@ -181,7 +181,7 @@ def test_nlpo_the_copy_lags_and_is_renewed(tmp_path):
 
 
 def test_waiting_segments_keep_their_support(tmp_path):
-    """E8: episodes that straddle a checkpoint are trained under what they were sampled from."""
+    """Episodes that straddle a checkpoint are trained under the supports that they were sampled from (E8)."""
     options = {
         "n_steps": 5,
         "policy_kwargs": {"top_k": 4},
@@ -222,7 +222,8 @@ def test_token_sets_forget_and_are_renumbered():
     other.load_state_dict(sets.state_dict(kept))
     assert (other.dense(second) == rows[[3, 5, 30]]).all() and other.add(rows[5:6]) == first[5:6], "numbers stay"
     fewer = sets.only(kept)
-    assert [part.tolist() for part in kept] == [[1, 2, 3], [0, 0]] and len(fewer.sets) == 4
+    # `only` renumbers the arrays in place; 0 is the set of all tokens.
+    assert [numbers.tolist() for numbers in kept] == [[1, 2, 3], [0, 0]] and len(fewer.sets) == 4
     assert (fewer.dense(second) == rows[[3, 5, 30]]).all() and fewer.dense(kept[1]).all()
     assert fewer.add(rows[[0, 5]]).tolist() == [4, 2]
     assert (sets.dense(first) == rows[:6]).all(), "what was handed out before stays as it is"

@@ -1,4 +1,4 @@
-"""Notes on tensors: they arrive through the real loop of each algorithm, and a loop that copied them would be seen."""
+"""Notes on tensors: they pass through the rollout loop of each SB3 algorithm, and a loop that copies is noticed."""
 
 import copy
 
@@ -17,7 +17,7 @@ N_ENVS, N_STEPS = 4, 6
 
 
 def build(algorithm):
-    """An agent whose rollouts have all three notes: tokens left out, values, and lanes truncated in the same step."""
+    """Return an agent whose rollouts write all notes: allowed tokens, the values' model, and truncated lanes."""
     env = tiny_env(max_new_tokens=3, length_limit="truncate", mask=even_tokens if algorithm is MaskablePPO else None)
     policy_kwargs = {} if algorithm is MaskablePPO else {"top_k": 5}
     return tiny_agent(env, n_envs=N_ENVS, algorithm=algorithm, n_steps=N_STEPS, policy_kwargs=policy_kwargs)
@@ -28,7 +28,7 @@ def even_tokens(prompt, preds):
 
 
 def notes_that_arrive(model, monkeypatch):
-    """Collect one rollout; return how many calls of `add` and of `predict_values` had each note, and how many none."""
+    """Collect one rollout; return the number of `add` calls and how often each note was there to be read."""
     counts = {"add": 0, "allowed": 0, "read_by": 0, "terminal_observation": 0, "terminal": 0}
     buffer, policy = model.rollout_buffer, model.policy
     add, obs_to_tensor, predict_values = buffer.add, policy.obs_to_tensor, policy.predict_values
@@ -65,18 +65,19 @@ ALGORITHMS = pytest.mark.parametrize("algorithm", [PPO, A2C, TRPO, MaskablePPO])
 def test_all_notes_arrive_where_they_are_read(algorithm, monkeypatch):
     model = build(algorithm)
     check_all_arrive(notes_that_arrive(model, monkeypatch))
-    model.train()  # raises where it is not known which tokens were sampled from
+    model.train()  # raises if the tokens that were sampled from are unknown
 
 
 @pytest.mark.parametrize("copied", ["forward", "obs_to_tensor"])
 @ALGORITHMS
 def test_a_loop_that_copied_tensors_would_be_seen(algorithm, copied, monkeypatch):
-    """The negative control: the same run with copies of what the policy returns, as if SB3 had made them."""
+    """The control: the same run with copies of the policy's results, as if SB3 had made them."""
     model = build(algorithm)
     original = getattr(model.policy, copied)
 
     def with_copies(*args, **kwargs):
-        return tuple(part.clone() if isinstance(part, torch.Tensor) else part for part in original(*args, **kwargs))
+        results = original(*args, **kwargs)
+        return tuple(result.clone() if isinstance(result, torch.Tensor) else result for result in results)
 
     monkeypatch.setattr(model.policy, copied, with_copies)
     with pytest.raises(AssertionError, match="add"):
@@ -98,7 +99,7 @@ def test_a_copied_terminal_observation_has_no_siblings():
 
 
 def test_a_wrapper_that_copies_observations_costs_a_forward_and_nothing_else():
-    """VecNormalize copies terminal observations: each is then valued by itself, to the same value."""
+    """VecNormalize copies terminal observations: each is then valued in a forward of its own, to the same value."""
     values = []
     for wrapped in (False, True):
         model = build(PPO)

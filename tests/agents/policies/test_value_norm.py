@@ -1,4 +1,4 @@
-"""Normalised values: the statistics, what moves with them, and what an unmodified PPO makes of them."""
+"""Normalised values: their statistics, the value head that follows them, and their use by an unmodified PPO."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def normed_ppo(kind="popart", **kwargs):
 
 
 def test_statistics_are_averages_with_decaying_weights():
-    """Worked by hand: three rollouts weigh DECAY^2 : DECAY : 1, whatever the start was."""
+    """By hand: three rollouts weigh DECAY^2 : DECAY : 1, and the initial statistics nothing."""
     norm = ValueNorm("norm")
     assert norm.scale() == Scale(0.0, 1.0)
     rollouts = [torch.randn(7, generator=torch.Generator().manual_seed(i)) * 30 + 200 * i for i in range(3)]
@@ -47,7 +47,7 @@ def test_the_first_rollout_counts_alone():
 
 
 def test_equal_returns_give_finite_values():
-    """D6: no deviation, no division by zero."""
+    """A deviation of 0 divides nothing (D6)."""
     norm = ValueNorm("norm")
     norm.update(torch.full((5,), 3.0))
     assert norm.scale().of(np.full(2, 3.0)).tolist() == [0.0, 0.0]
@@ -55,7 +55,7 @@ def test_equal_returns_give_finite_values():
 
 
 def test_popart_keeps_values_as_statistics_move():
-    """Van Hasselt et al. (2016), proposition 1; and not with "norm"."""
+    """Proposition 1 of van Hasselt et al. (2016) holds for "popart", and not for "norm"."""
     for kind in KINDS:
         policy = make_policy(value_norm=kind)
         norm, layer = policy.lm.value_norm, policy.lm.critic.linear
@@ -79,7 +79,7 @@ def test_without_it_nothing_is_rescaled():
 @pytest.mark.parametrize("critic", [None, SeparateCritic(tiny())], ids=["shared", "separate"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_minibatches_are_in_the_critics_units_and_the_buffer_in_those_of_reward(kind, critic):
-    """Old values are what the critic puts out before its first step (so that value clipping is around them)."""
+    """Old values are the critic's outputs before the update, around which SB3 clips values."""
     model = normed_ppo(kind, policy_kwargs={} if critic is None else {"critic": critic})
     for _ in range(3):
         model.policy.set_training_mode(False)
@@ -127,7 +127,7 @@ def test_the_value_loss_does_not_depend_on_the_rewards_scale(kind):
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_value_clipping_of_sb3_is_around_what_the_critic_put_out(kind):
-    """A `clip_range_vf` of next to nothing lets the first step of an update through, and no gradient after it."""
+    """A tiny `clip_range_vf` lets the first optimizer step of an update through, and no gradient after it."""
 
     def after(clip, n_epochs):
         kwargs = {"optimizer_class": torch.optim.SGD, "critic": SeparateCritic(tiny()), "value_norm": kind}
@@ -143,7 +143,7 @@ def test_value_clipping_of_sb3_is_around_what_the_critic_put_out(kind):
 
 
 def test_explained_variance_is_of_reward_units():
-    """What SB3 logs is computed of values and returns of the buffer: normalising them alike leaves it as it was."""
+    """SB3 computes it from the buffer's values and returns, which are in units of reward."""
     model = normed_ppo(learning_rate=1e-2)
     model.learn(96)
     buffer = model.rollout_buffer

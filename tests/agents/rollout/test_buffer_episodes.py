@@ -1,4 +1,4 @@
-"""Episodes that span rollouts, steps before returns, turns of another speaker."""
+"""`SequenceRolloutBuffer`: episodes that span rollouts, steps before returns, and turns of another speaker."""
 
 from collections import defaultdict
 
@@ -17,14 +17,14 @@ GAMMA, LAMBDA = 0.9, 0.8
 
 
 class Step:
-    """One token of the policy as it was sampled."""
+    """One sampled token: the tokens read before it, the action, value, log-probability and reward."""
 
     def __init__(self, read, action, value, log_prob, reward):
         self.read, self.action, self.value, self.log_prob, self.reward = read, action, value, log_prob, reward
 
 
 class Diary(BaseCallback):
-    """Writes down every episode as it is sampled, and what is trained in each rollout."""
+    """Keeps, for each rollout, the finished episodes as they were sampled, and the transitions that are trained."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Diary(BaseCallback):
     def _on_rollout_start(self) -> None:
         self.finished = []
         for lane, start in enumerate(self.model._last_episode_starts):
-            if start:  # an env that was reset leaves episodes unfinished
+            if start:  # a reset abandons unfinished episodes
                 self.open[lane] = []
 
     def _on_step(self) -> bool:
@@ -53,20 +53,20 @@ class Diary(BaseCallback):
         for samples in self.model.rollout_buffer.get():
             batch = samples.observations
             read = [tuple(batch.tokens[row, : col + 1].tolist()) for row, col in zip(batch.rows, batch.cols)]
-            numbers = (samples.actions, samples.old_values, samples.old_log_prob, samples.advantages, samples.returns)
-            trained += list(zip(read, *(part.tolist() for part in numbers)))
+            tensors = (samples.actions, samples.old_values, samples.old_log_prob, samples.advantages, samples.returns)
+            trained += list(zip(read, *(tensor.tolist() for tensor in tensors)))
         self.rollouts.append((self.finished, trained))
 
 
 def whole_advantages(episode: list[Step]) -> list[float]:
-    """Generalized advantages of a whole episode, term by term."""
+    """Return the generalized advantages of a whole episode, computed term by term."""
     values = [step.value for step in episode] + [0.0]
     deltas = [step.reward + GAMMA * values[t + 1] - values[t] for t, step in enumerate(episode)]
     return [sum((GAMMA * LAMBDA) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
 
 
 def straddling(**kwargs):
-    """Rollouts of 4 steps, episodes of 1 to 11 tokens; the weights move clearly in each update."""
+    """Return PPO with rollouts of 4 steps and episodes of 1 to 11 tokens; updates clearly change the weights."""
     limits = [11, 3, 2, 9, 1, 4, 10, 3]
     rows = [{"prompt": "abcdefgh"[: n % 5 + 1], "max_new_tokens": n} for n in limits]
     env = TextEnv(rows, CharTokenizer(), reward=count_a, max_new_tokens=11, stop_ids=[])
@@ -76,7 +76,7 @@ def straddling(**kwargs):
 
 
 def check_trained(finished: list[list[Step]], trained: list[tuple]) -> None:
-    """What is trained are the finished episodes, whole: numbers of when they were sampled, advantages of the whole."""
+    """Check that exactly the finished episodes are trained, with values as sampled and advantages over the whole."""
     expected = []
     for episode in finished:
         for step, advantage in zip(episode, whole_advantages(episode)):
@@ -102,7 +102,7 @@ def test_d1_complete_episodes_over_several_rollouts():
 
 
 def test_unfinished_segments_wait_with_old_log_probabilities():
-    """The ratio of the tokens that waited is not 1: the weights have moved since."""
+    """The ratio of tokens that waited is not 1, since the weights have changed."""
     model, diary = straddling(), Diary()
     with pytest.warns(UserWarning, match="fewer than 4 in each"):
         model.learn(6 * 24, callback=diary)
@@ -116,7 +116,7 @@ def test_unfinished_segments_wait_with_old_log_probabilities():
 
 
 def collect_on(model):
-    """Another rollout where the last one ended, without training."""
+    """Collect another rollout from where the last one ended, without training; return the buffer."""
     _, callback = model._setup_learn(24, None, reset_num_timesteps=False)
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     return model.rollout_buffer
@@ -124,7 +124,7 @@ def collect_on(model):
 
 @pytest.mark.filterwarnings("ignore:.*fewer than 4 in each")
 def test_episodes_that_a_reset_abandons_are_dropped():
-    """A second `learn` resets the env: what waited belongs to episodes that will never end."""
+    """A second `learn` resets the env, so waiting segments belong to episodes that will never end."""
     model, diary = straddling(), Diary()
     model.learn(3 * 24, callback=diary)
     assert model.rollout_buffer.waiting
@@ -135,7 +135,7 @@ def test_episodes_that_a_reset_abandons_are_dropped():
 
 
 class Stop(BaseCallback):
-    """Breaks off `learn` after so many steps, as an interrupt does."""
+    """Breaks off `learn` after `n_steps` steps, as an interrupt does."""
 
     def __init__(self, n_steps):
         super().__init__()
@@ -148,7 +148,7 @@ class Stop(BaseCallback):
 @pytest.mark.filterwarnings("ignore:.*fewer than 4 in each")
 @pytest.mark.parametrize("n_steps", [9, 10, 11, 12, 32])
 def test_a_broken_off_rollout_joins_nothing(n_steps):
-    """What waited for lost tokens is not joined with what follows; what SB3 goes on with may be from before an end."""
+    """Segments that wait for lost tokens are not joined with later ones; SB3's `_last_obs` may be out of date."""
     model = straddling()
     model.learn(100 * 24, callback=Stop(n_steps))
     position = model.rollout_buffer.pos
@@ -159,7 +159,9 @@ def test_a_broken_off_rollout_joins_nothing(n_steps):
     batch = samples.observations
     assert (batch.cols < batch.lengths[batch.rows]).all()
     if position > 0:
-        assert set(samples.old_log_prob.tolist()) <= set(buffer.log_probs.flatten().tolist())  # none but this rollout's
+        assert set(samples.old_log_prob.tolist()) <= set(
+            buffer.log_probs.flatten().tolist()
+        )  # only this rollout's tokens
 
 
 def test_without_complete_episodes_all_is_trained_at_once():
@@ -180,7 +182,7 @@ def test_a_rollout_without_a_finished_episode_says_what_to_do():
 
 
 class Add(RolloutStep):
-    """Adds a number to every reward, and writes its name down."""
+    """Adds a number to every reward, and notes its name and the rewards' sum before."""
 
     key = "Add"
 
@@ -220,7 +222,7 @@ def test_a_step_attached_again_takes_the_place_of_its_like():
     order = []
     model = make_ppo(reward=no_reward)
     model.learn(48, callback=[Add(order), Another(order)])
-    model.learn(48, callback=Add(order, 5.0))  # the other one stays attached
+    model.learn(48, callback=Add(order, 5.0))  # `Another` stays attached
     assert [name for name, _ in order] == ["Add", "Another", "Another", "Add"]
     assert [step.value for step in model.rollout_buffer.before_returns] == [1.0, 5.0]
 
@@ -248,7 +250,9 @@ def test_a_step_without_a_key_is_refused():
             def __call__(self, buffer):
                 pass
 
-    assert type("Renamed", (Another,), {}).key == "Another"  # a subclass goes on from checkpoints of its base
+    assert (
+        type("Renamed", (Another,), {}).key == "Another"
+    )  # a subclass inherits the key, and so resumes from checkpoints of its base
 
 
 def test_a_step_needs_the_sequence_buffer():
@@ -259,7 +263,7 @@ def test_a_step_needs_the_sequence_buffer():
 
 
 def test_the_sequence_buffer_under_a_lone_env():
-    """SB3 wraps it in a DummyVecEnv."""
+    """SB3 wraps the env in a DummyVecEnv."""
     torch.manual_seed(0)
     env = TextEnv(["ab", "c"], CharTokenizer(), reward=count_a, max_new_tokens=4)
     model = PPO(LMPolicy, env, n_steps=24, batch_size=24, rollout_buffer_class=SequenceRolloutBuffer,
@@ -273,7 +277,7 @@ def test_the_sequence_buffer_under_a_lone_env():
 
 
 class Dialogue(TextEnv):
-    """After each turn of the policy somebody says "xyz"; the policy earns a point a token."""
+    """After each turn of the policy another speaker says "xyz"; the policy earns a point per token."""
 
     def get_reward(self, prompt, preds, done):
         return 1.0 + (10.0 if done else 0.0)
@@ -306,7 +310,7 @@ def test_d5_inserted_tokens_are_read_and_never_trained():
 
 
 def test_d5_inserted_tokens_cost_no_decay():
-    """Advantages count the policy's tokens only, and the reward at a turn's end belongs to the token that ended it."""
+    """Advantages decay over the policy's tokens only, and a turn's last reward belongs to the token that ended it."""
     diary = Diary()
     collect(dialogue(gamma=GAMMA, gae_lambda=LAMBDA, rollout_buffer_kwargs={"complete_episodes": True}), diary)
     ((finished, trained),) = diary.rollouts
@@ -317,7 +321,7 @@ def test_d5_inserted_tokens_cost_no_decay():
 
 
 def test_d5_cached_decoding_goes_on_behind_a_reply():
-    """The same dialogue with and without the cache."""
+    """A dialogue is the same with and without the cache."""
     fast, slow = (collect(dialogue(policy_kwargs={"cache": cache})) for cache in (True, False))
     np.testing.assert_array_equal(fast.actions, slow.actions)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The buffer of whole sequences: minibatches, advantages, what it keeps; against the stock one where both can."""
+"""`SequenceRolloutBuffer`: minibatches, advantages and memory, compared with SB3's buffer where both apply."""
 
 import itertools
 import warnings
@@ -17,18 +17,18 @@ from textenv.episodes.rules import PADDING, SEPARATOR
 
 
 def epoch(buffer, batch_size=None) -> list[list[tuple]]:
-    """One epoch: per minibatch, a (tokens read, action, log-probability, advantage, return) for each transition."""
+    """Return an epoch's minibatches: (tokens read, action, log-probability, advantage, return) of each transition."""
     minibatches = []
     for samples in buffer.get(batch_size):
         batch = samples.observations
         read = [tuple(batch.tokens[row, : col + 1].tolist()) for row, col in zip(batch.rows, batch.cols)]
-        numbers = (samples.actions, samples.old_log_prob, samples.advantages, samples.returns)
-        minibatches.append(list(zip(read, *(part.tolist() for part in numbers))))
+        tensors = (samples.actions, samples.old_log_prob, samples.advantages, samples.returns)
+        minibatches.append(list(zip(read, *(tensor.tolist() for tensor in tensors))))
     return minibatches
 
 
 class Rewards(RolloutStep):
-    """Puts given rewards, (T, B), in place of the env's."""
+    """Replaces the env's rewards by given ones, (T, B)."""
 
     key = "Rewards"
 
@@ -124,11 +124,11 @@ def test_e2_optimizer_steps_are_epochs_times_minibatches(micro_batch_tokens):
     assert len(steps) == 2 * 3 * 4
 
 
-# One forward a sequence is one sample a token
+# One forward per sequence equals one sample per token
 
 
 def trained(rollout_buffer_class, **kwargs):
-    """The weights after three rollouts of three epochs, and what was logged."""
+    """Train three rollouts of three epochs; return the weights as one vector, and the logged figures."""
     kwargs = {"n_epochs": 3, "learning_rate": 0.03, "ent_coef": 0.01, **kwargs}
     model = make_ppo(rollout_buffer_class=rollout_buffer_class, n_steps=8, gamma=0.9, gae_lambda=0.8, **kwargs)
     start = torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
@@ -141,7 +141,7 @@ def trained(rollout_buffer_class, **kwargs):
 @pytest.mark.parametrize("options", [{}, {"clip_range_vf": 0.1}, {"rollout_buffer_kwargs": {"micro_batch_tokens": 20}}])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_training_ends_where_the_stock_buffer_does(family, options):
-    """The same minibatch, a sequence once or a token at a time: the same weights to 1e-6 and the same logs (B6)."""
+    """Sequences or single tokens in the same minibatch: the same weights to 1e-6 and the same logs (B6)."""
     stock_options = {k: v for k, v in options.items() if k != "rollout_buffer_kwargs"}
     weights, logged = trained(SequenceRolloutBuffer, config=tiny(family), **options)
     expected, expected_logged = trained(RolloutBuffer, config=tiny(family), **stock_options)
@@ -162,7 +162,7 @@ def test_d6_normalised_over_the_rollout_as_ppo_over_one_minibatch():
 
 
 def brute_force(rewards, values, gamma, gae_lambda, last_value):
-    """Advantages of one lane's stretch: the sum of (gamma lambda)^k delta, equation 16 of the paper, term by term."""
+    """Return the advantages of one segment: sums of (gamma lambda)^k delta, equation 16 of the GAE paper."""
     following = [*values[1:], last_value]
     deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, following)]
     return [sum((gamma * gae_lambda) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
@@ -208,7 +208,7 @@ def test_d1_without_discount_it_is_what_is_still_to_come():
 def test_d2_nothing_leaks_between_episodes_of_a_lane():
     plain, changed = random_rewards(), random_rewards()
     segments = collect(make_ppo()).segments
-    segment = next(s for s in segments if s.is_finished and s.start > 0)  # one behind another in its lane
+    segment = next(s for s in segments if s.is_finished and s.start > 0)  # a segment that follows another in its lane
     changed[segment.start : segment.end, segment.lane] += 100
     advantages = [collect(make_ppo(), Rewards(rewards)).advantages for rewards in (plain, changed)]
     differs = advantages[0] != advantages[1]
@@ -264,11 +264,11 @@ def test_d6_one_transition_is_left_as_it_is():
     assert samples.advantages.tolist() == [2.0] and samples.returns.tolist() == [3.0]
 
 
-# What it stores
+# Memory
 
 
 def stored_bytes(value, seen) -> int:
-    """Bytes of all arrays and tensors inside, each memory once."""
+    """Return the bytes of all arrays and tensors in a value, counting shared memory once."""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         pointer = value.ctypes.data if isinstance(value, np.ndarray) else value.data_ptr()
         new = pointer not in seen
@@ -276,11 +276,11 @@ def stored_bytes(value, seen) -> int:
         return value.nbytes if new else 0
     if isinstance(value, dict):
         value = list(value.values())
-    return sum(stored_bytes(part, seen) for part in value) if isinstance(value, (list, tuple)) else 0
+    return sum(stored_bytes(item, seen) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
 def test_memory_does_not_depend_on_the_vocabulary():
-    """A few numbers a token, at a vocabulary of 151,936 and 256 columns; the stock buffer's would be 2,068 bytes."""
+    """A few numbers per token, at a vocabulary of 151,936 and 256 columns; SB3's buffer would take 2,068 bytes."""
     n_steps, n_envs, vocab_size = 128, 16, 151_936
     space = spaces.Box(SEPARATOR, vocab_size - 1, (256,), np.int64)
     buffer = SequenceRolloutBuffer(n_steps, space, spaces.Discrete(vocab_size), device="cpu", n_envs=n_envs)

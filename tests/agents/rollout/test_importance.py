@@ -1,4 +1,4 @@
-"""What another distribution has sampled, weighted: the policy gradient by enumeration, through the real loss."""
+"""Importance weights for texts that another distribution sampled: the policy gradient by enumeration of all texts."""
 
 import itertools
 import math
@@ -21,13 +21,14 @@ LETTERS = CharTokenizer("ab")
 V, CAP = len(LETTERS), 1.3
 PROMPT = [1, 2]
 REWARDS = np.random.default_rng(3).normal(size=(V, V)) * 2
-FIRST = np.array([0.6, 0.3, 0.1])  # of the engine: far from the policy, which is nearly uniform
+# The engine's distributions of the first token and of the second: far from the policy, which is nearly uniform.
+FIRST = np.array([0.6, 0.3, 0.1])
 SECOND = np.array([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25], [0.2, 0.7, 0.1]])
 TEXTS = {length: list(itertools.product(range(V), repeat=length)) for length in (1, 2)}
 
 
 def behaviour(text):
-    """The engine's probability of each token of a text."""
+    """Return the engine's probability of each token of a text."""
     return np.array([FIRST[text[0]], *(SECOND[text[0]][text[i]] for i in range(1, len(text)))])
 
 
@@ -40,7 +41,7 @@ def scored(prompt, preds, done):
 
 
 def build(length):
-    """An agent of one lane whose update is one plain step of gradient descent, of rate 1, of the policy's loss."""
+    """Return an agent of one lane whose update is one step of gradient descent at rate 1 on the policy's loss."""
     env = TextEnv([PROMPT], LETTERS, reward=scored, max_new_tokens=length, stop_ids=())
     model = tiny_agent(
         env,
@@ -62,13 +63,13 @@ def build(length):
 
 @cache
 def started(length):
-    """An agent, and the weights with which it starts."""
+    """Return an agent and the weights with which it starts."""
     model = build(length)
     return model, {name: weight.clone() for name, weight in model.policy.state_dict().items()}
 
 
 def step_of(length, text, correction):
-    """What an update on this text alone adds to the weights, times its tokens: the sum of its tokens' gradients."""
+    """Return the sum of a text's token gradients: the change of weights by an update on it, times its length."""
     model, start = started(length)
     model.policy.load_state_dict(start)
     before = flat(model)
@@ -83,25 +84,25 @@ def flat(model):
 
 
 def estimate(length, correction):
-    """The mean step over what the engine samples, by enumeration."""
+    """Return the expected step over the engine's texts, by enumeration."""
     return sum(behaviour(text).prod() * step_of(length, text, correction) for text in TEXTS[length])
 
 
 class Off(Correction):
-    """The negative control: all weights are 1."""
+    """The control: all importance weights are 1."""
 
     def weights(self, log_probs, behaviour_log_probs, rows):
         return np.ones_like(log_probs)
 
 
 class Exact:
-    """Gradients by autograd from the definition, in the same weights."""
+    """Gradients from their definitions by autograd, for the same initial weights."""
 
     def __init__(self, length):
         self.model, self.length = build(length), length
         self.weights = list(self.model.policy.backbone.parameters())
         logits = {(): self.logits([]), **{(a,): self.logits([a]) for a in range(V)}}
-        self.log_pi = {prefix: torch.log_softmax(one, -1) for prefix, one in logits.items()}
+        self.log_pi = {prefix: torch.log_softmax(of_prefix, -1) for prefix, of_prefix in logits.items()}
         values = self.model.policy.lm
         self.value = {prefix: float(self.value_of(values, list(prefix))) for prefix in logits}
 
@@ -113,21 +114,21 @@ class Exact:
         return lm.critic(hidden).detach()
 
     def of(self, text):
-        """The policy's log-probability of each token of a text."""
+        """Return the policy's log-probability of each token of a text."""
         return torch.stack([self.log_pi[tuple(text[:i])][text[i]] for i in range(len(text))])
 
     def gradient(self, objective):
         grads = torch.autograd.grad(objective, self.weights, retain_graph=True, allow_unused=True)
         zeros = [torch.zeros_like(weight) for weight in self.weights]
-        parts = [zero if grad is None else grad for grad, zero in zip(grads, zeros)]
-        return torch.cat([part.flatten() for part in parts]).double()
+        grads = [zero if grad is None else grad for grad, zero in zip(grads, zeros)]
+        return torch.cat([grad.flatten() for grad in grads]).double()
 
     def policy_gradient(self):
-        """Of the expected reward under the policy."""
+        """Return the gradient of the expected reward under the policy."""
         return self.gradient(sum(self.of(text).sum().exp() * reward_of(text) for text in TEXTS[self.length]))
 
     def weighted(self, weight):
-        """The sum over what the engine samples of weight * advantage * grad log pi, where `weight` maps ratios."""
+        """Return the engine's expectation of weight * advantage * grad log pi; `weight` maps ratios to weights."""
         total = 0.0
         for text in TEXTS[self.length]:
             ours, mu = self.of(text), behaviour(text)
@@ -137,8 +138,9 @@ class Exact:
         return self.gradient(total)
 
 
-def apart(one, other):
-    return float((one - other).norm() / other.norm())
+def apart(first, second):
+    """Return the distance of two gradients relative to the second."""
+    return float((first - second).norm() / second.norm())
 
 
 SAME = 1e-4
@@ -192,7 +194,7 @@ def test_what_is_no_correction_is_refused(kwargs, message):
 
 
 def test_log_probabilities_of_what_sampled_cost_nothing_where_it_is_the_policy():
-    """The same memory in a rollout, and in what waits for the rest of its episode."""
+    """They share memory with the policy's, in the rollout and in segments that wait for the rest of their episode."""
     model = tiny_agent(n_steps=6, rollout_buffer_kwargs={"complete_episodes": True}, batch_size=24)
     model.learn(24)
     buffer = model.rollout_buffer

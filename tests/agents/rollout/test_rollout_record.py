@@ -22,10 +22,10 @@ def test_nothing_is_recorded_unless_a_step_asks_for_it():
     assert not record.ended and not record.scored
 
 
-def test_a_reset_takes_back_what_steps_have_asked_for():
+def test_a_reset_clears_the_requests_of_steps():
     env = tiny_agent(tiny_env(score_at="rollout_end")).get_env()
     env.begin_rollout(defer_scores=True, accept_dropped=True)
-    env.begin_rollout()  # by another step, which asks for less
+    env.begin_rollout()  # a second step that asks for less takes nothing back
     assert env.record.is_kept and env.defers_scores and env.lanes.accepts_dropped
     env.reset()
     assert not env.record.is_kept and not env.defers_scores and not env.lanes.accepts_dropped

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or changed: what goes on, bit for bit, and what is refused."""
+"""`textenv train --resume`: stopped, killed, damaged and changed runs resume bit for bit or are refused."""
 
 import errno
 import json
@@ -19,14 +19,14 @@ from agents.checkpoints.manifest import verify_checkpoint
 from agents.runs import train as training_run
 from agents.runs.recording import Recorder
 from agents.signals import Interrupts
-from tests.helpers.command import ROLLOUT, in_a_fork, rows, run, settings, start
+from tests.helpers.command import ROLLOUT, in_a_fork, rows, run, same_runs, settings, start, wait_for_rows
 
 ROLLOUTS = 5
 
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """A run that was never stopped."""
+    """The folder of a run that was never stopped."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert run("train", *settings(model, out, ROLLOUTS), "--quiet") == 0
     return out
@@ -34,12 +34,12 @@ def whole(model, tmp_path_factory):
 
 @pytest.fixture
 def copy(whole, tmp_path):
-    """A copy of it, of which a test may break what it likes."""
+    """A copy of `whole` that a test may damage."""
     return shutil.copytree(whole, tmp_path / "copy")
 
 
 def interrupt_after(monkeypatch, n_rows):
-    """Let a signal come in the middle of the rollout behind so many rows."""
+    """Send SIGINT once, in the middle of the rollout after `n_rows` rollouts."""
     original = Recorder._on_step
     count = []
 
@@ -51,13 +51,6 @@ def interrupt_after(monkeypatch, n_rows):
         return original(self)
 
     monkeypatch.setattr(Recorder, "_on_step", step)
-
-
-def same_runs(one, other):
-    assert rows(one) == rows(other)
-    assert rows(one, "samples.jsonl") == rows(other, "samples.jsonl")
-    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (one, other)]
-    assert weights[0] == weights[1]
 
 
 def test_stop_and_resume_is_the_same_run(whole, model, tmp_path, monkeypatch, capfd):
@@ -169,8 +162,8 @@ def test_a_run_needs_no_network_and_writes_into_its_folder_alone(model, tmp_path
     assert run("train", *settings(model, rollouts=1), "--quiet") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "runs"]
     assert list(home.iterdir()) == []
-    [made] = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"demo-small-\d{8}-\d{6}-[0-9a-f]{4}", made.name)
+    [folder] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"demo-small-\d{8}-\d{6}-[0-9a-f]{4}", folder.name)
 
 
 def test_too_little_space_is_refused_before_training(model, tmp_path, monkeypatch, capfd):
@@ -261,13 +254,6 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def wait_for_rows(process, folder, n):
-    limit = time.monotonic() + 100
-    while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_text().splitlines()) < n:
-        assert process.poll() is None and time.monotonic() < limit, process.communicate()
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_ctrl_c_once_and_twice_in_a_real_process(model, tmp_path):
     words = settings(model, tmp_path / "run", rollouts=100_000, checkpoint_every=2)
@@ -305,13 +291,13 @@ def test_kill_9_at_twenty_moments_leaves_a_run_that_resumes(model, tmp_path):
     begun = time.monotonic()
     assert run("train", *words, "--quiet") == 0
     seconds = time.monotonic() - begun
-    choose, killed = random.Random(0), 0
+    rng, killed = random.Random(0), 0
     out = tmp_path / "killed"
     for _ in range(20):
         again = ["train", "--resume", out] if (out / "run.json").is_file() else ["train", *words[:-1]]
         again = again if "--resume" in again else ["train", *settings(model, out, rollouts=30)]
         pid = in_a_fork(*again, "--quiet")
-        time.sleep(choose.uniform(0.0, 0.08 * seconds))
+        time.sleep(rng.uniform(0.0, 0.08 * seconds))
         os.kill(pid, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert killed >= 15

@@ -1,4 +1,4 @@
-"""What else a run survives or refuses: signals, folders, the order of writing, and what others wrote on the screen."""
+"""Faults that a run survives or refuses: signals, unusable folders, half-written files, and hostile text."""
 
 import errno
 import json
@@ -77,9 +77,9 @@ def test_a_cache_that_cannot_be_written_to_works(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(demo_models, "_temporary", {})
     with pytest.warns(UserWarning, match=r"cache .*file.* cannot be written to .*TEXTENV_CACHE"):
-        made = demo_model(tmp_path / "file" / "cache", n_epochs=0.01, progress_bar=False)
-    assert (made / "model.safetensors").is_file() and tmp_path not in made.parents
-    assert demo_model(tmp_path / "file" / "cache", n_epochs=0.01) == made  # once a process
+        folder = demo_model(tmp_path / "file" / "cache", n_epochs=0.01, progress_bar=False)
+    assert (folder / "model.safetensors").is_file() and tmp_path not in folder.parents
+    assert demo_model(tmp_path / "file" / "cache", n_epochs=0.01) == folder  # trained once per process
 
 
 def hold(path, ready, done):
@@ -107,8 +107,8 @@ def test_two_processes_do_not_share_a_folder_and_a_killed_one_frees_it(tmp_path)
 def test_a_run_name_stays_in_its_folder_and_no_folder_is_taken_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("../../evil", "/etc/evil", "a/../../b", ".."):
-        made = RunFolder.create(None, name).path.resolve()
-        assert made.parent == tmp_path / "runs"
+        folder = RunFolder.create(None, name).path.resolve()
+        assert folder.parent == tmp_path / "runs"
     monkeypatch.setattr("agents.runs.folder.secrets.token_hex", lambda n: "00")
     monkeypatch.setattr("agents.runs.folder.datetime", Fixed)
     RunFolder.create(None, "same")
@@ -128,7 +128,7 @@ class Fixed:
 
 
 def test_the_order_of_writing(tmp_path, monkeypatch):
-    """Every file and the folder are on the disk, then the rename, then the list of names, then older ones go."""
+    """First every file and the folder are synced, then renamed, then the parent is synced, then older ones removed."""
     model, events = tiny_agent(), []
     model.learn(16)
     save_step(model, tmp_path, keep=1)
@@ -152,11 +152,11 @@ def test_the_order_of_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", note_remove)
     newest = save_step(model, tmp_path, keep=1)
     events = [event for event in events if event[0] != "remove" or event[1].startswith("step_")]
-    place = events.index(("rename", newest.name))
+    renamed = events.index(("rename", newest.name))
     written = {path.name for path in newest.iterdir()}
-    assert written <= {name for kind, name in events[:place] if kind == "sync"}
-    assert events[place - 1] == ("sync", f".{newest.name}.partial-{os.getpid()}")
-    assert events[place + 1 :] == [("sync", tmp_path.name), ("remove", "step_000000000016")]
+    assert written <= {name for kind, name in events[:renamed] if kind == "sync"}
+    assert events[renamed - 1] == ("sync", f".{newest.name}.partial-{os.getpid()}")
+    assert events[renamed + 1 :] == [("sync", tmp_path.name), ("remove", "step_000000000016")]
     manifest = json.loads((newest / "manifest.json").read_text())
     assert manifest["format"] == 2 and manifest["num_timesteps"] == 32 and "torch" in manifest["versions"]
     assert written - {"manifest.json"} == manifest["files"].keys()
@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
         verify_checkpoint(tmp_path / "saved")
 
 
-# What others wrote
+# Hostile text
 
 
 def is_harmless(shown):

@@ -1,4 +1,4 @@
-"""Where a run's figures go besides its folder: trackers and TensorBoard, told of each step once."""
+"""Trackers and TensorBoard: they get the rows and samples of each step once, after a resume too."""
 
 import importlib.machinery
 import json
@@ -19,7 +19,7 @@ from tests.helpers.command import ROLLOUT, rows, run, settings, start
 
 
 class FakeTracker(types.ModuleType):
-    """What W&B and trackio have in common; their packages are not needed to see what they are sent."""
+    """A stand-in with the functions that W&B and trackio share; it keeps all values that it is sent."""
 
     def __init__(self):
         super().__init__("trackio")
@@ -56,14 +56,14 @@ def test_a_tracker_gets_rows_and_samples_once(model, tmp_path, monkeypatch):
     assert figures == [(row["tokens"], row["reward/task"]) for row in rows(tmp_path / "run")[1:]]
     tables = [step for step, values in tracker.sent if values.get("samples", [None])[0] == "tokens"]
     assert tables == [0, 2 * ROLLOUT]
-    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))  # so that the last iteration is made again
-    told = len(tracker.sent)
+    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))  # so that the last iteration is repeated
+    n_sent = len(tracker.sent)
     assert run("train", f"--resume={tmp_path / 'run'}", "--allow=trackio", "--quiet") == 0
-    assert len(tracker.sent) == told and len(set(tracker.names)) == 1 and len(tracker.names) == 2
+    assert len(tracker.sent) == n_sent and len(set(tracker.names)) == 1 and len(tracker.names) == 2
 
 
 class FakeMLflow(types.ModuleType):
-    """What is called of MLflow, all in one: module, client, store and run."""
+    """A stand-in for the parts of MLflow that are called: module, client, store and run in one object."""
 
     Metric = namedtuple("Metric", ["key", "value", "timestamp", "step"])
     Param = namedtuple("Param", ["key", "value"])
@@ -107,9 +107,9 @@ class FakeMLflow(types.ModuleType):
 
 
 def begun(folder):
-    made = RunFolder.create(str(folder), "run")
-    made.begin("", "0")
-    return made
+    run_folder = RunFolder.create(str(folder), "run")
+    run_folder.begin("", "0")
+    return run_folder
 
 
 def sample(tokens, text="good", prompt="a film"):
@@ -125,7 +125,7 @@ def test_mlflow_gets_rows_and_samples_once_and_a_resumed_run_goes_on(tmp_path, m
     assert mlflow.experiments["textenv"].place == f"file://{folder.path.resolve()}/mlflow"
     first.row({"tokens": 64, "reward/task": 0.5, "reward/a+b": 0.25, "train/loss": float("nan")})
     first.samples([sample(64), sample(64, "bad")])
-    # A kill, here; the rows up to 64 are made again, and those behind are new.
+    # As if killed here: the resumed run repeats the rows up to 64, and later ones are new.
     again = MLflowTracker(Named("mlflow"), folder, config, sent=64)
     for tokens in (64, 128):
         again.row({"tokens": tokens, "reward/task": tokens / 128})
@@ -145,11 +145,11 @@ def test_mlflow_goes_where_it_is_told(tmp_path, monkeypatch):
     mlflow = FakeMLflow()
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
-    given = {"experiment_name": "mine"}
-    MLflowTracker(Named("mlflow", given), begun(tmp_path / "a"), TrainConfig())
+    options = {"experiment_name": "mine"}
+    MLflowTracker(Named("mlflow", options), begun(tmp_path / "a"), TrainConfig())
     assert mlflow.address == "http://there" and mlflow.experiments["mine"].place is None
-    given["tracking_uri"] = "http://elsewhere"
-    MLflowTracker(Named("mlflow", given), begun(tmp_path / "b"), TrainConfig())
+    options["tracking_uri"] = "http://elsewhere"
+    MLflowTracker(Named("mlflow", options), begun(tmp_path / "b"), TrainConfig())
     assert mlflow.address == "http://elsewhere" and len(mlflow.runs) == 2 and len(mlflow.experiments) == 1
 
 
@@ -171,12 +171,12 @@ def test_tensorboard_shows_samples_as_text_and_not_as_markup():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trackio", "wandb", "mlflow"])
 def test_the_trackers_themselves_take_what_they_are_sent(name, model, tmp_path):
-    """Offline, in a process of its own, since both keep threads and set their own folders."""
+    """Offline, in a new process, since the trackers keep threads and set folders of their own."""
     pytest.importorskip(name, reason=f"needs {name}, an extra that the tests' environment does not have")
     if name == "mlflow":
         pytest.importorskip("sqlalchemy", reason="needs sqlalchemy, which mlflow brings and mlflow-skinny does not")
-    given = "{id: wandb, args: {mode: offline}}" if name == "wandb" else name
-    words = settings(model, tmp_path / "run", rollouts=2, loggers=f"[{given}]")
+    logger = "{id: wandb, args: {mode: offline}}" if name == "wandb" else name
+    words = settings(model, tmp_path / "run", rollouts=2, loggers=f"[{logger}]")
     process = start("train", *words, "--quiet", cwd=tmp_path)
     said = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -208,7 +208,7 @@ def scalars(run_folder, tag):
 
 @pytest.mark.slow
 def test_tensorboard_has_each_step_once_after_a_resume(model, tmp_path, capfd):
-    """The run is killed some iterations behind its last checkpoint: those it makes again."""
+    """The run loses all checkpoints but its first, and so repeats iterations that were already logged."""
     out = tmp_path / "run"
     assert run("train", *settings(model, out, 4, loggers="[tensorboard]"), "--quiet") == 0
     first = scalars(out, "reward/task")
@@ -217,7 +217,9 @@ def test_tensorboard_has_each_step_once_after_a_resume(model, tmp_path, capfd):
     assert len(list((out / "checkpoints").iterdir())) == 1
     assert run("train", f"--resume={out}", "--quiet") == 0
     assert len(first) == 4 and scalars(out, "reward/task") == first
-    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # what its page reads
+    from tensorboard.backend.event_processing.plugin_event_accumulator import (
+        EventAccumulator,  # as TensorBoard's page does
+    )
 
     texts = EventAccumulator(str(out / "tensorboard")).Reload().Tensors("samples/text_summary")
     steps = sorted({row["tokens"] for row in rows(out, "samples.jsonl")})

@@ -1,4 +1,4 @@
-"""The critic's warm-up: the policy stands still, the critic does not, and then both learn."""
+"""`CriticWarmup`: at first only the critic learns, and the policy's weights keep every bit; then both learn."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ ROLLOUT = 16
 
 
 def split(model):
-    """Weights of the policy and of the critic."""
+    """Return the weights of the policy and those of the critic."""
     parts = {"policy": {}, "critic": {}}
     for name, weight in weights(model).items():
         parts["critic" if "critic" in name else "policy"][name] = weight
@@ -19,7 +19,7 @@ def split(model):
 
 
 def moments(model):
-    """What the optimizer keeps about the policy's weights."""
+    """Return the optimizer's state of the policy's weights."""
     state = model.policy.optimizer.state
     return [tensor.clone() for weight in model.policy.lm.backbone.parameters() for tensor in state[weight].values()]
 
@@ -38,14 +38,14 @@ def test_e7_the_policy_is_bit_identical_in_the_warm_up_and_the_critic_learns(cri
 
 
 def test_moments_of_an_earlier_update_stand_still_too():
-    """A warm-up of a policy that has been trained: its weights do not drift on along Adam's momentum."""
+    """In a warm-up after training, Adam's momentum does not move the policy's weights."""
     model = tiny_agent()
     model.learn(ROLLOUT)
     policy, before = split(model)[0], moments(model)
     assert len(before) > 0
     model.learn(ROLLOUT, callback=CriticWarmup(1), reset_num_timesteps=False)
     assert same_weights(policy, split(model)[0])
-    assert all(torch.equal(one, other) for one, other in zip(moments(model), before, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip(moments(model), before, strict=True))
 
 
 def test_the_updates_of_the_critic_are_those_of_an_ordinary_run():

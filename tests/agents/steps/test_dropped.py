@@ -1,4 +1,4 @@
-"""Rows that a reward drops: nothing of the episode is trained on, no mean has it, and who cannot do so refuses."""
+"""Episodes that a reward drops: they are neither trained nor counted in means; other users of an env refuse them."""
 
 import copy
 import pickle
@@ -42,18 +42,20 @@ LOWER = CharTokenizer("abc")  # a quarter of all tokens ends an episode
 
 
 def is_lost(ids):
-    """About a third of all texts."""
+    """Return whether a text is dropped: about a third of all texts are."""
     return sum(map(int, ids)) % 3 == 0
 
 
 class Judge(BatchReward):
-    """A number from the text; drops what `is_lost`."""
+    """Scores texts by two parts; drops those for which `loses` is true."""
 
     def __init__(self, score_at="rollout_end", loses=is_lost):
         self.score_at, self.loses = score_at, loses
 
     def score(self, prompts, preds, dones):
-        return [DROPPED if self.loses(one.ids) else {"n": 0.1 * len(one), "sum": sum(one.ids) / 30} for one in preds]
+        return [
+            DROPPED if self.loses(text.ids) else {"n": 0.1 * len(text), "sum": sum(text.ids) / 30} for text in preds
+        ]
 
 
 def never(ids):
@@ -81,16 +83,16 @@ def test_dropped_stays_itself_and_is_a_checked_reward():
         check_rewards([None, 1.0], prompts, preds)
 
 
-# Who cannot leave an episode out
+# Users of an env that cannot leave an episode out
 
 
 def test_other_consumers_refuse():
     env = tiny_env(Judge("done", always))
-    for one in (env, TextVectorEnv(env, 1)):
-        one.reset(seed=0)
+    for user in (env, TextVectorEnv(env, 1)):
+        user.reset(seed=0)
         with pytest.raises(RewardError, match=r"Expected a reward of every finished row, got DROPPED \(lane 0.*on_fai"):
             for _ in range(4):
-                one.step(1 if one is env else np.array([1]))
+                user.step(1 if user is env else np.array([1]))
     settings = {"policy_kwargs": {"lm": tiny_config()}, "n_steps": 8, "batch_size": 8, "device": "cpu"}
     for buffer in ({}, {"rollout_buffer_class": SequenceRolloutBuffer}):
         with pytest.raises(RewardError, match=r"LateScores .* or DropEpisodes"):
@@ -114,7 +116,7 @@ def test_a_row_that_goes_on_cannot_be_dropped():
 
 
 class Values(Recorder):
-    """Keeps the values and masks of each step, too."""
+    """Keeps the values and masks of each step as well."""
 
     def _on_training_start(self):
         super()._on_training_start()
@@ -127,30 +129,34 @@ class Values(Recorder):
 
 
 def gradient_by_hand(policy, recorder, model):
-    """The gradient of PPO's loss over the episodes that were not dropped, token by token from their observations."""
+    """Return the gradient of PPO's loss over the episodes that were not dropped, computed token by token."""
     values, rewards = np.stack(recorder.values), recorder.stacked("rewards")
-    places, advantages = [], []
+    transitions, advantages = [], []
     for info, episode in recorder.episodes():
         if info["dropped"]:
             continue
         follows, advantage = 0.0, 0.0
-        for place in reversed(episode):
-            advantage = rewards[place] + follows - values[place] + 0.95 * advantage
-            follows = values[place]
-            places.append(place)
+        for transition in reversed(episode):
+            advantage = rewards[transition] + follows - values[transition] + 0.95 * advantage
+            follows = values[transition]
+            transitions.append(transition)
             advantages.append(advantage)
     raw = np.array(advantages)
-    returns = raw + [values[place] for place in places]
+    returns = raw + [values[transition] for transition in transitions]
     normal = (raw - raw.mean()) / (raw.std(ddof=1) + 1e-8) if model.rollout_buffer.normalize_advantage else raw
     policy.set_training_mode(True)
-    for place, advantage, target in zip(places, normal, returns):
-        observation = torch.as_tensor(recorder.observations[place[0]][place[1]][None])
-        masks = {} if recorder.allowed[0] is None else {"action_masks": recorder.allowed[place[0]][place[1]][None]}
-        action = torch.tensor([int(recorder.actions[place[0]][place[1]])])
+    for transition, advantage, target in zip(transitions, normal, returns):
+        observation = torch.as_tensor(recorder.observations[transition[0]][transition[1]][None])
+        masks = (
+            {}
+            if recorder.allowed[0] is None
+            else {"action_masks": recorder.allowed[transition[0]][transition[1]][None]}
+        )
+        action = torch.tensor([int(recorder.actions[transition[0]][transition[1]])])
         value, log_prob, _ = policy.evaluate_actions(observation, action, **masks)
-        ratio = torch.exp(log_prob - float(recorder.stacked("log_probs")[place]))
+        ratio = torch.exp(log_prob - float(recorder.stacked("log_probs")[transition]))
         loss = -advantage * ratio + model.vf_coef * (value.flatten() - target) ** 2
-        (loss.sum() / len(places)).backward()
+        (loss.sum() / len(transitions)).backward()
     return {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
 
 
@@ -165,7 +171,7 @@ def gradient_by_hand(policy, recorder, model):
     ],
 )
 def test_the_gradient_is_that_of_a_rollout_without_the_dropped_episodes(algorithm, score_at, normalize):
-    """Slow twin: each token in a forward of its own, of the episodes that are left; SGD at 1 shows the gradient."""
+    """Compared with one forward per token of the kept episodes; one SGD step at rate 1 shows the gradient."""
     mask = {"mask": AllowedMask(range(1, 20))} if algorithm is MaskablePPO else {}
     env = tiny_env(Judge(score_at), stop_ids=(), **mask)
     model = tiny_agent(
@@ -198,7 +204,7 @@ def test_nothing_changes_where_nothing_is_dropped(score_at):
 
 
 class Trained(BaseCallback):
-    """Keeps what each rollout trains: log-probability and advantage of every transition."""
+    """Keeps the log-probability and advantage of every transition that a rollout trains."""
 
     def _on_training_start(self):
         self.rollouts = []
@@ -221,10 +227,10 @@ def test_episodes_that_straddle_rollouts_are_dropped_whole(algorithm, score_at):
     recorder, trained = Recorder(), Trained()
     model.learn(48 * 5, callback=[*step_of(env), recorder, trained])
     log_probs, expected, straddling = recorder.stacked("log_probs"), [], 0
-    for info, places in recorder.episodes():
-        assert info["dropped"] == is_lost([recorder.actions[step][lane] for step, lane in places])
-        straddling += info["dropped"] and places[0][0] // 6 != places[-1][0] // 6
-        expected += [] if info["dropped"] else [float(log_probs[place]) for place in places]
+    for info, transitions in recorder.episodes():
+        assert info["dropped"] == is_lost([recorder.actions[step][lane] for step, lane in transitions])
+        straddling += info["dropped"] and transitions[0][0] // 6 != transitions[-1][0] // 6
+        expected += [] if info["dropped"] else [float(log_probs[transition]) for transition in transitions]
     assert straddling >= 2
     assert sorted(row[0] for rollout in trained.rollouts for row in rollout) == sorted(expected)
 
@@ -245,15 +251,15 @@ def test_a_group_is_compared_without_its_dropped_members(advantage, score_at):
     model = tiny_agent(env, n_envs=7, n_steps=5, rollout_buffer_kwargs=options)
     model.learn(35 * 7, callback=[*step_of(env), recorder, trained])
     members = defaultdict(list)
-    for info, places in recorder.episodes():
-        members[info["group"]].append((info, places))
+    for info, transitions in recorder.episodes():
+        members[info["group"]].append((info, transitions))
     log_probs, expected, sizes = recorder.stacked("log_probs"), defaultdict(list), []
     for group in members.values():
-        kept = [(info, places) for info, places in group if not info["dropped"]]
+        kept = [(info, transitions) for info, transitions in group if not info["dropped"]]
         if len(group) == 4:
             sizes.append(len(kept))
             each = group_advantages(np.array([i["episode"]["r"] for i, _ in kept]), np.zeros(len(kept)), advantage)
-            rollout = max(places[-1][0] for _, places in group) // 5
+            rollout = max(transitions[-1][0] for _, transitions in group) // 5
             expected[rollout] += [(float(log_probs[p]), float(a)) for (_, ps), a in zip(kept, each) for p in ps]
     assert len(set(sizes)) >= 3 and sum(4 - size for size in sizes) > 5
     for i, rollout in enumerate(trained.rollouts):
@@ -273,10 +279,10 @@ def test_e8_resumed_while_a_dropped_member_waits_for_its_group(score_at, tmp_pat
     expected = run_state(model)
     resumed = build(seed=5)
     load_checkpoint(resumed, tmp_path / f"step_{35 * 3:012d}")
-    n_dropped = sum(one.is_dropped for one in resumed.rollout_buffer.waiting_episodes.values())
+    n_dropped = sum(episode.is_dropped for episode in resumed.rollout_buffer.waiting_episodes.values())
     resumed.learn(35 * 3, callback=[KLPenalty(0.1), *step_of(resumed.get_env().env)], reset_num_timesteps=False)
     assert run_state(resumed) == expected
-    assert n_dropped > 0 or score_at == "rollout_end"  # there, who waits has no score
+    assert n_dropped > 0 or score_at == "rollout_end"  # waiting episodes have no score yet with "rollout_end"
 
 
 # Logs
@@ -290,7 +296,7 @@ def test_no_mean_has_a_dropped_episode(score_at):
     model.learn(48, callback=[EpisodeMetrics(), shaping, *step_of(env), recorder], log_interval=None)
     logged = dict(model.logger.name_to_value)
     model.logger.dump = lambda step: logged.update(model.logger.name_to_value)
-    model.dump_logs()  # as SB3 calls it between rollout and update
+    model.dump_logs()  # SB3's `OnPolicyAlgorithm.learn` calls it between rollout and update
     infos = [info for info, _ in recorder.episodes()]
     kept = [info for info in infos if not info["dropped"]]
     scores = [info["episode"]["r"] for info in kept]
@@ -319,7 +325,7 @@ def test_counts_are_logged_from_the_first_failure_on():
 def test_equal_rewards_of_what_is_left_are_warned_of():
     class Same(Judge):
         def score(self, prompts, preds, dones):
-            return [DROPPED if is_lost(one.ids) else 1.0 for one in preds]
+            return [DROPPED if is_lost(text.ids) else 1.0 for text in preds]
 
     with pytest.warns(UserWarning, match=r"All \d+ last episodes earned 1:"):
         tiny_agent(tiny_env(Same()), n_envs=64).learn(256, callback=TrainingWarnings())
@@ -356,7 +362,7 @@ def test_evaluate_leaves_dropped_texts_out_of_the_means():
     model = tiny_agent(tiny_env(Judge()))
     options = {"max_new_tokens": 4, "n": 8}
     result = evaluate(model, list(PROMPTS), TOKENIZER, reward=Judge("done"), **options)
-    ids = [TOKENIZER.encode(one.text) for one in result.generations]
+    ids = [TOKENIZER.encode(generation.text) for generation in result.generations]
     sums = [sum(row) for row in ids]  # the end token is 0
     lost = [total % 3 == 0 for total in sums]
     assert 0 < sum(lost) < len(lost) == 40

@@ -1,4 +1,4 @@
-"""The KL penalty: what it subtracts, from which reward, and what never changes (invariants C1, C2, C5, C10)."""
+"""`KLPenalty`: the rewards that it changes, the reference that never changes, and logs (C1, C2, C5, C10)."""
 
 import io
 import pickle
@@ -19,7 +19,7 @@ COEF = 0.3
 
 
 def token_log_prob(lm, observation, action):
-    """The log-probability of one token by a plain forward of the language model, without padding or cache."""
+    """Return the log-probability of one token by a plain forward of the language model, without padding or cache."""
     ids = torch.as_tensor(observation[observation >= 0])[None]
     with torch.no_grad():
         logits = lm.backbone.model(input_ids=ids).logits[0, -1]
@@ -27,7 +27,7 @@ def token_log_prob(lm, observation, action):
 
 
 def reference_log_probs(reference, recorder):
-    """What the reference says of every transition, (T, B)."""
+    """Return the reference's log-probability of every transition, (T, B)."""
     return np.array(
         [
             [token_log_prob(reference, row, action) for row, action in zip(*step)]
@@ -37,7 +37,7 @@ def reference_log_probs(reference, recorder):
 
 
 def test_c1_the_rewards_of_an_episode_are_its_score_minus_the_penalty_of_its_tokens():
-    """C1, over episodes that straddle rollouts, and a temperature."""
+    """Over episodes that straddle rollouts, with a temperature (C1)."""
     model = tiny_agent(n_steps=6, policy_kwargs={"temperature": 0.7})
     penalty, recorder = KLPenalty(COEF), Recorder()
     model.learn(4 * 6 * 4, callback=[penalty, recorder])
@@ -45,12 +45,14 @@ def test_c1_the_rewards_of_an_episode_are_its_score_minus_the_penalty_of_its_tok
     k1 = log_probs - reference_log_probs(penalty.reference, recorder)
     episodes = list(recorder.episodes())
     assert len(episodes) >= 20 and np.abs(k1[12:]).mean() > 0.01
-    for info, places in episodes:
+    for info, transitions in episodes:
         score = info["episode"]["r"]
-        total = sum(rewards[place] for place in places)
-        assert total == pytest.approx(score - COEF * sum(k1[place] for place in places), abs=1e-5)
-        task = [rewards[place] + COEF * k1[place] for place in places]  # what is left without the penalty
-        assert task == pytest.approx([0.0] * (len(places) - 1) + [score], abs=1e-5)
+        total = sum(rewards[transition] for transition in transitions)
+        assert total == pytest.approx(score - COEF * sum(k1[transition] for transition in transitions), abs=1e-5)
+        task = [
+            rewards[transition] + COEF * k1[transition] for transition in transitions
+        ]  # the rewards without the penalty
+        assert task == pytest.approx([0.0] * (len(transitions) - 1) + [score], abs=1e-5)
 
 
 def test_c1_of_an_episode_that_ends_with_eos_the_score_is_on_the_eos():
@@ -58,23 +60,23 @@ def test_c1_of_an_episode_that_ends_with_eos_the_score_is_on_the_eos():
     recorder = Recorder()
     model.learn(64 * 4, callback=[KLPenalty(0.0), recorder])
     rewards = recorder.stacked("rewards")
-    ended = [places for info, places in recorder.episodes() if str(info["end_reason"]) == "eos"]
+    ended = [transitions for info, transitions in recorder.episodes() if str(info["end_reason"]) == "eos"]
     assert ended
-    for places in ended:
-        assert recorder.actions[places[-1][0]][places[-1][1]] == 0
-        assert rewards[places[-1]] > 0 and not any(rewards[place] for place in places[:-1])
+    for transitions in ended:
+        assert recorder.actions[transitions[-1][0]][transitions[-1][1]] == 0
+        assert rewards[transitions[-1]] > 0 and not any(rewards[transition] for transition in transitions[:-1])
 
 
 @pytest.mark.parametrize("train", ["all", LoRA()], ids=["all", "lora"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
 def test_c2_no_penalty_where_policy_and_reference_are_the_same(estimator, train):
-    """C2: at every token exactly 0, also with LoRA at the start, adapters on against off."""
+    """Exactly 0 at every token; for LoRA, the policy is compared with its own adapters off (C2)."""
     model = tiny_agent(n_steps=6, policy_kwargs={"train": train})
     recorder = Recorder()
     model.learn(24, callback=[KLPenalty(1e6, estimator=estimator), recorder])  # one rollout, before any update
     task = np.zeros_like(recorder.rewards[0])
-    for info, places in recorder.episodes():
-        task[places[-1]] = info["episode"]["r"]
+    for info, transitions in recorder.episodes():
+        task[transitions[-1]] = info["episode"]["r"]
     assert np.array_equal(recorder.rewards[0], task)
 
 
@@ -97,7 +99,7 @@ def test_the_penalty_changes_training():
 
 
 def test_c5_the_reference_is_the_start_and_never_changes():
-    """C5: a checksum of all its weights; it has no gradients and shares no memory with the policy."""
+    """The reference has no gradients and shares no memory with the policy (C5)."""
     model = tiny_agent()
     start = {name: tensor.clone() for name, tensor in model.policy.lm.state_dict().items() if "critic" not in name}
     penalty = KLPenalty(COEF)
@@ -107,8 +109,8 @@ def test_c5_the_reference_is_the_start_and_never_changes():
     trained = weights(model)
     assert not same_weights(start, {name: trained[f"lm.{name}"] for name in start})
     assert all(not weight.requires_grad and weight.grad is None for weight in penalty.reference.parameters())
-    held = {weight.data_ptr() for weight in penalty.reference.parameters()}
-    assert held.isdisjoint(weight.data_ptr() for weight in model.policy.parameters())
+    pointers = {weight.data_ptr() for weight in penalty.reference.parameters()}
+    assert pointers.isdisjoint(weight.data_ptr() for weight in model.policy.parameters())
     optimized = {id(weight) for group in model.policy.optimizer.param_groups for weight in group["params"]}
     assert optimized.isdisjoint(id(weight) for weight in penalty.reference.parameters())
 
@@ -125,7 +127,7 @@ def test_c5_the_reference_builds_no_graph(monkeypatch):
     monkeypatch.setattr(LMActorCritic, "log_probs", spy)
     with torch.enable_grad():
         model.learn(48, callback=penalty)
-    # One call a rollout, of all transitions; none in the first, when policy and reference are the same.
+    # One call per rollout, with all transitions; none in the first rollout, when policy and reference are the same.
     assert seen == [(False, None, 16)] * 2
 
 
@@ -139,7 +141,7 @@ def test_c5_the_reference_stays_over_several_learns():
 
 
 def test_c5_what_sb3_saves_has_no_reference():
-    """C5: with and without a penalty the same members, tensors and (almost) as many bytes."""
+    """With and without a penalty, the zip has the same members and almost as many bytes (C5)."""
     files = []
     for callback in ([], [KLPenalty(COEF)]):
         model = tiny_agent()
@@ -163,7 +165,7 @@ def test_c5_the_policy_and_its_arguments_pickle_without_the_reference():
 
 
 def test_c10_the_task_reward_in_the_logs_is_untouched():
-    """C10 and C1: logs and infos have the task reward; the penalty has keys of its own."""
+    """Logs and infos have the task reward; the penalty has keys of its own (C1, C10)."""
     model, recorder = tiny_agent(), Recorder()
     penalty = KLPenalty(100.0, estimator="k3")  # never negative
     model.learn(64, callback=[penalty, EpisodeMetrics(), recorder], log_interval=None)
@@ -181,11 +183,11 @@ def test_logged_divergence_is_that_of_the_rollout():
     model.learn(64, callback=[penalty, recorder], log_interval=None)
     k1 = recorder.stacked("log_probs") - reference_log_probs(penalty.reference, recorder)
     logged = model.logger.name_to_value
-    ended = [places for _, places in recorder.episodes() if places[-1][0] >= 12]
+    ended = [transitions for _, transitions in recorder.episodes() if transitions[-1][0] >= 12]
     assert logged["kl/token"] == pytest.approx(k1[12:].mean(), abs=1e-5)
     assert logged["kl/coef"] == COEF
-    # In the last rollout every segment is whole or cut at its end; only whole ones count.
-    per_episode = [sum(k1[place] for place in places if place[0] >= 12) for places in ended]
+    # "kl/sequence" counts the episodes that ended in the last rollout.
+    per_episode = [sum(k1[transition] for transition in transitions if transition[0] >= 12) for transitions in ended]
     assert logged["kl/sequence"] == pytest.approx(np.mean(per_episode), abs=1e-5)
 
 
@@ -201,7 +203,7 @@ def test_a_loaded_model_without_its_penalty_raises_with_the_cure(tmp_path):
 
 
 def test_a_new_penalty_on_a_trained_model_needs_its_reference(tmp_path):
-    """C5: what is loaded from a file, or was trained without one, has no start to compare with."""
+    """A model that was loaded from a file, or trained without a penalty, no longer has its initial weights (C5)."""
     model, without = tiny_agent(), tiny_agent()
     model.learn(32, callback=KLPenalty(COEF))
     model.save(tmp_path / "model.zip")
@@ -226,22 +228,22 @@ def test_a_loaded_model_goes_on_with_a_reference(tmp_path):
     model.learn(32, callback=penalty)
     model.save(tmp_path / "model.zip")
     loaded = PPO.load(tmp_path / "model.zip", env=TextVecEnv(tiny_env(), 4))
-    given = KLPenalty(COEF, reference=start)
-    loaded.learn(16, callback=given, reset_num_timesteps=False)
-    assert same_weights(given.reference.state_dict(), penalty.reference.state_dict())
-    assert given.reference is not start and all(weight.requires_grad for weight in start.parameters())
+    again = KLPenalty(COEF, reference=start)
+    loaded.learn(16, callback=again, reset_num_timesteps=False)
+    assert same_weights(again.reference.state_dict(), penalty.reference.state_dict())
+    assert again.reference is not start and all(weight.requires_grad for weight in start.parameters())
 
 
 def test_a2c_gets_the_penalty_too():
-    """C1 under A2C."""
+    """Invariant C1 holds for A2C as well."""
     model, penalty, recorder = tiny_agent(algorithm=A2C, n_steps=5), KLPenalty(COEF), Recorder()
     model.learn(4 * 5 * 6, callback=[penalty, recorder])
     rewards = recorder.stacked("rewards")
     k1 = recorder.stacked("log_probs") - reference_log_probs(penalty.reference, recorder)
     assert np.abs(k1).max() > 1e-3
-    for info, places in recorder.episodes():
-        expected = info["episode"]["r"] - COEF * sum(k1[place] for place in places)
-        assert sum(rewards[place] for place in places) == pytest.approx(expected, abs=1e-5)
+    for info, transitions in recorder.episodes():
+        expected = info["episode"]["r"] - COEF * sum(k1[transition] for transition in transitions)
+        assert sum(rewards[transition] for transition in transitions) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_stock_buffer_is_refused():
@@ -258,7 +260,7 @@ def test_a_negative_coefficient_is_refused():
 
 @pytest.mark.parametrize("score_at", ["step", "done", "rollout_end"])
 def test_c10_rewards_of_the_buffer_and_of_the_info_agree(score_at):
-    """C10: the sum of the step-wise rewards of an episode == what the buffer saw == `info["episode"]["r"]`."""
+    """The sum of an episode's rewards in the buffer is `info["episode"]["r"]` (C10)."""
 
     def every_step(prompt, preds, done):
         return {"token": preds[-1] / 7, "end": 10.0 * done}
@@ -267,14 +269,14 @@ def test_c10_rewards_of_the_buffer_and_of_the_info_agree(score_at):
     recorder = Recorder()
     model.learn(96, callback=[KLPenalty(0.0), recorder])
     rewards, n_episodes = recorder.stacked("rewards"), 0
-    for info, places in recorder.episodes():
+    for info, transitions in recorder.episodes():
         n_episodes += 1
-        assert sum(rewards[place] for place in places) == pytest.approx(info["episode"]["r"], abs=1e-5)
+        assert sum(rewards[transition] for transition in transitions) == pytest.approx(info["episode"]["r"], abs=1e-5)
         assert sum(info["reward_parts"].values()) == pytest.approx(info["episode"]["r"], abs=1e-9)
-        tokens = [recorder.actions[step][lane] for step, lane in places]
+        tokens = [recorder.actions[step][lane] for step, lane in transitions]
         scored = tokens if score_at == "step" else tokens[-1:]
         assert info["episode"]["r"] == pytest.approx(sum(scored) / 7 + 10.0, abs=1e-9)
-        assert info["episode"]["l"] == len(places)
+        assert info["episode"]["l"] == len(transitions)
     assert n_episodes >= 16
 
 
@@ -297,7 +299,7 @@ def test_late_scores_run_before_the_penalty_whatever_the_order_of_callbacks():
 
 
 def test_a_spec_as_language_model_works_with_the_penalty(tmp_path):
-    """A `Pretrained` folder, with tied embeddings, and a GPT-2 without."""
+    """For `Pretrained` folders of models with tied and with untied embeddings."""
     for tied in (True, False):
         folder = tmp_path / f"tied_{tied}"
         lm = tiny_agent(lm=tiny_config(tie_word_embeddings=tied)).policy.lm.backbone.model

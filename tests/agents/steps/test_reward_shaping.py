@@ -1,4 +1,4 @@
-"""Reward shaping: each part by hand, in the documented order, once, before KL and out of the logs (C6, C9)."""
+"""`RewardShaping`: each part by hand, in the documented order, before the KL penalty, and not in the logs (C6, C9)."""
 
 import numpy as np
 import pytest
@@ -24,20 +24,20 @@ def env_of(score_at="done", reward=letters, **kwargs):
 
 
 def shaped_rewards(*callbacks, env=None, n_rollouts=3, **kwargs):
-    """Train, and return the infos of each rollout's episodes with what the buffer had for them: (info, rewards)."""
+    """Train; return, for each rollout, the (info, rewards in the buffer) of the episodes that ended in it."""
     recorder = Recorder()
     model = tiny_agent(env or env_of(), n_steps=8, **kwargs)
     model.learn(32 * n_rollouts, callback=[*callbacks, recorder])
     rewards = recorder.stacked("rewards")
     rollouts = [[] for _ in range(n_rollouts)]
-    for info, places in recorder.episodes():
-        rollouts[places[-1][0] // 8].append((info, [float(rewards[place]) for place in places]))
+    for info, transitions in recorder.episodes():
+        rollouts[transitions[-1][0] // 8].append((info, [float(rewards[transition]) for transition in transitions]))
     return rollouts
 
 
 @pytest.mark.parametrize("score_at", ["done", "rollout_end"])
 def test_c6_the_documented_order_by_hand(score_at):
-    """C6, C9: clip, scale by all scores so far, whiten over the rollout, then the penalty where cut."""
+    """Clip, scale by all scores so far, whiten over the rollout, then subtract the penalty where cut (C6, C9)."""
     shaping = RewardShaping(clip=50.0, scale=True, whiten=True, missing_eos_penalty=2.0)
     rollouts = shaped_rewards(shaping, env=env_of(score_at))
     seen, reasons = [], set()
@@ -73,14 +73,14 @@ def test_c6_the_score_is_clipped_before_the_penalty_is_added(callbacks_in_order)
     model.learn(32 * 3, callback=[*order, recorder])
     assert [type(step).__name__ for step in model.rollout_buffer.before_returns] == ["RewardShaping", "KLPenalty"]
     rewards, penalised = recorder.stacked("rewards"), 0
-    for _, places in recorder.episodes():
-        others = [abs(rewards[place]) for place in places[:-1]]
-        penalised += any(one > 10.0 for one in others)
+    for _, transitions in recorder.episodes():
+        others = [abs(rewards[transition]) for transition in transitions[:-1]]
+        penalised += any(reward > 10.0 for reward in others)
     assert penalised > 3
 
 
 def test_c6_the_same_with_the_penalty_taken_out():
-    """With a policy that is the reference the penalty is 0, and what is left is the clipped score."""
+    """In the first rollout the policy is the reference, so the penalty is 0 and the clipped score is left."""
     for info, rewards in shaped_rewards(KLPenalty(1.0), RewardShaping(clip=10.0), n_rollouts=1)[0]:
         assert sum(rewards) == pytest.approx(min(info["episode"]["r"], 10.0), abs=1e-4)
 
@@ -98,7 +98,7 @@ def test_c6_a_constant_batch_gives_no_nan(value):
 
 @pytest.mark.parametrize("score_at", ["step", "done"])
 def test_c9_the_penalty_is_for_those_cut_off_alone_and_once(score_at):
-    """C9, over episodes of all lengths, some of which straddle rollouts; rewards for every token are left alone."""
+    """Over episodes of all lengths, some of which straddle rollouts; rewards of earlier tokens are unchanged (C9)."""
 
     def each(prompt, preds, done):
         return 1.0
@@ -133,7 +133,7 @@ def test_c9_one_penalty_in_several_turns_and_none_where_the_env_ends():
 
 
 def test_the_value_of_a_truncated_episode_is_not_shaped():
-    """The critic's value of what would have followed stands beside the score: here 0, as the critic starts at 0."""
+    """SB3 adds the critic's value to the last reward of a truncated episode; at the start it is 0."""
     env = env_of(length_limit="truncate")
     for info, rewards in shaped_rewards(RewardShaping(clip=1.0), env=env, n_rollouts=1)[0]:
         assert rewards[-1] == min(info["episode"]["r"], 1.0)
@@ -156,7 +156,7 @@ def test_c10_the_task_reward_in_the_logs_is_untouched():
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 3])
 def test_e8_the_running_figures_are_resumed(groups, tmp_path):
-    """Bit for bit, with scores that wait for their group as well."""
+    """Bit for bit, also while scores wait for their group."""
 
     def build(seed):
         env = env_of("rollout_end", samples_per_prompt=groups)
@@ -173,13 +173,13 @@ def test_e8_the_running_figures_are_resumed(groups, tmp_path):
     resumed.learn(56 * 2, callback=callbacks(), reset_num_timesteps=False)
     assert run_state(resumed) == run_state(model)
     (first,), (second,) = (
-        [step for step in one.rollout_buffer.before_returns if isinstance(step, RewardShaping)]
-        for one in (model, resumed)
+        [step for step in agent.rollout_buffer.before_returns if isinstance(step, RewardShaping)]
+        for agent in (model, resumed)
     )
     assert first.state_dict() == second.state_dict() and first.count > 20
 
 
-def test_what_cannot_be_is_said():
+def test_bad_settings_and_wrappers_are_refused():
     with pytest.raises(ValueError, match="Expected `clip` to be positive or None, got 0"):
         RewardShaping(clip=0)
     with pytest.raises(ValueError, match="Expected `missing_eos_penalty` to be 0 or more, got -1"):

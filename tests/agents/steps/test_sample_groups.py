@@ -1,4 +1,4 @@
-"""Groups of samples: which episodes belong together, what waits for what, and the advantages within a group."""
+"""Groups of samples: how prompts are given to groups, advantages within a group, and episodes that wait for theirs."""
 
 import json
 from collections import defaultdict
@@ -29,7 +29,7 @@ def test_advantages_by_hand():
     returns, groups = np.array([1.0, 10.0, 0.0, 10.0, 5.0, 10.0]), np.array([0, 4, 0, 4, 0, 4])
     mean = group_advantages(returns, groups, "grpo_mean")
     np.testing.assert_allclose(mean, [-1, 0, -2, 0, 3, 0])
-    # The others of 1 have a mean of 2.5, those of 0 one of 3, those of 5 one of 0.5.
+    # RLOO subtracts the mean of the other members: for the return 1 it is 2.5, for 0 it is 3, for 5 it is 0.5.
     np.testing.assert_allclose(group_advantages(returns, groups, "rloo"), [-1.5, 0, -3, 0, 4.5, 0])
     deviation = np.sqrt((1 + 4 + 9) / 2)
     np.testing.assert_allclose(group_advantages(returns, groups, "grpo"), mean / deviation, rtol=1e-4)
@@ -47,11 +47,11 @@ def test_noise_is_not_blown_up():
     assert np.isfinite(small).all() and np.abs(small).max() < 1e-3
 
 
-# The env deals prompts to groups
+# Prompts of groups
 
 
 def deal_by_hand(prompts, n, n_lanes, ends):
-    """The same in the slowest way: a list of all that will be dealt, and lanes that take the next of it."""
+    """Return the finished (prompt, group) pairs by a plain queue, from which each lane takes its next prompt."""
     coming = [(prompt, number) for number, prompt in enumerate(prompts * 20) for _ in range(n)]
     lanes = [coming.pop(0) for _ in range(n_lanes)]
     finished = []
@@ -86,7 +86,7 @@ def test_one_row_has_the_same_prompt_in_consecutive_episodes(make_env):
     assert [group for _, group in seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert sorted(prompt for prompt, _ in seen) == list("aaabbbccc") and len(set(seen)) == 3
     env.reset(seed=0)
-    assert env.step(1)[4]["group"] == 0  # anew, with the seed
+    assert env.step(1)[4]["group"] == 0  # a reset with a seed begins again
 
 
 def test_rows_given_to_reset_run_once_each_as_groups_of_one(make_env):
@@ -103,7 +103,7 @@ def test_samples_per_prompt_is_checked(make_env):
 
 
 def test_saved_groups_go_on_the_same(make_env):
-    """Groups in the middle, and episodes that wait for their score, through JSON."""
+    """Half-finished groups and episodes that wait for their score survive JSON."""
 
     def make():
         def reward(prompt, preds, done):
@@ -122,7 +122,7 @@ def test_saved_groups_go_on_the_same(make_env):
                     episode.state["seen"] = episode.state.get("seen", 0) + 1
                 actions = np.where(random.random(4) < 0.3, EOS, random.integers(1, 9, size=4))
                 seen += [(info["group"], info["text"]) for info in lanes.step(actions).infos if info]
-            seen += [(place, info["group"], info["text"], score) for place, info, score in lanes.score_unscored()]
+            seen += [(ended_at, info["group"], info["text"], score) for ended_at, info, score in lanes.score_unscored()]
         return seen
 
     lanes = make()
@@ -144,16 +144,16 @@ def test_saved_groups_go_on_the_same(make_env):
 
 
 class Ranked(TextEnv):
-    """Scores a text by its place among the texts of its group; keeps in `calls` what it was asked."""
+    """Scores a text by its rank in its group, and keeps the rows of each call in `calls`."""
 
     calls: list = []
 
     def get_rewards(self, prompts, preds, dones):
-        self.calls.append([(str(prompt), one.group, one.text) for prompt, one in zip(prompts, preds)])
+        self.calls.append([(str(prompt), text.group, text.text) for prompt, text in zip(prompts, preds)])
         groups = defaultdict(list)
-        for one in preds:
-            groups[one.group].append(sum(one.ids))
-        return [float(sum(sum(one.ids) > other for other in groups[one.group])) for one in preds]
+        for text in preds:
+            groups[text.group].append(sum(text.ids))
+        return [float(sum(sum(text.ids) > other for other in groups[text.group])) for text in preds]
 
 
 def ranked(n=3, **kwargs):
@@ -168,7 +168,7 @@ def ranked_agent(advantage="grpo_mean", n=3, n_envs=7, n_steps=5, env=None, **kw
 
 
 class Trained(BaseCallback):
-    """Keeps what each rollout trains: log-probability, advantage and return of every transition."""
+    """Keeps the log-probability, advantage, return and action of every transition that a rollout trains."""
 
     def _on_training_start(self):
         self.rollouts = []
@@ -178,8 +178,8 @@ class Trained(BaseCallback):
 
     def _on_rollout_end(self):
         (samples,) = self.model.rollout_buffer.get()
-        numbers = (samples.old_log_prob, samples.advantages, samples.returns, samples.actions)
-        self.rollouts.append(list(zip(*(part.tolist() for part in numbers))))
+        tensors = (samples.old_log_prob, samples.advantages, samples.returns, samples.actions)
+        self.rollouts.append(list(zip(*(tensor.tolist() for tensor in tensors))))
 
 
 def test_members_are_scored_in_one_call_and_stand_together():
@@ -201,18 +201,18 @@ def test_members_are_scored_in_one_call_and_stand_together():
     assert sorted(scored) == sorted((str(i["prompt"]), i["group"], i["text"]) for i in ended if i["group"] in whole)
     assert all(info["scored"] == (info["group"] in whole) for info in ended)
     late = [i for i in range(6) for info in recorder.infos[5 * i] + recorder.infos[5 * i + 1] if info]
-    assert late  # the env was not in step
+    assert late  # the control: lanes ended at different steps
 
 
 def whole_groups(recorder, n, n_steps=5):
-    """By rollout: the groups whose last member ended in it, (info, places) of each member."""
+    """Return, by rollout, the groups whose last member ended in it, with (info, transitions) of each member."""
     members = defaultdict(list)
-    for info, places in recorder.episodes():
-        members[info["group"]].append((info, places))
+    for info, transitions in recorder.episodes():
+        members[info["group"]].append((info, transitions))
     rollouts = defaultdict(list)
     for group in members.values():
         if len(group) == n:
-            last = max(places[-1][0] for _, places in group)
+            last = max(transitions[-1][0] for _, transitions in group)
             rollouts[last // n_steps].append(group)
     return rollouts
 
@@ -228,26 +228,30 @@ def test_every_token_gets_its_episodes_advantage_once_its_group_is_whole(advanta
     for i in range(7):
         expected = []
         for group in rollouts[i]:
-            # The score may have come into a waiting episode: what the recorder saw is the penalty without it.
-            late = [info["episode"]["r"] if places[-1][0] // 5 < i else 0.0 for info, places in group]
-            returns = np.array([sum(rewards[place] for place in places) for _, places in group]) + late
-            straddling += len({places[-1][0] // 5 for _, places in group}) > 1
+            # A member that waited got its score after the recorder had copied its rewards.
+            late = [info["episode"]["r"] if transitions[-1][0] // 5 < i else 0.0 for info, transitions in group]
+            returns = (
+                np.array([sum(rewards[transition] for transition in transitions) for _, transitions in group]) + late
+            )
+            straddling += len({transitions[-1][0] // 5 for _, transitions in group}) > 1
             each = group_advantages(returns, np.zeros(3), advantage)
-            expected += [(log_probs[p], a) for (_, places), a in zip(group, each) for p in places]
+            expected += [(log_probs[p], a) for (_, transitions), a in zip(group, each) for p in transitions]
         got = sorted(row[:2] for row in trained.rollouts[i])
         np.testing.assert_allclose(got, sorted((float(p), float(a)) for p, a in expected), atol=1e-4)
     assert straddling > 3 and any(len(rows) for rows in rollouts.values())
 
 
 def test_scores_that_come_late_reach_all_tokens_with_a_critic_too():
-    """With gamma = lambda = 1 the return of every token is its episode's score, whenever its group was whole."""
+    """With gamma = lambda = 1, every token's return is its episode's score, however late the group was complete."""
     model = ranked_agent("gae", rollout_buffer_kwargs={"normalize_advantage": False}, gae_lambda=1.0)
     assert model.rollout_buffer.complete_episodes
     recorder, trained = Recorder(), Trained()
     model.learn(35 * 6, callback=[recorder, trained])
     log_probs = recorder.stacked("log_probs")
     for i, groups in whole_groups(recorder, 3).items():
-        expected = [(float(log_probs[p]), info["episode"]["r"]) for g in groups for info, places in g for p in places]
+        expected = [
+            (float(log_probs[p]), info["episode"]["r"]) for g in groups for info, transitions in g for p in transitions
+        ]
         got = [(log_prob, value) for log_prob, _, value, _ in trained.rollouts[i]]
         np.testing.assert_allclose(sorted(got), sorted(expected), atol=1e-4)
 
@@ -271,12 +275,12 @@ def test_logs_count_an_episode_when_its_score_has_come():
         assert mean == pytest.approx(np.mean([info["episode"]["r"] for info in infos]))
     scored = [info for step in recorder.infos for info in step if info and info["scored"]]
     assert len(model.ep_info_buffer) == len(scored) < 100
-    assert sum(one["r"] for one in model.ep_info_buffer) == pytest.approx(sum(i["episode"]["r"] for i in scored))
+    assert sum(info["r"] for info in model.ep_info_buffer) == pytest.approx(sum(i["episode"]["r"] for i in scored))
 
 
 @pytest.mark.parametrize("advantage", ["gae", "grpo"])
 def test_e8_resumed_with_groups_that_wait(advantage, tmp_path):
-    """Bit for bit, from a point where whole episodes wait, with and without their scores."""
+    """Bit for bit, from a checkpoint in which finished episodes wait for their group, with and without scores."""
 
     def build(**kwargs):
         return ranked_agent(advantage, rollout_buffer_kwargs={"advantage": advantage}, **kwargs)
@@ -305,7 +309,7 @@ def _learned(model):
     return model
 
 
-# What a reset or an interrupt leaves behind
+# After a reset or an interrupt
 
 
 class Stop(BaseCallback):
@@ -328,20 +332,20 @@ def test_a_broken_off_rollout_or_a_reset_leaves_no_half_group(score_at, reset):
     log_probs = recorder.stacked("log_probs")
     rollouts = whole_groups(recorder, 3, n_steps=6)
     for i, rows in enumerate(trained.rollouts):
-        expected = [float(log_probs[p]) for group in rollouts[i] for _, places in group for p in places]
-        if reset or i > 2:  # before, episodes of which the recorder saw the end only are not trained
+        expected = [float(log_probs[p]) for group in rollouts[i] for _, transitions in group for p in transitions]
+        if reset or i > 2:  # earlier rollouts train only episodes that the recorder saw from their start
             assert sorted(row[0] for row in rows) == pytest.approx(sorted(expected))
         assert {row[0] for row in rows} <= set(log_probs.flatten().tolist())
     buffer, lanes = model.rollout_buffer, model.get_env().lanes
     alive = lanes.open_groups()
-    assert {one.group for one in buffer.waiting_episodes.values()} <= alive
-    assert {one.group for one in lanes.waiting} <= alive and not lanes.unscored
+    assert {episode.group for episode in buffer.waiting_episodes.values()} <= alive
+    assert {episode.group for episode in lanes.waiting} <= alive and not lanes.unscored
 
 
-# What cannot be
+# Refusals
 
 
-def test_what_groups_need_is_said():
+def test_settings_without_their_groups_are_refused():
     with pytest.raises(ValueError, match=r"Expected `advantage` to be one of \['gae', 'grpo', .* got 'ppo'"):
         tiny_agent(rollout_buffer_kwargs={"advantage": "ppo"})
     with pytest.raises(ValueError, match="Expected normalize_advantage=False with advantage='grpo'"):
@@ -374,7 +378,7 @@ def test_the_order_of_callbacks_does_not_matter():
 
 
 def test_a_group_needs_no_critic():
-    """With vf_coef=0 no gradient reaches the critic, which is and stays zero."""
+    """With vf_coef=0 no gradient reaches the critic, whose weights stay zero."""
     model = ranked_agent("rloo", vf_coef=0.0)
     model.learn(35 * 3)
     assert not model.policy.lm.critic.linear.weight.any()

@@ -1,4 +1,4 @@
-"""Classifiers: what is learned, and not from shuffled labels; what is saved, and what `Classifier` makes of it."""
+"""`train_classifier`: learning from labels and not from shuffled ones, saved folders, and their use as a reward."""
 
 import random
 
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 def some_texts(n, seed=0):
-    """Different texts of 3 to 8 words with "good" or "bad" in some place, and 1 for "good"."""
+    """Return different texts of 3 to 8 words that contain "good" or "bad", and their labels, 1 for "good"."""
     rng = np.random.default_rng(seed)
     texts = {}
     while len(texts) < n:
@@ -64,15 +64,15 @@ def same(first, second):
 
 @pytest.mark.parametrize("family", few(CONFIGS, 1))
 def test_it_learns_and_its_folder_is_a_reward(family, tmp_path):
-    made = trained(tmp_path / "m", family, held_out=TEST)
-    assert made.n_steps == 50 and made.held_out.accuracy > 0.95 and made.held_out.n_texts == 200
-    assert made.held_out[2:4] == wilson_interval(made.held_out.accuracy, 200)
+    result = trained(tmp_path / "m", family, held_out=TEST)
+    assert result.n_steps == 50 and result.held_out.accuracy > 0.95 and result.held_out.n_texts == 200
+    assert result.held_out[2:4] == wilson_interval(result.held_out.accuracy, 200)
     reward = Classifier(tmp_path / "m", label="positive")
     good, bad, empty = scores(reward, ["the film was good", "the film was bad", ""])
     assert good > 0.9 and bad < 0.1 and 0 < empty < 1
-    # What is measured is what the reward says: batched and alone, here and from the folder.
-    labels = [int(one > 0.5) for one in scores(reward, TEST[0])]
-    assert np.mean(np.array(labels) == TEST[1]) == made.held_out.accuracy
+    # The measured accuracy is that of the reward, which loads the folder.
+    labels = [int(score > 0.5) for score in scores(reward, TEST[0])]
+    assert np.mean(np.array(labels) == TEST[1]) == result.held_out.accuracy
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -84,14 +84,14 @@ def test_from_shuffled_labels_nothing_is_learned(tmp_path):
 
 
 def test_the_loss_is_the_models_own(tmp_path):
-    made = trained(tmp_path / "m", n_epochs=1, held_out=TEST)
+    result = trained(tmp_path / "m", n_epochs=1, held_out=TEST)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     with torch.no_grad():
         losses = [
             float(model(**TOKENIZER(text, return_tensors="pt"), labels=torch.tensor([label])).loss)
             for text, label in zip(*TEST)
         ]
-    assert made.held_out.loss == pytest.approx(np.mean(losses), abs=1e-5)
+    assert result.held_out.loss == pytest.approx(np.mean(losses), abs=1e-5)
     assert model.config.id2label == dict(enumerate(NAMES)) and model.config.label2id["positive"] == 1
 
 
@@ -109,13 +109,13 @@ def test_several_labels_and_longer_texts_that_are_cut_here_and_in_the_reward(tmp
     texts, labels = ["the good", "the bad", "the plot"] * 20, [0, 1, 2] * 20
     with pytest.warns(UserWarning, match="are longer than max_length=2"):
         long = [text + " good bad plot" for text in texts]
-        made = trained(tmp_path / "m", "gpt2", labels, long, label_names=None, max_tokens=2, n_epochs=15)
-    assert made.training.accuracy == 1.0 and made.held_out is None
+        result = trained(tmp_path / "m", "gpt2", labels, long, label_names=None, max_tokens=2, n_epochs=15)
+    assert result.training.accuracy == 1.0 and result.held_out is None
     reward = Classifier(tmp_path / "m", label="LABEL_2", output="label")
     with pytest.warns(UserWarning, match="are longer than max_length=2"):
         assert scores(reward, long[:3]) == [0, 0, 1]
     assert AutoTokenizer.from_pretrained(tmp_path / "m").model_max_length == 2
-    assert TOKENIZER.model_max_length > 1e9  # the caller's own
+    assert TOKENIZER.model_max_length > 1e9  # the caller's own tokenizer is unchanged
 
 
 @pytest.mark.slow

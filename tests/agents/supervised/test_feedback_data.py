@@ -1,4 +1,4 @@
-"""From what people answered to what a reward model is trained on, worked by hand."""
+"""People's answers as the examples of a reward model, worked out by hand."""
 
 import re
 
@@ -76,8 +76,8 @@ def test_a_tenth_of_the_prompts_is_held_out_always_the_same(tmp_path):
     assert fill(path, "rank", ["great", "awful", "great awful"]) == 20
     data, held_out = read_feedback(path)
     assert (len(data), len(held_out)) == (18, 2)
-    assert not {one.prompt for one in data} & {one.prompt for one in held_out}
-    assert all(one.texts == ("great", "great awful", "awful") for one in data + held_out)
+    assert not {example.prompt for example in data} & {example.prompt for example in held_out}
+    assert all(example.texts == ("great", "great awful", "awful") for example in data + held_out)
     assert read_feedback(path) == (data, held_out)
     assert len(read_feedback(path, everything=True).data) == 20 and not read_feedback(path, everything=True).held_out
 
@@ -92,7 +92,7 @@ def test_labels_that_are_alike_are_not_held_out(tmp_path):
     assert len(read_feedback(path).data) == 18 and read_feedback(path).held_out == []
 
 
-def test_a_learned_reward_ranks_as_it_was_told_and_learns_again(tmp_path):
+def test_a_learned_reward_follows_its_answers_and_learns_again(tmp_path):
     reward = LearnedReward(str(small_model(tmp_path / "small")), n_epochs=20, learning_rate=0.01)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
     preds = [Preds(tokenizer, tokenizer.encode(text)) for text in ("great", "awful")]

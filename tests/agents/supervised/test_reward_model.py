@@ -1,4 +1,4 @@
-"""Reward models: losses worked by hand, what is read where, what is learned, and what is saved."""
+"""`train_reward_model`: losses worked out by hand, the token a score is read at, learning, and saved folders."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from textenv import CharTokenizer
 from textenv.rewards.reward_stats import RewardStats
 
 WORDS = ["good", "bad", "film", "plot", "the", "a", "was", "is"]
-TOKENIZER = word_tokenizer(WORDS)  # whose pad token is its end token, 0
+TOKENIZER = word_tokenizer(WORDS)  # its pad token is its end token, 0
 GOOD, BAD, FILM, THE = (TOKENIZER.convert_tokens_to_ids(word) for word in ("good", "bad", "film", "the"))
 
 
@@ -27,7 +27,7 @@ def log_sigmoid(x):
 
 
 def some_texts(n, seed=0):
-    """Pairs of texts of 3 to 8 words; the one with more "good" than "bad" is the better one."""
+    """Return different texts of 3 to 8 words by their merit."""
     rng = np.random.default_rng(seed)
     texts = {" ".join(rng.choice(WORDS, rng.integers(3, 9))) for _ in range(4 * n)}
     by_merit = {}
@@ -37,18 +37,19 @@ def some_texts(n, seed=0):
 
 
 def merit(text):
+    """Return how many more "good" than "bad" a text has."""
     return text.split().count("good") - text.split().count("bad")
 
 
 def some_pairs(n, seed=0, noise=False):
-    """Pairs ranked by merit, or in a random order."""
+    """Return pairs of texts, the better one first, or with `noise` in a random order."""
     rng = np.random.default_rng(seed)
     texts = [text for _, same in sorted(some_texts(n, seed).items()) for text in same]
     pairs = []
     while len(pairs) < n:
-        one, other = (texts[i] for i in rng.choice(len(texts), 2, replace=False))
-        if merit(one) != merit(other):
-            better, worse = (one, other) if merit(one) > merit(other) else (other, one)
+        first, second = (texts[i] for i in rng.choice(len(texts), 2, replace=False))
+        if merit(first) != merit(second):
+            better, worse = (first, second) if merit(first) > merit(second) else (second, first)
             pairs.append(Ranking((worse, better) if noise and rng.random() < 0.5 else (better, worse)))
     return pairs
 
@@ -79,9 +80,9 @@ def test_a_ranking_is_the_mean_of_all_its_pairs_and_rankings_weigh_the_same():
     ("chosen", "rejected", "start"),
     [
         ([THE, FILM, GOOD], [THE, FILM, BAD], 2),
-        ([THE, GOOD, FILM, GOOD], [THE, BAD], 1),  # behind its end the shorter text keeps its last score
-        ([THE, FILM], [THE, FILM, BAD, BAD], 2),  # one begins the other
-        ([THE, FILM], [THE, FILM], 1),  # equal: the last place
+        ([THE, GOOD, FILM, GOOD], [THE, BAD], 1),  # after its end, the shorter text keeps its last score
+        ([THE, FILM], [THE, FILM, BAD, BAD], 2),  # one is the start of the other
+        ([THE, FILM], [THE, FILM], 1),  # equal: only the last token counts
     ],
 )
 def test_the_loss_of_each_token_is_counted_from_the_first_difference(chosen, rejected, start):
@@ -94,8 +95,8 @@ def test_the_loss_of_each_token_is_counted_from_the_first_difference(chosen, rej
     with torch.no_grad():
         loss = float(_loss(model, [_Example([chosen, rejected], [(0, 1)])], "tokens", 0.0))
         better, worse = scores(chosen), scores(rejected)
-    places = range(start, max(len(chosen), len(rejected)))
-    assert loss == pytest.approx(-np.mean([log_sigmoid(better[t] - worse[t]) for t in places]), abs=1e-5)
+    positions = range(start, max(len(chosen), len(rejected)))
+    assert loss == pytest.approx(-np.mean([log_sigmoid(better[t] - worse[t]) for t in positions]), abs=1e-5)
 
 
 def test_the_loss_of_labels_is_the_squared_error():
@@ -115,9 +116,9 @@ def test_b7_scores_are_read_at_the_last_real_token_under_padding_of_either_side(
     ids = torch.full((len(texts), columns), FILM)
     is_real = torch.zeros(len(texts), columns, dtype=torch.bool)
     for row, text in enumerate(texts):
-        place = slice(0, len(text)) if side == "right" else slice(columns - len(text), columns)
-        ids[row, place] = torch.tensor(text)
-        is_real[row, place] = True
+        columns_of_text = slice(0, len(text)) if side == "right" else slice(columns - len(text), columns)
+        ids[row, columns_of_text] = torch.tensor(text)
+        is_real[row, columns_of_text] = True
     with torch.no_grad():
         alone = [float(read_scores(model, torch.tensor([t]), torch.ones(1, len(t), dtype=torch.bool))) for t in texts]
         together = read_scores(model, ids, is_real)
@@ -141,7 +142,7 @@ def test_b8_over_long_texts_lose_as_many_tokens_at_the_start():
 
 
 def test_any_number_of_steps(tmp_path):
-    """Of 10 steps the schedule's warm-up would have no length."""
+    """With 10 steps or fewer, the schedule has no warm-up."""
     for n in (1, 10, 11):
         assert len(train(some_pairs(n), tmp_path / f"{n}", batch_size=1, n_epochs=1, held_out=()).losses) == n
 
@@ -157,7 +158,7 @@ def test_over_long_texts_that_share_nothing_lose_their_own_start():
     """One long text must not empty the others it is ranked with."""
     texts = encode_texts(CharTokenizer(), ["abcdefgh", "bcd", "xabcdef"], max_tokens=4)
     assert texts == [[5, 6, 7, 8], [2, 3, 4], [3, 4, 5, 6]]
-    texts = encode_texts(CharTokenizer(), ["abcdefgh", "abxy"], max_tokens=4)  # of six, two are shared
+    texts = encode_texts(CharTokenizer(), ["abcdefgh", "abxy"], max_tokens=4)  # a shared start of two tokens
     assert texts == [[5, 6, 7, 8], [24, 25]]
 
 
@@ -284,7 +285,7 @@ def test_figures_worked_by_hand():
     low, high = wilson_interval(0.5, 100)
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson_interval(1.0, 20)[0] == pytest.approx(0.8389, abs=1e-4)
-    # Two of confidence 0.9, both right: a gap of 0.1; two of 0.6, one right: one of 0.1.
+    # Two pairs of confidence 0.9, both right: a gap of 0.1; two of 0.6, one right: also 0.1.
     assert calibration(np.log([9.0, 9.0, 1.5, 1 / 1.5])) == pytest.approx(0.1)
 
 

@@ -1,4 +1,4 @@
-"""Reward models: nothing is learned from shuffled pairs, centring centres, and after Ctrl-C training goes on."""
+"""Reward models: nothing is learned from shuffled pairs, `centring` centres scores, and Ctrl-C can be resumed."""
 
 import signal
 
@@ -14,7 +14,7 @@ from agents.supervised.accuracy import wilson_interval
 from agents.supervised.reward_model import build_reward_model
 from tests.helpers.models import tiny
 
-# So many words that what is learned by chance of some says little about held-out texts.
+# So many words that chance agreement on a few of them hardly matters on held-out texts.
 WORDS = [f"good{i}" for i in range(60)] + [f"bad{i}" for i in range(60)]
 TOKENIZER = word_tokenizer(WORDS)
 CONFIG = tiny(vocab_size=len(TOKENIZER), initializer_range=0.1)
@@ -22,7 +22,7 @@ OFFSET = 2.0
 
 
 def some_pairs(n, seed, shuffled=False):
-    """Pairs of texts of 8 words; the one with more good words is the better one, or either."""
+    """Return pairs of texts of 8 words, the one with more good words first, or with `shuffled` in a random order."""
     rng = np.random.default_rng(seed)
     pairs = []
     while len(pairs) < n:
@@ -46,7 +46,7 @@ def test_nothing_is_learned_from_shuffled_pairs_in_the_epochs_that_true_ones_tak
     assert true.low > 0.85
     for seed in range(3):
         trained = train(some_pairs(500, seed, shuffled=True), tmp_path / f"shuffled{seed}", held_out=test)
-        assert trained.losses[-10:].mean() < 0.67  # the shuffled pairs themselves are learned by heart
+        assert trained.losses[-10:].mean() < 0.67  # the training pairs are memorised
         right.append(trained.held_out.accuracy)
     low, high = wilson_interval(float(np.mean(right)), len(test))
     assert low < 0.5 < high and high < true.low, right
@@ -56,7 +56,7 @@ def test_nothing_is_learned_from_shuffled_pairs_in_the_epochs_that_true_ones_tak
 def test_centring_brings_the_mean_score_to_zero_and_keeps_the_accuracy(tmp_path):
     model = build_reward_model(CONFIG)
     weight = score_head(model).weight.detach()[0]
-    with torch.no_grad():  # all scores are high: pairs alone leave that as it is
+    with torch.no_grad():  # raise all scores, which a loss on pairs alone does not correct
         model.transformer.ln_f.bias.add_(OFFSET * weight / weight.square().sum())
     model.save_pretrained(tmp_path / "start")
     plain, centred = (
@@ -71,7 +71,7 @@ def test_centring_brings_the_mean_score_to_zero_and_keeps_the_accuracy(tmp_path)
 
 
 def press_ctrl_c(monkeypatch, step, times=1):
-    """Have Ctrl-C pressed while the loss of a step is computed; returns a list that grows with each."""
+    """Send SIGINT while the loss of a step is computed; return a list that grows with each step."""
     real, asked = reward_model._loss, []
 
     def loss(*args):

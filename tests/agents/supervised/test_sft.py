@@ -1,4 +1,4 @@
-"""Supervised tuning: what is trained of a text, packing, resuming, and what is saved."""
+"""`sft.tune`: the trained tokens of a text, packing, learning, resuming, and saved folders."""
 
 import random
 import signal
@@ -51,7 +51,7 @@ def test_b8_what_is_too_long_keeps_the_prompts_end_and_the_references_start():
 def test_the_gradient_of_a_pair_is_that_of_the_references_log_probability():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG)
-    batch = collate([[Sample([3, 4, 5, 6, 0], 3)], [Sample([7, 8], 1)]])  # two trained tokens and one
+    batch = collate([[Sample([3, 4, 5, 6, 0], 3)], [Sample([7, 8], 1)]])  # two trained tokens, and one
     model(**batch).loss.backward()
     gradient = model.lm_head.weight.grad.clone()
     model.zero_grad()
@@ -128,7 +128,7 @@ def test_a_config_without_tokenizer_gets_one_trained_on_the_texts(tmp_path):
 
 
 def test_e8_after_ctrl_c_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
-    config = tiny(vocab_size=len(TOKENIZER), resid_pdrop=0.1)  # dropout draws from the generators that are saved
+    config = tiny(vocab_size=len(TOKENIZER), resid_pdrop=0.1)  # dropout draws from the generators that a state saves
     tune(TEXTS, tmp_path / "whole", lm=config)
 
     class PressCtrlC(TrainerCallback):

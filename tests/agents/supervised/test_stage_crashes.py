@@ -1,4 +1,4 @@
-"""The stages before PPO, stopped, killed and damaged: they go on from the newest whole state, to the same weights."""
+"""The stages before PPO, stopped, killed and damaged: they resume from the newest intact state to the same weights."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ TEXTS = demo.reviews(48, seed=1)
 LABELS = [int("good" in text) for text in TEXTS]
 CONFIG = tiny(vocab_size=len(TOKENIZER), resid_pdrop=0.1, pad_token_id=0)
 WORDS = {"n_epochs": 4, "batch_size": 8, "learning_rate": 1e-2, "progress_bar": False}
-PAIRS = [Ranking((one, other)) for one, other in zip(TEXTS, reversed(TEXTS), strict=True)]
+PAIRS = [Ranking(pair) for pair in zip(TEXTS, reversed(TEXTS), strict=True)]
 STAGES = {
     "sft": lambda folder, **more: tune(CONFIG, TEXTS, folder, tokenizer=TOKENIZER, **WORDS, **more),
     "classifier": lambda folder, **more: train_classifier(CONFIG, TOKENIZER, TEXTS, LABELS, folder, **WORDS, **more),
@@ -35,21 +35,21 @@ FILES = {"sft": "optimizer.pt", "classifier": "optimizer.pt", "reward-model": "o
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The weights of stages that were never stopped."""
-    made = {}
+    """A function that returns the bytes of the weights of a stage that was never stopped."""
+    weights = {}
 
     def train(stage):
-        if stage not in made:
+        if stage not in weights:
             folder = tmp_path_factory.mktemp("whole") / "model"
             STAGES[stage](folder)
-            made[stage] = (folder / "model.safetensors").read_bytes()
-        return made[stage]
+            weights[stage] = (folder / "model.safetensors").read_bytes()
+        return weights[stage]
 
     return train
 
 
 def stop_at(monkeypatch, step, action):
-    """Do something behind a step, before its state is written."""
+    """Call `action` after a step, before its state is written."""
     original = interrupted.States.is_due
 
     def is_due(self, now):
@@ -61,7 +61,7 @@ def stop_at(monkeypatch, step, action):
 
 
 def stopped_with_two_states(stage, folder, monkeypatch, step=12):
-    """Train a stage, with a state every five steps, that stops with those of 5 and 10."""
+    """Train a stage with a state every five steps, and stop it; return the states of steps 5 and 10."""
     monkeypatch.setattr(interrupted, "SAVE_STEPS", 5)
 
     def stop():
@@ -79,7 +79,7 @@ def stopped_with_two_states(stage, folder, monkeypatch, step=12):
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("classifier", marks=pytest.mark.slow), "reward-model"])
 def test_a_state_without_its_optimizer_is_passed_over(stage, whole, tmp_path, monkeypatch):
-    """It was taken, and went on to other weights."""
+    """Such a state used to be resumed, which led to other weights."""
     before, newest = stopped_with_two_states(stage, tmp_path / "m", monkeypatch)
     (newest / FILES[stage]).unlink()
     with pytest.warns(UserWarning, match=rf"{FILES[stage]}: missing.*; going on from {before}"):
@@ -177,13 +177,13 @@ def test_states_of_unknown_arguments_are_not_thrown_away(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_9_at_random_moments_leaves_a_stage_that_goes_on(stage, whole, tmp_path, monkeypatch):
     expected = whole(stage)
-    tqdm.set_lock(threading.RLock())  # its own is shared with the forked ones, which die with it
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with forks, and a killed fork would never release it
     monkeypatch.setattr(interrupted, "SAVE_STEPS", 3)
     begun = time.monotonic()
     STAGES[stage](tmp_path / "timed")
     seconds = time.monotonic() - begun
     shutil.rmtree(tmp_path / "timed")
-    choose, killed = random.Random(0), 0
+    rng, killed = random.Random(0), 0
     for _ in range(12):
         pid = os.fork()
         if pid == 0:
@@ -192,7 +192,7 @@ def test_kill_9_at_random_moments_leaves_a_stage_that_goes_on(stage, whole, tmp_
                 STAGES[stage](tmp_path / "m", resume=True, overwrite=True)
             finally:
                 os._exit(0)  # whatever happened, the fork does not return into pytest
-        time.sleep(choose.uniform(0.0, 0.4 * seconds))
+        time.sleep(rng.uniform(0.0, 0.4 * seconds))
         os.kill(pid, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert killed >= 6

@@ -1,4 +1,4 @@
-"""rl_zoo3 as a client: what it needs of environments, policies and algorithms, and the thing itself."""
+"""rl_zoo3 as a client: environments, policies and algorithms made its way, and real runs of its scripts."""
 
 import csv
 import importlib.machinery
@@ -39,8 +39,8 @@ def lm(**kwargs):
 
 
 def dummy(n_envs=4, **kwargs):
-    """Environments as rl_zoo3 makes them: one by one, each in a Monitor."""
-    return make_vec_env(lambda **given: gymnasium.spec(DEMO).make(**given), n_envs, seed=0, env_kwargs=kwargs)
+    """Return environments as rl_zoo3 makes them: one by one, each in a Monitor."""
+    return make_vec_env(lambda **options: gymnasium.spec(DEMO).make(**options), n_envs, seed=0, env_kwargs=kwargs)
 
 
 # Environments of plain values
@@ -134,7 +134,7 @@ def test_the_policy_swallows_what_a_search_gives_to_every_policy():
     kwargs = {"lm": lm(), "net_arch": {"pi": [64], "vf": [64]}, "activation_fn": nn.Tanh}
     model = PPO(LMPolicy, dummy(2), n_steps=4, batch_size=4, policy_kwargs=kwargs, device="cpu", seed=0)
     plain = PPO(LMPolicy, dummy(2), n_steps=4, batch_size=4, policy_kwargs={"lm": lm()}, device="cpu", seed=0)
-    shapes = [[tuple(w.shape) for w in one.policy.parameters()] for one in (model, plain)]
+    shapes = [[tuple(weight.shape) for weight in agent.policy.parameters()] for agent in (model, plain)]
     assert shapes[0] == shapes[1]
     model.learn(8)
 
@@ -193,7 +193,7 @@ def test_what_lanes_cannot_do_is_refused():
 
 
 class FakeTrial:
-    """Draws an end of each range, and keeps what was asked."""
+    """A trial that draws one end of each range, and keeps the parameters that it was asked for."""
 
     def __init__(self, end):
         self.end, self.params = end, {}
@@ -256,7 +256,7 @@ def test_configurations_name_what_is_there(path):
 
 
 def script(monkeypatch, name, called):
-    """A module of rl_zoo3's whose function of the same name keeps the command line, as `main` imports it."""
+    """Put a fake rl_zoo3 module in place, whose function of the same name notes the command line."""
     module = types.ModuleType(f"rl_zoo3.{name}")
     setattr(module, name, lambda: called.append([name, *sys.argv]))
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -277,7 +277,7 @@ def test_the_first_word_is_the_script_and_the_others_are_its_own(monkeypatch):
         ["enjoy", "agents.zoo enjoy", "--algo", "token_ppo", "--stochastic"],
         ["train", "agents.zoo train", "--algo", "ppo"],
     ]
-    assert evaluated == [False]  # enjoy has options for it, and ppo is rl_zoo3's
+    assert evaluated == [False]  # `enjoy` has --stochastic for it, and plain PPO is left as rl_zoo3 has it
     for words in ([], ["--algo", "token_ppo"], ["play"]):
         monkeypatch.setattr(sys, "argv", ["zoo.py", *words])
         with pytest.raises(SystemExit, match=r"Expected `python -m agents.zoo train\|enjoy ...`, got"):
@@ -297,19 +297,19 @@ def test_enjoying_is_masked(monkeypatch, tmp_path):
     masked = enjoy.ALGOS["token_maskable_ppo"].load(tmp_path / "model.zip", device="cpu", seed=0)
     unmasked = TokenMaskablePPO.load(tmp_path / "model.zip", device="cpu", seed=0)
     words, written = env.envs[0].unwrapped.tokenizer.words, {}
-    for one in (masked, unmasked):
+    for agent in (masked, unmasked):
         observations, taken = env.reset(), set()
         for _ in range(60):
-            actions, _ = one.predict(observations, deterministic=False)
+            actions, _ = agent.predict(observations, deterministic=False)
             taken |= {words[action] for action in actions}
-            observations = env.step(actions)[0] if one is masked else env.reset()
-        written[one] = taken
+            observations = env.step(actions)[0] if agent is masked else env.reset()
+        written[agent] = taken
     assert len(written[masked]) > 10 and not written[masked] & set(banned)
-    assert written[unmasked] & set(banned)  # as rl_zoo3 itself would have it
+    assert written[unmasked] & set(banned)  # the control: plain rl_zoo3 passes no mask
 
 
 def episodes(folder):
-    """Reward and length of each episode in the folder's monitor files, sorted."""
+    """Return the reward and length of each episode in a folder's monitor files, sorted."""
     texts = [path.read_text().splitlines()[1:] for path in folder.glob("*.monitor.csv")]
     return sorted((float(row["r"]), int(row["l"])) for lines in texts for row in csv.DictReader(lines))
 
@@ -318,7 +318,7 @@ def episodes(folder):
 def test_the_monitors_of_lanes_have_a_row_an_episode(score_at, tmp_path):
     kwargs = {"max_new_tokens": 4, "score_at": score_at}
     make = gymnasium.spec(DEMO).make
-    env = make_vec_env(lambda **given: make(**given), 4, seed=0, monitor_dir=str(tmp_path), env_kwargs=kwargs)
+    env = make_vec_env(lambda **options: make(**options), 4, seed=0, monitor_dir=str(tmp_path), env_kwargs=kwargs)
     model = TokenPPO(LMPolicy, env, n_steps=16, policy_kwargs={"lm": lm()}, device="cpu", seed=0)
     seen = []
     model.learn(128, callback=lambda local, _: seen.extend(i for i in local["infos"] if "episode" in i) or True)
@@ -327,7 +327,7 @@ def test_the_monitors_of_lanes_have_a_row_an_episode(score_at, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {f"{lane}.monitor.csv" for lane in range(4)}
 
 
-# The thing itself
+# Real runs of rl_zoo3
 
 
 def train(tmp_path, algorithm, *words):
@@ -360,7 +360,7 @@ def test_rl_zoo3_trains_evaluates_resumes_and_enjoys(algorithm, tmp_path):
     saved = next((tmp_path / "logs" / algorithm).glob("textenv-Demo-v0_1/textenv-Demo-v0.zip"))
     assert len(episodes(saved.parent)) >= 8
     assert "Loading pretrained agent" in train(tmp_path, algorithm, "--trained-agent", str(saved), *mask)
-    one_prompt = ["--env-kwargs", "prompts:['our old radio was']"]  # the mask is taken from the run
+    one_prompt = ["--env-kwargs", "prompts:['our old radio was']"]  # the mask comes from the saved run's settings
     greedy = rewards(run(tmp_path, "enjoy", algorithm, "-n", "120", "--no-render", *one_prompt))
     sampled = rewards(said := run(tmp_path, "enjoy", algorithm, "-n", "300", "--stochastic", *one_prompt))
     assert len(greedy) >= 4 and len(set(greedy)) == 1 and len(set(sampled)) > 1

@@ -1,4 +1,4 @@
-"""A disk that is full for a while: rows, events and checkpoints wait, training goes on, nothing is missing."""
+"""A disk that is full for a while: rows, events and checkpoints wait, training continues, and nothing is lost."""
 
 import errno
 import json
@@ -18,15 +18,14 @@ from agents.runs.exit_codes import as_command_error
 from agents.runs.folder import append_text
 from agents.runs.loggers import TensorBoard
 from agents.runs.recording import Recorder
-from tests.agents.runs.test_cli_resume import same_runs
-from tests.helpers.command import ROLLOUT, rows, run, settings
+from tests.helpers.command import ROLLOUT, rows, run, same_runs, settings
 
 ROLLOUTS = 6
 
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A disk that is full while its only entry is true: fsync and safetensors say so, as those that need no room do."""
+    """A switch, `disk[0]`: while it is true, `os.fsync` and safetensors raise ENOSPC."""
     full = [False]
     fsync, save_file = os.fsync, safetensors.torch.save_file
 
@@ -44,7 +43,7 @@ def disk(monkeypatch):
 
 
 def full_between(monkeypatch, disk, first, last):
-    """Let the disk be full from the rollout of the one number to the end of that of the other."""
+    """Let the disk be full from the end of rollout `first` until the end of rollout `last`."""
     original = Recorder._on_step
 
     def step(self):
@@ -83,8 +82,8 @@ def test_a_checkpoint_says_what_it_needs_and_is_tried_again(model, tmp_path, dis
 
     monkeypatch.setattr(safetensors.torch, "save_file", fails_once)
     assert run("train", *settings(model, tmp_path / "run", 3, checkpoint_every=2)) == 0
-    place = f"{tmp_path}/run/checkpoints/step_"
-    assert re.search(rf"checkpoint could not be written: needs .* MB, .* free at {place}", capfd.readouterr().out)
+    prefix = f"{tmp_path}/run/checkpoints/step_"
+    assert re.search(rf"checkpoint could not be written: needs .* MB, .* free at {prefix}", capfd.readouterr().out)
 
 
 @pytest.mark.slow
@@ -171,7 +170,7 @@ def test_events_that_wait_are_in_the_next_file(tmp_path, monkeypatch):
         return original(self, data)
 
     monkeypatch.setattr(record_writer.RecordWriter, "write", write)
-    monkeypatch.setattr(threading, "excepthook", lambda ended: None)  # as a run has it
+    monkeypatch.setattr(threading, "excepthook", lambda ended: None)  # TensorBoard's writer thread dies, as in a run
     writer = TensorBoard(str(tmp_path))
     for step in range(6):
         full[0] = 2 <= step < 4
@@ -215,7 +214,9 @@ def test_a_real_disk_that_is_full_for_a_while(model, tmp_path, monkeypatch, capf
             tmp_path / "whole" / "model" / "model.safetensors"
         ).read_bytes()
         names = ("reward/task", "tokens", "train/loss")
-        pair = [[[row.get(name) for name in names] for row in rows(one)] for one in (tmp_path / "whole", out / "run")]
+        pair = [
+            [[row.get(name) for name in names] for row in rows(folder)] for folder in (tmp_path / "whole", out / "run")
+        ]
         assert pair[0] == pair[1]
     finally:
         subprocess.run(["umount", out], check=True)

@@ -1,4 +1,4 @@
-"""`textenv export RUN DIR --to_hub REPO`: what goes to the hub, and what is said where it does not take it."""
+"""`textenv export RUN DIR --to_hub REPO`: the uploaded files, and the message where the upload fails."""
 
 import json
 
@@ -23,7 +23,7 @@ def done(tmp_path_factory):
 
 
 class FakeHub:
-    """What is called of huggingface_hub.HfApi; it keeps what a folder had when it came."""
+    """The two methods of huggingface_hub.HfApi that are called; keeps the files of an uploaded folder."""
 
     def __init__(self, error=None):
         self.error, self.made, self.files = error, [], {}
@@ -95,7 +95,7 @@ def test_a_name_that_is_none_is_refused_before_the_work(done, tmp_path, capsys):
 
 
 def test_a_configuration_cannot_send_anything(done, tmp_path, monkeypatch):
-    """The flag is the command line's alone."""
+    """The flag exists on the command line only."""
     monkeypatch.setattr(exporting, "HfApi", lambda: pytest.fail("asked for the hub"))
     config = tmp_path / "config.yml"
     config.write_text((done / "config.yml").read_text() + "to_hub: me/reviews\n")

@@ -1,4 +1,4 @@
-"""A clock that jumps: rates, the time that is left, patience and the order of checkpoints do not care."""
+"""A wall clock that jumps: rates, the remaining time, patience and the order of checkpoints are unaffected."""
 
 import ast
 import datetime as datetimes
@@ -12,7 +12,6 @@ import pytest
 
 from agents.checkpoints.checkpoint import latest_checkpoint, save_step
 from agents.checkpoints.manifest import newest_intact
-from agents.cli import main as cli
 from agents.runs.folder import read_rows
 from agents.runs.recording import Recorder
 from tests.helpers.command import ROLLOUT, ROOT, rows, run, settings
@@ -22,7 +21,7 @@ ROLLOUTS = 3
 
 
 class Jumping:
-    """A wall clock that goes back a day or forth a year every time it is read."""
+    """A wall clock that jumps back a day or forward a year at each reading."""
 
     def __init__(self):
         self.random, self.reads = random.Random(0), 0
@@ -65,7 +64,7 @@ def test_a_run_under_a_jumping_clock_is_the_run(model, tmp_path, monkeypatch, ca
         patch.setattr(Recorder, "_on_step", step)
         assert run("train", *words(model, tmp_path / "jumping")) == 130
         for order, folder in enumerate(sorted((tmp_path / "jumping" / "checkpoints").iterdir(), reverse=True)):
-            os.utime(folder, (1e9 + order, 1e9 + order))  # the newest looks the oldest
+            os.utime(folder, (1e9 + order, 1e9 + order))  # the newest checkpoint gets the oldest time
         assert run("train", "--resume", tmp_path / "jumping") == 0
         assert clock.reads > 10
     shown = capfd.readouterr().out
@@ -93,17 +92,16 @@ def test_the_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
 
 
 def test_no_clock_but_these_is_read():
-    """Time that is measured comes from a clock that cannot jump; the others stamp logs and name folders."""
+    """Only these files read the wall clock, for stamps and names; durations come from a clock that cannot jump."""
     allowed = {
         "http_judge.py": "Retry-After is a date",
-        "run_folder.py": "stamps and names",
+        "folder.py": "stamps and names",
         "trackers.py": "stamps of MLflow's figures",
-        "store.py": "stamps, and in whose hands an item is, which only orders",
+        "store.py": "stamps, and the order in which items were handed out",
     }
-    root = os.path.dirname(os.path.dirname(cli.__file__))
     found = {}
     for package in ("agents", "textenv"):
-        for folder, _, files in os.walk(os.path.join(root, package)):
+        for folder, _, files in os.walk(ROOT / package):
             for name in files:
                 if name.endswith(".py"):
                     with open(os.path.join(folder, name), encoding="utf-8") as stream:
@@ -117,16 +115,16 @@ CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time"}
 
 
 def reads_a_clock(node, known=()):
-    """Whether an expression calls a clock, or has a name that holds what one said."""
-    for one in ast.walk(node):
-        is_clock = isinstance(one, ast.Attribute) and one.attr in CLOCKS and ast.unparse(one.value) == "time"
-        if is_clock or (isinstance(one, ast.Name) and one.id in known):
+    """Return whether an expression calls a clock, or uses a name whose value came from one."""
+    for inner in ast.walk(node):
+        is_clock = isinstance(inner, ast.Attribute) and inner.attr in CLOCKS and ast.unparse(inner.value) == "time"
+        if is_clock or (isinstance(inner, ast.Name) and inner.id in known):
             return True
     return False
 
 
 def races(text):
-    """Name the default tests of a file that assert how much time went by."""
+    """Return the names of a file's default tests that assert how much time passed."""
     tree, found = ast.parse(text), []
     slow = ("mark.slow", "mark.long")
     if any(mark in ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign) for mark in slow):
@@ -139,14 +137,14 @@ def races(text):
         for node in ast.walk(test):
             if isinstance(node, ast.Assign) and reads_a_clock(node.value, known):
                 known |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
-        asserted = [one for node in ast.walk(test) if isinstance(node, ast.Assert) for one in ast.walk(node)]
-        if any(isinstance(one, ast.Compare) and reads_a_clock(one, known) for one in asserted):
+        asserted = [inner for node in ast.walk(test) if isinstance(node, ast.Assert) for inner in ast.walk(node)]
+        if any(isinstance(inner, ast.Compare) and reads_a_clock(inner, known) for inner in asserted):
             found.append(test.name)
     return found
 
 
 def test_no_default_test_races_a_clock():
-    """A loaded machine is slow, and the test would fail for it; work that is counted is the same everywhere."""
+    """Such a test would fail on a busy machine; counted work is the same everywhere."""
     found = {path.name: races(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("test_*.py")}
     assert {name: tests for name, tests in found.items() if tests} == {}
 

@@ -1,4 +1,4 @@
-"""Seeded damage of all kinds: no traceback; the newest intact state is taken, or one line names the file."""
+"""Random damage of all kinds: no traceback; the newest intact state is used, or one line names the file."""
 
 import json
 import random
@@ -17,46 +17,47 @@ from tests.helpers.command import run, settings, small_model
 from tests.helpers.training import tiny_agent
 from textenv.checks.json_files import read_json
 
+# JSON values that replace others.
 OTHER = [None, True, 0, -1, 1e300, 10**30, "", "x", [], {}, [[]], {"a": 1}, "\u2028", [None]]
-REFUSED = (2, 5)
+REFUSED = (2, 5)  # exit codes: wrong input, storage
 
 
-def damaged(content, name, choose):
-    """The bytes of a file with something wrong: bits flipped, cut short, or a value of its JSON of another kind."""
+def damaged(content, name, rng):
+    """Return a file's bytes with bits flipped, cut short, with bytes inserted, or with a changed JSON value."""
     kinds = ["flip", "flip", "cut", "insert"] + (["json"] * 4 if name.endswith((".json", ".jsonl")) else [])
-    kind, made = choose.choice(kinds), bytearray(content)
+    kind, result = rng.choice(kinds), bytearray(content)
     if kind == "flip":
-        for _ in range(choose.choice([1, 1, 2, 9])):
-            made[choose.randrange(len(made))] ^= 1 << choose.randrange(8)
+        for _ in range(rng.choice([1, 1, 2, 9])):
+            result[rng.randrange(len(result))] ^= 1 << rng.randrange(8)
     elif kind == "cut":
-        del made[choose.randrange(len(made)) :]
+        del result[rng.randrange(len(result)) :]
     elif kind == "insert":
-        place = choose.randrange(len(made))
-        made[place:place] = choose.randbytes(choose.choice([1, 5, 4000]))
+        at = rng.randrange(len(result))
+        result[at:at] = rng.randbytes(rng.choice([1, 5, 4000]))
     elif name.endswith(".jsonl"):
         lines = content.decode().split("\n")[:-1]
-        place = choose.randrange(len(lines))
-        lines[place] = json.dumps(changed(json.loads(lines[place]), choose))
+        at = rng.randrange(len(lines))
+        lines[at] = json.dumps(changed(json.loads(lines[at]), rng))
         return "".join(f"{line}\n" for line in lines).encode()
     else:
-        return json.dumps(changed(json.loads(content), choose)).encode()
-    return bytes(made)
+        return json.dumps(changed(json.loads(content), rng)).encode()
+    return bytes(result)
 
 
-def changed(value, choose):
-    """A JSON value in which one is another, has gone, or stands under another key."""
-    if not isinstance(value, (dict, list)) or not value or choose.random() < 0.1:
-        return choose.choice(OTHER)
+def changed(value, rng):
+    """Return a JSON value in which one inner value is replaced, removed or moved to another key."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return rng.choice(OTHER)
     keys = list(value) if isinstance(value, dict) else range(len(value))
-    key = choose.choice(keys)
-    made = dict(value) if isinstance(value, dict) else list(value)
-    if choose.random() < 0.6:
-        made[key] = changed(value[key], choose)
+    key = rng.choice(keys)
+    result = dict(value) if isinstance(value, dict) else list(value)
+    if rng.random() < 0.6:
+        result[key] = changed(value[key], rng)
     else:
-        gone = made.pop(key)
-        if isinstance(made, dict) and choose.random() < 0.5:
-            made[f"{key}x"] = gone
-    return made
+        removed = result.pop(key)
+        if isinstance(result, dict) and rng.random() < 0.5:
+            result[f"{key}x"] = removed
+    return result
 
 
 def outside(folder):
@@ -65,7 +66,7 @@ def outside(folder):
 
 @pytest.fixture
 def beside(tmp_path):
-    """A folder that nothing may touch."""
+    """A folder beside the damaged ones, which nothing may touch."""
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside" / "thesis.txt").write_text("years of work")
     before = outside(tmp_path / "beside")
@@ -76,8 +77,8 @@ def beside(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*logits")
 def test_six_hundred_damaged_checkpoints(tmp_path, beside):
-    """Half of them are sealed again, as somebody would who makes them by hand."""
-    model, victim, choose, outcomes = tiny_agent(), tiny_agent(), random.Random(0), []
+    """Half of them get a valid manifest again, as from somebody who edits them by hand."""
+    model, victim, rng, outcomes = tiny_agent(), tiny_agent(), random.Random(0), []
     for _ in range(2):
         model.learn(16, reset_num_timesteps=False)
         save_step(model, tmp_path / "run", keep=2)
@@ -89,23 +90,23 @@ def test_six_hundred_damaged_checkpoints(tmp_path, beside):
         for name, content in kept.items():
             (newest / name).write_bytes(content)
         names = [name for name in sorted(kept) if kept[name]]
-        name = choose.choice([*names, "manifest.json", "state.json", "state.json"])
-        (newest / name).write_bytes(damaged(kept[name], name, choose))
+        name = rng.choice([*names, "manifest.json", "state.json", "state.json"])
+        (newest / name).write_bytes(damaged(kept[name], name, rng))
         if number % 2 and name != "manifest.json":
             (newest / "manifest.json").unlink()
             write_manifest(newest, model.num_timesteps)
-        found, damage = newest_intact(tmp_path / "run")
-        if found == before:
+        intact, damage = newest_intact(tmp_path / "run")
+        if intact == before:
             assert str(newest) in damage[0]
             outcomes.append("before")
             continue
-        assert found == newest
+        assert intact == newest
         try:
-            load_checkpoint(victim, found)
+            load_checkpoint(victim, intact)
         except CheckpointError as error:
             assert str(newest) in str(error), error
             outcomes.append("refused")
-            victim = tiny_agent()  # what is made by hand may leave it half-changed
+            victim = tiny_agent()  # a hand-made checkpoint may have changed part of it
         else:
             outcomes.append("loaded")
     assert outcomes.count("before") > 200 and outcomes.count("refused") > 50
@@ -114,7 +115,7 @@ def test_six_hundred_damaged_checkpoints(tmp_path, beside):
 
 @pytest.mark.slow
 def test_two_hundred_damaged_run_folders_are_read(tmp_path, beside):
-    """What `compare` and `show` read of a run, without drawing or loading."""
+    """The files that `compare` and `show` read, without drawing or loading a model."""
     whole = tmp_path / "whole"
     assert run("train", *settings(small_model(tmp_path / "model"), whole, 2), "--quiet") == 0
     readers = {
@@ -125,11 +126,11 @@ def test_two_hundred_damaged_run_folders_are_read(tmp_path, beside):
         "history.json": lambda: read_json(whole / "history.json", HISTORY),
         "best/best.json": lambda: read_json(whole / "best" / "best.json", BEST),
     }
-    choose, refused = random.Random(3), 0
+    rng, refused = random.Random(3), 0
     for number in range(200):
-        name = choose.choice(list(readers))
+        name = rng.choice(list(readers))
         content = (whole / name).read_bytes()
-        (whole / name).write_bytes(damaged(content, name, choose))
+        (whole / name).write_bytes(damaged(content, name, rng))
         try:
             readers[name]()
         except (CommandError, ValueError) as error:
@@ -143,22 +144,22 @@ def test_two_hundred_damaged_run_folders_are_read(tmp_path, beside):
 def test_forty_damaged_run_folders_by_the_command(tmp_path, beside, capfd):
     model = small_model(tmp_path / "model")
     assert run("train", *settings(model, tmp_path / "whole", 2), "--quiet") == 0
-    choose, refused = random.Random(1), 0
+    rng, refused = random.Random(1), 0
     names = ["run.json", "config.yml", "metrics.jsonl", "samples.jsonl", "vocabulary.json", "results.json"]
     for number in range(40):
         copy = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
-        name = choose.choice(names)
-        (copy / name).write_bytes(damaged((copy / name).read_bytes(), name, choose))
-        words = choose.choice([["train", "--resume", copy, "--quiet"], ["export", copy, tmp_path / "to"]])
+        name = rng.choice(names)
+        (copy / name).write_bytes(damaged((copy / name).read_bytes(), name, rng))
+        words = rng.choice([["train", "--resume", copy, "--quiet"], ["export", copy, tmp_path / "to"]])
         capfd.readouterr()
         code = run(*words)
-        said = capfd.readouterr().err
-        assert code == 0 or code in REFUSED, (number, name, said)
-        assert "Traceback" not in said, (number, name, said)
+        err = capfd.readouterr().err
+        assert code == 0 or code in REFUSED, (number, name, err)
+        assert "Traceback" not in err, (number, name, err)
         if code:
             refused += 1
-            [line] = [line for line in said.splitlines() if line.startswith("textenv: ")]
-            # A configuration that is damaged may still be one, which names another model: then that is refused.
+            [line] = [line for line in err.splitlines() if line.startswith("textenv: ")]
+            # A damaged configuration may still be valid but name another model; then that model is refused.
             assert str(copy) in line or name == "config.yml", (number, name, line)
         shutil.rmtree(copy)
         shutil.rmtree(tmp_path / "to", ignore_errors=True)
@@ -168,11 +169,11 @@ def test_forty_damaged_run_folders_by_the_command(tmp_path, beside, capfd):
 @pytest.mark.slow
 def test_two_hundred_damaged_models(tmp_path, beside):
     whole = small_model(tmp_path / "whole")
-    choose, refused = random.Random(2), 0
+    rng, refused = random.Random(2), 0
     for number in range(200):
         copy = shutil.copytree(whole, tmp_path / "copy")
-        name = choose.choice(sorted(path.name for path in copy.iterdir()))
-        (copy / name).write_bytes(damaged((copy / name).read_bytes(), name, choose))
+        name = rng.choice(sorted(path.name for path in copy.iterdir()))
+        (copy / name).write_bytes(damaged((copy / name).read_bytes(), name, rng))
         try:
             load_tokenizer(str(copy))
             Pretrained(str(copy)).build()

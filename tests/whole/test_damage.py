@@ -1,4 +1,4 @@
-"""Damage and half-done work are found where files are read: the newest intact checkpoint is taken, or a file named."""
+"""Damaged and half-replaced files: the newest intact checkpoint is used, or the error names the file."""
 
 import json
 import math
@@ -21,7 +21,7 @@ DEAD = 99_999_999  # no process has this id
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """A run that is over."""
+    """The folder of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert run("train", *settings(model, out, 2), "--quiet") == 0
     return out
@@ -36,18 +36,18 @@ def copy(whole, tmp_path):
 
 
 def test_no_flip_of_a_manifest_goes_unnoticed(copy):
-    """One bit of it is another, 400 times: where it then says something else, the one before is taken."""
+    """Flip one bit, 400 times: where the content changes, the checkpoint before it is used."""
     before, newest = sorted((copy / "checkpoints").iterdir())
-    content, choose, noticed = (newest / "manifest.json").read_bytes(), random.Random(0), 0
+    content, rng, noticed = (newest / "manifest.json").read_bytes(), random.Random(0), 0
     for _ in range(400):
         flipped = bytearray(content)
-        flipped[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         (newest / "manifest.json").write_bytes(flipped)
-        found, damage = newest_intact(copy / "checkpoints")
-        if found == newest:
+        intact, damage = newest_intact(copy / "checkpoints")
+        if intact == newest:
             assert json.loads(flipped) == json.loads(content), "another manifest was taken"
         else:
-            assert found == before and str(newest) in damage[0]
+            assert intact == before and str(newest) in damage[0]
             noticed += 1
     assert noticed > 300
 
@@ -72,7 +72,7 @@ def test_other_folders_among_the_checkpoints_are_none(copy):
     assert run("train", "--resume", copy, "--quiet") == 0
 
 
-# What a run reads of its folder
+# Files of a run's folder
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_line_of_a_text_with_other_ends_of_lines_is_one_line(copy):
     row = json.loads((copy / "samples.jsonl").read_text().splitlines()[0])
     text = json.dumps({**row, "text": "a\u2028b\x85c\u2029"}, ensure_ascii=False)
     (copy / "samples.jsonl").write_text(text + "\n" + text[:20])
-    assert [one["text"] for one in training_run.read_rows(copy / "samples.jsonl", object)] == ["a\u2028b\x85c\u2029"]
+    assert [row["text"] for row in training_run.read_rows(copy / "samples.jsonl", object)] == ["a\u2028b\x85c\u2029"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_what_transformers_says_itself_is_left_as_it_is(tmp_path):
 
 
 def killed_between_renames(folder):
-    """What is there when a process is killed that has put a folder aside, and not yet the new one in its place."""
+    """Leave a folder as a process killed while replacing it does: the old one aside, the new one not yet there."""
     folder.rename(folder.with_name(f".{folder.name}.old-{DEAD}"))
     (folder.with_name(f".{folder.name}.partial-{DEAD}")).mkdir()
 
@@ -190,7 +190,7 @@ def test_a_start_puts_back_what_was_put_aside_in_a_run(copy, whole):
 
 @pytest.mark.slow
 def test_kill_9_between_the_renames_of_best_leaves_a_run_that_goes_on(model, tmp_path, monkeypatch):
-    """It ended at once, with exit 0 and the first model, since all evaluations seemed to be no better than none."""
+    """Such a run used to end at once, with exit 0 and the first model, since no evaluation seemed better than none."""
     more = {"evaluation.patience": 3, "evaluation.every": ROLLOUT, "algorithm.learning_rate": 3e-2}
     assert run("train", *settings(model, tmp_path / "whole", 6, **more), "--quiet") == 0
     original = files.Path.rename

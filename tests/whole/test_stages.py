@@ -1,4 +1,4 @@
-"""All stages on tiny models: supervised tuning, a reward model, and PPO with actor, critic, reward and reference."""
+"""All stages in Python on a tiny model: supervised tuning, a reward model, and PPO with four models."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ TOKENIZER = word_tokenizer(demo.vocabulary())
 
 
 class Preference:
-    """The reward of a finished text: its score by a frozen reward model, normalised."""
+    """A reward that scores a finished text with a frozen reward model, and normalises the score."""
 
     def __init__(self, folder):
         self.model = AutoModelForSequenceClassification.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The ready configurations: what each opens with, that its commands are right, and that they run as they stand."""
+"""The configurations in examples/configs: their opening comments, and the commands in them, which run as written."""
 
 import re
 import shlex
@@ -18,11 +18,11 @@ CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yml"))
 STAGES = {"sft": SFTConfig, "classifier": ClassifierConfig, "reward-model": RewardModelConfig}
 TRAINED = [path for path in CONFIGS if not path.stem.endswith(("_sft", "_classifier", "_reward_model"))]
 SMALL = [path for path in TRAINED if not path.stem.endswith("_gpt2")]
-DATA = "FOLDER"  # what stands in the commands for the data set's folder
+DATA = "FOLDER"  # stands for the data set's folder in the commands
 
 
 def opening(path):
-    """The comment that a configuration begins with."""
+    """Return the comment with which a configuration begins."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -32,7 +32,7 @@ def opening(path):
 
 
 def commands(path):
-    """The commands of the opening, each as words behind `textenv`."""
+    """Return the commands of the opening comment, each as the words after `textenv`."""
     text = opening(path).replace("\\\n", " ")
     found = [shlex.split(line) for line in text.splitlines() if line.startswith("  textenv ")]
     return [words[1:] for words in found]
@@ -88,7 +88,7 @@ def test_a_key_that_is_none_would_be_noticed(tmp_path):
 
 
 def test_every_task_has_a_small_configuration_and_one_of_gpt2s_size_with_adapters():
-    tasks = {"demo", *TASKS} - {"Text"}  # which is "text", with prompts and a reward of one's own
+    tasks = {"demo", *TASKS} - {"Text"}  # "text" is the same task, with a user's own prompts and reward
     read = {path.stem: cli.train_config([str(path)])[0] for path in TRAINED}
     assert {config.env.id for name, config in read.items() if not name.endswith("_gpt2")} == {*tasks, "text"}
     large = {config.env.id: config.model for name, config in read.items() if name.endswith("_gpt2")}
@@ -107,7 +107,7 @@ def test_the_demo_configuration_is_what_train_does_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
 def test_a_small_configuration_runs_for_a_rollout(path, tmp_path, monkeypatch, capsys):
-    """All its commands as they are written, but for sizes: on made-up data, a few steps of each stage."""
+    """All its commands run as written, except for sizes, on made-up data: a few steps of each stage."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("agents.cli.stage_data.N_RANDOM_TEXTS", 60)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -115,7 +115,7 @@ def test_a_small_configuration_runs_for_a_rollout(path, tmp_path, monkeypatch, c
     for words in commands(path):
         if words[0] == "train":
             config = cli.train_config(words[1:])[0]
-            size = {"n_envs": 8, "n_steps": 32, "batch_size": 256}  # 32, so that groups of texts are over
+            size = {"n_envs": 8, "n_steps": 32, "batch_size": 256}  # 32 steps, so that groups of samples are complete
             words += [f"--algorithm.{name}={value}" for name, value in size.items()]
             words += ["--total_tokens=256", "--evaluation.n_prompts=2", "--evaluation.n=1", "--samples=1", "--quiet"]
             task = config.env.id

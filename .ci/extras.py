@@ -1,7 +1,7 @@
 """One use of each extra's feature, by the wheel in an environment that has this extra and no other.
 
-`python .ci/extras.py EXTRA` uses the feature. With `--missing` the extra is not installed, and the error must say how to
-install it. `--list` prints the extras that exist for this Python.
+`python .ci/extras.py EXTRA` uses the feature. With `--missing` the extra is not installed, and the error must say how
+to install it. `--list` prints the extras that exist for this Python.
 """
 
 import json

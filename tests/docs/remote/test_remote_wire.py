@@ -146,7 +146,7 @@ def test_a_session_takes_its_rows_and_length_and_belongs_to_its_connection(addre
         assert ask(connection, message(b'{"verb": "open", "rows": 2, "max_length": 4}')) == {"session": 2}
         other_step = b'{"verb": "step", "session": 2}'
         answer = ask(connection, message(other_step, hidden=ROWS + 101))
-        assert answer == {"error": "FloatingPointError: too much for it"}  # its state may have half changed, so the session is closed
+        assert answer == {"error": "FloatingPointError: too much for it"}  # its state may have changed: it is closed
         assert "open session, got 2" in ask(connection, message(other_step, hidden=ROWS))["error"]
         assert ask(connection, message(b'{"verb": "close", "sessions": [1]}')) == {}
         assert "open session, got 1" in ask(connection, message(step, hidden=ROWS[:, :1]))["error"]
@@ -198,8 +198,8 @@ def test_another_key_is_refused_and_a_silent_client_blocks_nobody(address, capfd
         connect(address, key=b"another")
     assert torch.equal(connect(address).forward(ROWS), 2 * ROWS)
     silent.close()
-    # `deliver_challenge` of multiprocessing.connection sends the refusal before it raises, so that the client may be here
-    # before the server's thread has printed. Polling capfd is no way to wait: it can lose a line written meanwhile.
+    # `deliver_challenge` of multiprocessing.connection sends the refusal before it raises, so that the client may get
+    # here before the server's thread has printed. Polling capfd is no way to wait: it can lose output.
     for thread in set(threading.enumerate()) - earlier:
         thread.join(30)
     assert "AuthenticationError" in capfd.readouterr().err

@@ -1,6 +1,6 @@
-"""The installed wheel without extras: every module is imported, every verb has help, the demo is learnt.
+"""Checks of the installed wheel without extras: imports of every module, help of every verb, training of the demo.
 
-`python .ci/bare.py imports`, or `help`, or `train`: outside the sources, in an environment that has the package alone.
+Run `python .ci/bare.py imports`, `help` or `train` outside the sources, in an environment with the package alone.
 """
 
 import importlib
@@ -11,12 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-BAR = 0.95  # of the demo's evaluated reward
+BAR = 0.95  # the lowest evaluated reward of the demo after training
 
 
 def imports() -> None:
-    """Import every module; one that stands for an extra's feature has to name the extra."""
-    done, late, broken = 0, [], []
+    """Import every module; a module that needs an extra must name the extra in its error."""
+    n_imported, needs_extra, broken = 0, [], []
     for package in ("textenv", "agents"):
         root = importlib.import_module(package)
         if "site-packages" not in str(root.__file__):
@@ -24,21 +24,21 @@ def imports() -> None:
         for module in pkgutil.walk_packages(root.__path__, f"{package}.", onerror=broken.append):
             try:
                 importlib.import_module(module.name)
-                done += 1
+                n_imported += 1
             except ImportError as error:
-                (late if 'pip install "textenv[' in str(error) else broken).append(f"{module.name}: {error}")
-    print(f"{done} modules imported; for want of an extra, not:", *late, sep="\n  ")
-    if broken or done < 100:
+                (needs_extra if 'pip install "textenv[' in str(error) else broken).append(f"{module.name}: {error}")
+    print(f"{n_imported} modules imported; not imported, as an extra is missing:", *needs_extra, sep="\n  ")
+    if broken or n_imported < 100:
         sys.exit("\n".join(["Expected every other module to be imported, got:", *broken]))
 
 
 def textenv(*words: str) -> str:
-    """Run the installed script."""
+    """Run the installed command, and return what it prints."""
     command = [str(Path(sys.executable).with_name("textenv")), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"{' '.join(words)} ended with {process.returncode}:\n{process.stdout}{process.stderr}")
+    return process.stdout
 
 
 def show_help() -> None:
@@ -53,7 +53,7 @@ def show_help() -> None:
 
 
 def train() -> None:
-    """Run `textenv train` whole, and hold it to its bar."""
+    """Run all of `textenv train`, and compare the rewards before and after with their bars."""
     with tempfile.TemporaryDirectory() as folder:
         print(textenv("train", "--quiet", "--out", f"{folder}/run"))
         results = json.loads(Path(folder, "run", "results.json").read_text(encoding="utf-8"))

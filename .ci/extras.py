@@ -1,7 +1,7 @@
-"""What each extra is for, done once: by the wheel in an environment that has this extra and nothing else.
+"""One use of each extra's feature, by the wheel in an environment that has this extra and no other.
 
-`python .ci/extras.py EXTRA` does it; with `--missing` it does it where the extra is not, and the error must say how to
-install it; `--list` names the extras that there are for this Python.
+`python .ci/extras.py EXTRA` uses the feature. With `--missing` the extra is not installed, and the error must say how
+to install it. `--list` prints the extras that exist for this Python.
 """
 
 import json
@@ -18,31 +18,31 @@ from urllib.request import urlopen
 from textenv import CharTokenizer, Preds, Prompt, TextEnv
 
 ROOT = Path(__file__).resolve().parent.parent
-MISSING = 6  # the command's exit code where a package is missing
+MISSING = 6  # the command's exit code for a missing package
 TOKENIZER = CharTokenizer()
 FEW = {"total_tokens": 512, "algorithm.n_envs": 16, "algorithm.n_steps": 16, "algorithm.batch_size": 256}
 
 
 def textenv(*words: object) -> str:
-    """Run the command in a process of its own, as the installed script."""
+    """Run the command in its own process, as the installed script does; return what it prints."""
     command = [sys.executable, "-m", "textenv_command", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == MISSING:
-        raise ImportError(done.stderr)
-    if done.returncode:
-        raise RuntimeError(f"textenv {words[0]} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode == MISSING:
+        raise ImportError(process.stderr)
+    if process.returncode:
+        raise RuntimeError(f"textenv {words[0]} ended with {process.returncode}:\n{process.stdout}{process.stderr}")
+    return process.stdout
 
 
 def train(folder: Path, loggers: str, **more: object) -> Path:
-    """Train the demo for two rollouts; its run."""
-    given = {**FEW, "evaluation.n_prompts": 8, "loggers": loggers, "out": folder / "run", **more}
-    textenv("train", "--quiet", *[f"--{name}={value}" for name, value in given.items()])
+    """Train the demo for two rollouts, and return the folder of the run."""
+    options = {**FEW, "evaluation.n_prompts": 8, "loggers": loggers, "out": folder / "run", **more}
+    textenv("train", "--quiet", *[f"--{name}={value}" for name, value in options.items()])
     return folder / "run"
 
 
 def score(reward, text: str, *references: str) -> float:
-    """Ask a reward about one text."""
+    """Return the reward of one text."""
     return float(reward(Prompt("a ", references=references), Preds(TOKENIZER, TOKENIZER.encode(text)), True))
 
 
@@ -101,7 +101,7 @@ def similarity(folder: Path) -> None:
     from agents import word_tokenizer
     from textenv.rewards.similarity import Similarity
 
-    Similarity("none yet")  # which names the extra
+    Similarity("none yet")  # the missing package is named before the model is looked up
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -183,10 +183,10 @@ def zoo(folder: Path) -> None:
         ROOT / "examples/zoo/token_ppo.yml",
         *words.split(),
     ]
-    done = subprocess.run([*command, "n_minibatches:1"], cwd=folder, capture_output=True, text=True, check=False)
-    if "pip install" in done.stderr:
-        raise ImportError(done.stderr)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run([*command, "n_minibatches:1"], cwd=folder, capture_output=True, text=True, check=False)
+    if "pip install" in process.stderr:
+        raise ImportError(process.stderr)
+    assert process.returncode == 0, process.stdout + process.stderr
     assert (folder / "logs/token_ppo/textenv-Demo-v0_1/textenv-Demo-v0.zip").is_file()
 
 
@@ -255,20 +255,20 @@ def verifiers(folder: Path) -> None:
     assert game.step("ab")[1:3] == (1.0, True) and (game.reset(seed=0), game.step("no"))[1][1] == 0.0
 
 
-# Their games are made of what the caller has made with the library, whose absence ends the caller's own import.
+# The caller makes these games with the library itself, so that the caller's own import fails where it is missing.
 CALLERS = {"openenv", "verifiers"}
 EXTRAS = [plot, grammar, sentiment, lora, overlap, sft, hub, similarity, judge, feedback, wandb, trackio, mlflow, zoo]
 EXTRAS += [textarena, openenv, verifiers, *([gem] if sys.version_info < (3, 12) else [])]
 
 
 def main(words: list[str]) -> None:
-    """Do what an extra is for, or see how its absence is told."""
+    """Use the feature of an extra, or check the error where the extra is missing."""
     if words == ["--list"]:
-        print(*(one.__name__ for one in EXTRAS))
+        print(*(use.__name__ for use in EXTRAS))
         return
     *missing, name = words
     os.environ["OMP_NUM_THREADS"] = "1"
-    feature = {one.__name__: one for one in EXTRAS}[name]
+    feature = {use.__name__: use for use in EXTRAS}[name]
     cure = f"No module named '{name}'" if name in CALLERS else f'pip install "textenv[{name}]"'
     with tempfile.TemporaryDirectory() as folder:
         try:

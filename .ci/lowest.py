@@ -1,4 +1,4 @@
-"""Print the lowest versions that setup.cfg admits as constraints; torch, whose wheels are large, has none."""
+"""The lowest versions that setup.cfg admits, printed as pip constraints; without torch, whose wheels are large."""
 
 import configparser
 import re
@@ -21,10 +21,10 @@ def lowest(text: str) -> list[str]:
     for line in lines:
         if not line or line.startswith(("#", "torch>")):
             continue
-        found = re.match(r"([\w.-]+)>=([\w.]+)", line)
-        if found is None:
+        match = re.match(r"([\w.-]+)>=([\w.]+)", line)
+        if match is None:
             raise ValueError(f"Expected a lowest version of each requirement, got {line!r}.")
-        pins.append(f"{found[1]}=={found[2]}")
+        pins.append(f"{match[1]}=={match[2]}")
     return pins
 
 

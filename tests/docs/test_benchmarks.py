@@ -1,4 +1,4 @@
-"""The benchmarks: their arithmetic by hand, and that all scripts run."""
+"""The benchmarks: their arithmetic, worked by hand, and a smoke run of every script."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def test_pairs_by_hand(work, monkeypatch):
         return amount
 
     result = work.pairs(lambda: piece("a", 8), lambda: piece("b", 4), n_pairs=3)
-    assert "".join(calls) == "ab" * 4  # a warm-up, then in turns
+    assert "".join(calls) == "ab" * 4  # one warm-up of each, then three pairs in turns
     assert (result.a, result.b) == (4, 2)
     assert result.ratios == [4, 2, 1]
     assert (result.ratio, result.spread) == (2, "1.00-4.00")
@@ -52,7 +52,7 @@ def test_table_by_hand(work):
 
 
 def test_attentions_share_by_hand(work):
-    """One layer of width 2 and 3 tokens: a trunk of 48 a position, and twice the positions for attention."""
+    """One layer of width 2, 3 tokens: per position, the trunk costs 48, and attention 2 times the positions."""
     import growth
 
     shape = {"n_layer": 1, "width": 2, "vocab_size": 3, "prompt_tokens": 1}
@@ -62,7 +62,7 @@ def test_attentions_share_by_hand(work):
 
 
 def run_script(folder, name, *words):
-    """The rows that a script writes, and what it prints."""
+    """Run a script; return the rows that it writes, and its output."""
     path = folder / "rows.json"
     result = subprocess.run(
         [sys.executable, f"benchmarks/{name}.py", *words, f"--json={path}"],
@@ -91,9 +91,9 @@ def test_all_scripts_run(tmp_path):
         "rating page, ",
     )
     for claim in (*claims, "PPO iteration with KL (", "masked step, ", "masks stored, ", LATE):
-        mine = [row for row in rows if row["claim"].startswith(claim)]
-        assert mine, claim
-        for row in mine:
+        rows_of_claim = [row for row in rows if row["claim"].startswith(claim)]
+        assert rows_of_claim, claim
+        for row in rows_of_claim:
             assert row["ratio"] > 0
             assert re.search(r"\d", row["ours"]) and re.search(r"\d", row["theirs"])
     assert sum(row["target"] == "drawn in growth.png" for row in rows) == 3
@@ -102,7 +102,8 @@ def test_all_scripts_run(tmp_path):
 def test_scale_on_paper_by_hand(work):
     """7 B parameters on 8 GPUs: 20 bytes each, a ring that sends 7/8 of the gradient twice, 26 operations a token.
 
-    Shards: an eighth of that and two copies in 16 bits; 7/8 of the weights in 16 bits twice and of the gradient once.
+    Shards hold an eighth of that and two copies in 16 bits; they send 7/8 of the weights in 16 bits twice, and of the
+    gradient once.
     """
     from scale_on_paper import Plan, choose, table
 

@@ -1,4 +1,4 @@
-"""The pages for those who come from other libraries: their snippets run, and steering one prompt steers it."""
+"""The guides for users of other libraries: their snippets run, and the steered prompt is steered."""
 
 import ast
 import re
@@ -41,7 +41,7 @@ STAND_INS = {
     ),
     "my-reward-model": (GPT2ForSequenceClassification, GPT2Config(**GPT, **ENDS, num_labels=1)),
 }
-"""What stands in the working directory under the names of the hub: `from_pretrained` looks there first."""
+"""Tiny models, saved in the working directory under names of the hub: `from_pretrained` looks there first."""
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def page(name):
 
 
 def steering():
-    """The two snippets that make a model and steer it."""
+    """Return the two snippets of the page that make a model and steer it."""
     making, steering = snippets(page("from_textrl.md").partition(STEERING)[2].partition("\n## ")[0])
     return making, steering
 
@@ -90,7 +90,7 @@ def test_the_snippets_of_a_page_run(hub, name):
     blocks = snippets(head)
     assert len(blocks) >= 2 and len(snippets(rest)) == 2 * (name == "from_textrl.md")
     names = run_for_one_rollout(blocks, name)
-    assert names["model"].num_timesteps == names["model"].n_steps * names["model"].n_envs  # it did train
+    assert names["model"].num_timesteps == names["model"].n_steps * names["model"].n_envs  # it trained on one rollout
     for folder in re.findall(r"^export\(.*?, \"([^\"]+)\"\)", "\n".join(blocks), flags=re.MULTILINE):
         kind = AutoModelForSeq2SeqLM if "t5" in folder else AutoModelForCausalLM
         assert kind.from_pretrained(hub / folder).config.vocab_size == N_TOKENS
@@ -98,7 +98,7 @@ def test_the_snippets_of_a_page_run(hub, name):
 
 @pytest.fixture(scope="module")
 def fan(tmp_path_factory):
-    """The folder and the namespace in which the page has made its model of favourable reviews."""
+    """Run the page up to its model of favourable reviews; return the folder and the namespace."""
     folder, names = tmp_path_factory.mktemp("fan"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -121,7 +121,7 @@ def test_one_prompt_is_steered(fan, monkeypatch, seed):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_what_a_page_imports_is_there(name):
+def test_every_import_of_a_page_works(name):
     imports = [
         node for node in ast.walk(ast.parse("\n".join(snippets(page(name))))) if isinstance(node, ast.ImportFrom)
     ]

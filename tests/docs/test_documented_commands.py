@@ -1,6 +1,6 @@
-"""Every command of the documentation is understood by what it calls: an option that does not exist fails here.
+"""The commands of the documentation: every one is parsed by the program that it names, without running it.
 
-With `-s`, each is printed with its exit code.
+A command with an option that does not exist fails here. With `-s`, each is printed with its exit code.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tests.helpers import documented
 from tests.helpers.command import ROOT
 
 DEMO = "examples/configs/demo.yml"
-ENGINES = {  # what a verb calls once it has understood its words
+ENGINES = {  # of each verb: the module, and its functions that do the work once the words are parsed
     "train": ("agents.runs.train", "start", "resume"),
     "sft": ("agents.cli.stages", "tune_model"),
     "classifier": ("agents.cli.stages", "classify"),
@@ -42,7 +42,7 @@ ENGINES = {  # what a verb calls once it has understood its words
 POSITIONAL = {"evaluate": "RUN", "generate": "RUN", "chat": "RUN", "show": "RUN", "export": "RUN DIR", "compare": "A B"}
 STAGES = ("sft", "classifier", "reward-model")
 SOURCES = ("--data", "--task", "--from-feedback")
-VALUES = {  # of options that the documentation names without one
+VALUES = {  # for options that the documentation names without a value
     "--fresh": "{model_type: gpt2}",
     "--data": "FILE",
     "--to_hub": "you/model",
@@ -59,7 +59,7 @@ class Understood(Exception):
 
 @pytest.fixture
 def exit_code(monkeypatch, pytestconfig):
-    """What a command ends with, when what it starts once it has understood its words is taken out."""
+    """Parse a command as its program does, with the work itself replaced; return the exit code or a complaint."""
     monkeypatch.chdir(ROOT)
 
     def code(words):
@@ -74,14 +74,14 @@ def exit_code(monkeypatch, pytestconfig):
             return {"python": python, "torchrun": torchrun, "accelerate": accelerate, "pip": pip}[program](
                 rest, monkeypatch
             )
-        except SystemExit as end:  # of --help, and of argparse
+        except SystemExit as end:  # --help and argparse exit
             return 0 if end.code is None else end.code
 
     return code
 
 
 def textenv(words, monkeypatch):
-    """Run a verb; what the documentation leaves out where it speaks of one is given."""
+    """Parse the words of a verb, after adding required words that the documentation leaves out."""
     verb, *rest = words
     if verb not in cli.VERBS:
         return cli.main(words)
@@ -93,13 +93,13 @@ def textenv(words, monkeypatch):
         has_config = not rest[0].startswith("-")
         rest += [] if "--out" in rest else ["--out", "DIR"]
         rest += [] if has_config or set(SOURCES) & set(rest) else ["--data", "FILE"]
-    if "--key" in rest:  # which stands for any
+    if "--key" in rest:  # a placeholder for any option
         del rest[rest.index("--key") : rest.index("--key") + 2]
     called = []
     module, *engines = ENGINES[verb]
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "open", lambda path: SimpleNamespace(config=ROOT / DEMO))
-        patch.setattr(cli, "check_folders", lambda words, config: None)  # FOLDER and RUN stand for what is not there
+        patch.setattr(cli, "check_folders", lambda words, config: None)  # FOLDER and RUN do not exist
         patch.setattr(cli, "_check_model", lambda path: None)
         for engine in engines:
             patch.setattr(importlib.import_module(module), engine, lambda *args: called.append(verb) or 0)
@@ -109,7 +109,7 @@ def textenv(words, monkeypatch):
 
 
 def python(words, monkeypatch):
-    """Start a script or a module until its words are parsed."""
+    """Start a script or a module, and end it as soon as its words are parsed."""
     first, *rest = words
     if first == "-c":
         compile(rest[0], "-c", "exec")
@@ -127,7 +127,7 @@ def python(words, monkeypatch):
 
 
 def parsed(start, words, monkeypatch):
-    """Start something with words of the command line, and end it where they are parsed."""
+    """Call `start` with words on the command line, and end it in `parse_args`."""
     parse = ArgumentParser.parse_args
 
     def parse_and_end(self, *args, **kwargs):
@@ -144,29 +144,29 @@ def parsed(start, words, monkeypatch):
 
 
 def module(name, *words, monkeypatch):
-    """Check a module's words: all of them where rl_zoo3, which parses them, is installed."""
+    """Check a module's words; all of them only where rl_zoo3, which parses them, is installed."""
     if name == "nltk.downloader":
         return 0
-    given = dict(itertools.pairwise(words))
-    if "--conf-file" in given and not (ROOT / given["--conf-file"]).is_file():
-        return f"no file {given['--conf-file']}"
-    if given.get("--algo", "ppo") not in (*zoo.ALGORITHMS, "ppo"):
-        return f"no algorithm {given['--algo']}"
-    gymnasium.spec(given.get("--env", "textenv/Demo-v0"))
+    options = dict(itertools.pairwise(words))
+    if "--conf-file" in options and not (ROOT / options["--conf-file"]).is_file():
+        return f"no file {options['--conf-file']}"
+    if options.get("--algo", "ppo") not in (*zoo.ALGORITHMS, "ppo"):
+        return f"no algorithm {options['--algo']}"
+    gymnasium.spec(options.get("--env", "textenv/Demo-v0"))
     if importlib.util.find_spec("rl_zoo3") is None:
         return 0 if name == "agents.zoo" or name.startswith("rl_zoo3.") else f"no module {name}"
     return parsed(lambda: runpy.run_module(name, run_name="__main__"), [name, *words], monkeypatch)
 
 
 def torchrun(words, monkeypatch):
-    """Parse the launcher's words, and those of the script if it is ours."""
+    """Parse the words of torchrun, and those of the script if the script is in this repository."""
     from torch.distributed.run import get_args_parser
 
     return launched(get_args_parser(), words, monkeypatch)
 
 
 def accelerate(words, monkeypatch):
-    """As `torchrun`."""
+    """Parse the words of `accelerate launch`, and those of the script as in `torchrun`."""
     from accelerate.commands.launch import launch_command_parser
 
     return launched(launch_command_parser(), words[1:], monkeypatch) if words[0] == "launch" else f"not {words[0]}"
@@ -174,9 +174,9 @@ def accelerate(words, monkeypatch):
 
 def launched(parser, words, monkeypatch):
     has_script = any(word.endswith(".py") for word in words)
-    given = parser.parse_args(words if has_script else [*words, "train.py"])
-    script = given.training_script
-    return 0 if script == "train.py" else python([script, *given.training_script_args], monkeypatch)
+    args = parser.parse_args(words if has_script else [*words, "train.py"])
+    script = args.training_script
+    return 0 if script == "train.py" else python([script, *args.training_script_args], monkeypatch)
 
 
 def pip(words, monkeypatch):
@@ -193,29 +193,29 @@ def pip(words, monkeypatch):
 
 
 def check_pytest(words, config):
-    """Parse with the options of all plugins, and look for markers, files and the names of tests."""
-    given = config._parser.parse(words)
+    """Parse with the options of all plugins, and check that markers, files and names of tests exist."""
+    args = config._parser.parse(words)
     markers = {line.partition(":")[0].partition("(")[0].strip() for line in config.getini("markers")}
-    unknown = set(re.findall(r"\w+", given.markexpr or "")) - {"and", "or", "not"} - markers
+    unknown = set(re.findall(r"\w+", args.markexpr or "")) - {"and", "or", "not"} - markers
     if unknown:
         return f"no marker {', '.join(sorted(unknown))}"
     texts = []
-    for path in given.file_or_dir:
+    for path in args.file_or_dir:
         if not (ROOT / path).exists():
             return f"no file {path}"
         texts.append((ROOT / path).read_text())
-    if given.keyword and not re.search(rf"def test_\w*{given.keyword}|{given.keyword}", "\n".join(texts)):
-        return f"no test named {given.keyword}"
+    if args.keyword and not re.search(rf"def test_\w*{args.keyword}|{args.keyword}", "\n".join(texts)):
+        return f"no test named {args.keyword}"
     return 0
 
 
-@pytest.mark.filterwarnings("ignore")  # of the libraries that the scripts import
+@pytest.mark.filterwarnings("ignore")  # warnings of the libraries that the scripts import
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words)[:60])
 def test_a_documented_command_is_understood(words, exit_code, capsys):
     code = exit_code(words)
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     print(f"exit {code}  {COMMANDS[words]}: {' '.join(words)}")
-    assert code == 0, f"{COMMANDS[words]}: {' '.join(words)}: {said or code}"
+    assert code == 0, f"{COMMANDS[words]}: {' '.join(words)}: {stderr or code}"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -273,7 +273,7 @@ def test_commands_are_read_as_they_are_typed():
 
 @pytest.fixture
 def options(pytestconfig, capsys):
-    """Every option of every program that the documentation starts."""
+    """Return every option of every program that the documentation starts."""
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
@@ -282,8 +282,8 @@ def options(pytestconfig, capsys):
             cli.main([verb, "--help"])
     texts = [capsys.readouterr().out, launch_command_parser().format_help(), get_args_parser().format_help()]
     texts += [path.read_text() for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py")]
-    found = set(re.findall(r"--[a-z](?:[\w.-]*\w)?", "\n".join(texts)))
-    return {name.replace("-", "_") for name in found | {"--key"}}  # which stands for any
+    options = set(re.findall(r"--[a-z](?:[\w.-]*\w)?", "\n".join(texts)))
+    return {name.replace("-", "_") for name in options | {"--key"}}  # the placeholder for any option
 
 
 def test_an_option_that_is_named_alone_belongs_to_a_program(options):

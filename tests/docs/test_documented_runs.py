@@ -1,7 +1,7 @@
-"""The commands of the README and of examples/people.md run one after the other as they stand, with small budgets.
+"""The commands of the README and of examples/people.md, run in their order with small budgets.
 
-With `-s`, each is printed with its exit code. The ready configurations' commands run in test_configs.py, the scripts in
-test_examples.py, test_example_*.py and test_benchmarks.py.
+With `-s`, each is printed with its exit code. The commands of the ready configurations run in test_configs.py, the
+scripts in test_examples.py, test_example_*.py and test_benchmarks.py.
 """
 
 import io
@@ -39,12 +39,12 @@ STAND_INS = {
     "[CONFIG.yml]": "examples/configs/demo.yml",
 }
 TYPED = {"chat": "this phone is\n/exit\n", "rate": "q\n"}
-ELSEWHERE = ("--to_hub", "--key")  # another machine's, and what stands for any option
+ELSEWHERE = ("--to_hub", "--key")  # an upload, and the placeholder for any option
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with the examples, a model called gpt2, and prompts as examples/people.md makes them."""
+    """Work in a folder with the examples, a model called gpt2, and the prompts that examples/people.md makes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     torch.manual_seed(0)
@@ -64,14 +64,14 @@ def blocks(page):
 
 @pytest.fixture
 def start(here, monkeypatch, capsys):
-    """Run a documented command; people answer whatever it has asked. At the end all are printed with exit codes."""
+    """Run documented commands; a rater answers their questions. At the end, print all with their exit codes."""
     codes = []
 
     def start(words):
         if words[0] != "textenv" or set(ELSEWHERE) & set(words):
             return
         typed = " ".join(words)
-        verb, *rest = (STAND_INS.get(word, word) for word in words[1:] if word != "--web")  # a page for a browser
+        verb, *rest = (STAND_INS.get(word, word) for word in words[1:] if word != "--web")  # it waits for a browser
         monkeypatch.setattr("sys.stdin", io.StringIO("5\n4\n3\n2\nq\n" if "--train" in rest else TYPED.get(verb, "")))
         code = run(verb, *rest, *BUDGETS.get(verb, ()))
         captured = capsys.readouterr()
@@ -87,13 +87,13 @@ def start(here, monkeypatch, capsys):
 
 def test_the_readmes_commands_run(start, here):
     for words in blocks("README.md"):
-        if words != ("textenv", "train"):  # the first command, which .ci/run runs whole
+        if words != ("textenv", "train"):  # the first command, which .ci/run runs with its own budget
             start(words)
     table = documented.of_tables((ROOT / "README.md").read_text(encoding="utf-8"))
-    placed = [words for words in table if words[1] not in ("sft", "classifier", "reward-model", "rate")]
-    for words in placed:
+    commands = [words for words in table if words[1] not in ("sft", "classifier", "reward-model", "rate")]
+    for words in commands:
         start(words)
-    assert (here / "exported" / "model.safetensors").is_file() and len(placed) > 9
+    assert (here / "exported" / "model.safetensors").is_file() and len(commands) > 9
 
 
 def test_the_commands_of_people_run(start, here):

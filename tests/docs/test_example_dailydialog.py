@@ -1,4 +1,4 @@
-"""The example of DailyDialog, from top to bottom on made-up dialogues in the data set's own files."""
+"""The DailyDialog example, run from top to bottom on made-up dialogues in the data set's file format."""
 
 import json
 
@@ -12,7 +12,7 @@ FIGURES |= {"rougeLsum", "sacrebleu", "chrf", "intent_accuracy", "perplexity", "
 
 
 @pytest.mark.long
-def test_dailydialog_writes_its_table_and_finds_what_is_done(tmp_path):
+def test_the_example_writes_its_table_and_skips_finished_stages(tmp_path):
     data, out = write_dialogues(tmp_path / "data", made_up(60)), tmp_path / "out"
     command = ("examples/dailydialog.py", "--data", data, "--smoke", "--seed", 1, "--out", out)
     printed = run(*command, "--turns", 2)

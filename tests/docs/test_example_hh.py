@@ -1,4 +1,4 @@
-"""The example on preference pairs runs with `--smoke` on made-up pairs, and finds again what it has done."""
+"""The example of preference pairs, run with `--smoke` on made-up pairs, and resumed."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def write_pairs(folder, n=60):
 
 
 @pytest.mark.long
-def test_it_runs_and_finds_again_what_is_done(tmp_path):
+def test_the_example_runs_and_skips_finished_stages(tmp_path):
     out = tmp_path / "out"
     write_pairs(tmp_path / "pairs")
     command = ("examples/hh.py", "--smoke", "--data", tmp_path / "pairs", "--out", out)
@@ -31,7 +31,7 @@ def test_it_runs_and_finds_again_what_is_done(tmp_path):
     assert "| perplexity |" in printed and "found in" not in printed
     rows = json.loads((out / "pairs.json").read_text())
     assert rows["reward model"]["n_pairs"] == 10 and rows["reward model"]["low"] < rows["reward model"]["high"]
-    # The made-up replies differ in length and words alike.
+    # Length or words alone tell the made-up replies apart.
     assert rows["length alone"]["accuracy"] == rows["bag of words"]["accuracy"] == 1.0
     results = (out / "results.json").read_text()
     assert {"reward", "length", "kl", "blank", "distinct_2", "perplexity"} <= json.loads(results)["figures"].keys()

@@ -1,4 +1,4 @@
-"""The example of film reviews, from top to bottom on made-up sentences, and gone on with."""
+"""The example of film reviews, run from top to bottom on made-up sentences, and resumed."""
 
 import json
 
@@ -13,7 +13,7 @@ MOODS = (["sad", "dull", "flat"], ["warm", "wise", "great"])
 
 @pytest.fixture
 def folder(tmp_path):
-    """Sentences of which one word says the mood."""
+    """Write sentences in which one word tells the mood; return their folder."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "data"
     folder.mkdir()
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_runs_and_goes_on_where_it_was_stopped(folder, tmp_path):
+def test_the_example_runs_and_resumes_where_it_was_stopped(folder, tmp_path):
     out = tmp_path / "out"
     command = ("examples/reviews.py", "--data", folder, "--smoke", "--out", out)
     printed = run(*command)
@@ -38,7 +38,7 @@ def test_it_runs_and_goes_on_where_it_was_stopped(folder, tmp_path):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "policy" / "model.safetensors").is_file() and (out / "results.md").is_file()
 
-    # Stopped before the last stage: what is done is found again, and the rest comes out the same.
+    # Stopped before the last stage: finished stages are skipped, and the others give the same results.
     weights = {name: (out / name / "model.safetensors").read_bytes() for name in ("tuned", "reward", "judge")}
     (out / "results.json").unlink()
     (out / "judge.json").unlink()

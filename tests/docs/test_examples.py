@@ -1,4 +1,4 @@
-"""Each example runs from top to bottom with `--smoke`, as a person would start it."""
+"""The examples, each run from top to bottom with `--smoke`, as a user would start it."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.helpers.models import seldom
 
 
 def run(*command, **environment):
-    """Run an example in a process of its own and return what it prints."""
+    """Run an example in its own process, and return its output."""
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -38,7 +38,7 @@ for path in sys.argv[1:]:
 @pytest.mark.slow
 def test_help_says_how_to_run_it():
     names = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-    out = run("-c", ALL_HELP, *(f"examples/{name}" for name in names))  # in one process: each loads torch
+    out = run("-c", ALL_HELP, *(f"examples/{name}" for name in names))  # in one process, as each would load torch
     assert [name for name in names if f"python examples/{name}" not in out] == []
 
 
@@ -98,7 +98,7 @@ def test_quickstart_on_a_corpus_and_resumed(tmp_path):
 
 @pytest.mark.parametrize("seed", seldom(range(5)))
 def test_quickstart_meets_its_bar(tmp_path, seed):
-    """The main job, for real: from 0.5 to 0.95 and more, in the grammar and varied."""
+    """The full job: the reward goes from 0.5 to at least 0.95, and the texts follow the grammar and differ."""
     figures = tmp_path / "figures.json"
     run("examples/quickstart.py", "--seed", seed, "--out", tmp_path / "out", "--json", figures)
     result = json.loads(figures.read_text())
@@ -122,8 +122,8 @@ for line in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_wrong_paths_and_numbers_end_in_a_line_and_claim_no_folder(tmp_path):
-    """What was mistyped once can be typed rightly with the same --out."""
+def test_wrong_paths_and_numbers_end_with_one_line_and_create_no_folder(tmp_path):
+    """The corrected command can then use the same --out."""
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     wanted = {
@@ -136,6 +136,6 @@ def test_wrong_paths_and_numbers_end_in_a_line_and_claim_no_folder(tmp_path):
         f"examples/synthetic.py --out {out} --tokens -1": "Expected --tokens of 1 or more, got -1.",
         f"examples/remote_backend.py --out {out} --lanes 0": "Expected --lanes of 1 or more, got 0.",
     }
-    said = dict(line.split(" | ", 1) for line in run("-c", WRONG, *wanted).splitlines() if " | " in line)
-    assert [line for line, words in wanted.items() if words not in said.get(line, "")] == []
+    stderr = dict(line.split(" | ", 1) for line in run("-c", WRONG, *wanted).splitlines() if " | " in line)
+    assert [line for line, words in wanted.items() if words not in stderr.get(line, "")] == []
     assert not out.exists()

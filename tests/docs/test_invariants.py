@@ -1,4 +1,4 @@
-"""The codes of invariants: each one that is cited is defined in docs/invariants.md, with tests that are there."""
+"""The codes of invariants: each cited one is defined in docs/invariants.md, with tests that exist."""
 
 import re
 from pathlib import Path
@@ -22,13 +22,13 @@ IN_A_NAME = re.compile(r"(?<=_)[a-e][1-9][0-9]?(?=_)")
 
 
 def cited_codes(text):
-    """The codes that a file cites, in its text and in the names of its tests."""
+    """Return the codes that a file cites, in its text and in the names of its tests."""
     names = re.findall(r"\bdef test(_\w+)", text)
     return {*IN_TEXT.findall(text)} | {code.upper() for name in names for code in IN_A_NAME.findall(name)}
 
 
 def defined_codes(page):
-    """The codes of a page's rows, in their order."""
+    """Return the codes of a page's rows, in their order."""
     return [row.split(" | ")[0].removeprefix("| ") for row in table_rows(page)]
 
 
@@ -45,7 +45,7 @@ def test_every_row_names_tests_that_are_there():
     assert absent_tests(PAGE) == []
 
 
-def test_codes_are_read_where_they_are_cited():
+def test_codes_are_found_in_texts_and_in_names_of_tests():
     text = '"""Sampling (A2, E12)."""\ndef test_b3_c4_the_end(): ...\ndef test_a_reward(): ...\n# D1: U+E000, ROUGE F1'
     assert cited_codes(text) == {"A2", "E12", "B3", "C4", "D1"}
     assert defined_codes("| code | what holds |\n|---|---|\n| A1 | x |\n| B10 | y |\n") == ["A1", "B10"]

@@ -1,4 +1,4 @@
-"""The README's snippets run, in order, on a tiny model and a short rollout."""
+"""The README: its snippets run in order on a tiny model, and its names and log keys exist."""
 
 import re
 
@@ -36,7 +36,7 @@ def test_the_snippets_run():
         exec(compile(block, "README.md", "exec"), names)
 
 
-# What a reader writes: methods, a class and a spec of one's own.
+# Names that the reader defines: methods, a class and a spec.
 OWN = ("get_reward", "get_rewards", "respond", "Class", "YourSpec")
 
 
@@ -57,7 +57,7 @@ def test_the_readmes_names_can_be_imported_from_where_it_says():
         ("`textenv.feedback.exchange.exports`", ["textenv.feedback.exchange.exports"]),
     ],
 )
-def test_a_name_without_its_module_is_found(page, unknown):
+def test_names_that_cannot_be_imported_are_reported(page, unknown):
     assert unknown_names(page) == unknown
 
 

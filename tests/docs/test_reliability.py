@@ -1,4 +1,4 @@
-"""The table of reliability: each row names tests, and all of them are there."""
+"""The table of docs/reliability.md: each row names tests, and all of them exist."""
 
 from tests.helpers.command import ROOT
 from tests.helpers.pages import NAMED_TEST, absent_tests, table_rows

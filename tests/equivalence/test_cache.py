@@ -1,4 +1,4 @@
-"""The prefix cache against its slow twin, a full forward: every family, whatever happens to the rows (A7 to A9)."""
+"""The prefix cache and its slow twin, a full forward: every model family, and rows that change at random (A7 to A9)."""
 
 import copy
 import itertools
@@ -23,12 +23,12 @@ def tokens(rng, n):
 
 
 def grown(rows: list[Row], rng) -> list[Row]:
-    """Every row with a token more; an idle row stays idle."""
+    """Add a token to every row; an idle row stays idle."""
     return [(prompt, [*since, *tokens(rng, 1)]) if prompt else ([], []) for prompt, since in rows]
 
 
 def scripted(*changes: dict[int, int] | int, lengths=(1, 3, 9, 5), seed=0) -> list[torch.Tensor]:
-    """Observations, step by step: an int is so many tokens for each row, a dict {row: length} new prompts (0: idle)."""
+    """Return observations per step: an int adds that many tokens to each row, {row: length} new prompts (0: idle)."""
     rng = np.random.default_rng(seed)
     rows = [(tokens(rng, n), []) for n in lengths]
     steps = [observe(rows)]
@@ -46,7 +46,7 @@ def scripted(*changes: dict[int, int] | int, lengths=(1, 3, 9, 5), seed=0) -> li
 
 
 def at_random(n_steps: int, seed: int) -> list[torch.Tensor]:
-    """Rows that grow, end, wait and begin at random."""
+    """Return observations of rows that grow, end, idle and begin at random."""
     rng = np.random.default_rng(seed)
     changes: list[dict[int, int] | int] = []
     for _ in range(n_steps):
@@ -72,7 +72,7 @@ SCRIPTS = {
 
 
 def full_forward(policy, observations):
-    """Log-probabilities (B, V) and values (B,) of a full forward, padded on the right and unmasked."""
+    """Return log-probabilities (B, V) and values (B,) of a full forward, padded on the right and unmasked."""
     ids, lengths = unpack_observations(observations)
     lengths = lengths.clamp(min=1)
     with torch.no_grad():
@@ -81,14 +81,14 @@ def full_forward(policy, observations):
 
 
 def decode(policy, observations):
-    """The same with the rollout's cache."""
+    """Return log-probabilities (B, V) and values (B,) by the rollout's cache."""
     with torch.no_grad():
         hidden, logits = policy.lm.rollout_cache.read(*unpack_observations(observations))
         return logits.log_softmax(-1), policy.lm.critic(hidden)
 
 
 def worst(policy, steps) -> float:
-    """The largest difference between the cache and a full forward: the check that a wrong cache must fail (A7)."""
+    """Return the largest difference between the cache and a full forward, which a wrong cache must show (A7)."""
     largest = 0.0
     for observations in steps:
         for decoded, expected in zip(decode(policy, observations), full_forward(policy, observations)):
@@ -99,7 +99,7 @@ def worst(policy, steps) -> float:
 
 @pytest.fixture
 def reads(monkeypatch):
-    """How many rows were read anew at each step; a step without any is not in it."""
+    """Count the rows that each call of `prefill` reads anew; steps without such rows are not listed."""
     counts: list[int] = []
     prefill = Backbone.prefill
 
@@ -111,7 +111,7 @@ def reads(monkeypatch):
     return counts
 
 
-# A7: what is decoded is what a full forward gives
+# A7: decoding equals a full forward
 
 
 @pytest.mark.parametrize("family", CACHED)
@@ -138,14 +138,14 @@ def test_a7_attention(family, attention):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
 def test_a7_at_random(family, monkeypatch):
-    """Many steps, with the buffers growing in place and columns dropped on the left."""
+    """Over many steps, the buffers grow in place, and columns on the left are dropped."""
     monkeypatch.setattr(cache, "GROWTH", 2)
     monkeypatch.setattr(cache, "COMPACT_FROM", 3)
     assert worst(make_policy(tiny(family)), at_random(40, seed=1)) < TOLERANCE
 
 
 def test_a7_columns_stay_few_over_a_long_run():
-    """Rows that end in turn never empty the cache: it must drop what no row needs any more."""
+    """If rows end in turn, the cache is never empty, and must drop columns that no row needs any more."""
     changes = [{step % 4: 3} if step % 5 == 0 else {} for step in range(120)]
     policy = make_policy(tiny("llama"))
     assert worst(policy, scripted(*changes, lengths=(2, 2, 2, 2))) < TOLERANCE
@@ -153,17 +153,17 @@ def test_a7_columns_stay_few_over_a_long_run():
 
 
 def test_a7_only_new_rows_are_read_anew(reads, monkeypatch):
-    """The cache is one: rows that go on cost no prefill."""
+    """Rows that grow by a token cost no prefill."""
     policy = make_policy()
     reads.clear()
     worst(policy, scripted(4, {1: 2}, 3))
-    assert reads == [3]  # the prompt of one token needs none, and the row that is new later is read beside the others
+    assert reads == [3]  # not the prompt of one token, nor the later row, which is read in the others' forward
     monkeypatch.setattr(cache, "NEW_TOKENS", 0)
     worst(policy, scripted(4, {1: 2}, 3))
     assert reads == [3, 3, 1]
 
 
-def test_a7_same_observation_twice_and_shorter_and_another(reads):
+def test_a7_repeated_shorter_and_other_observations(reads):
     policy = make_policy()
     steps = scripted(5)
     again = [steps[0], steps[0], steps[3], steps[2], steps[2], steps[5], steps[4][:2], steps[5][:2], steps[5]]
@@ -199,7 +199,7 @@ def test_a7_no_cache_is_the_same(family):
 
 
 def test_a7_with_gradients_it_is_not_used():
-    """Several differentiable steps and one backward, as in a loop of the user's own."""
+    """A user's loop may take several differentiable steps before one backward."""
     policy = make_policy()
     log_probs = [policy(observations)[2].sum() for observations in scripted(3)]
     sum(log_probs).backward()
@@ -245,7 +245,7 @@ def largest_ratio(model) -> float:
 
 
 class CheckSteps(BaseCallback):
-    """In every step of `learn`: what the policy said against a full forward with the weights of now."""
+    """A callback that compares every step of the policy with a full forward of the current weights."""
 
     def __init__(self):
         super().__init__()
@@ -262,7 +262,7 @@ class CheckSteps(BaseCallback):
 
 
 def learn_and_check(**kwargs) -> float:
-    """Episodes of 7 tokens, rollouts of 4 steps: every episode straddles two."""
+    """Train with episodes of 7 tokens and rollouts of 4 steps, so that episodes straddle updates."""
     model = make_ppo(tiny("llama"), n_steps=4, max_new_tokens=7, learning_rate=0.3, **kwargs)
     before = copy.deepcopy(model.policy.state_dict())
     check = CheckSteps()
@@ -280,7 +280,7 @@ def test_a8_negative_control(monkeypatch):
     """A cache that keeps the old weights' keys and values fails the same check."""
     monkeypatch.setattr("agents.policies.actor_critic.LMActorCritic.drop_caches", lambda self: None)
     monkeypatch.setattr("agents.models.interface.version_of", lambda weights: 0)
-    # The value of a rollout's last observation moves the cache on, so that the next rollout reads all rows anew.
+    # Otherwise the value of a rollout's last observation advances the cache, and the next rollout reads all rows anew.
     monkeypatch.setattr(cache.PrefixCache, "has_rows_of", lambda self, ids, lengths: False)
     assert learn_and_check() > 1e-3
 
@@ -322,7 +322,7 @@ def move(policy, observations):
 )
 @pytest.mark.parametrize("fused", [False, True])
 def test_a8_whatever_changes_the_weights(change, fused):
-    """In a user's own loop too, without `set_training_mode`; a fused step is not counted in the weights' versions."""
+    """A user's loop may not call `set_training_mode`; a fused step does not raise the weights' versions in torch."""
     policy = make_policy(optimizer_class=torch.optim.SGD, optimizer_kwargs={"fused": fused})
     policy.optimizer.param_groups[0]["lr"] = 0.1
     steps = scripted(3)
@@ -338,7 +338,7 @@ def test_a8_whatever_changes_the_weights(change, fused):
 
 
 class PredictBetween(BaseCallback):
-    """Asks the same policy about other rows in every step, and about the rollout's own."""
+    """A callback that calls `predict` in every step, on other rows and on the rollout's rows."""
 
     def __init__(self, n_rows):
         super().__init__()
@@ -357,7 +357,7 @@ class PredictBetween(BaseCallback):
 
 @pytest.mark.parametrize("n_rows", [4, 1, 6])
 def test_a9_predict_in_between_changes_nothing(n_rows):
-    """The rollout is the same bit for bit, whatever is predicted in between (E12)."""
+    """Predictions in between leave the rollout equal bit for bit (E12)."""
     alone = collect(make_ppo())
     disturbed = collect(make_ppo(), PredictBetween(n_rows))
     for name in ("actions", "log_probs", "values", "advantages"):
@@ -376,7 +376,7 @@ def test_a9_predict_is_right_in_between():
 
 
 def test_a9_values_in_between():
-    """Values of terminal observations leave the rollout's rows alone; those of the last ones go on from them."""
+    """Values of terminal observations leave the rollout's rows alone; values of the last ones decode from them."""
     policy = make_policy()
     steps = scripted(4)
     for before, after in itertools.pairwise(steps):

@@ -1,4 +1,4 @@
-"""Rows by length, and new ones read beside those that go on: the same numbers as a full forward, and less work."""
+"""Decoding in groups of similar length, with new rows in the same forward: equal to a full forward, at less work."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from tests.helpers.models import few, tiny
 
 @pytest.fixture
 def layouts(monkeypatch):
-    """The layout of each decoding attention, and how many columns its rows have."""
+    """Record the layout of each decoding attention, and the number of its columns."""
     seen = []
     real = decoding._attend
 
@@ -37,7 +37,7 @@ def layouts(monkeypatch):
 
 @pytest.fixture
 def moving(monkeypatch):
-    """Two groups, so that the four rows of a script move from one to the other, whenever it saves a column."""
+    """Set two groups for the four rows of a script, and let rows change groups whenever that saves a column."""
     monkeypatch.setattr(decoding, "N_GROUPS", 2)
     monkeypatch.setattr(decoding, "DISORDER", 1.0)
 
@@ -46,7 +46,7 @@ FAMILIES_BESIDE = ["gpt2", "llama", "qwen2", "gpt_neox", "opt"]
 
 
 @pytest.mark.parametrize("family", few([*FAMILIES_BESIDE, "gemma3", "mistral"], 3))
-def test_by_length_is_as_all_at_once(family, layouts, moving):
+def test_decoding_by_length_equals_all_rows_at_once(family, layouts, moving):
     policy = make_policy(tiny(family))
     layouts.clear()
     assert worst(policy, EVERYTHING + at_random(20, seed=2)) < TOLERANCE
@@ -57,7 +57,7 @@ def test_by_length_is_as_all_at_once(family, layouts, moving):
 
 @pytest.mark.parametrize("family", few(FAMILIES_BESIDE, 2))
 def test_new_rows_are_read_beside_the_others(family, layouts, monkeypatch, moving):
-    """With them, with each in a forward of its own, and at random: the same as a full forward."""
+    """New rows in the others' forward or in their own, in scripts and at random, equal a full forward."""
     policy = make_policy(tiny(family))
     assert policy.lm.backbone.takes_new_rows
     for limit in (20, 0):
@@ -74,7 +74,7 @@ def test_new_rows_beside_groups_that_are_not_full(n_rows, layouts):
     policy = make_policy()
     layouts.clear()
     assert worst(policy, steps) < TOLERANCE
-    assert any(layout.new_rows for layout, _ in layouts) is (n_rows > 1)  # of one row, none goes on beside it
+    assert any(layout.new_rows for layout, _ in layouts) is (n_rows > 1)  # a single row has no others
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "bloom"])
@@ -92,7 +92,7 @@ def test_a_step_with_a_new_row_costs_one_forward(monkeypatch):
     monkeypatch.setattr(model, "forward", lambda **inputs: calls.append(inputs["input_ids"].shape) or forward(**inputs))
     for observations in steps[1:]:
         decode(policy, observations)
-    assert calls == [(4, 1), (4, 1), (4 + 4 + 2, 1), (4, 1)]  # of a new row all but the last token stand behind
+    assert calls == [(4, 1), (4, 1), (4 + 4 + 2, 1), (4, 1)]  # new rows' earlier tokens at the end
 
 
 def test_the_same_rows_again_cost_no_prefill(monkeypatch):
@@ -105,7 +105,7 @@ def test_the_same_rows_again_cost_no_prefill(monkeypatch):
     assert worst(policy, [step for step in steps for _ in range(3)]) < TOLERANCE
     assert reads == [3]
     reads.clear()
-    other = torch.where(steps[-1] == steps[-1].max(), 1, steps[-1])  # as long, and one token another
+    other = torch.where(steps[-1] == steps[-1].max(), 1, steps[-1])  # of the same length, with another token
     assert worst(policy, [steps[-1], other, steps[-1]]) < TOLERANCE
     assert len(reads) > 1
 
@@ -118,7 +118,7 @@ def test_rows_of_one_length_are_read_at_once(layouts):
 
 
 def test_negative_control_too_few_columns(monkeypatch):
-    """A group that reads a column less than its longest row has is found out."""
+    """The check fails if groups read one column less than their longest row has."""
     real = column_groups
     shorter = lambda *args: tuple(group._replace(n_columns=max(1, group.n_columns - 1)) for group in real(*args))  # noqa: E731
     monkeypatch.setattr("agents.models.prefix_cache.column_groups", shorter)
@@ -133,7 +133,7 @@ def test_negative_control_rows_that_are_not_moved(monkeypatch, moving):
 def test_negative_control_a_new_row_in_the_wrong_columns(monkeypatch):
     policy = make_policy()
     monkeypatch.setattr(
-        "agents.models.prefix_cache.NewRow", lambda place, tokens: decoding.NewRow((place + 1) % 4, tokens)
+        "agents.models.prefix_cache.NewRow", lambda slot, tokens: decoding.NewRow((slot + 1) % 4, tokens)
     )
     assert worst(policy, EVERYTHING) > 100 * TOLERANCE
 
@@ -149,8 +149,8 @@ def test_the_config_is_left_as_it_was():
         assert config._attn_implementation == "sdpa"
 
 
-def n_read(places, own):
-    return sum(n for _, n in decoding._groups(places, own))
+def n_read(slots, own):
+    return sum(n for _, n in decoding._groups(slots, own))
 
 
 @pytest.mark.parametrize("disorder", [1.0, 1.2])
@@ -159,34 +159,34 @@ def test_few_columns_are_read_and_few_rows_move(n_rows, disorder, monkeypatch):
     monkeypatch.setattr(decoding, "DISORDER", disorder)
     rng = np.random.default_rng(n_rows)
     own = rng.integers(1, 100, n_rows)
-    places, n_moves = sort_into_groups(np.arange(n_rows), own), 0
+    slots, n_moves = sort_into_groups(np.arange(n_rows), own), 0
     for _ in range(100):
-        assert sorted(places) == list(range(n_rows))
-        assert n_read(places, own) <= disorder * n_read(np.argsort(np.argsort(-own)), own)
+        assert sorted(slots) == list(range(n_rows))
+        assert n_read(slots, own) <= disorder * n_read(np.argsort(np.argsort(-own)), own)
         own += 1
         own[rng.integers(n_rows)] = 1
-        moved = sort_into_groups(places, own)
-        n_moves += (moved != places).sum()
-        places = moved
+        moved = sort_into_groups(slots, own)
+        n_moves += (moved != slots).sum()
+        slots = moved
     assert n_moves <= 100 * N_GROUPS
 
 
 def test_columns_of_groups_by_hand():
-    places, own = np.array([3, 2, 1, 0]), np.array([2, 4, 4, 20])
-    assert column_groups(places, own, 20) == tuple((slice(i, i + 1), n) for i, n in enumerate([20, 4, 4, 2]))
-    assert column_groups(places, np.array([20, 19, 19, 20]), 20) == ((slice(0, 4), 20),)
+    slots, own = np.array([3, 2, 1, 0]), np.array([2, 4, 4, 20])
+    assert column_groups(slots, own, 20) == tuple((slice(i, i + 1), n) for i, n in enumerate([20, 4, 4, 2]))
+    assert column_groups(slots, np.array([20, 19, 19, 20]), 20) == ((slice(0, 4), 20),)
 
 
 def test_rows_stay_while_their_order_is_good_enough():
     own = np.array([20, 19, 18, 17])
-    assert list(sort_into_groups(np.array([1, 0, 2, 3]), own)) == [1, 0, 2, 3]  # of one row each, any order is as good
+    assert list(sort_into_groups(np.array([1, 0, 2, 3]), own)) == [1, 0, 2, 3]  # any order will do
     own, mixed = np.repeat([20, 2], 4), np.array([0, 2, 4, 6, 1, 3, 5, 7])
     assert sorted(sort_into_groups(mixed, own)[:4]) == [0, 1, 2, 3]
     assert list(sort_into_groups(mixed, np.repeat([20, 18], 4))) == list(mixed)
 
 
 def test_after_a_step_that_was_broken_off_rows_are_read_anew(monkeypatch):
-    """As by Ctrl-C, when some layers have their newest column and others do not."""
+    """After Ctrl-C, some layers may have their newest column, and others not."""
     policy, steps = make_policy(), scripted(6)
     for observations in steps[:3]:
         decode(policy, observations)

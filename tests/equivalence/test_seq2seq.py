@@ -1,4 +1,4 @@
-"""Encoder-decoders, cached and whole, alone and padded, sampled and trained: one distribution (A1 to A11, B1, B3)."""
+"""Encoder-decoders: one distribution for cached, whole, padded, sampled and trained sequences (A1 to A11, B1, B3)."""
 
 import copy
 
@@ -19,7 +19,7 @@ ROWS = observe([([5, 6, 7, 8, 9, 4], [1, 2]), ([3], []), ([2, 2, 8], [7, 7, 7, 7
 
 
 def full_forward(policy, observations):
-    """Log-probabilities (B, V) and values (B,) of a whole forward."""
+    """Return log-probabilities (B, V) and values (B,) of a full forward."""
     with torch.no_grad():
         hidden, logits = policy.lm._read_last(policy.lm.backbone, policy.lm._unpack(observations), None)
         return logits.log_softmax(-1), policy.lm.critic(hidden)
@@ -45,7 +45,7 @@ def worst(policy, steps) -> float:
     return largest
 
 
-# A2: what the model itself says
+# A2: the model's own logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,7 +78,7 @@ def test_a7_cached_equals_full_forward(family, attention):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a7_script(script):
-    """BART, whose positions are absolute: the harder case."""
+    """BART is the harder case, as its positions are absolute."""
     assert worst(make_policy(tiny_seq2seq("bart")), SCRIPTS[script]) < TOLERANCE
 
 
@@ -91,7 +91,7 @@ def test_a7_at_random(family, monkeypatch):
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a7_same_tokens_with_another_boundary_or_prompt(family):
-    """A row is the one read before only with the same prompt, and the same place where it ends."""
+    """A row counts as unchanged only if its prompt is the same, and ends at the same token."""
     first = observe([([1, 2, 3, 4], [5]), ([6, 7], [8])])
     moved = observe([([1, 2, 3], [4, 5, 9]), ([6, 7], [8, 3])])
     other = observe([([1, 2, 3, 5], [5, 9]), ([6, 7], [8, 3])])
@@ -115,7 +115,7 @@ def test_a7_each_prompt_is_encoded_once(monkeypatch):
 
 
 def test_a7_negative_control_positions(monkeypatch):
-    """BART without its own positions in a shared column: what the hook is for. T5 has relative ones."""
+    """Without the hook, BART's rows get the positions of shared columns. T5, with relative positions, needs none."""
     differences = []
     for family in ("bart", "t5"):
         policy = make_policy(tiny_seq2seq(family))
@@ -145,7 +145,7 @@ def test_a1_ratio_is_one_and_c2_kl_zero(family, temperature):
 
 
 class Talks(TextEnv):
-    """A second speaker, whose words go into the decoder."""
+    """An env with a second speaker, whose tokens are read by the decoder."""
 
     def get_reward(self, prompt, preds, done):
         return float(len(preds)) if done else 0.0
@@ -186,7 +186,7 @@ def test_a8_new_weights_are_noticed():
 
 
 def test_after_a_step_that_was_broken_off_rows_are_read_anew(monkeypatch):
-    """As by Ctrl-C, when some layers have their newest column and others do not."""
+    """After Ctrl-C, some layers may have their newest column, and others not."""
     policy, steps = make_policy(tiny_seq2seq("t5")), scripted(6)
     for observations in steps[:3]:
         decode(policy, observations)
@@ -218,7 +218,7 @@ def test_a9_predict_in_between(family):
 
 
 def ragged(policy, seed=0) -> tuple[SequenceBatch, torch.Tensor]:
-    """Sequences of mixed halves, each with all its transitions; token 0 is end, padding and an ordinary token."""
+    """Return sequences with all their transitions; token 0 is end, padding and an ordinary token. (4, T), (N,)"""
     rng = np.random.default_rng(seed)
     n_prompt, n_since = np.array([1, 9, 4, 2]), np.array([6, 1, 3, 12])
     lengths = n_prompt + n_since
@@ -246,17 +246,17 @@ def test_b1_alone_or_padded(family):
     singles = []
     for row, n in enumerate(batch.lengths):
         here = batch.rows == row
-        one = SequenceBatch(batch.tokens[[row], :n], np.array([n]), batch.rows[here] * 0, batch.cols[here],
+        single = SequenceBatch(batch.tokens[[row], :n], np.array([n]), batch.rows[here] * 0, batch.cols[here],
             n_prompt=batch.n_prompt[[row]])  # fmt: skip
-        singles.append(scores_and_gradient(policy, one, actions[torch.as_tensor(here)]))
-    for whole, parts in zip(together[:3], zip(*singles)):
-        torch.testing.assert_close(whole, torch.cat(parts), atol=TOLERANCE, rtol=0)
+        singles.append(scores_and_gradient(policy, single, actions[torch.as_tensor(here)]))
+    for whole, pieces in zip(together[:3], zip(*singles)):
+        torch.testing.assert_close(whole, torch.cat(pieces), atol=TOLERANCE, rtol=0)
     gradient = sum(single[3] for single in singles)
     assert float((gradient - together[3]).abs().max()) < TOLERANCE * float(gradient.abs().max())
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_b1_whatever_stands_in_the_padding(family):
+def test_b1_padding_of_any_content_changes_nothing(family):
     policy = make_policy(tiny_seq2seq(family))
     batch, actions = ragged(policy)
     padded = torch.arange(batch.tokens.shape[1]) >= torch.as_tensor(batch.lengths)[:, None]
@@ -269,8 +269,8 @@ def test_b1_whatever_stands_in_the_padding(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_b3_each_place_by_the_model_itself(family):
-    """Every transition against the model's own logits for that prefix, ids of padding and end included."""
+def test_b3_each_transition_has_the_models_own_logits(family):
+    """Every transition has the model's own logits for its prefix, also if it holds ids of padding or end."""
     policy = make_policy(tiny_seq2seq(family))
     batch, actions = ragged(policy)
     with torch.no_grad():
@@ -289,12 +289,12 @@ def test_a11_a_token_changes_nothing_before_it_and_a_prompt_everything(family):
     batch, actions = ragged(policy)
     with torch.no_grad():
         values, log_probs, _ = policy.evaluate_actions(batch, actions)
-        for place, is_after in ((batch.n_prompt[3] + 5, 5), (1, -1)):
+        for position, first_changed in ((batch.n_prompt[3] + 5, 5), (1, -1)):
             changed = copy.copy(batch)
             changed.tokens = batch.tokens.clone()
-            changed.tokens[3, place] = (changed.tokens[3, place] + 1) % N_TOKENS
+            changed.tokens[3, position] = (changed.tokens[3, position] + 1) % N_TOKENS
             new_values, new_log_probs, _ = policy.evaluate_actions(changed, actions)
-            here = torch.as_tensor((batch.rows == 3) & (batch.cols >= batch.n_prompt[3] + is_after))
+            here = torch.as_tensor((batch.rows == 3) & (batch.cols >= batch.n_prompt[3] + first_changed))
             torch.testing.assert_close(new_log_probs[~here], log_probs[~here], atol=TOLERANCE, rtol=0)
             torch.testing.assert_close(new_values[~here], values[~here], atol=TOLERANCE, rtol=0)
             assert ((new_log_probs - log_probs).abs()[here] > 1e-4).all()

@@ -1,4 +1,4 @@
-"""Games are learnt: well above chance, and not where what they need is taken away."""
+"""Learning to play games: well above chance, and not without the information or the reward that a game needs."""
 
 import random
 import re
@@ -27,7 +27,7 @@ N_EPISODES = 300
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.library)])
 def source(request, monkeypatch):
-    """The stand-ins of the libraries, or the libraries."""
+    """Use stand-ins for the libraries, or the libraries themselves."""
     if request.param == "fake":
         for module, content in {**fakes.textarena(), **fakes.gem()}.items():
             monkeypatch.setitem(sys.modules, module, content)
@@ -35,7 +35,7 @@ def source(request, monkeypatch):
 
 
 def won(env, act):
-    """The share of unseen games whose last reward is 1."""
+    """Return the share of unseen games whose last reward is 1."""
     lanes = Lanes(env, N_EPISODES)
     observations = lanes.reset(prompts=[{"seed": 10_000 + number} for number in range(N_EPISODES)])
     n_won = 0
@@ -56,7 +56,7 @@ def agent(env, lm, **kwargs):
 
 
 def trained(folder, texts, tokenizer, width=32, n_epochs=2.0, learning_rate=1e-2):
-    """A tiny model that continues texts."""
+    """Train a tiny model to continue texts; return its spec."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(tiny_config(vocab_size=len(tokenizer), n_embd=width))
     pretrain(model, tokenizer, texts, n_epochs=n_epochs, learning_rate=learning_rate, progress_bar=False)
@@ -79,7 +79,7 @@ def no_hint(text):
 
 
 class Won(TurnEnv):
-    """TextArena pays for a near miss, also for two invalid moves behind a first guess of 4: only wins count here."""
+    """A game that pays only for a win: TextArena also pays for near misses, even after invalid moves."""
 
     def get_reward(self, prompt, preds, done):
         return float(done and self.outcome(prompt, preds).reward == 1.0)
@@ -96,7 +96,7 @@ def guess_env(library, to_text):
 
 def random_guesses(seed):
     rng = random.Random(seed)
-    # The middle is the likelier opening: from another the hint helps little, and training may stop at 2 of 3.
+    # Most texts open with the middle number. After another one a hint helps little, and training may stop at 2 of 3.
     return " ".join(["guess", rng.choice(["1", *3 * ["2"], "3"]), rng.choice(["higher", "lower"]), rng.choice(NUMBERS)])
 
 
@@ -115,7 +115,7 @@ def test_guess_the_number(source, library, tmp_path):
         shares[to_text.__name__] = play(model, env)
     print(library, at_random, shares)
     assert at_random < 0.65
-    assert shares["hint"] > 0.75  # no policy that does not read the hint passes 2 of 3
+    assert shares["hint"] > 0.75  # without reading the hint, no policy exceeds 2 of 3
     assert shares["no_hint"] < 0.75
 
 
@@ -127,7 +127,7 @@ LINES = fakes.ArenaTicTacToe.LINES
 
 
 def random_game(seed):
-    """A game of legal moves at random, as the policy would see it."""
+    """Return a game of random legal moves, as the policy would see it."""
     rng = random.Random(seed)
     moves = rng.sample(CELLS, 9)
     for n_moves in range(5, 10):
@@ -149,7 +149,7 @@ def last_move(text):
 
 
 class Unpaid(TurnEnv):
-    """The control: nothing is earned."""
+    """The control: all rewards are 0."""
 
     def get_reward(self, prompt, preds, done):
         return 0.0
@@ -170,7 +170,7 @@ def test_tic_tac_toe(source, tmp_path):
     print("tic-tac-toe", shares)
     start, end, control = shares
     assert start < 0.4
-    assert end > 0.65  # who always moves legally, but at random, wins 0.58
+    assert end > 0.65  # random legal moves win 0.58
     assert control < 0.4
 
 
@@ -189,7 +189,7 @@ class Product:
 
 
 def product_text(seed):
-    """Half the time an answer out of the blue, else a call and what it gave."""
+    """Return a guessed answer for odd seeds, else a call of the tool and its result."""
     rng = random.Random(seed)
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     if seed % 2:
@@ -212,4 +212,4 @@ def test_a_tool_is_used(tmp_path):
     start, end, control = shares
     assert start < 0.4
     assert end > 0.6
-    assert control < end - 0.1  # without the tool it learns some of the 36 products by heart
+    assert control < end - 0.1  # without the tool, it memorises some of the 36 products

@@ -1,4 +1,4 @@
-"""Critics learn what they are for: a task with a critic of one's own, and values of large returns."""
+"""Learning with critics: a task with a separate critic, and values of large returns."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ OWN = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, initializer_r
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
-    """A folder with a reward model trained for a moment on the task's score: the share of "c" in a text."""
+    """Train a reward model briefly on the task's score, the share of "c" in a text; return its folder."""
     torch.manual_seed(0)
     config = tiny_config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=1, num_labels=1)
     model = GPT2ForSequenceClassification(config)
@@ -34,7 +34,7 @@ def reward_model(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["separate", "reward model"])
-def test_e11_it_learns_with_a_critic_of_its_own(kind, reward_model):
+def test_e11_it_learns_with_a_separate_critic(kind, reward_model):
     task = TASKS["always"]
     critic = SeparateCritic(OWN) if kind == "separate" else RewardModelCritic(reward_model)
     before, after = learn(build(task, policy_kwargs={"critic": critic}), task)
@@ -42,7 +42,7 @@ def test_e11_it_learns_with_a_critic_of_its_own(kind, reward_model):
 
 
 def explained(value_norm):
-    """The explained variance at the end of a run with returns of the size of a hundred, the policy almost fixed."""
+    """Return the explained variance after training with returns of about 100 and an almost fixed policy."""
     task = TASKS["always"]
 
     def reward(prompt, preds, done):
@@ -61,5 +61,5 @@ def test_large_returns_are_learnt_with_normalised_values(value_norm):
 
 
 @pytest.mark.slow
-def test_large_returns_are_not_learnt_without():
+def test_large_returns_are_not_learnt_without_normalisation():
     assert explained(None) < 0.05

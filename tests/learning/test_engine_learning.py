@@ -1,4 +1,4 @@
-"""Rollouts that an engine writes train as the policy's own do: through a real one in 16 bits, and one that is off."""
+"""Learning from rollouts of another engine: a real one in 16 bits, and one with another temperature."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_it_learns_through_an_engine_in_16_bits_and_not_with_the_reward_switched
 
 @pytest.mark.parametrize("heat", [0.7, 2.0])
 def test_it_learns_from_an_engine_that_samples_at_another_temperature(heat):
-    """That the mismatch does not break it; what the weights are worth is shown by enumeration, not here."""
+    """The mismatch does not break learning; test_importance.py shows by enumeration that the weights are right."""
     task, results = TASKS["always"], []
     for seed in SEEDS:
         model = build(task, seed=seed)

@@ -1,4 +1,4 @@
-"""Groups of samples learn: from chance to over 0.9 without a critic, and not where it is switched off (E11)."""
+"""Learning from groups of samples: from chance to over 0.9 without a critic, and not with the reward off (E11)."""
 
 from collections import defaultdict
 
@@ -19,18 +19,18 @@ RULES = {"max_new_tokens": 4, "stop_ids": ()}
 
 
 def share_of_c(prompt, preds, done):
-    """Chance: an eighth."""
+    """Return the share of "c" at the end; by chance it is an eighth."""
     return preds.text.count("c") / 4 if done else 0.0
 
 
 class Best(TextEnv):
-    """Compares the texts of a group: a point for those with the most "c", and nothing says how good they are."""
+    """A reward by comparison: 1 for the texts of a group with the most "c", however many that is."""
 
     def get_rewards(self, prompts, preds, dones):
         most = defaultdict(int)
-        for one in preds:
-            most[one.group] = max(most[one.group], one.text.count("c"))
-        return [float(one.text.count("c") == most[one.group]) for one in preds]
+        for text in preds:
+            most[text.group] = max(most[text.group], text.text.count("c"))
+        return [float(text.text.count("c") == most[text.group]) for text in preds]
 
 
 def build(env, advantage, **kwargs):
@@ -40,11 +40,11 @@ def build(env, advantage, **kwargs):
 
 
 def learn(model, iterations, callback=None):
-    """Return the share of the letter before and after."""
+    """Train; return the share of "c" before and after."""
 
     def share():
         samples = generate(model, PROMPTS, TOKENIZER, 4, **RULES)
-        return float(np.mean([one.text.count("c") / 4 for one in samples]))
+        return float(np.mean([sample.text.count("c") / 4 for sample in samples]))
 
     before = share()
     model.learn(iterations * model.n_steps * model.n_envs, callback=callback)
@@ -55,7 +55,7 @@ def learn(model, iterations, callback=None):
     "advantage", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo_mean", "rloo"))]
 )
 def test_e11_group_relative_advantages_learn(advantage):
-    """With groups of 5 in 64 lanes, which is no multiple."""
+    """The 64 lanes are no multiple of the groups of 5."""
     env = TextEnv(PROMPTS, TOKENIZER, reward=share_of_c, samples_per_prompt=5, score_at="done", **RULES)
     before, after = learn(build(env, advantage), 15)
     assert before < 0.35 and after > 0.9
@@ -77,8 +77,8 @@ def test_e11_a_reward_that_compares_the_members_of_a_group_learns():
 
 
 @pytest.mark.slow
-def test_e11_without_a_group_to_compare_with_the_same_reward_says_nothing():
-    """Each text is the best of one: the negative control of the ranking."""
+def test_e11_without_groups_the_same_reward_teaches_nothing():
+    """The negative control: each text is the best of a group of one."""
     model = build(Best(PROMPTS, TOKENIZER, score_at="rollout_end", **RULES), "gae", vf_coef=0.1)
     before, after = learn(model, 15)
     assert after < 0.6 and before < 0.35
@@ -86,12 +86,12 @@ def test_e11_without_a_group_to_compare_with_the_same_reward_says_nothing():
 
 @pytest.mark.slow
 def test_e11_shaped_scores_learn():
-    """A score of a thousand for all, and a penalty for a text that is not ended: it learns to end it."""
+    """All texts score 1,000, and a penalty for unended ones teaches the policy to end them."""
     env = TextEnv(PROMPTS, TOKENIZER, reward=lambda prompt, preds, done: 1000.0, score_at="done", max_new_tokens=4)
     ends = []
     for shaping in (RewardShaping(whiten=True, missing_eos_penalty=1.0), RewardShaping(whiten=True)):
         model = build(env, "gae", vf_coef=0.1)
         model.learn(15 * 256, callback=shaping)
         samples = generate(model, PROMPTS, TOKENIZER, 4, max_new_tokens=4)
-        ends.append(np.mean([str(one.end_reason) == "eos" for one in samples]))
+        ends.append(np.mean([str(sample.end_reason) == "eos" for sample in samples]))
     assert ends[0] > 0.9 and ends[1] < 0.7

@@ -1,4 +1,4 @@
-"""It learns: from chance to over 0.9 in a fixed budget, and not where it is switched off (invariant E11)."""
+"""Learning toy tasks: from chance to over 0.9 in a fixed budget, and not with the reward switched off (E11)."""
 
 import warnings
 from collections.abc import Callable
@@ -68,9 +68,9 @@ def build(task, reward=None, algorithm=PPO, score_at="step", shape=None, **kwarg
 
 
 def mean_score(model, task):
-    """The mean over four fresh samples of every prompt."""
+    """Return the mean score of four fresh samples of every prompt."""
     samples = generate(model, PROMPTS, TOKENIZER, 4, **task.env)
-    return float(np.mean([task.score(str(one.prompt), one.text, one.ids) for one in samples]))
+    return float(np.mean([task.score(str(sample.prompt), sample.text, sample.ids) for sample in samples]))
 
 
 def learn(model, task, iterations=None, callback=None):
@@ -85,7 +85,7 @@ HARD_ONES_SLOWLY = ["always", *(pytest.param(name, marks=pytest.mark.slow) for n
 
 @pytest.mark.parametrize("name", HARD_ONES_SLOWLY)
 def test_e11_it_learns(name):
-    """E11: always one token, a copy of the prompt's last token, a length: from chance to over 0.9."""
+    """E11: always one token, copying the prompt's last token, and a length go from chance to over 0.9."""
     task = TASKS[name]
     before, after = learn(build(task), task)
     assert before < 0.35 and after > 0.9
@@ -122,7 +122,7 @@ def test_e11_other_algorithms_do_not_learn_with_the_reward_switched_off(algorith
 
 @pytest.mark.parametrize("name", HARD_ONES_SLOWLY)
 def test_e11_it_does_not_learn_with_the_reward_switched_off(name):
-    """The same budget with the same score, which is measured but not given."""
+    """The budget is the same, and the score is measured, but not rewarded."""
     task = TASKS[name]
     model = build(task, reward=lambda prompt, preds, done: 0.0)
     before, after = learn(model, task)
@@ -130,8 +130,8 @@ def test_e11_it_does_not_learn_with_the_reward_switched_off(name):
 
 
 @pytest.mark.slow
-def test_e11_it_does_not_learn_a_reward_that_says_nothing():
-    """Noise in place of the score: training moves, and not towards the task."""
+def test_e11_it_does_not_learn_from_random_rewards():
+    """With noise as the reward, training changes the policy, but not towards the task."""
     task, rng = TASKS["copy"], np.random.default_rng(0)
     before, after = learn(build(task, reward=lambda prompt, preds, done: float(rng.random())), task)
     assert after < 0.45
@@ -139,7 +139,7 @@ def test_e11_it_does_not_learn_a_reward_that_says_nothing():
 
 @pytest.mark.slow
 def test_e11_a_huge_penalty_keeps_it_at_the_start():
-    """With a coefficient that outweighs the score a hundred times; a small one is no hindrance."""
+    """A coefficient of 100 outweighs the score; a small one does not prevent learning."""
     task, after = TASKS["always"], {}
     for coef in (0.01, 100.0):
         model = build(task)
@@ -150,7 +150,7 @@ def test_e11_a_huge_penalty_keeps_it_at_the_start():
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [LoRA(), LastLayers(1)], ids=["lora", "last"])
 def test_e11_a_part_of_the_model_learns_and_a_huge_penalty_keeps_it_at_the_start(train):
-    """With adapters or the last layer alone; the reference is then the adapters off, or shares what is frozen."""
+    """Adapters or the last layer are trained; the reference switches adapters off, or shares the frozen weights."""
     task, after = TASKS["always"], {}
     for coef in (0.01, 100.0):
         # The head stays as it is drawn: with small weights it could not be sure of any token. The critic is detached,
@@ -164,7 +164,7 @@ def test_e11_a_part_of_the_model_learns_and_a_huge_penalty_keeps_it_at_the_start
 
 @pytest.mark.slow
 def test_c4_an_adaptive_coefficient_brings_the_divergence_to_its_target():
-    """Within a factor of two, where training without a penalty goes far beyond it."""
+    """It ends within a factor of two; without a penalty, the divergence is far larger."""
     task, divergence = TASKS["always"], {}
     target = 1.0
     for name, coef in (("none", 0.0), ("adaptive", AdaptiveCoef(0.05, target, 64))):
@@ -176,7 +176,7 @@ def test_c4_an_adaptive_coefficient_brings_the_divergence_to_its_target():
 
 
 class Divergence(BaseCallback):
-    """Keeps what each rollout logged as `kl/sequence`."""
+    """A callback that keeps `kl/sequence` of each rollout."""
 
     def _on_training_start(self):
         self.values = []
@@ -198,10 +198,10 @@ def test_e11_it_learns_from_other_seeds(name, seed):
 
 @pytest.mark.slow
 def test_e11_it_learns_from_late_scores_of_episodes_that_straddle_rollouts():
-    """With a score at the end of a rollout, in a rollout of half the longest episode."""
+    """Scores come at the end of a rollout, which is half as long as the longest episode."""
     task = TASKS["length"]
     model = build(task, score_at="rollout_end", n_steps=4, rollout_buffer_kwargs={"complete_episodes": True})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a rollout may have few sequences that are complete
+        warnings.simplefilter("ignore")  # a rollout may have few complete sequences
         before, after = learn(model, task, iterations=40)
     assert before < 0.35 and after > 0.9

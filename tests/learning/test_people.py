@@ -1,6 +1,6 @@
-"""The loop with people, closed: raters with a known taste answer through the real store, and a model comes to it.
+"""Learning from people: raters with a known taste answer through the real store, and a model learns the taste.
 
-The taste is the share of positive mood words of a demo review, with noise; raters who answer at random are the control.
+The taste is the share of positive mood words in a demo review, with noise; raters who answer at random are the control.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ SEED_OF_TEXTS = 1000
 
 
 def collect(db, n_prompts, seed, is_random):
-    """Have the demo's model write four texts a prompt, and a rater rank them: so many answers."""
+    """Let the demo's model write four texts per prompt, and a rater rank them."""
     writer = open_writer(str(demo_model()), None, RateOptions())
     prompts = (demo.prompts() * 5)[:n_prompts]
     with FeedbackStore(db, seed=seed) as store:
@@ -48,33 +48,33 @@ def collect(db, n_prompts, seed, is_random):
 
 
 def taste(folder, seed=7):
-    """The mean taste of 200 texts of a model."""
+    """Return the mean taste of 200 texts of a model."""
     writer = open_writer(str(folder), None, RateOptions())
     texts = generate(writer.policy, demo.prompts() * 5, writer.tokenizer, max_new_tokens=32, seed=seed)
-    return float(np.mean([mood(str(one.prompt) + one.text) for one in texts]))
+    return float(np.mean([mood(str(sample.prompt) + sample.text) for sample in texts]))
 
 
 def held_out_accuracy(folder):
-    """How many of 300 pairs of new texts the reward model ranks as the taste, without noise, does."""
+    """Return the share of 300 pairs of new texts that the reward model ranks like the taste without noise."""
     writer = open_writer(str(demo_model()), None, RateOptions())
     written = generate(writer.policy, demo.prompts() * 18, writer.tokenizer, 2, max_new_tokens=32, seed=SEED_OF_TEXTS)
-    texts = [str(one.prompt) + one.text for one in written]
+    texts = [str(sample.prompt) + sample.text for sample in written]
     pairs = [pair for pair in zip(texts[::2], texts[1::2]) if mood(pair[0]) != mood(pair[1])][:300]
     assert len(pairs) == 300
     scorer = AutoModelForSequenceClassification.from_pretrained(folder)
     scores = score_texts(scorer, AutoTokenizer.from_pretrained(folder), [text for pair in pairs for text in pair])
-    wanted = [mood(one) > mood(other) for one, other in pairs]
+    wanted = [mood(first) > mood(second) for first, second in pairs]
     return float(np.mean((scores[::2] > scores[1::2]) == wanted))
 
 
 def train(out, reward, seed):
-    given = {**TRAINING, "env.reward": json.dumps(reward), "seed": seed, "out": out}
-    assert run("train", *(f"--{name}={value}" for name, value in given.items()), "--quiet") == 0
+    settings = {**TRAINING, "env.reward": json.dumps(reward), "seed": seed, "out": out}
+    assert run("train", *(f"--{name}={value}" for name, value in settings.items()), "--quiet") == 0
 
 
 @pytest.mark.parametrize("case", seldom([(0, False), (0, True), (1, False), (1, True)]))
 def test_200_answers_teach_a_reward_model_and_it_teaches_the_policy(tmp_path, case):
-    """`textenv rate`, `reward-model --from-feedback`, `train`; with answers at random it comes to nothing."""
+    """`textenv rate`, `reward-model --from-feedback`, `train`; with random answers, nothing is learned."""
     seed, is_random = case
     db = str(tmp_path / "ratings.db")
     collect(db, 200, seed, is_random)
@@ -122,7 +122,7 @@ def test_scoring_four_samples_an_update_by_hand(tmp_path, is_random):
         with contextlib.redirect_stdout(io.StringIO()):
             learn(agent, reward, tmp_path, "session", 50)
     written = generate(agent, demo.prompts() * 5, tokenizer, max_new_tokens=32, seed=7)
-    before, after = taste(folder), float(np.mean([mood(str(one.prompt) + one.text) for one in written]))
+    before, after = taste(folder), float(np.mean([mood(str(sample.prompt) + sample.text) for sample in written]))
     n_scores = sum(map(len, reward.scores))
     print(f"random={is_random}: {n_scores} scores, taste {before:.3f} -> {after:.3f}")
     assert n_scores == 200

@@ -1,4 +1,4 @@
-"""It learns where only a part of the vocabulary is sampled from: top-k, NLPO's lagged top-p, the env's mask (E11)."""
+"""Learning with restricted sampling: top-k, NLPO's lagged top-p and the env's mask (E11)."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests.helpers.training import tiny_config
 from tests.learning.test_learning import PROMPTS, TASKS, TOKENIZER, build, learn
 from textenv import AllowedMask, TextEnv
 
-# Of 8 tokens. The mask of a copy that lags far behind can lock a token out for good, before it was ever tried.
+# There are 8 tokens. If the lagged copy is far behind, its mask can exclude a token for good before it was ever tried.
 SUPPORTS = {"top_k": {"top_k": 5}, "nlpo": {"top_p": 0.9, "top_p_lag": 2}}
 
 
@@ -21,11 +21,11 @@ SUPPORTS = {"top_k": {"top_k": 5}, "nlpo": {"top_p": 0.9, "top_p_lag": 2}}
     [
         ("always", 1, 0),
         *(pytest.param("always", 1, seed, marks=pytest.mark.slow) for seed in (1, 2, 3)),
-        pytest.param("copy", 2, 0, marks=pytest.mark.slow),  # what to copy is often left out at first
+        pytest.param("copy", 2, 0, marks=pytest.mark.slow),  # at first, the token to copy is often excluded
     ],
 )
 def test_e11_it_learns_within_a_support(support, name, budget, seed):
-    """To the same bar as without; the stored supports leave tokens out all along."""
+    """The bar is that of full sampling, and the stored supports still exclude tokens at the end."""
     task = TASKS[name]
     model = build(task, policy_kwargs=SUPPORTS[support], seed=seed)
     before, after = learn(model, task, iterations=budget * task.iterations)
@@ -46,7 +46,7 @@ def test_e11_within_a_support_it_does_not_learn_with_the_reward_switched_off(sup
 
 @pytest.mark.parametrize(("letters", "is_learned"), [("acdeg", True), ("abdeg", False)])
 def test_e11_under_a_mask_it_learns_what_the_mask_allows(letters, is_learned):
-    """Always c: from a fifth to nearly 1 where c is allowed; where it is forbidden, never once."""
+    """The share of c goes from a fifth to nearly 1 if c is allowed; if it is forbidden, c is never written."""
     task, mask = TASKS["always"], AllowedMask(TOKENIZER.encode(letters))
 
     def score(prompt, preds, done):
@@ -60,6 +60,6 @@ def test_e11_under_a_mask_it_learns_what_the_mask_allows(letters, is_learned):
         if n_tokens:
             model.learn(n_tokens)
         samples = generate(model, PROMPTS, TOKENIZER, 4, mask=mask, **task.env)
-        means.append(np.mean([one.text.count("c") / 4 for one in samples]))
-        assert set("".join(one.text for one in samples)) <= set(letters)
+        means.append(np.mean([sample.text.count("c") / 4 for sample in samples]))
+        assert set("".join(sample.text for sample in samples)) <= set(letters)
     assert (means[0] < 0.35 and means[1] > 0.9) if is_learned else means == [0.0, 0.0]

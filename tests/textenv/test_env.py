@@ -1,4 +1,4 @@
-"""One row: what is observed, when an episode ends, what it earns, and what Gymnasium and SB3 expect of an env."""
+"""`TextEnv` with one row: observations, ends, rewards, and the checks of Gymnasium and SB3."""
 
 import copy
 import warnings
@@ -16,14 +16,14 @@ EOS = 0
 
 
 def play(env, text_or_ids, **reset):
-    """Reset, write characters or ids until they run out; return the results of the steps."""
+    """Reset and write all characters or ids; return the results of the steps."""
     env.reset(**reset)
     ids = env.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
     return [env.step(token) for token in ids]
 
 
 def prompts_of(env, n, **reset):
-    """The prompts of the next n episodes, each ended by EOS."""
+    """Return the prompts of the next n episodes, which end at once by EOS."""
     return [play(env, [EOS], **(reset if i == 0 else {}))[0][4]["prompt"] for i in range(n)]
 
 
@@ -118,7 +118,7 @@ def test_statistics_of_gymnasium_need_another_key_as_documented(make_env):
 
 
 @pytest.mark.parametrize("wrap", [lambda env: env, OrderEnforcing])
-def test_statistics_of_gymnasium_with_their_default_key_are_told_another_one(make_env, wrap):
+def test_statistics_of_gymnasium_with_their_default_key_are_refused_with_the_cure(make_env, wrap):
     env = wrap(RecordEpisodeStatistics(wrap(make_env(reward=Recorder(1.0)))))
     with pytest.raises(
         ValueError, match=r"RecordEpisodeStatistics\(env, stats_key='statistics'\) around a TextEnv.*got"
@@ -136,7 +136,7 @@ def test_seed_decides_the_order(make_env):
     assert sorted(first) == sorted(other) == prompts
 
 
-def test_reset_without_seed_goes_on(make_env):
+def test_reset_without_seed_continues_the_order(make_env):
     prompts = ["a" * n for n in range(1, 21)]
     env = make_env(prompts)
     assert prompts_of(env, 10, seed=3) + prompts_of(env, 10) == prompts_of(make_env(prompts), 20, seed=3)
@@ -232,7 +232,7 @@ def test_b4_without_stop_ids_only_the_limit_ends(make_env):
 
 
 def test_b3_pad_may_be_the_end_token_and_stand_in_the_prompt(make_env, char_tokenizer):
-    """Lengths decide: an EOS in the prompt is an ordinary token, the final one is an action like any other."""
+    """Lengths tell the padding: an EOS in the prompt is an ordinary token, and the final one an ordinary action."""
     char_tokenizer.pad_token_id = EOS
     reward = Recorder()
     env = make_env([[EOS, 1, EOS]], reward=reward)
@@ -329,7 +329,7 @@ class ByRow(TextEnv):
 
 class Batched(TextEnv):
     def get_rewards(self, prompts, preds, dones):
-        return np.array([one[-1] * (10.0 if done else 1.0) for one, done in zip(preds, dones)])
+        return np.array([text[-1] * (10.0 if done else 1.0) for text, done in zip(preds, dones)])
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_c10_rewards_by_hand_and_their_sum(make_env, kwargs):
 
 @pytest.mark.parametrize("score_at", ["step", "done", "rollout_end"])
 def test_score_at(make_env, score_at):
-    """Alone there is no end of a rollout: "rollout_end" scores at done."""
+    """A single env knows no rollouts: "rollout_end" scores at done."""
     reward = Recorder()
     steps = play(make_env(reward=reward, score_at=score_at), [1, 2, EOS])
     each = score_at == "step"
@@ -379,7 +379,7 @@ def test_the_env_can_be_deep_copied_in_the_middle_of_an_episode(make_env):
 # Rendering
 
 
-def test_render_tells_prompt_and_generation_apart(make_env):
+def test_render_separates_prompt_and_completion(make_env):
     env = make_env(["ab"], render_mode="ansi")
     play(env, "cd")
     assert env.render() == "ab |cd"

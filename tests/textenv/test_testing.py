@@ -1,4 +1,4 @@
-"""`check_text_env`: good environments pass without a word, and each way of being wrong is named."""
+"""`check_text_env`: correct environments pass silently, and each kind of error is named."""
 
 import warnings
 
@@ -21,7 +21,7 @@ class Good(TextEnv):
 
 
 class Remembering(TextEnv):
-    """Memory in its place: rewards what was gained since the last token."""
+    """Rewards the gain since the last token, with its memory in `preds.state`, as allowed."""
 
     def get_reward(self, prompt, preds, done):
         score = preds.text.count("a")
@@ -30,7 +30,7 @@ class Remembering(TextEnv):
 
 
 class Pipeline:
-    """A scorer as libraries make them: it counts its calls, and that is its own affair."""
+    """A scorer like those of libraries: it counts its calls, which is allowed."""
 
     calls = 0
 
@@ -40,7 +40,7 @@ class Pipeline:
 
 
 class Loading(TextEnv):
-    """Loads what it needs when an episode first ends."""
+    """Loads its scorer when an episode first ends, which is allowed."""
 
     scorer = None
 
@@ -57,7 +57,7 @@ class Both(TextEnv):
         return self.get_rewards([prompt], [preds], [done])[0]
 
     def get_rewards(self, prompts, preds, dones):
-        return np.array([float(len(one)) for one in preds])
+        return np.array([float(len(text)) for text in preds])
 
 
 class Talking(TextEnv):
@@ -87,7 +87,7 @@ TURNS = {"max_turns": 4, "max_response_tokens": 2}
         (Talking, TURNS),
     ],
 )
-def test_good_ones_pass_without_a_word(char_tokenizer, cls, kwargs):
+def test_correct_envs_pass_silently(char_tokenizer, cls, kwargs):
     rows = [{"prompt": "the ", "label": 1}, {"prompt": "a", "label": 0, "max_new_tokens": 3}]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -103,7 +103,7 @@ def test_what_gym_make_returns_passes(char_tokenizer):
     env.step(1)
 
 
-# Each way of being wrong
+# Each kind of error
 
 
 class Stepping(TextEnv):
@@ -157,10 +157,10 @@ class RandomTalk(Talking):
 
 
 class Ranking(TextEnv):
-    """Scores a row by the others of its batch."""
+    """Scores a row in comparison with the other rows of its batch."""
 
     def get_rewards(self, prompts, preds, dones):
-        return [sum(one[-1] for one in preds) - len(preds) * one[-1] for one in preds]
+        return [sum(other[-1] for other in preds) - len(preds) * text[-1] for text in preds]
 
 
 class Disagreeing(Both):
@@ -246,7 +246,7 @@ class Unpickled(TextEnv):
         (LongWinded, ValueError, "a response of at most max_response_tokens=2 tokens, got 4"),
     ],
 )
-def test_wrong_ones_are_named(char_tokenizer, cls, error, words):
+def test_wrong_envs_are_named(char_tokenizer, cls, error, words):
     kwargs = TURNS if issubclass(cls, Talking) else {}
     env = cls(["the ", "an "], char_tokenizer, max_new_tokens=9, **kwargs)
     with pytest.raises(error, match=f"(?s){words}"):
@@ -260,12 +260,12 @@ def test_a_wrapper_is_named(char_tokenizer):
 
 
 @pytest.mark.parametrize("reward", [lambda prompt, preds, done: 0.0])
-def test_a_lambda_is_warned_of(char_tokenizer, reward):
+def test_a_lambda_warns(char_tokenizer, reward):
     with pytest.warns(UserWarning, match=r"TextEnv cannot be pickled, as .* \(a lambda never can\): .*lambda"):
         check_text_env(TextEnv(["a"], char_tokenizer, reward=reward, max_new_tokens=3))
 
 
-def test_what_cannot_be_copied_is_warned_of_with_the_reason(char_tokenizer):
+def test_an_env_that_cannot_be_copied_warns_with_the_reason(char_tokenizer):
     with pytest.warns(UserWarning) as caught:
         check_text_env(Unpickled(["a"], char_tokenizer, max_new_tokens=3))
     words = [str(warning.message) for warning in caught]
@@ -277,7 +277,7 @@ def test_what_cannot_be_copied_is_warned_of_with_the_reason(char_tokenizer):
 
 
 class Gaps(CharTokenizer):
-    """Has ids that it cannot write."""
+    """Has ids that it cannot decode."""
 
     def decode(self, token_ids, *, skip_special_tokens=False):
         if any(token > 30 for token in token_ids):

@@ -1,4 +1,4 @@
-"""N rows: the same as N single rows, one reward call a step, refilled in the step that ends an episode."""
+"""`TextVectorEnv`: equality with single rows, one reward call per step, and refills within the step."""
 
 import warnings
 
@@ -19,13 +19,13 @@ def by_length(prompt, preds, done):
 
 
 class Batches(TextEnv):
-    """Keeps the batches that its reward got. (The env keeps no state; a list that a test gives it may.)"""
+    """An env that appends the batches of its reward to `seen`, a list that the test provides."""
 
     seen = None
 
     def get_rewards(self, prompts, preds, dones):
-        self.seen.append([(one.lane, str(prompt), done) for prompt, one, done in zip(prompts, preds, dones)])
-        return [float(len(one)) for one in preds]
+        self.seen.append([(text.lane, str(prompt), done) for prompt, text, done in zip(prompts, preds, dones)])
+        return [float(len(text)) for text in preds]
 
 
 # The interface
@@ -117,7 +117,7 @@ def test_truncation_is_told_by_lane(make_env):
 
 
 def test_returned_arrays_may_be_written_to(make_env):
-    """SB3 adds to the rewards it is given and keeps observations for a step."""
+    """SB3 changes the rewards in place, and keeps observations for a step."""
     careful, careless = (TextVectorEnv(make_env(PROMPTS, reward=by_length, max_new_tokens=3), 3) for _ in range(2))
     expected, _ = careful.reset(seed=1)
     observations, _ = careless.reset(seed=1)
@@ -128,7 +128,12 @@ def test_returned_arrays_may_be_written_to(make_env):
         observations, rewards, terminated, truncated, infos = careless.step(np.array(actions))
         expected, expected_rewards, *_ = careful.step(np.array(actions))
         assert np.array_equal(rewards, expected_rewards)
-        for array in (rewards, terminated, truncated, *(one for one in infos.get("final_obs", []) if one is not None)):
+        for array in (
+            rewards,
+            terminated,
+            truncated,
+            *(row for row in infos.get("final_obs", []) if row is not None),
+        ):
             array[:] = 1
     assert infos["final_info"]["episode"]["r"].any()
 
@@ -160,7 +165,7 @@ def test_score_at_done_calls_for_the_finished_rows_only(make_env):
     assert env.seen == [[(0, "a", True), (2, "c", True)]]
 
 
-# The prompts' order, and rows that a reset is given
+# The order of prompts, and rows given to `reset`
 
 
 def test_the_cursor_advances_in_lane_order(make_env):

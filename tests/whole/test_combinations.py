@@ -1,4 +1,4 @@
-"""Which options combine: a walk over all pairs trains and resumes, and the pairs that do not are refused by name."""
+"""Combinations of options: a walk over all pairs trains and resumes; impossible pairs are refused with the reason."""
 
 import math
 import re
@@ -66,7 +66,7 @@ SHAPING = {"clip": 2.0, "scale": True, "missing_eos_penalty": 0.5}
 
 
 def earn(prompt, preds, done):
-    """A reward that differs from text to text, and is there for every token."""
+    """Return a reward for every token, which differs from text to text."""
     return 0.1 * float(preds[-1]) + (0.2 * len(preds) if done else 0.0)
 
 
@@ -79,7 +79,7 @@ def reward_model(tmp_path_factory):
 
 
 def build(cell, reward_model, **kwargs):
-    """The agent of a cell, and its callbacks."""
+    """Build the agent of a cell, and its callbacks."""
     has_groups = cell["advantage"] != "gae"
     env = TextEnv(
         PROMPTS,
@@ -126,14 +126,14 @@ def build(cell, reward_model, **kwargs):
 
 
 def train(model, callbacks, n_rollouts=1):
-    """Train on; return the largest log-ratio before each update."""
+    """Train for some rollouts; return the largest log-ratio before each update."""
     check = CheckRatio()
-    goes_on = model.num_timesteps > 0
+    is_resumed = model.num_timesteps > 0
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "After .* log-ratio")  # the other warnings are right: nothing is learnt here
+        warnings.filterwarnings("error", "After .* log-ratio")  # other warnings are expected, as nothing is learnt here
         warnings.filterwarnings("ignore", "After ")
         warnings.filterwarnings("ignore", ".*sequences in .* minibatches are fewer")
-        model.learn(n_rollouts * N_STEPS * N_ENVS, callback=[*callbacks, check], reset_num_timesteps=not goes_on)
+        model.learn(n_rollouts * N_STEPS * N_ENVS, callback=[*callbacks, check], reset_num_timesteps=not is_resumed)
     return check.largest
 
 
@@ -156,7 +156,7 @@ def try_cell(cell, reward_model, folder):
 
     save_checkpoint(model, folder)
     ratios = train(model, callbacks)
-    resumed, again = build(cell, reward_model)  # only now: TRPO draws from torch's own generator
+    resumed, again = build(cell, reward_model)  # built only now: TRPO draws from torch's global generator
     load_checkpoint(resumed, folder)
     assert train(resumed, again) == ratios
     assert same_weights(weights(resumed), weights(model))

@@ -1,4 +1,4 @@
-"""The command starts with textenv's own `agents`, or says whose lies there; with a stand-in for openai-agents."""
+"""The start of the command: it uses textenv's own package `agents`, or names the other package of that name."""
 
 import configparser
 import os
@@ -16,7 +16,7 @@ ALIEN = "raise RuntimeError('the other package was imported')\n"
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder of installed packages, with one of the layout of openai-agents."""
+    """Make a folder of installed packages with a stand-in that has the layout of openai-agents."""
     folder = tmp_path / "site"
     (folder / "agents" / "memory").mkdir(parents=True)
     (folder / "agents" / "__init__.py").write_text(ALIEN)
@@ -30,8 +30,8 @@ def site(tmp_path):
 
 def python(*words, path, cwd):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    run = subprocess.run([sys.executable, *words], env=environment, cwd=cwd, capture_output=True, text=True)
-    return run.returncode, run.stdout, run.stderr
+    process = subprocess.run([sys.executable, *words], env=environment, cwd=cwd, capture_output=True, text=True)
+    return process.returncode, process.stdout, process.stderr
 
 
 @pytest.mark.parametrize("order", ["the other's first", "ours first"])
@@ -51,18 +51,20 @@ def test_a_folder_of_that_name_which_is_found_first_is_refused(site, tmp_path):
     assert (code, out) == (Exit.MISSING, "")
     assert err.startswith(f"textenv: Expected the package `agents` to be textenv's, {ROOT / 'agents'}, got ")
     assert f"got {(site / 'agents').resolve()}: install textenv into an environment of its own" in err
-    # The same behind ours, and claiming nothing of that name, is in nobody's way.
+    # Found after ours, and not listed in the other package's RECORD, the folder does no harm.
     code, out, err = python("-m", "textenv_command", "--help", path=[ROOT, site], cwd=tmp_path)
     assert (code, err) == (Exit.DONE, "") and out.startswith("usage: textenv VERB")
 
 
-def test_python_is_told_too_where_a_name_of_agents_is_asked_for(site, tmp_path):
+def test_python_raises_the_same_error_where_a_name_of_agents_is_used(site, tmp_path):
     code = "import textenv, agents.cli\ntry: agents.LMPolicy\nexcept ImportError as error: print(error)"
-    ended, out, err = python("-c", code, path=[ROOT, site], cwd=tmp_path)
-    assert ended == 0 and out.startswith("Expected the package `agents` to be textenv's alone, got one of openai-"), err
+    status, out, err = python("-c", code, path=[ROOT, site], cwd=tmp_path)
+    assert status == 0 and out.startswith("Expected the package `agents` to be textenv's alone, got one of openai-"), (
+        err
+    )
 
 
-def test_ours_alone_passes_and_no_agents_at_all_is_said(monkeypatch):
+def test_ours_alone_passes_and_a_missing_agents_is_reported(monkeypatch):
     textenv_command.check_agents()
     monkeypatch.setattr(textenv_command, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="Expected the package `textenv` to be installed, got none"):
@@ -76,7 +78,7 @@ def test_the_module_answers_as_the_command_does(tmp_path):
     assert started[0] == started[1] and started[0][0] == Exit.DONE
 
 
-def test_the_command_is_this_one():
+def test_setup_cfg_installs_this_command():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     assert config["options.entry_points"]["console_scripts"].strip() == "textenv = textenv_command:main"

@@ -1,13 +1,13 @@
-"""constraints.txt and constraints-gem.txt: all that CI installs is pinned, and they differ where gem-llm has it so."""
+"""The constraints files: they pin all that CI installs, and differ only where gem-llm needs older versions."""
 
 import configparser
 import re
 
 from tests.helpers.house import ROOT
 
-# What gem-llm 0.1.0, and reasoning-gym behind it, pin below what everything else takes.
+# Packages of which gem-llm 0.1.0 and its requirement reasoning-gym pin older versions.
 OLDER = {"nltk", "tabulate"}
-# Its library, and that of verifiers, want versions of mcp that exclude each other.
+# The extra without pins: its library and that of `verifiers` need versions of mcp that exclude each other.
 OPEN = {"openenv"}
 
 
@@ -18,9 +18,9 @@ def canonical(name):
 def pins(file):
     lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+", line) for line in lines)
-    found = {canonical(name): version for name, _, version in (line.partition("==") for line in lines)}
-    assert len(found) == len(lines)
-    return found
+    pinned = {canonical(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert len(pinned) == len(lines)
+    return pinned
 
 
 def required():
@@ -46,7 +46,7 @@ def test_gem_has_the_same_but_for_what_it_pins():
 
 
 def test_floors_admit_the_pins():
-    """And each floor is below what is pinned: a pin that it does not admit would be refused by pip."""
+    """pip would refuse a pin below its floor."""
     text = (ROOT / "setup.cfg").read_text()
     most = {**pins("constraints-gem.txt"), **pins("constraints.txt")}
     floors = re.findall(r"^    ([\w.-]+)>=([\d.]+)", text, flags=re.MULTILINE)

@@ -1,6 +1,6 @@
-"""What is imported is declared: at import time in `install_requires`, later in an extra, whose absence is then said.
+"""The declaration of imports in setup.cfg: at a module's head in `install_requires`, in a function in a guarded extra.
 
-Read from the sources and from setup.cfg, so that it holds whatever the environment of the tests happens to have.
+The sources and setup.cfg are read, so that the result does not depend on the packages that are installed.
 """
 
 import ast
@@ -16,10 +16,10 @@ from tests.helpers.house import ROOT, Source, assert_none, imports, read, source
 
 FOLDERS = ("textenv", "agents", "examples", "benchmarks")
 OWN = {"textenv", "agents", "textenv_command"}
-# Where a package is called otherwise than its module.
+# Modules whose package has another name.
 PACKAGES = {"PIL": "pillow", "gem": "gem-llm", "yaml": "pyyaml"}
-# The only modules that may import at their head what an extra brings, and the extra; nothing else imports them at its
-# head. None is an environment of its own, which `benchmarks/iteration.py` names where it is missing.
+# The only modules that may import packages of an extra at their head, each with the extra. No other module imports them
+# at its head. None means an environment of its own, which `benchmarks/iteration.py` names if it is missing.
 LATE = {
     "textenv/feedback/connections.py": "feedback",
     "textenv/feedback/guard.py": "feedback",
@@ -29,14 +29,14 @@ LATE = {
 
 
 class Declared(NamedTuple):
-    """The packages of setup.cfg: those that are always there, and those of each extra."""
+    """The packages of setup.cfg: the required ones, and those of each extra."""
 
     required: set[str]
     extras: dict[str, set[str]]
 
 
-class Place(NamedTuple):
-    """An import statement, when it runs ("head", "call" or never: "typing"), and the extra whose absence is said."""
+class Import(NamedTuple):
+    """An import statement, when it runs ("head", "call" or never: "typing"), and the extra that guards it."""
 
     node: ast.Import | ast.ImportFrom
     when: str
@@ -63,63 +63,65 @@ def is_type_checking(node: ast.If) -> bool:
 
 
 def constants(call: ast.AST, *functions: str) -> list[str | None]:
-    """The arguments, None where they are not written out, of a call of one of the functions; none of another node."""
+    """Return the arguments of a call of one of the functions, None for those that are no literals; else []."""
     if not isinstance(call, ast.Call) or ast.unparse(call.func).split(".")[-1] not in functions:
         return []
-    return [part.value if isinstance(part, ast.Constant) else None for part in call.args]
+    return [argument.value if isinstance(argument, ast.Constant) else None for argument in call.args]
 
 
-def places(node: ast.AST, when: str = "head", guard: str | None = None) -> Iterator[Place]:
+def import_statements(node: ast.AST, when: str = "head", guard: str | None = None) -> Iterator[Import]:
     if isinstance(node, ast.Import | ast.ImportFrom):
-        yield Place(node, when, guard)
+        yield Import(node, when, guard)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
         when = "call"
     if isinstance(node, ast.If) and is_type_checking(node):
         for statement in node.body:
-            yield from places(statement, "typing", guard)
+            yield from import_statements(statement, "typing", guard)
         for statement in node.orelse:
-            yield from places(statement, when, guard)
+            yield from import_statements(statement, when, guard)
         return
     if isinstance(node, ast.With):
         for item in node.items:
             guard = (constants(item.context_expr, "needs") or [guard])[0]
     for child in ast.iter_child_nodes(node):
-        yield from places(child, when, guard)
+        yield from import_statements(child, when, guard)
 
 
 def undeclared(files: list[Source], known: Declared, late: dict[str, str | None]) -> list[str]:
-    """Find the imports of packages that need not be there, and are neither listed nor guarded."""
-    beside = {file.path.rpartition("/")[0] + "/" + file.module.split(".")[-1] for file in files}  # scripts' own modules
+    """Find imports of packages that may be missing, and are neither listed in `late` nor guarded."""
+    beside = {
+        file.path.rpartition("/")[0] + "/" + file.module.split(".")[-1] for file in files
+    }  # a script's neighbours
     problems = []
     for file in files:
-        for place in places(file.tree):
-            for found in imports(file, [place.node]):
-                root = found.module.split(".")[0]
-                if found.relative or root in OWN or root in sys.stdlib_module_names:
+        for statement in import_statements(file.tree):
+            for imported in imports(file, [statement.node]):
+                root = imported.module.split(".")[0]
+                if imported.relative or root in OWN or root in sys.stdlib_module_names:
                     continue
                 if file.folder not in OWN and f"{file.path.rpartition('/')[0]}/{root}" in beside:
                     continue
-                if said := _why_not(place, root, file.path, known, late):
-                    problems.append(f"{file.path}:{found.line}: {said}")
+                if problem := _why_not(statement, root, file.path, known, late):
+                    problems.append(f"{file.path}:{imported.line}: {problem}")
     return problems
 
 
-def _why_not(place: Place, root: str, path: str, known: Declared, late: dict[str, str | None]) -> str | None:
+def _why_not(statement: Import, root: str, path: str, known: Declared, late: dict[str, str | None]) -> str | None:
     package = package_of(root)
     extras = {extra for extra, packages in known.extras.items() if package in packages}
-    if package in known.required or (place.when == "head" and path in late and late[path] is None):
+    if package in known.required or (statement.when == "head" and path in late and late[path] is None):
         return None
-    if place.when == "head" and late.get(path) not in extras:
+    if statement.when == "head" and late.get(path) not in extras:
         return f"imports {root} at its head, and install_requires lacks {package}"
     if not extras:
         return f"imports {root}, and no extra brings {package}"
-    if place.when != "typing" and place.guard not in extras:
+    if statement.when != "typing" and statement.guard not in extras:
         return f'imports {root} outside of needs("{min(extras)}", ...)'
     return None
 
 
 def unsaid(files: list[Source], known: Declared) -> list[str]:
-    """Find import_module("name") of what no extra brings, or of one that the file does not name; wrong check_extra."""
+    """Find import_module calls without an extra that the file names, and check_extra calls with a wrong package."""
     problems = []
     for file in files:
         calls = list(ast.walk(file.tree))
@@ -137,15 +139,15 @@ def unsaid(files: list[Source], known: Declared) -> list[str]:
 
 
 def loads_late(files: list[Source], late: dict[str, str | None]) -> list[str]:
-    """Find imports, at the head of a module, of one that is listed: it would load for everybody."""
+    """Find modules that import a listed one at their head, which would load it for everybody."""
     listed = {path.removesuffix(".py").replace("/", ".") for path in late}
     problems = []
     for file in files:
-        for place in places(file.tree):
-            for found in imports(file, [place.node]):
-                names = {found.module, f"{found.module}.{found.name}", f"{file.folder}.{found.module}"}
-                if place.when == "head" and file.path not in late and names & listed:
-                    problems.append(f"{file.path}:{found.line}: imports {min(names & listed)} at its head")
+        for statement in import_statements(file.tree):
+            for imported in imports(file, [statement.node]):
+                names = {imported.module, f"{imported.module}.{imported.name}", f"{file.folder}.{imported.module}"}
+                if statement.when == "head" and file.path not in late and names & listed:
+                    problems.append(f"{file.path}:{imported.line}: imports {min(names & listed)} at its head")
     return problems
 
 
@@ -160,7 +162,7 @@ def files():
     return [*read(*FOLDERS), source(path.name, path.read_text(encoding="utf-8"))]
 
 
-def test_what_is_imported_is_declared(files, known):
+def test_every_import_is_declared(files, known):
     assert {"torch", "huggingface-hub", "tokenizers"} <= known.required and "pandas" not in known.required
     assert known.extras["lora"] == {"peft"} and len(files) > 150
     assert_none(undeclared(files, known, LATE))
@@ -171,7 +173,7 @@ def test_what_is_imported_is_declared(files, known):
     }
 
 
-def test_what_loads_late_is_there_and_loads_late(files):
+def test_listed_modules_exist_and_load_late(files):
     assert set(LATE) <= {file.path for file in files}
     assert_none(loads_late(files, LATE))
 
@@ -196,7 +198,7 @@ dev =
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("import pandas", "agents/a.py:1: imports pandas at its head, and install_requires lacks pandas"),
         ("import os, numpy.random\nfrom jsonargparse import x\nfrom .b import c\nfrom textenv import env", None),
@@ -222,10 +224,10 @@ dev =
         ("from recipe import x", "agents/a.py:1: imports recipe at its head, and "),
     ],
 )
-def test_undeclared_can_fail(text, said):
+def test_undeclared_can_fail(text, message):
     files = [source("agents/a.py", text), source("examples/recipe.py", ""), source("examples/a.py", "import recipe")]
     problems = undeclared(files, declared(MADE_UP), {})
-    assert len(problems) == (said is not None) and all(problem.startswith(said) for problem in problems), problems
+    assert len(problems) == (message is not None) and all(problem.startswith(message) for problem in problems), problems
 
 
 def test_a_listed_module_imports_its_own_extra_guarded_and_nothing_else():
@@ -238,7 +240,7 @@ def test_a_listed_module_imports_its_own_extra_guarded_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("import_module('peft.x')", "agents/a.py:1: imports peft, whose extra is not said"),
         (
@@ -251,9 +253,9 @@ def test_a_listed_module_imports_its_own_extra_guarded_and_nothing_else():
         ("check_extra(name, name, 'x')", None),
     ],
 )
-def test_unsaid_can_fail(text, said):
+def test_unsaid_can_fail(text, message):
     problems = unsaid([source("agents/a.py", text)], declared(MADE_UP))
-    assert len(problems) == (said is not None) and all(problem.startswith(said) for problem in problems), problems
+    assert len(problems) == (message is not None) and all(problem.startswith(message) for problem in problems), problems
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def test_loads_late_can_fail(path, text, fails):
     assert bool(loads_late([source(path, text)], late)) is fails
 
 
-def test_what_is_declared_is_read_as_pip_reads_it():
+def test_setup_cfg_is_read_as_pip_reads_it():
     known = declared(MADE_UP)
     assert known.required == {"numpy", "jsonargparse"}
-    assert known.extras == {"lora": {"peft"}, "page": {"starlette", "some-thing"}}  # what dev brings is for tests alone
+    assert known.extras == {"lora": {"peft"}, "page": {"starlette", "some-thing"}}  # without dev, which is for tests

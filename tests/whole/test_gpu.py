@@ -1,4 +1,4 @@
-"""The same on a CUDA device as on the CPU; skipped, with the reason, where there is none."""
+"""Training on a CUDA device, compared with the CPU; skipped with the reason where there is none."""
 
 import numpy as np
 import pytest
@@ -59,4 +59,4 @@ def test_a_map_over_two_devices_trains_as_one(tmp_path):
         model = tiny_agent(lm=lm, device="cuda")
         model.learn(64, callback=FiniteUpdates())
         weights.append([weight.detach().cpu() for weight in model.policy.parameters()])
-    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(*weights, strict=True))
+    assert all(torch.allclose(single, spread, atol=1e-4) for single, spread in zip(*weights, strict=True))

@@ -1,4 +1,4 @@
-"""Without an extra: what needs it says so before the work, names it in quotes, and the command ends with 6."""
+"""Missing extras: a feature that needs one says so before any work, and the command ends with exit code 6."""
 
 import importlib
 import pickle
@@ -43,7 +43,7 @@ from textenv.tasks.demo import Demo
 
 @pytest.fixture
 def without(monkeypatch):
-    """Take packages away, as if they were not installed, and what has imported them."""
+    """Make packages look as if they were not installed, and forget modules that have imported them."""
 
     def take(*packages, and_forget=()):
         for name in [name for name in sys.modules if name.split(".")[0] in packages or name in and_forget]:
@@ -122,7 +122,7 @@ GUARDS = {
 def test_each_guard_names_its_extra(feature, without, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     extra, package, use = GUARDS[feature]
-    # starlette keeps what it made of jinja2
+    # starlette keeps whether jinja2 was found
     without(package, and_forget=(*PAGE, *(name for name in sys.modules if name.startswith("starlette."))))
     with pytest.raises(MissingExtraError) as caught:
         use()
@@ -134,7 +134,7 @@ def test_each_guard_names_its_extra(feature, without, tmp_path, monkeypatch):
 
 
 def test_every_guard_of_the_packages_is_tried():
-    """An import that someone guards tomorrow belongs into the table above."""
+    """A new guard belongs into the table above."""
     named = set()
     for folder in ("textenv", "agents"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -161,10 +161,10 @@ def test_the_command_ends_with_the_code_of_a_missing_package(
     assert run("train", *settings(model, "run"), *words) == Exit.MISSING == 6
     out, err = capfd.readouterr()
     assert err.startswith(f"textenv: Expected {package} for ") and err.endswith(f'pip install "textenv[{extra}]".\n')
-    assert err.count("\n") == 1 and not Path("run").exists()  # so that the same command trains once it is installed
+    assert err.count("\n") == 1 and not Path("run").exists()  # so that the same command works after the installation
 
 
-def test_stages_and_the_page_say_it_before_the_work(without, model, tmp_path, monkeypatch, capfd):
+def test_stages_and_the_rating_page_name_the_extra_before_the_work(without, model, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("a b\nb a\n")
     Path("labels.csv").write_text("text,label\na,x\nb,y\n")
@@ -174,8 +174,8 @@ def test_stages_and_the_page_say_it_before_the_work(without, model, tmp_path, mo
     assert run("rate", model, "--prompts", "texts.txt", "--web") == Exit.MISSING
     err = capfd.readouterr().err
     for extra in ("sft", "sft", "feedback"):
-        place = err.index(f'pip install "textenv[{extra}]".\n')
-        err = err[place + 1 :]
+        index = err.index(f'pip install "textenv[{extra}]".\n')
+        err = err[index + 1 :]
     assert {path.name for path in tmp_path.iterdir()} == {"texts.txt", "labels.csv"}
 
 
@@ -188,7 +188,7 @@ def test_a_missing_package_of_the_users_own_class_is_no_misspelt_name(tmp_path, 
         assert caught.value.code == code
 
 
-def test_without_plot_a_run_trains_and_says_what_it_goes_without(without, model, tmp_path, capfd):
+def test_without_plot_a_run_trains_and_names_what_is_missing(without, model, tmp_path, capfd):
     assert default_loggers() == ["tensorboard", "curves"]  # this environment has them
     without("tensorboard", "matplotlib")
     assert default_loggers() == [] == TrainConfig().loggers
@@ -203,6 +203,6 @@ def test_an_error_within_is_one_line_and_travels_between_processes():
     with pytest.raises(MissingExtraError, match=r"got it broke: pip") as caught, needs("plot", "a", "b"):
         raise ImportError("\nit broke")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    with pytest.raises(ZeroDivisionError), needs("plot", "a", "b"):  # and no other error is taken for one
+    with pytest.raises(ZeroDivisionError), needs("plot", "a", "b"):  # other errors pass through
         _ = 1 / 0
     check_extra("plot", "json", "what is there")

@@ -1,4 +1,4 @@
-"""What an SB3 user types works as it does with any env and policy (invariants D3, D4, D7, E10)."""
+"""Ordinary Stable-Baselines3 code with textenv's envs and policies (invariants D3, D4, D7, E10)."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ from textenv import TextEnv
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    """A folder with a GPT-2, in the place of the name "gpt2"."""
+    """Save a GPT-2 in a folder, which stands in for the name "gpt2"."""
     folder = tmp_path_factory.mktemp("hub") / "gpt2"
     tiny_agent().policy.lm.backbone.model.save_pretrained(folder)
     return str(folder)
@@ -97,7 +97,7 @@ def test_predict_is_greedy_on_demand_and_takes_one_row_or_many():
 
 
 def test_d7_make_agent_sets_what_suits_a_language_model():
-    """D7: the values that its docstring gives, on an unmodified PPO."""
+    """D7: the values that the docstring of `make_agent` lists, on an unmodified PPO."""
     model = make_agent(tiny_env(max_new_tokens=6), tiny_config(), n_envs=64, device="cpu")
     assert type(model) is PPO and type(model.policy) is LMPolicy
     assert type(model.rollout_buffer) is SequenceRolloutBuffer and type(model.get_env()) is TextVecEnv
@@ -128,7 +128,7 @@ def test_d7_the_batch_size_divides_the_rollout_and_leaves_sequences(n_envs):
         model.learn(4 * n_envs)
 
 
-def test_what_is_given_overrides_make_agent(gpt2):
+def test_arguments_override_the_defaults_of_make_agent(gpt2):
     model = make_agent(
         gym.make(
             "textenv/Text-v0",
@@ -161,7 +161,7 @@ for module in pkgutil.walk_packages(stable_baselines3.__path__, "stable_baseline
     try:
         importlib.import_module(module.name)
     except ImportError:
-        pass  # of an optional package
+        pass  # an optional package is missing
 
 OWN = {"__warningregistry__", "_abc_impl", "__doc__"}
 
@@ -212,7 +212,7 @@ def test_evaluation_needs_no_monitor(tmp_path):
         rewards, lengths = evaluate_policy(model, evaluation, n_eval_episodes=7, return_episode_rewards=True)
     assert len(rewards) == len(lengths) == 7 and all(1 <= length <= 6 for length in lengths)
     assert callback.best_mean_reward > 0 and (tmp_path / "best_model.zip").exists()
-    # Monitor, around a single env, counts the same.
+    # The training env of the agent works as well.
     single, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=4, deterministic=True)
     assert single > 0
 
@@ -227,7 +227,7 @@ def test_save_load_and_train_on(algorithm, tmp_path):
     observations = loaded.get_env().reset()
     for deterministic in (True, False):
         assert loaded.predict(observations, deterministic=deterministic)[0].shape == (4,)
-    ours, theirs = (one.predict(observations, deterministic=True)[0].tolist() for one in (model, loaded))
+    ours, theirs = (each.predict(observations, deterministic=True)[0].tolist() for each in (model, loaded))
     assert ours == theirs
     loaded.learn(32, reset_num_timesteps=False)
     assert loaded.num_timesteps == 64 and not same_weights(weights(model), weights(loaded))
@@ -273,7 +273,7 @@ def test_envs_of_gym_make():
 
 
 def test_options_run_given_prompts():
-    """SB3's way to `reset(options=...)`."""
+    """`set_options` is SB3's way to `reset(options=...)`."""
     env = TextVecEnv(tiny_env(), 2)
     env.set_options({"prompts": ["x", "yz", "zz"]})
     observations, texts = env.reset(), []
@@ -289,7 +289,7 @@ def test_options_run_given_prompts():
 
 
 def plain_value(model, observation, action):
-    """The value of what an action led to, by a plain forward of one row."""
+    """Return the value of the text after an action, by a plain forward of one row."""
     lm = model.policy.lm
     ids = torch.as_tensor([[*observation[observation >= 0], action]])
     with torch.no_grad():
@@ -301,8 +301,8 @@ def test_d3_d4_only_truncation_bootstraps_once_from_its_own_lane(limit):
     """D3, D4: gamma * V(final observation) is added to the last reward of a truncated episode, and to no other."""
     model = tiny_agent(tiny_env(length_limit=limit, max_new_tokens=5), n_steps=8, gamma=0.9)
     recorder, ends = Recorder(), set()
-    torch.nn.init.normal_(model.policy.lm.critic.linear.weight)  # so that values differ
-    model.lr_schedule = lambda progress: 0.0  # so that they are still the same after the update
+    torch.nn.init.normal_(model.policy.lm.critic.linear.weight)  # so that values are not all 0
+    model.lr_schedule = lambda progress: 0.0  # no update: the values stay the same
     model.learn(32, callback=recorder)
     for info, places in recorder.episodes():
         step, lane = places[-1]
@@ -320,7 +320,7 @@ def test_d3_d4_only_truncation_bootstraps_once_from_its_own_lane(limit):
 
 
 def test_d3_truncated_and_ended_at_once_is_terminated():
-    """D3: both: terminated wins. The end token is the last that is allowed."""
+    """D3: an end token as the last allowed token is both; termination wins."""
     env = TextVecEnv(tiny_env(length_limit="truncate", max_new_tokens=2), 1)
     env.reset()
     env.step(np.array([5]))
@@ -362,7 +362,7 @@ def test_d4_reaching_the_limit_is_termination_by_default():
 
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_e10_the_same_seed_is_the_same_run(algorithm):
-    """E10: bit for bit, the hooks' own draws from `self.np_random` among it; another seed is another run."""
+    """E10: equal bit for bit, including draws of hooks from `self.np_random`; another seed gives another run."""
 
     class Noisy(TextEnv):
         def get_reward(self, prompt, preds, done):
@@ -371,7 +371,7 @@ def test_e10_the_same_seed_is_the_same_run(algorithm):
     runs = []
     for seed in (3, 3, 4):
         model, recorder = tiny_agent(tiny_env(cls=Noisy), algorithm=algorithm, seed=seed), Recorder()
-        torch.rand(5)  # what else goes on in the process
+        torch.rand(5)  # draws of the rest of the process
         model.learn(48, callback=[recorder, KLPenalty(0.1)])
         infos = [(str(info["prompt"]), info["text"], info["episode"]["r"]) for info, _ in recorder.episodes()]
         runs.append((weights(model), infos, recorder.stacked("rewards").tolist()))
@@ -379,7 +379,7 @@ def test_e10_the_same_seed_is_the_same_run(algorithm):
     assert not same_weights(runs[0][0], runs[2][0]) and runs[0][1] != runs[2][1]
 
 
-def test_what_algorithms_pass_on_is_opaque():
+def test_algorithms_pass_observations_on_unread():
     """PPO never looks inside `observations`: a batch of whole sequences."""
     model = tiny_agent()
     model.learn(16)

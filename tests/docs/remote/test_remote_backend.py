@@ -1,4 +1,4 @@
-"""A language model whose blocks others hold: what is read and learned is what it is in one process."""
+"""A `LanguageModel` whose blocks other processes hold: it reads, learns and decodes as the whole model does."""
 
 import copy
 import json
@@ -52,8 +52,8 @@ LENGTHS = [5, 1, 9, 3, 3]
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("remote")) as found:
-        yield found
+    with served(tmp_path_factory.mktemp("remote")) as remote:
+        yield remote
 
 
 def actor_critic(lm):
@@ -62,7 +62,7 @@ def actor_critic(lm):
     return LMActorCritic(lm, critic, Sampling(temperature=0.7))
 
 
-# The same as in one process
+# Equal to the whole model in one process
 
 
 @pytest.mark.parametrize("family", few(["bloom", "llama", "gpt2", "gpt_neox", "qwen2", "mistral"], 2))
@@ -74,10 +74,10 @@ def test_hidden_states_logits_and_gradients_are_those_of_the_whole_model(family,
         results = []
         for width in (max(LENGTHS), max(LENGTHS) + 7):  # with more padding, and other tokens in it
             ids = torch.where(torch.arange(width) < torch.tensor(LENGTHS)[:, None], rows_of(LENGTHS, 16)[:, :width], 3)
-            for one in (lm, twin):
-                hidden, logits = one(ids, torch.arange(len(ids)), cols)
+            for model in (lm, twin):
+                hidden, logits = model(ids, torch.arange(len(ids)), cols)
                 loss = logits.log_softmax(dim=-1)[:, 4].sum() + hidden.square().sum()
-                gradients = torch.autograd.grad(loss, [one.virtual, one.head.weight])
+                gradients = torch.autograd.grad(loss, [model.virtual, model.head.weight])
                 results.append([hidden, logits, *gradients])
         assert results[0][2].abs().max() > 0.1 and results[0][3].abs().max() > 0.1
         for result in results[1:]:
@@ -86,12 +86,12 @@ def test_hidden_states_logits_and_gradients_are_those_of_the_whole_model(family,
                 assert (got - expected).abs().max() < TOLERANCE * scale
 
 
-def test_a_text_that_fits_no_message_with_its_gradient_is_refused_at_once(remote, monkeypatch):
+def test_a_text_that_does_not_fit_a_message_with_its_gradient_is_refused_at_once(remote, monkeypatch):
     longest = N_POSITIONS + 3
     monkeypatch.setattr(remote_chain, "MAX_BYTES", remote_chain.HEADER_BYTES + 2 * 4 * longest * 16 - 1)
     with pytest.raises(ValueError, match=r"Expected a row to fit a message .* got \(1, 66, 16\) 2 times"):
         remote.build()
-    assert remote.build(trains=False).longest == longest  # which sends no gradients
+    assert remote.build(trains=False).longest == longest  # without training, no gradients are sent
 
 
 @pytest.mark.parametrize("family", ["cohere", "gemma2"])
@@ -102,16 +102,16 @@ def test_a_model_with_another_kind_of_output_layer_is_refused(family, tmp_path):
 
 @pytest.mark.parametrize("bound", [None, 12])
 def test_a_minibatch_is_scored_and_differentiated_as_in_one_process(bound, remote):
-    """Through `evaluate_in_memory`, which with a bound repeats the forward in the backward, part by part."""
+    """With a bound, `evaluate_in_memory` repeats the forward of each micro-batch in its backward."""
     lm = remote.build()
     results = []
-    for one in (lm, Whole(remote, lm)):
-        policy = actor_critic(one)
+    for model in (lm, Whole(remote, lm)):
+        policy = actor_critic(model)
         batch = SequenceBatch.from_observations(observe([([1, 2, 3], [4, 5]), ([2], []), ([3, 3], [1, 0, 2])]))
         batch.micro_batch_tokens = bound
         values, log_probs, entropies = policy.evaluate(batch, torch.tensor([0, 1, 2]))
         (values.square().sum() + log_probs.sum() + entropies.sum()).backward()
-        gradients = [one.virtual.grad, one.head.weight.grad, policy.critic.linear.weight.grad]
+        gradients = [model.virtual.grad, model.head.weight.grad, policy.critic.linear.weight.grad]
         results.append([values, log_probs, entropies, *gradients])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
@@ -119,12 +119,12 @@ def test_a_minibatch_is_scored_and_differentiated_as_in_one_process(bound, remot
 
 def test_rows_that_do_not_fit_a_message_go_in_parts(remote, monkeypatch):
     lm, ids = remote.build(), rows_of(LENGTHS, 9)
-    places = torch.arange(len(ids)), torch.tensor(LENGTHS) - 1
+    rows_and_cols = torch.arange(len(ids)), torch.tensor(LENGTHS) - 1
     results, messages = [], []
     for size in (1 << 20, remote_chain.HEADER_BYTES + 2 * 2 * 4 * 12 * lm.hidden_size):  # two rows of two tensors
         monkeypatch.setattr(remote_chain, "MAX_BYTES", size)
         before = lm.chain.traffic["forward", "messages"]
-        hidden = lm(ids, *places)[0]
+        hidden = lm(ids, *rows_and_cols)[0]
         [gradient] = torch.autograd.grad(hidden.square().sum(), [lm.virtual])
         cache = lm.new_cache()
         with torch.no_grad():
@@ -135,7 +135,7 @@ def test_rows_that_do_not_fit_a_message_go_in_parts(remote, monkeypatch):
         torch.testing.assert_close(got, expected)
     monkeypatch.setattr(remote_chain, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="Expected a row to fit a message of 100 bytes"):
-        lm(ids, *places)
+        lm(ids, *rows_and_cols)
 
 
 # Decoding in sessions
@@ -149,7 +149,7 @@ def test_sessions_decode_as_full_reads_do(seed, remote):
 
 
 def test_sessions_that_hold_too_much_are_read_anew(remote, monkeypatch):
-    """The servers take all rows once, and none of the empty places of those that were refilled."""
+    """The servers have room for all rows once, but not for the empty slots that refilled rows leave behind."""
     drops, drop = [], SessionCache.drop
     monkeypatch.setattr(SessionCache, "drop", lambda self: (drops.append(1), drop(self))[1])
     listeners = [listen(host, max_held=6 * (N_POSITIONS + 3)) for host in remote.hosts]
@@ -163,7 +163,7 @@ def test_sessions_that_hold_too_much_are_read_anew(remote, monkeypatch):
         listener.close()
 
 
-def test_a_step_that_ends_in_the_middle_costs_the_connection_and_no_answer_is_another_s(remote, monkeypatch):
+def test_an_interrupted_step_closes_the_connection_so_that_no_late_answer_is_taken_for_the_next(remote, monkeypatch):
     lm, ids = remote.build(), rows_of([4], 4)
     places = torch.tensor([0]), torch.tensor([3])
     asked, receive = [], type(lm.chain.servers[1].connection).recv_bytes
@@ -190,7 +190,7 @@ def test_a_cache_that_trusts_lengths_fails_the_same_check(remote, monkeypatch):
     assert decode(remote.build(), 0, 12) > 0.1
 
 
-def test_what_is_decoded_crosses_once_and_sessions_end(remote):
+def test_each_decoded_token_is_sent_once_and_sessions_end(remote):
     lm, ids = remote.build(), rows_of([2] * 4, 8)
     cache = lm.new_cache()
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_what_is_decoded_crosses_once_and_sessions_end(remote):
         before = lm.chain.traffic["step", "bytes"]
         for length in (3, 4, 5):
             cache.read(ids, torch.full((4,), length))
-            cache.read(ids, torch.full((4,), length))  # again: nothing is asked
+            cache.read(ids, torch.full((4,), length))  # unchanged rows: no request is sent
         payload = 3 * 2 * 2 * 4 * lm.hidden_size * 4  # steps, servers, directions, rows
         assert payload < lm.chain.traffic["step", "bytes"] - before < payload + 12 * 400
         assert len({id(session) for session, _ in cache.slots.values()}) == 1
@@ -226,7 +226,7 @@ def agent(remote, n_envs=4, env=None, critic=None, policy_kwargs=None, **kwargs)
     return tiny_agent(env, n_envs, lm=remote.spec(**kwargs), policy_kwargs={**chosen, **(policy_kwargs or {})})
 
 
-def test_it_has_every_member_of_the_protocol(remote):
+def test_a_remote_model_has_every_member_of_the_protocol(remote):
     lm = remote.build()
     members = {name for name in vars(LanguageModel) if not name.startswith("_")} | set(LanguageModel.__annotations__)
     assert "new_cache" in members and all(hasattr(lm, name) for name in members)
@@ -236,7 +236,7 @@ def test_ppo_trains_the_client_and_the_blocks_stay(remote):
     before, model = blocks_of_all(remote), agent(remote)
     start, check = weights(model), CheckRatio()
     model.learn(3 * 16, callback=[KLPenalty(0.1), EpisodeMetrics(), check, SampleTable(["ab"], TOKENIZER, every=16)])
-    assert max(check.largest) < TOLERANCE  # what was sampled is what the update begins with
+    assert max(check.largest) < TOLERANCE  # the update begins at the sampled log-probabilities
     changed = {name for name, weight in weights(model).items() if not torch.equal(weight, start[name])}
     trained = {"lm.backbone.virtual", "lm.backbone.head.weight", "lm.critic.linear.weight", "lm.critic.linear.bias"}
     assert changed == trained
@@ -247,7 +247,7 @@ def test_ppo_trains_the_client_and_the_blocks_stay(remote):
     assert after.figures["length"].value >= 1
 
 
-def test_it_is_saved_loaded_and_resumed(remote, tmp_path):
+def test_a_remote_policy_is_saved_loaded_and_resumed(remote, tmp_path):
     model = agent(remote)
     model.learn(2 * 16, callback=KLPenalty(0.1))
     model.save(tmp_path / "model.zip")
@@ -258,19 +258,19 @@ def test_it_is_saved_loaded_and_resumed(remote, tmp_path):
     assert same_weights(weights(model), weights(again))
     resumed = agent(remote)
     load_checkpoint(resumed, tmp_path / "checkpoint")
-    for one in (model, resumed):
-        one.learn(16, reset_num_timesteps=False, callback=KLPenalty(0.1))
+    for agent_of_run in (model, resumed):
+        agent_of_run.learn(16, reset_num_timesteps=False, callback=KLPenalty(0.1))
     assert same_weights(weights(model), weights(resumed))
 
 
-def test_copies_have_weights_of_their_own_and_share_the_servers(remote):
+def test_copies_have_their_own_weights_and_share_the_servers(remote):
     lm = remote.build()
     other = copy.deepcopy(lm)
     assert other.chain is lm.chain and other.virtual is not lm.virtual
-    other.virtual.data.mul_(torch.tensor([1.0, -1.0]).repeat(8))  # no shift, which the norm behind takes out
+    other.virtual.data.mul_(torch.tensor([1.0, -1.0]).repeat(8))  # not a shift, which the last norm would remove
     ids, places = rows_of([3], 3), (torch.tensor([0]), torch.tensor([2]))
     assert not torch.allclose(other(ids, *places)[0], lm(ids, *places)[0], atol=1e-2)
-    model = agent(remote, policy_kwargs={"top_p": 0.9, "top_p_lag": 1})  # a copy that lags behind
+    model = agent(remote, policy_kwargs={"top_p": 0.9, "top_p_lag": 1})  # a lagged copy
     model.learn(2 * 16)
     assert model.policy.lm.lagged.backbone.chain is model.policy.lm.backbone.chain
 
@@ -284,13 +284,13 @@ def test_another_remote_model_may_be_the_reference(remote):
 
 
 def test_the_doctor_examines_what_it_can(remote):
-    found = {finding.name: finding.status for finding in doctor.check(agent(remote)).findings}
-    assert {found[name] for name in ("ratio", "padding", "cache", "dropout", "weights", "positions")} == {"ok"}
-    assert {found[name] for name in ("head", "vocabulary", "generation config")} == {"skipped"}
-    assert "failed" not in found.values()
+    status = {finding.name: finding.status for finding in doctor.check(agent(remote)).findings}
+    assert {status[name] for name in ("ratio", "padding", "cache", "dropout", "weights", "positions")} == {"ok"}
+    assert {status[name] for name in ("head", "vocabulary", "generation config")} == {"skipped"}
+    assert "failed" not in status.values()
 
 
-def test_what_needs_the_whole_model_is_refused(remote, tmp_path):
+def test_features_that_need_the_whole_model_are_refused(remote, tmp_path):
     with pytest.raises(ForeignBackendError, match="Expected a model of transformers, got RemoteLM"):
         export(agent(remote), None, tmp_path)
     for options in ({"train": LoRA()}, {"train": "head"}, {"gradient_checkpointing": True}):
@@ -313,7 +313,7 @@ def count_a(prompt, preds, done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trains", [True, False])
-def test_ppo_learns_through_it_and_without_what_it_trains_it_does_not(trains, remote):
+def test_ppo_learns_through_the_servers_and_not_with_frozen_weights(trains, remote):
     env = tiny_env(reward=count_a, max_new_tokens=4)
     model = tiny_agent(env, 16, lm=remote.spec(trains=trains), learning_rate=3e-2)
     before = evaluate(model, ["ab", "c"], TOKENIZER, env=env, n=20).figures["reward"].value

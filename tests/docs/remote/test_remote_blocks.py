@@ -1,4 +1,4 @@
-"""Which models the servers take: what they run is what the whole model runs, or it is refused."""
+"""The models that a block server accepts: it runs their blocks exactly as the whole model does, and refuses others."""
 
 import pytest
 import torch
@@ -22,19 +22,19 @@ from tests.helpers.remote import (
 LENGTHS = [5, 1, 9, 3, 3]
 FOUR = {**COMMON, **GATED, "num_hidden_layers": N_BLOCKS, "initializer_range": 0.3}
 MIXED = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"] * 2}
-BY_PLACE = {
-    # The last block, which a server of its own has, is of another kind than the first.
+KINDS_BY_LAYER = {
+    # The second server holds the last block alone, whose kind differs from that of the first block.
     "qwen2": {"family": "qwen2", **MIXED},
     "smollm3": {"config": SmolLM3Config(**FOUR, no_rope_layers=[1, 0, 1, 0])},
 }
 
 
-@pytest.mark.parametrize("model", list(BY_PLACE))
+@pytest.mark.parametrize("model", list(KINDS_BY_LAYER))
 def test_layers_of_several_kinds_are_those_of_the_whole_model(model, tmp_path):
-    with served(tmp_path, **BY_PLACE[model]) as remote:
+    with served(tmp_path, **KINDS_BY_LAYER[model]) as remote:
         lm, ids = remote.build(), rows_of(LENGTHS, 12)
-        places = torch.arange(len(ids)), torch.tensor(LENGTHS) + 2
-        torch.testing.assert_close(lm(ids, *places), Whole(remote, lm)(ids, *places), atol=1e-4, rtol=1e-4)
+        positions = torch.arange(len(ids)), torch.tensor(LENGTHS) + 2
+        torch.testing.assert_close(lm(ids, *positions), Whole(remote, lm)(ids, *positions), atol=1e-4, rtol=1e-4)
         assert decode(lm, 1, 12) < 1e-4
 
 
@@ -47,14 +47,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("model", list(REFUSED))
-def test_a_model_whose_blocks_would_be_others_here_is_refused(model, tmp_path):
+def test_a_model_whose_blocks_would_compute_something_else_is_refused(model, tmp_path):
     kwargs, error = REFUSED[model]
     with pytest.raises(ValueError, match=error), served(tmp_path, **kwargs):
         pass
 
 
 def test_the_client_refuses_a_model_whose_norm_it_does_not_find(tmp_path):
-    """It would read and train without any blocks."""
+    """Otherwise the client would read and train without any blocks."""
     kwargs, error = REFUSED["phi"]
     model, n_blocks = load_without_blocks(str(save(tmp_path / "model", **kwargs)))
     with pytest.raises(ValueError, match=error):
@@ -69,13 +69,13 @@ def test_a_model_saved_in_bfloat16_is_served_in_float32(tmp_path):
         twin = Whole(remote, lm)
         assert next(twin.model.parameters()).dtype == torch.bfloat16
         twin.float()
-        places = torch.arange(len(ids)), torch.tensor(LENGTHS) - 1
-        torch.testing.assert_close(lm(ids, *places), twin(ids, *places), atol=1e-4, rtol=1e-4)
+        positions = torch.arange(len(ids)), torch.tensor(LENGTHS) - 1
+        torch.testing.assert_close(lm(ids, *positions), twin(ids, *positions), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", seldom(["llama", "gpt2", "mistral", "gpt_neox", "qwen2"], 3))
 def test_sessions_of_other_families_decode_as_full_reads_do(family, tmp_path):
-    """Other positions than BLOOM's: rotary, learned; a window."""
+    """Unlike BLOOM, these families have rotary or learned positions, or a sliding window."""
     with served(tmp_path, family) as remote:
         lm = remote.build()
         assert decode(lm, 1, 40) < 1e-4

@@ -1,4 +1,4 @@
-"""The adapters of other libraries: each against a stand-in, and against the library where it is installed."""
+"""The adapters of other libraries, each tested with a stand-in and, where it is installed, with the library."""
 
 import copy
 import logging
@@ -28,7 +28,7 @@ REAL = pytest.mark.library
 
 
 def installed(name):
-    """The library; the reason of a skip is the module that is missing, which may be one that the library needs."""
+    """Return the library, or skip and name the missing module, which may be one that the library needs."""
     return pytest.importorskip(name)
 
 
@@ -41,7 +41,7 @@ def test_a_skip_names_the_module_that_is_missing(tmp_path, monkeypatch):
 
 
 def library(name, fake=None):
-    """A fixture: the library's stand-in, and the library."""
+    """Make a fixture of two cases: a stand-in for the library, and the library itself."""
 
     @pytest.fixture(params=["fake", pytest.param("real", marks=REAL)])
     def fixture(request, monkeypatch):
@@ -91,12 +91,12 @@ def test_textarena_one_player(textarena):
     assert game.step(str(number))[1:4] == (1.0, True, False)
 
 
-def test_textarena_has_a_fresh_game_for_each_episode(textarena):
+def test_textarena_makes_a_fresh_game_for_each_episode(textarena):
     game = guess()
     first = game.reset(seed=0)[0]
     game.step("3")
     assert game.reset(seed=0)[0] == first
-    kept = textarena.make("GuessTheNumber-v0")  # the trap: what the default wrapper does
+    kept = textarena.make("GuessTheNumber-v0")  # the control: a reused game keeps its texts
     for length in (1, 2):
         kept.reset(num_players=1, seed=0)
         assert kept.get_observation()[1].count("[GAME]") == length
@@ -137,21 +137,21 @@ def test_textarena_opponents_see_their_own_seat(textarena):
 
 def test_textarena_a_random_opponent_plays_the_same_again(textarena):
     assert plays_the_same_again(partial(tic_tac_toe, [at_random]), "048")
-    own = random.Random(1)  # the control: a generator that no game has for itself
+    own = random.Random(1)  # the control: a generator that games share
     assert not plays_the_same_again(partial(tic_tac_toe, [lambda text: f"[{own.choice(free_cells(text))}]"]), "048")
 
 
 class Frozen:
-    """A copy of the policy as it was, which plays the other seat."""
+    """An opponent: a copy of the policy that is no longer trained."""
 
     def __init__(self, policy):
         self.policy = copy.deepcopy(policy)
 
     def __call__(self, text):
-        seed = random.getrandbits(31)  # the game's own
-        [one] = generate(self.policy, [text[-40:]], PRINTABLE, max_new_tokens=2, seed=seed, progress_bar=False)
+        seed = random.getrandbits(31)  # drawn from the game's own generator
+        [move] = generate(self.policy, [text[-40:]], PRINTABLE, max_new_tokens=2, seed=seed, progress_bar=False)
         free = free_cells(text)
-        return f"[{free[sum(one.ids) % len(free)]}]"
+        return f"[{free[sum(move.ids) % len(free)]}]"
 
 
 @pytest.mark.slow
@@ -163,11 +163,11 @@ def test_textarena_self_play_against_a_frozen_copy(textarena):
     weights = [weight.clone() for weight in frozen.policy.parameters()]
     make = partial(tic_tac_toe, [frozen], seat=1)
     env = TurnEnv(make, PRINTABLE, **settings)
-    assert len({re.search(r"in cell (\d)", prompt).group(1) for prompt in env.prompts}) > 1  # its moves, it begins
+    assert len({re.search(r"in cell (\d)", prompt).group(1) for prompt in env.prompts}) > 1  # the opponent moves first
     model = tiny_agent(env, lm=lm, n_envs=8, n_steps=4)
     model.learn(64)
-    assert all(torch.equal(one, other) for one, other in zip(weights, frozen.policy.parameters()))
-    assert not all(torch.equal(one, other) for one, other in zip(weights, model.policy.parameters()))
+    assert all(torch.equal(before, after) for before, after in zip(weights, frozen.policy.parameters()))
+    assert not all(torch.equal(before, after) for before, after in zip(weights, model.policy.parameters()))
     assert plays_the_same_again(make, "048")
 
 
@@ -201,16 +201,16 @@ def test_gem_a_game(gem):
     assert game.step(str(number))[1:4] == (1.0, True, False)
 
 
-def test_gem_the_end_wins_where_both_are_set(gem):
+def test_gem_a_game_that_is_terminated_and_truncated_is_terminated(gem):
     game = boxed()
     game.reset(seed=5)
     number = random.Random(5).randint(1, 10)
-    wrong = [str(one) for one in range(1, 11) if one != number][:4]
-    results = [game.step(one) for one in wrong]
+    wrong = [str(guess) for guess in range(1, 11) if guess != number][:4]
+    results = [game.step(guess) for guess in wrong]
     assert results[-1][2:4] == (True, True)
     env = TurnEnv(boxed, PRINTABLE, turn_tokens=2, max_new_tokens=2000, n_games=6)
     env.reset(options={"prompts": [{"seed": 5}]})
-    steps = [env.step(token) for one in wrong for token in (PRINTABLE.encode(one)[0], 0)]
+    steps = [env.step(token) for guess in wrong for token in (PRINTABLE.encode(guess)[0], 0)]
     assert steps[-1][2:4] == (True, False)
 
 
@@ -252,7 +252,7 @@ class Seen:
 
 
 class Walk:
-    """As an `openenv` Environment: reward and end stand in the observation."""
+    """A game like an `openenv` Environment: reward and end are part of the observation."""
 
     def reset(self, seed=None, episode_id=None, **kwargs):
         self.at = random.Random(seed).randrange(3)
@@ -264,7 +264,7 @@ class Walk:
 
 
 def real_walk():
-    """The same in the library's own classes."""
+    """Return the same game and its action, as classes of the library."""
     from openenv.core.env_server.interfaces import Environment
     from openenv.core.env_server.types import Action, Observation, State
 
@@ -357,7 +357,7 @@ def test_verifiers_a_task(tasks):
         game.reset(seed=2)
 
 
-def test_verifiers_what_is_not_of_one_turn_is_refused(tasks):
+def test_verifiers_tasks_of_several_turns_or_with_tools_are_refused(tasks):
     with pytest.raises(ValueError, match="its reward 'checked' wants a runtime"):
         VerifiersGame([tasks(kind="boxed")])
     with pytest.raises(ValueError, match="to have a prompt, got none"):

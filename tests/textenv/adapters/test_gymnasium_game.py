@@ -67,9 +67,9 @@ def test_gymnasium_with_functions_and_an_id():
         is_slippery=False,
     )
     assert game.reset(seed=1)[0] == "cell 0."
-    said = [game.step(turn)[:4] for turn in ["down", "fly", "down", "right", "right", "down", "right"]]
-    assert [text for text, *_ in said[:3]] == ["cell 4.", "That is no action.", "cell 8."]
-    assert said[-1] == ("cell 15.", 1.0, True, False)
+    results = [game.step(turn)[:4] for turn in ["down", "fly", "down", "right", "right", "down", "right"]]
+    assert [text for text, *_ in results[:3]] == ["cell 4.", "That is no action.", "cell 8."]
+    assert results[-1] == ("cell 15.", 1.0, True, False)
 
 
 def test_gymnasium_time_limits_truncate():
@@ -81,7 +81,7 @@ def test_gymnasium_time_limits_truncate():
     assert [env.step(left)[2:4] for _ in range(2)] == [(False, False), (False, True)]
 
 
-def test_gymnasium_spaces_that_want_a_function():
+def test_gymnasium_other_spaces_need_a_function():
     with pytest.raises(ValueError, match="`obs_to_text` for an observation space that is no Text or Discrete, got Box"):
         GymnasiumGame("CartPole-v1")
     with pytest.raises(ValueError, match="`text_to_action` for an action space that is no Text or Discrete, got Box"):

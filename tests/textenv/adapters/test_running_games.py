@@ -1,4 +1,4 @@
-"""Games in lanes: each its own, apart from the rest of the process, and played again where it must be."""
+"""Running games: one per lane, isolated from the rest of the process, and replayed where the game object is gone."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def play(envs, n_steps=60, seed=0):
 
 
 def same(first, second):
-    return all(np.array_equal(a, b) for one, other in zip(first, second) for a, b in zip(one, other))
+    return all(np.array_equal(a, b) for steps in zip(first, second) for a, b in zip(*steps))
 
 
 def test_every_lane_has_its_own_game():
@@ -78,27 +78,27 @@ def test_use_of_the_global_generators_does_not_change_a_game(monkeypatch):
         return play(envs)
 
     assert same(run(False), run(True))
-    monkeypatch.setattr(OwnRandomness, "inside", lambda self: nullcontext())  # the control: without a game's own state
+    monkeypatch.setattr(OwnRandomness, "inside", lambda self: nullcontext())  # the control
     with pytest.raises(GameError, match="must follow from the seed"):
         run(True)
 
 
-# Played again: copies, evaluations in between, checkpoints
+# Replayed games: copies, evaluations in between, checkpoints
 
 
-def test_a_game_goes_on_in_another_process_as_it_would_have():
+def test_a_restored_game_continues_as_the_original():
     envs = TextVectorEnv(noise_env(), 3)
     envs.reset(seed=0)
     play(envs)
     arrays, meta = envs.lanes.state_dict()
     assert any(len(turns) > 1 for turns in meta["closed"])
-    again = TextVectorEnv(noise_env(), 3)
-    again.lanes.load_state_dict(arrays, json.loads(json.dumps(meta)))
-    assert same(play(envs, seed=2), play(again, seed=2))
+    restored = TextVectorEnv(noise_env(), 3)
+    restored.lanes.load_state_dict(arrays, json.loads(json.dumps(meta)))
+    assert same(play(envs, seed=2), play(restored, seed=2))
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
-def test_copies_go_on_by_themselves(make_copy):
+def test_copies_play_independently(make_copy):
     env = begin(noise_env(), 3)
     write(env, "a/b/")
     twin = make_copy(env)
@@ -120,7 +120,7 @@ def test_an_evaluation_in_between_changes_nothing():
     assert same(run(False), run(True))
 
 
-def test_a_turn_is_played_once():
+def test_each_turn_is_played_once():
     class Counting(Guess):
         n_steps = 0
 
@@ -143,25 +143,25 @@ class Unseeded(Guess):
 def test_a_game_that_does_not_play_the_same_again_is_named():
     env = begin(guess_env(Unseeded))
     write(env, "1/2/")
-    env.games = RunningGames(Unseeded)  # as after loading a checkpoint
+    env.games = RunningGames(Unseeded)  # new game objects, as after loading a checkpoint
     with pytest.raises(GameError, match=r"seed \d+ to play the same again.*after turn 1.*must follow from the seed"):
         write(env, "3/")
 
 
 def test_resume_is_exact(tmp_path):
-    """Bit for bit, with games under way that draw from the global generators."""
+    """A resumed run is equal bit for bit, with running games that draw from the global generators."""
 
     def build(seed=0):
         env = noise_env(max_new_tokens=20, seed=3)
         lm = tiny_config(vocab_size=len(TOKENIZER), n_positions=64)
         return tiny_agent(env, lm=lm, n_envs=4, n_steps=6, seed=seed)
 
-    model, whole = build(), Recorder()
-    model.learn(4 * 24, callback=[whole, Checkpoints(tmp_path, every=2)])
-    resumed, rest = build(seed=7), Recorder()
+    model, uninterrupted = build(), Recorder()
+    model.learn(4 * 24, callback=[uninterrupted, Checkpoints(tmp_path, every=2)])
+    resumed, continued = build(seed=7), Recorder()
     random.seed(99), np.random.seed(99)
     load_checkpoint(resumed, tmp_path / f"step_{2 * 24:012d}")
-    assert any(episode.turns for episode in resumed.get_env().lanes.state.episodes)  # games are under way
-    resumed.learn(2 * 24, callback=rest, reset_num_timesteps=False)
-    assert np.array_equal(np.concatenate(whole.actions[12:]), np.concatenate(rest.actions))
+    assert any(episode.turns for episode in resumed.get_env().lanes.state.episodes)  # games are running
+    resumed.learn(2 * 24, callback=continued, reset_num_timesteps=False)
+    assert np.array_equal(np.concatenate(uninterrupted.actions[12:]), np.concatenate(continued.actions))
     assert run_state(resumed) == run_state(model)

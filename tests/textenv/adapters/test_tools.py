@@ -1,4 +1,4 @@
-"""Tools: calls by a stated syntax, results that are observed, and limits that hold."""
+"""Tools in games: the syntax of calls, results that are observed and never trained, and limits."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ class Sum:
 tool_sum = partial(ToolGame, Sum, {"calc": Calculator()}, reply=" = {} . ")
 
 
-def test_a_call_is_answered_and_not_played():
+def test_a_call_is_answered_by_the_tool_and_is_no_move():
     game = ToolGame(Guess, {"calc": Calculator(), "say": str.upper})
     game.reset(seed=0)
     assert game.step("so <calc> 2+3 </calc> then 9") == ("<result>5</result>", 0.0, False, False, {"tool": "calc"})
-    assert game.step("<say>a\nb</say><calc>1</calc>")[0] == "<result>A\nB</result>"  # the first counts
-    assert game.step("<calc>1+1")[0] == "<result>2</result>"  # the end tag may be the stop string that ended it
+    assert game.step("<say>a\nb</say><calc>1</calc>")[0] == "<result>A\nB</result>"  # only the first call
+    assert game.step("<calc>1+1")[0] == "<result>2</result>"  # the end tag may be the stop string, which the text lacks
     assert game.step("<calc>two</calc>")[0].startswith("<result>error: expected numbers")
     assert game.game.n_turns == 0
     assert game.step("calc 1+1")[0] == " no " and game.step("<other>1</other>")[0] == " no "
@@ -53,7 +53,7 @@ def test_a_tool_env_passes_the_checks():
     check_text_env(TurnEnv(tool_sum, tokenizer, turn_tokens=16, max_new_tokens=60, n_games=2, stop=["</calc>"]))
 
 
-def test_a_tool_that_fails_otherwise_ends_training_and_says_where():
+def test_a_tool_with_a_bug_ends_training_and_names_seed_and_text():
     def broken(text):
         raise KeyError(text)
 
@@ -94,14 +94,14 @@ def test_the_calculator_refuses_all_else(text):
              "not " * 5000 + "1", "9**9**9", "9" * 5000, "\ud800", "[" * 100_000],
     ids=lambda text: text[:6].encode("ascii", "replace").decode(),
 )  # fmt: skip
-def test_a_calculator_of_long_expressions_refuses_them_too(text):
+def test_the_calculator_survives_huge_expressions(text):
     with pytest.raises(ToolError, match=r"^expected"):
         Calculator(max_chars=10**6)(text)
 
 
 @pytest.mark.parametrize(("text", "message"), [("'\ud800'", "expected a text"), ("chr(0xd800)", "expected a result")])
 def test_half_a_character_is_no_text(text, message):
-    """A tokenizer that was given it would end the training."""
+    """A tokenizer raises on a lone surrogate, which would end the training."""
     with pytest.raises(ToolError, match=f"{message} that UTF-8 can write, got a lone surrogate"):
         PythonTool()(text)
 
@@ -145,11 +145,11 @@ def test_python_has_little_time(text):
 
 
 def test_python_sees_no_environment(monkeypatch):
-    """Asked of a child that, unlike the tool's own, may say what it sees; so may the control, which inherits."""
+    """The child is replaced by one that prints its environment; the control inherits the parent's."""
     tell = "import json, os; print(json.dumps([True, json.dumps(dict(os.environ))]))"
     monkeypatch.setattr(python_tool, "CHILD", tell)
     monkeypatch.setenv("SECRET_KEY", "sk-secret")
-    assert json.loads(PythonTool()("1")).keys() <= {"LC_CTYPE"}  # which Python itself may set
+    assert json.loads(PythonTool()("1")).keys() <= {"LC_CTYPE"}  # Python itself may set it
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *words, env, **more: run(*words, **more))
     assert json.loads(PythonTool()("1"))["SECRET_KEY"] == "sk-secret"

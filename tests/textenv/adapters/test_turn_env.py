@@ -1,4 +1,4 @@
-"""`TurnEnv`: games of turns as token environments; what is written, observed, earned and kept of them."""
+"""`TurnEnv`, games of turns as token environments: observations, rewards, limits and refusals."""
 
 import random
 import warnings
@@ -17,7 +17,7 @@ from textenv import EndReason, TextEnv, check_text_env
 from textenv.adapters import GameError, TurnEnv
 
 NUMBERS = [random.Random(seed).randint(1, 9) for seed in range(50)]
-FOUR = NUMBERS.index(4)  # a game whose number is 4
+FOUR = NUMBERS.index(4)  # the seed of a game whose number is 4
 begin = partial(begin_game, seed=FOUR)
 
 
@@ -27,14 +27,14 @@ begin = partial(begin_game, seed=FOUR)
 def test_an_episode_by_hand():
     env = begin(guess_env())
     steps = write(env, "2/9/4/")
-    said = TOKENIZER.encode
-    opening, up, down = said("guess "), said(" up "), said(" down ")
+    encode = TOKENIZER.encode
+    opening, up, down = encode("guess "), encode(" up "), encode(" down ")
     assert env.observation_space.shape == (len(opening) + 1 + 24,)
-    rows = [[*said("2"), EOS, *up], [*said("9"), EOS, *down], [*said("4"), EOS]]
+    rows = [[*encode("2"), EOS, *up], [*encode("9"), EOS, *down], [*encode("4"), EOS]]
     seen = [*opening, -2, *rows[0], *rows[1], *rows[2]]
     assert steps[-1][0].tolist() == seen + [-1] * (len(steps[-1][0]) - len(seen))
     assert steps[1][0][len(opening) + 1 :].tolist()[: len(rows[0])] == rows[0]
-    assert [step[1] for step in steps] == [0.0, 0.125, 0.0, 0.125, 0.0, 1.0]  # a turn's reward is its last token's
+    assert [step[1] for step in steps] == [0.0, 0.125, 0.0, 0.125, 0.0, 1.0]  # a turn's reward falls on its last token
     assert [step[2:4] for step in steps] == [(False, False)] * 5 + [(True, False)]
     info = steps[-1][4]
     assert info["end_reason"] is EndReason.ENV and info["text"] == "2\n9\n4"
@@ -51,16 +51,16 @@ def test_a_turn_ends_by_eos_stop_string_or_its_limit(text, turns):
     assert steps[-1][3] and steps[-1][4]["text"].split("\n") == turns
 
 
-def test_the_games_limit_truncates_and_its_end_wins():
+def test_the_games_limit_truncates_unless_the_game_ends_too():
     steps = write(begin(guess_env(partial(Guess, max_turns=2))), "1/2/")
     assert steps[-1][1:4] == (0.125, False, True) and steps[-1][4]["end_reason"] is EndReason.LENGTH
-    steps = write(begin(guess_env(partial(Guess, max_turns=2))), "1/4/")  # both at once
+    steps = write(begin(guess_env(partial(Guess, max_turns=2))), "1/4/")  # terminated and truncated in one step
     assert steps[-1][1:4] == (1.0, True, False) and steps[-1][4]["end_reason"] is EndReason.ENV
 
 
 @pytest.mark.parametrize(("room", "n_turns"), [(3, 1), (8, 1), (9, 2), (14, 2), (15, 3)])
 def test_room_for_a_whole_turn_is_reserved_else_the_episode_is_truncated(room, n_turns):
-    """A turn "1/" and the reply " up " take 6; behind the n-th reply 3 more must be left for a turn."""
+    """A turn "1/" and its reply " up " take 6 tokens; after a reply, 3 tokens must be left for the next turn."""
     env = begin(guess_env(max_new_tokens=room))
     steps = []
     while not steps or not any(steps[-1][2:4]):
@@ -70,14 +70,14 @@ def test_room_for_a_whole_turn_is_reserved_else_the_episode_is_truncated(room, n
     assert [step[1] for step in steps] == [0.0, 0.125] * n_turns
 
 
-def test_a_win_with_the_very_last_token_is_one():
+def test_a_win_with_the_very_last_token_counts():
     env = begin(guess_env(max_new_tokens=9))
-    assert write(env, "1/004")[-1][1:4] == (0.125, False, True)  # "004" fills the room, and is no 4
+    assert write(env, "1/004")[-1][1:4] == (0.125, False, True)  # "004" takes all tokens that are left, and is not "4"
     env = begin(guess_env(turn_tokens=1, max_new_tokens=6))
     assert write(env, "14")[-1][1:4] == (1.0, True, False)
 
 
-def test_one_turn_of_the_whole_room():
+def test_one_turn_may_take_all_tokens():
     env = begin(guess_env(turn_tokens=3, max_new_tokens=3))
     assert write(env, "4/")[-1][1:4] == (1.0, True, False)
 
@@ -87,7 +87,7 @@ def test_a_game_gets_turns_without_white_space_around_them():
     assert write(begin(guess_env()), " 4/")[-1][1:4] == (1.0, True, False)
 
 
-def test_outcome_has_what_the_game_said():
+def test_outcome_has_the_games_info():
     seen = []
 
     class Look(TurnEnv):
@@ -119,17 +119,17 @@ def test_replies_are_the_chat_templates_continuation():
     env = chat_env()
     tokenizer = env.tokenizer
     env.reset()
-    words = [*tokenizer.encode("a b"), END], tokenizer.encode("abcdefgh")  # the second reaches the turn's limit
+    words = [*tokenizer.encode("a b"), END], tokenizer.encode("abcdefgh")  # the second turn ends at its limit
     for token in (*words[0], *words[1]):
         observation = env.step(token)[0]
     messages = [{"role": "user", "content": "hello there"}]
-    for said in ("a b", "abcdefgh"):
-        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "go on"}]
+    for text in ("a b", "abcdefgh"):
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "go on"}]
     assert observation[observation >= 0].tolist() == template_ids(tokenizer, messages)
 
 
 def test_history_is_never_encoded_again():
-    """Odd spellings stay: what stood in an observation stands in the next."""
+    """Observations only grow, also with texts that encode to other tokens."""
     env = chat_env()
     rng = np.random.default_rng(0)
     for _ in range(6):
@@ -146,7 +146,7 @@ def test_history_is_never_encoded_again():
 
 
 def test_advantages_are_of_the_policys_own_tokens():
-    """A transition a token of the policy, and the return of each is what its episode earns from it on."""
+    """There is one transition per token of the policy; its return is the sum of the episode's later rewards."""
     env = noise_env(max_new_tokens=20)
     lm = tiny_config(vocab_size=len(TOKENIZER), n_positions=64)
     model = tiny_agent(env, lm=lm, n_envs=4, n_steps=40, gae_lambda=1.0, learning_rate=0.0)
@@ -154,12 +154,12 @@ def test_advantages_are_of_the_policys_own_tokens():
     model.learn(4 * 40, callback=recorder)
     buffer = model.rollout_buffer
     n_episodes = 0
-    for info, places in recorder.episodes():
-        rewards = [recorder.rewards[0][place] for place in places]
-        assert len(places) == info["episode"]["l"] and sum(rewards) == pytest.approx(info["episode"]["r"], abs=1e-5)
-        if info["end_reason"] is EndReason.ENV:  # nothing was bootstrapped
+    for info, positions in recorder.episodes():
+        rewards = [recorder.rewards[0][position] for position in positions]
+        assert len(positions) == info["episode"]["l"] and sum(rewards) == pytest.approx(info["episode"]["r"], abs=1e-5)
+        if info["end_reason"] is EndReason.ENV:  # nothing is bootstrapped at a terminal end
             n_episodes += 1
-            returns = [buffer.returns[place] for place in places]
+            returns = [buffer.returns[position] for position in positions]
             assert returns == pytest.approx(np.cumsum(rewards[::-1])[::-1].tolist(), abs=1e-5)
     assert n_episodes > 5
 
@@ -238,7 +238,7 @@ def test_a_row_is_a_seed(row):
         guess_env().reset(options={"prompts": [row]})
 
 
-def test_turn_tokens_wants_respond_alone():
+def test_turn_tokens_needs_respond():
     for kwargs in ({}, {"max_turns": 3, "max_response_tokens": 2}):
         with pytest.raises(ValueError, match="`turn_tokens` where `respond` is defined"):
             TextEnv(["a"], TOKENIZER, reward=lambda *row: 0.0, turn_tokens=2, **kwargs)

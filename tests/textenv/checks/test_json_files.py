@@ -1,4 +1,4 @@
-"""JSON is checked where it is read: what is wrong is named with its file and its place."""
+"""Checks of JSON at reading: an error names the file and the place in it."""
 
 import pytest
 
@@ -8,7 +8,7 @@ SHAPE = {"format": int, "files": {str: {"size": int}}, "rows": [{"at": int, str:
 RIGHT = {"format": 1, "files": {"a": {"size": 2, "more": []}}, "rows": [{"at": 1, "x": 0.5, "y": None}], "any": None}
 
 
-def test_what_is_of_the_shape_comes_back(tmp_path):
+def test_json_of_the_expected_shape_is_returned(tmp_path):
     (tmp_path / "a.json").write_text(str(RIGHT).replace("'", '"').replace("None", "null"))
     assert read_json(tmp_path / "a.json", SHAPE) == RIGHT
     assert parse_json("[1, 2.5]", [float], "here") == [1, 2.5] and parse_json("null", object, "here") is None
@@ -35,12 +35,12 @@ def test_what_is_of_the_shape_comes_back(tmp_path):
         ('{"a": null}', {"a": str}, "Expected a text as `a` in here, got None"),
     ],
 )
-def test_what_is_not_is_named_with_its_place(text, shape, message):
+def test_a_wrong_value_is_named_with_its_place(text, shape, message):
     with pytest.raises(ValueError, match=message):
         parse_json(text, shape, "here")
 
 
-def test_bytes_that_are_no_text_are_named_with_their_file(tmp_path):
+def test_invalid_utf8_is_named_with_its_file(tmp_path):
     (tmp_path / "a.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match=r"Expected JSON in .*a\.json, got bytes that are no UTF-8"):
         read_json(tmp_path / "a.json", {})

@@ -1,4 +1,4 @@
-"""A file runs nothing: what a configuration, or a run folder that somebody shares, may name, read, write and send."""
+"""The limits of a configuration, or of a shared run folder: what it may name, read, write and send."""
 
 import importlib
 import json
@@ -107,7 +107,7 @@ HOSTILE = {
 
 @pytest.fixture(scope="module")
 def done(model, tmp_path_factory):
-    """A finished run."""
+    """Train a run; return its folder."""
     out = tmp_path_factory.mktemp("runs") / "done"
     assert run("train", *settings(model, out, rollouts=2), "--quiet") == 0
     return out
@@ -115,11 +115,11 @@ def done(model, tmp_path_factory):
 
 @pytest.fixture
 def beside(tmp_path, monkeypatch):
-    """A folder beside the one to work in, which must stay as it is."""
+    """Work in a folder beside this one, which must stay empty."""
     (tmp_path / "here").mkdir()
     (tmp_path / "beside").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setitem(sys.modules, "mlflow", importlib)  # so that it is not refused for its absence
+    monkeypatch.setitem(sys.modules, "mlflow", importlib)  # a stand-in, so that mlflow does not count as missing
     yield tmp_path / "beside"
     assert list((tmp_path / "beside").iterdir()) == [] and "antigravity" not in sys.modules
 
@@ -135,7 +135,7 @@ def test_a_hostile_configuration_is_refused_in_one_line(name, beside, model, cap
 
 
 def hostile_run(done, place, text):
-    """A copy of a run whose configuration has been tampered with."""
+    """Copy a run to `place`, and tamper with its configuration."""
     shutil.copytree(done, place)
     config = yaml.safe_load((place / "config.yml").read_text())
     config["env"]["reward"] = {"id": text, "args": {"file": "../beside/made", "text": "x"}}
@@ -158,8 +158,8 @@ def test_a_hostile_run_folder_is_read_with_the_same_mistrust(text, done, beside,
         assert f"'{text}'" in err and err.count("\n") == 1, err
 
 
-def test_of_a_run_only_what_a_verb_needs_is_built(done, beside, capfd):
-    """`generate` and `export` need neither rewards nor loggers: they write the same as of the run as it was."""
+def test_a_verb_builds_only_the_parts_of_a_run_that_it_needs(done, beside, capfd):
+    """`generate` and `export` need neither rewards nor loggers, and write the same as for the original run."""
     (beside.parent / "here" / "prompts.txt").write_text("this phone is\n")
     shared = hostile_run(done, beside.parent / "here" / "shared", "os:system")
     texts = []
@@ -170,8 +170,8 @@ def test_of_a_run_only_what_a_verb_needs_is_built(done, beside, capfd):
     assert run("export", shared, "model") == 0
 
 
-def test_what_is_written_of_a_run_is_the_policys(done):
-    """The weights that `generate` loads are all those of the agent, which the other verbs load."""
+def test_generate_loads_the_policy_of_the_agent(done):
+    """`generate` loads only the policy, with the same weights as the agent that the other verbs load."""
     from agents.cli.main import run_config
     from agents.cli.trained_model import load_newest, open_writer
 
@@ -186,7 +186,7 @@ def test_what_is_written_of_a_run_is_the_policys(done):
     assert any((own[name] != fresh[name]).any() for name in moved), "training has moved them"
 
 
-# What may be named.
+# Names that are allowed
 
 
 def test_the_python_api_takes_functions_and_re_exports_as_before():
@@ -221,15 +221,15 @@ def test_the_same_rule_holds_for_what_the_command_allows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     trust = Trust(["own_rule", "own_end"])
-    found = {REWARD: "Polite", JUDGE: "Judge", METRIC: "Metric", MASK: "Mask"}
-    for kind in found:
+    accepted = {REWARD: "Polite", JUDGE: "Judge", METRIC: "Metric", MASK: "Mask"}
+    for kind in accepted:
         names = [
             name
             for name in ("Polite", "Judge", "Metric", "Other", "Mask", "function", "Length")
             if own(name, kind, trust)
         ]
-        # a mask and a judge take the same; one that may be awaited returns no tokens, which is said when it is asked
-        assert names == [found[kind]] or (kind is MASK and names == ["Judge", "Mask"])
+        # A judge has the signature of a mask. That it returns no tokens is found when it is called.
+        assert names == [accepted[kind]] or (kind is MASK and names == ["Judge", "Mask"])
     with only_with(trust):
         assert read_reward({"name": "async", "function": "own_rule:Judge"}).retries == 2
     with pytest.raises(ValueError, match="Expected a module to import, got own_end, which ends the process"):
@@ -245,8 +245,8 @@ def own(name, kind, trust):
         return None
 
 
-def test_texts_are_no_names(model):
-    """An address, a stop string and a pattern are what they are: `http`, `re` and `Human` are no modules to import."""
+def test_texts_with_colons_are_not_taken_for_names(model):
+    """The colons in an address, a stop string or a pattern do not make `http`, `Human` or `re` modules to import."""
     judge = Named("http", {"url": "http://127.0.0.1:9/score", "on_failure": 0.0})
     args = {"stop_strings": ["Human:", "re:x"]}
     config = TrainConfig(env=EnvConfig("demo", args, reward=judge))
@@ -264,7 +264,7 @@ def test_the_command_line_alone_allows_a_variable(beside, model, monkeypatch, ca
     assert run(*words) == 2 and "Expected allow_env only on the command line" in capfd.readouterr().err
     (beside.parent / "here" / "c.yml").write_text(text)
     for flag in ("--allow_env", "--allow-env"):
-        assert run(*words, flag, "OWN_KEY") == 1  # the doctor finds that nobody answers at that address
+        assert run(*words, flag, "OWN_KEY") == 1  # the doctor reports that nobody answers at that address
         assert "HTTPJudge has no score of" in capfd.readouterr().out
 
 

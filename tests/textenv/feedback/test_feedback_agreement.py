@@ -1,4 +1,4 @@
-"""How far raters agree, by hand and by the definition."""
+"""Agreement of raters, by hand and by Krippendorff's definition."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ krippendorff = pytest.importorskip("krippendorff", reason='needs krippendorff: p
 
 
 def answers(kind, table, n=2, repeat=0, scale=(1, 5)):
-    """What raters (rows) said of items (columns); None where they said nothing."""
+    """Return the answers of raters (rows of `table`) to items (columns); None stands for no answer."""
     return [
         Answer(0, item, kind, rater, "", ("x",) * n, value, repeat=repeat, scale=scale)
         for rater, values in table.items()
@@ -31,10 +31,10 @@ def test_scores_by_the_libraries_own_example():
         "d": [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, x],
     }
     scores = {rater: [None if v is None else (float(v),) for v in row] for rater, row in table.items()}
-    found = agreement(answers("score", scores, n=1))["score"]
+    result = agreement(answers("score", scores, n=1))["score"]
     units = [[row[unit] for row in table.values() if row[unit] is not None] for unit in range(12)]
-    assert (found.units, found.raters) == (11, 4)
-    assert found.alpha == pytest.approx(interval_alpha(units)) and found.alpha == pytest.approx(0.849, abs=1e-3)
+    assert (result.units, result.raters) == (11, 4)
+    assert result.alpha == pytest.approx(interval_alpha(units)) and result.alpha == pytest.approx(0.849, abs=1e-3)
 
 
 def interval_alpha(units):
@@ -47,9 +47,9 @@ def interval_alpha(units):
 
 
 def test_choices_by_hand():
-    """Of 4 items, 8 votes: 3 for 0, 5 for 1; one item divides the raters: 1 - 7 * 2 / (2 * 3 * 5)."""
-    found = agreement(answers("compare", {"ann": [0, 1, 1, 0], "bob": [0, 1, 1, 1]}))["compare"]
-    assert found == (pytest.approx(1 - 14 / 30), 4, 2)
+    """4 items have 8 votes, 3 for 0 and 5 for 1, and the raters differ on one item: 1 - 7 * 2 / (2 * 3 * 5)."""
+    result = agreement(answers("compare", {"ann": [0, 1, 1, 0], "bob": [0, 1, 1, 1]}))["compare"]
+    assert result == (pytest.approx(1 - 14 / 30), 4, 2)
 
 
 def test_ties_are_answers_of_their_own():
@@ -60,18 +60,18 @@ def test_ties_are_answers_of_their_own():
 
 
 def test_rankings_by_pairs():
-    """Alike in five of six pairs; a choice of two items of the same pairs says the same."""
-    found = agreement(answers("rank", {"ann": [(0, 1, 2), (2, 1, 0)], "bob": [(0, 2, 1), (2, 1, 0)]}, n=3))["rank"]
+    """The rankings agree on five of six pairs; choices between the same pairs have the same alpha."""
+    result = agreement(answers("rank", {"ann": [(0, 1, 2), (2, 1, 0)], "bob": [(0, 2, 1), (2, 1, 0)]}, n=3))["rank"]
     choices = {"ann": [0, 0, 0, 1, 1, 1], "bob": [0, 0, 1, 1, 1, 1]}
-    assert found == (pytest.approx(agreement(answers("compare", choices))["compare"].alpha), 6, 2)
+    assert result == (pytest.approx(agreement(answers("compare", choices))["compare"].alpha), 6, 2)
 
 
 def test_rankings_that_are_reversed_disagree_more_than_chance():
-    found = agreement(answers("rank", {"ann": [(0, 1, 2), (2, 1, 0)], "bob": [(2, 1, 0), (0, 1, 2)]}, n=3))["rank"]
-    assert found.alpha < 0
+    result = agreement(answers("rank", {"ann": [(0, 1, 2), (2, 1, 0)], "bob": [(2, 1, 0), (0, 1, 2)]}, n=3))["rank"]
+    assert result.alpha < 0
 
 
-def test_what_one_rater_saw_alone_says_nothing():
+def test_items_of_one_rater_do_not_count():
     assert agreement(answers("compare", {"ann": [0, 1, None], "bob": [None, None, 1]})) == {}
     same = agreement(answers("compare", {"ann": [0, 0], "bob": [0, 0]}))["compare"]
     assert math.isnan(same.alpha) and same.units == 2

@@ -1,4 +1,4 @@
-"""The rating page as people meet it: Chromium, and the real server in a process of its own."""
+"""The rating page in Chromium, with the real server in its own process."""
 
 import http.server
 import json
@@ -27,7 +27,7 @@ def chromium():
 
 
 @pytest.fixture
-def browser(chromium, serve):  # whose servers end after it has been asked: the page goes on to look for new items
+def browser(chromium, serve):  # `serve` ends after the complaints are read: an open page goes on asking its server
     chromium.forget()
     yield chromium
     assert chromium.complaints() == []
@@ -41,7 +41,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def serve(store):
-    """Start servers over the store, and end them."""
+    """Start servers for the store, and end them after the test."""
     started = []
 
     def start(**options):
@@ -59,7 +59,7 @@ def cards(browser):
 
 
 def saved(browser, number, store):
-    """Wait for an answer to be acknowledged, and return it as it lies in the file."""
+    """Wait until an answer is acknowledged, and return it from the file."""
     browser.says("Saved")
     browser.until(lambda: len(store.answers()) == number, f"{number} answers")
     return store.answers()[-1]
@@ -141,11 +141,11 @@ def test_rank_by_number_keys_and_by_dragging(browser, store, serve):
     assert preview() == [shown[2], shown[0]]
     browser.press(BACKSPACE)
     assert preview() == [shown[2]] and not browser.one("#send").is_enabled()
-    browser.press("2", "4")  # the last place is the one that is left
-    assert preview() == [shown[place] for place in (2, 1, 3, 0)]
+    browser.press("2", "4")  # the last rank follows
+    assert preview() == [shown[index] for index in (2, 1, 3, 0)]
     browser.keep("rank")
     browser.press(ENTER)
-    assert [texts[place] for place in saved(browser, 1, store).value] == [shown[place] for place in (2, 1, 3, 0)]
+    assert [texts[index] for index in saved(browser, 1, store).value] == [shown[index] for index in (2, 1, 3, 0)]
     browser.shows("q")
     shown = cards(browser)
     for card in browser.all(".texts .completion"):
@@ -153,11 +153,11 @@ def test_rank_by_number_keys_and_by_dragging(browser, store, serve):
             card.click()
     assert preview() == shown
     browser.drag(".order li", 3, 0)
-    assert preview() == [shown[place] for place in (3, 0, 1, 2)]
+    assert preview() == [shown[index] for index in (3, 0, 1, 2)]
     browser.drag(".order li", 0, 2)
-    assert preview() == [shown[place] for place in (0, 1, 3, 2)]
+    assert preview() == [shown[index] for index in (0, 1, 3, 2)]
     browser.one("#send").click()
-    assert [texts[place] for place in saved(browser, 2, store).value] == [shown[place] for place in (0, 1, 3, 2)]
+    assert [texts[index] for index in saved(browser, 2, store).value] == [shown[index] for index in (0, 1, 3, 2)]
 
 
 def test_eight_can_be_ranked(browser, store, serve):
@@ -166,10 +166,10 @@ def test_eight_can_be_ranked(browser, store, serve):
     browser.shows("p")
     shown = cards(browser)
     browser.press(*"87654321", ENTER)
-    assert ["abcdefgh"[place] for place in saved(browser, 1, store).value] == shown[::-1]
+    assert ["abcdefgh"[index] for index in saved(browser, 1, store).value] == shown[::-1]
 
 
-KEYS = (  # what is asked: the kind, the texts, the scale; and what the line of keys begins with
+KEYS = (  # questions (kind, number of texts, scale), and how the line of keys begins in English and Chinese
     ("rank", 4, (1, 5), "1–4 next best, Backspace", "1–4 选下一名，Backspace"),
     ("score", 1, (1, 5), "1–5 score, ← → change, Enter", "1–5 打分，← → 调整，Enter"),
     ("score", 3, (0, 10), "0–9 score, ↑ ↓ text, ← →", "0–9 打分，↑ ↓ 选择文本，← →"),
@@ -179,7 +179,7 @@ KEYS = (  # what is asked: the kind, the texts, the scale; and what the line of 
 )
 
 
-def test_the_keys_that_are_named_are_those_that_do_something(browser, store, serve):
+def test_the_page_names_the_keys_that_work(browser, store, serve):
     for number, (kind, n, scale, *_) in enumerate(KEYS):
         store.add(f"question {number}", ["x"] * n, kind, scale=scale)
     browser.enter(url := serve().url)
@@ -214,13 +214,13 @@ def test_two_raters_at_once(browser, store, serve):
         browser.enter(url, "ann")
         other.enter(url, "bob")
         browser.shows("compare 0")
-        other.shows("compare 1")  # not the same one
+        other.shows("compare 1")  # another item
 
-        def rate(one):
-            while not one.one("#nothing").is_displayed():
-                one.press("a")
+        def rate(window):
+            while not window.one("#nothing").is_displayed():
+                window.press("a")
 
-        raters = [threading.Thread(target=rate, args=(one,)) for one in (browser, other)]
+        raters = [threading.Thread(target=rate, args=(window,)) for window in (browser, other)]
         for rater in raters:
             rater.start()
         for rater in raters:
@@ -231,7 +231,7 @@ def test_two_raters_at_once(browser, store, serve):
         other.close()
     answers = store.answers()
     assert {answer.prompt for answer in answers} == {f"compare {number}" for number in range(12)}
-    assert len(answers) <= 13  # who is done first gets what the other has in hand, too
+    assert len(answers) <= 13  # the last item may be given to both raters
     assert min(sum(answer.rater == rater for answer in answers) for rater in ("ann", "bob")) > 1
 
 
@@ -242,7 +242,7 @@ def test_a_server_that_is_killed_loses_nothing_that_was_acknowledged(browser, st
     for number in range(3):
         browser.shows(f"compare {number}")
         browser.press("a")
-    browser.shows("compare 3")  # the third is acknowledged
+    browser.shows("compare 3")  # the next item shows that the third answer was stored
     server.kill()
     assert [answer.prompt for answer in store.answers()] == ["compare 0", "compare 1", "compare 2"]
     browser.press("b")
@@ -276,7 +276,7 @@ def test_a_script_in_a_text_stays_a_text(browser, store, serve):
         assert browser.run("return typeof pwned") == "undefined"
     assert browser.complaints() == []
     script = "const s = document.createElement('script'); s.textContent = 'pwned = 1'; document.body.append(s)"
-    browser.run(script)  # and if one came into the page, it would not run
+    browser.run(script)  # a script that got into the page would not run
     assert browser.run("return typeof pwned") == "undefined"
     assert all("Content Security Policy" in complaint for complaint in browser.complaints())
 
@@ -300,7 +300,7 @@ def test_the_token(browser, store, serve):
 
 
 def test_another_site_cannot_answer(browser, store, serve, tmp_path):
-    """A page from elsewhere that sends what ours would send, and one that calls our server by a domain of its own."""
+    """Refused are another site's page that sends answers, and a foreign domain that resolves to our server."""
     pairs(store, 1)
     server = serve()
     browser.enter(server.url)
@@ -320,14 +320,14 @@ def test_another_site_cannot_answer(browser, store, serve, tmp_path):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Quiet(*a, directory=tmp_path / "site")) as site:
         threading.Thread(target=site.serve_forever, daemon=True).start()
-        for host in ("localhost", "127.0.0.1"):  # another site, and another port of the same
+        for host in ("localhost", "127.0.0.1"):  # another site, and the same site on another port
             browser.driver.get(f"http://{host}:{site.server_port}/index.html")
             browser.until(lambda: "sent" in browser.one("body").text)
         site.shutdown()
     assert store.answers() == []
     browser.driver.get(f"http://rebound.example:{server.port}/")
     assert "Expected a host that is ours" in browser.one("body").text
-    assert browser.complaints()  # of all this
+    assert browser.complaints()  # about the refused requests
     browser.driver.get(server.url)
     browser.shows("compare 0")
 
@@ -348,7 +348,7 @@ def test_history_filters_and_downloads(browser, store, serve):
     select = browser.one("select[name=kind]")
     select.send_keys("R")
     browser.until(lambda: browser.texts("tbody td.text") == ["rank"])
-    ranked = [shown.completions[place] for place in (2, 0, 1)]
+    ranked = [shown.completions[index] for index in (2, 0, 1)]
     assert browser.texts(".said .mark") == ["#1", "#2", "#3"] and browser.texts(".said .text") == ranked
     browser.one("[data-form=pairs]").click()
     file = Path(browser.folder) / "downloads" / "pairs.jsonl"

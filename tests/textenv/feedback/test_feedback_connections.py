@@ -1,4 +1,4 @@
-"""Connections of the rating server that ask for nothing: each has its time, and an address has so many."""
+"""Idle connections of the rating server: the time for a request, and the number per address, are limited."""
 
 import select
 import socket
@@ -26,7 +26,7 @@ PATIENCE = 30.0
 
 @pytest.fixture
 def port(tmp_path, monkeypatch):
-    """Of a server in a thread, as `serve` runs it."""
+    """Run `serve` in a thread, and return its port."""
     running, addresses, run = [], [], uvicorn.Server.run
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: (running.append(server), run(server, sockets)))
     started = threading.Event()
@@ -48,28 +48,28 @@ def port(tmp_path, monkeypatch):
 
 
 def connect(port, sent):
-    made = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-    made.sendall(sent)
-    return made
+    connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    connection.sendall(sent)
+    return connection
 
 
-def is_closed(made, seconds=0.0):
-    """Whether the server closed a connection, without having answered anything."""
-    if not select.select([made], [], [], seconds)[0]:
+def is_closed(connection, seconds=0.0):
+    """Return whether the server closed a connection without answering."""
+    if not select.select([connection], [], [], seconds)[0]:
         return False
     try:
-        return made.recv(1) == b""
+        return connection.recv(1) == b""
     except ConnectionResetError:
         return True
 
 
-def answer(made):
-    """What the server answers to WHOLE, which comes in pieces."""
+def answer(connection):
+    """Read the server's answer to WHOLE, which arrives in pieces."""
     received = b""
     while b"</svg>" not in received:
-        part = made.recv(1 << 16)
-        assert part, received
-        received += part
+        chunk = connection.recv(1 << 16)
+        assert chunk, received
+        received += chunk
     return received
 
 
@@ -78,11 +78,11 @@ def page(port):
         return response.status
 
 
-def test_of_many_that_ask_for_nothing_the_oldest_go_and_pages_are_served(port, caplog):
+def test_the_oldest_of_many_idle_connections_are_closed_and_pages_are_served(port, caplog):
     idle = [connect(port, (b"", HALF, BODY)[n % 3]) for n in range(150)]
     assert page(port) == 200
     for _ in range(500):
-        if (closed := [is_closed(one) for one in idle]).count(False) <= connections.FROM_ONE_ADDRESS:
+        if (closed := [is_closed(connection) for connection in idle]).count(False) <= connections.FROM_ONE_ADDRESS:
             break
         time.sleep(0.02)
     assert closed.count(False) <= connections.FROM_ONE_ADDRESS
@@ -90,7 +90,7 @@ def test_of_many_that_ask_for_nothing_the_oldest_go_and_pages_are_served(port, c
     assert not caplog.records
 
 
-def test_a_request_has_its_time_however_it_trickles_in(port, monkeypatch):
+def test_the_time_for_a_request_is_limited_even_if_it_trickles_in(port, monkeypatch):
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.5)
     for sent in (b"", HALF, BODY):
         assert is_closed(connect(port, sent), PATIENCE)
@@ -109,8 +109,8 @@ def test_a_request_has_its_time_however_it_trickles_in(port, monkeypatch):
     assert is_closed(kept, PATIENCE)
 
 
-def test_who_waits_for_an_answer_is_not_dropped(port, monkeypatch):
-    """Every connection of the address is in the middle of an answer: the new one has to go."""
+def test_a_connection_that_waits_for_an_answer_is_not_closed(port, monkeypatch):
+    """If all connections of an address are being answered, a new one is closed."""
     monkeypatch.setattr(connections, "FROM_ONE_ADDRESS", 2)
     go = threading.Event()
     monkeypatch.setattr(web.Pages, "page", lambda pages, request, name: go.wait(PATIENCE) and web.Response(name))
@@ -118,10 +118,10 @@ def test_who_waits_for_an_answer_is_not_dropped(port, monkeypatch):
     time.sleep(0.3)
     assert is_closed(connect(port, WHOLE), PATIENCE)
     go.set()
-    assert [one.recv(1 << 20)[:12] for one in asking] == [b"HTTP/1.1 200"] * 2
+    assert [connection.recv(1 << 20)[:12] for connection in asking] == [b"HTTP/1.1 200"] * 2
 
 
-def test_what_is_no_request_fills_no_log(port, capfd):
+def test_invalid_requests_are_not_logged(port, capfd):
     for _ in range(20):
         broken = connect(port, b"\0\1\2\r\n\r\n")
         assert broken.recv(1 << 16).startswith(b"HTTP/1.1 400")

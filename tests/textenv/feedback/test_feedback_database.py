@@ -1,4 +1,4 @@
-"""The file under a store of feedback: shared by threads and processes, and never without what was acknowledged."""
+"""The file of a feedback store: threads and processes share it, and an acknowledged answer is never lost."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_a_write_waits_for_another(path):
         release = threading.Timer(0.3, end)
         release.start()
         store.choose(shown, "a")
-        assert ended  # only then could it write
+        assert ended  # the write waited for the commit
         release.join()
         other.close()
         assert len(store.answers()) == 1
@@ -125,20 +125,20 @@ def rating(path, rater):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_processes_share_a_store_and_one_that_is_killed_loses_nothing(path):
+def test_processes_share_a_store_and_a_killed_one_loses_nothing(path):
     store = FeedbackStore(path)
     for number in range(80):
         pair(store, f"{number}", raters=2)
     processes = [rating(path, rater) for rater in ("ann", "bob")]
-    said = [processes[0].stdout.readline() for _ in range(10)]
+    printed = [processes[0].stdout.readline() for _ in range(10)]
     processes[0].send_signal(signal.SIGKILL)
-    said += processes[0].communicate()[0].splitlines(keepends=True)
-    acknowledged = {int(line) for line in said if line.endswith("\n")}
+    printed += processes[0].communicate()[0].splitlines(keepends=True)
+    acknowledged = {int(line) for line in printed if line.endswith("\n")}
     processes[1].communicate()
     assert processes[1].returncode == 0
     items = {rater: {answer.item for answer in store.answers() if answer.rater == rater} for rater in ("ann", "bob")}
     assert 10 <= len(acknowledged) < 80 and acknowledged <= items["ann"]
-    assert len(items["ann"] - acknowledged) <= 1  # written, and killed before it was said
+    assert len(items["ann"] - acknowledged) <= 1  # one may be written, but not yet printed
     assert items["bob"] == set(range(1, 81))
     assert store.next("ann").id not in items["ann"]
     store.close()
@@ -154,7 +154,7 @@ def test_two_processes_make_one_file(path):
 
 
 def steps_of_sqlite(path, n):
-    """The steps of SQLite's machine, in tens, that a rater's next item takes beside n answers."""
+    """Return the steps of SQLite's virtual machine, in tens, for a rater's next item in a store with n answers."""
     steps = []
     with FeedbackStore(path) as store:
         store.record(Record("compare", f"{number}", ["x", "y"], 0, "ann") for number in range(n))
@@ -166,7 +166,7 @@ def steps_of_sqlite(path, n):
 
 
 def test_ten_times_the_answers_take_ten_times_the_work(tmp_path):
-    """Not a hundred times, as where a table without an index is read for each row of another."""
+    """Without an index, it would be a hundred times: each row of one table would scan the other."""
     few, many = (steps_of_sqlite(tmp_path / f"{n}.db", n) for n in (300, 3000))
     assert few > 100 and many < 12 * few
 

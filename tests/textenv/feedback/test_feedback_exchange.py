@@ -1,4 +1,4 @@
-"""Answers as lines of JSON."""
+"""The export of answers as JSON lines: pairs, rankings and scores."""
 
 import json
 
@@ -17,7 +17,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def filled(store):
-    """One choice (y over x), one tie, one ranking (z, x, y), one scoring (x 4, y 2), and a skip."""
+    """Fill the store with a choice (y over x), a tie, a ranking (z, x, y), a scoring (x 4, y 2) and a skip."""
     models = {"models": ["m1", "m2"], "run": "run7"}
     for number in range(3):
         store.add(f"compare{number}", ["x", "y"], kind="compare", **models)

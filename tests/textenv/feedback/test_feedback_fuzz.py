@@ -1,4 +1,4 @@
-"""Thousands of requests that no page sends: each is answered, none by an error of the server's, and nothing is lost."""
+"""Thousands of requests that no page sends: each is answered, without a server error or a lost answer."""
 
 import json
 import random
@@ -59,17 +59,17 @@ QUERIES = (
 
 
 def value(draw, depth=0):
-    """Any value of JSON, most often a flat one."""
-    what = draw.random()
-    if depth > 2 or what < 0.6:
+    """Return a random JSON value, most often a flat one."""
+    kind = draw.random()
+    if depth > 2 or kind < 0.6:
         return draw.choice(ATOMS)
-    if what < 0.85:
+    if kind < 0.85:
         return [value(draw, depth + 1) for _ in range(draw.randint(0, 4))]
     return {draw.choice(NAMES): value(draw, depth + 1) for _ in range(draw.randint(0, 3))}
 
 
 def body(draw, path, state):
-    """Bytes for a path: nonsense, or what the page would send with something of it exchanged."""
+    """Return a body for a path: nonsense, or the page's own body with up to two values replaced."""
     if draw.random() < 0.1:
         return draw.choice(RAW)
     right = {
@@ -96,7 +96,7 @@ def good(draw, item):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_no_request_is_an_error_of_the_servers(seed, tmp_path):
+def test_no_request_causes_a_server_error(seed, tmp_path):
     draw, statuses = random.Random(seed), {}
     with FeedbackStore(tmp_path / "answers.db", seed=seed) as store:
         store._db.execute("PRAGMA synchronous=OFF")
@@ -109,7 +109,7 @@ def test_no_request_is_an_error_of_the_servers(seed, tmp_path):
             before = store.last_answer("ann"), store.last_answer("bob")
             if draw.random() < 0.15:
                 name = draw.choice(["start", "kind", "rater", "form", "search", "theme"])
-                text = quote(draw.choice(QUERIES).encode("utf-8", "surrogateescape"))  # bytes that are no text, too
+                text = quote(draw.choice(QUERIES).encode("utf-8", "surrogateescape"))  # some are invalid UTF-8
                 got = client.get(f"{draw.choice(GETS)}?{name}={text}")
             else:
                 path = draw.choice(PATHS)
@@ -125,5 +125,5 @@ def test_no_request_is_an_error_of_the_servers(seed, tmp_path):
                 client.post("/api/rater", json={"rater": "ann"})
             statuses[got.status_code] = statuses.get(got.status_code, 0) + 1
         answers = store.answers()
-    # the requests are of both kinds: many are refused, and many are right
+    # Many requests were refused, and many were valid.
     assert statuses[400] > N / 5 and statuses[200] > N / 5 and len(answers) > N / 30, (statuses, len(answers))

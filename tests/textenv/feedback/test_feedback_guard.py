@@ -1,4 +1,4 @@
-"""Whom the rating server refuses: foreign hosts, other sites, strangers, and whoever sends too much."""
+"""The rating server's guard: it refuses foreign hosts, other sites, missing tokens and large bodies."""
 
 import http.client
 import json
@@ -64,7 +64,7 @@ def test_foreign_hosts_are_refused(store, host, local, network):
     assert visit(store, any_address=True).get("/", headers={"host": host}).status_code == network
 
 
-def test_names_of_hosts_that_are_given(store):
+def test_host_names_can_be_set(store):
     client = visit(store, names=["rating.example"])
     assert client.get("/", headers={"host": "Rating.Example:8000"}).status_code == 200
     assert client.get("/", headers={"host": "localhost"}).status_code == 403
@@ -91,7 +91,7 @@ def test_writing_from_other_sites_is_refused(store, headers, status):
     assert client.post("/api/rater", json={"rater": "ann"}, headers=headers).status_code == status
 
 
-def test_what_a_form_of_another_site_could_send_is_refused(store):
+def test_requests_that_a_form_of_another_site_could_send_are_refused(store):
     client = visit(store)
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         response = client.post("/api/rater", content='{"rater": "ann"}', headers={"content-type": kind})
@@ -125,7 +125,7 @@ def test_wrong_tokens_are_refused(store, token):
     assert client.get("/static/style.css").status_code == 200
 
 
-def test_the_redirect_stays_here(store):
+def test_the_redirect_stays_on_the_server(store):
     client = visit(store, rater="", token=TOKEN)
     assert client.get(f"{HERE}//evil.example/?token={TOKEN}").headers["location"] == "/evil.example/"
 

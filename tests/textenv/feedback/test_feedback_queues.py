@@ -1,4 +1,4 @@
-"""The counts of a store against its rows: what comes next and what is left, said in one query over everything."""
+"""The queues of a feedback store: the next item and the progress equal those of slow queries over all rows."""
 
 import random
 
@@ -43,7 +43,7 @@ WHERE showings.rater = :rater AND stands AND items.kind = coalesce(:kind, items.
 
 
 class Clock:
-    """A time that goes on with each look, so that nothing happens at the same one."""
+    """A clock that advances with each reading, so that no two events have the same time."""
 
     def __init__(self):
         self.now = 1e6
@@ -54,10 +54,10 @@ class Clock:
 
 
 def slowly(store, rater, kind, now):
-    """What comes next, as (item, repeat), and the progress, from all rows."""
+    """Return the next item, as (item, repeat), and the progress, both computed from all rows."""
     asked = {"rater": rater, "kind": kind, "since": now - store_module.LEASE}
     with store._db.reading():
-        waiting, again, fresh = (store._db.execute(one, asked).fetchall() for one in (OPEN, AGAIN, FRESH))
+        waiting, again, fresh = (store._db.execute(query, asked).fetchall() for query in (OPEN, AGAIN, FRESH))
         counts = dict(store._db.execute(COUNTS, asked).fetchall())
     left = sum(row["n"] for row in [*waiting, *again, *fresh])
     due = [row for row in again if row["since"] >= 10 or not fresh][:1]
@@ -83,7 +83,7 @@ def add(store, draw):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_comes_next_and_what_is_left_are_what_the_rows_say(seed, tmp_path, monkeypatch):
+def test_next_item_and_progress_equal_the_slow_queries(seed, tmp_path, monkeypatch):
     draw, clock = random.Random(seed), Clock()
     monkeypatch.setattr(store_module, "time", clock)
     monkeypatch.setattr(store_module, "LEASE", draw.choice([10.0, 40.0, 1e5]))
@@ -94,12 +94,12 @@ def test_what_comes_next_and_what_is_left_are_what_the_rows_say(seed, tmp_path, 
             add(store, draw)
         for _ in range(250):
             rater, kind = draw.choice(["ann", "bob", "cy", "dee"]), draw.choice([None, None, *KINDS])
-            what = draw.random()
-            if what < 0.1:
+            action = draw.random()
+            if action < 0.1:
                 add(store, draw)
-            elif what < 0.25:
+            elif action < 0.25:
                 store.undo(rater)
-            elif what < 0.3:
+            elif action < 0.3:
                 store.record([Record("score", "p", ["x"], [2], rater)])
             else:
                 wanted, _ = slowly(store, rater, kind, clock.now + 1)
@@ -109,13 +109,13 @@ def test_what_comes_next_and_what_is_left_are_what_the_rows_say(seed, tmp_path, 
                 repeats += bool(wanted and wanted[1])
                 if shown is not None and draw.random() < 0.8:
                     answer(store, shown, draw)
-            for one, asked in ((rater, kind), ("ann", None)):
-                assert store.progress(one, asked) == slowly(store, one, asked, clock.now)[1]
+            for name, asked in ((rater, kind), ("ann", None)):
+                assert store.progress(name, asked) == slowly(store, name, asked, clock.now)[1]
     assert repeats > 3
 
 
-def test_nothing_that_was_seen_is_looked_at_again(tmp_path):
-    """Statements of the machine of SQLite for an answer, in a store of 40 and of 800 items that all stay open."""
+def test_an_answer_costs_the_same_with_many_items(tmp_path):
+    """Count SQLite's virtual-machine steps for an answer, in stores of 40 and of 800 items that all stay open."""
     steps = {}
     for n in (40, 800):
         with FeedbackStore(tmp_path / f"{n}.db", seed=0) as store:

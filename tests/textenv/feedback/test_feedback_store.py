@@ -1,4 +1,4 @@
-"""The store of feedback: what is asked in which order, and what an answer becomes."""
+"""The feedback store: the order of questions, stored answers, undo and refusals."""
 
 import time
 from collections import Counter
@@ -23,7 +23,7 @@ def store(path):
 
 
 def see(item, text):
-    """The place, as shown, of a completion."""
+    """Return the index at which a completion is shown."""
     return item.completions.index(text)
 
 
@@ -58,7 +58,7 @@ def test_rankings(store):
     shown = store.next("ann")
     store.rank(shown, [see(shown, text) for text in ("best", "middle", "worst")])
     (answer,) = store.answers()
-    assert [texts[place] for place in answer.value] == ["best", "middle", "worst"]
+    assert [texts[index] for index in answer.value] == ["best", "middle", "worst"]
     assert [(texts[a], texts[b]) for a, b in answer.pairs()] == [
         ("best", "middle"),
         ("best", "worst"),
@@ -73,39 +73,39 @@ def test_the_order_shown_is_drawn_and_stays(path):
         orders = []
         for _ in range(40):
             shown = store.next("ann")
-            assert store.next("ann") == shown  # a page that is loaded again
+            assert store.next("ann") == shown  # a reloaded page shows the same
             orders.append(shown.order)
             store.skip(shown)
         counts = Counter(orders)
         assert set(counts) == {(0, 1), (1, 0)} and min(counts.values()) >= 10
         theirs = [store.next("bob")]
-    with FeedbackStore(path, seed=1) as again:  # and after the process has ended
+    with FeedbackStore(path, seed=1) as again:  # the order survives the process
         assert again.next("bob") == theirs[0]
 
 
-def test_items_come_to_as_many_raters_as_they_want(store):
+def test_items_are_given_to_the_number_of_raters_they_ask_for(store):
     one, two = pair(store, "one"), pair(store, "two", raters=2)
     store.choose(store.next("ann"), "a")
     assert store.next("bob").id == two
     store.skip(store.next("bob"))
-    assert store.next("bob") is None  # a skipped item does not come back,
+    assert store.next("bob") is None  # a skipped item does not come back
     assert store.next("ann").id == two
     store.choose(store.next("ann"), "a")
-    assert store.next("cy").id == two  # and a skip is no answer
+    assert store.next("cy").id == two  # a skip is no answer
     store.choose(store.next("cy"), "tie")
     assert store.next("dee") is None
     assert one != two
 
 
-def test_what_another_has_in_hand_is_offered_last(store, monkeypatch):
+def test_items_that_another_rater_is_answering_come_last(store, monkeypatch):
     first, second = pair(store, "one"), pair(store, "two")
     assert store.next("ann").id == first
     bobs = store.next("bob")
     assert bobs.id == second
-    assert store.next("cy").id == first  # rather asked twice than never
+    assert store.next("cy").id == first  # an item may be asked twice, but is never lost
     pair(store, "three")
     monkeypatch.setattr(store_module, "LEASE", -1.0)
-    assert store.next("dee").id == first  # in hand no more
+    assert store.next("dee").id == first  # the lease has expired
 
 
 def test_kinds_are_kept_apart(store):
@@ -129,7 +129,7 @@ def test_gold_items_come_twice_in_another_order(store):
         store.choose(shown, "a")
         done, skipped, left = store.progress("ann")
         assert (done + left, skipped) == (17, 0)
-    assert [place for place, item in enumerate(seen) if item == gold] == [0, 11]
+    assert [index for index, item in enumerate(seen) if item == gold] == [0, 11]
     assert orders[0] != orders[11]
     assert [answer.repeat for answer in store.answers()] == [0] * 11 + [1] + [0] * 5
 
@@ -159,8 +159,8 @@ def test_undo_goes_back_step_by_step(store):
     assert first != second
 
 
-def test_a_reader_of_what_is_new_sees_undone_answers_too(store):
-    """Folding in what came since, however the reads fall between the writes, is the same as reading all."""
+def test_a_reader_of_new_answers_sees_undone_ones_too(store):
+    """Reading only new answers, at any time between writes, gives the same as reading all."""
     for number in range(6):
         pair(store, f"{number}")
     folded, last = {}, 0
@@ -316,6 +316,6 @@ def test_records_keep_their_scale(store):
     assert [(answer.value, answer.scale) for answer in store.answers()] == [((50.0,), (0, 100)), ((0.0,), (-1, 1))]
 
 
-def test_pairs_of_no_decision():
+def test_undecided_answers_have_no_pairs():
     assert Answer(1, 1, "skip", "ann", "p", ("x", "y")).pairs() == []
     assert Answer(1, 1, "score", "ann", "p", ("x", "y"), (2.0, 2.0)).pairs() == []

@@ -1,4 +1,4 @@
-"""The rating server, asked without a browser: what it answers, and what it keeps to itself."""
+"""The rating server without a browser: its answers, and the facts that it hides from raters."""
 
 import json
 from urllib.error import URLError
@@ -46,14 +46,14 @@ def test_all_kinds_are_answered_and_stored(store):
     client = visit(store)
     state = rate_all(client)
     assert state == {"item": None, "progress": {"done": 4, "skipped": 0, "left": 0}, "last": 4}
-    score, compare, rank, again = found = store.answers()
-    assert [answer.kind for answer in found] == ["score", "compare", "rank", "score"]
-    assert [answer.repeat for answer in found] == [0, 0, 0, 1]
-    assert [score.value[place] for place in score.order] == [4.0, 2.0]
+    score, compare, rank, again = answers = store.answers()
+    assert [answer.kind for answer in answers] == ["score", "compare", "rank", "score"]
+    assert [answer.repeat for answer in answers] == [0, 0, 0, 1]
+    assert [score.value[index] for index in score.order] == [4.0, 2.0]
     assert compare.value == compare.order[1]
     assert rank.value == tuple(rank.order[shown] for shown in (2, 0, 1))
     assert again.order == score.order[::-1] and again.value == score.value[::-1]
-    assert {(answer.rater, answer.seconds) for answer in found} == {("ann", 1.5)}
+    assert {(answer.rater, answer.seconds) for answer in answers} == {("ann", 1.5)}
 
 
 def test_the_page_learns_neither_models_nor_repeats(store):
@@ -94,7 +94,7 @@ def test_an_undo_sent_again_takes_back_nothing_more(store):
 
 
 @pytest.mark.parametrize("body", [{}, {"answer": 0}, {"answer": 9}, {"answer": 2}, {"answer": [1]}, {"answer": "1"}])
-def test_what_is_no_answer_of_the_raters_is_not_taken_back(store, body):
+def test_undo_of_a_number_that_is_no_answer_of_the_rater_is_refused(store, body):
     store.add("p", ["x"], raters=2)
     for name in ("ann", "bob"):
         store.score(store.next(name), [1])
@@ -132,7 +132,7 @@ def test_raters_are_kept_apart(store):
     assert [answer.rater for answer in store.answers()] == ["李 / bob;", "ann"]
 
 
-def test_who_rates_is_asked_and_forgotten(store):
+def test_the_raters_name_is_asked_and_can_be_forgotten(store):
     client = visit(store, rater="")
     assert "name.js" in client.get("/").text and "name.js" in client.get("/history").text
     assert client.post("/api/next", json={}).status_code == 400
@@ -169,7 +169,7 @@ def test_who_rates_is_asked_and_forgotten(store):
         [],
     ],
 )
-def test_answers_that_are_none_are_refused(store, body):
+def test_invalid_answers_are_refused(store, body):
     store.add("p", ["x", "y", "z"], kind="rank")
     client = visit(store)
     client.post("/api/next", json={})
@@ -226,8 +226,8 @@ def test_history_filters_and_pages(store, monkeypatch):
         assert refused.status_code == 400 and "Expected `start` to be a whole number" in refused.json()["error"]
 
 
-def test_agreement_that_is_not_known_is_null(store):
-    """NaN is no JSON: a browser would refuse all of the history."""
+def test_unknown_agreement_is_null(store):
+    """NaN is not valid JSON: a browser would refuse the whole history."""
     store.add("p", ["x"], raters=2)
     for name in ("ann", "bob"):
         store.score(store.next(name), [3])
@@ -260,12 +260,12 @@ def test_languages_and_themes(store):
 def test_every_word_has_both_languages():
     for name, texts in _WORDS.items():
         assert len(texts) == 2 and all(texts), name
-        assert not hasattr(dict, name), name  # a template would take the method for the word
+        assert not hasattr(dict, name), name  # Jinja would find the dict's method first
         marks = [sorted(part.split("}")[0] for part in text.split("{")[1:]) for text in texts]
         assert marks[0] == marks[1], name
 
 
-def test_a_locked_store_is_said(store):
+def test_a_locked_store_is_reported(store):
     store.add("p", ["x"])
     with FeedbackStore(store.path, timeout=0.05) as impatient:
         client = visit(impatient)
@@ -274,8 +274,8 @@ def test_a_locked_store_is_said(store):
     assert response.status_code == 503 and "database is locked" in response.json()["error"]
 
 
-def test_the_real_server_is_killed_and_another_goes_on(store):
-    """In a process of its own, where files are sent and connections end as the test client's never do."""
+def test_another_server_continues_after_a_killed_one(store):
+    """The server runs in its own process, and its files and connections are real, unlike the test client's."""
     store.add("p", ["x"])
     server = Server(store.path)
     here = {"origin": server.url.rstrip("/"), "content-type": "application/json", "cookie": "rater=ann"}

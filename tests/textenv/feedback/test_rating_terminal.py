@@ -1,4 +1,4 @@
-"""The terminal of raters: what it writes into the store, what it says to lines that are no answer, and kills."""
+"""The rating terminal: answers it stores, explanations of invalid lines, and kills."""
 
 import io
 import os
@@ -26,7 +26,7 @@ with FeedbackStore(sys.argv[1]) as store:
 
 @pytest.fixture
 def pexpect():
-    """A terminal for a process."""
+    """Return the library that runs a process in a terminal."""
     return pytest.importorskip("pexpect")
 
 
@@ -37,7 +37,7 @@ def store(tmp_path):
 
 
 def rate(store, lines, rater="ann", **kwargs):
-    """Answer by a list of lines, after which the input ends; what `run` returned and what was shown."""
+    """Type lines, then end the input; return the result of `run`, the output and the prompts."""
     rest = iter(lines)
     asked = []
 
@@ -63,7 +63,7 @@ def test_scores_with_a_live_count_and_mean(store):
 
 
 @pytest.mark.parametrize("line", ["x", "", "6", "0.99", "nan", "inf", "1 2", "-", "Q1", "\x1b[A", "٣x"])
-def test_lines_that_are_no_score_explain_themselves(store, line):
+def test_invalid_scores_are_explained(store, line):
     store.add("It was", [" good."])
     done, shown, asked = rate(store, [line])
     assert not done and store.answers() == [] and len(asked) == 2
@@ -82,14 +82,14 @@ def test_help_undo_skip_and_quit(store):
     assert done and len(asked) == 1 and asked[0].startswith("2 answers, mean 4.50")
 
 
-def test_what_a_model_wrote_is_shown_and_not_obeyed(store):
+def test_control_characters_of_a_model_are_shown_and_not_obeyed(store):
     store.add("\x1b]0;title\x07", ["\x1b[2Jgone [bold]x[/bold]\r\u202e", "\x9b1m"], kind="compare")
     _, shown, _ = rate(store, [])
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
     assert "\\x1b[2Jgone [bold]x[/bold]\\r\\u202e" in shown and "\\x1b]0;title\\x07" in shown
 
 
-def test_choices_are_of_what_was_shown(store):
+def test_choices_refer_to_the_order_shown(store):
     for _ in range(8):
         store.add("It was", [" good.", " bad."], kind="compare")
     chosen = iter("aabbtnab")
@@ -108,7 +108,7 @@ def test_choices_are_of_what_was_shown(store):
     assert values[4:6] == ["tie", "both_bad"]
 
 
-def test_ranks_are_of_what_was_shown(store):
+def test_ranks_refer_to_the_order_shown(store):
     store.add("It was", [" good.", " bad.", " fair."], kind="rank")
     shown = store.next("ann").completions
     best_first = sorted(shown, key=[" good.", " fair.", " bad."].index)
@@ -133,11 +133,11 @@ def test_standing_answers_follow_undo_and_leave_repeats_out(store):
     item = store.add("It was", [" good."], gold=True, run="mine")
     standing = StandingAnswers(store)
     store.score(store.next("ann"), [3])
-    store.score(store.next("ann"), [5])  # the same item once more
+    store.score(store.next("ann"), [5])  # the second showing of the gold item
     assert [(answer.item, answer.value) for answer in standing.update()] == [(item, (3.0,))]
     store.undo("ann"), store.undo("ann")
     assert standing.update() == []
-    assert [(one.id, one.scale) for one in questions_of(store._db.path, "mine")] == [(item, (1.0, 5.0))]
+    assert [(question.id, question.scale) for question in questions_of(store._db.path, "mine")] == [(item, (1.0, 5.0))]
     assert questions_of(store._db.path, "other") == []
 
 
@@ -155,7 +155,7 @@ def test_in_a_terminal_that_is_killed_nothing_acknowledged_is_lost(store, tmp_pa
     child.expect("text 0"), child.sendline("4")
     child.expect("1 answer, mean 4.00"), child.sendline("2")
     child.expect("2 answers, mean 3.00")
-    child.send("5")  # not yet a line
+    child.send("5")  # a line without its end
     child.kill(signal.SIGKILL), child.wait()
     assert [answer.value for answer in store.answers()] == [(4.0,), (2.0,)]
     child = spawn(pexpect, tmp_path / "answers.db", "ann")
@@ -167,7 +167,7 @@ def test_in_a_terminal_that_is_killed_nothing_acknowledged_is_lost(store, tmp_pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_ctrl_d_end_it(store, tmp_path, pexpect):
+def test_ctrl_c_and_ctrl_d_end_the_terminal(store, tmp_path, pexpect):
     store.add("It was", [" good."])
     for key, said in (("\x04", "quit Progress"), ("\x03", "KeyboardInterrupt")):
         child = spawn(pexpect, tmp_path / "answers.db", "ann")
@@ -184,7 +184,7 @@ def test_two_raters_at_once_share_the_questions(store, tmp_path, pexpect):
     for turn in range(n // 2):
         for child in children.values():
             child.expect(rf"{turn} answers?"), child.sendline("3")
-    for child in children.values():  # one may still hold what the other has answered last
+    for child in children.values():  # a child may still show an item that the other has answered
         if child.expect(["6 answers.*: $", "all Progress"]) == 0:
             child.sendline("q")
         child.expect(pexpect.EOF)
@@ -193,7 +193,7 @@ def test_two_raters_at_once_share_the_questions(store, tmp_path, pexpect):
     assert {answer.rater for answer in answers} == {"ann", "bob"}
 
 
-def test_waits_for_what_comes(store, monkeypatch):
+def test_waits_for_new_questions(store, monkeypatch):
     pauses = []
 
     def pause(seconds):

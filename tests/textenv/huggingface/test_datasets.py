@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face: read by name or from a folder, row by row, and what is said where there is none."""
+"""Data sets of Hugging Face: reading by name or from a folder, row by row, and errors."""
 
 import gc
 import os
@@ -16,9 +16,9 @@ ROWS = [{"q": "abc"[: 1 + i % 3], "answers": ["x", "yz"], "n": i} for i in range
 
 
 def n_prompts():
-    """How many prompts there are in memory."""
+    """Return the number of prompts in memory."""
     gc.collect()
-    return sum(type(one) is Prompt for one in gc.get_objects())
+    return sum(type(thing) is Prompt for thing in gc.get_objects())
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_csv_folder_and_a_part_of_a_split(write, read, make_env):
 
 
 def test_rows_stay_on_disk(read, write, make_env):
-    """Of 5,000 rows only those in the lanes are prompts in memory; all have been checked."""
+    """All 5,000 rows are checked, but only those in the lanes are kept as prompts in memory."""
     data = read(write("parquet", [{"prompt": "ab" * (1 + i % 2)} for i in range(5_000)]))
     before = n_prompts()
     envs = TextVectorEnv(make_env(data, max_new_tokens=1), 4)
@@ -95,19 +95,19 @@ def test_a_folder_without_data(read, tmp_path):
         read(tmp_path)
 
 
-def test_a_file_is_sent_to_the_env(read, write):
+def test_a_file_is_refused_with_the_way_to_pass_it_to_the_env(read, write):
     with pytest.raises(ValueError, match=r"A single file needs no data set: TextEnv\(prompts=path\)"):
         read(write("jsonl") / "train.jsonl")
 
 
-def test_a_name_in_place_of_prompts_says_what_to_write(make_env):
+def test_a_name_in_place_of_prompts_is_refused_with_the_cure(make_env):
     with pytest.raises(ValueError, match=r"hub is textenv.read_dataset\('someone/reviews'\)"):
         make_env("someone/reviews")
 
 
 @pytest.mark.slow
 def test_offline_a_name_says_so_and_a_folder_is_read(write):
-    """HF_HUB_OFFLINE is read when the libraries are loaded: a process of its own."""
+    """The libraries read HF_HUB_OFFLINE when they are loaded, so the test starts a process."""
     folder = write("jsonl")
     code = (
         "import sys; from textenv import read_dataset; print(len(read_dataset(sys.argv[1])))\n"
@@ -127,7 +127,7 @@ def test_chats_of_a_data_set_are_lists_of_messages(write, read):
     assert read(write("parquet", [{"prompt": messages}]))[0]["prompt"] == messages
 
 
-def test_what_has_no_length_is_refused(write, read, make_env):
+def test_rows_without_a_length_are_refused(write, read, make_env):
     with pytest.raises(ValueError, match=r"a length and rows by number, got IterableDataset: .* without streaming"):
         make_env(read(write("jsonl"), streaming=True))
     with pytest.raises(ValueError, match="rows by number, got generator: make a list of it"):

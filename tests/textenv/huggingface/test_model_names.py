@@ -1,4 +1,4 @@
-"""Names of models: what is looked up, how long that may take, and what is said of a name that stands for nothing."""
+"""Names of models: requests to the hub, their time limit, and the error for a name that does not exist."""
 
 import io
 import threading
@@ -19,7 +19,7 @@ from textenv.text.named_tokenizer import read_tokenizer
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A hub that can be asked and knows of nothing: the names that it is asked for, and what it answers."""
+    """Replace the hub; return the names it was asked for, and a list with the error that it raises, or None."""
     seen, answer = [], [None]
 
     def model_info(self, name, timeout):
@@ -38,7 +38,7 @@ def status(kind, code):
     return kind("no", response=httpx2.Response(code, request=httpx2.Request("GET", "https://hub.test")))
 
 
-def test_a_model_of_the_hub_is_asked_for_once(asked):
+def test_the_hub_is_asked_once_for_a_model(asked):
     for _ in range(2):
         check_name("someone/some-model")
     assert asked[0] == ["someone/some-model"]
@@ -51,7 +51,7 @@ def test_a_model_of_the_hub_is_asked_for_once(asked):
         (httpx2.ConnectError("Name or service not known"), "cannot be reached: Name or service not known"),
     ],
 )
-def test_what_is_not_there_is_refused_after_one_question(asked, answer, reason):
+def test_a_missing_model_is_refused_after_one_request(asked, answer, reason):
     seen, answers = asked
     answers[0] = answer
     with pytest.raises(ValueError, match=rf"Expected the folder .* got 'nonsense': there is no such folder.*{reason}"):
@@ -64,7 +64,7 @@ def test_a_gated_model_is_left_to_transformers(asked):
     check_name("someone/gated")
 
 
-def test_a_hub_that_does_not_answer_is_waited_for_so_long_and_no_longer(asked, monkeypatch):
+def test_the_wait_for_a_hub_that_does_not_answer_is_limited(asked, monkeypatch):
     end = threading.Event()
     monkeypatch.setattr(HfApi, "model_info", lambda self, name, timeout: end.wait())
     monkeypatch.setattr(model_loading, "LOOK_UP_SECONDS", 0.05)
@@ -73,7 +73,7 @@ def test_a_hub_that_does_not_answer_is_waited_for_so_long_and_no_longer(asked, m
     end.set()
 
 
-def test_what_was_downloaded_is_not_asked_for(asked, tmp_path, monkeypatch):
+def test_a_downloaded_model_needs_no_request(asked, tmp_path, monkeypatch):
     snapshot = tmp_path / "models--someone--known" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
@@ -85,7 +85,7 @@ def test_what_was_downloaded_is_not_asked_for(asked, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/reviews/sft", "a b"])
-def test_what_cannot_be_a_name_is_not_asked_for(asked, name):
+def test_invalid_names_cause_no_request(asked, name):
     with pytest.raises(ValueError, match="no model of the hub can be called so"):
         check_name(name)
     assert asked[0] == []
@@ -102,7 +102,7 @@ LOADS = {
 
 
 @pytest.mark.parametrize("what", LOADS)
-def test_offline_nobody_is_asked(asked, what, monkeypatch):
+def test_offline_no_request_is_made(asked, what, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=OFFLINE):
         LOADS[what]()
@@ -116,7 +116,7 @@ def test_arguments_that_look_elsewhere_are_left_to_transformers(asked, tmp_path)
 
 
 SMALL = ["--algorithm.n_envs", "8", "--evaluation.n_prompts", "2"]
-VERBS = {  # with the name where a model's is taken
+VERBS = {  # commands, with {} in the place of the model's name
     "generate": ["generate", "{}", "--prompts", "p.txt"],
     "chat": ["chat", "{}"],
     "rate": ["rate", "{}", "--prompts", "p.txt"],
@@ -141,7 +141,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_says_all_that_a_name_may_be(verb, here, asked, capsys):
+def test_every_verb_lists_what_a_name_may_be(verb, here, asked, capsys):
     asked[1][0] = httpx2.ConnectError("no network")
     assert run(*(word.format("nonsense") for word in VERBS[verb])) == 2
     error = capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_every_verb_says_all_that_a_name_may_be(verb, here, asked, capsys):
     assert {path.name for path in here.iterdir()} <= {"p.txt", "labels.jsonl", "ratings.db"}
 
 
-def test_a_run_where_a_model_is_wanted_is_told_of(here, capsys):
+def test_a_run_in_place_of_a_model_is_refused_with_the_cure(here, capsys):
     (here / "run").mkdir()
     (here / "run" / "run.json").write_text("{}")
     assert run("train", "--model.name", "run", "--dry-run") == 2

@@ -1,4 +1,4 @@
-"""A model folder with code of its own: trust comes from the command line alone, and nobody is asked."""
+"""Model folders with their own code: it runs only if the command line allows it, and nobody is asked."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from textenv.rewards import make_reward
 
 @pytest.fixture
 def with_code(model, tmp_path):
-    """A model whose folder brings a class of its own, which leaves a mark when it is imported."""
+    """Make a model folder with its own class, whose import creates the file `mark`."""
     folder = shutil.copytree(model, tmp_path / "with_code")
     (folder / "own_code.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass C: pass\n")
     config = json.loads((folder / "config.json").read_text())
@@ -44,7 +44,7 @@ def test_a_models_own_code_is_refused_and_nobody_is_asked(config, with_code, mod
 
 def test_a_models_own_code_runs_where_the_command_line_says_so(with_code, tmp_path, capfd):
     words = settings(with_code, tmp_path / "run", rollouts=1)
-    assert run("train", *words, "--trust_remote_code", "--quiet") != 0  # its class is no tokenizer
+    assert run("train", *words, "--trust_remote_code", "--quiet") != 0  # the own class is no tokenizer
     assert (tmp_path / "mark").exists()
 
 
@@ -53,20 +53,20 @@ def test_a_config_with_code_of_its_own_is_refused(model):
 
     config = AutoConfig.from_pretrained(model)
     config.auto_map, config.name_or_path = {"AutoModelForCausalLM": "own/repo--own_code.C"}, ""
-    assert from_config(AutoModelForCausalLM, config).config.n_layer == 1  # transformers has a class of that type
+    assert from_config(AutoModelForCausalLM, config).config.n_layer == 1  # transformers' own class was used
 
 
-def test_every_loader_of_transformers_goes_by_ours():
-    """`from_pretrained` of a class of transformers asks on the terminal unless it is told whether to trust."""
+def test_all_loading_by_transformers_is_in_weights_py():
+    """`from_pretrained` of transformers asks on the terminal unless `trust_remote_code` is given."""
     for package in ("textenv", "agents"):
         for file in (ROOT / package).rglob("*.py"):
             code = [line for line in file.read_text().splitlines() if ">>>" not in line and "`" not in line]
-            found = [line for line in code if ".from_pretrained(" in line or ".from_config(" in line]
-            assert not found or file.name == "weights.py", (file, found)
+            calls = [line for line in code if ".from_pretrained(" in line or ".from_config(" in line]
+            assert not calls or file.name == "weights.py", (file, calls)
 
 
-def test_modules_of_a_sentence_transformer_are_its_own_alone(model, tmp_path):
-    """Its `modules.json` names classes to import, of a file in the folder among others."""
+def test_a_sentence_transformers_folder_cannot_name_its_own_code(model, tmp_path):
+    """Its `modules.json` names classes to import, and one may be in a file of the folder."""
     pytest.importorskip("sentence_transformers", reason="needs the extra similarity")
     folder = shutil.copytree(model, tmp_path / "embedder")
     (folder / "own_code.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass C: pass\n")

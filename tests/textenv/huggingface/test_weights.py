@@ -1,4 +1,4 @@
-"""Folders that lack weights, or have others: refused where transformers would draw the rest at random."""
+"""Model folders with missing or foreign weights: refused, as transformers would draw missing weights at random."""
 
 import pytest
 import safetensors.torch
@@ -28,7 +28,7 @@ def folder_of(tmp_path, config=None, auto_class=AutoModelForCausalLM):
 
 
 def change(folder, change_it):
-    """Write a folder's weights anew, changed."""
+    """Change the weights in a folder with a function."""
     file = folder / "model.safetensors"
     weights = safetensors.torch.load_file(file)
     change_it(weights)
@@ -62,7 +62,7 @@ def test_a_missing_or_foreign_tensor_is_refused(change_it, words, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gemma2", "mamba", "t5", "bart", "marian"])
 def test_whole_folders_of_other_families_load(family, tmp_path):
-    """Tied weights and what is computed are in no folder."""
+    """Tied weights and computed buffers are in no folder, and do not count as missing."""
     is_causal = family not in ("t5", "bart", "marian")
     config = tiny(family) if is_causal else tiny_seq2seq(family)
     folder = folder_of(tmp_path, config, AutoModelForCausalLM if is_causal else AutoModelForSeq2SeqLM)
@@ -82,7 +82,7 @@ def test_a_head_is_fresh_only_where_it_is_declared(tmp_path):
 
 
 def test_a_reward_of_random_weights_is_refused(tmp_path):
-    folder = small_model(tmp_path / "small")  # a language model: it has no score
+    folder = small_model(tmp_path / "small")  # a language model, without a score head
     with pytest.raises(ValueError, match="which would be random"):
         Preference(str(folder))
     scorer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
@@ -101,5 +101,5 @@ def test_positions_are_those_of_the_config_and_none_where_nothing_limits_them():
     relative = T5Config()
     assert n_positions(GPT2Config(n_positions=24)) == 24 and n_positions(relative) is None
     assert n_positions(BartConfig(max_position_embeddings=8)) == 8
-    relative.max_position_embeddings = 7  # the name that is read
+    relative.max_position_embeddings = 7  # the name that the function reads
     assert n_positions(relative) == 7

@@ -1,4 +1,4 @@
-"""The array core: the same as single rows, scores that come late, and running episodes that are saved."""
+"""`Lanes`, the array core: equality with single rows, late scores, and saved running episodes."""
 
 import json
 
@@ -18,19 +18,19 @@ def depends_on_all(prompt, preds, done):
 
 
 class Batches(TextEnv):
-    """Keeps the batches that its reward got. (The env keeps no state; a list that a test gives it may.)"""
+    """An env that appends the batches of its reward to `seen`, a list that the test provides."""
 
     seen = None
 
     def get_rewards(self, prompts, preds, dones):
-        self.seen.append([(one.lane, str(prompt), done) for prompt, one, done in zip(prompts, preds, dones)])
-        return [float(len(one)) for one in preds]
+        self.seen.append([(text.lane, str(prompt), done) for prompt, text, done in zip(prompts, preds, dones)])
+        return [float(len(text)) for text in preds]
 
 
 def same_info(a, b):
     a, b = dict(a), dict(b)
-    del a["group"], b["group"]  # counted by lanes together, and by a single row alone
-    a["episode"], b["episode"] = ({key: one["episode"][key] for key in "rl"} for one in (a, b))
+    del a["group"], b["group"]  # all lanes share one count, and each single row has its own
+    a["episode"], b["episode"] = ({key: info["episode"][key] for key in "rl"} for info in (a, b))
     return a == b
 
 
@@ -87,7 +87,7 @@ def test_c10_the_rewards_of_the_steps_add_up(make_env):
 # Scores that come late
 
 
-def test_late_scores_are_one_call_and_bring_the_infos_up_to_date(make_env):
+def test_late_scores_are_one_call_and_complete_the_infos(make_env):
     env = make_env(["a", "b", "c"], cls=Batches, order="sequential", max_new_tokens=9, score_at="rollout_end")
     env.seen = []
     lanes = Lanes(env, 3)
@@ -97,14 +97,14 @@ def test_late_scores_are_one_call_and_bring_the_infos_up_to_date(make_env):
     late = lanes.step(np.array([EOS, 1, EOS]))
     assert env.seen == [] and not early.rewards.any() and not late.rewards.any()
     assert late.infos[0]["episode"]["r"] == 0.0
-    scores = [(place, value) for place, _, value in lanes.score_unscored()]
+    scores = [(position, value) for position, _, value in lanes.score_unscored()]
     assert scores == [((0, 1), 1.0), ((1, 0), 2.0), ((1, 2), 2.0)]
     assert env.seen == [[(1, "b", True), (0, "a", True), (2, "c", True)]]
     assert [info["episode"]["r"] for info in (early.infos[1], late.infos[0], late.infos[2])] == [1.0, 2.0, 2.0]
     assert lanes.score_unscored() == []
 
 
-def test_a_reset_drops_what_waits_for_a_score(make_env):
+def test_a_reset_drops_unscored_episodes(make_env):
     lanes = Lanes(make_env(score_at="rollout_end"), 1)
     lanes.defer_scores = True
     lanes.reset(seed=0)
@@ -146,16 +146,16 @@ def assert_same_results(first, second):
     for a, b in zip(first, second, strict=True):
         for name in ("observations", "rewards", "terminated", "truncated"):
             assert np.array_equal(getattr(a, name), getattr(b, name))
-        for one, other in zip(a.infos, b.infos, strict=True):
-            assert bool(one) == bool(other)
-            if one:
+        for first_info, second_info in zip(a.infos, b.infos, strict=True):
+            assert bool(first_info) == bool(second_info)
+            if first_info:
                 n_ended += 1
-                assert same_info(one, other)
+                assert same_info(first_info, second_info)
     assert n_ended > 5
 
 
 @pytest.mark.parametrize("rows", [None, ["x", {"prompt": "y", "label": 1}, "z", [5]] * 4], ids=["own", "given"])
-def test_saved_episodes_go_on_the_same(make_env, rows):
+def test_saved_episodes_continue_equally(make_env, rows):
     def make():
         return Lanes(make_env(PROMPTS, cls=Chatty, max_new_tokens=8, max_turns=4, max_response_tokens=2), 3)
 
@@ -163,10 +163,10 @@ def test_saved_episodes_go_on_the_same(make_env, rows):
     lanes.reset(seed=0, prompts=rows)
     run(lanes, 7, np.random.default_rng(0))
     arrays, meta = lanes.state_dict()
-    assert any(meta["closed"]) and any(meta["states"]) and lanes.state.generated.any()  # in the middle of something
+    assert any(meta["closed"]) and any(meta["states"]) and lanes.state.generated.any()  # in the middle of episodes
     text, saved = json.dumps(meta), {name: array.copy() for name, array in arrays.items()}
     expected = run(lanes, 30, np.random.default_rng(1))
-    # What was saved is a copy, and says the same after a trip through JSON.
+    # The saved state is a copy, and equal after a trip through JSON.
     assert json.dumps(meta) == text and all(np.array_equal(arrays[name], saved[name]) for name in arrays)
     for state in (meta, json.loads(text)):
         fresh = make()
@@ -183,7 +183,7 @@ def test_given_rows_are_saved_under_any_column(make_env):
     assert lanes.prompts == ["b"]
 
 
-def test_saving_wants_a_reset_and_every_score(make_env):
+def test_saving_needs_a_reset_and_every_score(make_env):
     lanes = Lanes(make_env(score_at="rollout_end"), 1)
     with pytest.raises(RuntimeError, match="saved after `reset` and between rollouts"):
         lanes.state_dict()
@@ -196,7 +196,7 @@ def test_saving_wants_a_reset_and_every_score(make_env):
     lanes.state_dict()
 
 
-def test_what_was_saved_elsewhere_is_refused(make_env):
+def test_a_state_of_other_lanes_or_prompts_is_refused(make_env):
     lanes = Lanes(make_env(PROMPTS), 2)
     lanes.reset(seed=0)
     saved = lanes.state_dict()

@@ -1,4 +1,4 @@
-"""Episodes of several turns: the environment answers with tokens that are observed, and are nobody's actions."""
+"""Episodes of several turns: the environment's answers are observed, and are never the policy's actions."""
 
 import json
 
@@ -12,7 +12,7 @@ OK = [15, 11]
 
 
 class Talk(TextEnv):
-    """Answers "ok" until the policy says "bye"; keeps what it was asked in `log` of the episode's state."""
+    """An env that answers "ok" until the policy writes "bye"; it logs its calls in the episode's state."""
 
     answer = "ok"
 
@@ -83,7 +83,7 @@ def test_turns_tell_who_said_what(make_talk):
     write(env, "h/b")
     assert seen == [
         ((Turn("h", None),), "h"),
-        ((Turn("h", "ok"),), "h"),  # the reward comes after the answer, and sees it
+        ((Turn("h", "ok"),), "h"),  # the reward is computed after the answer, and sees it
         ((Turn("h", "ok"), Turn("b", None)), "h\nb"),
     ]
 
@@ -103,7 +103,7 @@ def test_a10_ids_are_the_policys_alone(make_talk):
 
 
 def test_d5_an_answer_earns_nothing_of_its_own(make_talk):
-    """A reward a token of the policy, and the one after an answer belongs to the token before it."""
+    """Each token of the policy has one reward; the token before an answer has the reward after it."""
     env = make_talk()
     env.reset()
     steps = write(env, "h/b/c/")
@@ -137,7 +137,7 @@ def test_the_last_token_allowed_leaves_no_room_for_an_answer(make_talk):
     assert all(kind == "reward" for kind, *_ in env._lanes.state.episodes[0].state["log"])
 
 
-def test_a_stop_string_ends_a_turn_and_is_no_part_of_it(make_talk):
+def test_a_stop_string_ends_a_turn_and_is_cut_off(make_talk):
     env = make_talk(stop_strings=["!"], max_new_tokens=12)
     env.reset()
     steps = write(env, "hi!x!bye!")
@@ -146,7 +146,7 @@ def test_a_stop_string_ends_a_turn_and_is_no_part_of_it(make_talk):
 
 
 def test_c7_the_last_text_has_neither_stop_string_nor_stop_token(make_talk):
-    """Also where the environment ends the episode, and where the stop token is an ordinary one."""
+    """This also holds if the environment ends the episode, and if the stop token is an ordinary token."""
     env = make_talk(max_turns=2, stop_strings=["!"], stop_ids=[26], max_new_tokens=12)
     for text, clean in (("hi!x!", "hi\nx"), ("hizxz", "hi\nx")):
         env.reset()
@@ -160,7 +160,7 @@ def test_a_stop_string_in_an_answer_ends_nothing(make_talk):
     assert [step[2] for step in write(env, "h/b")] == [False] * 3
 
 
-def test_an_empty_answer_goes_on(make_talk):
+def test_an_empty_answer_continues_the_episode(make_talk):
     class Silent(Talk):
         answer = ""
 
@@ -212,13 +212,13 @@ def test_an_answer_is_encoded_without_special_tokens(make_talk, char_tokenizer):
     "kwargs",
     [{"max_turns": 1}, {"max_response_tokens": 0}, {"max_turns": 1, "max_response_tokens": 0}],
 )
-def test_respond_wants_room(make_talk, kwargs):
+def test_respond_needs_room(make_talk, kwargs):
     with pytest.raises(ValueError, match="max_turns >= 2 and max_response_tokens >= 1, since Talk defines `respond`"):
         make_talk(**kwargs)
 
 
 @pytest.mark.parametrize("kwargs", [{"max_turns": 2}, {"max_response_tokens": 3}])
-def test_room_wants_respond(make_env, kwargs):
+def test_room_needs_respond(make_env, kwargs):
     with pytest.raises(ValueError, match="Expected `respond` to be defined where max_turns or max_response_tokens"):
         make_env(**kwargs)
 
@@ -238,7 +238,7 @@ def test_state_lives_one_episode_and_lanes_do_not_share_it(make_talk):
     envs = TextVectorEnv(make_talk(cls=Counting, max_new_tokens=20, max_turns=4), 2)
     envs.reset(seed=0)
     rewards = [envs.step(np.array(actions))[1].tolist() for actions in ([0, 1], [0, 0], [1, 1], [0, 0], [0, 0], [1, 0])]
-    assert rewards == [[1, 0], [2, 1], [2, 1], [3, 2], [3, 3], [0, 3]]  # lane 0 ends in step 5 and begins anew
+    assert rewards == [[1, 0], [2, 1], [2, 1], [3, 2], [3, 3], [0, 3]]  # lane 0 ends in step 5
 
 
 def test_lanes_answer_only_where_a_turn_ended(make_talk):
@@ -272,7 +272,7 @@ def test_n_rows_are_n_single_rows(make_talk):
 
 
 def test_a_conversation_goes_through_json(make_talk):
-    """What a checkpoint keeps of closed turns; the rest of it is tested with the lanes."""
+    """A checkpoint keeps closed turns; test_lanes.py tests the other state."""
     envs = TextVectorEnv(make_talk(), 1)
     envs.reset(seed=0)
     for action in (8, EOS, 2):

@@ -1,4 +1,4 @@
-"""Masks of a pattern, a schema or a grammar: by enumeration, against the slow way, and on random walks."""
+"""Masks of a pattern, a schema or a grammar: checked by enumeration, against a slow twin, and on random walks."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ SCHEMA = {
 
 
 class Pieces:
-    """A tokenizer of given texts, some of several characters, one twice; token 0 ends a text."""
+    """A tokenizer whose tokens are given texts, possibly of several characters or repeated; token 0 ends a text."""
 
     eos_token_id = 0
 
@@ -50,7 +50,7 @@ def make(mask, tokenizer, prompts=("a",), max_new_tokens=60, **kwargs):
 
 
 def walk(env, random, n_tokens, prefer=None):
-    """Write random allowed tokens, those of `prefer` where one is allowed; the text and whether it ended by itself."""
+    """Write random allowed tokens, mostly those of `prefer`; return the text and the reason of its end."""
     env.reset()
     for _ in range(n_tokens):
         allowed = env.action_masks()
@@ -66,7 +66,7 @@ def walk(env, random, n_tokens, prefer=None):
     "pattern", ["(ab|ba)*", "a+b?", "ab(ab)?b", "a/b|aa", "(a|b){2,3}", "[^b]b", "abababb", "", "a{3}|/{2}"]
 )
 def test_regex_is_reachability_by_enumeration(pattern):
-    """A token is allowed where some text that goes on with it matches; a stop id where the text itself matches."""
+    """A token is allowed if some text that continues with it matches; a stop id, if the text itself matches."""
     tokenizer, longest = Pieces(["a", "b", "/", "ab", "bab", "a"]), 8
     texts = ["".join(chars) for n in range(longest + 1) for chars in itertools.product("ab/", repeat=n)]
     whole = {text for text in texts if re.fullmatch(pattern, text)}
@@ -101,7 +101,7 @@ def test_grammar_by_hand():
 
 
 def test_several_stop_ids_end_a_whole_text_and_none_writes_its_character():
-    env = make(RegexMask("ab?"), CharTokenizer("abc"), stop_ids=[0, 2])  # "b" ends a turn, so it is no text
+    env = make(RegexMask("ab?"), CharTokenizer("abc"), stop_ids=[0, 2])  # "b" is a stop id, so it is never text
     env.reset(seed=0)
     assert np.flatnonzero(env.action_masks()).tolist() == [1]
     env.step(1)
@@ -118,7 +118,7 @@ def test_json_walks_parse_and_fit(kind):
     prefer = np.array([i == 0 or piece in (b'"', b"}", b"]") for i, piece in enumerate(env.vocabulary.pieces)])
     random = np.random.default_rng(0)
     ages = set()
-    for _ in range(100):  # of each tokenizer
+    for _ in range(100):
         text, reason = walk(env, random, 200, prefer)
         value = json.loads(text)
         assert reason == "eos" and list(value) == ["name", "age", "tags"]
@@ -153,15 +153,15 @@ def test_json_whitespace_is_a_choice():
         assert env.action_masks()[space] == whitespace
 
 
-def test_words_carry_their_space():
+def test_words_include_their_leading_space():
     tokenizer = word_tokenizer(["the", "film", "was", "good", "bad"])
     env = make(RegexMask("( good| bad)+"), tokenizer, ["the film was"], max_new_tokens=4)
     texts = {walk(env, np.random.default_rng(i), 4)[0] for i in range(9)}
     assert " good" in {text[:5] for text in texts} and all(re.fullmatch("( good| bad)+", text) for text in texts)
 
 
-def test_incremental_equals_from_scratch_whoever_asks():
-    """Lanes that are refilled, asked rarely, twice, or out of turn get what a new mask finds."""
+def test_incremental_equals_from_scratch_in_any_order_of_calls():
+    """Lanes that are refilled, or asked rarely, twice or in another order, get the result of a new mask."""
     tokenizer = bpe_tokenizer(["abc abd 12 bac"] * 4, 270)
     env = make(RegexMask(r"([a-d]+ ?|[0-9]{1,3},)+"), tokenizer, max_new_tokens=5, prompts=["a", "b c", "d"])
     lanes, random = Lanes(env, 4), np.random.default_rng(0)
@@ -178,7 +178,7 @@ def test_incremental_equals_from_scratch_whoever_asks():
         lanes.step(np.array([random.choice(np.flatnonzero(row)) for row in expected]))
 
 
-def test_a_step_reads_only_what_is_new():
+def test_a_step_reads_only_new_tokens():
     env = make(RegexMask("[ab]*"), CharTokenizer("ab"))
     lanes = Lanes(env, 1)
     lanes.reset(seed=0)

@@ -1,4 +1,4 @@
-"""Masks: each kind by hand, all together, in every front end, and what happens where nothing is allowed."""
+"""Token masks: each kind by hand, their intersection, every kind of env, and masks that allow nothing."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ def allowed(env):
 
 
 def write(env, tokens, seed=0):
-    """The ids allowed before the first token and after each."""
+    """Write tokens; return the allowed ids before the first token and after each."""
     env.reset(seed=seed)
     seen = [allowed(env)]
     for token in tokens:
@@ -65,7 +65,7 @@ def no_a_after_a(prompt, preds):
 
 
 class Talking(TextEnv):
-    """Three turns; the env answers "a"."""
+    """An env that answers "a"; with `TURNS`, for three turns."""
 
     def get_reward(self, prompt, preds, done):
         return 0.0
@@ -90,7 +90,7 @@ def test_banned_texts_across_tokens():
 
 
 def test_banned_texts_equal_a_search_in_the_text():
-    """Slow twin: try each token, decode, look. Tokens of several characters, spaces, and pieces of characters."""
+    """The slow twin appends each token and searches the text; some tokens are pieces of characters."""
     tokenizer = bpe_tokenizer(["the cat sat on the hat", "catty café"] * 4, 300)
     texts = [" cat", "hat", "é", "tt", "t s"]
     env = make(BannedMask(texts=texts), tokenizer, ["on "], max_new_tokens=6)
@@ -133,7 +133,7 @@ def test_several_masks_intersect():
     ]
 
 
-# Where nothing is allowed, and what is no mask.
+# Nothing allowed, and invalid masks
 
 
 def test_a5_nothing_allowed_names_mask_prompt_and_text():
@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused(build, error, words):
         build()
 
 
-# The life of an episode.
+# During an episode
 
 
 def test_step_accepts_what_the_mask_forbids():
@@ -188,7 +188,7 @@ def test_idle_and_finished_lanes_allow_everything():
     env.reset(seed=0)
     assert allowed(env) == [0, 1]
     env.step(1)
-    assert allowed(env) == [0, 1, 2]  # over
+    assert allowed(env) == [0, 1, 2]  # the episode is over
     envs = TextVectorEnv(env, 3)
     envs.reset(options={"prompts": ["a"]})
     assert envs.action_masks().tolist() == [[True, True, False], [True] * 3, [True] * 3]
@@ -196,7 +196,7 @@ def test_idle_and_finished_lanes_allow_everything():
 
 def test_masks_see_the_current_turn():
     env = Talking(["b"], AB, max_new_tokens=9, mask=[MinLengthMask(1), BannedMask(texts=["ba"])], **TURNS)
-    # turns "b", "ab": each begins anew, whatever the reply and the turn before end with
+    # Turns "b" and "ab": each is masked by itself, whatever the reply or the earlier turn ends with.
     assert write(env, [2, 0, 1, 2]) == [[1, 2], [0, 2], [1, 2], [0, 1, 2], [0, 2]]
 
 
@@ -231,13 +231,13 @@ def test_all_front_ends_agree():
     expected = write(make(mask, prompts=["a"]), [1, 2, 1])
     for token, ids in zip([1, 2, 1, 0], expected):
         rows = [get_action_masks(env), *envs.action_masks(), *get_action_masks(vec_env)]
-        rows += [one() for one in vec_env.get_attr("action_masks", [0, 2])]
+        rows += [action_masks() for action_masks in vec_env.get_attr("action_masks", [0, 2])]
         assert all(row.dtype == bool and np.flatnonzero(row).tolist() == ids for row in rows)
         env.step(token), envs.step(np.full(3, token)), vec_env.step(np.full(3, token))
     assert len(vec_env.env_method("action_masks", indices=[1])) == 1
 
 
-def test_what_is_returned_may_be_written_to():
+def test_returned_masks_may_be_changed():
     env = make(BannedMask([2]))
     env.reset(seed=0)
     env.action_masks()[:] = False
@@ -298,7 +298,7 @@ def test_pieces_of_byte_fallback():
     assert pieces == [b"", b" a", b"b", *(bytes([i]) for i in range(256))]
 
 
-def test_a_character_in_pieces_that_nobody_tells():
+def test_pieces_of_characters_are_empty_if_the_tokenizer_does_not_tell_them():
     class Bytes:
         eos_token_id = None
 

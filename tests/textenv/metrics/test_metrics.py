@@ -42,7 +42,7 @@ PROMPTS = [""] * len(TEXTS)
 
 
 def streams(references):
-    """References as sacrebleu has them: one list for each place, None where a row has fewer."""
+    """Return references in sacrebleu's layout: one list per index, with None for rows that have fewer."""
     width = max(map(len, references))
     return [[own[i] if i < len(own) else None for own in references] for i in range(width)]
 
@@ -59,7 +59,7 @@ def test_rouge_by_hand():
     assert scores["rouge2"].value == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     assert scores["rougeL"].value == scores["rougeLsum"].value == pytest.approx(8 / 9)
     whole, lines = [rouge([""], ["b c\na"], [["a\nb c"]]) for rouge in kinds[2:]]
-    # sentences in another order: only Lsum takes them one by one
+    # The sentences are in another order, and only Lsum compares them one by one.
     assert whole["rougeL"].value == pytest.approx(2 / 3) and lines["rougeLsum"].value == 1.0
     assert list(ROUGE("rouge1", "recall")([""], ["a"], [["a"]])) == ["rouge1_recall"]
 
@@ -71,7 +71,7 @@ def test_rouge_is_the_best_reference_and_the_mean_over_rows():
     scorer = RougeScorer(kinds, use_stemmer=True)
     for name in kinds:
         scores = ROUGE(name, stem=True)(PROMPTS, TEXTS, REFERENCES)[name]
-        best = [max(scorer.score(one, text)[name].fmeasure for one in own) for text, own in zip(TEXTS, REFERENCES)]
+        best = [max(scorer.score(other, text)[name].fmeasure for other in own) for text, own in zip(TEXTS, REFERENCES)]
         assert scores.per_row.tolist() == pytest.approx(best)
         assert scores.value == pytest.approx(np.mean(best))
 
@@ -97,7 +97,7 @@ def test_meteor_by_hand(monkeypatch):
 
 
 def test_meteor_with_wordnet_counts_synonyms_and_is_called_meteor(monkeypatch):
-    """Of words that are their own stems: nltk looks up the stems of what is left."""
+    """The words are their own stems, as nltk looks up synonyms of stems."""
 
     class Lemma:
         def __init__(self, word):
@@ -120,7 +120,7 @@ def test_meteor_with_wordnet_counts_synonyms_and_is_called_meteor(monkeypatch):
     assert without < METEOR()(*rows)["meteor"].value == pytest.approx(1 - 0.5 / 8)
 
 
-def test_missing_wordnet_data_is_found_out(monkeypatch):
+def test_missing_wordnet_data_is_detected(monkeypatch):
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])
@@ -153,7 +153,7 @@ SAME = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_a_metric_and_the_reward_of_its_name_agree(name):
-    """In options, figures of each row and unit; the figure of all rows is their mean, or that of the counts' sums."""
+    """Options, figures per row and units are equal. The total is their mean, or computed from summed counts."""
     reward, metric = vars(rewards)[name](**SAME[name]), vars(metrics)[name](**SAME[name])
     earned = [scores(reward, [text], references=own)[0] for text, own in zip(TEXTS, REFERENCES)]
     figure = metric(PROMPTS, TEXTS, REFERENCES)[reward.name]
@@ -163,7 +163,7 @@ def test_a_metric_and_the_reward_of_its_name_agree(name):
 
 
 def test_a_reward_and_a_metric_by_hand():
-    """Of 2 and 2 unigrams 2 and 1 match, of 1 and 1 bigrams 1 and 0, which counts 0.1 by nltk, 1/2 by sacrebleu."""
+    """2 and 1 of 2 unigrams match, 1 and 0 of 1 bigram; the 0 counts as 0.1 in nltk, as 1/2 in sacrebleu."""
     texts, references = ["a b", "a x"], [["a b"], ["a b"]]
     for reward, metric, second in [
         (rewards.ROUGE("rouge1"), metrics.ROUGE("rouge1"), 1 / 2),
@@ -174,12 +174,12 @@ def test_a_reward_and_a_metric_by_hand():
     both = rewards.SacreBLEU(), metrics.SacreBLEU()
     assert scores(both[0], texts, references=["a b"]) == pytest.approx([1.0, math.sqrt(1 / 2 * 1 / 2)])
     corpus = both[1](["", ""], texts, references)["sacrebleu"]
-    assert corpus.value == pytest.approx(math.sqrt(3 / 4 * 1 / 2))  # 3 of 4, 1 of 2: no mean
+    assert corpus.value == pytest.approx(math.sqrt(3 / 4 * 1 / 2))  # 3 of 4 and 1 of 2 match, which is no mean of rows
 
 
 @pytest.mark.parametrize("metric", [SacreBLEU(), ChrF()], ids=["bleu", "chrf"])
 def test_a_resampled_corpus_score_is_that_of_the_resampled_corpus(metric):
-    """The sums of the rows' counts stand for the rows."""
+    """Summing the counts of resampled rows gives the score of the resampled corpus."""
     (scores,) = metric(PROMPTS, TEXTS, REFERENCES).values()
     n = len(TEXTS)
     resamples = np.random.default_rng(3).integers(n, size=(4, n))
@@ -249,7 +249,7 @@ def judge():
 
 
 def by_hand(model, prompt, text):
-    """One token at a time, the plain way: negative log-likelihood and number of tokens."""
+    """Return the negative log-likelihood and the number of tokens, with one forward per token."""
     ids = CharTokenizer().encode(prompt + text)
     model.eval()
     nats = [
@@ -314,10 +314,10 @@ def test_an_interval_is_scipys():
     for statistic, figure in [(np.mean, mean_of(values)), (lambda x, axis: x.mean(axis) ** 2, squared)]:
         options = {"n_resamples": 400, "rng": np.random.default_rng(5), "batch": 100}
         theirs = bootstrap((values,), statistic, **options).confidence_interval
-        found = estimate(figure, seed=5, n_resamples=400)
-        assert (found.low, found.high) == pytest.approx(tuple(theirs))
-    # skewed to the right: the interval reaches further up than down, which percentiles of a mean do less
-    assert found.high - found.value > 1.3 * (found.value - found.low)
+        interval = estimate(figure, seed=5, n_resamples=400)
+        assert (interval.low, interval.high) == pytest.approx(tuple(theirs))
+    # The values are skewed to the right, so that the interval reaches further up than down.
+    assert interval.high - interval.value > 1.3 * (interval.value - interval.low)
 
 
 def test_rows_without_a_spread():
@@ -325,14 +325,14 @@ def test_rows_without_a_spread():
         warnings.simplefilter("error")
         assert estimate(mean_of([0.1] * 10)) == pytest.approx((0.1, 0.1, 0.1))
         assert estimate(mean_of([0.0] * 3)) == (0.0, 0.0, 0.0)
-        assert estimate(mean_of([3.0])) == (3.0, None, None)  # a single one says nothing of it
+        assert estimate(mean_of([3.0])) == (3.0, None, None)  # a single row tells nothing about the spread
         assert estimate(mean_of([0.0, 1.0])) == (0.5, 0.0, 1.0)
         assert difference(mean_of([1.0, 2.1, 3.3]), mean_of([0.0, 1.1, 2.3])) == pytest.approx((1.0, 1.0, 1.0))
         some_are_empty = Scores(np.array([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))  # 8 of 27 draws have no figure
         assert estimate(some_are_empty) == (0.5, None, None)
 
 
-def test_a_paired_difference_is_surer_than_two_figures():
+def test_a_paired_difference_has_a_narrower_interval_than_two_figures():
     generator = np.random.default_rng(2)
     before = generator.normal(0.0, 5.0, size=200)
     after = before + generator.normal(0.3, 0.5, size=200)
@@ -344,7 +344,7 @@ def test_a_paired_difference_is_surer_than_two_figures():
 
 
 def test_texts_of_one_prompt_are_drawn_together():
-    """Two texts that differ and two prompts that do not: over prompts there is no spread."""
+    """The texts of a prompt differ, and the prompts' means do not: there is no spread over prompts."""
     scores = per_prompt(mean_of([0.0, 1.0, 0.0, 1.0]), 2)
     assert scores.per_row.tolist() == [0.5, 0.5]
     assert estimate(scores) == (0.5, 0.5, 0.5)
@@ -361,7 +361,7 @@ def test_metrics_are_imported_without_torch_and_the_libraries():
 
 
 def test_intent_accuracy_by_hand():
-    """Three of four texts are taken for what their rows say, as each text alone shows; batches change nothing."""
+    """Three of four texts get their rows' intent, as one forward per text shows; batches change nothing."""
     torch.manual_seed(0)
     config = tiny(num_labels=4, pad_token_id=0)
     model = GPT2ForSequenceClassification(config).eval()
@@ -369,7 +369,7 @@ def test_intent_accuracy_by_hand():
     texts = ["good film", "who ?", "", "good good good ? film"]
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([words.encode(text) or [0]])).logits[0] for text in texts]
-    read = [int(one.argmax()) for one in logits]
+    read = [int(row.argmax()) for row in logits]
     labels = [*read[:3], (read[3] + 1) % 4]
     prompts = [Prompt("a", row={"intent": label, "act": f"LABEL_{label}"}) for label in labels]
     for options in ({}, {"batch_size": 1}, {"label_column": "act"}):
@@ -378,7 +378,7 @@ def test_intent_accuracy_by_hand():
     assert list(IntentAccuracy(model, words, name="judge")(prompts, texts, [[]] * 4)) == ["judge"]
 
 
-def test_intent_accuracy_wants_the_rows():
+def test_intent_accuracy_needs_the_rows():
     model = GPT2ForSequenceClassification(tiny(num_labels=4, pad_token_id=0))
     metric = IntentAccuracy(model, word_tokenizer(["a"]))
     for prompt in ("a", Prompt("a")):

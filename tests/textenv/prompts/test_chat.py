@@ -1,4 +1,4 @@
-"""Chats as prompts: tokens exactly those of the chat template, special tokens once, and replies between turns."""
+"""Chats as prompts: the tokens of the chat template, special tokens once, and replies between turns."""
 
 import json
 
@@ -12,13 +12,13 @@ from tests.helpers.training import tiny_agent, tiny_config
 from textenv import TextEnv
 from textenv.prompts.prompts import PromptReader
 
-# As Qwen's and Llama 3's; Llama 3's trims contents and writes BOS itself.
+# Like the templates of Qwen and Llama 3; Llama 3's trims contents and writes BOS itself.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TRIMMED = "<s>" + CHATML.replace("m.content", "m.content | trim")
-# As Llama 2's: no opening of the assistant's turn, and a space in front of what it says.
+# Like Llama 2's: no opening of the assistant's turn, and a space in front of its text.
 SPACED = (
     "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
@@ -32,7 +32,7 @@ SHOWN = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello there<|
 
 
 def tokenizer_with(template=None, opens=False):
-    """Bytes, four special tokens, and a chat template; with `opens` a text begins with BOS."""
+    """Make a tokenizer of bytes, four special tokens and a chat template; with `opens`, a text begins with BOS."""
     words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     fast = Fast(models.BPE({word: i for i, word in enumerate(words)}, []))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,7 +49,7 @@ def tokenizer_with(template=None, opens=False):
 
 
 def template_ids(tokenizer, messages, **kwargs):
-    """What transformers makes of messages."""
+    """Return the tokens that transformers makes of messages."""
     options = {"add_generation_prompt": True, **kwargs}
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
 
@@ -85,7 +85,7 @@ def test_the_text_is_the_rendering_and_the_row_keeps_the_messages():
     assert PromptReader(tokenizer_with(CHATML)).read("hello").messages is None
 
 
-def test_an_assistants_last_message_is_gone_on_with():
+def test_an_assistants_last_message_is_continued():
     tokenizer = tokenizer_with(TRIMMED)
     prompt = PromptReader(tokenizer).read(OPEN)
     expected = template_ids(tokenizer, OPEN, add_generation_prompt=False, continue_final_message=True)
@@ -106,8 +106,8 @@ def test_rows_files_and_bare_chats(tmp_path):
     assert list(TextEnv(path, tokenizer_with(CHATML), reward=no_reward).prompts) == [SHOWN]
 
 
-def test_a_chat_is_cut_only_where_it_is_asked_for():
-    """BOS, which the template writes, stays; without one nothing is put in front."""
+def test_a_chat_is_cut_only_on_request():
+    """A BOS that the template writes is kept; otherwise none is added."""
     tokenizer = tokenizer_with(TRIMMED, opens=True)
     ids = template_ids(tokenizer, CHAT)
     with pytest.raises(ValueError, match=rf"at most max_prompt_tokens=20 tokens, got {len(ids)}"):
@@ -148,7 +148,7 @@ def test_a_tokenizer_that_knows_no_templates_is_refused(make_env):
         make_env([CHAT])
 
 
-def test_what_the_template_refuses_names_the_prompt():
+def test_an_error_of_the_template_names_the_prompt():
     with pytest.raises(ValueError, match="The chat template refuses prompt 1: TemplateError: Start with the user"):
         chat_env([CHAT[1:], CHAT], template=ALTERNATING)
 
@@ -163,11 +163,11 @@ def test_an_empty_chat_and_a_chat_in_place_of_a_list_of_chats():
 def test_generate_and_evaluate_take_chats():
     env = chat_env([CHAT, "plain"], max_new_tokens=4)
     model = tiny_agent(env, lm=tiny_config(vocab_size=len(env.tokenizer), n_positions=160))
-    (one,) = generate(model, [CHAT], env.tokenizer, max_new_tokens=4)
-    assert one.prompt == SHOWN and one.prompt.messages == CHAT and 1 <= len(one.ids) <= 4
+    (generation,) = generate(model, [CHAT], env.tokenizer, max_new_tokens=4)
+    assert generation.prompt == SHOWN and generation.prompt.messages == CHAT and 1 <= len(generation.ids) <= 4
     rows = [{"prompt": CHAT, "answer": "yes"}, {"prompt": OPEN, "answer": "no"}]
     result = evaluate(model, rows, env.tokenizer, references_column="answer", max_new_tokens=4)
-    assert [one.prompt.references for one in result.generations] == [["yes"], ["no"]]
+    assert [sample.prompt.references for sample in result.generations] == [["yes"], ["no"]]
     assert str(result.generations[0].prompt) == SHOWN
 
 
@@ -175,7 +175,7 @@ def test_generate_and_evaluate_take_chats():
 
 
 class Talk(TextEnv):
-    """Answers with the number of the turn."""
+    """An env that answers with the number of the turn."""
 
     def get_reward(self, prompt, preds, done):
         return 0.0
@@ -185,7 +185,7 @@ class Talk(TextEnv):
 
 
 def talk(*texts, template=CHATML, prompt=CHAT, **kwargs):
-    """Let the policy write texts, one a turn, special tokens included; return env and what it has seen."""
+    """Write one text per turn, special tokens included; return the env and the observed tokens."""
     settings = {"max_new_tokens": 60, "max_turns": 3, "max_response_tokens": 90, **kwargs}
     env = chat_env([prompt], template, cls=Talk, **settings)
     observation = env.reset()[0]
@@ -196,7 +196,7 @@ def talk(*texts, template=CHATML, prompt=CHAT, **kwargs):
 
 
 def conversation(*said, start=CHAT):
-    """The messages of a conversation in which the policy says these texts."""
+    """Return the messages of a conversation in which the policy writes these texts."""
     messages = list(start)
     for turn, text in enumerate(said, 1):
         if messages[-1]["role"] == "assistant":
@@ -209,8 +209,8 @@ def conversation(*said, start=CHAT):
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMED], ids=["chatml", "trimmed"])
 @pytest.mark.parametrize("said", [["hi"], ["hi", "you"]], ids=["one", "two"])
-def test_a_reply_is_what_the_template_writes_between_two_turns(template, said):
-    """The whole is the rendering of the whole conversation, token for token."""
+def test_a_reply_is_the_templates_text_between_two_turns(template, said):
+    """The observation equals the rendering of the whole conversation, token for token."""
     env, tokens = talk(*(text + "<|im_end|>" for text in said), template=template)
     assert tokens == template_ids(env.tokenizer, conversation(*said))
 
@@ -220,19 +220,19 @@ def test_a_reply_behind_an_opened_answer():
     assert tokens == template_ids(env.tokenizer, conversation("hi", start=OPEN))
 
 
-def test_what_the_policy_wrote_stays_though_the_template_would_trim_it():
+def test_the_policys_spaces_stay_though_the_template_would_trim_them():
     env, tokens = talk(" hi <|im_end|>", template=TRIMMED)
     text = env.tokenizer.decode(tokens)
     assert "assistant\n hi <|im_end|>\n<|im_start|>user\nturn 1<|im_end|>\n<|im_start|>assistant\n" in text
 
 
 def test_a_turn_that_ended_otherwise_is_closed_by_the_template():
-    """By a stop string, or by an end token that is not the template's: the end of the turn is then observed."""
+    """After a stop string or another end token, the template's end of turn is observed."""
     for ending, options in (("!", {"stop_strings": ["!"]}), ("<eos>", {"stop_ids": [EOS]})):
         env, tokens = talk("hi" + ending, **options)
         text = env.tokenizer.decode(tokens)
         assert text.endswith(f"hi{ending}<|im_end|>\n<|im_start|>user\nturn 1<|im_end|>\n<|im_start|>assistant\n")
-    env, tokens = talk("hi<|im_end|>", stop_ids=[], stop_strings=["<|im_end|>"])  # the template's, as a stop string
+    env, tokens = talk("hi<|im_end|>", stop_ids=[], stop_strings=["<|im_end|>"])  # as a stop string
     assert tokens == template_ids(env.tokenizer, conversation("hi"))
 
 

@@ -1,4 +1,4 @@
-"""Prioritized prompts: probabilities by hand, draws that follow them, late scores, resumed runs; and what it is for."""
+"""Prioritized prompts: probabilities by hand, draws, late scores, resumed runs, and faster learning."""
 
 import json
 
@@ -13,7 +13,7 @@ from textenv import CharTokenizer, PrioritySampling, TextEnv, TextVectorEnv
 from textenv.lanes.lanes import Lanes
 
 LETTERS = "abcd"
-PAYS = {"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.75}  # of one prompt each
+PAYS = {"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.75}  # the reward of each prompt
 EOS = 0
 
 
@@ -29,12 +29,12 @@ def cursor(n=4, seed=0, **kwargs):
 
 
 def test_low_rewards_by_hand():
-    """Shortfalls of the best: 0, 1, 1/2, 1/4 of the range."""
-    one = cursor(alpha=1.0)
+    """The rewards fall short of the best by 0, 1, 1/2 and 1/4 of the range."""
+    prompts = cursor(alpha=1.0)
     for number, reward in enumerate(PAYS.values()):
-        one.observe(number, reward)
-    np.testing.assert_allclose(one.priorities(), [0, 1, 0.5, 0.25])
-    np.testing.assert_allclose(one.probabilities(), np.array([0, 4, 2, 1]) / 7)
+        prompts.observe(number, reward)
+    np.testing.assert_allclose(prompts.priorities(), [0, 1, 0.5, 0.25])
+    np.testing.assert_allclose(prompts.probabilities(), np.array([0, 4, 2, 1]) / 7)
     two = cursor(alpha=2.0, epsilon=0.5)
     for number, reward in enumerate(PAYS.values()):
         two.observe(number, 10 * reward - 3)  # neither the scale nor the zero of a reward matters
@@ -42,34 +42,34 @@ def test_low_rewards_by_hand():
 
 
 def test_the_recent_reward_is_a_moving_average():
-    one = cursor(2, rate=0.25)
+    prompts = cursor(2, rate=0.25)
     for reward in (1.0, 0.0, 2.0):
-        one.observe(0, reward)
-    assert one.mean[0] == 0.75 + 0.25 * (2 - 0.75)  # 1, 0.75, 1.0625
+        prompts.observe(0, reward)
+    assert prompts.mean[0] == 0.75 + 0.25 * (2 - 0.75)  # 1, 0.75, 1.0625
 
 
 def test_spread_by_hand():
-    """Of (0, 2, 0, ...) twice at rate 1/2: variance 1/2 * (0 + 1/2 * 4) = 1, then 1/2 * (1 + 1/2 * 1) = 3/4."""
-    one = cursor(3, by="spread", rate=0.5)
+    """At rate 1/2, (0, 2) has variance 1/2 * (0 + 1/2 * 4) = 1, and (0, 2, 0) then 1/2 * (1 + 1/2 * 1) = 3/4."""
+    prompts = cursor(3, by="spread", rate=0.5)
     for number, reward in [(0, 0), (0, 2), (1, 0), (1, 2), (1, 0), (2, 5), (2, 5)]:
-        one.observe(number, reward)
-    np.testing.assert_allclose(one.variance, [1, 0.75, 0])
-    np.testing.assert_allclose(one.priorities(), [1, np.sqrt(0.75), 0])
+        prompts.observe(number, reward)
+    np.testing.assert_allclose(prompts.variance, [1, 0.75, 0])
+    np.testing.assert_allclose(prompts.priorities(), [1, np.sqrt(0.75), 0])
 
 
 def test_novelty_by_hand():
-    one = cursor(3, by="novelty", alpha=2.0)
-    one.draws[:] = [0, 1, 3]
-    np.testing.assert_allclose(one.probabilities(), np.array([1, 1 / 2, 1 / 4]) * 4 / 7)
+    prompts = cursor(3, by="novelty", alpha=2.0)
+    prompts.draws[:] = [0, 1, 3]
+    np.testing.assert_allclose(prompts.probabilities(), np.array([1, 1 / 2, 1 / 4]) * 4 / 7)
 
 
-def test_what_is_unknown_comes_first():
-    """For the spread one reward is not enough: its deviation is 0 whatever the prompt is like."""
-    one = cursor(3, by="reward")
-    np.testing.assert_allclose(one.probabilities(), [1 / 3] * 3)
-    one.observe(0, 1.0)
-    one.observe(1, 0.0)
-    np.testing.assert_allclose(one.probabilities(), [0, 1 / 2, 1 / 2])
+def test_prompts_with_unknown_priority_come_first():
+    """One reward does not tell a prompt's spread, as its deviation is always 0."""
+    prompts = cursor(3, by="reward")
+    np.testing.assert_allclose(prompts.probabilities(), [1 / 3] * 3)
+    prompts.observe(0, 1.0)
+    prompts.observe(1, 0.0)
+    np.testing.assert_allclose(prompts.probabilities(), [0, 1 / 2, 1 / 2])
     two = cursor(3, by="spread")
     two.observe(0, 1.0)
     np.testing.assert_allclose(two.probabilities(), [1 / 3] * 3)
@@ -79,22 +79,22 @@ def test_what_is_unknown_comes_first():
 
 def test_staleness_by_hand():
     """After draws 2, 0, 2 of four prompts the counts since are 1, 3, 0, 3."""
-    one = cursor(staleness=0.25, alpha=0.0)
-    np.testing.assert_allclose(one.probabilities(), [0.25] * 4)  # before the first draw
-    one.last_draw[:], one.n_draws = [2, 0, 3, 0], 3
-    np.testing.assert_allclose(one.probabilities(), 0.75 / 4 + 0.25 * np.array([1, 3, 0, 3]) / 7)
+    prompts = cursor(staleness=0.25, alpha=0.0)
+    np.testing.assert_allclose(prompts.probabilities(), [0.25] * 4)  # before the first draw
+    prompts.last_draw[:], prompts.n_draws = [2, 0, 3, 0], 3
+    np.testing.assert_allclose(prompts.probabilities(), 0.75 / 4 + 0.25 * np.array([1, 3, 0, 3]) / 7)
 
 
 def test_staleness_starves_none():
-    one = cursor(20, staleness=0.1)
+    prompts = cursor(20, staleness=0.1)
     gaps = {number: 0 for number in range(20)}
     longest = 0
     for _ in range(2_000):
-        number = one.advance()
-        one.observe(number, 1.0 if number else 0.0)  # prompt 0 alone falls short
+        number = prompts.advance()
+        prompts.observe(number, 1.0 if number else 0.0)  # prompt 0 alone falls short
         gaps = {other: 0 if other == number else gap + 1 for other, gap in gaps.items()}
         longest = max(longest, *gaps.values())
-    assert one.draws[0] > 1_700 and one.draws.min() >= 4 and longest < 700
+    assert prompts.draws[0] > 1_700 and prompts.draws.min() >= 4 and longest < 700
 
 
 # Draws
@@ -102,49 +102,49 @@ def test_staleness_starves_none():
 
 @pytest.mark.parametrize("by", ["reward", "spread"])
 def test_frequencies_follow_the_probabilities(by):
-    one = cursor(5, seed=3, by=by, epsilon=0.1)
+    prompts = cursor(5, seed=3, by=by, epsilon=0.1)
     for number in range(5):
-        one.observe(number, 0.0)
-        one.observe(number, float(number))
-    expected = one.probabilities()
-    counts = np.bincount([one.advance() for _ in range(3_000)], minlength=5)
+        prompts.observe(number, 0.0)
+        prompts.observe(number, float(number))
+    expected = prompts.probabilities()
+    counts = np.bincount([prompts.advance() for _ in range(3_000)], minlength=5)
     deviations = np.sqrt(3_000 * expected * (1 - expected))
     assert (np.abs(counts - 3_000 * expected) < 4 * deviations).all() and expected.max() > 3 * expected.min()
 
 
-def test_exponent_zero_is_uniform_whatever_is_earned():
+def test_exponent_zero_is_uniform_for_any_rewards():
     bare, paid = cursor(alpha=0.0, seed=5), cursor(alpha=0.0, seed=5)
     draws = []
     for _ in range(2_000):
         draws.append((bare.advance(), paid.advance()))
         paid.observe(paid.number, PAYS[LETTERS[paid.number]])
         assert (paid.probabilities() == 0.25).all()
-    assert all(one == other for one, other in draws)
-    counts = np.bincount([one for one, _ in draws], minlength=4)
+    assert all(first == second for first, second in draws)
+    counts = np.bincount([number for number, _ in draws], minlength=4)
     assert (np.abs(counts - 500) < 4 * np.sqrt(2_000 * 3 / 16)).all()
 
 
 def test_the_draws_follow_from_the_seed():
-    one, same, other = ([c.advance() for _ in range(50)] for c in (cursor(seed=1), cursor(seed=1), cursor(seed=2)))
-    assert one == same != other
+    first, same, other = ([c.advance() for _ in range(50)] for c in (cursor(seed=1), cursor(seed=1), cursor(seed=2)))
+    assert first == same != other
 
 
 @pytest.mark.parametrize("by", ["reward", "spread", "novelty"])
-def test_a_saved_state_goes_on_the_same(by):
-    def run(one, n):
+def test_a_saved_state_continues_equally(by):
+    def run(prompts, n):
         drawn = []
         for step in range(n):
-            drawn.append(one.advance())
-            one.observe(one.number, np.sin(one.number + 0.1 * step))
+            drawn.append(prompts.advance())
+            prompts.observe(prompts.number, np.sin(prompts.number + 0.1 * step))
         return drawn
 
-    one = cursor(6, seed=4, by=by, staleness=0.2)
-    run(one, 30)
-    state = json.loads(json.dumps(one.state_dict()))
+    original = cursor(6, seed=4, by=by, staleness=0.2)
+    run(original, 30)
+    state = json.loads(json.dumps(original.state_dict()))
     resumed = cursor(6, seed=9, by=by, staleness=0.2)
     resumed.load_state_dict(state)
-    assert resumed.number == one.number
-    assert run(resumed, 30) == run(one, 30) and resumed.state_dict() == one.state_dict()
+    assert resumed.number == original.number
+    assert run(resumed, 30) == run(original, 30) and resumed.state_dict() == original.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def priority_env(cls=TextEnv, order=None, **kwargs):
 
 
 def play(step, n_steps, actions):
-    """Write "a" and the end token in turn in all rows; return which prompts ended."""
+    """Step with the actions of each step; return the prompts of the episodes that ended."""
     return [str(info["prompt"]) for i in range(n_steps) for info in step(actions(i)) if info]
 
 
 @pytest.mark.parametrize("n_lanes", [1, 3, 8])
 def test_lanes_draw_by_what_their_episodes_earned(n_lanes):
-    """One lane or eight: the frequencies of 1,200 episodes are those of the rewards, known from the first on."""
+    """With one lane or eight, the frequencies over 1,200 episodes follow the rewards."""
     lanes = Lanes(priority_env(order=PrioritySampling("reward", staleness=0.0, epsilon=0.0)), n_lanes)
     lanes.reset(seed=0)
     ended = play(lambda actions: lanes.step(actions).infos, 1_200 // n_lanes, lambda i: np.full(n_lanes, EOS))
@@ -187,8 +187,8 @@ def test_lanes_draw_by_what_their_episodes_earned(n_lanes):
     np.testing.assert_allclose(share, np.array([0, 4, 2, 1]) / 7, atol=0.06)
 
 
-def test_all_front_ends_draw_alike():
-    """The lone env, Gymnasium's and SB3's: the same seed deals the same prompts."""
+def test_all_kinds_of_env_draw_alike():
+    """A single env, Gymnasium's vector env and SB3's draw the same prompts from the same seed."""
     lone, rows = priority_env(), []
     for episode in range(30):
         lone.reset(seed=0 if episode == 0 else None)
@@ -251,7 +251,7 @@ def resumable(order, score_at):
 @pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")
 @pytest.mark.parametrize(("by", "score_at"), [("reward", "done"), ("spread", "rollout_end"), ("novelty", "done")])
 def test_a_resumed_run_is_the_run(by, score_at, tmp_path):
-    """Bit for bit, with episodes that straddle the checkpoint."""
+    """The states are equal bit for bit, with episodes that straddle the checkpoint."""
     order = PrioritySampling(by, staleness=0.2)
     model = resumable(order, score_at)
     callbacks = [LateScores()] if score_at == "rollout_end" else []
@@ -268,7 +268,7 @@ def test_a_resumed_run_is_the_run(by, score_at, tmp_path):
 
 
 ALPHABET = "abcdefghijkl"
-HARD = ALPHABET[:6]  # each wants a letter of its own; whatever is written to the others pays, as if they were solved
+HARD = ALPHABET[:6]  # each needs its own letter; for the other prompts, any letter pays
 WANTED = {letter: ALPHABET[(5 * i + 3) % 12] for i, letter in enumerate(HARD)}
 
 
@@ -277,7 +277,7 @@ def right_letter(prompt, preds, done):
 
 
 def learned(order, seed, n_tokens=2048):
-    """The mean reward of the unsolved prompts after each quarter of so many tokens."""
+    """Return the mean reward of the hard prompts, averaged over the four quarters of the training."""
     tokenizer = CharTokenizer(ALPHABET)
     env = TextEnv(list(ALPHABET), tokenizer, reward=right_letter, max_new_tokens=1, order=order)
     settings = {"n_envs": 64, "n_steps": 2, "batch_size": 128, "seed": seed}
@@ -286,13 +286,13 @@ def learned(order, seed, n_tokens=2048):
     for _ in range(4):
         model.learn(n_tokens // 4, reset_num_timesteps=False)
         written = generate(model, list(HARD), tokenizer, n=16, max_new_tokens=1)
-        rewards.append(np.mean([one.text == WANTED[str(one.prompt)] for one in written]))
+        rewards.append(np.mean([sample.text == WANTED[str(sample.prompt)] for sample in written]))
     return np.mean(rewards)
 
 
 @pytest.mark.long
 def test_unsolved_prompts_are_learned_faster():
-    """On equal tokens; with an exponent of 0 as with an order that has no priorities."""
+    """The budgets are equal; an exponent of 0 learns as fast as an order without priorities."""
     orders = {
         "shuffle": "shuffle",
         "reward": PrioritySampling("reward"),

@@ -1,4 +1,4 @@
-"""Prompts: the sources they come from, what a row may hold, how they are cut, and in which order they come."""
+"""Prompts: their sources, rows, columns, truncation and order."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from textenv.checks.lines import MAX_CHARS
 from textenv.prompts.cursor import PromptCursor
 from textenv.prompts.prompts import Prompt, PromptReader, read_rows
 
-BOS = 33  # behind the 33 tokens of CharTokenizer
+BOS = 33  # the id after the 33 tokens of CharTokenizer
 
 
 class BosTokenizer(CharTokenizer):
@@ -27,9 +27,9 @@ class BosTokenizer(CharTokenizer):
 
     def decode(self, token_ids, *, skip_special_tokens=False):
         start = "" if skip_special_tokens else "<s>"
-        one = super().decode
+        decode = super().decode
         return "".join(
-            start if token == BOS else one([token], skip_special_tokens=skip_special_tokens) for token in token_ids
+            start if token == BOS else decode([token], skip_special_tokens=skip_special_tokens) for token in token_ids
         )
 
 
@@ -65,7 +65,7 @@ def test_rows_keep_their_columns(make_env):
     assert prompt == "ab" and prompt.row == {"q": "ab", "label": 1}
 
 
-def test_a_bare_text_stands_in_the_prompt_column(make_env):
+def test_a_bare_text_becomes_the_prompt_column(make_env):
     assert make_env(["ab"], prompt_column="q").prompts[0].row == {"q": "ab"}
 
 
@@ -78,7 +78,7 @@ def test_token_ids_are_taken_as_they_are(make_env, ids):
 
 def test_any_sized_sequence_is_a_source(make_env):
     class DataSet:
-        """As `datasets.Dataset` is: a length, and rows by number."""
+        """A stand-in for `datasets.Dataset`: it has a length, and rows by number."""
 
         def __len__(self):
             return 2
@@ -141,13 +141,13 @@ LONG = MAX_CHARS + 1
         ("p.txt", b"\xff\xfe", "Expected UTF-8 in .*p.txt"),
     ],
 )
-def test_what_is_too_much_is_named_by_its_place(write, name, text, message):
+def test_unreadable_content_is_named_by_its_place(write, name, text, message):
     with pytest.raises(ValueError, match=message):
         read_rows(write(name, text))
 
 
 def test_long_cells_and_lines_are_read(write):
-    """Over the limit of the csv module, which is as it was behind it."""
+    """A cell may exceed the csv module's limit, which is restored afterwards."""
     before, long = csv.field_size_limit(), "x" * 1_000_000
     assert before < len(long)
     assert read_rows(write("p.csv", f"prompt\n{long}\n")) == [{"prompt": long}]
@@ -197,7 +197,7 @@ def test_a_row_is_a_copy_of_the_callers(reader):
 # What a model continues
 
 
-def test_what_opens_a_text_is_kept_and_what_closes_it_is_not():
+def test_opening_special_tokens_are_kept_and_closing_ones_are_not():
     assert PromptReader(BosTokenizer()).read("ab").ids.tolist() == [BOS, 1, 2]
 
 
@@ -271,12 +271,12 @@ def test_sequential_keeps_the_order():
 
 
 def test_the_order_follows_from_seed_and_epoch():
-    one, same, other = (PromptCursor(50, "shuffle", seed) for seed in (1, 1, 2))
-    orders = [[cursor.advance() for _ in range(120)] for cursor in (one, same, other)]
+    first, same, other = (PromptCursor(50, "shuffle", seed) for seed in (1, 1, 2))
+    orders = [[cursor.advance() for _ in range(120)] for cursor in (first, same, other)]
     assert orders[0] == orders[1] != orders[2]
 
 
-@pytest.mark.parametrize("n", [0, 3, 5, 7])  # before, within, at the end of and behind the first epoch
+@pytest.mark.parametrize("n", [0, 3, 5, 7])  # before, in, at the end of, and after the first epoch
 def test_the_cursors_state_is_epoch_and_position(n):
     cursor = PromptCursor(5, "shuffle", seed=4)
     for _ in range(n):
@@ -295,7 +295,7 @@ def test_a_prompt_by_itself():
 
 @pytest.mark.parametrize(("n", "size"), [(10, 2), (7, 3), (2, 3), (5, 1)])
 def test_a_shared_order_is_dealt_without_repeats(n, size):
-    """Draw i of the whole order is that of cursor i mod w; a state goes on with another number of cursors."""
+    """Cursor i mod w makes draw i of the whole order; a saved state loads into any number of cursors."""
     whole = PromptCursor(n, "shuffle", seed=3)
     expected = [whole.advance() for _ in range(6 * size)]
     cursors = [PromptCursor(n, "shuffle", 3, (rank, size)) for rank in range(size)]

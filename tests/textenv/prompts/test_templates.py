@@ -1,4 +1,4 @@
-"""Chat templates that do not end, or take all memory, end in one error; the limits leave no trace."""
+"""Limits of chat templates: endless or huge ones end in one error, and the limits are removed afterwards."""
 
 import resource
 import signal
@@ -39,13 +39,13 @@ def test_a_template_that_does_not_end_is_stopped(template, message, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_text_that_is_doubled_again_and_again_takes_no_more_than_its_share():
+def test_a_text_that_doubles_again_and_again_is_stopped_by_the_memory_limit():
     with pytest.raises(ValueError, match="The chat template refuses the prompt: MemoryError"):
         render_chat(with_template(DOUBLING), CHAT)
 
 
 def test_the_limits_leave_everything_as_it_was():
-    """A timer of somebody else's goes on, its handler and the limit of memory are back; stars in texts are no power."""
+    """Another timer runs on, its handler and the memory limit are restored; `**` in a text is not taken for a power."""
     tokenizer = with_template("**{{ messages[0].content }}**")
     before = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, print)
@@ -60,7 +60,7 @@ def test_the_limits_leave_everything_as_it_was():
         signal.signal(signal.SIGALRM, handler)
 
 
-def test_another_thread_renders_without_them():
+def test_another_thread_renders_without_the_limits():
     rendered = []
     tokenizer = with_template("{{ messages[0].content }}")
     thread = threading.Thread(target=lambda: rendered.append(render_chat(tokenizer, CHAT)))

@@ -1,4 +1,4 @@
-"""Rewards that are coroutines: side by side within a bound, in time, retried, and what a failure costs."""
+"""Async rewards: bounded concurrency, time limits, retries, and the handling of failed rows."""
 
 import asyncio
 import copy
@@ -35,7 +35,7 @@ QUICK = {"backoff": 0.0}
 
 @dataclass
 class Slow(AsyncReward):
-    """Answers with the length of the text; a digit in it is how often the row fails first, "!" that it always does."""
+    """Scores the length of a text; a digit in it makes the row fail that often first, and "!" always."""
 
     seconds: float = 0.0
 
@@ -68,7 +68,7 @@ def test_rows_are_asked_side_by_side_within_the_bound():
     assert reward.most == 4 and no_rewards_thread()
 
 
-def test_one_row_and_named_parts_and_dropped_ones():
+def test_one_row_named_parts_and_dropped_rows():
     async def judge(prompt, preds):
         return {"dropped": DROPPED, "parts": {"a": 1.0, "b": 2.0}}.get(preds.text, 3)
 
@@ -101,7 +101,7 @@ def test_the_backoff_doubles_and_its_jitter_is_its_own(monkeypatch):
     assert len(first) == 4 and all(2.0**i <= pause <= 3 * 2.0**i for i, pause in enumerate(first))
     slept.clear()
     scores(reward, ["a", "b"])
-    assert set(first) < set(slept) and len(set(slept)) == 8  # the same each time, another for another row
+    assert set(first) < set(slept) and len(set(slept)) == 8  # a row has the same jitter each time, and rows differ
 
 
 def test_a_row_error_says_whether_and_when_to_ask_again(monkeypatch):
@@ -125,7 +125,7 @@ def test_a_row_error_says_whether_and_when_to_ask_again(monkeypatch):
 
 def test_an_attempt_that_takes_too_long_is_cancelled():
     reward = Slow(seconds=30.0, time_limit=0.05, retries=1, **QUICK)
-    with pytest.raises(RewardError, match=r"no answer within 0\.05 s"):  # and no score, which the ends would give
+    with pytest.raises(RewardError, match=r"no answer within 0\.05 s"):  # not the cancelled rows' scores
         scores(reward, ["a", "b"])
     assert reward.running == 0 and reward.ended == 4 and no_rewards_thread()
 
@@ -151,7 +151,7 @@ def test_drop_and_penalty_warn_once_and_count():
 
 
 @pytest.mark.parametrize("answer", [None, "0.5", float("nan"), {"a": None}])
-def test_no_number_is_a_failure_of_its_row(answer):
+def test_a_score_that_is_no_number_is_a_failure_of_its_row(answer):
     async def judge(prompt, preds):
         return 1.0 if preds.text == "a" else answer
 
@@ -159,7 +159,7 @@ def test_no_number_is_a_failure_of_its_row(answer):
         scores(AsyncFunction(judge, **QUICK), ["a", "b"])
 
 
-def test_it_works_inside_a_running_loop():
+def test_async_rewards_work_inside_a_running_loop():
     async def notebook():
         await asyncio.sleep(0)
         return scores(Slow(), ["a", "bb"])
@@ -169,7 +169,7 @@ def test_it_works_inside_a_running_loop():
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals of POSIX")
 def test_an_interrupt_leaves_nothing_running():
-    """Ctrl-C while rows are waited for: they are cancelled, and their clean-up is waited for."""
+    """Ctrl-C cancels the running rows and waits for their clean-up."""
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread, where this test does not run")
     cleaned = []
@@ -190,7 +190,7 @@ def test_an_interrupt_leaves_nothing_running():
         signal.pthread_kill(main, signal.SIGINT)
 
     helper = threading.Thread(target=interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background job SIGINT is ignored
     try:
         helper.start()
         with pytest.raises(KeyboardInterrupt):
@@ -198,11 +198,11 @@ def test_an_interrupt_leaves_nothing_running():
     finally:
         helper.join()
         signal.signal(signal.SIGINT, before)
-    assert sorted(reward.asked) == ["a", "b"]  # neither ended, whose place "c" would have had
+    assert sorted(reward.asked) == ["a", "b"]  # no row ended, so that "c" had no turn
     assert sorted(cleaned) == ["a", "b"] and reward.running == 0 and no_rewards_thread()
 
 
-def test_what_the_work_raises_comes_out_and_tasks_left_behind_are_cancelled():
+def test_errors_are_raised_and_unfinished_tasks_are_cancelled():
     seen = []
 
     async def straggler():
@@ -257,7 +257,7 @@ async def judge_length(prompt, preds):
     return float(len(preds.text))
 
 
-def test_it_pickles_copies_and_has_a_name():
+def test_async_rewards_pickle_copy_and_have_a_name():
     for reward in (Slow(time_limit=9.0, on_failure="drop"), AsyncFunction(judge_length, concurrency=2)):
         scores(reward, ["a"])
         for twin in (pickle.loads(pickle.dumps(reward)), copy.deepcopy(reward)):
@@ -268,7 +268,7 @@ def test_it_pickles_copies_and_has_a_name():
     assert (named.on_failure, named.score_at, scores(named, ["ab"])) == (-1.0, "rollout_end", [2.0])
 
 
-def test_it_fits_into_compositions():
+def test_async_rewards_work_in_compositions():
     reward = WeightedSum({"slow": Slow(retries=0, on_failure="drop"), "one": lambda *_: 1.0})
     with pytest.warns(UserWarning, match="are dropped"):
         assert list(reward.score(*rows(["!", "ab"]))) == [DROPPED, {"slow": 2.0, "one": 1.0}]
@@ -296,7 +296,7 @@ def test_wrong_options(options, words):
         Slow(**options)
 
 
-def test_what_is_no_coroutine_function_is_refused():
+def test_a_function_that_is_no_coroutine_is_refused():
     with pytest.raises(TypeError, match="async def judge"):
         AsyncFunction(lambda prompt, preds: 1.0)
     with pytest.raises(TypeError, match=r"Expected AsyncFunction\(function\) for a coroutine function"):
@@ -309,7 +309,7 @@ def test_what_is_no_coroutine_function_is_refused():
 
 @dataclass
 class Failing(AsyncReward):
-    """Fails where the ids of a text sum to a multiple of 3."""
+    """A reward that fails if the ids of a text sum to a multiple of 3."""
 
     async def score_row(self, prompt, preds):
         await asyncio.sleep(0.001 * (sum(preds.ids) % 5))
@@ -323,16 +323,16 @@ def last_letter(prompt, preds, done):
 
 
 class Plain(BatchReward):
-    """What `Failing` says where it does not fail, without waiting."""
+    """The scores of `Failing`, without waiting; failures are dropped."""
 
     score_at = "rollout_end"
 
     def score(self, prompts, preds, dones):
-        return [DROPPED if sum(one.ids) % 3 == 0 else sum(one.ids) / 30 for one in preds]
+        return [DROPPED if sum(text.ids) % 3 == 0 else sum(text.ids) / 30 for text in preds]
 
 
 def test_the_same_training_as_with_a_reward_that_does_not_wait(monkeypatch):
-    """Bit for bit: who answers first, and who is asked again, makes no difference."""
+    """The weights are equal bit for bit: the order of answers and retries makes no difference."""
     monkeypatch.setattr(failures, "MOST_DROPPED", 1.0)
     trained = []
     for reward in (Failing(retries=1, on_failure="drop", concurrency=3, **QUICK), Plain()):
@@ -346,7 +346,7 @@ def test_the_same_training_as_with_a_reward_that_does_not_wait(monkeypatch):
 
 @pytest.mark.parametrize("score_at", ["done", "step"])
 def test_a_reward_that_may_drop_is_trained_with_by_make_agent(score_at):
-    """At done, and in a sum with a function that is asked at every token."""
+    """The reward is scored at done, and in a sum with a function that scores every token."""
     judge = Failing(retries=0, on_failure="drop", score_at="done")
     env = tiny_env(judge if score_at == "done" else WeightedSum({"judge": judge, "last": last_letter}))
     assert env.score_at == score_at

@@ -1,4 +1,4 @@
-"""A judge behind HTTP, against a server of our own that delays, fails, refuses and answers rubbish."""
+"""`HTTPJudge` and `ChatJudge` with a test server that delays, fails, refuses and answers rubbish."""
 
 import asyncio
 import copy
@@ -22,7 +22,7 @@ QUICK = {"backoff": 0.0}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Does what the completion says: "fail2" is 503 twice, "busy" 429 once, "slow" waits, "rubbish" is no JSON, ..."""
+    """A server that obeys the completion: "fail2" gets 503 twice, "busy" 429 once, "slow" waits, "rubbish" no JSON."""
 
     protocol_version = "HTTP/1.1"
 
@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(text.encode())
-        except OSError:  # who has had enough hangs up
+        except OSError:  # the client has hung up
             self.close_connection = True
 
     def log_message(self, *args):
@@ -89,22 +89,22 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    one = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    one.daemon_threads = True
-    one.lock, one.released = threading.Lock(), threading.Event()
-    one.running, one.most, one.delay, one.retry_after = 0, 0, 0.0, "0"
-    one.bodies, one.headers, one.counts = [], [], Counter()
-    one.url = f"http://127.0.0.1:{one.server_address[1]}/score"
-    thread = threading.Thread(target=one.serve_forever, args=(0.01,))
+    http_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http_server.daemon_threads = True
+    http_server.lock, http_server.released = threading.Lock(), threading.Event()
+    http_server.running, http_server.most, http_server.delay, http_server.retry_after = 0, 0, 0.0, "0"
+    http_server.bodies, http_server.headers, http_server.counts = [], [], Counter()
+    http_server.url = f"http://127.0.0.1:{http_server.server_address[1]}/score"
+    thread = threading.Thread(target=http_server.serve_forever, args=(0.01,))
     thread.start()
-    yield one
-    one.released.set()
-    one.shutdown()
+    yield http_server
+    http_server.released.set()
+    http_server.shutdown()
     thread.join()
-    one.server_close()
+    http_server.server_close()
 
 
-def test_what_is_sent_and_read(server):
+def test_requests_and_answers_by_hand(server):
     row = {"prompt": "p", "label": 3, "other": object()}
     prompts, preds, dones = rows(["ab", "cde"], prompts=["p", "q"], references=["r"], row=row)
     assert HTTPJudge(server.url, row_columns=["label"]).score(prompts, preds, dones) == [2.0, 3.0]
@@ -167,7 +167,7 @@ def test_the_time_limit(server):
     reward = HTTPJudge(server.url, time_limit=0.1, retries=1, on_failure="drop", **QUICK)
     with pytest.warns(UserWarning, match=r"no answer within 0\.1 s"):
         assert list(reward.score(*rows(["slow", "ab"]))) == [DROPPED, 2.0]
-    assert server.counts["slow"] == 2 and not server.released.is_set()  # it would have answered yet
+    assert server.counts["slow"] == 2 and not server.released.is_set()  # the server is still waiting
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_time_limit(server):
         ("refused", "status 422: 'no None'", 1),
     ],
 )
-def test_what_is_no_score_fails_its_row_alone(server, text, words, n_asked):
+def test_an_answer_without_score_fails_its_row_alone(server, text, words, n_asked):
     with pytest.raises(RewardError, match=f"has no score of 1 of 2 rows(.|\n)*text '{text}': {words}"):
         scores(HTTPJudge(server.url, retries=1, **QUICK), [text, "ab"])
     assert server.counts[text] == n_asked
@@ -278,7 +278,7 @@ def test_wrong_options(options, words):
         HTTPJudge(**options)
 
 
-def test_it_has_a_name_pickles_and_copies(server):
+def test_http_judges_have_a_name_pickle_and_copy(server):
     text = json.dumps({"name": "http", "url": server.url, "key": "result.0.score", "on_failure": "drop"})
     reward = read_reward(json.loads(text))
     for twin in (reward, pickle.loads(pickle.dumps(reward)), copy.deepcopy(reward)):

@@ -1,8 +1,9 @@
-"""People as a reward: what waits for them, what does not, and what is asked and learned meanwhile."""
+"""The reward that people give: waiting for answers, not asking twice, and learning from answers during training."""
 
 import pickle
 import signal
 import threading
+import time
 import warnings
 
 import pytest
@@ -20,6 +21,7 @@ TOKENIZER = CharTokenizer()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
+    """Look for new answers every 10 ms, as nobody types here."""
     monkeypatch.setattr(human_module, "POLL", 0.01)
 
 
@@ -34,16 +36,16 @@ def rows(*texts, prompt="p"):
 
 
 def by_length(store, rater="ann", scale=2):
-    """A rater whose score of a text is its length times a number."""
+    """Answer all open questions: a text's score is its length times `scale`, and longer texts rank first."""
     while (item := store.next(rater)) is not None:
         if item.kind == "score":
             store.score(item, [scale * len(item.completions[0])])
         else:
-            store.rank(item, sorted(range(len(item.order)), key=lambda place: -len(item.completions[place])))
+            store.rank(item, sorted(range(len(item.order)), key=lambda index: -len(item.completions[index])))
 
 
 class ByLength(BatchReward):
-    """A learner that notes what it was given, and scores by length."""
+    """A learner that notes the number of answers at each fit, and scores a text by its length."""
 
     def __init__(self):
         self.fits = []
@@ -52,7 +54,7 @@ class ByLength(BatchReward):
         self.fits.append(len(answers))
 
     def score(self, prompts, preds, dones):
-        return [float(len(one.text)) for one in preds]
+        return [float(len(completion.text)) for completion in preds]
 
 
 def test_waits_for_the_mean_of_what_people_give(db):
@@ -67,18 +69,26 @@ def test_blocks_until_the_last_answer_is_there(db):
     reward, result = HumanReward(db), []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+
+        def messages():
+            return [str(warning.message) for warning in caught if "waiting for" in str(warning.message)]
+
         thread = threading.Thread(target=lambda: result.extend(reward.score(*rows("a", "bb"))))
         thread.start()
+        # The reward counts the open questions after adding both. An answer before that would make it count one.
+        while not messages():
+            assert thread.is_alive()
+            time.sleep(0.01)
         with FeedbackStore(db) as store:
             for scores in ([1], [4]):
                 while (item := store.next("ann")) is None:
                     assert thread.is_alive()
                 assert not result
                 store.score(item, scores)
-        thread.join(10)
+        thread.join(60)
     assert result == [1.0, 4.0]
-    [told] = [str(one.message) for one in caught if "waiting for" in str(one.message)]
-    assert "waiting for 2 answers: textenv rate --db " in told
+    [message] = messages()
+    assert "waiting for 2 answers: textenv rate --db " in message
 
 
 def test_what_was_asked_before_is_not_asked_again(db):
@@ -86,9 +96,9 @@ def test_what_was_asked_before_is_not_asked_again(db):
         first = HumanReward(db)
         first.attend = lambda items: by_length(store)
         assert first.score(*rows("a", "b")) == [2.0, 2.0]
-        again = HumanReward(db)  # a run that was stopped and goes on
-        again.attend = lambda items: pytest.fail(f"asked for {items}")
-        assert again.score(*rows("b", "a")) == [2.0, 2.0]
+        resumed = HumanReward(db)  # a resumed run
+        resumed.attend = lambda items: pytest.fail(f"asked for {items}")
+        assert resumed.score(*rows("b", "a")) == [2.0, 2.0]
         assert len(store.answers()) == 2
         other = HumanReward(db, run="another run")
         other.attend = lambda items: by_length(store, scale=3)
@@ -132,7 +142,7 @@ def test_learns_again_after_so_many_answers_and_asks_no_more_than_can_wait(db):
         assert learner.fits == [3]
         assert [question.completions[0] for question in questions_of(db, "training")] == ["f" * 7, "f"]
         reward.score(*rows("g"))
-        assert len(questions_of(db, "training")) == 2  # both wait
+        assert len(questions_of(db, "training")) == 2  # both questions are still open
         store.score(store.next("ann"), [4])
         reward.score(*rows("g", "hh"))
         assert learner.fits == [3] and len(questions_of(db, "training")) == 3
@@ -153,8 +163,8 @@ def test_rankings_are_asked_of_texts_of_one_prompt(db):
     reward = HumanReward(db, learned=ByLength(), kind="rank", every=1, n_asked=4)
     first, second = rows("a", "bb", "a", "ccc", prompt="x"), rows("dd", prompt="y")
     reward.score(*(left + right for left, right in zip(first, second)))
-    found = [(question.kind, question.prompt, question.completions) for question in questions_of(db, "training")]
-    assert found == [("rank", "x", ("a", "bb", "ccc"))]
+    questions = [(question.kind, question.prompt, question.completions) for question in questions_of(db, "training")]
+    assert questions == [("rank", "x", ("a", "bb", "ccc"))]
 
 
 def test_refusals(db, tmp_path):

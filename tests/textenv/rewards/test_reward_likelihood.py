@@ -1,4 +1,4 @@
-"""The likelihood of a completion under a frozen model: token by token, alone and in a batch."""
+"""The reward `Likelihood`: token by token, alone and in a batch."""
 
 import numpy as np
 import pytest
@@ -23,15 +23,15 @@ def build(**kwargs):
 
 
 def one_by_one(reward, prompt, text, ends):
-    """The mean over tokens that end behind the prompt, each from a forward of its own."""
+    """Return the mean log-probability of the tokens that end after the prompt, with one forward per token."""
     tokenizer, model = reward.tokenizer, reward.model.eval()
     ids = tokenizer(prompt + text)["input_ids"] + ([0] if ends or not text else [])
     log_probs = []
-    for place in range(1, len(ids)):
-        if len(tokenizer.decode(ids[: place + 1], skip_special_tokens=False)) > len(prompt):
+    for index in range(1, len(ids)):
+        if len(tokenizer.decode(ids[: index + 1], skip_special_tokens=False)) > len(prompt):
             with torch.no_grad():
-                logits = model(torch.tensor([ids[:place]])).logits[0, -1]
-            log_probs.append(float(logits.log_softmax(0)[ids[place]]))
+                logits = model(torch.tensor([ids[:index]])).logits[0, -1]
+            log_probs.append(float(logits.log_softmax(0)[ids[index]]))
     return np.mean(log_probs)
 
 
@@ -41,11 +41,11 @@ def test_the_same_as_one_token_at_a_time(ends, batch_size):
     reward = build(batch_size=batch_size)
     preds = [preds_of(text) for _, text in ROWS]
     if ends:
-        preds = [Preds(TOKENIZER, [*one.ids, 0], end_reason=EndReason.EOS) for one in preds]
-    found = reward.score([Prompt(prompt) for prompt, _ in ROWS], preds, [True] * len(ROWS))
+        preds = [Preds(TOKENIZER, [*text.ids, 0], end_reason=EndReason.EOS) for text in preds]
+    rewards = reward.score([Prompt(prompt) for prompt, _ in ROWS], preds, [True] * len(ROWS))
     expected = [one_by_one(reward, prompt, text, ends) for prompt, text in ROWS]
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert len(set(found)) == len(ROWS) and max(found) < 0.0
+    assert rewards == pytest.approx(expected, abs=1e-5)
+    assert len(set(rewards)) == len(ROWS) and max(rewards) < 0.0
 
 
 def test_long_prompts_lose_their_start():
@@ -55,8 +55,8 @@ def test_long_prompts_lose_their_start():
     n_judged = len(reward.tokenizer(" the plot")["input_ids"])
     with torch.no_grad():
         log_probs = reward.model(torch.tensor([kept])).logits[0].log_softmax(-1)
-    places = range(len(kept) - n_judged, len(kept))
-    expected = np.mean([float(log_probs[place - 1, kept[place]]) for place in places])
+    indices = range(len(kept) - n_judged, len(kept))
+    expected = np.mean([float(log_probs[index - 1, kept[index]]) for index in indices])
     assert reward(prompt, preds, True) == pytest.approx(expected, abs=1e-5)
     assert all(weight.grad is None for weight in reward.model.parameters())
 

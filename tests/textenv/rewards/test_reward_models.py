@@ -1,4 +1,4 @@
-"""Classifiers and reward models as rewards: what they read, how it is padded and cut, what is made of the score."""
+"""Classifiers and reward models as rewards: the text they read, padding, truncation and normalised scores."""
 
 import json
 import pickle
@@ -55,7 +55,7 @@ def build(family="gpt2", n_labels=3, seed=0, **kwargs):
 
 
 def by_hand(model, text):
-    """The logits of one text, alone, unpadded; an empty one is a pad token."""
+    """Return the logits of one text, alone and unpadded; an empty text is a pad token."""
     ids = tokenizer_of()(text)["input_ids"] or [0]
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([ids])).logits[0].numpy()
@@ -69,12 +69,12 @@ def test_b7_the_score_is_that_of_the_last_real_token(family, side, batch_size):
     logits = TextModel(model, tokenizer_of(side), batch_size=batch_size).logits(TEXTS)
     expected = np.stack([by_hand(model, text) for text in TEXTS])
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    assert np.abs(logits[0] - logits[1]).max() > 0.01  # texts do differ
+    assert np.abs(logits[0] - logits[1]).max() > 0.01  # the texts have different scores
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_b7_is_no_empty_claim(family):
-    """What is read in another place differs: the last column of a padded text is not its score."""
+def test_b7_negative_control(family):
+    """The negative control: with a wrong pad token, the score is read at the padding and differs."""
     model = build(family, pad_token_id=0).eval()
     ids = tokenizer_of()("a good film")["input_ids"]
     with torch.no_grad():
@@ -95,8 +95,8 @@ def test_classifier_by_hand():
         )
     reward = Classifier(model, 2, output="logit", tokenizer=tokenizer)
     assert scores(reward, TEXTS) == pytest.approx(logits[:, 2], abs=1e-5)
-    found = [scores(Classifier(model, label, output="label", tokenizer=tokenizer), TEXTS) for label in range(3)]
-    assert np.array(found).T.tolist() == np.eye(3)[logits.argmax(1)].tolist()
+    rewards = [scores(Classifier(model, label, output="label", tokenizer=tokenizer), TEXTS) for label in range(3)]
+    assert np.array(rewards).T.tolist() == np.eye(3)[logits.argmax(1)].tolist()
 
 
 def test_a_classifier_of_one_label_or_of_several_at_once_is_a_sigmoid():
@@ -115,15 +115,15 @@ def test_the_label_of_each_prompt():
     for name in ("label{}".format, int):
         for shift in (0, 1):
             prompts = [Prompt("a", row={"intent": name((label + shift) % 3)}) for label in likeliest]
-            found = reward.score(prompts, [preds_of(text) for text in TEXTS], [True] * len(TEXTS))
-            assert found == [1.0 - shift] * len(TEXTS)
+            rewards = reward.score(prompts, [preds_of(text) for text in TEXTS], [True] * len(TEXTS))
+            assert rewards == [1.0 - shift] * len(TEXTS)
     with pytest.raises(RewardError, match=r"Expected a label of .*'label0'.*got 'joy'"):
         env = TextEnv(["a"], CharTokenizer(), reward=reward)
         env._lanes.reward_calls.score([Prompt("a", row={"intent": "joy"})], [preds_of("good")], [True], False)
 
 
 def test_c8_the_model_sees_text_and_never_the_policys_ids():
-    """The policy's tokens are characters, the model's words: the score is that of the text."""
+    """The policy's tokens are characters, and the model's are words: the score is that of the text."""
     model = build()
     reward = Classifier(model, 1, output="logit", reads="whole", tokenizer=tokenizer_of())
     prompts, preds, dones = rows(["good film"], prompts=["a "])
@@ -134,13 +134,13 @@ def test_c8_the_model_sees_text_and_never_the_policys_ids():
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", "good plot"), ("right", "a bad")])
-def test_long_texts_are_cut_and_it_is_said_once(side, kept):
+def test_long_texts_are_cut_with_one_warning(side, kept):
     model = build()
     reward = Classifier(model, 1, output="logit", tokenizer=tokenizer_of(), max_length=2, truncation_side=side)
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than max_length=2 .* cut on the " + side):
-        found = scores(reward, ["a bad film a good plot", "film"])
-    assert found == pytest.approx([by_hand(model, text)[1] for text in (kept, "film")], abs=1e-5)
-    scores(reward, ["a bad film"])  # warnings of tests show: none here
+        rewards = scores(reward, ["a bad film a good plot", "film"])
+    assert rewards == pytest.approx([by_hand(model, text)[1] for text in (kept, "film")], abs=1e-5)
+    scores(reward, ["a bad film"])  # a second warning would show in pytest's summary
 
 
 @pytest.mark.filterwarnings("error")
@@ -154,7 +154,7 @@ def test_texts_as_long_as_the_model_can_read():
         Classifier(model, 1, tokenizer=tokenizer_of(), max_length=25)
 
 
-def test_the_models_own_dtype():
+def test_the_models_dtype():
     model = build()
     wide = scores(Classifier(model, 1, tokenizer=tokenizer_of()), TEXTS)
     reward = Classifier(build(), 1, tokenizer=tokenizer_of(), dtype="bfloat16")
@@ -171,7 +171,7 @@ def save(folder, n_labels=1, seed=0):
     return str(folder)
 
 
-def test_a_folder_is_what_was_saved_and_pickles(tmp_path):
+def test_a_saved_folder_scores_alike_and_pickles(tmp_path):
     reward = make_reward("classifier", model=save(tmp_path, 3), label="label1", device="cpu")
     expected = scores(Classifier(build(), 1, tokenizer=tokenizer_of()), TEXTS)
     assert scores(reward, TEXTS) == pytest.approx(expected, abs=1e-6)
@@ -274,7 +274,7 @@ def test_a_tokenizer_without_pad_and_end_is_named():
 
 
 class Calls(Classifier):
-    """Counts the texts of each call."""
+    """A classifier that counts the texts of each call."""
 
     def score(self, prompts, preds, dones):
         self.sizes = [*vars(self).get("sizes", []), len(prompts)]
@@ -289,19 +289,19 @@ def test_a_rollouts_texts_are_scored_in_one_call():
     model = tiny_agent(env, n_envs=4, n_steps=16)
     model.learn(64)
     assert len(judge.sizes) == 1 and judge.sizes[0] > 4
-    assert all(torch.equal(one, two) for one, two in zip(before, judge.model.parameters()))
+    assert all(torch.equal(old, new) for old, new in zip(before, judge.model.parameters()))
     assert all(weight.grad is None for weight in judge.model.parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("factor", "learns"), [(1.0, True), (0.0, False)])
 def test_a_policy_learns_what_a_classifier_likes(factor, learns):
-    """A classifier of characters that likes "b"; scaled to nothing, nothing is learned."""
+    """The classifier prefers "b"; with rewards scaled to 0, nothing is learned."""
     letters = bpe_tokenizer(["ab"], 257)
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=257, n_embd=8, n_layer=0, n_head=1, num_labels=2, eos_token_id=0)
     model = GPT2ForSequenceClassification(config)
-    with torch.no_grad():  # no layer: the score is that of the last letter
+    with torch.no_grad():  # without layers, the score depends on the last letter alone
         for weight in (model.transformer.wpe.weight, model.transformer.wte.weight, model.score.weight):
             weight.zero_()
         model.transformer.wte.weight[letters("b")["input_ids"][0], 0] = 1.0

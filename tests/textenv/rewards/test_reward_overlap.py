@@ -1,4 +1,4 @@
-"""Overlap with references and lexicon sentiment: by hand, and as the libraries themselves say."""
+"""Rewards for overlap with references, and `Vader`: by hand, and compared with the libraries."""
 
 import math
 import pickle
@@ -74,7 +74,7 @@ def test_a_prompt_without_references_is_named(reward):
 
 
 class Synonyms:
-    """Stands for WordNet: "big" and "tall" are synonyms (nltk looks up stems, which these words are)."""
+    """A stand-in for WordNet, in which "big" and "tall" are synonyms (nltk looks up stems, which they are)."""
 
     def ensure_loaded(self):
         pass
@@ -93,14 +93,14 @@ def test_meteor_with_wordnet_and_without(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         meteors = [METEOR(), METEOR(wordnet=True), METEOR(wordnet=False)]
-    assert [one.name for one in meteors] == ["meteor", "meteor", "meteor_without_wordnet"]
-    found = [scores(one, ["a big dog"], references=["a tall dog"])[0] for one in meteors]
-    assert found[0] == found[1] == pytest.approx(1 - 0.5 / 27)
-    assert found[2] == pytest.approx((1 - 0.5) * 2 / 3)
+    assert [meteor.name for meteor in meteors] == ["meteor", "meteor", "meteor_without_wordnet"]
+    rewards = [scores(meteor, ["a big dog"], references=["a tall dog"])[0] for meteor in meteors]
+    assert rewards[0] == rewards[1] == pytest.approx(1 - 0.5 / 27)
+    assert rewards[2] == pytest.approx((1 - 0.5) * 2 / 3)
 
 
 class Missing:
-    """Stands for a WordNet that was not downloaded."""
+    """A stand-in for a WordNet that was not downloaded."""
 
     def ensure_loaded(self):
         raise LookupError("Resource wordnet not found.")

@@ -1,4 +1,4 @@
-"""The batched contract of rewards: who is called with what, in an env and in compositions; names; pickling."""
+"""The batched contract of rewards: calls from an env and from compositions, names and pickling."""
 
 import pickle
 import subprocess
@@ -36,7 +36,7 @@ EOS, A, B = 0, 1, 2
 
 @dataclass
 class Counting(BatchReward):
-    """The text's length; remembers what it was given."""
+    """A reward of the text's length, which remembers its calls."""
 
     score_at: str = "done"
 
@@ -44,8 +44,8 @@ class Counting(BatchReward):
         self.calls = []
 
     def score(self, prompts, preds, dones):
-        self.calls.append(([str(prompt) for prompt in prompts], [one.text for one in preds], list(dones)))
-        return [float(len(one.text)) for one in preds]
+        self.calls.append(([str(prompt) for prompt in prompts], [text.text for text in preds], list(dones)))
+        return [float(len(text.text)) for text in preds]
 
 
 def stepwise(prompt, preds, done):
@@ -77,7 +77,7 @@ def test_a_stepwise_reward_sees_every_row(make_env):
 
 
 @pytest.mark.parametrize("own", ["step", "done", "rollout_end"])
-def test_the_reward_says_when_it_is_asked(make_env, own):
+def test_the_reward_sets_when_it_is_scored(make_env, own):
     assert make_env(reward=Counting(score_at=own)).score_at == own
     assert make_env(reward=Counting(score_at=own), score_at="done").score_at == "done"
     assert make_env().score_at == "step"
@@ -101,7 +101,7 @@ def test_parts_reach_the_info(make_env):
     env = make_env(["a"], reward=WeightedSum({"step": stepwise, "length": Length(4)}, {"length": 2.0}))
     env.reset(seed=0)
     rewards = [env.step(action) for action in (A, B, EOS)]
-    assert [one[1] for one in rewards] == [1.0, 1.0, 2.5]
+    assert [step[1] for step in rewards] == [1.0, 1.0, 2.5]
     assert rewards[-1][4]["reward_parts"] == {"step": 3.0, "length": 1.5}
 
 
@@ -180,7 +180,7 @@ def test_wrong_names(name, options, words):
         make_reward(name, **options)
 
 
-def test_rewards_come_without_torch_and_scorers():
+def test_rewards_are_imported_without_torch_and_scorers():
     code = (
         "import sys, textenv.rewards; "
         "textenv.rewards.make_reward('length', target=3); "
@@ -203,7 +203,7 @@ def test_weighted_sum_by_hand_and_nested_names():
     ("kinds", "whole"),
     [(["done"], "done"), (["done", "rollout_end"], "rollout_end"), (["step", "rollout_end"], "step")],
 )
-def test_a_composition_is_asked_as_often_as_a_part_needs(kinds, whole):
+def test_a_composition_is_scored_as_often_as_a_part_needs(kinds, whole):
     parts = [Counting(score_at=kind) for kind in kinds]
     assert WeightedSum(dict(zip("abc", parts))).score_at == whole
     assert Ensemble(parts).score_at == whole
@@ -244,7 +244,7 @@ def test_a_gate_of_finished_texts_charges_them_alone(make_env):
 def test_the_cache_asks_once_and_answers_the_same():
     plain, inner = Counting(), Counting()
     cached = Cached(inner, size=2)
-    batches = [["a", "bb", "a"], ["bb", "ccc"], ["a"]]  # "a" was used longest ago, and has left by the third
+    batches = [["a", "bb", "a"], ["bb", "ccc"], ["a"]]  # "a" is the oldest, and gone before the third batch
     assert [scores(cached, batch) for batch in batches] == [scores(plain, batch) for batch in batches]
     assert [texts for _, texts, _ in inner.calls] == [["a", "bb"], ["ccc"], ["a"]]
     assert cached.n_asked == 4
@@ -258,7 +258,7 @@ def test_the_cache_tells_prompts_and_rows_apart():
     assert cached.n_asked == 3
 
 
-def test_the_cache_does_not_remember_what_goes_on():
+def test_the_cache_does_not_remember_unfinished_texts():
     cached = Cached(lambda prompt, preds, done: float(done))
     prompts, preds, _ = rows(["a", "a"])
     assert cached.score(prompts, preds, [False, True]) == [0.0, 1.0]
@@ -305,7 +305,7 @@ def drops_b(prompt, preds, done):
     ],
 )
 def test_a_row_that_a_part_drops_is_dropped(reward, expected):
-    assert [one.score for one in score_rows(reward, *rows(["aa", "b"]))] == expected
+    assert [row.score for row in score_rows(reward, *rows(["aa", "b"]))] == expected
 
 
 def test_the_cache_asks_again_for_what_was_dropped():
@@ -373,4 +373,4 @@ def test_a_row_reward_needs_one_method():
         def score_row(self, prompt, preds):
             return float(preds.text.isupper())
 
-    assert [one.value for one in score_rows(Shout(), *rows(["A", "a"]))] == [1.0, 0.0]
+    assert [row.value for row in score_rows(Shout(), *rows(["A", "a"]))] == [1.0, 0.0]

@@ -1,4 +1,4 @@
-"""Similarity of embeddings, against cosines worked by hand from the same tiny model's hidden states."""
+"""The reward `Similarity`, compared with cosines from the same tiny model's hidden states."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ REFERENCES = ["a bad film", "good plot"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A sentence-transformers folder: a BERT of two layers, the mean over tokens."""
+    """Save a sentence-transformers model: a BERT of two layers, and the mean over tokens."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -45,21 +45,21 @@ def model(folder):
 
 
 def embed(model, text):
-    """The mean of the last hidden states of one text, alone."""
+    """Return the mean of the last hidden states of one text, alone."""
     bert = model[0].auto_model.eval()
     with torch.no_grad():
         ids = torch.tensor([word_tokenizer(WORDS)(text)["input_ids"]])
         return bert(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].mean(0).double().numpy()
 
 
-def cosine(model, one, other):
-    a, b = embed(model, one), embed(model, other)
+def cosine(model, first, second):
+    a, b = embed(model, first), embed(model, second)
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_the_best_cosine_with_the_references_by_hand(folder, model, batch_size):
-    expected = [max(cosine(model, text, one) for one in REFERENCES) for text in TEXTS]
+    expected = [max(cosine(model, text, reference) for reference in REFERENCES) for text in TEXTS]
     got = scores(Similarity(folder, batch_size=batch_size), TEXTS, references=REFERENCES)
     assert got == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.05
@@ -74,7 +74,7 @@ def test_a_fixed_text_and_the_whole_by_hand(folder, model):
     assert scores(Similarity(folder, text="bad plot", reads="whole"), TEXTS) == pytest.approx(expected, abs=1e-5)
 
 
-def test_an_empty_text_is_like_none(folder):
+def test_an_empty_text_has_similarity_0(folder):
     got = scores(Similarity(folder), ["", "  ", "bad"], references=["bad", ""])
     assert got == [0.0, 0.0, pytest.approx(1.0)]
     reward = Similarity(folder, text="bad")
@@ -110,7 +110,7 @@ def test_dtype_and_device(folder, model):
     assert {weight.dtype for weight in own._loaded.parameters()} == {torch.bfloat16}
 
 
-def test_what_is_missing_is_said(folder):
+def test_missing_references_and_wrong_options_are_refused(folder):
     with pytest.raises(ValueError, match="Expected a prompt with reference texts"):
         Similarity(folder).score(*rows(["bad"]))
     with pytest.raises(ValueError, match="`batch_size` to be at least 1, got 0"):
@@ -126,7 +126,7 @@ def test_what_is_missing_is_said(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("sign", "rises"), [(1.0, True), (-1.0, False)])
 def test_a_policy_learns_to_be_near_a_text_or_far_from_it(folder, sign, rises):
-    """The useful test: the cosine goes where the reward's sign says."""
+    """The cosine rises or falls with the sign of the reward."""
     reward, tokenizer = Similarity(folder, text="good plot good"), word_tokenizer(WORDS)
     env = TextEnv(["a film"], tokenizer, reward=Scale(reward, sign), max_new_tokens=3, stop_ids=())
     assert env.score_at == "rollout_end"

@@ -1,4 +1,4 @@
-"""Preference pairs about dialogues: what is read and refused, what is held out, and the environment."""
+"""The task HH: reading and refusing preference pairs, the held-out part, and the environment."""
 
 import gzip
 import json

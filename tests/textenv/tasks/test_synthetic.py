@@ -1,4 +1,4 @@
-"""RL4LMs' synthetic tasks: their rewards by hand, their environments, and that they can be learned."""
+"""RL4LMs' synthetic tasks: rewards by hand, environments, and learning."""
 
 import json
 
@@ -25,18 +25,18 @@ NUMBERS = word_tokenizer([str(number) for number in range(10)] + ["a", "b", "c",
     [
         ("", 20, 0.0),
         ("no number at all", 20, 0.0),
-        ("1 2 3", 20, 3 / 10),  # fewer than ten words count as ten
+        ("1 2 3", 20, 3 / 10),  # at least ten words are counted
         ("1 2 3 4 5 6 7 8 9 10", 20, 1.0),
         ("1 2 3 4 5 6 7 8 9 10 and so on", 20, 10 / 13),
-        ("3 2 1", 20, 1 / 10),  # the first number counts
-        ("1 2 1 3 4 5", 2, 2 / 6),  # what follows the end of the run does not
+        ("3 2 1", 20, 1 / 10),  # the run begins at the first number
+        ("1 2 1 3 4 5", 2, 2 / 6),  # numbers after the end of the run do not count
         ("2 2", 2, 1 / 2),  # equal is not larger
-        ("a 1 b 2 c", 2, 2 / 5),  # words in between do not end it
-        ("9 10 11", 6, 1.0),  # numbers, not texts
+        ("a 1 b 2 c", 2, 2 / 5),  # words in between do not end the run
+        ("9 10 11", 6, 1.0),  # compared as numbers, not as texts
         ("-2 -1.5 1e1", 2, 1.0),
         ("7, 8", 2, 1 / 2),  # "7," is no number
         ("1 inf", 2, 1.0),
-        ("1 nan 2", 2, 1 / 3),  # nothing is larger than nan, nor nan than anything
+        ("1 nan 2", 2, 1 / 3),  # nan is neither larger nor smaller
         ("nan 1", 2, 1 / 2),
         ("  1\n2\t3 ", 2, 1.0),
         ("1 2", 5, 2 / 2.5),  # half of an odd number
@@ -58,8 +58,8 @@ def test_the_reward_is_of_finished_texts_and_checked():
     [
         ("2014-03-07", 1.0),
         ("due on 2014-03-07 at noon, or 2015-01-01", 1.0),
-        ("120140-2014-03-078", 1.0),  # anywhere, in anything
-        ("9999-99-99", 1.0),  # no calendar is asked
+        ("120140-2014-03-078", 1.0),  # anywhere in the text
+        ("9999-99-99", 1.0),  # invalid dates count
         ("2014-3-7", 0.0),
         ("2014/03/07", 0.0),
         ("14-03-07", 0.0),
@@ -98,8 +98,8 @@ def test_a_tokenizer_without_an_end_token_needs_prompts(cls):
     assert [str(prompt) for prompt in cls(tokenizer, ["1", "2"]).prompts] == ["1", "2"]
 
 
-class Dealt(BatchReward):
-    """The control: the rewards of a rollout's texts, dealt to them at random."""
+class Shuffled(BatchReward):
+    """A control: the rewards of a rollout are shuffled over its texts."""
 
     score_at = "rollout_end"
 
@@ -112,9 +112,9 @@ class Dealt(BatchReward):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_control", [False, True])
-def test_increasing_numbers_are_learned_and_not_from_dealt_rewards(is_control):
+def test_increasing_numbers_are_learned_and_not_from_shuffled_rewards(is_control):
     env = IncreasingNumbers(NUMBERS, max_new_tokens=6, min_tokens=8)
-    trained_on = TextEnv([[0]], NUMBERS, reward=Dealt(env.reward), max_new_tokens=6) if is_control else env
+    trained_on = TextEnv([[0]], NUMBERS, reward=Shuffled(env.reward), max_new_tokens=6) if is_control else env
     config = tiny(vocab_size=len(NUMBERS), n_layer=1, n_embd=32, initializer_range=0.1)
     options = dict(batch_size=384, learning_rate=LinearSchedule(5e-3, 0.0, 1.0), target_kl=0.1, seed=0, device="cpu")
     model = make_agent(trained_on, config, n_envs=128, **options)

@@ -1,4 +1,4 @@
-"""DailyDialog: what is read from its files, and episodes of one reply and of several."""
+"""The task DailyDialog: its files, and episodes of one reply and of several."""
 
 import os
 import pickle
@@ -33,7 +33,7 @@ TOKENIZER = CharTokenizer("\n !?.,abcdefghijklmnopqrstuvwxyz")
 
 
 class Same(RowReward):
-    """1 where the text is the true reply, and as a part the intent that is wanted, over 10."""
+    """A reward with two parts: 1 for the true reply, and a tenth of the wanted intent's number."""
 
     def score_row(self, prompt, preds):
         return {"same": float(preds.text in prompt.references), "intent": prompt.row["intent"] / 10}
@@ -111,9 +111,9 @@ def test_by_name_from_the_hub(monkeypatch, columns):
 
 def test_a_split_is_of_whole_dialogues():
     dialogues = made_up(40)
-    again = [one._replace(intents=(3,) * len(one.turns)) for one in dialogues[:5]]
+    again = [dialogue._replace(intents=(3,) * len(dialogue.turns)) for dialogue in dialogues[:5]]
     train, held_back = split_dialogues(dialogues + again, 0.25, seed=1)
-    assert (len(train), len(held_back)) == (30, 10)  # what was there twice counts once
+    assert (len(train), len(held_back)) == (30, 10)  # duplicates count once
     assert not set(train) & set(held_back) and set(train) | set(held_back) == set(dialogues)
     assert split_dialogues(dialogues, 0.25, seed=1)[1] == held_back != split_dialogues(dialogues, 0.25, seed=2)[1]
     for share in (0.0, 1.0):
@@ -166,7 +166,7 @@ def test_long_prompts_lose_their_start():
 
 
 def test_the_default_reward_is_that_of_the_classifier_and_meteor(monkeypatch):
-    """The classifier is the one of the library where a name is given; here one that reads a question mark."""
+    """A name stands for the library's classifier, which is replaced by one that looks for a question mark."""
 
     class ByMark(RowReward):
         def __init__(self, model, tokenizer, label_column, output):
@@ -191,7 +191,7 @@ def test_the_default_reward_is_that_of_the_classifier_and_meteor(monkeypatch):
 # Several
 
 
-def test_the_other_says_what_was_said_then():
+def test_the_other_speaker_says_the_true_turns():
     env = talk_env(max_turns=3)
     assert type(env) is Conversation and env.is_multi_turn
     env.reset()
@@ -202,10 +202,10 @@ def test_the_other_says_what_was_said_then():
     *_, terminated, _, info = write(env, "come in!\n")
     assert terminated and info["end_reason"] is EndReason.ENV and info["text"] == "what\ncome in!"
     assert info["reward_parts"] == {"same": 0.5, "intent": pytest.approx((0.1 + 0.2) / 2)}
-    assert info["episode"]["l"] == len("what\ncome in!\n")  # the other's turn is nobody's action
+    assert info["episode"]["l"] == len("what\ncome in!\n")  # the other speaker's turn is no action
 
 
-def test_behind_an_end_token_the_separator_comes_with_the_answer():
+def test_after_an_end_token_the_separator_comes_with_the_answer():
     env = talk_env(max_turns=2)
     env.reset()
     observation, *_ = write(env, "what/")
@@ -213,15 +213,15 @@ def test_behind_an_end_token_the_separator_comes_with_the_answer():
     assert TOKENIZER.decode(since[since >= 0]) == "what</s>\nme\n"
 
 
-def test_the_next_reply_is_held_against_the_next_true_one():
-    """The true replies in the wrong order earn nothing."""
+def test_each_reply_is_compared_with_the_true_reply_of_its_turn():
+    """True replies in the wrong order earn nothing."""
     for text, earned in (("who is there?\ncome in!\n", 1.0), ("come in!\nwho is there?\n", 0.0)):
         env = talk_env(max_turns=2)
         env.reset()
         assert write(env, text)[-1]["reward_parts"]["same"] == earned
 
 
-def test_what_there_was_no_room_for_earns_nothing():
+def test_turns_without_room_earn_nothing():
     env = talk_env(max_turns=2, max_new_tokens=14)
     env.reset()
     *_, terminated, _, info = write(env, "who is there?\n")
@@ -232,7 +232,7 @@ def test_an_episode_ends_before_a_turn_that_is_too_long():
     env = talk_env(max_turns=3, max_response_tokens=5)
     assert [len(prompt.row["exchanges"]) for prompt in env.prompts] == [1, 0, 0, 0, 0]
     env.reset()
-    env.reset()  # "come in!" is the other's
+    env.reset()  # the second prompt: "come in!", the other's turn, is too long
     *_, terminated, _, info = write(env, "me\n")
     assert terminated and info["reward_parts"]["same"] == 1.0
     assert [len(prompt.row["exchanges"]) for prompt in talk_env(max_turns=3).prompts] == [1, 1, 0, 0, 0]
@@ -255,17 +255,17 @@ def test_each_turn_sees_the_conversation_up_to_it():
     ]
 
 
-def test_each_turn_keeps_when_its_reward_is_asked():
+def test_each_turn_keeps_when_its_reward_is_scored():
     late = Same()
     late.score_at = "rollout_end"
-    assert [EachTurn(one, TOKENIZER).score_at for one in (late, Same(), lambda *_: 0.0)] == [
+    assert [EachTurn(reward, TOKENIZER).score_at for reward in (late, Same(), lambda *_: 0.0)] == [
         "rollout_end",
         "done",
         "done",
     ]
 
 
-def test_it_goes_through_pickle():
+def test_conversations_pickle():
     again = pickle.loads(pickle.dumps(talk_env(max_turns=2)))
     assert type(again) is Conversation
     again.reset()
@@ -273,7 +273,7 @@ def test_it_goes_through_pickle():
 
 
 def test_training_and_evaluation_of_conversations():
-    """PPO on a tiny model, scored once a rollout; and the figures are of the same rewards."""
+    """PPO trains a tiny model with late scores, and evaluation measures the same rewards."""
     late = Same()
     late.score_at = "rollout_end"
     env = talk_env(max_turns=2, reward=late, max_new_tokens=12)
@@ -281,10 +281,10 @@ def test_training_and_evaluation_of_conversations():
     model = make_ppo(tiny(), env=env, n_steps=16, n_envs=4)
     model.learn(2 * 16 * 4)
     result = evaluate(model, env.prompts, TOKENIZER, env=env)
-    texts = [one.text.split("\n") for one in result.generations]
+    texts = [sample.text.split("\n") for sample in result.generations]
     expected = []
     for prompt, turns in zip(env.prompts, texts):
-        true = [*prompt.references, *(one["reply"] for one in prompt.row["exchanges"])]
+        true = [*prompt.references, *(exchange["reply"] for exchange in prompt.row["exchanges"])]
         expected.append(sum(text == reply for text, reply in zip(turns, true)) / len(true))
     assert result.figures["reward/same"].value == pytest.approx(np.mean(expected))
 
@@ -292,7 +292,7 @@ def test_training_and_evaluation_of_conversations():
 @pytest.mark.slow
 @pytest.mark.parametrize(("factor", "learns"), [(1.0, True), (0.0, False)])
 def test_a_policy_learns_what_to_say_and_what_to_say_next(factor, learns):
-    """ "a" to "c", and "b" when the other has gone on with "d"; with a reward of nothing, nothing is learned."""
+    """The replies are "a" to "c", and "b" to the other's "d"; with rewards scaled to 0, nothing is learned."""
     tokenizer = CharTokenizer("\nabcd")
     dialogue = Dialogue(("c", "a", "d", "b"), (0, 0, 0, 0))
     options = {"reward": Scale(Same(), factor), "max_turns": 2, "max_new_tokens": 4, "max_response_tokens": 3}
@@ -300,21 +300,21 @@ def test_a_policy_learns_what_to_say_and_what_to_say_next(factor, learns):
     agent = tiny_agent(env, lm=tiny_config(6), n_envs=32, n_steps=8, batch_size=128)
     agent.learn(256 * 14)
     result = evaluate(agent, env.prompts[:1] * 64, tokenizer, env=env)
-    share = np.mean([one.text == "a\nb" for one in result.generations])
+    share = np.mean([sample.text == "a\nb" for sample in result.generations])
     assert share > 0.8 if learns else share < 0.2
 
 
 @pytest.mark.skipif("TEXTENV_DATA" not in os.environ, reason="TEXTENV_DATA names no folder of data sets")
 def test_the_real_files():
     dialogues = read_dialogues(Path(os.environ["TEXTENV_DATA"]) / "dailydialog")
-    assert len(dialogues) == 1000 and sum(len(one.turns) for one in dialogues) == 8069
-    assert Counter(i for one in dialogues for i in one.intents) == {0: 3125, 1: 2244, 2: 1775, 3: 925}
+    assert len(dialogues) == 1000 and sum(len(dialogue.turns) for dialogue in dialogues) == 8069
+    assert Counter(i for dialogue in dialogues for i in dialogue.intents) == {0: 3125, 1: 2244, 2: 1775, 3: 925}
     rows = dialogue_rows(dialogues)
     assert len(rows) == 7069 and rows[0]["references"] == ["There is one . 5 blocks away from here ?"]
     assert all(row["prompt"].count("\n") <= 5 for row in rows)
     train, held_back = split_dialogues(dialogues)
     assert (len(train), len(held_back)) == (895, 100)
-    assert not {one.turns for one in train} & {one.turns for one in held_back}
+    assert not {dialogue.turns for dialogue in train} & {dialogue.turns for dialogue in held_back}
 
 
 def test_a_prompt_without_exchanges_has_one_reply():
@@ -328,7 +328,7 @@ def test_a_reply_without_a_score_drops_its_conversation():
         may_drop = True
 
         def score(self, prompts, preds, dones):
-            return [DROPPED if one.text == "bye" else 1.0 for one in preds]
+            return [DROPPED if pred.text == "bye" else 1.0 for pred in preds]
 
     reward, chars = EachTurn(Down(), CharTokenizer()), CharTokenizer()
     assert reward.may_drop and not EachTurn(lambda *_: 0.0, chars).may_drop

@@ -1,4 +1,4 @@
-"""The task of reviews: what is read, what is held out, and the environments of its gym id."""
+"""The task Reviews: reading, the held-out part, and the environments of its gym id."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def test_a_folder_is_read_in_either_encoding(tmp_path, encoding):
     read = read_reviews(tmp_path)
     assert read[0] == Review("a sad mess .", 0) and read[5] == Review("a clich\xe9 that works", 1)
     assert read[6].text == "a great joy \N{EN DASH} to see"
-    assert [one.label for one in read] == [0] * 5 + [1] * 4  # an empty line is no review
+    assert [review.label for review in read] == [0] * 5 + [1] * 4  # an empty line is no review
 
 
 def test_a_name_is_read_from_the_hub_in_the_columns_of_rotten_tomatoes(monkeypatch):
@@ -52,7 +52,7 @@ def test_a_name_is_read_from_the_hub_in_the_columns_of_rotten_tomatoes(monkeypat
 
     def read(name, split):
         asked.append(name)
-        return [{"text": f"{one}  film ", "label": 1} for one in split.split("+")]
+        return [{"text": f"{part}  film ", "label": 1} for part in split.split("+")]
 
     monkeypatch.setattr(reviews, "read_dataset", read)
     name = "cornell-movie-review-data/rotten_tomatoes"
@@ -72,22 +72,22 @@ def test_a_tenth_is_held_out_always_the_same_and_nothing_is_in_both():
     train, test = part_of(all_of_them, "train"), part_of(all_of_them, "held_out")
     assert sorted(train + test) == sorted(all_of_them) and len(test) == 20
     assert part_of(all_of_them, "train") == train
-    assert train != sorted(train) and 5 <= sum(one.label for one in test) <= 15  # mixed
+    assert train != sorted(train) and 5 <= sum(review.label for review in test) <= 15  # mixed
     with pytest.raises(ValueError, match="Expected `part` to be one of"):
         part_of(all_of_them, "test")
 
 
-def test_prompts_are_first_words_and_rows_keep_what_they_are_of(folder):
+def test_prompts_are_first_words_and_rows_keep_the_review(folder):
     parts = [Reviews(folder, TOKENIZER, reward=count_a, part=part) for part in ("train", "held_out")]
     prompts = [prompt for env in parts for prompt in env.prompts]
     assert sorted(prompts)[:3] == ["a clich\xe9 that", "a film to", "a great joy"]
     for prompt in prompts:
         assert prompt.row["text"].startswith(prompt + " ") and prompt.row["label"] in (0, 1)
-    assert len(prompts) == 8 and [len(env.prompts) for env in parts] != [8, 0]  # "bad" is no longer than a prompt
-    assert {len(one.split()) for one in Reviews(folder, TOKENIZER, reward=count_a, n_words=1).prompts} == {1}
+    assert len(prompts) == 8 and [len(env.prompts) for env in parts] != [8, 0]  # "bad" has no words after the prompt
+    assert {len(prompt.split()) for prompt in Reviews(folder, TOKENIZER, reward=count_a, n_words=1).prompts} == {1}
 
 
-def test_gym_makes_one_and_many_and_they_are_sound(folder):
+def test_gym_makes_single_and_vector_envs(folder):
     options = {"data": folder, "tokenizer": TOKENIZER, "reward": count_a, "max_new_tokens": 4}
     env = gym.make(MADE, **options)
     assert isinstance(env.unwrapped, Reviews)
@@ -140,7 +140,7 @@ def test_torch_is_loaded_for_a_classifier_only(folder):
         ({"reward": count_a, "part": "test"}, "`part` to be one of"),
     ],
 )
-def test_what_makes_no_task_is_refused(folder, kwargs, message):
+def test_wrong_options_are_refused(folder, kwargs, message):
     with pytest.raises(ValueError, match=message):
         Reviews(folder, TOKENIZER, **kwargs)
 
@@ -162,7 +162,7 @@ def test_the_data_set_itself_is_read():
     if "TEXTENV_DATA" not in os.environ:
         pytest.skip("needs the environment variable TEXTENV_DATA, a folder with the data set's folder rt_polarity")
     read = read_reviews(Path(os.environ["TEXTENV_DATA"]) / "rt_polarity")
-    assert len(read) == 10662 and sum(one.label for one in read) == 5331
-    assert not any(ord(char) in range(0x80, 0xA0) for one in read for char in one.text)
-    assert any("\xe9" in one.text for one in read)  # é
+    assert len(read) == 10662 and sum(review.label for review in read) == 5331
+    assert not any(ord(char) in range(0x80, 0xA0) for review in read for char in review.text)
+    assert any("\xe9" in review.text for review in read)  # é
     assert len(part_of(read, "held_out")) == 1066

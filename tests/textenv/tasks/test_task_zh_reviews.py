@@ -1,4 +1,4 @@
-"""Chinese rankings: how they are read and split, the env of their beginnings, the tokenizer, and the whole recipe."""
+"""The task ZhReviews: reading and splitting rankings, the environment, the tokenizer, and the whole example."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_a_malformed_line_is_named(tmp_path, line, words):
         read_rankings(folder_of(tmp_path, LINES + line + "\n" + LINES))
 
 
-def test_what_is_no_folder_of_rankings_is_refused(tmp_path):
+def test_folders_without_rankings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a folder that holds ranked.tsv, got 'uer/chinese'.*no\s+data set of the"):
         read_rankings("uer/chinese")
     with pytest.raises(ValueError, match=r"Expected the file ranked.tsv in .*, got a folder without it"):
@@ -125,16 +125,16 @@ def test_a_token_is_a_character_and_texts_come_back_without_spaces_between(tmp_p
     texts = ["很好，很好！", "a b\u3000c\td\n👍🏽é"]
     tokenizer = char_tokenizer(texts)
     tokenizer.save_pretrained(tmp_path)
-    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         for text in texts:
-            assert len(one.encode(text)) == len(text)
-            assert one.decode(one.encode(text)) == text
-            assert one.decode([*one.encode(text), one.eos_token_id], skip_special_tokens=True) == text
-        ids = one.encode("很好贵")
-        assert ids[-1] == one.unk_token_id and one.decode(ids, skip_special_tokens=True) == "很好"
-        assert decode_continuation(one, one.encode("很"), one.encode("好！")) == "好！"
-        assert PromptReader(one).read("很好").ids.tolist() == ids[:2] and isinstance(
-            PromptReader(one).read("很"), Prompt
+            assert len(loaded.encode(text)) == len(text)
+            assert loaded.decode(loaded.encode(text)) == text
+            assert loaded.decode([*loaded.encode(text), loaded.eos_token_id], skip_special_tokens=True) == text
+        ids = loaded.encode("很好贵")
+        assert ids[-1] == loaded.unk_token_id and loaded.decode(ids, skip_special_tokens=True) == "很好"
+        assert decode_continuation(loaded, loaded.encode("很"), loaded.encode("好！")) == "好！"
+        assert PromptReader(loaded).read("很好").ids.tolist() == ids[:2] and isinstance(
+            PromptReader(loaded).read("很"), Prompt
         )
 
 
@@ -145,7 +145,7 @@ def test_rare_characters_are_unknown():
 
 
 def made_up(folder, n_lines=60):
-    """Write rankings whose order four words tell."""
+    """Write rankings whose order is told by four phrases; return the folder."""
     choose = random.Random(0)
     folder.mkdir(exist_ok=True)
     things, moods = ["手机", "衣服", "酒店", "苹果", "电影"], ["很好，非常满意", "还可以吧", "不太好", "太差了，垃圾"]
@@ -154,16 +154,16 @@ def made_up(folder, n_lines=60):
 
 
 @pytest.mark.slow
-def test_the_recipe_runs_and_finds_again_what_is_done(tmp_path):
+def test_the_example_runs_and_skips_finished_stages_of_rankings(tmp_path):
     out = tmp_path / "out"
     command = ("examples/zh_reviews.py", "--data", made_up(tmp_path / "data"), "--smoke", "--out", out)
     printed = run(*command)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert results["accuracies"]["character n-grams"]["accuracy"] == 1.0  # of reviews it has not seen
+    assert results["accuracies"]["character n-grams"]["accuracy"] == 1.0  # on unseen reviews
     assert results["accuracies"]["judge"]["n_pairs"] == 6 * 6
     for name in ("beginnings of held-out reviews", "the four prompts"):
         assert {"judge", "reward", "kl", "length", "perplexity", "distinct_2"} <= results[name]["differences"].keys()
-        assert " " not in "".join(one["text"] for one in results[name]["texts"])
+        assert " " not in "".join(sample["text"] for sample in results[name]["texts"])
     log = (out / "samples.log").read_text(encoding="utf-8")
     assert log in printed and log.count("Random Sample 5 text(s) of model output:\n1. ") == 2
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Tokenizers of every make: what opens and closes a text, characters in pieces, and ids that are never made anew."""
+"""Tokenizers of all kinds: opening and closing tokens, characters in pieces, and ids that are never encoded again."""
 
 import warnings
 
@@ -21,7 +21,7 @@ def no_reward(prompt, preds, done):
 
 
 def bert():
-    """A Chinese GPT-2 as many are: BERT's tokenizer, which puts [CLS] in front and [SEP] behind."""
+    """Make the tokenizer of many a Chinese GPT-2: BERT's, which puts [CLS] in front of a text and [SEP] behind."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set("".join(CHINESE))), "film", "##ing", "great"]
     fast = Fast(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     fast.normalizer = normalizers.BertNormalizer()  # puts spaces around Chinese characters
@@ -34,7 +34,7 @@ def bert():
 
 
 def sentence_piece(template, **special):
-    """Words that carry the space in front of them, as SentencePiece writes them."""
+    """Make a tokenizer like SentencePiece's, whose words include the space in front of them."""
     words = ["<pad>", "</s>", "<unk>", "<s>", "▁the", "▁film", "▁was", "▁great", "ly", "."]
     fast = Fast(models.Unigram([(word, -1.0) for word in words], unk_id=2))
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -45,7 +45,7 @@ def sentence_piece(template, **special):
 
 @pytest.fixture(scope="module")
 def byte_level():
-    """A byte-level BPE, as GPT-2's: a character that it has not seen falls into bytes."""
+    """Make a byte-level BPE like GPT-2's, in which unseen characters are split into bytes."""
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -67,7 +67,7 @@ def play(env, ids, **reset):
     return observation, info
 
 
-# What opens a text is kept, what closes it is not
+# Opening special tokens are kept, closing ones are not
 
 
 def test_bert_does_not_end_the_prompt():
@@ -162,7 +162,7 @@ def test_a_stop_string_of_several_bytes(byte_level):
 
 def test_a_decoder_that_changes_what_came_before_gives_the_ids_alone():
     class Tidy(CharTokenizer):
-        """Takes out the space in front of an apostrophe, once something follows it."""
+        """Its `decode` removes the space in front of 's."""
 
         def decode(self, token_ids, *, skip_special_tokens=False):
             return super().decode(token_ids).replace(" 's", "'s")
@@ -235,7 +235,7 @@ def test_a10_byte_level_pieces_are_not_merged(byte_level):
 # The Protocol, and our own tokenizer
 
 
-def test_hugging_face_tokenizers_and_ours_have_the_members(byte_level):
+def test_tokenizers_of_transformers_and_ours_fit_the_protocol(byte_level):
     assert isinstance(byte_level, Tokenizer) and isinstance(CharTokenizer(), Tokenizer)
     assert not isinstance(object(), Tokenizer)
 
@@ -264,7 +264,7 @@ def test_char_tokenizer_by_hand():
     assert tokenizer.decode([2, 1, 0], skip_special_tokens=True) == "ba"
 
 
-def test_char_tokenizer_says_what_it_cannot_do():
+def test_char_tokenizer_refuses_what_it_cannot_encode():
     with pytest.raises(ValueError, match=r"Expected characters of 'ab', got \['x'\] in 'axb'"):
         CharTokenizer("ab").encode("axb")
     with pytest.raises(ValueError, match="Expected each character of `alphabet` once, got 'aba'"):

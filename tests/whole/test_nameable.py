@@ -1,4 +1,4 @@
-"""Every callable of both packages, public and private, in every place where a configuration names something."""
+"""The classes that a configuration may name: every callable of both packages, in every place that takes a name."""
 
 import importlib
 import inspect
@@ -26,7 +26,7 @@ from textenv.rewards.registry import REWARD
 
 @pytest.fixture
 def beside(tmp_path, monkeypatch):
-    """A folder beside the one to work in, which must stay as it is."""
+    """Work in a folder beside this one, which must stay empty."""
     (tmp_path / "here").mkdir()
     (tmp_path / "beside").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -36,17 +36,17 @@ def beside(tmp_path, monkeypatch):
 
 @cache
 def members():
-    """The path of everything callable that a module of ours has, its own or imported."""
-    found = []
+    """Return the path of every callable in our modules, defined there or imported."""
+    paths = []
     for package in (textenv, agents):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             loaded = importlib.import_module(module.name)
-            found += [f"{module.name}:{name}" for name, value in vars(loaded).items() if callable(value)]
-    return found
+            paths += [f"{module.name}:{name}" for name, value in vars(loaded).items() if callable(value)]
+    return paths
 
 
 def fitting(kind):
-    """What may be named where a kind is asked for."""
+    """Return the paths that may be named where a kind is expected."""
     return sorted(path for path in members() if fits(path, kind))
 
 
@@ -58,7 +58,7 @@ def fits(path, kind):
 
 
 COMPOSED = "Cached Clip Ensemble Gate Scale WeightedSum"
-# A class that comes here has been looked at: what can its arguments have it do, when they are a stranger's?
+# The reviewed classes: whoever adds one has asked what it can do with a stranger's arguments.
 LOOKED_AT = {
     REWARD: {
         "agents.supervised.learned_reward": "LearnedReward",
@@ -103,14 +103,14 @@ LOOKED_AT = {
 
 
 @pytest.mark.parametrize("kind", LOOKED_AT, ids=lambda kind: kind.name)
-def test_only_what_was_looked_at_may_be_named(kind):
+def test_only_reviewed_classes_may_be_named(kind):
     assert len(members()) > 1500
     listed = [f"{module}:{name}" for module, names in LOOKED_AT[kind].items() for name in names.split()]
     assert fitting(kind) == sorted(listed)
 
 
 def in_every_place(path, arguments, tokenizer):
-    """The ways by which a configuration has something built, each as a function."""
+    """Yield the ways in which a configuration builds a named object, each as a function."""
     reward = {"name": path, **arguments}
     yield lambda: make_env(EnvConfig("text", arguments, "p.txt", Named(path, arguments)), tokenizer, 0, Trust())
     yield lambda: make_env(EnvConfig(path, arguments), tokenizer, 0, Trust())
@@ -124,7 +124,7 @@ def in_every_place(path, arguments, tokenizer):
 
 @pytest.mark.slow
 def test_every_callable_in_every_place_is_refused_or_harmless(beside):
-    """Built without arguments, and where it may be named with paths of the folder beside for all that it takes."""
+    """Each is built without arguments and, if it may be named, with paths into the other folder as arguments."""
     tokenizer = word_tokenizer(demo.vocabulary())
     named = {path for kind in LOOKED_AT for path in fitting(kind)}
     n_built = n_refused = 0
@@ -148,9 +148,9 @@ def test_every_callable_in_every_place_is_refused_or_harmless(beside):
 
 @pytest.mark.slow
 def test_importing_any_module_of_ours_does_nothing(tmp_path):
-    """A name has its module imported before it is known to be refused."""
+    """A module is imported before its name can be refused."""
     modules = sorted({path.partition(":")[0] for path in members()})
     code = "import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
     command = [sys.executable, "-c", code, *modules]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+    process = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "") and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The built-in corpus: writer, recogniser, score, prompts and vocabulary say the same of one grammar."""
+"""The built-in corpus: reviews, parser, score, prompts and vocabulary follow one grammar."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What cannot work is refused by name: expected, got, and the cure; errors of a reward name lane and prompt."""
+"""Refusals of bad input: what was expected, what was given and the cure; a reward's error names lane and prompt."""
 
 import contextlib
 import math
@@ -173,7 +173,7 @@ def test_an_action_outside_the_space(make_env, action):
     env.reset()
     with pytest.raises(ValueError, match=rf"Expected token ids in \[0, 33\), got {action} in lane 0"):
         env.step(action)
-    env.step(1)  # nothing was written
+    env.step(1)  # the refused action has written nothing
 
 
 def test_an_action_outside_the_space_names_its_lane(make_env):
@@ -199,7 +199,7 @@ def test_actions_of_another_shape_or_kind(make_env, actions):
         envs.step(np.array(actions))
 
 
-# Rewards: lane 1 of three has the bad one
+# Rewards: lane 1 of three gets the bad reward
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_a_reward_that_is_no_finite_number(step_with, value):
 
 
 @pytest.mark.parametrize("value", [[1.0], (1.0,), np.array([[1.0, 2.0]]), {"style": [1.0]}])
-def test_a_reward_that_is_a_list_of_one_is_told_to_be_the_number(step_with, value):
+def test_a_list_of_one_reward_is_refused_with_the_cure(step_with, value):
     with pytest.raises(RewardError, match=rf"(?s)got .*: return the number itself, not a list of one {WHERE}"):
         step_with(value)
     for other in ([1.0, 2.0], "1", {}):
@@ -257,7 +257,7 @@ def test_a_reward_that_float32_cannot_square(step_with, value):
 
 @pytest.mark.parametrize("value", [1e39, {"a": 1e308, "b": 1e308}, 1j, torch.tensor(1.0, device="meta"), SystemExit(0)])
 def test_on_failure_decides_over_them_by_row(value):
-    """The other row of the call keeps its reward, and Ctrl-C is no failure of a reward."""
+    """The other row of the call keeps its reward. Ctrl-C is not taken for a failing reward."""
 
     def reward(prompt, preds, done):
         if prompt != "bad":
@@ -275,17 +275,17 @@ def test_on_failure_decides_over_them_by_row(value):
         )
         for choice in (-2.0, "raise")
     ]
-    for one in envs:
-        one.reset(seed=0)
+    for vector_env in envs:
+        vector_env.reset(seed=0)
     with pytest.warns(UserWarning, match="such rows earn -2"):
         assert envs[0].step(np.array([1, 1]))[1].tolist() == [1.0, -2.0]
     with pytest.raises(RewardError, match="lane 1, prompt 'bad'"):
         envs[1].step(np.array([1, 1]))
     value = KeyboardInterrupt()
-    for one in envs:
-        one.reset(seed=0)
+    for vector_env in envs:
+        vector_env.reset(seed=0)
         with pytest.raises(KeyboardInterrupt):
-            one.step(np.array([1, 1]))
+            vector_env.step(np.array([1, 1]))
 
 
 @pytest.mark.parametrize("value", [1, True, np.float32(1), np.int64(1), np.array(1.0), {"a": 0.25, "b": 0.75}])
@@ -321,7 +321,7 @@ def test_a_reward_function_that_raises(make_env):
 
 
 def batched(values):
-    """A class whose `get_rewards` returns `values`, or raises them."""
+    """Make a class whose `get_rewards` returns `values`, or raises it if it is an error."""
 
     class Batched(TextEnv):
         def get_rewards(self, prompts, preds, dones):
@@ -366,7 +366,7 @@ def test_a_late_score_that_is_bad_is_named_too(make_env):
 
 
 class ShortTokenizer(CharTokenizer):
-    """Forgets in its length that one token was added."""
+    """Its length lacks one of its tokens."""
 
     def __len__(self):
         return super().__len__() - 1
@@ -378,7 +378,7 @@ def test_a_text_whose_tokens_are_outside_the_vocabulary(make_env):
 
 
 def test_a_step_after_one_that_raised(make_env):
-    """What was written by a step that failed is not built upon."""
+    """A step after a failed one is refused, as the lanes may be half written."""
     env = make_env(reward=lambda prompt, preds, done: 1 / 0)
     env.reset(seed=0)
     with pytest.raises(RewardError, match="ZeroDivisionError"):

@@ -1,4 +1,4 @@
-"""Rewards that fail or are slow: what `on_failure` makes of a row, and how much of a run's time the reward takes."""
+"""Rewards that fail or are slow: the score of a failed row by `on_failure`, and the reward's share of the time."""
 
 import math
 import re
@@ -33,7 +33,7 @@ def raising(prompt, preds, done):
 
 
 def answering(instead):
-    """The same reward, which answers where the other fails."""
+    """Return the reward `raising` with the answer `instead` in place of each failure."""
     return lambda prompt, preds, done: (instead if is_bad(preds) else score(preds)) if done else 0.0
 
 
@@ -43,19 +43,19 @@ class Rows(RowReward):
 
 
 class Batch(BatchReward):
-    """A batch of which single rows have no number."""
+    """A batch reward that is NaN in single rows."""
 
     def score(self, prompts, preds, dones):
-        return [math.nan if is_bad(one) else score(one) for one in preds]
+        return [math.nan if is_bad(completion) else score(completion) for completion in preds]
 
 
 class Fragile(BatchReward):
-    """A batch that fails as a whole."""
+    """A batch reward that fails for all rows if one is bad."""
 
     def score(self, prompts, preds, dones):
         if any(map(is_bad, preds)):
             raise ConnectionError("gone")
-        return [score(one) for one in preds]
+        return [score(completion) for completion in preds]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_same_training_as_with_a_reward_that_answers(reward, score_at, on_fa
     assert model.logger.name_to_value[key] > 0
 
 
-def test_an_episode_that_fails_on_its_way_is_dropped_at_its_end_also_when_resumed(patient, tmp_path):
+def test_an_episode_that_fails_midway_is_dropped_at_its_end_also_after_a_resume(patient, tmp_path):
     def second_token(prompt, preds, done):
         if len(preds) == 2 and preds[-1] % 2:
             raise KeyError("no")
@@ -94,18 +94,18 @@ def test_an_episode_that_fails_on_its_way_is_dropped_at_its_end_also_when_resume
         return tiny_agent(tiny_env(second_token, on_failure="drop", stop_ids=[]), n_envs=8, n_steps=6)
 
     model, recorder = agent(), Recorder()
-    model.learn(8 * 6, callback=recorder)  # half of the lanes' episodes go on
+    model.learn(8 * 6, callback=recorder)  # half of the episodes are still running
     save_checkpoint(model, tmp_path / "saved")
     assert any(episode.failed for episode in model.get_env().lanes.state.episodes)
-    again, resumed = agent(), Recorder()
-    load_checkpoint(again, tmp_path / "saved")
+    resumed_model, resumed = agent(), Recorder()
+    load_checkpoint(resumed_model, tmp_path / "saved")
     model.learn(8 * 6, callback=recorder, reset_num_timesteps=False)
-    again.learn(8 * 6, callback=resumed, reset_num_timesteps=False)
-    assert run_state(model) == run_state(again)
+    resumed_model.learn(8 * 6, callback=resumed, reset_num_timesteps=False)
+    assert run_state(model) == run_state(resumed_model)
     episodes = list(resumed.episodes())
     assert {info["dropped"] for info, _ in episodes} == {True, False}
-    read = [(info["dropped"], TOKENIZER.encode(info["text"])) for info, _ in episodes]
-    assert all(is_dropped == bool(ids[1] % 2) for is_dropped, ids in read if len(ids) == 4)  # an end token has no text
+    dropped_and_ids = [(info["dropped"], TOKENIZER.encode(info["text"])) for info, _ in episodes]
+    assert all(is_dropped == bool(ids[1] % 2) for is_dropped, ids in dropped_and_ids if len(ids) == 4)  # without EOS
 
 
 def test_a_call_that_raises_fails_for_all_its_rows(patient):
@@ -114,7 +114,7 @@ def test_a_call_that_raises_fails_for_all_its_rows(patient):
 
 
 @pytest.mark.parametrize("value", [None, "good", math.inf, {"part": math.nan}])
-def test_no_number_is_a_failure(value):
+def test_a_score_that_is_no_number_is_a_failure(value):
     env = tiny_env(lambda *_: value, on_failure=-2.0)
     env.reset(seed=0)
     assert env.step(1)[1] == -2.0
@@ -143,7 +143,7 @@ def test_the_first_failure_is_shown_and_the_default_raises():
         trained(tiny_env(raising))
 
 
-def test_who_cannot_leave_out_an_episode_refuses():
+def test_an_env_alone_refuses_to_drop_an_episode():
     env = tiny_env(raising, on_failure="drop")
     env.reset(seed=0)
     with pytest.raises(RewardError, match="Expected a reward of every finished row, got DROPPED"):
@@ -175,11 +175,11 @@ def test_from_a_configuration(on_failure, code, tmp_path, monkeypatch, capfd):
     assert {"drop": "at most 5% of the episodes", "raise": "raised OSError: no (lane"}.get(on_failure, "") in error
 
 
-# How long it takes
+# The time that the reward takes
 
 
 class Slow:
-    """A reward that takes its time, or seems to: the clock is its own."""
+    """A reward that seems to take some seconds, as it moves the clock."""
 
     def __init__(self, monkeypatch, seconds):
         self.seconds, self.passed = seconds, 0.0
@@ -191,19 +191,19 @@ class Slow:
         return float(preds[-1])
 
 
-def test_the_share_of_the_reward_is_logged_and_a_large_one_warned_of(monkeypatch):
+def test_the_rewards_share_of_the_time_is_logged_and_a_large_one_warns(monkeypatch):
     for seconds, is_slow in ((1.0, True), (0.0, False)):
         model = tiny_agent(tiny_env(Slow(monkeypatch, seconds)), n_envs=8)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model.learn(32 * 2, callback=[EpisodeMetrics(), TrainingWarnings()], log_interval=None)
-        said = [str(one.message) for one in caught if "The reward takes" in str(one.message)]
-        assert len(said) == is_slow
+        messages = [str(warning.message) for warning in caught if "The reward takes" in str(warning.message)]
+        assert len(messages) == is_slow
         share = model.logger.name_to_value["time/reward_share"]
         assert (0.9 < share <= 1.0) if is_slow else (0.0 < share < 0.5)
         if is_slow:
             assert (
-                re.search("takes (9.|100)% of the time", said[0])
-                and "BatchReward" in said[0]
-                and "HTTPJudge" in said[0]
+                re.search("takes (9.|100)% of the time", messages[0])
+                and "BatchReward" in messages[0]
+                and "HTTPJudge" in messages[0]
             )

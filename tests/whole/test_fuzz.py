@@ -1,4 +1,4 @@
-"""Thousands of broken configurations and prompt files: each ends in one line and an exit code, and touches nothing."""
+"""Thousands of broken configurations and prompt files: each ends in one line and an exit code, and changes no file."""
 
 import random
 import re
@@ -53,16 +53,16 @@ VALUES = [
 ]  # fmt: skip
 
 
-def places(value, at=()):
-    """The paths to every value within."""
+def paths(value, at=()):
+    """Yield the path to every value inside `value`."""
     yield at
     if isinstance(value, dict | list):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(part, (*at, key))
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from paths(child, (*at, key))
 
 
 def changed(value, at, new):
-    """A copy with another value at a path."""
+    """Return a copy with another value at a path."""
     if not at:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -71,15 +71,15 @@ def changed(value, at, new):
 
 
 def mutated(draw):
-    """A configuration with a few wrong values."""
+    """Return a configuration with one or two wrong values."""
     config = BASE
     for _ in range(draw.randint(1, 2)):
-        config = changed(config, draw.choice(list(places(config))[1:]), draw.choice(VALUES))
+        config = changed(config, draw.choice(list(paths(config))[1:]), draw.choice(VALUES))
     return config
 
 
 def torn(draw, text):
-    """The bytes of a text, of some with a place spoilt."""
+    """Return the bytes of a text, which is damaged at one place in 30 % of the cases."""
     if draw.random() < 0.3:
         start, new = (
             draw.randrange(len(text)),
@@ -90,8 +90,8 @@ def torn(draw, text):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder to work in, beside one that is watched."""
+def root(tmp_path, monkeypatch):
+    """Work in a folder `here`, beside a folder that must not change; return their parent."""
     (tmp_path / "here").mkdir()
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside" / "thesis.txt").write_text("years of work")
@@ -100,21 +100,21 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def untouched(place):
-    return {str(path): path.read_text() for path in (place / "beside").rglob("*")} == {
-        str(place / "beside" / "thesis.txt"): "years of work"
+def untouched(root):
+    return {str(path): path.read_text() for path in (root / "beside").rglob("*")} == {
+        str(root / "beside" / "thesis.txt"): "years of work"
     }
 
 
 @pytest.mark.slow
-def test_configurations(place, monkeypatch, capfd):
-    small_model(place / "model")
-    monkeypatch.setattr(verbs, "check", lambda agent: SimpleNamespace(ok=True))  # what is looked at is what is built
+def test_configurations(root, monkeypatch, capfd):
+    small_model(root / "model")
+    monkeypatch.setattr(verbs, "check", lambda agent: SimpleNamespace(ok=True))  # only building the run is tested
     draw, codes = random.Random(0), []
-    words = ["--model.name", place / "model", "--device", "cpu"]
+    words = ["--model.name", root / "model", "--device", "cpu"]
     for number in range(N_CONFIGURATIONS):
         text = torn(draw, yaml.safe_dump(mutated(draw), allow_unicode=True))
-        (place / "here" / "c.yml").write_bytes(text)
+        (root / "here" / "c.yml").write_bytes(text)
         code = run("doctor", "c.yml", *words)
         err = capfd.readouterr().err
         codes.append(code)
@@ -124,13 +124,13 @@ def test_configurations(place, monkeypatch, capfd):
             err,
             text,
         )
-        assert untouched(place), (number, text)
+        assert untouched(root), (number, text)
     assert codes.count(0) > 5 and codes.count(2) > N_CONFIGURATIONS / 2
 
 
 @pytest.mark.slow
-def test_parts(place):
-    """The same without the parser, which takes a quarter of a second: what it lets through in names and arguments."""
+def test_parts(root):
+    """The same without the parser, which takes a quarter of a second: names and arguments that it would accept."""
     tokenizer, draw, n_built = word_tokenizer(demo.vocabulary()), random.Random(1), 0
     for number in range(N_PARTS):
         config = mutated(draw)
@@ -141,8 +141,8 @@ def test_parts(place):
             continue
         except Exception as error:
             assert isinstance(error, (CommandError, *HANDLED)), (number, config)
-            assert as_command_error(error, place).code == 2, (number, config, error)
-        assert untouched(place), (number, config)
+            assert as_command_error(error, root).code == 2, (number, config, error)
+        assert untouched(root), (number, config)
     assert n_built > N_PARTS / 20
 
 
@@ -160,18 +160,18 @@ def build_parts(config, tokenizer):
 
 
 def parsed(config, key):
-    """A group of the configuration, all of whose keys are known."""
+    """Return a group of the configuration, if all of its keys are known."""
     if not isinstance(config[key], dict) or config[key].keys() != BASE[key].keys():
         raise NotAConfiguration
     return config[key]
 
 
 class NotAConfiguration(Exception):
-    """What the parser refuses."""
+    """The parser would refuse the configuration."""
 
 
 def named(value):
-    """A name as the parser gives it."""
+    """Return a name as the parser would return it."""
     is_named = isinstance(value, dict) and value.keys() == {"id", "args"} and isinstance(value["id"], str)
     if is_named and isinstance(value["args"], dict) and all(isinstance(key, str) for key in value["args"]):
         return Named(value["id"], value["args"])
@@ -193,11 +193,11 @@ SOUND = {
 
 
 @pytest.mark.slow
-def test_prompt_files(place):
+def test_prompt_files(root):
     draw, n_read = random.Random(2), 0
     files = [*FIXED, *(broken(draw) for _ in range(N_FILES))]
     for number, (ending, content) in enumerate(files):
-        file = place / "here" / f"prompts{ending}"
+        file = root / "here" / f"prompts{ending}"
         file.write_bytes(content)
         try:
             env = TextEnv(str(file), CharTokenizer("ab"), reward=no_reward, max_new_tokens=2)
@@ -209,7 +209,7 @@ def test_prompt_files(place):
 
 
 def broken(draw):
-    """A file of prompts with some bytes changed."""
+    """Return the suffix and the content of a file of prompts with some bytes changed."""
     ending = draw.choice(list(SOUND))
     content = bytearray(SOUND[ending])
     for _ in range(draw.randint(1, 4)):

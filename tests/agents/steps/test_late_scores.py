@@ -1,4 +1,4 @@
-"""Scores that come at the end of a rollout: one call, on the right transition, in every log (invariants C1, C10)."""
+"""Scores at the end of a rollout: one call, on the right transition, in every log (invariants C1, C10)."""
 
 import numpy as np
 import pytest
@@ -24,18 +24,20 @@ LOWER = CharTokenizer("abc")  # four tokens: a quarter of all tokens ends an epi
 
 
 class Scorer(TextEnv):
-    """Scores batches, and keeps in `calls` what it was asked."""
+    """An env that scores batches, and keeps its calls in `calls`."""
 
     calls: list = []
 
     def get_rewards(self, prompts, preds, dones):
-        self.calls.append([(str(prompt), one.text, one.lane, done) for prompt, one, done in zip(prompts, preds, dones)])
-        return [{"length": 0.1 * len(one), "text": sum(one.ids) / 10} for one in preds]
+        self.calls.append(
+            [(str(prompt), pred.text, pred.lane, done) for prompt, pred, done in zip(prompts, preds, dones)]
+        )
+        return [{"length": 0.1 * len(pred), "text": sum(pred.ids) / 10} for pred in preds]
 
 
 @pytest.fixture
 def scorer():
-    """Build a `Scorer` whose `calls` are its own."""
+    """Return a function that builds a `Scorer` with its own list of calls."""
 
     def make(prompts=PROMPTS, max_new_tokens=4, tokenizer=TOKENIZER, score_at="rollout_end", **kwargs):
         cls = type("Scorer", (Scorer,), {"calls": []})
@@ -64,17 +66,17 @@ def test_one_call_a_rollout_with_every_episode_that_ended(scorer):
 
 
 def test_c10_a_score_lands_on_the_last_transition_of_its_episode(scorer):
-    """C1, C10: several episodes a lane in a rollout, of lengths from 1 on, and some that straddle rollouts."""
+    """C1, C10: a lane has several episodes in a rollout, some of one token, and some straddle rollouts."""
     env, recorder = scorer(("ab", "c"), max_new_tokens=5, tokenizer=LOWER), Recorder()
     model = lower_agent(env, n_steps=12)
     model.learn(4 * 12 * 3, callback=recorder)
     rewards, expected = recorder.stacked("rewards"), np.zeros((36, 4))
     lengths, ends = set(), []
-    for info, places in recorder.episodes():
-        ids = [int(recorder.actions[step][lane]) for step, lane in places]
-        expected[places[-1]] = score(ids)
+    for info, positions in recorder.episodes():
+        ids = [int(recorder.actions[step][lane]) for step, lane in positions]
+        expected[positions[-1]] = score(ids)
         lengths.add(len(ids))
-        ends.append((places[0][0] // 12, places[-1][0] // 12))
+        ends.append((positions[0][0] // 12, positions[-1][0] // 12))
         assert info["episode"]["r"] == pytest.approx(score(ids))
         assert info["reward_parts"] == pytest.approx({"length": 0.1 * len(ids), "text": sum(ids) / 10})
     np.testing.assert_allclose(rewards, expected, atol=1e-6)
@@ -82,7 +84,7 @@ def test_c10_a_score_lands_on_the_last_transition_of_its_episode(scorer):
 
 
 def test_two_episodes_of_one_lane_by_hand(scorer, monkeypatch):
-    """Lane 0 writes a, end, b, c, end; lane 1 writes c, c, end, end, a: rewards on the transitions that ended one."""
+    """Lane 0 writes a, end, b, c, end; lane 1 writes c, c, end, end, a. Rewards are on the ending transitions."""
     env = scorer(("ab",), max_new_tokens=4, tokenizer=LOWER)
     model = lower_agent(env, n_envs=2, n_steps=5)
     written = iter(np.array([[1, 3], [0, 3], [2, 0], [3, 0], [0, 1]]))
@@ -113,7 +115,7 @@ def test_logs_have_the_late_scores(scorer):
 
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_the_same_training_as_scores_at_done(scorer, algorithm):
-    """Bit for bit, where every episode ends in the rollout that it began in."""
+    """The weights are equal bit for bit if every episode ends in the rollout that it began in."""
     trained = []
     for score_at in ("done", "rollout_end"):
         env = scorer(stop_ids=(), score_at=score_at)
@@ -125,7 +127,7 @@ def test_the_same_training_as_scores_at_done(scorer, algorithm):
 
 
 def test_the_same_training_as_scores_at_done_with_episodes_of_all_lengths(scorer):
-    """Episodes may straddle rollouts: a score that is there before returns are computed makes no difference."""
+    """Episodes may straddle rollouts: a score makes no difference if it comes before the returns are computed."""
     trained = []
     for score_at in ("done", "rollout_end"):
         env = scorer(("ab", "c"), max_new_tokens=5, tokenizer=LOWER, score_at=score_at)
@@ -136,7 +138,7 @@ def test_the_same_training_as_scores_at_done_with_episodes_of_all_lengths(scorer
 
 
 class Returns(BaseCallback):
-    """Keeps what is trained: the log-probability and the return of every transition."""
+    """A callback that keeps the log-probability and the return of every trained transition."""
 
     def _on_training_start(self):
         self.trained = []
@@ -151,15 +153,15 @@ class Returns(BaseCallback):
 
 
 def test_complete_episodes_bring_the_score_to_every_token_of_an_episode_that_straddles(scorer):
-    """With gamma = lambda = 1 the return of every token of an episode is its score, once, whenever it began."""
+    """With gamma = lambda = 1, the return of every token of an episode is its score, in whatever rollout it began."""
     env, recorder, returns = scorer(max_new_tokens=7, tokenizer=LOWER, prompts=("ab", "c")), Recorder(), Returns()
     options = {"complete_episodes": True, "normalize_advantage": False}
     model = lower_agent(env, n_envs=8, n_steps=6, gae_lambda=1.0, rollout_buffer_kwargs=options)
     model.learn(48 * 5, callback=[recorder, returns])
     log_probs, straddling, expected = recorder.stacked("log_probs"), 0, []
-    for info, places in recorder.episodes():
-        straddling += places[0][0] // 6 != places[-1][0] // 6
-        expected += [(float(log_probs[place]), round(info["episode"]["r"], 4)) for place in places]
+    for info, positions in recorder.episodes():
+        straddling += positions[0][0] // 6 != positions[-1][0] // 6
+        expected += [(float(log_probs[position]), round(info["episode"]["r"], 4)) for position in positions]
     assert straddling >= 6
     assert sorted(returns.trained) == sorted(expected), "each transition once; unfinished episodes still wait"
 
@@ -182,12 +184,12 @@ def test_evaluation_on_the_training_env_scores_at_done_too(scorer):
     model.learn(16)
     rewards, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=4, return_episode_rewards=True)
     assert min(rewards) > 0
-    model.learn(16)  # resets the env, and goes on with late scores
+    model.learn(16)  # the reset env has late scores again
     assert len(model.get_env().env.calls[-1]) == 4
 
 
 def test_a_rollout_that_was_broken_off_leaves_no_score_behind(scorer):
-    """C10: what ended in steps that the buffer never got is not scored into the next rollout."""
+    """C10: episodes of a rollout that was broken off are not scored in the next one."""
 
     class StopAt(BaseCallback):
         def _on_step(self):

@@ -88,8 +88,17 @@ def save_checkpoint(model: OnPolicyAlgorithm, folder: str | os.PathLike[str], ov
         ValueError: An `OutputFolderError` if files in the folder would be lost.
 
     Example:
-        >>> from agents import load_checkpoint, save_checkpoint
-        >>> # save_checkpoint(model, "run/step_10000"); load_checkpoint(make_agent(...), "run/step_10000")
+        >>> import tempfile
+        >>> from agents import load_checkpoint, make_agent, save_checkpoint
+        >>> from textenv import CharTokenizer, TextEnv
+        >>> from transformers import GPT2Config
+        >>> env = TextEnv(["a", "bcd"], CharTokenizer(), reward=lambda prompt, preds, done: 0.0, max_new_tokens=4)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40, bos_token_id=0, eos_token_id=0)
+        >>> model, other = (make_agent(env, config, n_envs=8, device="cpu") for _ in range(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     load_checkpoint(other, save_checkpoint(model.learn(32), f"{folder}/step_32"))
+        >>> other.num_timesteps
+        32
     """
     _save(model, output_folder(folder, "checkpoint", overwrite))
     return Path(folder)

@@ -47,8 +47,17 @@ def export(
             in the folder would be lost.
 
     Example:
-        >>> from agents import export
-        >>> # export(model, tokenizer, "my-model"); AutoModelForCausalLM.from_pretrained("my-model")
+        >>> import tempfile
+        >>> from agents import char_tokenizer, export, make_agent
+        >>> from textenv import TextEnv
+        >>> from transformers import AutoModelForCausalLM, GPT2Config
+        >>> tokenizer = char_tokenizer(["abcd"])
+        >>> env = TextEnv(["a", "bcd"], tokenizer, reward=lambda prompt, preds, done: 0.0, max_new_tokens=4)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40, bos_token_id=0, eos_token_id=0)
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     folder = export(make_agent(env, config, n_envs=8, device="cpu"), tokenizer, f"{parent}/my-model")
+        ...     AutoModelForCausalLM.from_pretrained(folder).config.model_type
+        'gpt2'
     """
     policy = model if isinstance(model, LMPolicy) else model.policy
     if not isinstance(policy, LMPolicy):

@@ -20,7 +20,7 @@ def probe_logits(backbone: LanguageModel) -> Tensor:
     """Return some logits of a model for a few fixed tokens, (3, up to 256) float32 on the CPU."""
     device = backbone.device
     ids = torch.arange(N_TOKENS, device=device)[None] % backbone.vocab_size  # (1, T)
-    # (3,): the columns that predict a token, which are the last of the prompt and those of the completion
+    # (3,): the last column of the prompt, and both columns of the completion
     cols = torch.arange(N_PROMPT - 1, N_TOKENS, device=device)
     n_prompt = [torch.tensor([N_PROMPT], device=device)] if backbone.is_encoder_decoder else []
     _, logits = backbone(ids, torch.zeros_like(cols), cols, *n_prompt)  # (3, V)

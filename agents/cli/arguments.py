@@ -88,7 +88,7 @@ def make_parser(
     helps = _helps(config)
     if options is not None:
         _add_options(parser.add_argument_group(ONLY_HERE), options)
-    for action in parser._actions:
+    for action in parser._actions:  # argparse has no public list of them
         check_values(action)
         if action.dest in helps:
             action.help = helps[action.dest] + (_two_defaults(action.dest) if config is TrainConfig else "")

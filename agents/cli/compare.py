@@ -38,7 +38,10 @@ def compare(paths: Sequence[str], out: str) -> int:
     print(f"| run | tokens | reward at first | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 3)}")
     for name, rows in runs.items():
         values = [[row[key] for row in rows if row.get(key) is not None] for key in COLUMNS]
-        cells = [_shown(values[0][:1]), *(_shown(column[-1:]) for column in values)]
+        cells = [
+            _shown(values[0][:1]),
+            *(_shown(column[-1:]) for column in values),
+        ]  # first reward, last values
         print(f"| {name} | {rows[-1]['tokens'] if rows else 0:,} | {' | '.join(cells)} |")
     print(f"curves: {out}")
     return Exit.DONE

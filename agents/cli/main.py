@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after `textenv`; by default those of this process.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # huggingface_hub would report what is used
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not words or words[0] in ("-h", "--help"):
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(error)
     except KeyboardInterrupt as interrupt:  # a `StageStopped` has `args`, its message; Python's own has none
         _say(f"textenv: interrupted{_what_is_saved(words[0], bool(interrupt.args))}")
-        return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2
+        return interrupt.code if isinstance(interrupt, StageStopped) else Exit.SIGNAL + 2  # SIGINT is signal 2
     except HANDLED as error:
         from ..runs.exit_codes import as_command_error
 

@@ -74,7 +74,7 @@ class FirstEpisodes(BatchReward):
         scores: list[Score] = [DROPPED] * len(prompts)
         for row, score in zip(rows, answers, strict=True):
             if isinstance(score, float):  # else the person has skipped the question
-                scores[row] = 2 * (score - low) / (high - low) - 1
+                scores[row] = 2 * (score - low) / (high - low) - 1  # from [low, high] to [-1, 1]
         self.scores.append([score for score in answers if isinstance(score, float)])
         return scores
 
@@ -177,7 +177,7 @@ def make_trainee(env: TextEnv, lm: Any, chosen: RateConfig) -> OnPolicyAlgorithm
         n_envs=n,
         learning_rate=chosen.learning_rate,
         n_steps=n_steps,
-        batch_size=n * n_steps,
+        batch_size=n * n_steps,  # the whole rollout is one minibatch
         target_kl=TARGET_KL,
         rollout_buffer_kwargs={"complete_episodes": True, "normalize_advantage": False},
         seed=chosen.seed,
@@ -216,7 +216,7 @@ def learn(agent: OnPolicyAlgorithm, reward: FirstEpisodes, out: Path, session: s
         recent = [score for of_update in reward.scores for score in of_update][-SHOWN:]
         print(f"update {update}: mean of the last {len(recent)} scores {statistics.fmean(recent):.2f}")
         if update % SAVE_EVERY == 0:
-            save_step(agent, out / "checkpoints", keep=2)
+            save_step(agent, out / "checkpoints", keep=2)  # two, since one could be damaged
 
 
 class _HasQuit(BaseException):

@@ -81,7 +81,7 @@ def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[...,
         raise CommandError("Expected `held_out` without `task`, which holds out a tenth itself, got both.")
     if config.data is None and task not in MAKERS:
         raise CommandError(f"Expected --data FOLDER, the data set of the task {task}, got none.")
-    return Rows(*(list(readers[task](config.data, part)) for part in get_args(Part)))
+    return Rows(*(list(readers[task](config.data, part)) for part in get_args(Part)))  # "train", then "held_out"
 
 
 def _of_files(config: StageConfig, read: Callable[[Any, str], Any]) -> Rows:

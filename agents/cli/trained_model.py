@@ -231,7 +231,7 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
             chosen.n,
             max_new_tokens=most,
             deterministic=chosen.greedy,
-            seed=chosen.seed + start,
+            seed=chosen.seed + start,  # otherwise equal prompts in two chunks would get equal texts
             **writer.options,
         ):
             row = {"prompt": str(text.prompt), "text": text.text, "end_reason": str(text.end_reason)}
@@ -285,6 +285,7 @@ def _check_same(policy: LMPolicy, exported: LMPolicy, tokenizer: PreTrainedToken
     """
     shape = (N_COMPARED, COMPARED_PROMPT)
     prompts: list[PromptLike] = np.random.default_rng(0).integers(len(tokenizer), size=shape).tolist()
+    # As many tokens as the model can read after the prompt; a model without a limit of positions can read all.
     room = (n_positions(policy.backbone.model.config) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
     settings = {"max_new_tokens": min(COMPARED_TOKENS, room), "deterministic": True}
     ours, theirs = (

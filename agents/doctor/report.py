@@ -18,11 +18,11 @@ class Finding(NamedTuple):
 
     Attributes:
         name: The name of the check.
-        status: "ok"; "failed" where training would be wrong; "warning" where it may go badly; "skipped" where the
-            check does not apply.
+        status: "ok"; "failed" if training would be wrong; "warning" if it may go badly; "skipped" if the check does
+            not apply.
         measured: The figures that were compared.
-        cause: The likely cause; empty where all is well.
-        cure: What to change; empty where all is well.
+        cause: The likely cause; empty if nothing is wrong.
+        cure: The change that mends it; empty if nothing is wrong.
     """
 
     name: str

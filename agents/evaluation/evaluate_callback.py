@@ -193,7 +193,7 @@ class Evaluate(BaseCallback):
 
     @property
     def _models_read(self) -> list[LMActorCritic]:
-        """The models whose weights an evaluation reads: the policy and, where there is one, the reference.
+        """The models whose weights an evaluation reads: the policy and, if it is a model, the reference.
 
         Raises:
             ValueError: If weights are sharded and the evaluation would build a reference, which one process cannot.

@@ -161,9 +161,19 @@ def evaluate(
             number of rows than there are texts, or `before` has other prompts.
 
     Example:
-        >>> from agents.evaluation.evaluation import evaluate
-        >>> # after = evaluate(model, rows, tokenizer, [ROUGE()], references_column="reply", before=before)
-        >>> # print(after.to_markdown()); after.save("runs/after")
+        >>> from agents import evaluate, make_agent
+        >>> from textenv import CharTokenizer
+        >>> from textenv.metrics import Distinct
+        >>> from transformers import GPT2Config
+        >>> tokenizer = CharTokenizer()
+        >>> env = TextEnv(["a", "bcd"], tokenizer, reward=lambda prompt, preds, done: float(done), max_new_tokens=4)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40, bos_token_id=0, eos_token_id=0)
+        >>> model = make_agent(env, config, n_envs=8, device="cpu")
+        >>> before = evaluate(model, ["a", "bcd"], tokenizer, [Distinct([1])], n=2, env=env)
+        >>> # ... model.learn(10_000) ...
+        >>> after = evaluate(model, ["a", "bcd"], tokenizer, [Distinct([1])], n=2, env=env, before=before)
+        >>> sorted(before.figures), after.differences["reward"].value
+        (['distinct_1', 'length', 'reward'], 0.0)
     """
     policy = check_generator(model, tokenizer, n)
     if env is not None and (reward is not None or env_kwargs):

@@ -87,8 +87,15 @@ def generate(
             are longer than the model can read.
 
     Example:
-        >>> from agents import generate
-        >>> # [generation.text for generation in generate(model, ["The film was"], tokenizer, n=4)]
+        >>> from agents import generate, make_agent
+        >>> from textenv import CharTokenizer
+        >>> from transformers import GPT2Config
+        >>> tokenizer = CharTokenizer()
+        >>> env = TextEnv(["a", "bcd"], tokenizer, reward=lambda prompt, preds, done: 0.0, max_new_tokens=4)
+        >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40, bos_token_id=0, eos_token_id=0)
+        >>> model = make_agent(env, config, n_envs=8, device="cpu")
+        >>> [str(generation.prompt) for generation in generate(model, ["the film was"], tokenizer, n=2)]
+        ['the film was', 'the film was']
     """
     policy = check_generator(model, tokenizer, n)
     rows = [prompt for prompt in prompts for _ in range(n)]

@@ -77,7 +77,7 @@ class Parts:
     def __init__(self, config: TrainConfig, trust: Trust, progress_bar: bool = False) -> None:
         _check_algorithm(config.algorithm)
         _check_device(config.device)
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # the bars of loading weights would tear the live view
         self.config, self.trust, self.progress_bar = config, trust, progress_bar
 
     @cached_property

@@ -117,6 +117,7 @@ class RunCheckpoints(BaseCallback):
 def needed(model: object) -> int:
     """Return the approximate size of a model's checkpoint, in bytes."""
     policy = cast("OnPolicyAlgorithm", model).policy
+    # Frozen weights, 4 bytes each, have no moments.
     return sum(weight.numel() * (BYTES_A_WEIGHT if weight.requires_grad else 4) for weight in policy.parameters())
 
 
@@ -131,6 +132,7 @@ def checkpoint_to_load(run: RunFolder, say: Callable[[str], None] | None = None)
         CommandError: If the newest checkpoint is damaged and `say` is None, or if all of them are damaged.
     """
     checkpoint, damage = newest_intact(run.checkpoints)
+    # A checkpoint's name is "step_" and 12 digits.
     newest = "no checkpoint is intact" if checkpoint is None else f"newest intact: step {int(checkpoint.name[5:])}"
     if damage and (say is None or checkpoint is None):
         raise CommandError(f"{damage[0].rstrip('.')}; {newest}.")

@@ -29,7 +29,7 @@ class Named:
 
 
 def default_loggers() -> list[Named | str]:
-    """Return the default loggers: "tensorboard" and "curves", each where its package (extra `plot`) is installed."""
+    """Return the default loggers, "tensorboard" and "curves", as far as their packages (extra `plot`) are installed."""
     return [logger for logger, package in PLOTTED.items() if find_spec(package) is not None]
 
 
@@ -350,6 +350,7 @@ def argument_help(config: type) -> dict[str, str]:
     texts: dict[str, str] = {}
     for described in reversed(config.__mro__):
         _, _, arguments = inspect.cleandoc(described.__doc__ or "").partition("Args:\n")
+        # An entry begins with four spaces and a name; its further lines are indented more.
         entries = re.findall(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", arguments, flags=re.MULTILINE)
         texts |= {name: " ".join(text.split()) for name, text in entries}
     return texts

@@ -40,19 +40,21 @@ def dry_run(config: TrainConfig, options: TrainOptions) -> int:
     trust = trust_of(options)
     parts = assemble(config, trust, progress_bar=not options.quiet)
     agent, watch = parts.agent, Stopwatch()
-    agent.set_logger(Logger(None, []))
+    agent.set_logger(Logger(None, []))  # without outputs: figures go nowhere
     start = time.monotonic()
     tokens = agent.n_steps * agent.n_envs
     agent.learn(tokens, callback=CallbackList([*training_callbacks(config, trust), FiniteUpdates(), watch]))
     end = time.monotonic()
     evaluation = _seconds_of_evaluation(parts)
     n_iterations = math.ceil(config.total_tokens / tokens)
+    # One before training, and one at most after each rollout.
     n_evaluations = 1 + math.ceil(config.total_tokens / max(config.evaluation.every, tokens))
     total = (end - start) * n_iterations + evaluation * n_evaluations
     print(f"rollout of {tokens:,} tokens: {watch.end - start:.2f} s; its update: {end - watch.end:.2f} s")
     print(f"evaluation: {evaluation:.2f} s, {n_evaluations} times")
     print(f"the whole run, {config.total_tokens:,} tokens: about {clock(total)} (h:mm:ss)")
     print(f"memory at most: {_memory(parts)}")
+    # Old checkpoints are removed only after a new one is complete: for a while there is one more.
     print(f"disk: about {size(needed(agent) * (config.keep_checkpoints + 1))}")
     return Exit.DONE
 

@@ -207,7 +207,7 @@ class RunFolder:
             raise CommandError(f"Expected a folder to write to, got {self.path}: {error.strerror}.") from error
         with stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # LOCK_NB: raise instead of waiting for the lock
             except BlockingIOError:
                 stream.seek(0)
                 raise CommandError(f"{self.path} is in use by {stream.read().strip() or 'another process'}.") from None
@@ -330,6 +330,7 @@ def _is_installed(name: str) -> bool:
 
 def _commit(folder: Path) -> str | None:
     """Return the commit that is checked out in a folder, with "+" if files differ from it; None outside of git."""
+    # --exclude=* leaves out all tags, so that --always prints the commit itself.
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         git = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -41,6 +41,7 @@ class LiveScreen:
         self.last: dict[str, str] = {}
         self.texts: Sequence[Row] = ()
         self.last_note = ""
+        # transient=False: the last view stays on the terminal when training ends.
         self.live = Live(get_renderable=self._view, console=console, refresh_per_second=4, transient=False)
 
     def say(self, text: str) -> None:

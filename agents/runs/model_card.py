@@ -37,7 +37,7 @@ def model_card(
     """
     reward = config.env.reward
     described = json.dumps(asdict(reward), ensure_ascii=False) if isinstance(reward, Named) else reward
-    settings = json.dumps(asdict(config), ensure_ascii=False, indent=1).replace("```", "'''")
+    settings = json.dumps(asdict(config), ensure_ascii=False, indent=1).replace("```", "'''")  # must not end the block
     settings = printable(settings)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     commit = about["git"]["textenv"]

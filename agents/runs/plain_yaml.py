@@ -14,7 +14,7 @@ MAX_BYTES = 1_000_000
 MAX_NODES = 50_000  # values in a file; an alias counts as all the values of its anchor
 MAX_DEPTH = 64  # nested collections
 MAX_NAMES = 1000  # names in a list, since jsonargparse tries several types for each; lists in `args` may be longer
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without libyaml, which is faster
 
 
 def read_yaml(path: str) -> str:
@@ -25,7 +25,7 @@ def read_yaml(path: str) -> str:
     """
     try:
         with Path(path).open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+            data = stream.read(MAX_BYTES + 1)  # one more than allowed shows that the file is too large
         if len(data) > MAX_BYTES:
             raise CommandError(f"Expected a configuration of at most {MAX_BYTES:,} bytes, got more in {path}.")
         text = data.decode()

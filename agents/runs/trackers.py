@@ -54,6 +54,7 @@ class Tracker:
     def __init__(self, named: Named, run: RunFolder, config: TrainConfig, sent: int = -1) -> None:
         check_tracker(named.id)
         self.sent = sent
+        # Both packages read their folder from the environment, where a user's own value stays.
         os.environ.setdefault("TRACKIO_DIR", str(run.path / "trackio"))
         os.environ.setdefault("WANDB_DIR", str(run.path))
         with needs(named.id, named.id, "the logger of that name"):
@@ -109,7 +110,7 @@ class MLflowTracker:
             self.mlflow: Any = importlib.import_module("mlflow")
         options = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI"), "run_name": _unique_name(run), **named.args}
         experiment, address = options.pop("experiment_name", EXPERIMENT), options.pop("tracking_uri")
-        artifacts = None if address else (run.path / "mlflow").resolve().as_uri()
+        artifacts = None if address else (run.path / "mlflow").resolve().as_uri()  # a server has a store of its own
         self.client = self.mlflow.MlflowClient(address or f"sqlite:///{run.path.resolve() / 'mlflow.db'}")
         check_arguments(self.client.create_run, {"experiment_id", *options}, "the logger 'mlflow'")
         kept = run.path / "mlflow.json"

@@ -36,7 +36,7 @@ class _InLanes:
         **kwargs: Any,
     ) -> None:
         lanes = as_lanes(env)
-        if lanes is not None:
+        if lanes is not None:  # None if SB3 `BaseAlgorithm.load` has no env: it sets the saved attributes afterwards
             kwargs = _settings(type(self), lanes, n_minibatches, rollout_buffer_kwargs, kwargs)
         super().__init__(policy, lanes, rollout_buffer_class=self._buffer_class, **kwargs)  # type: ignore[call-arg]
 
@@ -119,6 +119,7 @@ class _MonitoredLanes(TextVecEnv):
     def _write(self, lane: int, info: dict[str, Any]) -> None:
         writer = self.writers[lane]
         if writer is not None and not info["dropped"]:
+            # The columns of SB3 `monitor.ResultsWriter`: reward, length in tokens, seconds since the start.
             writer.write_row({name: info["episode"][name] for name in ("r", "l", "t")})
 
 

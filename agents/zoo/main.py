@@ -92,6 +92,7 @@ def register() -> None:
         ImportError: If rl_zoo3 is not installed.
     """
     check_extra("zoo", "rl_zoo3", "agents.zoo")
+    # rl_zoo3 looks up algorithms in `utils.ALGOS`, and the functions of a search in `hyperparams_opt`.
     search = importlib.import_module("rl_zoo3.hyperparams_opt")
     for name, algorithm in ALGORITHMS.items():
         importlib.import_module("rl_zoo3.utils").ALGOS[name] = algorithm

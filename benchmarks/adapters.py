@@ -18,7 +18,7 @@ from work import Row, Settings, pairs, rollout, run_script
 from agents import LoRA
 
 RANK = 8
-MOST = 0.10  # of the bytes
+MOST = 0.10  # the target: adapters hold at most a tenth of the bytes
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -65,10 +65,10 @@ def update(model: PPO) -> int:
 
 
 def n_bytes(model: PPO) -> int:
-    """Bytes of all gradients, and of the optimizer's tensors for them."""
+    """Return the bytes of all gradients, and of the optimizer's tensors for them."""
     optimizer = model.policy.optimizer
     state = [
-        tensor for kept in optimizer.state.values() for tensor in kept.values() if isinstance(tensor, torch.Tensor)
+        tensor for entry in optimizer.state.values() for tensor in entry.values() if isinstance(tensor, torch.Tensor)
     ]
     gradients = [weight.grad for weight in model.policy.parameters() if weight.grad is not None]
     return sum(tensor.nbytes for tensor in (*state, *gradients))

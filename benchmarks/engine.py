@@ -39,7 +39,7 @@ def measure(settings: Settings) -> list[Row]:
 def row(
     claim: str, engine: LocalEngine, pid: int, settings: Settings, work: Work, stop_ids: list[int], n_steps: int
 ) -> Row:
-    """Run A B A B ... after one warm-up of each."""
+    """Alternate rollouts by the engine and by the policy, after one warm-up of each; return the row."""
     own, written = (work.agent(stop_ids=stop_ids, n_steps=n_steps) for _ in range(2))
     EngineRollouts(engine).attach(written)
     timed(written, pid), timed(own, pid)
@@ -55,7 +55,7 @@ def row(
 
 def timed(model: PPO, pid: int) -> tuple[float, float]:
     """Return the seconds of a rollout per token, by wall clock and by the CPU time of both processes."""
-    model._n_updates += 1  # so that the weights count as new, and are sent
+    model._n_updates += 1  # PPO.train counts updates here; a new count makes `EngineRollouts` send the weights
     start, cpu = time.perf_counter(), time.process_time() + cpu_of(pid)
     n_tokens = rollout(model)
     seconds = time.perf_counter() - start, time.process_time() + cpu_of(pid) - cpu

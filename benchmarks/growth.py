@@ -26,10 +26,10 @@ PANELS: dict[str, dict[str, Any]] = {
     "generated tokens": {"key": "new_tokens", "at": (16, 32, 64, 128, 256, 512), "n_lanes": 64},
     "vocabulary": {"key": "vocab_size", "at": (1000, 5000, 20_000, 50_000, 150_000), "n_lanes": 16, "new_tokens": 32},
 }
-BATCH = 1024  # tokens of a minibatch, or all where the rollout has fewer
-SHORT, LONG = 16, 512  # generated tokens of the claim
-TOKENS = 8192  # of its rollouts; a minibatch has a quarter, which is four sequences of the longer ones
-RUNS = 3
+BATCH = 1024  # tokens of a minibatch, or the whole rollout if it has fewer
+SHORT, LONG = 16, 512  # generated tokens of the row with a target
+TOKENS = 8192  # tokens of its rollouts; a minibatch has a quarter of them: four of the longer sequences
+RUNS = 3  # measured runs of each point, after one warm-up
 
 
 class Point(NamedTuple):
@@ -52,13 +52,13 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def agent(work: Work, batch_size: int = BATCH) -> PPO:
-    """PPO with one epoch and weights that hardly move."""
+    """Return PPO with one epoch and weights that hardly move."""
     batch_size = min(batch_size, work.n_lanes * work.new_tokens)
     return work.agent(n_epochs=1, batch_size=batch_size, learning_rate=1e-7)
 
 
 def point(settings: Settings, x: int, panel: dict[str, Any]) -> Point:
-    """The median of a few runs after a warm-up."""
+    """Return the medians of a few runs after a warm-up."""
     key = panel.pop("key")
     panel.pop("at")
     work = settings.work(**{**SHAPE, **panel, key: x})
@@ -79,7 +79,7 @@ def update(model: PPO) -> int:
 
 
 def panel_row(name: str, points: list[Point]) -> Row:
-    """The ends of a panel."""
+    """Return the row with both ends of a panel."""
     first, last = points[0], points[-1]
     rollouts = f"rollout {first.rollout:,.1f} to {last.rollout:,.1f} µs/token"
     updates = f"update {first.update:,.1f} to {last.update:,.1f} µs/token"
@@ -95,8 +95,8 @@ def draw(panels: dict[str, list[Point]], path: Path) -> None:
     grid = figure.subplots(1, len(panels), sharey=True)
     grid[0].set_ylabel("µs a token")
     for axes, (name, points) in zip(grid, panels.items(), strict=True):
-        for what, marker in (("rollout", "o"), ("update", "s")):
-            axes.loglog([p.x for p in points], [getattr(p, what) for p in points], marker=marker, label=what)
+        for side, marker in (("rollout", "o"), ("update", "s")):
+            axes.loglog([p.x for p in points], [getattr(p, side) for p in points], marker=marker, label=side)
         axes.set_xlabel(name)
         axes.set_xticks([p.x for p in points], [f"{p.x:,}" for p in points])
         axes.set_xticks([], minor=True)
@@ -106,7 +106,7 @@ def draw(panels: dict[str, list[Point]], path: Path) -> None:
 
 
 def length_row(settings: Settings) -> Row:
-    """The update at short and long completions, in turns; longer prompts would make the short ones dear."""
+    """Compare updates on short and long completions; longer prompts would make the short ones more expensive."""
     shapes = [{**SHAPE, "prompt_tokens": 1, "new_tokens": n, "n_lanes": TOKENS // n} for n in (SHORT, LONG)]
     works = [settings.work(**shape) for shape in shapes]
     models = [agent(work, TOKENS // 4) for work in works]
@@ -126,15 +126,15 @@ def length_row(settings: Settings) -> Row:
 
 
 def bound(short: Work, long: Work) -> float:
-    """Return by how much the multiplications of a generated token grow: a backward has twice a forward's of each."""
+    """Return the growth of a generated token's multiplications; a backward doubles each kind, so forwards suffice."""
     return multiplications(long) / multiplications(short)
 
 
 def multiplications(work: Work) -> float:
-    """Of a forward: trunk and attention at all positions, the head at generated ones, for each of these."""
+    """Return the multiplications of a forward per generated token: all positions in trunk and attention."""
     n_positions = work.prompt_tokens + work.new_tokens
-    trunk = 12 * work.width**2  # a layer: 4 of the attention's own maps, 8 of the feed-forward part
-    attention = 2 * work.width * n_positions / 2  # a layer: scores and their sum, over what is to the left: half
+    trunk = 12 * work.width**2  # per layer: 4 H^2 in attention's projections, 8 H^2 in the feed-forward part
+    attention = 2 * work.width * n_positions / 2  # per layer: scores and weighted sum, over half of the positions
     in_trunk = work.n_layer * (trunk + attention) * n_positions / work.new_tokens
     return in_trunk + work.width * work.vocab_size
 

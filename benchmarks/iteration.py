@@ -36,10 +36,10 @@ from agents.steps.kl_penalty import Estimator
 from textenv.episodes.rules import PADDING, SEPARATOR
 
 N_EPOCHS = 4
-SEQUENCES = 16  # of a minibatch
+SEQUENCES = 16  # per minibatch
 KL_COEF = 0.05
-MOST_KL = 1.15  # room for one forward of the reference, to a rollout and 4 epochs of forward and backward
-N_SAMPLED_STEPS = 3  # of the slow rollout: near its start, middle and end
+MOST_KL = 1.15  # allows one forward of the reference beside a rollout and 4 epochs of forward and backward
+N_SAMPLED_STEPS = 3  # measured steps of the slow rollout: near its start, middle and end
 INSTALL = "python -m venv trl-env && trl-env/bin/pip install trl==1.12.0, then set TRL_PYTHON=trl-env/bin/python"
 
 
@@ -77,7 +77,7 @@ def against_trl(settings: Settings, critic: str, must: float) -> Row:
 
 
 def kl_rows(settings: Settings) -> list[Row]:
-    """Iterations with a penalty in turns with iterations without: by the token's own estimate, and exact."""
+    """Compare iterations with a penalty with iterations without: by the estimator "k1", and by "exact"."""
     work = settings.work()
     without = ours(agent(work), work.device)
     return [kl_row(settings, work, without, *case) for case in (("k1", MOST_KL), ("exact", None))]
@@ -86,7 +86,7 @@ def kl_rows(settings: Settings) -> list[Row]:
 def kl_row(
     settings: Settings, work: Work, without: Callable[[], Done], estimator: Estimator, most: float | None
 ) -> Row:
-    """The time of an iteration with a penalty, in iterations without."""
+    """Compare an iteration with a penalty with one without."""
     model = agent(work)
     KLPenalty(KL_COEF, estimator=estimator).attach(model)
     result, _ = alternate(without, ours(model, work.device), settings.n_pairs)
@@ -115,12 +115,13 @@ def stock_sb3(settings: Settings, prompt_tokens: int, new_tokens: int, must: flo
 
 
 def agent(work: Work, **kwargs: Any) -> PPO:
-    """Ours, with as many minibatches as the peers."""
+    """Return our agent, with as many minibatches as the peers."""
     batch_size = work.n_lanes * work.new_tokens // n_minibatches(work)
     return work.agent(n_epochs=N_EPOCHS, batch_size=batch_size, **kwargs)
 
 
 def n_minibatches(work: Work) -> int:
+    """Return the number of minibatches of an epoch."""
     return max(1, work.n_lanes // SEQUENCES)
 
 
@@ -143,11 +144,11 @@ def alternate(a: Callable[[], Done], b: Callable[[], Done], n_pairs: int) -> tup
     a(), b()
     speeds: list[tuple[float, float]] = []
     for _ in range(n_pairs):
-        one, other = a(), b()
-        assert one[:2] == other[:2], f"Expected the same tokens and optimizer steps, got {one[:2]} and {other[:2]}."
-        speeds.append((one.tokens / one.seconds, other.tokens / other.seconds))
+        of_a, of_b = a(), b()
+        assert of_a[:2] == of_b[:2], f"Expected the same tokens and optimizer steps, got {of_a[:2]} and {of_b[:2]}."
+        speeds.append((of_a.tokens / of_a.seconds, of_b.tokens / of_b.seconds))
     medians = [statistics.median(side) for side in zip(*speeds, strict=True)]
-    return Pairs(*medians, [x / y for x, y in speeds]), one
+    return Pairs(*medians, [x / y for x, y in speeds]), of_a
 
 
 def has_trl(python: str) -> bool:
@@ -161,7 +162,7 @@ def has_trl(python: str) -> bool:
 
 @contextmanager
 def trl(python: str, work: Work) -> Iterator[Callable[[], Done]]:
-    """Start TRL and give a function that lets it run one iteration."""
+    """Start TRL, and yield a function that makes it run one iteration."""
     task = {**asdict(work), "n_epochs": N_EPOCHS, "n_minibatches": n_minibatches(work), "kl_coef": KL_COEF}
     command = [python, str(Path(__file__).with_name("trl_peer.py")), json.dumps(task)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -179,14 +180,15 @@ def trl(python: str, work: Work) -> Iterator[Callable[[], Done]]:
             report = json.loads(line)
             return Done(report["tokens"], report["optimizer_steps"], report["seconds"])
 
-        yield iteration  # its stdin is closed after that, and it ends
+        yield iteration  # leaving `Popen` closes stdin, which ends the peer
 
 
 class PaddedPolicy(LMPolicy):
-    """Our policy, which reads each sample of the update padded to the width of the observation."""
+    """Our policy, but with each sample of the update padded to the width of the observation."""
 
     def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ids, lengths = unpack_observations(obs)
+        # (B, L) -> hidden states (B, H) and logits (B, V) at the last token of each row
         hidden, logits = self.lm.backbone(ids, torch.arange(len(ids), device=ids.device), lengths - 1)
         distribution = TokenDistribution(logits)
         return self.lm.critic(hidden)[:, None], distribution.log_prob(actions), distribution.entropy()
@@ -198,9 +200,9 @@ READS = {LMPolicy: "read in our buckets", PaddedPolicy: "padded"}
 class StockPart:
     """A part of an iteration of PPO with SB3's `RolloutBuffer`, scaled to the whole.
 
-    Three steps of the rollout, of all lanes, at 1/6, 3/6 and 5/6 of the completion: so they read as many tokens as the
-    average step. Then as many samples as these steps have, of completions of all lengths, in one update of one epoch by
-    `PPO.train`. Stepping the env, and computing rewards and advantages, are not counted.
+    It takes three steps of the rollout, of all lanes, at 1/6, 3/6 and 5/6 of the completion, which read as many tokens
+    as the average step. Then `PPO.train` makes one update of one epoch on as many samples, from completions of all
+    lengths. Stepping the env, and computing rewards and advantages, are not counted.
     """
 
     def __init__(self, work: Work, policy: type[LMPolicy]) -> None:
@@ -208,7 +210,7 @@ class StockPart:
         self.n_steps = min(N_SAMPLED_STEPS, work.new_tokens)
         self.share = self.n_steps / work.new_tokens
         self.rng = np.random.default_rng(3)
-        # Ours gives the env. Stock PPO is built for the sampled steps: one minibatch, all of them.
+        # The env is taken from our agent. The sampled steps are one rollout of stock PPO, in one minibatch.
         self.model = PPO(
             policy,
             work.agent().env,

@@ -25,7 +25,7 @@ LIMITS = (8, 128)
 
 
 class Counted(Classifier):
-    """Counts its calls and the texts in them."""
+    """A classifier that counts its calls and their texts."""
 
     calls = 0
     texts = 0
@@ -40,7 +40,7 @@ def measure(settings: Settings) -> list[Row]:
     """Measure the row."""
     late, at_done = (agent(settings, score_at) for score_at in ("rollout_end", "done"))
     for model in (late, at_done):
-        rollout(model)  # into the steady state: no lane is in step with another
+        rollout(model)  # until lanes end at different steps
     result = pairs(lambda: rollout(late), lambda: rollout(at_done), settings.n_pairs, settings.device)
     low, high = limits(settings)
     return [
@@ -57,17 +57,17 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def limits(settings: Settings) -> tuple[int, int]:
-    """The shortest and the longest completion."""
+    """Return the lengths of the shortest and the longest completion, in tokens."""
     return (2, 8) if settings.smoke else LIMITS
 
 
 def agent(settings: Settings, score_at: ScoreAt) -> PPO:
-    """A policy, and the classifier that scores it."""
+    """Return an agent whose texts a classifier scores."""
     low, high = limits(settings)
     work = settings.work(new_tokens=high)
     lengths = np.random.default_rng(1).integers(low, high + 1, 4096)
     rows = [{"prompt": p, "max_new_tokens": int(n)} for p, n in zip(work.prompts(), lengths, strict=True)]
-    tokenizer = word_tokenizer([str(token) for token in range(work.vocab_size)])  # a word an id, as texts have them
+    tokenizer = word_tokenizer([str(token) for token in range(work.vocab_size)])  # a word for each id
     shape = {"num_hidden_layers": work.n_layer, "hidden_size": work.width, "num_attention_heads": work.n_head}
     config = BertConfig(vocab_size=len(tokenizer), intermediate_size=4 * work.width, num_labels=2, **shape)
     classifier = BertForSequenceClassification(config)

@@ -23,8 +23,8 @@ from textenv import BannedMask, JSONSchemaMask, TokenMask
 
 VOCABULARIES = (50_000, 152_000)
 NEW_TOKENS = 16
-MOST = 2.0
-MOST_BYTES = 0.05
+MOST = 2.0  # the target: a masked step takes at most twice as long
+MOST_BYTES = 0.05  # of the bytes that sb3-contrib stores
 TEXT = {"type": "string", "maxLength": 8}
 SCHEMA = {
     "type": "object",
@@ -40,7 +40,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def both_masks(settings: Settings, vocab_size: int) -> list[Row]:
-    """The rows of a vocabulary: a mask that stays the same, and one that follows the text."""
+    """Return the rows of a vocabulary: a mask that stays the same, and one that depends on the text."""
     work = settings.work(vocab_size=vocab_size, new_tokens=NEW_TOKENS)
     tokenizer = WordTokenizer(work.vocab_size)
     bare = work.agent(tokenizer=tokenizer, stop_ids=[0])
@@ -91,13 +91,13 @@ def n_bytes(sets: TokenSets) -> int:
 
 
 class WordTokenizer:
-    """Characters, and words of a space and three letters or digits for the rest of the vocabulary."""
+    """A tokenizer of characters and, for the rest of the vocabulary, of a space with three letters or digits."""
 
     eos_token_id = 0
 
     def __init__(self, vocab_size: int) -> None:
         words = (" " + "".join(word) for word in product(ascii_letters + digits, repeat=3))
-        characters = dict.fromkeys('{}[]":,-' + printable)  # what JSON needs is there in the smallest vocabulary
+        characters = dict.fromkeys('{}[]":,-' + printable)  # JSON's characters first, for the smallest vocabulary
         self.words = ["", *islice((*characters, *words), vocab_size - 1)]
 
     def __len__(self) -> int:

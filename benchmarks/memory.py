@@ -28,7 +28,7 @@ from textenv.episodes.rules import PADDING, SEPARATOR
 
 VOCABULARY, COLUMNS, PROMPT_TOKENS = 151_936, 4096, 64
 SHAPES = ((4031, 8), (128, 64))  # steps and lanes: completions that fill the columns, and a short rollout
-MOST_BYTES = 64
+MOST_BYTES = 64  # per token
 MOST_GROWTH = 0.25  # of a float32 [tokens, V] tensor
 
 
@@ -41,7 +41,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def buffer_rows(n_steps: int, n_lanes: int, columns: int, device: str) -> list[Row]:
-    """Count after the last step of a rollout, and with a minibatch in hand."""
+    """Count bytes after the last step of a rollout, and while a minibatch is in use."""
     buffer = SequenceRolloutBuffer(
         n_steps,
         spaces.Box(SEPARATOR, VOCABULARY - 1, (columns,), np.int64),
@@ -56,7 +56,7 @@ def buffer_rows(n_steps: int, n_lanes: int, columns: int, device: str) -> list[R
     counts = {"collecting": n_bytes([vars(buffer)])}
     buffer.compute_returns_and_advantage(torch.zeros(n_lanes, device=device), np.zeros(n_lanes))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few sequences
+        warnings.simplefilter("ignore")  # few sequences per minibatch
         counts["update"] = max(n_bytes([vars(buffer), vars(s.observations), s]) for s in buffer.get(n_tokens // 4))
     return [
         Row(
@@ -106,17 +106,17 @@ def n_bytes(things: Iterable[Any]) -> int:
             storage = thing.untyped_storage()
             blocks[storage.data_ptr()] = max(storage.nbytes(), blocks.get(storage.data_ptr(), 0))
         elif isinstance(thing, (dict, list, tuple)):
-            for part in thing.values() if isinstance(thing, dict) else thing:
-                visit(part)
+            for item in thing.values() if isinstance(thing, dict) else thing:
+                visit(item)
 
     visit(list(things))
     return sum(blocks.values())
 
 
 def peak_row(settings: Settings) -> Row:
-    """Run an update of one minibatch in a fresh process."""
+    """Measure an update of one minibatch in a fresh process."""
     work = settings.work(n_layer=1, width=32, n_head=2, vocab_size=VOCABULARY, n_lanes=64, new_tokens=64)
-    # glibc then gives freed blocks back at once; what it kept in fragments would count, and in some runs only.
+    # Makes glibc return freed blocks at once. Otherwise blocks that it keeps would count, in some runs only.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 23)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         growth = pool.submit(peak_growth, work).result()
@@ -138,14 +138,14 @@ def peak_growth(work: Work) -> int:
     prepare()
     model = work.agent(n_epochs=1, batch_size=work.n_lanes * work.new_tokens)
     rollout(model)
-    model.train()  # libraries load, the optimizer makes its state
+    model.train()  # the first update loads libraries and creates the optimizer's state
     gc.collect()
     if work.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         model.train()
         return torch.cuda.max_memory_allocated() - before
-    # The process's own, and since now: `ru_maxrss` starts at the peak of the process that started this one.
+    # Resets this process's peak (VmHWM). `ru_maxrss` would not do: it starts at the peak of the parent process.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     model.train()
@@ -153,7 +153,7 @@ def peak_growth(work: Work) -> int:
 
 
 def resident(name: str) -> int:
-    """Return a line of /proc/self/status, in bytes."""
+    """Return a size in /proc/self/status, such as VmRSS, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 

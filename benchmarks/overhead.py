@@ -21,8 +21,8 @@ from work import Pairs, Row, Settings, rollout, run_script, timed
 from agents.policies.actor_critic import Step
 
 LANES = (64, 1024)
-DECODED = 16  # steps of the model that are timed, from a third of the completion on
-MOST = 0.10
+DECODED = 16  # timed steps of the model, which begin after a third of the completion
+MOST = 0.10  # the target: a tenth of the model's step
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -31,7 +31,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def overhead(settings: Settings, n_lanes: int) -> Row:
-    """Time both in turns."""
+    """Time a rollout without a model and decode steps of the model, in turns."""
     work = settings.work(n_lanes=n_lanes)
     model = work.agent()
     seen = no_op_rollout(model)

@@ -16,7 +16,7 @@ from stable_baselines3 import PPO
 from work import Pairs, Row, Settings, Work, pairs, rollout, run_script
 
 LIMITS = (8, 128)  # tokens of a ragged completion, uniform
-CAP, MEAN = 128, 30  # EOS-driven: the most tokens, and about the mean
+CAP, MEAN = 128, 30  # of completions ended by EOS: the most tokens, and about the mean
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -25,7 +25,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def equal(settings: Settings) -> Row:
-    """All completions have 48 tokens."""
+    """Compare rollouts whose completions all have 48 tokens."""
     work = settings.work()
     model = work.agent()
     peer = generate(model, work, [])
@@ -34,10 +34,10 @@ def equal(settings: Settings) -> Row:
 
 
 def ragged_limits(settings: Settings) -> list[Row]:
-    """Each row has a limit of its own; lanes are refilled as they end, and a rollout goes on where the last stopped.
+    """Compare rollouts in which each row has its own limit, lanes are refilled, and episodes straddle rollouts.
 
-    Two rows: the steady state, as inside a long rollout, and rollouts of 256 steps that begin, as after an update, with
-    reading the unfinished episodes anew.
+    There are two rows: the steady state, as inside a long rollout, and rollouts of 256 steps that begin, as after an
+    update, by reading the unfinished episodes anew.
     """
     work = settings.work(new_tokens=LIMITS[1])
     low, high = LIMITS if not settings.smoke else (2, 8)
@@ -48,11 +48,11 @@ def ragged_limits(settings: Settings) -> list[Row]:
     batches = iter(np.resize(limits, (10_000, work.n_lanes)))
 
     def one_batch() -> int:
-        own = next(batches)
-        peer(int(own.max()))
-        return int(own.sum())
+        lengths = next(batches)
+        peer(int(lengths.max()))
+        return int(lengths.sum())
 
-    rollout(model)  # into the steady state: no lane is in step with another
+    rollout(model)  # until lanes end at different steps
     claim = f"rollout, limits of {low} to {high} tokens"
     steady = pairs(lambda: rollout(model, keep_cache=True), one_batch, settings.n_pairs, settings.device)
     anew = pairs(lambda: rollout(model), one_batch, settings.n_pairs, settings.device)
@@ -63,7 +63,7 @@ def ragged_limits(settings: Settings) -> list[Row]:
 
 
 def ragged_eos(settings: Settings) -> Row:
-    """A completion ends with each token at a chance of 1/30: under fresh weights one token of 30 is a stop id."""
+    """Compare rollouts that end at each token with probability 1/30: of 30 equally likely tokens, one is a stop id."""
     work = settings.work(new_tokens=CAP)
     stop_ids = list(range(1, max(2, work.vocab_size // MEAN)))
     model = work.agent(stop_ids=stop_ids, n_steps=2 * work.new_tokens)
@@ -80,7 +80,7 @@ def row(claim: str, result: Pairs, must: float) -> Row:
 
 
 def generate(model: PPO, work: Work, stop_ids: list[int]) -> Callable[[int], int]:
-    """Return a function that continues the next batch of prompts by up to so many tokens, and counts them."""
+    """Return a function that continues a new batch of prompts with `generate`, and counts the tokens."""
     lm = model.policy.lm.backbone.model
     lm.generation_config.eos_token_id = stop_ids or None  # None: every row runs to the limit
     rng = np.random.default_rng(2)

@@ -1,8 +1,8 @@
-"""All benchmarks, one table.
+"""All benchmarks in turn, printed as one table.
 
     python benchmarks/run.py [--quick] [--smoke] [--device cuda] [--json FILE]
 
-A benchmark that raises becomes a row that says so, and the exit code is 1. What the rows mean: `README.md`.
+A benchmark that raises becomes a row that says so, and the exit code is 1. `README.md` explains the rows.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ WAYS = {"copies": None, "sharded": Sharded(), "lock-step": Sharded(gather=False)
 
 
 class Clock(BaseCallback):
-    """Times rollouts and whole iterations from the second one on."""
+    """A callback that times rollouts and whole iterations, from the second one on."""
 
     def _on_training_start(self) -> None:
         self.rollouts, self.rollout_seconds = 0, 0.0
@@ -63,7 +63,7 @@ class Clock(BaseCallback):
 
 
 def loopback() -> int:
-    """Bytes that the loopback device has received; 0 where that is not known."""
+    """Return the bytes that the loopback device has received, or 0 without /proc/net/dev."""
     path = Path("/proc/net/dev")
     lines = path.read_text().splitlines() if path.is_file() else []
     return sum(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
@@ -94,7 +94,7 @@ def work(settings: Settings, n_iterations: int, weights: str) -> dict[str, Any]:
 
 
 def n_bytes(tensors: list[Tensor]) -> int:
-    """The bytes of some tensors."""
+    """Return the bytes of some tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -113,7 +113,7 @@ def launch(n: int, words: list[str]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     lines = [
         "| processes | weights | tokens/s | speed-up | efficiency | CPU | rollout | kept | moved a step |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -134,7 +134,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure each number of processes in turn, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="how many (default: 1 2 4)")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="their numbers (default: 1 2 4)")
     parser.add_argument(
         "--weights",
         nargs="+",
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (default: cpu)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model: only to see that it runs")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of one of the processes
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # given to the processes that this one starts
     args = parser.parse_args()
     if args.result is not None:
         row = work(Settings(1, args.device, args.smoke), args.iterations, args.weights[0])

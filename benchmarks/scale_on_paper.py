@@ -13,13 +13,13 @@ MEMORY = 80e9  # bytes of a GPU: an H100
 FLOPS = 0.4 * 989e12  # bfloat16, at two fifths of the peak
 BANDWIDTH = 3.35e12  # bytes a second of its memory
 LINKS = {8: 300e9, 64: 50e9}  # bytes a second that an all-reduce gets: NVLink in a machine, 400 Gbit/s a GPU between
-LAYER_SECONDS = 0.6e-3  # of a decode step: launching the kernels of a layer, eagerly
-LAYERS = {0.5: 24, 7: 32, 70: 80}  # of a model of so many billion parameters
-LANES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 512, 4, 8  # lanes a GPU
+LAYER_SECONDS = 0.6e-3  # of a decode step per layer: launching its kernels, without CUDA graphs
+LAYERS = {0.5: 24, 7: 32, 70: 80}  # the layers of a model, by billions of parameters
+LANES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 512, 4, 8  # lanes per GPU
 ADAPTERS = 0.005  # parameters of a LoRA, as a share of the model's
 
 
-WAYS = ("copies", "sharded", "lock-step")  # of holding the weights: see `agents.Sharded`
+WAYS = ("copies", "sharded", "lock-step")  # how processes hold the weights: see `agents.Sharded`
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class Plan:
 
     @property
     def n(self) -> float:
-        """Parameters."""
+        """The number of parameters."""
         return self.billions * 1e9
 
     @property
     def memory(self) -> float:
         """Bytes without activations, keys and values: weight, gradient, two moments, and the reference, in float32.
 
-        With LoRA a bfloat16 base, which is the reference too, and the first four of the adapters. Shards are a GPU's
-        part of that, beside what is gathered in bfloat16: policy and reference, or two layers of each in lock-step.
+        With LoRA, the base is in bfloat16 and also serves as reference, and the adapters have the first four. With
+        shards, a GPU holds its part of that, and gathers in bfloat16: policy and reference, or two layers of each in
+        lock-step.
         """
         kept = 2 * self.n + 16 * ADAPTERS * self.n if self.lora else 20 * self.n
         if self.way == "copies":
@@ -74,7 +75,10 @@ class Plan:
 
     @property
     def update_seconds(self) -> float:
-        """2 operations a parameter for a forward, 4 for a backward (2 where the weights are frozen), the reference."""
+        """Return the seconds of the update: operations per parameter are 2 forward, 4 (frozen: 2) backward.
+
+        The reference adds one forward.
+        """
         operations = EPOCHS * (4 if self.lora else 6) + 2
         return operations * self.n * LANES * NEW_TOKENS / FLOPS
 
@@ -85,11 +89,11 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """An iteration."""
+        """The seconds of an iteration."""
         return self.rollout_seconds + self.update_seconds + self.traffic_seconds
 
     def row(self) -> str:
-        """A line of the table."""
+        """Return a line of the table."""
         tokens = self.n_gpus * LANES * NEW_TOKENS / self.seconds
         efficiency = 1 - self.traffic_seconds / self.seconds
         return (
@@ -108,7 +112,7 @@ def choose(billions: float, n_gpus: int, lora: bool) -> Plan:
 
 
 def table() -> str:
-    """All models as Markdown."""
+    """Return the table of all models as Markdown."""
     lines = [
         "| model | trained | GPUs | weights | a device | a step sends | a rollout sends | rollout + update + traffic "
         "| tokens/s | efficiency |",

@@ -1,10 +1,10 @@
-"""One PPO iteration of TRL 1.12 for each line on stdin; `iteration.py` runs it by a Python that has `trl==1.12.0`.
+"""The peer of `iteration.py`: one PPO iteration of TRL 1.12 for each line on stdin, by a Python with `trl==1.12.0`.
 
     yes | head -3 | OMP_NUM_THREADS=1 trl-env/bin/python benchmarks/trl_peer.py '{"n_layer": 4, ...}'
 
-The argument holds the fields of `work.Work` and how often a rollout is trained. Each line on stdout tells what one
-iteration did and the seconds it took, so that the caller can alternate with its own; the first is the warm-up. It
-imports nothing of this project: its environment need not have it.
+The argument holds the fields of `work.Work`, and the epochs and minibatches of an update. Each line on stdout reports
+the work and the seconds of one iteration, so that the caller can alternate with its own; the first is the warm-up. The
+script imports nothing of this project, which need not be installed in its environment.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class EvenShare(nn.Module):
 
 
 class OnDemand(TrainerCallback):
-    """Waits for a line on stdin before each iteration, and reports it when it has ended."""
+    """A callback that waits for a line on stdin before each iteration, and reports the iteration at its end."""
 
     def __init__(self, reward: EvenShare, device: str, report: Any) -> None:
         self.reward = reward
@@ -91,12 +91,12 @@ def main(work: dict[str, Any], report: Any) -> None:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     prompts = np.random.default_rng(0).integers(1, work["vocab_size"], (4096, work["prompt_tokens"]))
-    nobody = work["vocab_size"]  # an id that is never sampled: all completions run to the limit
+    never = work["vocab_size"]  # an id that is never sampled: all completions run to the limit
     reward = EvenShare(work["prompt_tokens"])
     callback = OnDemand(reward, work["device"], report)
     trainer = PPOTrainer(
         args=settings(work),
-        processing_class=SimpleNamespace(pad_token_id=nobody, eos_token_id=nobody),
+        processing_class=SimpleNamespace(pad_token_id=never, eos_token_id=never),
         model=GPT2LMHeadModel(config(work)),
         ref_model=None,  # a copy of the policy
         reward_model=reward,
@@ -112,7 +112,7 @@ def main(work: dict[str, Any], report: Any) -> None:
 
 
 def config(work: dict[str, Any], **kwargs: Any) -> GPT2Config:
-    """The same model as `work.Work.config`."""
+    """Return the config of the same model as `work.Work.config`."""
     return GPT2Config(
         n_layer=work["n_layer"],
         n_embd=work["width"],
@@ -154,5 +154,5 @@ def settings(work: dict[str, Any]) -> PPOConfig:
 
 
 if __name__ == "__main__":
-    report, sys.stdout = sys.stdout, open(os.devnull, "w")  # what TRL prints is not a report  # noqa: SIM115
+    report, sys.stdout = sys.stdout, open(os.devnull, "w")  # so that TRL's output stays out of the reports  # noqa: SIM115
     main(json.loads(sys.argv[1]), report)

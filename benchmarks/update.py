@@ -26,12 +26,12 @@ EPOCHS = (1, 4)
 MINIBATCHES = 4  # an epoch: about 16 sequences each
 RAGGED_LANES = 32
 LEARNING_RATE = 1e-12  # the same rollout is used again and again: the weights must not move, in 32 bits
-MOST = 1.10
+MOST = 1.10  # the target: at most 10 % slower than the floor
 TOLERANCE = 1e-4  # between the losses of the two sides
 
 
-class Part(NamedTuple):
-    """Padded sequences that one forward reads, and the places that are read."""
+class Chunk(NamedTuple):
+    """Padded sequences of one forward, and the positions whose hidden states are used."""
 
     ids: Tensor  # (S, T)
     rows: Tensor  # (N,)
@@ -39,9 +39,9 @@ class Part(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A minibatch, ready for the floor; the numbers are in the order of the parts."""
+    """A minibatch, ready for the floor; the numbers are in the order of the chunks."""
 
-    parts: list[Part]
+    chunks: list[Chunk]
     actions: Tensor  # (N,)
     old_log_prob: Tensor
     advantages: Tensor
@@ -54,7 +54,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def compare(settings: Settings, is_ragged: bool) -> list[Row]:
-    """One row for each number of epochs."""
+    """Return a row for each number of epochs."""
     work, rows, kind = settings.work(), None, "equal lengths"
     if is_ragged:
         work = settings.work(new_tokens=LIMITS[1], n_lanes=RAGGED_LANES)
@@ -69,7 +69,7 @@ def compare(settings: Settings, is_ragged: bool) -> list[Row]:
 
 
 def compare_epochs(model: PPO, settings: Settings, n_epochs: int, kind: str) -> Row:
-    """Time both on the minibatches that the buffer gives from one state of its generator."""
+    """Time both sides on the minibatches that the buffer draws from one state of its generator."""
     buffer = model.rollout_buffer
     n_tokens = n_epochs * model.n_steps * model.n_envs
     start = buffer.rng.bit_generator.state
@@ -115,18 +115,18 @@ def step(samples: SequenceSamples, bucketed: bool) -> Step:
     batch, device = samples.observations, samples.actions.device
     if bucketed:
         chunks = list(batch.chunks())
-        parts = [Part(chunk.ids, chunk.rows, chunk.cols) for chunk in chunks]
+        own_chunks = [Chunk(chunk.ids, chunk.rows, chunk.cols) for chunk in chunks]
         order = torch.as_tensor(np.concatenate([chunk.transitions for chunk in chunks]), device=device)
     else:
-        rows, cols = (torch.as_tensor(places, device=device).long() for places in (batch.rows, batch.cols))
-        parts = [Part(batch.tokens, rows, cols)]
+        rows, cols = (torch.as_tensor(indices, device=device).long() for indices in (batch.rows, batch.cols))
+        own_chunks = [Chunk(batch.tokens, rows, cols)]
         order = torch.arange(len(batch), device=device)
     numbers = (samples.actions, samples.old_log_prob, samples.advantages, samples.returns)
-    return Step(parts, *(tensor[order] for tensor in numbers))
+    return Step(own_chunks, *(tensor[order] for tensor in numbers))
 
 
 def floor(model: PPO, steps: list[Step]) -> Callable[[], float]:
-    """Return a function that does the optimizer steps by hand and returns the last loss."""
+    """Return a function that takes the optimizer steps by hand and returns the last loss."""
     lm, critic = model.policy.lm.backbone.model, model.policy.lm.critic
     trunk, head, weights = lm.base_model, lm.get_output_embeddings(), list(model.policy.parameters())
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -137,7 +137,7 @@ def floor(model: PPO, steps: list[Step]) -> Callable[[], float]:
 
     def run() -> float:
         for minibatch in steps:
-            hidden = torch.cat([read(*part) for part in minibatch.parts])  # (N, H)
+            hidden = torch.cat([read(*chunk) for chunk in minibatch.chunks])  # (N, H)
             log_probs = torch.log_softmax(head(hidden), dim=-1).gather(-1, minibatch.actions[:, None])  # (N, 1)
             ratio = (log_probs[:, 0] - minibatch.old_log_prob).exp()
             surrogate = minibatch.advantages * ratio

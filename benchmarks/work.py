@@ -38,7 +38,7 @@ class Work:
     device: str = "cpu"
 
     def config(self) -> GPT2Config:
-        """A GPT-2 without dropout; its logits at random weights are nearly uniform."""
+        """Return a GPT-2 without dropout; its logits at random weights are nearly uniform."""
         return GPT2Config(
             n_layer=self.n_layer,
             n_embd=self.width,
@@ -53,7 +53,7 @@ class Work:
         )
 
     def prompts(self, n: int = 4096, seed: int = 0) -> list[list[int]]:
-        """Random token ids, never twice the same prompt."""
+        """Return n prompts of random token ids (without 0, the end token)."""
         return np.random.default_rng(seed).integers(1, self.vocab_size, (n, self.prompt_tokens)).tolist()
 
     def agent(
@@ -66,7 +66,7 @@ class Work:
         score_at: ScoreAt = "done",
         **kwargs: Any,
     ) -> PPO:
-        """PPO as `make_agent` builds it, on this work."""
+        """Return PPO as `make_agent` builds it, on an env of this work."""
         env = TextEnv(
             self.prompts() if rows is None else rows,
             IdTokenizer(self.vocab_size) if tokenizer is None else tokenizer,
@@ -81,7 +81,7 @@ class Work:
 
 
 class IdTokenizer:
-    """Token ids as decimal numbers: prompts are given as ids, texts hardly looked at."""
+    """A tokenizer that writes ids as decimal numbers: prompts are given as ids, and texts are hardly used."""
 
     eos_token_id = 0
 
@@ -104,17 +104,17 @@ def score(prompt: Any, preds: Any, done: bool) -> float:
 
 
 def rollout(model: PPO, keep_cache: bool = False) -> int:
-    """Collect one rollout as `learn` does; return its tokens.
+    """Collect one rollout as SB3's `OnPolicyAlgorithm.learn` does; return its number of tokens.
 
-    An update drops the cached keys and values, so that a rollout begins with reading unfinished episodes anew.
-    `keep_cache` leaves that out: the steady state inside a long rollout.
+    An update drops the cached keys and values, so that a rollout begins by reading unfinished episodes anew.
+    `keep_cache` keeps them, which is the steady state inside a long rollout.
     """
     if model._last_obs is None:
         model._setup_learn(1)
     callback = CallbackList([])
     callback.init_callback(model)
     if not keep_cache:
-        model.policy.set_training_mode(True)
+        model.policy.set_training_mode(True)  # as `PPO.train` does, which drops the cache
     callback.on_training_start({}, {})
     assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     return model.n_steps * model.n_envs
@@ -154,7 +154,7 @@ class Pairs(NamedTuple):
 
 
 def clock(device: str) -> float:
-    """Process-CPU seconds on a CPU, synchronised wall seconds on a GPU."""
+    """Return the time: process-CPU seconds on a CPU, synchronised wall seconds on a GPU."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -162,7 +162,7 @@ def clock(device: str) -> float:
 
 
 def timed(run: Callable[[], float], device: str) -> tuple[float, float]:
-    """Return seconds and the amount of work that `run` says it did."""
+    """Return the seconds of `run`, and the amount of work that it returns."""
     start = clock(device)
     amount = run()
     return clock(device) - start, amount
@@ -173,23 +173,23 @@ def pairs(a: Callable[[], float], b: Callable[[], float], n_pairs: int, device: 
     a(), b()
     speeds: list[list[float]] = [[], []]
     for _ in range(n_pairs):
-        for run, kept in zip((a, b), speeds, strict=True):
+        for run, speeds_of_run in zip((a, b), speeds, strict=True):
             seconds, amount = timed(run, device)
-            kept.append(amount / seconds)
+            speeds_of_run.append(amount / seconds)
     ratios = [x / y for x, y in zip(*speeds, strict=True)]
     return Pairs(statistics.median(speeds[0]), statistics.median(speeds[1]), ratios)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and where a benchmark runs."""
+    """The number of pairs that a benchmark measures, its device, and whether it only checks that it runs."""
 
     n_pairs: int = 5
     device: str = "cpu"
     smoke: bool = False
 
     def work(self, **kwargs: Any) -> Work:
-        """The shared work; tiny where it only matters that the scripts run."""
+        """Return the shared work; for `smoke` a tiny one."""
         tiny = {"n_layer": 1, "width": 32, "n_head": 2, "vocab_size": 64, "n_lanes": 4, "prompt_tokens": 4}
         if self.smoke:
             kwargs = {**tiny, **{key: value for key, value in kwargs.items() if key not in tiny}}
@@ -198,7 +198,7 @@ class Settings:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options that every script takes."""
+    """Return a parser of the options that every script takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two pairs instead of five")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and one pair: only to see that it runs")
@@ -220,7 +220,7 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def prepare() -> None:
-    """One thread, and quiet libraries."""
+    """Set one thread, and silence libraries."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
 
@@ -233,7 +233,7 @@ def finish(rows: Sequence[Row], path: Path | None) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Return the rows as a Markdown table."""
     lines = ["| claim | ours | peer or floor | ratio | spread | target | met |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"

@@ -21,19 +21,19 @@ PROMPTS = [{"prompt": "say ", "letter": "a"}, {"prompt": "say it ", "letter": "b
 
 
 def many_letters(prompt: Prompt, preds: Preds, done: bool) -> float:
-    """A function: the number of different letters in a complete text."""
+    """Return the number of different letters in a complete text, over 8: a reward as a function."""
     return len(set(preds.text)) / 8 if done else 0.0
 
 
 class AskedLetter(TextEnv):
-    """A subclass, called at every token: the letter that earns is a column of the prompt's row."""
+    """A reward as a subclass, called at every token: the rewarded letter is a column of the prompt's row."""
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float:
         return float(preds.text.endswith(prompt.row["letter"]))
 
 
 class LetterAndLength(TextEnv):
-    """Named parts: their sum is the reward, and each is logged (reward/letter, reward/length).
+    """A reward of named parts: their sum is the reward, and each part is logged (reward/letter, reward/length).
 
     `preds.state` is a dict of the episode's own.
     """

@@ -17,7 +17,7 @@ from textenv import CharTokenizer, Preds, Prompt, TextEnv, TextVectorEnv
 
 
 class Vowels(TextEnv):
-    """Earns 1 for every vowel."""
+    """An env that rewards every vowel with 1."""
 
     def get_reward(self, prompt: Prompt, preds: Preds, done: bool) -> float:
         return float(preds.text[-1:] in set("aeiou"))
@@ -48,7 +48,7 @@ def many_episodes(n_steps: int) -> None:
 
 
 def vowel(prompt: Prompt, preds: Preds, done: bool) -> float:
-    """Score as `Vowels` does: a reward may be a plain function, too."""
+    """Return the reward of `Vowels`: a plain function can be a reward, too."""
     return float(preds.text[-1:] in set("aeiou"))
 
 

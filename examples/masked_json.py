@@ -51,7 +51,7 @@ def rating(text: str) -> int | None:
 
 
 def high_rating(prompt: Prompt, preds: Preds, done: bool) -> float:
-    """Up to 1 for a valid text, 0 for any other."""
+    """Return the rating of a valid text over 100, and 0 for any other text."""
     return (rating(preds.text) or 0) / 100 if done else 0.0
 
 

@@ -64,8 +64,8 @@ def train(model: PPO, n_tokens: int, out: Path, title: str, callbacks: Sequence[
     done = model.num_timesteps
     if done < n_tokens:
         curves = RewardCurves(out / "curves.png", title=title)
-        everything = [*callbacks, EpisodeMetrics(), curves, Checkpoints(out / "checkpoints", every=10)]
-        model.learn(n_tokens - done, callback=everything, progress_bar=True, reset_num_timesteps=done == 0)
+        all_callbacks = [*callbacks, EpisodeMetrics(), curves, Checkpoints(out / "checkpoints", every=10)]
+        model.learn(n_tokens - done, callback=all_callbacks, progress_bar=True, reset_num_timesteps=done == 0)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,8 @@ def small_bloom(folder: Path, smoke: bool) -> Path:
     config = BloomConfig(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, **shape)
     torch.manual_seed(0)
     model = BloomForCausalLM(config)
-    reviews = [
-        f"{tokenizer.eos_token} {review}" for review in demo.reviews(8000)
-    ]  # a text begins behind the end token of another
+    # As in GPT-2's training data, a text begins behind the end token of the text before it.
+    reviews = [f"{tokenizer.eos_token} {review}" for review in demo.reviews(8000)]
     pretrain(model, tokenizer, reviews, n_epochs=0.1 if smoke else 1.6, learning_rate=1e-2)
     partial = folder.with_name(f".{folder.name}.partial")  # a folder that exists is taken for finished
     model.save_pretrained(partial)

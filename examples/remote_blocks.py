@@ -74,27 +74,27 @@ class Blocks:
         if not 0 <= first < last <= config.num_hidden_layers:
             raise ValueError(f"Expected some of the model's {config.num_hidden_layers} blocks, got {first} to {last}.")
         self.first, self.last, self.hidden_size = first, last, config.hidden_size
-        config.vocab_size, config.pad_token_id = 1, None  # the client has the embeddings; transformers wants a row
+        config.vocab_size, config.pad_token_id = 1, None  # the client has the embeddings; transformers needs a row
         trunk = AutoModel.from_config(_config_of(config, first, last), dtype=torch.float32)
         self.trunk: PreTrainedModel = trunk.requires_grad_(False).eval().to(device)
         name, blocks, norm = blocks_of(self.trunk)
         with torch.device("meta"):  # the whole model, without memory for its weights
             _check_same(blocks, blocks_of(AutoModel.from_config(config))[1][first:last])
         blocks.load_state_dict(_weights(Path(folder), name, first, last))
-        self._given: Tensor | None = None
-        self._behind: Tensor | None = None
-        blocks[0].register_forward_pre_hook(lambda module, inputs: (self._given, *inputs[1:]))
+        self._input: Tensor | None = None  # (B, T, H), read by the first block in place of the embeddings
+        self._output: Tensor | None = None  # (B, T, H), taken in front of the last norm
+        blocks[0].register_forward_pre_hook(lambda module, inputs: (self._input, *inputs[1:]))
         norm.register_forward_pre_hook(self._keep)
 
     def _keep(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._behind = inputs[0]
+        self._output = inputs[0]
 
     def _run(self, hidden: Tensor, cache: DynamicCache | None = None) -> Tensor:
         hidden = hidden.to(self.trunk.device)
-        self._given, self._behind = hidden, None
+        self._input, self._output = hidden, None
         self.trunk(inputs_embeds=hidden.detach(), past_key_values=cache, use_cache=cache is not None)
-        assert self._behind is not None, "the forward did not reach the norm"
-        return self._behind
+        assert self._output is not None, "the forward did not reach the norm"
+        return self._output
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine's own)")
     parser.add_argument("--port", type=int, default=0, help="the port (default: a free one)")
     parser.add_argument("--device", default="cpu", help="where the blocks compute, such as cuda (default: cpu)")
-    held = "tokens that the open sessions of a client may hold, empty places included (default: %(default)s)"
+    held = "tokens that the open sessions of a client may hold, empty slots included (default: %(default)s)"
     parser.add_argument("--max-held", type=int, default=MAX_HELD, help=held)
     parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started it")
     args = parser.parse_args()
@@ -233,7 +233,7 @@ def main() -> None:
         print(listener.address[1], flush=True)
         if not args.until_stdin_closes:
             return serve(listener, key, host, args.max_held)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it, which ends this one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
         threading.Thread(target=serve, args=(listener, key, host, args.max_held), daemon=True).start()
         sys.stdin.read()
 

@@ -121,7 +121,7 @@ def rows_a_message(hidden: Tensor, n_tensors: int = 1) -> int:
     """Return the number of rows of hidden states (B, T, H) that a message holds.
 
     Raises:
-        ValueError: If it does not hold one.
+        ValueError: If not even one row fits.
     """
     n_rows = (MAX_BYTES - HEADER_BYTES) // (n_tensors * NUMBER_BYTES * hidden[0].numel())
     if n_rows < 1:

@@ -48,7 +48,12 @@ HEADER_BYTES = 1 << 12  # the most that `header` and the header of safetensors a
 MAX_HELD = 1 << 20  # tokens that the open sessions of a connection may hold
 KEY_BYTES = 16  # the shortest key: 128 bits cannot be guessed
 HANDSHAKE_SECONDS = 10.0  # the longest silence of a client that has not yet proved to know the key
-CLOSED = (None, errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # a closed listener; other errors, as EMFILE, pass
+CLOSED = (
+    None,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.ENOTSOCK,
+)  # a closed listener; other errors, such as EMFILE, are temporary
 
 
 class MessageError(ValueError):
@@ -80,10 +85,10 @@ class Message(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Message:
-        """Return the message that bytes hold.
+        """Return the message in some bytes.
 
         Raises:
-            MessageError: If they hold none.
+            MessageError: If they are no message.
         """
         try:
             tensors = safetensors.torch.load(data)
@@ -109,7 +114,7 @@ def read_key(file: str | Path) -> bytes:
 
 
 def limit(connection: Connection, seconds: float | None) -> None:
-    """Make reads and writes of a connection raise `BlockingIOError` after that silence; None waits for ever."""
+    """Make reads and writes of a connection raise `BlockingIOError` after so many seconds; None waits for ever."""
     # `Connection` has no timeout of its own, so the socket gets it. `fileno` is duplicated: the socket closes its own.
     whole, rest = divmod(0 if seconds is None else max(1, round(seconds * 1e6)), 10**6)
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:

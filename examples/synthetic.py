@@ -80,7 +80,7 @@ def small_model(task: str, folder: Path, smoke: bool) -> Path:
 
 
 @dataclass
-class Dealt(BatchReward):
+class Shuffled(BatchReward):
     """A control: the rewards of a rollout are shuffled over its texts, so that there is nothing to learn."""
 
     reward: BatchReward
@@ -98,7 +98,7 @@ def training_env(env: TextEnv, control: bool) -> TextEnv:
     return TextEnv(
         [prompt.ids.tolist() for prompt in env.prompts],
         env.tokenizer,
-        reward=Dealt(env.reward),
+        reward=Shuffled(env.reward),
         max_new_tokens=env.rules.max_new_tokens,
     )
 
@@ -121,7 +121,9 @@ def report(figures: dict[str, float], before: Evaluation, after: Evaluation) -> 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(TASKS), default="increasing_numbers", help="which of the two")
+    parser.add_argument(
+        "--task", choices=list(TASKS), default="increasing_numbers", help="the task (default: increasing_numbers)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the seed of training and sampling (default: 0)")
     parser.add_argument("--out", type=Path, help="where the results go (default: runs/<task>)")
     parser.add_argument("--lm", help="a model's name on the hub, or its folder, in place of the small one")
@@ -129,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
         "--learning-rate", type=float, help="the first learning rate, which falls to 0 (1e-5 suits gpt2)"
     )
     parser.add_argument("--tokens", type=int, help="the number of tokens to train on")
-    parser.add_argument("--control", action="store_true", help="deal the rewards to the texts at random")
+    parser.add_argument("--control", action="store_true", help="shuffle the rewards over the texts")
     parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
     args = parser.parse_args()
     if args.tokens is not None and args.tokens < 1:

@@ -1,4 +1,4 @@
-"""A reward, a metric and a logger of one's own, which examples/configs/own_parts.yml names by module and class.
+"""Classes of your own for examples/configs/own_parts.yml: a reward, a metric and a logger, named by module and class.
 
 textenv train examples/configs/own_parts.yml --allow examples
 """
@@ -47,11 +47,11 @@ class Share:
 
 
 class Lines(KVWriter):
-    """A logger: a line of JSON for each row of figures of which some begin as wanted.
+    """A logger: one line of JSON for each row of figures, with the figures whose names begin with a prefix.
 
     Args:
-        file: The file that lines are added to.
-        prefix: How the figures begin.
+        file: The file to which lines are added.
+        prefix: The beginning of the names.
     """
 
     def __init__(self, file: str, prefix: str = "") -> None:

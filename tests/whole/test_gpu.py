@@ -52,10 +52,10 @@ def test_a_map_over_two_devices_trains_as_one(tmp_path):
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
     GPT2LMHeadModel(tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path)
-    parts = {"wte": 0, "wpe": 0, "h.0": 0, "h.1": 1, "ln_f": 1}
-    places = {**{f"transformer.{part}": device for part, device in parts.items()}, "lm_head": 1}
+    device_of = {"wte": 0, "wpe": 0, "h.0": 0, "h.1": 1, "ln_f": 1}
+    spread_map = {**{f"transformer.{module}": device for module, device in device_of.items()}, "lm_head": 1}
     weights = []
-    for lm in (Pretrained(tmp_path, device_map={"": 0}), Pretrained(tmp_path, device_map=places)):
+    for lm in (Pretrained(tmp_path, device_map={"": 0}), Pretrained(tmp_path, device_map=spread_map)):
         model = tiny_agent(lm=lm, device="cuda")
         model.learn(64, callback=FiniteUpdates())
         weights.append([weight.detach().cpu() for weight in model.policy.parameters()])

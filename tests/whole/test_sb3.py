@@ -166,15 +166,15 @@ for module in pkgutil.walk_packages(stable_baselines3.__path__, "stable_baseline
 OWN = {"__warningregistry__", "_abc_impl", "__doc__"}
 
 def snapshot():
-    found = {}
+    attributes = {}
     for name, module in sorted(sys.modules.items()):
         if name.split(".")[0] != "stable_baselines3":
             continue
         for key, value in vars(module).items():
-            found[name, key] = value
+            attributes[name, key] = value
             if isinstance(value, type) and value.__module__ == name:
-                found.update({(name, key, member): content for member, content in vars(value).items()})
-    return {key: value for key, value in found.items() if key[-1] not in OWN}
+                attributes.update({(name, key, member): content for member, content in vars(value).items()})
+    return {key: value for key, value in attributes.items() if key[-1] not in OWN}
 
 before = snapshot()
 from agents import KLPenalty
@@ -304,8 +304,8 @@ def test_d3_d4_only_truncation_bootstraps_once_from_its_own_lane(limit):
     torch.nn.init.normal_(model.policy.lm.critic.linear.weight)  # so that values are not all 0
     model.lr_schedule = lambda progress: 0.0  # no update: the values stay the same
     model.learn(32, callback=recorder)
-    for info, places in recorder.episodes():
-        step, lane = places[-1]
+    for info, positions in recorder.episodes():
+        step, lane = positions[-1]
         cut = str(info["end_reason"]) == "length" and limit == "truncate"
         ends.add(cut)
         assert info["TimeLimit.truncated"] == cut
@@ -315,7 +315,7 @@ def test_d3_d4_only_truncation_bootstraps_once_from_its_own_lane(limit):
         assert not cut or abs(bonus) > 1e-3
         assert recorder.rewards[0][step, lane] == pytest.approx(info["episode"]["r"] + bonus, abs=1e-5)
     assert (limit == "truncate") in ends
-    assert all(recorder.rewards[0][place] == 0 for place in zip(*np.where(~np.array(recorder.dones))))
+    assert all(recorder.rewards[0][position] == 0 for position in zip(*np.where(~np.array(recorder.dones))))
     assert max(map(sum, recorder.dones)) > 1, "several lanes ended in one step"
 
 

@@ -165,7 +165,7 @@ def test_sessions_that_hold_too_much_are_read_anew(remote, monkeypatch):
 
 def test_an_interrupted_step_closes_the_connection_so_that_no_late_answer_is_taken_for_the_next(remote, monkeypatch):
     lm, ids = remote.build(), rows_of([4], 4)
-    places = torch.tensor([0]), torch.tensor([3])
+    row_and_col = torch.tensor([0]), torch.tensor([3])
     asked, receive = [], type(lm.chain.servers[1].connection).recv_bytes
 
     def interrupted(self, *args):
@@ -176,10 +176,10 @@ def test_an_interrupted_step_closes_the_connection_so_that_no_late_answer_is_tak
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(type(lm.chain.servers[1].connection), "recv_bytes", interrupted)
-        lm(ids, *places)
+        lm(ids, *row_and_col)
     assert len(asked) == 1
     with pytest.raises(remote_chain.BlocksLostError, match=r"blocks 3 to 3 at .* are lost\. Start the server again"):
-        lm(rows_of([4], 4, seed=1), *places)
+        lm(rows_of([4], 4, seed=1), *row_and_col)
 
 
 def test_a_cache_that_trusts_lengths_fails_the_same_check(remote, monkeypatch):
@@ -268,8 +268,8 @@ def test_copies_have_their_own_weights_and_share_the_servers(remote):
     other = copy.deepcopy(lm)
     assert other.chain is lm.chain and other.virtual is not lm.virtual
     other.virtual.data.mul_(torch.tensor([1.0, -1.0]).repeat(8))  # not a shift, which the last norm would remove
-    ids, places = rows_of([3], 3), (torch.tensor([0]), torch.tensor([2]))
-    assert not torch.allclose(other(ids, *places)[0], lm(ids, *places)[0], atol=1e-2)
+    ids, row_and_col = rows_of([3], 3), (torch.tensor([0]), torch.tensor([2]))
+    assert not torch.allclose(other(ids, *row_and_col)[0], lm(ids, *row_and_col)[0], atol=1e-2)
     model = agent(remote, policy_kwargs={"top_p": 0.9, "top_p_lag": 1})  # a lagged copy
     model.learn(2 * 16)
     assert model.policy.lm.lagged.backbone.chain is model.policy.lm.backbone.chain

@@ -69,20 +69,20 @@ def test_regex_is_reachability_by_enumeration(pattern):
     """A token is allowed if some text that continues with it matches; a stop id, if the text itself matches."""
     tokenizer, longest = Pieces(["a", "b", "/", "ab", "bab", "a"]), 8
     texts = ["".join(chars) for n in range(longest + 1) for chars in itertools.product("ab/", repeat=n)]
-    whole = {text for text in texts if re.fullmatch(pattern, text)}
-    begun = {text[:n] for text in whole for n in range(len(text) + 1)}
+    matching = {text for text in texts if re.fullmatch(pattern, text)}
+    prefixes = {text[:n] for text in matching for n in range(len(text) + 1)}
     masks = LaneMasks((RegexMask(pattern),), make(None, tokenizer).vocabulary, 1)
     lanes = Lanes(make(RegexMask(pattern), tokenizer), 1)
     waiting, n_states = [([], "")], 0
     while waiting:
         ids, text = waiting.pop()
-        if len(text) > longest - 4 or text not in begun:
+        if len(text) > longest - 4 or text not in prefixes:
             continue
         lanes.reset(seed=0)
         for token in ids:
             lanes.step(np.array([token]))
         allowed = masks.allowed([(lanes.prompts[0], lanes.preds(0))])[0]
-        expected = [text in whole, *(text + piece in begun for piece in tokenizer.texts[1:])]
+        expected = [text in matching, *(text + piece in prefixes for piece in tokenizer.texts[1:])]
         assert allowed.tolist() == expected, (pattern, text, allowed)
         n_states += 1
         waiting += [([*ids, i], text + tokenizer.texts[i]) for i in range(1, len(tokenizer)) if allowed[i]]

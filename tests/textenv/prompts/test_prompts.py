@@ -296,11 +296,11 @@ def test_a_prompt_by_itself():
 @pytest.mark.parametrize(("n", "size"), [(10, 2), (7, 3), (2, 3), (5, 1)])
 def test_a_shared_order_is_dealt_without_repeats(n, size):
     """Cursor i mod w makes draw i of the whole order; a saved state loads into any number of cursors."""
-    whole = PromptCursor(n, "shuffle", seed=3)
-    expected = [whole.advance() for _ in range(6 * size)]
+    single = PromptCursor(n, "shuffle", seed=3)
+    expected = [single.advance() for _ in range(6 * size)]
     cursors = [PromptCursor(n, "shuffle", 3, (rank, size)) for rank in range(size)]
     assert [cursor.advance() for _ in range(6) for cursor in cursors] == expected
-    assert max(cursor.n_drawn for cursor in cursors) == whole.n_drawn
+    assert max(cursor.n_drawn for cursor in cursors) == single.n_drawn
     alone = PromptCursor(n, "shuffle", seed=0)
     alone.load_state_dict(cursors[-1].state_dict())
-    assert [alone.advance() for _ in range(9)] == [whole.advance() for _ in range(9)]
+    assert [alone.advance() for _ in range(9)] == [single.advance() for _ in range(9)]

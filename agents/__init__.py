@@ -24,6 +24,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .checkpoints.hf_export import export as export
     from .checkpoints.manifest import CheckpointError as CheckpointError
     from .checkpoints.sb3_zip import load_sb3_zip as load_sb3_zip
+    from .configuration.config import AlgorithmConfig as AlgorithmConfig
+    from .configuration.config import EnvConfig as EnvConfig
+    from .configuration.config import EvaluationConfig as EvaluationConfig
+    from .configuration.config import KLConfig as KLConfig
+    from .configuration.config import ModelConfig as ModelConfig
+    from .configuration.config import Named as Named
+    from .configuration.config import ShapingConfig as ShapingConfig
+    from .configuration.config import TrainConfig as TrainConfig
     from .distributed.sharding import Sharded as Sharded
     from .distributed.world import is_main_process as is_main_process
     from .doctor.report import DoctorError as DoctorError
@@ -56,14 +64,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .rollout.buffer import SequenceRolloutBuffer as SequenceRolloutBuffer
     from .rollout.maskable_buffer import MaskableSequenceRolloutBuffer as MaskableSequenceRolloutBuffer
     from .rollout.vec_env import TextVecEnv as TextVecEnv
-    from .runs.config import AlgorithmConfig as AlgorithmConfig
-    from .runs.config import EnvConfig as EnvConfig
-    from .runs.config import EvaluationConfig as EvaluationConfig
-    from .runs.config import KLConfig as KLConfig
-    from .runs.config import ModelConfig as ModelConfig
-    from .runs.config import Named as Named
-    from .runs.config import ShapingConfig as ShapingConfig
-    from .runs.config import TrainConfig as TrainConfig
     from .small_models.demo_model import demo_model as demo_model
     from .small_models.from_scratch import pretrain as pretrain
     from .small_models.tokenizers import bpe_tokenizer as bpe_tokenizer
@@ -94,7 +94,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
 MODULES = {"doctor": ".doctor", "sft": ".supervised.sft"}  # public as modules: doctor.check(model), sft.tune(...)
 NAMES = {
     "AdaptiveCoef": ".steps.kl_penalty",
-    "AlgorithmConfig": ".runs.config",
+    "AlgorithmConfig": ".configuration.config",
     "BackendSpec": ".models.interface",
     "CheckpointError": ".checkpoints.manifest",
     "Checkpoints": ".callbacks.checkpoints",
@@ -104,16 +104,16 @@ NAMES = {
     "DropEpisodes": ".steps.scores",
     "EngineLost": ".engines.protocol",
     "EngineRollouts": ".engines.rollouts",
-    "EnvConfig": ".runs.config",
+    "EnvConfig": ".configuration.config",
     "EpisodeMetrics": ".callbacks.episode_metrics",
     "Evaluate": ".evaluation.evaluate_callback",
     "Evaluation": ".evaluation.evaluation",
-    "EvaluationConfig": ".runs.config",
+    "EvaluationConfig": ".configuration.config",
     "Finding": ".doctor.report",
     "FiniteUpdates": ".callbacks.finite_updates",
     "FlatLMPolicy": ".policies.flat",
     "Generation": ".evaluation.generation",
-    "KLConfig": ".runs.config",
+    "KLConfig": ".configuration.config",
     "KLPenalty": ".steps.kl_penalty",
     "LMPolicy": ".policies.lm_policy",
     "Labelled": ".supervised.preferences",
@@ -126,8 +126,8 @@ NAMES = {
     "LocalEngine": ".engines.local",
     "MaskableLMPolicy": ".policies.maskable",
     "MaskableSequenceRolloutBuffer": ".rollout.maskable_buffer",
-    "ModelConfig": ".runs.config",
-    "Named": ".runs.config",
+    "ModelConfig": ".configuration.config",
+    "Named": ".configuration.config",
     "Pretrained": ".models.pretrained",
     "Ranking": ".supervised.preferences",
     "Report": ".doctor.report",
@@ -142,11 +142,11 @@ NAMES = {
     "SampleTable": ".evaluation.sample_table",
     "SeparateCritic": ".models.critic",
     "SequenceRolloutBuffer": ".rollout.buffer",
-    "ShapingConfig": ".runs.config",
+    "ShapingConfig": ".configuration.config",
     "Sharded": ".distributed.sharding",
     "SharedCritic": ".models.critic",
     "TextVecEnv": ".rollout.vec_env",
-    "TrainConfig": ".runs.config",
+    "TrainConfig": ".configuration.config",
     "TrainingWarnings": ".callbacks.training_warnings",
     "bpe_tokenizer": ".small_models.tokenizers",
     "calibration": ".supervised.accuracy",

@@ -20,8 +20,7 @@ from jsonargparse import (
 )
 from yaml import YAMLError
 
-from ..errors import CommandError
-from ..runs.config import (
+from ..configuration.config import (
     DEMO_PPO_SETTINGS,
     DEMO_SETTINGS,
     PPO_NAMES,
@@ -30,8 +29,9 @@ from ..runs.config import (
     TrustOptions,
     argument_help,
 )
-from ..runs.plain_yaml import check_bounds, read_yaml
-from ..runs.values import WORDS, check_values, in_words
+from ..configuration.plain_yaml import check_bounds, read_yaml
+from ..configuration.values import WORDS, check_values, in_words
+from ..errors import CommandError
 
 MODE = "textenv"  # the name under which jsonargparse knows our loader: its own for YAML, after `check_bounds`
 ONLY_HERE = "only on the command line"
@@ -69,7 +69,7 @@ def make_parser(
     # from anyone, so that it may name our own dataclass `Named` and nothing else.
     set_parsing_settings(
         import_path_denylist=["*"],
-        import_path_allowlist=["agents.Named", "agents.runs.config.Named"],
+        import_path_allowlist=["agents.Named", "agents.configuration.config.Named"],
         instantiate_subclass_spec_in_any=False,
     )
     parser = ArgumentParser(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from textenv import TASKS
 from textenv.rewards.registry import REWARDS
 
+from ..configuration.names import LOGGERS, MASKS, METRICS, first_line
 from ..errors import Exit
-from ..runs.names import LOGGERS, MASKS, METRICS, first_line
 
 
 def list_names() -> int:

@@ -9,9 +9,9 @@ from textenv.huggingface.weights import n_positions
 from textenv.prompts.templates import apply_template
 from textenv.text.printable import printable
 
+from ..configuration.config import TrainConfig, TrustOptions
 from ..errors import CommandError, Exit
 from ..evaluation.generation import USUAL_TOKENS, generate
-from ..runs.config import TrainConfig, TrustOptions
 from .options import ChatOptions
 from .trained_model import Writer, open_writer
 

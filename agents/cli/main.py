@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
+from ..configuration.config import TrainConfig, TrainOptions, TrustOptions, default_settings
+from ..configuration.stage_folders import check_folders
 from ..errors import CommandError, Exit, StageStopped
-from ..runs.config import TrainConfig, TrainOptions, TrustOptions, default_settings
-from ..runs.stage_folders import check_folders
 from .arguments import check_file, make_parser, parse, parse_options, split, with_config
 from .options import (
     ChatOptions,

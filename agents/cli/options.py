@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..runs.config import ModelConfig, Named, TrustOptions
+from ..configuration.config import ModelConfig, Named, TrustOptions
 
 RATED_TOKENS = 32  # the most tokens of a text to rate from a model that is not a run: people must read all of it
 

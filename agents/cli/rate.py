@@ -24,10 +24,10 @@ from textenv.prompts.prompts import PromptLike
 from textenv.rewards.human import GROUP
 from textenv.text.named_tokenizer import DEMO
 
+from ..configuration.config import TrainConfig
 from ..errors import CommandError, Exit, StorageError
 from ..evaluation.generation import generate, no_reward
 from ..policies.lm_policy import LMPolicy
-from ..runs.config import TrainConfig
 from .options import RATED_TOKENS, RateConfig, RateOptions
 from .prompt_files import prompts_for
 from .rate_training import train_by_hand

@@ -28,10 +28,10 @@ from ..checkpoints.checkpoint import load_checkpoint, save_step
 from ..checkpoints.hf_export import export
 from ..checkpoints.manifest import newest_intact
 from ..checkpoints.output_folders import check_output
+from ..configuration.config import ModelConfig, TrainConfig
 from ..errors import CommandError, Exit, Interrupted
 from ..files import write_text
 from ..runs.assemble import load_lm, load_tokenizer, trust_of
-from ..runs.config import ModelConfig, TrainConfig
 from ..steps.kl_penalty import KLPenalty
 from .options import RATED_TOKENS, RateConfig, RateOptions
 from .prompt_files import prompts_for

@@ -10,12 +10,12 @@ from textenv.env import TextEnv
 from textenv.text.printable import printable
 from textenv.vector import TextVectorEnv
 
+from ..configuration.config import TrainConfig, TrustOptions
 from ..errors import CommandError, Exit
 from ..evaluation.evaluation import sequence_of
 from ..policies.lm_policy import LMPolicy
 from ..policies.reference import build_reference, divergences
 from ..runs.assemble import Parts, load_lm, trust_of
-from ..runs.config import TrainConfig, TrustOptions
 from .options import ShowOptions
 from .trained_model import load_newest
 

@@ -26,6 +26,7 @@ from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.hf_export import check_repository, upload, write_model
 from ..checkpoints.output_folders import check_output, output_folder
 from ..checkpoints.saved_policy import load_policy
+from ..configuration.config import ModelConfig, TrainConfig, TrustOptions
 from ..doctor.examine import check
 from ..errors import CommandError, Exit
 from ..evaluation.curves import draw_curves
@@ -45,7 +46,6 @@ from ..runs.assemble import (
     trust_of,
 )
 from ..runs.checkpoints import checkpoint_to_load
-from ..runs.config import ModelConfig, TrainConfig, TrustOptions
 from ..runs.folder import SAMPLE, RunFolder, read_rows, to_line
 from ..runs.model_card import model_card
 from .options import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions

@@ -1,1 +1,1 @@
-"""Runs of `textenv train`: their configuration, objects, folder, loggers and screens."""
+"""Runs of `textenv train`: their objects, folder, loggers and screens."""

@@ -34,6 +34,8 @@ from textenv.vector import unwrap_text_env
 from ..build import make_agent, usual_learning_rate
 from ..callbacks.episode_metrics import EpisodeMetrics
 from ..callbacks.training_warnings import TrainingWarnings
+from ..configuration.config import AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrustOptions
+from ..configuration.names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, call, find
 from ..errors import CommandError
 from ..evaluation.generation import no_reward
 from ..models.critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
@@ -45,8 +47,6 @@ from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
 from ..steps.reward_shaping import RewardShaping
-from .config import AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrustOptions
-from .names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, call, find
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
 SETTINGS = ("n_steps", "batch_size", "n_epochs")  # null leaves one to `make_agent`; A2C and TRPO lack some

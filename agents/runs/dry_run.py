@@ -13,11 +13,11 @@ from stable_baselines3.common.logger import Logger
 
 from ..callbacks.finite_updates import FiniteUpdates
 from ..checkpoints.storage import size
+from ..configuration.config import TrainConfig, TrainOptions
 from ..errors import Exit
 from ..evaluation.evaluation import evaluate
 from .assemble import Parts, assemble, training_callbacks, trust_of
 from .checkpoints import needed
-from .config import TrainConfig, TrainOptions
 from .screens import clock
 
 

@@ -12,11 +12,11 @@ from textenv.checks.extras import check_extra, needs
 from textenv.checks.trust import Kind, Trust, check_written
 from textenv.text.printable import page_text
 
+from ..configuration.config import Named, TrainConfig
+from ..configuration.names import LOGGERS, build, find
 from ..errors import CommandError, is_full
 from ..evaluation.curves import check_matplotlib
-from .config import Named, TrainConfig
 from .folder import RunFolder
-from .names import LOGGERS, build, find
 from .trackers import TRACKERS, MLflowTracker, Tracker, check_tracker, check_tracker_arguments
 
 LOGGER = Kind("logger", "a KVWriter of Stable-Baselines3", lambda cls: issubclass(cls, KVWriter))

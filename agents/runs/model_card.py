@@ -12,7 +12,7 @@ from typing import Any
 
 from textenv.text.printable import page_text, printable
 
-from .config import Named, TrainConfig
+from ..configuration.config import Named, TrainConfig
 
 SHOWN = 8  # the most prompts whose samples the card shows
 

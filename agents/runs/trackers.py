@@ -16,9 +16,9 @@ from textenv.checks.json_files import read_json
 from textenv.checks.signatures import check_arguments
 from textenv.checks.trust import Trust
 
+from ..configuration.config import Named, TrainConfig
 from ..errors import CommandError
 from ..files import write_text
-from .config import Named, TrainConfig
 from .folder import RunFolder
 
 # By tracker: the arguments that any configuration may have. Others could send figures and API keys to another server.

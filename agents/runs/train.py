@@ -24,6 +24,7 @@ from ..callbacks.finite_updates import FiniteUpdates
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.hf_export import write_model
 from ..checkpoints.output_folders import output_folder
+from ..configuration.config import FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
 from ..errors import CommandError, Exit, Interrupted, is_full
 from ..evaluation.curves import draw_curves
 from ..evaluation.evaluate_callback import HISTORY, Evaluate
@@ -32,7 +33,6 @@ from ..policies.lm_policy import LMPolicy
 from ..signals import Interrupts, leave, write_line
 from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
 from .checkpoints import RunCheckpoints, checkpoint_to_load, needed
-from .config import FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
 from .dry_run import dry_run
 from .exit_codes import as_command_error
 from .folder import RunFolder, read_rows

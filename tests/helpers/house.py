@@ -31,7 +31,7 @@ MAX_FOLDER_FILES = 30
 LAYERS = {
     "agents": (
         ("errors",),
-        ("files", "signals"),
+        ("files", "signals", "configuration"),
         ("small_models",),
         ("models",),
         ("distributed",),

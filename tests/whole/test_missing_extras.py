@@ -12,13 +12,13 @@ from transformers import BitsAndBytesConfig
 
 from agents import LoRA, Pretrained, RewardCurves, train_classifier
 from agents.cli.compare import compare
+from agents.configuration.config import Named, TrainConfig, default_loggers
+from agents.configuration.names import find
 from agents.errors import CommandError, Exit
 from agents.evaluation.curves import draw_curves
 from agents.models.pretrained import build_model
-from agents.runs.config import Named, TrainConfig, default_loggers
 from agents.runs.exit_codes import as_command_error
 from agents.runs.loggers import check_loggers
-from agents.runs.names import find
 from agents.runs.trackers import MLflowTracker, Tracker
 from agents.supervised.sft import tune
 from agents.zoo import main as zoo

@@ -12,11 +12,11 @@ import pytest
 import agents
 import textenv
 from agents import word_tokenizer
+from agents.configuration.config import EnvConfig, Named
+from agents.configuration.names import MASK, MASKS, METRIC, build
 from agents.errors import CommandError
 from agents.runs.assemble import ENV, make_env, make_metric
-from agents.runs.config import EnvConfig, Named
 from agents.runs.loggers import LOGGER, check_loggers
-from agents.runs.names import MASK, MASKS, METRIC, build
 from tests.helpers.command import environment
 from textenv import demo
 from textenv.checks.trust import Trust, find_class

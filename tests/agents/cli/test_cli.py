@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from agents.cli import main as cli
 from agents.cli.arguments import make_parser
 from agents.cli.options import SFTConfig
-from agents.runs.config import TrainConfig, argument_help
+from agents.configuration.config import TrainConfig, argument_help
 from agents.supervised.learned_reward import LearnedReward
 from tests.helpers.command import ROLLOUT, ROOT, environment, rows, run, settings
 from tests.helpers.house import loaded_by
@@ -147,7 +147,8 @@ def test_help_loads_no_torch():
 
 
 @pytest.mark.parametrize(
-    "module", ["runs.config", "runs.names", "cli.options", "cli.arguments", "cli.catalogue", "cli.compare"]
+    "module",
+    ["configuration.config", "configuration.names", "cli.options", "cli.arguments", "cli.catalogue", "cli.compare"],
 )
 def test_what_is_read_before_a_verb_starts_loads_no_torch(module):
     assert not loaded_by(f"agents.{module}", ROOT) & {"torch", "transformers", "stable_baselines3"}

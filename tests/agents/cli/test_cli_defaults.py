@@ -13,11 +13,11 @@ import yaml
 from agents.build import settings_for, usual_learning_rate
 from agents.checkpoints.manifest import newest_intact
 from agents.cli import main as cli
+from agents.configuration.config import DEMO_PPO_SETTINGS, DEMO_SETTINGS, TrainConfig, argument_help
 from agents.errors import Exit
 from agents.evaluation.evaluation import evaluate
 from agents.evaluation.generation import generate
 from agents.runs.assemble import ALGORITHMS
-from agents.runs.config import DEMO_PPO_SETTINGS, DEMO_SETTINGS, TrainConfig, argument_help
 from agents.runs.folder import RunFolder
 from agents.signals import Interrupts, leave
 from agents.supervised.sft import tune

@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agents.checkpoints import hf_export as exporting
-from agents.runs.config import TrainConfig
+from agents.configuration.config import TrainConfig
 from agents.runs.model_card import model_card
 from tests.helpers.command import ROLLOUT, rows, run, settings, small_model
 

@@ -12,9 +12,9 @@ import pytest
 from agents.cli import options as verb_config
 from agents.cli.arguments import make_parser, parse
 from agents.cli.stages import ENOUGH
-from agents.runs.config import TrainConfig
-from agents.runs.stage_folders import made_by
-from agents.runs.values import LIMITS, as_list, in_words, limits_of
+from agents.configuration.config import TrainConfig
+from agents.configuration.stage_folders import made_by
+from agents.configuration.values import LIMITS, as_list, in_words, limits_of
 from tests.helpers.command import ROOT, run, settings
 from textenv import TASKS, TextEnv
 from textenv.checks.signatures import check_arguments, needed

@@ -16,9 +16,9 @@ import yaml
 from agents import demo_model, files, save_checkpoint
 from agents.checkpoints.checkpoint import latest_checkpoint, save_step
 from agents.checkpoints.manifest import CheckpointError, verify_checkpoint
+from agents.configuration.config import TrainConfig
 from agents.errors import CommandError
 from agents.runs import train as training_run
-from agents.runs.config import TrainConfig
 from agents.runs.folder import RunFolder
 from agents.runs.model_card import model_card
 from agents.runs.recording import Recorder

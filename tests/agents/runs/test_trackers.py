@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from agents.runs.config import Named, TrainConfig
+from agents.configuration.config import Named, TrainConfig
 from agents.runs.folder import RunFolder
 from agents.runs.loggers import SamplePages
 from agents.runs.trackers import MLflowTracker

@@ -9,10 +9,10 @@ from itertools import pairwise
 import pytest
 import yaml
 
+from agents.configuration.config import EnvConfig, Named, TrainConfig, TrustOptions
+from agents.configuration.names import MASK, METRIC
 from agents.evaluation.generation import no_reward
 from agents.runs.assemble import Parts
-from agents.runs.config import EnvConfig, Named, TrainConfig, TrustOptions
-from agents.runs.names import MASK, METRIC
 from tests.helpers.command import run, settings
 from textenv import TextEnv
 from textenv.checks.trust import Trust, find_class, only_with

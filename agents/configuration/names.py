@@ -165,7 +165,7 @@ def first_line(path: str) -> str | None:
     """Return the first docstring line of "module:name", read from the source without importing it; None for no module.
 
     Example:
-        >>> first_line("agents.runs.config:Named")
+        >>> first_line("agents.configuration.config:Named")
         'A reward, metric, mask, logger or environment by its name.'
     """
     module, _, name = path.partition(":")

@@ -60,7 +60,7 @@ def train(model: PPO, n_tokens: int, out: Path, title: str, callbacks: Sequence[
     checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
-        print(f"PPO: goes on from {checkpoint}")
+        print(f"PPO: continues from {checkpoint}")
     done = model.num_timesteps
     if done < n_tokens:
         curves = RewardCurves(out / "curves.png", title=title)

@@ -143,7 +143,7 @@ class TrainingWarnings(BaseCallback):
                 "empty texts",
                 f"All {len(episodes)} last episodes are an end token and nothing else. Does an empty text earn "
                 "most, as under a penalty on length or on KL, or do prompts end like finished texts? Reward an empty "
-                "text less, and encode prompts without what closes a text.",
+                "text less, and encode prompts without the end token.",
             )
 
     def _look_at_time(self) -> None:

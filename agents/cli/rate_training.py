@@ -126,7 +126,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         # The first reset uses the env's seed. If `learn` made it, after loading, the prompts would start over.
         env_of_agent.reset()
         load_checkpoint(agent, checkpoint)
-        print(f"goes on from {checkpoint}")
+        print(f"continues from {checkpoint}")
     with FeedbackStore(chosen.db) as store:
         terminal = RatingTerminal(store, rater, "score")
         reward.human.attend = lambda items: _answer(terminal, items)
@@ -145,7 +145,7 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
         print("mean score of the first and of the last {}: {:.2f}, {:.2f}".format(min(SHOWN, len(scores)), *means))
     print(f"model: {out / 'model'}   answers: {chosen.db}")
     if is_interrupted:
-        raise Interrupted("interrupted, and the model is written: the same command goes on.", signal.SIGINT)
+        raise Interrupted("interrupted, and the model is written: the same command continues.", signal.SIGINT)
     return Exit.DONE
 
 

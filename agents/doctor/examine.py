@@ -130,4 +130,4 @@ def _run(examine: Callable[..., list[Finding]], subject: Subject, *sample: Sampl
 
 def _broken(name: str, error: Exception) -> Finding:
     cause = "The model, the tokenizer or the env raised this error in a call that training makes, too."
-    return Finding(name, "failed", f"{type(error).__name__}: {error}", cause, "Mend what the message says.")
+    return Finding(name, "failed", f"{type(error).__name__}: {error}", cause, "Correct what the message names.")

@@ -70,7 +70,7 @@ def check_stop_tokens(subject: Subject) -> list[Finding]:
     ]
     if closed:
         cause = f"{len(closed)} prompts end with one of them, so the model has to continue a text that has ended."
-        return [Finding("stop tokens", "warning", measured, cause, "Encode prompts without what closes a text.")]
+        return [Finding("stop tokens", "warning", measured, cause, "Encode prompts without the end token.")]
     return [Finding("stop tokens", "ok", f"{measured}{_padding_remark(env)}")]
 
 

@@ -41,7 +41,7 @@ class BeforeReturns(Protocol):
 
     @property
     def order(self) -> int:
-        """The step's rank among the others: steps of lower order run first."""
+        """The position of the step among the others: steps of lower order run first."""
 
     def begin(self) -> None:
         """Prepare for a rollout that begins."""

@@ -131,7 +131,7 @@ class States:
         """Return the error that ends training after a signal, which says whether the state was saved."""
         if self.failure is not None:
             return StorageError(self.failure)
-        return StageStopped(f"stopped after step {step}; `resume=True` goes on from there", number)
+        return StageStopped(f"stopped after step {step}; `resume=True` continues from there", number)
 
 
 class ResumableFit:

@@ -26,5 +26,5 @@ def test_the_example_writes_its_table_and_skips_finished_stages(tmp_path):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "model" / "model.safetensors").is_file()
     again = run(*command, "--turns", 2)
-    assert again.count(f"found in {out}") == 3 and "goes on from" in again
+    assert again.count(f"found in {out}") == 3 and "continues from" in again
     assert json.loads((out / "results.json").read_text()) == results

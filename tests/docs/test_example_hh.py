@@ -45,7 +45,7 @@ def test_the_example_runs_and_skips_finished_stages(tmp_path):
         (out / name).unlink()
     shutil.rmtree(out / "policy")
     again = run(*command)
-    assert "tuned: found in" in again and "pairs: found in" in again and "PPO: goes on from" in again
+    assert "tuned: found in" in again and "pairs: found in" in again and "PPO: continues from" in again
     assert (out / "results.json").read_text() == results
 
     with pytest.raises(AssertionError, match="holds a run with other settings"):

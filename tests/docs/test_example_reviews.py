@@ -44,7 +44,7 @@ def test_the_example_runs_and_resumes_where_it_was_stopped(folder, tmp_path):
     (out / "judge.json").unlink()
     again = run(*command)
     assert "tuned: found in" in again and "reward: found in" in again and "judge: found" not in again
-    assert "PPO: goes on from" in again
+    assert "PPO: continues from" in again
     assert weights == {name: (out / name / "model.safetensors").read_bytes() for name in weights}
     assert json.loads((out / "results.json").read_text())["figures"] == result["figures"]
 

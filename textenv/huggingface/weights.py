@@ -69,7 +69,7 @@ def _look_up(name: str) -> None:
         snapshot_download(name, local_files_only=True)
         return
     except HFValidationError as error:
-        raise LookupError("no model of the hub can be called so") from error
+        raise LookupError("no model on the hub can have this name") from error
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise LookupError("it was not downloaded before, and HF_HUB_OFFLINE forbids asking the hub") from error

@@ -69,7 +69,7 @@ def register_reward(name: str, entry_point: str) -> None:
         raise ValueError(f"Expected a name and a 'module:name', got {name!r} and {entry_point!r}.")
     # `setdefault` returns the earlier entry point if the name is taken; registering the same one again is allowed.
     if REWARDS.setdefault(name, entry_point) != entry_point:
-        raise ValueError(f"Expected a name that is free, got {name!r}, which stands for {REWARDS[name]!r}.")
+        raise ValueError(f"Expected a name that is not taken, got {name!r}, which stands for {REWARDS[name]!r}.")
 
 
 def make_reward(name: str, **options: Any) -> RewardFunction:

@@ -157,7 +157,7 @@ def test_ctrl_c_in_the_loop_ends_with_130_and_quitting_with_0_and_both_write_the
         assert rate(model, [], *words, monkeypatch=patch) == 130
     said = capsys.readouterr()
     assert "update 1: mean of the last 1 scores 5.00" in said.out and "model: hand/model" in said.out
-    assert said.err.endswith("textenv: interrupted, and the model is written: the same command goes on.\n")
+    assert said.err.endswith("textenv: interrupted, and the model is written: the same command continues.\n")
     assert (here / "hand" / "model" / "config.json").is_file() and len(answers("hand/ratings.db")) == 1
     assert rate(model, ["q"], *words, monkeypatch=monkeypatch) == 0
     assert "update 1: mean of the last 1 scores 5.00" in capsys.readouterr().out
@@ -179,7 +179,7 @@ def test_the_loop_goes_on_where_it_was_killed_and_asks_nothing_twice(model, here
     assert rate(model, [*lines[:3], "q"], *words, "--out", "parts", "--db", "parts.db", monkeypatch=monkeypatch) == 0
     assert len(answers("parts.db")) == 3
     assert rate(model, lines[3:], *words, "--out", "parts", "--db", "parts.db", monkeypatch=monkeypatch) == 0
-    assert "goes on from parts/checkpoints/step_000000000008" in capsys.readouterr().out
+    assert "continues from parts/checkpoints/step_000000000008" in capsys.readouterr().out
     whole, parts = answers("whole.db"), answers("parts.db")
     assert len(whole) == 7
     # The fields of prompts, texts and scores; times and ids differ.

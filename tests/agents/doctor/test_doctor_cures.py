@@ -169,8 +169,8 @@ def other_critic(model):
 CASES = [
     ("ratio", "cache=False", lambda: agent(Broken(lying_cache)), [
         lambda: agent(Broken(lying_cache), policy_kwargs={"cache": False})]),
-    ("ratio", "Mend what the message says", lambda: agent(hooked(raises_in_training)), [agent]),
-    ("rollout", "Mend what the message says", lambda: changed(nan_weights), [agent]),
+    ("ratio", "Correct what the message names", lambda: agent(hooked(raises_in_training)), [agent]),
+    ("rollout", "Correct what the message names", lambda: changed(nan_weights), [agent]),
     ("padding", "Use a causal language model", lambda: agent(hooked(sees_padding)), [agent]),
     ("cache", "cache=False", lambda: agent(Broken(lying_cache)), [
         lambda: agent(Broken(lying_cache), policy_kwargs={"cache": False})]),
@@ -199,7 +199,7 @@ CASES = [
         lambda: changed(ends_at_7, agent(env=tiny_env(stop_ids=[0, 7])))]),
     ("stop tokens", "Give its config eos_token_id=0", lambda: agent(tiny(eos_token_id=50256)), [
         lambda: agent(tiny(eos_token_id=0))]),
-    ("stop tokens", "Encode prompts without what closes a text", lambda: agent(env=tiny_env(prompts=[[1, 0]])), [
+    ("stop tokens", "Encode prompts without the end token", lambda: agent(env=tiny_env(prompts=[[1, 0]])), [
         lambda: agent(env=tiny_env(prompts=[[1]]))]),
     ("opening tokens", "Pass texts, or ids with the opening tokens once", lambda: agent(
         env=env_of([[1]], OpeningTokenizer())), [

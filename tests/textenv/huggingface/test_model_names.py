@@ -86,7 +86,7 @@ def test_a_downloaded_model_needs_no_request(asked, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/reviews/sft", "a b"])
 def test_invalid_names_cause_no_request(asked, name):
-    with pytest.raises(ValueError, match="no model of the hub can be called so"):
+    with pytest.raises(ValueError, match="no model on the hub can have this name"):
         check_name(name)
     assert asked[0] == []
 

@@ -161,7 +161,7 @@ def test_own_names():
     register_reward("counting", "tests.textenv.rewards.test_rewards:Counting")
     register_reward("counting", "tests.textenv.rewards.test_rewards:Counting")
     assert scores(make_reward("counting"), ["abc"]) == [3.0]
-    with pytest.raises(ValueError, match="a name that is free, got 'length'"):
+    with pytest.raises(ValueError, match="a name that is not taken, got 'length'"):
         register_reward("length", "tests.textenv.rewards.test_rewards:Counting")
     with pytest.raises(ValueError, match="Expected a name and a 'module:name'"):
         register_reward("other", "no_colon")

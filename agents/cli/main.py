@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _what_is_saved(verb: str, has_state: bool) -> str:
     """Return how to continue after Ctrl-C: it depends on the verb, and on whether a stage has just saved its state."""
     if has_state:
-        return ": the same command with --resume goes on"
+        return ": the same command with --resume continues"
     if verb == "train":
         return ": nothing was saved yet, the same command starts again"
     return ": the same command starts again, with --resume from what was saved last" if verb in STAGES else ""

@@ -122,7 +122,7 @@ class States:
         except (OSError, SafetensorError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             shutil.rmtree(folder, ignore_errors=True)
             self.failure = f"The state after step {step} could not be written: {explain(error, folder)}"
-            warnings.warn(f"{self.failure} Training goes on, and it is tried again.", stacklevel=3)
+            warnings.warn(f"{self.failure} Training continues, and saving is tried again.", stacklevel=3)
             return
         for old in [path for path in numbered(self.work, STATE) if path != folder][KEPT - 1 :]:
             shutil.rmtree(old)

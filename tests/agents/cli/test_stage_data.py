@@ -239,7 +239,7 @@ def test_a_reward_model_goes_on_after_ctrl_c(is_fresh, tmp_path, monkeypatch, ca
     with monkeypatch.context() as patch:
         press_ctrl_c(patch, step=3)
         assert run("reward-model", *words, "--out", tmp_path / "parts") == 130
-    assert "interrupted: the same command with --resume goes on" in capsys.readouterr().err
+    assert "interrupted: the same command with --resume continues" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         asked = press_ctrl_c(patch, step=99)
         assert run("reward-model", *words, "--out", tmp_path / "parts", "--resume") == 0

@@ -113,7 +113,7 @@ def test_a_signal_saves_and_has_its_code(number, whole, tmp_path, monkeypatch):
     stage = {signal.SIGTERM: "sft", signal.SIGHUP: "classifier", signal.SIGINT: "reward-model"}[number]
     with monkeypatch.context() as patch:
         stop_at(patch, 6, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(StageStopped, match="stopped after step 7; `resume=True` goes on") as stopped:
+        with pytest.raises(StageStopped, match="stopped after step 7; `resume=True` continues") as stopped:
             STAGES[stage](tmp_path / "m")
     assert stopped.value.code == 128 + number
     STAGES[stage](tmp_path / "m", resume=True)
@@ -131,7 +131,7 @@ def test_the_command_has_the_code_of_the_signal_and_goes_on(verb, tmp_path, monk
     with monkeypatch.context() as patch:
         stop_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(*words) == 143
-    assert "textenv: interrupted: the same command with --resume goes on" in capfd.readouterr().err
+    assert "textenv: interrupted: the same command with --resume continues" in capfd.readouterr().err
     assert run(*words, "--resume") == 0 and (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from textenv_command import check_agents
+from textenv_agents import check_agents
 
 if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_names.py compares the two lists
     from . import doctor as doctor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,14 @@ from tests.helpers.house import (
     LIGHT,
     MAX_BODY_LINES,
     MAX_FILE_LINES,
+    MAX_FILES_BESIDE_ROOMS,
     MAX_FOLDER_FILES,
     PACKAGES,
     ROOT,
     absolute_imports,
     assert_none,
     crowded_folders,
+    files_beside_rooms,
     folders_without_init,
     forbidden_imports,
     import_cycle,
@@ -28,7 +29,10 @@ from tests.helpers.house import (
     missing_docstrings,
     read,
     root_imports,
+    root_modules,
     source,
+    unlisted_rooms,
+    unmirrored_rooms,
     upward_imports,
     wrong_rooms,
 )
@@ -64,6 +68,10 @@ def test_no_import_cycles(package: str) -> None:
     assert_none(import_cycle(read(package)))
 
 
+def test_no_import_cycles_across_packages() -> None:
+    assert_none(import_cycle([*read(*PACKAGES), *root_modules()]))
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_lead_to_lower_layers(package: str) -> None:
     assert_none(upward_imports(read(package), LAYERS[package]))
@@ -76,14 +84,7 @@ def test_every_room_is_in_a_layer(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_readme_lists_the_rooms_by_layer(package: str) -> None:
-    rooms = [room for layer in LAYERS[package] for room in layer if room != "__init__"]
-    files = {file.module: file for file in read(package)}
-    lines = [
-        f"| `{room}{'/' if (ROOT / package / room).is_dir() else '.py'}` | "
-        f"{ast.get_docstring(files[f'{package}.{room}'].tree).splitlines()[0]} |"
-        for room in rooms
-    ]
-    assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert_none(unlisted_rooms(read(package), LAYERS[package], (ROOT / "README.md").read_text(encoding="utf-8")))
 
 
 def test_every_folder_is_a_package() -> None:
@@ -94,15 +95,13 @@ def test_folders_are_not_crowded() -> None:
     assert_none(crowded_folders([file.path for file in read(*FOLDERS)]))
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_few_files_stand_beside_the_rooms(package: str) -> None:
-    assert len(list((ROOT / package).glob("[!_]*.py"))) <= 5
+def test_few_files_stand_beside_the_rooms() -> None:
+    assert_none(files_beside_rooms(read(*PACKAGES)))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_tests_lie_where_the_code_does(package: str) -> None:
-    folders = {path.parent.name for path in (ROOT / "tests" / package).glob("*/__init__.py")}
-    assert folders <= {file.room for file in read(package)}
+    assert_none(unmirrored_rooms(read(package), [file.path for file in read("tests")]))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -135,7 +134,7 @@ def test_function_bodies_are_short() -> None:
     [
         ("textenv/a.py", "import numpy\nimport agents.policies", 2),
         ("textenv/a.py", "def f():\n    from agents import LMPolicy", 2),
-        ("textenv/a.py", "if TYPE_CHECKING:\n    from agents.kl import KL", 2),
+        ("textenv/a.py", "if TYPE_CHECKING:\n    from agents.policies import KL", 2),
         ("textenv/rewards/a.py", "import os, agents", 1),
         ("textenv/a.py", "import numpy\nfrom . import agents\nimport agents_of_change", None),
     ],
@@ -166,8 +165,8 @@ def test_root_imports_can_fail(path: str, text: str, fails: bool) -> None:
 
 
 def test_absolute_imports_can_fail() -> None:
-    text = "from .cache import PrefixCache\nfrom textenv.env import TextEnv\nfrom agents.cache import PrefixCache"
-    assert absolute_imports([source("agents/a.py", text)]) == ["agents/a.py:3: import agents.cache relatively"]
+    text = "from .files import write_text\nfrom textenv.env import TextEnv\nfrom agents.files import write_text"
+    assert absolute_imports([source("agents/a.py", text)]) == ["agents/a.py:3: import agents.files relatively"]
 
 
 def test_import_cycle_can_fail() -> None:
@@ -232,6 +231,26 @@ def test_upward_imports_can_fail(path: str, text: str, message: str | None) -> N
     assert all(problem.startswith(f"{path}:{message}") for problem in problems)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import_module('.cli.b', __package__)",
+        "importlib.import_module('agents.cli.b')",
+        "__import__('agents.cli.b')",
+        "VERBS = {'b': 'agents.cli.b:run'}",
+    ],
+)
+def test_modules_named_in_strings_are_imports(text: str) -> None:
+    files = [source("agents/errors.py", text), source("agents/cli/b.py", "from ..errors import E")]
+    assert len(import_cycle(files)) == 2
+    assert upward_imports(files, MADE_UP) == ["agents/errors.py:1: imports agents.cli.b, but cli is not below errors"]
+
+
+def test_a_module_beside_the_packages_can_close_a_cycle() -> None:
+    files = [source("agents/__init__.py", "import start"), source("start.py", "def main():\n    import agents")]
+    assert len(import_cycle(files)) == 2
+
+
 def test_wrong_rooms_can_fail() -> None:
     files = [source("agents/errors.py", ""), source("agents/models/m.py", ""), source("agents/new/n.py", "")]
     assert wrong_rooms(files, MADE_UP) == [
@@ -240,6 +259,30 @@ def test_wrong_rooms_can_fail() -> None:
         "data: named in a layer, and not there",
     ]
     assert wrong_rooms(files, (("errors", "models", "new"),)) == []
+
+
+def test_unlisted_rooms_can_fail() -> None:
+    files = [source("agents/errors.py", "'''Errors.'''"), source("agents/cli/__init__.py", "'''Commands.'''")]
+    layers = (("errors",), ("cli",))
+    table = "| `errors.py` | Errors. |\n| `cli/` | Commands. |\n"
+    assert unlisted_rooms(files, layers, table) == []
+    assert len(unlisted_rooms(files, layers, table.replace("Commands", "Verbs"))) == 1
+    assert len(unlisted_rooms(files, layers[::-1], table)) == 1  # in another order
+
+
+def test_files_beside_rooms_can_fail() -> None:
+    files = [source(f"agents/a{i}.py", "") for i in range(MAX_FILES_BESIDE_ROOMS)]
+    assert files_beside_rooms([*files, source("agents/__init__.py", ""), source("agents/cli/a.py", "")]) == []
+    assert files_beside_rooms([*files, source("agents/b.py", "")]) == ["agents: 6 files beside the rooms, over 5"]
+
+
+def test_unmirrored_rooms_can_fail() -> None:
+    files = [source("agents/errors.py", ""), source("agents/cli/a.py", ""), source("agents/runs/a.py", "")]
+    assert unmirrored_rooms(files, ["tests/agents/cli/test_a.py", "tests/agents/runs/test_a.py", "tests/a.py"]) == []
+    assert unmirrored_rooms(files, ["tests/agents/cli/test_a.py", "tests/agents/steps/test_a.py"]) == [
+        "agents/runs: a room without tests",
+        "tests/agents/steps: tests of no room",
+    ]
 
 
 def test_folders_without_init_can_fail() -> None:

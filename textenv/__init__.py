@@ -56,5 +56,6 @@ TASKS = {  # from the names in `gymnasium.make("textenv/<name>-v0")` to the clas
 }
 
 # Entry points are texts, so that gymnasium imports a task's module only when somebody makes its environment.
-for name, env in {"Demo": "textenv.tasks.demo:Demo", **TASKS}.items():
-    register(f"textenv/{name}-v0", env, vector_entry_point=partial(make_vector_env, env_type=env))
+# The names of the loop are private: `env` would hide the module `textenv.env`.
+for _name, _task in {"Demo": "textenv.tasks.demo:Demo", **TASKS}.items():
+    register(f"textenv/{_name}-v0", _task, vector_entry_point=partial(make_vector_env, env_type=_task))

@@ -29,7 +29,7 @@ from ..models.backbone import check_fits
 from ..models.critic import TrunkCritic, score_head
 from ..models.layers import disable_dropout
 from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel
-from ..small_models.from_scratch import fit, similar_lengths
+from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
 from .preferences import Labelled, Ranking, encode_texts
 from .resumable import ResumableFit, origin, prepare, work_folder

@@ -25,8 +25,8 @@ from ..checkpoints.output_folders import check_output, output_folder
 from ..models.backbone import PROBE_LENGTH, check_fits, close
 from ..models.pretrained import LMLike, build_model
 from ..small_models.demo_model import model_folder
-from ..small_models.from_scratch import IGNORED
 from ..small_models.tokenizers import bpe_tokenizer
+from ..small_models.training_loop import IGNORED
 from .resumable import origin, prepare, work_folder
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
 

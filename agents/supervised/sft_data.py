@@ -10,7 +10,7 @@ import torch
 
 from textenv.text.tokenizer import Tokenizer, encode_prompt
 
-from ..small_models.from_scratch import IGNORED
+from ..small_models.training_loop import IGNORED
 
 Text: TypeAlias = str | tuple[str, str]  # a text, or a prompt and its reference
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import itertools
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -25,6 +26,10 @@ PACKAGES = ("textenv", "agents")
 MAX_FILE_LINES = 400
 MAX_BODY_LINES = 60
 MAX_FOLDER_FILES = 30
+MAX_FILES_BESIDE_ROOMS = 5
+
+# A class or function by the name of its module, as in "agents.cli.show:show".
+ENTRY_POINT = re.compile(r"(?:agents|textenv)(?:\.\w+)+:\w+")
 
 # The rooms of each package, lowest layer first. A room may import itself and the rooms of lower layers, but no other
 # room of its own layer. A room is a folder, or a file that stands beside the folders.
@@ -114,6 +119,12 @@ def read(*folders: str) -> list[Source]:
     return [source(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")) for file in files]
 
 
+@cache
+def root_modules() -> list[Source]:
+    """Read the modules that stand beside the packages, such as the start of the command."""
+    return [source(file.name, file.read_text(encoding="utf-8")) for file in sorted(ROOT.glob("*.py"))]
+
+
 def imports(file: Source, nodes: Iterable[ast.AST] | None = None) -> list[Import]:
     """List the imports of a file or of some nodes of its tree, those in functions and under TYPE_CHECKING included.
 
@@ -161,11 +172,28 @@ def absolute_imports(files: list[Source]) -> list[str]:
     ]
 
 
+def named_modules(file: Source) -> list[Import]:
+    """List the modules that a file names in strings: as "module:name", or as an argument of `import_module`."""
+    names = []
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and ENTRY_POINT.fullmatch(node.value):
+            names.append(Import(node.lineno, node.value.split(":")[0], None, False))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    level = len(argument.value) - len(argument.value.lstrip("."))
+                    base = file.package.split(".")
+                    base = base[: len(base) - level + 1] if level else []
+                    module = ".".join([*base, argument.value.lstrip(".")])
+                    names.append(Import(node.lineno, module, None, level > 0))
+    return names
+
+
 def arrows(files: list[Source]) -> Iterator[tuple[Source, Source, str]]:
     """Yield each import of one file by another: the importer, the imported file, and the start of a message."""
     by_module = {file.module: file for file in files}
     for file in files:
-        for statement in imports(file):
+        for statement in [*imports(file), *named_modules(file)]:
             submodule = f"{statement.module}.{statement.name}"
             target = by_module.get(submodule) or by_module.get(statement.module)
             if target is not None and target is not file:
@@ -200,6 +228,43 @@ def wrong_rooms(files: list[Source], layers: Layers) -> list[str]:
     named, existing = {room for rooms in layers for room in rooms}, {file.room for file in files}
     return [f"{room}: a room in no layer" for room in sorted(existing - named)] + [
         f"{room}: named in a layer, and not there" for room in sorted(named - existing)
+    ]
+
+
+def unlisted_rooms(files: list[Source], layers: Layers, readme: str) -> list[str]:
+    """Find the rooms whose line (name, first sentence) is missing in the README, or is not in the order of layers."""
+    by_module = {file.module: file for file in files}
+    problems, position = [], 0
+    for room in (room for rooms in layers for room in rooms if room != "__init__"):
+        file = by_module[f"{files[0].folder}.{room}"]
+        name = f"{room}/" if file.path.endswith("__init__.py") else f"{room}.py"
+        line = f"| `{name}` | {(ast.get_docstring(file.tree) or '').partition(chr(10))[0]} |"
+        start = readme.find(line, position)
+        if start < 0:
+            problems.append(f"{file.path}: not in the table of the README, or not in its place: {line}")
+        position = max(position, start)
+    return problems
+
+
+def files_beside_rooms(files: list[Source]) -> list[str]:
+    """Find the package whose root has more files than the limit, `__init__.py` left out."""
+    counts = Counter(file.folder for file in files if file.path.count("/") == 1 and file.room != "__init__")
+    limit = MAX_FILES_BESIDE_ROOMS
+    return [f"{folder}: {n} files beside the rooms, over {limit}" for folder, n in counts.items() if n > limit]
+
+
+def unmirrored_rooms(files: list[Source], tests: list[str]) -> list[str]:
+    """Find the rooms of a package without a folder of tests, and the folders of tests without a room.
+
+    Args:
+        files: The files of the package.
+        tests: The paths of the test files.
+    """
+    package = files[0].folder
+    rooms = {file.room for file in files if file.path.count("/") > 1}
+    folders = {path.split("/")[2] for path in tests if path.startswith(f"tests/{package}/") and path.count("/") > 2}
+    return [f"{package}/{room}: a room without tests" for room in sorted(rooms - folders)] + [
+        f"tests/{package}/{folder}: tests of no room" for folder in sorted(folders - rooms)
     ]
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import textenv_agents
 import textenv_command
 from agents.errors import Exit
 from tests.helpers.house import ROOT
@@ -65,10 +66,10 @@ def test_python_raises_the_same_error_where_a_name_of_agents_is_used(site, tmp_p
 
 
 def test_ours_alone_passes_and_a_missing_agents_is_reported(monkeypatch):
-    textenv_command.check_agents()
-    monkeypatch.setattr(textenv_command, "find_spec", lambda name: None)
+    textenv_agents.check_agents()
+    monkeypatch.setattr(textenv_agents, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="Expected the package `textenv` to be installed, got none"):
-        textenv_command.check_agents()
+        textenv_agents.check_agents()
 
 
 def test_the_module_answers_as_the_command_does(tmp_path):
@@ -82,5 +83,5 @@ def test_setup_cfg_installs_this_command():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     assert config["options.entry_points"]["console_scripts"].strip() == "textenv = textenv_command:main"
-    assert config["options"]["py_modules"] == "textenv_command"
+    assert config["options"]["py_modules"].split() == ["textenv_agents", "textenv_command"]
     assert textenv_command.MISSING == Exit.MISSING

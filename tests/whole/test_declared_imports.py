@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.house import ROOT, Source, assert_none, imports, read, source
+from tests.helpers.house import ROOT, Source, assert_none, imports, read, root_modules, source
 
 FOLDERS = ("textenv", "agents", "examples", "benchmarks")
-OWN = {"textenv", "agents", "textenv_command"}
+OWN = {"textenv", "agents", "textenv_agents", "textenv_command"}
 # Modules whose package has another name.
 PACKAGES = {"PIL": "pillow", "gem": "gem-llm", "yaml": "pyyaml"}
 # The only modules that may import packages of an extra at their head, each with the extra. No other module imports them
@@ -158,8 +158,7 @@ def known():
 
 @pytest.fixture(scope="module")
 def files():
-    path = ROOT / "textenv_command.py"
-    return [*read(*FOLDERS), source(path.name, path.read_text(encoding="utf-8"))]
+    return [*read(*FOLDERS), *root_modules()]
 
 
 def test_every_import_is_declared(files, known):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, TrainerCallback
 
 from agents import Pretrained, word_tokenizer
-from agents.small_models.from_scratch import IGNORED
+from agents.small_models.training_loop import IGNORED
 from agents.supervised import hf_trainer, sft
 from agents.supervised.sft_data import Sample, collate, encode_sample, pack
 from tests.helpers.models import tiny

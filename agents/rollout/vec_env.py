@@ -69,7 +69,7 @@ class TextVecEnv(VecEnv):
         self._reset_seeds()
         self._reset_options()
         # An evaluation may follow; the steps of a rollout ask for deferred scores, dropped episodes and a record again.
-        self.lanes.defer_scores = self.lanes.accepts_dropped = False
+        self.lanes.end_rollout()
         self.record = RolloutRecord(self.lanes.n_steps, is_kept=False)
         order_seed = None
         if seed is None and self.world is not None and self.lanes.dealer.cursor is None:
@@ -175,11 +175,7 @@ class TextVecEnv(VecEnv):
             accept_dropped: Let the reward drop episodes, which the caller then leaves out of training.
         """
         self.record = RolloutRecord(self.lanes.n_steps, is_kept=True)
-        if defer_scores:
-            self.lanes.defer_scores = True
-            self.lanes.unscored.clear()
-        if accept_dropped:
-            self.lanes.accepts_dropped = True
+        self.lanes.begin_rollout(defer_scores, accept_dropped)
 
     @property
     def defers_scores(self) -> bool:

@@ -358,7 +358,7 @@ def test_a_late_score_that_is_bad_is_named_too(make_env):
         ["a", "bad"], reward=lambda prompt, preds, done: math.nan, score_at="rollout_end", order="sequential"
     )
     lanes = TextVectorEnv(env, 2).lanes
-    lanes.defer_scores = True
+    lanes.begin_rollout(defer_scores=True)
     lanes.reset(seed=0)
     lanes.step(np.array([24, EOS]))
     with pytest.raises(RewardError, match=r"got nan \(lane 1, prompt 'bad', text ''\)"):

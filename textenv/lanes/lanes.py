@@ -63,15 +63,15 @@ class Lanes:
         env: The environment.
         n_lanes: The number of episodes that run side by side, B.
         autoreset: Whether a lane begins the next episode in the step that ends one; otherwise `reset` must follow.
-        accepts_dropped: The first value of the attribute.
+        accepts_dropped: The value of the attribute until `begin_rollout`.
 
     Attributes:
         state: The running episodes.
         dealer: The dealer of prompts.
         masks: The masks of the lanes.
         reward_calls: The calls of the env's reward, and their time.
-        defer_scores: Whether finished episodes wait for `score_unscored`. The caller that calls it sets this.
-        accepts_dropped: Whether the caller can leave out episodes that the reward drops. The caller sets this.
+        defer_scores: Whether finished episodes wait for `score_unscored`; see `begin_rollout`.
+        accepts_dropped: Whether the caller can leave out episodes that the reward drops; see `begin_rollout`.
         unscored: The episodes that have ended since the last `score_unscored`, if scores are deferred.
         waiting: Earlier episodes without a score, since other members of their group have not ended.
         n_steps: The number of steps that these lanes have taken; `reset` does not change it.
@@ -101,6 +101,22 @@ class Lanes:
         self.reward_calls = RewardCalls(env)
         self.masks = LaneMasks(env.masks, env.vocabulary, n_lanes)
         self.state = LaneState.empty(n_lanes, self.width)
+
+    def begin_rollout(self, defer_scores: bool = False, accept_dropped: bool = False) -> None:
+        """Switch on the options of a rollout; those that an earlier call has switched on stay on until `end_rollout`.
+
+        Args:
+            defer_scores: Let finished episodes wait for `score_unscored`, and forget those that wait already.
+            accept_dropped: Let the reward drop episodes, which the caller then leaves out.
+        """
+        if defer_scores:
+            self.defer_scores = True
+            self.unscored.clear()
+        self.accepts_dropped |= accept_dropped
+
+    def end_rollout(self) -> None:
+        """Score each episode when it ends, and refuse dropped ones, from now on."""
+        self.defer_scores = self.accepts_dropped = False
 
     @property
     def tokens(self) -> np.ndarray:

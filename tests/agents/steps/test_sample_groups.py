@@ -111,7 +111,7 @@ def test_saved_groups_go_on_the_same(make_env):
 
         lanes = Lanes(make_env(["a", "bc", "d"], reward=reward, samples_per_prompt=3, score_at="rollout_end",
                                max_new_tokens=6), 4)  # fmt: skip
-        lanes.defer_scores = True
+        lanes.begin_rollout(defer_scores=True)
         return lanes
 
     def run(lanes, random):

@@ -91,7 +91,7 @@ def test_late_scores_are_one_call_and_complete_the_infos(make_env):
     env = make_env(["a", "b", "c"], cls=Batches, order="sequential", max_new_tokens=9, score_at="rollout_end")
     env.seen = []
     lanes = Lanes(env, 3)
-    lanes.defer_scores = True
+    lanes.begin_rollout(defer_scores=True)
     lanes.reset(seed=0)
     early = lanes.step(np.array([1, EOS, 1]))
     late = lanes.step(np.array([EOS, 1, EOS]))
@@ -106,7 +106,7 @@ def test_late_scores_are_one_call_and_complete_the_infos(make_env):
 
 def test_a_reset_drops_unscored_episodes(make_env):
     lanes = Lanes(make_env(score_at="rollout_end"), 1)
-    lanes.defer_scores = True
+    lanes.begin_rollout(defer_scores=True)
     lanes.reset(seed=0)
     lanes.step(np.array([EOS]))
     lanes.reset()
@@ -115,7 +115,7 @@ def test_a_reset_drops_unscored_episodes(make_env):
 
 def test_late_scores_fill_in_the_parts(make_env):
     lanes = Lanes(make_env(["a"], reward=depends_on_all, score_at="rollout_end"), 1)
-    lanes.defer_scores = True
+    lanes.begin_rollout(defer_scores=True)
     lanes.reset(seed=0)
     info = lanes.step(np.array([EOS])).infos[0]
     assert info["reward_parts"] == {}
@@ -187,7 +187,7 @@ def test_saving_needs_a_reset_and_every_score(make_env):
     lanes = Lanes(make_env(score_at="rollout_end"), 1)
     with pytest.raises(RuntimeError, match="saved after `reset` and between rollouts"):
         lanes.state_dict()
-    lanes.defer_scores = True
+    lanes.begin_rollout(defer_scores=True)
     lanes.reset(seed=0)
     lanes.step(np.array([EOS]))
     with pytest.raises(RuntimeError, match="with every episode scored"):

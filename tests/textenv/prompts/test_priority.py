@@ -218,7 +218,7 @@ def test_groups_are_one_draw_and_earn_together():
 def test_late_scores_count_when_they_come():
     lanes = Lanes(priority_env(score_at="rollout_end", samples_per_prompt=2), 4)
     lanes.reset(seed=0)
-    lanes.defer_scores = True
+    lanes.begin_rollout(defer_scores=True)
     infos = [info for _ in range(3) for info in lanes.step(np.full(4, EOS)).infos]
     assert len(infos) == 12 and lanes.dealer.cursor.n_rewards.sum() == 0
     lanes.score_unscored()

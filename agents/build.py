@@ -26,6 +26,7 @@ from .steps.scores import DropEpisodes, LateScores
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 SEQUENCES_A_MINIBATCH = 8  # twice the fewest that learn reliably (`minibatches.MIN_SEQUENCES`)
+# All four derive from SB3's `OnPolicyAlgorithm` directly, so that a class is a subclass of one of them at most.
 POLICIES: dict[type[OnPolicyAlgorithm], type[LMPolicy]] = {
     PPO: LMPolicy,
     A2C: LMPolicy,
@@ -101,6 +102,7 @@ def make_agent(
     policy_class = _policy_class(algorithm)
     vec_env = TextVecEnv(env, n_envs)
     is_maskable = issubclass(algorithm, MaskablePPO)
+    # Only MaskablePPO asks an env for its masks (sb3-contrib `ppo_mask.MaskablePPO.collect_rollouts`).
     if is_maskable and not vec_env.env.masks:
         raise ValueError("Expected an env with `mask` for MaskablePPO, got one without `mask`: use PPO.")
     if vec_env.env.masks and not is_maskable:
@@ -147,14 +149,17 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
         "gamma": 1.0,
         "gae_lambda": 0.95,
         "learning_rate": usual_learning_rate(algorithm),
-        "n_steps": vec_env.env.rules.max_new_tokens,
-        "normalize_advantage": False,
+        "n_steps": vec_env.env.rules.max_new_tokens,  # steps of each lane: the longest episode fits
+        "normalize_advantage": False,  # SB3 `ppo.PPO.train` would normalise each minibatch by itself
     }
     if not issubclass(algorithm, TRPO):
         settings.update(vf_coef=0.1, max_grad_norm=1.0)
+    # A2C trains on the whole rollout at once, without `batch_size`; its RMSprop would replace the policy's optimizer
+    # (SB3 `a2c.A2C.__init__` and `train`).
     if issubclass(algorithm, A2C):
         settings["use_rms_prop"] = False
     else:
+        # `num_envs` counts the lanes of this process, `batch_size` the transitions of all processes.
         n_envs = vec_env.num_envs * (1 if vec_env.world is None else vec_env.world.size)
         settings["batch_size"] = _batch_size(given.get("n_steps", settings["n_steps"]), n_envs)
     if issubclass(algorithm, (PPO, MaskablePPO)):
@@ -171,7 +176,7 @@ def buffer_settings(vec_env: TextVecEnv, given: Mapping[str, Any] | None) -> dic
 
 def attach_steps(model: OnPolicyAlgorithm, vec_env: TextVecEnv) -> None:
     """Attach the steps that the env needs to a model's buffer, and check that the model can read the env's texts."""
-    DataParallel().attach(model)
+    DataParallel().attach(model)  # does nothing where there is one process
     cast("LMPolicy", model.policy).lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
     if vec_env.env.samples_per_prompt > 1 or cast("SequenceRolloutBuffer", model.rollout_buffer).advantage != "gae":
         SampleGroups().attach(model)
@@ -202,7 +207,7 @@ def _policy_class(algorithm: type) -> type[LMPolicy]:
 def _batch_size(n_steps: int, n_envs: int) -> int:
     """Return 1/8 of the rollout, or the next larger share (1/4, 1/2, all) with enough sequences in a minibatch."""
     size = n_steps * n_envs
-    for n_minibatches in (8, 4, 2):
+    for n_minibatches in (8, 4, 2):  # a share that leaves no rest, of which SB3 `ppo.PPO.__init__` would warn
         if size % n_minibatches == 0 and n_envs >= SEQUENCES_A_MINIBATCH * n_minibatches:
             return size // n_minibatches
     return size

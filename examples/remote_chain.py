@@ -73,8 +73,8 @@ class Server:
                 raise
             got = f"no answer in {self.seconds:g} seconds" if isinstance(error, BlockingIOError) else repr(error)
             raise BlocksLostError(
-                f"Expected an answer of {self.name}, got {got}: they are lost. Start the server again, and go on from "
-                "the last checkpoint."
+                f"Expected an answer of {self.name}, got {got}: they are lost. Start the server again, and continue "
+                "from the last checkpoint."
             ) from error
         self.traffic[verb, "messages"] += 2
         self.traffic[verb, "bytes"] += len(data) + len(reply)

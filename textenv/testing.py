@@ -213,10 +213,10 @@ def _is_close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-5)
 
 
-def _check_same(reward: Reward, other: Reward, what: str) -> None:
+def _check_same(reward: Reward, other: Reward, label: str) -> None:
     a, b = ({"sum": scored.value, **scored.parts} for scored in (reward, other))
     if a.keys() != b.keys() or not all(_is_close(a[name], b[name]) for name in a):
-        raise AssertionError(f"Expected the same reward, {a}, got {b}, {what}.")
+        raise AssertionError(f"Expected the same reward, {a}, got {b}, {label}.")
 
 
 def _copied(preds: Preds) -> Preds:

@@ -32,7 +32,7 @@ class FiniteUpdates(BaseCallback):
         ValueError: If `patience` is below 1.
 
     Example:
-        >>> from agents.callbacks.finite_updates import FiniteUpdates
+        >>> from agents import FiniteUpdates
         >>> callback = FiniteUpdates()  # model.learn(100_000, callback=callback)
     """
 

@@ -75,8 +75,8 @@ def begin_after_furthest(env: TextVecEnv, meta: Mapping[str, Any]) -> np.ndarray
         n_waiting = sum(len(state["waiting"]) for state in states)
         passed = f" {_n_passed_over(states)} prompts of the order are passed over." if has_order else ""
         warnings.warn(
-            f"The checkpoint is of {len(states)} processes, and {size} go on with it. Given up are {n_running} running "
-            f"episodes, {n_waiting} that waited for their group, and the states of random generators.{passed}",
+            f"The checkpoint was written by {len(states)} processes and is loaded by {size}: {n_running} running "
+            f"episodes, {n_waiting} that waited for their group, and the states of random generators are lost.{passed}",
             stacklevel=3,
         )
     return env.lanes.reset()

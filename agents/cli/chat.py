@@ -72,7 +72,7 @@ class Conversation:
     def _ids(self) -> list[int]:
         tokenizer: Any = self.writer.tokenizer
         if tokenizer.chat_template is not None:
-            text = apply_template(tokenizer, self.messages, "what was said", add_generation_prompt=True)
+            text = apply_template(tokenizer, self.messages, "the conversation", add_generation_prompt=True)
             return list(tokenizer.encode(text, add_special_tokens=False))
         return list(tokenizer.encode(" ".join(message["content"] for message in self.messages)))
 

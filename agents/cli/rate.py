@@ -145,9 +145,10 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
             **writer.options,
         )
         for first in range(0, len(written), size):
-            asked = written[first : first + size]
-            texts, options = [text.text for text in asked], {"run": run, "raters": chosen.raters, "scale": scale}
-            store.add(str(asked[0].prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
+            question = written[first : first + size]
+            texts = [generation.text for generation in question]
+            options = {"run": run, "raters": chosen.raters, "scale": scale}
+            store.add(str(question[0].prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
             n_new += 1
     return n_new
 

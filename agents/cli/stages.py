@@ -86,11 +86,11 @@ def fresh_config(sizes: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(kind)
     except ValueError as error:
-        raise CommandError(f"Expected the model_type of a fresh model, as gpt2, got {kind!r}.") from error
+        raise CommandError(f"Expected the model_type of a fresh model, such as gpt2, got {kind!r}.") from error
     # transformers `AutoConfig.for_model` takes any keyword, and an unknown one becomes an attribute that nothing reads.
     unknown = sorted(name for name in rest if not hasattr(config, name))
     if unknown:
-        raise CommandError(f"Expected sizes of {kind}, got {', '.join(unknown)}, which its config has not.")
+        raise CommandError(f"Expected sizes of {kind}, got {', '.join(unknown)}, which its config does not have.")
     return AutoConfig.for_model(kind, **rest)
 
 

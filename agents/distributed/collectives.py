@@ -25,13 +25,13 @@ class ProcessLost(RuntimeError):
     """The error of a process when another process of the job has ended or does not answer."""
 
 
-def gather(what: str, value: Value) -> list[Value]:
+def gather(name: str, value: Value) -> list[Value]:
     """Return the values of all processes, by rank; [value] if there is one process.
 
     All processes must call it, with the same name.
 
     Args:
-        what: The name of the values, by which processes notice that they have reached different calls.
+        name: The name of the values, by which processes notice that they have reached different calls.
         value: The value of this process: anything that can be pickled.
 
     Raises:
@@ -50,18 +50,18 @@ def gather(what: str, value: Value) -> list[Value]:
         answers: list[Any] = [None] * here.size
         _together(
             here,
-            lambda answers=answers: dist.all_gather_object(answers, (what, value), group=here.group),  # type: ignore[misc]
+            lambda answers=answers: dist.all_gather_object(answers, (name, value), group=here.group),  # type: ignore[misc]
         )
         turn = next((theirs for theirs, _ in answers if theirs in here.turns), None)
-        if turn is None or turn == what:
+        if turn is None or turn == name:
             break
         here.turns[turn]()  # another process takes its turn: help it, and then gather again
     if turn is not None:
         return [value]  # this process takes the turn, and the others help: their names differ
     for rank, (theirs, _) in enumerate(answers):
-        if theirs != what:
+        if theirs != name:
             raise RuntimeError(
-                f"Expected all processes at the same, got rank {rank} at {theirs!r} and rank {here.rank} at {what!r}. "
+                f"Expected all processes at the same, got rank {rank} at {theirs!r} and rank {here.rank} at {name!r}. "
                 "Put `if is_main_process()` around code that prints or writes, not around code that builds, trains, "
                 "checks or saves an agent."
             )
@@ -102,9 +102,9 @@ def take_turn(name: str) -> None:
     gather(name, None)
 
 
-def from_main(what: str, value: Value) -> Value:
+def from_main(name: str, value: Value) -> Value:
     """Return the value of rank 0. All processes must call it, as they do `gather`."""
-    return gather(what, value)[0]
+    return gather(name, value)[0]
 
 
 def raise_together(error: Exception | None) -> None:
@@ -230,11 +230,11 @@ class Moments(NamedTuple):
     variance: float  # the mean of the squared distances to the mean: divided by n, not by n - 1
 
 
-def moments(what: str, values: np.ndarray) -> Moments:
+def moments(name: str, values: np.ndarray) -> Moments:
     """Return the moments of the numbers of all processes, (N,) each, in float64. All processes must call it.
 
     Args:
-        what: The name of the numbers, as for `gather`.
+        name: The name of the numbers, as for `gather`.
         values: The numbers of this process; there may be none.
 
     Example:
@@ -243,7 +243,7 @@ def moments(what: str, values: np.ndarray) -> Moments:
         >>> moments("lengths", np.array([1.0, 3.0]))
         Moments(n=2, mean=2.0, variance=1.0)
     """
-    merged = reduce(merge_moments, gather(what, Spread.of(values)), Spread())
+    merged = reduce(merge_moments, gather(name, Spread.of(values)), Spread())
     return Moments(merged.n, merged.mean, merged.squares / max(merged.n, 1))
 
 

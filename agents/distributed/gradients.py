@@ -55,7 +55,7 @@ class SharedGradient:
         lm: The policy's model.
 
     Attributes:
-        target: The algorithm's `target_kl`, which is told the divergence of every minibatch; None without one.
+        target: The algorithm's `target_kl`, which receives the divergence of every minibatch; None without one.
     """
 
     def __init__(self, lm: SequenceScorer) -> None:
@@ -65,7 +65,7 @@ class SharedGradient:
         self._trained: list[nn.Parameter] = []
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values, log-probabilities and entropies, (N,) each, as `LMActorCritic.evaluate`.
+        """Return values, log-probabilities and entropies, (N,) each, as `SequenceScorer.evaluate`.
 
         All processes must call it, and then all of them or none run the backward pass.
         """

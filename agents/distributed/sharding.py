@@ -85,7 +85,7 @@ class Shards(Generic[Scorer]):
     """The sharded weights of a policy, gathered for forwards and released again.
 
     While the weights are gathered, any forward without gradients can read them. While they are released, the parameters
-    are `DTensor`s, and only `LMActorCritic.evaluate_parts` can read them, called in all processes.
+    are `DTensor`s, and only `SequenceScorer.evaluate_parts` can read them, called in all processes.
 
     Args:
         lm: The model to shard, in place: before its optimizer is built, with the same weights in all processes.

@@ -168,9 +168,9 @@ def _refusal(store: dist.Store, rank: int, size: int) -> Exception | None:
     try:
         first = int(store.compare_set("size", "", str(size)))
         if first != size:
-            store.set("refused", f"rank {rank} was told WORLD_SIZE={size}, and the first to come {first}")
+            store.set("refused", f"rank {rank} has WORLD_SIZE={size}, but the first process to join has {first}")
         if store.add(f"rank {rank}", 1) > 1:
-            store.set("refused", f"two processes were told RANK={rank}")
+            store.set("refused", f"two processes have RANK={rank}")
         while missing and time.monotonic() < deadline:
             if store.check(["refused"]):
                 reason = store.get("refused").decode()

@@ -119,7 +119,7 @@ class Evaluate(BaseCallback):
         if now == 0 and best.is_file():
             raise ValueError(
                 f"Expected a folder without the best model of another run, got {folder}: give another one, or load a "
-                "checkpoint and learn(reset_num_timesteps=False) to go on with that run."
+                "checkpoint and learn(reset_num_timesteps=False) to continue with that run."
             )
         if best.is_file():
             kept = read_json(best, BEST)

@@ -182,9 +182,11 @@ def evaluate(
     is_scored = env is not None or reward is not None
     if env is None:
         settings = dict(env_kwargs) if is_scored else {"score_at": "done", **env_kwargs}
-        asked = settings.pop("max_new_tokens", None)
+        max_new_tokens = settings.pop("max_new_tokens", None)
         settings = {"reward": reward or no_reward, **settings}
-        env = env_that_fits(model, lambda most: TextEnv(rows, tokenizer, max_new_tokens=most, **settings), asked)
+        env = env_that_fits(
+            model, lambda most: TextEnv(rows, tokenizer, max_new_tokens=most, **settings), max_new_tokens
+        )
         rows = list(env.prompts)  # tokenized already
     episodes = run_episodes(policy, env, rows, deterministic, seed, n_envs, progress_bar)
     scores = {"length": mean_of([episode.info["episode"]["l"] for episode in episodes])}

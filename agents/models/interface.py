@@ -54,8 +54,7 @@ class LanguageModel(Protocol):
             lengths: the number of prompt tokens of each row, (B,).
 
     Example:
-        >>> from agents.models.backbone import Backbone
-        >>> from agents.models.interface import LanguageModel
+        >>> from agents import LanguageModel
         >>> def largest_token(lm: LanguageModel) -> int:
         ...     return lm.vocab_size - 1
     """
@@ -126,7 +125,7 @@ class CachedModel(LanguageModel, Protocol):
 class SequenceScorer(nn.Module, ABC):
     """Base class of a model that values and scores the transitions of minibatches.
 
-    `LMActorCritic` is the only subclass. The code that shards it, shares its gradients or splits its minibatches knows
+    The code that shards it, shares its gradients or splits its minibatches knows
     this class alone, and so does not import the policies.
 
     Attributes:

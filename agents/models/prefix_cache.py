@@ -93,7 +93,7 @@ class ColumnLayer(DynamicLayer):
 
 
 class PrefixCache(RowCache):
-    """Decodes one token per row from the keys and values of the tokens before it; `RowCache` says for which rows.
+    """Decodes one token per row from the keys and values of earlier tokens; see `RowCache` for the rows that qualify.
 
     Rows are aligned on the right: all rows write the same next column, and the columns left of a row's first token are
     masked, which to the model is left padding. A row that did not just grow by one token is a new row: its keys and

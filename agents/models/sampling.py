@@ -153,7 +153,7 @@ class TokenDistribution:
         """
         probabilities = _probabilities(self.log_probabilities, self.is_masked)
         cumulative = probabilities.cumsum(dim=-1)  # (N, V)
-        total = cumulative[:, -1:]
+        total = cumulative[:, -1:]  # (N, 1)
         uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device)  # (N, 1)
         # `uniform` is below 1, but its product with the total may round up to the total, which is past the last token.
         draw = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))  # (N, 1)
@@ -161,7 +161,7 @@ class TokenDistribution:
         # A GPU sums in parallel: unlike on a CPU, the sum may rise by rounding at a token of probability 0.
         if self.is_masked and not cumulative.is_cpu:
             tokens = torch.where(probabilities.gather(-1, tokens) > 0, tokens, self.mode()[:, None])
-        return tokens.squeeze(-1)
+        return tokens.squeeze(-1)  # (N, 1) to (N,)
 
     def mode(self) -> Tensor:
         """Return the most probable token of each row, (N,)."""
@@ -173,7 +173,8 @@ class TokenDistribution:
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Return the log-probability of a token in each row, (N,), in nats."""
-        return self.log_probabilities.gather(-1, actions.long().reshape(-1, 1)).squeeze(-1)
+        columns = actions.long().reshape(-1, 1)  # (N,) or (N, 1) to (N, 1)
+        return self.log_probabilities.gather(-1, columns).squeeze(-1)  # (N, V) to (N, 1) to (N,)
 
     def entropy(self) -> Tensor:
         """Return the entropy of each row, (N,), in nats."""
@@ -218,10 +219,11 @@ class _ScoreTokens(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, actions: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         log_probabilities = _log_softmax(logits, allowed)  # (N, V)
         weighted = _probabilities(log_probabilities, allowed is not None).mul_(log_probabilities)
-        entropies = -weighted.sum(dim=-1)
+        entropies = -weighted.sum(dim=-1)  # (N, V) to (N,)
         ctx.save_for_backward(log_probabilities, actions, entropies)
         ctx.dtype, ctx.is_masked = logits.dtype, allowed is not None
-        return log_probabilities.gather(-1, actions[:, None]).squeeze(-1), entropies
+        log_probs = log_probabilities.gather(-1, actions[:, None]).squeeze(-1)  # (N, V) to (N, 1) to (N,)
+        return log_probs, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -259,7 +259,7 @@ class Seq2SeqCache(PrefixCache):
         width = max(*prompts, 1)
         for layer in self.prompt_layers:
             layer.keys, layer.values = (buffer[:, :, :width] for buffer in layer.buffers)  # (B, heads, width, size)
-        # (B, 1): the newest token of each row, or the start token if there is none after the prompt.
+        # (B, T) to (B, 1): the newest token of each row, or the start token if there is none after the prompt.
         last = ids.gather(1, (lengths[:, None] - 1).clamp(min=0)).masked_fill(since[:, None] == 0, self.backbone.start)
         columns = torch.arange(self.columns + 1, device=ids.device)
         mask = columns >= self.columns - since[:, None]  # (B, columns + 1)
@@ -289,7 +289,8 @@ class Seq2SeqCache(PrefixCache):
         n_read = max(n_since, 1)
         # The index of the decoder token that each column holds; negative in padding.
         source = torch.arange(n_read, device=ids.device) - (n_read - since[rows, None].clamp(min=1))  # (R, n_read)
-        positions = source.clamp(min=0)
+        positions = source.clamp(min=0)  # (R, n_read)
+        # The decoder's tokens move from the left to the right of their rows: (R, n_since + 1) to (R, n_read).
         states = self.backbone.prefill_rows(
             encoder_ids, encoder_mask, decoder_ids.gather(1, positions), (source >= 0).long(), positions
         )

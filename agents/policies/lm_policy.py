@@ -356,7 +356,7 @@ class LMPolicy(ActorCriticPolicy):
                 "Expected rollout_buffer_class=SequenceRolloutBuffer with `value_norm`: the minibatches of the stock "
                 "buffer hold returns in units of reward."
             )
-        batch, actions = _as_batch(obs), actions.long().flatten()
+        batch, actions = _as_batch(obs), actions.long().flatten()  # (N,) or (N, 1) to (N,)
         # In several processes, minibatches of the buffer have a `share`.
         evaluate = self.shared.evaluate if self.shared is not None and batch.share is not None else self.lm.evaluate
         values, log_probs, entropy = evaluate(batch, actions)
@@ -375,7 +375,7 @@ class LMPolicy(ActorCriticPolicy):
         rows = np.asarray(observation)
         if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(f"Expected an observation of token ids, (L,) or (B, L), got {rows.dtype} of {rows.shape}.")
-        tensor = torch.as_tensor(rows.reshape(-1, rows.shape[-1]), device=self.device)
+        tensor = torch.as_tensor(rows.reshape(-1, rows.shape[-1]), device=self.device)  # (L,) to (1, L)
         if isinstance(observation, TerminalObservation) and observation.siblings is not None:
             TERMINAL.write(tensor, TerminalRow(observation.siblings, observation.index))
         return tensor, rows.ndim == 2

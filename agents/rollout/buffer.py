@@ -206,7 +206,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self._lm = READ_BY.read(value)
             if self._lm is not None:
                 self._lm.defer_values()
-        self.actions[self.pos] = np.asarray(action).reshape(self.n_envs)
+        # Each array of the buffer is (T, B), and `pos` is its row of this step, (B,).
+        self.actions[self.pos] = np.asarray(action).reshape(self.n_envs)  # (B,) or (B, 1) to (B,)
         self.rewards[self.pos] = reward
         self.episode_starts[self.pos] = episode_start
         self.cols[self.pos] = self._recorder.add(self.pos, obs, episode_start) - 1
@@ -214,8 +215,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if allowed is not None:
             self.is_masked = True
             self.allowed[self.pos] = self.token_sets.add(allowed.cpu().numpy())
-        self._device_values.append(value.detach().flatten())
-        self._device_log_probs.append(log_prob.detach().flatten())
+        self._device_values.append(value.detach().flatten())  # (B, 1) to (B,)
+        self._device_log_probs.append(log_prob.detach().flatten())  # (B,)
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -232,7 +233,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             RewardError: If the reward dropped all episodes that ended.
         """
         self.values = torch.stack(self._device_values).float().cpu().numpy()  # (T, B)
-        self.log_probs = torch.stack(self._device_log_probs).float().cpu().numpy()
+        self.log_probs = torch.stack(self._device_log_probs).float().cpu().numpy()  # (T, B)
         self.behaviour_log_probs = self.log_probs
         self._device_values, self._device_log_probs = [], []
         self.dones = np.asarray(dones, dtype=bool)
@@ -244,7 +245,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if missing:
             raise RuntimeError(
                 f"Expected the steps {missing} before returns: the model was trained with them. Pass them as callbacks "
-                "to learn() again, or go on without them after model.rollout_buffer.expected_steps.clear()."
+                "to learn() again, or continue without them after model.rollout_buffer.expected_steps.clear()."
             )
         for step in self.before_returns:
             step(self)

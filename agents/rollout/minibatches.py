@@ -39,7 +39,7 @@ def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: i
     if n_sequences < MIN_SEQUENCES * n_minibatches:
         warnings.warn(
             f"{n_sequences} sequences in {n_minibatches} minibatches are fewer than {MIN_SEQUENCES} in each: "
-            "advantages can hardly be told from noise. Raise batch_size, and n_envs where the rollout is no larger.",
+            "advantages are mostly noise. Raise batch_size, and n_envs where the rollout is no larger.",
             stacklevel=3,
         )
     return n_minibatches

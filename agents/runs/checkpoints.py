@@ -74,7 +74,7 @@ class RunCheckpoints(BaseCallback):
         if self.interrupts.number:
             self._check()
             raise Interrupted(
-                f"stopped after {now:,} tokens, saved; go on with: textenv train --resume {self.run.path}",
+                f"stopped after {now:,} tokens, saved; continue with: textenv train --resume {self.run.path}",
                 self.interrupts.number,
             )
 
@@ -138,5 +138,5 @@ def checkpoint_to_load(run: RunFolder, say: Callable[[str], None] | None = None)
         raise CommandError(f"{damage[0].rstrip('.')}; {newest}.")
     for message in damage:
         if say is not None:
-            say(f"{message.rstrip('.')}; {newest}, going on from there.")
+            say(f"{message.rstrip('.')}; {newest}, continuing from there.")
     return checkpoint

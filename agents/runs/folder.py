@@ -86,7 +86,7 @@ class RunFolder:
             raise CommandError(f"Expected a folder to write to, got {run.path}: {error.strerror}.") from error
         if run.about.is_file():
             if run.has_checkpoint():
-                raise CommandError(f"Expected a new folder, got the run {out}: go on with --resume {out}.")
+                raise CommandError(f"Expected a new folder, got the run {out}: continue with --resume {out}.")
             return run
         run.was_empty = not others
         if any(not name.startswith(".") and name not in ("config.yml", "log.txt") for name in others):
@@ -150,7 +150,7 @@ class RunFolder:
     def how_to_go_on(self) -> str:
         """Return the advice after a stop: resume the run, or start again if it has no checkpoint."""
         if self.has_checkpoint():
-            return f"go on with: textenv train --resume {self.path}"
+            return f"continue with: textenv train --resume {self.path}"
         return f"nothing was saved yet in {self.path}: the same command starts again"
 
     def clear(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-EOS_TOKEN = "</s>"  # ends a text and also pads it: padding is told by lengths, never by this id
+EOS_TOKEN = "</s>"  # ends a text and also pads it: padding is recognised by lengths, never by this id
 UNKNOWN_TOKEN = "<unk>"
 
 

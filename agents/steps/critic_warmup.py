@@ -53,12 +53,13 @@ class CriticWarmup(RolloutStep):
         if isinstance(policy, FlatLMPolicy):
             raise ValueError(
                 "Expected another algorithm than TRPO with CriticWarmup, got TRPO, which differentiates the policy in "
-                "every update: it has n_critic_updates, and its critic learns apart from the policy."
+                "every update. TRPO trains its critic separately; use its argument n_critic_updates."
             )
         if policy.lm.shards is not None:
             raise ValueError(
-                "Expected weights that are whole in each process with CriticWarmup, got sharded ones, of which "
-                "`fully_shard` settles once which are trained. Warm up without shards, and go on from that checkpoint."
+                "Expected weights that are whole in each process with CriticWarmup, got sharded ones: "
+                "`fully_shard` fixes once which weights are trained. Warm up without shards, and continue from that "
+                "checkpoint."
             )
         critic_weights = set(policy.lm.critic.parameters())
         # The optimizer has all trained weights, those that an earlier warm-up took out of the gradient included.

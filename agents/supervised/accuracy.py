@@ -38,7 +38,7 @@ def pair_accuracy(margins: np.ndarray) -> float:
 
     Example:
         >>> import numpy as np
-        >>> from agents.supervised.accuracy import pair_accuracy
+        >>> from agents import pair_accuracy
         >>> pair_accuracy(np.array([1.5, 0.0, -1.0, 2.0]))
         0.625
     """
@@ -51,7 +51,7 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     `scipy.stats.binomtest` computes it for whole numbers of successes only; here a tie is half a success.
 
     Example:
-        >>> from agents.supervised.accuracy import wilson_interval
+        >>> from agents import wilson_interval
         >>> [round(bound, 3) for bound in wilson_interval(0.8, 10)]
         [0.49, 0.943]
     """
@@ -74,7 +74,7 @@ def calibration(margins: np.ndarray, n_bins: int = N_BINS) -> float:
 
     Example:
         >>> import numpy as np
-        >>> from agents.supervised.accuracy import calibration
+        >>> from agents import calibration
         >>> even = np.log([3.0, 3.0, 3.0, 1 / 3])  # 75 % sure, and right in 75 %
         >>> round(calibration(even), 6), round(calibration(abs(even)), 6)
         (0.0, 0.25)

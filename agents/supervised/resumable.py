@@ -62,7 +62,7 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
         ValueError: If the states belong to other arguments or data, or the folder holds anything but states.
     """
     newest, damage = newest_intact(work, STATE) if resume else (None, [])
-    goes_on = "training begins anew" if newest is None else f"going on from {newest}"
+    goes_on = "training begins anew" if newest is None else f"continuing from {newest}"
     for message in damage:
         warnings.warn(f"{message.rstrip('.')}; {goes_on}.", stacklevel=3)
     fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()

@@ -190,7 +190,7 @@ def test_a_start_puts_back_what_was_put_aside_in_a_run(copy, whole):
 
 @pytest.mark.slow
 def test_kill_9_between_the_renames_of_best_leaves_a_run_that_goes_on(model, tmp_path, monkeypatch):
-    """Such a run used to end at once, with exit 0 and the first model, since no evaluation seemed better than none."""
+    """The resumed run restores `best/`, trains to its end, and writes the figures and the model of an unbroken run."""
     more = {"evaluation.patience": 3, "evaluation.every": ROLLOUT, "algorithm.learning_rate": 3e-2}
     assert run("train", *settings(model, tmp_path / "whole", 6, **more), "--quiet") == 0
     original = files.Path.rename

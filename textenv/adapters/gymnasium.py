@@ -81,7 +81,9 @@ class GymnasiumGame:
 
 def _writer(space: spaces.Space[Any]) -> Callable[[Any], str]:
     if not isinstance(space, (spaces.Text, spaces.Discrete)):
-        raise ValueError(f"Expected `obs_to_text` for an observation space that is no Text or Discrete, got {space}.")
+        raise ValueError(
+            f"Expected `obs_to_text` for an observation space that is neither Text nor Discrete, got {space}."
+        )
     return str
 
 
@@ -89,7 +91,9 @@ def _reader(space: spaces.Space[Any]) -> Callable[[str], Any]:
     if isinstance(space, spaces.Text):
         return str
     if not isinstance(space, spaces.Discrete):
-        raise ValueError(f"Expected `text_to_action` for an action space that is no Text or Discrete, got {space}.")
+        raise ValueError(
+            f"Expected `text_to_action` for an action space that is neither Text nor Discrete, got {space}."
+        )
     return first_number
 
 

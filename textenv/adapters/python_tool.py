@@ -33,10 +33,10 @@ def check(tree):
 try:
     tree = ast.parse(source, mode="eval")
     check(tree)
-    said = [True, str(eval(compile(tree, "expression", "eval"), {"__builtins__": {}, **NAMES}))]
+    answer = [True, str(eval(compile(tree, "expression", "eval"), {"__builtins__": {}, **NAMES}))]
 except BaseException as error:
-    said = [False, type(error).__name__ + ": " + str(error)]
-print(json.dumps([said[0], said[1][:max_chars]]))
+    answer = [False, type(error).__name__ + ": " + str(error)]
+print(json.dumps([answer[0], answer[1][:max_chars]]))
 """
 
 

@@ -43,7 +43,7 @@ class Preds(Sequence[int]):
         end_reason: The reason why the current turn is over, or None while it is not.
 
     Example:
-        >>> from textenv.text.tokenizer import CharTokenizer
+        >>> from textenv import CharTokenizer
         >>> preds = Preds(CharTokenizer("ab"), ids=[1, 2, 0], end_reason=EndReason.EOS)
         >>> len(preds), preds.text
         (3, 'ab')

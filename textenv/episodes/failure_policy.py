@@ -99,7 +99,8 @@ class Failures:
             self._has_warned = True
             consequence = "are dropped" if self.on_failure == "drop" else f"earn {self.on_failure:g}"
             warnings.warn(
-                f"{summary}; such rows {consequence}. The first: {descriptions[0]}. Not said again; see n_failed.",
+                f"{summary}; such rows {consequence}. The first: {descriptions[0]}. Later failures are only counted, "
+                "in `n_failed`.",
                 stacklevel=4,
             )
 

@@ -159,7 +159,7 @@ def _length(value: Any) -> int | None:
         return None
 
 
-def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
+def _number(value: Any, label: str, prompt: Prompt, preds: Preds) -> float:
     # float() would read "1.5", and drop the imaginary part of a complex numpy scalar.
     is_no_number = isinstance(value, (str, bytes, complex)) or "complex" in str(getattr(value, "dtype", ""))
     try:
@@ -171,10 +171,10 @@ def _number(value: Any, what: str, prompt: Prompt, preds: Preds) -> float:
         is_list_of_one = not isinstance(value, (str, bytes, Mapping)) and _length(value) == 1
         cure = ": return the number itself, not a list of one" if is_list_of_one else ""
         where = describe(prompt, preds)
-        raise RewardError(f"Expected {what} to be a finite number, got {value!r:.80}{cure} ({where}).")
+        raise RewardError(f"Expected {label} to be a finite number, got {value!r:.80}{cure} ({where}).")
     if abs(number) > LARGEST:
         raise RewardError(
-            f"Expected {what} to be at most {LARGEST:g} in size, whose square float32 can hold, got {value!r:.80} "
+            f"Expected {label} to be at most {LARGEST:g} in size, whose square float32 can hold, got {value!r:.80} "
             f"({describe(prompt, preds)})."
         )
     return number

@@ -42,7 +42,7 @@ class SelfAgreement(NamedTuple):
 
 
 def agreement(answers: Iterable[Answer]) -> dict[str, Agreement]:
-    """Return the agreement for each kind of question of which some item has answers by two raters.
+    """Return the agreement for each kind of question in which two raters answered some item.
 
     The figure is Krippendorff's alpha (Krippendorff, 2011, "Computing Krippendorff's Alpha-Reliability") from the
     `krippendorff` library. Scores differ by their squared difference (level "interval"). Choices are equal or not

@@ -83,9 +83,10 @@ class RewardCalls:
             ) from error
 
     def _score_apart(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[Reward]:
-        """Return the rewards of rows of which some may fail: all rows of a call that raises, and rows without a number.
+        """Return the rewards of rows.
 
-        If the reward of a row does not depend on the other rows, each row has a call of its own.
+        All rows of a call that raises fail, and so does a row without a number. If the reward of a row does not
+        depend on the other rows, each row has a call of its own.
         """
         n, failures = len(prompts), self.env.failures
         calls = [[row] for row in range(n)] if self.env.scores_rows_apart else [list(range(n))]

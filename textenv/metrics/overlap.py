@@ -65,7 +65,7 @@ class BLEU(measures.BLEU, _MeanOverRows):
 
 
 class SacreBLEU(measures.SacreBLEU, _CorpusScore):
-    """The BLEU of the texts as one corpus, over 100: `sacrebleu`; the options of `overlap_measures.SacreBLEU`.
+    """The BLEU of the texts as one corpus, divided by 100: `sacrebleu`; the options of `overlap_measures.SacreBLEU`.
 
     Example:
         >>> round(SacreBLEU()([""], ["the cat sat on the mat"], [["the cat sat on the mat"]])["sacrebleu"].value, 4)
@@ -74,7 +74,7 @@ class SacreBLEU(measures.SacreBLEU, _CorpusScore):
 
 
 class ChrF(measures.ChrF, _CorpusScore):
-    """The chrF of the texts as one corpus, over 100: `chrf`, or `chrf++`; the options of `overlap_measures.ChrF`.
+    """The chrF of the texts as one corpus, divided by 100: `chrf`, or `chrf++`; the options of `overlap_measures.ChrF`.
 
     Example:
         >>> round(ChrF()([""], ["a cat"], [["a cat"]])["chrf"].value, 4)

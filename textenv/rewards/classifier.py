@@ -89,6 +89,7 @@ class Classifier(BatchReward):
         )
         config = self._model.model.config
         self._numbers = {str(name): int(number) for number, name in config.id2label.items()}
+        # The rule of transformers `TextClassificationPipeline.postprocess` for sigmoid in place of softmax.
         self._is_separate = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         if self.output == "label" and config.num_labels == 1:
             raise ValueError("Expected a model of several labels for output='label', got one with one.")

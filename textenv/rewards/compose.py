@@ -272,6 +272,7 @@ class Cached(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Scores:
         """Return the rewards, new or cached."""
         keys: list[Any] = [
+            # `repr`, since a row is a dict, which has no hash.
             (str(prompt), repr(prompt.row), completion.text) if done else row  # an unfinished row matches no other
             for row, (prompt, completion, done) in enumerate(zip(prompts, preds, dones, strict=True))
         ]

@@ -47,4 +47,5 @@ class Vader(RowReward):
 
     def score_text(self, text: str) -> float:
         """Return the score of a text by itself."""
+        # A dict of all four scores: "compound" is rounded to 4 digits, the shares to 3.
         return self._analyzer.polarity_scores(text)[self.part]

@@ -39,7 +39,7 @@ class METEOR(measures.METEOR, _OverlapReward):
             warnings.warn(
                 "METEOR runs without WordNet, whose figures are lower: install it by nltk.download('wordnet'), or "
                 "say wordnet=False.",
-                stacklevel=3,
+                stacklevel=3,  # the line that builds the reward: above are this method and the dataclass's `__init__`
             )
 
 

@@ -94,8 +94,8 @@ class ROUGE(Measure):
         measure: "fmeasure", "precision" or "recall".
         stem: Whether words are compared by their stem (Porter's).
         split: The function that cuts a text into words. None takes rouge_score's own words of lower-case ASCII letters
-            and digits, of which other scripts have none: pass `list` for Chinese. With a function of your own there is
-            no stemming.
+            and digits; texts in other scripts would have no words: pass `list` for Chinese. With a function of your own
+            there is no stemming.
 
     Raises:
         ImportError: If rouge_score is not installed.
@@ -186,12 +186,12 @@ class CountedMeasure(Measure):
 
     def score_of(self, counts: np.ndarray) -> float:
         """Return the score, in [0, 1], of the counts (K,) of a text or of the sums over a corpus."""
-        return float(self._scorer._compute_score_from_stats(counts.tolist()).score) / 100
+        return float(self._scorer._compute_score_from_stats(counts.tolist()).score) / 100  # sacrebleu's is in percent
 
 
 @dataclass
 class SacreBLEU(CountedMeasure):
-    """BLEU by sacrebleu (Post, 2018) with its own tokenizers and smoothing ("exp"), over 100; named `sacrebleu`.
+    """BLEU by sacrebleu (Post, 2018) with its own tokenizers and smoothing ("exp"), divided by 100; named `sacrebleu`.
 
     N-grams that are longer than all texts are left out (sacrebleu's `effective_order`, "eff:yes" in its signature). The
     score of a corpus in which a text has four words or more does not depend on this.
@@ -220,7 +220,7 @@ class SacreBLEU(CountedMeasure):
 
 @dataclass
 class ChrF(CountedMeasure):
-    """The F-score of character n-grams (chrF; Popović, 2015) by sacrebleu, over 100; named `chrf`, or `chrf++`.
+    """The F-score of character n-grams (chrF; Popović, 2015) by sacrebleu, divided by 100; named `chrf`, or `chrf++`.
 
     Args:
         word_order: The longest n-gram of words that counts beside the n-grams of characters: 0 for chrF, 2 for chrF++

@@ -86,7 +86,7 @@ class Preference(BatchReward):
             dtype=self.dtype,
         )
         n_labels = self._model.model.config.num_labels
-        if n_labels != 1:
+        if n_labels != 1:  # transformers' default is 2, where a config says nothing of labels
             raise ValueError(f"Expected a reward model with one score (num_labels=1), got {n_labels} labels.")
         if self.messages_column is not None and not self.chat:
             raise ValueError("Expected chat=True where `messages_column` is given.")

@@ -46,7 +46,7 @@ class RewardStats:
     @classmethod
     def of(cls, scores: Sequence[float]) -> RewardStats:
         """Return the statistics of scores, (N,)."""
-        return cls(float(np.mean(scores)), float(np.std(scores)))
+        return cls(float(np.mean(scores)), float(np.std(scores)))  # numpy's std divides by N, not N - 1
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the statistics into the model's folder."""

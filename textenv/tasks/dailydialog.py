@@ -147,6 +147,7 @@ def split_dialogues(
         raise ValueError(
             f"Expected `held_back` to leave dialogues on both sides, got {held_back} of {len(distinct)} dialogues."
         )
+    # The draw decides which dialogues are held back; both lists keep the order of the file.
     order = np.random.default_rng(seed).permutation(len(distinct)).tolist()
     return [distinct[i] for i in sorted(order[n_held_back:])], [distinct[i] for i in sorted(order[:n_held_back])]
 
@@ -250,6 +251,7 @@ class DailyDialog(TextEnv):
 
     def __new__(cls, *args: Any, max_turns: int = 1, **kwargs: Any) -> DailyDialog:
         """Return an instance of `Conversation` if there are several turns."""
+        # Python calls `__init__` on the result, since `Conversation` is a subclass.
         return super().__new__(Conversation if cls is DailyDialog and max_turns > 1 else cls)
 
     def __init__(

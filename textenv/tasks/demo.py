@@ -49,7 +49,7 @@ class Demo(TextEnv):
     ) -> None:
         if banned:
             kwargs["mask"] = BannedMask(texts=banned)
-        kwargs = {"score_at": "done", **kwargs}
+        kwargs = {"score_at": "done", **kwargs}  # a text earns nothing before its end, so it is not scored there
         rows = openings() if prompts is None else prompts
         super().__init__(rows, tokenizer, max_new_tokens=max_new_tokens, **kwargs)
 

@@ -156,6 +156,6 @@ class HH(TextEnv):
             max_prompt_tokens=max_prompt_tokens,
             truncation_side=truncation_side,
             references_column="chosen",
-            stop_strings=(HUMAN,),
+            stop_strings=(HUMAN,),  # a policy that has read such dialogues writes the human's next turn as well
             **kwargs,
         )

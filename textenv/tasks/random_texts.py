@@ -29,6 +29,7 @@ def random_texts(task: str, n: int, seed: int = 0) -> list[str]:
     """
     rng = np.random.default_rng(seed)
     word = MAKERS[task]
+    # `integers` excludes its upper bound.
     return [" ".join(word(rng) for _ in range(rng.integers(8, 25))) for _ in range(n)]
 
 

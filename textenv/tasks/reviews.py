@@ -83,6 +83,7 @@ def part_of(reviews: Sequence[Review], part: Part) -> list[Review]:
         (18, 2)
     """
     check_choice("part", part, get_args(Part))
+    # Mixed, since all negative reviews come first. The seed is fixed, so that every run holds out the same tenth.
     mixed = [reviews[i] for i in np.random.default_rng(0).permutation(len(reviews))]
     n_held_out = max(1, round(HELD_OUT * len(reviews)))
     return mixed[:n_held_out] if part == "held_out" else mixed[n_held_out:]

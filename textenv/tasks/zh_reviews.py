@@ -43,17 +43,17 @@ def read_rankings(data: str | PathLike[str]) -> list[tuple[str, ...]]:
     if not folder.is_dir():
         raise ValueError(
             f"Expected `data` to be a folder that holds {FILE}, got {fspath(data)!r}, which is none. "
-            "There is no name to read them by: these rankings are no data set of the Hugging Face hub."
+            "They are not on the Hugging Face hub, so pass their folder."
         )
     file = folder / FILE
     if not file.is_file():
         raise ValueError(f"Expected the file {FILE} in {fspath(data)!r}, got a folder without it.")
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # "-sig": without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected {fspath(file)!r} in UTF-8, got bytes that are not: {error}.") from error
     rankings = [_read_line(line, f"line {number} of {file}") for number, line in enumerate(lines, 1) if line.strip()]
-    return list(dict.fromkeys(rankings))
+    return list(dict.fromkeys(rankings))  # a repeated line once, in the order of the file
 
 
 def _read_line(line: str, where: str) -> tuple[str, ...]:

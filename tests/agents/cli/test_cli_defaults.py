@@ -290,7 +290,7 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing_in_the_way(model, tmp
     with monkeypatch.context() as patch:
         patch.setattr(training_run, "write_model", pressed)  # training is over and saved
         assert run("train", "--resume", tmp_path / "run") == 130
-    assert f"interrupted; go on with: textenv train --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    assert f"interrupted; continue with: textenv train --resume {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 def test_a_run_that_was_killed_before_it_saved_anything_can_be_begun_again(model, tmp_path, capsys):
@@ -306,7 +306,7 @@ def test_a_run_that_was_killed_before_it_saved_anything_can_be_begun_again(model
     assert run("train", *words) == 0
     assert [row["tokens"] for row in rows(left.path)] == [0, 64] and newest_intact(left.checkpoints)[0]
     assert run("train", *words) == 2
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue with --resume" in capsys.readouterr().err
 
 
 def test_a_second_signal_says_how_to_go_on(monkeypatch):

@@ -134,7 +134,7 @@ def test_stop_and_resume_is_the_same_run(home):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    again = re.search(r"go on with: textenv (.+)", err)[1].split()
+    again = re.search(r"continue with: textenv (.+)", err)[1].split()
     assert len(rows(home / "stopped")) < 1 + N_ROLLOUTS
     code, _, err = command(*again, "--quiet", cwd=home)
     assert code == 0, err

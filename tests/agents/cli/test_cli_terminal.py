@@ -67,5 +67,5 @@ def test_the_live_view_in_a_terminal_and_ctrl_c(terminal, tmp_path):
     terminal.tmux("send-keys", "C-c")
     last = terminal.until(r"code \d+")
     assert "stopping when this iteration is done and saved" in last and "code 130" in last
-    assert re.search(r"stopped after [\d,]+ tokens, saved; go on with: textenv train --resume", last)
+    assert re.search(r"stopped after [\d,]+ tokens, saved; continue with: textenv train --resume", last)
     assert terminal.tmux("display-message", "-p", "#{cursor_flag}").strip() == "1", "the cursor is back"

@@ -116,11 +116,11 @@ def test_what_a_stage_cannot_read_is_refused(read, config, message):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"n_layer": 2}, "model_type of a fresh model, as gpt2, got None"),
+        ({"n_layer": 2}, "model_type of a fresh model, such as gpt2, got None"),
         ({"model_type": "gpt22"}, "as gpt2, got 'gpt22'"),
         (
             {"model_type": "gpt2", "n_layers": 2, "width": 1},
-            "sizes of gpt2, got n_layers, width, which its config has not",
+            "sizes of gpt2, got n_layers, width, which its config does not have",
         ),
     ],
 )

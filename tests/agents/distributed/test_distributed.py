@@ -85,8 +85,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert len(numbers) == len(set(numbers)) > 30, "no prompt twice in an epoch"
     said = [text for part in (two, one, again) for *_, texts in part for text in texts]
     assert len(said) == 2, "by rank 0, when the number changes"
-    assert "is of 2 processes, and 1 go on" in said[0] and "8 running episodes" in said[0]
-    assert "is of 1 processes, and 2 go on" in said[1]
+    assert "written by 2 processes and is loaded by 1" in said[0] and "8 running episodes" in said[0]
+    assert "written by 1 processes and is loaded by 2" in said[1]
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_processes_that_were_started_wrongly_are_told():
     assert [joined[:2] for joined in ok] == [(0, 2), (1, 2)] and ok[0][2] == ok[1][2]
     sizes = {0: {"WORLD_SIZE": "3"}}
     for result in launch(2, "join", 20, environments=sizes):
-        assert isinstance(result, ValueError) and "was told WORLD_SIZE=" in str(result)
+        assert isinstance(result, ValueError) and "has WORLD_SIZE=" in str(result)
     for result in launch(2, "join", 1, environments={rank: {"WORLD_SIZE": "3"} for rank in (0, 1)}):
         assert isinstance(result, TimeoutError) and "got none of rank [2]" in str(result)
     result = launch(1, "join", 1, environments={0: {"WORLD_SIZE": "2"}})[0]

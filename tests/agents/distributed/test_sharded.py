@@ -108,7 +108,7 @@ def test_one_process_evaluates_and_shows_and_all_write(way, tmp_path):
     assert "samples after 48 tokens" in shown and any("eval/reward" in row for _, row in rows)
     newest = max((tmp_path / "checkpoints").iterdir())
     model, _ = shared_agent()
-    with pytest.warns(UserWarning, match="is of 2 processes, and 1 go on"):
+    with pytest.warns(UserWarning, match="written by 2 processes and is loaded by 1"):
         load_checkpoint(model, newest)
     expected = model.policy.backbone.model.state_dict()
     for folder in (tmp_path / "model", tmp_path / "best" / "best" / "model"):
@@ -182,7 +182,7 @@ REFUSED = {
     "NLPO": (ValueError, "can be sharded, got top_p_lag"),
     "popart": (ValueError, "use 'norm'"),
     "gathered encoder-decoder": (ValueError, "use gather=True"),
-    "warm-up": (ValueError, "sharded ones, of which `fully_shard` settles once"),
+    "warm-up": (ValueError, "sharded ones: `fully_shard` fixes once"),
     "doctor": (ValueError, "examine it in one process"),
     "save": (RuntimeError, "use save_checkpoint and load_checkpoint"),
     "shard": (ValueError, r"got others in rank [01]: \['shard'\]"),

@@ -145,7 +145,7 @@ def says_what_it_cannot_do(engine):
 
 
 def is_noticed_when_killed(engine):
-    """In the middle of an answer, and before the next question."""
+    """The engine raises if its process is killed in the middle of an answer, and again at the next question."""
     threading.Timer(0.2, os.kill, (engine._process.pid, signal.SIGKILL)).start()
     with pytest.raises(EngineLost, match="got its end, by signal 9"):
         engine.generate(requests(most_new=20, n=20_000), 1.0, 0)
@@ -242,7 +242,7 @@ def start_script(path, *words):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["left", "closed"])
 def test_a_script_ends_without_a_word(how, tmp_path):
-    """In particular without multiprocessing's warning of a leaked semaphore."""
+    """Nothing is written to stderr, not even multiprocessing's warning of a leaked semaphore."""
     (tmp_path / "script.py").write_text(DOCUMENTED)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

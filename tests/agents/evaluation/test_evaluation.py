@@ -130,7 +130,7 @@ def test_the_reference_of_a_penalty_is_the_start():
 
 
 def test_the_divergence_of_an_encoder_decoder():
-    """Equal to plain forwards, text text at a time: the decoder reads its start token and the text so far."""
+    """Equal to plain forwards, one text at a time: the decoder reads its start token and the text so far."""
     policy, other = (make_policy(tiny_seq2seq(), seed=seed) for seed in (1, 2))
     result = evaluate(policy, PROMPTS, TOKENIZER, reference=other.lm, max_new_tokens=4, seed=1)
     by_hand = []

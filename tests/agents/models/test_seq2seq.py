@@ -91,7 +91,7 @@ def test_a_head_that_does_something_else_runs_the_whole_model():
 @pytest.mark.parametrize("family", ["t5", "bart"])
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_sb3_trains_it_unmodified(family, algorithm):
-    """With micro-batches, a KL penalty and a sample table."""
+    """All weights are trained, with micro-batches, a KL penalty and a sample table."""
     model = tiny_agent(lm=tiny_seq2seq(family), algorithm=algorithm, rollout_buffer_kwargs={"micro_batch_tokens": 16})
     before = {name: weight.clone() for name, weight in model.policy.named_parameters()}
     model.learn(48, callback=[KLPenalty(0.1), SampleTable(["ab", "c"], TOKENIZER, max_new_tokens=4)])

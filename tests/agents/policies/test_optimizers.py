@@ -14,7 +14,7 @@ from tests.helpers.training import run_state, tiny_agent
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 def test_steps_equal_those_of_an_optimizer_for_each_rate(cls):
-    """Also after SB3's `update_learning_rate` has written one rate into all groups."""
+    """They stay equal after SB3's `update_learning_rate` has written one rate into all groups."""
     together, apart = ([nn.Parameter(torch.ones(3)) for _ in range(3)] for _ in range(2))
     optimizer = scaled_optimizer(cls, dict(zip(together, (1.0, 10.0, 0.5))), lr=0.1)
     singles = [cls([weight], lr=0.1 * scale) for weight, scale in zip(apart, (1.0, 10.0, 0.5))]

@@ -59,7 +59,7 @@ def test_stop_and_resume_is_the_same_run(whole, model, tmp_path, monkeypatch, ca
         interrupt_after(patch, 2)
         assert run("train", *settings(model, out, ROLLOUTS)) == 130
     said = capfd.readouterr()
-    assert f"stopped after {3 * ROLLOUT} tokens, saved; go on with: textenv train --resume {out}" in said.err
+    assert f"stopped after {3 * ROLLOUT} tokens, saved; continue with: textenv train --resume {out}" in said.err
     assert [row["tokens"] for row in rows(out)] == [0, ROLLOUT, 2 * ROLLOUT, 3 * ROLLOUT]
     assert not (out / "model").exists()
     assert run("train", f"--resume={out}", "--quiet") == 0
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(whole, copy, capfd):
     assert run("train", "--resume", copy) == 0
     said = capfd.readouterr().out
     assert f"policy.safetensors: {file.stat().st_size} bytes, manifest says" in said or "newest intact" in said
-    assert f"newest intact: step {int(before.name[5:])}, going on from there" in said
+    assert f"newest intact: step {int(before.name[5:])}, continuing from there" in said
     same_runs(whole, copy)
     for folder in (copy / "checkpoints").iterdir():
         verify_checkpoint(folder)
@@ -179,7 +179,7 @@ def test_a_folder_is_used_by_one_process_and_for_one_run(copy, model, capfd):
         assert run("train", "--resume", copy) == 2
     assert f"is in use by pid {os.getpid()} since 2" in capfd.readouterr().err
     assert run("train", *settings(model, copy)) == 2
-    assert f"go on with --resume {copy}" in capfd.readouterr().err
+    assert f"continue with --resume {copy}" in capfd.readouterr().err
 
 
 @pytest.mark.slow

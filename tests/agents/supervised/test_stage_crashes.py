@@ -79,10 +79,10 @@ def stopped_with_two_states(stage, folder, monkeypatch, step=12):
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("classifier", marks=pytest.mark.slow), "reward-model"])
 def test_a_state_without_its_optimizer_is_passed_over(stage, whole, tmp_path, monkeypatch):
-    """Such a state used to be resumed, which led to other weights."""
+    """A state is resumed only with all of its files: without its optimizer, training leads to other weights."""
     before, newest = stopped_with_two_states(stage, tmp_path / "m", monkeypatch)
     (newest / FILES[stage]).unlink()
-    with pytest.warns(UserWarning, match=rf"{FILES[stage]}: missing.*; going on from {before}"):
+    with pytest.warns(UserWarning, match=rf"{FILES[stage]}: missing.*; continuing from {before}"):
         STAGES[stage](tmp_path / "m", resume=True)
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == whole(stage)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -93,7 +93,7 @@ def test_a_state_without_its_optimizer_is_passed_over(stage, whole, tmp_path, mo
 @pytest.mark.parametrize("damage", ["half-made", "cut", "flipped", "all"])
 def test_the_newest_whole_state_is_taken(stage, damage, whole, tmp_path, monkeypatch):
     before, newest = stopped_with_two_states(stage, tmp_path / "m", monkeypatch)
-    file, goes_on = newest / FILES[stage], f"going on from {before}"
+    file, goes_on = newest / FILES[stage], f"continuing from {before}"
     if damage in ("half-made", "all"):
         (newest / "manifest.json").unlink()
     if damage == "all":

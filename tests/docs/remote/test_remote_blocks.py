@@ -54,7 +54,7 @@ def test_a_model_whose_blocks_would_compute_something_else_is_refused(model, tmp
 
 
 def test_the_client_refuses_a_model_whose_norm_it_does_not_find(tmp_path):
-    """Otherwise the client would read and train without any blocks."""
+    """A model without its final norm is refused, since the client would read and train without any blocks."""
     kwargs, error = REFUSED["phi"]
     model, n_blocks = load_without_blocks(str(save(tmp_path / "model", **kwargs)))
     with pytest.raises(ValueError, match=error):

@@ -82,9 +82,13 @@ def test_gymnasium_time_limits_truncate():
 
 
 def test_gymnasium_other_spaces_need_a_function():
-    with pytest.raises(ValueError, match="`obs_to_text` for an observation space that is no Text or Discrete, got Box"):
+    with pytest.raises(
+        ValueError, match="`obs_to_text` for an observation space that is neither Text nor Discrete, got Box"
+    ):
         GymnasiumGame("CartPole-v1")
-    with pytest.raises(ValueError, match="`text_to_action` for an action space that is no Text or Discrete, got Box"):
+    with pytest.raises(
+        ValueError, match="`text_to_action` for an action space that is neither Text nor Discrete, got Box"
+    ):
         GymnasiumGame("Pendulum-v1", obs_to_text=str)
     with pytest.raises(ValueError, match=r"arguments \['size'\] with an id alone"):
         GymnasiumGame(Corridor, size=3)

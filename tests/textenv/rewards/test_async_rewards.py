@@ -368,7 +368,7 @@ def test_each_policy_in_training(on_failure):
         with pytest.raises(RewardError, match=r"Failing has no score of \d of \d+ rows(.|\n)*ConnectionError: gone"):
             model.learn(32, callback=[metrics, recorder])
         return
-    with pytest.warns(UserWarning, match="Not said again"):
+    with pytest.warns(UserWarning, match="Later failures are only counted, in `n_failed`"):
         model.learn(32, callback=[metrics, recorder], log_interval=None)
     logged = model.logger.name_to_value
     infos = [info for info, _ in recorder.episodes()]

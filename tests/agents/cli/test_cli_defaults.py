@@ -1,4 +1,4 @@
-"""Defaults of the command: the printed ones are those that run, lengths fit run and model, and help explains them."""
+"""Defaults of the command: lengths fit run and model, help lists them, and what Ctrl-C leaves behind."""
 
 import io
 import json
@@ -160,7 +160,7 @@ def test_a_stage_names_its_own_option(tmp_path):
         tune(tiny_config(vocab_size=300), ["ab"], tmp_path / "out", max_tokens=40)
 
 
-# Defaults of the demo's model and of others, from one table
+# Defaults in help and errors, and prompts of one's own with the default model
 
 
 @pytest.mark.parametrize("verb", ["train", "doctor"])

@@ -236,7 +236,7 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
         ):
             row = {"prompt": str(text.prompt), "text": text.text, "end_reason": str(text.end_reason)}
             line = json.dumps(row, ensure_ascii=False)
-            # JSON escapes C0 control codes only; C1 codes, which terminals obey, need ASCII with escapes.
+            # JSON escapes U+0000 to U+001F only; control characters U+0080 to U+009F, which terminals obey, need ASCII.
             print(line if line.isprintable() else json.dumps(row), flush=True)
     return Exit.DONE
 

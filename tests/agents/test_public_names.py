@@ -17,17 +17,42 @@ from tests.helpers.documented import PAGES
 ROOMS = ("textenv.adapters", "textenv.feedback", "textenv.metrics", "textenv.rewards", "textenv.tasks")
 FROM = re.compile(r"\bfrom +((?:agents|textenv)(?:\.\w+)*) +import +(?:\(([^)]*)\)|([\w, ]+))")
 PLAIN = re.compile(r"^[ >]*import +((?:agents|textenv)\.[\w.]+)", flags=re.MULTILINE)
+# agents.files.write_text or agents.files:write_text; but `python -m agents.zoo` starts a program.
+DOTTED = re.compile(r"(?<![\w./-])(?<!-m )((?:agents|textenv)(?:\.\w+)+)(?::(\w+))?")
+PUBLIC = {"agents": agents.__all__, "textenv": textenv.__all__}
+# Configurations of rl_zoo3 and of textenv name classes by their modules alone, these included.
+BY_MODULE = {
+    "agents.zoo.policies": ("DemoPolicy", "MaskableDemoPolicy"),
+    "agents.supervised.learned_reward": ("LearnedReward",),
+}
+
+
+def is_public(module, name):
+    """Return whether a name of a module may be used: one of `__all__`, or one without underscore in a public room."""
+    if module in PUBLIC:
+        return name in PUBLIC[module]
+    in_room = f"{module}.".startswith(tuple(f"{room}." for room in ROOMS))
+    return in_room and not any(part.startswith("_") for part in (*module.split("."), name))
+
+
+def is_public_path(path):
+    """Return whether a dotted path leads to a public name, to an attribute of one, or into a public room."""
+    package, *parts = path.split(".")
+    module, _, last = path.rpartition(".")
+    if is_public(package, parts[0]) or last in BY_MODULE.get(module, ()):
+        return all(part == "__version__" or not part.startswith("_") for part in parts)
+    return path in ROOMS or is_public(module, last)
 
 
 def private_imports(text):
-    """Return the imports of a script or page that are neither public names nor from one of the public `ROOMS`."""
-    problems = [f"import {module}" for module in PLAIN.findall(text) if not module.startswith(ROOMS)]
+    """Return the imports and dotted paths of a script or page that lead to other names than the public ones."""
+    problems = [f"import {module}" for module in PLAIN.findall(text) if not is_public_path(module)]
     for module, block, line in FROM.findall(text):
         names = [name.split(" as ")[0] for name in re.split(r"\s*,\s*", (block or line).strip()) if name]
-        public = {"agents": agents.__all__, "textenv": textenv.__all__}.get(module)
-        if public is None and not f"{module}.".startswith(tuple(f"{room}." for room in ROOMS)):
-            public = ()
-        problems += [f"from {module} import {name}" for name in names if public is not None and name not in public]
+        problems += [f"from {module} import {name}" for name in names if not is_public(module, name)]
+    for path, name in DOTTED.findall(PLAIN.sub("", FROM.sub("", text))):
+        whole = f"{path}.{name}" if name else path
+        problems += [f"{path}:{name}" if name else path] if not is_public_path(whole) else []
     return problems
 
 
@@ -35,7 +60,7 @@ def test_examples_and_pages_import_public_names_alone():
     """Benchmarks are left out: they measure caches, masks and minibatches on their own."""
     paths = [path for pattern in (*PAGES, "examples/**/*.py", "examples/**/*.yml") for path in ROOT.glob(pattern)]
     paths = [path for path in paths if path.name != "CHANGELOG.md"]
-    found = {path.name: private_imports(path.read_text(encoding="utf-8")) for path in paths}
+    found = {str(path): private_imports(path.read_text(encoding="utf-8")) for path in paths}  # several README.md
     assert len(found) > 20
     assert {name: problems for name, problems in found.items() if problems} == {}
 
@@ -53,6 +78,20 @@ def test_examples_and_pages_import_public_names_alone():
         ),
         ('python -c "from textenv import hub; hub"', ["from textenv import hub"]),
         ("import textenv.episodes.scores", ["import textenv.episodes.scores"]),
+        (
+            "from textenv.rewards.overlap import ROUGE, _OverlapReward",
+            ["from textenv.rewards.overlap import _OverlapReward"],
+        ),
+        ("from textenv.rewards._hidden import Reward", ["from textenv.rewards._hidden import Reward"]),
+        ("import textenv.rewardsome", ["import textenv.rewardsome"]),
+        ("import agents\nagents.files.write_text(file, text)", ["agents.files.write_text"]),
+        ("import textenv\ntextenv.masks.token_masks.MinLengthMask(3)", ["textenv.masks.token_masks.MinLengthMask"]),
+        ("import textenv\ntextenv.rewards.overlap._OverlapReward()", ["textenv.rewards.overlap._OverlapReward"]),
+        ("import agents\nagents.sft.tune(lm)\nagents.KLPenalty._on_step\n", ["agents.KLPenalty._on_step"]),
+        ("import textenv.rewards\ntextenv.rewards.make_reward('length')\nprint(textenv.__version__)", []),
+        ("env: {reward: {id: 'agents.files:write_text'}}", ["agents.files:write_text"]),
+        ("env: {reward: {id: 'textenv.rewards.rules:Length'}}\npolicy: agents.zoo.policies.DemoPolicy", []),
+        ("the tests are in tests.agents.files, and agents/files.py is a file", []),
     ],
 )
 def test_a_private_import_is_found(text, problems):

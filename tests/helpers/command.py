@@ -105,3 +105,17 @@ def wait_for_rows(process, folder, n):
     while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_text().splitlines()) < n:
         assert process.poll() is None and time.monotonic() < limit, process.communicate()
         time.sleep(0.01)
+
+
+def refused(capfd, *words):
+    """Run a command that is refused and leaves no file; return the one line that it prints."""
+    before = files_here()
+    code = run(*words)
+    error = capfd.readouterr().err
+    assert code == 2 and error.count("\n") == 1, error
+    assert files_here() == before
+    return error
+
+
+def files_here():
+    return {path for path in Path.cwd().rglob("*") if path.is_file()}

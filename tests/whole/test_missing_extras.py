@@ -13,8 +13,7 @@ from transformers import BitsAndBytesConfig
 from agents import LoRA, Pretrained, RewardCurves, train_classifier
 from agents.cli.compare import compare
 from agents.configuration.config import Named, TrainConfig, default_loggers
-from agents.configuration.names import find
-from agents.errors import CommandError, Exit
+from agents.errors import Exit
 from agents.evaluation.curves import draw_curves
 from agents.models.pretrained import build_model
 from agents.runs.exit_codes import as_command_error
@@ -36,7 +35,6 @@ from textenv.lanes.rendering import picture
 from textenv.metrics import overlap as metrics
 from textenv.rewards import ChatJudge, HTTPJudge, overlap
 from textenv.rewards.lexicon import Vader
-from textenv.rewards.registry import REWARD
 from textenv.rewards.similarity import Similarity
 from textenv.tasks.demo import Demo
 
@@ -177,15 +175,6 @@ def test_stages_and_the_rating_page_name_the_extra_before_the_work(without, mode
         index = err.index(f'pip install "textenv[{extra}]".\n')
         err = err[index + 1 :]
     assert {path.name for path in tmp_path.iterdir()} == {"texts.txt", "labels.csv"}
-
-
-def test_a_missing_package_of_the_users_own_class_is_no_misspelt_name(tmp_path, monkeypatch):
-    (tmp_path / "own_needs.py").write_text("import not_there_at_all\n\nclass Reward: ...\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for path, code in [("own_needs:Reward", Exit.MISSING), ("own_need:Reward", Exit.REFUSED)]:
-        with pytest.raises(CommandError, match=r"Expected .*own_need.*got: No module named") as caught:
-            find(path, REWARD, Trust(("own_needs", "own_need")))
-        assert caught.value.code == code
 
 
 def test_without_plot_a_run_trains_and_names_what_is_missing(without, model, tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""`textenv train` and its arguments: the files that a run leaves, refusals, help, and parts by id or module:Class."""
+"""`textenv train` and its arguments: the files that a run leaves, refusals, help, and the function of each verb."""
 
 import importlib
 import json
@@ -12,13 +12,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from agents.cli import main as cli
-from agents.cli.arguments import make_parser
-from agents.cli.options import SFTConfig
-from agents.configuration.config import TrainConfig, argument_help
-from agents.supervised.learned_reward import LearnedReward
-from tests.helpers.command import ROLLOUT, ROOT, environment, rows, run, settings
-from tests.helpers.house import loaded_by
-from textenv.text.named_tokenizer import DEMO
+from agents.configuration.config import TrainConfig
+from tests.helpers.command import ROLLOUT, environment, rows, run, settings
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +124,6 @@ def test_a_run_that_was_refused_before_it_trained_can_be_begun_again(model, tmp_
     assert not (tmp_path / "none").exists()
 
 
-def test_every_argument_has_help():
-    parser = make_parser("train", "[CONFIG]", TrainConfig)
-    assert [action.dest for action in parser._actions if not action.help] == []
-    assert argument_help(TrainConfig)["seed"] == "The seed of everything random."
-
-
 def test_help_loads_no_torch():
     code = (
         "import sys; from agents.cli.main import VERBS, main\nfor verb in VERBS:\n"
@@ -146,114 +135,10 @@ def test_help_loads_no_torch():
     assert out.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["configuration.config", "configuration.names", "cli.options", "cli.arguments", "cli.catalogue", "cli.compare"],
-)
-def test_what_is_read_before_a_verb_starts_loads_no_torch(module):
-    assert not loaded_by(f"agents.{module}", ROOT) & {"torch", "transformers", "stable_baselines3"}
-
-
-def test_what_loads_torch_would_be_noticed(tmp_path):
-    (tmp_path / "heavy.py").write_text("from torch import nn\n")
-    (tmp_path / "torch.py").write_text("nn = None\n")
-    assert loaded_by("heavy", tmp_path) == {"torch"}
-
-
-def test_the_default_model_and_task_are_the_demo():
-    config = TrainConfig()
-    assert {config.model.name, config.env.id, SFTConfig().model, LearnedReward().model} == {DEMO}
-
-
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_each_verb_has_its_function(verb):
     module, _, function = cli.VERBS[verb].function.partition(":")
     assert callable(getattr(importlib.import_module(module), function))
-
-
-OWN = """
-from stable_baselines3.common.logger import KVWriter
-from textenv.metrics import mean_of
-class Words:
-    def __init__(self, word): self.word = word
-    def __call__(self, prompt, preds, done): return float(self.word in preds.text) if done else 0.0
-class Share:
-    def __init__(self, word): self.word = word
-    def __call__(self, prompts, texts, references): return {self.word: mean_of([self.word in text for text in texts])}
-class Steps(KVWriter):
-    def __init__(self, file): self.file = file
-    def write(self, key_values, key_excluded, step=0):
-        if "reward/own" in key_values: open(self.file, "a").write(f"{step} {key_values['reward/own']}\\n")
-    def close(self): open(self.file, "a").write("closed\\n")
-"""
-OWN_CONFIG = """
-env:
-  reward:
-    id: sum
-    args:
-      parts: {own: {id: "own_parts:Words", args: {word: great}}, form: {id: regex, args: {pattern: "g+", whole: false}}}
-      weights: {form: 0.5}
-evaluation:
-  metrics: [{id: distinct, args: {orders: [3]}}, {id: "own_parts:Share", args: {word: great}}, words]
-loggers: [{id: curves}, {id: "own_parts:Steps", args: {file: steps.txt}}]
-"""
-
-
-@pytest.fixture
-def own_parts(tmp_path, monkeypatch):
-    """A folder with a user's own classes, and a configuration that names them and built-in ones by id and args."""
-    (tmp_path / "own_parts.py").write_text(OWN)
-    (tmp_path / "own.yml").write_text(OWN_CONFIG)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.slow
-def test_a_reward_a_metric_and_a_logger_by_id_and_args_or_by_module_and_class(own_parts, model):
-    words = settings(model, own_parts / "run", rollouts=2)
-    words.remove("--loggers=[]")
-    assert run("train", "own.yml", *words, "--allow", "own_parts", "--quiet") == 0
-    lines = rows(own_parts / "run")
-    parts = {row["tokens"]: (row["reward/own"], row["reward/form"], row["reward/task"]) for row in lines[1:]}
-    assert all(own + form == pytest.approx(task) for own, form, task in parts.values())
-    assert any(form > 0 for _, form, _ in parts.values())
-    figures = json.loads((own_parts / "run" / "results.json").read_text())["after"]["figures"]
-    assert {"distinct_3", "great", "length_words", "reward/own"} <= figures.keys() and "distinct_1" not in figures
-    assert figures["great"] == figures["reward/own"]
-    *written, last = (own_parts / "steps.txt").read_text().splitlines()
-    assert written == [f"{tokens} {own}" for tokens, (own, _, _) in parts.items()] and last == "closed"
-    assert (own_parts / "run" / "curves.png").is_file() and not (own_parts / "run" / "tensorboard").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (
-            ["--loggers=[{id: tensorboard, args: {folder: x}}]"],
-            "no arguments of the logger 'tensorboard', got",
-        ),
-        (["--loggers=['own_parts:Nothing']"], "Expected 'own_parts:Nothing' to be there"),
-        (["--loggers=['own_parts:Steps']"], "Expected the argument 'file' for the logger 'own_parts:Steps', got none"),
-        (
-            ["--loggers=[{id: 'own_parts:Words', args: {word: a}}]"],
-            "Expected a KVWriter of Stable-Baselines3 at 'own",
-        ),
-        (
-            ["--evaluation.metrics=['own_parts:Share']"],
-            "Expected the argument 'word' for the metric 'own_parts:Share', got none",
-        ),
-        (["--evaluation.metrics=[rogue]"], "Expected a metric among rouge, .* or module:Class, got 'rogue'"),
-        (
-            ["--env.reward={id: 'own_parts:Words', args: {w: a}}"],
-            "Expected arguments among word for the reward 'own_parts:Words', got 'w'",
-        ),
-        (["--env.reward=keywords"], "'module:name' or one of .*, got 'keywords'"),
-    ],
-)
-def test_parts_that_cannot_be_built_are_refused(words, message, own_parts, model, capfd):
-    assert run("train", *settings(model, own_parts / "run"), *words, "--allow", "own_parts", "--quiet") == 2
-    assert re.search(message, capfd.readouterr().err)
 
 
 @pytest.mark.slow

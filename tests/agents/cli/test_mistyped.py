@@ -4,93 +4,20 @@ import json
 import re
 import shutil
 import typing
-from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 
-from agents.cli import options as verb_config
-from agents.cli.arguments import make_parser, parse
 from agents.cli.stages import ENOUGH
-from agents.configuration.config import TrainConfig
-from agents.configuration.stage_folders import made_by
-from agents.configuration.values import LIMITS, as_list, in_words, limits_of
-from tests.helpers.command import ROOT, run, settings
+from tests.helpers.command import refused, run, settings
 from textenv import TASKS, TextEnv
 from textenv.checks.signatures import check_arguments, needed
 from textenv.rewards import make_reward
-
-CONFIGS = (
-    *(TrainConfig, verb_config.EvaluateOptions, verb_config.GenerateOptions, verb_config.ChatOptions),
-    *(verb_config.ShowOptions, verb_config.SFTConfig, verb_config.ClassifierConfig),
-    *(verb_config.RewardModelConfig, verb_config.RateConfig),
-)
-CONFIG_FOLDER = ROOT / "examples" / "configs"
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def refused(capfd, *words):
-    """Run a command that is refused and leaves no file; return the one line that it prints."""
-    before = files_here()
-    code = run(*words)
-    error = capfd.readouterr().err
-    assert code == 2 and error.count("\n") == 1, error
-    assert files_here() == before
-    return error
-
-
-def files_here():
-    return {path for path in Path.cwd().rglob("*") if path.is_file()}
-
-
-def numbers_of(config, above=""):
-    """Yield the dotted names of all keys that take a number."""
-    for field in fields(config):
-        kind = typing.get_type_hints(config)[field.name]
-        if is_dataclass(kind):
-            yield from numbers_of(kind, f"{above}{field.name}.")
-        elif {int, float} & {kind, *typing.get_args(kind)}:
-            yield above + field.name
-
-
-NUMBERS = [(config, key) for config in CONFIGS for key in numbers_of(config)]
-
-
-def as_a_value(config, key, value):
-    """Return the value that a parser reads for a key, or the text of its refusal."""
-    parser = make_parser("verb", "[CONFIG.yml]", config)
-    # A field without a default has MISSING as both; it is a positional argument of the command.
-    positional = [field.name for field in fields(config) if field.default is field.default_factory]
-    try:
-        return parse(parser, ["x" for _ in positional] + [f"--{key}={value}"])[key]
-    except Exception as error:
-        return str(error)
-
-
-@pytest.mark.parametrize(("config", "key"), NUMBERS, ids=lambda value: getattr(value, "__name__", value))
-def test_every_number_has_its_range_and_is_refused_outside(config, key):
-    limits = limits_of(key)
-    low = str(as_a_value(config, key, -1))
-    if limits.low >= 0:
-        assert re.fullmatch(rf"Expected {key} to be (above )?[01]\b.*, got -1(\.0)?\.", low)
-    else:
-        assert float(low) == -1
-    for value in (".nan", ".inf", "-.inf", "many"):
-        assert str(as_a_value(config, key, value)).startswith(f"Expected {key} to be ")
-    if limits.above or limits.low == 1:
-        assert re.fullmatch(rf"Expected {key} to be .*, got 0(\.0)?\.", str(as_a_value(config, key, 0)))
-    assert str(as_a_value(config, key, 1)) in ("1", "1.0")
-
-
-def test_no_range_is_of_a_key_that_is_none():
-    assert {key.rpartition(".")[2] for _, key in NUMBERS} == LIMITS.keys()
-    with pytest.raises(KeyError):
-        limits_of("algorithm.name")
 
 
 @pytest.mark.parametrize(
@@ -161,63 +88,6 @@ def environment_of(task):
 )
 def test_words_of_other_verbs_that_are_refused(verb, words, said, capfd):
     assert said in refused(capfd, verb, *words.split())
-
-
-def test_one_name_is_a_list_of_one_in_commands_and_files(here):
-    def of(*words):
-        parser = make_parser("train", "[CONFIG.yml]", TrainConfig)
-        config = parse(parser, [*words])
-        return config.evaluation.metrics, config.loggers, config.env.masks
-
-    (here / "one.yml").write_text("evaluation: {metrics: rouge}\nloggers: curves\nenv: {masks: {id: allowed}}\n")
-    (here / "lists.yml").write_text(
-        "evaluation: {metrics: [rouge]}\nloggers: [curves]\nenv: {masks: [{id: allowed}]}\n"
-    )
-    words = ["--evaluation.metrics=rouge", "--loggers=curves", "--env.masks={id: allowed}"]
-    assert of("--config", "one.yml") == of("--config", "lists.yml") == of(*words)
-    assert of(*words)[:2] == (["rouge"], ["curves"])
-    assert of("--evaluation.metrics=[rouge, distinct]")[0] == ["rouge", "distinct"]
-    parser = make_parser("evaluate", "RUN", verb_config.EvaluateOptions)
-    assert parse(parser, ["run", "--metrics", "distinct"]).metrics == ["distinct"]
-    parser = make_parser("classifier", "[CONFIG.yml]", verb_config.ClassifierConfig)
-    assert parse(parser, ["--labels", "good"]).labels == ["good"]
-    assert as_list("null") == "null" and as_list(3) == 3
-
-
-def test_types_in_words():
-    assert in_words(int | None) == "a whole number or null"
-    assert in_words(list[str]) == "a list, as [ONE, ANOTHER], each a text"
-
-
-# A configuration before its stages
-
-
-@pytest.mark.parametrize(
-    ("verb", "name", "folder", "maker"),
-    [
-        ("train", "reviews", "runs/reviews/tuned", "textenv sft examples/configs/reviews_sft.yml --data FOLDER"),
-        ("train", "hh", "runs/hh/tuned", "textenv sft examples/configs/hh_sft.yml"),
-        ("train", "dates", "runs/dates/base", "textenv sft examples/configs/dates_sft.yml --out runs/dates/base"),
-        ("train", "dailydialog_gpt2", "runs/dailydialog_gpt2/tuned", "textenv sft --task DailyDialog --data FOLDER"),
-        ("doctor", "zh_reviews", "runs/zh_reviews/tuned", "textenv sft examples/configs/zh_reviews_sft.yml"),
-        ("classifier", "reviews_classifier", "runs/reviews/tuned", "textenv sft examples/configs/reviews_sft.yml"),
-        ("reward-model", "hh_reward_model", "runs/hh/tuned", "textenv sft examples/configs/hh_sft.yml"),
-    ],
-)
-def test_a_configuration_before_its_stages_says_which_is_first(verb, name, folder, maker, capfd):
-    words = [] if verb in ("train", "doctor") else ["--data=data", "--out=out"]
-    error = refused(capfd, verb, CONFIG_FOLDER / f"{name}.yml", *words)
-    assert f"Expected the folder {folder}, got none: first run {maker}" in error
-
-
-def test_the_next_stage_is_named_once_the_first_is_there(here, capfd):
-    (here / "runs" / "reviews" / "tuned").mkdir(parents=True)
-    error = refused(capfd, "train", CONFIG_FOLDER / "reviews.yml")
-    assert "Expected the folder runs/reviews/classifier, got none: first run textenv classifier" in error
-
-
-def test_commands_are_read_from_opening_comments_alone():
-    assert made_by("# no command\ntotal_tokens: 3\n#   textenv sft --out runs/x\n") == {}
 
 
 # Data

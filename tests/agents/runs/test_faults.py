@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from agents import demo_model, files, save_checkpoint
+from agents import files, save_checkpoint
 from agents.checkpoints.checkpoint import latest_checkpoint, save_step
 from agents.checkpoints.manifest import CheckpointError, verify_checkpoint
 from agents.configuration.config import TrainConfig
@@ -23,7 +23,6 @@ from agents.runs.folder import RunFolder
 from agents.runs.model_card import model_card
 from agents.runs.recording import Recorder
 from agents.runs.screens import PlainScreen
-from agents.small_models import demo_model as demo_models
 from tests.helpers.command import ROLLOUT, run, settings
 from tests.helpers.training import tiny_agent
 from textenv.text.printable import printable
@@ -71,15 +70,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_loads(
     words = ["--resume", out] if verb == "resume" else settings(model, out)
     assert run("train", *words, "--quiet") == 2
     assert f"Expected a folder to write to, got {out}: Read-only file system" in capfd.readouterr().err
-
-
-def test_a_cache_that_cannot_be_written_to_works(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(demo_models, "_temporary", {})
-    with pytest.warns(UserWarning, match=r"cache .*file.* cannot be written to .*TEXTENV_CACHE"):
-        folder = demo_model(tmp_path / "file" / "cache", n_epochs=0.01, progress_bar=False)
-    assert (folder / "model.safetensors").is_file() and tmp_path not in folder.parents
-    assert demo_model(tmp_path / "file" / "cache", n_epochs=0.01) == folder  # trained once per process
 
 
 def hold(path, ready, done):

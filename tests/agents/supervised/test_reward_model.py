@@ -141,12 +141,6 @@ def test_b8_over_long_texts_lose_as_many_tokens_at_the_start():
     assert texts == [[3, 4, 5, 6], [3, 24, 25, 26], [3, 4, 5]]
 
 
-def test_any_number_of_steps(tmp_path):
-    """With 10 steps or fewer, the schedule has no warm-up."""
-    for n in (1, 10, 11):
-        assert len(train(some_pairs(n), tmp_path / f"{n}", batch_size=1, n_epochs=1, held_out=()).losses) == n
-
-
 def test_held_out_labels_that_say_nothing_are_refused_before_training(tmp_path):
     labelled = [Labelled("good film", 1.0), Labelled("bad film", 0.0)]
     with pytest.raises(ValueError, match="held-out labels that differ"):

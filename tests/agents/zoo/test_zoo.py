@@ -59,15 +59,6 @@ def test_an_environment_is_made_of_plain_values_and_registered_on_import():
     assert [tokenizer.words[i] for i in np.flatnonzero(~allowed) if i > 1] == ["but", "great"]
 
 
-def test_the_demos_tokenizer_by_name_is_that_of_its_model():
-    ours, theirs = WordTokenizer(demo.vocabulary()), word_tokenizer(demo.vocabulary())
-    for text in [*demo.reviews(20), "an unknown word", ""]:
-        ids = theirs.encode(text)
-        assert ours.encode(text) == ids and ours.decode(ids) == theirs.decode(ids)
-    assert ours.decode([0, 5, 1], skip_special_tokens=True) == theirs.decode([0, 5, 1], skip_special_tokens=True)
-    assert len(ours) == len(theirs) and ours.eos_token_id == theirs.eos_token_id
-
-
 def test_a_tokenizer_by_folder(tmp_path):
     word_tokenizer(["good", "film"]).save_pretrained(tmp_path / "words")
     env = gymnasium.make(

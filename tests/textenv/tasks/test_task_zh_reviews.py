@@ -1,4 +1,4 @@
-"""The task ZhReviews: reading and splitting rankings, the environment, the tokenizer, and the whole example."""
+"""The task ZhReviews: reading and splitting rankings, the environment, and the whole example."""
 
 import json
 import os
@@ -7,14 +7,11 @@ from pathlib import Path
 
 import gymnasium
 import pytest
-from transformers import AutoTokenizer
 
 from agents import char_tokenizer
 from tests.docs.test_examples import run
-from textenv import Prompt, check_text_env
-from textenv.prompts.prompts import PromptReader
+from textenv import check_text_env
 from textenv.tasks.zh_reviews import PROMPTS, ZhReviews, openings, read_rankings, split_rankings
-from textenv.text.tokenizer import decode_continuation
 
 LINES = "质量很好，满意\t还行\t太差\n物流快\t垃圾\n"
 
@@ -119,29 +116,6 @@ def test_the_env_by_its_id(tmp_path):
     *_, info = env.step(tokenizer.eos_token_id)
     assert info["text"] == "很好"  # "！" is no character of the corpus
     assert gymnasium.make_vec("textenv/ZhReviews-v0", num_envs=2, reward=no_reward, **options).num_envs == 2
-
-
-def test_a_token_is_a_character_and_texts_come_back_without_spaces_between(tmp_path):
-    texts = ["很好，很好！", "a b\u3000c\td\n👍🏽é"]
-    tokenizer = char_tokenizer(texts)
-    tokenizer.save_pretrained(tmp_path)
-    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        for text in texts:
-            assert len(loaded.encode(text)) == len(text)
-            assert loaded.decode(loaded.encode(text)) == text
-            assert loaded.decode([*loaded.encode(text), loaded.eos_token_id], skip_special_tokens=True) == text
-        ids = loaded.encode("很好贵")
-        assert ids[-1] == loaded.unk_token_id and loaded.decode(ids, skip_special_tokens=True) == "很好"
-        assert decode_continuation(loaded, loaded.encode("很"), loaded.encode("好！")) == "好！"
-        assert PromptReader(loaded).read("很好").ids.tolist() == ids[:2] and isinstance(
-            PromptReader(loaded).read("很"), Prompt
-        )
-
-
-def test_rare_characters_are_unknown():
-    tokenizer = char_tokenizer(["很好", "很贵"], min_count=2)
-    assert len(tokenizer) == 3
-    assert tokenizer.encode("很好") == [2, tokenizer.unk_token_id]
 
 
 def made_up(folder, n_lines=60):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from textenv.checks.lines import check_encodable
 from textenv.prompts.prompts import read_rows
 from textenv.tasks import dailydialog, hh, reviews, zh_reviews
 from textenv.tasks.parts import Part
@@ -68,10 +69,10 @@ def read_preferences(config: RewardModelConfig) -> Rows:
         if config.data is not None or config.task is not None:
             raise CommandError("Expected --from-feedback in the place of --data and --task, got both.")
         feedback = read_feedback(config.from_feedback, everything=config.held_out is not None)
-        return Rows(list(feedback.data), _preferences(config.held_out) or list(feedback.held_out))
+        return Rows(list(feedback.data), _preferences(config.held_out, config.encoding) or list(feedback.held_out))
     if config.task is not None:
         return _of_task(config, config.task, PREFERENCES)
-    return Rows(_preferences(config.data), _preferences(config.held_out))
+    return Rows(_preferences(config.data, config.encoding), _preferences(config.held_out, config.encoding))
 
 
 def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[..., Any]]) -> Rows:
@@ -85,21 +86,19 @@ def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[...,
 
 
 def _of_files(config: StageConfig, read: Callable[[Any, str], Any]) -> Rows:
-    both = [
-        [read(row, f"row {number} of {path}") for number, row in enumerate(file_rows(path), 1)] if path else []
-        for path in (config.data, config.held_out)
-    ]
-    return Rows(*both)
+    both = [file_rows(path, config.encoding) if path else [] for path in (config.data, config.held_out)]
+    named = zip(both, (config.data, config.held_out), strict=True)
+    return Rows(*([read(row, f"row {number} of {path}") for number, row in enumerate(rows, 1)] for rows, path in named))
 
 
-def file_rows(path: str) -> list[Any]:
-    """Return the rows of a .txt, .jsonl or .csv file.
+def file_rows(path: str, encoding: str) -> list[Any]:
+    """Return the rows of a .txt, .jsonl, .json or .csv file of an encoding.
 
     Raises:
         CommandError: If the file does not exist, cannot be read or is empty.
     """
     try:
-        rows = list(read_rows(path)) if Path(path).is_file() else None
+        rows = list(read_rows(path, encoding)) if Path(path).is_file() else None
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected rows in {path}, got: {error}") from error
     if not rows:
@@ -110,7 +109,7 @@ def file_rows(path: str) -> list[Any]:
 def _text(row: Any, where: str, config: SFTConfig) -> Text:
     prompt, reference, text = config.prompt_column, config.reference_column, config.text_column
     if not isinstance(row, Mapping):
-        return str(row)
+        return text_of({text: str(row)}, text, where)
     if {prompt, reference} <= row.keys():
         return text_of(row, prompt, where), text_of(row, reference, where)
     if text in row:
@@ -136,11 +135,16 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
         where: The name of the row, for the message.
 
     Raises:
-        CommandError: If the value is not a text; a line of a .csv that is too short has None there.
+        CommandError: If the value is not a text, as in a line of a .csv that is too short, which has None there; or
+            if it has a lone surrogate.
     """
     value = row[column]
     if not isinstance(value, str):
         raise CommandError(f"Expected a text in the column {column} of {where}, got {value!r:.80}.")
+    try:
+        check_encodable(value, f"the column {column} of {where}")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     return value
 
 
@@ -158,10 +162,10 @@ def _number_of(row: Mapping[str, Any], column: str, where: str) -> float:
     return number
 
 
-def _preferences(path: str | None) -> list[Any]:
+def _preferences(path: str | None, encoding: str) -> list[Any]:
     if path is None:
         return []
-    rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in file_rows(path)]
+    rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in file_rows(path, encoding)]
     row_names = [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
     columns = set.intersection(*(set(row) for row in rows)) if rows else set()
     if {"text", "label"} <= columns:

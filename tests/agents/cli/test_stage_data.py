@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from agents.cli import stage_data
 from agents.cli.options import ClassifierConfig, RewardModelConfig, SFTConfig
+from agents.cli.prompt_files import prompts_for
 from agents.cli.stage_data import TEXTS, read_labels, read_preferences, read_texts
 from agents.cli.stages import fresh_config
 from agents.errors import CommandError
@@ -111,6 +112,35 @@ def test_labels_and_preferences_of_tasks(data):
 def test_what_a_stage_cannot_read_is_refused(read, config, message):
     with pytest.raises(CommandError, match=message):
         read(config)
+
+
+def test_files_of_another_encoding(tmp_path):
+    path = tmp_path / "rows.CSV"
+    path.write_bytes("text,label\n很好,1\n不好,0\n".encode("gb18030"))
+    both = {"data": str(path), "held_out": str(path)}
+    rows = [("很好", "1"), ("不好", "0")]
+    assert read_labels(ClassifierConfig(**both, encoding="gb18030")) == (rows, rows)
+    assert read_texts(SFTConfig(**both, encoding="gb18030")) == (["很好", "不好"],) * 2
+    assert read_preferences(RewardModelConfig(**both, encoding="gb18030")) == ([("很好", 1.0), ("不好", 0.0)],) * 2
+    for read, kind in ((read_labels, ClassifierConfig), (read_texts, SFTConfig), (read_preferences, RewardModelConfig)):
+        with pytest.raises(CommandError, match=r"Expected UTF-8 in '.*rows.CSV', got the byte 0xba in line 2: .*enco"):
+            read(kind(**both))
+
+
+def test_prompts_of_another_encoding(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("你好\n".encode("utf-16"))
+    assert prompts_for("generate", "demo", str(path), "utf-16") == ["你好"]
+    with pytest.raises(CommandError, match=r"Expected UTF-8 in '.*prompts.txt', got .* as in encoding='utf-16'"):
+        prompts_for("generate", "demo", str(path), "utf-8")
+
+
+@pytest.mark.parametrize("line", ['{"text": "so \\ud83d"}', '"so \\ud83d"'])
+def test_a_lone_surrogate_is_refused_with_its_row(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'"fine"\n{line}\n')
+    with pytest.raises(CommandError, match=r"whole characters in the column text of row 2 of .*rows.jsonl, got a lone"):
+        read_texts(SFTConfig(data=str(path)))
 
 
 @pytest.mark.parametrize(

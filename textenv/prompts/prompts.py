@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from os import PathLike, fspath
 from pathlib import Path
@@ -111,7 +112,7 @@ class PromptReader:
     Args:
         tokenizer: The tokenizer, which encodes texts, decodes prompts that are token ids, and renders chats.
         prompt_column: The column of a row that holds the prompt: a text, token ids or the messages of a chat.
-        references_column: The column that holds one reference text or a list of them.
+        references_column: The column that holds one reference, a text or a number, or a list of them.
         max_prompt_tokens: The most tokens of a prompt; None for no limit.
         truncation_side: The side on which a longer prompt is cut: "left" keeps its end, "right" its start, None
             raises. Special tokens that open the text (BOS) are kept in any case.
@@ -144,8 +145,8 @@ class PromptReader:
             number: The index of the prompt in its source, -1 if it has none.
 
         Raises:
-            ValueError: If the prompt is empty or too long, lacks a column, has a token id outside the vocabulary, or is
-                a chat that cannot be rendered.
+            ValueError: If the prompt is empty or too long, lacks a column, has a token id outside the vocabulary or a
+                lone surrogate, is a chat that cannot be rendered, or has a reference that is neither text nor number.
         """
         if isinstance(source, Prompt):  # its ids may be those of another env's tokenizer, so its row is read again
             source = source.row
@@ -227,7 +228,9 @@ class PromptReader:
         if self.references_column is None:
             return []
         value = self._column(row, self.references_column, where)
-        return [value] if isinstance(value, str) else [str(text) for text in value]
+        is_list = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+        place = f"the column {self.references_column!r} of {where}"
+        return [_reference(text, place) for text in (value if is_list else [value])]
 
     def _own_limit(self, row: Mapping[str, Any], where: str) -> int | None:
         value = row.get("max_new_tokens")
@@ -236,6 +239,19 @@ class PromptReader:
         if not str(value).isdecimal() or int(value) < 1:
             raise ValueError(f"Expected the max_new_tokens of {where} to be an integer of at least 1, got {value!r}.")
         return int(value)
+
+
+def _reference(value: Any, place: str) -> str:
+    """Return a reference as a text; a number, such as the answer 42, is written as Python writes it."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not isinstance(value, str) and not (is_number and math.isfinite(value)):  # NaN is pandas' missing value
+        raise ValueError(
+            f"Expected texts or numbers as references in {place}, got {value!r:.80}: leave the row out, or give it a "
+            "list without missing values."
+        )
+    text = str(value)
+    check_encodable(text, place)
+    return text
 
 
 class PromptRows(Sequence[Prompt]):

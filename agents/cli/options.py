@@ -235,8 +235,8 @@ class RewardModelConfig(StageConfig):
         fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, n_positions: 128}`.
         tokenizer: The name or folder of the tokenizer, if it is not the model's own.
-        data: A .jsonl, .json or .csv file with the columns chosen and rejected, and optionally prompt; or text and
-            label (a number). With `task`, a folder or the data set's name on the hub.
+        data: A .jsonl, .json or .csv file with the columns chosen and rejected, and optionally prompt (texts, or
+            lists of messages); or text and label (a number). With `task`, a folder or the data set's name on the hub.
         from_feedback: Instead of `data`, a file of people's answers that `textenv rate` collected.
         held_out: A file of data to evaluate on, which is not trained on; with `from_feedback`, by default a tenth of
             the prompts.

@@ -73,9 +73,9 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     Args:
         prompts: Texts, rows (dicts), lists of token ids or chats (lists of messages `{"role": ..., "content": ...}`,
             rendered by the tokenizer's chat template, which also opens the assistant's turn); or the path of a .jsonl,
-            .csv or .txt file. A row may have a smaller `max_new_tokens` of its own. A list is read into memory. Any
-            other sized sequence, such as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row at
-            the start, and a row is read again each time it is drawn.
+            .json, .csv or .txt file. A row may have a smaller `max_new_tokens` of its own. A list is read into memory.
+            Any other sized sequence, such as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row
+            at the start, and a row is read again each time it is drawn.
         tokenizer: A Hugging Face tokenizer, its name or folder, or any object with the members of `textenv.Tokenizer`.
             Special tokens that open a text (BOS) are added to a prompt; special tokens that close it are not.
         reward: In place of a subclass: a function with the contract of `get_reward`, a `textenv.rewards.BatchReward`,
@@ -87,6 +87,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             raises.
         prompt_column: The column of a row that holds the prompt.
         references_column: The column that holds reference texts; the reward reads them as `prompt.references`.
+        encoding: The encoding of a file of prompts, such as "gb18030", "utf-16" or "cp1252".
         stop_ids: Token ids that end a turn; by default the tokenizer's EOS. Chat models may use another one.
         stop_strings: Texts that end a turn as soon as they appear; they are not part of `preds.text`.
         length_limit: The effect of reaching `max_new_tokens`: "terminate" or "truncate".
@@ -145,6 +146,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
         truncation_side: Literal["left", "right"] | None = None,
         prompt_column: str = "prompt",
         references_column: str | None = None,
+        encoding: str = "utf-8",
         stop_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         length_limit: Literal["terminate", "truncate"] = "terminate",
@@ -194,7 +196,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             self.tokenizer, prompt_column, references_column, max_prompt_tokens, truncation_side
         )
         # All prompts are read before the width of the observation is known, since it may depend on the longest one.
-        self.prompts, longest = read_source(prompts, self.read_prompt)
+        self.prompts, longest = read_source(prompts, self.read_prompt, encoding)
         self.max_prompt_tokens = self._reader.max_prompt_tokens = max_prompt_tokens or longest
         width = self.max_prompt_tokens + 1 + self.rules.room  # 1 for the separator
         self.observation_space = spaces.Box(SEPARATOR, len(self.tokenizer) - 1, (width,), np.int64)

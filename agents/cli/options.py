@@ -35,8 +35,9 @@ class GenerateOptions:
 
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
-        prompts: A .jsonl, .csv or .txt file of prompts; by default the run's own prompts, or the built-in prompts for
-            "demo". Any other model needs a file.
+        prompts: A .jsonl, .json, .csv or .txt file of prompts; by default the run's own prompts, or the built-in
+            prompts for "demo". Any other model needs a file.
+        encoding: The encoding of the file of prompts, such as gb18030, utf-16 or cp1252.
         n: The number of texts per prompt.
         max_new_tokens: The most tokens of a text; by default as many as in the run's training, or 64 for a model, and
             fewer if the model can read fewer.
@@ -46,6 +47,7 @@ class GenerateOptions:
 
     model: str
     prompts: str | None = None
+    encoding: str = "utf-8"
     n: int = 1
     max_new_tokens: int | None = None
     greedy: bool = False
@@ -151,6 +153,7 @@ class StageConfig:
         data: The training data: a file; with `task`, a folder or the data set's name on the hub.
         out: The folder to write the trained model to.
         held_out: A file of data to evaluate on, which is not trained on.
+        encoding: The encoding of the files, such as gb18030, utf-16 or cp1252.
         batch_size: The number of texts in a minibatch.
         max_tokens: The most tokens of a text: longer texts are cut; by default as many as the model can read.
         seed: The seed of fresh weights and of the order of the data.
@@ -161,6 +164,7 @@ class StageConfig:
     data: str | None = None
     out: str | None = None
     held_out: str | None = None
+    encoding: str = "utf-8"
     batch_size: int = 16
     max_tokens: int | None = None
     seed: int = 0
@@ -176,7 +180,8 @@ class SFTConfig(StageConfig):
             made from the texts.
         fresh_tokenizer: The tokenizer of a `fresh` model: byte pairs, `vocab_size` of them, or one token per character,
             which suits Chinese.
-        data: A .txt (one text per line), .jsonl or .csv file; with `task`, a folder or the data set's name on the hub.
+        data: A .txt (one text per line), .jsonl, .json or .csv file; with `task`, a folder or the data set's name on
+            the hub.
         text_column: The column of texts.
         prompt_column: The column of prompts, if the data has prompts and references.
         reference_column: The column of references: texts that continue the prompts.
@@ -206,8 +211,8 @@ class ClassifierConfig(StageConfig):
         fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: distilbert, n_layers: 1, dim: 64, hidden_dim: 128, n_heads: 2}`.
         tokenizer: The name or folder of the tokenizer, if it is not the model's own.
-        data: A .jsonl or .csv file with the columns text and label; with `task`, a folder or the data set's name on
-            the hub.
+        data: A .jsonl, .json or .csv file with the columns text and label; with `task`, a folder or the data set's name
+            on the hub.
         labels: The names of the labels, in the order of their numbers; by default the task's labels, or the labels in
             the data in alphabetical order.
         n_epochs: The number of passes over the data.
@@ -230,8 +235,8 @@ class RewardModelConfig(StageConfig):
         fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, n_positions: 128}`.
         tokenizer: The name or folder of the tokenizer, if it is not the model's own.
-        data: A .jsonl or .csv file with the columns chosen and rejected, and optionally prompt; or text and label (a
-            number). With `task`, a folder or the data set's name on the hub.
+        data: A .jsonl, .json or .csv file with the columns chosen and rejected, and optionally prompt (texts, or
+            lists of messages); or text and label (a number). With `task`, a folder or the data set's name on the hub.
         from_feedback: Instead of `data`, a file of people's answers that `textenv rate` collected.
         held_out: A file of data to evaluate on, which is not trained on; with `from_feedback`, by default a tenth of
             the prompts.
@@ -260,7 +265,8 @@ class RateConfig:
 
     Args:
         model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
-        prompts: A .jsonl, .csv or .txt file of prompts; by default the built-in ones for "demo".
+        prompts: A .jsonl, .json, .csv or .txt file of prompts; by default the built-in ones for "demo".
+        encoding: The encoding of the file of prompts, such as gb18030, utf-16 or cp1252.
         db: The SQLite file of questions and answers; by default ratings.db, with --train in the folder `out`. Without
             a model, the file must exist or be named here.
         kind: The kind of question; by default "score", and without a model every kind that waits.
@@ -284,6 +290,7 @@ class RateConfig:
 
     model: str | None = None
     prompts: str | None = None
+    encoding: str = "utf-8"
     db: str | None = None
     kind: Literal["score", "compare", "rank"] | None = None
     n: int | None = None

@@ -81,7 +81,7 @@ def _rate(config: TrainConfig | None, chosen: RateConfig, options: RateOptions, 
     assert chosen.db is not None
     with FeedbackStore(chosen.db) as store:
         if chosen.model is not None:
-            prompts, _ = prompts_for("rate", chosen.model, chosen.prompts), question_of(chosen)
+            prompts, _ = prompts_for("rate", chosen.model, chosen.prompts, chosen.encoding), question_of(chosen)
             writer = open_writer(chosen.model, config, options, prompts)
             length = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)
             n_new = ask(store, writer, prompts, replace(chosen, max_new_tokens=length))

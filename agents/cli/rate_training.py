@@ -104,7 +104,8 @@ def train_by_hand(config: TrainConfig | None, chosen: RateConfig, options: RateO
             raise CommandError(f"Expected a finished run, got {chosen.model} without a model: resume it first.")
     session = claim(out, chosen)
     check_output(out / "model", "language model", overwrite=True)
-    tokenizer, prompts = load_tokenizer(folder, trust), prompts_for("rate", chosen.model, chosen.prompts)
+    tokenizer = load_tokenizer(folder, trust)
+    prompts = prompts_for("rate", chosen.model, chosen.prompts, chosen.encoding)
     trained = None if config is None else config.env.max_new_tokens
     writer = Writer(make_policy(folder, tokenizer, ModelConfig(), trust), tokenizer, trained_length=trained)
     length = text_length(writer, prompts, chosen.max_new_tokens, RATED_TOKENS)

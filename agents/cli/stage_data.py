@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from textenv.checks.lines import check_encodable
+from textenv.prompts.dialogues import ASSISTANT, REPLIES, split_pair
 from textenv.prompts.prompts import read_rows
 from textenv.tasks import dailydialog, hh, reviews, zh_reviews
 from textenv.tasks.parts import Part
 from textenv.tasks.random_texts import MAKERS, random_texts
+from textenv.text.tokenizer import Tokenizer
 
 from ..errors import CommandError
 from ..small_models.tokenizers import EOS_TOKEN
 from ..supervised.feedback_data import read_feedback
-from ..supervised.preferences import Labelled, Ranking, hh_pairs
+from ..supervised.preferences import Labelled, Ranking, chat_pair
 from ..supervised.sft_data import Text
 from .options import RewardModelConfig, SFTConfig, StageConfig
 
@@ -58,8 +61,12 @@ def read_labels(config: StageConfig) -> Rows:
     return _of_files(config, _label)
 
 
-def read_preferences(config: RewardModelConfig) -> Rows:
+def read_preferences(config: RewardModelConfig, tokenizer: Tokenizer) -> Rows:
     """Return rankings of texts, for example of hh-rlhf, or texts with a number each.
+
+    Args:
+        config: The configuration.
+        tokenizer: The tokenizer, whose chat template renders pairs of conversations.
 
     Raises:
         CommandError: If a row has other columns, the task has no preferences, or the store of feedback does not exist.
@@ -68,10 +75,11 @@ def read_preferences(config: RewardModelConfig) -> Rows:
         if config.data is not None or config.task is not None:
             raise CommandError("Expected --from-feedback in the place of --data and --task, got both.")
         feedback = read_feedback(config.from_feedback, everything=config.held_out is not None)
-        return Rows(list(feedback.data), _preferences(config.held_out) or list(feedback.held_out))
+        held_out = _preferences(config.held_out, config.encoding, tokenizer)
+        return Rows(list(feedback.data), held_out or list(feedback.held_out))
     if config.task is not None:
         return _of_task(config, config.task, PREFERENCES)
-    return Rows(_preferences(config.data), _preferences(config.held_out))
+    return Rows(*(_preferences(path, config.encoding, tokenizer) for path in (config.data, config.held_out)))
 
 
 def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[..., Any]]) -> Rows:
@@ -85,21 +93,19 @@ def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[...,
 
 
 def _of_files(config: StageConfig, read: Callable[[Any, str], Any]) -> Rows:
-    both = [
-        [read(row, f"row {number} of {path}") for number, row in enumerate(file_rows(path), 1)] if path else []
-        for path in (config.data, config.held_out)
-    ]
-    return Rows(*both)
+    both = [file_rows(path, config.encoding) if path else [] for path in (config.data, config.held_out)]
+    named = zip(both, (config.data, config.held_out), strict=True)
+    return Rows(*([read(row, f"row {number} of {path}") for number, row in enumerate(rows, 1)] for rows, path in named))
 
 
-def file_rows(path: str) -> list[Any]:
-    """Return the rows of a .txt, .jsonl or .csv file.
+def file_rows(path: str, encoding: str) -> list[Any]:
+    """Return the rows of a .txt, .jsonl, .json or .csv file of an encoding.
 
     Raises:
         CommandError: If the file does not exist, cannot be read or is empty.
     """
     try:
-        rows = list(read_rows(path)) if Path(path).is_file() else None
+        rows = list(read_rows(path, encoding)) if Path(path).is_file() else None
     except (OSError, ValueError) as error:
         raise CommandError(f"Expected rows in {path}, got: {error}") from error
     if not rows:
@@ -110,7 +116,7 @@ def file_rows(path: str) -> list[Any]:
 def _text(row: Any, where: str, config: SFTConfig) -> Text:
     prompt, reference, text = config.prompt_column, config.reference_column, config.text_column
     if not isinstance(row, Mapping):
-        return str(row)
+        return text_of({text: str(row)}, text, where)
     if {prompt, reference} <= row.keys():
         return text_of(row, prompt, where), text_of(row, reference, where)
     if text in row:
@@ -136,11 +142,16 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
         where: The name of the row, for the message.
 
     Raises:
-        CommandError: If the value is not a text; a line of a .csv that is too short has None there.
+        CommandError: If the value is not a text, as in a line of a .csv that is too short, which has None there; or
+            if it has a lone surrogate.
     """
     value = row[column]
     if not isinstance(value, str):
         raise CommandError(f"Expected a text in the column {column} of {where}, got {value!r:.80}.")
+    try:
+        check_encodable(value, f"the column {column} of {where}")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     return value
 
 
@@ -158,10 +169,10 @@ def _number_of(row: Mapping[str, Any], column: str, where: str) -> float:
     return number
 
 
-def _preferences(path: str | None) -> list[Any]:
+def _preferences(path: str | None, encoding: str, tokenizer: Tokenizer) -> list[Any]:
     if path is None:
         return []
-    rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in file_rows(path)]
+    rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in file_rows(path, encoding)]
     row_names = [f"row {number} of {path}" for number in range(1, len(rows) + 1)]
     columns = set.intersection(*(set(row) for row in rows)) if rows else set()
     if {"text", "label"} <= columns:
@@ -175,13 +186,25 @@ def _preferences(path: str | None) -> list[Any]:
         raise CommandError(
             f"Expected chosen and rejected, or text and label, in {where}, got {sorted(map(str, present))}."
         )
-    for row, where in zip(rows, row_names, strict=True):
-        for column in {"chosen", "rejected", "prompt"} & row.keys():
-            text_of(row, column, where)
     # hh-rlhf has no column of prompts: both texts of a row begin with the whole dialogue.
-    if "prompt" not in columns and all("\n\nAssistant:" in row["chosen"] for row in rows):
-        return hh_pairs(rows)
-    return [Ranking((row["chosen"], row["rejected"]), row.get("prompt", "")) for row in rows]
+    is_hh = "prompt" not in columns and all(ASSISTANT in str(row["chosen"]) for row in rows)
+    named = zip(rows, row_names, strict=True)
+    try:
+        return [_pair(row, where, tokenizer, is_hh) for row, where in named]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _pair(row: Mapping[str, Any], where: str, tokenizer: Tokenizer, is_hh: bool) -> Ranking:
+    if any(isinstance(row.get(column), list) for column in ("prompt", *REPLIES)):
+        return chat_pair(row, tokenizer, where)
+    for column in REPLIES:
+        if not text_of(row, column, where):
+            raise CommandError(f"Expected a text in the column {column} of {where}, got an empty one.")
+    if is_hh:
+        pair = split_pair(row, where)
+        return Ranking((pair.chosen, pair.rejected), pair.prompt)
+    return Ranking((row["chosen"], row["rejected"]), text_of(row, "prompt", where) if "prompt" in row else "")
 
 
 def _review_texts(data: str, part: Part) -> list[Text]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from textenv.text.named_tokenizer import DEMO
+from textenv.text.tokenizer import Tokenizer
 
 from ..errors import CommandError, Exit
 from ..models.pretrained import PretrainedRewardModel
@@ -146,7 +147,7 @@ def train_scorer(config: RewardModelConfig, options: StageOptions) -> int:
     """Train a reward model and print its loss and accuracy; return the exit code."""
     more = {"trust_remote_code": True} if options.trust_remote_code else {}
     lm, tokenizer = _reader(config, options)
-    examples = read_preferences(config)
+    examples = read_preferences(config, cast("Tokenizer", tokenizer))
     n = len(examples.train)
     print(f"{n} examples, {len(examples.held_out)} held out")
     if n < ENOUGH:

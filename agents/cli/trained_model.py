@@ -219,7 +219,7 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
 
 def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options: TrustOptions) -> int:
     """Print a line of JSON for each text, chunk by chunk; return the exit code."""
-    prompts = prompts_for("generate", chosen.model, chosen.prompts, is_run=config is not None)
+    prompts = prompts_for("generate", chosen.model, chosen.prompts, chosen.encoding, is_run=config is not None)
     writer = open_writer(chosen.model, config, options, prompts)
     prompts = prompts or list(writer.prompts)
     most = text_length(writer, prompts, chosen.max_new_tokens)

@@ -40,8 +40,9 @@ class EnvConfig:
     Args:
         id: "demo" (built-in product reviews), "text" (your own prompts and reward), a task that `textenv tasks` lists,
             or `module:Class`.
-        args: Further arguments of the environment, such as `data`, `stop_strings` or `score_at`.
-        prompts: A .jsonl, .csv or .txt file of prompts; required for "text", replaces the prompts of other tasks.
+        args: Further arguments of the environment, such as `data`, `stop_strings` or `encoding`.
+        prompts: A .jsonl, .json, .csv or .txt file of prompts; required for "text", replaces the prompts of other
+            tasks.
         reward: A reward by name, or {id: NAME, args: {...}}; for tasks that have no reward of their own.
         on_failure: What to do with a text whose reward raises an error or is not a number: "raise" stops the run,
             "drop" leaves the text out (up to 5 % of all texts), and a number is used as its reward. Rewards that call

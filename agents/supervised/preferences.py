@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from textenv.prompts.dialogues import split_pair
+from textenv.checks.lines import check_encodable
+from textenv.prompts.chat import Message, is_chat, render_chat
+from textenv.prompts.dialogues import REPLIES, split_pair
 from textenv.text.tokenizer import Tokenizer, encode_prompt
 
 
@@ -64,6 +67,108 @@ def hh_pairs(rows: Sequence[Mapping[str, str]]) -> list[Ranking]:
     """
     pairs = [split_pair(row, f"row {number}") for number, row in enumerate(rows)]
     return [Ranking((pair.chosen, pair.rejected), pair.prompt) for pair in pairs]
+
+
+def chat_pair(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Ranking:
+    """Read a pair of conversations as the texts that a chat model reads and writes.
+
+    The prompt is rendered as an env renders a chat: up to the opening of the assistant's answer. The answers follow
+    without the tokens that close a message, which a policy has not written when it ends its text.
+
+    Args:
+        row: A mapping with "chosen" and "rejected": lists of messages, either whole conversations, which share the
+            prompt, or answers to "prompt". That is a list of messages, or the text of the user's only one; answers to
+            such a list may be texts.
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        where: The row as errors name it, such as "row 3".
+
+    Raises:
+        ValueError: If a conversation has no answer, both share no prompt, or they cannot be rendered.
+
+    Example:
+        >>> question = {"role": "user", "content": "Hi"}
+        >>> both = {name: [question, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+        >>> # chat_pair(both, AutoTokenizer.from_pretrained(name), "row 1").texts is ("chosen", "rejected")
+    """
+    first, second = (_conversation(row, name, f"the column {name} of {where}") for name in REPLIES)
+    n_shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+    n_shared = min(n_shared, len(first) - 1, len(second) - 1)  # equal conversations share their answers, too
+    if n_shared < 1:
+        raise ValueError(
+            f"Expected the conversations of {where} to begin with the same messages, got {first[0]!r:.60} and "
+            f"{second[0]!r:.60}: leave the row out."
+        )
+    prompt = render_chat(tokenizer, first[:n_shared], where)
+    texts = []
+    for name, messages in zip(REPLIES, (first, second), strict=True):
+        whole = render_chat(tokenizer, messages, f"the column {name} of {where}")
+        check_encodable(whole, f"the column {name} of {where}")
+        if messages[n_shared]["role"] != "assistant" or not whole.startswith(prompt):
+            raise ValueError(
+                f"Expected the column {name} of {where} to continue the shared messages as the chat template opens an "
+                f"answer, {prompt[-40:]!r}, got {messages[n_shared]!r:.60}."
+            )
+        texts.append(whole[len(prompt) :])
+    return Ranking(tuple(texts), prompt)
+
+
+def _conversation(row: Mapping[str, Any], name: str, place: str) -> list[Message]:
+    """Return all messages of one side of a pair, the prompt's included."""
+    prompt, answer = row.get("prompt") or [], row[name]
+    if isinstance(answer, str) and is_chat(prompt):
+        answer = [{"role": "assistant", "content": answer}]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not is_chat(answer):
+        raise ValueError(f"Expected a list of messages in {place}, got {answer!r:.80}.")
+    if prompt and not is_chat(prompt):
+        raise ValueError(f"Expected a text or messages in the prompt beside {place}, got {prompt!r:.80}.")
+    last = answer[-1]
+    if not isinstance(last, Mapping) or last.get("role") != "assistant" or not last.get("content"):
+        raise ValueError(f"Expected {place} to end with an answer of the assistant, got {last!r:.80}.")
+    if answer[0].get("role") == "assistant":
+        return [*prompt, *answer]
+    if not all(message in answer for message in prompt):
+        raise ValueError(
+            f"Expected {place} to be an answer, or a conversation with the row's prompt, got {answer[0]!r:.80} in the "
+            f"place of {prompt[0]!r:.80}."
+        )
+    return list(answer)
+
+
+def different_pairs(
+    name: str, data: Sequence[Ranking], encoded: Sequence[list[list[int]]], max_tokens: int
+) -> list[list[tuple[int, int]]]:
+    """Return those pairs of each ranking whose tokens differ; a warning counts the others.
+
+    Args:
+        name: The data as messages name them, "data" or "held_out".
+        data: The rankings.
+        encoded: The tokens of each ranking's texts, from `encode_texts`.
+        max_tokens: The most tokens of a text.
+
+    Raises:
+        ValueError: If no pair is left.
+
+    Example:
+        >>> different_pairs("data", [Ranking(("a", "b", "c"))], [[[1], [2], [3]]], max_tokens=8)
+        [[(0, 1), (0, 2), (1, 2)]]
+    """
+    pairs, equal, n_cut = [], [], 0
+    for number, (example, ids) in enumerate(zip(data, encoded, strict=True)):
+        same = [(better, worse) for better, worse in example.pairs() if ids[better] == ids[worse]]
+        pairs.append([pair for pair in example.pairs() if pair not in same])
+        equal += [number] * len(same)
+        n_cut += sum(1 for better, worse in same if example.texts[better] != example.texts[worse])
+    if equal:
+        said = (
+            f"{len(equal)} of {len(equal) + sum(map(len, pairs))} pairs of `{name}` have equal texts, the first in "
+            f"{name}[{equal[0]}] ({n_cut} of them only as tokens, cut to max_tokens={max_tokens})"
+        )
+        if not any(pairs):
+            raise ValueError(f"Expected texts that differ, got none: {said}.")
+        warnings.warn(f"{said}. They are left out, since they say nothing of what is better.", stacklevel=4)
+    return pairs
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:

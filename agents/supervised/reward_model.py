@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ..models.layers import disable_dropout
 from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel
 from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
-from .preferences import Labelled, Ranking, encode_texts
+from .preferences import Labelled, Ranking, different_pairs, encode_texts
 from .resumable import ResumableFit, origin, prepare, work_folder
 
 Loss: TypeAlias = Literal["last", "tokens"]
@@ -87,7 +87,7 @@ def train_reward_model(
     Args:
         lm: The name or path of a language or reward model, a config, or a spec that builds a reward model.
         tokenizer: The model's tokenizer.
-        data: `Ranking`s (pairs are rankings of two), or `Labelled` texts.
+        data: `Ranking`s (pairs are rankings of two; equal texts are left out, with a warning), or `Labelled` texts.
         folder: The folder to write, absent or empty.
         held_out: Data of the same kind that is not trained on, to measure the accuracy.
         loss: "last" compares the scores at the last tokens. "tokens" takes the mean over all columns from the first
@@ -125,11 +125,8 @@ def train_reward_model(
     limit = max_tokens or n_positions(model.config) or DEFAULT_MAX_TOKENS
     check_fits(model, len(tokenizer), limit, "lower max_tokens")
     _set_special_tokens(model, tokenizer)
-    examples = [_encode(tokenizer, example, limit) for example in data]
-    tests = []
-    if held_out:
-        _check_data("held_out", held_out)
-        tests = [_encode(tokenizer, example, limit) for example in held_out]
+    examples = _encode_all("data", tokenizer, data, limit)
+    tests = _encode_all("held_out", tokenizer, held_out, limit) if held_out else []
     lengths = [max(map(len, example.ids)) for example in examples]
     batches = similar_lengths(lengths, batch_size, np.random.default_rng(seed))
     n_steps = max(1, round(n_epochs * len(examples) / batch_size))
@@ -256,13 +253,20 @@ class _Example(NamedTuple):
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, example: Ranking | Labelled, limit: int) -> _Example:
+    texts = [example.text] if isinstance(example, Labelled) else example.wholes()
+    ids = encode_texts(cast("Tokenizer", tokenizer), texts, limit)
     if isinstance(example, Labelled):
-        return _Example(
-            encode_texts(cast("Tokenizer", tokenizer), [example.text], limit), [], label=float(example.label)
-        )
-    return _Example(
-        encode_texts(cast("Tokenizer", tokenizer), example.wholes(), limit), example.pairs(), example.margin
-    )
+        return _Example(ids, [], label=float(example.label))
+    return _Example(ids, example.pairs(), example.margin)
+
+
+def _encode_all(name: str, tokenizer: PreTrainedTokenizerBase, data: Sequence[Any], limit: int) -> list[_Example]:
+    _check_data(name, data)
+    examples = [_encode(tokenizer, example, limit) for example in data]
+    if examples[0].label is not None:
+        return examples
+    pairs = different_pairs(name, data, [example.ids for example in examples], limit)
+    return [example._replace(pairs=own) for example, own in zip(examples, pairs, strict=True) if own]
 
 
 def _check_data(name: str, data: Sequence[Ranking] | Sequence[Labelled]) -> None:

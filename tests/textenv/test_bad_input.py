@@ -124,6 +124,16 @@ def test_stop_ids_outside_the_vocabulary(make_env):
         make_env(stop_ids=[0, 33])
 
 
+@pytest.mark.parametrize("end", [33, -1])
+def test_an_end_token_outside_the_vocabulary_is_refused_as_stop_ids_are(make_env, end):
+    tokenizer = CharTokenizer()  # 33 tokens
+    tokenizer.eos_token_id = end
+    with pytest.raises(ValueError, match=rf"end token in \[0, 33\), its number of tokens, got {end}, .* give stop_ids"):
+        make_env(tokenizer=tokenizer)
+    assert make_env(tokenizer=tokenizer, stop_ids=[]).rules.stop_ids == ()
+    assert make_env(tokenizer=tokenizer, stop_ids=[32]).rules.stop_ids == (32,)
+
+
 def test_an_empty_stop_string(make_env):
     with pytest.raises(ValueError, match="Expected `stop_strings` without an empty one"):
         make_env(stop_strings=["x", ""])

@@ -84,7 +84,13 @@ def _check_turns(
 
 def _read_stop_ids(tokenizer: Tokenizer, stop_ids: Sequence[int] | None) -> tuple[int, ...]:
     if stop_ids is None:
-        return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        end = tokenizer.eos_token_id
+        if end is not None and not 0 <= end < len(tokenizer):
+            raise ValueError(
+                f"Expected the tokenizer's end token in [0, {len(tokenizer)}), its number of tokens, got {end}, an id "
+                "that can never be written: take a tokenizer whose ids have no gap, or give stop_ids, which may be []."
+            )
+        return () if end is None else (end,)
     for token in stop_ids:
         if not 0 <= token < len(tokenizer):
             raise ValueError(f"Expected `stop_ids` in [0, {len(tokenizer)}), got {token}.")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 
-from textenv.checks.lines import read_csv, read_json, read_lines
+from textenv.checks.lines import check_encodable, read_csv, read_json, read_lines, read_list
 from textenv.prompts.chat import Message, is_chat, render_chat
 from textenv.text.tokenizer import Tokenizer, encode_prompt
 
@@ -66,27 +67,43 @@ class Prompt(str):
         return prompt
 
 
-def read_rows(path: str | PathLike[str]) -> list[Any]:
-    """Read prompts from a file: `.jsonl` (a JSON value a line), `.csv` (a header) or `.txt` (a prompt a line).
+def read_rows(path: str | PathLike[str], encoding: str = "utf-8") -> list[Any]:
+    """Read rows from a file: .jsonl (a JSON value a line), .json (a list), .csv (a header) or .txt (a text a line).
+
+    Args:
+        path: The file; its ending may be in upper case.
+        encoding: The file's encoding, such as "gb18030", "utf-16" or "cp1252".
 
     Raises:
-        ValueError: If the file does not exist, has another ending, or has a line that is no JSON, or a line or cell of
-            more than 4,000,000 characters; the message has its number.
+        ValueError: If the file does not exist, has another ending or another encoding, or has a line that is no JSON, a
+            row with more cells than its header, or a line or cell of more than 4,000,000 characters; the message has
+            its number.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "prompts.TXT"
+        ...     n_bytes = file.write_bytes("你好".encode("gb18030"))
+        ...     read_rows(file, encoding="gb18030")
+        ['你好']
     """
     file = Path(fspath(path))
     if not file.is_file():
         raise ValueError(
-            f"Expected `prompts` to be a list of prompts or the path of a .jsonl, .csv or .txt file, got "
+            f"Expected `prompts` to be a list of prompts or the path of a .jsonl, .json, .csv or .txt file, got "
             f"{fspath(path)!r}, which is no file. A single prompt goes into a list: [{fspath(path)!r}]; a data set of "
             f"the Hugging Face hub is textenv.read_dataset({fspath(path)!r})."
         )
-    if file.suffix == ".csv":
-        return read_csv(file)
-    if file.suffix == ".txt":
-        return [line for _, line in read_lines(file)]
-    if file.suffix != ".jsonl":
-        raise ValueError(f"Expected a file that ends in .jsonl, .csv or .txt, got {fspath(path)!r}.")
-    return [read_json(line, f"line {number} of {fspath(path)!r}") for number, line in read_lines(file)]
+    suffix = file.suffix.lower()
+    if suffix == ".csv":
+        return read_csv(file, encoding)
+    if suffix == ".json":
+        return read_list(file, encoding)
+    if suffix == ".txt":
+        return [line for _, line in read_lines(file, encoding)]
+    if suffix != ".jsonl":
+        raise ValueError(f"Expected a file that ends in .jsonl, .json, .csv or .txt, got {fspath(path)!r}.")
+    return [read_json(line, f"line {number} of {fspath(path)!r}") for number, line in read_lines(file, encoding)]
 
 
 class PromptReader:
@@ -95,7 +112,7 @@ class PromptReader:
     Args:
         tokenizer: The tokenizer, which encodes texts, decodes prompts that are token ids, and renders chats.
         prompt_column: The column of a row that holds the prompt: a text, token ids or the messages of a chat.
-        references_column: The column that holds one reference text or a list of them.
+        references_column: The column that holds one reference, a text or a number, or a list of them.
         max_prompt_tokens: The most tokens of a prompt; None for no limit.
         truncation_side: The side on which a longer prompt is cut: "left" keeps its end, "right" its start, None
             raises. Special tokens that open the text (BOS) are kept in any case.
@@ -128,8 +145,8 @@ class PromptReader:
             number: The index of the prompt in its source, -1 if it has none.
 
         Raises:
-            ValueError: If the prompt is empty or too long, lacks a column, has a token id outside the vocabulary, or is
-                a chat that cannot be rendered.
+            ValueError: If the prompt is empty or too long, lacks a column, has a token id outside the vocabulary or a
+                lone surrogate, is a chat that cannot be rendered, or has a reference that is neither text nor number.
         """
         if isinstance(source, Prompt):  # its ids may be those of another env's tokenizer, so its row is read again
             source = source.row
@@ -160,6 +177,7 @@ class PromptReader:
         if isinstance(value, str):
             if not value:
                 return [], [], value
+            check_encodable(value, where)
             opening, body = encode_prompt(self.tokenizer, value)
             self._check_ids([*opening, *body], where)
             return opening, body, value
@@ -175,6 +193,7 @@ class PromptReader:
     def _encode_chat(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[int], str]:
         """Return what `_encode` does; the template writes the opening tokens, so that no BOS is added."""
         text = render_chat(self.tokenizer, messages, where)
+        check_encodable(text, where)
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))
         self._check_ids(ids, where)
         opening, body = encode_prompt(self.tokenizer, text)
@@ -209,7 +228,9 @@ class PromptReader:
         if self.references_column is None:
             return []
         value = self._column(row, self.references_column, where)
-        return [value] if isinstance(value, str) else [str(text) for text in value]
+        is_list = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+        place = f"the column {self.references_column!r} of {where}"
+        return [_reference(text, place) for text in (value if is_list else [value])]
 
     def _own_limit(self, row: Mapping[str, Any], where: str) -> int | None:
         value = row.get("max_new_tokens")
@@ -218,6 +239,19 @@ class PromptReader:
         if not str(value).isdecimal() or int(value) < 1:
             raise ValueError(f"Expected the max_new_tokens of {where} to be an integer of at least 1, got {value!r}.")
         return int(value)
+
+
+def _reference(value: Any, place: str) -> str:
+    """Return a reference as a text; a number, such as the answer 42, is written as Python writes it."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not isinstance(value, str) and not (is_number and math.isfinite(value)):  # NaN is pandas' missing value
+        raise ValueError(
+            f"Expected texts or numbers as references in {place}, got {value!r:.80}: leave the row out, or give it a "
+            "list without missing values."
+        )
+    text = str(value)
+    check_encodable(text, place)
+    return text
 
 
 class PromptRows(Sequence[Prompt]):
@@ -251,7 +285,9 @@ class PromptRows(Sequence[Prompt]):
 
 
 def read_source(
-    source: Sequence[PromptLike] | str | PathLike[str], read: Callable[[PromptLike, int], Prompt]
+    source: Sequence[PromptLike] | str | PathLike[str],
+    read: Callable[[PromptLike, int], Prompt],
+    encoding: str = "utf-8",
 ) -> tuple[Sequence[Prompt], int]:
     """Return the prompts of a list, a file or a data set, all of them checked, and the length of the longest in tokens.
 
@@ -260,11 +296,14 @@ def read_source(
     Args:
         source: The prompts, as for `TextEnv`.
         read: The function that makes a checked `Prompt` of a row and its number.
+        encoding: The encoding of a file.
 
     Raises:
         ValueError: If the source is empty or has no length, or a prompt cannot work.
     """
-    rows = read_rows(source) if isinstance(source, (str, PathLike)) else source
+    rows: Any = source
+    if isinstance(source, (str, PathLike)):
+        rows, read = read_rows(source, encoding), _naming_file(read, fspath(source))
     if isinstance(rows, Mapping):
         raise ValueError(f"Expected `prompts` to be a list of prompts, got one mapping: {rows!r:.80}.")
     if not isinstance(rows, Sized):
@@ -274,7 +313,19 @@ def read_source(
         )
     if len(rows) == 0:
         raise ValueError("Expected at least one prompt, got none.")
-    prompts: Sequence[Prompt] = PromptRows(rows, read)
+    prompts: Sequence[Prompt] = PromptRows(cast("Sequence[PromptLike]", rows), read)
     if isinstance(rows, (list, tuple)):
         prompts = list(prompts)
     return prompts, max(len(prompt.ids) for prompt in prompts)
+
+
+def _naming_file(read: Callable[[PromptLike, int], Prompt], path: str) -> Callable[[PromptLike, int], Prompt]:
+    """Return `read`, with the row and the file in the message of its errors."""
+
+    def read_row(row: PromptLike, number: int) -> Prompt:
+        try:
+            return read(row, number)
+        except ValueError as error:
+            raise ValueError(f"{error} It is row {number + 1} of {path!r}.") from error
+
+    return read_row

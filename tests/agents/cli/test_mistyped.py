@@ -126,7 +126,7 @@ def test_words_of_other_verbs_that_are_refused(verb, words, said, capfd):
         ("sft", "a.jsonl", '{"txt": "a"}', "Expected prompt and reference, or text, in row 1 of a.jsonl, got ['txt']"),
         ("sft", "a.jsonl", '{"text": "a"}\n{', "Expected JSON on line 2 of 'a.jsonl'"),
         ("sft", "a.txt", "\n", "Expected rows in a.txt, got none."),
-        ("sft", "a.pdf", "x", "Expected a file that ends in .jsonl, .csv or .txt, got 'a.pdf'"),
+        ("sft", "a.pdf", "x", "Expected a file that ends in .jsonl, .json, .csv or .txt, got 'a.pdf'"),
         ("sft", None, "", "Expected rows in none.txt, got no such file."),
     ],
 )

@@ -9,13 +9,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from agents.cli import stage_data
 from agents.cli.options import ClassifierConfig, RewardModelConfig, SFTConfig
+from agents.cli.prompt_files import prompts_for
 from agents.cli.stage_data import TEXTS, read_labels, read_preferences, read_texts
 from agents.cli.stages import fresh_config
 from agents.errors import CommandError
 from agents.small_models.tokenizers import EOS_TOKEN
+from agents.supervised.preferences import Ranking
 from tests.agents.supervised.test_reward_model_controls import press_ctrl_c, weights_of
 from tests.helpers.command import run, small_model
 from tests.helpers.task_data import write_data
+from tests.textenv.prompts.test_chat import CHATML, tokenizer_with
 from textenv import TASKS, CharTokenizer, Preds, Prompt
 from textenv.feedback.store import FeedbackStore
 from textenv.rewards.preference import Preference
@@ -89,9 +92,9 @@ def test_labels_and_preferences_of_tasks(data):
     assert {label for text, label in labels.train if "great" in text} == {"positive"}
     intents = read_labels(ClassifierConfig(task="DailyDialog", data=str(data["DailyDialog"])))
     assert {label for text, label in intents.train if text.startswith("Please")} == {"directive"}
-    pairs = read_preferences(RewardModelConfig(task="HH", data=str(data["HH"]))).train
+    pairs = read_preferences(RewardModelConfig(task="HH", data=str(data["HH"])), CharTokenizer()).train
     assert pairs[0].prompt.endswith("Assistant:") and pairs[0].texts[0].startswith(" kind")
-    rankings = read_preferences(RewardModelConfig(task="ZhReviews", data=str(data["ZhReviews"]))).train
+    rankings = read_preferences(RewardModelConfig(task="ZhReviews", data=str(data["ZhReviews"])), CharTokenizer()).train
     assert len(rankings[0].texts) == 4 and "非常满意" in rankings[0].texts[0]
 
 
@@ -101,7 +104,7 @@ def test_labels_and_preferences_of_tasks(data):
         (read_texts, SFTConfig(task="Text", data="x"), "`task` to be one of Reviews, DailyDialog, .* got 'Text'"),
         (read_labels, ClassifierConfig(task="HH", data="x"), "`task` to be one of Reviews, DailyDialog for this"),
         (
-            read_preferences,
+            lambda config: read_preferences(config, CharTokenizer()),
             RewardModelConfig(task="HH"),
             "--data FOLDER, the data set of the task HH, got none",
         ),
@@ -111,6 +114,89 @@ def test_labels_and_preferences_of_tasks(data):
 def test_what_a_stage_cannot_read_is_refused(read, config, message):
     with pytest.raises(CommandError, match=message):
         read(config)
+
+
+HH_OPENING = "\n\nHuman: Hi\n\nAssistant:"
+
+
+def pairs_of(data, **options):
+    return read_preferences(RewardModelConfig(data=str(data), **options), CharTokenizer())
+
+
+def test_files_of_another_encoding(tmp_path):
+    path = tmp_path / "rows.CSV"
+    path.write_bytes("text,label\n很好,1\n不好,0\n".encode("gb18030"))
+    both = {"data": str(path), "held_out": str(path)}
+    rows = [("很好", "1"), ("不好", "0")]
+    assert read_labels(ClassifierConfig(**both, encoding="gb18030")) == (rows, rows)
+    assert read_texts(SFTConfig(**both, encoding="gb18030")) == (["很好", "不好"],) * 2
+    assert pairs_of(**both, encoding="gb18030") == ([("很好", 1.0), ("不好", 0.0)],) * 2
+    for read in (
+        lambda: read_labels(ClassifierConfig(**both)),
+        lambda: read_texts(SFTConfig(**both)),
+        lambda: pairs_of(**both),
+    ):
+        with pytest.raises(CommandError, match=r"Expected UTF-8 in '.*rows.CSV', got the byte 0xba in line 2: .*enco"):
+            read()
+
+
+def test_prompts_of_another_encoding(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("你好\n".encode("utf-16"))
+    assert prompts_for("generate", "demo", str(path), "utf-16") == ["你好"]
+    with pytest.raises(CommandError, match=r"Expected UTF-8 in '.*prompts.txt', got .* as in encoding='utf-16'"):
+        prompts_for("generate", "demo", str(path), "utf-8")
+
+
+@pytest.mark.parametrize("line", ['{"text": "so \\ud83d"}', '"so \\ud83d"'])
+def test_a_lone_surrogate_is_refused_with_its_row(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'"fine"\n{line}\n')
+    with pytest.raises(CommandError, match=r"whole characters in the column text of row 2 of .*rows.jsonl, got a lone"):
+        read_texts(SFTConfig(data=str(path)))
+
+
+def test_pairs_of_conversations_are_read_from_a_file(tmp_path):
+    question = {"role": "user", "content": "hi"}
+    rows = [
+        {name: [question, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")},
+        {"prompt": "It was ", "chosen": "good", "rejected": "bad"},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = RewardModelConfig(data=str(path), held_out=str(path))
+    opened = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    expected = [Ranking(("chosen", "rejected"), opened), Ranking(("good", "bad"), "It was ")]
+    assert read_preferences(config, tokenizer_with(CHATML)) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": None}, "Expected a text in the column rejected of row 2 of {}, got None"),
+        ({"chosen": "", "rejected": "b"}, "Expected a text in the column chosen of row 2 of {}, got an empty one"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "a text in the column prompt of row 2 of {}, got None"),
+        ({"chosen": ["a"], "rejected": "b"}, "a list of messages in the column chosen of row 2 of {}, got ['a']"),
+        ({"chosen": "\n\nHuman: x", "rejected": ""}, "a text in the column rejected of row 2 of {}, got an empty one"),
+    ],
+)
+def test_cells_that_are_no_answer_are_named(tmp_path, row, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"chosen": "a", "rejected": "b"}, row])))
+    with pytest.raises(CommandError, match=re.escape(message.format(path))):
+        pairs_of(path)
+
+
+def test_a_dialogue_of_hh_without_a_shared_opening_is_named_by_its_row(tmp_path):
+    dialogues = [
+        {"chosen": f"{opening} a", "rejected": f"{HH_OPENING} b"} for opening in (HH_OPENING, "x" + HH_OPENING)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(dialogues[0]))
+    assert pairs_of(path).train == [Ranking((" a", " b"), HH_OPENING)]
+    path.write_text("\n".join(map(json.dumps, dialogues)))
+    with pytest.raises(CommandError, match=rf"Expected the dialogues of row 2 of {path} to share the opening"):
+        pairs_of(path)
 
 
 @pytest.mark.parametrize(

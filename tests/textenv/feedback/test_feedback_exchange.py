@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from textenv import CharTokenizer
 from textenv.feedback.exchange import export, rows_of
 from textenv.feedback.records import Record
 from textenv.feedback.store import FeedbackStore
@@ -100,4 +101,5 @@ def test_reward_models_read_pairs_and_scores(filled, tmp_path):
     export(filled, tmp_path / "scores.jsonl", "scores")
     first = Ranking(("y", "x"), "compare0")
     for name, expected in (("pairs", first), ("scores", Labelled("scorex", 4.0))):
-        assert read_preferences(RewardModelConfig(data=str(tmp_path / f"{name}.jsonl"))).train[0] == expected
+        config = RewardModelConfig(data=str(tmp_path / f"{name}.jsonl"))
+        assert read_preferences(config, CharTokenizer()).train[0] == expected

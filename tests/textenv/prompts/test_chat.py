@@ -251,3 +251,11 @@ def test_a_template_that_rewrites_what_came_before_is_refused():
 def test_a_reply_to_a_text_is_observed_as_it_is():
     env, tokens = talk("hi<|im_end|>", prompt="hello")
     assert env.tokenizer.decode(tokens) == "hellohi<|im_end|>turn 1"
+
+
+@pytest.mark.parametrize("value", ["ab \ud83d", [{"role": "user", "content": "ab \ud83d"}]])
+def test_a_lone_surrogate_is_refused_in_texts_and_chats(value):
+    reader = PromptReader(tokenizer_with(CHATML))
+    assert "ab 🙂" in reader.read([{"role": "user", "content": "ab 🙂"}])
+    with pytest.raises(ValueError, match=r"whole characters in prompt 7, got a lone surrogate in '.*ab \\ud83d"):
+        reader.read(value, 7)

@@ -1,15 +1,13 @@
 """Prompts: their sources, rows, columns, truncation and order."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
 
 from textenv import CharTokenizer
-from textenv.checks.lines import MAX_CHARS
 from textenv.prompts.cursor import PromptCursor
-from textenv.prompts.prompts import Prompt, PromptReader, read_rows
+from textenv.prompts.prompts import Prompt, PromptReader
 
 BOS = 33  # the id after the 33 tokens of CharTokenizer
 
@@ -36,18 +34,6 @@ class BosTokenizer(CharTokenizer):
 @pytest.fixture
 def reader(char_tokenizer):
     return PromptReader(char_tokenizer)
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Write a file and return its path."""
-
-    def make(name, text):
-        path = tmp_path / name
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
-        return path
-
-    return make
 
 
 # Sources
@@ -89,84 +75,44 @@ def test_any_sized_sequence_is_a_source(make_env):
     assert [prompt.row["i"] for prompt in make_env(DataSet()).prompts] == [0, 1]
 
 
-@pytest.mark.parametrize("as_text", [False, True], ids=["path", "str"])
-def test_jsonl(make_env, write, as_text):
-    path = write("p.jsonl", '{"prompt": "ab", "n": 1}\n\n"cd"\n[5, 6]\n')
-    prompts = make_env(str(path) if as_text else path).prompts
-    assert prompts == ["ab", "cd", "ef"] and prompts[0].row["n"] == 1
-
-
-def test_csv_with_its_own_limits(make_env, write):
-    path = write("p.csv", 'prompt,max_new_tokens,note\n"a, b",2,x\nc,,y\n')
-    prompts = make_env(path).prompts
-    assert prompts == ["a, b", "c"] and [prompt.max_new_tokens for prompt in prompts] == [2, None]
-    assert prompts[1].row["note"] == "y"
-
-
-def test_plain_text_a_prompt_a_line(make_env, write):
-    path = write("p.txt", "the film \n\n   \nthis phone\r\n")
-    assert make_env(path).prompts == ["the film ", "this phone"]
-
-
-@pytest.mark.parametrize("name", ["p.csv", "p.txt", "p.jsonl"])
-def test_a_byte_order_mark_is_no_part_of_the_text(write, name):
-    text = '"a"\n' if name == "p.jsonl" else "a\nb\n"
-    rows = read_rows(write(name, b"\xef\xbb\xbf" + text.encode()))
-    assert rows == {"p.csv": [{"a": "b"}], "p.txt": ["a", "b"], "p.jsonl": ["a"]}[name]
-
-
-def test_files_are_read_as_utf8(write):
-    assert read_rows(write("p.txt", "你好 🙂\n")) == ["你好 🙂"]
-
-
-def test_bad_json_is_named_by_its_line(write):
-    with pytest.raises(ValueError, match=r"Expected JSON on line 3 of '.*p.jsonl'") as caught:
-        read_rows(write("p.jsonl", '"a"\n\n{"prompt": \n'))
-    assert isinstance(caught.value.__cause__, json.JSONDecodeError)
-
-
-LONG = MAX_CHARS + 1
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("p.jsonl", '"a"\n' + "[" * 100_000, "JSON on line 2 of .*, got one that is too deep to read"),
-        ("p.jsonl", '"a"\n' + "1" * 5000, "Expected JSON on line 2 of .*: Exceeds the limit"),
-        ("p.jsonl", '"' + "x" * LONG, "lines of at most 4,000,000 characters, got a longer one: line 1 of .*p.jsonl"),
-        ("p.txt", "a\n" + "x" * LONG, "got a longer one: line 2 of .*p.txt"),
-        ("p.csv", "prompt\na\n" + "x" * LONG, "cells of at most 4,000,000 characters, .* in row 2 of .*p.csv"),
-        ("p.csv", 'prompt\n"' + "x\n" * LONG, "with their quotes closed, got field larger than .* in row 1 of .*p.csv"),
-        ("p.csv", "prompt\na\nb,c", "Expected 1 cells, as the header has, got more in row 2 of .*p.csv"),
-        ("p.txt", b"\xff\xfe", "Expected UTF-8 in .*p.txt"),
-    ],
-)
-def test_unreadable_content_is_named_by_its_place(write, name, text, message):
-    with pytest.raises(ValueError, match=message):
-        read_rows(write(name, text))
-
-
-def test_long_cells_and_lines_are_read(write):
-    """A cell may exceed the csv module's limit, which is restored afterwards."""
-    before, long = csv.field_size_limit(), "x" * 1_000_000
-    assert before < len(long)
-    assert read_rows(write("p.csv", f"prompt\n{long}\n")) == [{"prompt": long}]
-    assert read_rows(write("p.txt", f"{long}\r\nb")) == [long, "b"]
-    assert csv.field_size_limit() == before
-
-
-def test_another_suffix_is_refused(write):
-    with pytest.raises(ValueError, match=r"ends in .jsonl, .csv or .txt, got '.*p.parquet'"):
-        read_rows(write("p.parquet", "a"))
-
-
 # Columns
 
 
-@pytest.mark.parametrize(("value", "references"), [("xy", ["xy"]), (["x", "y"], ["x", "y"]), ([], [])])
+@pytest.mark.parametrize(
+    ("value", "references"),
+    [
+        ("xy", ["xy"]),
+        (["x", "y"], ["x", "y"]),
+        ([], []),
+        (42, ["42"]),
+        ([1, -2.5, "x"], ["1", "-2.5", "x"]),
+        (np.array([1, 2]), ["1", "2"]),
+        (np.float32(0.5), ["0.5"]),
+    ],
+)
 def test_references_are_one_text_or_a_list(char_tokenizer, value, references):
     reader = PromptReader(char_tokenizer, references_column="answers")
     assert reader.read({"prompt": "a", "answers": value}).references == references
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "None"),
+        (["x", None], "None"),
+        (True, "True"),
+        (float("nan"), "nan"),
+        (["x", ["y"]], r"\['y'\]"),
+        ({"text": ["x"]}, r"{'text': \['x'\]}"),
+        (b"x", "b'x'"),
+    ],
+)
+def test_references_that_are_none(char_tokenizer, value, shown):
+    reader = PromptReader(char_tokenizer, references_column="answers")
+    with pytest.raises(
+        ValueError, match=f"texts or numbers as references in the column 'answers' of prompt 4, got {shown}"
+    ):
+        reader.read({"prompt": "a", "answers": value}, 4)
 
 
 @pytest.mark.parametrize("value", [0, -1, "many", 2.5])

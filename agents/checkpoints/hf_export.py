@@ -54,10 +54,11 @@ def export(
         >>> tokenizer = char_tokenizer(["abcd"])
         >>> env = TextEnv(["a", "bcd"], tokenizer, reward=lambda prompt, preds, done: 0.0, max_new_tokens=4)
         >>> config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=40, bos_token_id=0, eos_token_id=0)
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     folder = export(make_agent(env, config, n_envs=8, device="cpu"), tokenizer, f"{parent}/my-model")
-        ...     AutoModelForCausalLM.from_pretrained(folder).config.model_type
+        >>> parent = tempfile.TemporaryDirectory()
+        >>> folder = export(make_agent(env, config, n_envs=8, device="cpu"), tokenizer, f"{parent.name}/my-model")
+        >>> AutoModelForCausalLM.from_pretrained(folder).config.model_type
         'gpt2'
+        >>> parent.cleanup()
     """
     policy = model if isinstance(model, LMPolicy) else model.policy
     if not isinstance(policy, LMPolicy):

@@ -94,7 +94,7 @@ def test_e8_after_ctrl_c_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path, mo
     whole = train(data, tmp_path / "whole")
     with monkeypatch.context() as patch:
         press_ctrl_c(patch, step=15)
-        with pytest.raises(KeyboardInterrupt, match="stopped after step 15; `resume=True` goes on"):
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 15; `resume=True` continues"):
             train(data, tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
     for other in ({"data": data[1:]}, {"data": data, "centring": 0.1}, {"data": data, "lm": tiny(vocab_size=200)}):

@@ -140,7 +140,7 @@ def test_e8_after_ctrl_c_it_goes_on_to_the_same_weights_bit_for_bit(tmp_path, mo
         real = hf_trainer.SealedTrainer
         press = lambda *a, **k: real(*a, **{**k, "callbacks": [*k["callbacks"], PressCtrlC()]})  # noqa: E731
         patch.setattr(hf_trainer, "SealedTrainer", press)
-        with pytest.raises(KeyboardInterrupt, match="stopped after step 11; `resume=True` goes on"):
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 11; `resume=True` continues"):
             tune(TEXTS, tmp_path / "parts", lm=config)
     assert not (tmp_path / "parts").exists()
     with pytest.raises(ValueError, match="arguments and data of the interrupted run"):

@@ -9,12 +9,13 @@ from typing import cast
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..distributed.collectives import by_main
 from ..errors import CommandError, Exit
 from ..models.backbone import Backbone
-from ..models.trainable import merged_state_dict
+from ..models.trainable import merged_state_dict, uncompiled
 from ..policies.lm_policy import LMPolicy
 from .output_folders import output_folder
 
@@ -28,7 +29,8 @@ def export(
     """Write the language model, without value head, and its tokenizer, for `AutoModelForCausalLM.from_pretrained`.
 
     Adapters (LoRA) are merged into the weights that are written; the policy keeps them apart and can train on.
-    An encoder-decoder loads with `AutoModelForSeq2SeqLM`.
+    An encoder-decoder loads with `AutoModelForSeq2SeqLM`. `torch.compile` around the policy, the language model or
+    modules of it leaves no trace.
 
     The folder appears whole or not at all. With several processes, all must call it: rank 0 writes, the others wait.
 
@@ -60,7 +62,7 @@ def export(
         'gpt2'
         >>> parent.cleanup()
     """
-    policy = model if isinstance(model, LMPolicy) else model.policy
+    policy = uncompiled(model if isinstance(model, nn.Module) else model.policy)
     if not isinstance(policy, LMPolicy):
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from textenv.checks.extras import needs
 
 ADAPTER = "default"  # the usual name of an adapter in peft (`mapping.inject_adapter_in_model`)
+COMPILED = "_orig_mod"  # the name under which the module that `torch.compile` returns has the one that it was given
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the state dict of the same model without LoRA: W + alpha / r * B A, in new tensors, under W's own name.
 
+    Modules that `torch.compile` has put inside another have the names that they had before.
+
     Raises:
         ValueError: If the frozen weights are quantised: adapters cannot be added to integers.
     """
@@ -185,7 +188,13 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
             raise ValueError(f"Expected a floating-point weight to merge the adapter into, got {base.dtype} in {name}.")
         merged = base.detach().float() + layer.get_delta_weight(ADAPTER).detach()
         weights[f"{name}.base_layer.weight"] = merged.to(base.dtype)
-    return {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
+    return {name.replace(f"{COMPILED}.", ""): weight for name, weight in plain.items()}
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` was given, where `module` is its result; any other module as it is."""
+    return dict(module.named_children()).get(COMPILED, module)
 
 
 def _add_adapters(model: PreTrainedModel, train: LoRA) -> None:

@@ -29,6 +29,7 @@ from ..models.trainable import Trainable
 from .actor_critic import LMActorCritic, Step
 from .optimizers import learning_rate_scales, scaled_optimizer
 from .tensor_notes import ALLOWED, READ_BY, TERMINAL, TerminalObservation, TerminalRow
+from .wrappers import calling_algorithm, check_observations, check_wrappers
 
 # Maps observations (B, L) to actions (B,) and their log-probabilities (B,).
 NextTokens: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -160,6 +161,9 @@ class LMPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         """Build language model, critic and optimizer in place of SB3's networks."""
+        algorithm = calling_algorithm()
+        if algorithm is not None:
+            check_wrappers(algorithm.env)
         kwargs = dict(self.lm_kwargs)
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
         lm, train, checkpointing = (kwargs.pop(name) for name in ("lm", "train", "gradient_checkpointing"))
@@ -246,7 +250,13 @@ class LMPolicy(ActorCriticPolicy):
 
         SB3 calls it with True at the start of each `train`, and with False at the start of each `collect_rollouts` and
         `predict`. Sharded weights are gathered for evaluation, so that all processes must call it.
+
+        Raises:
+            ValueError: If the observations of a rollout that begins are not those of a `TextEnv`.
         """
+        algorithm = None if mode else calling_algorithm()
+        if algorithm is not None:
+            check_observations(algorithm.env, algorithm._last_obs)
         self.lm.settle_values()  # a rollout that was broken off has left values deferred
         if mode and not self.training:
             self.lm.begin_update()

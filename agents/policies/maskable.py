@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -40,6 +42,8 @@ class MaskableLMPolicy(LMPolicy):
 
     # Set while `predict` runs: SB3 `policies.BasePolicy.predict` has no argument for it.
     _action_masks: np.ndarray | None = None
+    _is_trained_masked = True  # unless the last rollout had no masks, as by MaskablePPO.learn(use_masking=False)
+    _has_warned = False
 
     def forward(
         self, obs: Tensor, deterministic: bool = False, action_masks: np.ndarray | None = None
@@ -51,6 +55,7 @@ class MaskableLMPolicy(LMPolicy):
             deterministic: Whether to take the most probable token.
             action_masks: (B, V), True where a token is allowed; None allows all.
         """
+        self._is_trained_masked = action_masks is not None
         return self._step(obs, deterministic, self._allowed(action_masks, len(obs)))
 
     def predict(
@@ -61,7 +66,19 @@ class MaskableLMPolicy(LMPolicy):
         deterministic: bool = False,
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Return actions for observations, (L,) or (B, L), under `action_masks`, (V,) or (B, V); None allows all."""
+        """Return actions for observations, (L,) or (B, L), under `action_masks`, (V,) or (B, V); None allows all.
+
+        The first call without masks warns, unless training has none either.
+        """
+        if action_masks is None and self._is_trained_masked and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "Expected `action_masks` in `predict` of a model of MaskablePPO, got none: texts may have tokens that "
+                "the env's mask forbids. stable_baselines3's evaluate_policy and EvalCallback do not use the mask: use "
+                "evaluate_policy of sb3_contrib.common.maskable.evaluation, or MaskableEvalCallback of "
+                "sb3_contrib.common.maskable.callbacks.",
+                stacklevel=4,  # the caller of `evaluate_policy`, which calls `MaskablePPO.predict`
+            )
         self._action_masks = action_masks
         try:
             return super().predict(observation, state, episode_start, deterministic)

@@ -43,6 +43,9 @@ class BeforeReturns(Protocol):
     def order(self) -> int:
         """The position of the step among the others: steps of lower order run first."""
 
+    def follow_env(self) -> bool:
+        """Prepare the step anew if its model has another env than before; return whether it has."""
+
     def begin(self) -> None:
         """Prepare for a rollout that begins."""
 
@@ -148,8 +151,10 @@ class SequenceRolloutBuffer(RolloutBuffer):
     def reset(self) -> None:
         """Make room for a new rollout; segments that wait for the end of their episode stay."""
         # `pos` is 0 after SB3 `buffers.BaseBuffer.__init__`, and `buffer_size` after a complete rollout. In between, a
-        # rollout was broken off, and the tokens that would have joined the waiting segments are lost.
-        if 0 < self.pos < self.buffer_size:
+        # rollout was broken off, and the tokens that would have joined the waiting segments are lost. Episodes of an
+        # env that `set_env` has replaced go with it: another's have the same lanes, places and numbers of groups.
+        is_replaced = any([step.follow_env() for step in self.before_returns])  # a list: every step follows
+        if is_replaced or 0 < self.pos < self.buffer_size:
             self.waiting.clear()
             self.waiting_episodes.clear()
         self.token_sets = self.token_sets.only(self.waiting_sets())

@@ -31,8 +31,9 @@ class RolloutStep(BaseCallback):
     SB3 `on_policy_algorithm.collect_rollouts` computes returns before it calls `on_rollout_end`, which is therefore too
     late. `SequenceRolloutBuffer.compute_returns_and_advantage` runs the step instead.
 
-    Passed to `learn(callback=...)`, or attached with `attach(model)`, a step stays with the model's buffer. A saved
-    model remembers the step's key, and training raises until a step with that key is attached again.
+    Passed to `learn(callback=...)`, or attached with `attach(model)`, a step stays with the model's buffer. It follows
+    the model to another env (`set_env`), or refuses it when the next rollout begins. A saved model remembers the step's
+    key, and training raises until a step with that key is attached again.
 
     Attributes:
         key: The step's name in saved models and checkpoints; a buffer keeps the last attached of steps with one key.
@@ -55,6 +56,8 @@ class RolloutStep(BaseCallback):
     key: ClassVar[str] = ""
     order: ClassVar[Order] = Order.PENALTIES
     is_kept: ClassVar[bool] = True
+    _attached_to: BaseAlgorithm
+    _prepared_for: VecEnv | None  # the env that the model had when `prepare` was called last
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,6 +75,7 @@ class RolloutStep(BaseCallback):
         """
         buffer = sequence_buffer(model)
         self.prepare(model)
+        self._attached_to, self._prepared_for = model, model.get_env()
         if self.key in buffer.saved_steps:
             self.load_state_dict(*buffer.saved_steps.pop(self.key))
         others = [step for step in buffer.before_returns if step.key != self.key]
@@ -87,7 +91,23 @@ class RolloutStep(BaseCallback):
         }
 
     def prepare(self, model: BaseAlgorithm) -> None:
-        """Check that the step can work with the model, and take env and policy from it; called once, when attached."""
+        """Check that the step can work with the model, and take env and policy from it.
+
+        Called when the step is attached, and again when a rollout begins on another env than the last (`set_env`).
+        """
+
+    def follow_env(self) -> bool:
+        """Prepare the step anew if `set_env` has given its model another env; return whether it has.
+
+        Raises:
+            ValueError: If the step cannot work with the new env.
+        """
+        env = self._attached_to.get_env()
+        if env is self._prepared_for:
+            return False
+        self.prepare(self._attached_to)
+        self._prepared_for = env
+        return True
 
     def begin(self) -> None:
         """Prepare for a rollout that begins; called by the buffer's `reset`, however the step was attached."""

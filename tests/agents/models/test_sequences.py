@@ -32,8 +32,10 @@ def test_unpack_by_hand():
 def test_observations_that_a_wrapper_made_floats_are_refused():
     model = make_ppo()
     model.set_env(VecNormalize(model.get_env(), norm_obs=True))
-    with pytest.raises(ValueError, match=r"token ids, got torch.float32: .* VecNormalize needs norm_obs=False"):
+    with pytest.raises(ValueError, match=r"token ids .*, got float32 of .* VecNormalize<.* needs norm_obs=False"):
         model.learn(48)
+    with pytest.raises(ValueError, match=r"token ids, got torch.float32: .* VecNormalize needs norm_obs=False"):
+        unpack_observations(torch.zeros(1, 4))
     model.set_env(VecNormalize(model.get_env().unwrapped, norm_obs=False))
     model.learn(48)
 

@@ -1,0 +1,93 @@
+"""The refusal of environments inside wrappers that change observations: a language model would read them as a text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+
+from textenv.episodes.rules import PADDING, SEPARATOR
+
+OWN_METHODS = ("__init__", "_build", "set_training_mode")  # of a policy, between the algorithm and `calling_algorithm`
+
+
+def calling_algorithm() -> BaseAlgorithm | None:
+    """Return the algorithm that builds a policy, or that switches it to evaluation for a rollout; None for others.
+
+    SB3 hands a policy the spaces of the env and its observations alone, so that the algorithm, which has the env, is
+    found on the stack: `_setup_model` builds the policy, and `collect_rollouts` calls `set_training_mode`. A `predict`
+    calls it, too, but from a method of the policy.
+    """
+    frame = sys._getframe(1)
+    policy = frame.f_locals.get("self")
+    while frame.f_back is not None and frame.f_locals.get("self") is policy and frame.f_code.co_name in OWN_METHODS:
+        frame = frame.f_back
+    caller = frame.f_locals.get("self")
+    return caller if isinstance(caller, BaseAlgorithm) else None
+
+
+def check_wrappers(env: VecEnv | None) -> None:
+    """Refuse wrappers whose observations are of another shape or type than those inside, or are no row of integers.
+
+    Raises:
+        ValueError: If there is one, which it names.
+    """
+    inner = env
+    while isinstance(inner, VecEnvWrapper):
+        changed = inner.observation_space
+        if changed != inner.venv.observation_space:
+            name = type(inner).__name__
+            raise ValueError(
+                f"Expected the observations of the env inside {name}, {inner.venv.observation_space}, got {changed}: a "
+                f"language model would read them as a text of their own. Leave {name} out; an observation has the "
+                "whole text so far."
+            )
+        inner = inner.venv
+    space = None if inner is None else inner.observation_space
+    is_row = isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.integer)
+    if space is not None and not is_row:
+        raise ValueError(
+            f"Expected observations of token ids, (L,), as a TextEnv returns them, got {space!s:.200} from "
+            f"{_names(env)}: leave out the wrapper that changes them."
+        )
+
+
+def check_observations(env: VecEnv | None, observations: Any) -> None:
+    """Refuse observations at the start of a rollout that cannot be those of a `TextEnv`, and name the wrappers.
+
+    Args:
+        env: The env of the algorithm.
+        observations: Its observations, (B, L) for a `TextEnv`.
+
+    Raises:
+        ValueError: If some wrapper has changed them.
+    """
+    check_wrappers(env)
+    if observations is None:  # before the first reset
+        return
+    rows = np.asarray(observations)
+    what = f"{rows.dtype} of shape {rows.shape}"
+    if rows.ndim == 2 and np.issubdtype(rows.dtype, np.integer):
+        is_padding = rows == PADDING
+        has_one_separator = (rows == SEPARATOR).sum(axis=1) == 1
+        wrong = np.flatnonzero(~has_one_separator | (is_padding[:, :-1] & ~is_padding[:, 1:]).any(axis=1))
+        if len(wrong) == 0:
+            return
+        what = f"{rows[wrong[0]].tolist()} in row {wrong[0]}"
+    raise ValueError(
+        f"Expected observations of token ids as a TextEnv returns them (a prompt, {SEPARATOR}, later tokens, then "
+        f"{PADDING}), got {what} from {_names(env)}: leave out the wrapper that changes them. VecNormalize needs "
+        "norm_obs=False."
+    )
+
+
+def _names(env: VecEnv | None) -> str:
+    """Return the classes of an env and its wrappers, as VecNormalize<DummyVecEnv<Monitor<TextEnv instance>>>."""
+    if isinstance(env, VecEnvWrapper):
+        return f"{type(env).__name__}<{_names(env.venv)}>"
+    assert env is not None, "observations come from an env"
+    return f"{type(env).__name__}{env.env_method('__str__', indices=[0])[0]}"  # gymnasium puts brackets around a name

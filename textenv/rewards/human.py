@@ -183,7 +183,7 @@ class HumanReward(BatchReward):
                 continue
             if not self._has_warned:
                 self._has_warned = True
-                message = f"waiting for {len(missing)} answers: textenv rate --db {self.db}. Not said again."
+                message = f"waiting for {len(missing)} answers: textenv rate --db {self.db}. This is said once."
                 warnings.warn(message, stacklevel=4)
             time.sleep(POLL)
 

@@ -112,7 +112,7 @@ class TextModel:
             self._has_warned = True
             warnings.warn(
                 f"{len(long)} of {len(texts)} texts are longer than max_length={self.max_length} tokens of "
-                f"{type(self.model).__name__}; they are cut on the {tokenize.truncation_side}. Not said again.",
+                f"{type(self.model).__name__}; they are cut on the {tokenize.truncation_side}. This is said once.",
                 stacklevel=3,
             )
         return ids

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.backbone import PROBE_LOGIT, PROBE_TOLERANCE, Backbone
+from ..models.sampling import TokenDistribution
 from ..policies.actor_critic import tolerance
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..steps.kl_penalty import KLPenalty
@@ -80,8 +81,9 @@ def check_cache(subject: Subject, sample: Sample) -> list[Finding]:
     cache, off = lm.backbone.new_cache(), 0.0
     for observations in sample.observations:
         rows = lm._unpack(observations)
-        cached, full = (lm._read_last(lm.backbone, rows, kind)[1] for kind in (cache, None))  # logits, (B, V) each
-        off = max(off, _largest(cached.float().log_softmax(-1) - full.float().log_softmax(-1)))
+        logits = (lm._read_last(lm.backbone, rows, kind)[1] for kind in (cache, None))  # (B, V) each
+        cached, full = (TokenDistribution(part).log_probabilities for part in logits)  # finite where logits are -inf
+        off = max(off, _largest(cached - full))
     measured = f"log-probabilities at most {off:.1e} apart from full forwards, over {len(sample.observations)} steps"
     # Ten times the usual tolerance: the maximum is over the whole vocabulary, and improbable tokens round the most.
     if off <= 10 * tolerance(lm):

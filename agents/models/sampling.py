@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 
-FORBIDDEN = -1e30  # a logit of probability 0; in entropies, 0 * -1e30 is 0, where 0 * -inf would be NaN
+# A logit of probability 0, and the smallest log-probability: some models have logits of -inf, or of numbers that become
+# it when the temperature divides them. In entropies and gradients, 0 * -1e30 is 0, where 0 * -inf would be NaN.
+FORBIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class TokenDistribution:
         allowed: The tokens with a probability, (N, V) bool; None allows all. The others have probability 0 exactly.
 
     Attributes:
-        log_probabilities: (N, V) float32, in nats; about -1e30 where not allowed.
+        log_probabilities: (N, V) float32, in nats; about -1e30 where not allowed, and at least that where the model's
+            own logit is -inf.
 
     Example:
         >>> import torch
@@ -140,7 +143,7 @@ class TokenDistribution:
     """
 
     def __init__(self, logits: Tensor, allowed: Tensor | None = None) -> None:
-        self.log_probabilities = _log_softmax(logits, allowed)
+        self.log_probabilities = _log_softmax(logits, allowed).clamp(min=FORBIDDEN)
         self.is_masked = allowed is not None
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
@@ -217,7 +220,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, actions: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_probabilities = _log_softmax(logits, allowed)  # (N, V)
+        log_probabilities = _log_softmax(logits, allowed).clamp_(min=FORBIDDEN)  # (N, V)
         weighted = _probabilities(log_probabilities, allowed is not None).mul_(log_probabilities)
         entropies = -weighted.sum(dim=-1)  # (N, V) to (N,)
         ctx.save_for_backward(log_probabilities, actions, entropies)

@@ -95,11 +95,8 @@ def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: Sequence
     with gathered(reference):
         for chunk in batch.chunks():
             turns = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
-            # A token of probability 0 adds 0; the product would be 0 * infinity.
-            parts = [
-                (own.softmax(dim=-1) * (own - others)).masked_fill(own.isneginf(), 0.0).sum(dim=-1)  # (n, V) -> (n,)
-                for own, others in turns
-            ]
+            # A token of probability 0 adds 0: its log-probability is a large number, not -inf.
+            parts = [(own.softmax(dim=-1) * (own - others)).sum(dim=-1) for own, others in turns]  # (n, V) -> (n,)
             result[torch.as_tensor(chunk.transitions, device=result.device)] = torch.cat(parts)
     return result
 

@@ -290,18 +290,11 @@ class Bytes(CharTokenizer):
         return super().decode(token_ids).encode()
 
 
-class FarEos(CharTokenizer):
-    def __init__(self):
-        super().__init__()
-        self.eos_token_id = 99
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "words"),
     [
         (Gaps(), r"Expected `decode` to take ids in \[0, 33\), but 3[12] raised KeyError"),
         (Bytes(), "Expected `decode` to return a str, got b'"),
-        (FarEos(), r"Expected stop ids \(by default eos_token_id\) in \[0, 33\), got \(99,\)"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -12,7 +12,7 @@ OTHERS = ("xyz", "a")  # the prompts of the new env
 
 
 class Scorer(BatchReward):
-    """The length and first token of a text; keeps the texts of each call, and drops those of odd sums if asked to."""
+    """The length and first token of a text; keeps the prompts of each call, and may drop the prompt "a"."""
 
     may_drop = True
 
@@ -20,8 +20,9 @@ class Scorer(BatchReward):
         self.calls, self.drops = [], drops
 
     def score(self, prompts, preds, dones):
-        self.calls.append([text.ids for text in preds])
-        return [DROPPED if self.drops and sum(text.ids) % 2 else value(text.ids) for text in preds]
+        self.calls.append([str(prompt) for prompt in prompts])
+        rows = zip(prompts, preds, strict=True)
+        return [DROPPED if self.drops and prompt == "a" else value(text.ids) for prompt, text in rows]
 
 
 def value(ids):
@@ -86,7 +87,7 @@ def test_the_new_env_may_drop_episodes():
     model, scorer = agent(reward=Scorer(drops=True)), Scorer(drops=True)
     given(model, reward=scorer, stop_ids=())
     model.learn(24)
-    lost = [sum(ids) % 2 for call in scorer.calls for ids in call]
+    lost = [prompt == "a" for call in scorer.calls for prompt in call]
     assert 0 < sum(lost) < len(lost) == 4
     assert model.rollout_buffer.dropped == {(5, lane) for lane, is_lost in enumerate(lost) if is_lost}
 

@@ -143,7 +143,7 @@ class TokenDistribution:
     """
 
     def __init__(self, logits: Tensor, allowed: Tensor | None = None) -> None:
-        self.log_probabilities = _log_softmax(logits, allowed).clamp(min=FORBIDDEN)
+        self.log_probabilities = _log_softmax(logits, allowed)
         self.is_masked = allowed is not None
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
@@ -220,7 +220,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, actions: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_probabilities = _log_softmax(logits, allowed).clamp_(min=FORBIDDEN)  # (N, V)
+        log_probabilities = _log_softmax(logits, allowed)  # (N, V)
         weighted = _probabilities(log_probabilities, allowed is not None).mul_(log_probabilities)
         entropies = -weighted.sum(dim=-1)  # (N, V) to (N,)
         ctx.save_for_backward(log_probabilities, actions, entropies)
@@ -247,7 +247,11 @@ class _ScoreTokens(torch.autograd.Function):
 
 
 def _log_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    return torch.log_softmax(_masked(logits.float(), allowed), dim=-1)
+    """Return the log-probabilities of the allowed tokens, (N, V) float32, not below `FORBIDDEN`."""
+    log_probabilities = torch.log_softmax(_masked(logits.float(), allowed), dim=-1)
+    if log_probabilities.requires_grad:  # autograd needs the result of `log_softmax` as it was
+        return log_probabilities.clamp(min=FORBIDDEN)
+    return log_probabilities.clamp_(min=FORBIDDEN)  # without a copy: it runs at every step of a rollout
 
 
 def _probabilities(log_probabilities: Tensor, is_masked: bool) -> Tensor:

@@ -157,7 +157,7 @@ def different_pairs(
     pairs, equal, n_cut = [], [], 0
     for number, (example, ids) in enumerate(zip(data, encoded, strict=True)):
         same = [(better, worse) for better, worse in example.pairs() if ids[better] == ids[worse]]
-        pairs.append([pair for pair in example.pairs() if pair not in same])
+        pairs.append([(better, worse) for better, worse in example.pairs() if ids[better] != ids[worse]])
         equal += [number] * len(same)
         n_cut += sum(1 for better, worse in same if example.texts[better] != example.texts[worse])
     if equal:

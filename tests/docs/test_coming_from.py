@@ -25,7 +25,6 @@ from tests.helpers.seq2seq import T5
 EXAMPLES = ROOT / "examples"
 PAGES = ["from_trl.md", "from_rl4lms.md", "from_openrl.md", "from_textrl.md"]
 STEERING = "## Steering one prompt"
-SEEN_BEFORE = "from transformers import AutoTokenizer; from agents import make_agent; from textenv import TextEnv"
 N_TOKENS = 300
 GPT = dict(vocab_size=N_TOKENS, n_layer=1, n_embd=16, n_head=2, n_positions=256, pad_token_id=0)
 BERT = dict(vocab_size=N_TOKENS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from textenv.episodes.rules import PADDING, SEPARATOR
 
-from ..models.backbone import PROBE_LENGTH, Backbone
+from ..models.backbone import Backbone
 from ..models.pretrained import LMLike, build_model
+from ..models.probe import PROBE_LENGTH
 from ..models.sampling import Sampling
 from ..policies.actor_critic import LMActorCritic
 from .protocol import Completion, Request, unique

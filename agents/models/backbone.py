@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -14,14 +13,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from textenv.huggingface.weights import n_positions
 
 from .interface import LengthError
-from .layers import disable_dropout, fuse_activations
+from .layers import evaluate_in_checkpoints, fuse_activations, set_mode
 from .prefix_cache import PrefixCache
-from .step_layout import attends_by_row, attention_by_row
+from .probe import PROBE_LENGTH, probe
+from .step_layout import attention_by_row, can_join_rows
 from .trainable import is_checkpointing, is_placed
 
-PROBE_LENGTH = 4  # tokens: three to read first, and one more to decode from their keys and values
-PROBE_LOGIT = 100.0  # the probe's largest logit, after scaling: beyond the soft cap of Gemma-2 (30)
-PROBE_TOLERANCE = 1e-3  # of the largest logit: kernels differ by about 1e-6 in float32, a wrong mask by much more
 SHORTER = "lower max_prompt_tokens or max_new_tokens"  # the usual cure for sequences that are too long
 
 
@@ -54,20 +51,22 @@ def check_length(model: PreTrainedModel, n_tokens: int, cure: str = SHORTER) -> 
 class Backbone(nn.Module):
     """A causal language model of transformers, read as hidden states and logits at chosen positions.
 
-    Two assumptions are tested once, on a probe of a few tokens:
+    A probe of a few tokens tests at construction whether the model is trained exactly (`probe.probe`), and sets:
 
-    - The logits are the output embedding of the hidden states (`head_is_linear`). Cohere and Granite scale them, and
-      Gemma-2 caps them: such a model runs its full forward, which computes logits at every position.
-    - Decoding with cached keys and values gives the logits of a full forward (`is_cacheable`). Recurrent models do not:
-      they run without a cache, with a warning.
+    - `head_is_linear`: whether the logits are the output embedding of the hidden states. Cohere and Granite scale them,
+      and Gemma-2 caps them: such a model runs its full forward, which computes logits at every position.
+    - `is_cacheable`: whether decoding with cached keys and values gives the logits of a full forward. Recurrent models
+      run without a cache, with a warning; `no_cache_because` has the reason.
+    - `attends_by_row` and `takes_new_rows`: how a decoding step computes attention; see `step_layout`.
 
     Args:
-        model: The model. Its dropout is switched off, in place.
+        model: The model. In training mode too, its modules stay in evaluation mode, without dropout or other noise.
         vocab_size: V, the number of tokens of the tokenizer. Embedding rows beyond it are never sampled nor scored.
         n_positions: The longest sequence that will be read, in tokens.
 
     Raises:
-        ValueError: If the model has fewer embedding rows or positions.
+        ValueError: If the model has fewer embedding rows or positions; if it is not causal, random,
+            not finite, or fails on the probe.
 
     Example:
         >>> from transformers import GPT2Config
@@ -81,16 +80,29 @@ class Backbone(nn.Module):
     """
 
     is_encoder_decoder = False
+    hidden_size: int
+    head_is_linear: bool
+    is_cacheable: bool
+    no_cache_because: str
+    attends_by_row: bool
+    takes_new_rows: bool
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__()
         check_fits(model, vocab_size, n_positions)
         self.model = model
-        disable_dropout(model)
+        evaluate_in_checkpoints(model)
         fuse_activations(model)
         self.vocab_size = vocab_size
-        self.head_is_linear = True
-        self._probe()
+        set_mode(model, training=model.training)
+        self.attends_by_row = False
+        probe(self)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set the mode; both compute the same numbers, since noise is off in both (`layers.set_mode`)."""
+        super().train(mode)
+        set_mode(self.model, mode)
+        return self
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
         """Raise LengthError if the model cannot read a prompt of `n_tokens` followed by `n_written` tokens."""
@@ -164,7 +176,8 @@ class Backbone(nn.Module):
             inputs["position_ids"] = position_ids
         if cache is not None:
             inputs["past_key_values"] = cache
-        with attention_by_row(self.model.config.get_text_config()):
+        by_row = attention_by_row(self.model.config.get_text_config()) if self.attends_by_row else nullcontext()
+        with by_row:
             if self.head_is_linear:
                 # `PreTrainedModel.base_model` is the model without its head; its output is the last layer's, normed.
                 return at(self.model.base_model(**inputs).last_hidden_state, rows, cols), None  # (N, H)
@@ -186,78 +199,26 @@ class Backbone(nn.Module):
         )
         return cache
 
-    @torch.no_grad()
-    def _probe(self) -> None:
-        """Test the two assumptions of the class on a few tokens."""
-        inputs = self.probe_inputs()
-        was_training = self.model.training
-        self.model.eval()
-        head = self.model.get_output_embeddings()
-        largest = float(head(self.read(*inputs)[0]).abs().max())
-        # A soft cap bends large logits only. Fresh weights give small ones, and trained weights may replace them after
-        # the probe: scaled up, the logits of either show the cap.
-        scale = PROBE_LOGIT / max(largest, 1e-6)
-        hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
-        expected = self._full_logits(*inputs)
-        hidden, logits = self(*inputs)
-        self.head_is_linear = close(logits, expected)
-        if not self.head_is_linear:
-            hidden, logits = self(*inputs)
-        self.hidden_size = hidden.shape[-1]
-        self.is_cacheable = not self.model._is_stateful and self._decodes_like(expected, *inputs)
-        self.takes_new_rows = self.is_cacheable and self._takes_new_rows(expected, *inputs)
-        hook.remove()
-        self.model.train(was_training)
-        if not self.is_cacheable:
-            warnings.warn(
-                f"{type(self.model).__name__} does not decode exactly from cached keys and values (recurrent layers?): "
-                "it runs without a cache, in time that grows with the square of the length.",
-                stacklevel=2,
-            )
-
     def probe_inputs(self) -> tuple[Any, ...]:
         """Return the arguments of `read` for the last token of one row of a few tokens."""
         ids = torch.arange(PROBE_LENGTH, device=self.device)[None] % self.vocab_size  # (1, T)
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         return ids, zero, zero + PROBE_LENGTH - 1
 
-    def _full_logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
-        """Return the logits (1, V) after the last token, computed by the whole model."""
-        return self.model(input_ids=ids, use_cache=False).logits[0, -1:, : self.vocab_size]
+    def plain_logits(self, ids: Tensor, n_prompt: Tensor) -> Tensor:
+        """Return the logits (T, V) after each token of one row (1, T), by the model's own forward, without a cache.
 
-    def _decodes_like(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
-        """Return whether the last token of a left-padded row, read with a cache, gets the logits of a full forward."""
-        device = ids.device
-        first = PROBE_LENGTH - 1
-        padded = torch.cat([torch.zeros_like(ids[:, :2]), ids[:, :first]], dim=1)  # (1, 2 + T - 1), two of padding
-        positions = torch.tensor([[0, 0, *range(first)]], device=device)
-        cache = self.prefill(padded, positions.new_tensor([[0, 0, *[1] * first]]), positions)
-        mask = positions.new_tensor([[0, 0, *[1] * PROBE_LENGTH]])
-        zero = torch.zeros(1, dtype=torch.long, device=device)
-        _, logits = self(ids[:, -1:], zero, zero, mask, positions.new_tensor([[first]]), cache)
-        return close(logits, expected)
+        `n_prompt`, the number of prompt tokens, (1,), is for encoder-decoders alone.
+        """
+        return self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size]
 
-    def _takes_new_rows(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
-        """Return whether a new row, read beside one that grows by a token, gets the logits of a full forward."""
-        if self.is_encoder_decoder or not attends_by_row(self.model.config.get_text_config()):
-            return False
-        self.takes_new_rows = True
-        cache = PrefixCache(self)
-        lengths = torch.tensor([2, 1], device=ids.device)
-        cache.read(ids.expand(2, -1), lengths)
-        try:  # row 0 grows from 2 tokens to 3; row 1, from 1 to all, counts as new
-            logits = cache.read(ids.expand(2, -1), lengths.new_tensor([3, PROBE_LENGTH]))[1]
-        except NotImplementedError:  # from `step_layout._attend`: attention with a position bias, such as MPT's ALiBi
-            return False
-        return close(logits[1:], expected)
+    def decoding_modes(self) -> Iterator[tuple[bool, bool]]:
+        """Yield values of (`attends_by_row`, `takes_new_rows`) that the probe tries, the fastest first."""
+        if can_join_rows(self.model.config.get_text_config()):
+            yield True, True
+        yield from ((True, False), (False, False))
 
 
 def at(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Return `states[rows, cols]`, (N, ...) of (B, T, ...), on the device of `rows`: a device map may use several."""
     return states[rows.to(states.device), cols.to(states.device)].to(rows.device)
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """Return whether logits agree up to `PROBE_TOLERANCE` of the largest of `b`."""
-    scale = max(1.0, float(b.abs().max()))
-    return bool(torch.allclose(a.float(), b.float(), atol=PROBE_TOLERANCE * scale))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from textenv.rewards.reward_stats import RewardStats
 
 from .backbone import check_fits
-from .layers import disable_dropout, fuse_activations
+from .layers import evaluate_in_checkpoints, fuse_activations, set_mode
 from .pretrained import LMLike, PretrainedRewardModel, build_model
 
 PROBE_LENGTH = 4  # tokens: the last one is changed, and the hidden states of the first three are compared
@@ -70,18 +70,24 @@ class TrunkCritic(ValueHead):
     The trunk must be causal: a hidden state depends only on the tokens up to its own. A probe tests that.
 
     Args:
-        trunk: The model without its head. Its dropout is switched off, in place.
+        trunk: The model without its head. Its dropout is off, in training mode too.
 
     Raises:
         ValueError: If a hidden state depends on later tokens.
     """
 
     def __init__(self, trunk: PreTrainedModel) -> None:
-        disable_dropout(trunk)
+        evaluate_in_checkpoints(trunk)
         fuse_activations(trunk)
+        set_mode(trunk, training=trunk.training)
         hidden = _probe(trunk)
         super().__init__(hidden.shape[-1])
         self.trunk = trunk
+
+    def train(self, mode: bool = True) -> TrunkCritic:
+        super().train(mode)
+        set_mode(self.trunk, mode)
+        return self
 
     def check_fits(self, vocab_size: int, n_positions: int) -> None:
         """Raise ValueError if the trunk has fewer embedding rows or fewer positions than needed."""

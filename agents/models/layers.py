@@ -1,15 +1,68 @@
-"""Changes to a model's layers before training: dropout off, and GPT-2's activation in one kernel."""
+"""Changes to a model's layers before training: no dropout or other noise, and GPT-2's activation in one kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from torch import nn
 from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def transformer_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the transformer layers of a model, the lowest first."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Put a model into training or evaluation mode, so that both modes compute the same numbers.
+
+    With dropout, layer drop, router jitter or an expert capacity for training only, the update would give an unchanged
+    policy other probabilities than the rollout sampled from. Modules ask their own `training` flag for all of these, so
+    it stays False. Gradients do not depend on it. Only layers that recompute their activations in the backward pass
+    need the flag, and get it; see `evaluate_in_checkpoints`.
+
+    Args:
+        model: The model, changed in place.
+        training: Whether an update follows, in which activation checkpointing saves memory.
+    """
+    model.eval()
+    for layer in transformer_layers(model):
+        layer.training = training and layer.gradient_checkpointing
+
+
+def evaluate_in_checkpoints(model: nn.Module) -> None:
+    """Make layers under activation checkpointing compute in evaluation mode, in forward and recomputation alike.
+
+    transformers' `modeling_layers.GradientCheckpointingLayer` checkpoints a layer only while the layer's own `training`
+    is True, and with that flag the code of some layers drops activations (`modeling_bart.BartDecoderLayer.forward`).
+
+    Args:
+        model: The model, changed in place; layers without activation checkpointing stay as they are.
+    """
+    for layer in transformer_layers(model):
+        if layer.gradient_checkpointing:
+            function: Any = layer._gradient_checkpointing_func  # set by `_set_gradient_checkpointing` of transformers
+            vars(layer)["_gradient_checkpointing_func"] = partial(_checkpoint, layer, function)
+
+
+def _checkpoint(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    """Return `checkpoint(forward, *args)`, with the layer in evaluation mode whenever `forward` runs."""
+
+    def in_evaluation(*args: Any) -> Any:
+        was_training, layer.training = layer.training, False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = was_training
+
+    return checkpoint(in_evaluation, *args)
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout and layer-drop probability to 0, so that training mode computes what evaluation mode does.
-
-    With dropout, the update would give an unchanged policy other probabilities than the rollout sampled from.
+    """Set every dropout and layer-drop probability to 0, for a model that somebody else's loop trains.
 
     Args:
         model: The model, changed in place.

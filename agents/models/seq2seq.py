@@ -14,9 +14,10 @@ from transformers.cache_utils import DynamicLayer
 
 from textenv.huggingface.weights import n_positions
 
-from .backbone import PROBE_LENGTH, Backbone, close
+from .backbone import Backbone
 from .interface import LengthError
 from .prefix_cache import ColumnLayer, PrefixCache
+from .probe import PROBE_LENGTH
 from .sequences import bucket_by_length
 
 
@@ -204,24 +205,17 @@ class Seq2SeqBackbone(Backbone):
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         return ids, zero, zero + ids.shape[1] - 1, zero + PROBE_LENGTH
 
-    def _full_logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
-        """Return the logits (1, V) after the last token, computed by the whole model."""
-        encoder_ids, _, decoder_ids = self.split(ids, inputs[-1], PROBE_LENGTH, PROBE_LENGTH)
+    def plain_logits(self, ids: Tensor, n_prompt: Tensor) -> Tensor:
+        """Return the logits (T, V) at each token from the prompt's last one on, by the model's own forward."""
+        n = int(n_prompt)
+        encoder_ids, _, decoder_ids = self.split(ids, n_prompt, n, ids.shape[1] - n + 1)
         output = self.model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, use_cache=False)
-        return output.logits[0, -1:, : self.vocab_size]
+        return output.logits[0, :, : self.vocab_size]
 
-    def _decodes_like(self, expected: Tensor, ids: Tensor, *inputs: Tensor) -> bool:
-        """Return whether a padded prompt and a left-padded decoder row, read with a cache, give the same logits."""
-        if not self.head_is_linear:
-            return False
-        width, first = PROBE_LENGTH + 2, PROBE_LENGTH - 1
-        encoder_ids, encoder_mask, decoder_ids = self.split(ids, inputs[-1], width, PROBE_LENGTH)
-        padded = torch.cat([torch.zeros_like(ids[:, :2]), decoder_ids[:, :first]], dim=1)  # (1, 2 + T - 1): two padded
-        positions = torch.tensor([[0, 0, *range(first)]], device=ids.device)
-        mask = positions.new_tensor([[0, 0, *[1] * PROBE_LENGTH]])
-        cache = self.prefill_rows(encoder_ids, encoder_mask, padded, mask[:, :-1], positions)
-        last = positions.new_tensor([[first]])
-        return close(self.decode(decoder_ids[:, -1:], encoder_mask, mask, last, cache)[1], expected)
+    def decoding_modes(self) -> Iterator[tuple[bool, bool]]:
+        """Yield the only mode of a `Seq2SeqCache`, which needs a linear head."""
+        if self.head_is_linear:
+            yield False, False
 
 
 class Seq2SeqCache(PrefixCache):

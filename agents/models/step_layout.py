@@ -131,8 +131,8 @@ def _group_size(n_rows: int) -> int:
     return -(-n_rows // N_GROUPS)  # rounded up: the last group may be smaller
 
 
-def attends_by_row(config: PreTrainedConfig) -> bool:
-    """Return whether a model's attention can follow a layout: PyTorch's SDPA, over all earlier tokens.
+def can_join_rows(config: PreTrainedConfig) -> bool:
+    """Return whether a new row's tokens may join a decoding step: attention is PyTorch's SDPA, over all earlier tokens.
 
     Attention with a sliding window or in chunks needs the mask that the model makes for whole rows.
     """

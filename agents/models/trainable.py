@@ -11,9 +11,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from textenv.checks.extras import needs
+
+from .layers import transformer_layers
 
 ADAPTER = "default"  # the usual name of an adapter in peft (`mapping.inject_adapter_in_model`)
 COMPILED = "_orig_mod"  # the name under which the module that `torch.compile` returns has the one that it was given
@@ -126,11 +127,6 @@ def check_in_memory(model: PreTrainedModel) -> None:
             f"Expected trainable weights in memory, got {len(away)} that `device_map` has offloaded, {away[0]!r} "
             "first: give the layers that are trained, or that get adapters, a device, and offload the frozen ones."
         )
-
-
-def transformer_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """Return the transformer layers of a model, the lowest first."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:

@@ -22,8 +22,9 @@ from textenv.huggingface.weights import from_pretrained, n_positions
 from textenv.text.tokenizer import Tokenizer
 
 from ..checkpoints.output_folders import check_output, output_folder
-from ..models.backbone import PROBE_LENGTH, check_fits, close
+from ..models.backbone import check_fits
 from ..models.pretrained import LMLike, build_model
+from ..models.probe import PROBE_LENGTH, close
 from ..small_models.demo_model import model_folder
 from ..small_models.tokenizers import bpe_tokenizer
 from ..small_models.training_loop import IGNORED

@@ -121,8 +121,9 @@ def test_negative_control_too_few_columns(monkeypatch):
     """The check fails if groups read one column less than their longest row has."""
     real = column_groups
     shorter = lambda *args: tuple(group._replace(n_columns=max(1, group.n_columns - 1)) for group in real(*args))  # noqa: E731
+    policy = make_policy()  # before the fault, which the probe would notice
     monkeypatch.setattr("agents.models.prefix_cache.column_groups", shorter)
-    assert worst(make_policy(), EVERYTHING) > 100 * TOLERANCE
+    assert worst(policy, EVERYTHING) > 100 * TOLERANCE
 
 
 def test_negative_control_rows_that_are_not_moved(monkeypatch, moving):

@@ -20,7 +20,7 @@ from tests.agents.doctor.test_doctor_settings import OpeningTokenizer
 from tests.helpers.command import ROOT
 from tests.helpers.examining import LONG, Broken, agent
 from tests.helpers.models import tiny
-from tests.helpers.training import NO_DROPOUT, tiny_env
+from tests.helpers.training import tiny_env
 from textenv import CharTokenizer, TextEnv
 
 MODULES = ("examine", "model_checks", "setting_checks", "trial_checks")
@@ -53,14 +53,9 @@ def hooked(change):
     )
 
 
-def random_in_training(module, out):
-    return functional.dropout(out, getattr(module, "dropout_share", 0.3), module.training)
-
-
-def with_share(model):
-    """Add a functional dropout whose share is a float attribute with "drop" in its name, so that it can be set to 0."""
-    model.transformer.ln_f.dropout_share = 0.3
-    model.transformer.ln_f.register_forward_hook(lambda module, inputs, out: random_in_training(module, out))
+def random_on_long_texts(share):
+    """Return a change for `hooked`: dropout that ignores the mode, on texts too long for the probe to notice."""
+    return lambda module, out: functional.dropout(out, share) if out.shape[1] > 5 else out
 
 
 def lying_cache(model):
@@ -122,18 +117,10 @@ def nan_weights(model):
     language_model(model).transformer.ln_f.weight.data.fill_(torch.nan)
 
 
-def raises_in_training(module, out):
-    if module.training:
+def raises_on_whole_texts(module, out):
+    if out.shape[1] > 8:  # a rollout reads shorter prompts
         raise RuntimeError("no gradient for you")
     return out
-
-
-def with_module(model):
-    model.transformer.ln_f = nn.Sequential(model.transformer.ln_f, nn.Dropout(0.3))
-
-
-def with_dropout(model, p=0.1):
-    language_model(model).transformer.drop.p = p
 
 
 def repeats(model, size=2):
@@ -169,18 +156,15 @@ def other_critic(model):
 CASES = [
     ("ratio", "cache=False", lambda: agent(Broken(lying_cache)), [
         lambda: agent(Broken(lying_cache), policy_kwargs={"cache": False})]),
-    ("ratio", "Correct what the message names", lambda: agent(hooked(raises_in_training)), [agent]),
+    ("ratio", "Correct what the message names", lambda: agent(hooked(raises_on_whole_texts)), [agent]),
     ("rollout", "Correct what the message names", lambda: changed(nan_weights), [agent]),
     ("padding", "Use a causal language model", lambda: agent(hooked(sees_padding)), [agent]),
     ("cache", "cache=False", lambda: agent(Broken(lying_cache)), [
         lambda: agent(Broken(lying_cache), policy_kwargs={"cache": False})]),
     ("head", "Build the policy anew", lambda: changed(unlike_head, agent(tiny("cohere"))), [
         lambda: agent(tiny("cohere"))]),
-    ("dropout", "Set their p to 0", lambda: changed(with_dropout), [
-        lambda: changed(lambda model: with_dropout(model, 0.0), changed(with_dropout)),
-        lambda: agent(tiny(**NO_DROPOUT))]),
-    ("dropout", "a float attribute with 'drop' in its name", lambda: agent(hooked(random_in_training)), [
-        lambda: agent(Broken(with_share)), lambda: agent(Broken(with_module))]),
+    ("dropout", "Set the probability of that noise to 0", lambda: agent(hooked(random_on_long_texts(0.3))), [
+        lambda: agent(hooked(random_on_long_texts(0.0)))]),
     ("divergence", "Give KLPenalty no reference", lambda: with_reference(reference=agent(seed=1).policy.lm), [
         with_reference]),
     ("weights", "Set requires_grad in the spec's build(), or pass policy_kwargs=dict(train=LoRA())", lambda: agent(

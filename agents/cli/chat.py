@@ -31,7 +31,7 @@ class Conversation:
 
     def __init__(self, writer: Writer, options: ChatOptions) -> None:
         self.writer, self.options = writer, options
-        self.positions = n_positions(writer.policy.backbone.model.config) or DEFAULT_POSITIONS
+        self.positions = n_positions(writer.policy.backbone.model) or DEFAULT_POSITIONS
         self.answer_length = self._answer_length()
         self.messages: list[dict[str, str]] = []
         self.seed = options.seed

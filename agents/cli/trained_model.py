@@ -286,7 +286,7 @@ def _check_same(policy: LMPolicy, exported: LMPolicy, tokenizer: PreTrainedToken
     shape = (N_COMPARED, COMPARED_PROMPT)
     prompts: list[PromptLike] = np.random.default_rng(0).integers(len(tokenizer), size=shape).tolist()
     # As many tokens as the model can read after the prompt; a model without a limit of positions can read all.
-    room = (n_positions(policy.backbone.model.config) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
+    room = (n_positions(policy.backbone.model) or COMPARED_TOKENS + COMPARED_PROMPT) - COMPARED_PROMPT
     settings = {"max_new_tokens": min(COMPARED_TOKENS, room), "deterministic": True}
     ours, theirs = (
         [text.ids for text in generate(model, prompts, tokenizer, **settings)]  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -42,7 +43,7 @@ def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int, cure: 
 
 def check_length(model: PreTrainedModel, n_tokens: int, cure: str = SHORTER) -> None:
     """Raise LengthError if sequences of `n_tokens` are longer than the model can read."""
-    limit = n_positions(model.config)
+    limit = n_positions(model)
     if limit is not None and n_tokens > limit:
         fact = f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens"
         raise LengthError(fact, cure, n_tokens - limit)
@@ -112,6 +113,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """The device of the model; of its first layers, if a device map spreads them over several devices."""
         return self.model.device
+
+    @cached_property
+    def longest(self) -> int | None:
+        """The longest sequence that the model's positions allow, in tokens; None where they set no limit."""
+        return n_positions(self.model)
 
     @property
     def takes_cache(self) -> bool:

@@ -178,12 +178,17 @@ class PrefixCache(RowCache):
     def _make_room(self, longest: int, n_prefill: int) -> None:
         """Drop columns on the left that no row needs; add columns if a new row is longer than the columns in use.
 
+        Beside the newest token there are never more columns than the model has positions.
+
         Args:
             longest: The number of tokens of the longest row.
             n_prefill: The number of tokens of the longest new row, without its last one.
         """
         unused = self.columns + 1 - longest
-        if unused >= COMPACT_FROM and 4 * unused >= self.columns:  # a quarter: less is not worth the copy
+        # GPT-Neo's mask and MPT's ALiBi are tables with as many columns as the model has positions.
+        is_full = self.backbone.longest is not None and self.columns + 1 > self.backbone.longest
+        is_worth_it = unused >= COMPACT_FROM and 4 * unused >= self.columns  # a quarter: less is not worth the copy
+        if is_full or is_worth_it:
             self._shift(-unused)
         if n_prefill > self.columns:
             self._shift(n_prefill - self.columns)

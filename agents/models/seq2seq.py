@@ -57,13 +57,12 @@ class Seq2SeqBackbone(Backbone):
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
         """Raise LengthError if the encoder cannot read a prompt of `n_tokens`, or the decoder `n_written` tokens."""
-        limit = n_positions(self.model.config)
-        if limit is None:
-            return
-        if n_tokens > limit:
+        limit = n_positions(self.model, "encoder")
+        if limit is not None and n_tokens > limit:
             fact = f"Expected prompts to fit the encoder's {limit} positions, got up to {n_tokens} tokens"
             raise LengthError(fact, "lower max_prompt_tokens", None)
-        if n_written + 1 > limit:
+        limit = n_positions(self.model)
+        if limit is not None and n_written + 1 > limit:
             raise LengthError(
                 f"Expected completions to fit the decoder's {limit} positions, of which its first token takes one, got "
                 f"up to {n_written} tokens",

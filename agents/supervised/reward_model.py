@@ -122,7 +122,7 @@ def train_reward_model(
         raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
     _check_data("data", data)
     model = build_reward_model(lm, seed)
-    limit = max_tokens or n_positions(model.config) or DEFAULT_MAX_TOKENS
+    limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
     check_fits(model, len(tokenizer), limit, "lower max_tokens")
     _set_special_tokens(model, tokenizer)
     examples = _encode_all("data", tokenizer, data, limit)
@@ -201,7 +201,7 @@ def score_texts(
         >>> score_texts(model, word_tokenizer(["good", "film"]), ["good film", "film"]).shape
         (2,)
     """
-    limit = n_positions(model.config) or DEFAULT_MAX_TOKENS
+    limit = n_positions(model) or DEFAULT_MAX_TOKENS
     was_training = model.training
     model.eval()
     scores = _scores(

@@ -140,7 +140,7 @@ def tune(
         lm, tokenizer = _with_tokenizer(lm, tokenizer, data)
         model = build_model(lm)
         _check_model(model, packing)
-        limit = max_tokens or n_positions(model.config) or DEFAULT_MAX_TOKENS
+        limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
         check_fits(model, len(tokenizer), limit, "lower max_tokens")
         end = cast("int", tokenizer.eos_token_id)
         rows, tests = (

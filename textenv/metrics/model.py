@@ -71,7 +71,7 @@ class Perplexity:
         batch_tokens: int = 8192,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.max_tokens = n_positions(model.config) if max_tokens is None else max_tokens
+        self.max_tokens = n_positions(model) if max_tokens is None else max_tokens
         self.batch_tokens = batch_tokens
 
     def __call__(

@@ -81,7 +81,7 @@ class TextModel:
 
     def _longest(self, max_length: int | None) -> int:
         # A tokenizer without a limit has 1e30 (transformers `tokenization_utils_base.VERY_LARGE_INTEGER`).
-        limit = min(self.tokenizer.model_max_length, n_positions(self.model.config) or self.tokenizer.model_max_length)
+        limit = min(self.tokenizer.model_max_length, n_positions(self.model) or self.tokenizer.model_max_length)
         if max_length is not None and not 1 <= max_length <= limit:
             raise ValueError(
                 f"Expected `max_length` in [1, {limit}], what tokenizer and model allow, got {max_length}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from textenv.huggingface.weights import n_positions
+from textenv.huggingface.positions import n_positions
 from textenv.prompts.templates import apply_template
 from textenv.text.printable import printable
 

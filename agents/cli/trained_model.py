@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from textenv.checks.json_files import read_json
 from textenv.checks.trust import Trust
 from textenv.env import TextEnv
-from textenv.huggingface.weights import n_positions
+from textenv.huggingface.positions import n_positions
 from textenv.prompts.prompts import PromptLike
 from textenv.text import demo_corpus as demo
 from textenv.text.named_tokenizer import DEMO

@@ -26,7 +26,9 @@ Rule = Callable[[int, PreTrainedConfig], int]
 
 
 def _kv_heads(value: int, config: PreTrainedConfig) -> int:
-    heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or getattr(config, "n_heads", 0)
+    heads = (
+        getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or getattr(config, "n_heads", 0)
+    )
     return HEADS if value == heads else 1 if value == 1 else KV_HEADS
 
 
@@ -130,7 +132,7 @@ def _are_layers(value: Any, n_layers: int) -> bool:
     """Return whether a list names layers by index: it rises and stays below their number."""
     if not isinstance(value, list | tuple) or not value or not all(type(entry) is int for entry in value):
         return False
-    return all(a < b for a, b in zip(value, value[1:], strict=False)) and 0 <= value[0] and value[-1] < n_layers
+    return all(a < b for a, b in zip(value, value[1:], strict=False)) and value[0] >= 0 and value[-1] < n_layers
 
 
 def _kept_layers(values: dict[str, Any]) -> list[int]:
@@ -200,7 +202,14 @@ def _special_tokens(config: PreTrainedConfig, values: dict[str, Any]) -> dict[st
     special: dict[str, Any] = {}
     free = iter(range(VOCABULARY - 1, 0, -1))
     for name in values:
-        if name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id"):
+        if name in (
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "decoder_start_token_id",
+            "sep_token_id",
+            "cls_token_id",
+        ):
             special[name] = 0
         elif name.endswith(("forced_eos_token_id", "forced_bos_token_id")):
             special[name] = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from textenv.huggingface.weights import n_positions
+from textenv.huggingface.positions import length_limit, n_positions
 
 from .interface import LengthError
 from .layers import evaluate_in_checkpoints, fuse_activations, set_mode
@@ -43,10 +43,13 @@ def check_fits(model: PreTrainedModel, vocab_size: int, n_positions: int, cure: 
 
 def check_length(model: PreTrainedModel, n_tokens: int, cure: str = SHORTER) -> None:
     """Raise LengthError if sequences of `n_tokens` are longer than the model can read."""
-    limit = n_positions(model)
-    if limit is not None and n_tokens > limit:
-        fact = f"Expected prompt and completion to fit the model's {limit} positions, got up to {n_tokens} tokens"
-        raise LengthError(fact, cure, n_tokens - limit)
+    limit = length_limit(model)
+    if limit is not None and n_tokens > limit.n_tokens:
+        fact = (
+            f"Expected prompt and completion to fit the model's {limit.n_tokens} {limit.kind}, got up to {n_tokens} "
+            "tokens"
+        )
+        raise LengthError(fact, f"{cure}, {limit.cure}" if limit.cure else cure, n_tokens - limit.n_tokens)
 
 
 class Backbone(nn.Module):
@@ -187,9 +190,9 @@ class Backbone(nn.Module):
             if self.head_is_linear:
                 # `PreTrainedModel.base_model` is the model without its head; its output is the last layer's, normed.
                 return at(self.model.base_model(**inputs).last_hidden_state, rows, cols), None  # (N, H)
-            # transformers `utils.output_capturing.capture_outputs` ends `hidden_states` with `last_hidden_state`.
-            output = self.model(**inputs, output_hidden_states=True)
-        return at(output.hidden_states[-1], rows, cols), at(output.logits[..., : self.vocab_size], rows, cols)
+            with head_input(self.model) as seen:
+                logits = self.model(**inputs).logits[..., : self.vocab_size]
+        return at(seen[-1], rows, cols), at(logits, rows, cols)
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
         """Return the keys and values of left-padded rows, (B, T); mask and positions have the same shape."""
@@ -223,6 +226,20 @@ class Backbone(nn.Module):
         if can_join_rows(self.model.config.get_text_config()):
             yield True, True
         yield from ((True, False), (False, False))
+
+
+@contextmanager
+def head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Yield a list that gets the hidden states (B, T, H) on which a model's output embedding is run inside.
+
+    The `hidden_states` that models return on request are not always these: those of Gemma-3n have a dimension more.
+    """
+    seen: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def at(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ PROBE_TOLERANCE = 1e-3  # of the largest logit: kernels differ by about 1e-6 in 
 STATE_TOLERANCE = 1e-4
 QUANTISED_TOLERANCE = 0.05  # quantisers round activations too, with a scale for each forward
 ABSENT = -1e30  # a logit at or below it stands for a token that the model rules out: Chameleon writes finfo.min there
+CAUSAL_FLAGS = ("is_decoder", "causal")  # of configs whose models are bidirectional without: BERT and its kin, XLM
 # The numbers of tokens (of the decoder, for an encoder-decoder) of two rows at three steps of a decoding cache: both
 # rows begin, one grows beside a shorter one, and the shorter one is replaced by a longer one.
 STEPS = ((2, 1), (3, 1), (4, 4))
@@ -42,7 +43,7 @@ class Rows:
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, device: torch.device) -> None:
-        pad = model.config.get_text_config().pad_token_id
+        pad = getattr(model.config.get_text_config(), "pad_token_id", None)  # CPM-Ant's config has none
         others = [token for token in range(vocab_size) if token != pad][: 4 * PROBE_LENGTH] or [0]
         n_prompt = (PROBE_LENGTH, PROBE_LENGTH - 1) if model.config.is_encoder_decoder else (1, 1)
         self.lengths = tuple(n + PROBE_LENGTH - 1 for n in n_prompt)  # of the whole rows, in tokens
@@ -87,13 +88,13 @@ def probe(backbone: Backbone) -> None:
     was_training = backbone.training
     backbone.train(False)
     rows = Rows(model, backbone.vocab_size, backbone.device)
-    hidden = _choose_head(backbone, rows)
-    backbone.hidden_size = hidden.shape[-1]
+    truth = _choose_head(backbone, rows)
+    backbone.hidden_size = truth.hidden.shape[-1]
     tolerance = state_tolerance(model)
-    _check_causal(backbone, rows, hidden, tolerance)
-    _check_noise(backbone, rows, hidden, tolerance)
+    _check_causal(backbone, rows, truth, tolerance)
+    _check_noise(backbone, rows, truth, tolerance)
     backbone.train(False)
-    _choose_cache(backbone, rows, hidden, tolerance)
+    _choose_cache(backbone, rows, truth, tolerance)
     backbone.train(was_training)
 
 
@@ -119,10 +120,31 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b, atol=PROBE_TOLERANCE * scale))
 
 
-def differs(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Return whether states (N, H) differ by more than rounding: |a - b| > tolerance * |b| in any row, or NaN."""
-    difference, size = (a - b).float().norm(dim=-1), b.float().norm(dim=-1)  # (N,)
-    return not bool((difference <= tolerance * size + torch.finfo(torch.float32).tiny).all())
+class States(NamedTuple):
+    """The hidden states (N, H) and logits (N, V) at some positions."""
+
+    hidden: Tensor
+    logits: Tensor
+
+    def at(self, positions: Tensor | list[int]) -> States:
+        """Return the states of some of the positions."""
+        return States(self.hidden[positions], self.logits[positions])
+
+    def differ(self, others: tuple[Tensor, Tensor], tolerance: float) -> bool:
+        """Return whether others differ from these by more than rounding, or are not finite.
+
+        That is |a - b| > `tolerance` * |b| (Euclidean norms) of any row's hidden states or logits.
+        """
+        for expected, got in zip(self, others, strict=True):
+            expected, got = expected.float(), got.float()
+            is_absent = expected <= ABSENT
+            if not torch.equal(got <= ABSENT, is_absent):
+                return True
+            expected, got = expected.masked_fill(is_absent, 0.0), got.masked_fill(is_absent, 0.0)
+            difference, size = (got - expected).norm(dim=-1), expected.norm(dim=-1)  # (N,)
+            if not bool((difference <= tolerance * size + torch.finfo(torch.float32).tiny).all()):  # NaN is not <=
+                return True
+        return False
 
 
 def _attempt(compute: Callable[[], Result]) -> tuple[Result | None, str]:
@@ -135,8 +157,8 @@ def _attempt(compute: Callable[[], Result]) -> tuple[Result | None, str]:
         return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
 
 
-def _choose_head(backbone: Backbone, rows: Rows) -> Tensor:
-    """Set `head_is_linear`; return the hidden states that the update reads, (2 * PROBE_LENGTH, H).
+def _choose_head(backbone: Backbone, rows: Rows) -> States:
+    """Set `head_is_linear`; return the states that the update reads at the 2 * PROBE_LENGTH positions.
 
     The logits are scaled up, which shows a soft cap: it bends large logits only. Fresh weights give small ones, and
     trained weights may replace them after the probe.
@@ -173,7 +195,7 @@ def _choose_head(backbone: Backbone, rows: Rows) -> Tensor:
                 f"Expected a model that gives hidden states and logits at each token, whatever rows are beside it, got "
                 f"{name}: {' / '.join(errors)}. Use a model whose rows do not share an expert's capacity or a norm."
             )
-    return got[0]
+    return States(*backbone(rows.ids, rows.rows, rows.cols, *rows.further))  # at the logits' own scale
 
 
 @contextmanager
@@ -193,31 +215,25 @@ def _scaled(head: nn.Module | None) -> Iterator[Callable[[], None]]:
         yield scale
 
 
-def _check_causal(backbone: Backbone, rows: Rows, hidden: Tensor, tolerance: float) -> None:
+def _check_causal(backbone: Backbone, rows: Rows, truth: States, tolerance: float) -> None:
     """Raise ValueError if the last token of a row changes what the model computes at earlier ones."""
     ids, at_rows, at_cols, left = rows.cut()
-    shorter = backbone(ids, at_rows, at_cols, *rows.further)[0]
-    if not differs(shorter, hidden[left], tolerance):
+    if not truth.at(left).differ(backbone(ids, at_rows, at_cols, *rows.further), tolerance):
         return
     config = backbone.model.config.get_text_config()
-    flag = getattr(config, "is_decoder", None)
-    cure = (
-        "set is_decoder=True in its config"
-        if flag is False
-        else "use a causal language model, and switch bidirectional attention off in its config"
-    )
+    flags = [f"set {name}=True in its config" for name in CAUSAL_FLAGS if getattr(config, name, None) is False]
+    cure = [*flags, "use a causal language model, and switch bidirectional attention off in its config"][0]
     raise ValueError(
         f"Expected a causal model, got {type(backbone.model).__name__}, in which a token changes what is computed at "
         f"earlier ones: it would be trained on probabilities that depend on tokens yet to be sampled. Cure: {cure}."
     )
 
 
-def _check_noise(backbone: Backbone, rows: Rows, hidden: Tensor, tolerance: float) -> None:
+def _check_noise(backbone: Backbone, rows: Rows, truth: States, tolerance: float) -> None:
     """Raise ValueError if two forwards in training mode differ from each other or from evaluation mode."""
     backbone.train(True)
     for _ in range(2):
-        again = backbone(rows.ids, rows.rows, rows.cols, *rows.further)[0]
-        if differs(again, hidden, tolerance):
+        if truth.differ(backbone(rows.ids, rows.rows, rows.cols, *rows.further), tolerance):
             raise ValueError(
                 f"Expected a model that computes the same in every forward, got {type(backbone.model).__name__}, which "
                 "computes something else in training mode, or draws random numbers (dropout, jitter, sampled experts) "
@@ -225,7 +241,7 @@ def _check_noise(backbone: Backbone, rows: Rows, hidden: Tensor, tolerance: floa
             )
 
 
-def _choose_cache(backbone: Backbone, rows: Rows, hidden: Tensor, tolerance: float) -> None:
+def _choose_cache(backbone: Backbone, rows: Rows, truth: States, tolerance: float) -> None:
     """Set `attends_by_row`, `takes_new_rows` and `no_cache_because` to the fastest decoding that is exact."""
     backbone.is_cacheable = False
     if backbone.model._is_stateful:
@@ -236,11 +252,11 @@ def _choose_cache(backbone: Backbone, rows: Rows, hidden: Tensor, tolerance: flo
             backbone.is_cacheable, backbone.attends_by_row, backbone.takes_new_rows = True, by_row, takes_new_rows
             decoded, error = _attempt(lambda: list(_decode(backbone, rows)))
             if decoded is not None and not any(
-                differs(states, hidden[positions], tolerance) for states, positions in decoded
+                truth.at(positions).differ(states, tolerance) for states, positions in decoded
             ):
                 backbone.no_cache_because = ""
                 return
-            reasons.append(error or "its hidden states differ from those of whole texts")
+            reasons.append(error or "its logits differ from those of whole texts")
         backbone.is_cacheable = False
         backbone.no_cache_because = reasons[-1] if reasons else "its logits are not a function of its hidden states"
     backbone.attends_by_row = backbone.takes_new_rows = False
@@ -251,12 +267,12 @@ def _choose_cache(backbone: Backbone, rows: Rows, hidden: Tensor, tolerance: flo
     )
 
 
-def _decode(backbone: Backbone, rows: Rows) -> Iterator[tuple[Tensor, Sequence[int]]]:
-    """Yield the hidden states (2, H) of each step of a decoding cache, and the positions of the probe that they are."""
+def _decode(backbone: Backbone, rows: Rows) -> Iterator[tuple[tuple[Tensor, Tensor], list[int]]]:
+    """Yield the states (2, H) and (2, V) of each step of a decoding cache, and the positions of the probe there."""
     cache = backbone.new_cache()
     assert cache is not None, "called only while `is_cacheable`"
     for counts in STEPS:
         lengths = rows.n_prompt + torch.tensor(counts, device=rows.ids.device) - 1  # (2,) tokens of each row
         width = int(lengths.max())
-        hidden, _ = cache.read(rows.ids[:, :width], lengths, *rows.further)
-        yield hidden, [row * PROBE_LENGTH + n - 1 for row, n in enumerate(counts)]
+        states = cache.read(rows.ids[:, :width], lengths, *rows.further)
+        yield states, [row * PROBE_LENGTH + n - 1 for row, n in enumerate(counts)]

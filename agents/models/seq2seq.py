@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from textenv.huggingface.weights import n_positions
+from textenv.huggingface.positions import n_positions
 
-from .backbone import Backbone
+from .backbone import Backbone, at, head_input
 from .interface import LengthError
 from .prefix_cache import ColumnLayer, PrefixCache
 from .probe import PROBE_LENGTH
@@ -104,14 +104,14 @@ class Seq2SeqBackbone(Backbone):
         if self.head_is_linear:
             hidden = self._encode(encoder_ids, encoder_mask)
             return self._decode(decoder_ids, hidden, encoder_mask)[rows, columns], None  # (N, H)
-        output = self.model(
-            input_ids=encoder_ids,
-            attention_mask=encoder_mask,
-            decoder_input_ids=decoder_ids,
-            use_cache=False,
-            output_hidden_states=True,
-        )
-        return output.decoder_hidden_states[-1][rows, columns], output.logits[rows, columns, : self.vocab_size]
+        with head_input(self.model) as seen:
+            logits = self._whole(encoder_ids, encoder_mask, decoder_ids)
+        return at(seen[-1], rows, columns), at(logits, rows, columns)
+
+    def _whole(self, encoder_ids: Tensor, encoder_mask: Tensor, decoder_ids: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of the model's own forward, without a cache."""
+        inputs = {"input_ids": encoder_ids, "attention_mask": encoder_mask, "decoder_input_ids": decoder_ids}
+        return self.model(**inputs, use_cache=False).logits[..., : self.vocab_size]
 
     def split(self, ids: Tensor, n_prompt: Tensor, width: int, n_decoder: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the encoder's tokens (B, width), their mask (B, width), and the decoder's tokens (B, n_decoder).
@@ -207,9 +207,7 @@ class Seq2SeqBackbone(Backbone):
     def plain_logits(self, ids: Tensor, n_prompt: Tensor) -> Tensor:
         """Return the logits (T, V) at each token from the prompt's last one on, by the model's own forward."""
         n = int(n_prompt)
-        encoder_ids, _, decoder_ids = self.split(ids, n_prompt, n, ids.shape[1] - n + 1)
-        output = self.model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, use_cache=False)
-        return output.logits[0, :, : self.vocab_size]
+        return self._whole(*self.split(ids, n_prompt, n, ids.shape[1] - n + 1))[0]
 
     def decoding_modes(self) -> Iterator[tuple[bool, bool]]:
         """Yield the only mode of a `Seq2SeqCache`, which needs a linear head."""

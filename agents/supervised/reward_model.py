@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from textenv.huggingface.weights import from_config, n_positions
+from textenv.huggingface.positions import n_positions
+from textenv.huggingface.weights import from_config
 from textenv.rewards.reward_stats import RewardStats
 from textenv.text.tokenizer import Tokenizer
 

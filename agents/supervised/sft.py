@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from textenv.checks.extras import check_extra
-from textenv.huggingface.weights import from_pretrained, n_positions
+from textenv.huggingface.positions import n_positions
+from textenv.huggingface.weights import from_pretrained
 from textenv.text.tokenizer import Tokenizer
 
 from ..checkpoints.output_folders import check_output, output_folder

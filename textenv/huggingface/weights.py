@@ -9,13 +9,10 @@ from contextlib import contextmanager
 from functools import cache
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from textenv.checks.json_files import read_json
 from textenv.checks.trust import runs_remote_code
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The JSON files that transformers reads from a folder, and the keys without which it raises a bare KeyError.
 OBJECTS: dict[str, dict[Any, Any]] = {
@@ -181,40 +178,6 @@ def load_whole(
             "with transformers, save_pretrained(folder), and give that folder."
         )
     return model
-
-
-def n_positions(model: PreTrainedModel, of: Literal["encoder", "decoder"] = "decoder") -> int | None:
-    """Return the longest sequence that a model's positions allow, in tokens; None where they set no limit.
-
-    Relative positions set no limit (T5, BLOOM's ALiBi). The limit of an encoder-decoder holds for prompt and completion
-    each, except where its config has one of each (LED). RoBERTa and its kin count positions from `padding_idx` + 1 on,
-    so that an embedding of 514 positions is for 512 tokens.
-
-    Args:
-        model: The model; of a model with several modalities, the text part of its config is read.
-        of: The half that is asked for, if it is an encoder-decoder whose halves differ.
-
-    Example:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5Model
-        >>> n_positions(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=24)))
-        24
-        >>> n_positions(T5Model(T5Config(num_layers=1, d_model=8, d_ff=8, num_heads=1))) is None
-        True
-    """
-    half = getattr(model.config, of, None) if model.config.is_encoder_decoder else None
-    config = half or model.config.get_text_config()  # models made of two, and T5Gemma, have a config of each half
-    # Most configs with another name for the limit map the first of these to it (`attribute_map` of transformers'
-    # GPT2Config); MPT and LED do not. XLNet, which has no limit, says -1.
-    names = ("max_position_embeddings", "max_seq_len", f"max_{of}_position_embeddings")
-    limit = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-    if limit is None or limit <= 0:
-        return None
-    paddings = [
-        module.padding_idx
-        for name, module in model.named_modules()
-        if "position" in name and getattr(module, "num_embeddings", None) == limit and module.padding_idx is not None
-    ]
-    return int(limit) - max(paddings, default=-1) - 1
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from textenv.huggingface.weights import n_positions
+from textenv.huggingface.positions import n_positions
 from textenv.metrics.scores import Scores, mean_of
 from textenv.prompts.prompts import Prompt
 from textenv.text.tokenizer import Tokenizer, encode_prompt

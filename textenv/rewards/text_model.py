@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from textenv.huggingface.weights import check_name, from_pretrained, load_whole, n_positions
+from textenv.huggingface.positions import n_positions
+from textenv.huggingface.weights import check_name, from_pretrained, load_whole
 
 ModelLike = str | PathLike[str] | PreTrainedModel
 

@@ -192,7 +192,7 @@ class Backbone(nn.Module):
                 return at(self.model.base_model(**inputs).last_hidden_state, rows, cols), None  # (N, H)
             with head_input(self.model) as seen:
                 logits = self.model(**inputs).logits[..., : self.vocab_size]
-        return at(seen[-1], rows, cols), at(logits, rows, cols)
+        return at(whole_states(seen, logits), rows, cols), at(logits, rows, cols)
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
         """Return the keys and values of left-padded rows, (B, T); mask and positions have the same shape."""
@@ -240,6 +240,18 @@ def head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+def whole_states(seen: list[Tensor], logits: Tensor) -> Tensor:
+    """Return the hidden states (B, T, H) behind logits (B, T, V), of those that `head_input` has seen.
+
+    Raises:
+        NotImplementedError: If the output embedding was not run on hidden states of this shape.
+    """
+    if not seen or seen[-1].ndim != 3 or seen[-1].shape[:2] != logits.shape[:2]:
+        shapes = [tuple(states.shape) for states in seen]
+        raise NotImplementedError(f"its output embedding is run on {shapes}, not on (rows, tokens, size)")
+    return seen[-1]
 
 
 def at(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

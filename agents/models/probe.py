@@ -184,16 +184,16 @@ def _choose_head(backbone: Backbone, rows: Rows) -> States:
                 for i in range(len(rows.ids))
             ]
         )
-        errors = []
+        errors: list[str] = []
         for backbone.head_is_linear in (True, False) if head is not None else (False,):
             got, error = _attempt(lambda: backbone(rows.ids, rows.rows, rows.cols, *rows.further))
             if got is not None and close(got[1], expected):
                 break
-            errors.append(error or "other logits than of each row alone")
+            errors.append(error or "it gives other logits than for each row alone")
         else:
             raise ValueError(
-                f"Expected a model that gives hidden states and logits at each token, whatever rows are beside it, got "
-                f"{name}: {' / '.join(errors)}. Use a model whose rows do not share an expert's capacity or a norm."
+                f"Expected a model that computes a row's hidden states and logits whatever rows are beside it, got "
+                f"{name}: {', and '.join(dict.fromkeys(errors))}. Use another model."
             )
     return States(*backbone(rows.ids, rows.rows, rows.cols, *rows.further))  # at the logits' own scale
 
@@ -218,8 +218,16 @@ def _scaled(head: nn.Module | None) -> Iterator[Callable[[], None]]:
 def _check_causal(backbone: Backbone, rows: Rows, truth: States, tolerance: float) -> None:
     """Raise ValueError if the last token of a row changes what the model computes at earlier ones."""
     ids, at_rows, at_cols, left = rows.cut()
-    if not truth.at(left).differ(backbone(ids, at_rows, at_cols, *rows.further), tolerance):
+    shorter, truth = States(*backbone(ids, at_rows, at_cols, *rows.further)), truth.at(left)
+    if not truth.differ(shorter, tolerance):
         return
+    first = (at_rows == 0).nonzero().flatten()
+    if not truth.at(first).differ(shorter.at(first), tolerance):
+        raise ValueError(
+            f"Expected a model that reads its pad token like any other, as it may be sampled, got "
+            f"{type(backbone.model).__name__}, which reads another text where it occurs: set the pad token of its "
+            "config to an id that the tokenizer does not use."
+        )
     config = backbone.model.config.get_text_config()
     flags = [f"set {name}=True in its config" for name in CAUSAL_FLAGS if getattr(config, name, None) is False]
     cure = [*flags, "use a causal language model, and switch bidirectional attention off in its config"][0]

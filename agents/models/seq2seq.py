@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from textenv.huggingface.positions import n_positions
 
-from .backbone import Backbone, at, head_input
+from .backbone import Backbone, at, head_input, whole_states
 from .interface import LengthError
 from .prefix_cache import ColumnLayer, PrefixCache
 from .probe import PROBE_LENGTH
@@ -106,7 +106,7 @@ class Seq2SeqBackbone(Backbone):
             return self._decode(decoder_ids, hidden, encoder_mask)[rows, columns], None  # (N, H)
         with head_input(self.model) as seen:
             logits = self._whole(encoder_ids, encoder_mask, decoder_ids)
-        return at(seen[-1], rows, columns), at(logits, rows, columns)
+        return at(whole_states(seen, logits), rows, columns), at(logits, rows, columns)
 
     def _whole(self, encoder_ids: Tensor, encoder_mask: Tensor, decoder_ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of the model's own forward, without a cache."""

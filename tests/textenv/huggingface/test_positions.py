@@ -147,9 +147,9 @@ def long_rope(long_factor):
         "intermediate_size": 8,
         "initializer_range": 0.5,
     }
-    factors = {"short_factor": [1.0, 1.0], "long_factor": long_factor, "original_max_position_embeddings": 6}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
-    return Phi3Config(**shape, vocab_size=40, pad_token_id=0, max_position_embeddings=12, rope_parameters=rope)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.0], "long_factor": long_factor}
+    positions = {"max_position_embeddings": 12, "original_max_position_embeddings": 6}
+    return Phi3Config(**shape, **positions, vocab_size=40, pad_token_id=0, eos_token_id=0, rope_parameters=rope)
 
 
 def test_case_02_texts_that_cross_the_border_of_longrope_are_refused_with_the_cure():

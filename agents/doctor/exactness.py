@@ -23,7 +23,8 @@ from ..rollout.transitions import RolloutView
 from ..rollout.vec_env import TextVecEnv
 
 TOLERANCE = 1e-4  # nats, and of the largest gradient: float32 rounds by about 1e-6
-PROMPTS = ("a", "bcd", "efghijklm", "no", "pqrst", "u")
+# Token 0 pads and ends: as BOS, and inside a text, it is read like any other.
+PROMPTS = ("a", "bcd", "efghijklm", [0, 14, 15], "pqrst", [21, 0, 3])
 N_LANES, N_STEPS, MAX_NEW_TOKENS = 4, 10, 7  # episodes end, restart beside others, and straddle updates
 
 

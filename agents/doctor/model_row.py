@@ -35,7 +35,10 @@ def examine_model(config: PreTrainedConfig) -> ModelRow:
     """Train a small model of a family on a few tokens, and compare all that it computes with the model alone."""
     name = type(config).__name__
     spec = SharpModel(small_config(config))
-    plain = spec.build()
+    try:
+        plain = spec.build()
+    except ValueError as error:
+        return ModelRow(name, "refused" if is_ours(error) else "died", f"construction: {described(error)}")
     try:
         sharp = sensitivity(plain)
     except Exception:

@@ -43,12 +43,12 @@ def _of_hidden(value: int, config: PreTrainedConfig) -> int:
 
 
 def _head_size(value: int, config: PreTrainedConfig) -> int:
-    """Keep whole multiples of hidden size / heads, and sums of a head's parts with positions and without."""
+    """Keep twice hidden size / heads (Zamba), and heads that hold a part with positions and one without (DeepSeek)."""
     names = ("hidden_size", "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim")
-    hidden, heads, without, with_positions = (_value(config, name) or 0 for name in names)
-    if not all(isinstance(number, int) for number in (hidden, heads)):
+    hidden, heads, without, rotary = (_value(config, name) or 0 for name in names)
+    if not isinstance(hidden, int) or not isinstance(heads, int):
         return HEAD_SIZE
-    is_sum = without > 0 and value == without + with_positions
+    is_sum = value > without > 0 and value > rotary
     return 2 * HEAD_SIZE if is_sum or value * heads == 2 * hidden > 0 else HEAD_SIZE
 
 
@@ -91,7 +91,10 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"position|^n_ctx|max_\w*len|max_source|max_target|context_length|max_distance|rel_extent", _always(POSITIONS)),
     (r"buckets", _at_most(8)),
     (r"tokenizer_chunk|audio_chunk", lambda value, config: value),  # samples of sound, not tokens
-    (r"window|^(mamba_|attention_)?chunk_size|attn_chunk_length|block_size|local_radius|^local_attention", _at_most(WINDOW)),
+    (
+        r"window|^(mamba_|attention_)?chunk_size|attn_chunk_length|block_size|local_radius|^local_attention",
+        _at_most(WINDOW),
+    ),
     (r"multiple_of|divisible_by", _at_most(STATE)),
     (r"rank|state_size|d_state|ssm_state", _at_most(STATE)),
     (r"kernel|conv_L|d_conv|width$|_per_|num_mel|num_channels|in_channels|channels$|image_size|patch", _at_most(16)),
@@ -161,7 +164,7 @@ def _are_layers(value: Any, n_layers: int) -> bool:
     """Return whether a list names layers by index: it rises and stays below their number."""
     if not isinstance(value, list | tuple) or not value or not all(type(entry) is int for entry in value):
         return False
-    return all(a < b for a, b in zip(value, value[1:], strict=False)) and 0 <= value[0] and value[-1] < n_layers
+    return all(a < b for a, b in zip(value, value[1:], strict=False)) and value[0] >= 0 and value[-1] < n_layers
 
 
 def _kept_layers(values: dict[str, Any]) -> list[int]:
@@ -224,7 +227,14 @@ def _special_tokens(config: PreTrainedConfig, values: dict[str, Any]) -> dict[st
     special: dict[str, Any] = {}
     free = iter(range(VOCABULARY - 1, 0, -1))
     for name in values:
-        if name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id", "cls_token_id"):
+        if name in (
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "decoder_start_token_id",
+            "sep_token_id",
+            "cls_token_id",
+        ):
             special[name] = 0
         elif name.endswith(("forced_eos_token_id", "forced_bos_token_id")):
             special[name] = None

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Container
 from contextlib import suppress
 from dataclasses import fields
+from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
+import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
+from transformers.utils import logging
+
+from agents.doctor.model_row import ModelRow, described, examine_config
+
+# The server imports the modules once; each examination is a fork of it.
+APART = multiprocessing.get_context("forkserver")
+APART.set_forkserver_preload(["tests.helpers.families"])
 
 Kind = Literal["causal", "seq2seq"]
 CAUSAL_FLAGS = ("is_decoder", "causal")  # fields of BERT and XLM that make attention causal; off by default
@@ -41,6 +51,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # The default has attention in every layer, unlike the published checkpoints.
     "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
 }
+
+
+# The entries of which no small model can be built, and why.
+UNBUILT: dict[str, str] = {}
 
 
 class Family(NamedTuple):
@@ -96,3 +110,36 @@ def make_random(config: PreTrainedConfig, fixed: Container[str] = ()) -> None:
         elif type(value) in (int, float) and any(word in field.name for word in RANDOM) and field.name not in fixed:
             with suppress(StrictDataclassFieldValidationError):  # MPT's `attn_pdrop` must be an integer
                 setattr(config, field.name, RATE)
+
+
+def examine_family(family: Family) -> ModelRow:
+    """Return the row of a family; "failed" also if transformers itself builds no model of its default config."""
+    try:
+        config = default_config(family)
+    except Exception as error:
+        return ModelRow("failed", remarks=f"no config: {described(error)}")
+    return examine_config(config)
+
+
+def examine_apart(family: Family, timeout: float = 120.0) -> ModelRow:
+    """Return the row of a family, examined in a process of its own: one that crashes or hangs leaves the others alone."""
+    ours, theirs = APART.Pipe()
+    process = APART.Process(target=_send_row, args=(family, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            return ModelRow("failed", remarks=f"no result after {timeout:g} s")
+        return ours.recv()
+    except EOFError:
+        process.join(5)
+        return ModelRow("failed", remarks=f"the process ended with code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send_row(family: Family, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    pipe.send(examine_family(family))

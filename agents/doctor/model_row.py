@@ -1,85 +1,160 @@
-"""The examination of one family of models: what it can do, proven on a small model of it, or why it is refused."""
+"""The examination of one model by its config: what it can do, proven on a small model like it, or why it is refused."""
 
 from __future__ import annotations
 
 import traceback
 import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from transformers import PreTrainedConfig
+from stable_baselines3 import PPO
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.critic import SeparateCritic
+from ..models.trainable import LoRA, adapted_layers
+from ..policies.lm_policy import LMPolicy
 from .exactness import TOLERANCE, Exactness, exactness_agent, sensitivity
 from .sharp_model import SharpModel
 from .small_config import small_config
 
-Verdict = Literal["exact", "refused", "wrong", "died"]
-PACKAGES = Path(__file__).resolve().parents[2]
-SHARP = 1e-3  # nats by which a token must move the distribution, for the comparisons to mean something
+Verdict = Literal["exact", "refused", "wrong", "failed"]
+COLUMNS = ("result", "cache", "attention", "critic", "LoRA", "remarks")
+ROOT = Path(__file__).resolve().parents[2]
+N_ROLLOUTS = 2  # one by the fresh weights, one after an update
 
 
 class ModelRow(NamedTuple):
-    """The outcome of an examination."""
+    """What the library does with a family of models.
 
-    model: str
+    Attributes:
+        verdict: "exact", where rollouts and updates equal the model alone; "refused", where `LMPolicy` says why not;
+            "wrong" and "failed" are faults of this library: other numbers, or an error that is not its own.
+        cache: Whether rollouts decode from cached keys and values.
+        attention: The implementation of attention.
+        critic: The critics that it takes: "shared", and "separate" for a trunk of the same family.
+        lora: The endings of the names of the layers that `LoRA()` adapts.
+        remarks: The reason where it is not exact, else what it warns of.
+        differences: By check, the largest difference (see `Exactness`).
+        sensitivity: By how much a token moves the distribution two tokens later, in nats: near 0, nothing was proven.
+    """
+
     verdict: Verdict
-    reason: str = ""
     cache: str = ""
     attention: str = ""
-    differences: dict[str, float] = {}
+    critic: str = ""
+    lora: str = ""
+    remarks: str = ""
+    differences: Mapping[str, float] = {}
     sensitivity: float = 0.0
-    warnings: tuple[str, ...] = ()
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table with `COLUMNS`."""
+        return self.verdict, self.cache, self.attention, self.critic, self.lora, self.remarks
+
+    def __str__(self) -> str:
+        """Return the row as lines of plain text."""
+        lines = [f"{name:11}{cell}" for name, cell in zip(COLUMNS, self.cells, strict=True) if cell]
+        if self.differences:
+            largest = max(self.differences.values())
+            lines.append(f"{'measured':11}at most {largest:.1e} from the model alone, over {N_ROLLOUTS} rollouts")
+        return "\n".join(lines)
 
 
-def examine_model(config: PreTrainedConfig) -> ModelRow:
-    """Train a small model of a family on a few tokens, and compare all that it computes with the model alone."""
-    name = type(config).__name__
+def examine_config(config: PreTrainedConfig) -> ModelRow:
+    """Examine a model by its config: a small one with the same switches is trained, and compared with itself alone.
+
+    Its own weights are not loaded, so that any size takes a second or two. Two policies are trained: all weights with
+    the shared critic, and LoRA with a separate one.
+
+    Args:
+        config: The config, of any size.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> row = examine_config(GPT2Config())
+        >>> row.verdict, row.cache, row.critic
+        ('exact', 'yes', 'shared, separate')
+    """
     spec = SharpModel(small_config(config))
-    plain = spec.build()
-    try:
-        sharp = sensitivity(plain)
-    except Exception:
-        sharp = 0.0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        stage = "construction"
         try:
             agent = exactness_agent(spec)
-            stage = "training"
-            exactness = Exactness(plain)
-            agent.learn(2 * agent.n_steps * agent.n_envs, callback=exactness)
         except Exception as error:
-            verdict: Verdict = "refused" if is_ours(error) and stage == "construction" else "died"
-            return ModelRow(name, verdict, f"{stage}: {described(error)}", sensitivity=sharp)
-    said = tuple(dict.fromkeys(str(w.message)[:100] for w in caught if "textenv" in str(w.message) or is_of_package(w)))
+            return _not_built(error)
+        plain = spec.build()
+        try:
+            differences = _train(agent, Exactness(plain))
+            critic, lora, more = _beside(spec, plain)
+        except Exception as error:
+            return ModelRow("failed", remarks=described(error))
+    differences |= more
+    off = {check: value for check, value in differences.items() if not value <= TOLERANCE.get(check, TOLERANCE[""])}
+    remarks = [f"{check} {value:.1e} off" for check, value in off.items()]
+    remarks += dict.fromkeys(str(w.message) for w in caught if _is_inside(w.filename) or "decode" in str(w.message))
     backbone = agent.policy.backbone
-    off = {key: value for key, value in exactness.differences.items() if not value <= TOLERANCE}
     return ModelRow(
-        name,
         "wrong" if off else "exact",
-        ", ".join(f"{key} {value:.1e}" for key, value in off.items()),
         "yes" if backbone.is_cacheable else "no",
         str(backbone.model.config.get_text_config()._attn_implementation),
-        exactness.differences,
-        sharp,
-        said,
+        critic,
+        lora,
+        "; ".join(remarks),
+        differences,
+        sensitivity(plain),
     )
 
 
-def is_of_package(warning: Any) -> bool:
-    return str(PACKAGES) in warning.filename
+def _train(agent: PPO, exactness: Exactness) -> dict[str, float]:
+    agent.learn(N_ROLLOUTS * agent.n_steps * agent.n_envs, callback=exactness)
+    return exactness.differences
+
+
+def _beside(spec: SharpModel, plain: PreTrainedModel) -> tuple[str, str, dict[str, float]]:
+    """Return the critics, the layers that LoRA adapts, and the differences of a policy with LoRA and its own critic."""
+    critic, kwargs = "shared", {}
+    try:
+        SeparateCritic(spec).build(0)
+        critic, kwargs = "shared, separate", {"critic": SeparateCritic(spec)}
+    except (ValueError, TypeError) as error:
+        if not is_ours(error):
+            raise
+    if find_spec("peft") is None:
+        return critic, "needs peft", {}
+    try:
+        agent = exactness_agent(spec, train=LoRA(), **kwargs)
+    except (ValueError, TypeError) as error:
+        if not is_ours(error):
+            raise
+        return critic, f"refused: {error}", {}
+    policy = agent.policy
+    assert isinstance(policy, LMPolicy)
+    names = sorted({name.rpartition(".")[2] for name in adapted_layers(policy.backbone.model)})
+    off = _train(agent, Exactness(plain, with_gradient=False))
+    return critic, ", ".join(names), {f"LoRA's {check}": value for check, value in off.items()}
+
+
+def _not_built(error: Exception) -> ModelRow:
+    """Return the row of a model that no policy was built of."""
+    return ModelRow("refused", remarks=str(error)) if is_ours(error) else ModelRow("failed", remarks=described(error))
 
 
 def is_ours(error: Exception) -> bool:
-    """Return whether the library itself refused: an error of its own words, from its own line."""
+    """Return whether the library itself refused: in its own words, from a line of its own."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    inside = Path(frame.filename).resolve()
-    is_worded = isinstance(error, ValueError | TypeError) and str(error).startswith("Expected ")
-    return is_worded and any(inside.is_relative_to(PACKAGES / name) for name in ("agents", "textenv"))
+    return (
+        isinstance(error, ValueError | TypeError) and str(error).startswith("Expected ") and _is_inside(frame.filename)
+    )
+
+
+def _is_inside(filename: str) -> bool:
+    return any(Path(filename).resolve().is_relative_to(ROOT / package) for package in ("agents", "textenv"))
 
 
 def described(error: Exception) -> str:
     """Return an error in one line, with the file and line where it was raised."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {words[:300]}"
+    frame: Any = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {' '.join(str(error).split())[:200]}"

@@ -16,34 +16,40 @@ HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 8
 EXPERTS, EXPERTS_PER_TOKEN = 4, 2
 WINDOW = 4  # tokens of sliding windows and chunks: fewer than the rows of an examination have
 STATE = 8  # the size of states, ranks and kernels' groups
-MAX_LAYERS = 4
-LARGE = 64  # numbers beyond it, of names that no rule knows, become `HIDDEN`
+MAX_KINDS = 3  # of layers: two of each kind are kept, or one of each if there are more kinds
+LARGE = 64  # the largest number of a field whose name no rule knows
+DEFAULTS = {"head_dim": HEAD_SIZE, "num_key_value_heads": HEADS}  # for None, which some classes read as it is
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 OWN_FIELDS = {field.name for field in fields(PreTrainedConfig)} - {"is_encoder_decoder"}  # of every config
-LAYER_COUNTS = re.compile(r"^(num_hidden|num|n|encoder|decoder|num_encoder|num_decoder|\w+)_?layers?$|^depth$|blocks$")
 
 Rule = Callable[[int, PreTrainedConfig], int]
 
 
 def _kv_heads(value: int, config: PreTrainedConfig) -> int:
-    heads = (
-        getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or getattr(config, "n_heads", 0)
-    )
-    return HEADS if value == heads else 1 if value == 1 else KV_HEADS
+    heads = [_value(config, name) for name in ("num_attention_heads", "n_head", "n_heads")]
+    return HEADS if value in heads else min(value, KV_HEADS)
+
+
+def _heads(value: int, config: PreTrainedConfig) -> int:
+    """Return the number of heads; of a state-space model (Mamba 2), those of its expanded hidden state."""
+    return 2 * HIDDEN // HEAD_SIZE if "expand" in vars(config) and "state_size" in vars(config) else HEADS
 
 
 def _of_hidden(value: int, config: PreTrainedConfig) -> int:
     """Keep whole multiples of the hidden size (Zamba's attention reads two hidden states side by side)."""
-    hidden = getattr(config, "hidden_size", None) or value
-    return HIDDEN * max(1, round(value / hidden)) if isinstance(hidden, int) else HIDDEN
+    hidden = _value(config, "hidden_size")
+    return HIDDEN * (value // hidden if isinstance(hidden, int) and value % hidden == 0 else 1)
 
 
 def _head_size(value: int, config: PreTrainedConfig) -> int:
-    """Keep whole multiples of hidden size / heads."""
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    """Keep twice hidden size / heads (Zamba), and heads that hold a part with positions and one without (DeepSeek)."""
+    names = ("hidden_size", "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim")
+    hidden, heads, without, rotary = (_value(config, name) or 0 for name in names)
     if not isinstance(hidden, int) or not isinstance(heads, int):
         return HEAD_SIZE
-    return HEAD_SIZE * (2 if value * heads == 2 * hidden else 1)
+    is_sum = value > without > 0 and value > rotary
+    return 2 * HEAD_SIZE if is_sum or value * heads == 2 * hidden > 0 else HEAD_SIZE
 
 
 def _at_most(limit: int) -> Rule:
@@ -58,7 +64,10 @@ def _always(size: int) -> Rule:
 RULES: tuple[tuple[str, Rule], ...] = (
     (r"vocab_offset", _always(VOCABULARY - 8)),
     (r"^type_vocab_size|task_type_vocab", _at_most(4)),
-    (r"vocab|codebook_size$", _always(VOCABULARY)),
+    (r"^codebook_size", _at_most(HIDDEN)),
+    (r"vocab", _always(VOCABULARY)),
+    (r"^hidden_size_global", _always(HIDDEN)),
+    (r"^mamba_d_ssm", _always(2 * HIDDEN)),
     (r"sparse_step|interval|period|every_n|layer_group_size|cross_attention_frequency", _at_most(2)),
     (r"offset$|layer_start_index|first_k_dense|num_dense_layers|max_window_layers|^num_global_layers", _at_most(1)),
     (r"num_sparse_\w+_layers", _at_most(1)),
@@ -69,19 +78,23 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"^n_mamba_heads", _at_most(2)),
     (r"mamba_head_?dim|mamba_d_head", _always(HEAD_SIZE)),
     (r"heads?_per_ngram", _at_most(2)),
-    (r"(num|^n|attention)_heads?(_|$)|_n_heads$|linear_num\w*heads|^num_\w*heads$|heads$", _always(HEADS)),
+    (r"(num|^n|attention)_heads?(_|$)|_n_heads$|linear_num\w*heads|^num_\w*heads$|heads$", _heads),
     (r"head_dim|^d_kv|^dim_head|kv_channels|head_size|^d_head|^rotary_dim", _head_size),
     (r"shared_experts?$|num_experts_per_group|zero_expert_num", _at_most(1)),
     (r"experts_per_tok|top_?k$|moe_k$|topk_blocks|index_topk", _at_most(EXPERTS_PER_TOKEN)),
     (r"num_\w*experts|n_routed_experts|^num_experts|moe_num_experts", _at_most(EXPERTS)),
-    (r"expert_capacity", _always(POSITIONS)),
+    (r"expert_capacity", _at_most(WINDOW)),
     (r"^n_group$|expert_group", _at_most(2)),
     (r"topk_group", _at_most(1)),
     (r"n_groups|ngroups|num_\w*groups", _at_most(1)),
     (r"layers?$|^n_layer|^depth$|num_blocks|layers_per_stack", _at_most(2)),
     (r"position|^n_ctx|max_\w*len|max_source|max_target|context_length|max_distance|rel_extent", _always(POSITIONS)),
     (r"buckets", _at_most(8)),
-    (r"window|chunk_(size|length)|block_size|local_radius|^local_attention|chunk_length", _at_most(WINDOW)),
+    (r"tokenizer_chunk|audio_chunk", lambda value, config: value),  # samples of sound, not tokens
+    (
+        r"window|^(mamba_|attention_)?chunk_size|attn_chunk_length|block_size|local_radius|^local_attention",
+        _at_most(WINDOW),
+    ),
     (r"multiple_of|divisible_by", _at_most(STATE)),
     (r"rank|state_size|d_state|ssm_state", _at_most(STATE)),
     (r"kernel|conv_L|d_conv|width$|_per_|num_mel|num_channels|in_channels|channels$|image_size|patch", _at_most(16)),
@@ -94,7 +107,7 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
     """Return a config of the same class and the same switches, with few layers of every kind, all of them small.
 
     Numbers change by rules on the names of their fields: sizes, counts of layers, heads and experts, windows,
-    vocabularies and positions. Lists with an entry per layer are cut to one layer of each kind. Configs inside the
+    vocabularies and positions. Lists with an entry per layer are cut to two layers of each kind. Configs inside the
     config change likewise. All else stays: activations, biases, scales, caps, kinds of layers, dropout.
 
     Args:
@@ -104,24 +117,43 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
     Example:
         >>> from transformers import Gemma2Config
         >>> small = small_config(Gemma2Config())
-        >>> small.num_hidden_layers, small.layer_types, small.final_logit_softcapping
-        (2, ['sliding_attention', 'full_attention'], 30.0)
+        >>> small.num_hidden_layers, small.layer_types[:2], small.final_logit_softcapping
+        (4, ['sliding_attention', 'full_attention'], 30.0)
     """
-    names = [field.name for field in fields(config) if field.name not in OWN_FIELDS]
-    values = {name: getattr(config, name) for name in names}
+    values = {name: _value(config, name) for name in _names(config)}
     kept = _kept_layers(values)
     small = {name: _small(name, value, config, kept) for name, value in values.items()}
     if kept:
-        small |= {name: len(kept) for name in small if name in ("num_hidden_layers", "n_layer", "num_layers")}
-    special = _special_tokens(config, small)
-    return type(config)(**{**small, **special, **overrides})
+        small |= {name: len(kept) for name in small if name in LAYER_COUNTS}
+    # A config with differences between layers (Gemma 4's head sizes) writes them under this key.
+    per_layer = config.to_dict().get("per_layer_config") or {}
+    if per_layer and kept:
+        own = {int(i): _small_part(part, config.per_layer_config[int(i)]) for i, part in per_layer.items()}
+        small["per_layer_config"] = {new: own[old] for new, old in enumerate(kept) if old in own}
+    result = type(config)(**{**small, **_special_tokens(config, small), **overrides})
+    for name in vars(config).keys() - vars(result).keys():  # attributes without a field, such as DBRX's `rope_theta`
+        if not name.startswith("_"):
+            setattr(result, name, _small(name, vars(config)[name], config, kept))
+    return result
 
 
-def _n_layers(values: dict[str, Any]) -> int | None:
-    for name in ("num_hidden_layers", "n_layer", "num_layers"):
-        if isinstance(values.get(name), int):
-            return int(values[name])
-    return None
+def _small_part(part: dict[str, Any], layer: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields in which a layer differs from the others, made small; `layer` is the config as it reads it."""
+    return {name: _small(name, value, layer, []) for name, value in part.items()}
+
+
+def _names(config: PreTrainedConfig) -> list[str]:
+    return [field.name for field in fields(config) if field.name not in OWN_FIELDS]
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    """Return a field, also one that transformers keeps under another name, or that differs between layers."""
+    return vars(config).get(config.attribute_map.get(name, name))
+
+
+def _n_layers(values: dict[str, Any]) -> int:
+    """Return the number of layers; 0 if no field says it."""
+    return next((int(values[name]) for name in LAYER_COUNTS if isinstance(values.get(name), int)), 0)
 
 
 def _is_per_layer(value: Any, n_layers: int) -> bool:
@@ -136,25 +168,19 @@ def _are_layers(value: Any, n_layers: int) -> bool:
 
 
 def _kept_layers(values: dict[str, Any]) -> list[int]:
-    """Return the first layer of each kind, by all lists that describe layers; [] if no list does."""
+    """Return two layers of each kind, in order, by all lists that describe layers; [] if no list does."""
     n_layers = _n_layers(values)
-    if n_layers is None:
-        return []
-    lists = [value for value in values.values() if _is_per_layer(value, n_layers)]
+    lists = [value for value in values.values() if n_layers and _is_per_layer(value, n_layers)]
     sets = [set(value) for value in values.values() if _are_layers(value, n_layers) and len(value) < n_layers]
     if not lists and not sets:
         return []
     kinds = [(*(str(entries[i]) for entries in lists), *(i in layers for layers in sets)) for i in range(n_layers)]
-    first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())[:MAX_LAYERS]
-    if len(first) == 1:
-        first = [0, 1] if n_layers > 1 else [0]
-    # Layers that share the keys and values of earlier ones are the last layers: one of each kind more.
-    shared = values.get("num_kv_shared_layers") or 0
-    if shared:
-        own, sharing = range(n_layers - shared), range(n_layers - shared, n_layers)
-        parts = [{kinds[i]: i for i in reversed(part)}.values() for part in (own, sharing)]
-        first = sorted(i for part in parts for i in part)
-    return first
+    # Layers that share the keys and values of earlier ones are the last layers.
+    n_sharing = values.get("num_kv_shared_layers") or 0
+    kinds = [(*kind, i >= n_layers - n_sharing) for i, kind in enumerate(kinds)]
+    nth = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+    most = 2 if len(set(kinds)) <= MAX_KINDS else 1
+    return [i for i in range(n_layers) if nth[i] < most]
 
 
 def _small(name: str, value: Any, config: PreTrainedConfig, kept: list[int]) -> Any:
@@ -162,21 +188,20 @@ def _small(name: str, value: Any, config: PreTrainedConfig, kept: list[int]) -> 
         return small_config(value)
     if name.endswith(("token_id", "token_index", "token_ids")):
         return value
-    n_layers = _n_layers({field.name: getattr(config, field.name) for field in fields(config)})
-    if n_layers is not None and kept:
-        if name == "num_kv_shared_layers" and value:
-            return sum(i >= n_layers - value for i in kept)
-        if _is_per_layer(value, n_layers):
-            return type(value)(_small(name, value[i], config, []) for i in kept)
-        if _are_layers(value, n_layers):
-            return type(value)(kept.index(i) for i in value if i in kept)
+    n_layers = _n_layers({name: _value(config, name) for name in LAYER_COUNTS})
+    if kept and name == "num_kv_shared_layers":
+        return sum(i >= n_layers - value for i in kept)
+    if kept and _is_per_layer(value, n_layers):
+        return type(value)(_small(name, value[i], config, []) for i in kept)
+    if kept and _are_layers(value, n_layers):
+        return type(value)(kept.index(i) for i in value if i in kept)
     if name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
         return _small_rope(value)
+    if value is None and name in DEFAULTS:
+        return DEFAULTS[name]
     if type(value) is int and value > 0:
-        for pattern, rule in RULES:
-            if re.search(pattern, name):
-                return rule(value, config)
-        return HIDDEN if value > LARGE else value
+        rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
+        return rule(value, config) if rule else min(value, LARGE)
     return value
 
 

@@ -1,0 +1,145 @@
+"""The families of causal models and encoder-decoders that the installed transformers has, each as a default config."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Container
+from contextlib import suppress
+from dataclasses import fields
+from multiprocessing.connection import Connection
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from agents.doctor.model_row import ModelRow, described, examine_config
+
+# The server imports the modules once; each examination is a fork of it.
+APART = multiprocessing.get_context("forkserver")
+APART.set_forkserver_preload(["tests.helpers.families"])
+
+Kind = Literal["causal", "seq2seq"]
+CAUSAL_FLAGS = ("is_decoder", "causal")  # fields of BERT and XLM that make attention causal; off by default
+RANDOM = ("drop", "jitter")  # in the names of rates by which a model is random in training mode
+RATE = 0.3
+
+INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 4}
+INDEXER |= {"indexer_compress_ratio": 2}
+# Fields of a family whose defaults alone would not do, and why.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # The defaults are None or missing, and transformers itself builds no model of them, or runs no forward.
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
+    "xmod": {"default_language": "en_XX"},
+    # Dropout of attention is refused.
+    "diffllama": {"attention_dropout": 0.0},
+    # One field says how often a list of kinds is repeated.
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    # Positions along two axes need texts of exactly the product of their sizes in training.
+    "reformer": {"axial_pos_embds": False},
+    # The default has attention in every layer, unlike the published checkpoints.
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
+}
+
+
+# The entries of which no small model can be built, and why.
+UNBUILT: dict[str, str] = {}
+
+
+class Family(NamedTuple):
+    """One entry of transformers' mappings from a config's `model_type` to a class, and a flag of its config or ""."""
+
+    kind: Kind
+    model_type: str
+    flag: str = ""
+
+    def __str__(self) -> str:
+        """Return the name of the family in tables and tests."""
+        name = self.model_type if self.kind == "causal" else f"{self.model_type} ({self.kind})"
+        return f"{name}, {self.flag}=True" if self.flag else name
+
+
+def families() -> list[Family]:
+    """Return all entries of both mappings; those whose config has a flag that makes it causal also with the flag."""
+    found = []
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        found.append(Family("causal", name))
+        defaults = {field.name: field.default for field in fields(CONFIG_MAPPING[name])}
+        is_whole = not defaults.get("is_encoder_decoder")
+        found += [Family("causal", name, flag) for flag in CAUSAL_FLAGS if is_whole and defaults.get(flag) is False]
+    return [*found, *(Family("seq2seq", name) for name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)]
+
+
+def default_config(family: Family) -> PreTrainedConfig:
+    """Return the config of a family with its class's defaults, random in training mode wherever it has a rate for it.
+
+    Of an encoder-decoder in the mapping of causal models (BART), it is the config of the decoder alone.
+    """
+    config_class: Any = CONFIG_MAPPING[family.model_type]
+    flags = {family.flag: True} if family.flag else {}
+    if family.kind == "causal" and config_class().is_encoder_decoder:
+        flags = {"is_encoder_decoder": False, "is_decoder": True}
+    fixed = OVERRIDES.get(family.model_type, {})
+    config = config_class(**fixed, **flags)
+    make_random(config, fixed)
+    return config
+
+
+def make_random(config: PreTrainedConfig, fixed: Container[str] = ()) -> None:
+    """Set every rate of dropout, layer drop and jitter of a config, and of those inside it, to `RATE`.
+
+    Args:
+        config: The config, changed in place.
+        fixed: The names of fields that stay.
+    """
+    for field in fields(config):
+        value = vars(config).get(field.name)
+        if isinstance(value, PreTrainedConfig):
+            make_random(value)
+        elif type(value) in (int, float) and any(word in field.name for word in RANDOM) and field.name not in fixed:
+            with suppress(StrictDataclassFieldValidationError):  # MPT's `attn_pdrop` must be an integer
+                setattr(config, field.name, RATE)
+
+
+def examine_family(family: Family) -> ModelRow:
+    """Return the row of a family; "failed" also if transformers itself builds no model of its default config."""
+    try:
+        config = default_config(family)
+    except Exception as error:
+        return ModelRow("failed", remarks=f"no config: {described(error)}")
+    return examine_config(config)
+
+
+def examine_apart(family: Family, timeout: float = 120.0) -> ModelRow:
+    """Return the row of a family, examined in a process of its own: one that crashes or hangs leaves the others alone."""
+    ours, theirs = APART.Pipe()
+    process = APART.Process(target=_send_row, args=(family, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(timeout):
+            return ModelRow("failed", remarks=f"no result after {timeout:g} s")
+        return ours.recv()
+    except EOFError:
+        process.join(5)
+        return ModelRow("failed", remarks=f"the process ended with code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send_row(family: Family, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    pipe.send(examine_family(family))

@@ -51,8 +51,9 @@ class LoRA:
     the type of the frozen weights. Needs peft: `pip install "textenv[lora]"`.
 
     By default all linear layers but the head get an adapter (Dettmers et al., 2023, section 4). In a mixture of experts
-    (Mixtral, Qwen3-MoE, DeepSeek-V3, ...) each expert has its own A and B, and the router has them, too. A forward adds
-    the adapters to a copy of the experts' weights, in the type of these: with 16 bits small changes are rounded.
+    (Mixtral, Qwen3-MoE, DeepSeek-V3, ...) each expert has its own A and B, and the router has them, too. The experts of
+    DBRX, whose weights another module reads, stay frozen. A forward adds the adapters to a copy of the experts' weights,
+    in the type of these: with 16 bits small changes are rounded.
 
     Args:
         r: The rank of A and B.
@@ -329,7 +330,10 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module maps states as a linear layer; the routers of PhiMoE and Llama 4 derive from one."""
+    """Return whether a module maps states as a linear layer; not all that derive from it do.
+
+    The routers of PhiMoE and Llama 4 return several tensors, and DeepSeek-V4's grouped layer takes states by group.
+    """
     if not isinstance(module, nn.Linear):
         return isinstance(module, Conv1D)
     weight = module.weight
@@ -338,8 +342,12 @@ def _is_linear(module: nn.Module) -> bool:
         return True
     ones = weight.new_ones(1, module.in_features)
     with torch.no_grad():
-        output = module(ones)
-        return isinstance(output, Tensor) and torch.allclose(output, nn.functional.linear(ones, weight, module.bias))
+        expected = nn.functional.linear(ones, weight, module.bias)
+        try:
+            output = module(ones)
+        except RuntimeError:  # from a reshape
+            return False
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected)
 
 
 def _matrices(model: PreTrainedModel) -> list[str]:

@@ -21,7 +21,7 @@ from transformers import (
 
 from agents import KLPenalty, LoRA, Pretrained, export, load_checkpoint, save_checkpoint
 from agents.models.pretrained import build_model
-from agents.models.trainable import adapted_layers, adapters_off, merged_state_dict
+from agents.models.trainable import adapted_layers, adapters_off, merged_state_dict, set_trainable
 from tests.helpers.models import (
     COMMON,
     GATED,
@@ -272,6 +272,26 @@ def test_falcon_s_own_linear_layers_get_low_rank_adapters():
         name: type(layer).__name__ for name, layer in adapted_layers(build_model(CONFIGS["phimoe"], LoRA())).items()
     }
     assert kinds["model.layers.0.mlp.router"] == "ParamWrapper"
+
+
+class Grouped(torch.nn.Linear):
+    """Multiplies each half of a state by its own half of the weight, as DeepSeek-V4's grouped projection does."""
+
+    def forward(self, x):
+        x = x.reshape(*x.shape[:-1], 2, self.in_features)
+        return torch.einsum("...gi,goi->...go", x, self.weight.view(2, -1, self.in_features)).flatten(-2)
+
+
+def test_a_layer_that_only_derives_from_a_linear_one_is_adapted_by_its_weight():
+    torch.manual_seed(0)
+    plain = build_model(tiny("llama"))
+    plain.model.layers[1].mlp.gate_proj = Grouped(8, 32, bias=False)
+    model = copy.deepcopy(plain)
+    set_trainable(model, LoRA(r=2))
+    assert type(model.model.layers[1].mlp.gate_proj).__name__ == "ParamWrapper"
+    disturb(model)
+    plain.load_state_dict(merged_state_dict(model))
+    assert torch.allclose(logits_of(plain), logits_of(model), atol=1e-4)
 
 
 def test_chosen_targets():

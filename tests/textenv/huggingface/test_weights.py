@@ -41,7 +41,9 @@ from tests.helpers.command import run, settings, small_model
 from tests.helpers.models import tiny
 from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import tiny_config
+from textenv import CharTokenizer
 from textenv.huggingface.weights import n_positions
+from textenv.metrics.model import Perplexity
 from textenv.rewards.preference import Preference
 
 
@@ -192,6 +194,12 @@ def test_a_model_reads_as_many_tokens_as_it_has_positions_and_fails_at_one_more(
     model(ids[:, :limit])
     with pytest.raises((IndexError, RuntimeError)):
         model(ids)
+
+
+def test_a_long_text_is_cut_to_the_tokens_that_roberta_s_kin_can_read():
+    """Of 10 positions 8 are for tokens: a ninth raised an IndexError."""
+    model = RobertaForCausalLM(RobertaConfig(**BERT, pad_token_id=1))
+    assert Perplexity(model, CharTokenizer())(["bcdefghijklm"], ["no"], [[]])["perplexity"].value > 1
 
 
 def test_the_halves_of_an_encoder_decoder_may_have_limits_of_their_own():

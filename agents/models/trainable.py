@@ -52,8 +52,8 @@ class LoRA:
 
     By default all linear layers but the head get an adapter (Dettmers et al., 2023, section 4). In a mixture of experts
     (Mixtral, Qwen3-MoE, DeepSeek-V3, ...) each expert has its own A and B, and the router has them, too. The experts of
-    DBRX, whose weights another module reads, stay frozen. A forward adds the adapters to a copy of the experts' weights,
-    in the type of these: with 16 bits small changes are rounded.
+    DBRX, whose weights another module reads, stay frozen. A forward adds the adapters to a copy of the experts'
+    weights, in the type of these: with 16 bits small changes are rounded.
 
     Args:
         r: The rank of A and B.

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from textenv.checks.extras import check_extra
-from textenv.huggingface.weights import from_config, from_pretrained, load_whole
+from textenv.huggingface.weights import check_whole, from_config, from_pretrained, load_whole
 
 from ..small_models.demo_model import model_folder
 from .backbone import Backbone
@@ -58,7 +58,8 @@ class Pretrained:
     Raises:
         ImportError: When built, if a package is missing: accelerate (extra `sft`) for `device_map` or
             `quantization_config`, and the quantiser's own package, such as bitsandbytes.
-        ValueError: When built, if the folder lacks a tensor of the model, or has tensors that the model lacks.
+        ValueError: When built, if the folder lacks a tensor of the model, has tensors that the model lacks, or holds an
+            adapter of peft.
 
     Example:
         >>> import pickle
@@ -82,6 +83,7 @@ class Pretrained:
             if self.kwargs.get(option) is not None:
                 check_extra("sft", "accelerate", f"Pretrained({option}=...)")
         name = self.name if LOOK_UP_OPTIONS & self.kwargs.keys() else model_folder(self.name)
+        check_whole(name)
         config = from_pretrained(AutoConfig, name, **self.kwargs)
         model = load_whole(self._auto_class(config), name, fresh_head=self._makes_head, **self.kwargs)
         self.config = model.config

@@ -110,8 +110,14 @@ class Seq2SeqBackbone(Backbone):
 
     def _whole(self, encoder_ids: Tensor, encoder_mask: Tensor, decoder_ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of the model's own forward, without a cache."""
-        inputs = {"input_ids": encoder_ids, "attention_mask": encoder_mask, "decoder_input_ids": decoder_ids}
-        return self.model(**inputs, use_cache=False).logits[..., : self.vocab_size]
+        output = self.model(
+            input_ids=encoder_ids,
+            attention_mask=encoder_mask,
+            decoder_input_ids=decoder_ids,
+            decoder_attention_mask=torch.ones_like(decoder_ids),
+            use_cache=False,
+        )
+        return output.logits[..., : self.vocab_size]
 
     def split(self, ids: Tensor, n_prompt: Tensor, width: int, n_decoder: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the encoder's tokens (B, width), their mask (B, width), and the decoder's tokens (B, n_decoder).
@@ -161,6 +167,8 @@ class Seq2SeqBackbone(Backbone):
         cache: EncoderDecoderCache | None = None,
     ) -> Tensor:
         """Return the decoder's hidden states, (B, T, H)."""
+        if mask is None:  # without one, T5Gemma's decoder would pass over tokens that equal pad, such as its first one
+            mask = torch.ones_like(ids)
         with self._at(position_ids):
             output = self.model.get_decoder()(
                 input_ids=ids,

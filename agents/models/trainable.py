@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from textenv.checks.extras import needs
 
@@ -49,15 +51,25 @@ class LoRA:
     B starts at zero, so that the policy starts as the model itself. Adapters have no dropout and are float32, whatever
     the type of the frozen weights. Needs peft: `pip install "textenv[lora]"`.
 
+    By default all linear layers but the head get an adapter (Dettmers et al., 2023, section 4). In a mixture of experts
+    (Mixtral, Qwen3-MoE, DeepSeek-V3, ...) each expert has its own A and B, and the router has them, too. The experts of
+    DBRX, whose weights another module reads, stay frozen. A forward adds the adapters to a copy of the experts'
+    weights, in the type of these: with 16 bits small changes are rounded.
+
     Args:
         r: The rank of A and B.
         alpha: The numerator of the scale alpha / r.
-        target_modules: The endings of the names of the linear layers that get an adapter, such as
-            `["q_proj", "v_proj"]`; by default all linear layers but the head (Dettmers et al., 2023, section 4).
+        target_modules: The endings of the names of the layers that get an adapter, such as `["q_proj", "v_proj"]`, or
+            of weights outside such layers, such as `["experts.down_proj"]`; by default all, as above.
+        use_dora: Whether each adapted weight is also divided by the norms of its rows, and multiplied by trained
+            magnitudes, which start as the norms of W (DoRA; Liu et al., 2024, equation 5). Not for experts.
+        use_rslora: Whether the scale is alpha / sqrt(r) (rsLoRA; Kalajdzievski, 2023).
+        modules_to_save: Refused: peft would train a copy of these modules.
 
     Raises:
         ImportError: When built without peft.
-        ValueError: When built, if a target is the input embedding, or shares its weight.
+        ValueError: If `modules_to_save` is given. When built: if a target is the input embedding, or shares its weight;
+            if an ending names nothing; with `use_dora`, if a target is not a linear layer.
 
     Example:
         >>> from agents import LoRA
@@ -67,6 +79,21 @@ class LoRA:
     r: int = 8
     alpha: float = 16
     target_modules: Sequence[str] | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
+    modules_to_save: InitVar[Sequence[str] | None] = None
+
+    def __post_init__(self, modules_to_save: Sequence[str] | None) -> None:
+        if isinstance(self.target_modules, str):
+            raise ValueError(
+                f"Expected target_modules to be a list of endings of names, got {self.target_modules!r}: put it into a "
+                "list, or leave it out for all linear layers."
+            )
+        if modules_to_save is not None:
+            raise ValueError(
+                f"Expected LoRA without modules_to_save, got {modules_to_save!r:.80}: train='head' or LastLayers(n) "
+                "trains whole modules, and target_modules=[...] gives linear layers an adapter, an untied head, too."
+            )
 
 
 Trainable: TypeAlias = Literal["all", "head"] | LastLayers | LoRA
@@ -81,7 +108,8 @@ def set_trainable(model: PreTrainedModel, train: Trainable | None) -> None:
             tensor and are trained. None freezes everything.
 
     Raises:
-        ValueError: If `train` is anything else, or the model has fewer layers than `LastLayers` asks for.
+        ValueError: If `train` is anything else, the model has fewer layers than `LastLayers` asks for, or it has
+            adapters already.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -92,6 +120,7 @@ def set_trainable(model: PreTrainedModel, train: Trainable | None) -> None:
         >>> sorted({name.split(".")[2] for name, weight in model.named_parameters() if weight.requires_grad})
         ['1']
     """
+    _refuse_adapters(model)
     if isinstance(train, str) and train == "all":
         return
     model.requires_grad_(False)
@@ -172,20 +201,37 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the state dict of the same model without LoRA: W + alpha / r * B A, in new tensors, under W's own name.
 
-    Modules that `torch.compile` has put inside another have the names that they had before.
+    With DoRA the rows of that sum have the trained magnitudes as norms. Modules that `torch.compile` has put inside
+    another have the names that they had before.
 
     Raises:
-        ValueError: If the frozen weights are quantised: adapters cannot be added to integers.
+        ValueError: If the frozen weights are quantised: adapters cannot be added to 8 bits or fewer.
     """
-    weights = model.state_dict()
+    weights = {_plain_name(name): weight for name, weight in model.state_dict().items() if ".lora_" not in name}
     for name, layer in adapted_layers(model).items():
-        base = layer.get_base_layer().weight
-        if not base.is_floating_point():
-            raise ValueError(f"Expected a floating-point weight to merge the adapter into, got {base.dtype} in {name}.")
+        weight_name = _weight_name(layer)
+        base = getattr(layer.get_base_layer(), weight_name)
+        if not base.is_floating_point() or base.element_size() < 2:  # 8 bits have a scale beside them
+            raise ValueError(
+                f"Expected a weight of 16 bits or more to merge the adapter into, got {base.dtype} in {name}."
+            )
         merged = base.detach().float() + layer.get_delta_weight(ADAPTER).detach()
-        weights[f"{name}.base_layer.weight"] = merged.to(base.dtype)
-    plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
-    return {name.replace(f"{COMPILED}.", ""): weight for name, weight in plain.items()}
+        if ADAPTER in layer.lora_magnitude_vector:
+            axis = 0 if layer.fan_in_fan_out else 1  # of the inputs: GPT-2's W is transposed
+            magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach()
+            merged *= (magnitude / merged.norm(dim=axis)).unsqueeze(axis)
+        weights[_plain_name(f"{name}.{weight_name}")] = merged.to(base.dtype)
+    return weights
+
+
+def _weight_name(layer: Any) -> str:
+    """Return the name that an adapted weight has in its module: peft's `ParamWrapper` can adapt any."""
+    return str(getattr(layer, "parameter_name", "weight"))
+
+
+def _plain_name(name: str) -> str:
+    """Return the name that a weight had before adapters, one around another for experts, and before compilation."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", COMPILED))
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -193,22 +239,124 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return dict(module.named_children()).get(COMPILED, module)
 
 
+def _refuse_adapters(model: nn.Module) -> None:
+    """Raise ValueError if peft has wrapped the model or put a module into it.
+
+    Without these adapters the model is not the policy at the start of training, which the KL penalty compares with.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"Expected a model without adapters of peft, got {type(module).__name__}"
+                f"{f' at {name!r}' if name else ''}: merge them (get_peft_model(...).merge_and_unload()), and let "
+                "train=LoRA(...) add the adapters that are trained."
+            )
+
+
 def _add_adapters(model: PreTrainedModel, train: LoRA) -> None:
     """Inject adapters in place: the model keeps its class, unlike with peft's `get_peft_model`, which wraps it."""
     with needs("lora", "peft", str(train)):
         from peft import LoraConfig, inject_adapter_in_model
-    targets = "all-linear" if train.target_modules is None else list(train.target_modules)
-    config = LoraConfig(r=train.r, lora_alpha=train.alpha, target_modules=targets, lora_dropout=0.0)  # type: ignore[arg-type]
-    embedding = model.get_input_embeddings().weight
+    layers, weights = _targets(model, train.target_modules)
+    if train.use_dora and weights:
+        raise ValueError(
+            f"Expected linear layers for LoRA(use_dora=True), got {weights[0]!r}, a weight of {len(weights)} outside "
+            "such layers (of experts or a router): leave use_dora out, or name linear layers in target_modules."
+        )
+    options: dict[str, Any] = {
+        "r": train.r,
+        "lora_alpha": train.alpha,
+        "lora_dropout": 0.0,
+        "use_dora": train.use_dora,
+        "use_rslora": train.use_rslora,
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # peft says that it handles GPT-2's transposed W
-        inject_adapter_in_model(config, model, ADAPTER)
-    for name, layer in adapted_layers(model).items():
-        if layer.get_base_layer().weight is embedding:
+        # For some mixtures of experts peft takes names of linear layers for those of experts, which older transformers
+        # had under these names (`convert_peft_config_for_transformers`), and then leaves the layers out. It does not
+        # translate the names of a state dict, but warns that they differ from its own choice.
+        warnings.filterwarnings("ignore", "While injecting the PEFT adapters, an inconsistency")
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # for the experts: the layers'
+        if layers:
+            names = {f"{name}.lora_A.weight": torch.empty(0) for name in layers}
+            inject_adapter_in_model(LoraConfig(**options, target_modules=[]), model, ADAPTER, state_dict=names)
+        if weights:
+            config = LoraConfig(**options, target_modules=[], target_parameters=weights)
+            inject_adapter_in_model(config, model, ADAPTER)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(".lora_" in name)
+        if weight.requires_grad:
+            weight.data = weight.data.to(torch.float32)  # peft makes adapters in the frozen weights' type
+
+
+def _targets(model: PreTrainedModel, endings: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Return the names of the layers that get an adapter, and those of weights outside layers: experts and routers.
+
+    Raises:
+        ValueError: If an ending names nothing, or the input embedding or its weight.
+    """
+    layers, weights = _linear_layers(model), _matrices(model)
+    if endings is None:
+        head = model.get_output_embeddings()
+        chosen = [name for name in layers if model.get_submodule(name) is not head] + weights
+    else:
+        others = [name for name, module in model.named_modules() if isinstance(module, (nn.Embedding, _ConvNd))]
+        layers += others
+        chosen = [name for name in layers + weights if any(f".{name}".endswith(f".{end}") for end in endings)]
+        unused = [end for end in endings if not any(f".{name}".endswith(f".{end}") for name in chosen)]
+        if unused:
+            known = sorted({name.rpartition(".")[2] for name in layers + weights})
+            raise ValueError(
+                f"Expected target_modules among the endings of the names of {type(model).__name__}'s layers, "
+                f"{', '.join(known)}, got {unused[0]!r}."
+            )
+    embedding = model.get_input_embeddings().weight
+    for name in chosen:
+        if name in layers and model.get_submodule(name).weight is embedding:
             raise ValueError(
                 f"Expected target_modules away from the input embeddings, got {name!r}, whose weight is theirs: an "
                 "adapter of one would change the other when merged."
             )
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.to(torch.float32)  # peft makes adapters in the frozen weights' type
+    return [name for name in chosen if name in layers], [name for name in chosen if name in weights]
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers, the head included."""
+    return [name for name, module in model.named_modules() if _is_linear(module)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module maps states as a linear layer; not all that derive from it do.
+
+    The routers of PhiMoE and Llama 4 return several tensors, and DeepSeek-V4's grouped layer takes states by group.
+    """
+    if not isinstance(module, nn.Linear):
+        return isinstance(module, Conv1D)
+    weight = module.weight
+    is_own = type(module).forward is not nn.Linear.forward  # a model's, or that of a quantiser, whose peft knows
+    if not is_own or weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return True
+    ones = weight.new_ones(1, module.in_features)
+    with torch.no_grad():
+        expected = nn.functional.linear(ones, weight, module.bias)
+        try:
+            output = module(ones)
+        except RuntimeError:  # from a reshape
+            return False
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected)
+
+
+def _matrices(model: PreTrainedModel) -> list[str]:
+    """Return the names of the weights outside layers of torch that are a matrix, or one for each expert, (E, a, b)."""
+    found = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, _ConvNd, Conv1D)) or _is_linear(module):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if not weight.is_floating_point() or weight.element_size() < 2:  # quantised
+                continue
+            is_router = weight.ndim == 2 and name == "weight"
+            is_stack = weight.ndim == 3 and min(weight.shape[1:]) > 1
+            if is_router or is_stack:
+                found.append(f"{prefix}.{name}")
+    return found

@@ -46,6 +46,7 @@ from agents.distributed.gradients import SharedGradient
 from agents.distributed.sharding import local, released
 from agents.models.sampling import TokenDistribution
 from agents.policies.actor_critic import LMActorCritic
+from tests.helpers.models import tiny_mixture
 from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
 from textenv import AllowedMask, PrioritySampling
@@ -158,6 +159,7 @@ def options():
     return {
         "dropped": {"reward": "uneven_or_dropped", "steps": [DropEpisodes()]},
         "LoRA": {"policy_kwargs": {"train": LoRA(r=2)}},
+        "experts": {"lm": tiny_mixture(vocab_size=33), "policy_kwargs": {"train": LoRA(r=2)}},
         "LastLayers": {"policy_kwargs": {"train": LastLayers(1)}},
         "head": {"policy_kwargs": {"train": "head"}},
         "untied": {"lm": tiny_config(tie_word_embeddings=False)},

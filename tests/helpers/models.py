@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -84,6 +85,12 @@ def tiny(family: str = "gpt2", **overrides: Any) -> PreTrainedConfig:
     """Return the config of a two-layer model with large weights, so that logits differ clearly."""
     cls, options = FAMILIES[family]
     return cls(**{"initializer_range": 0.3, **COMMON, **options, **overrides})
+
+
+def tiny_mixture(**overrides: Any) -> PreTrainedConfig:
+    """Return the config of a mixture of experts with a router in each of two layers."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralConfig(**{"initializer_range": 0.3, **COMMON, **GATED, **experts, **overrides})
 
 
 def make_policy(config: Any = None, length: int = LENGTH, seed: int = 0, **kwargs: Any) -> LMPolicy:

@@ -13,10 +13,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from agents import AdaptiveCoef, KLPenalty, LastLayers, LoRA, SharedCritic
 from agents.build import make_agent
 from agents.evaluation.generation import generate
-from tests.helpers.models import seldom
+from tests.helpers.models import seldom, tiny_mixture
 from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
 
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 LETTERS = "abcdefg"
 TOKENIZER = CharTokenizer(LETTERS)
 PROMPTS = [first + second for first in LETTERS for second in LETTERS]
@@ -53,12 +54,12 @@ TASKS = {
 }
 
 
-def build(task, reward=None, algorithm=PPO, score_at="step", shape=None, **kwargs):
+def build(task, reward=None, algorithm=PPO, score_at="step", shape=None, lm=None, **kwargs):
     def scored(prompt, preds, done):
         return task.score(str(prompt), preds.text, preds.ids) if done else 0.0
 
     env = TextEnv(PROMPTS, TOKENIZER, reward=reward or scored, score_at=score_at, **task.env)
-    lm = tiny_config(
+    lm = lm or tiny_config(
         vocab_size=len(TOKENIZER), **{"n_embd": 32, "n_layer": 1, "initializer_range": 0.1, **(shape or {})}
     )
     settings = {**task.agent, "seed": 0, "device": "cpu", **kwargs}
@@ -79,6 +80,13 @@ def learn(model, task, iterations=None, callback=None):
     model.learn((iterations or task.iterations) * model.n_steps * model.n_envs, callback=callback)
     return before, mean_score(model, task)
 
+
+PARTS = {
+    "lora": (LoRA(), None),
+    "dora": (LoRA(use_dora=True, use_rslora=True), None),
+    "experts": (LoRA(target_modules=EXPERTS), tiny_mixture(vocab_size=len(TOKENIZER), hidden_size=32)),
+    "last": (LastLayers(1), None),
+}
 
 HARD_ONES_SLOWLY = ["always", *(pytest.param(name, marks=pytest.mark.slow) for name in ("copy", "length"))]
 
@@ -148,16 +156,17 @@ def test_e11_a_huge_penalty_keeps_it_at_the_start():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [LoRA(), LastLayers(1)], ids=["lora", "last"])
-def test_e11_a_part_of_the_model_learns_and_a_huge_penalty_keeps_it_at_the_start(train):
+@pytest.mark.parametrize("name", PARTS)
+def test_e11_a_part_of_the_model_learns_and_a_huge_penalty_keeps_it_at_the_start(name):
     """Adapters or the last layer are trained; the reference switches adapters off, or shares the frozen weights."""
+    train, lm = PARTS[name]
     task, after = TASKS["always"], {}
     for coef in (0.01, 100.0):
         # The head stays as it is drawn: with small weights it could not be sure of any token. The critic is detached,
         # since the value loss of rewards in the hundreds would move the shared trunk whatever the penalty says.
         kwargs = {"train": train, "critic": SharedCritic(detach=True)}
         shape = {"n_layer": 2, "initializer_range": 0.3}
-        model = build(task, shape=shape, learning_rate=3e-3, policy_kwargs=kwargs)
+        model = build(task, shape=shape, lm=lm, learning_rate=3e-3, policy_kwargs=kwargs)
         before, after[coef] = learn(model, task, iterations=20, callback=KLPenalty(coef))
     assert before < 0.35 and after[0.01] > 0.9 and abs(after[100.0] - before) < 0.15
 

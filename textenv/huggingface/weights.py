@@ -120,6 +120,19 @@ def from_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -
             raise refused_code(error, name) from error
 
 
+def check_whole(name: str | PathLike[str]) -> None:
+    """Raise ValueError if a folder has an adapter of peft: transformers would put it into its base model.
+
+    Args:
+        name: The folder of a model; a name on the hub has no files here and is not checked.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"Expected the folder of a whole model, got {str(name)!r}, which holds an adapter of peft: merge it into "
+            "its base, AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(other)."
+        )
+
+
 def from_config(auto_class: Any, config: Any, trust_remote_code: bool = False) -> Any:
     """Return `auto_class.from_config(config)`, a model with fresh weights, under the rules of `from_pretrained`.
 

@@ -22,7 +22,15 @@ SAME = 1e-6
 SLOW = pytest.mark.slow
 WAYS = {"gathered": Sharded(), "lock-step": Sharded(gather=False), "offloaded": Sharded(offload=True)}
 FIRST = {"gathered": Sharded()}
-OFTEN = ["LoRA", "SeparateCritic", "gradient_checkpointing", "micro_batch_tokens", "bfloat16", "encoder-decoder"]
+OFTEN = [
+    "LoRA",
+    "experts",
+    "SeparateCritic",
+    "gradient_checkpointing",
+    "micro_batch_tokens",
+    "bfloat16",
+    "encoder-decoder",
+]
 LOCK_STEP = ["SeparateCritic", "micro_batch_tokens", "late"]  # options that are tried in lock-step as well
 NEVER = ["warmup"]  # sharded policies refuse it
 

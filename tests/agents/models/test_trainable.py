@@ -143,11 +143,12 @@ def test_e9_export_merges_and_training_goes_on_unharmed(family, tmp_path):
     assert runs[0] == runs[1]
 
 
-def test_merging_into_quantised_weights_is_refused():
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_merging_into_quantised_weights_is_refused(kind):
     model = build_model(tiny(), LoRA())
     layer = next(iter(adapted_layers(model).values())).get_base_layer()
-    layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"Expected a floating-point weight to merge .* into, got torch\.int8"):
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(kind), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"Expected a weight of 16 bits or more to merge .* into, got {kind}"):
         merged_state_dict(model)
 
 

@@ -36,7 +36,9 @@ from transformers import (
 from agents.models.backbone import Backbone, check_fits
 from agents.models.interface import LengthError
 from agents.models.seq2seq import Seq2SeqBackbone
+from textenv import CharTokenizer
 from textenv.huggingface.positions import length_limit, n_positions
+from textenv.metrics.model import Perplexity
 
 BERT = {
     "vocab_size": 40,
@@ -110,6 +112,12 @@ def test_a_model_reads_as_many_tokens_as_it_has_positions_and_fails_at_one_more(
     model(ids[:, :limit])
     with pytest.raises((IndexError, RuntimeError)):
         model(ids)
+
+
+def test_a_long_text_is_cut_to_the_tokens_that_roberta_s_kin_can_read():
+    """Of 10 positions 8 are for tokens: a ninth raised an IndexError."""
+    model = RobertaForCausalLM(RobertaConfig(**BERT, pad_token_id=1))
+    assert Perplexity(model, CharTokenizer())(["bcdefghijklm"], ["no"], [[]])["perplexity"].value > 1
 
 
 def test_the_halves_of_an_encoder_decoder_may_have_limits_of_their_own():

@@ -29,6 +29,18 @@ def is_chat(value: Any) -> TypeGuard[Sequence[Message]]:
     return is_list and len(value) > 0 and isinstance(value[0], Mapping)
 
 
+def with_turn(messages: Sequence[Message], text: str) -> list[Message]:
+    """Return the messages with a turn of the assistant added, joined to a last message that is the assistant's.
+
+    Example:
+        >>> with_turn([{"role": "assistant", "content": "It was "}], "good.")
+        [{'role': 'assistant', 'content': 'It was good.'}]
+    """
+    if not messages or messages[-1]["role"] != "assistant":
+        return [*messages, {"role": "assistant", "content": text}]
+    return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + text}]
+
+
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = "the prompt") -> str:
     """Render messages as the text that a chat model continues, special tokens included.
 

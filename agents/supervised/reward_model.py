@@ -80,8 +80,9 @@ def train_reward_model(
     tokenizer would add one, so that a critic that starts from this model can value a text before the policy ends it; an
     end token that all texts have of their own stays. The folder's config keeps how the texts were read, and the
     rewards, `score_texts` and `RewardModelCritic` follow it (`TextReader`). Padding is known from the lengths, so the
-    pad token may be the end token, or occur in a text. Rankings are trained by the Bradley-Terry loss over all their
-    pairs, with one forward per text (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
+    pad token may be the end token, or occur in a text (transformers' own forward passes over a closing token that is
+    the pad token). Rankings are trained by the Bradley-Terry loss over all their pairs, with one forward per text
+    (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
 
     The training loop is that of `pretrain`: with transformers' `Trainer`, collator, loss and evaluation of rankings
     would still be our own. Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is saved beside the folder,

@@ -16,6 +16,8 @@ from agents import Labelled, Ranking, RewardModelCritic, score_texts, train_rewa
 from agents.supervised.classifier import _free_pad_id
 from agents.supervised.preferences import chat_pair
 from agents.supervised.ranking_data import Example, common_closing
+from tests.textenv.prompts.test_chat import SPACED
+from tests.textenv.prompts.test_chat import tokenizer_with as chat_tokenizer
 from textenv import EndReason, Preds, Prompt
 from textenv.episodes.completion import Turn
 from textenv.prompts.prompts import PromptReader
@@ -113,6 +115,21 @@ def assert_all_equal(readings, expected):
     assert {name: ids for name, (ids, _) in readings.items()} == dict.fromkeys(readings, expected)
     scores = [score for _, score in readings.values() if score is not None]
     assert len(scores) == 4 and scores == pytest.approx([scores[0]] * 4, abs=1e-4)
+
+
+def test_rows_of_texts_and_of_conversations_together_are_all_read_as_texts(seen, tmp_path):
+    """One model reads in one way: the tokenizer's BOS stands in front of the conversations, too."""
+    tokenizer = make_tokenizer("adds BOS")
+    row = {"prompt": ASKED, "chosen": "d e", "rejected": "d f"}
+    data = [chat_pair(row, tokenizer, "row 1"), Ranking((" d e", " d f"), prompt="a b")]
+    folder = trained(tokenizer, data, tmp_path / "model")
+    expected = [BOS, USER, A, B, BOT, D, E]
+    assert expected in seen and [BOS, A, B, D, E] in seen
+    seen.clear()
+    prompt = PromptReader(tokenizer).read(ASKED)
+    for reward in (Preference(folder), Preference(folder, chat=True)):
+        reward(prompt, written(tokenizer, "d e", prompt), True)
+    assert [ids for ids in seen if ids != expected] == [] and len(seen) == 2
 
 
 PADS = dict(zip(itertools.product(KINDS, TEMPLATES), itertools.cycle(["<eos>", None, "<pad>"])))
@@ -251,6 +268,27 @@ def test_turns_and_replies_follow_the_messages_of_the_prompt():
     begun = PromptReader(tokenizer).read([*ASKED, {"role": "assistant", "content": "d"}])
     joined = reader.whole(begun, Preds(tokenizer, [F], context=[D]))
     assert [message["role"] for message in joined] == ["user", "assistant"] and joined[1]["content"].startswith("d")
+
+
+def test_the_space_that_a_template_writes_in_front_of_an_answer_stands_there_once():
+    """The policy has written it; the rendering of its text as a message would write it again."""
+    tokenizer = chat_tokenizer(SPACED)
+    [good, _], prompt, *_ = chat_pair({"prompt": ASKED, "chosen": "good day", "rejected": "bad"}, tokenizer, "row 1")
+    read = PromptReader(tokenizer).read(ASKED)
+    reader = TextReader(tokenizer, 99, read_as=ReadAs(is_chat=True))
+    assert good == " good day" and prompt == read == "<s>[INST] a b [/INST]"
+    trained = reader.encode(prompt + good)
+    for text in (" good day", "good day"):
+        preds = Preds(tokenizer, tokenizer.encode(text, add_special_tokens=False), context=read.ids[-4:])
+        assert reader.text(reader.whole(read, preds)) == prompt + good
+        assert reader.encode(reader.whole(read, preds)) == trained
+        reward = Likelihood(
+            LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 300}, num_attention_heads=2)), tokenizer=tokenizer
+        )
+        ids, counts = reward._encode(read, preds)
+        assert ids == trained and sum(counts) == len(" good day")
+    two = Preds(tokenizer, tokenizer.encode(" yes"), context=read.ids[-4:], closed=[Turn(" no", "so?")])
+    assert reader.text(reader.whole(read, two)) == "<s>[INST] a b [/INST] no </s><s>[INST] so? [/INST] yes"
 
 
 def test_a_model_trained_on_texts_or_without_template_reads_a_chat_as_its_text():

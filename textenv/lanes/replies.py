@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from textenv.episodes.completion import Preds
 from textenv.episodes.rules import EndReason
-from textenv.prompts.chat import Message, render_chat, with_turn
+from textenv.prompts.chat import TURN, Message, render_chat, with_turn
 from textenv.text.tokenizer import Tokenizer
-
-TURN = "0A1place2of3a4turn5B6"  # the stand-in for a turn of the policy: a text that no template has a rule for
 
 
 def encode_reply(

@@ -9,6 +9,7 @@ from textenv.prompts.templates import apply_template
 from textenv.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "Hello"}, as in transformers' `apply_chat_template`
+TURN = "0A1place2of3a4turn5B6"  # the stand-in for a turn of the policy: a text that no template has a rule for
 
 
 @runtime_checkable

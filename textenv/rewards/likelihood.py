@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from textenv.episodes.completion import Preds
 from textenv.episodes.rules import EndReason
 from textenv.episodes.scores import ScoreAt
-from textenv.prompts.chat import with_turn
+from textenv.prompts.chat import Message
 from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, check_choice
 from textenv.rewards.text_model import ModelLike, TextModel
@@ -103,7 +103,7 @@ class Likelihood(BatchReward):
         if isinstance(whole, str):
             answers = [(len(prompt), len(text))]
         else:
-            answers = answers_of(tokenizer, prompt, preds, text)
+            answers = answers_of(tokenizer, messages_of(prompt), whole, text)
         counts = [any(start < end <= last for start, last in answers) for end in ends]
         is_ended = preds.end_reason is EndReason.EOS or not any(counts[1:])
         eos = [tokenizer.eos_token_id] if is_ended else []
@@ -124,29 +124,31 @@ class Likelihood(BatchReward):
         return ((log_probs * counts).sum(1) / counts.sum(1).clamp(min=1)).tolist()  # (B,)
 
 
-def answers_of(tokenizer: Any, prompt: Prompt, preds: Preds, text: str) -> list[tuple[int, int]]:
-    """Return where each answer of a conversation starts and ends in its text, in characters.
+def answers_of(
+    tokenizer: Any, messages: Sequence[Message], whole: Sequence[Message], text: str
+) -> list[tuple[int, int]]:
+    """Return where each new answer of a conversation starts and ends in its text, in characters.
 
     Args:
         tokenizer: The tokenizer.
-        prompt: The prompt, a chat.
-        preds: The completion, whose turns are the answers.
+        messages: The messages of the prompt.
+        whole: The messages of the conversation: the prompt's, of which the last may have been continued, and more.
         text: The text of the conversation, up to the end of its last answer.
 
     Raises:
         ValueError: If the template changes earlier messages when one is added.
     """
-    history, answers = messages_of(prompt), []
-    for turn in preds.turns:
-        before = render_open(tokenizer, history)
-        history = with_turn(history, turn.text)
-        after = render_open(tokenizer, history)
+    answers = []
+    first = len(messages) - 1 if messages[-1]["role"] == "assistant" else len(messages)
+    for place in range(first, len(whole)):
+        if whole[place]["role"] != "assistant":
+            continue
+        before = render_open(tokenizer, messages if place == first else whole[:place])
+        after = render_open(tokenizer, whole[: place + 1])
         if not after.startswith(before) or not text.startswith(after):
             raise ValueError(
                 "Expected a chat template that keeps earlier messages as they are when one is added, got one that "
                 f"writes {before[-80:]!r} in another way: give prompts as texts in the model's format."
             )
         answers.append((len(before), len(after)))
-        if turn.response is not None:
-            history.append({"role": "user", "content": turn.response})
     return answers

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from textenv.episodes.completion import Preds
 from textenv.huggingface.weights import n_positions
-from textenv.prompts.chat import Message, render_chat, with_turn
+from textenv.prompts.chat import TURN, Message, render_chat, with_turn
 from textenv.prompts.prompts import Prompt
 from textenv.prompts.templates import apply_template
 from textenv.text.tokenizer import special_tokens_around
@@ -166,7 +166,7 @@ class TextReader:
         is_chat = prompt.messages is not None and bool(getattr(self.tokenizer, "chat_template", None))
         if not chat and (not is_chat or (self.read_as is not None and not self.read_as.is_chat)):
             return str(prompt) + preds.text
-        return conversation(messages_of(prompt, column), preds)
+        return conversation(self.tokenizer, messages_of(prompt, column), preds)
 
 
 def longest(config: Any, tokenizer: Any) -> int:
@@ -182,14 +182,28 @@ def messages_of(prompt: Prompt, column: str | None = None) -> list[Message]:
     return [{"role": "user", "content": str(prompt)}] if prompt.messages is None else list(prompt.messages)
 
 
-def conversation(messages: Sequence[Message], preds: Preds) -> list[Message]:
-    """Return messages with the turns of a completion behind them, each followed by the env's reply to it."""
+def conversation(tokenizer: Any, messages: Sequence[Message], preds: Preds) -> list[Message]:
+    """Return messages with the turns of a completion behind them, each followed by the env's reply to it.
+
+    Many policies write the space that their template has in front of an answer ("[/INST] Yes"). If the tokenizer's own
+    template writes it, too, it is left out of the message, and stands there once.
+    """
     history = list(messages)
     for turn in preds.turns:
-        history = with_turn(history, turn.text)
+        history = with_turn(history, turn.text.removeprefix(_front(tokenizer, history)))
         if turn.response is not None:
             history.append({"role": "user", "content": turn.response})
     return history
+
+
+def _front(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """Return what the chat template writes between the opening of an answer and its text; it is often empty."""
+    if not messages or messages[-1]["role"] == "assistant":
+        return ""
+    where = "a text to be scored"
+    opened = apply_template(tokenizer, list(messages), where, add_generation_prompt=True)
+    front, _, _ = apply_template(tokenizer, with_turn(messages, TURN), where).partition(TURN)
+    return front.removeprefix(opened) if front.startswith(opened) else ""
 
 
 def render_open(tokenizer: Any, messages: Sequence[Message], where: str = "a text to be scored") -> str:

@@ -103,6 +103,7 @@ def train_reward_model(
         batch_size: The number of rankings, or of labelled texts, in a minibatch.
         learning_rate: The peak of a one-cycle schedule.
         max_tokens: Longer texts lose their start, here and in the reward; by default the limit of model and tokenizer.
+            The other texts of a ranking lose as many tokens of the start that they share, in the training alone.
         seed: The seed of a fresh head and of the order of the data.
         resume: Whether to continue an interrupted run of the same arguments; it starts anew if there is none.
         overwrite: Whether an earlier reward model in `folder` may be replaced, once the new one is complete.

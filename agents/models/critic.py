@@ -7,9 +7,13 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from textenv.huggingface.weights import from_pretrained
 from textenv.rewards.reward_stats import RewardStats
+from textenv.rewards.text_reader import ReadAs
+from textenv.text.tokenizer import special_tokens_around
 
 from .backbone import check_fits
 from .layers import evaluate_in_checkpoints, fuse_activations, set_mode
@@ -139,6 +143,14 @@ class RewardModelCritic:
     The score head becomes the value head (as in Ouyang et al., 2022, section C.4); trunk and head are then trained. In
     all else it is like `SeparateCritic`.
 
+    A critic reads the policy's own tokens: those of the prompt and those that it has sampled so far. They are what the
+    reward model reads of the same text if both have the same tokenizer, the score is read at the text's own last token,
+    and the text is whole. A model that scores a text at a closing token behind it (EOS, "<|im_end|>") is refused, since
+    that token is not there while the policy writes: one whose tokenizer adds it, or one that `train_reward_model`
+    trained on texts that all ended with it. Two cases cannot be seen here, and the first values are then no scores: a
+    published model that its authors trained on whole chats, and a prompt that opens unlike the texts of the training
+    (token ids of your own, which get no BOS, or one cut to `max_prompt_tokens`).
+
     Args:
         name: A name on the hub or the path of a folder, which `AutoModelForSequenceClassification` loads with
             `num_labels=1`.
@@ -162,9 +174,11 @@ class RewardModelCritic:
         """Return the reward model's trunk, with its score head as value head.
 
         Raises:
-            ValueError: If values and the model's scores differ on a probe.
+            ValueError: If values and the model's scores differ on a probe, or the model scores a text at a token that
+                closes it.
         """
         model = self.model.build()
+        self._refuse_closing_token(model)
         head = score_head(model)
         critic = TrunkCritic(cast("PreTrainedModel", model.base_model))
         with torch.no_grad():
@@ -187,6 +201,23 @@ class RewardModelCritic:
                 critic.linear.weight.div_(stats.std)
                 critic.linear.bias.sub_(stats.mean).div_(stats.std)
         return critic
+
+    def _refuse_closing_token(self, model: PreTrainedModel) -> None:
+        name, read_as = self.model.name, ReadAs.of(model.config)
+        # An unpickled spec has no name: it was checked before. A folder may have no tokenizer.
+        has_tokenizer = name is not None and bool(get_tokenizer_config(name))
+        tokenizer = from_pretrained(AutoTokenizer, name) if name is not None and has_tokenizer else None
+        if read_as is not None:
+            closing = list(read_as.closing)
+        else:
+            closing = [] if tokenizer is None else special_tokens_around(tokenizer, "a")[2]
+        if closing and name is not None:
+            shown = closing if tokenizer is None else tokenizer.convert_ids_to_tokens(closing)
+            raise ValueError(
+                f"Expected a reward model that scores a text at the text's own last token, got {name!r}, which scores "
+                f"it at the closing {shown} behind it, which the policy has not written while it is valued: train the "
+                "reward model on texts without these tokens, or use SeparateCritic."
+            )
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:

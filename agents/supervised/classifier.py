@@ -143,7 +143,9 @@ def train_classifier(
         rows = list(zip((ids or [reader.pad_id] for ids in reader.encode(texts)), labels, strict=True))
         settings = (origin(model, lm), rows, names, n_epochs, batch_size, learning_rate, seed)
         checkpoint = prepare(work, settings, resume)
-        n_steps = train(model, rows, lambda batch: _collate(batch, reader.pad_id), arguments, checkpoint)
+        pad_id = _free_pad_id(reader.pad_id, [ids[-1] for ids, _ in rows], len(tokenizer))
+        with reader.padded_with(pad_id):
+            n_steps = train(model, rows, lambda batch: _collate(batch, pad_id), arguments, checkpoint)
         model.eval()
     training = _measure(reader, texts, labels)
     measured = None if held_out is None else _measure(reader, *held_out)
@@ -185,6 +187,21 @@ def _build(lm: str | os.PathLike[str] | PreTrainedConfig, names: Sequence[str]) 
     for key, value in labels.items():
         setattr(config, key, value)
     return from_config(AutoModelForSequenceClassification, config)
+
+
+def _free_pad_id(pad_id: int, last_ids: Sequence[int], n_tokens: int) -> int:
+    """Return the pad token, or where a text ends with it, the first token with which no text ends.
+
+    A text that ends with the pad token would be scored at an earlier token; see `TextModel.padded_with`.
+
+    Raises:
+        ValueError: If texts end with every token.
+    """
+    taken = set(last_ids)
+    free = [token for token in (pad_id, *range(n_tokens)) if token not in taken]
+    if not free:
+        raise ValueError("Expected a pad token with which no text ends, got texts that end with every token.")
+    return free[0]
 
 
 def _collate(rows: Sequence[tuple[list[int], int]], pad_id: int) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def examples_of(answers: Sequence[Answer]) -> Examples:
 
     Example:
         >>> examples_of([Answer(1, 1, "compare", "ann", "It was", (" bad.", " good."), value=1)])
-        [Ranking(texts=(' good.', ' bad.'), prompt='It was', margin=0.0)]
+        [Ranking(texts=(' good.', ' bad.'), prompt='It was', margin=0.0, is_chat=False)]
         >>> examples_of([Answer(1, 1, "score", "ann", "It was", (" good.",), value=(4.0,))])
         [Labelled(text='It was good.', label=4.0)]
     """

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from textenv.checks.lines import check_encodable
 from textenv.prompts.chat import Message, is_chat, render_chat
 from textenv.prompts.dialogues import REPLIES, split_pair
-from textenv.text.tokenizer import Tokenizer, encode_prompt
+from textenv.rewards.text_reader import TextReader, render_open
+from textenv.text.tokenizer import Tokenizer
 
 
 class Ranking(NamedTuple):
@@ -21,6 +22,7 @@ class Ranking(NamedTuple):
         prompt: The text that all answers continue. A reward model scores `prompt + text`.
         margin: The difference to train between the scores of a better and a worse answer, in nats (Touvron et al.,
             2023, "Llama 2", equation 2).
+        is_chat: Whether a chat template wrote prompt and texts, so that the tokenizer adds no BOS of its own.
 
     Example:
         >>> from agents import Ranking
@@ -31,6 +33,7 @@ class Ranking(NamedTuple):
     texts: Sequence[str]
     prompt: str = ""
     margin: float = 0.0
+    is_chat: bool = False
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return the indices of all pairs of texts, the better text first."""
@@ -63,7 +66,7 @@ def hh_pairs(rows: Sequence[Mapping[str, str]]) -> list[Ranking]:
     Example:
         >>> from agents import hh_pairs
         >>> hh_pairs([{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go"}])
-        [Ranking(texts=(' Hello', ' Go'), prompt='\n\nHuman: Hi\n\nAssistant:', margin=0.0)]
+        [Ranking(texts=(' Hello', ' Go'), prompt='\n\nHuman: Hi\n\nAssistant:', margin=0.0, is_chat=False)]
     """
     pairs = [split_pair(row, f"row {number}") for number, row in enumerate(rows)]
     return [Ranking((pair.chosen, pair.rejected), pair.prompt) for pair in pairs]
@@ -73,7 +76,8 @@ def chat_pair(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Ranki
     """Read a pair of conversations as the texts that a chat model reads and writes.
 
     The prompt is rendered as an env renders a chat: up to the opening of the assistant's answer. The answers follow
-    without the tokens that close a message, which a policy has not written when it ends its text.
+    without the tokens that close a message, which a policy has not written when it ends its text. A reward reads them
+    in the same way: the config of a model that `train_reward_model` trains on them says so.
 
     Args:
         row: A mapping with "chosen" and "rejected": lists of messages, either whole conversations, which share the
@@ -101,7 +105,7 @@ def chat_pair(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Ranki
     prompt = render_chat(tokenizer, first[:n_shared], where)
     texts = []
     for name, messages in zip(REPLIES, (first, second), strict=True):
-        whole = render_chat(tokenizer, messages, f"the column {name} of {where}")
+        whole = render_open(tokenizer, messages, f"the column {name} of {where}")
         check_encodable(whole, f"the column {name} of {where}")
         if messages[n_shared]["role"] != "assistant" or not whole.startswith(prompt):
             raise ValueError(
@@ -109,7 +113,7 @@ def chat_pair(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Ranki
                 f"answer, {prompt[-40:]!r}, got {messages[n_shared]!r:.60}."
             )
         texts.append(whole[len(prompt) :])
-    return Ranking(tuple(texts), prompt)
+    return Ranking(tuple(texts), prompt, is_chat=True)
 
 
 def _conversation(row: Mapping[str, Any], name: str, place: str) -> list[Message]:
@@ -171,22 +175,24 @@ def different_pairs(
     return pairs
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Encode texts that are compared with each other, without an end token.
+def encode_texts(reader: TextReader, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts that are compared with each other.
 
-    If a text is longer than `max_tokens`, all texts lose the same number of tokens of their common start, so that
-    their first difference stays in one column; a text that is still too long loses more of its own start.
+    If a text is longer than the reader's `max_length`, all texts lose the same number of tokens of their common start,
+    so that their first difference stays in one column; a text that is still too long loses more of its own start. The
+    tokens that open a text (BOS) are kept.
 
     Raises:
         ValueError: If a text has no token.
     """
-    encoded = []
-    for text in texts:
-        opening, body = encode_prompt(tokenizer, text)
-        if not opening + body:
+    encoded = [reader.parts(text) for text in texts]
+    for text, parts in zip(texts, encoded, strict=True):
+        if not parts.opening + parts.body:
             raise ValueError(f"Expected texts of at least one token, got {text!r}.")
-        encoded.append(opening + body)
-    excess = max(0, max(map(len, encoded)) - max_tokens)
+    excess = max(0, *(len(parts.body) - reader.room(parts) for parts in encoded))
     # The number of tokens at the start that all texts share.
-    n_shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*encoded, strict=False)))
-    return [ids[min(excess, n_shared, len(ids) - 1) :][-max_tokens:] for ids in encoded]
+    bodies = zip(*(parts.body for parts in encoded), strict=False)
+    n_shared = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, bodies))
+    n_cut = min(excess, n_shared)
+    # A text that is no more than the shared start keeps its last token.
+    return [reader.cut(parts._replace(body=parts.body[:-1][n_cut:] + parts.body[-1:])) for parts in encoded]

@@ -6,8 +6,9 @@ import copy
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from transformers import (
 from textenv.huggingface.positions import n_positions
 from textenv.huggingface.weights import from_config
 from textenv.rewards.reward_stats import RewardStats
-from textenv.text.tokenizer import Tokenizer
+from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
 
 from ..checkpoints.output_folders import check_output, output_folder
 from ..models.backbone import check_fits
@@ -32,7 +33,8 @@ from ..models.layers import disable_dropout
 from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel
 from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
-from .preferences import Labelled, Ranking, different_pairs, encode_texts
+from .preferences import Labelled, Ranking
+from .ranking_data import Example, check_data, common_closing, encode_all
 from .resumable import ResumableFit, origin, prepare, work_folder
 
 Loss: TypeAlias = Literal["last", "tokens"]
@@ -75,9 +77,12 @@ def train_reward_model(
 ) -> RewardTraining:
     """Train a causal model with a linear score head, and save it as `AutoModelForSequenceClassification` loads it.
 
-    A text's score is read at its last token. No end token is added, so that a critic that starts from this model can
-    value a text before the policy ends it. Padding is known from the lengths, so the pad token may be the end token, or
-    occur in a text. Rankings are trained by the Bradley-Terry loss over all their pairs, with one forward per text
+    A text's score is read at its last token. BOS is in front of it once. No end token is added, also where the
+    tokenizer would add one, so that a critic that starts from this model can value a text before the policy ends it; an
+    end token that all texts have of their own stays. The folder's config keeps how the texts were read, and the
+    rewards, `score_texts` and `RewardModelCritic` follow it (`TextReader`). Padding is known from the lengths, so the
+    pad token may be the end token, or occur in a text (transformers' own forward passes over a closing token that is
+    the pad token). Rankings are trained by the Bradley-Terry loss over all their pairs, with one forward per text
     (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
 
     The training loop is that of `pretrain`: with transformers' `Trainer`, collator, loss and evaluation of rankings
@@ -98,7 +103,8 @@ def train_reward_model(
         n_epochs: The number of passes over the data; may be a fraction.
         batch_size: The number of rankings, or of labelled texts, in a minibatch.
         learning_rate: The peak of a one-cycle schedule.
-        max_tokens: Longer texts lose their start; by default the model's number of positions.
+        max_tokens: Longer texts lose their start, here and in the reward; by default the limit of model and tokenizer.
+            The other texts of a ranking lose as many tokens of the start that they share, in the training alone.
         seed: The seed of a fresh head and of the order of the data.
         resume: Whether to continue an interrupted run of the same arguments; it starts anew if there is none.
         overwrite: Whether an earlier reward model in `folder` may be replaced, once the new one is complete.
@@ -121,13 +127,15 @@ def train_reward_model(
     check_output(folder, "reward model", overwrite)  # fail now rather than after the training
     if loss not in get_args(Loss):
         raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
-    _check_data("data", data)
+    check_data("data", data)
     model = build_reward_model(lm, seed)
-    limit = max_tokens or n_positions(model) or DEFAULT_MAX_TOKENS
+    limit = max_tokens or min(longest(model, tokenizer), n_positions(model) or DEFAULT_MAX_TOKENS)
     check_fits(model, len(tokenizer), limit, "lower max_tokens")
     _set_special_tokens(model, tokenizer)
-    examples = _encode_all("data", tokenizer, data, limit)
-    tests = _encode_all("held_out", tokenizer, held_out, limit) if held_out else []
+    read_as = ReadAs(is_chat=all(isinstance(example, Ranking) and example.is_chat for example in data))
+    reader = TextReader(tokenizer, limit, read_as=read_as)
+    examples = encode_all("data", reader, data)
+    tests = encode_all("held_out", reader, held_out) if held_out else []
     lengths = [max(map(len, example.ids)) for example in examples]
     batches = similar_lengths(lengths, batch_size, np.random.default_rng(seed))
     n_steps = max(1, round(n_epochs * len(examples) / batch_size))
@@ -145,10 +153,13 @@ def train_reward_model(
         run=ResumableFit(work, state),
     )
     scores = _scores(model, [ids for example in examples for ids in example.ids], batch_size)
+    replace(read_as, closing=common_closing(tokenizer, examples)).store(model.config)
     stats = RewardStats(float(scores.mean()), max(float(scores.std()), 1e-6))  # equal scores: nothing to divide by
     with output_folder(folder, "reward model", overwrite) as beside:
         model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+        saved = copy.deepcopy(tokenizer)
+        saved.model_max_length = limit  # a reward cuts texts where the training did
+        saved.save_pretrained(beside)
         stats.save(beside)
     shutil.rmtree(work)
     measured = _measure(model, tests, loss, centring, batch_size) if tests else None
@@ -182,14 +193,16 @@ def build_reward_model(lm: LMLike, seed: int = 0) -> PreTrainedModel:
 
 
 def score_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 32
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Scored], batch_size: int = 32
 ) -> np.ndarray:
     """Return the scores of texts, (N,), each read at its last token.
 
     Args:
         model: A reward model, as `AutoModelForSequenceClassification` loads it or `build_reward_model` builds it.
         tokenizer: Its tokenizer; the side on which it pads does not matter.
-        texts: The N texts, prompt included; longer ones than the model's positions lose their start.
+        texts: The N texts, prompt included, or conversations (lists of messages) for the tokenizer's chat template.
+            `TextReader` says with which special tokens they are read; longer ones than the limit of model or tokenizer
+            lose their start.
         batch_size: The number of texts in a forward.
 
     Raises:
@@ -202,12 +215,13 @@ def score_texts(
         >>> score_texts(model, word_tokenizer(["good", "film"]), ["good film", "film"]).shape
         (2,)
     """
-    limit = n_positions(model) or DEFAULT_MAX_TOKENS
+    reader = TextReader(tokenizer, longest(model, tokenizer), read_as=ReadAs.of(model.config))
+    ids = [reader.encode(text) for text in texts]
+    if not all(ids):
+        raise ValueError(f"Expected texts of at least one token, got {texts[ids.index([])]!r}.")
     was_training = model.training
     model.eval()
-    scores = _scores(
-        model, [encode_texts(cast("Tokenizer", tokenizer), [text], limit)[0] for text in texts], batch_size
-    )
+    scores = _scores(model, ids, batch_size)
     model.train(was_training)
     return scores
 
@@ -242,46 +256,6 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
         [0.6931, 2.1269]
     """
     return -functional.logsigmoid(chosen - rejected - margin) + centring * (chosen + rejected) ** 2
-
-
-class _Example(NamedTuple):
-    """An encoded ranking, or an encoded labelled text: a single list of ids, no pairs, and a label."""
-
-    ids: list[list[int]]
-    pairs: list[tuple[int, int]]
-    margin: float = 0.0
-    label: float | None = None
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Ranking | Labelled, limit: int) -> _Example:
-    texts = [example.text] if isinstance(example, Labelled) else example.wholes()
-    ids = encode_texts(cast("Tokenizer", tokenizer), texts, limit)
-    if isinstance(example, Labelled):
-        return _Example(ids, [], label=float(example.label))
-    return _Example(ids, example.pairs(), example.margin)
-
-
-def _encode_all(name: str, tokenizer: PreTrainedTokenizerBase, data: Sequence[Any], limit: int) -> list[_Example]:
-    _check_data(name, data)
-    examples = [_encode(tokenizer, example, limit) for example in data]
-    if examples[0].label is not None:
-        return examples
-    pairs = different_pairs(name, data, [example.ids for example in examples], limit)
-    return [example._replace(pairs=own) for example, own in zip(examples, pairs, strict=True) if own]
-
-
-def _check_data(name: str, data: Sequence[Ranking] | Sequence[Labelled]) -> None:
-    kinds = {type(example) for example in data}
-    if kinds not in ({Ranking}, {Labelled}):
-        raise ValueError(
-            f"Expected `{name}` to hold Rankings or Labelled texts, of one kind and at least one, got "
-            f"{sorted(kind.__name__ for kind in kinds) or 'none'}."
-        )
-    for number, example in enumerate(data):
-        if isinstance(example, Ranking) and (isinstance(example.texts, str) or len(example.texts) < 2):
-            raise ValueError(f"Expected rankings of at least two texts, got {example.texts!r:.80} in row {number}.")
-    if name == "held_out" and kinds == {Labelled} and len({cast("Labelled", example).label for example in data}) < 2:
-        raise ValueError("Expected held-out labels that differ, got one value: there is nothing to compare.")
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -322,7 +296,7 @@ def _scores(model: PreTrainedModel, texts: Sequence[list[int]], batch_size: int)
     return result.cpu().numpy()
 
 
-def _loss(model: PreTrainedModel, examples: Sequence[_Example], loss: Loss, centring: float) -> Tensor:
+def _loss(model: PreTrainedModel, examples: Sequence[Example], loss: Loss, centring: float) -> Tensor:
     """Return the mean over rankings of the mean loss of their pairs, or the mean squared error of labels."""
     ids, is_real = _pad([text for example in examples for text in example.ids], model.device)
     scores = _token_scores(model, ids, is_real)  # (B, T)
@@ -340,7 +314,7 @@ def _loss(model: PreTrainedModel, examples: Sequence[_Example], loss: Loss, cent
     return (losses * weights).sum()
 
 
-def _pairs(examples: Sequence[_Example]) -> Iterator[list[int] | list[float]]:
+def _pairs(examples: Sequence[Example]) -> Iterator[list[int] | list[float]]:
     """Yield the rows of better texts, the rows of worse texts, margins and weights, (P,) each.
 
     The weights of a ranking's pairs add up to 1 / (number of rankings), however many texts it has.
@@ -377,7 +351,7 @@ def _per_token(
 
 @torch.no_grad()
 def _measure(
-    model: PreTrainedModel, examples: Sequence[_Example], loss: Loss, centring: float, batch_size: int
+    model: PreTrainedModel, examples: Sequence[Example], loss: Loss, centring: float, batch_size: int
 ) -> RewardFigures:
     total = 0.0
     for start in range(0, len(examples), batch_size):

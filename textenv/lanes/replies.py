@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from textenv.episodes.completion import Preds
 from textenv.episodes.rules import EndReason
-from textenv.prompts.chat import Message, render_chat
+from textenv.prompts.chat import TURN, Message, render_chat, with_turn
 from textenv.text.tokenizer import Tokenizer
-
-TURN = "0A1place2of3a4turn5B6"  # the stand-in for a turn of the policy: a text that no template has a rule for
 
 
 def encode_reply(
@@ -43,11 +41,11 @@ def encode_reply(
         return list(tokenizer.encode(reply, add_special_tokens=False))
     history = list(messages)  # up to the turn that has just ended
     for turn in preds.turns[:-1]:
-        history = [*_with_turn(history, turn.text), {"role": "user", "content": turn.response or ""}]
+        history = [*with_turn(history, turn.text), {"role": "user", "content": turn.response or ""}]
     # In both renderings a stand-in takes the place of the turn: many templates strip the text of a message, and the
     # policy's tokens may not be those that the tokenizer would choose for it.
     before = render_chat(tokenizer, history) + TURN
-    after = render_chat(tokenizer, [*_with_turn(history, TURN), {"role": "user", "content": reply}])
+    after = render_chat(tokenizer, [*with_turn(history, TURN), {"role": "user", "content": reply}])
     if not after.startswith(before):
         raise ValueError(
             "Expected a chat template that keeps earlier messages as they are when one is added, got one that then "
@@ -59,10 +57,3 @@ def encode_reply(
     ends = [tokenizer.decode([preds[-1]])] if preds.end_reason is EndReason.EOS else stop_strings
     written = next((end for end in ends if tail.endswith(end) and rest.startswith(end)), "")
     return list(tokenizer.encode(rest[len(written) :], add_special_tokens=False))
-
-
-def _with_turn(history: Sequence[Message], text: str) -> list[Message]:
-    """Return the messages with a turn of the assistant added, joined to a last message that is the assistant's."""
-    if history[-1]["role"] != "assistant":
-        return [*history, {"role": "assistant", "content": text}]
-    return [*history[:-1], {**history[-1], "content": history[-1]["content"] + text}]

@@ -9,6 +9,7 @@ from textenv.prompts.templates import apply_template
 from textenv.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "Hello"}, as in transformers' `apply_chat_template`
+TURN = "0A1place2of3a4turn5B6"  # the stand-in for a turn of the policy: a text that no template has a rule for
 
 
 @runtime_checkable
@@ -27,6 +28,18 @@ def is_chat(value: Any) -> TypeGuard[Sequence[Message]]:
     """Return whether a prompt is a chat: a list whose first item is a mapping."""
     is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     return is_list and len(value) > 0 and isinstance(value[0], Mapping)
+
+
+def with_turn(messages: Sequence[Message], text: str) -> list[Message]:
+    """Return the messages with a turn of the assistant added, joined to a last message that is the assistant's.
+
+    Example:
+        >>> with_turn([{"role": "assistant", "content": "It was "}], "good.")
+        [{'role': 'assistant', 'content': 'It was good.'}]
+    """
+    if not messages or messages[-1]["role"] != "assistant":
+        return [*messages, {"role": "assistant", "content": text}]
+    return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + text}]
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str = "the prompt") -> str:

@@ -11,16 +11,17 @@ import numpy as np
 from textenv.episodes.completion import Preds
 from textenv.episodes.scores import ScoreAt
 from textenv.prompts.prompts import Prompt
-from textenv.rewards.base import BatchReward, Reads, check_choice, read_text
+from textenv.rewards.base import BatchReward, Reads, check_choice
 from textenv.rewards.text_model import ModelLike, TextModel
+from textenv.rewards.text_reader import Scored
 
 
 @dataclass
 class Classifier(BatchReward):
     """A text classifier's score of a wanted label: its probability, its logit, or whether it is the likeliest label.
 
-    The model reads the text through its own tokenizer, never the policy's token ids; for padding and truncation see
-    `TextModel`.
+    The model reads the text through its own tokenizer, never the policy's token ids: `TextReader` says with which
+    special tokens. For padding and truncation see `TextModel`.
 
     With `label_column="intent", output="label"` this is the intent reward of OpenRL and RL4LMs: 1 where the predicted
     intent of the reply is the labelled one.
@@ -33,7 +34,8 @@ class Classifier(BatchReward):
             to 1 over the labels (softmax), except for a model of one label or of `problem_type`
             "multi_label_classification", where each label has its own (sigmoid), as in transformers'
             `TextClassificationPipeline`.
-        reads: "completion" scores the completion alone, "whole" the prompt and the completion as one text.
+        reads: "completion" scores the completion alone, "whole" the prompt and the completion as one text, or, if the
+            prompt is a chat and the tokenizer has a chat template, as one conversation.
         tokenizer: The model's own tokenizer, for a model in this process.
         max_length: The most tokens of a text; longer texts are truncated, with one warning.
         truncation_side: The side on which longer texts lose tokens.
@@ -106,11 +108,12 @@ class Classifier(BatchReward):
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
         """Return the score of each row."""
-        texts = [read_text(self.reads, *row) for row in zip(prompts, preds, strict=True)]
+        is_whole, whole = self.reads == "whole", self._model.reader.whole
+        texts = [whole(prompt, own) if is_whole else own.text for prompt, own in zip(prompts, preds, strict=True)]
         wanted = [self.label if self.label_column is None else prompt.row[self.label_column] for prompt in prompts]
         return self.judge(texts, wanted)
 
-    def judge(self, texts: Sequence[str], wanted: Sequence[Any]) -> list[float]:
+    def judge(self, texts: Sequence[Scored], wanted: Sequence[Any]) -> list[float]:
         """Return the score of each text for its wanted label, a name or a number."""
         labels = np.array([self._number(label) for label in wanted])
         logits = self._model.logits(texts).astype(np.float64)  # (B, labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,23 +12,28 @@ from transformers import AutoModelForCausalLM
 from textenv.episodes.completion import Preds
 from textenv.episodes.rules import EndReason
 from textenv.episodes.scores import ScoreAt
+from textenv.prompts.chat import Message
 from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, check_choice
 from textenv.rewards.text_model import ModelLike, TextModel
+from textenv.rewards.text_reader import Parts, ReadAs, messages_of, render_open
 
 
 @dataclass
 class Likelihood(BatchReward):
     """The mean log-probability, in nats per token, of the completion given the prompt, under a frozen causal model.
 
-    The model's own tokenizer reads prompt and completion as one text. A token counts if it ends after the prompt. The
-    model's end token counts where the policy ended the text, and for an empty completion, so that writing nothing is
-    not free. The first token of the text has no probability and is left out.
+    The model's own tokenizer reads prompt and completion as one text (`TextReader`), or, if the prompt is a chat and
+    the tokenizer has a chat template, as one conversation, up to the end of its last answer. A token counts if it ends
+    after the prompt, or within an answer of the conversation. The model's end token counts where the policy ended the
+    text, and for an empty completion, so that writing nothing is not free; no other token closes the text. The first
+    token of the text has no probability and is left out.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
         tokenizer: The model's own tokenizer, a fast one, for a model in this process.
-        max_length: The most tokens of prompt and completion together; longer texts lose their start, without a warning.
+        max_length: The most tokens of prompt and completion together; longer texts lose their start behind
+            the tokens that open them (BOS), without a warning.
         batch_size: The most texts in a forward pass.
         device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
         dtype: The dtype of the weights, such as "bfloat16"; None for float32 where they are loaded by name, and for no
@@ -62,6 +67,7 @@ class Likelihood(BatchReward):
             self.model,
             self.tokenizer,
             max_length=self.max_length,
+            truncation_side="left",
             batch_size=self.batch_size,
             device=self.device,
             dtype=self.dtype,
@@ -85,16 +91,26 @@ class Likelihood(BatchReward):
 
     def _encode(self, prompt: Prompt, preds: Preds) -> tuple[list[int], list[bool]]:
         """Return the ids of prompt and completion, and for each id whether it counts."""
-        tokenizer = self._model.tokenizer
+        tokenizer, whole = self._model.tokenizer, self._model.reader.whole(prompt, preds)
+        # Nothing closes the text but the end token below.
+        reader = replace(self._model.reader, read_as=ReadAs(is_chat=not isinstance(whole, str)))
+        opening, body, _ = reader.parts(whole)
+        text = reader.text(whole)
         # The offsets of a token are the characters where it starts and ends; only fast tokenizers have them.
-        coded = tokenizer(str(prompt) + preds.text, return_offsets_mapping=True, truncation=False, verbose=False)
-        tokens = list(zip(coded["input_ids"], coded["offset_mapping"], strict=True))
-        while tokens and tokens[-1][0] == tokenizer.eos_token_id:  # added by some tokenizers (Llama's add_eos_token)
-            tokens.pop()
-        ids, counts = [token for token, _ in tokens], [end > len(prompt) for _, (_, end) in tokens]
-        if preds.end_reason is EndReason.EOS or not any(counts[1:]):
-            ids, counts = [*ids, tokenizer.eos_token_id], [*counts, True]
-        return ids[-self._model.max_length :], counts[-self._model.max_length :]
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+        ends = [end for _, end in coded["offset_mapping"]]
+        ends = [0] * (len(opening) + len(body) - len(ends)) + ends  # the tokenizer may have put some in front
+        if isinstance(whole, str):
+            answers = [(len(prompt), len(text))]
+        else:
+            answers = answers_of(tokenizer, messages_of(prompt), whole, text)
+        counts = [any(start < end <= last for start, last in answers) for end in ends]
+        is_ended = preds.end_reason is EndReason.EOS or not any(counts[1:])
+        eos = [tokenizer.eos_token_id] if is_ended else []
+        ids = reader.cut(Parts(opening, body, eos))
+        counts = counts[len(opening) :] + [True] * len(eos)
+        n_kept = len(ids) - len(opening)
+        return ids, [False] * len(opening) + counts[len(counts) - n_kept :]
 
     @torch.inference_mode()
     def _forward(self, texts: Sequence[tuple[list[int], list[bool]]]) -> list[float]:
@@ -106,3 +122,33 @@ class Likelihood(BatchReward):
         logits = self._model.model(input_ids=tokens, attention_mask=is_text).logits[:, :-1].float()  # (B, T - 1, V)
         log_probs = logits.gather(2, tokens[:, 1:, None])[..., 0] - logits.logsumexp(2)  # (B, T - 1)
         return ((log_probs * counts).sum(1) / counts.sum(1).clamp(min=1)).tolist()  # (B,)
+
+
+def answers_of(
+    tokenizer: Any, messages: Sequence[Message], whole: Sequence[Message], text: str
+) -> list[tuple[int, int]]:
+    """Return where each new answer of a conversation starts and ends in its text, in characters.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The messages of the prompt.
+        whole: The messages of the conversation: the prompt's, of which the last may have been continued, and more.
+        text: The text of the conversation, up to the end of its last answer.
+
+    Raises:
+        ValueError: If the template changes earlier messages when one is added.
+    """
+    answers = []
+    first = len(messages) - 1 if messages[-1]["role"] == "assistant" else len(messages)
+    for place in range(first, len(whole)):
+        if whole[place]["role"] != "assistant":
+            continue
+        before = render_open(tokenizer, messages if place == first else whole[:place])
+        after = render_open(tokenizer, whole[: place + 1])
+        if not after.startswith(before) or not text.startswith(after):
+            raise ValueError(
+                "Expected a chat template that keeps earlier messages as they are when one is added, got one that "
+                f"writes {before[-80:]!r} in another way: give prompts as texts in the model's format."
+            )
+        answers.append((len(before), len(after)))
+    return answers

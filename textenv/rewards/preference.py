@@ -12,25 +12,27 @@ from transformers import PreTrainedModel
 from textenv.episodes.completion import Preds
 from textenv.episodes.scores import ScoreAt
 from textenv.prompts.prompts import Prompt
-from textenv.prompts.templates import apply_template
-from textenv.rewards.base import BatchReward, Reads, check_choice, read_text
+from textenv.rewards.base import BatchReward, Reads, check_choice
 from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_model import ModelLike, TextModel
+from textenv.rewards.text_reader import Scored
 
 
 @dataclass
 class Preference(BatchReward):
     """The score of a trained reward model: `AutoModelForSequenceClassification` with `num_labels=1`.
 
-    The model reads the text through its own tokenizer, never the policy's token ids; for padding and truncation see
+    The model reads the text through its own tokenizer, never the policy's token ids: the tokens are those of its
+    training (`TextReader`), with BOS once, and closed as the texts of its training were. For padding and truncation see
     `TextModel`. `Ensemble([...], by="minimum")` joins several into one reward.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
-        chat: Whether prompt and completion are put into the tokenizer's chat template as turns of user and assistant;
-            a reply of the env is the user's next turn.
+        chat: Whether a prompt that is no chat is the user's message, and prompt and completion are put into the
+            tokenizer's chat template; a reply of the env is the user's next turn. A prompt that is a chat needs no
+            `chat`: its messages are the first turns, unless `train_reward_model` trained the model on texts.
         messages_column: With `chat`, the column of the prompt's row with the messages before the completion, a list of
-            {"role": ..., "content": ...}; None takes the prompt as the user's message.
+            {"role": ..., "content": ...}; None takes the messages of a chat, or the prompt as the user's message.
         stats: The statistics that normalise the score to (score - mean) / std: a `RewardStats`, "stored" for those in
             the model's folder, or None for the score as it is.
         reads: Without `chat`, "whole" scores prompt and completion as one text, "completion" the completion alone.
@@ -104,19 +106,15 @@ class Preference(BatchReward):
 
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> list[float]:
         """Return the score of each row."""
-        texts = [self.text(*row) for row in zip(prompts, preds, strict=True)]
-        # No special tokens in a chat, whose template writes them. The logits are (B, 1).
-        scores = self._model.logits(texts, add_special_tokens=not self.chat)[:, 0].astype(np.float64).tolist()
+        texts = [self._whole(*row) for row in zip(prompts, preds, strict=True)]
+        scores = self._model.logits(texts)[:, 0].astype(np.float64).tolist()  # from (B, 1)
         return scores if self._stats is None else [self._stats.normalised(score) for score in scores]
 
     def text(self, prompt: Prompt, preds: Preds) -> str:
         """Return the text that the model reads for a row."""
-        if not self.chat:
-            return read_text(self.reads, prompt, preds)
-        column = self.messages_column
-        messages = [{"role": "user", "content": str(prompt)}] if column is None else list(prompt.row[column])
-        for turn in preds.turns:
-            messages.append({"role": "assistant", "content": turn.text})
-            if turn.response is not None:
-                messages.append({"role": "user", "content": turn.response})
-        return apply_template(self._model.tokenizer, messages, "a text to be scored")
+        return self._model.reader.text(self._whole(prompt, preds))
+
+    def _whole(self, prompt: Prompt, preds: Preds) -> Scored:
+        if self.reads == "completion" and not self.chat:
+            return preds.text
+        return self._model.reader.whole(prompt, preds, self.chat, self.messages_column)

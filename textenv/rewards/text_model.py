@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from textenv.huggingface.positions import n_positions
 from textenv.huggingface.weights import check_name, from_pretrained, load_whole
+from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
 
 ModelLike = str | PathLike[str] | PreTrainedModel
 
@@ -23,9 +25,9 @@ class TextModel:
 
     The model is put into evaluation mode and computes no gradients. Texts are sorted by length into batches and padded
     on the right, whatever the tokenizer's `padding_side`, since models with absolute positions score a left-padded text
-    differently. The score of a causal model is read at its last token that is not the config's pad token; a config
-    without a pad token gets the tokenizer's pad token, or else its end token. An empty text is scored as a single pad
-    token.
+    differently. `TextReader` says which tokens a text or a conversation has. The score of a causal model is read at the
+    last of them, also where that is the pad token, as in models whose pad token is the end token. A config without a
+    pad token gets the tokenizer's pad token, or else its end token. An empty text is scored as a single pad token.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process.
@@ -74,15 +76,16 @@ class TextModel:
             self.model.to(device)
         self.model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.tokenizer.truncation_side = truncation_side
         self.batch_size = batch_size
         self.max_length = self._longest(max_length)
+        # The reader cuts texts; at a longer one, the tokenizer would log that the model cannot read it.
+        self.tokenizer.model_max_length = VERY_LARGE_INTEGER
+        self.reader = TextReader(self.tokenizer, self.max_length, truncation_side, ReadAs.of(self.model.config))
         self.pad_id = self._find_pad_id()
         self._has_warned = False
 
     def _longest(self, max_length: int | None) -> int:
-        # A tokenizer without a limit has 1e30 (transformers `tokenization_utils_base.VERY_LARGE_INTEGER`).
-        limit = min(self.tokenizer.model_max_length, n_positions(self.model) or self.tokenizer.model_max_length)
+        limit = longest(self.model, self.tokenizer)
         if max_length is not None and not 1 <= max_length <= limit:
             raise ValueError(
                 f"Expected `max_length` in [1, {limit}], what tokenizer and model allow, got {max_length}."
@@ -100,33 +103,46 @@ class TextModel:
             raise ValueError("Expected a tokenizer with a pad or an end token, got neither: set tokenizer.pad_token.")
         return config.pad_token_id
 
-    def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Return the token ids of each text, truncated to `max_length`."""
-        tokenize = self.tokenizer
-        # The first pass does not truncate, which shows the texts that are too long.
-        ids = tokenize(list(texts), add_special_tokens=add_special_tokens, truncation=False, verbose=False)["input_ids"]
-        long = [row for row, tokens in enumerate(ids) if len(tokens) > self.max_length]
-        for row in long:
-            cut = {"truncation": True, "max_length": self.max_length, "add_special_tokens": add_special_tokens}
-            ids[row] = tokenize(texts[row], **cut)["input_ids"]
-        if long and not self._has_warned:
+    def encode(self, texts: Sequence[Scored]) -> list[list[int]]:
+        """Return the token ids of each text or conversation, cut to `max_length`."""
+        parts = [self.reader.parts(text) for text in texts]
+        n_long = sum(1 for own in parts if len(own.body) > self.reader.room(own))
+        if n_long and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"{len(long)} of {len(texts)} texts are longer than max_length={self.max_length} tokens of "
-                f"{type(self.model).__name__}; they are cut on the {tokenize.truncation_side}. This is said once.",
+                f"{n_long} of {len(texts)} texts are longer than max_length={self.max_length} tokens of "
+                f"{type(self.model).__name__}; they are cut on the {self.reader.truncation_side}. This is said once.",
                 stacklevel=3,
             )
-        return ids
+        return [self.reader.cut(own) for own in parts]
 
-    def logits(self, texts: Sequence[str], add_special_tokens: bool = True) -> np.ndarray:
-        """Return the logits of B texts, (B, labels) float32."""
-        ids = self.encode(texts, add_special_tokens)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    def logits(self, texts: Sequence[Scored]) -> np.ndarray:
+        """Return the logits of B texts or conversations, (B, labels) float32."""
+        ids = [own or [self.pad_id] for own in self.encode(texts)]
         logits = np.zeros((len(ids), self.model.config.num_labels), dtype=np.float32)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]  # texts of similar lengths need little padding
-            logits[rows] = self._forward([ids[row] or [self.pad_id] for row in rows])
+        for ends_with_pad in (False, True):
+            order = [row for row, own in enumerate(ids) if (own[-1] == self.pad_id) == ends_with_pad]
+            order.sort(key=lambda row: len(ids[row]))  # texts of similar lengths need little padding
+            pad_id = int(self.pad_id == 0) if ends_with_pad else self.pad_id  # a token with which no text ends
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                with self.padded_with(pad_id):
+                    logits[rows] = self._forward([ids[row] for row in rows])
         return logits
+
+    @contextmanager
+    def padded_with(self, pad_id: int) -> Iterator[None]:
+        """Have the model take another pad token in a block.
+
+        transformers `modeling_layers.GenericForSequenceClassification.forward` reads the score at the last token that
+        is not the config's pad token: a text that ends with that token would be scored at an earlier one.
+        """
+        config = self.model.config.get_text_config()
+        config.pad_token_id = pad_id
+        try:
+            yield
+        finally:
+            config.pad_token_id = self.pad_id
 
     @torch.inference_mode()
     def _forward(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
@@ -135,7 +151,8 @@ class TextModel:
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token ids, padded on the right, and their attention mask: two (B, T) int64 on the device."""
-        tokens = torch.full((len(ids), max(map(len, ids))), self.pad_id)  # (B, T)
+        pad_id = self.model.config.get_text_config().pad_token_id
+        tokens = torch.full((len(ids), max(map(len, ids))), pad_id)  # (B, T)
         is_text = torch.zeros_like(tokens)  # (B, T)
         for row, text in enumerate(ids):
             tokens[row, : len(text)] = torch.tensor(text)

@@ -46,15 +46,29 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
         >>> encode_prompt(CharTokenizer("ab"), "ab")
         ([], [1, 2])
     """
+    opening, body, _ = special_tokens_around(tokenizer, text)
+    return opening, (body[len(opening) :] if body[: len(opening)] == opening else body)
+
+
+def special_tokens_around(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Return the special tokens that the tokenizer puts in front of `text`, the text's own tokens, and those behind it.
+
+    Raises:
+        ValueError: If the tokens of the text cannot be told from the special ones.
+
+    Example:
+        >>> special_tokens_around(CharTokenizer("ab"), "ab")
+        ([], [1, 2], [])
+    """
     body = list(tokenizer.encode(text, add_special_tokens=False))
     full = list(tokenizer.encode(text, add_special_tokens=True))
     for start in range(len(full) - len(body) + 1):
-        if full[start : start + len(body)] == body:
-            opening = full[:start]
-            return opening, (body[start:] if opening == body[:start] else body)
+        end = start + len(body)
+        if full[start:end] == body:
+            return full[:start], body, full[end:]
     raise ValueError(
         f"Expected the tokenizer to put special tokens around a text only, but {text!r} encodes to {full} with and to "
-        f"{body} without them. Give prompts as lists of token ids instead."
+        f"{body} without them. Give prompts as lists of token ids; a model that scores texts needs another tokenizer."
     )
 
 

@@ -166,7 +166,7 @@ def test_pairs_of_conversations_are_read_from_a_file(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     config = RewardModelConfig(data=str(path), held_out=str(path))
     opened = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    expected = [Ranking(("chosen", "rejected"), opened), Ranking(("good", "bad"), "It was ")]
+    expected = [Ranking(("chosen", "rejected"), opened, is_chat=True), Ranking(("good", "bad"), "It was ")]
     assert read_preferences(config, tokenizer_with(CHATML)) == (expected, expected)
 
 

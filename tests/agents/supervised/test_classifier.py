@@ -16,6 +16,7 @@ from transformers import (
 
 from agents import train_classifier, word_tokenizer
 from agents.supervised.accuracy import wilson_interval
+from agents.supervised.classifier import _collate
 from tests.helpers.models import few
 from tests.helpers.rewards import scores
 from textenv.rewards.classifier import Classifier
@@ -102,6 +103,24 @@ def test_a_language_model_gets_a_head_and_a_classifier_is_trained_further(tmp_pa
     first = trained(tmp_path / "a", str(tmp_path / "lm"), n_epochs=1, held_out=TEST)
     second = trained(tmp_path / "b", str(tmp_path / "a"), n_epochs=4, held_out=TEST)
     assert second.held_out.loss < first.held_out.loss
+
+
+def test_texts_that_end_with_the_pad_token_are_trained_at_it(tmp_path, monkeypatch):
+    """The pad token, 0, is the end token, and closes all texts: the batches are padded with another one."""
+    batches = []
+
+    def collate(rows, pad_id):
+        batches.append((pad_id, _collate(rows, pad_id)))
+        return batches[-1][1]
+
+    monkeypatch.setattr("agents.supervised.classifier._collate", collate)
+    texts = [f"{text} </s>" for text in TRAIN[0][:8]]
+    folder = trained(tmp_path / "m", "gpt2", TRAIN[1][:8], texts, n_epochs=1, batch_size=8).folder
+    [(pad_id, batch)] = batches
+    assert pad_id == 1 and AutoModelForSequenceClassification.from_pretrained(folder).config.pad_token_id == 0
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert [row[n - 1].item() for row, n in zip(batch["input_ids"], lengths)] == [0] * 8
+    assert all(row[n:].eq(pad_id).all() for row, n in zip(batch["input_ids"], lengths)) and len(set(lengths)) > 1
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ RENDERED = {  # by template: the prompt, and what stands in front of an answer
 def test_a_pair_of_conversations_is_what_an_env_would_show_and_a_policy_write(form, template):
     prompt, space = RENDERED[template]
     tokenizer = tokenizer_with(template)
-    assert chat_pair(FORMS[form], tokenizer, "row 1") == Ranking((f"{space}good", f"{space}bad"), prompt)
+    assert chat_pair(FORMS[form], tokenizer, "row 1") == Ranking((f"{space}good", f"{space}bad"), prompt, is_chat=True)
     assert PromptReader(tokenizer).read([USER]) == prompt
 
 
@@ -53,7 +53,7 @@ def test_earlier_turns_and_a_system_message_belong_to_the_prompt():
     )
     for prompt in (None, "hi", [SYSTEM, USER]):
         ranking = chat_pair({**row, "prompt": prompt}, tokenizer_with(CHATML), "row 1")
-        assert ranking == Ranking(("good", "bad"), first + OPENED)
+        assert ranking == Ranking(("good", "bad"), first + OPENED, is_chat=True)
 
 
 def test_an_answer_may_have_several_turns():
@@ -63,7 +63,7 @@ def test_an_answer_may_have_several_turns():
 
 def test_equal_conversations_have_equal_answers():
     row = {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}
-    assert chat_pair(row, tokenizer_with(CHATML), "row 1") == Ranking(("good", "good"), OPENED)
+    assert chat_pair(row, tokenizer_with(CHATML), "row 1") == Ranking(("good", "good"), OPENED, is_chat=True)
 
 
 @pytest.mark.parametrize(

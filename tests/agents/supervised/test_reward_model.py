@@ -12,10 +12,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from agents import Labelled, Ranking, RewardModelCritic, hh_pairs, score_texts, train_reward_model, word_tokenizer
 from agents.supervised.accuracy import calibration, pair_accuracy, wilson_interval
 from agents.supervised.preferences import encode_texts
-from agents.supervised.reward_model import _Example, _loss, bradley_terry, build_reward_model, read_scores
+from agents.supervised.ranking_data import Example
+from agents.supervised.reward_model import _loss, bradley_terry, build_reward_model, read_scores
 from tests.helpers.models import tiny
 from textenv import CharTokenizer
 from textenv.rewards.reward_stats import RewardStats
+from textenv.rewards.text_reader import TextReader
 
 WORDS = ["good", "bad", "film", "plot", "the", "a", "was", "is"]
 TOKENIZER = word_tokenizer(WORDS)  # its pad token is its end token, 0
@@ -68,7 +70,7 @@ def test_a_ranking_is_the_mean_of_all_its_pairs_and_rankings_weigh_the_same():
     model = small()
     triple = [[GOOD, FILM], [FILM], [BAD, FILM, THE]]
     pair = [[THE], [BAD]]
-    examples = [_Example(triple, [(0, 1), (0, 2), (1, 2)], margin=0.5), _Example(pair, [(0, 1)])]
+    examples = [Example(triple, [(0, 1), (0, 2), (1, 2)], margin=0.5), Example(pair, [(0, 1)])]
     with torch.no_grad():
         a, b, c, d, e = (float(model(input_ids=torch.tensor([ids])).logits) for ids in triple + pair)
         loss = float(_loss(model, examples, "last", 0.0))
@@ -93,7 +95,7 @@ def test_the_loss_of_each_token_is_counted_from_the_first_difference(chosen, rej
         return each + [each[-1]] * 9
 
     with torch.no_grad():
-        loss = float(_loss(model, [_Example([chosen, rejected], [(0, 1)])], "tokens", 0.0))
+        loss = float(_loss(model, [Example([chosen, rejected], [(0, 1)])], "tokens", 0.0))
         better, worse = scores(chosen), scores(rejected)
     positions = range(start, max(len(chosen), len(rejected)))
     assert loss == pytest.approx(-np.mean([log_sigmoid(better[t] - worse[t]) for t in positions]), abs=1e-5)
@@ -103,7 +105,7 @@ def test_the_loss_of_labels_is_the_squared_error():
     model = small()
     with torch.no_grad():
         scores = [float(model(input_ids=torch.tensor([ids])).logits) for ids in ([GOOD], [BAD, FILM])]
-        loss = _loss(model, [_Example([[GOOD]], [], label=1.0), _Example([[BAD, FILM]], [], label=-1.0)], "last", 0.0)
+        loss = _loss(model, [Example([[GOOD]], [], label=1.0), Example([[BAD, FILM]], [], label=-1.0)], "last", 0.0)
     assert float(loss) == pytest.approx(((scores[0] - 1) ** 2 + (scores[1] + 1) ** 2) / 2, abs=1e-5)
 
 
@@ -128,16 +130,16 @@ def test_b7_scores_are_read_at_the_last_real_token_under_padding_of_either_side(
 
 def test_b1_the_gradient_of_a_pair_is_the_same_beside_longer_texts():
     gradients = []
-    for others in ([], [_Example([[THE] * 20, [FILM] * 17], [])]):  # a ranking without pairs, to pad the others
+    for others in ([], [Example([[THE] * 20, [FILM] * 17], [])]):  # a ranking without pairs, to pad the others
         model = small()
-        example = _Example([[GOOD, FILM, 0], [BAD]], [(0, 1)])
+        example = Example([[GOOD, FILM, 0], [BAD]], [(0, 1)])
         (_loss(model, [example, *others], "last", 0.0) * (1 + len(others))).backward()
         gradients.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 
 def test_b8_over_long_texts_lose_as_many_tokens_at_the_start():
-    texts = encode_texts(CharTokenizer(), ["abcdef", "abcxyz", "abcde"], max_tokens=4)
+    texts = encode_texts(TextReader(CharTokenizer(), 4), ["abcdef", "abcxyz", "abcde"])
     assert texts == [[3, 4, 5, 6], [3, 24, 25, 26], [3, 4, 5]]
 
 
@@ -150,9 +152,9 @@ def test_held_out_labels_that_say_nothing_are_refused_before_training(tmp_path):
 
 def test_over_long_texts_that_share_nothing_lose_their_own_start():
     """One long text must not empty the others it is ranked with."""
-    texts = encode_texts(CharTokenizer(), ["abcdefgh", "bcd", "xabcdef"], max_tokens=4)
+    texts = encode_texts(TextReader(CharTokenizer(), 4), ["abcdefgh", "bcd", "xabcdef"])
     assert texts == [[5, 6, 7, 8], [2, 3, 4], [3, 4, 5, 6]]
-    texts = encode_texts(CharTokenizer(), ["abcdefgh", "abxy"], max_tokens=4)  # a shared start of two tokens
+    texts = encode_texts(TextReader(CharTokenizer(), 4), ["abcdefgh", "abxy"])  # a shared start of two tokens
     assert texts == [[5, 6, 7, 8], [24, 25]]
 
 

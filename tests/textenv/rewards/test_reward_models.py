@@ -72,6 +72,19 @@ def test_b7_the_score_is_that_of_the_last_real_token(family, side, batch_size):
     assert np.abs(logits[0] - logits[1]).max() > 0.01  # the texts have different scores
 
 
+@pytest.mark.parametrize("batch_size", [1, 32])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_b7_texts_that_end_with_the_pad_token_are_scored_at_it(family, batch_size):
+    """The pad token is the end token, and closes some of the texts; read at 15, which no text has, is their last."""
+    texts = ["good </s>", "a bad film", "a good film a good plot </s>", "</s>", "bad </s> </s>", ""]
+    tokenizer, model = tokenizer_of(), build(family, pad_token_id=0)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == tokenizer("</s>")["input_ids"][0] == 0
+    logits = TextModel(model, tokenizer, batch_size=batch_size).logits(texts)
+    assert model.config.pad_token_id == 0
+    model.config.pad_token_id = 15
+    np.testing.assert_allclose(logits, np.stack([by_hand(model, text) for text in texts]), atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_b7_negative_control(family):
     """The negative control: with a wrong pad token, the score is read at the padding and differs."""
@@ -134,13 +147,18 @@ def test_c8_the_model_sees_text_and_never_the_policys_ids():
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", "good plot"), ("right", "a bad")])
-def test_long_texts_are_cut_with_one_warning(side, kept):
+def test_long_texts_are_cut_with_one_warning(side, kept, caplog):
     model = build()
     reward = Classifier(model, 1, output="logit", tokenizer=tokenizer_of(), max_length=2, truncation_side=side)
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than max_length=2 .* cut on the " + side):
         rewards = scores(reward, ["a bad film a good plot", "film"])
     assert rewards == pytest.approx([by_hand(model, text)[1] for text in (kept, "film")], abs=1e-5)
     scores(reward, ["a bad film"])  # a second warning would show in pytest's summary
+    limited = tokenizer_of()
+    limited.model_max_length = 24
+    with pytest.warns(UserWarning, match="max_length=24"):
+        scores(Classifier(model, 1, tokenizer=limited, truncation_side=side), ["film " * 25])
+    assert not caplog.records  # transformers would log that such a text cannot be read
 
 
 @pytest.mark.filterwarnings("error")

@@ -60,11 +60,11 @@ def same_weights(first, second):
 
 
 class Recorder(BaseCallback):
-    """Keeps observations, actions, dones and infos of all steps, and each rollout's rewards and log-probabilities."""
+    """Keeps observations, actions, dones and infos of all steps, and each rollout's numbers."""
 
     def _on_training_start(self):
         self.observations, self.actions, self.dones, self.infos = [], [], [], []
-        self.rewards, self.log_probs = [], []
+        self.rewards, self.penalties, self.log_probs = [], [], []
 
     def _on_step(self):
         self.observations.append(self.locals["obs_tensor"].numpy())
@@ -75,6 +75,7 @@ class Recorder(BaseCallback):
 
     def _on_rollout_end(self):
         self.rewards.append(self.model.rollout_buffer.rewards.copy())
+        self.penalties.append(self.model.rollout_buffer.penalties.copy())
         self.log_probs.append(self.model.rollout_buffer.log_probs.copy())
 
     def episodes(self):

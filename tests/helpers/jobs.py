@@ -186,6 +186,17 @@ def every_option():
     return {name: scripted_updates(1, **kwargs) for name, kwargs in options().items()}
 
 
+def groups_of_lengths(lengths, n_lanes):
+    """Train one rollout of 4 steps on groups of 4 texts, which have `lengths` in turn; return the change of weights."""
+    choose_by_row()
+    rows = [{"prompt": LETTERS[i], "max_new_tokens": lengths[i % len(lengths)]} for i in range(8)]
+    env = tiny_env(prompts=rows, samples_per_prompt=4, stop_ids=(), order="sequential")
+    model = tiny_agent(env, n_lanes, rollout_buffer_kwargs={"normalize_advantage": False})
+    before = weights_of(model)
+    model.learn(4 * n_lanes)
+    return {name: weight - before[name] for name, weight in weights_of(model).items()}
+
+
 def sharded_updates(shards, names=("plain",)):
     """Run `scripted_updates` with each option under each sharding; return the results by (option, sharding)."""
     results = {}

@@ -91,6 +91,21 @@ class Recorder(BaseCallback):
         return np.concatenate(getattr(self, name))
 
 
+class Trained(BaseCallback):
+    """Keeps the log-probability, advantage, return and action of every transition that a rollout trains."""
+
+    def _on_training_start(self):
+        self.rollouts = []
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        (samples,) = self.model.rollout_buffer.get()
+        tensors = (samples.old_log_prob, samples.advantages, samples.returns, samples.actions)
+        self.rollouts.append(list(zip(*(tensor.tolist() for tensor in tensors))))
+
+
 def run_state(model):
     """Return everything that the next update depends on, comparable with ==."""
     buffer = model.rollout_buffer

@@ -14,7 +14,7 @@ from agents.callbacks.episode_metrics import EpisodeMetrics
 from agents.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from agents.checkpoints.manifest import CheckpointError
 from agents.rollout.advantages import group_advantages, penalty_advantages
-from tests.helpers.training import TOKENIZER, Recorder, run_state, tiny_agent, tiny_config, tiny_env
+from tests.helpers.training import TOKENIZER, Recorder, Trained, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import TextEnv
 from textenv.lanes.lanes import Lanes
 
@@ -192,21 +192,6 @@ def ranked(n=3, **kwargs):
 def ranked_agent(advantage="grpo_mean", n=3, n_envs=7, n_steps=5, env=None, **kwargs):
     kwargs.setdefault("rollout_buffer_kwargs", {"advantage": advantage, "normalize_advantage": False})
     return tiny_agent(env or ranked(n), n_envs=n_envs, n_steps=n_steps, **kwargs)
-
-
-class Trained(BaseCallback):
-    """Keeps the log-probability, advantage, return and action of every transition that a rollout trains."""
-
-    def _on_training_start(self):
-        self.rollouts = []
-
-    def _on_step(self):
-        return True
-
-    def _on_rollout_end(self):
-        (samples,) = self.model.rollout_buffer.get()
-        tensors = (samples.old_log_prob, samples.advantages, samples.returns, samples.actions)
-        self.rollouts.append(list(zip(*(tensor.tolist() for tensor in tensors))))
 
 
 def test_members_are_scored_in_one_call_and_stand_together():

@@ -66,10 +66,10 @@ def penalty_advantages(penalties: Sequence[np.ndarray], groups: np.ndarray, adva
     - "grpo" and "grpo_mean": mean - s;
     - "rloo": the mean of the other episodes - s, which is n / (n - 1) times that.
 
-    A token moves no penalty before its own, and none of the other episodes, so that they can be left out or subtracted:
-    in expectation, the gradient is that of the penalty of whole texts, in the proportion to the scores that the
-    coefficient says. No deviation divides it, which would give a penalty of any size the same weight. Equal penalties
-    in all episodes of a group, as of equal texts, add exactly 0, and so do those of a group of one.
+    A token has no influence on penalties before its own or in other episodes: the former are left out, and the latter
+    are a baseline. So the expected gradient is that of the whole texts' penalties, in the proportion to the scores that
+    the coefficient sets. No deviation divides it, which would give a penalty of any size the same weight. Penalties
+    that are equal in all episodes of a group, as those of equal texts, add exactly 0; so do those of a lone episode.
 
     Args:
         penalties: The penalties of each episode's tokens, (n,) each.
@@ -77,9 +77,9 @@ def penalty_advantages(penalties: Sequence[np.ndarray], groups: np.ndarray, adva
         advantage: As in `group_advantages`.
 
     Example:
-        >>> parts = [np.array([0.1, 0.3]), np.array([0.2])]  # 0.4 and 0.3 from the first token on, 0.3 and 0 after it
+        >>> parts = [np.array([0.1, 0.3]), np.array([0.2])]  # from the first token on 0.4 and 0.2
         >>> [part.round(2).tolist() for part in penalty_advantages(parts, np.array([0, 0]), "grpo_mean")]
-        [[-0.05, -0.15], [0.05]]
+        [[-0.1, -0.15], [0.1]]
     """
     advantages = [np.zeros(len(part)) for part in penalties]
     for group in np.unique(groups):

@@ -249,7 +249,7 @@ def check(seed):
 
 
 @pytest.mark.parametrize("first", range(0, 120, A_TEST))
-def test_advantages_are_those_of_the_plain_calculation(first):
+def test_d1_advantages_are_those_of_the_plain_calculation(first):
     counts = [check(seed) for seed in range(first, first + A_TEST)]
     assert min(counts) > 0 and sum(counts) > 300
 

@@ -227,7 +227,7 @@ INEXACT = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_mean_gradient_is_that_of_the_expected_reward(name):
+def test_d10_the_mean_gradient_is_that_of_the_expected_reward(name):
     off, precision = distances(EXACT[name])
     assert np.abs(off).max() < 3, off
     assert precision < 0.05, "a difference of a sixth would show"

@@ -47,7 +47,7 @@ def test_noise_is_not_blown_up():
     assert np.isfinite(small).all() and np.abs(small).max() < 1e-3
 
 
-def test_penalties_are_charged_to_the_tokens_before_them_by_hand():
+def test_d8_penalties_are_charged_to_the_tokens_before_them_by_hand():
     """From token t on, the first two texts still pay 0.6, 0.5, 0.3 and 0.2, 0.1; the third has a group of its own."""
     parts, groups = [np.array([0.1, 0.2, 0.3]), np.array([0.1, 0.1]), np.array([5.0, 5.0])], np.array([0, 0, 1])
     for advantage, scale in (("grpo", 1), ("grpo_mean", 1), ("rloo", 2)):
@@ -60,7 +60,7 @@ def test_penalties_are_charged_to_the_tokens_before_them_by_hand():
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "grpo_mean", "rloo"])
-def test_of_equal_scores_the_penalty_alone_is_left_in_the_size_of_its_coefficient(advantage):
+def test_d8_of_equal_scores_the_penalty_alone_is_left_in_the_size_of_its_coefficient(advantage):
     """All scores are 1, where the deviation of a group would be that of its divergences: about 1 after its division."""
     sizes = {}
     for coef in (0.0, 0.001, 0.1):

@@ -43,7 +43,7 @@ class States(BaseCallback):
 
 
 @pytest.mark.parametrize("algorithm", [PPO, A2C, MaskablePPO])
-def test_a_rollout_without_a_whole_group_waits_and_its_update_changes_nothing(algorithm):
+def test_d9_a_rollout_without_a_whole_group_waits_and_its_update_changes_nothing(algorithm):
     model, states, trained = fours(algorithm), States(), Trained()
     with pytest.warns(UserWarning, match="No group of 4 samples is whole.*: its episodes wait") as said:
         model.learn(6 * 8, callback=[states, trained])

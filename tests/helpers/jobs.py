@@ -46,6 +46,7 @@ from agents.distributed.gradients import SharedGradient
 from agents.distributed.sharding import local, released
 from agents.models.sampling import TokenDistribution
 from agents.policies.actor_critic import LMActorCritic
+from tests.helpers.models import randomise_critic
 from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
 from textenv import AllowedMask, PrioritySampling
@@ -191,7 +192,9 @@ def groups_of_lengths(lengths, n_lanes):
     choose_by_row()
     rows = [{"prompt": LETTERS[i], "max_new_tokens": lengths[i % len(lengths)]} for i in range(8)]
     env = tiny_env(prompts=rows, samples_per_prompt=4, stop_ids=(), order="sequential")
-    model = tiny_agent(env, n_lanes, rollout_buffer_kwargs={"normalize_advantage": False})
+    options = {"rollout_buffer_kwargs": {"normalize_advantage": False}, "policy_kwargs": {"value_norm": "popart"}}
+    model = tiny_agent(env, n_lanes, **options)
+    randomise_critic(model.policy)
     before = weights_of(model)
     model.learn(4 * n_lanes)
     return {name: weight - before[name] for name, weight in weights_of(model).items()}

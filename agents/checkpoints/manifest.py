@@ -22,7 +22,7 @@ from textenv.checks.json_files import read_json
 
 from ..files import sha256, sync
 
-FORMAT = 2  # the version of a checkpoint's content; any other version, older or newer, is refused
+FORMAT = 3  # the version of a checkpoint's content; any other version, older or newer, is refused
 MANIFEST = "manifest.json"
 SHAPE = {  # for `read_json`
     "format": int,

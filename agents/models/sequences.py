@@ -56,6 +56,8 @@ class SequenceBatch:
         share: The weight of a minibatch's losses if several processes train (see `SharedGradient`), else None.
         old_log_probs: The log-probabilities with which the actions were sampled, (N,), in nats; set together with
             `share`.
+        stand_in: The values, log-probabilities and entropies, (N,) each, that `LMPolicy.evaluate_actions` returns
+            without a forward, where there is nothing to train (see `idle_samples`), else None.
 
     Example:
         >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 0]])
@@ -66,6 +68,7 @@ class SequenceBatch:
 
     share: float | None = None
     old_log_probs: Tensor | None = None
+    stand_in: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(
         self,

@@ -367,6 +367,9 @@ class LMPolicy(ActorCriticPolicy):
                 "buffer hold returns in units of reward."
             )
         batch, actions = _as_batch(obs), actions.long().flatten()  # (N,) or (N, 1) to (N,)
+        if batch.stand_in is not None:
+            values, log_probs, entropy = batch.stand_in
+            return values[:, None], log_probs, entropy
         # In several processes, minibatches of the buffer have a `share`.
         evaluate = self.shared.evaluate if self.shared is not None and batch.share is not None else self.lm.evaluate
         values, log_probs, entropy = evaluate(batch, actions)

@@ -86,13 +86,16 @@ class ValueNorm(nn.Module):
             returns: The returns of this process, (N,), in units of reward.
             last_layer: The critic's last layer, which "popart" rescales.
         """
-        mean, deviation = self.mean.clone(), self._deviation()
-        self.weight.mul_(DECAY).add_(1 - DECAY)
-        share = (1 - DECAY) / self.weight  # the weight of this rollout in the averages; 1 for the first rollout
         if world() is None:
             new_mean, new_variance = returns.mean(), returns.var(correction=0)
         else:
-            new_mean, new_variance = map(returns.new_tensor, moments("returns", returns.cpu().numpy())[1:])
+            n, *numbers = moments("returns", returns.cpu().numpy())
+            if n == 0:  # in no process is a group whole
+                return
+            new_mean, new_variance = map(returns.new_tensor, numbers)
+        mean, deviation = self.mean.clone(), self._deviation()
+        self.weight.mul_(DECAY).add_(1 - DECAY)
+        share = (1 - DECAY) / self.weight  # the weight of this rollout in the averages; 1 for the first rollout
         shift = new_mean - self.mean
         # Equals the decaying mean of x^2 minus the squared mean of x, which would round badly if the mean is large.
         new_variance = new_variance + (1 - share) * shift.square()

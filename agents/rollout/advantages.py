@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advanta
     In a group of one episode, or of equal returns, all advantages are exactly 0.
 
     Args:
-        returns: The sum of rewards of each episode, (E,).
+        returns: The sum of rewards of each episode, without penalties, (E,).
         groups: The number of each episode's group, (E,), in any order.
         advantage: One of the three above.
 
@@ -56,6 +57,45 @@ def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advanta
     return advantages.astype(np.float32)
 
 
+def penalty_advantages(penalties: Sequence[np.ndarray], groups: np.ndarray, advantage: Advantage) -> list[np.ndarray]:
+    """Return what the penalties of tokens add to the advantages of each episode, (n,) each.
+
+    With the sum s of an episode's penalties from token t to its end, and the mean of s over its group (0 for episodes
+    of fewer tokens), each at their own token t:
+
+    - "grpo" and "grpo_mean": mean - s;
+    - "rloo": the mean of the other episodes - s, which is n / (n - 1) times that.
+
+    A token has no influence on penalties before its own or in other episodes: the former are left out, and the latter
+    are a baseline. So the expected gradient is that of the whole texts' penalties, in the proportion to the scores that
+    the coefficient sets. No deviation divides it, which would give a penalty of any size the same weight. Penalties
+    that are equal in all episodes of a group, as those of equal texts, add exactly 0; so do those of a lone episode.
+
+    Args:
+        penalties: The penalties of each episode's tokens, (n,) each.
+        groups: As in `group_advantages`.
+        advantage: As in `group_advantages`.
+
+    Example:
+        >>> parts = [np.array([0.1, 0.3]), np.array([0.2])]  # from the first token on 0.4 and 0.2
+        >>> [part.round(2).tolist() for part in penalty_advantages(parts, np.array([0, 0]), "grpo_mean")]
+        [[-0.1, -0.15], [0.1]]
+    """
+    advantages = [np.zeros(len(part)) for part in penalties]
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group).tolist()  # (n,)
+        to_come = np.zeros((len(members), max(len(penalties[i]) for i in members)))  # (n, T)
+        for row, i in enumerate(members):
+            to_come[row, : len(penalties[i])] = penalties[i].astype(np.float64)[::-1].cumsum()[::-1]
+        shifted = to_come - to_come[0]  # makes equal penalties exactly 0
+        below = shifted.mean(axis=0) - shifted
+        if advantage == "rloo" and len(members) > 1:
+            below *= len(members) / (len(members) - 1)
+        for row, i in enumerate(members):
+            advantages[i] = below[row, : len(penalties[i])]
+    return advantages
+
+
 def carry(part: Transitions, advantage: float, next_value: float, gamma: float, gae_lambda: float) -> None:
     """Recompute the advantages and returns of a part of an episode, in place, from the transition that follows it.
 
@@ -69,8 +109,9 @@ def carry(part: Transitions, advantage: float, next_value: float, gamma: float, 
         gamma: Discount factor.
         gae_lambda: The trade-off of the estimation.
     """
-    for i in reversed(range(len(part.rewards))):
-        delta = part.rewards[i] + gamma * next_value - part.values[i]
+    rewards = part.task_rewards - part.penalties
+    for i in reversed(range(len(rewards))):
+        delta = rewards[i] + gamma * next_value - part.values[i]
         advantage = delta + gamma * gae_lambda * advantage
         part.advantages[i] = advantage
         next_value = part.values[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Sequence
 from typing import Any, Protocol, get_args
 
@@ -23,6 +24,7 @@ from ..policies.tensor_notes import ALLOWED, READ_BY
 from ..policies.value_norm import Scale, scales_of
 from .advantages import Advantage, mean_and_deviation
 from .ended_episodes import EndedEpisode, RolloutGroups
+from .idle_update import idle_samples
 from .importance import Correction
 from .minibatches import deal
 from .segments import SegmentRecorder
@@ -83,14 +85,18 @@ class SequenceRolloutBuffer(RolloutBuffer):
         micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
         advantage: "gae", or one that needs no critic (pass `vf_coef=0`): "grpo", "grpo_mean" or "rloo" compare the
             episodes of a prompt (see `group_advantages`), for an env with `samples_per_prompt` and the step
-            `SampleGroups`. All tokens of an episode have the same advantage; the return of an episode is the plain sum
-            of its rewards, a KL penalty included. Implies `complete_episodes`; a critic's targets stay those of "gae".
+            `SampleGroups`. Scores alone are compared: the plain sum of an episode's rewards gives all its tokens the
+            same advantage, from which each token's penalties are subtracted afterwards (see `penalty_advantages`).
+            Implies `complete_episodes`; a critic's targets stay those of "gae".
         expected_steps: The keys of the steps that must be in `before_returns`; each step adds its own.
 
     Attributes:
         before_returns: The steps that run on the complete rollout, in order, before returns are computed: late scores,
             a KL penalty. Callbacks attach them (see `RolloutStep`). A saved model does not hold them, and its training
             raises until they are attached again.
+        rewards: The rewards, (T, B): of the task while `before_returns` run, minus `penalties` from then on.
+        penalties: The penalty of each token, (T, B), in reward, to which `KLPenalty` adds its own. A step that changes
+            `rewards` changes the score that a group compares; a step that changes `penalties` does not.
         log_probs: The log-probabilities by the policy, (T, B), in nats.
         behaviour_log_probs: The log-probabilities by the model that sampled, (T, B): the same array, unless an engine
             sampled (see `EngineRollouts`). Importance weights then multiply the advantages of minibatches.
@@ -105,6 +111,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         >>> options = dict(rollout_buffer_class=SequenceRolloutBuffer,
         ...                rollout_buffer_kwargs=dict(normalize_advantage=True), normalize_advantage=False)
     """
+
+    penalties: np.ndarray
 
     def __init__(
         self,
@@ -164,8 +172,9 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.actions = np.zeros(shape, dtype=np.int32)
         self.cols = np.zeros(shape, dtype=np.int32)  # the column of the row at which logits and value are read
         self.allowed = np.zeros(shape, dtype=np.int32)  # the number of the token set; 0 is the whole vocabulary
-        for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
+        for name in ("rewards", "penalties", "returns", "episode_starts", "values", "log_probs", "advantages"):
             setattr(self, name, np.zeros(shape, dtype=np.float32))
+        self.task_rewards = self.rewards
         self.behaviour_log_probs = self.log_probs
         self._device_values: list[Tensor] = []  # (B,) each
         self._device_log_probs: list[Tensor] = []  # (B,) each
@@ -258,6 +267,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             raise RuntimeError(
                 f"Expected the step SampleGroups with advantage={self.advantage!r}: pass it as a callback to learn()."
             )
+        self.task_rewards, self.rewards = self.rewards, self.rewards - self.penalties
         super().compute_returns_and_advantage(last_values.float(), dones)
         self._choose_sequences()
         if self._lm is not None:
@@ -332,7 +342,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
 
         Raises:
             ValueError: If it does not divide the rollout, or if there are fewer sequences than minibatches. Where
-                dropped episodes are the cause, there are fewer minibatches instead.
+                dropped episodes are the cause, or groups that are not whole, there are fewer minibatches instead; if no
+                group is whole, one that changes nothing (see `idle_samples`).
             RuntimeError: In several processes without the step `DataParallel`.
         """
         assert self.full, "the rollout is not complete"
@@ -342,17 +353,32 @@ class SequenceRolloutBuffer(RolloutBuffer):
                 "or pass it to learn(). It checks settings, and logs for all."
             )
         counts, n_transitions = self.trained.counts, self.buffer_size * self.n_envs
-        groups = deal(counts, self.trained.n_dropped, n_transitions, batch_size, self.rng)
+        can_wait = self.groups is not None and self.groups.can_wait
+        groups = deal(counts, self.trained.n_dropped, n_transitions, batch_size, self.rng, can_wait)
+        if not groups:
+            yield from self._nothing_to_train()
         self.generator_ready = True
         for group, share in groups:
             samples = self._samples(group)
             samples.observations.share, samples.observations.old_log_probs = share, samples.old_log_prob
             yield samples
 
+    def _nothing_to_train(self) -> Generator[SequenceSamples, None, None]:
+        assert self.groups is not None, "only episodes of groups wait"
+        if not self.generator_ready:  # once per update, not once per epoch
+            warnings.warn(
+                f"No group of {self.groups.size} samples is whole after this rollout: its episodes wait for the others "
+                "of their group, and the update changes nothing. Raise n_envs or n_steps to train on each rollout.",
+                stacklevel=3,
+            )
+        self.generator_ready = True
+        yield idle_samples(self.actions, self.log_probs, self.device)
+
     def _samples(self, group: np.ndarray) -> SequenceSamples:
-        part = joined([self.trained.transitions(i) for i in group])
-        segments = [self.trained.segment(i) for i in group]
-        rows = np.repeat(np.arange(len(group)), self.trained.counts[group])  # (N,)
+        trained = self.trained.or_segments()
+        part = joined([trained.transitions(i) for i in group])
+        segments = [trained.segment(i) for i in group]
+        rows = np.repeat(np.arange(len(group)), trained.counts[group])  # (N,)
         tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
         n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
         advantages = (part.advantages - self._mean) / self._deviation  # (N,)

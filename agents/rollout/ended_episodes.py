@@ -31,6 +31,7 @@ class RolloutGroups(NamedTuple):
     open_groups: set[int]  # the groups with a member that still runs or has not begun
     size: int  # the number of members of a group
     reset_at: int  # the step of the env's last reset, which abandoned all groups begun before it
+    can_wait: bool  # whether a rollout without a whole group may wait for the next
 
     def ended(self, place: Place, segment: Segment, part: Transitions) -> EndedEpisode | None:
         """Return the episode that ended with a segment, or None if none did or some of its tokens were lost.

@@ -12,7 +12,7 @@ MIN_SEQUENCES = 4  # with fewer sequences in a minibatch, training did not learn
 SPREAD = 0.3  # the relative noise on lengths: with it, two epochs hardly ever have a minibatch in common
 
 
-def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: int) -> int:
+def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: int, can_wait: bool = False) -> int:
     """Return the number of minibatches of an epoch.
 
     The number depends on sizes alone, so that it is the same in all processes of a job.
@@ -21,6 +21,7 @@ def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: i
         n_transitions: The number of transitions of the rollout: steps times lanes.
         batch_size: The mean number of transitions of a minibatch; None for one minibatch of all.
         n_sequences: The number of whole sequences.
+        can_wait: Whether fewer sequences than minibatches are no mistake, since others wait for their group.
 
     Raises:
         ValueError: If `batch_size` does not divide the rollout, or there are fewer sequences than minibatches.
@@ -31,12 +32,12 @@ def count_minibatches(n_transitions: int, batch_size: int | None, n_sequences: i
             "same number of minibatches of whole sequences."
         )
     n_minibatches = 1 if batch_size is None else n_transitions // batch_size
-    if n_sequences < n_minibatches:
+    if n_sequences < n_minibatches and not can_wait:
         raise ValueError(
             f"Expected at least one sequence for each of {n_minibatches} minibatches, got {n_sequences}: raise "
             "batch_size, or n_steps or n_envs (with complete_episodes, more steps finish more episodes)."
         )
-    if n_sequences < MIN_SEQUENCES * n_minibatches:
+    if 0 < n_sequences < MIN_SEQUENCES * n_minibatches:
         warnings.warn(
             f"{n_sequences} sequences in {n_minibatches} minibatches are fewer than {MIN_SEQUENCES} in each: "
             "advantages are mostly noise. Raise batch_size, and n_envs where the rollout is no larger.",
@@ -65,7 +66,12 @@ def even_groups(counts: np.ndarray, n_groups: int, rng: np.random.Generator) -> 
 
 
 def deal(
-    counts: np.ndarray, n_dropped: int, n_transitions: int, batch_size: int | None, rng: np.random.Generator
+    counts: np.ndarray,
+    n_dropped: int,
+    n_transitions: int,
+    batch_size: int | None,
+    rng: np.random.Generator,
+    can_wait: bool = False,
 ) -> list[tuple[np.ndarray, float | None]]:
     """Divide the sequences of a rollout among the minibatches of an epoch, the same number of them in each process.
 
@@ -75,23 +81,25 @@ def deal(
         n_transitions: The number of transitions of this process's rollout: steps times lanes.
         batch_size: The mean number of transitions of a minibatch of all processes; None for one minibatch of all.
         rng: The source of the randomness.
+        can_wait: Whether there may be fewer sequences than minibatches, or none, since others wait for their group.
 
     Returns:
         For each minibatch the indices of its sequences and, with several processes, the weight of its losses in this
         process (see `SharedGradient`). A process without a sequence for a minibatch gets sequence 0 with weight 0,
-        since each process must take part in each backward pass.
+        since each process must take part in each backward pass. There are no minibatches if no process has a sequence.
 
     Raises:
-        ValueError: As `count_minibatches`; in all processes, if one of them has no sequence at all.
+        ValueError: As `count_minibatches`; in all processes, if one of them has no sequence at all and cannot wait.
     """
     sizes = gather("minibatches", (len(counts), n_dropped))
     n_sequences = sum(size[0] for size in sizes)
-    n = count_minibatches(n_transitions * len(sizes), batch_size, n_sequences + sum(size[1] for size in sizes))
+    n_ended = n_sequences + sum(size[1] for size in sizes)
+    n = count_minibatches(n_transitions * len(sizes), batch_size, n_ended, can_wait)
     n = min(n, n_sequences)  # dropped episodes can leave fewer sequences than minibatches
     if len(sizes) == 1:
         return [(group, None) for group in even_groups(counts, n, rng)]
     idle = [rank for rank, size in enumerate(sizes) if size[0] == 0]
-    if idle:
+    if idle and not can_wait:
         raise ValueError(
             f"Expected a sequence to train on in each of {len(sizes)} processes, got none in rank {idle}: raise n_envs "
             "or n_steps, or start fewer processes."

@@ -9,7 +9,7 @@ import numpy as np
 
 from textenv.lanes.finished_episodes import Place
 
-from .advantages import Advantage, carry, group_advantages
+from .advantages import Advantage, carry, group_advantages, penalty_advantages
 from .ended_episodes import EndedEpisode, RolloutGroups
 from .transitions import Segment, Transitions, joined
 
@@ -60,6 +60,13 @@ class TrainedSequences:
     def __init__(self, rollout: FinishedRollout, sequences: list[TrainedSequence], n_dropped: int) -> None:
         self._rollout, self._sequences, self.n_dropped = rollout, sequences, n_dropped
         self.counts = np.array([len(part.actions) for part in self], dtype=np.int64)  # (S,): transitions per sequence
+
+    def or_segments(self) -> TrainedSequences:
+        """Return these sequences; if there are none, the rollout's segments, which stand in for them at weight 0.
+
+        Each process must take part in each backward pass, with some sequence.
+        """
+        return self if len(self) else TrainedSequences(self._rollout, ended_sequences(self._rollout, None), 0)
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -147,12 +154,13 @@ def choose_groups(
         carry(whole[place].part, 0.0, 0.0, rollout.gamma, rollout.gae_lambda)
     parts = [episode.part for episode in whole.values()]
     if advantage != "gae" and parts:
-        returns = np.array([part.rewards.sum(dtype=np.float64) for part in parts])  # (E,)
+        scores = np.array([part.task_rewards.sum(dtype=np.float64) for part in parts])  # (E,)
         ids = np.array([episode.group for episode in whole.values()])  # (E,)
-        advantages = group_advantages(returns, ids, advantage)  # (E,)
+        compared = group_advantages(scores, ids, advantage)  # (E,)
+        penalised = penalty_advantages([part.penalties for part in parts], ids, advantage)  # (n,) each
         parts = [
-            part._replace(advantages=np.full_like(part.rewards, value))
-            for part, value in zip(parts, advantages, strict=True)
+            part._replace(advantages=(score + penalty).astype(np.float32))
+            for part, score, penalty in zip(parts, compared, penalised, strict=True)
         ]
     sequences = [
         TrainedSequence(Segment(lane, 0, len(part.actions), episode.tokens, True, episode.n_prompt), part)

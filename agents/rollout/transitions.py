@@ -31,7 +31,8 @@ class Transitions(NamedTuple):
 
     cols: np.ndarray  # int32: the column of the sequence at which logits and value are read
     actions: np.ndarray  # int32
-    rewards: np.ndarray
+    task_rewards: np.ndarray  # without penalties
+    penalties: np.ndarray  # in reward, to be subtracted
     values: np.ndarray  # in units of reward
     log_probs: np.ndarray  # in nats, by the policy
     advantages: np.ndarray

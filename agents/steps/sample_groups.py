@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from ..policies.flat import FlatLMPolicy
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.ended_episodes import RolloutGroups
 from .step import Order, RolloutStep, sequence_buffer, text_vec_env
@@ -15,6 +16,10 @@ class SampleGroups(RolloutStep):
     It suits an env with `samples_per_prompt` of 2 or more; `make_agent` attaches it. The group-relative advantages of
     `SequenceRolloutBuffer(advantage="grpo" | "grpo_mean" | "rloo")` need it, and so do scores that compare the members
     of a group, which then reach all their tokens.
+
+    A rollout in which no group becomes whole trains nothing: a warning says so, and its episodes wait for a later one.
+    The algorithm runs its update all the same, which changes neither weights nor optimizer. TRPO alone, whose update
+    cannot do without a step, raises.
 
     Raises:
         ValueError: When attached, if the env has no groups, if the buffer does not wait for whole episodes, or if
@@ -47,6 +52,8 @@ class SampleGroups(RolloutStep):
                 "the critic's value to the return of an episode."
             )
         self.env = env
+        # sb3-contrib `trpo.TRPO.train` divides by the step that it finds, and fails where there is none.
+        self.can_wait = not isinstance(model.policy, FlatLMPolicy)
 
     def begin(self) -> None:
         """Have the env record the episodes of this rollout."""
@@ -55,4 +62,6 @@ class SampleGroups(RolloutStep):
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Give the buffer the groups of the rollout's episodes; rewards stay as they are."""
         lanes = self.env.lanes
-        buffer.groups = RolloutGroups(self.env.record, lanes.open_groups(), lanes.dealer.group_size, lanes.reset_at)
+        buffer.groups = RolloutGroups(
+            self.env.record, lanes.open_groups(), lanes.dealer.group_size, lanes.reset_at, self.can_wait
+        )

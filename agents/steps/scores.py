@@ -140,4 +140,4 @@ def final_reward(buffer: SequenceRolloutBuffer, env: TextVecEnv, place: Place) -
     if row is not None:
         return buffer.rewards[row : row + 1, lane]  # (1,), a view; an index alone would copy the number
     episode = buffer.waiting_episodes.get(place)
-    return None if episode is None else episode.part.rewards[-1:]
+    return None if episode is None else episode.part.task_rewards[-1:]

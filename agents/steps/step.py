@@ -114,7 +114,7 @@ class RolloutStep(BaseCallback):
 
     @abstractmethod
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Change `buffer.rewards`, (T, B), in place; `buffer.view()` gives the rollout as sequences."""
+        """Change `buffer.rewards` or `buffer.penalties`, (T, B), in place; `buffer.view()` has the whole sequences."""
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the state that checkpoints keep: tensors, and entries that fit JSON."""

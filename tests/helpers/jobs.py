@@ -46,7 +46,7 @@ from agents.distributed.gradients import SharedGradient
 from agents.distributed.sharding import local, released
 from agents.models.sampling import TokenDistribution
 from agents.policies.actor_critic import LMActorCritic
-from tests.helpers.models import tiny_mixture
+from tests.helpers.models import randomise_critic, tiny_mixture
 from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import TOKENIZER, tiny_agent, tiny_config, tiny_env
 from textenv import AllowedMask, PrioritySampling
@@ -186,6 +186,19 @@ def options():
 def every_option():
     """Run `scripted_updates` with each of `options`; return the results by the option's name."""
     return {name: scripted_updates(1, **kwargs) for name, kwargs in options().items()}
+
+
+def groups_of_lengths(lengths, n_lanes):
+    """Train one rollout of 4 steps on groups of 4 texts, which have `lengths` in turn; return the change of weights."""
+    choose_by_row()
+    rows = [{"prompt": LETTERS[i], "max_new_tokens": lengths[i % len(lengths)]} for i in range(8)]
+    env = tiny_env(prompts=rows, samples_per_prompt=4, stop_ids=(), order="sequential")
+    options = {"rollout_buffer_kwargs": {"normalize_advantage": False}, "policy_kwargs": {"value_norm": "popart"}}
+    model = tiny_agent(env, n_lanes, **options)
+    randomise_critic(model.policy)
+    before = weights_of(model)
+    model.learn(4 * n_lanes)
+    return {name: weight - before[name] for name, weight in weights_of(model).items()}
 
 
 def sharded_updates(shards, names=("plain",)):
@@ -352,12 +365,9 @@ def unseeded():
     return first, numbers, model.rollout_buffer.actions.tolist()
 
 
-def likes_a(prompt, preds, done):
-    return float(np.mean(preds.ids == 1)) if done else 0.0
-
-
 def learn_a(learning_rate, seed=0):
     """Reward the letter a; return the first and last mean rewards, or None in a process that logs nothing."""
+    likes_a = lambda prompt, preds, done: float(np.mean(preds.ids == 1)) if done else 0.0  # noqa: E731
     env = tiny_env(likes_a, PROMPTS, score_at="done", max_new_tokens=8)
     model = tiny_agent(env, n_envs=16, n_epochs=4, batch_size=64, learning_rate=learning_rate, seed=seed)
     rows = Rows()

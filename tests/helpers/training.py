@@ -60,11 +60,11 @@ def same_weights(first, second):
 
 
 class Recorder(BaseCallback):
-    """Keeps observations, actions, dones and infos of all steps, and each rollout's rewards and log-probabilities."""
+    """Keeps observations, actions, dones and infos of all steps, and each rollout's numbers."""
 
     def _on_training_start(self):
         self.observations, self.actions, self.dones, self.infos = [], [], [], []
-        self.rewards, self.log_probs = [], []
+        self.rewards, self.penalties, self.log_probs = [], [], []
 
     def _on_step(self):
         self.observations.append(self.locals["obs_tensor"].numpy())
@@ -75,6 +75,7 @@ class Recorder(BaseCallback):
 
     def _on_rollout_end(self):
         self.rewards.append(self.model.rollout_buffer.rewards.copy())
+        self.penalties.append(self.model.rollout_buffer.penalties.copy())
         self.log_probs.append(self.model.rollout_buffer.log_probs.copy())
 
     def episodes(self):
@@ -88,6 +89,21 @@ class Recorder(BaseCallback):
 
     def stacked(self, name):
         return np.concatenate(getattr(self, name))
+
+
+class Trained(BaseCallback):
+    """Keeps the log-probability, advantage, return and action of every transition that a rollout trains."""
+
+    def _on_training_start(self):
+        self.rollouts = []
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        (samples,) = self.model.rollout_buffer.get()
+        tensors = (samples.old_log_prob, samples.advantages, samples.returns, samples.actions)
+        self.rollouts.append(list(zip(*(tensor.tolist() for tensor in tensors))))
 
 
 def run_state(model):

@@ -97,7 +97,7 @@ def test_another_format_is_refused(format, cure, saved, tmp_path):
     folder = copied(saved, tmp_path / "saved")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": format}))
-    with pytest.raises(CheckpointError, match=rf"Expected format 2 in .*manifest\.json, got {format}: {cure}"):
+    with pytest.raises(CheckpointError, match=rf"Expected format 3 in .*manifest\.json, got {format}: {cure}"):
         load_checkpoint(build(), folder)
 
 

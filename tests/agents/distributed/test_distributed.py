@@ -110,6 +110,17 @@ def test_without_a_seed_weights_and_order_are_shared_and_samples_are_not():
     assert one[0] == other[0] and not set(one[1]) & set(other[1]) and one[2] != other[2]
 
 
+@pytest.mark.parametrize(("lengths", "theirs"), [((2, 4), (2, 2)), ((4, 4), None)])
+@pytest.mark.filterwarnings("ignore:No group of 4 samples is whole")
+def test_a_process_without_a_whole_group_takes_part_and_adds_nothing(lengths, theirs):
+    """A process's 2 lanes end a group of 4 texts of 2 tokens in a rollout, but half a group of texts of 4 tokens."""
+    first, second = train(2, "groups_of_lengths", lengths, 4)
+    assert largest_difference(first, second) == 0
+    expected = train(1, "groups_of_lengths", theirs, 2)[0] if theirs else {name: 0 for name in first}
+    assert largest_difference(first, expected) < (SAME if theirs else 1e-30)
+    assert theirs is None or max(np.abs(change).max() for change in first.values()) > 100 * SAME
+
+
 REFUSED = {
     "lanes": (ValueError, "Expected n_envs to divide by the 2 processes, got 3"),
     "batch": (ValueError, "Expected `batch_size` to divide n_steps \\* n_envs = 16, got 10"),

@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from agents import KLPenalty, LateScores, LMPolicy, LoRA, Pretrained, SequenceRolloutBuffer, TextVecEnv
 from agents.callbacks.episode_metrics import EpisodeMetrics
 from agents.policies.actor_critic import LMActorCritic
-from tests.helpers.training import Recorder, same_weights, tiny_agent, tiny_config, tiny_env, weights
+from tests.helpers.training import Recorder, Trained, same_weights, tiny_agent, tiny_config, tiny_env, weights
 
 COEF = 0.3
 
@@ -176,6 +176,18 @@ def test_c10_the_task_reward_in_the_logs_is_untouched():
     last = [info for step in recorder.infos[-4:] for info in step if info]
     assert logged["reward/task"] == pytest.approx(np.mean([info["episode"]["r"] for info in last]))
     assert recorder.rewards[-1].sum() < -10 < 0 < logged["reward/task"]
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "grpo_mean", "rloo"])
+def test_d8_of_equal_texts_no_penalty_is_left(advantage):
+    """At a low temperature all samples of a prompt are the same text, far from what the reference would write."""
+    env = tiny_env(samples_per_prompt=4, stop_ids=())
+    options = {"policy_kwargs": {"temperature": 1e-3}, "rollout_buffer_kwargs": {"advantage": advantage}}
+    model, trained = tiny_agent(env, n_envs=8, **options), Trained()
+    penalty = KLPenalty(COEF, reference=tiny_config())
+    model.learn(32, callback=[penalty, trained], log_interval=None)
+    assert model.logger.name_to_value["kl/token"] > 10
+    assert len(trained.rollouts[0]) == 32 and {row[1] for row in trained.rollouts[0]} == {0.0}
 
 
 def test_logged_divergence_is_that_of_the_rollout():

@@ -13,8 +13,8 @@ from agents.callbacks.checkpoints import Checkpoints
 from agents.callbacks.episode_metrics import EpisodeMetrics
 from agents.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from agents.checkpoints.manifest import CheckpointError
-from agents.rollout.advantages import group_advantages
-from tests.helpers.training import TOKENIZER, Recorder, run_state, tiny_agent, tiny_env
+from agents.rollout.advantages import group_advantages, penalty_advantages
+from tests.helpers.training import TOKENIZER, Recorder, Trained, run_state, tiny_agent, tiny_config, tiny_env
 from textenv import TextEnv
 from textenv.lanes.lanes import Lanes
 
@@ -45,6 +45,33 @@ def test_equal_returns_and_lone_episodes_have_exactly_no_advantage(advantage):
 def test_noise_is_not_blown_up():
     small = group_advantages(np.array([1.0, 1.0 + 1e-7]), np.zeros(2), "grpo")
     assert np.isfinite(small).all() and np.abs(small).max() < 1e-3
+
+
+def test_d8_penalties_are_charged_to_the_tokens_before_them_by_hand():
+    """From token t on, the first two texts still pay 0.6, 0.5, 0.3 and 0.2, 0.1; the third has a group of its own."""
+    parts, groups = [np.array([0.1, 0.2, 0.3]), np.array([0.1, 0.1]), np.array([5.0, 5.0])], np.array([0, 0, 1])
+    for advantage, scale in (("grpo", 1), ("grpo_mean", 1), ("rloo", 2)):
+        first, second, alone = penalty_advantages(parts, groups, advantage)
+        np.testing.assert_allclose(first, scale * np.array([-0.2, -0.2, -0.15]), atol=1e-12)
+        np.testing.assert_allclose(second, scale * np.array([0.2, 0.2]), atol=1e-12)
+        assert alone.tolist() == [0.0, 0.0]
+        equal = penalty_advantages([np.array([0.1, 0.7])] * 3, np.zeros(3), advantage)
+        assert np.concatenate(equal).tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "grpo_mean", "rloo"])
+def test_d8_of_equal_scores_the_penalty_alone_is_left_in_the_size_of_its_coefficient(advantage):
+    """All scores are 1, where the deviation of a group would be that of its divergences: about 1 after its division."""
+    sizes = {}
+    for coef in (0.0, 0.001, 0.1):
+        env = tiny_env(lambda prompt, preds, done: float(done), max_new_tokens=6, samples_per_prompt=4, stop_ids=())
+        model = ranked_agent(advantage, env=env, n_envs=8, n_steps=6, lm=tiny_config(initializer_range=0.3))
+        trained = Trained()
+        model.learn(48, callback=[KLPenalty(coef, reference=tiny_config(initializer_range=0.5)), trained])
+        sizes[coef] = np.array([row[1] for row in trained.rollouts[0]])
+    assert not sizes[0.0].any()
+    assert 1e-4 < sizes[0.001].std() < 0.01
+    np.testing.assert_allclose(sizes[0.1], 100 * sizes[0.001], rtol=1e-4, atol=1e-7)
 
 
 # Prompts of groups
@@ -167,21 +194,6 @@ def ranked_agent(advantage="grpo_mean", n=3, n_envs=7, n_steps=5, env=None, **kw
     return tiny_agent(env or ranked(n), n_envs=n_envs, n_steps=n_steps, **kwargs)
 
 
-class Trained(BaseCallback):
-    """Keeps the log-probability, advantage, return and action of every transition that a rollout trains."""
-
-    def _on_training_start(self):
-        self.rollouts = []
-
-    def _on_step(self):
-        return True
-
-    def _on_rollout_end(self):
-        (samples,) = self.model.rollout_buffer.get()
-        tensors = (samples.old_log_prob, samples.advantages, samples.returns, samples.actions)
-        self.rollouts.append(list(zip(*(tensor.tolist() for tensor in tensors))))
-
-
 def test_members_are_scored_in_one_call_and_stand_together():
     env, recorder = ranked(), Recorder()
     ranked_agent(env=env).learn(35 * 6, callback=recorder)
@@ -220,22 +232,22 @@ def whole_groups(recorder, n, n_steps=5):
 @pytest.mark.parametrize("advantage", ["grpo", "grpo_mean", "rloo"])
 def test_every_token_gets_its_episodes_advantage_once_its_group_is_whole(advantage):
     model, recorder, trained = ranked_agent(advantage), Recorder(), Trained()
-    penalty = KLPenalty(0.5)
-    model.learn(35 * 7, callback=[penalty, recorder, trained])
-    log_probs, rewards = recorder.stacked("log_probs"), recorder.stacked("rewards")
+    model.learn(35 * 7, callback=[KLPenalty(0.5), recorder, trained])
+    log_probs, penalties = recorder.stacked("log_probs"), recorder.stacked("penalties")
+    assert np.abs(penalties[5:]).mean() > 0.01
     rollouts = whole_groups(recorder, 3)
     straddling = 0
     for i in range(7):
         expected = []
         for group in rollouts[i]:
-            # A member that waited got its score after the recorder had copied its rewards.
-            late = [info["episode"]["r"] if transitions[-1][0] // 5 < i else 0.0 for info, transitions in group]
-            returns = (
-                np.array([sum(rewards[transition] for transition in transitions) for _, transitions in group]) + late
-            )
             straddling += len({transitions[-1][0] // 5 for _, transitions in group}) > 1
-            each = group_advantages(returns, np.zeros(3), advantage)
-            expected += [(log_probs[p], a) for (_, transitions), a in zip(group, each) for p in transitions]
+            each = group_advantages(np.array([info["episode"]["r"] for info, _ in group]), np.zeros(3), advantage)
+            charged = [[penalties[transition] for transition in transitions] for _, transitions in group]
+            for a, (_, transitions), charges in zip(each, group, charged):
+                for t, transition in enumerate(transitions):
+                    mean = sum(sum(other[t:]) for other in charged) / 3
+                    scale = 3 / 2 if advantage == "rloo" else 1
+                    expected.append((log_probs[transition], a + scale * (mean - sum(charges[t:]))))
         got = sorted(row[:2] for row in trained.rollouts[i])
         np.testing.assert_allclose(got, sorted((float(p), float(a)) for p, a in expected), atol=1e-4)
     assert straddling > 3 and any(len(rows) for rows in rollouts.values())

@@ -1,0 +1,34 @@
+"""The minibatch of an update that trains nothing, since the rollout has no whole group of samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..models.sequences import SequenceBatch
+from .transitions import SequenceSamples
+
+
+def idle_samples(actions: np.ndarray, log_probs: np.ndarray, device: torch.device | str) -> SequenceSamples:
+    """Return a minibatch on which SB3's `train` takes all its steps and changes no weight and no optimizer state.
+
+    SB3 `ppo.PPO.train` and `a2c.A2C.train` log the last minibatch's loss, so that they fail without any minibatch. A
+    minibatch of advantages 0 would not do: the entropy bonus, the value loss and the optimizer's momentum would still
+    move the weights. So the policy evaluates this one by itself (`SequenceBatch.stand_in`), in numbers that depend on
+    no weight: the backward pass reaches none, all gradients stay None, and torch's optimizers leave such weights alone.
+
+    Ratios are 1 and losses 0, but for the entropy's: it is estimated from the rollout, so that its curve goes on.
+
+    Args:
+        actions: The actions of the rollout, (T, B).
+        log_probs: Their log-probabilities by the policy, (T, B), in nats.
+        device: The device of minibatches.
+    """
+    n = actions.size
+    old = torch.as_tensor(log_probs.flatten(), device=device)  # (N,)
+    zeros, rows = torch.zeros_like(old), np.zeros(n, dtype=np.int64)
+    batch = SequenceBatch(torch.zeros((1, 1), dtype=torch.int64, device=device), np.ones(1, dtype=np.int64), rows, rows)
+    # Leaves of the graph, since a backward pass needs one.
+    batch.stand_in = tuple(numbers.clone().requires_grad_() for numbers in (zeros, old, -old))  # type: ignore[assignment]
+    chosen = torch.as_tensor(actions.flatten(), device=device).long()
+    return SequenceSamples(batch, chosen, zeros, old, zeros, zeros)

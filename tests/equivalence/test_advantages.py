@@ -1,0 +1,271 @@
+"""Advantages in random settings against a plain calculation, term by term, from what was sampled.
+
+Gamma, lambda, terminated and truncated episodes, turns of another speaker, episodes that span rollouts, late scores,
+groups, a KL penalty, and a penalty for cut texts.
+"""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents import KLPenalty, RewardShaping, make_agent
+from agents.rollout import trained_sequences
+from tests.helpers.models import randomise_critic
+from tests.helpers.training import tiny_config
+from textenv import CharTokenizer, TextEnv
+from textenv.episodes.rules import EndReason
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*fewer than 4 in each:UserWarning"),
+    pytest.mark.filterwarnings("ignore:No group of . samples is whole:UserWarning"),
+]
+LETTERS = CharTokenizer("abcd")
+V, ROLLOUTS, A_TEST = len(LETTERS), 4, 10
+ESTIMATES = {"k1": lambda r: r, "k2": lambda r: r * r / 2, "k3": lambda r: np.exp(-r) - 1 + r}
+
+
+def score(prompt, preds, done):
+    return float(np.sin(7.0 * len(str(prompt)) + preds.ids @ np.arange(1, 1 + len(preds))))
+
+
+def score_at_end(prompt, preds, done):
+    return score(prompt, preds, done) if done else 0.0
+
+
+class Dialogue(TextEnv):
+    """Another speaker says "ab" after each turn, which token 0 or 3 ends."""
+
+    def get_reward(self, prompt, preds, done):
+        return (score if self.score_at == "step" else score_at_end)(prompt, preds, done)
+
+    def respond(self, prompt, preds):
+        return None if preds.ids[-1] == 3 else "ab"
+
+
+class Setting(NamedTuple):
+    """A random setting."""
+
+    gamma: float
+    gae_lambda: float
+    n_steps: int
+    n_envs: int
+    score_at: str
+    length_limit: str
+    is_dialogue: bool
+    n: int  # samples per prompt
+    advantage: str
+    complete: bool
+    normalize: bool
+    coef: float
+    estimator: str
+    cut: float  # the penalty for a text that ends at its limit
+
+    @classmethod
+    def of(cls, seed):
+        rng = np.random.default_rng(seed)
+        n, complete = int(rng.choice([1, 1, 2, 3])), bool(rng.random() < 0.5)
+        advantage = str(rng.choice(["gae", "grpo", "grpo_mean", "rloo"])) if n > 1 else "gae"
+        longest = 6
+        return cls(
+            gamma=float(rng.choice([1.0, 0.9, 0.5])),
+            gae_lambda=float(rng.choice([1.0, 0.95, 0.0])),
+            n_steps=int(rng.integers(longest if complete and n == 1 else 2, 9)),
+            n_envs=int(rng.integers(3, 8)),
+            score_at=str(rng.choice(["step", "done", "rollout_end"])),
+            length_limit="truncate" if advantage == "gae" and rng.random() < 0.5 else "terminate",
+            is_dialogue=bool(rng.random() < 0.4),
+            n=n,
+            advantage=advantage,
+            complete=complete or n > 1,
+            normalize=advantage == "gae" and bool(rng.random() < 0.5),
+            coef=float(rng.choice([0.0, 0.3, 2.0])),
+            estimator=str(rng.choice(list(ESTIMATES))),
+            cut=float(rng.choice([0.0, 0.5])),
+        )
+
+
+class Step:
+    """A sampled token, with all that its advantage depends on."""
+
+    def __init__(self, rollout, read, action, value, log_prob, reward):
+        self.rollout, self.read, self.action, self.value = rollout, read, action, value
+        self.log_prob, self.reward, self.penalty = log_prob, reward, 0.0
+
+
+class Diary(BaseCallback):
+    """Keeps each lane's episodes as they were sampled, and what each rollout trains."""
+
+    def __init__(self, setting, penalty):
+        super().__init__()
+        self.setting, self.penalty = setting, penalty
+        self.episodes = []  # (steps, info, lane): ended ones
+        self.open = defaultdict(list)  # by lane
+        self.ends = []  # by rollout: the value of each lane's row after the last step
+        self.trained = []  # by rollout: (read, action, log-probability, advantage, return)
+
+    def _on_step(self):
+        names = ("obs_tensor", "actions", "values", "log_probs", "rewards", "dones", "infos")
+        for lane, (row, action, value, log_prob, reward, done, info) in enumerate(zip(*map(self.locals.get, names))):
+            read = tuple(row[row >= 0].tolist())
+            step = Step(len(self.trained), read, int(action), float(value), float(log_prob), float(reward))
+            self.open[lane].append(step)
+            if done:
+                # What SB3 adds to the reward of a truncated episode.
+                end = info["terminal_observation"]
+                step.reward += self.setting.gamma * self.value(end) * bool(info["TimeLimit.truncated"])
+                self.episodes.append((self.open.pop(lane), info, lane))
+        return True
+
+    def _on_rollout_end(self):
+        self.ends.append([self.value(row) for row in self.model._last_obs])
+        samples = list(self.model.rollout_buffer.get())
+        assert len(samples) == 1
+        batch = samples[0].observations
+        if len(self.model.rollout_buffer.trained) == 0:
+            assert self.setting.n > 1 and not samples[0].advantages.any()
+            self.trained.append([])
+            return
+        read = [tuple(batch.tokens[row, : col + 1].tolist()) for row, col in zip(batch.rows, batch.cols)]
+        tensors = (samples[0].actions, samples[0].old_log_prob, samples[0].advantages, samples[0].returns)
+        self.trained.append(sorted(zip(read, *(tensor.tolist() for tensor in tensors))))
+
+    @torch.no_grad()
+    def value(self, row):
+        """Return the value of a row by a plain forward."""
+        lm, ids = self.model.policy.lm, torch.as_tensor(np.asarray(row)[np.asarray(row) >= 0])[None]
+        return float(lm.critic(lm.backbone.model.base_model(input_ids=ids).last_hidden_state[0, -1:]))
+
+    @torch.no_grad()
+    def charge(self):
+        """Give each step its penalty, by plain forwards of the reference."""
+        lm, rows = self.penalty.reference.backbone.model, {}
+        for step in [step for episode in [*(e for e, *_ in self.episodes), *self.open.values()] for step in episode]:
+            if step.read not in rows:
+                logits = lm(input_ids=torch.tensor([step.read])).logits[0, -1, :V]
+                rows[step.read] = torch.log_softmax(logits, -1).tolist()
+            ratio = step.log_prob - rows[step.read][step.action]
+            step.penalty = self.setting.coef * ESTIMATES[self.setting.estimator](ratio)
+
+
+def gae(steps, setting, after):
+    """Return the advantages of steps: sums of (gamma lambda)^k delta. `after` is the value that follows the last."""
+    values = [step.value for step in steps] + [after]
+    deltas = [step.reward - step.penalty + setting.gamma * values[t + 1] - values[t] for t, step in enumerate(steps)]
+    decay = setting.gamma * setting.gae_lambda
+    return [sum(decay**k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
+
+
+def compared(group, setting):
+    """Return the advantages of each episode's steps in a group: its score against the others', then the penalties."""
+    scores, n = [sum(step.reward for step in steps) for steps in group], len(group)
+    result = []
+    for i, steps in enumerate(group):
+        above = scores[i] - sum(scores) / n
+        if setting.advantage == "rloo":
+            above = scores[i] - sum(scores[:i] + scores[i + 1 :]) / (n - 1)
+        if setting.advantage == "grpo":
+            above /= np.sqrt(sum((s - sum(scores) / n) ** 2 for s in scores) / (n - 1)) + 1e-4
+        advantages = []
+        for t in range(len(steps)):
+            to_come = [sum(step.penalty for step in other[t:]) for other in group]
+            mean = sum(to_come) / n
+            if setting.advantage == "rloo":
+                mean = sum(to_come[:i] + to_come[i + 1 :]) / (n - 1)
+            advantages.append(above - (to_come[i] - mean))
+        result.append(advantages)
+    return result
+
+
+def expected(diary, rollout):
+    """Return what a rollout trains, as `Diary.trained` has it."""
+    setting, rows = diary.setting, []
+    if not setting.complete:
+        ended = [(steps, lane) for steps, _, lane in diary.episodes]
+        for steps, lane in [*ended, *((steps, lane) for lane, steps in diary.open.items())]:
+            part = [step for step in steps if step.rollout == rollout]
+            is_over = steps is not diary.open.get(lane) and steps[-1].rollout == rollout
+            advantages = gae(part, setting, 0.0 if is_over else diary.ends[rollout][lane])
+            rows += [(step, a, a + step.value) for step, a in zip(part, advantages)]
+    groups = defaultdict(list)
+    for number, (steps, info, _) in enumerate(diary.episodes):
+        groups[info["group"] if setting.n > 1 else number].append(steps)
+    for group in groups.values():
+        last = max(steps[-1].rollout for steps in group)
+        if setting.complete and len(group) == setting.n and last == rollout:
+            targets = [gae(steps, setting, 0.0) for steps in group]
+            used = targets if setting.advantage == "gae" else compared(group, setting)
+            for steps, target, advantages in zip(group, targets, used):
+                rows += [(step, a, t + step.value) for step, t, a in zip(steps, target, advantages)]
+    used = np.array([a for _, a, _ in rows])
+    if setting.normalize and len(used) > 1:
+        used = (used - used.mean()) / (used.std(ddof=1) + 1e-8)
+    return sorted((s.read, s.action, s.log_prob, a, target) for (s, _, target), a in zip(rows, used.tolist()))
+
+
+def agent_of(setting, seed):
+    rows = [{"prompt": "abcd"[: 1 + i % 4], "max_new_tokens": 2 + i % 5} for i in range(9)]
+    cls = Dialogue if setting.is_dialogue else TextEnv
+    reward = {} if setting.is_dialogue else {"reward": score if setting.score_at == "step" else score_at_end}
+    turns = {"max_turns": 3, "max_response_tokens": 2} if setting.is_dialogue else {}
+    turns["stop_ids"] = (0, 3) if setting.is_dialogue else (0,)
+    env = cls(rows, LETTERS, max_new_tokens=6, length_limit=setting.length_limit, score_at=setting.score_at,
+              samples_per_prompt=setting.n, **turns, **reward)  # fmt: skip
+    options = {"advantage": setting.advantage, "normalize_advantage": setting.normalize}
+    model = make_agent(
+        env, tiny_config(vocab_size=V, n_layer=1, n_embd=8, initializer_range=0.4), n_envs=setting.n_envs,
+        n_steps=setting.n_steps, batch_size=setting.n_steps * setting.n_envs, n_epochs=1, learning_rate=1e-2,
+        gamma=setting.gamma, gae_lambda=setting.gae_lambda, seed=seed, device="cpu",
+        rollout_buffer_kwargs={**options, "complete_episodes": setting.complete},
+    )  # fmt: skip
+    randomise_critic(model.policy)
+    return model
+
+
+def check(seed):
+    """Train a random setting, and check each rollout; return the number of transitions that were compared."""
+    setting = Setting.of(seed)
+    model = agent_of(setting, seed)
+    penalty = KLPenalty(setting.coef, tiny_config(vocab_size=V, n_layer=1, n_embd=8, initializer_range=0.4),
+                        setting.estimator)  # fmt: skip
+    diary = Diary(setting, penalty)
+    shaping = [RewardShaping(missing_eos_penalty=setting.cut)]
+    model.learn(ROLLOUTS * setting.n_steps * setting.n_envs, callback=[penalty, *shaping, diary])
+    diary.charge()
+    for steps, info, _ in diary.episodes:
+        steps[-1].reward += info["episode"]["r"] * (setting.score_at == "rollout_end")
+        steps[-1].reward -= setting.cut * (info["end_reason"] is EndReason.LENGTH)
+    for rollout, got in enumerate(diary.trained):
+        wanted = expected(diary, rollout)
+        assert [row[:2] for row in got] == [row[:2] for row in wanted], (setting, rollout)
+        np.testing.assert_allclose(
+            [row[2:] for row in got], [row[2:] for row in wanted], rtol=1e-4, atol=1e-4, err_msg=f"{setting} {rollout}"
+        )
+    return sum(map(len, diary.trained))
+
+
+@pytest.mark.parametrize("first", range(0, 120, A_TEST))
+def test_d1_advantages_are_those_of_the_plain_calculation(first):
+    counts = [check(seed) for seed in range(first, first + A_TEST)]
+    assert min(counts) > 0 and sum(counts) > 300
+
+
+def test_the_settings_have_everything():
+    settings = [Setting.of(seed) for seed in range(120)]
+    for name in Setting._fields:
+        assert len({getattr(setting, name) for setting in settings}) > 1, name
+    assert sum(setting.advantage != "gae" and setting.coef > 0 for setting in settings) > 15
+    assert sum(setting.is_dialogue and setting.length_limit == "truncate" for setting in settings) > 10
+
+
+def test_control_penalties_that_nobody_charges_show(monkeypatch):
+    seed = next(seed for seed in range(120) if Setting.of(seed).advantage != "gae" and Setting.of(seed).coef > 0)
+    monkeypatch.setattr(
+        trained_sequences, "penalty_advantages", lambda penalties, *_: [np.zeros(len(part)) for part in penalties]
+    )
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(seed)

@@ -4,8 +4,9 @@ The parameters are transformers' own mappings, so that a family that is new in a
 """
 
 import pytest
+import transformers
 
-from tests.helpers.families import UNBUILT, examine_apart, families
+from tests.helpers.families import COMMAND, UNBUILT, cells, documented, documented_version, examine_apart, families
 
 SHARP = 1e-3  # nats by which a token moves the distribution two tokens later: less would prove nothing
 
@@ -20,3 +21,5 @@ def test_a_family_is_trained_exactly_or_refused(family):
     assert row.verdict in ("exact", "refused"), str(row)
     if row.verdict == "exact":
         assert row.sensitivity > SHARP, f"the model is too blunt to prove anything\n{row}"
+    if documented_version() == transformers.__version__:
+        assert documented()[str(family)] == cells(row), f"docs/models.md says something else: {COMMAND} prints it anew"

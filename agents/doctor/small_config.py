@@ -90,6 +90,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"topk_group", _at_most(1)),
     (r"n_groups|ngroups|num_\w*groups", _at_most(1)),
     (r"layers?$|^n_layer|^depth$|num_blocks|layers_per_stack", _at_most(2)),
+    (r"^original_max_position", _always(POSITIONS // 2)),
     (r"position|^n_ctx|max_\w*len|max_source|max_target|context_length|max_distance|rel_extent", _always(POSITIONS)),
     (r"buckets", _at_most(8)),
     (r"tokenizer_chunk|audio_chunk", lambda value, config: value),  # samples of sound, not tokens

@@ -23,7 +23,8 @@ DEFAULTS = {"head_dim": HEAD_SIZE, "num_key_value_heads": HEADS}  # for None, wh
 TEXT_TOKENS = {f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "sep", "cls")}
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
-OWN_FIELDS = {field.name for field in fields(PreTrainedConfig)} - {"is_encoder_decoder"}  # of every config
+# The fields of every config: names and formats, and not what a model computes, but for two of them.
+OWN_FIELDS = {field.name for field in fields(PreTrainedConfig)} - {"is_encoder_decoder", "chunk_size_feed_forward"}
 
 Rule = Callable[[int, PreTrainedConfig], int]
 

@@ -34,6 +34,8 @@ def test_sizes_become_small_and_switches_stay():
     assert values(small, "attention_bias rms_norm_eps hidden_act max_position_embeddings") == [True, 1e-3, "silu", 128]
     assert values(small, "bos_token_id eos_token_id pad_token_id") == [0, 0, 0]
     assert small_config(LlamaConfig(num_attention_heads=32, num_key_value_heads=32)).num_key_value_heads == 4
+    gpt2 = small_config(GPT2Config(chunk_size_feed_forward=2, tie_word_embeddings=False, scale_attn_weights=False))
+    assert values(gpt2, "chunk_size_feed_forward tie_word_embeddings scale_attn_weights") == [2, False, False]
 
 
 def test_two_layers_of_each_kind_stay_in_order():

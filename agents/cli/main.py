@@ -24,6 +24,7 @@ from .options import (
     ExportFlags,
     ExportOptions,
     GenerateOptions,
+    OneModel,
     RateConfig,
     RateOptions,
     RewardModelConfig,
@@ -44,8 +45,7 @@ class Verb(NamedTuple):
         usage: Its arguments, for the first line of its own help.
         config: The dataclass of the arguments that a configuration file may set, too; None for none.
         options: The dataclass of the arguments that only the command line sets; None for none.
-        function: The function that does the work, as "module:function". It is imported after the arguments are parsed,
-            since it loads torch.
+        function: The function that does the work, as "module:function", which loads torch when it is imported.
         read: A function from the verb's name and the words after it to the arguments of `function`.
     """
 
@@ -169,17 +169,16 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def _run(name: str, words: list[str]) -> int:
-    verb = VERBS[name]
-    arguments = verb.read(name, words)
-    module, _, function = verb.function.partition(":")
+    arguments = VERBS[name].read(name, words)
+    module, _, function = VERBS[name].function.partition(":")
     return int(getattr(import_module(module), function)(*arguments))
 
 
-def _read(name: str, words: list[str]) -> tuple[Any, Any]:
-    """Return a verb's arguments as its two dataclasses."""
-    verb = VERBS[name]
-    parser = make_parser(name, verb.usage, verb.config, verb.options)
-    return split(parser, words, verb.config, verb.options)[:2]
+def _read(name: str, words: list[str], config: Any = None) -> tuple[Any, Any]:
+    """Return a verb's arguments as two dataclasses: `config`, by default the verb's own, and the options."""
+    verb, config = VERBS[name], config or VERBS[name].config
+    parser = make_parser(name, verb.usage, config, verb.options)
+    return split(parser, words, config, verb.options)[:2]
 
 
 def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
@@ -197,6 +196,8 @@ def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
 
 
 def _read_doctor(name: str, words: list[str]) -> tuple[Any, ...]:
+    if any(word.partition("=")[0] == "--model" for word in words):
+        return _read(name, words, OneModel)
     config, options, _ = train_config(words, name)
     check_folders(with_config(words), config)
     return config, options
@@ -237,9 +238,8 @@ def _read_runs(name: str, words: list[str]) -> tuple[Any, ...]:
 
 def _read_nothing(name: str, words: list[str]) -> tuple[Any, ...]:
     does = VERBS[name].does
-    parse(
-        ArgumentParser(prog=f"textenv {name}", description=f"{does[0].upper()}{does[1:]}.", exit_on_error=False), words
-    )
+    description = f"{does[0].upper()}{does[1:]}."
+    parse(ArgumentParser(prog=f"textenv {name}", description=description, exit_on_error=False), words)
     return ()
 
 
@@ -383,7 +383,7 @@ VERBS = {
     ),
     "doctor": Verb(
         "check model, tokenizer, reward and settings before training",
-        CONFIG,
+        f"{CONFIG} | --model NAME",
         TrainConfig,
         TrustOptions,
         "agents.cli.trained_model:examine",

@@ -101,6 +101,19 @@ class ExportFlags(TrustOptions):
 
 
 @dataclass
+class OneModel:
+    """Say what the library does with one model: exact, or refused and why; cache, attention, critics, layers for LoRA.
+
+    A small model with the same switches is trained for a moment, so that no weights are loaded.
+
+    Args:
+        model: The folder of a model, its config.json, or its name on the hub.
+    """
+
+    model: str | None = None
+
+
+@dataclass
 class ShowOptions:
     """Print an episode of a run's newest model token by token, with reward, value and KL divergence.
 

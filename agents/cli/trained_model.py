@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.utils import get_device
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from textenv.checks.json_files import read_json
 from textenv.checks.trust import Trust
 from textenv.env import TextEnv
 from textenv.huggingface.positions import n_positions
+from textenv.huggingface.weights import from_pretrained
 from textenv.prompts.prompts import PromptLike
 from textenv.text import demo_corpus as demo
 from textenv.text.named_tokenizer import DEMO
@@ -28,6 +29,7 @@ from ..checkpoints.output_folders import check_output, output_folder
 from ..checkpoints.saved_policy import load_policy
 from ..configuration.config import ModelConfig, TrainConfig, TrustOptions
 from ..doctor.examine import check
+from ..doctor.model_row import examine_config
 from ..errors import CommandError, Exit
 from ..evaluation.curves import draw_curves
 from ..evaluation.evaluation import evaluate
@@ -48,7 +50,8 @@ from ..runs.assemble import (
 from ..runs.checkpoints import checkpoint_to_load
 from ..runs.folder import SAMPLE, RunFolder, read_rows, to_line
 from ..runs.model_card import model_card
-from .options import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions
+from ..small_models.demo_model import model_folder
+from .options import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, OneModel
 from .prompt_files import prompts_for
 
 CHUNK = 64  # prompts per call of `generate`, which runs as many side by side; then their texts are printed
@@ -190,11 +193,22 @@ def make_policy(
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
 
 
-def examine(config: TrainConfig, options: TrustOptions) -> int:
-    """Print the doctor's report; return the exit code, which is 1 if training would go wrong."""
+def examine(config: TrainConfig | OneModel, options: TrustOptions) -> int:
+    """Print the doctor's report, or its row for one model; return the exit code, 1 if training would go wrong."""
+    if isinstance(config, OneModel):
+        return _examine_model(str(config.model), trust_of(options))
     report = check(Parts(config, trust_of(options)).agent)
     print(report)
     return Exit.DONE if report.ok else Exit.FAILED
+
+
+def _examine_model(name: str, trust: Trust) -> int:
+    folder = name if Path(name).is_file() else model_folder(name)
+    config = from_pretrained(AutoConfig, folder, trust_remote_code=trust.remote_code)
+    transformers_logging.set_verbosity_error()  # it warns of tokens that equal the pad token, which are meant
+    row = examine_config(config)
+    print(f"{name}: {type(config).__name__}\n{row}")
+    return Exit.DONE if row.verdict == "exact" else Exit.FAILED
 
 
 def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOptions) -> int:

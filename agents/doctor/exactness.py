@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from textenv.env import TextEnv
 from textenv.text.tokenizer import CharTokenizer
 
+from ..models.critic import ValueHead
 from ..models.pretrained import LMSpec
 from ..models.sequences import SequenceBatch
 from ..models.trainable import merged_state_dict
@@ -51,7 +52,10 @@ def exactness_agent(lm: LMSpec, **policy_kwargs: Any) -> PPO:
         seed=0,
         device="cpu",
     )
-    torch.nn.init.normal_(agent.policy.lm.critic.linear.weight, generator=torch.Generator().manual_seed(5))
+    policy = agent.policy
+    assert isinstance(policy, LMPolicy)
+    critic = cast("ValueHead", policy.lm.critic)
+    torch.nn.init.normal_(critic.linear.weight, generator=torch.Generator().manual_seed(5))
     return agent
 
 
@@ -77,6 +81,7 @@ class Exactness(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        assert isinstance(self.model, PPO)
         policy, buffer = self.model.policy, self.model.rollout_buffer
         assert isinstance(policy, LMPolicy) and isinstance(buffer, SequenceRolloutBuffer)
         self.plain.load_state_dict(merged_state_dict(policy.backbone.model))
@@ -101,9 +106,7 @@ def compare(
     policy.train(True)  # as in an update; `set_training_mode` would also begin one
     now_values, now, _ = policy.evaluate_actions(view.batch, view.actions)
     padded = view.batch[:]
-    padded.lengths = np.full(
-        len(padded.lengths), padded.tokens.shape[1]
-    )  # all rows in one forward, as long as the longest
+    padded.lengths = np.full(len(padded.lengths), padded.tokens.shape[1])  # one forward reads all the padding
     together, alone = policy.lm.evaluate(padded, view.actions)[1], torch.zeros_like(now)
     for row in range(len(padded.lengths)):
         own, where = view.batch.of_sequences(np.array([row]))

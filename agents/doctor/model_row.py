@@ -22,6 +22,7 @@ from .small_config import small_config
 Verdict = Literal["exact", "refused", "wrong", "failed"]
 COLUMNS = ("result", "cache", "attention", "critic", "LoRA", "remarks")
 ROOT = Path(__file__).resolve().parents[2]
+BOTH_CRITICS = "shared, separate"
 N_ROLLOUTS = 2  # one by the fresh weights, one after an update
 
 
@@ -86,20 +87,20 @@ def examine_config(config: PreTrainedConfig) -> ModelRow:
         except Exception as error:
             return _not_built(error)
         plain = spec.build()
-        try:
-            differences = _train(agent, Exactness(plain))
-            critic, lora, more = _beside(spec, plain)
-        except Exception as error:
-            return ModelRow("failed", remarks=described(error))
-    differences |= more
+        faults: list[str] = []  # errors that are not the library's own
+        differences = _trained(agent, Exactness(plain), "", faults)
+        critic, lora = _critics(spec, faults), "needs peft"
+        if find_spec("peft") is not None:
+            lora = _lora(spec, plain, critic == BOTH_CRITICS, differences, faults)
     off = {check: value for check, value in differences.items() if not value <= TOLERANCE.get(check, TOLERANCE[""])}
-    remarks = [f"{check} {value:.1e} off" for check, value in off.items()]
-    remarks += dict.fromkeys(str(w.message) for w in caught if _is_inside(w.filename) or "decode" in str(w.message))
-    backbone = agent.policy.backbone
+    remarks = [*faults, *(f"{check} {value:.1e} off" for check, value in off.items())]
+    remarks += dict.fromkeys(str(warning.message) for warning in caught if is_inside(warning.filename))
+    policy = agent.policy
+    assert isinstance(policy, LMPolicy)
     return ModelRow(
-        "wrong" if off else "exact",
-        "yes" if backbone.is_cacheable else "no",
-        str(backbone.model.config.get_text_config()._attn_implementation),
+        "failed" if faults else "wrong" if off else "exact",
+        "yes" if policy.backbone.is_cacheable else "no",
+        str(policy.backbone.model.config.get_text_config()._attn_implementation),
         critic,
         lora,
         "; ".join(remarks),
@@ -108,33 +109,41 @@ def examine_config(config: PreTrainedConfig) -> ModelRow:
     )
 
 
-def _train(agent: PPO, exactness: Exactness) -> dict[str, float]:
-    agent.learn(N_ROLLOUTS * agent.n_steps * agent.n_envs, callback=exactness)
-    return exactness.differences
+def _trained(agent: PPO, exactness: Exactness, prefix: str, faults: list[str]) -> dict[str, float]:
+    """Train for a few rollouts; return the differences by check, with a prefix, and note an error."""
+    try:
+        agent.learn(N_ROLLOUTS * agent.n_steps * agent.n_envs, callback=exactness)
+    except Exception as error:  # a model of transformers may raise anything
+        faults.append(f"{prefix}training: {described(error)}")
+    return {prefix + check: value for check, value in exactness.differences.items()}
 
 
-def _beside(spec: SharpModel, plain: PreTrainedModel) -> tuple[str, str, dict[str, float]]:
-    """Return the critics, the layers that LoRA adapts, and the differences of a policy with LoRA and its own critic."""
-    critic, kwargs = "shared", {}
+def _critics(spec: SharpModel, faults: list[str]) -> str:
+    """Return the critics that a model takes."""
     try:
         SeparateCritic(spec).build(0)
-        critic, kwargs = "shared, separate", {"critic": SeparateCritic(spec)}
-    except (ValueError, TypeError) as error:
+        return BOTH_CRITICS
+    except Exception as error:  # as above
         if not is_ours(error):
-            raise
-    if find_spec("peft") is None:
-        return critic, "needs peft", {}
+            faults.append(f"SeparateCritic: {described(error)}")
+        return "shared"
+
+
+def _lora(
+    spec: SharpModel, plain: PreTrainedModel, with_critic: bool, differences: dict[str, float], faults: list[str]
+) -> str:
+    """Train LoRA, beside a separate critic if there is one; return the endings of the names of the adapted layers."""
     try:
-        agent = exactness_agent(spec, train=LoRA(), **kwargs)
-    except (ValueError, TypeError) as error:
-        if not is_ours(error):
-            raise
-        return critic, f"refused: {error}", {}
+        agent = exactness_agent(spec, train=LoRA(), **({"critic": SeparateCritic(spec)} if with_critic else {}))
+    except Exception as error:  # as above
+        if is_ours(error):
+            return f"refused: {error}"
+        faults.append(f"LoRA(): {described(error)}")
+        return ""
+    differences |= _trained(agent, Exactness(plain, with_gradient=False), "LoRA's ", faults)
     policy = agent.policy
     assert isinstance(policy, LMPolicy)
-    names = sorted({name.rpartition(".")[2] for name in adapted_layers(policy.backbone.model)})
-    off = _train(agent, Exactness(plain, with_gradient=False))
-    return critic, ", ".join(names), {f"LoRA's {check}": value for check, value in off.items()}
+    return ", ".join(sorted({name.rpartition(".")[2] for name in adapted_layers(policy.backbone.model)}))
 
 
 def _not_built(error: Exception) -> ModelRow:
@@ -146,11 +155,12 @@ def is_ours(error: Exception) -> bool:
     """Return whether the library itself refused: in its own words, from a line of its own."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
-        isinstance(error, ValueError | TypeError) and str(error).startswith("Expected ") and _is_inside(frame.filename)
+        isinstance(error, ValueError | TypeError) and str(error).startswith("Expected ") and is_inside(frame.filename)
     )
 
 
-def _is_inside(filename: str) -> bool:
+def is_inside(filename: str) -> bool:
+    """Return whether a file belongs to this library."""
     return any(Path(filename).resolve().is_relative_to(ROOT / package) for package in ("agents", "textenv"))
 
 

@@ -59,7 +59,7 @@ def sharpen(model: PreTrainedModel) -> None:
     if head is None or not isinstance(getattr(head, "weight", None), Tensor):
         return
     deviation = _deviation(model)
-    if deviation is not None and not LOGITS / 4 <= deviation <= 4 * LOGITS:
+    if deviation is not None and not LOGITS / 2 <= deviation <= 2 * LOGITS:
         cast(Tensor, head.weight).mul_(LOGITS / deviation)
 
 

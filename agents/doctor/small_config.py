@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -19,9 +20,11 @@ STATE = 8  # the size of states, ranks and kernels' groups
 MAX_KINDS = 3  # of layers: two of each kind are kept, or one of each if there are more kinds
 LARGE = 64  # the largest number of a field whose name no rule knows
 DEFAULTS = {"head_dim": HEAD_SIZE, "num_key_value_heads": HEADS}  # for None, which some classes read as it is
+TEXT_TOKENS = {f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "sep", "cls")}
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
-OWN_FIELDS = {field.name for field in fields(PreTrainedConfig)} - {"is_encoder_decoder"}  # of every config
+# The fields of every config: names and formats, and not what a model computes, but for two of them.
+OWN_FIELDS = {field.name for field in fields(PreTrainedConfig)} - {"is_encoder_decoder", "chunk_size_feed_forward"}
 
 Rule = Callable[[int, PreTrainedConfig], int]
 
@@ -66,7 +69,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"^type_vocab_size|task_type_vocab", _at_most(4)),
     (r"^codebook_size", _at_most(HIDDEN)),
     (r"vocab", _always(VOCABULARY)),
-    (r"^hidden_size_global", _always(HIDDEN)),
+    (r"^hidden_size_global|adapter_out_dim", _always(HIDDEN)),
     (r"^mamba_d_ssm", _always(2 * HIDDEN)),
     (r"sparse_step|interval|period|every_n|layer_group_size|cross_attention_frequency", _at_most(2)),
     (r"offset$|layer_start_index|first_k_dense|num_dense_layers|max_window_layers|^num_global_layers", _at_most(1)),
@@ -88,13 +91,12 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"topk_group", _at_most(1)),
     (r"n_groups|ngroups|num_\w*groups", _at_most(1)),
     (r"layers?$|^n_layer|^depth$|num_blocks|layers_per_stack", _at_most(2)),
+    (r"^original_max_position", _always(POSITIONS // 2)),
     (r"position|^n_ctx|max_\w*len|max_source|max_target|context_length|max_distance|rel_extent", _always(POSITIONS)),
     (r"buckets", _at_most(8)),
     (r"tokenizer_chunk|audio_chunk", lambda value, config: value),  # samples of sound, not tokens
-    (
-        r"window|^(mamba_|attention_)?chunk_size|attn_chunk_length|block_size|local_radius|^local_attention",
-        _at_most(WINDOW),
-    ),
+    (r"window|^(mamba_|attention_)?chunk_size|attn_chunk_length|block_size", _at_most(WINDOW)),
+    (r"local_radius|^local_attention", _at_most(WINDOW)),
     (r"multiple_of|divisible_by", _at_most(STATE)),
     (r"rank|state_size|d_state|ssm_state", _at_most(STATE)),
     (r"kernel|conv_L|d_conv|width$|_per_|num_mel|num_channels|in_channels|channels$|image_size|patch", _at_most(16)),
@@ -164,7 +166,7 @@ def _are_layers(value: Any, n_layers: int) -> bool:
     """Return whether a list names layers by index: it rises and stays below their number."""
     if not isinstance(value, list | tuple) or not value or not all(type(entry) is int for entry in value):
         return False
-    return all(a < b for a, b in zip(value, value[1:], strict=False)) and value[0] >= 0 and value[-1] < n_layers
+    return all(a < b for a, b in itertools.pairwise(value)) and value[0] >= 0 and value[-1] < n_layers
 
 
 def _kept_layers(values: dict[str, Any]) -> list[int]:
@@ -223,18 +225,11 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _special_tokens(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """Return ids of special tokens inside the small vocabulary: 0 for those of text, others beyond the text's tokens."""
+    """Return ids of special tokens in the small vocabulary: 0 for those of text, those of images from its end."""
     special: dict[str, Any] = {}
     free = iter(range(VOCABULARY - 1, 0, -1))
     for name in values:
-        if name in (
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-            "decoder_start_token_id",
-            "sep_token_id",
-            "cls_token_id",
-        ):
+        if name in TEXT_TOKENS:
             special[name] = 0
         elif name.endswith(("forced_eos_token_id", "forced_bos_token_id")):
             special[name] = None

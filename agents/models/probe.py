@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from .backbone import Backbone
+from .interface import CachedModel, RowCache
 
 PROBE_LENGTH = 4  # tokens: three to read first, and one more to decode from their keys and values
 PROBE_LOGIT = 100.0  # the probe's largest logit, after scaling: beyond the soft cap of Gemma-2 (30)
@@ -28,6 +27,28 @@ CAUSAL_FLAGS = ("is_decoder", "causal")  # of configs whose models are bidirecti
 STEPS = ((2, 1), (3, 1), (4, 4))
 
 Result = TypeVar("Result")
+
+
+class Probed(CachedModel, Protocol):
+    """A model of transformers that the probe examines: `Backbone`, which has the attributes that are set here."""
+
+    model: PreTrainedModel
+    training: bool
+    head_is_linear: bool
+    is_cacheable: bool
+    no_cache_because: str
+    attends_by_row: bool
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode."""
+
+    def plain_logits(self, ids: Tensor, n_prompt: Tensor) -> Tensor:
+        """Return the logits (T, V) of one row (1, T), by the model's own forward, without a cache."""
+        ...
+
+    def decoding_modes(self) -> Iterable[tuple[bool, bool]]:
+        """Return values of (`attends_by_row`, `takes_new_rows`) to try, the fastest first."""
+        ...
 
 
 class Rows:
@@ -69,7 +90,7 @@ class Rows:
 
 
 @torch.no_grad()
-def probe(backbone: Backbone) -> None:
+def probe(backbone: Probed) -> None:
     """Test a model on a few tokens, and set the attributes of `Backbone` that say how it is read.
 
     The model's own forward of each row alone, without mask, padding and cache, is the truth. Compared with it are: the
@@ -157,7 +178,7 @@ def _attempt(compute: Callable[[], Result]) -> tuple[Result | None, str]:
         return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
 
 
-def _choose_head(backbone: Backbone, rows: Rows) -> States:
+def _choose_head(backbone: Probed, rows: Rows) -> States:
     """Set `head_is_linear`; return the states that the update reads at the 2 * PROBE_LENGTH positions.
 
     The logits are scaled up, which shows a soft cap: it bends large logits only. Fresh weights give small ones, and
@@ -215,7 +236,7 @@ def _scaled(head: nn.Module | None) -> Iterator[Callable[[], None]]:
         yield scale
 
 
-def _check_causal(backbone: Backbone, rows: Rows, truth: States, tolerance: float) -> None:
+def _check_causal(backbone: Probed, rows: Rows, truth: States, tolerance: float) -> None:
     """Raise ValueError if the last token of a row changes what the model computes at earlier ones."""
     ids, at_rows, at_cols, left = rows.cut()
     shorter, truth = States(*backbone(ids, at_rows, at_cols, *rows.further)), truth.at(left)
@@ -237,7 +258,7 @@ def _check_causal(backbone: Backbone, rows: Rows, truth: States, tolerance: floa
     )
 
 
-def _check_noise(backbone: Backbone, rows: Rows, truth: States, tolerance: float) -> None:
+def _check_noise(backbone: Probed, rows: Rows, truth: States, tolerance: float) -> None:
     """Raise ValueError if two forwards in training mode differ from each other or from evaluation mode."""
     backbone.train(True)
     for _ in range(2):
@@ -249,7 +270,7 @@ def _check_noise(backbone: Backbone, rows: Rows, truth: States, tolerance: float
             )
 
 
-def _choose_cache(backbone: Backbone, rows: Rows, truth: States, tolerance: float) -> None:
+def _choose_cache(backbone: Probed, rows: Rows, truth: States, tolerance: float) -> None:
     """Set `attends_by_row`, `takes_new_rows` and `no_cache_because` to the fastest decoding that is exact."""
     backbone.is_cacheable = False
     if backbone.model._is_stateful:
@@ -275,7 +296,7 @@ def _choose_cache(backbone: Backbone, rows: Rows, truth: States, tolerance: floa
     )
 
 
-def _decode(backbone: Backbone, rows: Rows) -> Iterator[tuple[tuple[Tensor, Tensor], list[int]]]:
+def _decode(backbone: Probed, rows: Rows) -> Iterator[tuple[tuple[Tensor, Tensor], list[int]]]:
     """Yield the states (2, H) and (2, V) of each step of a decoding cache, and the positions of the probe there."""
     cache = backbone.new_cache()
     assert cache is not None, "called only while `is_cacheable`"

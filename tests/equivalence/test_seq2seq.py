@@ -307,7 +307,7 @@ def test_a6_training_mode_changes_nothing():
         policy = make_policy(config)
         before = policy.get_distribution(ROWS).log_probabilities
         policy.set_training_mode(True)
-        assert policy.lm.backbone.model.training
+        assert policy.lm.backbone.training
         for _ in range(3):
             torch.testing.assert_close(policy.get_distribution(ROWS).log_probabilities, before, atol=0, rtol=0)
 

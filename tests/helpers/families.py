@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import re
+import sys
+from collections import Counter
 from collections.abc import Container
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -18,11 +25,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from agents.doctor.model_row import ModelRow, described, examine_config
+from agents.doctor.model_row import COLUMNS, ModelRow, described, examine_config
 
 # The server imports the modules once; each examination is a fork of it.
 APART = multiprocessing.get_context("forkserver")
-APART.set_forkserver_preload(["tests.helpers.families"])
+APART.set_forkserver_preload(["tests.helpers.families", "peft"])
 
 Kind = Literal["causal", "seq2seq"]
 CAUSAL_FLAGS = ("is_decoder", "causal")  # fields of BERT and XLM that make attention causal; off by default
@@ -54,7 +61,33 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 # The entries of which no small model can be built, and why.
-UNBUILT: dict[str, str] = {}
+UNBUILT = {
+    "gemma3n": "transformers builds its vision tower by timm, which no extra installs; gemma3n_text is examined",
+    "gemma4_assistant": "transformers refuses the defaults of its config",
+    "gemma4_unified_assistant": "a drafter, which reads the keys and values of another model",
+}
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+COMMAND = "python -m tests.helpers.families"
+HEAD = """# Models
+
+What `LMPolicy` does with each family of causal models and encoder-decoders of transformers {version}. This page is
+printed by `{command}`, and no row is written by hand: each family is built small, from the defaults of its config, with
+sharp random weights and all its dropout on, and trained for two rollouts.
+
+- **result**: *exact*: log-probabilities of the rollout and of the update, values and gradients equal those of the model
+  alone, which reads one prefix at a time without padding or cache; again after an update, and again with LoRA.
+  *refused*: `LMPolicy` raises the error of the last column. Anything else is a fault of this library.
+- **cache**: whether rollouts decode from cached keys and values; without them, the time of a rollout grows with the
+  square of the length.
+- **critic**: `SharedCritic`, and `SeparateCritic` with a trunk of the same family.
+- **LoRA**: the layers that `LoRA()` adapts by default.
+
+`textenv doctor --model NAME` says the row for one model, by its own config: the kinds of its layers, their windows and
+scales, and its rotary embeddings may differ from the defaults of its family.
+
+{counts}.
+
+"""
 
 
 class Family(NamedTuple):
@@ -122,7 +155,7 @@ def examine_family(family: Family) -> ModelRow:
 
 
 def examine_apart(family: Family, timeout: float = 120.0) -> ModelRow:
-    """Return the row of a family, examined in a process of its own: one that crashes or hangs leaves the others alone."""
+    """Return the row of a family, examined in a process of its own, which may crash or hang."""
     ours, theirs = APART.Pipe()
     process = APART.Process(target=_send_row, args=(family, theirs), daemon=True)
     process.start()
@@ -139,7 +172,50 @@ def examine_apart(family: Family, timeout: float = 120.0) -> ModelRow:
         process.join()
 
 
+def page(rows: dict[str, ModelRow]) -> str:
+    """Return docs/models.md: the rows by family, and their counts."""
+    counts = Counter(row.verdict for row in rows.values())
+    summary = f"{len(rows)} rows: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+    head = HEAD.format(version=transformers.__version__, command=COMMAND, counts=summary)
+    table = [("family", *COLUMNS), ("---",) * (1 + len(COLUMNS)), *((name, *cells(row)) for name, row in rows.items())]
+    return head + "".join(f"| {' | '.join(line)} |\n" for line in table)
+
+
+def cells(row: ModelRow) -> tuple[str, ...]:
+    """Return the cells of a row in Markdown."""
+    return tuple(" ".join(cell.replace("|", "\\|").split()) for cell in row.cells)
+
+
+def documented() -> dict[str, tuple[str, ...]]:
+    """Return the rows of docs/models.md, by family."""
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][2:]
+    rows = (re.split(r"(?<!\\) \| ?", line.removeprefix("| ").removesuffix(" |")) for line in lines)
+    return {name: tuple(others) for name, *others in rows}
+
+
+def documented_version() -> str:
+    """Return the version of transformers that docs/models.md was printed from."""
+    found = re.search(r"of transformers ([\d.]+)\.\s", PAGE.read_text(encoding="utf-8"))
+    assert found is not None, "docs/models.md does not say the version of transformers"
+    return found[1]
+
+
 def _send_row(family: Family, pipe: Connection) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     pipe.send(examine_family(family))
+
+
+def main() -> None:
+    """Examine all families, as many side by side as there are processors, and write docs/models.md."""
+    found = sorted(families(), key=str)
+    rows = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for family, row in zip(found, pool.map(examine_apart, found)):
+            print(family, row.verdict, row.remarks, file=sys.stderr)
+            rows[str(family)] = row
+    PAGE.write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

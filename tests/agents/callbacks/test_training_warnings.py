@@ -123,11 +123,14 @@ def test_a_reference_that_the_samples_do_not_come_from_is_named():
 
 
 def test_a1_ratios_away_from_one_are_named():
-    def drop(module, inputs, output):
-        return functional.dropout(output, 0.3, module.training)
+    model = agent(tiny_env(stop_ids=[]))
 
-    broken = Broken(lambda model: model.transformer.ln_f.register_forward_hook(drop))
-    assert_once(messages(agent(tiny_env(stop_ids=[]), lm=broken)), "log-ratio", "dropout")
+    def drop(module, inputs, output):
+        return functional.dropout(output, 0.3, model.policy.training)
+
+    # After the policy was built, since the probe at construction refuses such a model.
+    model.policy.lm.backbone.model.transformer.ln_f.register_forward_hook(drop)
+    assert_once(messages(model), "log-ratio", "dropout")
 
 
 class Disturb(BaseCallback):

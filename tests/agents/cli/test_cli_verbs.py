@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, XLNetConfig
 
 from agents.cli import main as cli
 from agents.cli import trained_model as verbs
@@ -130,6 +130,20 @@ def test_doctor_reports(model, capsys):
     code = run("doctor", *[word for word in settings(model) if "--samples" not in word])
     said = capsys.readouterr().out
     assert code in (0, 1) and "vocabulary" in said and ("failed" in said) == (code == 1)
+
+
+def test_doctor_says_the_row_of_one_model_by_its_config_alone(tmp_path, capsys):
+    GPT2Config(n_layer=24, n_embd=4096).save_pretrained(tmp_path)  # 5 GB of weights that are not there
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert run("doctor", "--model", name) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == f"{name}: GPT2Config" and "result     exact" in said
+    assert "LoRA       c_attn, c_fc, c_proj" in said
+    XLNetConfig().save_pretrained(tmp_path)
+    assert run("doctor", f"--model={tmp_path}") == 1
+    assert "result     refused" in capsys.readouterr().out
+    assert run("doctor", "--model", tmp_path / "nothing") == 2
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_a_dry_run_estimates_and_writes_nothing(model, tmp_path, capsys, monkeypatch):

@@ -148,7 +148,7 @@ def test_the_order_of_writing(tmp_path, monkeypatch):
     assert events[renamed - 1] == ("sync", f".{newest.name}.partial-{os.getpid()}")
     assert events[renamed + 1 :] == [("sync", tmp_path.name), ("remove", "step_000000000016")]
     manifest = json.loads((newest / "manifest.json").read_text())
-    assert manifest["format"] == 2 and manifest["num_timesteps"] == 32 and "torch" in manifest["versions"]
+    assert manifest["format"] == 3 and manifest["num_timesteps"] == 32 and "torch" in manifest["versions"]
     assert written - {"manifest.json"} == manifest["files"].keys()
     assert all(entry.keys() == {"size", "sha256"} for entry in manifest["files"].values())
 

@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..models.backbone import Backbone
 from ..models.critic import TrunkCritic, ValueHead
 from ..models.interface import SequenceScorer
+from ..models.layers import trunk_of
 from ..models.trainable import is_placed
 from .collectives import gather, offer_help, take_turn
 from .world import is_main_process, world
@@ -184,7 +185,7 @@ class Shards(Generic[Scorer]):
 
     def _take_turns(self) -> None:
         """Make each forward of a trunk wait until all other processes take part in it."""
-        trunks: list[tuple[nn.Module, Read]] = [(self._backbone.model.base_model, self._backbone.read)]
+        trunks: list[tuple[nn.Module, Read]] = [(trunk_of(self._backbone.model), self._backbone.read)]
         if isinstance(self.lm.critic, TrunkCritic):
             trunks.append((self.lm.critic.trunk, self.lm.critic.read))
         for trunk, read in trunks:

@@ -144,7 +144,10 @@ def plain_logits(plain: PreTrainedModel, batch: SequenceBatch, row: int, length:
     n = int(batch.n_prompt[row])
     start = ids.new_full((1, 1), plain.config.decoder_start_token_id)
     written = torch.cat([start, ids[:, n:]], dim=1)  # (1, 1 + T - n)
-    return plain(input_ids=ids[:, :n], decoder_input_ids=written, use_cache=False).logits[0, :, :n_tokens].float()
+    # Masks of ones: without them, T5Gemma passes over tokens that equal pad.
+    masks = {"attention_mask": torch.ones_like(ids[:, :n]), "decoder_attention_mask": torch.ones_like(written)}
+    logits = plain(input_ids=ids[:, :n], decoder_input_ids=written, use_cache=False, **masks).logits  # (1, T, V)
+    return logits[0, :, :n_tokens].float()
 
 
 def difference_of_gradients(plain: PreTrainedModel, policy: LMPolicy, view: RolloutView) -> float:

@@ -143,7 +143,9 @@ def _lora(
     differences |= _trained(agent, Exactness(plain, with_gradient=False), "LoRA's ", faults)
     policy = agent.policy
     assert isinstance(policy, LMPolicy)
-    return ", ".join(sorted({name.rpartition(".")[2] for name in adapted_layers(policy.backbone.model)}))
+    # The adapters of several weights of one module are one around another, in modules called "base_layer".
+    paths = (name.replace(".base_layer", "").split(".") for name in adapted_layers(policy.backbone.model))
+    return ", ".join(sorted({path[-1] for path in paths}))
 
 
 def _not_built(error: Exception) -> ModelRow:

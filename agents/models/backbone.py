@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from textenv.huggingface.positions import length_limit, n_positions
 
 from .interface import LengthError
-from .layers import evaluate_in_checkpoints, fuse_activations, set_mode
+from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_of
 from .prefix_cache import PrefixCache
 from .probe import PROBE_LENGTH, probe
 from .step_layout import attention_by_row, can_join_rows
@@ -188,8 +188,7 @@ class Backbone(nn.Module):
         by_row = attention_by_row(self.model.config.get_text_config()) if self.attends_by_row else nullcontext()
         with by_row:
             if self.head_is_linear:
-                # `PreTrainedModel.base_model` is the model without its head; its output is the last layer's, normed.
-                return at(self.model.base_model(**inputs).last_hidden_state, rows, cols), None  # (N, H)
+                return at(trunk_of(self.model)(**inputs).last_hidden_state, rows, cols), None  # (N, H)
             with head_input(self.model) as seen:
                 logits = self.model(**inputs).logits[..., : self.vocab_size]
         return at(whole_states(seen, logits), rows, cols), at(logits, rows, cols)
@@ -199,7 +198,7 @@ class Backbone(nn.Module):
         # With a config, transformers `cache_utils.DynamicCache` makes a `DynamicSlidingWindowLayer` for each layer with
         # a window, which drops old columns. Without one every column is kept, and the model's mask hides the old ones.
         cache = DynamicCache()
-        self.model.base_model(
+        trunk_of(self.model)(
             input_ids=ids,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from textenv.rewards.text_reader import ReadAs
 from textenv.text.tokenizer import special_tokens_around
 
 from .backbone import check_fits
-from .layers import evaluate_in_checkpoints, fuse_activations, set_mode
+from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_of
 from .pretrained import LMLike, PretrainedRewardModel, build_model
 
 PROBE_LENGTH = 4  # tokens: the last one is changed, and the hidden states of the first three are compared
@@ -134,7 +134,7 @@ class SeparateCritic:
                 f"Expected a causal model as critic, got the encoder-decoder {type(model).__name__}: a critic reads "
                 "prompt and completion as one text. Use SharedCritic, or SeparateCritic of a causal model."
             )
-        return TrunkCritic(cast("PreTrainedModel", model.base_model))
+        return TrunkCritic(trunk_of(model))
 
 
 class RewardModelCritic:
@@ -180,7 +180,7 @@ class RewardModelCritic:
         model = self.model.build()
         self._refuse_closing_token(model)
         head = score_head(model)
-        critic = TrunkCritic(cast("PreTrainedModel", model.base_model))
+        critic = TrunkCritic(trunk_of(model))
         with torch.no_grad():
             critic.linear.weight.copy_(head.weight)
             if head.bias is not None:

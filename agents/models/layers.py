@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -14,6 +15,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def transformer_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """Return the transformer layers of a model, the lowest first."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a causal model without its head: its output is the last layer's, normed."""
+    base: Any = model.base_model
+    if base is model:  # the class has another name for its trunk than `base_model_prefix`: Llama 4, Mllama
+        base = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+    # The causal BART and its kin wrap their decoder once more, in a module without embeddings (`BartDecoderWrapper`).
+    is_wrapper = list(dict(base.named_children())) == ["decoder"]
+    return cast("PreTrainedModel", base.get_decoder() if is_wrapper else base)
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .interface import CachedModel, RowCache
+from .interface import CachedModel
 
 PROBE_LENGTH = 4  # tokens: three to read first, and one more to decode from their keys and values
 PROBE_LOGIT = 100.0  # the probe's largest logit, after scaling: beyond the soft cap of Gemma-2 (30)
@@ -23,8 +23,9 @@ QUANTISED_TOLERANCE = 0.05  # quantisers round activations too, with a scale for
 ABSENT = -1e30  # a logit at or below it stands for a token that the model rules out: Chameleon writes finfo.min there
 CAUSAL_FLAGS = ("is_decoder", "causal")  # of configs whose models are bidirectional without: BERT and its kin, XLM
 # The numbers of tokens (of the decoder, for an encoder-decoder) of two rows at three steps of a decoding cache: both
-# rows begin, one grows beside a shorter one, and the shorter one is replaced by a longer one.
-STEPS = ((2, 1), (3, 1), (4, 4))
+# rows begin, one grows beside a shorter one, and the shorter one is replaced by a new one, which ends, but does not
+# begin, in the same columns.
+STEPS = ((2, 1), (3, 1), (4, 3))
 
 Result = TypeVar("Result")
 
@@ -38,6 +39,11 @@ class Probed(CachedModel, Protocol):
     is_cacheable: bool
     no_cache_because: str
     attends_by_row: bool
+    hidden_size: int
+
+    @property
+    def longest(self) -> int | None:  # type: ignore[override]  # read, never set
+        """The most tokens that the model reads."""
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode."""
@@ -82,9 +88,8 @@ class Rows:
         """The further arguments of `Backbone.read` and of a cache's `read`: the prompts' lengths, if it needs them."""
         return (self.n_prompt,) if self.is_encoder_decoder else ()
 
-    def cut(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ids without the last column, the positions (rows, cols) that are left, and which ones those are."""
-        width = self.ids.shape[1] - 1
+    def cut(self, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the first columns of ids, the positions (rows, cols) that are left, and which ones those are."""
         left = (self.cols < width).nonzero().flatten()
         return self.ids[:, :width], self.rows[left], self.cols[left], left
 
@@ -114,6 +119,7 @@ def probe(backbone: Probed) -> None:
     tolerance = state_tolerance(model)
     _check_causal(backbone, rows, truth, tolerance)
     _check_noise(backbone, rows, truth, tolerance)
+    _check_update(backbone, rows)
     backbone.train(False)
     _choose_cache(backbone, rows, truth, tolerance)
     backbone.train(was_training)
@@ -237,11 +243,19 @@ def _scaled(head: nn.Module | None) -> Iterator[Callable[[], None]]:
 
 
 def _check_causal(backbone: Probed, rows: Rows, truth: States, tolerance: float) -> None:
-    """Raise ValueError if the last token of a row changes what the model computes at earlier ones."""
-    ids, at_rows, at_cols, left = rows.cut()
-    shorter, truth = States(*backbone(ids, at_rows, at_cols, *rows.further)), truth.at(left)
-    if not truth.differ(shorter, tolerance):
-        return
+    """Raise ValueError if later tokens of a row change what the model computes at earlier ones.
+
+    The rows are read without their last column, and then without all columns after the first position of row 0.
+    """
+    for width in (rows.ids.shape[1] - 1, int(rows.n_prompt.max())):
+        ids, at_rows, at_cols, left = rows.cut(width)
+        shorter = States(*backbone(ids, at_rows, at_cols, *rows.further))
+        if truth.at(left).differ(shorter, tolerance):
+            _refuse_not_causal(backbone, at_rows, truth.at(left), shorter, tolerance)
+
+
+def _refuse_not_causal(backbone: Probed, at_rows: Tensor, truth: States, shorter: States, tolerance: float) -> None:
+    """Raise the ValueError of a model in which later tokens change the states at earlier ones."""
     first = (at_rows == 0).nonzero().flatten()
     if not truth.at(first).differ(shorter.at(first), tolerance):
         raise ValueError(
@@ -256,6 +270,26 @@ def _check_causal(backbone: Probed, rows: Rows, truth: States, tolerance: float)
         f"Expected a causal model, got {type(backbone.model).__name__}, in which a token changes what is computed at "
         f"earlier ones: it would be trained on probabilities that depend on tokens yet to be sampled. Cure: {cure}."
     )
+
+
+def _check_update(backbone: Probed, rows: Rows) -> None:
+    """Raise ValueError if the backward pass of an update fails, or gives a gradient that is not finite."""
+    trained = [weight for weight in backbone.parameters() if weight.requires_grad]
+    if not trained:
+        return
+
+    def differentiate() -> bool:
+        with torch.enable_grad():
+            logits = backbone(rows.ids, rows.rows, rows.cols, *rows.further)[1].float()
+            gradients = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), trained, allow_unused=True)
+        return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+
+    is_finite, error = _attempt(differentiate)
+    if not is_finite:
+        raise ValueError(
+            f"Expected a model that can be trained, got {type(backbone.model).__name__}, whose backward pass "
+            f"{f'fails with {error}' if error else 'gives a gradient that is not finite'}. Use another model."
+        )
 
 
 def _check_noise(backbone: Probed, rows: Rows, truth: States, tolerance: float) -> None:

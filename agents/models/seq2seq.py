@@ -44,7 +44,7 @@ class Seq2SeqBackbone(Backbone):
     is_encoder_decoder = True
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
-        start = model.config.decoder_start_token_id
+        start = getattr(model.config, "decoder_start_token_id", None)  # T5's config may have no such field
         if start is None:
             raise ValueError(
                 "Expected a config with `decoder_start_token_id`, got None: set it to the token with which the decoder "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
@@ -296,9 +297,14 @@ def _targets(model: PreTrainedModel, endings: Sequence[str] | None) -> tuple[lis
         ValueError: If an ending names nothing, or the input embedding or its weight.
     """
     layers, weights = _linear_layers(model), _matrices(model)
+    shared = _shared(model)
     if endings is None:
-        head = model.get_output_embeddings()
-        chosen = [name for name in layers if model.get_submodule(name) is not head] + weights
+        unfit = {model.get_output_embeddings(), *_read_by_kernels(model)}
+        chosen = [
+            name
+            for name in layers
+            if (layer := model.get_submodule(name)) not in unfit and id(layer.weight) not in shared
+        ] + weights
     else:
         others = [name for name, module in model.named_modules() if isinstance(module, (nn.Embedding, _ConvNd))]
         layers += others
@@ -310,14 +316,25 @@ def _targets(model: PreTrainedModel, endings: Sequence[str] | None) -> tuple[lis
                 f"Expected target_modules among the endings of the names of {type(model).__name__}'s layers, "
                 f"{', '.join(known)}, got {unused[0]!r}."
             )
-    embedding = model.get_input_embeddings().weight
     for name in chosen:
-        if name in layers and model.get_submodule(name).weight is embedding:
+        if name in layers and id(model.get_submodule(name).weight) in shared:
             raise ValueError(
-                f"Expected target_modules away from the input embeddings, got {name!r}, whose weight is theirs: an "
-                "adapter of one would change the other when merged."
+                f"Expected target_modules with weights of their own, got {name!r}, whose weight another layer has, too "
+                "(the input embeddings, for instance): an adapter of one would change the other when merged."
             )
     return [name for name in chosen if name in layers], [name for name in chosen if name in weights]
+
+
+def _shared(model: PreTrainedModel) -> set[int]:
+    """Return the ids of the weights that several modules have: tied embeddings, or Zamba-2's repeated blocks."""
+    held = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    return {weight for weight, n_modules in held.items() if n_modules > 1} | {id(model.get_input_embeddings().weight)}
+
+
+def _read_by_kernels(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the output layers of Mamba's mixers: fused kernels read their weights past an adapter; peft refuses."""
+    mixers = (dict(module.named_children()) for module in model.modules())
+    return [mixer["out_proj"] for mixer in mixers if "conv1d" in mixer and "out_proj" in mixer]
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
@@ -347,7 +364,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _matrices(model: PreTrainedModel) -> list[str]:
-    """Return the names of the weights outside layers of torch that are a matrix, or one for each expert, (E, a, b)."""
+    """Return the names of the weights of experts, (E, a, b), and routers, (E, a), outside layers of torch.
+
+    Stacks of another number are no experts: RecurrentGemma's gates, whose module has a state that a wrapper would hide.
+    """
+    text = model.config.get_text_config()
+    n_experts = {n for name, n in text.to_dict().items() if "expert" in name and isinstance(n, int)}
     found = []
     for prefix, module in model.named_modules():
         if isinstance(module, (nn.Embedding, _ConvNd, Conv1D)) or _is_linear(module):
@@ -357,6 +379,6 @@ def _matrices(model: PreTrainedModel) -> list[str]:
                 continue
             is_router = weight.ndim == 2 and name == "weight"
             is_stack = weight.ndim == 3 and min(weight.shape[1:]) > 1
-            if is_router or is_stack:
+            if (is_router or is_stack) and weight.shape[0] in n_experts:
                 found.append(f"{prefix}.{name}")
     return found

@@ -29,7 +29,7 @@ from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
 from ..checkpoints.output_folders import check_output, output_folder
 from ..models.backbone import check_fits
 from ..models.critic import TrunkCritic, score_head
-from ..models.layers import disable_dropout
+from ..models.layers import disable_dropout, trunk_of
 from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel
 from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
@@ -187,7 +187,7 @@ def build_reward_model(lm: LMLike, seed: int = 0) -> PreTrainedModel:
         else:
             model = PretrainedRewardModel(str(lm), num_labels=1).build()
         score_head(model)
-        TrunkCritic(cast("PreTrainedModel", model.base_model))  # its constructor checks that the model is causal
+        TrunkCritic(trunk_of(model))  # its constructor checks that the model is causal
     disable_dropout(model)
     return model
 

@@ -66,6 +66,7 @@ UNBUILT = {
     "gemma4_assistant": "transformers refuses the defaults of its config",
     "gemma4_unified_assistant": "a drafter, which reads the keys and values of another model",
 }
+NOT_BUILT = "not built"
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 COMMAND = "python -m tests.helpers.families"
 HEAD = """# Models
@@ -76,7 +77,8 @@ sharp random weights and all its dropout on, and trained for two rollouts.
 
 - **result**: *exact*: log-probabilities of the rollout and of the update, values and gradients equal those of the model
   alone, which reads one prefix at a time without padding or cache; again after an update, and again with LoRA.
-  *refused*: `LMPolicy` raises the error of the last column. Anything else is a fault of this library.
+  *refused*: `LMPolicy` raises the error of the last column. *not built*: no small model of it can be built, for the
+  reason in the last column.
 - **cache**: whether rollouts decode from cached keys and values; without them, the time of a rollout grows with the
   square of the length.
 - **critic**: `SharedCritic`, and `SeparateCritic` with a trunk of the same family.
@@ -174,10 +176,12 @@ def examine_apart(family: Family, timeout: float = 120.0) -> ModelRow:
 
 def page(rows: dict[str, ModelRow]) -> str:
     """Return docs/models.md: the rows by family, and their counts."""
-    counts = Counter(row.verdict for row in rows.values())
+    lines = {name: cells(row) for name, row in rows.items()}
+    lines |= {name: (NOT_BUILT, "", "", "", "", reason) for name, reason in UNBUILT.items()}
+    counts = Counter(line[0] for line in lines.values())
     summary = f"{len(rows)} rows: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
     head = HEAD.format(version=transformers.__version__, command=COMMAND, counts=summary)
-    table = [("family", *COLUMNS), ("---",) * (1 + len(COLUMNS)), *((name, *cells(row)) for name, row in rows.items())]
+    table = [("family", *COLUMNS), ("---",) * (1 + len(COLUMNS)), *((name, *line) for name, line in lines.items())]
     return head + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 

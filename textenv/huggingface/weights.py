@@ -137,12 +137,20 @@ def from_config(auto_class: Any, config: Any, trust_remote_code: bool = False) -
     """Return `auto_class.from_config(config)`, a model with fresh weights, under the rules of `from_pretrained`.
 
     Raises:
-        ValueError: If the model has code of its own that may not run.
+        ValueError: If the model has code of its own that may not run, or transformers builds no such model.
     """
+    name = type(config).__name__
     try:
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
+        if str(error).startswith("Unrecognized configuration class"):
+            raise ValueError(
+                f"Expected the config of a language model, got {name}, for which transformers' {auto_class.__name__} "
+                "has no class: use the config of its text model, if it has one (get_text_config())."
+            ) from error
         raise refused_code(error, config.name_or_path or config.model_type) from error
+    except AssertionError as error:  # Reformer: "make sure that is_decoder=True"
+        raise ValueError(f"Expected a config of which transformers builds a model, got {name}: {error}") from error
 
 
 def refused_code(error: ValueError, name: object) -> ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
+
+from textenv.text.printable import printable
 
 from ..configuration.config import TrainConfig, TrainOptions, TrustOptions, default_settings
 from ..configuration.stage_folders import check_folders
@@ -103,8 +106,6 @@ def _what_is_saved(verb: str, has_state: bool) -> str:
 
 
 def _refuse(error: CommandError) -> int:
-    from textenv.text.printable import printable
-
     _say(f"textenv: {printable(str(error))}")
     return error.code
 
@@ -196,7 +197,7 @@ def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
 
 
 def _read_doctor(name: str, words: list[str]) -> tuple[Any, ...]:
-    if any(word.partition("=")[0] == "--model" for word in words):
+    if re.search(r"(^| )--model[ =](?!\{)", " ".join(words)):  # with braces it is a section of a configuration
         return _read(name, words, OneModel)
     config, options, _ = train_config(words, name)
     check_folders(with_config(words), config)

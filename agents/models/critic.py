@@ -18,6 +18,7 @@ from textenv.text.tokenizer import special_tokens_around
 from .backbone import check_fits
 from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_of
 from .pretrained import LMLike, PretrainedRewardModel, build_model
+from .probe import causal_cure
 
 PROBE_LENGTH = 4  # tokens: the last one is changed, and the hidden states of the first three are compared
 PROBE_TOLERANCE = 1e-4  # float32 rounds by about 1e-6; attention to a later token changes a hidden state by far more
@@ -249,6 +250,7 @@ def _probe(trunk: PreTrainedModel) -> Tensor:
     if not torch.allclose(hidden[0, :-1], changed[0, :-1], atol=PROBE_TOLERANCE):
         raise ValueError(
             f"Expected a causal model as critic, got {type(trunk).__name__}, in which hidden states depend on tokens "
-            "that come later: values would depend on tokens that are yet to be sampled."
+            "that come later: values would depend on tokens that are yet to be sampled. Cure: "
+            f"{causal_cure(trunk)}."
         )
     return hidden

@@ -263,13 +263,18 @@ def _refuse_not_causal(backbone: Probed, at_rows: Tensor, truth: States, shorter
             f"{type(backbone.model).__name__}, which reads another text where it occurs: set the pad token of its "
             "config to an id that the tokenizer does not use."
         )
-    config = backbone.model.config.get_text_config()
-    flags = [f"set {name}=True in its config" for name in CAUSAL_FLAGS if getattr(config, name, None) is False]
-    cure = [*flags, "use a causal language model, and switch bidirectional attention off in its config"][0]
     raise ValueError(
         f"Expected a causal model, got {type(backbone.model).__name__}, in which a token changes what is computed at "
-        f"earlier ones: it would be trained on probabilities that depend on tokens yet to be sampled. Cure: {cure}."
+        "earlier ones: it would be trained on probabilities that depend on tokens yet to be sampled. Cure: "
+        f"{causal_cure(backbone.model)}."
     )
+
+
+def causal_cure(model: PreTrainedModel) -> str:
+    """Return what to do about a model that is not causal."""
+    config = model.config.get_text_config()
+    flags = [f"set {name}=True in its config" for name in CAUSAL_FLAGS if getattr(config, name, None) is False]
+    return [*flags, "use a causal language model, and switch bidirectional attention off in its config"][0]
 
 
 def _check_update(backbone: Probed, rows: Rows) -> None:
@@ -277,11 +282,13 @@ def _check_update(backbone: Probed, rows: Rows) -> None:
     trained = [weight for weight in backbone.parameters() if weight.requires_grad]
     if not trained:
         return
+    # The gradients of norms and biases, in every layer, take little memory beside the model, which may fill a machine.
+    vectors = [weight for weight in trained if weight.ndim == 1] or trained
 
     def differentiate() -> bool:
         with torch.enable_grad():
             logits = backbone(rows.ids, rows.rows, rows.cols, *rows.further)[1].float()
-            gradients = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), trained, allow_unused=True)
+            gradients = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), vectors, allow_unused=True)
         return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
     is_finite, error = _attempt(differentiate)

@@ -379,6 +379,7 @@ def _matrices(model: PreTrainedModel) -> list[str]:
                 continue
             is_router = weight.ndim == 2 and name == "weight"
             is_stack = weight.ndim == 3 and min(weight.shape[1:]) > 1
-            if (is_router or is_stack) and weight.shape[0] in n_experts:
+            is_derived = isinstance(module, nn.Linear)  # a layer with a forward of its own; see `_is_linear`
+            if (is_router or is_stack) and (is_derived or weight.shape[0] in n_experts):
                 found.append(f"{prefix}.{name}")
     return found

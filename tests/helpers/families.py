@@ -177,7 +177,7 @@ def examine_apart(family: Family, timeout: float = 120.0) -> ModelRow:
 def page(rows: dict[str, ModelRow]) -> str:
     """Return docs/models.md: the rows by family, and their counts."""
     lines = {name: cells(row) for name, row in rows.items()}
-    lines |= {name: (NOT_BUILT, "", "", "", "", reason) for name, reason in UNBUILT.items()}
+    lines |= {name: (NOT_BUILT, "", "", "", "", reason) for name, reason in UNBUILT.items() if name in rows}
     counts = Counter(line[0] for line in lines.values())
     summary = f"{len(rows)} rows: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
     head = HEAD.format(version=transformers.__version__, command=COMMAND, counts=summary)

@@ -7,6 +7,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
+    GPT2Model,
     LlamaConfig,
     Phi3Config,
     Qwen3NextConfig,
@@ -94,12 +95,15 @@ def test_another_distribution_is_found():
 
 @pytest.mark.parametrize("error", [RuntimeError("the tensors do not fit"), ValueError("Expected a tensor, got none.")])
 def test_an_error_of_the_model_is_no_refusal(error, monkeypatch):
-    """Its words may be like ours: the line that raised it is not."""
+    """Its words may be like ours: the line that raised it is not. An error on short texts is refused by the probe."""
+    forward = GPT2Model.forward
 
-    def broken(self, *args, **kwargs):
-        raise error
+    def broken(self, input_ids, **kwargs):
+        if input_ids.shape[1] > 8:
+            raise error
+        return forward(self, input_ids, **kwargs)
 
-    monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.GPT2Model.forward", broken)
+    monkeypatch.setattr(GPT2Model, "forward", broken)
     assert examine_config(GPT2Config()).verdict == "failed"
 
 

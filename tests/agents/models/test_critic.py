@@ -10,13 +10,32 @@ import torch
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from transformers import BertConfig, GPT2ForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    BartConfig,
+    BertConfig,
+    GPT2ForSequenceClassification,
+    Llama4TextConfig,
+    LlamaForSequenceClassification,
+)
 
 from agents import KLPenalty, RewardModelCritic, SeparateCritic, SequenceRolloutBuffer, SharedCritic
 from agents.models.critic import TrunkCritic
 from agents.models.sequences import SequenceBatch
 from agents.policies.lm_policy import LMPolicy
-from tests.helpers.models import LENGTH, N_TOKENS, PROMPTS, collect, count_a, make_policy, make_ppo, observe, tiny
+from tests.helpers.models import (
+    COMMON,
+    GATED,
+    LENGTH,
+    N_POSITIONS,
+    N_TOKENS,
+    PROMPTS,
+    collect,
+    count_a,
+    make_policy,
+    make_ppo,
+    observe,
+    tiny,
+)
 from textenv import CharTokenizer, TextEnv
 
 SEPARATE: dict[str, Any] = {"critic": SeparateCritic(tiny("llama"))}
@@ -281,8 +300,18 @@ def test_a_critic_that_cannot_read_the_sequences_is_refused():
 
 def test_a_critic_that_sees_the_future_is_refused():
     config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    with pytest.raises(ValueError, match="Expected a causal model as critic, got BertModel"):
+    with pytest.raises(ValueError, match=r"a causal model as critic, got BertModel, .* set is_decoder=True in"):
         plain_policy(SeparateCritic(config))
+
+
+@pytest.mark.parametrize("config", [
+    Llama4TextConfig(**GATED, **COMMON, head_dim=8, intermediate_size_mlp=32, num_local_experts=2),
+    BartConfig(**COMMON, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32,
+               max_position_embeddings=N_POSITIONS, is_encoder_decoder=False, is_decoder=True),
+], ids=["llama4", "bart's decoder"])  # fmt: skip
+def test_the_trunk_of_a_model_with_another_name_for_it_is_a_critic(config):
+    policy = plain_policy(SeparateCritic(config))
+    assert policy.lm.critic.trunk.get_input_embeddings() is not None
 
 
 def test_a_reward_model_of_two_scores_is_refused(tmp_path):

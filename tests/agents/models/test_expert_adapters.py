@@ -17,6 +17,8 @@ from transformers import (
     PhimoeConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
+    RecurrentGemmaConfig,
+    Zamba2Config,
 )
 
 from agents import KLPenalty, LoRA, Pretrained, export, load_checkpoint, save_checkpoint
@@ -346,3 +348,33 @@ def test_a_folder_with_an_adapter_is_refused(tmp_path):
             ValueError, match=r"Expected the folder of a whole model, got '.*adapter', .*merge_and_unload"
         ):
             build_model(lm)
+
+
+# Weights that get no adapter by default
+
+
+def adapted_names(config):
+    return {name.rpartition(".")[2] for name in adapted_layers(build_model(config, LoRA()))}
+
+
+def test_mamba_s_output_layers_get_none_since_its_kernels_read_their_weights():
+    assert adapted_names(tiny("mamba")) == {"in_proj", "x_proj", "dt_proj"}
+
+
+def test_weights_that_several_layers_share_get_none_and_are_refused_if_named():
+    """Zamba-2 repeats attention blocks: merging an adapter of one into the shared weight would change the others."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    mamba = {"mamba_d_state": 4, "n_mamba_heads": 2, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 4}
+    blocks = {"layers_block_type": ["mamba", "hybrid", "hybrid", "mamba"], "num_mem_blocks": 1}
+    config = Zamba2Config(**shape, **mamba, **blocks, intermediate_size=32, vocab_size=40, pad_token_id=0)
+    names = adapted_names(config)
+    assert "in_proj" in names and "q_proj" not in names
+    with pytest.raises(ValueError, match=r"weights of their own, got '.*q_proj', whose weight another layer has, too"):
+        build_model(config, LoRA(target_modules=["q_proj"]))
+
+
+def test_recurrent_gemma_s_gates_get_none_since_their_module_keeps_a_state():
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "lru_width": 16}
+    config = RecurrentGemmaConfig(**shape, intermediate_size=32, vocab_size=40, block_types=["recurrent", "recurrent"])
+    names = adapted_names(config)
+    assert "linear_x" in names and "rg_lru" not in names

@@ -241,8 +241,8 @@ def test_what_is_refused():
     for train, message in (
         (LastLayers(3), "at most the model's 2 layers, got 3"),
         ("tail", "Expected `train` to be 'all', 'head', LastLayers"),
-        (LoRA(target_modules=["wte"]), "away from the input embeddings, got 'transformer.wte'"),
-        (LoRA(target_modules=["lm_head"]), "away from the input embeddings, got 'lm_head'"),
+        (LoRA(target_modules=["wte"]), "weights of their own, got 'transformer.wte'"),
+        (LoRA(target_modules=["lm_head"]), "weights of their own, got 'lm_head'"),
     ):
         with pytest.raises(ValueError, match=message):
             build_model(tiny(), train)

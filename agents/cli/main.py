@@ -77,9 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             raise CommandError(f"Expected a verb among {', '.join(VERBS)}, got {words[0]!r}{nearest(words[0], VERBS)}")
         if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise CommandError(
-                f"Expected one process, got WORLD_SIZE={size}: for several, write a script with make_agent."
-            )
+            cure = "for several, write a script with make_agent."
+            raise CommandError(f"Expected one process, got WORLD_SIZE={size}: {cure}")
         return _run(words[0], words[1:])
     except CommandError as error:
         return _refuse(error)
@@ -106,6 +105,8 @@ def _what_is_saved(verb: str, has_state: bool) -> str:
 
 
 def _refuse(error: CommandError) -> int:
+    from textenv.text.printable import printable  # which loads gymnasium
+
     _say(f"textenv: {printable(str(error))}")
     return error.code
 
@@ -238,9 +239,8 @@ def _read_runs(name: str, words: list[str]) -> tuple[Any, ...]:
 
 
 def _read_nothing(name: str, words: list[str]) -> tuple[Any, ...]:
-    does = VERBS[name].does
-    description = f"{does[0].upper()}{does[1:]}."
-    parse(ArgumentParser(prog=f"textenv {name}", description=description, exit_on_error=False), words)
+    does = VERBS[name].does.capitalize()
+    parse(ArgumentParser(prog=f"textenv {name}", description=f"{does}.", exit_on_error=False), words)
     return ()
 
 

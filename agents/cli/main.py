@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from textenv.text.printable import printable
-
 from ..configuration.config import TrainConfig, TrainOptions, TrustOptions, default_settings
 from ..configuration.stage_folders import check_folders
 from ..errors import CommandError, Exit, StageStopped

@@ -23,10 +23,10 @@ from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.transitions import RolloutView
 from ..rollout.vec_env import TextVecEnv
 
-# By check, the largest difference that rounding makes, in nats and units of reward: float32 rounds by about 1e-6. A
-# gradient adds up many such differences, relative to the largest of all weights.
+# By check, the largest difference that rounding makes, in nats or units of reward: float32 rounds by about 1e-6. A
+# gradient, measured as a share of its largest entry, adds up many such differences. "" is for all other checks.
 TOLERANCE = {"": 1e-4, "gradient": 1e-3, "gradient after an update": 1e-3}
-# Token 0 pads and ends: as BOS, and inside a text, it is read like any other.
+# Token 0 is the pad and the end token. At the start of a prompt, as BOS, and inside one it is read like any other.
 PROMPTS = ("a", "bcd", "efghijklm", [0, 14, 15], "pqrst", [21, 0, 3])
 N_LANES, N_STEPS, MAX_NEW_TOKENS = 4, 10, 7  # episodes end, restart beside others, and straddle updates
 
@@ -67,8 +67,9 @@ class Exactness(BaseCallback):
         with_gradient: Whether to compare gradients, too: of a model without adapters, whose weights have other names.
 
     Attributes:
-        differences: By check, the largest difference of all rollouts: "rollout", "ratio", "values", "padding" in nats
-            or units of reward, "gradient" as a share of the largest gradient.
+        differences: By check, the largest difference of the first rollout, and as "... after an update" that of the
+            last: "rollout", "ratio", "values" and "padding" in nats or units of reward, "gradient" as a share of the
+            largest gradient.
     """
 
     def __init__(self, plain: PreTrainedModel, with_gradient: bool = True) -> None:
@@ -151,7 +152,7 @@ def plain_logits(plain: PreTrainedModel, batch: SequenceBatch, row: int, length:
 
 
 def difference_of_gradients(plain: PreTrainedModel, policy: LMPolicy, view: RolloutView) -> float:
-    """Return the largest difference between the update's gradient and that of plain rows, over the largest gradient."""
+    """Return how far the update's gradient is from the plain model's, as a share of the largest gradient."""
     weights = torch.linspace(-1, 1, len(view.actions))  # (N,): an advantage for each transition
     was_training = policy.training
     policy.train(True)

@@ -18,6 +18,7 @@ from ..models.critic import ValueHead
 from ..models.pretrained import LMSpec
 from ..models.sequences import SequenceBatch
 from ..models.trainable import merged_state_dict
+from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.transitions import RolloutView
@@ -106,19 +107,32 @@ def compare(
     was_training = policy.training
     policy.train(True)  # as in an update; `set_training_mode` would also begin one
     now_values, now, _ = policy.evaluate_actions(view.batch, view.actions)
-    padded = view.batch[:]
-    padded.lengths = np.full(len(padded.lengths), padded.tokens.shape[1])  # one forward reads all the padding
-    together, alone = policy.lm.evaluate(padded, view.actions)[1], torch.zeros_like(now)
-    for row in range(len(padded.lengths)):
-        own, where = view.batch.of_sequences(np.array([row]))
-        alone[where] = policy.lm.evaluate(own, view.actions[where])[1]
+    _, by_padding = differences_by_padding(policy.lm, view.batch, view.actions)
     policy.train(was_training)
     return {
         "rollout": largest(sampled - prefix_log_probs(plain, view)),
         "ratio": largest(now - sampled),
         "values": largest(now_values.flatten() - values),
-        "padding": largest(together - alone),
+        "padding": by_padding,
     }
+
+
+@torch.no_grad()
+def differences_by_padding(lm: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> tuple[float, float]:
+    """Return how far values and log-probabilities of sequences are from those beside the longest sequence."""
+    # `evaluate` groups rows of similar length and cuts each group to its longest row. Here all rows claim the length
+    # of the longest, so that one forward reads all the padding.
+    padded = batch[:]
+    padded.lengths = np.full(len(batch.lengths), batch.tokens.shape[1])  # (B,)
+    together = lm.evaluate(padded, actions)
+    off = [0.0, 0.0]
+    for row in range(len(batch.lengths)):
+        own, positions = batch.of_sequences(np.array([row]))
+        of_row = torch.as_tensor(positions, device=actions.device)  # (n,): the row's transitions among all N
+        alone = lm.evaluate(own, actions[of_row])
+        pairs = zip(off, alone[:2], together[:2], strict=True)
+        off = [max(so_far, largest(a - b[of_row])) for so_far, a, b in pairs]
+    return off[0], off[1]
 
 
 def largest(differences: Tensor) -> float:

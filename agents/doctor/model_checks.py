@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ..models.backbone import Backbone
@@ -11,7 +10,7 @@ from ..models.sampling import TokenDistribution
 from ..policies.actor_critic import tolerance
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..steps.kl_penalty import KLPenalty
-from .exactness import largest
+from .exactness import differences_by_padding, largest
 from .report import Finding
 from .sample import Sample, Subject
 
@@ -45,18 +44,8 @@ def check_ratio(subject: Subject, sample: Sample) -> list[Finding]:
 def check_padding(subject: Subject, sample: Sample) -> list[Finding]:
     """Evaluate each sequence alone and padded to the longest: both must agree (invariant B1)."""
     lm, batch, actions = subject.policy.lm, sample.view.batch, sample.view.actions
-    # `evaluate` groups rows of similar length and cuts each group to its longest row. Here all rows claim the length
-    # of the longest, so that one forward reads all the padding.
-    padded = batch[:]
-    padded.lengths = np.full(len(batch.lengths), batch.tokens.shape[1])  # (B,)
-    together = lm.evaluate(padded, actions)
-    off = 0.0
-    for row in range(len(batch.lengths)):
-        own, positions = batch.of_sequences(np.array([row]))
-        of_row = torch.as_tensor(positions, device=actions.device)  # (n,): the row's transitions among all N
-        alone = lm.evaluate(own, actions[of_row])
-        off = max(off, *(largest(a - b[of_row]) for a, b in zip(alone[:2], together[:2], strict=True)))
-    padding = int((padded.lengths - batch.lengths).max())
+    off = max(differences_by_padding(lm, batch, actions))
+    padding = batch.tokens.shape[1] - int(batch.lengths.min())
     measured = f"log-probabilities and values at most {off:.1e} apart, alone and with up to {padding} padded columns"
     if off <= tolerance(lm):
         return [Finding("padding", "ok", measured)]

@@ -102,9 +102,9 @@ class ExportFlags(TrustOptions):
 
 @dataclass
 class OneModel:
-    """Say what the library does with one model: exact, or refused and why; cache, attention, critics, layers for LoRA.
+    """Say what holds for one model: exact, or refused and why; cache, attention, critics, layers for LoRA.
 
-    A small model with the same switches is trained for a moment, so that no weights are loaded.
+    No weights are loaded: a small model with the same switches is built and trained for a moment.
 
     Args:
         model: The folder of a model, its config.json, or its name on the hub.

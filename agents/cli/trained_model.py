@@ -205,7 +205,7 @@ def examine(config: TrainConfig | OneModel, options: TrustOptions) -> int:
 def _examine_model(name: str, trust: Trust) -> int:
     folder = name if Path(name).is_file() else model_folder(name)
     config = from_pretrained(AutoConfig, folder, trust_remote_code=trust.remote_code)
-    transformers_logging.set_verbosity_error()  # it warns of tokens that equal the pad token, which are meant
+    transformers_logging.set_verbosity_error()  # of tokens that equal pad, which are read on purpose
     row = examine_config(config)
     print(f"{name}: {type(config).__name__}\n{row}")
     return Exit.DONE if row.verdict == "exact" else Exit.FAILED

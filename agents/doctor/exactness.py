@@ -18,15 +18,16 @@ from ..models.critic import ValueHead
 from ..models.pretrained import LMSpec
 from ..models.sequences import SequenceBatch
 from ..models.trainable import merged_state_dict
+from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.transitions import RolloutView
 from ..rollout.vec_env import TextVecEnv
 
-# By check, the largest difference that rounding makes, in nats and units of reward: float32 rounds by about 1e-6. A
-# gradient adds up many such differences, relative to the largest of all weights.
+# By check, the largest difference that rounding makes, in nats or units of reward: float32 rounds by about 1e-6. A
+# gradient, measured as a share of its largest entry, adds up many such differences. "" is for all other checks.
 TOLERANCE = {"": 1e-4, "gradient": 1e-3, "gradient after an update": 1e-3}
-# Token 0 pads and ends: as BOS, and inside a text, it is read like any other.
+# Token 0 is the pad and the end token. At the start of a prompt, as BOS, and inside one it is read like any other.
 PROMPTS = ("a", "bcd", "efghijklm", [0, 14, 15], "pqrst", [21, 0, 3])
 N_LANES, N_STEPS, MAX_NEW_TOKENS = 4, 10, 7  # episodes end, restart beside others, and straddle updates
 
@@ -67,8 +68,9 @@ class Exactness(BaseCallback):
         with_gradient: Whether to compare gradients, too: of a model without adapters, whose weights have other names.
 
     Attributes:
-        differences: By check, the largest difference of all rollouts: "rollout", "ratio", "values", "padding" in nats
-            or units of reward, "gradient" as a share of the largest gradient.
+        differences: By check, the largest difference of the first rollout, and as "... after an update" that of the
+            last: "rollout", "ratio", "values" and "padding" in nats or units of reward, "gradient" as a share of the
+            largest gradient.
     """
 
     def __init__(self, plain: PreTrainedModel, with_gradient: bool = True) -> None:
@@ -105,19 +107,32 @@ def compare(
     was_training = policy.training
     policy.train(True)  # as in an update; `set_training_mode` would also begin one
     now_values, now, _ = policy.evaluate_actions(view.batch, view.actions)
-    padded = view.batch[:]
-    padded.lengths = np.full(len(padded.lengths), padded.tokens.shape[1])  # one forward reads all the padding
-    together, alone = policy.lm.evaluate(padded, view.actions)[1], torch.zeros_like(now)
-    for row in range(len(padded.lengths)):
-        own, where = view.batch.of_sequences(np.array([row]))
-        alone[where] = policy.lm.evaluate(own, view.actions[where])[1]
+    _, by_padding = differences_by_padding(policy.lm, view.batch, view.actions)
     policy.train(was_training)
     return {
         "rollout": largest(sampled - prefix_log_probs(plain, view)),
         "ratio": largest(now - sampled),
         "values": largest(now_values.flatten() - values),
-        "padding": largest(together - alone),
+        "padding": by_padding,
     }
+
+
+@torch.no_grad()
+def differences_by_padding(lm: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> tuple[float, float]:
+    """Return how far values and log-probabilities of sequences are from those beside the longest sequence."""
+    # `evaluate` groups rows of similar length and cuts each group to its longest row. Here all rows claim the length
+    # of the longest, so that one forward reads all the padding.
+    padded = batch[:]
+    padded.lengths = np.full(len(batch.lengths), batch.tokens.shape[1])  # (B,)
+    together = lm.evaluate(padded, actions)
+    off = [0.0, 0.0]
+    for row in range(len(batch.lengths)):
+        own, positions = batch.of_sequences(np.array([row]))
+        of_row = torch.as_tensor(positions, device=actions.device)  # (n,): the row's transitions among all N
+        alone = lm.evaluate(own, actions[of_row])
+        pairs = zip(off, alone[:2], together[:2], strict=True)
+        off = [max(so_far, largest(a - b[of_row])) for so_far, a, b in pairs]
+    return off[0], off[1]
 
 
 def largest(differences: Tensor) -> float:
@@ -151,7 +166,7 @@ def plain_logits(plain: PreTrainedModel, batch: SequenceBatch, row: int, length:
 
 
 def difference_of_gradients(plain: PreTrainedModel, policy: LMPolicy, view: RolloutView) -> float:
-    """Return the largest difference between the update's gradient and that of plain rows, over the largest gradient."""
+    """Return how far the update's gradient is from the plain model's, as a share of the largest gradient."""
     weights = torch.linspace(-1, 1, len(view.actions))  # (N,): an advantage for each transition
     was_training = policy.training
     policy.train(True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..models.backbone import Backbone
 from ..models.probe import PROBE_LOGIT, PROBE_TOLERANCE
@@ -12,6 +10,7 @@ from ..models.sampling import TokenDistribution
 from ..policies.actor_critic import tolerance
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..steps.kl_penalty import KLPenalty
+from .exactness import differences_by_padding, largest
 from .report import Finding
 from .sample import Sample, Subject
 
@@ -24,8 +23,8 @@ def check_ratio(subject: Subject, sample: Sample) -> list[Finding]:
     policy.train(True)
     values, log_probs, _ = policy.evaluate_actions(sample.view.batch, sample.view.actions)
     policy.set_training_mode(False)
-    off = _largest(log_probs - sample.log_probs.to(log_probs))  # of (N,) nats
-    value_off = _largest(values.flatten() - sample.values.to(values)) / max(1.0, float(sample.values.abs().max()))
+    off = largest(log_probs - sample.log_probs.to(log_probs))  # of (N,) nats
+    value_off = largest(values.flatten() - sample.values.to(values)) / max(1.0, float(sample.values.abs().max()))
     measured = f"largest |log ratio| {off:.1e}, values {value_off:.1e} apart, over {len(log_probs)} tokens"
     if off <= limit and value_off <= limit:
         return [Finding("ratio", "ok", measured)]
@@ -45,18 +44,8 @@ def check_ratio(subject: Subject, sample: Sample) -> list[Finding]:
 def check_padding(subject: Subject, sample: Sample) -> list[Finding]:
     """Evaluate each sequence alone and padded to the longest: both must agree (invariant B1)."""
     lm, batch, actions = subject.policy.lm, sample.view.batch, sample.view.actions
-    # `evaluate` groups rows of similar length and cuts each group to its longest row. Here all rows claim the length
-    # of the longest, so that one forward reads all the padding.
-    padded = batch[:]
-    padded.lengths = np.full(len(batch.lengths), batch.tokens.shape[1])  # (B,)
-    together = lm.evaluate(padded, actions)
-    off = 0.0
-    for row in range(len(batch.lengths)):
-        own, positions = batch.of_sequences(np.array([row]))
-        of_row = torch.as_tensor(positions, device=actions.device)  # (n,): the row's transitions among all N
-        alone = lm.evaluate(own, actions[of_row])
-        off = max(off, *(_largest(a - b[of_row]) for a, b in zip(alone[:2], together[:2], strict=True)))
-    padding = int((padded.lengths - batch.lengths).max())
+    off = max(differences_by_padding(lm, batch, actions))
+    padding = batch.tokens.shape[1] - int(batch.lengths.min())
     measured = f"log-probabilities and values at most {off:.1e} apart, alone and with up to {padding} padded columns"
     if off <= tolerance(lm):
         return [Finding("padding", "ok", measured)]
@@ -66,7 +55,7 @@ def check_padding(subject: Subject, sample: Sample) -> list[Finding]:
             "failed",
             measured,
             "The model looks at columns to the right of a token: it is not causal, or normalises over the sequence.",
-            "Use a causal language model, and switch bidirectional attention off in its config.",
+            "Use a causal language model, or switch bidirectional attention off in its config.",
         )
     ]
 
@@ -84,7 +73,7 @@ def check_cache(subject: Subject, sample: Sample) -> list[Finding]:
         rows = lm._unpack(observations)
         logits = (lm._read_last(lm.backbone, rows, kind)[1] for kind in (cache, None))  # (B, V) each
         cached, full = (TokenDistribution(part).log_probabilities for part in logits)  # finite where logits are -inf
-        off = max(off, _largest(cached - full))
+        off = max(off, largest(cached - full))
     measured = f"log-probabilities at most {off:.1e} apart from full forwards, over {len(sample.observations)} steps"
     # Ten times the usual tolerance: the maximum is over the whole vocabulary, and improbable tokens round the most.
     if off <= 10 * tolerance(lm):
@@ -121,21 +110,21 @@ def check_head(subject: Subject, sample: Sample) -> list[Finding]:
     ]
 
 
-def _head_difference(backbone: Backbone, largest: float) -> float:
-    """Return the largest difference on a probe whose largest logit is scaled to `largest`, relative to that logit.
+def _head_difference(backbone: Backbone, largest_logit: float) -> float:
+    """Return the largest difference on a probe whose largest logit is scaled to a size, relative to that size.
 
     A soft cap (Gemma 2) bends large logits only, and is invisible on the small ones of an untrained model.
     """
-    ids, *places = backbone.probe_inputs()  # rows and columns to read; for an encoder-decoder also the prompt's length
+    ids, *positions = backbone.probe_inputs()  # (rows, cols), and an encoder-decoder's prompt length
     head = backbone.model.get_output_embeddings()
-    now = float(backbone(ids, *places)[1].abs().max())
-    scale = largest / max(now, 1e-6)  # 1e-6: the logits of a fresh model may all be 0
+    now = float(backbone(ids, *positions)[1].abs().max())
+    scale = largest_logit / max(now, 1e-6)  # 1e-6: the logits of a fresh model may all be 0
     hook = head.register_forward_hook(lambda module, inputs, output: output * scale)
     try:
-        expected, got = backbone.plain_logits(ids, places[-1])[-1:], backbone(ids, *places)[1]
+        expected, got = backbone.plain_logits(ids, positions[-1])[-1:], backbone(ids, *positions)[1]
     finally:
         hook.remove()
-    return _largest(got - expected) / max(1.0, float(expected.abs().max()))
+    return largest(got - expected) / max(1.0, float(expected.abs().max()))
 
 
 @torch.no_grad()
@@ -145,7 +134,7 @@ def check_dropout(subject: Subject, sample: Sample) -> list[Finding]:
     policy.train(True)  # dropout is random in this mode only
     first, second = (policy.evaluate_actions(sample.view.batch, sample.view.actions)[:2] for _ in range(2))
     policy.set_training_mode(False)
-    off = max(_largest(a - b) for a, b in zip(first, second, strict=True))
+    off = max(largest(a - b) for a, b in zip(first, second, strict=True))
     measured = f"two forwards in training mode {off:.1e} apart"
     if off <= tolerance(policy.lm):
         return [Finding("dropout", "ok", measured)]
@@ -170,10 +159,10 @@ def check_divergence(subject: Subject, sample: Sample) -> list[Finding]:
     lm = reference if reference is not None else subject.policy.lm
     log_ratio = sample.log_probs - lm.log_probs(sample.view.batch, sample.view.actions).to(sample.log_probs)
     whose = "the KLPenalty's reference" if reference is not None else "a reference equal to it"
-    measured = f"{float(log_ratio.mean()):.1e} nats a token from {whose}, at most {_largest(log_ratio):.1e}"
+    measured = f"{float(log_ratio.mean()):.1e} nats a token from {whose}, at most {largest(log_ratio):.1e}"
     # SB3 `ppo.PPO.train` adds its epochs to `_n_updates`: a trained policy may be far from its reference.
     is_trained = subject.model is not None and subject.model._n_updates > 0
-    if _largest(log_ratio) <= tolerance(subject.policy.lm) or (reference is not None and is_trained):
+    if largest(log_ratio) <= tolerance(subject.policy.lm) or (reference is not None and is_trained):
         return [Finding("divergence", "ok", measured)]
     return [
         Finding(
@@ -210,8 +199,3 @@ def check_weights(subject: Subject, sample: Sample) -> list[Finding]:
         cure = "Change the model before the policy is built (a spec with build()), not after."
         findings.append(Finding("weights", "failed", measured, cause, cure))
     return findings or [Finding("weights", "ok", measured)]
-
-
-def _largest(difference: Tensor) -> float:
-    """Return the largest absolute difference; infinity if any difference is NaN."""
-    return float(difference.abs().nan_to_num(nan=torch.inf).max())

@@ -1,4 +1,4 @@
-"""The examination of one model by its config: what it can do, proven on a small model like it, or why it is refused."""
+"""The examination of one model by its config: a small model like it is trained exactly, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Verdict = Literal["exact", "refused", "wrong", "failed"]
 COLUMNS = ("result", "cache", "attention", "critic", "LoRA", "remarks")
 ROOT = Path(__file__).resolve().parents[2]
 BOTH_CRITICS = "shared, separate"
-N_ROLLOUTS = 2  # one by the fresh weights, one after an update
+N_ROLLOUTS = 2  # one with the first weights, one after an update
 
 
 class ModelRow(NamedTuple):
@@ -36,9 +36,9 @@ class ModelRow(NamedTuple):
         attention: The implementation of attention.
         critic: The critics that it takes: "shared", and "separate" for a trunk of the same family.
         lora: The endings of the names of the layers that `LoRA()` adapts.
-        remarks: The reason where it is not exact, else what it warns of.
+        remarks: The reason where the verdict is not "exact", else the library's warnings.
         differences: By check, the largest difference (see `Exactness`).
-        sensitivity: By how much a token moves the distribution two tokens later, in nats: near 0, nothing was proven.
+        sensitivity: By how much a token moves the distribution two tokens later, in nats: near 0, nothing is proven.
     """
 
     verdict: Verdict
@@ -65,10 +65,10 @@ class ModelRow(NamedTuple):
 
 
 def examine_config(config: PreTrainedConfig) -> ModelRow:
-    """Examine a model by its config: a small one with the same switches is trained, and compared with itself alone.
+    """Examine a model by its config: train a small model with the same switches, and compare it with a plain copy.
 
-    Its own weights are not loaded, so that any size takes a second or two. Two policies are trained: all weights with
-    the shared critic, and LoRA with a separate one.
+    The model's weights are not loaded, so that any size takes a second or two. Two policies are trained: all weights
+    with the shared critic, and LoRA with a separate one.
 
     Args:
         config: The config, of any size.
@@ -143,7 +143,7 @@ def _lora(
     differences |= _trained(agent, Exactness(plain, with_gradient=False), "LoRA's ", faults)
     policy = agent.policy
     assert isinstance(policy, LMPolicy)
-    # The adapters of several weights of one module are one around another, in modules called "base_layer".
+    # peft nests the adapters of several weights of one module, in modules called "base_layer".
     paths = (name.replace(".base_layer", "").split(".") for name in adapted_layers(policy.backbone.model))
     return ", ".join(sorted({path[-1] for path in paths}))
 

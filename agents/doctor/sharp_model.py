@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.pretrained import build_model
 
-EMBEDDING = 0.35  # the deviation of embeddings: logits of a tied head of 32 hidden units have about 2
+EMBEDDING = 0.35  # the deviation of embeddings: with it, logits of a tied head of 32 hidden units have about 2
 GAIN = 1.2  # times 1 / sqrt(inputs): activations neither vanish nor blow up
 NOISE = 0.1  # the deviation that biases and scales of norms get
-LOGITS = 2.0  # the deviation of logits over the vocabulary that a head is scaled to, if it is far from it
+LOGITS = 2.0  # the deviation of logits over the vocabulary; a head that is off by more than a factor of 2 is scaled
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class SharpModel:
 def sharpen(model: PreTrainedModel) -> None:
     """Draw all weights anew, in place: large enough that each token moves the logits, by whatever path.
 
-    A family's own initialisation gives logits of about 0.1, or zeros where a layer starts switched off; a wrong mask
-    or position would hide in them.
+    A family's own initialisation gives logits of about 0.1, or zeros where a layer starts switched off: they would not
+    show a wrong mask or position.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for weight in model.parameters():
@@ -71,7 +71,7 @@ def _deviation(model: PreTrainedModel) -> float | None:
     model.eval()
     try:
         deviation = float(model(input_ids=ids, use_cache=False, **inputs).logits[0, -1].std())
-    except Exception:  # any model of transformers: what it raises is told when it is examined
+    except Exception:  # models raise errors of every kind; the examination that follows reports them
         return None
     finally:
         model.train(was_training)

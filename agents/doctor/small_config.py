@@ -1,4 +1,4 @@
-"""A config of a few small layers that keeps every switch of a large one: its family in little."""
+"""A config of a few small layers that keeps every switch of a large one."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-VOCABULARY = 40  # embedding rows: more than the tokens of a `CharTokenizer`, so that rows beyond these are met as well
+VOCABULARY = 40  # embedding rows: more than the tokens of a `CharTokenizer`, so that some rows belong to no token
 POSITIONS = 128  # the longest sequence, where a config limits it
 HIDDEN = 32  # the size of hidden states
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 8
 EXPERTS, EXPERTS_PER_TOKEN = 4, 2
-WINDOW = 4  # tokens of sliding windows and chunks: fewer than the rows of an examination have
+WINDOW = 4  # tokens of sliding windows and chunks: fewer than in the texts of `exactness`
 STATE = 8  # the size of states, ranks and kernels' groups
 MAX_KINDS = 3  # of layers: two of each kind are kept, or one of each if there are more kinds
-LARGE = 64  # the largest number of a field whose name no rule knows
-DEFAULTS = {"head_dim": HEAD_SIZE, "num_key_value_heads": HEADS}  # for None, which some classes read as it is
+LARGE = 64  # the largest number of a field whose name fits no rule
+DEFAULTS = {"head_dim": HEAD_SIZE, "num_key_value_heads": HEADS}  # in place of None, with which some classes compute
 TEXT_TOKENS = {f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start", "sep", "cls")}
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
-# The fields of every config: names and formats, and not what a model computes, but for two of them.
+# The fields that all configs have: all but two of them are names and formats, and do not change what a model computes.
 OWN_FIELDS = {field.name for field in fields(PreTrainedConfig)} - {"is_encoder_decoder", "chunk_size_feed_forward"}
 
 Rule = Callable[[int, PreTrainedConfig], int]
@@ -63,7 +63,8 @@ def _always(size: int) -> Rule:
     return lambda value, config: size
 
 
-# The first pattern that is found in a name decides. Negative numbers, 0 and None stay, so switches stay as they are.
+# The first pattern that is found in a field's name gives its rule. Negative numbers, 0 and None do not change, so that
+# what is switched off stays off.
 RULES: tuple[tuple[str, Rule], ...] = (
     (r"vocab_offset", _always(VOCABULARY - 8)),
     (r"^type_vocab_size|task_type_vocab", _at_most(4)),
@@ -142,7 +143,7 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
 
 
 def _small_part(part: dict[str, Any], layer: PreTrainedConfig) -> dict[str, Any]:
-    """Return the fields in which a layer differs from the others, made small; `layer` is the config as it reads it."""
+    """Return the fields in which a layer differs from the others, made small; `layer` is the layer's own config."""
     return {name: _small(name, value, layer, []) for name, value in part.items()}
 
 

@@ -55,7 +55,7 @@ def check_length(model: PreTrainedModel, n_tokens: int, cure: str = SHORTER) -> 
 class Backbone(nn.Module):
     """A causal language model of transformers, read as hidden states and logits at chosen positions.
 
-    A probe of a few tokens tests at construction whether the model is trained exactly (`probe.probe`), and sets:
+    A probe of a few tokens tests at construction whether the model can be trained exactly (`probe.probe`), and sets:
 
     - `head_is_linear`: whether the logits are the output embedding of the hidden states. Cohere and Granite scale them,
       and Gemma-2 caps them: such a model runs its full forward, which computes logits at every position.
@@ -69,8 +69,8 @@ class Backbone(nn.Module):
         n_positions: The longest sequence that will be read, in tokens.
 
     Raises:
-        ValueError: If the model has fewer embedding rows or positions; if it is not causal, random,
-            not finite, or fails on the probe.
+        ValueError: If the model has fewer embedding rows or positions; or if the probe refuses it, since it is not
+            causal, computes something random or not finite, or fails.
 
     Example:
         >>> from transformers import GPT2Config
@@ -229,7 +229,7 @@ class Backbone(nn.Module):
 
 @contextmanager
 def head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Yield a list that gets the hidden states (B, T, H) on which a model's output embedding is run inside.
+    """Yield a list to which each forward of the model adds the input of its output embedding, hidden states (B, T, H).
 
     The `hidden_states` that models return on request are not always these: those of Gemma-3n have a dimension more.
     """
@@ -242,10 +242,11 @@ def head_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def whole_states(seen: list[Tensor], logits: Tensor) -> Tensor:
-    """Return the hidden states (B, T, H) behind logits (B, T, V), of those that `head_input` has seen.
+    """Return the hidden states (B, T, H) that logits (B, T, V) come from: the last ones in the list of `head_input`.
 
     Raises:
-        NotImplementedError: If the output embedding was not run on hidden states of this shape.
+        NotImplementedError: If the output embedding was not run on hidden states of this shape. The probe puts the
+            message into its own error, behind the model's name.
     """
     if not seen or seen[-1].ndim != 3 or seen[-1].shape[:2] != logits.shape[:2]:
         shapes = [tuple(states.shape) for states in seen]

@@ -18,9 +18,8 @@ from textenv.text.tokenizer import special_tokens_around
 from .backbone import check_fits
 from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_of
 from .pretrained import LMLike, PretrainedRewardModel, build_model
-from .probe import causal_cure
+from .probe import PROBE_LENGTH, causal_cure
 
-PROBE_LENGTH = 4  # tokens: the last one is changed, and the hidden states of the first three are compared
 PROBE_TOLERANCE = 1e-4  # float32 rounds by about 1e-6; attention to a later token changes a hidden state by far more
 
 
@@ -75,7 +74,7 @@ class TrunkCritic(ValueHead):
     The trunk must be causal: a hidden state depends only on the tokens up to its own. A probe tests that.
 
     Args:
-        trunk: The model without its head. Its dropout is off, in training mode too.
+        trunk: The model without its head. In training mode too, its modules stay in evaluation mode, without noise.
 
     Raises:
         ValueError: If a hidden state depends on later tokens.
@@ -144,13 +143,13 @@ class RewardModelCritic:
     The score head becomes the value head (as in Ouyang et al., 2022, section C.4); trunk and head are then trained. In
     all else it is like `SeparateCritic`.
 
-    A critic reads the policy's own tokens: those of the prompt and those that it has sampled so far. They are what the
-    reward model reads of the same text if both have the same tokenizer, the score is read at the text's own last token,
-    and the text is whole. A model that scores a text at a closing token behind it (EOS, "<|im_end|>") is refused, since
-    that token is not there while the policy writes: one whose tokenizer adds it, or one that `train_reward_model`
-    trained on texts that all ended with it. Two cases cannot be seen here, and the first values are then no scores: a
-    published model that its authors trained on whole chats, and a prompt that opens unlike the texts of the training
-    (token ids of your own, which get no BOS, or one cut to `max_prompt_tokens`).
+    A critic reads the policy's own tokens: those of the prompt and those that it has sampled so far. The reward model
+    reads the same ones if both have the same tokenizer, the text is not cut, and the score is read at the text's own
+    last token. A model that scores a text at a closing token behind it (EOS, "<|im_end|>") is refused, since that token
+    is not there while the policy writes. Such a model has a tokenizer that adds the token, or `train_reward_model`
+    trained it on texts that all ended with it. In two cases, which are not detected, the first values are no scores: a
+    published model that its authors trained on whole chats, and a prompt that does not open as the texts of the
+    training did (token ids of your own, which get no BOS, or a prompt cut to `max_prompt_tokens`).
 
     Args:
         name: A name on the hub or the path of a folder, which `AutoModelForSequenceClassification` loads with
@@ -216,8 +215,8 @@ class RewardModelCritic:
             shown = closing if tokenizer is None else tokenizer.convert_ids_to_tokens(closing)
             raise ValueError(
                 f"Expected a reward model that scores a text at the text's own last token, got {name!r}, which scores "
-                f"it at the closing {shown} behind it, which the policy has not written while it is valued: train the "
-                "reward model on texts without these tokens, or use SeparateCritic."
+                f"it at the closing {shown} behind it, which a text that the policy is still writing does not have: "
+                "train the reward model on texts without these tokens, or use SeparateCritic."
             )
 
 
@@ -241,7 +240,7 @@ def _read(trunk: PreTrainedModel, ids: Tensor) -> Tensor:
 def _probe(trunk: PreTrainedModel) -> Tensor:
     """Check that hidden states do not depend on later tokens; return the hidden states of the probe, (1, T, H)."""
     ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=trunk.device)  # (1, T)
-    with_other_end = ids.clone()
+    with_other_end = ids.clone()  # the last token is changed, and the states at the earlier ones are compared
     with_other_end[0, -1] = 1
     was_training = trunk.training
     trunk.eval()

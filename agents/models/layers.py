@@ -73,7 +73,9 @@ def _checkpoint(layer: nn.Module, checkpoint: Callable[..., Any], forward: Calla
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout and layer-drop probability to 0, for a model that somebody else's loop trains.
+    """Set every dropout and layer-drop probability to 0, for a model whose training loop calls `model.train()`.
+
+    It finds these probabilities by name. Other noise stays, such as router jitter; `set_mode` switches off all of it.
 
     Args:
         model: The model, changed in place.

@@ -1,4 +1,4 @@
-"""The probe of a language model: a few tokens show whether it is trained exactly, and from which cache it decodes."""
+"""The probe of a language model: a few tokens show whether it can be trained exactly, and how it decodes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from .interface import CachedModel
 PROBE_LENGTH = 4  # tokens: three to read first, and one more to decode from their keys and values
 PROBE_LOGIT = 100.0  # the probe's largest logit, after scaling: beyond the soft cap of Gemma-2 (30)
 PROBE_TOLERANCE = 1e-3  # of the largest logit: kernels differ by about 1e-6 in float32, a wrong mask by much more
-# The largest relative difference of two states (Euclidean norms) that is rounding: 8 epsilons, and at least this.
-# Kernels of float32 differ by about 1e-6; one token too many or too few in the attention of fresh weights by 1e-3.
+# The largest difference of two states, as a share of their Euclidean norm, that rounding explains in float32; types of
+# fewer bits have 8 epsilons (`state_tolerance`). Kernels of float32 differ by about 1e-6; one token too many or too few
+# in the attention of fresh weights makes a difference of 1e-3.
 STATE_TOLERANCE = 1e-4
 QUANTISED_TOLERANCE = 0.05  # quantisers round activations too, with a scale for each forward
 ABSENT = -1e30  # a logit at or below it stands for a token that the model rules out: Chameleon writes finfo.min there
-CAUSAL_FLAGS = ("is_decoder", "causal")  # of configs whose models are bidirectional without: BERT and its kin, XLM
-# The numbers of tokens (of the decoder, for an encoder-decoder) of two rows at three steps of a decoding cache: both
-# rows begin, one grows beside a shorter one, and the shorter one is replaced by a new one, which ends, but does not
-# begin, in the same columns.
+CAUSAL_FLAGS = ("is_decoder", "causal")  # fields of a config that make BERT and its kin, and XLM, causal
+# The numbers of tokens (of the decoder, for an encoder-decoder) of two rows at three steps of a decoding cache. Row 0
+# grows by one token in each. Row 1 never does, so that the cache must read it anew, beside a row that grows: at last
+# with 3 tokens, which end in the same column as the 4 of row 0 and begin in a later one.
 STEPS = ((2, 1), (3, 1), (4, 3))
 
 Result = TypeVar("Result")
@@ -85,13 +86,13 @@ class Rows:
 
     @property
     def further(self) -> tuple[Tensor, ...]:
-        """The further arguments of `Backbone.read` and of a cache's `read`: the prompts' lengths, if it needs them."""
+        """The last arguments of `read`, of a backbone and of a cache: for an encoder-decoder the prompts' lengths."""
         return (self.n_prompt,) if self.is_encoder_decoder else ()
 
     def cut(self, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the first columns of ids, the positions (rows, cols) that are left, and which ones those are."""
-        left = (self.cols < width).nonzero().flatten()
-        return self.ids[:, :width], self.rows[left], self.cols[left], left
+        """Return the first columns of ids, the rows and columns of the positions in them, and their indices."""
+        kept = (self.cols < width).nonzero().flatten()
+        return self.ids[:, :width], self.rows[kept], self.cols[kept], kept
 
 
 @torch.no_grad()
@@ -100,15 +101,15 @@ def probe(backbone: Probed) -> None:
 
     The model's own forward of each row alone, without mask, padding and cache, is the truth. Compared with it are: the
     rows without their last token (a later token must not change anything), both rows in one batch, the forward that the
-    update uses, training mode, and a decoding cache. What differs and has a slower twin is switched off; the rest is an
-    error.
+    update uses, training mode, and a decoding cache. Where the head alone or a cache differs, the slower way replaces
+    it; any other difference is an error.
 
     Args:
         backbone: The model; its attributes are set.
 
     Raises:
         ValueError: If hidden states or logits depend on later tokens, on other rows, on chance or on training mode; if
-            they are not finite; or if the model's forward fails.
+            they are not finite; or if the model's forward or backward pass fails.
     """
     model = backbone.model
     was_training = backbone.training
@@ -138,13 +139,20 @@ def state_tolerance(model: PreTrainedModel) -> float:
 
 def close(a: Tensor, b: Tensor) -> bool:
     """Return whether logits agree up to `PROBE_TOLERANCE` of the largest of `b`, and rule out the same tokens."""
+    present = _without_absent(a, b)
+    if present is None:
+        return False
+    scale = max(1.0, float(present[1].abs().max()))
+    return bool(torch.allclose(*present, atol=PROBE_TOLERANCE * scale))
+
+
+def _without_absent(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return both in float32, with 0 for tokens that are ruled out; None if they rule out different tokens."""
     a, b = a.float(), b.float()
     is_absent = b <= ABSENT
     if not torch.equal(a <= ABSENT, is_absent):
-        return False
-    a, b = a.masked_fill(is_absent, 0.0), b.masked_fill(is_absent, 0.0)
-    scale = max(1.0, float(b.abs().max()))
-    return bool(torch.allclose(a, b, atol=PROBE_TOLERANCE * scale))
+        return None
+    return a.masked_fill(is_absent, 0.0), b.masked_fill(is_absent, 0.0)
 
 
 class States(NamedTuple):
@@ -160,14 +168,13 @@ class States(NamedTuple):
     def differ(self, others: tuple[Tensor, Tensor], tolerance: float) -> bool:
         """Return whether others differ from these by more than rounding, or are not finite.
 
-        That is |a - b| > `tolerance` * |b| (Euclidean norms) of any row's hidden states or logits.
+        That is |a - b| > `tolerance` * |b| (Euclidean norms) of the hidden states or the logits at any position.
         """
-        for expected, got in zip(self, others, strict=True):
-            expected, got = expected.float(), got.float()
-            is_absent = expected <= ABSENT
-            if not torch.equal(got <= ABSENT, is_absent):
+        for pair in zip(others, self, strict=True):
+            present = _without_absent(*pair)
+            if present is None:
                 return True
-            expected, got = expected.masked_fill(is_absent, 0.0), got.masked_fill(is_absent, 0.0)
+            got, expected = present
             difference, size = (got - expected).norm(dim=-1), expected.norm(dim=-1)  # (N,)
             if not bool((difference <= tolerance * size + torch.finfo(torch.float32).tiny).all()):  # NaN is not <=
                 return True
@@ -181,14 +188,15 @@ def _attempt(compute: Callable[[], Result]) -> tuple[Result | None, str]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
+        first_line = str(error).strip().partition("\n")[0]
+        return None, f"{type(error).__name__}: {first_line:.200}".rstrip(".")  # it stands inside a sentence
 
 
 def _choose_head(backbone: Probed, rows: Rows) -> States:
     """Set `head_is_linear`; return the states that the update reads at the 2 * PROBE_LENGTH positions.
 
-    The logits are scaled up, which shows a soft cap: it bends large logits only. Fresh weights give small ones, and
-    trained weights may replace them after the probe.
+    The logits are scaled up, since a soft cap bends large ones only. Those of fresh weights are small, and trained
+    weights may replace these after the probe.
     """
     model, name = backbone.model, type(backbone.model).__name__
     head = model.get_output_embeddings()
@@ -216,10 +224,10 @@ def _choose_head(backbone: Probed, rows: Rows) -> States:
             got, error = _attempt(lambda: backbone(rows.ids, rows.rows, rows.cols, *rows.further))
             if got is not None and close(got[1], expected):
                 break
-            errors.append(error or "it gives other logits than for each row alone")
+            errors.append(error or "it gives other logits for both rows together than for each alone")
         else:
             raise ValueError(
-                f"Expected a model that computes a row's hidden states and logits whatever rows are beside it, got "
+                "Expected a model that computes the same for a row whatever rows are beside it, got "
                 f"{name}: {', and '.join(dict.fromkeys(errors))}. Use another model."
             )
     return States(*backbone(rows.ids, rows.rows, rows.cols, *rows.further))  # at the logits' own scale
@@ -248,20 +256,20 @@ def _check_causal(backbone: Probed, rows: Rows, truth: States, tolerance: float)
     The rows are read without their last column, and then without all columns after the first position of row 0.
     """
     for width in (rows.ids.shape[1] - 1, int(rows.n_prompt.max())):
-        ids, at_rows, at_cols, left = rows.cut(width)
+        ids, at_rows, at_cols, kept = rows.cut(width)
         shorter = States(*backbone(ids, at_rows, at_cols, *rows.further))
-        if truth.at(left).differ(shorter, tolerance):
-            _refuse_not_causal(backbone, at_rows, truth.at(left), shorter, tolerance)
+        if truth.at(kept).differ(shorter, tolerance):
+            _refuse_not_causal(backbone, at_rows, truth.at(kept), shorter, tolerance)
 
 
 def _refuse_not_causal(backbone: Probed, at_rows: Tensor, truth: States, shorter: States, tolerance: float) -> None:
     """Raise the ValueError of a model in which later tokens change the states at earlier ones."""
-    first = (at_rows == 0).nonzero().flatten()
-    if not truth.at(first).differ(shorter.at(first), tolerance):
+    of_row_0 = (at_rows == 0).nonzero().flatten()  # the row without a pad token
+    if not truth.at(of_row_0).differ(shorter.at(of_row_0), tolerance):
         raise ValueError(
             f"Expected a model that reads its pad token like any other, as it may be sampled, got "
-            f"{type(backbone.model).__name__}, which reads another text where it occurs: set the pad token of its "
-            "config to an id that the tokenizer does not use."
+            f"{type(backbone.model).__name__}, which takes it for padding: set pad_token_id in its config to an id "
+            "that the tokenizer does not use."
         )
     raise ValueError(
         f"Expected a causal model, got {type(backbone.model).__name__}, in which a token changes what is computed at "
@@ -274,7 +282,7 @@ def causal_cure(model: PreTrainedModel) -> str:
     """Return what to do about a model that is not causal."""
     config = model.config.get_text_config()
     flags = [f"set {name}=True in its config" for name in CAUSAL_FLAGS if getattr(config, name, None) is False]
-    return [*flags, "use a causal language model, and switch bidirectional attention off in its config"][0]
+    return [*flags, "use a causal language model, or switch bidirectional attention off in its config"][0]
 
 
 def _check_update(backbone: Probed, rows: Rows) -> None:
@@ -282,7 +290,7 @@ def _check_update(backbone: Probed, rows: Rows) -> None:
     trained = [weight for weight in backbone.parameters() if weight.requires_grad]
     if not trained:
         return
-    # The gradients of norms and biases, in every layer, take little memory beside the model, which may fill a machine.
+    # Gradients of norms and biases alone: they are in every layer and small, and the model may fill the memory.
     vectors = [weight for weight in trained if weight.ndim == 1] or trained
 
     def differentiate() -> bool:
@@ -314,8 +322,9 @@ def _check_noise(backbone: Probed, rows: Rows, truth: States, tolerance: float) 
 def _choose_cache(backbone: Probed, rows: Rows, truth: States, tolerance: float) -> None:
     """Set `attends_by_row`, `takes_new_rows` and `no_cache_because` to the fastest decoding that is exact."""
     backbone.is_cacheable = False
+    # transformers sets `PreTrainedModel._is_stateful` in classes whose cache cannot go back to an earlier token.
     if backbone.model._is_stateful:
-        backbone.no_cache_because = "it is recurrent: it keeps a state, not keys and values"
+        backbone.no_cache_because = "it keeps a state of the text read so far, not keys and values alone"
     else:
         reasons: list[str] = []
         for by_row, takes_new_rows in backbone.decoding_modes():
@@ -328,7 +337,7 @@ def _choose_cache(backbone: Probed, rows: Rows, truth: States, tolerance: float)
                 return
             reasons.append(error or "its logits differ from those of whole texts")
         backbone.is_cacheable = False
-        backbone.no_cache_because = reasons[-1] if reasons else "its logits are not a function of its hidden states"
+        backbone.no_cache_because = reasons[-1] if reasons else "its head is not linear"
     backbone.attends_by_row = backbone.takes_new_rows = False
     warnings.warn(
         f"{type(backbone.model).__name__} does not decode exactly from cached keys and values "
@@ -338,7 +347,7 @@ def _choose_cache(backbone: Probed, rows: Rows, truth: States, tolerance: float)
 
 
 def _decode(backbone: Probed, rows: Rows) -> Iterator[tuple[tuple[Tensor, Tensor], list[int]]]:
-    """Yield the states (2, H) and (2, V) of each step of a decoding cache, and the positions of the probe there."""
+    """Yield a decoding cache's states (2, H) and (2, V) at each of `STEPS`, and the indices of their positions."""
     cache = backbone.new_cache()
     assert cache is not None, "called only while `is_cacheable`"
     for counts in STEPS:

@@ -33,7 +33,7 @@ class Seq2SeqBackbone(Backbone):
     `TextEnv` refuses, is read as the start token alone.
 
     Args:
-        model: The model. Its dropout is switched off, in place.
+        model: The model. In training mode too, its modules stay in evaluation mode, without dropout or other noise.
         vocab_size: V, the number of tokens of the tokenizer. Embedding rows beyond it are never sampled nor scored.
         n_positions: Ignored: encoder and decoder have a limit each, which `check_length` checks.
 

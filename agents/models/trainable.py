@@ -20,7 +20,7 @@ from textenv.checks.extras import needs
 from .layers import transformer_layers
 
 ADAPTER = "default"  # the usual name of an adapter in peft (`mapping.inject_adapter_in_model`)
-COMPILED = "_orig_mod"  # the name under which the module that `torch.compile` returns has the one that it was given
+COMPILED = "_orig_mod"  # the name of the original module inside the one that `torch.compile` returns
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class LoRA:
     the type of the frozen weights. Needs peft: `pip install "textenv[lora]"`.
 
     By default all linear layers but the head get an adapter (Dettmers et al., 2023, section 4). In a mixture of experts
-    (Mixtral, Qwen3-MoE, DeepSeek-V3, ...) each expert has its own A and B, and the router has them, too. The experts of
+    (Mixtral, Qwen3-MoE, DeepSeek-V3, ...) each expert and the router have an A and a B of their own. The experts of
     DBRX, whose weights another module reads, stay frozen. A forward adds the adapters to a copy of the experts'
-    weights, in the type of these: with 16 bits small changes are rounded.
+    weights, in the type of these weights: 16 bits round small changes away.
 
     Args:
         r: The rank of A and B.
@@ -69,8 +69,8 @@ class LoRA:
 
     Raises:
         ImportError: When built without peft.
-        ValueError: If `modules_to_save` is given. When built: if a target is the input embedding, or shares its weight;
-            if an ending names nothing; with `use_dora`, if a target is not a linear layer.
+        ValueError: If `modules_to_save` is given. When built: if a target is the input embedding, or another module has
+            its weight, too; if an ending names nothing; with `use_dora`, if a target is not a linear layer.
 
     Example:
         >>> from agents import LoRA
@@ -202,8 +202,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the state dict of the same model without LoRA: W + alpha / r * B A, in new tensors, under W's own name.
 
-    With DoRA the rows of that sum have the trained magnitudes as norms. Modules that `torch.compile` has put inside
-    another have the names that they had before.
+    With DoRA each row of that sum is scaled to its trained magnitude. Weights inside a module that `torch.compile` has
+    returned are under the names that they had before.
 
     Raises:
         ValueError: If the frozen weights are quantised: adapters cannot be added to 8 bits or fewer.
@@ -231,19 +231,20 @@ def _weight_name(layer: Any) -> str:
 
 
 def _plain_name(name: str) -> str:
-    """Return the name that a weight had before adapters, one around another for experts, and before compilation."""
+    """Return a weight's name without the modules that peft (several for experts) and `torch.compile` put around it."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", COMPILED))
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` was given, where `module` is its result; any other module as it is."""
+    """Return the original of a module that `torch.compile` has returned; any other module as it is."""
     return dict(module.named_children()).get(COMPILED, module)
 
 
 def _refuse_adapters(model: nn.Module) -> None:
     """Raise ValueError if peft has wrapped the model or put a module into it.
 
-    Without these adapters the model is not the policy at the start of training, which the KL penalty compares with.
+    `adapters_off` would switch these off as well as those of the training, and the KL penalty would then compare the
+    policy with another model than its start.
     """
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
@@ -273,11 +274,11 @@ def _add_adapters(model: PreTrainedModel, train: LoRA) -> None:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # peft says that it handles GPT-2's transposed W
-        # For some mixtures of experts peft takes names of linear layers for those of experts, which older transformers
-        # had under these names (`convert_peft_config_for_transformers`), and then leaves the layers out. It does not
-        # translate the names of a state dict, but warns that they differ from its own choice.
+        # In some mixtures of experts peft takes the names of linear layers for those that experts had in an older
+        # transformers (`convert_peft_config_for_transformers`), and leaves these layers out. Names in a `state_dict` it
+        # takes as they are, and warns that it would have chosen others.
         warnings.filterwarnings("ignore", "While injecting the PEFT adapters, an inconsistency")
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # for the experts: the layers'
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # the second call warns
         if layers:
             names = {f"{name}.lora_A.weight": torch.empty(0) for name in layers}
             inject_adapter_in_model(LoraConfig(**options, target_modules=[]), model, ADAPTER, state_dict=names)
@@ -332,7 +333,7 @@ def _shared(model: PreTrainedModel) -> set[int]:
 
 
 def _read_by_kernels(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the output layers of Mamba's mixers: fused kernels read their weights past an adapter; peft refuses."""
+    """Return the output layers of Mamba's mixers: fused kernels read their weights without an adapter; peft refuses."""
     mixers = (dict(module.named_children()) for module in model.modules())
     return [mixer["out_proj"] for mixer in mixers if "conv1d" in mixer and "out_proj" in mixer]
 
@@ -343,22 +344,22 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module maps states as a linear layer; not all that derive from it do.
+    """Return whether a module computes what a linear layer does; not every subclass of `nn.Linear` does.
 
     The routers of PhiMoE and Llama 4 return several tensors, and DeepSeek-V4's grouped layer takes states by group.
     """
     if not isinstance(module, nn.Linear):
         return isinstance(module, Conv1D)
     weight = module.weight
-    is_own = type(module).forward is not nn.Linear.forward  # a model's, or that of a quantiser, whose peft knows
-    if not is_own or weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    has_own_forward = type(module).forward is not nn.Linear.forward  # a model's, or a quantiser's, which peft knows
+    if not has_own_forward or weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return True
     ones = weight.new_ones(1, module.in_features)
     with torch.no_grad():
         expected = nn.functional.linear(ones, weight, module.bias)
         try:
             output = module(ones)
-        except RuntimeError:  # from a reshape
+        except RuntimeError:  # DeepSeek-V4's layer reshapes states into its groups
             return False
     return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected)
 
@@ -366,11 +367,12 @@ def _is_linear(module: nn.Module) -> bool:
 def _matrices(model: PreTrainedModel) -> list[str]:
     """Return the names of the weights of experts, (E, a, b), and routers, (E, a), outside layers of torch.
 
-    Stacks of another number are no experts: RecurrentGemma's gates, whose module has a state that a wrapper would hide.
+    E is a number of experts in the config. A stack of another number is something else, such as RecurrentGemma's gates;
+    peft's wrapper would hide the state that their module keeps.
     """
     text = model.config.get_text_config()
     n_experts = {n for name, n in text.to_dict().items() if "expert" in name and isinstance(n, int)}
-    found = []
+    names = []
     for prefix, module in model.named_modules():
         if isinstance(module, (nn.Embedding, _ConvNd, Conv1D)) or _is_linear(module):
             continue
@@ -381,5 +383,5 @@ def _matrices(model: PreTrainedModel) -> list[str]:
             is_stack = weight.ndim == 3 and min(weight.shape[1:]) > 1
             is_derived = isinstance(module, nn.Linear)  # a layer with a forward of its own; see `_is_linear`
             if (is_router or is_stack) and (is_derived or weight.shape[0] in n_experts):
-                found.append(f"{prefix}.{name}")
-    return found
+                names.append(f"{prefix}.{name}")
+    return names

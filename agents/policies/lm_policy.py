@@ -47,8 +47,8 @@ class LMPolicy(ActorCriticPolicy):
     `SequenceRolloutBuffer` once. With the stock `RolloutBuffer` each token is a sequence of its own: correct, but slow.
 
     Sampling draws from generators of the policy, seeded from torch's when it is built, so that evaluation and sample
-    tables do not change training. Dropout is off throughout, since the probabilities of the rollout and of the update
-    must be the same. Only parameters with `requires_grad` are optimised.
+    tables do not change training. Dropout and other noise are off throughout, since the probabilities of the rollout
+    and of the update must be the same. Only parameters with `requires_grad` are optimised.
 
     Pass the arguments below by `policy_kwargs`. `model.save` pickles them, and `PPO.load` builds the policy from them:
     a name is then looked up again, `Pretrained(name)` and a config are not.
@@ -87,8 +87,10 @@ class LMPolicy(ActorCriticPolicy):
         activation_fn: See `net_arch`.
 
     Raises:
-        ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits; or
-            if `train` or `gradient_checkpointing` is given with a `BackendSpec`, which decides that itself.
+        ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits; if a
+            probe of a few tokens shows that it cannot be trained exactly, since it is not causal, for instance (see
+            docs/models.md); or if `train` or `gradient_checkpointing` is given with a `BackendSpec`, which decides that
+            itself.
 
     Example:
         >>> from agents import LMPolicy

@@ -90,7 +90,7 @@ class ValueNorm(nn.Module):
             new_mean, new_variance = returns.mean(), returns.var(correction=0)
         else:
             n, *numbers = moments("returns", returns.cpu().numpy())
-            if n == 0:  # in no process is a group whole
+            if n == 0:  # no process has a whole group of samples
                 return
             new_mean, new_variance = map(returns.new_tensor, numbers)
         mean, deviation = self.mean.clone(), self._deviation()

@@ -58,33 +58,37 @@ def group_advantages(returns: np.ndarray, groups: np.ndarray, advantage: Advanta
 
 
 def penalty_advantages(penalties: Sequence[np.ndarray], groups: np.ndarray, advantage: Advantage) -> list[np.ndarray]:
-    """Return what the penalties of tokens add to the advantages of each episode, (n,) each.
+    """Return what the penalties of an episode's tokens add to its advantages, one array for each episode.
 
-    With the sum s of an episode's penalties from token t to its end, and the mean of s over its group (0 for episodes
-    of fewer tokens), each at their own token t:
+    Let s be the sum of an episode's penalties from its token t to its end, 0 if it ends before t, and the mean that of
+    s at the same t over the E episodes of the group. The advantage of token t then gets:
 
-    - "grpo" and "grpo_mean": mean - s;
-    - "rloo": the mean of the other episodes - s, which is n / (n - 1) times that.
+    - with "grpo" and "grpo_mean": mean - s;
+    - with "rloo": the mean over the other episodes - s, which is E / (E - 1) times that.
 
-    A token has no influence on penalties before its own or in other episodes: the former are left out, and the latter
-    are a baseline. So the expected gradient is that of the whole texts' penalties, in the proportion to the scores that
-    the coefficient sets. No deviation divides it, which would give a penalty of any size the same weight. Penalties
-    that are equal in all episodes of a group, as those of equal texts, add exactly 0; so do those of a lone episode.
+    A token has no influence on penalties of earlier tokens, which are left out, or of other episodes, which are a
+    baseline. So the expected gradient is that of the penalties of whole texts, and their weight beside the scores is
+    set by the coefficient. It is not divided by a deviation, which would give penalties of any size the same weight.
+    Penalties that are equal in all episodes of a group, such as those of equal texts, add exactly 0; so do those of an
+    episode without others.
 
     Args:
-        penalties: The penalties of each episode's tokens, (n,) each.
+        penalties: The penalties of each episode's tokens, (n,) for an episode of n tokens.
         groups: As in `group_advantages`.
         advantage: As in `group_advantages`.
 
+    Returns:
+        (n,) for each episode, float64.
+
     Example:
-        >>> parts = [np.array([0.1, 0.3]), np.array([0.2])]  # from the first token on 0.4 and 0.2
-        >>> [part.round(2).tolist() for part in penalty_advantages(parts, np.array([0, 0]), "grpo_mean")]
+        >>> penalties = [np.array([0.1, 0.3]), np.array([0.2])]  # s is 0.4 and 0.2 at the first token
+        >>> [added.round(2).tolist() for added in penalty_advantages(penalties, np.array([0, 0]), "grpo_mean")]
         [[-0.1, -0.15], [0.1]]
     """
-    advantages = [np.zeros(len(part)) for part in penalties]
+    advantages = [np.zeros(len(own)) for own in penalties]
     for group in np.unique(groups):
-        members = np.flatnonzero(groups == group).tolist()  # (n,)
-        to_come = np.zeros((len(members), max(len(penalties[i]) for i in members)))  # (n, T)
+        members = np.flatnonzero(groups == group).tolist()  # (E,)
+        to_come = np.zeros((len(members), max(len(penalties[i]) for i in members)))  # (E, T)
         for row, i in enumerate(members):
             to_come[row, : len(penalties[i])] = penalties[i].astype(np.float64)[::-1].cumsum()[::-1]
         shifted = to_come - to_come[0]  # makes equal penalties exactly 0

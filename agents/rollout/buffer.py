@@ -85,8 +85,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
         advantage: "gae", or one that needs no critic (pass `vf_coef=0`): "grpo", "grpo_mean" or "rloo" compare the
             episodes of a prompt (see `group_advantages`), for an env with `samples_per_prompt` and the step
-            `SampleGroups`. Scores alone are compared: the plain sum of an episode's rewards gives all its tokens the
-            same advantage, from which each token's penalties are subtracted afterwards (see `penalty_advantages`).
+            `SampleGroups`. The score of an episode, the plain sum of its rewards, gives all its tokens the same
+            advantage; penalties are charged to single tokens after the comparison (see `penalty_advantages`).
             Implies `complete_episodes`; a critic's targets stay those of "gae".
         expected_steps: The keys of the steps that must be in `before_returns`; each step adds its own.
 

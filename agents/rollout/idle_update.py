@@ -12,12 +12,13 @@ from .transitions import SequenceSamples
 def idle_samples(actions: np.ndarray, log_probs: np.ndarray, device: torch.device | str) -> SequenceSamples:
     """Return a minibatch on which SB3's `train` takes all its steps and changes no weight and no optimizer state.
 
-    SB3 `ppo.PPO.train` and `a2c.A2C.train` log the last minibatch's loss, so that they fail without any minibatch. A
-    minibatch of advantages 0 would not do: the entropy bonus, the value loss and the optimizer's momentum would still
-    move the weights. So the policy evaluates this one by itself (`SequenceBatch.stand_in`), in numbers that depend on
-    no weight: the backward pass reaches none, all gradients stay None, and torch's optimizers leave such weights alone.
+    SB3 `ppo.PPO.train` and `a2c.A2C.train` log the last minibatch's loss, so that they fail without any minibatch.
+    Advantages of 0 are not enough: the entropy bonus, the value loss and the optimizer's momentum would still move the
+    weights. Therefore `LMPolicy.evaluate_actions` runs no model on this minibatch, but returns its `stand_in`, numbers
+    that depend on no weight. All gradients stay None, and torch's optimizers skip weights without a gradient.
 
-    Ratios are 1 and losses 0, but for the entropy's: it is estimated from the rollout, so that its curve goes on.
+    Ratios are 1, and all losses 0 except that of the entropy, which is estimated from the rollout, so that its logged
+    curve has no gap.
 
     Args:
         actions: The actions of the rollout, (T, B).

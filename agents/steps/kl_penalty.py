@@ -84,12 +84,12 @@ class KLPenalty(RolloutStep):
     sampled. Until the first update it is exactly 0. The task reward in the logs does not include the penalty. Logged
     are `kl/token` (nats), `kl/sequence` (nats, of sequences that ended), `kl/penalty` (reward per token) and `kl/coef`.
 
-    With the advantages "grpo", "grpo_mean" and "rloo" the penalty is a reward as well, but no part of the scores that a
-    group compares: each token is charged with the divergence of the text from itself on, less the group's mean (see
-    `penalty_advantages`), times `coef`, which the group's deviation does not divide. This is neither the form of GRPO,
-    which has k3 in the loss, token by token (Shao et al., 2024, equations 3 and 4), nor that of RLOO, which subtracts
-    the divergence from the score before the comparison (Ahmadian et al., 2024); with "rloo" and k1 the expected
-    gradient is that of the latter. With "grpo" scores are in deviations of their group, and so is `coef`.
+    With the advantages "grpo", "grpo_mean" and "rloo" the penalty is still a reward, but no part of the scores that a
+    group compares. The advantage of each token loses `coef` times the divergence from that token to the end of the
+    text, less the group's mean (see `penalty_advantages`); the group's deviation does not divide it. GRPO as published
+    has k3 in the loss instead, token by token (Shao et al., 2024, equations 3 and 4), and RLOO subtracts the divergence
+    from the score before the comparison (Ahmadian et al., 2024): with "rloo" and k1 the expected gradient is the same
+    as there. With "grpo", where scores are divided by the deviation of their group, `coef` is in deviations per nat.
 
     It needs a `SequenceRolloutBuffer`. A checkpoint keeps the reference and the coefficient; a file written by
     `model.save` does not, and training a loaded model raises unless `reference` is given or the policy has adapters.

@@ -76,13 +76,13 @@ def chat_pair(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Ranki
     """Read a pair of conversations as the texts that a chat model reads and writes.
 
     The prompt is rendered as an env renders a chat: up to the opening of the assistant's answer. The answers follow
-    without the tokens that close a message, which a policy has not written when it ends its text. A reward reads them
-    in the same way: the config of a model that `train_reward_model` trains on them says so.
+    without the tokens that close a message, which a policy has not written when it ends its text. A model that
+    `train_reward_model` trains on them says so in its config, and a reward reads texts in the same way.
 
     Args:
         row: A mapping with "chosen" and "rejected": lists of messages, either whole conversations, which share the
-            prompt, or answers to "prompt". That is a list of messages, or the text of the user's only one; answers to
-            such a list may be texts.
+            prompt, or answers to "prompt", which is a list of messages, or the text of a single one by the user.
+            Answers to a list of messages may be texts.
         tokenizer: A Hugging Face tokenizer with a chat template.
         where: The row as errors name it, such as "row 3".
 
@@ -165,13 +165,13 @@ def different_pairs(
         equal += [number] * len(same)
         n_cut += sum(1 for better, worse in same if example.texts[better] != example.texts[worse])
     if equal:
-        said = (
+        summary = (
             f"{len(equal)} of {len(equal) + sum(map(len, pairs))} pairs of `{name}` have equal texts, the first in "
             f"{name}[{equal[0]}] ({n_cut} of them only as tokens, cut to max_tokens={max_tokens})"
         )
         if not any(pairs):
-            raise ValueError(f"Expected texts that differ, got none: {said}.")
-        warnings.warn(f"{said}. They are left out, since they say nothing of what is better.", stacklevel=4)
+            raise ValueError(f"Expected texts that differ, got none: {summary}.")
+        warnings.warn(f"{summary}. They are left out, since they say nothing of what is better.", stacklevel=4)
     return pairs
 
 
@@ -180,7 +180,7 @@ def encode_texts(reader: TextReader, texts: Sequence[str]) -> list[list[int]]:
 
     If a text is longer than the reader's `max_length`, all texts lose the same number of tokens of their common start,
     so that their first difference stays in one column; a text that is still too long loses more of its own start. The
-    tokens that open a text (BOS) are kept.
+    tokens in front of a text (BOS) are kept.
 
     Raises:
         ValueError: If a text has no token.

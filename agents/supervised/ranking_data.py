@@ -50,8 +50,7 @@ def _encode(reader: TextReader, example: Ranking | Labelled) -> Example:
 def common_closing(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> tuple[int, ...]:
     r"""Return the special tokens with which all texts end, and the spaces or line ends behind them; often none.
 
-    Chat templates write them behind an answer ("<|im_end|>\n"), and a text of chats that was rendered beforehand has
-    them.
+    Texts that a chat template rendered beforehand end with those that it writes behind an answer ("<|im_end|>\n").
     """
     texts = {tuple(ids) for example in examples for ids in example.ids}
     if len(texts) < 2:  # a text alone does not show where it ends

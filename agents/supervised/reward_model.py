@@ -77,13 +77,13 @@ def train_reward_model(
 ) -> RewardTraining:
     """Train a causal model with a linear score head, and save it as `AutoModelForSequenceClassification` loads it.
 
-    A text's score is read at its last token. BOS is in front of it once. No end token is added, also where the
-    tokenizer would add one, so that a critic that starts from this model can value a text before the policy ends it; an
-    end token that all texts have of their own stays. The folder's config keeps how the texts were read, and the
-    rewards, `score_texts` and `RewardModelCritic` follow it (`TextReader`). Padding is known from the lengths, so the
-    pad token may be the end token, or occur in a text (transformers' own forward passes over a closing token that is
-    the pad token). Rankings are trained by the Bradley-Terry loss over all their pairs, with one forward per text
-    (Ouyang et al., 2022, equation 1); labels by the squared error. Dropout is off.
+    A text's score is read at its last token. BOS is in front of it once. No end token is added, even if the tokenizer
+    would add one, so that a critic that starts from this model can value a text before the policy ends it; an end token
+    that all texts already have stays. The saved config says how the texts were read, and the rewards, `score_texts` and
+    `RewardModelCritic` follow it (`TextReader`). Padding is known from the lengths, so the pad token may be the end
+    token, or occur in a text (transformers' own forward passes over a closing token that is the pad token). Rankings
+    are trained by the Bradley-Terry loss over all their pairs, with one forward per text (Ouyang et al., 2022, equation
+    1); labels by the squared error. Dropout is off.
 
     The training loop is that of `pretrain`: with transformers' `Trainer`, collator, loss and evaluation of rankings
     would still be our own. Every 500 steps, and after Ctrl-C, SIGTERM or SIGHUP, the state is saved beside the folder,
@@ -104,7 +104,7 @@ def train_reward_model(
         batch_size: The number of rankings, or of labelled texts, in a minibatch.
         learning_rate: The peak of a one-cycle schedule.
         max_tokens: Longer texts lose their start, here and in the reward; by default the limit of model and tokenizer.
-            The other texts of a ranking lose as many tokens of the start that they share, in the training alone.
+            In training alone, the other texts of a ranking lose as many tokens of the start that they share with it.
         seed: The seed of a fresh head and of the order of the data.
         resume: Whether to continue an interrupted run of the same arguments; it starts anew if there is none.
         overwrite: Whether an earlier reward model in `folder` may be replaced, once the new one is complete.
@@ -201,8 +201,8 @@ def score_texts(
         model: A reward model, as `AutoModelForSequenceClassification` loads it or `build_reward_model` builds it.
         tokenizer: Its tokenizer; the side on which it pads does not matter.
         texts: The N texts, prompt included, or conversations (lists of messages) for the tokenizer's chat template.
-            `TextReader` says with which special tokens they are read; longer ones than the limit of model or tokenizer
-            lose their start.
+            `TextReader` says with which special tokens they are read. Texts beyond the limit of model or tokenizer lose
+            their start.
         batch_size: The number of texts in a forward.
 
     Raises:

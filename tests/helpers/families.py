@@ -26,21 +26,21 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from agents.doctor.model_row import COLUMNS, ModelRow, described, examine_config
+from agents.models.probe import CAUSAL_FLAGS
 
 # The server imports the modules once; each examination is a fork of it.
 APART = multiprocessing.get_context("forkserver")
 APART.set_forkserver_preload(["tests.helpers.families", "peft"])
 
 Kind = Literal["causal", "seq2seq"]
-CAUSAL_FLAGS = ("is_decoder", "causal")  # fields of BERT and XLM that make attention causal; off by default
 RANDOM = ("drop", "jitter")  # in the names of rates by which a model is random in training mode
 RATE = 0.3
 
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 4}
 INDEXER |= {"indexer_compress_ratio": 2}
-# Fields of a family whose defaults alone would not do, and why.
+# Fields of families that cannot be examined with their defaults, and why.
 OVERRIDES: dict[str, dict[str, Any]] = {
-    # The defaults are None or missing, and transformers itself builds no model of them, or runs no forward.
+    # With the defaults, some None or missing, transformers builds no model, or its forward fails.
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -49,20 +49,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
     "xmod": {"default_language": "en_XX"},
-    # Dropout of attention is refused.
+    # transformers refuses dropout of attention (`DiffLlamaAttention.__init__`).
     "diffllama": {"attention_dropout": 0.0},
-    # One field says how often a list of kinds is repeated.
+    # The second entry says how often the list of kinds is repeated; it must fit the number of layers.
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     # Positions along two axes need texts of exactly the product of their sizes in training.
     "reformer": {"axial_pos_embds": False},
-    # The default has attention in every layer, unlike the published checkpoints.
+    # By default all layers have attention; most of those of the published checkpoints are convolutions.
     "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
 }
 
-
-# The entries of which no small model can be built, and why.
+# The families of which no small model can be built, and why.
 UNBUILT = {
-    "gemma3n": "transformers builds its vision tower by timm, which no extra installs; gemma3n_text is examined",
+    "gemma3n": "transformers needs timm for its vision tower, which no extra installs; see gemma3n_text",
     "gemma4_assistant": "transformers refuses the defaults of its config",
     "gemma4_unified_assistant": "a drafter, which reads the keys and values of another model",
 }
@@ -71,21 +70,25 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 COMMAND = "python -m tests.helpers.families"
 HEAD = """# Models
 
-What `LMPolicy` does with each family of causal models and encoder-decoders of transformers {version}. This page is
-printed by `{command}`, and no row is written by hand: each family is built small, from the defaults of its config, with
-sharp random weights and all its dropout on, and trained for two rollouts.
+What `LMPolicy` does with each family of causal models and encoder-decoders of transformers {version}.
+
+`{command}` prints this page, and no row is written by hand. Each family is built small
+from the defaults of its config, with large random weights and with every rate of dropout and jitter above 0, and is
+trained for two rollouts.
 
 - **result**: *exact*: log-probabilities of the rollout and of the update, values and gradients equal those of the model
-  alone, which reads one prefix at a time without padding or cache; again after an update, and again with LoRA.
-  *refused*: `LMPolicy` raises the error of the last column. *not built*: no small model of it can be built, for the
-  reason in the last column.
+  alone, which reads one prefix at a time without padding or cache; again after an update. With LoRA, the same holds but
+  for gradients, which are not compared. *refused*: `LMPolicy` raises the error in the last column. *not built*: no
+  small model of the family can be built, for the reason in the last column.
 - **cache**: whether rollouts decode from cached keys and values; without them, the time of a rollout grows with the
   square of the length.
+- **attention**: the implementation of attention that transformers chooses.
 - **critic**: `SharedCritic`, and `SeparateCritic` with a trunk of the same family.
-- **LoRA**: the layers that `LoRA()` adapts by default.
+- **LoRA**: the endings of the names of the layers that `LoRA()` adapts by default.
+- **remarks**: the error, or the warnings.
 
-`textenv doctor --model NAME` says the row for one model, by its own config: the kinds of its layers, their windows and
-scales, and its rotary embeddings may differ from the defaults of its family.
+A model may differ from the defaults of its family, for example in the kinds of its layers, their windows and scales, or
+in its rotary embeddings: `textenv doctor --model NAME` prints the row of one model, by its own config.
 
 {counts}.
 
@@ -106,20 +109,20 @@ class Family(NamedTuple):
 
 
 def families() -> list[Family]:
-    """Return all entries of both mappings; those whose config has a flag that makes it causal also with the flag."""
-    found = []
+    """Return all entries of both mappings, and once more with the flag those whose config has one for causal models."""
+    result = []
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        found.append(Family("causal", name))
+        result.append(Family("causal", name))
         defaults = {field.name: field.default for field in fields(CONFIG_MAPPING[name])}
         is_whole = not defaults.get("is_encoder_decoder")
-        found += [Family("causal", name, flag) for flag in CAUSAL_FLAGS if is_whole and defaults.get(flag) is False]
-    return [*found, *(Family("seq2seq", name) for name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)]
+        result += [Family("causal", name, flag) for flag in CAUSAL_FLAGS if is_whole and defaults.get(flag) is False]
+    return [*result, *(Family("seq2seq", name) for name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)]
 
 
 def default_config(family: Family) -> PreTrainedConfig:
-    """Return the config of a family with its class's defaults, random in training mode wherever it has a rate for it.
+    """Return the config of a family: the defaults of its class, with every rate of noise in training set to `RATE`.
 
-    Of an encoder-decoder in the mapping of causal models (BART), it is the config of the decoder alone.
+    For an encoder-decoder in the mapping of causal models (BART), it is the config of the decoder alone.
     """
     config_class: Any = CONFIG_MAPPING[family.model_type]
     flags = {family.flag: True} if family.flag else {}
@@ -212,10 +215,10 @@ def _send_row(family: Family, pipe: Connection) -> None:
 
 def main() -> None:
     """Examine all families, as many side by side as there are processors, and write docs/models.md."""
-    found = sorted(families(), key=str)
+    every = sorted(families(), key=str)
     rows = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for family, row in zip(found, pool.map(examine_apart, found)):
+        for family, row in zip(every, pool.map(examine_apart, every)):
             print(family, row.verdict, row.remarks, file=sys.stderr)
             rows[str(family)] = row
     PAGE.write_text(page(rows), encoding="utf-8")

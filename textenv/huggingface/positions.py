@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 Half: TypeAlias = Literal["encoder", "decoder"]
 
-# Fields of configs for the number of earlier tokens that a token attends to, chosen by rank once there are more. Equal
-# ranks are ordered by the width of the batch, so that rollout and update would attend to different tokens.
+# Fields of configs for the number of earlier tokens that a token attends to; of more, attention chooses the highest
+# scores. The order of equal scores depends on the width of the batch: rollout and update would choose other tokens.
 SELECTIONS = ("index_topk", "keep_window_size")  # DeepSeek-V3.2 and its kin, Doge
 
 
@@ -44,7 +44,7 @@ def length_limit(model: PreTrainedModel, of: Half = "decoder") -> Limit | None:
     each, except where its config has one of each (LED). RoBERTa and its kin count positions from `padding_idx` + 1 on,
     so that an embedding of 514 positions is for 512 tokens.
 
-    A model with positions left may read a text otherwise beside a longer one: with LongRoPE beyond
+    Some models with positions left read a text differently beside a longer one: with LongRoPE beyond
     `original_max_position_embeddings`, or where attention chooses tokens by rank. Rollout and update read the same text
     in different batches, so such lengths are beyond the limit.
 
@@ -86,7 +86,7 @@ def _selections(config: PretrainedConfig) -> Iterator[Limit]:
 
 
 def _long_ropes(config: PretrainedConfig) -> Iterator[Limit]:
-    """Yield the lengths beyond which transformers' `dynamic_rope_update` rotates all rows of a batch otherwise."""
+    """Yield the lengths beyond which transformers' `dynamic_rope_update` rotates all rows of a batch differently."""
     parameters: Any = getattr(config, "rope_parameters", None) or {}
     by_kind_of_layer = [value for value in parameters.values() if isinstance(value, dict)]
     for rope in by_kind_of_layer or [parameters]:
@@ -94,5 +94,5 @@ def _long_ropes(config: PretrainedConfig) -> Iterator[Limit]:
             yield Limit(
                 rope["original_max_position_embeddings"],
                 "tokens of LongRoPE's short factors, beyond which all rows of a batch are rotated by the long ones",
-                "or choose one kind of factors for all lengths: long_factor as short_factor too",
+                "or use the same factors at all lengths: set short_factor to long_factor in the config",
             )

@@ -32,8 +32,8 @@ class Likelihood(BatchReward):
     Args:
         model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
         tokenizer: The model's own tokenizer, a fast one, for a model in this process.
-        max_length: The most tokens of prompt and completion together; longer texts lose their start behind
-            the tokens that open them (BOS), without a warning.
+        max_length: The most tokens of prompt and completion together; longer texts lose their start, but not the tokens
+            that open them (BOS), without a warning.
         batch_size: The most texts in a forward pass.
         device: The device of the model; None leaves it where it is (the CPU for a model loaded by name).
         dtype: The dtype of the weights, such as "bfloat16"; None for float32 where they are loaded by name, and for no
@@ -99,7 +99,7 @@ class Likelihood(BatchReward):
         # The offsets of a token are the characters where it starts and ends; only fast tokenizers have them.
         coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
         ends = [end for _, end in coded["offset_mapping"]]
-        ends = [0] * (len(opening) + len(body) - len(ends)) + ends  # the tokenizer may have put some in front
+        ends = [0] * (len(opening) + len(body) - len(ends)) + ends  # tokens in front of the text end at 0
         if isinstance(whole, str):
             answers = [(len(prompt), len(text))]
         else:
@@ -127,7 +127,7 @@ class Likelihood(BatchReward):
 def answers_of(
     tokenizer: Any, messages: Sequence[Message], whole: Sequence[Message], text: str
 ) -> list[tuple[int, int]]:
-    """Return where each new answer of a conversation starts and ends in its text, in characters.
+    """Return the characters of the text at which each new answer of a conversation starts and ends.
 
     Args:
         tokenizer: The tokenizer.
@@ -140,11 +140,11 @@ def answers_of(
     """
     answers = []
     first = len(messages) - 1 if messages[-1]["role"] == "assistant" else len(messages)
-    for place in range(first, len(whole)):
-        if whole[place]["role"] != "assistant":
+    for index in range(first, len(whole)):
+        if whole[index]["role"] != "assistant":
             continue
-        before = render_open(tokenizer, messages if place == first else whole[:place])
-        after = render_open(tokenizer, whole[: place + 1])
+        before = render_open(tokenizer, messages if index == first else whole[:index])
+        after = render_open(tokenizer, whole[: index + 1])
         if not after.startswith(before) or not text.startswith(after):
             raise ValueError(
                 "Expected a chat template that keeps earlier messages as they are when one is added, got one that "

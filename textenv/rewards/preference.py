@@ -22,15 +22,15 @@ from textenv.rewards.text_reader import Scored
 class Preference(BatchReward):
     """The score of a trained reward model: `AutoModelForSequenceClassification` with `num_labels=1`.
 
-    The model reads the text through its own tokenizer, never the policy's token ids: the tokens are those of its
-    training (`TextReader`), with BOS once, and closed as the texts of its training were. For padding and truncation see
+    The model reads the text through its own tokenizer, never the policy's token ids, and as it read the texts of its
+    training: with BOS once, and with the same tokens at the end (`TextReader`). For padding and truncation see
     `TextModel`. `Ensemble([...], by="minimum")` joins several into one reward.
 
     Args:
         model: A name on the hub, the path of a folder, or a model in this process (with `tokenizer`).
-        chat: Whether a prompt that is no chat is the user's message, and prompt and completion are put into the
-            tokenizer's chat template; a reply of the env is the user's next turn. A prompt that is a chat needs no
-            `chat`: its messages are the first turns, unless `train_reward_model` trained the model on texts.
+        chat: Whether a text prompt is put into the tokenizer's chat template as the user's message, and the completion
+            as the answer; a reply of the env is the user's next turn. Prompts that are chats do not need it: their
+            messages are the first turns, unless `train_reward_model` trained the model on texts.
         messages_column: With `chat`, the column of the prompt's row with the messages before the completion, a list of
             {"role": ..., "content": ...}; None takes the messages of a chat, or the prompt as the user's message.
         stats: The statistics that normalise the score to (score - mean) / std: a `RewardStats`, "stored" for those in

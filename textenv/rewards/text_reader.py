@@ -15,7 +15,7 @@ from textenv.text.tokenizer import special_tokens_around
 
 # A text to score, prompt included, or the messages of a conversation.
 Scored = str | Sequence[Message]
-# The key of a model's config under which `train_reward_model` keeps how the texts of its training were read.
+# The key in a model's config under which `train_reward_model` stores how it read the texts.
 READ_AS = "textenv_reads"
 
 
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadAs:
-    """The way in which the texts were read that a reward model was trained on; its config keeps it.
+    """How the texts were read on which a reward model was trained; its config stores it.
 
     Args:
         closing: The tokens that closed every text; empty if the score was read at the text's own last token.
@@ -69,19 +69,20 @@ class ReadAs:
 
 @dataclass(frozen=True)
 class TextReader:
-    """The reader that all models share that score texts: what it gives to training, it gives to a reward, too.
+    """Reads texts for every model that scores them, so that a text has the same tokens in training and in a reward.
 
-    A text has the tokens that its tokenizer puts in front of it (BOS) once, also if the text begins with them, as one
-    from a chat template does. A conversation is what the chat template writes, and nothing is put in front of it. What
-    closes a text depends on the model. One that `train_reward_model` has trained reads what closed the texts of its
-    training, often nothing, which its config says. Any other model reads what its authors' code gives it: the tokens
-    that the tokenizer puts behind a text ([SEP], EOS), once, or those that the template writes behind the last answer.
+    The tokens that the tokenizer puts in front of a text (BOS) are there once, even if the text itself begins with
+    them, as one from a chat template does. A conversation is read as the chat template writes it, with nothing in
+    front. The tokens that close a text depend on the model. For a model of `train_reward_model` they are those that
+    closed all texts of its training, often none; its config says which. For any other model they are those that its
+    authors' code would add: what the tokenizer puts behind a text ([SEP], EOS), once, or what the template writes
+    behind the last answer of a conversation.
 
     Args:
         tokenizer: The model's own tokenizer.
         max_length: The most tokens of a text, special tokens included.
-        truncation_side: The side on which a longer text loses tokens of its own; those around it are kept.
-        read_as: How the texts of the model's training were read; None for a model of others.
+        truncation_side: The side on which a longer text loses tokens of its own; the tokens around it are kept.
+        read_as: How the texts of the model's training were read; None for a model of someone else.
 
     Example:
         >>> from textenv import CharTokenizer
@@ -133,13 +134,13 @@ class TextReader:
         is_text, known = isinstance(scored, str), self.read_as
         opening, body, closing = special_tokens_around(self.tokenizer, self.text(scored))
         closing = closing if known is None else list(known.closing)
-        if body[: len(opening)] == opening:
+        if body[: len(opening)] == opening:  # the text, or the chat template, has written them
             body = body[len(opening) :]
-        elif known.is_chat if known is not None else not is_text:
+        elif known.is_chat if known is not None else not is_text:  # the chat template writes no BOS
             opening = []
         if closing and body[-len(closing) :] == closing:
             body = body[: -len(closing)]
-        elif known is None and not is_text:
+        elif known is None and not is_text:  # the chat template alone closes a conversation
             closing = []
         return Parts(opening, body, closing)
 
@@ -154,13 +155,13 @@ class TextReader:
     def whole(self, prompt: Prompt, preds: Preds, chat: bool = False, column: str | None = None) -> Scored:
         """Return prompt and completion as one text, or as a conversation.
 
-        The messages of a prompt that is a chat are the conversation's first ones, if the tokenizer has a chat template,
-        and unless the model was trained on texts that no template wrote.
+        A prompt that is a chat becomes the beginning of a conversation if the tokenizer has a chat template, unless
+        `train_reward_model` trained the model on texts that no template wrote.
 
         Args:
             prompt: The prompt.
             preds: The completion; a reply of the env between two turns is the user's message.
-            chat: Whether any prompt is read as a conversation; one that is no chat is then the user's message.
+            chat: Whether to read any prompt as a conversation; one that is no chat is then the user's message.
             column: The column of the prompt's row that has the messages, for prompts that are no chats.
         """
         is_chat = prompt.messages is not None and bool(getattr(self.tokenizer, "chat_template", None))
@@ -176,7 +177,7 @@ def longest(model: Any, tokenizer: Any) -> int:
 
 
 def messages_of(prompt: Prompt, column: str | None = None) -> list[Message]:
-    """Return the messages before the completion: those of a column or of the chat, else the prompt as the user's."""
+    """Return the messages before the completion: those of a column or of the chat, else the prompt as one message."""
     if column is not None:
         return list(prompt.row[column])
     return [{"role": "user", "content": str(prompt)}] if prompt.messages is None else list(prompt.messages)
@@ -185,8 +186,8 @@ def messages_of(prompt: Prompt, column: str | None = None) -> list[Message]:
 def conversation(tokenizer: Any, messages: Sequence[Message], preds: Preds) -> list[Message]:
     """Return messages with the turns of a completion behind them, each followed by the env's reply to it.
 
-    Many policies write the space that their template has in front of an answer ("[/INST] Yes"). If the tokenizer's own
-    template writes it, too, it is left out of the message, and stands there once.
+    Many policies begin an answer with the space that their chat template has there ("[/INST] Yes"). If the template of
+    this tokenizer writes it as well, it is taken off the message, so that the text has it once.
     """
     history = list(messages)
     for turn in preds.turns:
@@ -207,7 +208,7 @@ def _front(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 
 def render_open(tokenizer: Any, messages: Sequence[Message], where: str = "a text to be scored") -> str:
-    """Render a conversation up to the end of its last answer, without what the template writes behind that.
+    """Render a conversation up to the end of its last answer, without the tokens that close the answer.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.

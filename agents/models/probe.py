@@ -290,13 +290,19 @@ def _check_update(backbone: Probed, rows: Rows) -> None:
     trained = [weight for weight in backbone.parameters() if weight.requires_grad]
     if not trained:
         return
-    # Gradients of norms and biases alone: they are in every layer and small, and the model may fill the memory.
+    # Gradients of norms and biases alone: they are in every layer and small, and the model may fill the memory. That of
+    # the embedded tokens takes the backward pass through whole layers: Reformer's refuse in a function of their own.
     vectors = [weight for weight in trained if weight.ndim == 1] or trained
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
 
     def differentiate() -> bool:
-        with torch.enable_grad():
+        with torch.enable_grad(), backbone.model.get_input_embeddings().register_forward_hook(keep):
             logits = backbone(rows.ids, rows.rows, rows.cols, *rows.further)[1].float()
-            gradients = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), vectors, allow_unused=True)
+            gradients = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), [*embedded, *vectors], allow_unused=True)
         return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
     is_finite, error = _attempt(differentiate)

@@ -18,6 +18,7 @@ from transformers import (
     OpenAIGPTConfig,
     PhimoeConfig,
     ProphetNetConfig,
+    ReformerConfig,
     RemBertConfig,
     RobertaConfig,
     RoFormerConfig,
@@ -232,6 +233,13 @@ def test_the_tolerance_follows_the_type_of_the_weights():
     assert state_tolerance(model) == 1e-4
     assert state_tolerance(model.half()) == 8 * 2.0**-10
     assert state_tolerance(model.bfloat16()) == 8 * 2.0**-7
+
+
+def test_a14_a_backward_pass_that_fails_is_refused():
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8, "feed_forward_size": 32}
+    config = ReformerConfig(**shape, **COMMON, attn_layers=["local", "local"], axial_pos_embds=False, is_decoder=True)
+    with pytest.raises(ValueError, match=r"can be trained, got ReformerModelWithLMHead, whose backward pass"):
+        Backbone(build(config), N_TOKENS, 16)
 
 
 # Fallbacks: row-wise attention, new rows in a step, the cache itself

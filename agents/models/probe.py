@@ -305,15 +305,24 @@ def _check_update(backbone: Probed, rows: Rows) -> None:
     if not trained:
         return
     # The gradients of norms and biases, in every layer, take little memory beside the model, which may fill a machine.
+    # That of the embedded tokens, where embeddings are trained, takes the backward pass through layers that hide theirs
+    # from autograd (Reformer's).
     vectors = [weight for weight in trained if weight.ndim == 1] or trained
+    embedded: list[Tensor] = []
 
     def differentiate() -> bool:
         with torch.enable_grad():
             logits = backbone(rows.ids, rows.rows, rows.cols, *rows.further)[1].float()
-            gradients = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), vectors, allow_unused=True)
+            inputs = [*vectors, *(states for states in embedded if states.requires_grad)]
+            gradients = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), inputs, allow_unused=True)
         return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
-    is_finite, error = _attempt(differentiate)
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            embedded.append(output)
+
+    with backbone.model.get_input_embeddings().register_forward_hook(keep):
+        is_finite, error = _attempt(differentiate)
     if not is_finite:
         raise ValueError(
             f"Expected a model that can be trained, got {type(backbone.model).__name__}, whose backward pass "

@@ -18,6 +18,7 @@ from transformers import (
     OpenAIGPTConfig,
     PhimoeConfig,
     ProphetNetConfig,
+    ReformerConfig,
     RemBertConfig,
     RobertaConfig,
     RoFormerConfig,
@@ -258,6 +259,16 @@ def test_f7_in_16_bits_too_a_fresh_bidirectional_model_is_refused(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_f7_experts_that_round_otherwise_beside_other_tokens_are_no_reason_to_refuse(dtype):
     Backbone(build(tiny_mixture()).to(dtype), N_TOKENS, 16)
+
+
+def test_a_model_whose_layers_hide_their_backward_pass_is_differentiated_through_them():
+    """Reformer's layers need training mode in the backward pass; the gradient of the last norm alone did not show it."""
+    config = ReformerConfig(
+        vocab_size=40, hidden_size=16, num_attention_heads=2, attention_head_size=8, feed_forward_size=16,
+        attn_layers=["local", "lsh"], axial_pos_embds=False, max_position_embeddings=64, is_decoder=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"can be trained, got ReformerModelWithLMHead, whose backward pass fails"):
+        Backbone(build(config), N_TOKENS, 16)
 
 
 # Fallbacks: row-wise attention, new rows in a step, the cache itself

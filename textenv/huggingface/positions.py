@@ -45,8 +45,8 @@ def length_limit(model: PreTrainedModel, of: Half = "decoder") -> Limit | None:
     so that an embedding of 514 positions is for 512 tokens.
 
     Some models with positions left read a text differently beside a longer one: with LongRoPE beyond
-    `original_max_position_embeddings`, or where attention chooses tokens by rank. Rollout and update read the same text
-    in different batches, so such lengths are beyond the limit.
+    `original_max_position_embeddings`, where attention chooses tokens by rank, or where a scale of attention follows
+    columns (Llama 4). Rollout and update read the same text in different batches, so such lengths are beyond the limit.
 
     Args:
         model: The model; of a model with several modalities, the text part of its config is read.
@@ -59,7 +59,7 @@ def length_limit(model: PreTrainedModel, of: Half = "decoder") -> Limit | None:
     """
     half = getattr(model.config, of, None) if model.config.is_encoder_decoder else None
     config = half or model.config.get_text_config()  # models made of two, and T5Gemma, have a config of each half
-    limits = [*_positions(model, config, of), *_selections(config), *_long_ropes(config)]
+    limits = [*_positions(model, config, of), *_selections(config), *_temperatures(config), *_long_ropes(config)]
     return min(limits, key=lambda limit: limit.n_tokens, default=None)
 
 
@@ -83,6 +83,17 @@ def _selections(config: PretrainedConfig) -> Iterator[Limit]:
         n_tokens = getattr(config, name, None)
         if n_tokens:
             yield Limit(n_tokens, f"tokens of {name}, beyond which its attention chooses tokens by rank")
+
+
+def _temperatures(config: PretrainedConfig) -> Iterator[Limit]:
+    """Yield the length from which transformers' `Llama4TextAttention` scales queries by the column of a batch.
+
+    A row's tokens stand in other columns beside a longer row, in a decoding cache: `floor((column + 1) / floor_scale)`.
+    """
+    scale = getattr(config, "floor_scale", None)
+    if scale and getattr(config, "attn_temperature_tuning", False):
+        kind = "tokens below floor_scale, from which its attention scales by the columns of a batch"
+        yield Limit(int(scale) - 1, kind, "or set attn_temperature_tuning=False in its config")
 
 
 def _long_ropes(config: PretrainedConfig) -> Iterator[Limit]:

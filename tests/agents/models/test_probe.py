@@ -30,7 +30,7 @@ from agents.models.backbone import Backbone
 from agents.models.pretrained import backbone_class
 from agents.models.probe import ABSENT, States, close, state_tolerance
 from agents.models.trainable import checkpoint_layers
-from tests.helpers.models import COMMON, GATED, LAYERS, N_POSITIONS, N_TOKENS, few, tiny
+from tests.helpers.models import COMMON, GATED, LAYERS, N_POSITIONS, N_TOKENS, few, tiny, tiny_mixture
 from tests.helpers.seq2seq import tiny_seq2seq
 
 BERT = {**LAYERS, **COMMON, "intermediate_size": 32, "max_position_embeddings": N_POSITIONS}
@@ -231,8 +231,34 @@ def test_tokens_that_the_model_rules_out_do_not_hide_differences():
 def test_the_tolerance_follows_the_type_of_the_weights():
     model = build(tiny())
     assert state_tolerance(model) == 1e-4
-    assert state_tolerance(model.half()) == 8 * 2.0**-10
+    assert state_tolerance(model.half()) == 0.05
     assert state_tolerance(model.bfloat16()) == 8 * 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a14_rounding_in_16_bits_is_no_reason_to_refuse(name, dtype):
+    """SmolLM2-135M in float16 differs by 1.4 % from width to width, and was said to read its pad token otherwise."""
+    model = build(tiny(name)).to(dtype)
+    norm = model.model.norm if name == "llama" else model.model.decoder.final_layer_norm
+    norm.register_forward_hook(lambda module, args, out: out * (1 + 0.02 / out.shape[1] + 0.01 / len(out)))
+    backbone = Backbone(model, N_TOKENS, 16)
+    assert backbone.is_cacheable and backbone.head_is_linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", few(KIN, 1))
+def test_a14_in_16_bits_too_a_fresh_bidirectional_model_is_refused(name, dtype):
+    """A later token moves its states by less than 16 bits round, but batches of the same shape round alike."""
+    config_class, options = KIN[name]
+    with pytest.raises(ValueError, match=r"a causal model, got .* set is_decoder=True in"):
+        Backbone(build(config_class(**options)).to(dtype), N_TOKENS, 16)
+    Backbone(build(config_class(**options, is_decoder=True)).to(dtype), N_TOKENS, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a14_experts_that_round_otherwise_beside_other_tokens_are_no_reason_to_refuse(dtype):
+    Backbone(build(tiny_mixture()).to(dtype), N_TOKENS, 16)
 
 
 def test_a14_a_backward_pass_that_fails_is_refused():

@@ -1,4 +1,4 @@
-"""The longest text that a model reads: positions, LongRoPE, and attention that chooses tokens by rank."""
+"""The longest text that a model reads: positions, LongRoPE, attention by rank, and scales that follow columns."""
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LEDConfig,
     LEDForConditionalGeneration,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MptConfig,
     MptForCausalLM,
     OPTConfig,
@@ -184,3 +186,24 @@ def test_attention_that_chooses_tokens_by_rank_is_a_limit():
     assert length_limit(model).n_tokens == 5
     with pytest.raises(LengthError, match="the model's 5 tokens of keep_window_size, beyond which its attention"):
         Backbone(model, 40, 6)
+
+
+def llama_4(**options):
+    shape = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"head_dim": 4, "intermediate_size": 8, "intermediate_size_mlp": 8, "num_local_experts": 2}
+    layers = {"layer_types": ["full_attention"], "no_rope_layers": [0], "moe_layers": [], "initializer_range": 0.5}
+    torch.manual_seed(0)
+    return Llama4ForCausalLM(Llama4TextConfig(**shape, **layers, vocab_size=40, floor_scale=8, **options)).eval()
+
+
+def test_a_scale_that_follows_the_columns_of_a_batch_is_a_limit():
+    """From the eighth column on Llama 4 scales queries, in whichever column a padded row has its tokens."""
+    model, ids = llama_4(attn_scale=5.0), torch.arange(1, 5)[None]
+    left = torch.cat([torch.zeros(1, 6, dtype=torch.long), ids], dim=1)
+    mask, positions = (left > 0).long(), torch.tensor([[0] * 6 + [0, 1, 2, 3]])
+    padded = model(left, attention_mask=mask, position_ids=positions).logits[:, -1]
+    assert (model(ids).logits[:, -1] - padded).abs().max() > 1e-3  # the fault of the model itself
+    Backbone(model, 40, 7).check_length(4, 3)
+    with pytest.raises(LengthError, match=r"7 tokens below floor_scale, .* got up to 8 .* attn_temperature_tuning=F"):
+        Backbone(model, 40, 8)
+    assert n_positions(llama_4(attn_temperature_tuning=False, max_position_embeddings=12)) == 12

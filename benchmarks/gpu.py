@@ -83,9 +83,10 @@ class GpuSettings(Settings):
 
     def work(self, **kwargs: Any) -> GpuWork:
         """Return the work of a row; for `smoke` a tiny one."""
+        work = super().work(**{**SHAPE, **LENGTHS, **kwargs})
+        # The whole vocabulary of the model, which the peers read: they know no smaller one.
         vocab_size = AutoConfig.from_pretrained(self.folder).get_text_config().vocab_size
-        work = super().work(**{**SHAPE, **LENGTHS, "vocab_size": vocab_size, **kwargs})
-        return GpuWork(**vars(work), folder=self.folder, autocast=self.autocast)
+        return GpuWork(**{**vars(work), "vocab_size": vocab_size}, folder=self.folder, autocast=self.autocast)
 
 
 def main() -> int:

@@ -197,6 +197,21 @@ def test_the_rows_of_a_gpu_run_on_a_cpu(tmp_path):
     assert page.startswith("Commit ") and page.count("\n| ") == len(claims) + 1
 
 
+def test_the_work_of_saved_weights_has_their_vocabulary(work, tmp_path):
+    """The floor and `generate` read all of a model's tokens, so that ours must, too."""
+    import gpu
+
+    gpu.save_random_model(work.Work(n_layer=1, width=48, n_head=3, vocab_size=100), str(tmp_path))
+    own = gpu.GpuSettings(smoke=True, folder=str(tmp_path), autocast="bfloat16").work(new_tokens=3)
+    assert (own.vocab_size, own.new_tokens, own.n_lanes) == (100, 3, 4)
+    model = own.agent()
+    assert model.policy.lm.backbone.vocab_size == 100 and model.policy.lm.autocast == "bfloat16"
+    weight, copied = (
+        lm.get_output_embeddings().weight for lm in (model.policy.lm.backbone.model, own.plain_model(model))
+    )
+    assert (weight.dtype, copied.dtype) == (torch.float32, torch.bfloat16)
+
+
 def test_a_late_row_and_one_that_raises_say_so(work, capsys):
     import gpu
 

@@ -65,7 +65,7 @@ def point(settings: Settings, x: int, panel: dict[str, Any]) -> Point:
     model = agent(work)
     costs = []
     for _ in range(1 + min(RUNS, settings.n_pairs)):
-        seconds, n_tokens = timed(lambda: rollout(model), settings.device)
+        seconds, n_tokens, _ = timed(lambda: rollout(model), settings.device)
         costs.append((1e6 * seconds / n_tokens, 1e6 * timed(lambda: update(model), settings.device)[0] / n_tokens))
     return Point(x, *map(statistics.median, zip(*costs[1:], strict=True)))
 

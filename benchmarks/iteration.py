@@ -27,7 +27,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
-from work import Pairs, Row, Settings, Work, run_script, timed
+from work import Pairs, Row, Settings, Work, largest, run_script, timed
 
 from agents import KLPenalty, LMPolicy, SeparateCritic, SharedCritic
 from agents.models.observations import unpack_observations
@@ -49,6 +49,7 @@ class Done(NamedTuple):
     tokens: int
     optimizer_steps: int
     seconds: float
+    peak: float | None = None  # GB by which it raised the peak of CUDA's memory; None on a CPU
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -98,6 +99,7 @@ def kl_row(
         result.spread,
         "-" if most is None else f"<= {most:.2f}x (less is better)",
         None if most is None else result.ratio <= most,
+        result.peaks and result.peaks[::-1],
     )
 
 
@@ -133,8 +135,8 @@ def ours(model: PPO, device: str) -> Callable[[], Done]:
     def iteration() -> Done:
         tokens, steps = model.num_timesteps, len(updates)
         size = model.n_steps * model.n_envs
-        seconds, _ = timed(lambda: model.learn(size, reset_num_timesteps=False, log_interval=None) and 0, device)
-        return Done(model.num_timesteps - tokens, len(updates) - steps, seconds)
+        cost = timed(lambda: model.learn(size, reset_num_timesteps=False, log_interval=None) and 0, device)
+        return Done(model.num_timesteps - tokens, len(updates) - steps, cost.seconds, cost.peak)
 
     return iteration
 
@@ -143,12 +145,14 @@ def alternate(a: Callable[[], Done], b: Callable[[], Done], n_pairs: int) -> tup
     """Run A B A B ... after one warm-up of each, make sure that both do the same, and compare their speeds."""
     a(), b()
     speeds: list[tuple[float, float]] = []
+    peaks: list[tuple[float | None, float | None]] = []
     for _ in range(n_pairs):
         of_a, of_b = a(), b()
         assert of_a[:2] == of_b[:2], f"Expected the same tokens and optimizer steps, got {of_a[:2]} and {of_b[:2]}."
         speeds.append((of_a.tokens / of_a.seconds, of_b.tokens / of_b.seconds))
+        peaks.append((of_a.peak, of_b.peak))
     medians = [statistics.median(side) for side in zip(*speeds, strict=True)]
-    return Pairs(*medians, [x / y for x, y in speeds]), of_a
+    return Pairs(*medians, [x / y for x, y in speeds], largest(*zip(*peaks, strict=True))), of_a
 
 
 def has_trl(python: str) -> bool:
@@ -225,9 +229,9 @@ class StockPart:
         self.model.set_logger(configure_logger(verbose=0))
 
     def __call__(self) -> Done:
-        rollout, _ = timed(self.rollout, self.work.device)
+        rollout = timed(self.rollout, self.work.device).seconds
         self.fill()
-        update, _ = timed(lambda: self.model.train() or 0, self.work.device)
+        update = timed(lambda: self.model.train() or 0, self.work.device).seconds
         seconds = (rollout + N_EPOCHS * update) / self.share
         return Done(self.work.n_lanes * self.work.new_tokens, N_EPOCHS * n_minibatches(self.work), seconds)
 

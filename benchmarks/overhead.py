@@ -40,7 +40,7 @@ def overhead(settings: Settings, n_lanes: int) -> Row:
     decode(model, observations, settings.device)  # a warm-up
     times: list[tuple[float, float]] = []
     for _ in range(settings.n_pairs):
-        seconds, _ = timed(lambda: len(no_op_rollout(model)), settings.device)
+        seconds = timed(lambda: len(no_op_rollout(model)), settings.device).seconds
         times.append((seconds / work.new_tokens, decode(model, observations, settings.device)))
     result = Pairs(*map(median, zip(*times, strict=True)), [ours / theirs for ours, theirs in times])
     return Row(
@@ -81,7 +81,7 @@ def decode(model: PPO, observations: list[Tensor], device: str) -> float:
             lm.act(observation, False, generator, lm.rollout_cache)
         return len(observations) - 1
 
-    seconds, n_steps = timed(run, device)
+    seconds, n_steps, _ = timed(run, device)
     return seconds / n_steps
 
 

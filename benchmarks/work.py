@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CallbackList
-from transformers import GPT2Config
+from transformers import GPT2Config, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from agents import make_agent
@@ -64,6 +64,7 @@ class Work:
         mask: TokenMask | None = None,
         reward: RewardLike | None = None,
         score_at: ScoreAt = "done",
+        samples_per_prompt: int = 1,
         **kwargs: Any,
     ) -> PPO:
         """Return PPO as `make_agent` builds it, on an env of this work."""
@@ -75,9 +76,14 @@ class Work:
             max_new_tokens=self.new_tokens,
             stop_ids=stop_ids,
             mask=mask,
+            samples_per_prompt=samples_per_prompt,
         )
         settings = {"n_envs": self.n_lanes, "seed": 0, "device": self.device, **kwargs}
         return make_agent(env, self.config(), **settings)
+
+    def plain_model(self, model: PPO) -> PreTrainedModel:
+        """Return the language model that peers generate with: the agent's own."""
+        return model.policy.lm.backbone.model
 
 
 class IdTokenizer:
@@ -130,6 +136,7 @@ class Row(NamedTuple):
     spread: str
     target: str
     met: bool | None
+    peaks: tuple[float, float] | None = None  # GB by which each side raised the peak of CUDA's memory
 
     @classmethod
     def missing(cls, claim: str, why: str, target: str) -> Row:
@@ -143,6 +150,7 @@ class Pairs(NamedTuple):
     a: float
     b: float
     ratios: list[float]
+    peaks: tuple[float, float] | None = None  # the largest of each, in GB; None on a CPU
 
     @property
     def ratio(self) -> float:
@@ -153,31 +161,48 @@ class Pairs(NamedTuple):
         return f"{min(self.ratios):.2f}-{max(self.ratios):.2f}"
 
 
-def clock(device: str) -> float:
-    """Return the time: process-CPU seconds on a CPU, synchronised wall seconds on a GPU."""
+class Timing(NamedTuple):
+    """The cost of one run."""
+
+    seconds: float  # of process-CPU time on a CPU, between two events of the device on a GPU
+    amount: float  # of work, as the run returned it
+    peak: float | None  # GB by which the run raised the peak of CUDA's memory; None on a CPU
+
+
+def timed(run: Callable[[], float], device: str) -> Timing:
+    """Measure a run."""
     if device == "cpu":
-        return time.process_time()
+        start = time.process_time()
+        amount = run()
+        return Timing(time.process_time() - start, amount, None)
     torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def timed(run: Callable[[], float], device: str) -> tuple[float, float]:
-    """Return the seconds of `run`, and the amount of work that it returns."""
-    start = clock(device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     amount = run()
-    return clock(device) - start, amount
+    end.record()
+    torch.cuda.synchronize()
+    return Timing(begin.elapsed_time(end) / 1000, amount, (torch.cuda.max_memory_allocated() - before) / 1e9)
+
+
+def largest(a: Sequence[float | None], b: Sequence[float | None]) -> tuple[float, float] | None:
+    """Return the largest peak of each side, or None on a CPU."""
+    known = [[peak for peak in side if peak is not None] for side in (a, b)]
+    return (max(known[0]), max(known[1])) if all(known) else None
 
 
 def pairs(a: Callable[[], float], b: Callable[[], float], n_pairs: int, device: str = "cpu") -> Pairs:
     """Run A B A B ... after one warm-up of each; each returns the amount of work it did."""
     a(), b()
-    speeds: list[list[float]] = [[], []]
+    sides: list[list[Timing]] = [[], []]
     for _ in range(n_pairs):
-        for run, speeds_of_run in zip((a, b), speeds, strict=True):
-            seconds, amount = timed(run, device)
-            speeds_of_run.append(amount / seconds)
+        for run, side in zip((a, b), sides, strict=True):
+            side.append(timed(run, device))
+    speeds = [[timing.amount / timing.seconds for timing in side] for side in sides]
     ratios = [x / y for x, y in zip(*speeds, strict=True)]
-    return Pairs(statistics.median(speeds[0]), statistics.median(speeds[1]), ratios)
+    peaks = largest(*([timing.peak for timing in side] for side in sides))
+    return Pairs(statistics.median(speeds[0]), statistics.median(speeds[1]), ratios, peaks)
 
 
 @dataclass(frozen=True)
@@ -238,5 +263,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
         met = {True: "yes", False: "NO", None: "-"}[row.met]
-        lines.append(f"| {row.claim} | {row.ours} | {row.theirs} | {ratio} | {row.spread} | {row.target} | {met} |")
+        peaks = ["", ""] if row.peaks is None else [f"; peak {peak:.2f} GB" for peak in row.peaks]
+        sides = f"{row.ours}{peaks[0]} | {row.theirs}{peaks[1]}"
+        lines.append(f"| {row.claim} | {sides} | {ratio} | {row.spread} | {row.target} | {met} |")
     return "\n".join(lines)

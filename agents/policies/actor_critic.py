@@ -309,9 +309,11 @@ class LMActorCritic(SequenceScorer):
         """Return the log-probabilities of actions (N,), in nats, without values: the scores of a reference model."""
         result = actions.new_zeros(len(actions), dtype=torch.float32)
         for chunk in batch.chunks(self.most_tokens):
-            indices = torch.as_tensor(chunk.transitions, device=actions.device)
-            hidden, logits = self._read_chunk(chunk)
-            result[indices] = self._score(hidden, logits, actions[indices], chunk)[0]
+            indices = torch.as_tensor(chunk.transitions, device=actions.device)  # (n,)
+            # Without the entropies of `_score`, which nobody asks of a reference.
+            for scores, part in zip(self.log_probabilities(chunk), self._parts(len(indices)), strict=True):  # (m, V)
+                own = indices[part]  # (m,)
+                result[own] = scores.gather(-1, actions[own, None]).squeeze(-1)
         return result
 
     def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
@@ -344,7 +346,10 @@ class LMActorCritic(SequenceScorer):
         return AUTOCAST_DTYPES.get(self.autocast or "", torch.bfloat16)
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.backbone.device.type, dtype=self.autocast_dtype, enabled=self.autocast is not None)
+        # Autocast's cache would give all parts that a caller's own autocast surrounds one copy of a weight in 16 bits
+        # (torch `autocast_mode.cpp`, cached_cast), in which their gradients are summed before they are float32.
+        enabled, device = self.autocast is not None, self.backbone.device.type
+        return torch.autocast(device, self.autocast_dtype, enabled, cache_enabled=False)
 
 
 def tolerance(lm: LMActorCritic) -> float:

@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.helpers.command import ROOT
 
@@ -27,7 +29,7 @@ def work(monkeypatch):
 def test_pairs_by_hand(work, monkeypatch):
     """A takes 1, 2 and 4 s for 8 pieces of work, B always 2 s for 4: speeds 8, 4, 2 and 2, 2, 2."""
     now = itertools.accumulate(itertools.chain.from_iterable((0, a, 0, 2) for a in (1, 2, 4)))
-    monkeypatch.setattr(work, "clock", lambda device: next(now))
+    monkeypatch.setattr(work, "time", SimpleNamespace(process_time=lambda: next(now)))
     calls = []
 
     def piece(name, amount):
@@ -38,16 +40,47 @@ def test_pairs_by_hand(work, monkeypatch):
     assert "".join(calls) == "ab" * 4  # one warm-up of each, then three pairs in turns
     assert (result.a, result.b) == (4, 2)
     assert result.ratios == [4, 2, 1]
-    assert (result.ratio, result.spread) == (2, "1.00-4.00")
+    assert (result.ratio, result.spread, result.peaks) == (2, "1.00-4.00", None)
+
+
+class Device:
+    """A stand-in for `torch.cuda`: a run takes 500 ms of its clock, and raises the peak to 3 GB from 1 GB held."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(**options):
+            self.calls.append(name)
+            return {"memory_allocated": 1e9, "max_memory_allocated": 3e9}.get(name, self)
+
+        return call
+
+    def elapsed_time(self, end):
+        return 500.0
+
+
+def test_a_timing_on_a_device_by_hand(work, monkeypatch):
+    """Work that was queued before is waited for, and the peak begins anew."""
+    device = Device()
+    monkeypatch.setattr(work, "torch", SimpleNamespace(cuda=device))
+    timing = work.timed(lambda: device.calls.append("run") or 8, "cuda")
+    assert timing == (0.5, 8, 2.0)
+    assert device.calls[:3] == ["synchronize", "reset_peak_memory_stats", "memory_allocated"]
+    assert device.calls[-5:] == ["record", "run", "record", "synchronize", "max_memory_allocated"]
+    result = work.pairs(lambda: 8, lambda: 4, n_pairs=2, device="cuda")
+    assert (result.a, result.b, result.ratio, result.peaks) == (16, 8, 2, (2.0, 2.0))
 
 
 def test_table_by_hand(work):
     row = work.Row("speed", "3 tokens/s", "2 tokens/s", 1.5, "1.40-1.60", ">= 1.25x", True)
-    rows = [row, row._replace(ratio=1.0, met=False), work.Row.missing("peer", "pip install peer", ">= 2x")]
+    missing = work.Row.missing("peer", "pip install peer", ">= 2x")
+    rows = [row, row._replace(ratio=1.0, met=False), missing, row._replace(peaks=(1.5, 0.25))]
     assert work.table(rows).splitlines()[2:] == [
         "| speed | 3 tokens/s | 2 tokens/s | 1.50 | 1.40-1.60 | >= 1.25x | yes |",
         "| speed | 3 tokens/s | 2 tokens/s | 1.00 | 1.40-1.60 | >= 1.25x | NO |",
         "| peer | - | pip install peer | - | - | >= 2x | - |",
+        "| speed | 3 tokens/s; peak 1.50 GB | 2 tokens/s; peak 0.25 GB | 1.50 | 1.40-1.60 | >= 1.25x | yes |",
     ]
 
 
@@ -64,8 +97,14 @@ def test_attentions_share_by_hand(work):
 def run_script(folder, name, *words):
     """Run a script; return the rows that it writes, and its output."""
     path = folder / "rows.json"
+    printed = run(f"benchmarks/{name}.py", *words, f"--json={path}")
+    return json.loads(path.read_text()), printed
+
+
+def run(*words):
+    """Run a script as its words say, and return its output."""
     result = subprocess.run(
-        [sys.executable, f"benchmarks/{name}.py", *words, f"--json={path}"],
+        [sys.executable, *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -73,7 +112,7 @@ def run_script(folder, name, *words):
         timeout=900,
     )
     assert result.returncode == 0, result.stderr
-    return json.loads(path.read_text()), result.stdout
+    return result.stdout
 
 
 @pytest.mark.slow
@@ -135,3 +174,66 @@ def test_scale_runs(tmp_path):
 def test_engine_runs(tmp_path):
     (equal, ragged), _ = run_script(tmp_path, "engine", "--smoke")
     assert equal["ratio"] > 0 and ragged["ratio"] > 0 and "equal lengths" in equal["claim"]
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_gpu_run_on_a_cpu(tmp_path):
+    """All rows in both types, and pytest's word on the tests that need a device."""
+    run("benchmarks/gpu.py", f"--out={tmp_path}", "--device=cpu", "--smoke")
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    n_tests = (ROOT / "tests" / "whole" / "test_gpu.py").read_text().count("\ndef test_")
+    if not torch.cuda.is_available():
+        assert re.match(rf"{n_tests} skipped in", report["tests"]["summary"])
+    assert "needs a CUDA device" in (tmp_path / "tests.txt").read_text() or torch.cuda.is_available()
+    claims = {row["claim"]: row for row in report["rows"]}
+    peers = ("equal lengths, against generate", "equal lengths, against generate_batch", "groups of 4, P4 T8, against")
+    ended = "rollout, ended by EOS (mean 30, cap 8), against generate"
+    updates = ("update, equal", "update, limits of 2 to 8", "update, groups of 4")
+    starts = (*(f"rollout, {peer}" for peer in peers), ended, f"{ended}_batch", *updates, "PPO iteration with KL (k1)")
+    for start, dtype in itertools.product(starts, ("float32", "bfloat16")):
+        assert any(claim.startswith(start) and claim.endswith(f", {dtype}") for claim in claims), (start, dtype)
+    assert all(row["ratio"] > 0 and row["peaks"] is None for row in claims.values())
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.startswith("Commit ") and page.count("\n| ") == len(claims) + 1
+
+
+def test_the_work_of_saved_weights_has_their_vocabulary(work, tmp_path):
+    """The floor and `generate` read all of a model's tokens, so that ours must, too."""
+    import gpu
+
+    gpu.save_random_model(work.Work(n_layer=1, width=48, n_head=3, vocab_size=100), str(tmp_path))
+    own = gpu.GpuSettings(smoke=True, folder=str(tmp_path), autocast="bfloat16").work(new_tokens=3)
+    assert (own.vocab_size, own.new_tokens, own.n_lanes) == (100, 3, 4)
+    model = own.agent()
+    assert model.policy.lm.backbone.vocab_size == 100 and model.policy.lm.autocast == "bfloat16"
+    weight, copied = (
+        lm.get_output_embeddings().weight for lm in (model.policy.lm.backbone.model, own.plain_model(model))
+    )
+    assert (weight.dtype, copied.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_late_row_and_one_that_raises_say_so(work, capsys):
+    import gpu
+
+    def broken_rows(settings):
+        raise RuntimeError("no kernel | here")
+
+    settings, now = gpu.GpuSettings(), gpu.time.monotonic()
+    assert gpu.measure_in_time(broken_rows, settings, now)[0].theirs == "raised RuntimeError: no kernel / here"
+    (late,) = gpu.measure_in_time(broken_rows, settings, now - 500)
+    assert late.claim == "broken rows" and late.theirs.startswith("not started: 5") and late.ratio is None
+    assert "no kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--device=cpu"], "Expected --device cpu with --smoke"), ([], "Expected a CUDA device, got none")],
+)
+def test_the_gpu_script_refuses_a_cpu(words, message, work, monkeypatch, capsys):
+    import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out=somewhere", *words])
+    with pytest.raises(SystemExit):
+        gpu.arguments()
+    assert message in capsys.readouterr().err

@@ -36,6 +36,7 @@ STAND_INS = {
     "RUN|MODEL": "runs/mine",
     "FILE": "prompts.txt",
     "DIR": "exported",
+    "NAME": "gpt2",
     "[CONFIG.yml]": "examples/configs/demo.yml",
 }
 TYPED = {"chat": "this phone is\n/exit\n", "rate": "q\n"}

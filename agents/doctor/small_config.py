@@ -86,7 +86,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"head_dim|^d_kv|^dim_head|kv_channels|head_size|^d_head|^rotary_dim", _head_size),
     (r"shared_experts?$|num_experts_per_group|zero_expert_num", _at_most(1)),
     # With fewer, attention chooses tokens by rank, and such texts are refused (`textenv.huggingface.positions`).
-    (r"index_topk|keep_window", _at_most(POSITIONS)),
+    (r"index_topk|keep_window|floor_scale", _at_most(POSITIONS)),
     (r"experts_per_tok|top_?k$|moe_k$|topk_blocks", _at_most(EXPERTS_PER_TOKEN)),
     (r"num_\w*experts|n_routed_experts|^num_experts|moe_num_experts", _at_most(EXPERTS)),
     (r"expert_capacity", _at_most(WINDOW)),

@@ -319,7 +319,7 @@ def _check_update(backbone: Probed, rows: Rows) -> None:
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # CTRL scales its embedded tokens in place, which a leaf forbids
 
     def differentiate() -> bool:
         with torch.enable_grad(), backbone.model.get_input_embeddings().register_forward_hook(keep):

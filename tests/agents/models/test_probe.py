@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BertConfig,
     BigBirdConfig,
+    CTRLConfig,
     ElectraConfig,
     ErnieConfig,
     FalconConfig,
@@ -266,6 +267,10 @@ def test_a14_a_backward_pass_that_fails_is_refused():
     config = ReformerConfig(**shape, **COMMON, attn_layers=["local", "local"], axial_pos_embds=False, is_decoder=True)
     with pytest.raises(ValueError, match=r"can be trained, got ReformerModelWithLMHead, whose backward pass"):
         Backbone(build(config), N_TOKENS, 16)
+
+
+def test_a_model_that_scales_its_embedded_tokens_in_place_can_be_trained():
+    Backbone(build(CTRLConfig(**COMMON, n_embd=16, dff=32, n_layer=2, n_head=2, n_positions=32)), N_TOKENS, 16)
 
 
 # Fallbacks: row-wise attention, new rows in a step, the cache itself

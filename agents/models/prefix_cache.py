@@ -119,11 +119,13 @@ class PrefixCache(RowCache):
         lengths = lengths.clamp(min=1)
         # Stacked, (2, B), for a single synchronisation with the device in a step.
         growth, counts = torch.stack([self.growth(ids, lengths), lengths]).tolist()
-        # No row has grown: SB3 `on_policy_algorithm.collect_rollouts` values a rollout's last observations, and the
-        # next rollout acts on them again. The newest column is forgotten and read once more.
-        if not any(growth):
+        # SB3 `on_policy_algorithm.collect_rollouts` values a rollout's last observations, and without an update in
+        # between the next rollout acts on them again. The newest column is then forgotten, and read once more.
+        # A row of one token has nothing to read once more; an idle lane's stays as it is in every step.
+        n_same, n_grown = (sum(g == k and n > 1 for g, n in zip(growth, counts, strict=True)) for k in (0, 1))
+        if n_same > n_grown:
             self._step_back()
-            growth = [1] * len(growth)
+            growth = [tokens + 1 for tokens in growth]
         is_known = [tokens == 1 for tokens in growth]
         fresh = [row for row, (k, n) in enumerate(zip(is_known, counts, strict=True)) if not k and n > 1]
         if not any(is_known):

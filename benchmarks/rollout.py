@@ -3,7 +3,8 @@
     python benchmarks/rollout.py [--quick]
 
 Both sides have the same model, prompts of 16 tokens and 64 rows. `generate` samples what we sample (no top-k), writes
-completions only, and reads each batch to its longest row.
+completions only, and reads each batch to its longest row. The rows of groups compare rollouts that read a prompt once
+for all its samples with rollouts that read it for each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from stable_baselines3 import PPO
 from work import Pairs, Row, Settings, Work, pairs, rollout, run_script
 
+from agents.models.prefix_cache import PrefixCache
+
 LIMITS = (8, 128)  # tokens of a ragged completion, uniform
 CAP, MEAN = 128, 30  # of completions ended by EOS: the most tokens, and about the mean
 Peer: TypeAlias = Callable[[PPO, Work, list[int]], Callable[[int], int]]
@@ -23,7 +26,8 @@ Peer: TypeAlias = Callable[[PPO, Work, list[int]], Callable[[int], int]]
 
 def measure(settings: Settings) -> list[Row]:
     """Measure all rows."""
-    return [equal(settings, generate, 1.25), *ragged_limits(settings), ragged_eos(settings, generate, 2.0)]
+    ours = [equal(settings, generate, 1.25), *ragged_limits(settings), ragged_eos(settings, generate, 2.0)]
+    return [*ours, *groups(settings), alone(settings)]
 
 
 def equal(settings: Settings, peer: Peer, must: float | None) -> Row:
@@ -77,6 +81,42 @@ def ragged_eos(settings: Settings, peer: Peer, must: float | None) -> Row:
     rollout(model)
     result = pairs(lambda: rollout(model), lambda: run(work.new_tokens), settings.n_pairs, settings.device)
     return row(f"rollout, ended by EOS (mean {MEAN}, cap {work.new_tokens}), against {peer.__name__}", result, must)
+
+
+def groups(settings: Settings) -> list[Row]:
+    """Compare rollouts of groups of 8 samples whose prompts of 200 tokens are read once, or once a sample."""
+    n = 8 if not settings.smoke else 2
+    work = settings.work(prompt_tokens=200, new_tokens=50)
+    model = work.agent(samples_per_prompt=n, rollout_buffer_kwargs={"advantage": "grpo"})
+    cache = model.policy.lm.rollout_cache
+    read: dict[bool, int] = {}
+
+    def collect(is_sharing: bool) -> int:
+        PrefixCache.is_sharing = is_sharing
+        before = cache.prefill_tokens
+        n_tokens = rollout(model)
+        read[is_sharing] = cache.prefill_tokens - before
+        return n_tokens
+
+    result = pairs(lambda: collect(True), lambda: collect(False), settings.n_pairs, settings.device)
+    PrefixCache.is_sharing = True
+    claim = f"rollout, groups of {n} samples, prompts of {work.prompt_tokens}, against each sample's prompt read"
+    share = read[True] / read[False]
+    tokens = (f"{read[True]:,} tokens", f"{read[False]:,} tokens", share, "-", f"<= {1 / n:.3f}", share <= 1 / n)
+    return [row(claim, result, must=1.5), Row(f"{claim}, tokens of prompts read", *tokens)]
+
+
+def alone(settings: Settings) -> Row:
+    """Compare rollouts whose prompts all differ, with and without the search for prompts that were read."""
+    model = settings.work(prompt_tokens=64, new_tokens=32).agent()
+
+    def collect(is_sharing: bool) -> int:
+        PrefixCache.is_sharing = is_sharing
+        return rollout(model)
+
+    result = pairs(lambda: collect(True), lambda: collect(False), settings.n_pairs, settings.device)
+    PrefixCache.is_sharing = True
+    return row("rollout, all prompts different, against no sharing", result, must=0.98)
 
 
 def row(claim: str, result: Pairs, must: float | None) -> Row:

@@ -12,6 +12,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from textenv.episodes.rules import EndReason
 from textenv.episodes.scores import FAILURE
 
+from ..models.prefix_cache import PrefixCache
+from ..policies.lm_policy import LMPolicy
 from ..rollout.vec_env import TextVecEnv
 from ..steps.step import remember
 from .reward_time import RewardShare
@@ -28,6 +30,9 @@ class EpisodeMetrics(BaseCallback):
     - `episode/end_<reason>`: the share of each end reason, 0 to 1,
     - `time/tokens_per_second`: tokens per second since the end of the last rollout, the update included,
     - `time/reward_share`: the share of that time that the reward took, 0 to 1; only with a `TextVecEnv`,
+    - `time/prefill_tokens` and `time/shared_tokens`: the tokens of prompts (and of texts that go on after an update)
+      that the rollout has read, and those that it did not read, since a row with the same tokens had been; only where
+      the policy decodes by a `PrefixCache`,
     - `episode/dropped`: the number of episodes that were dropped since their reward failed; no other figure has them,
     - `episode/failed`: the number of episodes that got a penalty since their reward failed (the part "failure"). These
       two keys are logged from the first such episode on.
@@ -58,6 +63,15 @@ class EpisodeMetrics(BaseCallback):
         remember(self.model, self)  # checkpoints keep its state
         env = self.training_env.unwrapped
         self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
+        policy = self.model.policy
+        cache = policy.lm.rollout_cache if isinstance(policy, LMPolicy) and policy.lm.use_cache else None
+        self._cache = cache if isinstance(cache, PrefixCache) else None
+        self._read_before = self._read_so_far()
+
+    def _read_so_far(self) -> dict[str, int]:
+        if self._cache is None:
+            return {}
+        return {name: getattr(self._cache, name) for name in ("prefill_tokens", "shared_tokens")}
 
     def _on_step(self) -> bool:
         self._episodes.collect(self.locals["infos"])
@@ -72,6 +86,9 @@ class EpisodeMetrics(BaseCallback):
         if self._rewards is not None:
             self.logger.record("time/reward_share", self._rewards.share)
             self._rewards = RewardShare(self._rewards.lanes)  # the next rollout's share starts here
+        before, self._read_before = self._read_before, self._read_so_far()
+        for name, n_tokens in self._read_before.items():
+            self.logger.record(f"time/{name}", n_tokens - before[name])
         n_dropped = sum(info["dropped"] for info in infos)
         # In a sum of rewards the part's name is `<reward>/failure`.
         n_failed = sum(any(name.split("/")[-1] == FAILURE for name in info["reward_parts"]) for info in infos)

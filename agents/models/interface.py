@@ -244,13 +244,16 @@ class RowCache(ABC):
 
     def growth(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Return by how many tokens each row extends the row of the last read, (B,); -1 if it does not extend it."""
-        is_stale = self.version != version_of(self.weights)
-        if self.ids is None or self.lengths is None or len(self.ids) != len(ids) or is_stale:
+        if self.ids is None or self.lengths is None or len(self.ids) != len(ids) or not self.is_current():
             return torch.full_like(lengths, -1)
         width = min(ids.shape[1], self.ids.shape[1])
         beyond = torch.arange(width, device=ids.device) >= self.lengths[:, None]  # (B, width): past the row's end
         same = ((ids[:, :width] == self.ids[:, :width]) | beyond).all(dim=1)  # (B,)
         return torch.where(same & (lengths <= ids.shape[1]), lengths - self.lengths, -1)
+
+    def is_current(self) -> bool:
+        """Return whether the weights are still those of the last read, as far as their versions show."""
+        return self.version == version_of(self.weights)
 
     def has_rows_of(self, *row: Tensor) -> bool:
         """Return whether at least one of the rows (the arguments of `read`) extends its row by one token."""

@@ -41,3 +41,14 @@ def unpack_observations(observations: Tensor) -> tuple[Tensor, Tensor]:
 def prompt_lengths(observations: Tensor) -> Tensor:
     """Return the number of prompt tokens of each observation (B, L), (B,): those before the separator."""
     return (observations == SEPARATOR).long().argmax(dim=1)
+
+
+def has_begun(observations: Tensor) -> Tensor:
+    """Return whether each observation (B, L) has tokens behind its prompt, (B,) bool: otherwise an episode begins.
+
+    Example:
+        >>> from textenv.episodes.rules import PADDING, SEPARATOR
+        >>> has_begun(torch.tensor([[5, SEPARATOR, 7], [5, SEPARATOR, PADDING]])).tolist()
+        [True, False]
+    """
+    return (observations >= 0).sum(dim=1) > prompt_lengths(observations)

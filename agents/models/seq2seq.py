@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from textenv.huggingface.positions import n_positions
 
 from .backbone import Backbone, at, head_input, whole_states
 from .interface import LengthError
-from .prefix_cache import ColumnLayer, PrefixCache
+from .kept_states import States
+from .prefix_cache import Alike, ColumnLayer, PrefixCache, by_layer, copies_of, texts
 from .probe import PROBE_LENGTH
 from .sequences import bucket_by_length
 
@@ -227,8 +227,9 @@ class Seq2SeqCache(PrefixCache):
     """A `PrefixCache` of the decoder's tokens, with the keys and values of each row's prompt for cross-attention.
 
     A row is decoded from the cache only if its prompt also ends at the same token as before. The prompt of a new row is
-    encoded once; its keys and values stay until the row is replaced or the weights change. They are aligned on the
-    left, in as many columns as the longest prompt has. Rows stay in order: a row's slot is its index.
+    encoded once, for all rows that have it; its keys and values stay until the row is replaced or the weights change.
+    They are aligned on the left, in as many columns as the longest prompt has. Rows stay in order: a row's slot is its
+    index.
 
     Args:
         backbone: The encoder-decoder.
@@ -236,9 +237,8 @@ class Seq2SeqCache(PrefixCache):
 
     backbone: Seq2SeqBackbone  # type: ignore[assignment]  # its `read` also takes the lengths of the prompts
 
-    def drop(self) -> None:
-        """Forget all rows and prompts."""
-        super().drop()
+    def _forget_rows(self) -> None:
+        super()._forget_rows()
         self.prompt_layers: list[ColumnLayer] = []  # of cross-attention, one per layer of the decoder
         self.n_prompt: Tensor | None = None  # (B,) of the last read
 
@@ -249,12 +249,25 @@ class Seq2SeqCache(PrefixCache):
         is_known, counts, prompts = torch.stack([known.long(), since, n_prompt]).tolist()
         fresh = [row for row, is_old in enumerate(is_known) if not is_old]
         if not any(is_known):
-            self.drop()
+            self._begin_again()
+        self.slots = np.arange(len(ids))
         self._make_room(max(counts) + 1, max((counts[row] for row in fresh), default=0))
-        for bucket in bucket_by_length(np.array([counts[row] + prompts[row] for row in fresh], dtype=np.int64)):
-            similar = [fresh[i] for i in bucket]
-            widths = max(prompts[row] for row in similar), max(counts[row] for row in similar)
-            self._fill(ids, since, n_prompt, torch.tensor(similar, device=ids.device), *widths)
+        n_tokens = np.array(prompts) + np.array(counts)
+        # The decoder's part of a text begins where the prompt ends.
+        own = [
+            np.array([prompts[row], counts[row], *text])
+            for row, text in zip(fresh, texts(ids, fresh, np.maximum(n_tokens - 1, prompts)), strict=True)
+        ]
+        unread = [(key, rows) for key, rows in self._copy_kept(fresh, own, n_tokens).items()]
+        for bucket in bucket_by_length(np.array([n_tokens[rows[0]] for _, rows in unread], dtype=np.int64)):
+            similar = [unread[i] for i in bucket]
+            first = [rows[0] for _, rows in similar]
+            widths = max(prompts[row] for row in first), max(counts[row] for row in first)
+            states = self._fill(ids, since, n_prompt, [rows for _, rows in similar], *widths)
+            for i, (key, rows) in enumerate(similar):
+                if counts[rows[0]] == 0:  # an episode that begins: the encoder has read all of its text
+                    n = max(prompts[rows[0]], 1)
+                    self._keep(key, n, states, i, n)
         width = max(*prompts, 1)
         for layer in self.prompt_layers:
             layer.keys, layer.values = (buffer[:, :, :width] for buffer in layer.buffers)  # (B, heads, width, size)
@@ -281,8 +294,15 @@ class Seq2SeqCache(PrefixCache):
             return known
         return known & (n_prompt == self.n_prompt)
 
-    def _fill(self, ids: Tensor, since: Tensor, n_prompt: Tensor, rows: Tensor, width: int, n_since: int) -> None:
-        """Encode the prompts of some rows, read all but the last of their decoder tokens, and write keys and values."""
+    def _fill(
+        self, ids: Tensor, since: Tensor, n_prompt: Tensor, similar: list[Alike], width: int, n_since: int
+    ) -> States:
+        """Encode the prompts of some rows, read all but the last of their decoder tokens, and write keys and values.
+
+        Returns:
+            Those of the prompts.
+        """
+        rows = torch.tensor([alike[0] for alike in similar], device=ids.device)  # (R,)
         encoder_ids, encoder_mask, decoder_ids = self.backbone.split(ids[rows], n_prompt[rows], width, n_since + 1)
         # At least 1: cross-attention computes the prompt's keys and values only when the decoder reads a token.
         n_read = max(n_since, 1)
@@ -293,15 +313,29 @@ class Seq2SeqCache(PrefixCache):
         states = self.backbone.prefill_rows(
             encoder_ids, encoder_mask, decoder_ids.gather(1, positions), (source >= 0).long(), positions
         )
+        slots, copies = torch.from_numpy(np.concatenate(similar)), copies_of(similar)
         if n_since > 0:
-            self._write(rows, len(ids), states.self_attention_cache)
-        prompt_states = cast("list[DynamicLayer]", states.cross_attention_cache.layers)
-        while len(self.prompt_layers) < len(prompt_states):
+            self._write(slots, len(ids), by_layer(states.self_attention_cache), copies)
+        of_prompts = by_layer(states.cross_attention_cache)
+        self._write_prompts(slots, len(ids), of_prompts, copies)
+        return of_prompts
+
+    def _write_prompts(self, slots: Tensor, n_rows: int, states: States, copies: Tensor | None = None) -> None:
+        """Write the keys and values of some rows' prompts; the arguments are those of `_write`."""
+        while len(self.prompt_layers) < len(states):
             self.prompt_layers.append(ColumnLayer())
-        for layer, state in zip(self.prompt_layers, prompt_states, strict=True):
-            assert state.keys is not None and state.values is not None, "just computed"
-            n_columns = state.keys.shape[2]
-            layer.allocate(len(ids), n_columns, state.keys, state.values)
+        for layer, (keys, values) in zip(self.prompt_layers, states, strict=True):
+            n_columns = keys.shape[2]
+            layer.allocate(n_rows, n_columns, keys, values)
             layer.columns = max(layer.columns, n_columns)
-            for buffer, new in zip(layer.buffers, (state.keys, state.values), strict=True):
-                buffer[rows, :, :n_columns] = new.to(buffer.dtype)
+            for buffer, new in zip(layer.buffers, (keys, values), strict=True):
+                new = new if copies is None else new[copies.to(new.device)]
+                buffer[slots.to(buffer.device), :, :n_columns] = new.to(buffer.dtype)
+
+    def _write_kept(self, rows: list[int], states: States) -> None:
+        """Write the keys and values of a prompt, (heads, T, size), into several rows."""
+        of_row = [(keys[None], values[None]) for keys, values in states]
+        self._write_prompts(torch.tensor(rows), len(self.slots), of_row)
+
+    def _width(self) -> int:
+        return self.prompt_layers[0].columns

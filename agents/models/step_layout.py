@@ -35,9 +35,9 @@ class Group(NamedTuple):
 
 
 class NewRow(NamedTuple):
-    """A row that this step reads from its first token on."""
+    """A row that this step reads from its first token on, once for all new rows with the same tokens."""
 
-    slot: int  # the row's index in the cache's buffers
+    slots: Sequence[int]  # the indices in the cache's buffers of all new rows with these tokens
     tokens: slice  # the part of the batch that holds the row's tokens, except for the last one
 
 
@@ -186,7 +186,8 @@ def _attend(
         outputs.append(
             sdpa_attention_forward(module, query[rows], key[rows, :, -n:], value[rows, :, -n:], mask, **kwargs)[0]
         )
-    for slot, tokens in layout.new_rows:
+    for slots, tokens in layout.new_rows:
+        slot = slots[0]  # the others have the same keys and values
         # The row's last column holds its newest token, which is among the B above; its earlier tokens end before it.
         row, earlier = slice(slot, slot + 1), slice(-1 - (tokens.stop - tokens.start), -1)
         own = query[tokens].transpose(0, 2)  # (1, heads, tokens, size)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..distributed.sharding import Shards
 from ..models.critic import TrunkCritic, ValueHead
 from ..models.interface import LanguageModel, RowCache, SequenceScorer
-from ..models.observations import prompt_lengths, unpack_observations
+from ..models.observations import has_begun, prompt_lengths, unpack_observations
 from ..models.sampling import Sampling, TokenDistribution, score_tokens
 from ..models.sequences import Chunk, SequenceBatch
 from .lagged_copy import LaggedCopy
@@ -163,16 +163,39 @@ class LMActorCritic(SequenceScorer):
         logits = self._read_last(self.lagged.backbone, row, lagged_cache)[1]
         return self.sampling.adjust(logits, lambda: row[0], row[1])
 
-    def values(self, observations: Tensor) -> Tensor:
-        """Return the values of observations (B, L), (B,), in units of reward."""
+    def values(self, observations: Tensor, only_begun: bool = False) -> Tensor:
+        """Return the values of observations (B, L), (B,), in units of reward.
+
+        Args:
+            observations: (B, L); see `TextEnv`.
+            only_begun: Whether observations without a token behind the prompt are not read, and get 0.
+        """
         row = self._unpack(observations)
+        if not only_begun:
+            return self._row_values(row)
+        is_read = has_begun(observations)  # (B,)
+        # Rows stay in the cache's batch: of a row of no token it reads next to nothing.
+        counted = (row[0], *(counts * is_read for counts in row[1:]))
+        if self._is_cached(counted):
+            return torch.where(is_read, self._row_values(counted), 0.0)
+        values = torch.zeros(len(is_read), device=is_read.device)
+        read = is_read.nonzero()[:, 0]  # (R,)
+        if len(read) > 0:
+            values[read] = self._row_values(tuple(part[read] for part in row)).to(values.dtype)
+        return values
+
+    def _is_cached(self, row: tuple[Tensor, ...]) -> bool:
+        """Return whether a row's value is read by the rollout's cache, as are the last observations of a rollout.
+
+        Terminal observations belong to other rows: read by the cache, they would evict the lanes' rows.
+        """
+        cache = None if isinstance(self.critic, TrunkCritic) or not self.use_cache else self.rollout_cache
+        return cache is not None and cache.has_rows_of(*row)
+
+    def _row_values(self, row: tuple[Tensor, ...]) -> Tensor:
         if isinstance(self.critic, TrunkCritic):
             return self._trunk_values(*row[:2])
-        # The last observations of a rollout continue the rows in its cache. Terminal observations belong to other rows:
-        # read by the cache, they would evict the lanes' rows.
-        cache = self.rollout_cache
-        if cache is not None and not (self.use_cache and cache.has_rows_of(*row)):
-            cache = None
+        cache = self.rollout_cache if self._is_cached(row) else None
         return self.in_reward_units(self.critic(self._read_last(self.backbone, row, cache)[0]))
 
     def _trunk_values(self, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ..models.trainable import Trainable
 from .actor_critic import LMActorCritic, Step
 from .optimizers import learning_rate_scales, scaled_optimizer
 from .tensor_notes import ALLOWED, READ_BY, TERMINAL, TerminalObservation, TerminalRow
-from .wrappers import calling_algorithm, check_observations, check_wrappers
+from .wrappers import calling_algorithm, check_observations, check_wrappers, is_rollouts_end
 
 # Maps observations (B, L) to actions (B,) and their log-probabilities (B,).
 NextTokens: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -347,13 +347,14 @@ class LMPolicy(ActorCriticPolicy):
         """Return the values of observations (B, L), (B, 1), or of all transitions of sequences, (N, 1).
 
         SB3 `on_policy_algorithm.collect_rollouts` asks for the values of terminal observations one by one. The first
-        call values all terminal observations of the step in one forward, and the others read its result.
+        call values all terminal observations of the step in one forward, and the others read its result. At the end of
+        a rollout, episodes that have just begun get 0 without a forward, since SB3 multiplies their values by 0.
         """
         if isinstance(obs, SequenceBatch):
             return self.lm.sequence_values(obs)[:, None]
         terminal = TERMINAL.read(obs)
         if terminal is None or torch.is_grad_enabled():
-            return self.lm.values(obs)[:, None]
+            return self.lm.values(obs, only_begun=terminal is None and is_rollouts_end())[:, None]
         if self._terminal_values is None or self._terminal_values[0] is not terminal.siblings:
             values = self.lm.values(torch.as_tensor(terminal.siblings, device=self.device))[:, None]
             self._terminal_values = (terminal.siblings, values)

@@ -1,8 +1,9 @@
-"""The refusal of environments inside wrappers that change observations: a language model would read them as a text."""
+"""What a policy learns from the stack of its algorithm: wrappers that change observations, and a rollout's end."""
 
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 from textenv.episodes.rules import PADDING, SEPARATOR
 
-OWN_METHODS = ("__init__", "_build", "set_training_mode")  # of a policy, between the algorithm and `calling_algorithm`
+# Of a policy, between the algorithm and the functions below.
+OWN_METHODS = ("__init__", "_build", "set_training_mode", "predict_values")
 
 
 def calling_algorithm() -> BaseAlgorithm | None:
@@ -22,12 +24,27 @@ def calling_algorithm() -> BaseAlgorithm | None:
     found on the stack: `_setup_model` builds the policy, and `collect_rollouts` calls `set_training_mode`. A `predict`
     calls it, too, but from a method of the policy.
     """
-    frame = sys._getframe(1)
+    caller = _caller(sys._getframe(1)).f_locals.get("self")
+    return caller if isinstance(caller, BaseAlgorithm) else None
+
+
+def is_rollouts_end() -> bool:
+    """Return whether an algorithm asks a policy for values at the end of a rollout.
+
+    SB3 `on_policy_algorithm.collect_rollouts` and sb3_contrib `ppo_mask.MaskablePPO.collect_rollouts` call
+    `predict_values` on the observations after the last step. `buffers.RolloutBuffer.compute_returns_and_advantage`
+    multiplies their values by `1.0 - dones`: by 0 in a lane whose next episode has just begun.
+    """
+    caller = _caller(sys._getframe(1))
+    return caller.f_code.co_name == "collect_rollouts" and isinstance(caller.f_locals.get("self"), BaseAlgorithm)
+
+
+def _caller(frame: FrameType) -> FrameType:
+    """Return the frame that has called a policy, given the frame of one of its `OWN_METHODS`."""
     policy = frame.f_locals.get("self")
     while frame.f_back is not None and frame.f_locals.get("self") is policy and frame.f_code.co_name in OWN_METHODS:
         frame = frame.f_back
-    caller = frame.f_locals.get("self")
-    return caller if isinstance(caller, BaseAlgorithm) else None
+    return frame
 
 
 def check_wrappers(env: VecEnv | None) -> None:

@@ -182,6 +182,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._value_scale = self._return_scale = Scale()
         self._recorder = SegmentRecorder(self.n_envs)
         self.segments: list[Segment] = []  # filled when the rollout is complete
+        self._view: RolloutView | None = None
         self.groups: RolloutGroups | None = None
         self.dropped: set[tuple[int, int]] = set()  # the last step and the lane of episodes that are not trained
         self.dones = np.zeros(self.n_envs, dtype=bool)
@@ -284,17 +285,26 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self.values[view.steps, view.lanes] = values.cpu().numpy()
 
     def view(self) -> RolloutView:
-        """Return the rollout as whole sequences, for steps of `before_returns` that run a model over them."""
-        counts = [segment.end - segment.start for segment in self.segments]
-        steps = np.concatenate([np.arange(segment.start, segment.end) for segment in self.segments])  # (N,)
-        lanes = np.repeat([segment.lane for segment in self.segments], counts)  # (N,)
-        rows = np.repeat(np.arange(len(counts)), counts)  # (N,)
-        tokens, lengths = pad_sequences([segment.tokens for segment in self.segments], self.device)  # (S, T), (S,)
-        allowed = self._allowed(self.allowed[steps, lanes])
-        n_prompt = np.array([segment.n_prompt for segment in self.segments])
-        cols = self.cols[steps, lanes]
-        batch = SequenceBatch(tokens, lengths, rows, cols, self.micro_batch_tokens, allowed, n_prompt)
-        return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device).long(), steps, lanes)
+        """Return the rollout as whole sequences, for steps of `before_returns` that run a model over them.
+
+        All callers get the same view, which is built once and dropped when the update begins.
+        """
+        if self._view is None:
+            counts = [segment.end - segment.start for segment in self.segments]
+            steps = np.concatenate([np.arange(segment.start, segment.end) for segment in self.segments])  # (N,)
+            lanes = np.repeat([segment.lane for segment in self.segments], counts)  # (N,)
+            batch = self._batch(self.segments, np.array(counts), self.cols[steps, lanes], self.allowed[steps, lanes])
+            actions = torch.as_tensor(self.actions[steps, lanes], device=self.device).long()
+            self._view = RolloutView(batch, actions, steps, lanes)
+        return self._view
+
+    def _batch(self, segments: list[Segment], n: np.ndarray, cols: np.ndarray, sets: np.ndarray) -> SequenceBatch:
+        """Return segments with `n` transitions each, (S,), whose columns and numbers of token sets are given, (N,)."""
+        tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
+        n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
+        rows = np.repeat(np.arange(len(n)), n)  # (N,)
+        allowed = AllowedTokens(self.token_sets, sets) if self.is_masked else None
+        return SequenceBatch(tokens, lengths, rows, cols, self.micro_batch_tokens, allowed, n_prompt)
 
     def set_policy_log_probs(self, view: RolloutView, log_probs: np.ndarray) -> None:
         """Store the policy's log-probabilities, (N,), of a rollout that another engine sampled.
@@ -303,9 +313,6 @@ class SequenceRolloutBuffer(RolloutBuffer):
         """
         self.log_probs = np.zeros_like(self.behaviour_log_probs)  # a new array: until now the two were one
         self.log_probs[view.steps, view.lanes] = log_probs
-
-    def _allowed(self, numbers: np.ndarray) -> AllowedTokens | None:
-        return AllowedTokens(self.token_sets, numbers) if self.is_masked else None
 
     def _choose_sequences(self) -> None:
         """Choose the sequences that are trained, and compute the mean and deviation of their advantages."""
@@ -347,6 +354,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             RuntimeError: In several processes without the step `DataParallel`.
         """
         assert self.full, "the rollout is not complete"
+        self._view = None  # frees the memory: minibatches are made from the segments
         if world() is not None and not any(step.key == DATA_PARALLEL for step in self.before_returns):
             raise RuntimeError(
                 "Expected the callback DataParallel() in several processes, got none: build the model with make_agent, "
@@ -378,19 +386,15 @@ class SequenceRolloutBuffer(RolloutBuffer):
         trained = self.trained.or_segments()
         part = joined([trained.transitions(i) for i in group])
         segments = [trained.segment(i) for i in group]
-        rows = np.repeat(np.arange(len(group)), trained.counts[group])  # (N,)
-        tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
-        n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
+        batch = self._batch(segments, trained.counts[group], part.cols, part.allowed)
         advantages = (part.advantages - self._mean) / self._deviation  # (N,)
         # After the normalisation: the subtracted mean is an unbiased baseline only if it is weighted as well.
         if self.correction is not None:
-            advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, rows)
+            advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, batch.rows)
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
         numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
         return SequenceSamples(
-            SequenceBatch(
-                tokens, lengths, rows, part.cols, self.micro_batch_tokens, self._allowed(part.allowed), n_prompt
-            ),
+            batch,
             torch.as_tensor(part.actions, device=self.device).long(),
             *(torch.as_tensor(array, device=self.device) for array in numbers),  # type: ignore[arg-type]
         )

@@ -28,7 +28,8 @@ SETTINGS = (
     "max_grad_norm",
     "target_kl",
 )
-SUMMED = ("episode/dropped", "episode/failed")  # counts of episodes are added up; other figures are averaged
+# Counts are added up; other figures are averaged.
+SUMMED = ("episode/dropped", "episode/failed", "time/prefill_tokens", "time/shared_tokens")
 ROLLOUT_SECONDS = "time/rollout_seconds"
 
 
@@ -40,8 +41,8 @@ class DataParallel(RolloutStep):
     `total_timesteps` are divided among the processes, so that the same script makes the same updates on any number of
     them. `num_timesteps` counts the tokens of all processes.
 
-    Rank 0 logs the means over the processes (counts of episodes are added up). `time/rollout_seconds` is the time of
-    the slowest process, and `time/rollout_seconds/rank_<r>` that of each.
+    Rank 0 logs the means over the processes (counts of episodes and of prompts' tokens are added up).
+    `time/rollout_seconds` is the time of the slowest process, and `time/rollout_seconds/rank_<r>` that of each.
 
     Raises:
         ValueError: When attached, if the processes have different settings, or if the algorithm normalises advantages

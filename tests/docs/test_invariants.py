@@ -17,8 +17,8 @@ PATTERNS = (
     "textenv/**/*.py",
     "*.md",
 )
-IN_TEXT = re.compile(r"\b[A-E][1-9][0-9]?\b")
-IN_A_NAME = re.compile(r"(?<=_)[a-e][1-9][0-9]?(?=_)")
+IN_TEXT = re.compile(r"\b[A-F][1-9][0-9]?\b")
+IN_A_NAME = re.compile(r"(?<=_)[a-f][1-9][0-9]?(?=_)")
 
 
 def cited_codes(text):
@@ -46,6 +46,6 @@ def test_every_row_names_tests_that_are_there():
 
 
 def test_codes_are_found_in_texts_and_in_names_of_tests():
-    text = '"""Sampling (A2, E12)."""\ndef test_b3_c4_the_end(): ...\ndef test_a_reward(): ...\n# D1: U+E000, ROUGE F1'
+    text = '"""Sampling (A2, E12)."""\ndef test_b3_c4_the_end(): ...\ndef test_a_reward(): ...\n# D1: U+E000, ROUGE-1'
     assert cited_codes(text) == {"A2", "E12", "B3", "C4", "D1"}
     assert defined_codes("| code | what holds |\n|---|---|\n| A1 | x |\n| B10 | y |\n") == ["A1", "B10"]

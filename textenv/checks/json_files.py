@@ -33,7 +33,7 @@ def read_json(path: str | PathLike[str], shape: Shape = object) -> Any:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     file = Path(folder) / "best.json"
-        ...     n_chars = file.write_text('{"figure": "F1", "value": 0.9}')
+        ...     n_chars = file.write_text('{"figure": "recall", "value": 0.9}')
         ...     read_json(file, {"figure": str, "value": float})["value"]
         0.9
     """

@@ -88,6 +88,19 @@ def test_speed_counts_the_tokens_of_a_rollout_over_its_time(monkeypatch):
     assert [values["time/tokens_per_second"] for _, values in dumped] == [4.0] * 3  # 16 tokens in 4 seconds
 
 
+def test_tokens_that_groups_share():
+    """Groups of four begin "cde" and "fghi" (2 and 3 tokens before the last), in each of two rollouts."""
+    env = tiny_env(prompts=("cde", "fghi"), stop_ids=(), samples_per_prompt=4)
+    dumped = logged(tiny_agent(env, n_envs=8), [EpisodeMetrics()], 2)
+    assert [values["time/prefill_tokens"] for _, values in dumped] == [2 + 3] * 2
+    assert [values["time/shared_tokens"] for _, values in dumped] == [3 * (2 + 3)] * 2
+
+
+def test_no_tokens_are_shared_without_a_cache():
+    ((_, values),) = logged(tiny_agent(policy_kwargs={"cache": False}), [EpisodeMetrics()], 1)
+    assert "time/prefill_tokens" not in values
+
+
 # Samples
 
 

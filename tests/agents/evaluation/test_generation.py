@@ -191,6 +191,6 @@ def test_e12_the_rollout_goes_on_from_its_cached_rows():
     model = tiny_agent(tiny_env(max_new_tokens=6, stop_ids=()), n_steps=6)
     fresh = []
     prefill = model.policy.lm.rollout_cache._prefill
-    model.policy.lm.rollout_cache._prefill = lambda *args: (fresh.append(len(args[2])), prefill(*args))
+    model.policy.lm.rollout_cache._prefill = lambda *args: fresh.append(len(args[2])) or prefill(*args)
     model.learn(24, callback=Generates())
     assert len(fresh) == 1, "the prompts at the start, and no row after"

@@ -8,7 +8,9 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import LMPolicy, RolloutStep, SequenceRolloutBuffer
+from agents import KLPenalty, LMPolicy, RolloutStep, SeparateCritic, SequenceRolloutBuffer
+from agents.rollout import buffer as buffers
+from agents.rollout.transitions import RolloutView
 from agents.steps.step import Order
 from tests.helpers.models import CheckRatio, collect, count_a, log_ratios, make_ppo, no_reward, tiny
 from textenv import CharTokenizer, TextEnv
@@ -326,3 +328,38 @@ def test_d5_cached_decoding_goes_on_behind_a_reply():
     np.testing.assert_array_equal(fast.actions, slow.actions)
     np.testing.assert_allclose(fast.log_probs, slow.log_probs, atol=1e-5)
     np.testing.assert_allclose(fast.values, slow.values, atol=1e-5)
+
+
+# The rollout as whole sequences, for the steps before returns
+
+
+class Viewer(RolloutStep):
+    """Keeps the views that it gets."""
+
+    key = "Viewer"
+
+    def __init__(self):
+        super().__init__()
+        self.views = []
+
+    def __call__(self, buffer):
+        self.views.append(buffer.view())
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 4 in each")
+def test_all_steps_of_a_rollout_get_one_view(monkeypatch):
+    """A critic of its own, the penalty and another step: one view a rollout, which is gone in the update."""
+    built = []
+    monkeypatch.setattr(buffers, "RolloutView", lambda *parts: built.append(parts) or RolloutView(*parts))
+    viewer = Viewer()
+    model = make_ppo(policy_kwargs={"critic": SeparateCritic(tiny(n_layer=1))}, n_epochs=2, learning_rate=0.1)
+    held = []
+    model.policy.optimizer.register_step_pre_hook(lambda *_: held.append(model.rollout_buffer._view))
+    model.learn(3 * 48, callback=[KLPenalty(0.1), viewer])
+    assert len(built) == len(viewer.views) == 3
+    assert len({id(view) for view in viewer.views}) == 3
+    assert held == [None] * 6
+    last, buffer = viewer.views[-1], model.rollout_buffer
+    again = buffer.view()
+    assert again is not last and again is buffer.view()
+    assert torch.equal(again.batch.tokens, last.batch.tokens) and torch.equal(again.actions, last.actions)

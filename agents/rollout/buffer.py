@@ -17,7 +17,6 @@ from textenv.lanes.finished_episodes import Place
 
 from ..distributed.collectives import raise_together
 from ..distributed.world import world
-from ..models.sequences import SequenceBatch, pad_sequences
 from ..models.token_sets import AllowedTokens, TokenSets
 from ..policies.actor_critic import LMActorCritic
 from ..policies.tensor_notes import ALLOWED, READ_BY
@@ -29,7 +28,7 @@ from .importance import Correction
 from .minibatches import deal
 from .segments import SegmentRecorder
 from .trained_sequences import FinishedRollout, choose_groups, choose_sequences
-from .transitions import RolloutView, Segment, SequenceSamples, Transitions, joined
+from .transitions import RolloutView, Segment, SequenceSamples, Transitions, batch_of, joined
 
 DATA_PARALLEL = "DataParallel"  # the key of the step without which several processes do not train
 
@@ -178,6 +177,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.behaviour_log_probs = self.log_probs
         self._device_values: list[Tensor] = []  # (B,) each
         self._device_log_probs: list[Tensor] = []  # (B,) each
+        self._view: RolloutView | None = None
         self._lm: LMActorCritic | None = None  # the model of the policy, while the rollout is collected
         self._value_scale = self._return_scale = Scale()
         self._recorder = SegmentRecorder(self.n_envs)
@@ -273,7 +273,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if self._lm is not None:
             returns = [part.returns for part in self.trained]
             self._value_scale, self._return_scale = scales_of(self._lm.value_norm, self._lm.critic, returns)
-        self._lm = None
+        self._lm = self._view = None
 
     def _value_sequences(self, lm: LMActorCritic) -> None:
         """Compute the values that were deferred, in one forward per sequence."""
@@ -284,17 +284,24 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self.values[view.steps, view.lanes] = values.cpu().numpy()
 
     def view(self) -> RolloutView:
-        """Return the rollout as whole sequences, for steps of `before_returns` that run a model over them."""
+        """Return the rollout as whole sequences, for steps of `before_returns` that run a model over them.
+
+        While these run, the view is built once.
+        """
+        if self._view is not None:
+            return self._view
         counts = [segment.end - segment.start for segment in self.segments]
         steps = np.concatenate([np.arange(segment.start, segment.end) for segment in self.segments])  # (N,)
         lanes = np.repeat([segment.lane for segment in self.segments], counts)  # (N,)
         rows = np.repeat(np.arange(len(counts)), counts)  # (N,)
-        tokens, lengths = pad_sequences([segment.tokens for segment in self.segments], self.device)  # (S, T), (S,)
         allowed = self._allowed(self.allowed[steps, lanes])
-        n_prompt = np.array([segment.n_prompt for segment in self.segments])
         cols = self.cols[steps, lanes]
-        batch = SequenceBatch(tokens, lengths, rows, cols, self.micro_batch_tokens, allowed, n_prompt)
-        return RolloutView(batch, torch.as_tensor(self.actions[steps, lanes], device=self.device).long(), steps, lanes)
+        batch = batch_of(self.segments, rows, cols, self.micro_batch_tokens, allowed, self.device)
+        actions = torch.as_tensor(self.actions[steps, lanes], device=self.device).long()  # (N,)
+        view = RolloutView(batch, actions, steps, lanes)
+        if self._lm is not None:  # until `compute_returns_and_advantage` ends; then its memory is for the update
+            self._view = view
+        return view
 
     def set_policy_log_probs(self, view: RolloutView, log_probs: np.ndarray) -> None:
         """Store the policy's log-probabilities, (N,), of a rollout that another engine sampled.
@@ -354,7 +361,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
             )
         counts, n_transitions = self.trained.counts, self.buffer_size * self.n_envs
         can_wait = self.groups is not None and self.groups.can_wait
-        groups = deal(counts, self.trained.n_dropped, n_transitions, batch_size, self.rng, can_wait)
+        n_dropped, members = self.trained.n_dropped, self.trained.members
+        groups = deal(counts, n_dropped, n_transitions, batch_size, self.rng, can_wait, members)
         if not groups:
             yield from self._nothing_to_train()
         self.generator_ready = True
@@ -379,8 +387,6 @@ class SequenceRolloutBuffer(RolloutBuffer):
         part = joined([trained.transitions(i) for i in group])
         segments = [trained.segment(i) for i in group]
         rows = np.repeat(np.arange(len(group)), trained.counts[group])  # (N,)
-        tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
-        n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
         advantages = (part.advantages - self._mean) / self._deviation  # (N,)
         # After the normalisation: the subtracted mean is an unbiased baseline only if it is weighted as well.
         if self.correction is not None:
@@ -388,9 +394,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
         numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
         return SequenceSamples(
-            SequenceBatch(
-                tokens, lengths, rows, part.cols, self.micro_batch_tokens, self._allowed(part.allowed), n_prompt
-            ),
+            batch_of(segments, rows, part.cols, self.micro_batch_tokens, self._allowed(part.allowed), self.device),
             torch.as_tensor(part.actions, device=self.device).long(),
             *(torch.as_tensor(array, device=self.device) for array in numbers),  # type: ignore[arg-type]
         )

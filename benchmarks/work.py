@@ -64,6 +64,7 @@ class Work:
         mask: TokenMask | None = None,
         reward: RewardLike | None = None,
         score_at: ScoreAt = "done",
+        samples_per_prompt: int = 1,
         **kwargs: Any,
     ) -> PPO:
         """Return PPO as `make_agent` builds it, on an env of this work."""
@@ -75,6 +76,7 @@ class Work:
             max_new_tokens=self.new_tokens,
             stop_ids=stop_ids,
             mask=mask,
+            samples_per_prompt=samples_per_prompt,
         )
         settings = {"n_envs": self.n_lanes, "seed": 0, "device": self.device, **kwargs}
         return make_agent(env, self.config(), **settings)

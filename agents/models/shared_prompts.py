@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from .prompt_layout import SharedPrompts
@@ -21,18 +21,27 @@ from .prompt_layout import SharedPrompts
 Forward: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 
+class OfPrompts(DynamicLayer):
+    """The keys and values of one layer as attention made them; transformers' own layer copies them (`torch.cat`)."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep and return the keys and values of whole prompts, (G, heads, P, size)."""
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+
 class BehindPrompts(DynamicLayer):
     """The keys and values of one layer, where each row continues one of the prompts.
 
     They are copied from the prompts' when the layer is reached, so that those of one layer alone are held twice.
 
     Args:
-        layer: The keys and values of the prompts, (G, heads, P, size).
+        layer: The keys and values of the prompts.
         source: The index among the G * P columns of the one that each of the s * W columns of the rows holds.
         n_rows: The number of rows, s.
     """
 
-    def __init__(self, layer: DynamicLayer, source: Tensor, n_rows: int) -> None:
+    def __init__(self, layer: OfPrompts, source: Tensor, n_rows: int) -> None:
         super().__init__()
         assert layer.keys is not None and layer.values is not None, "just computed"
         self.prompts, self.source, self.n_rows = (layer.keys, layer.values), source, n_rows
@@ -68,10 +77,10 @@ def read_shared(forward: Forward, shared: SharedPrompts) -> tuple[Tensor, ...]:
         forward: Returns all states of tokens, (B, T, ...), as one tensor or several.
         shared: The sequences.
     """
-    # Without a config every layer keeps all columns: see `Backbone.prefill`.
-    cache = DynamicCache()
+    # A layer is made when the model first writes to it; with a window, too, it keeps all columns.
+    cache = Cache(layer_class_to_replicate=OfPrompts)
     parts = [forward(input_ids=shared.prompts, past_key_values=cache, use_cache=True)]  # without mask, as whole ones
-    layers = cast("list[DynamicLayer]", cache.layers)
+    layers = cast("list[OfPrompts]", cache.layers)
     for completions in shared.completions:
         inputs: dict[str, Any] = {"input_ids": completions.ids, "position_ids": completions.positions}
         if completions.mask is not None:

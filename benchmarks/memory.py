@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -139,16 +139,21 @@ def peak_growth(work: Work) -> int:
     model = work.agent(n_epochs=1, batch_size=work.n_lanes * work.new_tokens)
     rollout(model)
     model.train()  # the first update loads libraries and creates the optimizer's state
+    return growth_of(model.train, work.device)
+
+
+def growth_of(work: Callable[[], None], device: str) -> int:
+    """Return by how many bytes some work raises the peak over what is resident before it."""
     gc.collect()
-    if work.device == "cuda":
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model.train()
+        work()
         return torch.cuda.max_memory_allocated() - before
     # Resets this process's peak (VmHWM). `ru_maxrss` would not do: it starts at the peak of the parent process.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    model.train()
+    work()
     return resident("VmHWM") - before
 
 

@@ -22,7 +22,7 @@ from work import Row, Settings, arguments, finish, prepare, settings
 
 SCRIPTS = (
     *("rollout", "update", "iteration", "adapters", "masks", "late_scores", "overhead", "memory", "growth"),
-    "feedback",
+    *("feedback", "groups"),
 )
 LIBRARIES = ("torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
 

@@ -12,8 +12,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from textenv.episodes.rules import EndReason
 
-from ..policies.actor_critic import tolerance
 from ..policies.lm_policy import LMPolicy
+from ..policies.rounding import tolerance
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..steps.step import remember, sequence_buffer, text_vec_env
 from .reward_time import RewardShare

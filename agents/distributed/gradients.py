@@ -73,7 +73,7 @@ class SharedGradient:
         if self.lm.shards is None:
             values, log_probs, entropies = self._replicated(batch, actions)
         else:  # `fully_shard` averages gradients itself, but all processes must run the same number of forwards
-            n_forwards = gather("the parts of a minibatch", sum(1 for _ in batch.chunks(self.lm.most_tokens)))
+            n_forwards = gather("the parts of a minibatch", sum(1 for _ in self.lm.chunks(batch)))
             values, log_probs, entropies = self.lm.evaluate_parts(batch, actions, max(n_forwards))
         if self.target is not None:
             self.target.agreed = self._divergence(batch, log_probs.detach())

@@ -7,7 +7,7 @@ import torch
 from ..models.backbone import Backbone
 from ..models.probe import PROBE_LOGIT, PROBE_TOLERANCE
 from ..models.sampling import TokenDistribution
-from ..policies.actor_critic import tolerance
+from ..policies.rounding import tolerance
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..steps.kl_penalty import KLPenalty
 from .exactness import differences_by_padding, largest

@@ -17,6 +17,9 @@ from .interface import LengthError
 from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_of
 from .prefix_cache import PrefixCache
 from .probe import PROBE_LENGTH, probe
+from .prompt_layout import SharedPrompts
+from .prompt_probe import shares_prompts
+from .shared_prompts import read_shared
 from .step_layout import attention_by_row, can_join_rows
 from .trainable import is_checkpointing, is_placed
 
@@ -62,6 +65,8 @@ class Backbone(nn.Module):
     - `is_cacheable`: whether decoding with cached keys and values gives the logits of a full forward. Recurrent models
       run without a cache, with a warning; `no_cache_because` has the reason.
     - `attends_by_row` and `takes_new_rows`: how a decoding step computes attention; see `step_layout`.
+    - `shares_prompts`: whether texts read behind the keys and values of a prompt that was read once have the states and
+      the gradient of whole texts; see `shared_prompts`.
 
     Args:
         model: The model. In training mode too, its modules stay in evaluation mode, without dropout or other noise.
@@ -90,6 +95,7 @@ class Backbone(nn.Module):
     no_cache_because: str
     attends_by_row: bool
     takes_new_rows: bool
+    shares_prompts: bool
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__()
@@ -101,12 +107,21 @@ class Backbone(nn.Module):
         set_mode(model, training=model.training)
         self.attends_by_row = False
         probe(self)
+        self.shares_prompts = self.is_cacheable and self._can_share()
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode; both compute the same numbers, since noise is off in both (`layers.set_mode`)."""
         super().train(mode)
         set_mode(self.model, mode)
         return self
+
+    def _can_share(self) -> bool:
+        was_training = self.training
+        self.train(False)
+        try:
+            return shares_prompts(self._states, self.model, self.vocab_size)
+        finally:
+            self.train(was_training)
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
         """Raise LengthError if the model cannot read a prompt of `n_tokens` followed by `n_written` tokens."""
@@ -187,11 +202,24 @@ class Backbone(nn.Module):
             inputs["past_key_values"] = cache
         by_row = attention_by_row(self.model.config.get_text_config()) if self.attends_by_row else nullcontext()
         with by_row:
-            if self.head_is_linear:
-                return at(trunk_of(self.model)(**inputs).last_hidden_state, rows, cols), None  # (N, H)
-            with head_input(self.model) as seen:
-                logits = self.model(**inputs).logits[..., : self.vocab_size]
-        return at(whole_states(seen, logits), rows, cols), at(logits, rows, cols)
+            hidden, *logits = self._states(**inputs)
+        return at(hidden, rows, cols), at(logits[0], rows, cols) if logits else None
+
+    def _states(self, **inputs: Any) -> tuple[Tensor, ...]:
+        """Return all hidden states, (B, T, H), and all logits, (B, T, V), if the head is not linear."""
+        if self.head_is_linear:
+            return (trunk_of(self.model)(**inputs).last_hidden_state,)
+        with head_input(self.model) as seen:
+            logits = self.model(**inputs).logits[..., : self.vocab_size]
+        return whole_states(seen, logits), logits
+
+    def read_shared(self, shared: SharedPrompts) -> tuple[Tensor, Tensor | None]:
+        """Return what `read` does for whole sequences, each distinct prompt of which is read once.
+
+        Only where `shares_prompts`.
+        """
+        hidden, *logits = read_shared(self._states, shared)
+        return hidden, logits[0] if logits else None
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
         """Return the keys and values of left-padded rows, (B, T); mask and positions have the same shape."""

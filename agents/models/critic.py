@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from textenv.huggingface.positions import n_positions
 from textenv.huggingface.weights import from_pretrained
 from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_reader import ReadAs
@@ -19,6 +21,10 @@ from .backbone import check_fits
 from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_of
 from .pretrained import LMLike, PretrainedRewardModel, build_model
 from .probe import PROBE_LENGTH, causal_cure
+from .prompt_layout import SharedPrompts
+from .prompt_probe import shares_prompts
+from .shared_prompts import read_shared
+from .trainable import is_checkpointing
 
 PROBE_TOLERANCE = 1e-4  # float32 rounds by about 1e-6; attention to a later token changes a hidden state by far more
 
@@ -87,6 +93,8 @@ class TrunkCritic(ValueHead):
         hidden = _probe(trunk)
         super().__init__(hidden.shape[-1])
         self.trunk = trunk
+        is_recurrent = trunk._is_stateful  # it keeps a state, not keys and values
+        self._shares_prompts = not is_recurrent and shares_prompts(self._states, trunk)
 
     def train(self, mode: bool = True) -> TrunkCritic:
         super().train(mode)
@@ -100,6 +108,23 @@ class TrunkCritic(ValueHead):
     def read(self, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """Return the trunk's hidden states (N, H) at the positions (rows, cols) of right-padded tokens (B, T)."""
         return _read(self.trunk, ids)[rows, cols]  # (N, H)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `read_shared` is exact now: in training, layers under activation checkpointing take no keys."""
+        return self._shares_prompts and not (self.training and is_checkpointing(self.trunk))
+
+    @cached_property
+    def longest(self) -> int | None:
+        """The longest sequence that the trunk's positions allow, in tokens; None where they set no limit."""
+        return n_positions(self.trunk)
+
+    def read_shared(self, shared: SharedPrompts) -> Tensor:
+        """Return what `read` does for whole sequences, each distinct prompt of which is read once."""
+        return read_shared(self._states, shared)[0]  # (N, H)
+
+    def _states(self, **inputs: Any) -> tuple[Tensor]:
+        return (self.trunk(**inputs).last_hidden_state,)  # (B, T, H)
 
 
 @dataclass(frozen=True)

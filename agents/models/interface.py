@@ -154,6 +154,10 @@ class SequenceScorer(nn.Module, ABC):
         """The type that forwards run in."""
 
     @abstractmethod
+    def chunks(self, batch: SequenceBatch) -> Iterator[Chunk]:
+        """Yield a batch in the chunks that the model reads, each in forwards of its own."""
+
+    @abstractmethod
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the critic's outputs, log-probabilities and entropies of a batch of N transitions, (N,) each."""
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from .buckets import bucket_by_length
 from .interface import CachedModel, LanguageModel, RowCache
 from .kept_states import KeptStates, States
-from .sequences import bucket_by_length
 from .step_layout import NewRow, StepLayout, column_groups, current_layout, laid_out, sort_into_groups
 
 GROWTH = 64  # columns: the least by which a full buffer grows, so that short texts do not copy it token by token

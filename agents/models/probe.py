@@ -197,7 +197,7 @@ class States(NamedTuple):
         return False
 
 
-def _attempt(compute: Callable[[], Result]) -> tuple[Result | None, str]:
+def attempt(compute: Callable[[], Result]) -> tuple[Result | None, str]:
     """Return the result and "", or None and the error in words: models of transformers raise errors of every kind."""
     try:
         return compute(), ""
@@ -217,7 +217,7 @@ def _choose_head(backbone: Probed, rows: Rows) -> States:
     model, name = backbone.model, type(backbone.model).__name__
     head, tolerance = model.get_output_embeddings(), max(PROBE_TOLERANCE, state_tolerance(model))
     with _scaled(head) as scale:
-        expected, error = _attempt(lambda: backbone.plain_logits(rows.ids[:1, : rows.lengths[0]], rows.n_prompt[:1]))
+        expected, error = attempt(lambda: backbone.plain_logits(rows.ids[:1, : rows.lengths[0]], rows.n_prompt[:1]))
         if expected is None:
             raise ValueError(
                 f"Expected a model that reads token ids alone, got {name}, whose forward fails on {PROBE_LENGTH} of "
@@ -237,7 +237,7 @@ def _choose_head(backbone: Probed, rows: Rows) -> States:
         )
         errors: list[str] = []
         for backbone.head_is_linear in (True, False) if head is not None else (False,):
-            got, error = _attempt(lambda: backbone(rows.ids, rows.rows, rows.cols, *rows.further))
+            got, error = attempt(lambda: backbone(rows.ids, rows.rows, rows.cols, *rows.further))
             if got is not None and close(got[1], expected, tolerance):
                 break
             errors.append(error or "it gives other logits for both rows together than for each alone")
@@ -327,7 +327,7 @@ def _check_update(backbone: Probed, rows: Rows) -> None:
             gradients = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), [*embedded, *vectors], allow_unused=True)
         return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
-    is_finite, error = _attempt(differentiate)
+    is_finite, error = attempt(differentiate)
     if not is_finite:
         raise ValueError(
             f"Expected a model that can be trained, got {type(backbone.model).__name__}, whose backward pass "
@@ -357,7 +357,7 @@ def _choose_cache(backbone: Probed, rows: Rows, truth: States, tolerance: float)
         reasons: list[str] = []
         for by_row, takes_new_rows in backbone.decoding_modes():
             backbone.is_cacheable, backbone.attends_by_row, backbone.takes_new_rows = True, by_row, takes_new_rows
-            decoded, error = _attempt(lambda: list(_decode(backbone, rows)))
+            decoded, error = attempt(lambda: list(_decode(backbone, rows)))
             if decoded is not None and not any(
                 truth.at(positions).differ(states, tolerance) for states, positions in decoded
             ):

@@ -14,11 +14,11 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from textenv.huggingface.positions import n_positions
 
 from .backbone import Backbone, at, head_input, whole_states
+from .buckets import bucket_by_length
 from .interface import LengthError
 from .kept_states import States
 from .prefix_cache import Alike, ColumnLayer, PrefixCache, by_layer, copies_of, texts
 from .probe import PROBE_LENGTH
-from .sequences import bucket_by_length
 
 
 class Seq2SeqBackbone(Backbone):
@@ -216,6 +216,9 @@ class Seq2SeqBackbone(Backbone):
         """Return the logits (T, V) at each token from the prompt's last one on, by the model's own forward."""
         n = int(n_prompt)
         return self._whole(*self.split(ids, n_prompt, n, ids.shape[1] - n + 1))[0]
+
+    def _can_share(self) -> bool:
+        return False  # the decoder's rows begin with the start token, behind the encoder's states of a prompt
 
     def decoding_modes(self) -> Iterator[tuple[bool, bool]]:
         """Yield the only mode of a `Seq2SeqCache`, which needs a linear head."""

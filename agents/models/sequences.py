@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .buckets import bucket_by_length
 from .observations import prompt_lengths, unpack_observations
+from .prompt_layout import Prompts, SharedPrompts, lay_out, prompt_chunks
 from .token_sets import AllowedTokens
-
-MIN_BUCKET_TOKENS = 512  # for fewer tokens, a forward of their own takes longer than the padding that it avoids
-MAX_PADDING = 0.25  # the largest share of padding in a group of more than `MIN_BUCKET_TOKENS` tokens
 
 
 def pad_sequences(sequences: list[np.ndarray], device: torch.device | str) -> tuple[Tensor, np.ndarray]:
@@ -34,6 +33,12 @@ class Chunk(NamedTuple):
     transitions: np.ndarray  # (N,): the index of each transition in the batch
     allowed: AllowedTokens | None = None  # the tokens that each transition could sample
     n_prompt: Tensor | None = None  # (S,): the number of prompt tokens of each sequence
+    shared: SharedPrompts | None = None  # the same sequences with each distinct prompt once; None: read them whole
+
+    @property
+    def n_read(self) -> int:
+        """The number of tokens that the chunk's forwards read, padding included."""
+        return self.ids.numel() if self.shared is None else self.shared.n_read
 
 
 class SequenceBatch:
@@ -51,6 +56,8 @@ class SequenceBatch:
             backward repeats each forward: less memory, and the same gradient.
         allowed: The tokens that each transition could sample; None for all tokens.
         n_prompt: The number of prompt tokens of each sequence, (S,), on the host; an encoder-decoder needs it.
+        prompts: The number of each sequence's prompt, (S,), on the host: equal where the first `n_prompt` tokens are
+            equal (see `number_prompts`). None: no prompt is shared.
 
     Attributes:
         share: The weight of a minibatch's losses if several processes train (see `SharedGradient`), else None.
@@ -79,6 +86,7 @@ class SequenceBatch:
         micro_batch_tokens: int | None = None,
         allowed: AllowedTokens | None = None,
         n_prompt: np.ndarray | None = None,
+        prompts: np.ndarray | None = None,
     ) -> None:
         self.tokens = tokens
         self.lengths = lengths
@@ -87,6 +95,7 @@ class SequenceBatch:
         self.micro_batch_tokens = micro_batch_tokens
         self.allowed = allowed
         self.n_prompt = n_prompt
+        self.prompts = prompts
 
     @classmethod
     def from_observations(cls, observations: Tensor) -> SequenceBatch:
@@ -105,7 +114,9 @@ class SequenceBatch:
         """Return a batch of the same sequences with some of the transitions."""
         allowed = None if self.allowed is None else self.allowed[index]
         rows, cols = self.rows[index], self.cols[index]
-        return SequenceBatch(self.tokens, self.lengths, rows, cols, self.micro_batch_tokens, allowed, self.n_prompt)
+        return SequenceBatch(
+            self.tokens, self.lengths, rows, cols, self.micro_batch_tokens, allowed, self.n_prompt, self.prompts
+        )
 
     def of_sequences(self, sequences: np.ndarray) -> tuple[SequenceBatch, np.ndarray]:
         """Return a smaller batch of some sequences, and the indices of their transitions in this one, (n,).
@@ -118,57 +129,64 @@ class SequenceBatch:
         batch.tokens = self.tokens[torch.as_tensor(sequences, device=self.tokens.device), : lengths.max()]  # (s, t)
         batch.lengths, batch.rows = lengths, np.searchsorted(sequences, batch.rows)
         batch.n_prompt = None if self.n_prompt is None else self.n_prompt[sequences]
+        batch.prompts = None if self.prompts is None else self.prompts[sequences]
         return batch, transitions
 
-    def chunks(self, most_tokens: int | None = None) -> Iterator[Chunk]:
+    def chunks(self, most_tokens: int | None = None, columns: int | None = None) -> Iterator[Chunk]:
         """Yield the batch in chunks of similar length, so that little padding is read.
 
         Args:
             most_tokens: A further bound on the tokens of a chunk, padding included; the smaller of the two holds.
+            columns: The most columns that attention may have, if sequences with equal prompts may share them: where
+                that reads fewer tokens, a chunk has them as `shared`. None: every sequence is read whole.
         """
-        device = self.tokens.device
         bounds = [bound for bound in (self.micro_batch_tokens, most_tokens) if bound is not None]
-        for sequences in bucket_by_length(self.lengths, min(bounds, default=None)):
-            row_in_chunk = np.full(len(self.lengths), -1)  # (S,): -1 where the sequence is in another chunk
-            row_in_chunk[sequences] = np.arange(len(sequences))
-            transitions = np.flatnonzero(row_in_chunk[self.rows] >= 0)
-            if len(transitions) == 0:
-                continue
-            width = int(self.lengths[sequences].max())
-            yield Chunk(
-                self.tokens[torch.as_tensor(sequences, device=device), :width],
-                torch.as_tensor(row_in_chunk[self.rows[transitions]], device=device),
-                torch.as_tensor(self.cols[transitions], device=device),
-                transitions,
-                None if self.allowed is None else self.allowed[transitions],
-                None if self.n_prompt is None else torch.as_tensor(self.n_prompt[sequences], device=device),
-            )
+        bound, rest = min(bounds, default=None), np.arange(len(self.lengths))
+        if columns is not None and self.prompts is not None and self.n_prompt is not None:
+            prompts = Prompts(self.prompts, np.minimum(self.n_prompt, self.lengths), self.lengths)
+            groups, rest = prompt_chunks(prompts, bound, columns)
+            for group in groups:
+                yield from self._chunk(group, prompts, columns)
+        for bucket in bucket_by_length(self.lengths[rest], bound):
+            yield from self._chunk(rest[bucket])
+
+    def _chunk(
+        self, sequences: np.ndarray, prompts: Prompts | None = None, columns: int | None = None
+    ) -> Iterator[Chunk]:
+        """Yield the chunk of some sequences, unless no transition is in them."""
+        device = self.tokens.device
+        row_in_chunk = np.full(len(self.lengths), -1)  # (S,): -1 where the sequence is in another chunk
+        row_in_chunk[sequences] = np.arange(len(sequences))
+        transitions = np.flatnonzero(row_in_chunk[self.rows] >= 0)
+        if len(transitions) == 0:
+            return
+        rows, cols = row_in_chunk[self.rows[transitions]], self.cols[transitions]  # (N,) each
+        ids = self.tokens[torch.as_tensor(sequences, device=device), : int(self.lengths[sequences].max())]
+        shared = None
+        if prompts is not None and columns is not None:
+            shared = lay_out(ids, prompts.of(sequences), rows, cols, columns)
+        yield Chunk(
+            ids,
+            torch.as_tensor(rows, device=device),
+            torch.as_tensor(cols, device=device),
+            transitions,
+            None if self.allowed is None else self.allowed[transitions],
+            None if self.n_prompt is None else torch.as_tensor(self.n_prompt[sequences], device=device),
+            shared,
+        )
 
 
-def bucket_by_length(lengths: np.ndarray, max_tokens: int | None = None) -> Iterator[np.ndarray]:
-    """Yield the indices of sequences in groups of similar length, the longest first.
+def number_prompts(sequences: Sequence[np.ndarray], n_prompt: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return a number for the prompt of each sequence, (S,): equal numbers for equal prompts.
 
     Args:
-        lengths: The number of tokens of each sequence, (S,).
-        max_tokens: The most tokens of a group, padding included; a longer sequence is a group by itself. None sets no
-            bound.
+        sequences: The tokens of each sequence, of one type.
+        n_prompt: The number of prompt tokens of each sequence, (S,).
 
     Example:
-        >>> [group.tolist() for group in bucket_by_length(np.array([100, 900, 90]))]
-        [[1], [0, 2]]
+        >>> number_prompts([np.array([1, 2, 3]), np.array([1, 2]), np.array([1])], [2, 2, 1])
+        array([0, 0, 1])
     """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        width = max(int(lengths[order[start]]), 1)
-        end, n_real = start, 0
-        while end < len(order):
-            n_padded = (end + 1 - start) * width
-            n_real += int(lengths[order[end]])
-            if end > start and max_tokens is not None and n_padded > max_tokens:
-                break
-            if n_padded > MIN_BUCKET_TOKENS and n_real < (1 - MAX_PADDING) * n_padded:
-                break
-            end += 1
-        yield order[start:end]
-        start = end
+    numbers: dict[bytes, int] = {}
+    pairs = zip(sequences, n_prompt, strict=True)
+    return np.array([numbers.setdefault(tokens[:n].tobytes(), len(numbers)) for tokens, n in pairs], dtype=np.int64)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..distributed.sharding import Shards
+from ..models.backbone import Backbone
 from ..models.critic import TrunkCritic, ValueHead
 from ..models.interface import LanguageModel, RowCache, SequenceScorer
 from ..models.observations import has_begun, prompt_lengths, unpack_observations
@@ -22,8 +24,6 @@ from .out_of_memory import evaluate_in_memory
 from .value_norm import ValueNorm
 
 MAX_LOGITS = 1 << 24  # numbers of float32 in one tensor of logits: 64 MiB
-TOLERANCE = 1e-3  # nats: rounding of a log-probability in float32
-TOLERANCE_16_BIT = 0.1  # nats: half of PPO's usual clip range
 AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,6 +50,7 @@ class LMActorCritic(SequenceScorer):
     Attributes:
         most_tokens: The most tokens that an update reads in one forward, set by an out-of-memory error; None before.
         shards: The weights if they are spread over processes, else None.
+        may_share_prompts: Whether sequences may share equal prompts: False only in tests, which compare.
 
     Raises:
         ValueError: For an unknown `autocast`, or `value_norm` with a critic that does not end in a `ValueHead`.
@@ -57,6 +58,7 @@ class LMActorCritic(SequenceScorer):
 
     lagged: LaggedCopy | None
     value_norm: ValueNorm | None
+    may_share_prompts = True
 
     def __init__(
         self,
@@ -201,13 +203,18 @@ class LMActorCritic(SequenceScorer):
     def _trunk_values(self, ids: Tensor, lengths: Tensor) -> Tensor:
         lengths = lengths.clamp(min=1)
         rows = torch.arange(len(ids), device=ids.device)
-        return self.in_reward_units(self._critic_outputs(None, ids[:, : int(lengths.max())], rows, lengths - 1))
+        with self._precision():
+            hidden = cast("TrunkCritic", self.critic).read(ids[:, : int(lengths.max())], rows, lengths - 1)
+        return self.in_reward_units(self.critic(hidden))
 
-    def _critic_outputs(self, hidden: Tensor | None, ids: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """Return the critic's outputs (N,) at (rows, cols) of ids, given the backbone's hidden states (N, H) there."""
+    def _critic_outputs(self, hidden: Tensor | None, chunk: Chunk) -> Tensor:
+        """Return the critic's outputs at a chunk's transitions, (n,), given the backbone's hidden states (n, H)."""
         if isinstance(self.critic, TrunkCritic):
             with self._precision():
-                hidden = self.critic.read(ids, rows, cols)
+                if chunk.shared is None:
+                    hidden = self.critic.read(chunk.ids, chunk.rows, chunk.cols)
+                else:
+                    hidden = self.critic.read_shared(chunk.shared)
         return self.critic(hidden)
 
     def in_reward_units(self, outputs: Tensor) -> Tensor:
@@ -233,6 +240,9 @@ class LMActorCritic(SequenceScorer):
 
     def _read_chunk(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (n, H) at a chunk's transitions, and logits (n, V) if they do not follow from these."""
+        if chunk.shared is not None:
+            with self._precision():
+                return cast("Backbone", self.backbone).read_shared(chunk.shared)
         inputs: tuple[Any, ...] = (chunk.ids, chunk.rows, chunk.cols)
         if self.backbone.is_encoder_decoder:
             if chunk.n_prompt is None:
@@ -240,6 +250,21 @@ class LMActorCritic(SequenceScorer):
             inputs = (*inputs, chunk.n_prompt)
         with self._precision():
             return self.backbone.read(*inputs)
+
+    @property
+    def shared_columns(self) -> int | None:
+        """The most columns with which prompts are shared now (see `SequenceBatch.chunks`); None: none are."""
+        # Sharded weights are gathered once for one forward; another library's `LanguageModel` takes no keys and values.
+        if self.shards is not None or not self.may_share_prompts or not isinstance(self.backbone, Backbone):
+            return None
+        readers = [reader for reader in (self.backbone, self.critic) if isinstance(reader, (Backbone, TrunkCritic))]
+        if not (self.backbone.takes_cache and all(reader.shares_prompts for reader in readers)):
+            return None
+        return min(sys.maxsize if reader.longest is None else reader.longest for reader in readers)
+
+    def chunks(self, batch: SequenceBatch) -> Iterator[Chunk]:
+        """Yield a batch in the chunks that this model reads."""
+        return batch.chunks(self.most_tokens, self.shared_columns)
 
     def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score actions under the current weights; one forward reads a sequence with all its transitions.
@@ -271,7 +296,7 @@ class LMActorCritic(SequenceScorer):
         evaluate, parts, order = self.evaluate_chunk, [], []
         if n_forwards is not None and batch.micro_batch_tokens is not None:
             evaluate = partial(checkpoint, self.evaluate_chunk, use_reentrant=False)
-        for chunk in batch.chunks(self.most_tokens):
+        for chunk in self.chunks(batch):
             parts.append(evaluate(chunk, actions[torch.as_tensor(chunk.transitions, device=actions.device)]))
             order.append(torch.as_tensor(chunk.transitions))
         inverse = torch.cat(order).argsort().to(actions.device)  # (N,)
@@ -286,7 +311,7 @@ class LMActorCritic(SequenceScorer):
     def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score the actions of a chunk, (n,), in one forward; return the results of `evaluate`, (n,) each."""
         hidden, logits = self._read_chunk(chunk)
-        outputs = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
+        outputs = self._critic_outputs(hidden, chunk)
         return outputs, *self._score(hidden, logits, actions, chunk)
 
     def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
@@ -331,7 +356,7 @@ class LMActorCritic(SequenceScorer):
     def log_probs(self, batch: SequenceBatch, actions: Tensor) -> Tensor:
         """Return the log-probabilities of actions (N,), in nats, without values: the scores of a reference model."""
         result = actions.new_zeros(len(actions), dtype=torch.float32)
-        for chunk in batch.chunks(self.most_tokens):
+        for chunk in self.chunks(batch):
             indices = torch.as_tensor(chunk.transitions, device=actions.device)  # (n,)
             # Without the entropies of `_score`, which nobody asks of a reference.
             for scores, part in zip(self.log_probabilities(chunk), self._parts(len(indices)), strict=True):  # (m, V)
@@ -348,7 +373,7 @@ class LMActorCritic(SequenceScorer):
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:
         """Return the distribution over the next token at all N transitions of a batch, (N, V)."""
         logits, order = [], []
-        for chunk in batch.chunks(self.most_tokens):
+        for chunk in self.chunks(batch):
             logits.append(torch.cat(list(self.log_probabilities(chunk))))
             order.append(torch.as_tensor(chunk.transitions))
         inverse = torch.cat(order).argsort().to(logits[0].device)  # (N,)
@@ -357,10 +382,10 @@ class LMActorCritic(SequenceScorer):
     def sequence_values(self, batch: SequenceBatch) -> Tensor:
         """Return the critic's outputs at all transitions of a batch, (N,), without scoring actions."""
         values = torch.zeros(len(batch), device=batch.tokens.device)
-        for chunk in batch.chunks(self.most_tokens):
+        for chunk in self.chunks(batch):
             hidden = None if isinstance(self.critic, TrunkCritic) else self._read_chunk(chunk)[0]
             indices = torch.as_tensor(chunk.transitions, device=values.device)
-            values[indices] = self._critic_outputs(hidden, chunk.ids, chunk.rows, chunk.cols)
+            values[indices] = self._critic_outputs(hidden, chunk)
         return values
 
     @property
@@ -373,9 +398,3 @@ class LMActorCritic(SequenceScorer):
         # (torch `autocast_mode.cpp`, cached_cast), in which their gradients are summed before they are float32.
         enabled, device = self.autocast is not None, self.backbone.device.type
         return torch.autocast(device, self.autocast_dtype, enabled, cache_enabled=False)
-
-
-def tolerance(lm: LMActorCritic) -> float:
-    """Return the largest difference in nats that rounding alone makes between two scores of the same token."""
-    is_16_bit = lm.autocast is not None or any(weight.element_size() < 4 for weight in lm.backbone.parameters())
-    return TOLERANCE_16_BIT if is_16_bit else TOLERANCE

@@ -17,6 +17,7 @@ from ..distributed.world import world
 from ..models.backbone import Backbone
 from ..models.critic import CriticSpec, SharedCritic
 from ..models.interface import BackendSpec
+from ..models.prompt_layout import SharedPrompts
 from ..models.sampling import TokenDistribution
 from ..models.sequences import SequenceBatch
 from .lm_policy import LMPolicy
@@ -71,6 +72,10 @@ class FlatBackbone(Backbone):
     def read(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         with self.weights():
             return super().read(*args, **kwargs)
+
+    def read_shared(self, shared: SharedPrompts) -> tuple[Tensor, Tensor | None]:
+        with self.weights():
+            return super().read_shared(shared)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self.weights():

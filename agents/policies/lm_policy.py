@@ -283,10 +283,8 @@ class LMPolicy(ActorCriticPolicy):
 
     def _check_whole(self) -> None:
         if self.lm.shards is not None:
-            raise RuntimeError(
-                "Expected weights that are whole in each process, got sharded ones: use save_checkpoint and "
-                "load_checkpoint in place of save and load, and export for the language model."
-            )
+            cure = "use save_checkpoint and load_checkpoint in place of save and load, and export for the language model."
+            raise RuntimeError(f"Expected weights that are whole in each process, got sharded ones: {cure}")
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return actions (B,), values (B, 1) and log-probabilities (B,) of observations (B, L).
@@ -347,8 +345,8 @@ class LMPolicy(ActorCriticPolicy):
         """Return the values of observations (B, L), (B, 1), or of all transitions of sequences, (N, 1).
 
         SB3 `on_policy_algorithm.collect_rollouts` asks for the values of terminal observations one by one. The first
-        call values all terminal observations of the step in one forward, and the others read its result. At the end of
-        a rollout, episodes that have just begun get 0 without a forward, since SB3 multiplies their values by 0.
+        call values all terminal observations of the step in one forward, and the others read its result. An episode
+        that has just begun when a rollout ends gets 0 unread, since SB3 multiplies its value by 0.
         """
         if isinstance(obs, SequenceBatch):
             return self.lm.sequence_values(obs)[:, None]

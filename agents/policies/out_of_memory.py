@@ -95,7 +95,7 @@ class Minibatch:
             return self._differentiate(graph, gradients)
         self.random.restore()  # the forward is repeated with the random numbers that it drew
         total: list[Tensor | None] = [None] * len(self.weights)
-        for chunk in self.batch.chunks(self.lm.most_tokens):
+        for chunk in self.lm.chunks(self.batch):
             indices = torch.as_tensor(chunk.transitions, device=self.actions.device)  # (n,)
             with torch.enable_grad():
                 results = self.lm.evaluate_chunk(chunk, self.actions[indices])
@@ -130,12 +130,12 @@ class Minibatch:
             self.random.restore()
 
     def _halve(self, reason: str) -> None:
-        shapes = [tuple(chunk.ids.shape) for chunk in self.batch.chunks(self.lm.most_tokens)]
-        several = [n_rows * width for n_rows, width in shapes if n_rows > 1]
+        chunks = list(self.lm.chunks(self.batch))
+        several = [chunk.n_read for chunk in chunks if len(chunk.ids) > 1]
         if not several:
             n_weights = sum(weight.numel() for weight in self.weights)
             raise torch.OutOfMemoryError(
-                f"Expected memory for an update of one sequence of {max(width for _, width in shapes)} tokens and "
+                f"Expected memory for an update of one sequence of {max(chunk.n_read for chunk in chunks)} tokens and "
                 f"{n_weights:,} trained weights, got: {reason} Three knobs: gradient_checkpointing=True keeps fewer "
                 "activations; train=LoRA(...) or LastLayers(n) trains fewer weights; a smaller max_new_tokens or "
                 "max_prompt_tokens makes sequences shorter."

@@ -92,8 +92,9 @@ def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: Sequence
     Policy and reference take turns, so that log-probabilities (n, V) are held for n transitions at a time.
     """
     result = torch.zeros(len(batch), device=batch.tokens.device)
+    first, second = reference.shared_columns, policy.shared_columns
     with gathered(reference):
-        for chunk in batch.chunks():
+        for chunk in batch.chunks(None, None if first is None or second is None else min(first, second)):
             turns = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
             # A token of probability 0 adds 0: its log-probability is a large number, not -inf.
             parts = [(own.softmax(dim=-1) * (own - others)).sum(dim=-1) for own, others in turns]  # (n, V) -> (n,)

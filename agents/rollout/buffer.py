@@ -17,7 +17,7 @@ from textenv.lanes.finished_episodes import Place
 
 from ..distributed.collectives import raise_together
 from ..distributed.world import world
-from ..models.sequences import SequenceBatch, pad_sequences
+from ..models.sequences import SequenceBatch
 from ..models.token_sets import AllowedTokens, TokenSets
 from ..policies.actor_critic import LMActorCritic
 from ..policies.tensor_notes import ALLOWED, READ_BY
@@ -29,7 +29,7 @@ from .importance import Correction
 from .minibatches import deal
 from .segments import SegmentRecorder
 from .trained_sequences import FinishedRollout, choose_groups, choose_sequences
-from .transitions import RolloutView, Segment, SequenceSamples, Transitions, joined
+from .transitions import RolloutView, Segment, SequenceSamples, Transitions, batch_of, joined
 
 DATA_PARALLEL = "DataParallel"  # the key of the step without which several processes do not train
 
@@ -294,17 +294,15 @@ class SequenceRolloutBuffer(RolloutBuffer):
             steps = np.concatenate([np.arange(segment.start, segment.end) for segment in self.segments])  # (N,)
             lanes = np.repeat([segment.lane for segment in self.segments], counts)  # (N,)
             batch = self._batch(self.segments, np.array(counts), self.cols[steps, lanes], self.allowed[steps, lanes])
-            actions = torch.as_tensor(self.actions[steps, lanes], device=self.device).long()
+            actions = torch.as_tensor(self.actions[steps, lanes], device=self.device).long()  # (N,)
             self._view = RolloutView(batch, actions, steps, lanes)
         return self._view
 
     def _batch(self, segments: list[Segment], n: np.ndarray, cols: np.ndarray, sets: np.ndarray) -> SequenceBatch:
         """Return segments with `n` transitions each, (S,), whose columns and numbers of token sets are given, (N,)."""
-        tokens, lengths = pad_sequences([segment.tokens for segment in segments], self.device)  # (S, T), (S,)
-        n_prompt = np.array([segment.n_prompt for segment in segments])  # (S,)
         rows = np.repeat(np.arange(len(n)), n)  # (N,)
         allowed = AllowedTokens(self.token_sets, sets) if self.is_masked else None
-        return SequenceBatch(tokens, lengths, rows, cols, self.micro_batch_tokens, allowed, n_prompt)
+        return batch_of(segments, rows, cols, self.micro_batch_tokens, allowed, self.device)
 
     def set_policy_log_probs(self, view: RolloutView, log_probs: np.ndarray) -> None:
         """Store the policy's log-probabilities, (N,), of a rollout that another engine sampled.
@@ -362,7 +360,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
             )
         counts, n_transitions = self.trained.counts, self.buffer_size * self.n_envs
         can_wait = self.groups is not None and self.groups.can_wait
-        groups = deal(counts, self.trained.n_dropped, n_transitions, batch_size, self.rng, can_wait)
+        n_dropped, members = self.trained.n_dropped, self.trained.members
+        groups = deal(counts, n_dropped, n_transitions, batch_size, self.rng, can_wait, members)
         if not groups:
             yield from self._nothing_to_train()
         self.generator_ready = True

@@ -55,10 +55,17 @@ class TrainedSequences:
         rollout: The rollout that the sequences come from.
         sequences: The sequences, in order.
         n_dropped: The number of ended episodes that are left out because the reward dropped them.
+        members: The number of each sequence's group of samples, (S,); None without groups.
     """
 
-    def __init__(self, rollout: FinishedRollout, sequences: list[TrainedSequence], n_dropped: int) -> None:
-        self._rollout, self._sequences, self.n_dropped = rollout, sequences, n_dropped
+    def __init__(
+        self,
+        rollout: FinishedRollout,
+        sequences: list[TrainedSequence],
+        n_dropped: int,
+        members: np.ndarray | None = None,
+    ) -> None:
+        self._rollout, self._sequences, self.n_dropped, self.members = rollout, sequences, n_dropped, members
         self.counts = np.array([len(part.actions) for part in self], dtype=np.int64)  # (S,): transitions per sequence
 
     def or_segments(self) -> TrainedSequences:
@@ -153,9 +160,9 @@ def choose_groups(
     for place in whole.keys() & waiting_episodes.keys():  # a late score may have changed the rewards since
         carry(whole[place].part, 0.0, 0.0, rollout.gamma, rollout.gae_lambda)
     parts = [episode.part for episode in whole.values()]
+    ids = np.array([episode.group for episode in whole.values()], dtype=np.int64)  # (E,)
     if advantage != "gae" and parts:
         scores = np.array([part.task_rewards.sum(dtype=np.float64) for part in parts])  # (E,)
-        ids = np.array([episode.group for episode in whole.values()])  # (E,)
         compared = group_advantages(scores, ids, advantage)  # (E,)
         penalised = penalty_advantages([part.penalties for part in parts], ids, advantage)  # (n,) each
         parts = [
@@ -167,4 +174,4 @@ def choose_groups(
         for ((_, lane), episode), part in zip(whole.items(), parts, strict=True)
     ]
     kept = {place: episode._replace(part=joined([episode.part])) for place, episode in still_waiting.items()}
-    return TrainedSequences(rollout, sequences, n_dropped), kept
+    return TrainedSequences(rollout, sequences, n_dropped, ids), kept

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ..models.sequences import SequenceBatch
+from ..models.sequences import SequenceBatch, number_prompts, pad_sequences
+from ..models.token_sets import AllowedTokens
 
 
 class Segment(NamedTuple):
@@ -57,6 +59,21 @@ def joined(parts: Sequence[Transitions]) -> Transitions:
     if all(part.is_by_policy for part in parts):
         return Transitions(**arrays, behaviour_log_probs=arrays["log_probs"])
     return Transitions(**arrays, behaviour_log_probs=np.concatenate([part.behaviour_log_probs for part in parts]))
+
+
+def batch_of(
+    segments: Sequence[Segment],
+    rows: np.ndarray,
+    cols: np.ndarray,
+    micro_batch_tokens: int | None,
+    allowed: AllowedTokens | None,
+    device: torch.device | str,
+) -> SequenceBatch:
+    """Return the sequences of segments, (S,), with N transitions; the other arguments are those of `SequenceBatch`."""
+    tokens, lengths = pad_sequences([segment.tokens for segment in segments], device)  # (S, T), (S,)
+    n_prompt = np.array([segment.n_prompt for segment in segments])
+    prompts = number_prompts([segment.tokens for segment in segments], n_prompt)
+    return SequenceBatch(tokens, lengths, rows, cols, micro_batch_tokens, allowed, n_prompt, prompts)
 
 
 class SequenceSamples(NamedTuple):

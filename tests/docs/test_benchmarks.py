@@ -125,6 +125,8 @@ def test_all_scripts_run(tmp_path):
         "update, LoRA",
         "update, growth",
         "update of a token",
+        "update with groups, P40",
+        "update without groups",
         "SB3, env",
         "buffer, ",
         "rating page, ",

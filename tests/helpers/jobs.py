@@ -89,7 +89,7 @@ def choose_by_row():
     TokenDistribution.get_actions = lambda self, *args: chosen[0]
 
 
-def group_by_lane(counts, n_groups, rng):
+def group_by_lane(counts, n_groups, rng, members=None):
     """Assign this process's sequences, one per lane, to minibatches by `GROUP_OF_LANE` of their global lane."""
     rank, size = rank_and_size()
     group = GROUP_OF_LANE[np.arange(len(counts)) * size + rank]

@@ -8,6 +8,7 @@ import pytest
 from agents import RewardShaping
 from agents.build import make_agent
 from agents.evaluation.generation import generate
+from agents.rollout import minibatches
 from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
 
@@ -59,6 +60,21 @@ def test_e11_group_relative_advantages_learn(advantage):
     env = TextEnv(PROMPTS, TOKENIZER, reward=share_of_c, samples_per_prompt=5, score_at="done", **RULES)
     before, after = learn(build(env, advantage), 15)
     assert before < 0.35 and after > 0.9
+
+
+@pytest.mark.slow
+def test_e11_samples_dealt_to_one_minibatch_learn_like_those_dealt_apart(monkeypatch):
+    """Each minibatch has 16 texts: of two or a few prompts, or of nearly as many prompts as texts."""
+    ends, even_groups = [], minibatches.even_groups
+    for is_apart in (False, True):
+        if is_apart:
+            monkeypatch.setattr(minibatches, "even_groups", lambda *args: even_groups(*args[:3]))
+        env = TextEnv(PROMPTS, TOKENIZER, reward=share_of_c, samples_per_prompt=8, score_at="done", **RULES)
+        model = build(env, "grpo", batch_size=64)
+        ends.append(learn(model, 15)[1])
+        prompts = [len(np.unique(samples.observations.prompts)) for samples in model.rollout_buffer.get(64)]
+        assert max(prompts) > 4 if is_apart else max(prompts) <= 4
+    assert min(ends) > 0.9
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from agents import (
     save_checkpoint,
 )
 from agents.doctor import examine as doctor
-from agents.policies.actor_critic import tolerance
+from agents.policies.rounding import tolerance
 from tests.helpers.combinations import AXES, readme_tables, refused_pairs, walk
 from tests.helpers.command import ROOT
 from tests.helpers.models import CheckRatio, tiny

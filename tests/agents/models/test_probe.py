@@ -92,7 +92,7 @@ def read(backbone):
 
 @pytest.mark.parametrize("initializer_range", [0.02, 0.3])
 @pytest.mark.parametrize("name", few(KIN, 2))
-def test_a14_a_bidirectional_model_is_refused_with_the_flag_that_makes_it_causal(name, initializer_range):
+def test_f7_a_bidirectional_model_is_refused_with_the_flag_that_makes_it_causal(name, initializer_range):
     config_class, options = KIN[name]
     model = build(config_class(**options, initializer_range=initializer_range))
     with pytest.raises(ValueError, match=rf"a causal model, got {type(model).__name__}.* set is_decoder=True in"):
@@ -100,7 +100,7 @@ def test_a14_a_bidirectional_model_is_refused_with_the_flag_that_makes_it_causal
     Backbone(build(config_class(**options, initializer_range=initializer_range, is_decoder=True)), N_TOKENS, 16)
 
 
-def test_a14_xlm_is_refused_with_its_own_flag():
+def test_f7_xlm_is_refused_with_its_own_flag():
     shape = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 40}
     with pytest.raises(ValueError, match="set causal=True in its config"):
         Backbone(build(XLMConfig(**shape, pad_index=39, pad_token_id=39)), N_TOKENS, 16)
@@ -110,21 +110,21 @@ def test_a14_xlm_is_refused_with_its_own_flag():
         Backbone(build(XLMConfig(**shape, pad_index=2, pad_token_id=2, causal=True)), N_TOKENS, 16)
 
 
-def test_a14_prophetnet_is_refused():
+def test_f7_prophetnet_is_refused():
     """Its head reads two streams at once, and its predictions at a token change with the length of the row."""
     config = ProphetNetConfig(**COMMON, **START, **PROPHET, hidden_size=16, max_position_embeddings=N_POSITIONS)
     with pytest.raises(ValueError, match=r"got ProphetNetForConditionalGeneration: .* run on .*\(2, 2, 4, 16\)"):
         backbone_class(build(config))(build(config), N_TOKENS, 16)
 
 
-def test_a14_a_model_that_looks_ahead_without_a_flag_is_refused():
+def test_f7_a_model_that_looks_ahead_without_a_flag_is_refused():
     model = build(tiny("llama"))
     model.model.norm.register_forward_hook(lambda module, args, out: out + 0.1 * out.mean(dim=1, keepdim=True))
     with pytest.raises(ValueError, match="switch bidirectional attention off in its config"):
         Backbone(model, N_TOKENS, 16)
 
 
-def test_a14_a_model_whose_rows_see_each_other_is_refused():
+def test_f7_a_model_whose_rows_see_each_other_is_refused():
     model = build(tiny("llama"))
     model.model.norm.register_forward_hook(lambda module, args, out: out + 0.1 * out.mean(dim=0, keepdim=True))
     with pytest.raises(ValueError, match=r"whatever rows are beside it, got LlamaForCausalLM: it gives"):
@@ -175,14 +175,14 @@ def test_a6_checkpointed_layers_are_recomputed_and_not_in_training_mode():
     assert layer.training
 
 
-def test_a14_noise_in_every_mode_is_refused():
+def test_f7_noise_in_every_mode_is_refused():
     model = build(tiny())
     model.transformer.ln_f.register_forward_hook(lambda module, args, out: functional.dropout(out, 0.1))
     with pytest.raises(ValueError, match=r"gives other logits|computes the same in every forward"):
         Backbone(model, N_TOKENS, 16)
 
 
-def test_a14_another_result_in_training_mode_is_refused():
+def test_f7_another_result_in_training_mode_is_refused():
     model = build(tiny())
     calls = []
 
@@ -204,7 +204,7 @@ def test_a14_another_result_in_training_mode_is_refused():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a14_damaged_weights_are_refused(value):
+def test_f7_damaged_weights_are_refused(value):
     model = build(tiny())
     model.transformer.ln_f.weight.data.fill_(value)
     with pytest.raises(ValueError, match="Expected finite logits, got NaN or infinity from GPT2LMHeadModel"):
@@ -238,7 +238,7 @@ def test_the_tolerance_follows_the_type_of_the_weights():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_a14_rounding_in_16_bits_is_no_reason_to_refuse(name, dtype):
+def test_f7_rounding_in_16_bits_is_no_reason_to_refuse(name, dtype):
     """SmolLM2-135M in float16 differs by 1.4 % from width to width, and was said to read its pad token otherwise."""
     model = build(tiny(name)).to(dtype)
     norm = model.model.norm if name == "llama" else model.model.decoder.final_layer_norm
@@ -249,7 +249,7 @@ def test_a14_rounding_in_16_bits_is_no_reason_to_refuse(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", few(KIN, 1))
-def test_a14_in_16_bits_too_a_fresh_bidirectional_model_is_refused(name, dtype):
+def test_f7_in_16_bits_too_a_fresh_bidirectional_model_is_refused(name, dtype):
     """A later token moves its states by less than 16 bits round, but batches of the same shape round alike."""
     config_class, options = KIN[name]
     with pytest.raises(ValueError, match=r"a causal model, got .* set is_decoder=True in"):
@@ -258,11 +258,11 @@ def test_a14_in_16_bits_too_a_fresh_bidirectional_model_is_refused(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a14_experts_that_round_otherwise_beside_other_tokens_are_no_reason_to_refuse(dtype):
+def test_f7_experts_that_round_otherwise_beside_other_tokens_are_no_reason_to_refuse(dtype):
     Backbone(build(tiny_mixture()).to(dtype), N_TOKENS, 16)
 
 
-def test_a14_a_backward_pass_that_fails_is_refused():
+def test_f7_a_backward_pass_that_fails_is_refused():
     shape = {"hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8, "feed_forward_size": 32}
     config = ReformerConfig(**shape, **COMMON, attn_layers=["local", "local"], axial_pos_embds=False, is_decoder=True)
     with pytest.raises(ValueError, match=r"can be trained, got ReformerModelWithLMHead, whose backward pass"):

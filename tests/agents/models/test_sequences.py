@@ -5,8 +5,9 @@ import pytest
 import torch
 from stable_baselines3.common.vec_env import VecNormalize
 
+from agents.models.buckets import MAX_PADDING, MIN_BUCKET_TOKENS
 from agents.models.observations import unpack_observations
-from agents.models.sequences import MAX_PADDING, MIN_BUCKET_TOKENS, SequenceBatch
+from agents.models.sequences import SequenceBatch
 from tests.helpers.models import N_TOKENS, make_policy, make_ppo, observe, tiny
 
 

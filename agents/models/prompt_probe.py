@@ -1,0 +1,67 @@
+"""The probe of shared prompts: a few tokens show whether a model takes keys and values from outside exactly."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .probe import ABSENT, Rows, attempt, state_tolerance
+from .prompt_layout import Prompts, lay_out
+from .shared_prompts import Forward, read_shared
+
+# Three rows of two prompts, of two tokens and of one: keys and values are copied to two rows, and padded on the left.
+N_PROMPT, LENGTHS = (2, 2, 1), (4, 4, 3)
+
+
+def shares_prompts(forward: Forward, model: PreTrainedModel, vocab_size: int | None = None) -> bool:
+    """Return whether rows that share their prompts have the states and the gradient of whole rows.
+
+    Args:
+        forward: Returns all states of tokens, (B, T, ...), as one tensor or several; hidden states are the first.
+        model: The model behind it, in evaluation mode.
+        vocab_size: The number of tokens that can be read; None for all rows of the embeddings.
+    """
+    n_tokens = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings if vocab_size is None else vocab_size
+    first, second = Rows(model, n_tokens, model.device).ids[:, : max(LENGTHS)]  # (T,) each
+    ids = torch.stack([second, torch.cat([second[:2], first[2:]]), first])  # (3, T)
+    positions = [(row, col) for row, n in enumerate(LENGTHS) for col in range(N_PROMPT[row] - 1, n)]
+    rows, cols = torch.tensor(positions).T  # (N,) each
+    prompts = Prompts(*(torch.tensor(numbers).numpy() for numbers in ((0, 0, 1), N_PROMPT, LENGTHS)))
+    shared = lay_out(ids, prompts, rows.numpy(), cols.numpy(), max(LENGTHS))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # As in `probe._check_update`: the gradients of norms and biases, in every layer, take little memory.
+    vectors = [weight for weight in trained if weight.ndim == 1] or trained
+
+    def results(is_shared: bool) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(bool(vectors)):
+            whole = () if is_shared else forward(input_ids=ids, use_cache=False)
+            states = read_shared(forward, shared) if is_shared else tuple(part[rows, cols] for part in whole)
+            gradients = _gradient(states[0], vectors) if vectors else torch.zeros(1)
+        return (*(part.detach() for part in states), gradients)
+
+    expected, _ = attempt(lambda: results(False))
+    got, _ = attempt(lambda: results(True))
+    if expected is None or got is None:
+        return False
+    tolerance = state_tolerance(model)
+    return all(_are_close(*pair, tolerance) for pair in zip(got, expected, strict=True))
+
+
+def _gradient(hidden: Tensor, weights: list[nn.Parameter]) -> Tensor:
+    """Return the gradient of a sum of hidden states, with a factor of its own for each number, in one vector."""
+    factors = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)
+    gradients = torch.autograd.grad((hidden.float() * factors).sum(), weights, allow_unused=True)
+    return torch.cat([gradient.flatten().float().cpu() for gradient in gradients if gradient is not None])
+
+
+def _are_close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Return whether |got - expected| <= `tolerance` * |expected| (Euclidean norms) in each row."""
+    is_absent = expected <= ABSENT
+    if got.shape != expected.shape or not torch.equal(got <= ABSENT, is_absent):
+        return False
+    difference = (got.float() - expected.float()).masked_fill(is_absent, 0.0).norm(dim=-1)
+    size = expected.float().masked_fill(is_absent, 0.0).norm(dim=-1)
+    return bool((difference <= tolerance * size + torch.finfo(torch.float32).tiny).all())  # NaN is not <=

@@ -283,7 +283,7 @@ class LMPolicy(ActorCriticPolicy):
 
     def _check_whole(self) -> None:
         if self.lm.shards is not None:
-            cure = "use save_checkpoint and load_checkpoint in place of save and load, and export for the language model."
+            cure = "use save_checkpoint and load_checkpoint in place of save and load, and export for the model."
             raise RuntimeError(f"Expected weights that are whole in each process, got sharded ones: {cure}")
 
     def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:

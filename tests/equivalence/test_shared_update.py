@@ -241,7 +241,7 @@ def columns_of(policy):
 def test_who_reads_whole_sequences():
     """Recurrent models, encoder-decoders, layers under activation checkpointing, shards, and models not by us."""
     assert columns_of(make_policy()) == N_POSITIONS
-    with pytest.warns(UserWarning, match="recurrent"):
+    with pytest.warns(UserWarning, match="keeps a state"):
         assert columns_of(make_policy(tiny("mamba"))) is None
     checkpointed = make_policy(gradient_checkpointing=True)
     assert columns_of(checkpointed) is None

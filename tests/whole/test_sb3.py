@@ -345,7 +345,9 @@ def test_d4_lanes_truncated_in_one_step_are_valued_in_one_forward(cache, monkeyp
     env = tiny_env(length_limit="truncate", max_new_tokens=4, stop_ids=[])
     model = tiny_agent(env, n_envs=4, n_steps=8, policy_kwargs={"cache": cache})
     rows, values = [], model.policy.lm.values
-    monkeypatch.setattr(model.policy.lm, "values", lambda obs: rows.append(len(obs)) or values(obs))
+    monkeypatch.setattr(
+        model.policy.lm, "values", lambda obs, **options: rows.append(len(obs)) or values(obs, **options)
+    )
     model.learn(32)
     assert rows == [4, 4, 4], "two steps in which all four were cut, and the end of the rollout"
 

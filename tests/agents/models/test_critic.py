@@ -20,6 +20,7 @@ from transformers import (
 
 from agents import KLPenalty, RewardModelCritic, SeparateCritic, SequenceRolloutBuffer, SharedCritic
 from agents.models.critic import TrunkCritic
+from agents.models.observations import has_begun
 from agents.models.sequences import SequenceBatch
 from agents.policies.lm_policy import LMPolicy
 from tests.helpers.models import (
@@ -165,7 +166,7 @@ def test_values_at_the_end_equal_those_step_by_step(limit):
 
 
 def test_a_rollout_costs_one_forward_a_sequence():
-    """Rows that the critic's trunk reads: the first step's, each sequence once, and the last observations."""
+    """Rows that the critic's trunk reads: the first step's, each sequence once, and last observations that have begun."""
     model = separate_ppo()
     calls = count_forwards(model.policy.lm.critic.trunk)
     model.policy.set_training_mode(False)
@@ -173,8 +174,8 @@ def test_a_rollout_costs_one_forward_a_sequence():
         calls.clear()
         buffer = collect(model)
         n_sequences = len(buffer.segments)
-        assert calls[:2] == [model.n_envs, model.n_envs]  # the first step's, the last observations'
-        assert sum(calls[2:]) == n_sequences
+        n_begun = int(has_begun(torch.as_tensor(model._last_obs)).sum())
+        assert calls[0] == model.n_envs and sum(calls[1:]) == n_begun + n_sequences
     calls.clear()
     next(iter(buffer.get(48)))  # minibatches and `predict` cost no forward of the critic
     model.predict(model._last_obs)

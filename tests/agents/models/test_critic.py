@@ -166,7 +166,7 @@ def test_values_at_the_end_equal_those_step_by_step(limit):
 
 
 def test_a_rollout_costs_one_forward_a_sequence():
-    """Rows that the critic's trunk reads: the first step's, each sequence once, and last observations that have begun."""
+    """Rows that the critic's trunk reads: the first step's, each sequence once, and last observations with a token."""
     model = separate_ppo()
     calls = count_forwards(model.policy.lm.critic.trunk)
     model.policy.set_training_mode(False)

@@ -64,7 +64,7 @@ def no_op_rollout(model: PPO) -> list[Tensor]:
         seen.append(observations)
         return Step(actions, zeros + 0, zeros, None)
 
-    with patch.object(model.policy.lm, "act", act), patch.object(model.policy.lm, "values", lambda observations: zeros):
+    with patch.object(model.policy.lm, "act", act), patch.object(model.policy.lm, "values", return_value=zeros):
         rollout(model)
     return seen
 

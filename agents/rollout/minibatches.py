@@ -69,9 +69,12 @@ def even_groups(
         members: The number of each sequence's prompt, (S,); None if no two are samples of one prompt.
     """
     every = np.arange(len(counts))
-    of_prompts = [every] if members is None else [every[members == number] for number in np.unique(members)]
+    if members is None:
+        groups = _deal_units([every[i : i + 1] for i in every], counts, n_groups, rng)
+        return [groups[i] for i in rng.permutation(n_groups)]
+    of_prompts = [every[members == number] for number in np.unique(members)]
     n_samples = max((len(samples) for samples in of_prompts), default=0)
-    n_parts = 1 if members is not None else max(n_samples, 1)
+    n_parts = 1
     while True:
         units = [unit for samples in of_prompts for unit in np.array_split(rng.permutation(samples), n_parts)]
         units = [unit for unit in units if len(unit)]

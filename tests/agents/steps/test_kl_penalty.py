@@ -184,7 +184,7 @@ def test_d8_of_equal_texts_no_penalty_is_left(advantage):
     env = tiny_env(samples_per_prompt=4, stop_ids=())
     options = {"policy_kwargs": {"temperature": 1e-3}, "rollout_buffer_kwargs": {"advantage": advantage}}
     model, trained = tiny_agent(env, n_envs=8, **options), Trained()
-    penalty = KLPenalty(COEF, reference=tiny_config())
+    penalty = KLPenalty(COEF, reference=tiny_config(initializer_range=1.0))
     model.learn(32, callback=[penalty, trained], log_interval=None)
     assert model.logger.name_to_value["kl/token"] > 10
     assert len(trained.rollouts[0]) == 32 and {row[1] for row in trained.rollouts[0]} == {0.0}

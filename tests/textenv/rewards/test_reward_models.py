@@ -29,7 +29,7 @@ from textenv.rewards.text_model import TextModel
 WORDS = ["a", "good", "bad", "film", "plot", "user", "assistant", ":", "|"]
 TEXTS = ["good", "a bad film", "a good film a good plot a good film", "", "plot plot"]
 SHAPE = {"vocab_size": 16, "initializer_range": 0.5}
-GPT = {**SHAPE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24, "eos_token_id": 0}
+GPT = {**SHAPE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24, "bos_token_id": 0, "eos_token_id": 0}
 LAYERS = {**SHAPE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 LLAMA = {**LAYERS, "max_position_embeddings": 24, "eos_token_id": 0}
 BERT = {**LAYERS, "max_position_embeddings": 24, "pad_token_id": 0}

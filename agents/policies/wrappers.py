@@ -1,4 +1,4 @@
-"""What a policy learns from the stack of its algorithm: wrappers that change observations, and a rollout's end."""
+"""The algorithm that calls a policy, found on the stack: the wrappers of its env, and the end of a rollout."""
 
 from __future__ import annotations
 

@@ -109,6 +109,15 @@ def randomise_critic(policy: LMPolicy) -> None:
     torch.nn.init.normal_(policy.lm.critic.linear.weight, generator=torch.Generator().manual_seed(5))
 
 
+def disturb(model: torch.nn.Module, scale: float = 0.05, seed: int = 0) -> None:
+    """Change the trained weights, as an optimizer would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += scale * torch.randn(weight.shape, generator=generator)
+
+
 def no_reward(prompt, preds, done):
     return 0.0
 

@@ -30,6 +30,7 @@ from tests.helpers.models import (
     LAYERS,
     N_TOKENS,
     CheckRatio,
+    disturb,
     few,
     make_policy,
     make_ppo,
@@ -86,14 +87,6 @@ ADAPTED = {  # modules of the last layer with an adapter; of each expert stack, 
 IDS = torch.randint(0, N_TOKENS, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
-def disturb(lm, scale=0.1):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in lm.parameters():
-            if weight.requires_grad:
-                weight += scale * torch.randn(weight.shape, generator=generator)
-
-
 def logits_of(model):
     with torch.no_grad():
         return model.eval()(IDS).logits
@@ -123,7 +116,7 @@ def test_all_linear_layers_experts_and_routers_get_adapters_that_merge(family):
     exempt = "mlp.router." if family == "phimoe" else "nothing"
     second = [p for name, p in model.named_parameters() if ".lora_B." in name and exempt not in name]
     assert all(weight.grad.abs().max() > 0 for weight in second)
-    disturb(model)
+    disturb(model, 0.1)
     ours = logits_of(model)
     assert (ours - start).abs().max() > 0.1
     with adapters_off(model):
@@ -150,7 +143,7 @@ def by_hand(a, b, scale, shape):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # the second has its weights as (E, in, out)
 def test_an_expert_s_weight_is_w_plus_alpha_over_r_b_a(family):
     plain, model = plain_and_adapted(CONFIGS[family], LoRA(r=2, alpha=6))
-    disturb(model)
+    disturb(model, 0.1)
     base, merged = plain.state_dict(), merged_state_dict(model)
     for name, layer in adapted_layers(model).items():
         if "experts" in name:
@@ -188,7 +181,7 @@ def test_e3_gradient_checkpointing_of_experts_with_adapters_changes_nothing():
     gradients = []
     for on in (False, True):
         policy = make_policy(CONFIGS["mixtral"], train=LoRA(r=2), gradient_checkpointing=on)
-        disturb(policy.lm.backbone)
+        disturb(policy.lm.backbone, 0.1)
         policy.set_training_mode(True)
         _, log_probs, _ = policy.evaluate_actions(observe([([3, 1], [2, 5]), ([4], [])]), torch.tensor([1, 2]))
         log_probs.sum().backward()
@@ -220,7 +213,7 @@ def test_e8_e9_checkpoints_hold_the_adapters_and_exports_merge_them(name, tmp_pa
     save_checkpoint(model, tmp_path / "saved")
     resumed = build(seed=7)
     load_checkpoint(resumed, tmp_path / "saved")
-    disturb(model.policy.lm.backbone)
+    disturb(model.policy.lm.backbone, 0.1)
     export(model, None, tmp_path / "model")
     lm, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -237,7 +230,7 @@ def test_dora_scales_each_row_to_its_magnitude(family, rank_stable):
     """By hand: V = W + s B A, and the merged row of each output is m V / |V|; at the start m = |W|."""
     plain, model = plain_and_adapted(tiny(family), LoRA(r=4, alpha=6, use_dora=True, use_rslora=rank_stable))
     assert torch.allclose(logits_of(model), logits_of(plain), atol=1e-5)
-    disturb(model)
+    disturb(model, 0.1)
     ours, merged, base = logits_of(model), merged_state_dict(model), plain.state_dict()
     scale = 6 / 2 if rank_stable else 6 / 4  # the root of 4
     for name, layer in adapted_layers(model).items():
@@ -291,7 +284,7 @@ def test_a_layer_that_only_derives_from_a_linear_one_is_adapted_by_its_weight():
     model = copy.deepcopy(plain)
     set_trainable(model, LoRA(r=2))
     assert type(model.model.layers[1].mlp.gate_proj).__name__ == "ParamWrapper"
-    disturb(model)
+    disturb(model, 0.1)
     plain.load_state_dict(merged_state_dict(model))
     assert torch.allclose(logits_of(plain), logits_of(model), atol=1e-4)
 

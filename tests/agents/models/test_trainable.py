@@ -12,19 +12,11 @@ from agents import KLPenalty, LastLayers, LoRA, Pretrained, TextVecEnv, export, 
 from agents.models.layers import transformer_layers
 from agents.models.pretrained import build_model
 from agents.models.trainable import adapted_layers, is_checkpointing, merged_state_dict
-from tests.helpers.models import FAMILIES, N_TOKENS, CheckRatio, few, make_policy, make_ppo, observe, tiny
+from tests.helpers.models import FAMILIES, N_TOKENS, CheckRatio, disturb, few, make_policy, make_ppo, observe, tiny
 from tests.helpers.training import run_state, same_weights, tiny_agent, tiny_config, tiny_env, weights
 
 TRAINED = {"head": "head", "last": LastLayers(1), "lora": LoRA()}
 ROWS = [([3, 1], [2, 5]), ([4], []), ([7, 8, 9, 1, 2], [3])]
-
-
-def disturb(lm, scale=0.05):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in lm.parameters():
-            if weight.requires_grad:
-                weight += scale * torch.randn(weight.shape, generator=generator)
 
 
 def names_of_trained(model):

@@ -22,7 +22,7 @@ from agents.models.sequences import SequenceBatch
 from agents.policies import actor_critic as actor_critic_module
 from agents.policies.reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
 from agents.steps.kl_penalty import estimate
-from tests.helpers.models import N_TOKENS, make_policy, observe, tiny
+from tests.helpers.models import N_TOKENS, disturb, make_policy, observe, tiny
 from tests.helpers.training import Recorder, run_state, tiny_agent, tiny_config, tiny_env
 
 ROWS = [([3, 1], [2, 5]), ([4], []), ([7, 8, 9, 1, 2], [3])]
@@ -40,15 +40,6 @@ def every_token(reference, policy, batch):
     )
 
 
-def disturb(lm, scale=0.05, seed=0):
-    """Change the trained weights, as an optimizer would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in lm.backbone.parameters():
-            if weight.requires_grad:
-                weight += scale * torch.randn(weight.shape, generator=generator)
-
-
 def test_c3_the_estimators_by_hand():
     log_ratio = torch.tensor([0.0, np.log(2.0), -np.log(2.0)], dtype=torch.float64)
     assert estimate(log_ratio, "k1").tolist() == log_ratio.tolist()
@@ -62,7 +53,7 @@ def test_c3_the_means_by_enumeration_are_the_divergence(temperature):
     """E[k1] = E[k3] = exact = KL over all tokens; k3 >= 0; E[k2] is close while the divergence is small (C3)."""
     policy = make_policy(temperature=temperature).lm
     reference, batch = start_of(policy), batch_of()
-    disturb(policy, 0.01)
+    disturb(policy.backbone, 0.01)
     ours = policy.distribution(batch).log_probabilities.double()
     theirs = every_token(reference, policy, batch).double()
     probability, log_ratio = ours.exp(), ours - theirs
@@ -106,7 +97,7 @@ def test_exact_divergence_in_parts_is_that_in_one(monkeypatch):
     """In parts of at most two transitions, and finite for tokens that are impossible under both models."""
     policy = make_policy().lm
     reference, batch = start_of(policy), batch_of()
-    disturb(policy)
+    disturb(policy.backbone)
     whole, sizes = divergences(reference, policy, batch), []
     original = actor_critic_module.TokenDistribution
 
@@ -190,7 +181,7 @@ def test_c5_each_start_says_what_a_whole_frozen_copy_says(family, train):
     """Log-probabilities and exact divergences agree to 1e-6, after the policy has changed."""
     policy = make_policy(tiny(family), train=train).lm
     reference, whole, batch = start_of(policy), copy_of(policy), batch_of()
-    disturb(policy)
+    disturb(policy.backbone)
     actions = torch.tensor([5, 6, 7])
     expected = log_probs(whole, policy, batch, actions)
     assert torch.allclose(log_probs(reference, policy, batch, actions), expected, atol=1e-6)

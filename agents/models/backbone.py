@@ -104,24 +104,17 @@ class Backbone(nn.Module):
         evaluate_in_checkpoints(model)
         fuse_activations(model)
         self.vocab_size = vocab_size
-        set_mode(model, training=model.training)
         self.attends_by_row = False
+        self.train(False)
         probe(self)
-        self.shares_prompts = self.is_cacheable and self._can_share()
+        self.shares_prompts = self.is_cacheable and shares_prompts(self._states, model, vocab_size)
+        self.train()  # as every new module of PyTorch
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode; both compute the same numbers, since noise is off in both (`layers.set_mode`)."""
         super().train(mode)
         set_mode(self.model, mode)
         return self
-
-    def _can_share(self) -> bool:
-        was_training = self.training
-        self.train(False)
-        try:
-            return shares_prompts(self._states, self.model, self.vocab_size)
-        finally:
-            self.train(was_training)
 
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
         """Raise LengthError if the model cannot read a prompt of `n_tokens` followed by `n_written` tokens."""

@@ -90,7 +90,7 @@ class TrunkCritic(ValueHead):
         evaluate_in_checkpoints(trunk)
         fuse_activations(trunk)
         set_mode(trunk, training=trunk.training)
-        hidden = _probe(trunk)
+        hidden = check_causal(trunk)
         super().__init__(hidden.shape[-1])
         self.trunk = trunk
         is_recurrent = trunk._is_stateful  # it keeps a state, not keys and values
@@ -229,14 +229,15 @@ class RewardModelCritic:
 
     def _refuse_closing_token(self, model: PreTrainedModel) -> None:
         name, read_as = self.model.name, ReadAs.of(model.config)
-        # An unpickled spec has no name: it was checked before. A folder may have no tokenizer.
-        has_tokenizer = name is not None and bool(get_tokenizer_config(name))
-        tokenizer = from_pretrained(AutoTokenizer, name) if name is not None and has_tokenizer else None
+        if name is None or (read_as is not None and not read_as.closing):  # an unpickled spec was checked before
+            return
+        # A folder may have no tokenizer.
+        tokenizer = from_pretrained(AutoTokenizer, name) if get_tokenizer_config(name) else None
         if read_as is not None:
             closing = list(read_as.closing)
         else:
             closing = [] if tokenizer is None else special_tokens_around(tokenizer, "a")[2]
-        if closing and name is not None:
+        if closing:
             shown = closing if tokenizer is None else tokenizer.convert_ids_to_tokens(closing)
             raise ValueError(
                 f"Expected a reward model that scores a text at the text's own last token, got {name!r}, which scores "
@@ -262,8 +263,8 @@ def _read(trunk: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _probe(trunk: PreTrainedModel) -> Tensor:
-    """Check that hidden states do not depend on later tokens; return the hidden states of the probe, (1, T, H)."""
+def check_causal(trunk: PreTrainedModel) -> Tensor:
+    """Return the hidden states of a few tokens, (1, T, H); raise ValueError if they depend on later tokens."""
     ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long, device=trunk.device)  # (1, T)
     with_other_end = ids.clone()  # the last token is changed, and the states at the earlier ones are compared
     with_other_end[0, -1] = 1

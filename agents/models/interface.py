@@ -113,11 +113,14 @@ class CachedModel(LanguageModel, Protocol):
 
     Attributes:
         takes_new_rows: Whether one forward can read a new row from its start beside rows that grow by one token.
-        longest: The most tokens that the model's tables of positions allow; None where they set no limit.
     """
 
     takes_new_rows: bool
-    longest: int | None
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the model's tables of positions allow; None where they set no limit."""
+        ...
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:
         """Return the keys and values of left-padded rows, (B, T); mask and positions have the same shape."""

@@ -44,10 +44,6 @@ class Probed(CachedModel, Protocol):
     attends_by_row: bool
     hidden_size: int
 
-    @property
-    def longest(self) -> int | None:  # type: ignore[override]  # read, never set
-        """The most tokens that the model reads."""
-
     def train(self, mode: bool = True) -> Any:
         """Set the mode."""
 
@@ -163,7 +159,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = PROBE_TOLERANCE) -> bool:
 
 
 def _without_absent(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return both in float32, with 0 for tokens that are ruled out; None if they rule out different tokens."""
+    """Return both in float32, with 0 for tokens that are ruled out; None if they rule out others or differ in shape."""
     a, b = a.float(), b.float()
     is_absent = b <= ABSENT
     if not torch.equal(a <= ABSENT, is_absent):
@@ -186,15 +182,16 @@ class States(NamedTuple):
 
         That is |a - b| > `tolerance` * |b| (Euclidean norms) of the hidden states or the logits at any position.
         """
-        for pair in zip(others, self, strict=True):
-            present = _without_absent(*pair)
-            if present is None:
-                return True
-            got, expected = present
-            difference, size = (got - expected).norm(dim=-1), expected.norm(dim=-1)  # (N,)
-            if not bool((difference <= tolerance * size + torch.finfo(torch.float32).tiny).all()):  # NaN is not <=
-                return True
+        return not all(agree(got, expected, tolerance) for got, expected in zip(others, self, strict=True))
+
+
+def agree(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Return whether |got - expected| <= `tolerance` * |expected|, Euclidean norms over the last dimension."""
+    present = _without_absent(got, expected)
+    if present is None:
         return False
+    difference, size = (present[0] - present[1]).norm(dim=-1), present[1].norm(dim=-1)
+    return bool((difference <= tolerance * size + torch.finfo(torch.float32).tiny).all())  # NaN is not <=
 
 
 def attempt(compute: Callable[[], Result]) -> tuple[Result | None, str]:
@@ -309,12 +306,11 @@ def causal_cure(model: PreTrainedModel) -> str:
 
 def _check_update(backbone: Probed, rows: Rows) -> None:
     """Raise ValueError if the backward pass of an update fails, or gives a gradient that is not finite."""
-    trained = [weight for weight in backbone.parameters() if weight.requires_grad]
-    if not trained:
+    vectors = small_weights(backbone.parameters())
+    if not vectors:
         return
-    # Gradients of norms and biases alone: they are in every layer and small, and the model may fill the memory. That of
-    # the embedded tokens takes the backward pass through whole layers: Reformer's refuse in a function of their own.
-    vectors = [weight for weight in trained if weight.ndim == 1] or trained
+    # The embedded tokens' gradient takes the backward pass through whole layers: Reformer's refuse in a function of
+    # their own.
     embedded: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -333,6 +329,15 @@ def _check_update(backbone: Probed, rows: Rows) -> None:
             f"Expected a model that can be trained, got {type(backbone.model).__name__}, whose backward pass "
             f"{f'fails with {error}' if error else 'gives a gradient that is not finite'}. Use another model."
         )
+
+
+def small_weights(weights: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the trained norms and biases, or all trained weights if there are none.
+
+    They are in every layer, and their gradients take little memory beside a model that may fill it.
+    """
+    trained = [weight for weight in weights if weight.requires_grad]
+    return [weight for weight in trained if weight.ndim == 1] or trained
 
 
 def _check_noise(backbone: Probed, rows: Rows, truth: States, tolerance: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .probe import ABSENT, Rows, attempt, state_tolerance
+from .probe import Rows, agree, attempt, small_weights, state_tolerance
 from .prompt_layout import Prompts, lay_out
 from .shared_prompts import Forward, read_shared
 
@@ -31,9 +31,7 @@ def shares_prompts(forward: Forward, model: PreTrainedModel, vocab_size: int | N
     rows, cols = torch.tensor(positions).T  # (N,) each
     prompts = Prompts(*(torch.tensor(numbers).numpy() for numbers in ((0, 0, 1), N_PROMPT, LENGTHS)))
     shared = lay_out(ids, prompts, rows.numpy(), cols.numpy(), max(LENGTHS))
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    # As in `probe._check_update`: the gradients of norms and biases, in every layer, take little memory.
-    vectors = [weight for weight in trained if weight.ndim == 1] or trained
+    vectors = small_weights(model.parameters())
 
     def results(is_shared: bool) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(bool(vectors)):
@@ -47,7 +45,7 @@ def shares_prompts(forward: Forward, model: PreTrainedModel, vocab_size: int | N
     if expected is None or got is None:
         return False
     tolerance = state_tolerance(model)
-    return all(_are_close(*pair, tolerance) for pair in zip(got, expected, strict=True))
+    return all(agree(*pair, tolerance) for pair in zip(got, expected, strict=True))
 
 
 def _gradient(hidden: Tensor, weights: list[nn.Parameter]) -> Tensor:
@@ -55,13 +53,3 @@ def _gradient(hidden: Tensor, weights: list[nn.Parameter]) -> Tensor:
     factors = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)
     gradients = torch.autograd.grad((hidden.float() * factors).sum(), weights, allow_unused=True)
     return torch.cat([gradient.flatten().float().cpu() for gradient in gradients if gradient is not None])
-
-
-def _are_close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Return whether |got - expected| <= `tolerance` * |expected| (Euclidean norms) in each row."""
-    is_absent = expected <= ABSENT
-    if got.shape != expected.shape or not torch.equal(got <= ABSENT, is_absent):
-        return False
-    difference = (got.float() - expected.float()).masked_fill(is_absent, 0.0).norm(dim=-1)
-    size = expected.float().masked_fill(is_absent, 0.0).norm(dim=-1)
-    return bool((difference <= tolerance * size + torch.finfo(torch.float32).tiny).all())  # NaN is not <=

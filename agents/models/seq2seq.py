@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,13 +56,18 @@ class Seq2SeqBackbone(Backbone):
         self.head_scale = model.config.d_model**-0.5 if model.config.to_dict().get("scale_decoder_outputs") else 1.0
         super().__init__(model, vocab_size, 0)  # no limit to check here: `n_positions` counts both halves together
 
+    @cached_property
+    def longest_prompt(self) -> int | None:
+        """The longest prompt that the encoder's positions allow, in tokens; None where they set no limit."""
+        return n_positions(self.model, "encoder")
+
     def check_length(self, n_tokens: int, n_written: int = 0) -> None:
         """Raise LengthError if the encoder cannot read a prompt of `n_tokens`, or the decoder `n_written` tokens."""
-        limit = n_positions(self.model, "encoder")
+        limit = self.longest_prompt
         if limit is not None and n_tokens > limit:
             fact = f"Expected prompts to fit the encoder's {limit} positions, got up to {n_tokens} tokens"
             raise LengthError(fact, "lower max_prompt_tokens", None)
-        limit = n_positions(self.model)
+        limit = self.longest
         if limit is not None and n_written + 1 > limit:
             raise LengthError(
                 f"Expected completions to fit the decoder's {limit} positions, of which its first token takes one, got "

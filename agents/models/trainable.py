@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from typing import Any, Literal, TypeAlias
@@ -297,8 +297,8 @@ def _targets(model: PreTrainedModel, endings: Sequence[str] | None) -> tuple[lis
     Raises:
         ValueError: If an ending names nothing, or the input embedding or its weight.
     """
-    layers, weights = _linear_layers(model), _matrices(model)
-    shared = _shared(model)
+    layers, shared = _linear_layers(model), _shared(model)
+    weights = _matrices(model, layers)
     if endings is None:
         unfit = {model.get_output_embeddings(), *_read_by_kernels(model)}
         chosen = [
@@ -364,8 +364,8 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected)
 
 
-def _matrices(model: PreTrainedModel) -> list[str]:
-    """Return the names of the weights of experts, (E, a, b), and routers, (E, a), outside layers of torch.
+def _matrices(model: PreTrainedModel, layers: Container[str]) -> list[str]:
+    """Return the names of the weights of experts, (E, a, b), and routers, (E, a), outside the linear layers of torch.
 
     E is a number of experts in the config. A stack of another number is something else, such as RecurrentGemma's gates;
     peft's wrapper would hide the state that their module keeps.
@@ -374,7 +374,7 @@ def _matrices(model: PreTrainedModel) -> list[str]:
     n_experts = {n for name, n in text.to_dict().items() if "expert" in name and isinstance(n, int)}
     names = []
     for prefix, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, _ConvNd, Conv1D)) or _is_linear(module):
+        if isinstance(module, (nn.Embedding, _ConvNd)) or prefix in layers:
             continue
         for name, weight in module.named_parameters(recurse=False):
             if not weight.is_floating_point() or weight.element_size() < 2:  # quantised

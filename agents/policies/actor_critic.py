@@ -174,30 +174,29 @@ class LMActorCritic(SequenceScorer):
         """
         row = self._unpack(observations)
         if not only_begun:
-            return self._row_values(row)
+            return self._row_values(row, self._cache_of(row))
         is_read = has_begun(observations)  # (B,)
         # Rows stay in the cache's batch: of a row of no token it reads next to nothing.
         counted = (row[0], *(counts * is_read for counts in row[1:]))
-        if self._is_cached(counted):
-            return torch.where(is_read, self._row_values(counted), 0.0)
+        if (cache := self._cache_of(counted)) is not None:
+            return torch.where(is_read, self._row_values(counted, cache), 0.0)
         values = torch.zeros(len(is_read), device=is_read.device)
         read = is_read.nonzero()[:, 0]  # (R,)
         if len(read) > 0:
-            values[read] = self._row_values(tuple(part[read] for part in row)).to(values.dtype)
+            values[read] = self._row_values(tuple(part[read] for part in row), None).to(values.dtype)
         return values
 
-    def _is_cached(self, row: tuple[Tensor, ...]) -> bool:
-        """Return whether a row's value is read by the rollout's cache, as are the last observations of a rollout.
+    def _cache_of(self, row: tuple[Tensor, ...]) -> RowCache | None:
+        """Return the rollout's cache if it has the rows, as it has a rollout's last observations; else None.
 
         Terminal observations belong to other rows: read by the cache, they would evict the lanes' rows.
         """
         cache = None if isinstance(self.critic, TrunkCritic) or not self.use_cache else self.rollout_cache
-        return cache is not None and cache.has_rows_of(*row)
+        return cache if cache is not None and cache.has_rows_of(*row) else None
 
-    def _row_values(self, row: tuple[Tensor, ...]) -> Tensor:
+    def _row_values(self, row: tuple[Tensor, ...], cache: RowCache | None) -> Tensor:
         if isinstance(self.critic, TrunkCritic):
             return self._trunk_values(*row[:2])
-        cache = self.rollout_cache if self._is_cached(row) else None
         return self.in_reward_units(self.critic(self._read_last(self.backbone, row, cache)[0]))
 
     def _trunk_values(self, ids: Tensor, lengths: Tensor) -> Tensor:

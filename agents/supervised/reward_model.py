@@ -28,8 +28,8 @@ from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
 
 from ..checkpoints.output_folders import check_output, output_folder
 from ..models.backbone import check_fits
-from ..models.critic import TrunkCritic, score_head
-from ..models.layers import disable_dropout, trunk_of
+from ..models.critic import check_causal, score_head
+from ..models.layers import disable_dropout, fuse_activations, trunk_of
 from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel
 from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
@@ -129,7 +129,7 @@ def train_reward_model(
         raise ValueError(f"Expected `loss` to be one of {get_args(Loss)}, got {loss!r}.")
     check_data("data", data)
     model = build_reward_model(lm, seed)
-    limit = max_tokens or min(longest(model, tokenizer), n_positions(model) or DEFAULT_MAX_TOKENS)
+    limit = max_tokens or min(tokenizer.model_max_length, n_positions(model) or DEFAULT_MAX_TOKENS)
     check_fits(model, len(tokenizer), limit, "lower max_tokens")
     _set_special_tokens(model, tokenizer)
     read_as = ReadAs(is_chat=all(isinstance(example, Ranking) and example.is_chat for example in data))
@@ -187,7 +187,8 @@ def build_reward_model(lm: LMLike, seed: int = 0) -> PreTrainedModel:
         else:
             model = PretrainedRewardModel(str(lm), num_labels=1).build()
         score_head(model)
-        TrunkCritic(trunk_of(model))  # its constructor checks that the model is causal
+        fuse_activations(model)
+        check_causal(trunk_of(model))
     disable_dropout(model)
     return model
 

@@ -66,7 +66,7 @@ class Backbone(nn.Module):
       run without a cache, with a warning; `no_cache_because` has the reason.
     - `attends_by_row` and `takes_new_rows`: how a decoding step computes attention; see `step_layout`.
     - `shares_prompts`: whether texts read behind the keys and values of a prompt that was read once have the states and
-      the gradient of whole texts; see `shared_prompts`.
+      the gradient of whole texts; see `shared_prompts`, and `shared_encodings` for encoder-decoders.
 
     Args:
         model: The model. In training mode too, its modules stay in evaluation mode, without dropout or other noise.
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
         self.attends_by_row = False
         self.train(False)
         probe(self)
-        self.shares_prompts = self.is_cacheable and shares_prompts(self._states, model, vocab_size)
+        self.shares_prompts = self.is_cacheable and shares_prompts(self.read, self.read_shared, model, vocab_size)
         self.train()  # as every new module of PyTorch
 
     def train(self, mode: bool = True) -> Backbone:
@@ -134,6 +134,11 @@ class Backbone(nn.Module):
     def takes_cache(self) -> bool:
         """Whether `read` can use a cache now: in training, layers under activation checkpointing ignore it."""
         return not (self.training and is_checkpointing(self.model))
+
+    @property
+    def most_columns(self) -> int | None:
+        """The most columns in which attention may see a prompt and a completion; None where nothing limits them."""
+        return self.longest
 
     def new_cache(self) -> PrefixCache | None:
         """Return an empty cache of keys and values; None if decoding from one would not be exact."""

@@ -94,7 +94,9 @@ class TrunkCritic(ValueHead):
         super().__init__(hidden.shape[-1])
         self.trunk = trunk
         is_recurrent = trunk._is_stateful  # it keeps a state, not keys and values
-        self._shares_prompts = not is_recurrent and shares_prompts(self._states, trunk)
+        self._shares_prompts = not is_recurrent and shares_prompts(
+            lambda *whole: (self.read(*whole),), lambda shared: (self.read_shared(shared),), trunk
+        )
 
     def train(self, mode: bool = True) -> TrunkCritic:
         super().train(mode)
@@ -115,8 +117,8 @@ class TrunkCritic(ValueHead):
         return self._shares_prompts and not (self.training and is_checkpointing(self.trunk))
 
     @cached_property
-    def longest(self) -> int | None:
-        """The longest sequence that the trunk's positions allow, in tokens; None where they set no limit."""
+    def most_columns(self) -> int | None:
+        """The most columns that the trunk's positions allow; None where they set no limit."""
         return n_positions(self.trunk)
 
     def read_shared(self, shared: SharedPrompts) -> Tensor:

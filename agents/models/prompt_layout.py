@@ -41,7 +41,8 @@ class Completions(NamedTuple):
 class SharedPrompts(NamedTuple):
     """The S sequences of a chunk with each of their G distinct prompts once."""
 
-    prompts: Tensor  # (G, P), padded on the right
+    prompts: Tensor  # (G, P), padded on the right with any tokens
+    n_prompt: Tensor  # (G,): the number of tokens of each prompt
     completions: list[Completions]  # of the sequences that are longer than their prompts
     # (n,) each, of the prompts and of each of the completions: the tokens, counted row by row, at which states are read
     chosen: list[Tensor]
@@ -163,6 +164,7 @@ def lay_out(ids: Tensor, prompts: Prompts, rows: np.ndarray, cols: np.ndarray, c
     order = np.argsort(np.concatenate(chosen))
     return SharedPrompts(
         ids[torch.as_tensor(first, device=ids.device), :width],
+        torch.as_tensor(prompts.n_prompt[first], device=ids.device),
         completions,
         [torch.as_tensor(index, device=ids.device) for index in indices],
         torch.as_tensor(order, device=ids.device),

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .probe import Rows, agree, attempt, small_weights, state_tolerance
-from .prompt_layout import Prompts, lay_out
-from .shared_prompts import Forward, read_shared
+from .prompt_layout import Prompts, SharedPrompts, lay_out
 
 # Three rows of two prompts, of two tokens and of one: keys and values are copied to two rows, and padded on the left.
 N_PROMPT, LENGTHS = (2, 2, 1), (4, 4, 3)
 
+# States (N, ...) at some transitions: hidden states, then perhaps logits, or None.
+AtTransitions: TypeAlias = tuple[Tensor | None, ...]
 
-def shares_prompts(forward: Forward, model: PreTrainedModel, vocab_size: int | None = None) -> bool:
+
+def shares_prompts(
+    read: Callable[..., AtTransitions],
+    read_shared: Callable[[SharedPrompts], AtTransitions],
+    model: PreTrainedModel,
+    vocab_size: int | None = None,
+) -> bool:
     """Return whether rows that share their prompts have the states and the gradient of whole rows.
 
     Args:
-        forward: Returns all states of tokens, (B, T, ...), as one tensor or several; hidden states are the first.
-        model: The model behind it, in evaluation mode.
+        read: Returns the states at (rows, cols) of whole rows; takes the arguments of `Backbone.read`.
+        read_shared: Returns the states at the transitions of rows that share their prompts.
+        model: The model behind both, in evaluation mode.
         vocab_size: The number of tokens that can be read; None for all rows of the embeddings.
     """
     n_tokens = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings if vocab_size is None else vocab_size
     first, second = Rows(model, n_tokens, model.device).ids[:, : max(LENGTHS)]  # (T,) each
     ids = torch.stack([second, torch.cat([second[:2], first[2:]]), first])  # (3, T)
     positions = [(row, col) for row, n in enumerate(LENGTHS) for col in range(N_PROMPT[row] - 1, n)]
-    rows, cols = torch.tensor(positions).T  # (N,) each
-    prompts = Prompts(*(torch.tensor(numbers).numpy() for numbers in ((0, 0, 1), N_PROMPT, LENGTHS)))
-    shared = lay_out(ids, prompts, rows.numpy(), cols.numpy(), max(LENGTHS))
+    rows, cols = np.array(positions).T  # (N,) each
+    prompts = Prompts(*(np.array(numbers) for numbers in ((0, 0, 1), N_PROMPT, LENGTHS)))
+    shared = lay_out(ids, prompts, rows, cols, max(LENGTHS))
+    whole = [ids, *(torch.as_tensor(array, device=ids.device) for array in (rows, cols))]
+    if model.config.is_encoder_decoder:
+        whole.append(torch.as_tensor(prompts.n_prompt, device=ids.device))
     vectors = small_weights(model.parameters())
 
     def results(is_shared: bool) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(bool(vectors)):
-            whole = () if is_shared else forward(input_ids=ids, use_cache=False)
-            states = read_shared(forward, shared) if is_shared else tuple(part[rows, cols] for part in whole)
+            states = [part for part in (read_shared(shared) if is_shared else read(*whole)) if part is not None]
             gradients = _gradient(states[0], vectors) if vectors else torch.zeros(1)
         return (*(part.detach() for part in states), gradients)
 

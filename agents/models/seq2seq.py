@@ -20,6 +20,8 @@ from .interface import LengthError
 from .kept_states import States
 from .prefix_cache import Alike, ColumnLayer, PrefixCache, by_layer, copies_of, texts
 from .probe import PROBE_LENGTH
+from .prompt_layout import SharedPrompts
+from .shared_encodings import empty_cache, read_encoded
 
 
 class Seq2SeqBackbone(Backbone):
@@ -114,6 +116,25 @@ class Seq2SeqBackbone(Backbone):
             logits = self._whole(encoder_ids, encoder_mask, decoder_ids)
         return at(whole_states(seen, logits), rows, columns), at(logits, rows, columns)
 
+    def read_shared(self, shared: SharedPrompts) -> tuple[Tensor, Tensor | None]:
+        """Return what `read` does for whole sequences, each distinct prompt of which is encoded once.
+
+        Only where `shares_prompts`, and so `head_is_linear`.
+
+        Raises:
+            ValueError: As `read` does.
+        """
+        width = shared.prompts.shape[1]
+        self.check_length(width, max((part.ids.shape[1] for part in shared.completions), default=0))
+        is_prompt = (torch.arange(width, device=shared.prompts.device) < shared.n_prompt[:, None]).long()  # (G, P)
+        cache, start = empty_cache(), torch.full_like(shared.prompts[:, :1], self.start)
+        first = self._decode(start, self._encode(shared.prompts, is_prompt), is_prompt, cache=cache)  # (G, 1, H)
+        return read_encoded(first, cache, self._decode_on, shared), None
+
+    @property
+    def most_columns(self) -> None:
+        """No limit: prompts and completions are not in one attention."""
+
     def _whole(self, encoder_ids: Tensor, encoder_mask: Tensor, decoder_ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of the model's own forward, without a cache."""
         output = self.model(
@@ -153,12 +174,23 @@ class Seq2SeqBackbone(Backbone):
         self, ids: Tensor, encoder_mask: Tensor, mask: Tensor, position_ids: Tensor, cache: EncoderDecoderCache
     ) -> tuple[Tensor, Tensor]:
         """Return hidden states (B, H) and logits (B, V) after one more token of each row, (B, 1)."""
+        states = self._decode_on(ids, encoder_mask, mask, cache, position_ids)[:, 0]  # (B, H)
+        return states, self.logits(states)
+
+    def _decode_on(
+        self,
+        ids: Tensor,
+        encoder_mask: Tensor,
+        mask: Tensor,
+        cache: EncoderDecoderCache,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the decoder's hidden states, (B, T, H), given a cache that has the keys and values of the prompts."""
         # With cached keys and values of the prompt (`EncoderDecoderCache.is_updated`), cross-attention ignores the
         # encoder's output (`modeling_bart.BartAttention.forward`): only the output's shape is used, for the mask.
         shape = (*encoder_mask.shape, self.model.config.d_model)
         hidden = torch.zeros((), device=ids.device, dtype=self.model.dtype).expand(shape)
-        states = self._decode(ids, hidden, encoder_mask, mask, position_ids, cache)[:, 0]  # (B, H)
-        return states, self.logits(states)
+        return self._decode(ids, hidden, encoder_mask, mask, position_ids, cache)
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, S, H)
@@ -222,9 +254,6 @@ class Seq2SeqBackbone(Backbone):
         """Return the logits (T, V) at each token from the prompt's last one on, by the model's own forward."""
         n = int(n_prompt)
         return self._whole(*self.split(ids, n_prompt, n, ids.shape[1] - n + 1))[0]
-
-    def _can_share(self) -> bool:
-        return False  # the decoder's rows begin with the start token, behind the encoder's states of a prompt
 
     def decoding_modes(self) -> Iterator[tuple[bool, bool]]:
         """Yield the only mode of a `Seq2SeqCache`, which needs a linear head."""

@@ -7,7 +7,7 @@ follows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -87,14 +87,11 @@ def read_shared(forward: Forward, shared: SharedPrompts) -> tuple[Tensor, ...]:
             inputs["attention_mask"] = completions.mask
         behind = Cache(layers=[BehindPrompts(layer, completions.source, len(completions.ids)) for layer in layers])
         parts.append(forward(**inputs, past_key_values=behind, use_cache=True))
-    return tuple(
-        torch.cat([_chosen(part, index) for part, index in zip(same, shared.chosen, strict=True)])[
-            shared.order.to(same[0].device)
-        ].to(shared.order.device)
-        for same in zip(*parts, strict=True)
-    )
+    return tuple(at_transitions(same, shared) for same in zip(*parts, strict=True))
 
 
-def _chosen(states: Tensor, index: Tensor) -> Tensor:
-    """Return the states (n, ...) of some of the tokens of (B, T, ...)."""
-    return states.flatten(0, 1).index_select(0, index.to(states.device))
+def at_transitions(parts: Sequence[Tensor], shared: SharedPrompts) -> Tensor:
+    """Return the states (N, ...) at the transitions, of all states (B, T, ...) of the prompts and each completions."""
+    pairs = zip(parts, shared.chosen, strict=True)
+    states = [part.flatten(0, 1).index_select(0, index.to(part.device)) for part, index in pairs]
+    return torch.cat(states)[shared.order.to(parts[0].device)].to(shared.order.device)

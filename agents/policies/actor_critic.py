@@ -259,7 +259,7 @@ class LMActorCritic(SequenceScorer):
         readers = [reader for reader in (self.backbone, self.critic) if isinstance(reader, (Backbone, TrunkCritic))]
         if not (self.backbone.takes_cache and all(reader.shares_prompts for reader in readers)):
             return None
-        return min(sys.maxsize if reader.longest is None else reader.longest for reader in readers)
+        return min(sys.maxsize if reader.most_columns is None else reader.most_columns for reader in readers)
 
     def chunks(self, batch: SequenceBatch) -> Iterator[Chunk]:
         """Yield a batch in the chunks that this model reads."""

@@ -13,7 +13,6 @@ from agents.models.shared_prompts import BehindPrompts
 from agents.models.token_sets import AllowedTokens, TokenSets
 from agents.policies.reference import divergences, log_probs
 from tests.helpers.models import FAMILIES, N_POSITIONS, N_TOKENS, collect, few, make_policy, make_ppo, tiny
-from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import tiny_agent, tiny_env, weights
 from textenv import CharTokenizer, TextEnv
 
@@ -239,7 +238,7 @@ def columns_of(policy):
 
 
 def test_who_reads_whole_sequences():
-    """Recurrent models, encoder-decoders, layers under activation checkpointing, shards, and models not by us."""
+    """Recurrent models, layers under activation checkpointing, shards, and models not by us."""
     assert columns_of(make_policy()) == N_POSITIONS
     with pytest.warns(UserWarning, match="keeps a state"):
         assert columns_of(make_policy(tiny("mamba"))) is None
@@ -252,7 +251,6 @@ def test_who_reads_whole_sequences():
     other = make_policy()
     other.lm.backbone = torch.nn.Identity()  # stands for a `LanguageModel` that is no `Backbone`
     assert columns_of(other) is None
-    assert columns_of(make_policy(tiny_seq2seq("t5"))) is None
     critic = make_policy(critic=SeparateCritic(tiny("mamba")))
     assert columns_of(critic) is None
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from textenv.huggingface.positions import n_positions
 
 from .backbone import Backbone, at, head_input, whole_states
 from .buckets import bucket_by_length
+from .decoder_positions import rows_at
 from .interface import LengthError
 from .kept_states import States
 from .prefix_cache import Alike, ColumnLayer, PrefixCache, by_layer, copies_of, texts
@@ -162,11 +163,24 @@ class Seq2SeqBackbone(Backbone):
         return encoder_ids, encoder_mask.long(), decoder_ids
 
     def prefill_rows(
-        self, encoder_ids: Tensor, encoder_mask: Tensor, decoder_ids: Tensor, mask: Tensor, position_ids: Tensor
+        self,
+        encoder_ids: Tensor,
+        encoder_mask: Tensor,
+        decoder_ids: Tensor,
+        mask: Tensor,
+        position_ids: Tensor,
+        copies: list[int] | None = None,
     ) -> EncoderDecoderCache:
-        """Return the keys and values of prompts (B, S), padded on the right, and of left-padded decoder rows (B, T)."""
+        """Return the keys and values of prompts (B, S), padded on the right, and of left-padded decoder rows (B, T).
+
+        Of prompts that have a number in `copies`, (B,), in common, one is encoded; None encodes all.
+        """
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        hidden = self._encode(encoder_ids, encoder_mask)
+        if copies is None or len(set(copies)) == len(copies):
+            hidden = self._encode(encoder_ids, encoder_mask)
+        else:
+            rows = list(dict(zip(copies, range(len(copies)), strict=True)).values())  # one of each number
+            hidden = self._encode(encoder_ids[rows], encoder_mask[rows])[copies]  # (B, S, H)
         self._decode(decoder_ids, hidden, encoder_mask, mask, position_ids, cache)
         return cache
 
@@ -218,31 +232,8 @@ class Seq2SeqBackbone(Backbone):
             )
         return output.last_hidden_state
 
-    @contextmanager
-    def _at(self, position_ids: Tensor | None) -> Iterator[None]:
-        """Give a decoder with absolute positions those of `position_ids`, (B, T), inside; None leaves it alone.
-
-        transformers' `modeling_bart.BartDecoder.forward` takes no `position_ids`: it counts columns, the same for all
-        rows, and passes (T,) to its position embedding, an `nn.Embedding` that is a direct child of the decoder. Hooks
-        replace that argument. T5 needs nothing: relative positions do not depend on a row's first column.
-        """
-        decoder = self.model.get_decoder()
-
-        def replace(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-            return (args, {**kwargs, "position_ids": position_ids}) if "position_ids" in kwargs else None
-
-        def unsqueeze(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            # `BartLearnedPositionalEmbedding.forward` has put a dimension before (T,): of (B, T) it made (1, B, T, H).
-            assert position_ids is not None, "checked below"
-            is_per_row = output.numel() == position_ids.numel() * output.shape[-1]
-            return output.reshape(*position_ids.shape, -1) if is_per_row else output  # (B, T, H)
-
-        with ExitStack() as stack:
-            for child in decoder.children() if position_ids is not None else ():
-                if isinstance(child, nn.Embedding) and child is not decoder.get_input_embeddings():
-                    stack.enter_context(child.register_forward_pre_hook(replace, with_kwargs=True))
-                    stack.enter_context(child.register_forward_hook(unsqueeze))
-            yield
+    def _at(self, position_ids: Tensor | None) -> AbstractContextManager[None]:
+        return rows_at(self.model.get_decoder(), position_ids)
 
     def probe_inputs(self) -> tuple[Any, ...]:
         """Return the arguments of `read` for one row: a prompt of `PROBE_LENGTH` tokens, then one token fewer."""
@@ -265,9 +256,9 @@ class Seq2SeqCache(PrefixCache):
     """A `PrefixCache` of the decoder's tokens, with the keys and values of each row's prompt for cross-attention.
 
     A row is decoded from the cache only if its prompt also ends at the same token as before. The prompt of a new row is
-    encoded once, for all rows that have it; its keys and values stay until the row is replaced or the weights change.
-    They are aligned on the left, in as many columns as the longest prompt has. Rows stay in order: a row's slot is its
-    index.
+    encoded once: for all rows that begin with it, and for those that go on with different tokens if read in one
+    forward. Its keys and values stay until the row is replaced or the weights change. They are aligned on the left, in
+    as many columns as the longest prompt has. Rows stay in order: a row's slot is its index.
 
     Args:
         backbone: The encoder-decoder.
@@ -292,20 +283,21 @@ class Seq2SeqCache(PrefixCache):
         self._make_room(max(counts) + 1, max((counts[row] for row in fresh), default=0))
         n_tokens = np.array(prompts) + np.array(counts)
         # The decoder's part of a text begins where the prompt ends.
-        own = [
-            np.array([prompts[row], counts[row], *text])
-            for row, text in zip(fresh, texts(ids, fresh, np.maximum(n_tokens - 1, prompts)), strict=True)
-        ]
-        unread = [(key, rows) for key, rows in self._copy_kept(fresh, own, n_tokens).items()]
-        for bucket in bucket_by_length(np.array([n_tokens[rows[0]] for _, rows in unread], dtype=np.int64)):
-            similar = [unread[i] for i in bucket]
-            first = [rows[0] for _, rows in similar]
+        known_texts = dict(zip(fresh, texts(ids, fresh, np.maximum(n_tokens - 1, prompts)), strict=True))
+        own = [np.array([prompts[row], counts[row], *text]) for row, text in known_texts.items()]
+        # Under this key a prompt is kept for episodes that begin: the encoder has read all of their text.
+        keys = {row: np.array([n := prompts[row], 0, *text[:n]]).tobytes() for row, text in known_texts.items()}
+        unread = list(self._copy_kept(fresh, own, n_tokens).values())
+        for bucket in bucket_by_length(np.array([n_tokens[rows[0]] for rows in unread], dtype=np.int64)):
+            similar: list[Alike] = [unread[i] for i in bucket]
+            first = [rows[0] for rows in similar]
             widths = max(prompts[row] for row in first), max(counts[row] for row in first)
-            states = self._fill(ids, since, n_prompt, [rows for _, rows in similar], *widths)
-            for i, (key, rows) in enumerate(similar):
-                if counts[rows[0]] == 0:  # an episode that begins: the encoder has read all of its text
-                    n = max(prompts[rows[0]], 1)
-                    self._keep(key, n, states, i, n)
+            numbers = self._number(first, prompts, keys)
+            states = self._fill(ids, since, n_prompt, similar, numbers, *widths)
+            for i, row in enumerate(first):
+                if keys[row] not in self.kept:
+                    n = max(prompts[row], 1)
+                    self._keep(keys[row], n, states, i, n)
         width = max(*prompts, 1)
         for layer in self.prompt_layers:
             layer.keys, layer.values = (buffer[:, :, :width] for buffer in layer.buffers)  # (B, heads, width, size)
@@ -332,8 +324,33 @@ class Seq2SeqCache(PrefixCache):
             return known
         return known & (n_prompt == self.n_prompt)
 
+    def _number(self, rows: list[int], prompts: list[int], keys: dict[int, bytes]) -> list[int] | None:
+        """Return a number for the prompt of each of some rows, (R,), counted from 0; prompts that are equal have one.
+
+        Args:
+            rows: The rows, (R,), which are about to be read.
+            prompts: The number of tokens of each row's prompt, (B,).
+            keys: The prompts themselves, by row.
+        """
+        if not self.is_sharing:
+            return None
+        numbers: dict[bytes, int] = {}
+        for row in rows:
+            if keys[row] in numbers:
+                self.prefill_tokens -= prompts[row]
+                self.shared_tokens += prompts[row]
+            numbers.setdefault(keys[row], len(numbers))
+        return [numbers[keys[row]] for row in rows]
+
     def _fill(
-        self, ids: Tensor, since: Tensor, n_prompt: Tensor, similar: list[Alike], width: int, n_since: int
+        self,
+        ids: Tensor,
+        since: Tensor,
+        n_prompt: Tensor,
+        similar: list[Alike],
+        numbers: list[int] | None,
+        width: int,
+        n_since: int,
     ) -> States:
         """Encode the prompts of some rows, read all but the last of their decoder tokens, and write keys and values.
 
@@ -349,7 +366,7 @@ class Seq2SeqCache(PrefixCache):
         positions = source.clamp(min=0)  # (R, n_read)
         # The decoder's tokens move from the left to the right of their rows: (R, n_since + 1) to (R, n_read).
         states = self.backbone.prefill_rows(
-            encoder_ids, encoder_mask, decoder_ids.gather(1, positions), (source >= 0).long(), positions
+            encoder_ids, encoder_mask, decoder_ids.gather(1, positions), (source >= 0).long(), positions, numbers
         )
         slots, copies = torch.from_numpy(np.concatenate(similar)), copies_of(similar)
         if n_since > 0:

@@ -91,7 +91,7 @@ def read_shared(forward: Forward, shared: SharedPrompts) -> tuple[Tensor, ...]:
 
 
 def at_transitions(parts: Sequence[Tensor], shared: SharedPrompts) -> Tensor:
-    """Return the states (N, ...) at the transitions, of all states (B, T, ...) of the prompts and each completions."""
+    """Return the states (N, ...) at the transitions, of all states (B, T, ...) of prompts and completions."""
     pairs = zip(parts, shared.chosen, strict=True)
     states = [part.flatten(0, 1).index_select(0, index.to(part.device)) for part, index in pairs]
     return torch.cat(states)[shared.order.to(parts[0].device)].to(shared.order.device)

@@ -9,6 +9,7 @@ from agents.models import prefix_cache as cache
 from agents.models.backbone import Backbone
 from agents.models.kept_states import KeptStates
 from agents.models.observations import prompt_lengths, unpack_observations
+from agents.models.seq2seq import Seq2SeqBackbone
 from tests.helpers.models import CACHED, N_TOKENS, collect, few, log_ratios, make_policy, make_ppo, observe, tiny
 from tests.helpers.seq2seq import tiny_seq2seq
 from textenv import CharTokenizer, TextEnv
@@ -119,6 +120,26 @@ def test_the_tokens_by_hand(monkeypatch):
     policy = make_policy()
     decode(policy, scripted(2, {1: A}, 2, {0: B, 2: B}, {3: C}, start=[A, B, C, C]))
     assert figures(policy) == (4 + 8 + 2, 2 + 4 + 8 + 8 + 2)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_f1_an_encoder_decoder_encodes_the_prompts_of_rows_that_go_on_once(family, unshared, monkeypatch):
+    """After an update, rows that are in the middle of different texts begin with equal prompts."""
+    encoded = []
+    encode = Seq2SeqBackbone._encode
+    monkeypatch.setattr(
+        Seq2SeqBackbone, "_encode", lambda self, ids, mask: encoded.append(len(ids)) or encode(self, ids, mask)
+    )
+    rows = [(A, [1]), (B, [2, 3]), (A, [4, 5, 6]), (B, [2, 3]), (A, []), (C, [7])]
+    steps = [observe(rows), observe([(prompt, [*since, 8]) for prompt, since in rows]), observe([(A, []), (C, [])] * 3)]
+    policy, plain = make_policy(tiny_seq2seq(family)), make_policy(tiny_seq2seq(family))
+    encoded.clear()
+    shared = decode(policy, steps)
+    assert encoded == [3]  # in the first step; the last one finds the prompts of rows that went on
+    # Of A and one token, B and two, three tokens behind A, C and one; in the last step, A and C three times.
+    assert figures(policy) == (6 + 11 + 3 + 4, (5 + 11 + 5) + 3 * (5 + 3))
+    unshared()
+    assert difference(shared, decode(plain, steps)) < 10 * TOLERANCE
 
 
 def test_different_prompts_share_nothing():

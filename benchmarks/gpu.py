@@ -34,7 +34,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from iteration import MOST_KL, agent, kl_row, ours
+from iteration import MOST_KL, agent, kl_row
+from iterations import ours
 from rollout import CAP, MEAN, equal, equal_row, generate, ragged_eos
 from run import describe, header
 from stable_baselines3 import PPO

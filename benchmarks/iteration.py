@@ -12,22 +12,18 @@ written straight for SB3 reads them.
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from iterations import Done, alternate, has_trl, ours, trl
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
-from work import Pairs, Row, Settings, Work, largest, run_script, timed
+from work import Row, Settings, Work, run_script, timed
 
 from agents import KLPenalty, LMPolicy, SeparateCritic, SharedCritic
 from agents.models.observations import unpack_observations
@@ -43,15 +39,6 @@ N_SAMPLED_STEPS = 3  # measured steps of the slow rollout: near its start, middl
 INSTALL = "python -m venv trl-env && trl-env/bin/pip install trl==1.12.0, then set TRL_PYTHON=trl-env/bin/python"
 
 
-class Done(NamedTuple):
-    """The work of an iteration, and its seconds."""
-
-    tokens: int
-    optimizer_steps: int
-    seconds: float
-    peak: float | None = None  # GB by which it raised the peak of CUDA's memory; None on a CPU
-
-
 def measure(settings: Settings) -> list[Row]:
     """Measure all rows."""
     sizes = ((16, 48, 30), (64, 128, 100))
@@ -64,13 +51,14 @@ def against_trl(settings: Settings, critic: str, must: float) -> Row:
     """Alternate iterations of ours with iterations of TRL, which waits in a process of its own."""
     claim = f"PPO iteration with KL, {critic}, against TRL 1.12"
     python = os.environ.get("TRL_PYTHON", "")
-    if not has_trl(python):
+    if not has_trl(python, "1.12.0"):
         return Row.missing(claim, INSTALL, f">= {must}x")
     work = settings.work()
     spec = SharedCritic() if critic == "shared critic" else SeparateCritic(work.config())
     model = agent(work, policy_kwargs={"critic": spec})
     KLPenalty(KL_COEF).attach(model)
-    with trl(python, work) as peer:
+    task = {"trainer": "ppo", **asdict(work), "n_epochs": N_EPOCHS, "n_minibatches": n_minibatches(work)}
+    with trl(python, {**task, "kl_coef": KL_COEF}) as peer:
         result, done = alternate(ours(model, work.device), peer, settings.n_pairs)
     ours_text = f"{result.a:,.0f} tokens/s; {done.tokens:,} tokens, {done.optimizer_steps} optimizer steps each"
     theirs_text = f"{result.b:,.0f} tokens/s; critic of its own"
@@ -125,66 +113,6 @@ def agent(work: Work, **kwargs: Any) -> PPO:
 def n_minibatches(work: Work) -> int:
     """Return the number of minibatches of an epoch."""
     return max(1, work.n_lanes // SEQUENCES)
-
-
-def ours(model: PPO, device: str) -> Callable[[], Done]:
-    """Return a function that runs one iteration by `learn`."""
-    updates: list[None] = []
-    model.policy.optimizer.register_step_post_hook(lambda *_: updates.append(None))
-
-    def iteration() -> Done:
-        tokens, steps = model.num_timesteps, len(updates)
-        size = model.n_steps * model.n_envs
-        cost = timed(lambda: model.learn(size, reset_num_timesteps=False, log_interval=None) and 0, device)
-        return Done(model.num_timesteps - tokens, len(updates) - steps, cost.seconds, cost.peak)
-
-    return iteration
-
-
-def alternate(a: Callable[[], Done], b: Callable[[], Done], n_pairs: int) -> tuple[Pairs, Done]:
-    """Run A B A B ... after one warm-up of each, make sure that both do the same, and compare their speeds."""
-    a(), b()
-    speeds: list[tuple[float, float]] = []
-    peaks: list[tuple[float | None, float | None]] = []
-    for _ in range(n_pairs):
-        of_a, of_b = a(), b()
-        assert of_a[:2] == of_b[:2], f"Expected the same tokens and optimizer steps, got {of_a[:2]} and {of_b[:2]}."
-        speeds.append((of_a.tokens / of_a.seconds, of_b.tokens / of_b.seconds))
-        peaks.append((of_a.peak, of_b.peak))
-    medians = [statistics.median(side) for side in zip(*speeds, strict=True)]
-    return Pairs(*medians, [x / y for x, y in speeds], largest(*zip(*peaks, strict=True))), of_a
-
-
-def has_trl(python: str) -> bool:
-    """Return whether this interpreter exists and has the version of TRL that is asked for."""
-    code = "from importlib.metadata import version; assert version('trl') == '1.12.0'"
-    try:
-        return bool(python) and subprocess.run([python, "-c", code], capture_output=True).returncode == 0
-    except OSError:
-        return False
-
-
-@contextmanager
-def trl(python: str, work: Work) -> Iterator[Callable[[], Done]]:
-    """Start TRL, and yield a function that makes it run one iteration."""
-    task = {**asdict(work), "n_epochs": N_EPOCHS, "n_minibatches": n_minibatches(work), "kl_coef": KL_COEF}
-    command = [python, str(Path(__file__).with_name("trl_peer.py")), json.dumps(task)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment.pop("PYTHONPATH", None)
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-
-        def iteration() -> Done:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write("next\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"TRL ended with exit code {process.wait()}; its own message is above.")
-            report = json.loads(line)
-            return Done(report["tokens"], report["optimizer_steps"], report["seconds"])
-
-        yield iteration  # leaving `Popen` closes stdin, which ends the peer
 
 
 class PaddedPolicy(LMPolicy):

@@ -225,8 +225,8 @@ class RowCache(ABC):
         """Forget all rows."""
         self.ids: Tensor | None = None  # (B, T) of the last read
         self.lengths: Tensor | None = None  # (B,)
-        self.weights = tuple(self.backbone.parameters())
-        self.version = version_of(self.weights)
+        self.weights: tuple[Tensor, ...] = ()  # collected by the next read: a large model takes milliseconds for it
+        self.version = 0
 
     def read(self, *row: Tensor) -> tuple[Tensor, Tensor]:
         """Return the hidden states (B, H) and the logits (B, V) at the last token of each row.
@@ -247,6 +247,8 @@ class RowCache(ABC):
 
     def remember(self, ids: Tensor, lengths: Tensor) -> None:
         """Keep the rows just read, for `growth` to compare the next ones with."""
+        if self.ids is None:
+            self.weights = tuple(self.backbone.parameters())
         self.ids, self.lengths, self.version = ids, lengths, version_of(self.weights)
 
     def growth(self, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import numpy as np
 from ..distributed.collectives import gather
 
 MIN_SEQUENCES = 4  # with fewer sequences in a minibatch, training did not learn reliably
-MIN_UNITS = 2  # of samples that stay together, in a minibatch: of one alone, its minibatch would be the same each epoch
 UNEVEN = 0.1  # the largest difference between a minibatch and their mean size, for which samples stay together
 SPREAD = 0.3  # the relative noise on lengths: with it, two epochs hardly ever have a minibatch in common
 
@@ -53,10 +52,11 @@ def even_groups(
 ) -> list[np.ndarray]:
     """Divide sequences into random groups of about equal numbers of transitions; return each group's indices.
 
-    The samples of one prompt stay together, so that an update reads the prompt once, as long as each group gets the
-    samples of two prompts or more and is within `UNEVEN` of the mean size. Otherwise the samples of each prompt are
-    divided at random into two parts, four parts, ..., and each part stays together; in the end, as without samples of
-    one prompt, each sequence goes its own way. Which prompts, or parts, meet in a group is random in each epoch.
+    The samples of one prompt stay together, so that an update reads the prompt once, as long as each group is within
+    `UNEVEN` of the mean size. Otherwise the samples of each prompt are divided at random into two parts, four parts,
+    ..., and each part stays together; in the end, as without samples of one prompt, each sequence goes its own way.
+    Which prompts, or parts, meet in a group is random in each epoch, and so is the order of the groups. With one prompt
+    to a group, only the order is.
 
     The mean of an epoch's gradients does not depend on the division. A minibatch of few prompts has more noise from the
     choice of prompts than one of as many sequences of all prompts, and less from the comparison of samples: the
@@ -81,7 +81,7 @@ def even_groups(
         groups = _deal_units(units, counts, n_groups, rng)
         sizes = np.array([counts[group].sum() for group in groups])  # (n_groups,)
         is_even = bool((abs(sizes - sizes.mean()) <= UNEVEN * sizes.mean()).all())
-        if n_parts >= n_samples or (is_even and len(units) >= MIN_UNITS * n_groups):
+        if n_parts >= n_samples or is_even:
             return [groups[i] for i in rng.permutation(n_groups)]
         n_parts *= 2
 

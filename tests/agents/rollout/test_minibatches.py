@@ -47,13 +47,20 @@ def test_samples_of_one_prompt_stay_together():
 
 
 def test_prompts_that_do_not_divide_evenly_are_divided_by_hand():
-    """Six prompts in four groups: halves, three to a group. Four in four: halves, two to a group."""
-    for n in (6, 4):
-        members = np.repeat(np.arange(n), 4)
-        for groups in epochs([10] * (4 * n), 4, members):
-            assert [len(group) for group in groups] == [n] * 4
-            assert n_prompts(groups, members) <= 2 * n
-    assert len({tuple(sorted(map(tuple, map(sorted, groups)))) for groups in epochs([10] * 16, 4, members)}) > 15
+    """Six prompts in four groups: halves, three to a group, which are others in each epoch."""
+    members = np.repeat(np.arange(6), 4)
+    divisions = epochs([10] * 24, 4, members)
+    for groups in divisions:
+        assert [len(group) for group in groups] == [6] * 4
+        assert n_prompts(groups, members) <= 12
+    assert len({tuple(sorted(map(tuple, map(sorted, groups)))) for groups in divisions}) > 15
+
+
+def test_one_prompt_to_a_group_in_a_new_order():
+    members = np.repeat(np.arange(4), 4)
+    orders = [[set(members[group]) for group in groups] for groups in epochs([10] * 16, 4, members)]
+    assert all(sorted(order, key=min) == [{0}, {1}, {2}, {3}] for order in orders)
+    assert len({tuple(map(min, order)) for order in orders}) > 10
 
 
 def test_the_buffer_keeps_groups_of_samples_together():

@@ -1,6 +1,6 @@
 """All benchmarks in turn, printed as one table.
 
-    python benchmarks/run.py [--quick] [--smoke] [--device cuda] [--json FILE]
+    python benchmarks/run.py [--quick] [--smoke] [--device cuda] [--model FOLDER] [--json FILE]
 
 A benchmark that raises becomes a row that says so, and the exit code is 1. `README.md` explains the rows.
 """

@@ -42,7 +42,7 @@ from stable_baselines3 import PPO
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from update import LEARNING_RATE, compare, compare_epochs
-from work import Row, Settings, Work, prepare, table
+from work import FolderWork, Row, Settings, Work, prepare, table
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"n_layer": 30, "width": 576, "n_head": 9, "vocab_size": 49_152, "n_lanes": 128}
@@ -56,15 +56,10 @@ TESTS_LIMIT = 180.0  # seconds for the tests
 
 
 @dataclass(frozen=True)
-class GpuWork(Work):
+class GpuWork(FolderWork):
     """Work on a model from a folder, in one precision."""
 
-    folder: str = ""
     autocast: str | None = None
-
-    def config(self) -> Any:
-        """Return the folder, from which `make_agent` loads the model."""
-        return self.folder
 
     def agent(self, *args: Any, **kwargs: Any) -> PPO:
         """Return PPO as `Work.agent` does, with this autocast."""
@@ -105,7 +100,9 @@ def main() -> int:
         # The rows that may be late come last. `generate_batch` captures graphs first, for a time that nobody knows yet.
         for measure in (equal_rows, update_rows, group_rows, iteration_rows, batch_rows, ended_rows, ragged_rows):
             for autocast in (None, "bfloat16"):
-                settings = GpuSettings(1 if args.smoke else N_PAIRS, args.device, args.smoke, str(folder), autocast)
+                settings = GpuSettings(
+                    1 if args.smoke else N_PAIRS, args.device, args.smoke, folder=str(folder), autocast=autocast
+                )
                 measured = measure_in_time(measure, settings, start)
                 failed |= any(row.ratio is None for row in measured)
                 rows += [row._replace(claim=f"{row.claim}, {autocast or 'float32'}") for row in measured]

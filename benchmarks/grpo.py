@@ -20,8 +20,8 @@ from typing import Any
 
 from iterations import Done, alternate, has_trl, ours, trl
 from stable_baselines3 import PPO
-from transformers import AutoConfig, AutoTokenizer
-from work import Row, Settings, Work, arguments, finish, prepare, settings
+from transformers import AutoTokenizer
+from work import FolderWork, Row, Settings, Work, run_script
 
 from agents import KLPenalty, LoRA
 
@@ -37,16 +37,15 @@ INSTALL = (
 
 
 @dataclass(frozen=True)
-class GroupWork(Work):
-    """Work on groups of samples, of all weights (rank 0) or of adapters."""
+class GroupWork(FolderWork):
+    """Work on groups of samples, of all weights (rank 0) or of adapters; without a folder, on the small model."""
 
     samples: int = 8
     rank: int = 0
-    folder: str = ""  # of a pretrained model; "" is the small one
 
     def config(self) -> Any:
         """Return the model's folder, or the config of the small model."""
-        return self.folder or super().config()
+        return self.folder or Work.config(self)
 
     def texts(self) -> list[str]:
         """Return the prompts as texts of equal lengths: numbers, or messages of a user in the model's template."""
@@ -61,31 +60,19 @@ class GroupWork(Work):
         return AutoTokenizer.from_pretrained(self.folder)(self.texts(), add_special_tokens=False)["input_ids"]
 
 
-def main() -> None:
-    """Measure the rows, print the table, write the rows."""
-    parser = arguments(__doc__)
-    parser.add_argument("--model", help="a folder of a pretrained model with a chat template, for the rows of it")
-    args = parser.parse_args()
-    prepare()
-    finish(measure(settings(args), args.model), args.json)
-
-
-def measure(settings: Settings, folder: str | None = None) -> list[Row]:
-    """Measure all rows; those of a pretrained model if there is a folder of one."""
-    small = settings.work(**SMALL)
-    works = [
-        (GroupWork(**vars(small), samples=2 if settings.smoke else 8, rank=rank), "4 layers of 256", 3.0)
-        for rank in (0, RANK)
-    ]
-    if folder:
-        size = {"vocab_size": AutoConfig.from_pretrained(folder).get_text_config().vocab_size, "device": settings.device}
-        for samples, must in ((4, 2.2), (8, 2.8)):
-            work = GroupWork(**size, **REAL, samples=samples, rank=RANK, folder=folder)
-            works.append((work, Path(folder).name, must))
-    rows = [against_trl(settings, *work) for work in works]
-    if not folder:
-        rows.append(Row.missing("GRPO iteration, a pretrained model", "give its folder by --model", ">= 2.2x, 2.8x"))
-    return [*rows, critic_row(settings, works[0][0])]
+def measure(settings: Settings) -> list[Row]:
+    """Measure all rows; those of a real model if there is a folder of one."""
+    small = vars(settings.work(**SMALL))
+    works = [GroupWork(**small, samples=2 if settings.smoke else 8, rank=rank) for rank in (0, RANK)]
+    rows = [against_trl(settings, work, "4 layers of 256", 3.0) for work in works]
+    rows.append(critic_row(settings, works[0]))
+    if settings.model is None:
+        return [*rows, Row.missing("GRPO iteration, a real model", "--model FOLDER", ">= 2.2x, 2.8x")]
+    real = vars(settings.real_work(**REAL))
+    for samples, must in ((4, 2.2), (8, 2.8)):
+        work = GroupWork(**real, samples=2 if settings.smoke else samples, rank=RANK)
+        rows.append(against_trl(settings, work, Path(settings.model).name, must))
+    return rows
 
 
 def against_trl(settings: Settings, work: GroupWork, name: str, must: float) -> Row:
@@ -148,4 +135,4 @@ def chat_prompts(folder: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(__doc__, measure)

@@ -1,25 +1,32 @@
 """Claims 1 and 2: tokens per second of a rollout, log-probabilities and values included, against `generate`.
 
-    python benchmarks/rollout.py [--quick]
+    python benchmarks/rollout.py [--quick] [--model FOLDER]
 
 Both sides have the same model, prompts of 16 tokens and 64 rows. `generate` samples what we sample (no top-k), writes
 completions only, and reads each batch to its longest row. The rows of groups compare rollouts that read a prompt once
-for all its samples with rollouts that read it for each.
+for all its samples with rollouts that read it for each. The rows of a real model, of the folder that `--model` names,
+have 32 rows and prompts of 41 tokens; their `generate` has the folder's own weights, without adapters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TypeAlias
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from stable_baselines3 import PPO
 from work import Pairs, Row, Settings, Work, pairs, rollout, run_script
 
+from agents import LoRA
 from agents.models.prefix_cache import PrefixCache
 
 LIMITS = (8, 128)  # tokens of a ragged completion, uniform
+REAL: dict[str, Any] = {"n_lanes": 32, "prompt_tokens": 41}  # rows of a real model
+RANK = 8
 CAP, MEAN = 128, 30  # of completions ended by EOS: the most tokens, and about the mean
 Peer: TypeAlias = Callable[[PPO, Work, list[int]], Callable[[int], int]]
 
@@ -27,7 +34,7 @@ Peer: TypeAlias = Callable[[PPO, Work, list[int]], Callable[[int], int]]
 def measure(settings: Settings) -> list[Row]:
     """Measure all rows."""
     ours = [equal(settings, generate, 1.25), *ragged_limits(settings), ragged_eos(settings, generate, 2.0)]
-    return [*ours, *groups(settings), alone(settings)]
+    return [*ours, *groups(settings), alone(settings), *real_model(settings)]
 
 
 def equal(settings: Settings, peer: Peer, must: float | None) -> Row:
@@ -50,18 +57,9 @@ def ragged_limits(settings: Settings) -> list[Row]:
     update, by reading the unfinished episodes anew.
     """
     work = settings.work(new_tokens=LIMITS[1])
-    low, high = LIMITS if not settings.smoke else (2, 8)
-    limits = np.random.default_rng(1).integers(low, high + 1, 4096)
-    rows = [{"prompt": p, "max_new_tokens": int(n)} for p, n in zip(work.prompts(), limits, strict=True)]
+    low, high, rows, one_batch_of = ragged(settings, work)
     model = work.agent(rows, n_steps=2 * work.new_tokens)
-    peer = generate(model, work, [])
-    batches = iter(np.resize(limits, (10_000, work.n_lanes)))
-
-    def one_batch() -> int:
-        lengths = next(batches)
-        peer(int(lengths.max()))
-        return int(lengths.sum())
-
+    one_batch = one_batch_of(model)
     rollout(model)  # until lanes end at different steps
     claim = f"rollout, limits of {low} to {high} tokens"
     steady = pairs(lambda: rollout(model, keep_cache=True), one_batch, settings.n_pairs, settings.device)
@@ -70,6 +68,26 @@ def ragged_limits(settings: Settings) -> list[Row]:
         row(f"{claim}, steady state, against generate", steady, must=2.0),
         row(f"{claim}, after an update every 256 steps, against generate", anew, must=2.0),
     ]
+
+
+def ragged(settings: Settings, work: Work) -> tuple[int, int, list[Any], Callable[[PPO], Callable[[], int]]]:
+    """Return the least and the largest limit, rows with limits, and a function from an agent to its `generate`."""
+    low, high = LIMITS if not settings.smoke else (2, 8)
+    limits = np.random.default_rng(1).integers(low, high + 1, 4096)
+    rows = [{"prompt": p, "max_new_tokens": int(n)} for p, n in zip(work.prompts(), limits, strict=True)]
+
+    def one_batch_of(model: PPO) -> Callable[[], int]:
+        peer = generate(model, work, [])
+        batches = iter(np.resize(limits, (10_000, work.n_lanes)))
+
+        def one_batch() -> int:
+            lengths = next(batches)
+            peer(int(lengths.max()))
+            return int(lengths.sum())
+
+        return one_batch
+
+    return low, high, rows, one_batch_of
 
 
 def ragged_eos(settings: Settings, peer: Peer, must: float | None) -> Row:
@@ -117,6 +135,52 @@ def alone(settings: Settings) -> Row:
     result = pairs(lambda: collect(True), lambda: collect(False), settings.n_pairs, settings.device)
     PrefixCache.is_sharing = True
     return row("rollout, all prompts different, against no sharing", result, must=0.98)
+
+
+def real_model(settings: Settings) -> list[Row]:
+    """Compare rollouts of a real model, trained as a whole and by LoRA, and of LoRA with adapters that stay apart."""
+    claim = "rollout, a real model"
+    if settings.model is None:
+        return [Row.missing(claim, "not measured without --model FOLDER", ">= 1.0x")]
+    if find_spec("peft") is None:
+        return [Row.missing(claim, 'pip install "textenv[lora]"', ">= 1.0x")]
+    name = Path(settings.model).resolve().name
+    rows = []
+    for train, trained in (("all", "no LoRA"), (LoRA(r=RANK), f"LoRA r{RANK}")):
+        options = {"learning_rate": 1e-7, "policy_kwargs": {"train": train}}
+        work = settings.real_work(**REAL, new_tokens=32)
+        model = work.agent(**options)
+        shape = f"{work.n_lanes} lanes, prompts of {work.prompt_tokens}"
+        lengths = f"equal lengths of {work.new_tokens}"
+        rows.append(equal_row(f"{name}, {shape}, {lengths}, {trained}", settings, work, model, generate, 1.0))
+        if isinstance(train, LoRA):
+            rows.append(apart(f"rollout, {name}, {shape}, {lengths}, {trained}", settings, model))
+        rows += limited(f"{name}, {shape}", trained, settings, options)
+    return rows
+
+
+def limited(claim: str, trained: str, settings: Settings, options: dict[str, Any]) -> list[Row]:
+    """Compare rollouts of a real model in which each row has its own limit."""
+    work = settings.real_work(**REAL, new_tokens=LIMITS[1])
+    low, high, rows, one_batch_of = ragged(settings, work)
+    model = work.agent(rows, n_steps=work.new_tokens, **options)
+    rollout(model)  # until lanes end at different steps
+    result = pairs(lambda: rollout(model), one_batch_of(model), settings.n_pairs, settings.device)
+    return [row(f"rollout, {claim}, limits of {low} to {high} tokens, {trained}, against generate", result, must=1.8)]
+
+
+def apart(claim: str, settings: Settings, model: PPO) -> Row:
+    """Compare rollouts that merge adapters with rollouts that never do."""
+    cache = model.policy.lm.rollout_cache
+    pays_from = cache._tokens_to_merge
+
+    def collect(tokens_to_merge: float) -> int:
+        cache._tokens_to_merge = tokens_to_merge
+        return rollout(model)
+
+    result = pairs(lambda: collect(pays_from), lambda: collect(math.inf), settings.n_pairs, settings.device)
+    cache._tokens_to_merge = pays_from
+    return row(f"{claim}, adapters merged, against apart", result, must=None)
 
 
 def row(claim: str, result: Pairs, must: float | None) -> Row:

@@ -1,6 +1,6 @@
 """All benchmarks in turn, printed as one table.
 
-    python benchmarks/run.py [--quick] [--smoke] [--device cuda] [--json FILE]
+    python benchmarks/run.py [--quick] [--smoke] [--device cuda] [--model FOLDER] [--json FILE]
 
 A benchmark that raises becomes a row that says so, and the exit code is 1. `README.md` explains the rows.
 """
@@ -22,7 +22,7 @@ from work import Row, Settings, arguments, finish, prepare, settings
 
 SCRIPTS = (
     *("rollout", "update", "iteration", "adapters", "masks", "late_scores", "overhead", "memory", "growth"),
-    *("feedback", "groups"),
+    *("feedback", "groups", "grpo"),
 )
 LIBRARIES = ("torch", "transformers", "stable-baselines3", "gymnasium", "numpy")
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CallbackList
-from transformers import GPT2Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from agents import make_agent
@@ -84,6 +84,21 @@ class Work:
     def plain_model(self, model: PPO) -> PreTrainedModel:
         """Return the language model that peers generate with: the agent's own."""
         return model.policy.lm.backbone.model
+
+
+@dataclass(frozen=True)
+class FolderWork(Work):
+    """Work on the model of a folder."""
+
+    folder: str = ""
+
+    def config(self) -> Any:
+        """Return the folder, from which `make_agent` loads the model."""
+        return self.folder
+
+    def plain_model(self, model: PPO) -> PreTrainedModel:
+        """Return the folder's own model, which has no adapters."""
+        return AutoModelForCausalLM.from_pretrained(self.folder).to(self.device)
 
 
 class IdTokenizer:
@@ -212,6 +227,7 @@ class Settings:
     n_pairs: int = 5
     device: str = "cpu"
     smoke: bool = False
+    model: str | None = None  # a folder of saved weights, for the rows of a real model
 
     def work(self, **kwargs: Any) -> Work:
         """Return the shared work; for `smoke` a tiny one."""
@@ -221,6 +237,14 @@ class Settings:
             kwargs["new_tokens"] = min(kwargs.get("new_tokens", 8), 8)
         return Work(device=self.device, **kwargs)
 
+    def real_work(self, **kwargs: Any) -> FolderWork:
+        """Return the work of a row on the model of the folder; for `smoke` fewer and shorter texts."""
+        assert self.model is not None, "the row is for a model"
+        # The whole vocabulary of the model, which the peers read: they know no smaller one.
+        vocab_size = AutoConfig.from_pretrained(self.model).get_text_config().vocab_size
+        work = self.work(**kwargs)
+        return FolderWork(**{**vars(work), "vocab_size": vocab_size}, folder=self.model)
+
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of the options that every script takes."""
@@ -228,6 +252,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="two pairs instead of five")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and one pair: only to see that it runs")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the models run (default: cpu)")
+    parser.add_argument("--model", help="a folder of saved weights, for the rows of a real model")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     return parser
 
@@ -241,7 +266,7 @@ def run_script(description: str | None, measure: Callable[[Settings], list[Row]]
 
 def settings(args: argparse.Namespace) -> Settings:
     """Turn the options into settings."""
-    return Settings(1 if args.smoke else 2 if args.quick else 5, args.device, args.smoke)
+    return Settings(1 if args.smoke else 2 if args.quick else 5, args.device, args.smoke, args.model)
 
 
 def prepare() -> None:

@@ -30,6 +30,7 @@ from ..models.backbone import Backbone
 from ..models.critic import TrunkCritic, ValueHead
 from ..models.interface import SequenceScorer
 from ..models.layers import trunk_of
+from ..models.merged_adapters import keep_apart
 from ..models.trainable import is_placed
 from .collectives import gather, offer_help, take_turn
 from .world import is_main_process, world
@@ -106,6 +107,7 @@ class Shards(Generic[Scorer]):
         self.placements = (Shard(0),)  # along the first dimension, as `fully_shard` does
         self._is_helping = False
         self._reads: list[Read] = []  # by trunk, a function that runs its forward, for `_help`
+        keep_apart(lm)  # a gathered layer has no memory to spare
         self._plain = _without_weights(lm)
         precision = MixedPrecisionPolicy()
         if lm.autocast is not None:  # autocast casts the inputs itself

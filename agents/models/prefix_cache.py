@@ -8,13 +8,14 @@ from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from .buckets import bucket_by_length
 from .interface import CachedModel, LanguageModel, RowCache
 from .kept_states import KeptStates, States
+from .merged_adapters import merged_adapters, merging_forwards, tokens_to_merge
 from .step_layout import NewRow, StepLayout, column_groups, current_layout, laid_out, sort_into_groups
 
 GROWTH = 64  # columns: the least by which a full buffer grows, so that short texts do not copy it token by token
@@ -130,13 +131,26 @@ class PrefixCache(RowCache):
 
     def __init__(self, backbone: LanguageModel) -> None:
         self.prefill_tokens = self.shared_tokens = 0
+        self._forwards = merging_forwards(cast("nn.Module", backbone))
+        self._tokens_to_merge = tokens_to_merge(self._forwards)
         super().__init__(backbone)
 
     def drop(self) -> None:
-        """Forget all rows and prompts."""
+        """Forget all rows and prompts, and free the merged weights."""
         super().drop()
+        self._n_read = 0  # tokens read from the same weights
+        for forward in self._forwards:
+            forward.release()
         self.kept = KeptStates()
         self._forget_rows()
+
+    def read(self, *row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `RowCache.read` does; once enough tokens are read from the same weights, adapters are merged.
+
+        The count is the cache's own, so that what else is generated in between changes no bit of a rollout.
+        """
+        with merged_adapters(lambda: self._n_read >= self._tokens_to_merge):
+            return super().read(*row)
 
     def _forget_rows(self) -> None:
         self.layers = Cache(layer_class_to_replicate=ColumnLayer)  # a layer is made when the model first writes to it
@@ -193,11 +207,13 @@ class PrefixCache(RowCache):
         Returns:
             Lists of rows that have their text in common, by this text.
         """
+        self._n_read += len(n_tokens)  # each row's last token is read in any case
         alike: dict[bytes, list[int]] = defaultdict(list)
         for row, text in zip(fresh, texts, strict=True):
             key = text.tobytes() if self.is_sharing else bytes(row + 1)
             is_read = key not in alike and key not in self.kept
             self.prefill_tokens += is_read * int(n_tokens[row])
+            self._n_read += is_read * int(n_tokens[row])
             self.shared_tokens += (not is_read) * int(n_tokens[row])
             alike[key].append(row)
         for key in [key for key in alike if key in self.kept]:

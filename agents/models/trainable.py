@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from textenv.checks.extras import needs
 
 from .layers import transformer_layers
+from .merged_adapters import ADAPTER, let_merge, merged_weight
 
-ADAPTER = "default"  # the usual name of an adapter in peft (`mapping.inject_adapter_in_model`)
 COMPILED = "_orig_mod"  # the name of the original module inside the one that `torch.compile` returns
 
 
@@ -56,6 +56,9 @@ class LoRA:
     (Mixtral, Qwen3-MoE, DeepSeek-V3, ...) each expert and the router have an A and a B of their own. The experts of
     DBRX, whose weights another module reads, stay frozen. A forward adds the adapters to a copy of the experts'
     weights, in the type of these weights: 16 bits round small changes away.
+
+    A rollout in float32 decodes from copies of the adapted weights of linear layers, with the adapters merged in; see
+    `merged_adapters`. The copies take at most an eighth of the device's memory, and are freed before the update.
 
     Args:
         r: The rank of A and B.
@@ -216,12 +219,7 @@ def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
             raise ValueError(
                 f"Expected a weight of 16 bits or more to merge the adapter into, got {base.dtype} in {name}."
             )
-        merged = base.detach().float() + layer.get_delta_weight(ADAPTER).detach()
-        if ADAPTER in layer.lora_magnitude_vector:
-            axis = 0 if layer.fan_in_fan_out else 1  # of the inputs: GPT-2's W is transposed
-            magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach()
-            merged *= (magnitude / merged.norm(dim=axis)).unsqueeze(axis)
-        weights[_plain_name(f"{name}.{weight_name}")] = merged.to(base.dtype)
+        weights[_plain_name(f"{name}.{weight_name}")] = merged_weight(layer, base).to(base.dtype)
     return weights
 
 
@@ -259,6 +257,7 @@ def _add_adapters(model: PreTrainedModel, train: LoRA) -> None:
     """Inject adapters in place: the model keeps its class, unlike with peft's `get_peft_model`, which wraps it."""
     with needs("lora", "peft", str(train)):
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import Linear
     layers, weights = _targets(model, train.target_modules)
     if train.use_dora and weights:
         raise ValueError(
@@ -289,6 +288,9 @@ def _add_adapters(model: PreTrainedModel, train: LoRA) -> None:
         weight.requires_grad_(".lora_" in name)
         if weight.requires_grad:
             weight.data = weight.data.to(torch.float32)  # peft makes adapters in the frozen weights' type
+    if not is_placed(model):
+        # Subclasses, the layers of quantisers and those of experts compute otherwise.
+        let_merge([layer for layer in adapted_layers(model).values() if type(layer) is Linear])
 
 
 def _targets(model: PreTrainedModel, endings: Sequence[str] | None) -> tuple[list[str], list[str]]:

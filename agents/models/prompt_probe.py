@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .layers import set_mode
 from .probe import Rows, agree, attempt, small_weights, state_tolerance
 from .prompt_layout import Prompts, lay_out
 from .shared_prompts import Forward, read_shared
+from .trainable import is_checkpointing
 
 # Three rows of two prompts, of two tokens and of one: keys and values are copied to two rows, and padded on the left.
 N_PROMPT, LENGTHS = (2, 2, 1), (4, 4, 3)
+
+
+class Sharing(NamedTuple):
+    """Whether prompts can be shared."""
+
+    plainly: bool  # where no layer is under activation checkpointing
+    in_checkpoints: bool  # by layers under activation checkpointing; false if there were none
+
+    def now(self, model: PreTrainedModel, training: bool) -> bool:
+        """Return whether prompts can be shared by a model in training or evaluation mode."""
+        return self.in_checkpoints if training and is_checkpointing(model) else self.plainly
+
+
+def examine_sharing(forward: Forward, model: PreTrainedModel, vocab_size: int | None = None) -> Sharing:
+    """Return whether prompts can be shared in evaluation mode and, under activation checkpointing, in training mode.
+
+    Args:
+        forward: As for `shares_prompts`.
+        model: The model, left in evaluation mode.
+        vocab_size: As for `shares_prompts`.
+    """
+    set_mode(model, training=False)
+    plainly, in_checkpoints = shares_prompts(forward, model, vocab_size), False
+    if plainly and is_checkpointing(model):
+        set_mode(model, training=True)
+        in_checkpoints = shares_prompts(forward, model, vocab_size)
+        set_mode(model, training=False)
+    return Sharing(plainly, in_checkpoints)
 
 
 def shares_prompts(forward: Forward, model: PreTrainedModel, vocab_size: int | None = None) -> bool:
@@ -21,7 +51,7 @@ def shares_prompts(forward: Forward, model: PreTrainedModel, vocab_size: int | N
 
     Args:
         forward: Returns all states of tokens, (B, T, ...), as one tensor or several; hidden states are the first.
-        model: The model behind it, in evaluation mode.
+        model: The model behind it, in the mode that is examined.
         vocab_size: The number of tokens that can be read; None for all rows of the embeddings.
     """
     n_tokens = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings if vocab_size is None else vocab_size
@@ -36,7 +66,7 @@ def shares_prompts(forward: Forward, model: PreTrainedModel, vocab_size: int | N
     def results(is_shared: bool) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(bool(vectors)):
             whole = () if is_shared else forward(input_ids=ids, use_cache=False)
-            states = read_shared(forward, shared) if is_shared else tuple(part[rows, cols] for part in whole)
+            states = read_shared(forward, model, shared) if is_shared else tuple(part[rows, cols] for part in whole)
             gradients = _gradient(states[0], vectors) if vectors else torch.zeros(1)
         return (*(part.detach() for part in states), gradients)
 

@@ -68,7 +68,7 @@ def measure(settings: Settings) -> list[Row]:
     rows.append(critic_row(settings, works[0]))
     if settings.model is None:
         return [*rows, Row.missing("GRPO iteration, a real model", "--model FOLDER", ">= 2.2x, 2.8x")]
-    real = vars(settings.real_work(**REAL))
+    real = {**vars(settings.real_work(**REAL)), "prompt_tokens": REAL["prompt_tokens"]}  # the length of `chat_prompts`
     for samples, must in ((4, 2.2), (8, 2.8)):
         work = GroupWork(**real, samples=2 if settings.smoke else samples, rank=RANK)
         rows.append(against_trl(settings, work, Path(settings.model).name, must))

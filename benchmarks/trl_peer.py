@@ -2,10 +2,10 @@
 
     yes | head -3 | OMP_NUM_THREADS=1 trl-env/bin/python benchmarks/trl_peer.py '{"trainer": "ppo", "n_layer": 4, ...}'
 
-The Python needs `trl==1.12.0` for "ppo", the last version with PPO, and `trl==1.16.0` and `peft` for "grpo". The argument holds
-the fields of the work, and the epochs and minibatches of an update. Each line on stdout reports the work and the
-seconds of one iteration, so that the caller can alternate with its own; the first is the warm-up. The script imports
-nothing of this project, which need not be installed in its environment.
+The Python needs `trl==1.12.0` for "ppo", the last version with PPO, and `trl==1.16.0` and `peft` for "grpo". The
+argument holds the fields of the work, and the epochs and minibatches of an update. Each line on stdout reports the work
+and the seconds of one iteration, so that the caller can alternate with its own; the first is the warm-up. The script
+imports nothing of this project, which need not be installed in its environment.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from transformers import (
 
 MANY = 10_000  # iterations; stdin ends first
 LEARNING_RATE = 1e-5
-NEVER = "<never>"  # a token beyond the model's vocabulary, so that it is never sampled: all completions run to the limit
+NEVER = "<never>"  # a token beyond the model's vocabulary, never sampled: all completions run to the limit
 
 
 class OnDemand(TrainerCallback):

@@ -18,7 +18,7 @@ from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_o
 from .prefix_cache import PrefixCache
 from .probe import PROBE_LENGTH, probe
 from .prompt_layout import SharedPrompts
-from .prompt_probe import shares_prompts
+from .prompt_probe import Sharing, examine_sharing
 from .shared_prompts import read_shared
 from .step_layout import attention_by_row, can_join_rows
 from .trainable import is_checkpointing, is_placed
@@ -66,7 +66,8 @@ class Backbone(nn.Module):
       run without a cache, with a warning; `no_cache_because` has the reason.
     - `attends_by_row` and `takes_new_rows`: how a decoding step computes attention; see `step_layout`.
     - `shares_prompts`: whether texts read behind the keys and values of a prompt that was read once have the states and
-      the gradient of whole texts; see `shared_prompts`, and `shared_encodings` for encoder-decoders.
+      the gradient of whole texts, in the mode of the moment; see `shared_prompts`, and `shared_encodings` for
+      encoder-decoders.
 
     Args:
         model: The model. In training mode too, its modules stay in evaluation mode, without dropout or other noise.
@@ -95,7 +96,6 @@ class Backbone(nn.Module):
     no_cache_because: str
     attends_by_row: bool
     takes_new_rows: bool
-    shares_prompts: bool
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, n_positions: int) -> None:
         super().__init__()
@@ -107,7 +107,8 @@ class Backbone(nn.Module):
         self.attends_by_row = False
         self.train(False)
         probe(self)
-        self.shares_prompts = self.is_cacheable and shares_prompts(self.read, self.read_shared, model, vocab_size)
+        is_cacheable, readers = self.is_cacheable, (self.read, self.read_shared)
+        self._sharing = examine_sharing(*readers, model, vocab_size) if is_cacheable else Sharing(False, False)
         self.train()  # as every new module of PyTorch
 
     def train(self, mode: bool = True) -> Backbone:
@@ -139,6 +140,11 @@ class Backbone(nn.Module):
     def most_columns(self) -> int | None:
         """The most columns in which attention may see a prompt and a completion; None where nothing limits them."""
         return self.longest
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `read_shared` is exact now: in training, layers may be under activation checkpointing."""
+        return self._sharing.now(self.model, self.training)
 
     def new_cache(self) -> PrefixCache | None:
         """Return an empty cache of keys and values; None if decoding from one would not be exact."""
@@ -216,7 +222,7 @@ class Backbone(nn.Module):
 
         Only where `shares_prompts`.
         """
-        hidden, *logits = read_shared(self._states, shared)
+        hidden, *logits = read_shared(self._states, self.model, shared)
         return hidden, logits[0] if logits else None
 
     def prefill(self, ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Cache:

@@ -22,9 +22,8 @@ from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_o
 from .pretrained import LMLike, PretrainedRewardModel, build_model
 from .probe import PROBE_LENGTH, causal_cure
 from .prompt_layout import SharedPrompts
-from .prompt_probe import shares_prompts
+from .prompt_probe import Sharing, examine_sharing
 from .shared_prompts import read_shared
-from .trainable import is_checkpointing
 
 PROBE_TOLERANCE = 1e-4  # float32 rounds by about 1e-6; attention to a later token changes a hidden state by far more
 
@@ -94,9 +93,9 @@ class TrunkCritic(ValueHead):
         super().__init__(hidden.shape[-1])
         self.trunk = trunk
         is_recurrent = trunk._is_stateful  # it keeps a state, not keys and values
-        self._shares_prompts = not is_recurrent and shares_prompts(
-            lambda *whole: (self.read(*whole),), lambda shared: (self.read_shared(shared),), trunk
-        )
+        readers = (lambda *whole: (self.read(*whole),), lambda shared: (self.read_shared(shared),))
+        self._sharing = Sharing(False, False) if is_recurrent else examine_sharing(*readers, trunk)
+        self.train()  # as every new module of PyTorch
 
     def train(self, mode: bool = True) -> TrunkCritic:
         super().train(mode)
@@ -113,8 +112,8 @@ class TrunkCritic(ValueHead):
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether `read_shared` is exact now: in training, layers under activation checkpointing take no keys."""
-        return self._shares_prompts and not (self.training and is_checkpointing(self.trunk))
+        """Whether `read_shared` is exact now: in training, layers may be under activation checkpointing."""
+        return self._sharing.now(self.trunk, self.training)
 
     @cached_property
     def most_columns(self) -> int | None:
@@ -123,7 +122,7 @@ class TrunkCritic(ValueHead):
 
     def read_shared(self, shared: SharedPrompts) -> Tensor:
         """Return what `read` does for whole sequences, each distinct prompt of which is read once."""
-        return read_shared(self._states, shared)[0]  # (N, H)
+        return read_shared(self._states, self.trunk, shared)[0]  # (N, H)
 
     def _states(self, **inputs: Any) -> tuple[Tensor]:
         return (self.trunk(**inputs).last_hidden_state,)  # (B, T, H)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -70,6 +71,27 @@ def _checkpoint(layer: nn.Module, checkpoint: Callable[..., Any], forward: Calla
             layer.training = was_training
 
     return checkpoint(in_evaluation, *args)
+
+
+@contextmanager
+def keys_in_checkpoints(model: nn.Module) -> Iterator[bool]:
+    """Let layers under activation checkpointing read and write keys and values; yield whether there are such layers.
+
+    Otherwise transformers' `modeling_layers.GradientCheckpointingLayer` takes `past_key_values` from them: they run
+    again in the backward pass, where its own caches would append the same tokens once more. Versions that lack
+    `_can_checkpoint_with_cache` always take it.
+
+    Args:
+        model: The model. Whatever cache it gets inside must give a layer that runs again the states of the first time.
+    """
+    layers = [layer for layer in transformer_layers(model) if layer.gradient_checkpointing and layer.training]
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield bool(layers)
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache  # the class has its own
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .layers import set_mode
 from .probe import Rows, agree, attempt, small_weights, state_tolerance
 from .prompt_layout import Prompts, SharedPrompts, lay_out
+from .trainable import is_checkpointing
 
 # Three rows of two prompts, of two tokens and of one: keys and values are copied to two rows, and padded on the left.
 N_PROMPT, LENGTHS = (2, 2, 1), (4, 4, 3)
 
 # States (N, ...) at some transitions: hidden states, then perhaps logits, or None.
 AtTransitions: TypeAlias = tuple[Tensor | None, ...]
+
+
+class Sharing(NamedTuple):
+    """Whether prompts can be shared."""
+
+    plainly: bool  # where no layer is under activation checkpointing
+    in_checkpoints: bool  # by layers under activation checkpointing; false if there were none
+
+    def now(self, model: PreTrainedModel, training: bool) -> bool:
+        """Return whether prompts can be shared by a model in training or evaluation mode."""
+        return self.in_checkpoints if training and is_checkpointing(model) else self.plainly
+
+
+def examine_sharing(
+    read: Callable[..., AtTransitions],
+    read_shared: Callable[[SharedPrompts], AtTransitions],
+    model: PreTrainedModel,
+    vocab_size: int | None = None,
+) -> Sharing:
+    """Return whether prompts can be shared in evaluation mode and, under activation checkpointing, in training mode.
+
+    Args:
+        read: As for `shares_prompts`.
+        read_shared: As for `shares_prompts`.
+        model: The model behind both, left in evaluation mode.
+        vocab_size: As for `shares_prompts`.
+    """
+    set_mode(model, training=False)
+    plainly, in_checkpoints = shares_prompts(read, read_shared, model, vocab_size), False
+    # `shared_encodings` hands the layers caches that a recomputation would find already filled.
+    if plainly and is_checkpointing(model) and not model.config.is_encoder_decoder:
+        set_mode(model, training=True)
+        in_checkpoints = shares_prompts(read, read_shared, model, vocab_size)
+        set_mode(model, training=False)
+    return Sharing(plainly, in_checkpoints)
 
 
 def shares_prompts(
@@ -31,7 +68,7 @@ def shares_prompts(
     Args:
         read: Returns the states at (rows, cols) of whole rows; takes the arguments of `Backbone.read`.
         read_shared: Returns the states at the transitions of rows that share their prompts.
-        model: The model behind both, in evaluation mode.
+        model: The model behind both, in the mode that is examined.
         vocab_size: The number of tokens that can be read; None for all rows of the embeddings.
     """
     n_tokens = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings if vocab_size is None else vocab_size

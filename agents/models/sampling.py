@@ -13,6 +13,7 @@ from torch.distributions import Categorical
 # A logit of probability 0, and the smallest log-probability: some models have logits of -inf, or of numbers that become
 # it when the temperature divides them. In entropies and gradients, 0 * -1e30 is 0, where 0 * -inf would be NaN.
 FORBIDDEN = -1e30
+BLOCK = 1 << 20  # numbers of float32 of which probabilities are held at once beside log-probabilities: 4 MiB
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,11 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, actions: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         log_probabilities = _log_softmax(logits, allowed)  # (N, V)
-        weighted = _probabilities(log_probabilities, allowed is not None).mul_(log_probabilities)
-        entropies = -weighted.sum(dim=-1)  # (N, V) to (N,)
+        sums = [
+            _probabilities(block, allowed is not None).mul_(block).sum(dim=-1)  # (n, V) to (n,)
+            for block in _blocks(log_probabilities)
+        ]
+        entropies = -torch.cat(sums)  # (N,)
         ctx.save_for_backward(log_probabilities, actions, entropies)
         ctx.dtype, ctx.is_masked = logits.dtype, allowed is not None
         log_probs = log_probabilities.gather(-1, actions[:, None]).squeeze(-1)  # (N, V) to (N, 1) to (N,)
@@ -241,9 +245,15 @@ class _ScoreTokens(torch.autograd.Function):
         # d log p(a) / d logits = onehot(a) - p;  d H / d logits = -p (log p + H)
         constant = by_log_prob + by_entropy * entropies  # (N,): the factor of -p
         result = torch.addcmul(-constant[:, None], log_probabilities, by_entropy[:, None], value=-1)  # (N, V)
-        result *= _probabilities(log_probabilities, ctx.is_masked)
+        for part, block in zip(_blocks(result), _blocks(log_probabilities), strict=True):
+            part *= _probabilities(block, ctx.is_masked)
         result.scatter_add_(-1, actions[:, None], by_log_prob[:, None])
         return result.to(ctx.dtype), None, None
+
+
+def _blocks(scores: Tensor) -> tuple[Tensor, ...]:
+    """Split scores (N, V) by rows, (n, V) each, with no more than `BLOCK` numbers: probabilities take little memory."""
+    return scores.split(max(1, BLOCK // scores.shape[-1]))
 
 
 def _log_softmax(logits: Tensor, allowed: Tensor | None) -> Tensor:

@@ -8,13 +8,15 @@ follows it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from .layers import keys_in_checkpoints
 from .prompt_layout import SharedPrompts
 
 # All states (B, T, ...) of a forward, given the arguments of a trunk of transformers: hidden states, perhaps logits.
@@ -25,15 +27,21 @@ class OfPrompts(DynamicLayer):
     """The keys and values of one layer as attention made them; transformers' own layer copies them (`torch.cat`)."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep and return the keys and values of whole prompts, (G, heads, P, size)."""
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        """Keep and return the keys and values of whole prompts, (G, heads, P, size).
+
+        A layer under activation checkpointing runs again in the backward pass. The completions have read the states of
+        the first time, through which their gradients come back; the others would only keep activations in memory.
+        """
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 
 
 class BehindPrompts(DynamicLayer):
     """The keys and values of one layer, where each row continues one of the prompts.
 
-    They are copied from the prompts' when the layer is reached, so that those of one layer alone are held twice.
+    They are copied from the prompts' when the layer is reached, and not kept: under activation checkpointing, those of
+    one layer alone are held twice. A layer that runs again in the backward pass gets the same.
 
     Args:
         layer: The keys and values of the prompts.
@@ -45,7 +53,7 @@ class BehindPrompts(DynamicLayer):
         super().__init__()
         assert layer.keys is not None and layer.values is not None, "just computed"
         self.prompts, self.source, self.n_rows = (layer.keys, layer.values), source, n_rows
-        self.n_columns = len(source) // n_rows  # of those in use
+        self.n_before = self.n_columns = len(source) // n_rows  # W, and the number of columns in use
         self.is_initialized = True  # otherwise transformers takes the layer for empty
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -54,9 +62,9 @@ class BehindPrompts(DynamicLayer):
         Attention calls it through transformers' `cache_utils.Cache.update`, with states (s, heads, C, size).
         """
         pairs = zip(self.prompts, (key_states, value_states), strict=True)
-        self.keys, self.values = (torch.cat([self._expanded(states), own], dim=2) for states, own in pairs)
-        self.n_columns += key_states.shape[2]
-        return self.keys, self.values
+        keys, values = (torch.cat([self._expanded(states), own], dim=2) for states, own in pairs)
+        self.n_columns = self.n_before + key_states.shape[2]
+        return keys, values
 
     def _expanded(self, states: Tensor) -> Tensor:
         """Return the columns before the completions, (s, heads, W, size), of the prompts' (G, heads, P, size)."""
@@ -70,24 +78,33 @@ class BehindPrompts(DynamicLayer):
         return self.n_columns
 
 
-def read_shared(forward: Forward, shared: SharedPrompts) -> tuple[Tensor, ...]:
+def read_shared(forward: Forward, model: nn.Module, shared: SharedPrompts) -> tuple[Tensor, ...]:
     """Return the states (N, ...) at the transitions of sequences that share prompts.
 
     Args:
         forward: Returns all states of tokens, (B, T, ...), as one tensor or several.
+        model: The model behind it, whose layers may be under activation checkpointing.
         shared: The sequences.
     """
+    with keys_in_checkpoints(model) as in_checkpoints:
+        # Most models take `past_key_values` without it; of checkpointed layers, transformers warns that it is ignored.
+        parts = _read_parts(partial(forward, use_cache=not in_checkpoints), shared)
+    return tuple(at_transitions(same, shared) for same in zip(*parts, strict=True))
+
+
+def _read_parts(forward: Forward, shared: SharedPrompts) -> list[tuple[Tensor, ...]]:
+    """Return all states (B, T, ...) of the prompts, then those of each of the completions."""
     # A layer is made when the model first writes to it; with a window, too, it keeps all columns.
     cache = Cache(layer_class_to_replicate=OfPrompts)
-    parts = [forward(input_ids=shared.prompts, past_key_values=cache, use_cache=True)]  # without mask, as whole ones
+    parts = [forward(input_ids=shared.prompts, past_key_values=cache)]  # without mask, as whole ones
     layers = cast("list[OfPrompts]", cache.layers)
     for completions in shared.completions:
         inputs: dict[str, Any] = {"input_ids": completions.ids, "position_ids": completions.positions}
         if completions.mask is not None:
             inputs["attention_mask"] = completions.mask
         behind = Cache(layers=[BehindPrompts(layer, completions.source, len(completions.ids)) for layer in layers])
-        parts.append(forward(**inputs, past_key_values=behind, use_cache=True))
-    return tuple(at_transitions(same, shared) for same in zip(*parts, strict=True))
+        parts.append(forward(**inputs, past_key_values=behind))
+    return parts
 
 
 def at_transitions(parts: Sequence[Tensor], shared: SharedPrompts) -> Tensor:

@@ -179,7 +179,8 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 def is_checkpointing(model: PreTrainedModel) -> bool:
     """Return whether activation checkpointing is on: in training mode the layers then ignore cached keys and values.
 
-    `modeling_layers.GradientCheckpointingLayer` of transformers replaces `past_key_values` by None.
+    `modeling_layers.GradientCheckpointingLayer` of transformers replaces `past_key_values` by None, except inside
+    `layers.keys_in_checkpoints`.
     """
     return any(layer.gradient_checkpointing for layer in transformer_layers(model))
 

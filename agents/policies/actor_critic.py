@@ -257,7 +257,7 @@ class LMActorCritic(SequenceScorer):
         if self.shards is not None or not self.may_share_prompts or not isinstance(self.backbone, Backbone):
             return None
         readers = [reader for reader in (self.backbone, self.critic) if isinstance(reader, (Backbone, TrunkCritic))]
-        if not (self.backbone.takes_cache and all(reader.shares_prompts for reader in readers)):
+        if not all(reader.shares_prompts for reader in readers):
             return None
         return min(sys.maxsize if reader.most_columns is None else reader.most_columns for reader in readers)
 

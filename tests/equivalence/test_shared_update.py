@@ -238,13 +238,10 @@ def columns_of(policy):
 
 
 def test_who_reads_whole_sequences():
-    """Recurrent models, layers under activation checkpointing, shards, and models not by us."""
+    """Recurrent models, shards, and models not by us."""
     assert columns_of(make_policy()) == N_POSITIONS
     with pytest.warns(UserWarning, match="keeps a state"):
         assert columns_of(make_policy(tiny("mamba"))) is None
-    checkpointed = make_policy(gradient_checkpointing=True)
-    assert columns_of(checkpointed) is None
-    assert checkpointed.lm.train(False).shared_columns == N_POSITIONS  # a reference and the engine's passes
     sharded = make_policy()
     sharded.lm.shards = object()
     assert columns_of(sharded) is None

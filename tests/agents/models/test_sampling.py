@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.models import sampling
 from agents.models.observations import unpack_observations
 from agents.models.sampling import TokenDistribution, score_tokens
 from agents.models.sequences import SequenceBatch
@@ -266,3 +267,23 @@ def test_scores_with_a_lean_backward_are_those_of_the_distribution(temperature):
         results.append((*scores, leaf.grad))
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_probabilities_beside_log_probabilities_are_held_in_blocks(monkeypatch, masked):
+    """The same scores and gradient, bit for bit, with no more than `BLOCK` probabilities at once, or one row."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(7, 11, generator=generator)
+    actions = torch.full((7,), 4)
+    allowed = (torch.rand(7, 11, generator=generator) < 0.7).index_fill(1, torch.tensor([4]), True) if masked else None
+    results, sizes, probabilities = [], [], sampling._probabilities
+    monkeypatch.setattr(sampling, "_probabilities", lambda *block: sizes.append(len(block[0])) or probabilities(*block))
+    for block in (7 * 11, 3 * 11 + 5, 1):
+        monkeypatch.setattr(sampling, "BLOCK", block)
+        leaf = logits.clone().requires_grad_()
+        log_probs, entropies = score_tokens(leaf, actions, allowed)
+        (log_probs - 0.1 * entropies).sum().backward()
+        results.append((log_probs, entropies, leaf.grad))
+    assert sizes == 2 * [7] + 2 * [3, 3, 1] + 2 * 7 * [1]
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0]))

@@ -29,7 +29,7 @@ from ..rollout.vec_env import TextVecEnv
 TOLERANCE = {"": 1e-4, "gradient": 1e-3, "gradient after an update": 1e-3}
 # Two prompts that several lanes have, at once and one after the other: long enough that sharing them saves 64 tokens in
 # a rollout (see `prompt_layout`), and shorter than half of the positions that small models have.
-LONG, OTHER = "abcdefghijklmnopqrst", [0, 21, 5, 0, 9, 17, 30, 2, 11, 26, 7, 19, 3, 28, 14, 8, 23]
+LONG, OTHER = "defghijklmnopqrstuvw", [0, 21, 5, 0, 9, 17, 30, 2, 11, 26, 7, 19, 3, 28, 14, 8, 23]
 # Token 0 is the pad and the end token. At the start of a prompt, as BOS, and inside one it is read like any other.
 PROMPTS = (LONG, LONG, OTHER, "a", [0, 14, 15], OTHER, "efghijklm", LONG, [21, 0, 3], OTHER, "bcd", LONG)
 N_LANES, N_STEPS, MAX_NEW_TOKENS = 5, 10, 7  # episodes end, restart beside others, and straddle updates

@@ -27,9 +27,12 @@ from ..rollout.vec_env import TextVecEnv
 # By check, the largest difference that rounding makes, in nats or units of reward: float32 rounds by about 1e-6. A
 # gradient, measured as a share of its largest entry, adds up many such differences. "" is for all other checks.
 TOLERANCE = {"": 1e-4, "gradient": 1e-3, "gradient after an update": 1e-3}
+# Two prompts that several lanes have, at once and one after the other: long enough that sharing them saves 64 tokens in
+# a rollout (see `prompt_layout`), and shorter than half of the positions that small models have.
+LONG, OTHER = "defghijklmnopqrstuvw", [0, 21, 5, 0, 9, 17, 30, 2, 11, 26, 7, 19, 3, 28, 14, 8, 23]
 # Token 0 is the pad and the end token. At the start of a prompt, as BOS, and inside one it is read like any other.
-PROMPTS = ("a", "bcd", "efghijklm", [0, 14, 15], "pqrst", [21, 0, 3])
-N_LANES, N_STEPS, MAX_NEW_TOKENS = 4, 10, 7  # episodes end, restart beside others, and straddle updates
+PROMPTS = (LONG, LONG, OTHER, "a", [0, 14, 15], OTHER, "efghijklm", LONG, [21, 0, 3], OTHER, "bcd", LONG)
+N_LANES, N_STEPS, MAX_NEW_TOKENS = 5, 10, 7  # episodes end, restart beside others, and straddle updates
 
 
 def reward(prompt: Any, preds: Any, done: bool) -> float:
@@ -39,7 +42,7 @@ def reward(prompt: Any, preds: Any, done: bool) -> float:
 
 def exactness_agent(lm: LMSpec, **policy_kwargs: Any) -> PPO:
     """Return PPO on prompts of mixed lengths; the value head is random, for at zero all values would agree."""
-    env = TextEnv(PROMPTS, CharTokenizer(), reward=reward, max_new_tokens=MAX_NEW_TOKENS)
+    env = TextEnv(PROMPTS, CharTokenizer(), reward=reward, max_new_tokens=MAX_NEW_TOKENS, order="sequential")
     agent = PPO(
         LMPolicy,
         TextVecEnv(env, N_LANES),

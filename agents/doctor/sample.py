@@ -42,10 +42,13 @@ class Sample(NamedTuple):
 
 
 def start_rows(env: TextEnv) -> list[np.ndarray]:
-    """Return the ids of four prompts: the longest, the shortest, half of the longest, and its first token."""
+    """Return the ids of five prompts: the longest, the shortest, half of the longest, its first token, and it again.
+
+    Two rows with the same prompt show whether sharing it is exact: in the rollout, and in the update if it is long.
+    """
     by_length = sorted((prompt.ids for prompt in env.prompts), key=len)
     longest = by_length[-1]
-    return [longest, by_length[0], longest[: (len(longest) + 1) // 2], longest[:1]]
+    return [longest, by_length[0], longest[: (len(longest) + 1) // 2], longest[:1], longest]
 
 
 def observe(rows: list[np.ndarray], width: int) -> np.ndarray:
@@ -87,7 +90,8 @@ def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
         is_over = (generated >= env.rules.max_new_tokens) | np.isin(taken, env.rules.stop_ids)
         is_over[1] |= step + 1 == RESET_STEP  # one row at least restarts while the others go on
         for row in np.flatnonzero(is_over):
-            start = starts[(row + step) % n_rows]
+            # Row 1 restarts with half of the longest prompt, whose keys and values the cache has kept.
+            start = starts[(row + step - 1) % n_rows]
             current[row] = observe([start], current.shape[1])
             generated[row] = 0
         is_start = is_over.astype(np.float32)

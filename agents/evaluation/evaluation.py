@@ -23,7 +23,7 @@ from textenv.text.tokenizer import Tokenizer
 from ..files import write_text
 from ..models.observations import prompt_lengths, unpack_observations
 from ..models.pretrained import LMLike
-from ..models.sequences import SequenceBatch
+from ..models.sequences import SequenceBatch, number_prompts
 from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..policies.reference import build_reference, divergences
@@ -261,13 +261,17 @@ def _divergence_scores(
 
 
 def sequence_of(observations: torch.Tensor) -> SequenceBatch:
-    """Return final observations, (B, L), as sequences with a transition for every token after the prompt."""
+    """Return final observations, (B, L), as sequences with a transition for every token after the prompt.
+
+    Equal prompts are numbered alike, so that they are read once.
+    """
     ids, lengths = unpack_observations(observations)  # (B, T) and (B,)
     n_tokens, n_prompt = lengths.cpu().numpy(), prompt_lengths(observations).cpu().numpy()
     rows = np.repeat(np.arange(len(n_tokens)), n_tokens - n_prompt)
     # With p tokens of prompt and t in all, column p - 1 predicts the first token written, column t - 2 the last.
     cols = np.concatenate([np.arange(p - 1, t - 1) for p, t in zip(n_prompt, n_tokens, strict=True)])
-    return SequenceBatch(ids, n_tokens, rows, cols, n_prompt=n_prompt)
+    prompts = number_prompts(list(ids.cpu().numpy()), n_prompt)
+    return SequenceBatch(ids, n_tokens, rows, cols, n_prompt=n_prompt, prompts=prompts)
 
 
 def _reference(policy: LMPolicy, reference: LMActorCritic | LMLike | KLPenalty, width: int) -> LMActorCritic:

@@ -68,6 +68,8 @@ def even_groups(
         rng: The source of the randomness.
         members: The number of each sequence's prompt, (S,); None if no two are samples of one prompt.
     """
+    if n_groups == 0:  # no group of samples is whole: there is nothing to divide, and no mean size
+        return []
     every = np.arange(len(counts))
     if members is None:
         groups = _deal_units([every[i : i + 1] for i in every], counts, n_groups, rng)

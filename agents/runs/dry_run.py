@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from typing import cast
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
@@ -16,23 +17,42 @@ from ..checkpoints.storage import size
 from ..configuration.config import TrainConfig, TrainOptions
 from ..errors import Exit
 from ..evaluation.evaluation import evaluate
+from ..models.prefix_cache import PrefixCache
+from ..policies.lm_policy import LMPolicy
+from ..steps.step import sequence_buffer
 from .assemble import Parts, assemble, training_callbacks, trust_of
 from .checkpoints import needed
 from .screens import clock
 
 
 class Stopwatch(BaseCallback):
-    """A callback that notes when the rollout ended, in seconds of a monotonic clock."""
+    """A callback that notes when the rollout ended, in seconds of a monotonic clock, and what it shares.
+
+    Attributes:
+        end: The time.
+        tokens: By part of training, the tokens that are read, and those of rows that read everything themselves.
+    """
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
         self.end = time.monotonic()
+        lm, self.tokens = cast("LMPolicy", self.model.policy).lm, {}
+        if lm.use_cache and isinstance(lm.rollout_cache, PrefixCache):
+            n_read = lm.rollout_cache.prefill_tokens
+            self.tokens["the rollout"] = (n_read, n_read + lm.rollout_cache.shared_tokens)
+        was_training = lm.training
+        chunks = list(lm.train(True).chunks(sequence_buffer(self.model).view().batch))
+        lm.train(was_training)
+        n_read = sum(chunk.n_read for chunk in chunks)
+        self.tokens["an epoch of the update"] = (n_read, sum(chunk.ids.numel() for chunk in chunks))
 
 
 def dry_run(config: TrainConfig, options: TrainOptions) -> int:
     """Train for one iteration, evaluate once, and print an estimate of the whole run's cost; write no file.
+
+    The estimate includes what equal prompts save (`samples_per_prompt`), since the iteration is a real one.
 
     Returns:
         The exit code.
@@ -51,6 +71,9 @@ def dry_run(config: TrainConfig, options: TrainOptions) -> int:
     n_evaluations = 1 + math.ceil(config.total_tokens / max(config.evaluation.every, tokens))
     total = (end - start) * n_iterations + evaluation * n_evaluations
     print(f"rollout of {tokens:,} tokens: {watch.end - start:.2f} s; its update: {end - watch.end:.2f} s")
+    shared = [f"{n_read:,} of {n:,} in {part}" for part, (n_read, n) in watch.tokens.items() if n_read < n]
+    if shared:
+        print(f"tokens read, since equal prompts are read once: {', '.join(shared)}")
     print(f"evaluation: {evaluation:.2f} s, {n_evaluations} times")
     print(f"the whole run, {config.total_tokens:,} tokens: about {clock(total)} (h:mm:ss)")
     print(f"memory at most: {_memory(parts)}")

@@ -1,7 +1,8 @@
 """The mean gradient of an update against the exact gradient of the expected reward, by enumeration of all texts.
 
 PPO's first step with gamma = lambda = 1, "grpo_mean" and "rloo" claim it, with a KL penalty as a reward or without.
-"grpo" does not, since it divides by deviations, nor do gamma or lambda below 1: they are the controls.
+"grpo" does not, since it divides by deviations, nor do gamma or lambda below 1: they are the controls. Update and
+reference read each prompt once for all texts that begin with it, so that the gradient through its keys counts.
 """
 
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 
 from agents import KLPenalty, RewardShaping, make_agent
+from agents.models.shared_prompts import BehindPrompts
 from tests.helpers.models import randomise_critic
 from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
@@ -123,6 +125,8 @@ def estimates(model, callbacks):
 
     model.policy.optimizer.step = keep
     model.learn(ROLLOUTS * model.n_steps * model.n_envs, callback=callbacks)
+    chunks = list(model.policy.lm.chunks(model.rollout_buffer.view().batch))
+    assert all(chunk.shared is not None for chunk in chunks), "each prompt is read once for all its texts"
     return np.array(gradients), np.array(numbers)
 
 
@@ -223,6 +227,7 @@ INEXACT = {
     "gamma": Recipe(gamma=0.5),
     "lambda": Recipe(gae_lambda=0.0),
     "another coefficient": Recipe("rloo", KL),
+    "keys of prompts without a gradient": Recipe("rloo", KL),
 }
 
 
@@ -237,6 +242,10 @@ def test_d10_the_mean_gradient_is_that_of_the_expected_reward(name):
 def test_control_where_it_is_not_claimed_the_difference_shows(name, monkeypatch):
     if name == "another coefficient":  # as if the penalty were charged at two thirds of its size
         monkeypatch.setattr(KLPenalty, "__init__", _smaller(KLPenalty.__init__))
+    if name == "keys of prompts without a gradient":  # the probe of a new model would see it, too
+        monkeypatch.setattr("agents.models.backbone.shares_prompts", lambda *_: True)
+        expanded = BehindPrompts._expanded
+        monkeypatch.setattr(BehindPrompts, "_expanded", lambda self, states: expanded(self, states).detach())
     off, _ = distances(INEXACT[name])
     assert np.abs(off).max() > 4, off
 

@@ -1,8 +1,12 @@
 """Sequences that share their prompts: their values, log-probabilities and gradients are those of whole ones (F3)."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from sb3_contrib import TRPO
+from stable_baselines3.common.distributions import kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents import FlatLMPolicy, KLPenalty, LoRA, SeparateCritic
@@ -231,6 +235,54 @@ def test_second_derivatives_of_trpo():
         results.append((log_probabilities.detach(), first.detach(), second))
     for one, other in zip(*results):
         assert float((one - other).abs().max() / other.abs().max()) < 2e-6
+
+
+def trpo_of_groups(is_shared):
+    """Return TRPO after a rollout of two groups of 4, and a function from a vector to its product with the Hessian."""
+    env = tiny_env(prompts=["a longer prompt", "another prompt"], samples_per_prompt=4, stop_ids=())
+    model = tiny_agent(env, n_envs=8, algorithm=TRPO, lm=tiny())
+    model.policy.lm.may_share_prompts = is_shared
+    collect(model)
+    batch = next(model.rollout_buffer.get(None)).observations
+    assert any(chunk.shared is not None for chunk in model.policy.lm.chunks(batch)) == is_shared
+    with torch.no_grad():
+        old = copy.copy(model.policy.get_distribution(batch))
+    new = model.policy.get_distribution(batch)
+    objective = new.log_probabilities[:, 3].mean()
+    weights, gradient, of_divergence, _ = model._compute_actor_grad(kl_divergence(new, old).mean(), objective)
+    return model, gradient, lambda vector: model.hessian_vector_product(weights, of_divergence, vector)
+
+
+def test_the_products_and_the_step_of_trpo():
+    """In TRPO's own numbers: products with the Hessian of the divergence, and the step that is made of them."""
+    (shared, gradient, product), (whole, expected, products) = trpo_of_groups(True), trpo_of_groups(False)
+    assert float((gradient - expected).norm() / expected.norm()) < 1e-5
+    for vector in (expected, torch.linspace(-1, 1, len(expected))):
+        off = product(vector) - products(vector)
+        assert float(off.norm() / products(vector).norm()) < 1e-5
+    before = whole.policy.lm.backbone.flat.detach().clone()
+    steps = []
+    for model in (shared, whole):
+        model.train()
+        steps.append(model.policy.lm.backbone.flat.detach() - before)
+    assert steps[1].norm() > 0.01
+    assert float((steps[0] - steps[1]).norm() / steps[1].norm()) < 1e-2  # ten conjugate gradients magnify rounding
+
+
+def test_trpo_needs_the_second_derivatives_of_the_prompts_keys(monkeypatch):
+    """The negative control: with keys whose gradients have none, products differ, though gradients agree."""
+    _, whole, products = trpo_of_groups(False)
+    expanded = BehindPrompts._expanded
+
+    def without(self, states):
+        states.register_hook(lambda gradient: gradient.detach()) if states.requires_grad else None
+        return expanded(self, states)
+
+    monkeypatch.setattr(BehindPrompts, "_expanded", without)
+    _, gradient, product = trpo_of_groups(True)
+    assert float((gradient - whole).norm() / whole.norm()) < 1e-5
+    expected = products(gradient)
+    assert float((product(gradient) - expected).norm() / expected.norm()) > 1e-3
 
 
 def columns_of(policy):

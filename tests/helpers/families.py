@@ -77,9 +77,10 @@ from the defaults of its config, with large random weights and with every rate o
 trained for two rollouts.
 
 - **result**: *exact*: log-probabilities of the rollout and of the update, values and gradients equal those of the model
-  alone, which reads one prefix at a time without padding or cache; again after an update. With LoRA, the same holds but
-  for gradients, which are not compared. *refused*: `LMPolicy` raises the error in the last column. *not built*: no
-  small model of the family can be built, for the reason in the last column.
+  alone, which reads one prefix at a time without padding or cache; again after an update. Several texts begin with the
+  same prompts, which are read once where the model allows that. With LoRA, the same holds but for gradients, which are
+  not compared. *refused*: `LMPolicy` raises the error in the last column. *not built*: no small model of the family can
+  be built, for the reason in the last column.
 - **cache**: whether rollouts decode from cached keys and values; without them, the time of a rollout grows with the
   square of the length.
 - **attention**: the implementation of attention that transformers chooses.

@@ -19,6 +19,7 @@ from agents.callbacks.checkpoints import Checkpoints
 from agents.callbacks.episode_metrics import EpisodeMetrics
 from agents.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from agents.checkpoints.manifest import verify_checkpoint
+from agents.models.backbone import Backbone
 from tests.helpers.command import ROOT
 from tests.helpers.models import few
 from tests.helpers.training import PROMPTS, Recorder, run_state, tiny_agent, tiny_config, tiny_env
@@ -66,11 +67,22 @@ def complete():
     return {"rollout_buffer_kwargs": {"complete_episodes": True}, "batch_size": LANES * STEPS}
 
 
+def groups_env():
+    """Return an env of groups of 4, whose prompts are so long that an update reads them once (see `prompt_layout`)."""
+    prompts = ["abcdefghijklmnopqrstuvwxyz", "zyxwvutsrqponmlkjihgfedcba"]
+    return tiny_env(prompts=prompts, max_new_tokens=LONGEST, samples_per_prompt=4)
+
+
+def shared():
+    return {"lm": tiny_config(n_positions=64), "rollout_buffer_kwargs": {"advantage": "rloo"}}
+
+
 # Each run as functions that return the env, the agent's arguments and the callbacks.
 RUNS = {
     "unfinished": (long_env, dict, list),
     "kl": (long_env, dict, lambda: [KLPenalty(0.1)]),
     "waiting": (long_env, complete, lambda: [KLPenalty(0.1)]),
+    "groups": (groups_env, shared, lambda: [KLPenalty(0.1)]),
     "late": (lambda: long_env(score_at="rollout_end"), complete, list),
     "schedule": (tiny_env, lambda: {"learning_rate": linear, "clip_range": linear}, lambda: [EpisodeMetrics()]),
     "a2c": (tiny_env, lambda: {"algorithm": A2C}, lambda: [KLPenalty(0.1)]),
@@ -105,7 +117,7 @@ def disturb():
     random.random(), np.random.rand(3), torch.rand(3)
 
 
-@pytest.mark.parametrize("run", few(RUNS, 6))
+@pytest.mark.parametrize("run", few(RUNS, 7))
 def test_e8_a_resumed_run_is_the_run(run, tmp_path):
     """Bit for bit: weights, optimizer, episodes, prompts, rewards, generators and counters."""
     model, callbacks = build(run)
@@ -138,6 +150,17 @@ def test_e8_what_the_runs_above_contain(tmp_path):
     middle = json.loads((tmp_path / "step_000000000060" / "state.json").read_text())
     assert middle["param_groups"][0]["lr"] == pytest.approx(linear(0.5))
     assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_e8_the_run_of_groups_shares_prompts_before_and_after_the_checkpoint(monkeypatch):
+    read, read_shared = [], Backbone.read_shared
+    model, callbacks = build("groups")
+    shares = lambda self, part: read.append((model.num_timesteps, self.training)) or read_shared(self, part)  # noqa: E731
+    monkeypatch.setattr(Backbone, "read_shared", shares)
+    model.learn(TOTAL * STEPS * LANES, callback=callbacks)
+    updates = [steps // (STEPS * LANES) for steps, is_training in read if is_training]
+    assert min(updates) <= EVERY < max(updates) and {is_training for _, is_training in read} == {True, False}
+    assert model.policy.lm.rollout_cache.shared_tokens > 0
 
 
 PROCESS = """

@@ -155,6 +155,14 @@ def test_a_dry_run_estimates_and_writes_nothing(model, tmp_path, capsys, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_groups_says_how_many_tokens_are_read(model, capsys):
+    words = settings(model, **{"env.args": "{samples_per_prompt: 4}", "algorithm.advantage": "grpo"})
+    assert run("train", *words, "--dry-run") == 0
+    said = re.search(r"equal prompts are read once: (\d+) of (\d+) in the rollout", capsys.readouterr().out)
+    read, whole = map(int, said.groups())
+    assert read < 0.6 * whole
+
+
 def test_the_live_view_shows_figures_and_harmless_samples():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     screen = LiveScreen(1000, console)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from agents import DoctorError, Finding, KLPenalty, Report, make_agent
 from agents.doctor import examine as doctor
 from agents.doctor import model_checks, setting_checks, trial_checks
+from agents.doctor.sample import Subject
 from tests.helpers.examining import Broken, agent, assert_names, statuses
 from tests.helpers.models import FAMILIES, tiny
 from tests.helpers.training import run_state, tiny_config, tiny_env
@@ -215,11 +216,60 @@ def test_the_memory_of_training():
         "gradients": 4 * n_weights,
         "optimizer": 8 * n_weights,
         "keys and values": 2 * 2 * 16 * 4 * 8 * columns,  # layers, keys and values, width, bytes, rows, columns
+        "kept prompts": 2 * 2 * 16 * 4 * 8 * columns // 4,  # as many as a quarter of the rows' columns hold
         "logits": 3 * 4 * 8 * 4 * 33,  # copies, bytes, rows, tokens a row, vocabulary
     }
     for name, size in mib.items():
         assert f"{name} {size / 2**20:.3g} MiB" in finding.measured
     assert finding.measured.startswith(f"{sum(mib.values()) / 2**20:.3g} MiB")
+
+
+def spied_trial(samples_per_prompt):
+    """Return what the trial of time says of 8 rows and the tokens that its forwards read: prefill and update."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    prompts = [(letters[i:] + letters)[:24] for i in range(8)]
+    env = tiny_env(prompts=prompts, max_new_tokens=4, samples_per_prompt=samples_per_prompt)
+    model = agent(env=env)
+    read = []
+    model.policy.backbone.model.transformer.register_forward_pre_hook(
+        lambda module, args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    subject = Subject(model.policy, env, model)
+    with doctor.undisturbed(model.policy, env):
+        prefill = trial_checks._time_decoding(subject, 8)[0]
+        n_prefill = model.policy.lm.rollout_cache.prefill_tokens
+    read.clear()
+    with doctor.undisturbed(model.policy, env):
+        update = trial_checks._time_update(subject)
+    n_update = sum(read) // 2  # it is done twice
+    (finding,) = trial_checks.check_time(subject, None)
+    return finding.measured, (n_prefill, n_update), (prefill.is_read, update.is_read)
+
+
+def test_the_timed_rows_share_prompts_as_those_of_training():
+    """Prompts of 24 tokens, of which the prefill reads 23, and 4 more, of which the update reads 3."""
+    whole, read, shares = spied_trial(1)
+    assert read == (8 * 23, 4 * (24 + 3)) and shares == (1.0, 1.0) and "samples" not in whole
+    grouped, read, shares = spied_trial(4)
+    assert read == (2 * 23, 24 + 4 * 3) and shares == (0.25, 36 / (4 * 27))
+    said = "each prompt is read once for its 4 samples: 25% of the tokens of the prefill and 33% of the tokens of the"
+    assert f"{said} update are read" in grouped
+
+
+def groups_of_update(samples_per_prompt, batch_size, prompt_tokens):
+    env = tiny_env(samples_per_prompt=samples_per_prompt)
+    model = agent(env=env, n_steps=8, batch_size=batch_size)
+    return trial_checks._update_groups(Subject(model.policy, env, model), prompt_tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than 4 in each:UserWarning")
+def test_the_timed_update_shares_where_that_of_training_does():
+    """Sharing begins at 64 tokens, which a group of 4 with a prompt of 9 does not save, but three groups do."""
+    assert groups_of_update(4, 64, 9) == (12, 4)
+    assert groups_of_update(4, 32, 9) == (8, 4)  # a minibatch of 32 tokens has two groups of texts of 4
+    assert groups_of_update(8, 16, 100) == (4, 4)  # or half of a group of 8
+    assert groups_of_update(2, 64, 100) == (4, 2)
+    assert groups_of_update(1, 64, 100) == (4, 1)
 
 
 # The report.

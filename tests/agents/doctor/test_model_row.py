@@ -18,6 +18,8 @@ from agents.doctor.exactness import Exactness, exactness_agent
 from agents.doctor.model_row import ModelRow, examine_config
 from agents.doctor.sharp_model import SharpModel
 from agents.doctor.small_config import small_config
+from agents.models.backbone import Backbone
+from agents.models.kept_states import KeptStates
 
 ROUNDING = 1e-4
 
@@ -117,3 +119,48 @@ def test_the_lines_of_a_row():
         "remarks    slow",
         "measured   at most 2.0e-06 from the model alone, over 2 rollouts",
     ]
+
+
+def shared_parts(monkeypatch, factor=1.0):
+    """Return a list that gets the chunk of each forward with shared prompts, whose states are multiplied."""
+    parts, read_shared = [], Backbone.read_shared
+
+    def read(self, shared):
+        parts.append(shared)
+        hidden, logits = read_shared(self, shared)
+        return factor * hidden, logits
+
+    monkeypatch.setattr(Backbone, "read_shared", read)
+    return parts
+
+
+def test_f3_shared_prompts_are_examined(monkeypatch):
+    """Two distinct prompts of different length in one forward, so that the shorter one is padded on the left."""
+    parts = shared_parts(monkeypatch)
+    assert examine_config(GPT2Config()).verdict == "exact"
+    padded = [part for part in parts if len(part.prompts) == 2 and part.completions[0].mask is not None]
+    assert len(padded) >= 8  # two rollouts, of all weights and of LoRA: scores, padding and gradients
+
+
+def test_f3_a_shared_update_that_is_wrong_is_seen(monkeypatch):
+    shared_parts(monkeypatch, 1.01)
+    row = examine_config(GPT2Config())
+    assert row.verdict == "wrong" and row.differences["ratio"] > ROUNDING and row.differences["gradient"] > 1e-3
+
+
+def test_f1_kept_keys_that_are_wrong_are_seen(monkeypatch):
+    taken = []
+    take = KeptStates.take
+    monkeypatch.setattr(
+        KeptStates, "take", lambda self, key: taken.append(key) or [(k, 2 * v) for k, v in take(self, key)]
+    )
+    row = examine_config(GPT2Config())
+    assert row.verdict == "wrong" and row.differences["rollout"] > ROUNDING
+    assert any(len(key) >= 16 * 8 for key in taken), "a long prompt among them"
+
+
+def test_a_family_that_does_not_share_exactly_reads_whole_sequences(monkeypatch):
+    """The probe of a new model decides it, without a word from anybody."""
+    parts = shared_parts(monkeypatch)
+    monkeypatch.setattr("agents.models.backbone.shares_prompts", lambda *_: False)
+    assert examine_config(GPT2Config()).verdict == "exact" and not parts

@@ -37,6 +37,13 @@ def test_e4_each_sequence_once_in_even_sizes_and_a_new_order(n_groups, samples):
         assert len({tuple(tuple(sorted(group)) for group in groups) for groups in divisions}) > 15
 
 
+@pytest.mark.filterwarnings("error")
+def test_without_a_whole_group_there_are_no_minibatches():
+    rng, none = np.random.default_rng(0), np.zeros(0, dtype=np.int64)
+    assert even_groups(none, 0, rng, none) == even_groups(none, 0, rng) == []
+    assert rng.random() == np.random.default_rng(0).random(), "nothing is drawn"
+
+
 def test_samples_of_one_prompt_stay_together():
     members = np.repeat(np.arange(8), 4)
     for groups in epochs([24] * 32, 4, members):

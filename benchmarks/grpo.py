@@ -87,7 +87,7 @@ def against_trl(settings: Settings, work: GroupWork, name: str, must: float) -> 
         prompts = Path(scratch, "prompts.json")
         prompts.write_text(json.dumps(work.texts()), encoding="utf-8")
         updates = {"n_epochs": N_EPOCHS, "n_minibatches": N_MINIBATCHES, "kl_coef": KL_COEF}
-        with trl(python, {"trainer": "grpo", **asdict(work), **updates, "prompts": str(prompts)}) as peer:
+        with trl(python, "trl_grpo.py", {**asdict(work), **updates, "prompts": str(prompts)}) as peer:
             result, done = alternate(iteration(work, "grpo"), peer, settings.n_pairs)
     ours_text = f"{result.a:,.0f} tokens/s; {done.tokens:,} tokens, {done.optimizer_steps} optimizer steps each"
     theirs_text = f"{result.b:,.0f} tokens/s"

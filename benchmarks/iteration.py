@@ -57,8 +57,8 @@ def against_trl(settings: Settings, critic: str, must: float) -> Row:
     spec = SharedCritic() if critic == "shared critic" else SeparateCritic(work.config())
     model = agent(work, policy_kwargs={"critic": spec})
     KLPenalty(KL_COEF).attach(model)
-    task = {"trainer": "ppo", **asdict(work), "n_epochs": N_EPOCHS, "n_minibatches": n_minibatches(work)}
-    with trl(python, {**task, "kl_coef": KL_COEF}) as peer:
+    task = {**asdict(work), "n_epochs": N_EPOCHS, "n_minibatches": n_minibatches(work)}
+    with trl(python, "trl_ppo.py", {**task, "kl_coef": KL_COEF}) as peer:
         result, done = alternate(ours(model, work.device), peer, settings.n_pairs)
     ours_text = f"{result.a:,.0f} tokens/s; {done.tokens:,} tokens, {done.optimizer_steps} optimizer steps each"
     theirs_text = f"{result.b:,.0f} tokens/s; critic of its own"

@@ -62,10 +62,11 @@ def has_trl(python: str, version: str) -> bool:
 
 
 @contextmanager
-def trl(python: str, task: dict[str, Any]) -> Iterator[Callable[[], Done]]:
-    """Start a trainer of TRL, and yield a function that makes it run one iteration."""
-    command = [python, str(Path(__file__).with_name("trl_peer.py")), json.dumps(task)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def trl(python: str, script: str, task: dict[str, Any]) -> Iterator[Callable[[], Done]]:
+    """Start a script with a trainer of TRL, and yield a function that makes it run one iteration."""
+    command = [python, str(Path(__file__).with_name(script)), json.dumps(task)]
+    quiet = {"PYTHONWARNINGS": "ignore", "WANDB_DISABLED": "true", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **quiet}
     environment.pop("PYTHONPATH", None)
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:

@@ -49,7 +49,7 @@ VALUES = {  # for options that the documentation names without a value
     "--max-restarts": "3",
 }
 STAND_INS = {"CONFIG.yml": DEMO, "[CONFIG.yml]": DEMO, "N": "0", "VERB": "tasks"}
-IN_ANOTHER_ENVIRONMENT = ("benchmarks/trl_peer.py",)
+IN_ANOTHER_ENVIRONMENT = ("benchmarks/trl_ppo.py",)
 COMMANDS = {words: where for where, words in reversed(documented.commands())}
 
 

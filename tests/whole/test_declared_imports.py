@@ -19,12 +19,14 @@ OWN = {"textenv", "agents", "textenv_agents", "textenv_command"}
 # Modules whose package has another name.
 PACKAGES = {"PIL": "pillow", "gem": "gem-llm", "yaml": "pyyaml"}
 # The only modules that may import packages of an extra at their head, each with the extra. No other module imports them
-# at its head. None means an environment of its own, which `benchmarks/iteration.py` names if it is missing.
+# at its head. None means an environment of its own, which the benchmark names if it is missing.
 LATE = {
     "textenv/feedback/connections.py": "feedback",
     "textenv/feedback/guard.py": "feedback",
     "textenv/feedback/web.py": "feedback",
+    "benchmarks/trl_grpo.py": None,
     "benchmarks/trl_peer.py": None,
+    "benchmarks/trl_ppo.py": None,
 }
 
 

@@ -33,7 +33,8 @@ Peer: TypeAlias = Callable[[PPO, Work, list[int]], Callable[[int], int]]
 
 def measure(settings: Settings) -> list[Row]:
     """Measure all rows."""
-    ours = [equal(settings, generate, 1.25), *ragged_limits(settings), ragged_eos(settings, generate, 2.0)]
+    limited = ragged_limits(settings, settings.work(new_tokens=LIMITS[1]), "", 2.0)
+    ours = [equal(settings, generate, 1.25), *limited, ragged_eos(settings, generate, 2.0)]
     return [*ours, *groups(settings), alone(settings), *real_model(settings)]
 
 
@@ -50,44 +51,32 @@ def equal_row(claim: str, settings: Settings, work: Work, model: PPO, peer: Peer
     return row(f"rollout, {claim}, against {peer.__name__}", result, must)
 
 
-def ragged_limits(settings: Settings) -> list[Row]:
+def ragged_limits(settings: Settings, work: Work, name: str, must: float, **kwargs: Any) -> list[Row]:
     """Compare rollouts in which each row has its own limit, lanes are refilled, and episodes straddle rollouts.
 
     There are two rows: the steady state, as inside a long rollout, and rollouts of 256 steps that begin, as after an
     update, by reading the unfinished episodes anew.
     """
-    work = settings.work(new_tokens=LIMITS[1])
-    low, high, rows, one_batch_of = ragged(settings, work)
-    model = work.agent(rows, n_steps=2 * work.new_tokens)
-    one_batch = one_batch_of(model)
-    rollout(model)  # until lanes end at different steps
-    claim = f"rollout, limits of {low} to {high} tokens"
-    steady = pairs(lambda: rollout(model, keep_cache=True), one_batch, settings.n_pairs, settings.device)
-    anew = pairs(lambda: rollout(model), one_batch, settings.n_pairs, settings.device)
-    return [
-        row(f"{claim}, steady state, against generate", steady, must=2.0),
-        row(f"{claim}, after an update every 256 steps, against generate", anew, must=2.0),
-    ]
-
-
-def ragged(settings: Settings, work: Work) -> tuple[int, int, list[Any], Callable[[PPO], Callable[[], int]]]:
-    """Return the least and the largest limit, rows with limits, and a function from an agent to its `generate`."""
     low, high = LIMITS if not settings.smoke else (2, 8)
     limits = np.random.default_rng(1).integers(low, high + 1, 4096)
     rows = [{"prompt": p, "max_new_tokens": int(n)} for p, n in zip(work.prompts(), limits, strict=True)]
+    model = work.agent(rows, n_steps=2 * work.new_tokens, **kwargs)
+    peer = generate(model, work, [])
+    batches = iter(np.resize(limits, (10_000, work.n_lanes)))
 
-    def one_batch_of(model: PPO) -> Callable[[], int]:
-        peer = generate(model, work, [])
-        batches = iter(np.resize(limits, (10_000, work.n_lanes)))
+    def one_batch() -> int:
+        lengths = next(batches)
+        peer(int(lengths.max()))
+        return int(lengths.sum())
 
-        def one_batch() -> int:
-            lengths = next(batches)
-            peer(int(lengths.max()))
-            return int(lengths.sum())
-
-        return one_batch
-
-    return low, high, rows, one_batch_of
+    rollout(model)  # until lanes end at different steps
+    claim = f"rollout, {name}limits of {low} to {high} tokens"
+    steady = pairs(lambda: rollout(model, keep_cache=True), one_batch, settings.n_pairs, settings.device)
+    anew = pairs(lambda: rollout(model), one_batch, settings.n_pairs, settings.device)
+    return [
+        row(f"{claim}, steady state, against generate", steady, must),
+        row(f"{claim}, after an update every 256 steps, against generate", anew, must),
+    ]
 
 
 def ragged_eos(settings: Settings, peer: Peer, must: float | None) -> Row:
@@ -152,21 +141,12 @@ def real_model(settings: Settings) -> list[Row]:
         model = work.agent(**options)
         shape = f"{work.n_lanes} lanes, prompts of {work.prompt_tokens}"
         lengths = f"equal lengths of {work.new_tokens}"
-        rows.append(equal_row(f"{name}, {shape}, {lengths}, {trained}", settings, work, model, generate, 1.0))
+        rows.append(equal_row(f"{name}, {shape}, {trained}, {lengths}", settings, work, model, generate, 1.0))
         if isinstance(train, LoRA):
-            rows.append(apart(f"rollout, {name}, {shape}, {lengths}, {trained}", settings, model))
-        rows += limited(f"{name}, {shape}", trained, settings, options)
+            rows.append(apart(f"rollout, {name}, {shape}, {trained}, {lengths}", settings, model))
+        limited = settings.real_work(**REAL, new_tokens=LIMITS[1])
+        rows += ragged_limits(settings, limited, f"{name}, {shape}, {trained}, ", 1.8, **options)
     return rows
-
-
-def limited(claim: str, trained: str, settings: Settings, options: dict[str, Any]) -> list[Row]:
-    """Compare rollouts of a real model in which each row has its own limit."""
-    work = settings.real_work(**REAL, new_tokens=LIMITS[1])
-    low, high, rows, one_batch_of = ragged(settings, work)
-    model = work.agent(rows, n_steps=work.new_tokens, **options)
-    rollout(model)  # until lanes end at different steps
-    result = pairs(lambda: rollout(model), one_batch_of(model), settings.n_pairs, settings.device)
-    return [row(f"rollout, {claim}, limits of {low} to {high} tokens, {trained}, against generate", result, must=1.8)]
 
 
 def apart(claim: str, settings: Settings, model: PPO) -> Row:

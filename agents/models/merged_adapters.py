@@ -113,8 +113,8 @@ def merged_weight(layer: Any, base: Tensor) -> Tensor:
 
     With DoRA each row of that sum is scaled to its trained magnitude.
     """
-    merged = layer.get_delta_weight(ADAPTER).detach().to(torch.float32)
-    merged += base.detach()
+    # Not in place: of experts, peft leaves out the dimension of a single one.
+    merged = base.detach().float() + layer.get_delta_weight(ADAPTER).detach()
     if ADAPTER in layer.lora_magnitude_vector:
         axis = 0 if layer.fan_in_fan_out else 1  # of the inputs: GPT-2's W is transposed
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight.detach()

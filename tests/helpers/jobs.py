@@ -44,6 +44,7 @@ from agents import (
 from agents.callbacks.finite_updates import FiniteUpdates
 from agents.distributed.gradients import SharedGradient
 from agents.distributed.sharding import local, released
+from agents.models.backbone import Backbone
 from agents.models.sampling import TokenDistribution
 from agents.policies.actor_critic import LMActorCritic
 from tests.helpers.models import randomise_critic, tiny_mixture
@@ -128,18 +129,19 @@ def scripted_updates(n_minibatches, off=None, reward="uneven", steps=(), env_kwa
     switch_off(off)
     if n_minibatches > 1:
         agents.rollout.minibatches.even_groups = group_by_lane
-    env = tiny_env(globals()[reward], PROMPTS, **{"score_at": "done", **(env_kwargs or {})})
+    env = tiny_env(globals()[reward], **{"prompts": PROMPTS, "score_at": "done", **(env_kwargs or {})})
     n_steps = env.rules.max_new_tokens
     policy_kwargs = {"optimizer_class": torch.optim.SGD, "value_norm": "popart", **kwargs.pop("policy_kwargs", {})}
     if kwargs.get("algorithm") is not A2C:
         kwargs = {"batch_size": N_LANES * n_steps // n_minibatches, "n_epochs": 2, **kwargs}
     model = tiny_agent(env, n_envs=N_LANES, **{"learning_rate": 0.05, **kwargs}, policy_kwargs=policy_kwargs)
+    shared, read = [], Backbone.read_shared
+    Backbone.read_shared = lambda self, prompts: shared.append(prompts) or read(self, prompts)
     adaptive = KLPenalty(AdaptiveCoef(init=0.5, target=0.01, horizon=20))
     shaping = RewardShaping(clip=6.0, scale=True, whiten=True, missing_eos_penalty=0.1)
     model.learn(3 * N_LANES * n_steps, callback=[adaptive, shaping, *steps])
-    weights = weights_of(model)
     figures = {"coef": adaptive.coef, "scores": shaping.count, "tokens": model.num_timesteps}
-    return weights, figures | {"updates": model._n_updates}
+    return weights_of(model), figures | {"updates": model._n_updates, "shares": len(shared) > 0}
 
 
 def weights_of(model):
@@ -155,7 +157,6 @@ def gathered(weight):
 
 def options():
     """Return the options that touch the update, each as arguments of `scripted_updates`."""
-    head = {"value_norm": None}
     return {
         "dropped": {"reward": "uneven_or_dropped", "steps": [DropEpisodes()]},
         "LoRA": {"policy_kwargs": {"train": LoRA(r=2)}},
@@ -163,7 +164,7 @@ def options():
         "LastLayers": {"policy_kwargs": {"train": LastLayers(1)}},
         "head": {"policy_kwargs": {"train": "head"}},
         "untied": {"lm": tiny_config(tie_word_embeddings=False)},
-        "SeparateCritic": {"policy_kwargs": {"critic": SeparateCritic(tiny_config()), **head}},
+        "SeparateCritic": {"policy_kwargs": {"critic": SeparateCritic(tiny_config()), "value_norm": None}},
         "detached": {"policy_kwargs": {"critic": SharedCritic(detach=True), "value_norm": "norm"}},
         "gradient_checkpointing": {"policy_kwargs": {"gradient_checkpointing": True}},
         "micro_batch_tokens": {"rollout_buffer_kwargs": {"micro_batch_tokens": 12, "normalize_advantage": True}},
@@ -172,6 +173,7 @@ def options():
         "temperature": {"policy_kwargs": {"temperature": 0.7, "repetition_penalty": 1.2}},
         "warmup": {"steps": [CriticWarmup(1)]},
         "late": {"env_kwargs": {"score_at": "rollout_end"}},
+        "shared prompts": {"env_kwargs": {"samples_per_prompt": 4, "prompts": [LETTERS[:22], LETTERS[4:]]}},
         "A2C": {"algorithm": A2C},
         "mask": {"algorithm": MaskablePPO, "env_kwargs": {"mask": AllowedMask(tuple(range(1, 33)))}},
         "encoder-decoder": {"lm": tiny_seq2seq(vocab_size=33)},

@@ -60,6 +60,7 @@ def test_the_update_is_the_same_with_every_option():
             assert largest_difference(theirs, weights) < tolerance, option
             assert their_figures == pytest.approx(figures, rel=1e-2 if option == "bfloat16" else 1e-4), option
     assert 3 < alone["target_kl"][1]["updates"] < 12, "some updates were broken off"
+    assert [name for name, (_, figures) in alone.items() if figures["shares"]] == ["shared prompts"]
 
 
 @pytest.mark.slow

@@ -243,7 +243,7 @@ def test_control_where_it_is_not_claimed_the_difference_shows(name, monkeypatch)
     if name == "another coefficient":  # as if the penalty were charged at two thirds of its size
         monkeypatch.setattr(KLPenalty, "__init__", _smaller(KLPenalty.__init__))
     if name == "keys of prompts without a gradient":  # the probe of a new model would see it, too
-        monkeypatch.setattr("agents.models.backbone.shares_prompts", lambda *_: True)
+        monkeypatch.setattr("agents.models.prompt_probe.shares_prompts", lambda *_: True)
         expanded = BehindPrompts._expanded
         monkeypatch.setattr(BehindPrompts, "_expanded", lambda self, states: expanded(self, states).detach())
     off, _ = distances(INEXACT[name])

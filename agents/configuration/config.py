@@ -171,12 +171,19 @@ class ShapingConfig:
         scale: Divide scores by their running standard deviation.
         whiten: Normalise the scores of each rollout to mean 0 and deviation 1.
         missing_eos_penalty: Subtract this from texts that were cut off before they ended.
+        overlong_tokens: Subtract a penalty that grows linearly over the last tokens below the limit, as many as this
+            (DAPO); null for none.
+        overlong_penalty: With `overlong_tokens`, the penalty of a text of its full limit.
+        drop_cut: Leave texts that were cut off before they ended out of training (DAPO's overlong filtering).
     """
 
     clip: float | None = None
     scale: bool = False
     whiten: bool = False
     missing_eos_penalty: float = 0.0
+    overlong_tokens: int | None = None
+    overlong_penalty: float = 1.0
+    drop_cut: bool = False
 
 
 @dataclass

@@ -21,7 +21,7 @@ from ..models.critic import TrunkCritic
 from ..policies.flat import FlatLMPolicy
 from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import SequenceRolloutBuffer
-from ..rollout.importance import Correction, Per
+from ..rollout.importance import Correction, Per, effective_share
 from ..rollout.transitions import RolloutView
 from ..steps.step import Order, RolloutStep, sequence_buffer, text_vec_env
 from .protocol import Completion, Request, RolloutEngine, check_completions, named_weights
@@ -45,15 +45,19 @@ class EngineRollouts(RolloutStep):
     `behaviour_log_probs`. Their ratio, truncated, multiplies the advantages of minibatches (see `Correction`), after
     their normalisation: the subtracted mean is an unbiased baseline only if it is weighted as well.
 
-    Logged under `engine/`: `weight` (the mean of the weights before truncation; 1 except for noise if the engine
-    reports the log-probabilities that it samples with), `truncated` (the share of tokens whose weight is truncated),
-    `kl_k1` and `kl_k3` (estimates of KL(engine, policy), nats per token), `calls`, `used` (the share of the written
-    tokens that lanes took) and `seconds` (spent waiting for the engine).
+    Logged under `engine/`: `weight` (the mean ratio, before truncation and masking; 1 except for noise if the engine
+    reports the log-probabilities that it samples with), `truncated` (the share of tokens whose ratio is above
+    `truncation`), `masked` (the share of tokens whose weight is 0), `effective` (the effective sample size of the
+    weights, as a share of the tokens: see `agents.rollout.importance.effective_share`), `kl_k1` and `kl_k3` (estimates
+    of KL(engine, policy), nats per token), `calls`, `used` (the share of the written tokens that lanes took) and
+    `seconds` (spent waiting for the engine).
 
     Args:
         engine: The engine, which the caller closes.
         truncation: The largest weight; `math.inf` for no truncation.
         per: "token" weights each token by its own ratio, "sequence" by the product over its sequence.
+        band: The smallest and the largest ratio that is trained on, such as (0.5, 5.0); tokens outside get weight 0.
+            With "sequence", these are whole sequences. None trains on all.
 
     Raises:
         ValueError: When attached, if the model or env uses something that an engine cannot follow: masks, top_k, top_p,
@@ -69,10 +73,17 @@ class EngineRollouts(RolloutStep):
     key = "EngineRollouts"
     order = Order.ENGINE
 
-    def __init__(self, engine: RolloutEngine, truncation: float = 2.0, per: Per = "token", verbose: int = 0) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        truncation: float = 2.0,
+        per: Per = "token",
+        band: tuple[float, float] | None = None,
+        verbose: int = 0,
+    ) -> None:
         super().__init__(verbose)
         self.engine = engine
-        self.correction = Correction(truncation, per)
+        self.correction = Correction(truncation, per, band)
         self._n_more = 0  # the number of episodes that began during the last rollout
 
     def _clear(self) -> None:
@@ -209,11 +220,14 @@ class EngineRollouts(RolloutStep):
     def _log(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> None:
         by_policy = buffer.log_probs[view.steps, view.lanes]  # (N,)
         by_engine = buffer.behaviour_log_probs[view.steps, view.lanes]  # (N,)
-        weights = replace(self.correction, truncation=math.inf).weights(by_policy, by_engine, view.batch.rows)
+        weights = self.correction.weights(by_policy, by_engine, view.batch.rows)  # (N,)
+        ratios = replace(self.correction, truncation=math.inf, band=None).weights(by_policy, by_engine, view.batch.rows)
         log_ratios = (by_policy - by_engine).astype(np.float64)
         figures = {
-            "weight": float(weights.mean()),
-            "truncated": float((weights > self.correction.truncation).mean()),
+            "weight": float(ratios.mean()),
+            "truncated": float((ratios > self.correction.truncation).mean()),
+            "masked": float((weights == 0).mean()),
+            "effective": effective_share(weights),
             "kl_k1": float(-log_ratios.mean()),
             "kl_k3": float((np.expm1(log_ratios) - log_ratios).mean()),
             "calls": self._n_calls,

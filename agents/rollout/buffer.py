@@ -245,7 +245,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         Raises:
             RuntimeError: If a step that the model was trained with is missing from `before_returns`, or `SampleGroups`
                 with an advantage within groups.
-            RewardError: If the reward dropped all episodes that ended.
+            RewardError: If all episodes that ended were dropped.
         """
         self.values = torch.stack(self._device_values).float().cpu().numpy()  # (T, B)
         self.log_probs = torch.stack(self._device_log_probs).float().cpu().numpy()  # (T, B)
@@ -325,8 +325,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
             )
         n_dropped = self.trained.n_dropped
         none_left = RewardError(
-            f"Expected an episode to train on, got none: the reward dropped all {n_dropped} that ended. Let it raise "
-            "in place of dropping, to see the causes (on_failure='raise'), or raise n_steps."
+            f"Expected an episode to train on, got none: all {n_dropped} that ended were dropped. Let the reward "
+            "raise, to see why (on_failure='raise'), or raise n_steps, or max_new_tokens where cut texts are dropped."
         )
         raise_together(none_left if n_dropped and not len(self.trained) else None)
         self._mean: float | np.float32 = 0.0

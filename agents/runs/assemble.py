@@ -46,7 +46,7 @@ from ..policies.lm_policy import LMPolicy
 from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
-from ..steps.reward_shaping import RewardShaping
+from .score_steps import score_steps
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
 SETTINGS = ("n_steps", "batch_size", "n_epochs")  # null leaves one to `make_agent`; A2C and TRPO lack some
@@ -374,10 +374,8 @@ def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:
 
     Their order matters: it is the order in which they change rewards.
     """
-    callbacks: list[BaseCallback] = [EpisodeMetrics(), TrainingWarnings()]
-    shaping, kl = config.shaping, config.kl
-    if any((shaping.clip is not None, shaping.scale, shaping.whiten, shaping.missing_eos_penalty)):
-        callbacks.append(RewardShaping(shaping.clip, shaping.scale, shaping.whiten, shaping.missing_eos_penalty))
+    callbacks: list[BaseCallback] = [EpisodeMetrics(), TrainingWarnings(), *score_steps(config)]
+    kl = config.kl
     if kl.coef:
         coef = kl.coef if kl.target is None else AdaptiveCoef(kl.coef, kl.target, kl.horizon)
         reference = None if kl.reference is None else load_lm(kl.reference, trust)

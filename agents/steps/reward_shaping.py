@@ -1,4 +1,4 @@
-"""The step that shapes scores before the KL penalty: clips, scales and whitens them, and lowers those of cut texts."""
+"""The step that shapes scores before the KL penalty: clips, scales, whitens, and lowers those of cut or long texts."""
 
 from __future__ import annotations
 
@@ -27,25 +27,35 @@ class RewardShaping(RolloutStep):
        2020, section 3). The mean is not subtracted. A checkpoint keeps the running figures;
     3. `whiten`: the scores of a rollout get mean 0 and deviation 1;
     4. `missing_eos_penalty` is subtracted if the episode ended at its limit of tokens (end reason "length"): its text
-       is not finished.
+       is not finished;
+    5. `overlong_penalty` is subtracted from an episode of its full limit of tokens, and linearly less of it from a
+       shorter one, down to 0 if it stayed `overlong_tokens` below the limit: the soft overlong punishment of DAPO (Yu
+       et al., 2025, equation 13, where the limit is L_max and `overlong_tokens` L_cache). Unlike 4, it is for the
+       length alone: a text that ends by itself on its last token gets it, too.
 
     Late scores come before these operations and KL penalties after them, whatever the order of the callbacks. Scores
     that are all equal are left alone by 2 and become 0 by 3. The task reward in infos and logs stays untouched. Logged
-    are `shaping/score` (the mean of the shaped scores) and `shaping/cut` (the share of episodes cut off at the limit).
+    are `shaping/score` (the mean of the shaped scores), `shaping/cut` (the share of episodes cut off at the limit) and,
+    with `overlong_tokens`, `shaping/overlong` (the mean of the fifth operation's penalty).
 
     Args:
         clip: The largest absolute score.
         scale: Whether to divide by the running deviation.
         whiten: Whether to normalise over the rollout's episodes.
         missing_eos_penalty: The penalty, in units of the score after the first three operations.
+        overlong_tokens: The number of tokens below its limit at which an episode begins to be too long; None for no
+            such penalty. The limit is the prompt's own `max_new_tokens`, or the env's.
+        overlong_penalty: The penalty at the limit, in the same units.
 
     Raises:
-        ValueError: If `clip` is not positive or the penalty is negative. When attached, for the first three operations,
-            if the env has rewards for every token or a VecNormalize scales rewards.
+        ValueError: If `clip` or `overlong_tokens` is not positive, or a penalty is negative. When attached, for the
+            first three operations, if the env has rewards for every token or a VecNormalize scales rewards; for the
+            fifth, if `overlong_tokens` exceeds the env's limit, or the env has `turn_tokens`.
 
     Example:
         >>> from agents import KLPenalty, RewardShaping
         >>> callbacks = [RewardShaping(clip=5.0, missing_eos_penalty=1.0), KLPenalty(0.02)]  # learn(callback=callbacks)
+        >>> dapo = RewardShaping(overlong_tokens=4096)  # with max_new_tokens=20480
     """
 
     key = "RewardShaping"
@@ -57,6 +67,8 @@ class RewardShaping(RolloutStep):
         scale: bool = False,
         whiten: bool = False,
         missing_eos_penalty: float = 0.0,
+        overlong_tokens: int | None = None,
+        overlong_penalty: float = 1.0,
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
@@ -64,8 +76,13 @@ class RewardShaping(RolloutStep):
             raise ValueError(f"Expected `clip` to be positive or None, got {clip}.")
         if missing_eos_penalty < 0:
             raise ValueError(f"Expected `missing_eos_penalty` to be 0 or more, got {missing_eos_penalty}.")
+        if overlong_tokens is not None and overlong_tokens < 1:
+            raise ValueError(f"Expected `overlong_tokens` to be at least 1 or None, got {overlong_tokens}.")
+        if overlong_penalty < 0:
+            raise ValueError(f"Expected `overlong_penalty` to be 0 or more, got {overlong_penalty}.")
         self.clip, self.scale, self.whiten = clip, scale, whiten
         self.missing_eos_penalty = missing_eos_penalty
+        self.overlong_tokens, self.overlong_penalty = overlong_tokens, overlong_penalty
         # The number and the mean of all scores so far, and the sum of their squared distances to the mean.
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
@@ -85,6 +102,17 @@ class RewardShaping(RolloutStep):
             raise ValueError(
                 "Expected VecNormalize with norm_reward=False, got True: RewardShaping(scale=True) scales in its place."
             )
+        rules = env.env.rules
+        if self.overlong_tokens is not None and self.overlong_tokens > rules.max_new_tokens:
+            raise ValueError(
+                f"Expected `overlong_tokens` of at most max_new_tokens={rules.max_new_tokens}, got "
+                f"{self.overlong_tokens}: every text would be too long."
+            )
+        if self.overlong_tokens is not None and rules.turn_tokens is not None:
+            raise ValueError(
+                "Expected an env without `turn_tokens` with `overlong_tokens`, got one with: its limit counts replies, "
+                "too, whose length is not the policy's choice."
+            )
         self.env = env
         self.algorithm = model
 
@@ -100,7 +128,8 @@ class RewardShaping(RolloutStep):
         shaped = self._shape_all(scores) if self._changes_scores else scores
         if not infos:
             return
-        penalties = self.missing_eos_penalty * is_cut
+        overlong = self._overlong(list(infos.values()))  # (E,)
+        penalties = self.missing_eos_penalty * is_cut + overlong
         for place, score, new_score, penalty in zip(infos, scores, shaped, penalties, strict=True):
             reward = final_reward(buffer, self.env, place)
             if reward is None:
@@ -112,6 +141,18 @@ class RewardShaping(RolloutStep):
             reward -= np.float32(penalty)
         self.algorithm.logger.record("shaping/score", float((shaped - penalties).mean()))
         self.algorithm.logger.record("shaping/cut", float(is_cut.mean()))
+        if self.overlong_tokens is not None:
+            self.algorithm.logger.record("shaping/overlong", float(overlong.mean()))
+
+    def _overlong(self, infos: list[dict[str, Any]]) -> np.ndarray:
+        """Return the penalty for the length of each episode, (E,)."""
+        if self.overlong_tokens is None:
+            return np.zeros(len(infos))
+        usual = self.env.env.rules.max_new_tokens
+        limits = np.array([info["prompt"].max_new_tokens or usual for info in infos])  # (E,)
+        lengths = np.array([info["episode"]["l"] for info in infos])  # (E,)
+        above = lengths - (limits - self.overlong_tokens)
+        return self.overlong_penalty * (above / self.overlong_tokens).clip(0.0, 1.0)
 
     def _shape_all(self, scores: np.ndarray) -> np.ndarray:
         """Return the shaped scores of this process, (E,), by means and deviations over all processes."""

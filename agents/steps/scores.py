@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from textenv.episodes.rules import EndReason
 from textenv.lanes.finished_episodes import Place
 
 from ..rollout.buffer import SequenceRolloutBuffer
@@ -84,7 +85,9 @@ class LateScores(RolloutStep):
 class DropEpisodes(RolloutStep):
     """Leaves out of training the episodes for which the reward returned `textenv.rewards.DROPPED` as they ended.
 
-    It is for an env with `score_at="done"` or "step"; with "rollout_end", `LateScores` does the same. None of the
+    It is for an env with `score_at="done"` or "step"; with "rollout_end", `LateScores` does the same. With `cut=True`,
+    episodes that ended at their limit of tokens (end reason "length") are left out as well, at any `score_at`: the
+    overlong filtering of DAPO (Yu et al., 2025, section 3.4). Their task reward stays in logs. None of the
     tokens of a dropped episode is trained, no mean of rewards or advantages includes it, and its group is compared
     without it. Tokens that an earlier rollout has trained stay trained; with
     `rollout_buffer_kwargs=dict(complete_episodes=True)` there are none. The divergence from a reference needs no score,
@@ -98,6 +101,10 @@ class DropEpisodes(RolloutStep):
     key = "DropEpisodes"
     order = Order.SCORES
 
+    def __init__(self, cut: bool = False, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.cut = cut
+
     def prepare(self, model: BaseAlgorithm) -> None:
         """Keep the model and its env."""
         self.env, self.algorithm = text_vec_env(model.get_env()), model
@@ -108,10 +115,11 @@ class DropEpisodes(RolloutStep):
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Have the buffer leave the dropped episodes out."""
-        dropped = {place: info for place, info in self.env.record.ended.items() if info["dropped"]}
-        for place in dropped:
-            drop_episode(buffer, self.env, place)
-        remove_from_log(self.algorithm, dropped.values())
+        ended = self.env.record.ended
+        for place, info in ended.items():
+            if info["dropped"] or (self.cut and info["end_reason"] is EndReason.LENGTH):
+                drop_episode(buffer, self.env, place)
+        remove_from_log(self.algorithm, [info for info in ended.values() if info["dropped"]])
 
 
 def remove_from_log(algorithm: BaseAlgorithm, infos: Iterable[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """Rollouts that another engine writes: the updates of the policy's own rollouts, requests, weights and resuming."""
 
 import itertools
+import math
 from collections import Counter
 
 import numpy as np
@@ -233,6 +234,21 @@ def test_the_weights_of_joined_parts_by_hand(per):
     expected = plain.advantages.numpy() * np.minimum(np.exp(ratios), 1.5)
     np.testing.assert_allclose(weighted.advantages.numpy(), expected, rtol=1e-4, atol=1e-6)
     assert len(set(rows)) < len(rows) and not np.allclose(expected, plain.advantages.numpy())
+
+
+def test_what_is_logged_of_masked_weights_by_hand():
+    model = build(often(20), {})
+    step = EngineRollouts(InProcess(heat=0.5), truncation=math.inf, band=(0.95, 1.05))
+    model.learn(STEPS * LANES, callback=step, log_interval=None)
+    buffer, logged = model.rollout_buffer, model.logger.name_to_value
+    ratios = np.exp(buffer.log_probs.astype(np.float64) - buffer.behaviour_log_probs)
+    weights = np.where((ratios >= 0.95) & (ratios <= 1.05), ratios, 0.0)
+    assert logged["engine/masked"] == pytest.approx((weights == 0).mean()) and 0.05 < (weights == 0).mean() < 0.95
+    share = weights.sum() ** 2 / (weights**2).sum() / weights.size
+    assert logged["engine/effective"] == pytest.approx(share, rel=1e-4)
+    assert logged["engine/weight"] == pytest.approx(ratios.mean(), rel=1e-4) and not logged["engine/truncated"]
+    advantages = next(buffer.get()).advantages.numpy()
+    assert (advantages == 0).mean() == pytest.approx(logged["engine/masked"]), "such tokens get no gradient"
 
 
 def test_one_step_serves_one_model_after_another():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agents import EngineRollouts
-from agents.rollout.importance import Correction
+from agents.rollout.importance import Correction, effective_share
 from agents.rollout.transitions import Transitions, joined
 from tests.helpers.engines import Scripted
 from tests.helpers.models import randomise_critic
@@ -19,6 +19,7 @@ from textenv import CharTokenizer, TextEnv
 pytestmark = pytest.mark.filterwarnings("ignore:.* sequences in 1 minibatches:UserWarning")
 LETTERS = CharTokenizer("ab")
 V, CAP = len(LETTERS), 1.3
+LOW, HIGH = 0.4, 2.5
 PROMPT = [1, 2]
 REWARDS = np.random.default_rng(3).normal(size=(V, V)) * 2
 # The engine's distributions of the first token and of the second: far from the policy, which is nearly uniform.
@@ -173,6 +174,36 @@ def test_a13_of_two_tokens_truncated_weights_are_the_formula(per):
     assert apart(estimate(2, Correction(CAP, per)), expected) < SAME
 
 
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_a13_masked_weights_are_the_formula(per):
+    """Ratios outside the band weigh 0, those inside the ratio; the band leaves some texts on each side."""
+    whole = {"token": lambda ratios: ratios, "sequence": lambda ratios: np.full_like(ratios, ratios.prod())}[per]
+
+    def masked(ratios):
+        return np.where((whole(ratios) >= LOW) & (whole(ratios) <= HIGH), whole(ratios), 0.0)
+
+    exact, estimated = Exact(2), estimate(2, Correction(math.inf, per, band=(LOW, HIGH)))
+    assert apart(estimated, exact.weighted(masked)) < SAME
+    assert apart(estimated, exact.weighted(whole)) > 0.05, "the control: some are outside"
+
+
+def test_the_band_and_the_effective_share_by_hand():
+    """Ratios 4, 1, 0.25 and 0.1: between 0.25 and 2 are the second and third, up to rounding of the limits."""
+    ours, theirs, rows = np.log([0.8, 0.3, 0.1, 0.05]), np.log([0.2, 0.3, 0.4, 0.5]), np.array([0, 0, 1, 1])
+    expected = [0.0, 1.0, pytest.approx(0.25), 0.0]
+    assert Correction(band=(0.24, 2.0)).weights(ours, theirs, rows).tolist() == expected
+    assert Correction(band=(0.0, 2.0)).weights(ours, theirs, rows).tolist()[2:] == [
+        pytest.approx(0.25),
+        pytest.approx(0.1),
+    ]
+    # Truncation is of what the band has left; of sequences, the ratios are 4 * 1 and 0.25 * 0.1.
+    assert Correction(1.5, band=(0.24, 5.0)).weights(ours, theirs, rows).tolist()[0] == 1.5
+    by_sequence = Correction(math.inf, "sequence", band=(0.5, 5.0)).weights(ours, theirs, rows)
+    np.testing.assert_allclose(by_sequence, [4.0, 4.0, 0.0, 0.0], rtol=1e-6)
+    assert effective_share(np.ones(5)) == 1.0 and effective_share(np.zeros(5)) == 0.0
+    assert effective_share(np.array([3.0, 1.0, 0.0, 0.0])) == pytest.approx(16 / 40)
+
+
 def test_weights_are_bounded_and_finite():
     log_probs, behaviour = np.array([0.0, -1.0, -500.0, 0.0]), np.array([-900.0, -1.0, 0.0, -0.5])
     rows = np.array([0, 0, 1, 1])
@@ -186,6 +217,8 @@ def test_weights_are_bounded_and_finite():
         ({"truncation": 0.5}, "`truncation` of at least 1, got 0.5"),
         ({"truncation": math.nan}, "`truncation` of at least 1, got nan"),
         ({"per": "word"}, r"`per` to be one of \['token', 'sequence'\], got 'word'"),
+        ({"band": (1.5, 2.0)}, r"`band` to be \(low, high\) with 0 <= low <= 1 <= high, got \(1.5, 2.0\)"),
+        ({"band": (-0.5, 2.0)}, "0 <= low <= 1 <= high"),
     ],
 )
 def test_what_is_no_correction_is_refused(kwargs, message):

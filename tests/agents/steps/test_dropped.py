@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -318,11 +318,40 @@ def test_equal_rewards_of_what_is_left_are_warned_of():
         tiny_agent(tiny_env(Same()), n_envs=64).learn(256, callback=TrainingWarnings())
 
 
+# Texts that were cut off
+
+
+@pytest.mark.parametrize("score_at", ["done", "rollout_end"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_c13_texts_that_were_cut_off_are_not_trained_and_stay_in_the_logs(score_at, groups):
+    """The trained tokens are those of the texts that ended by themselves, of whole groups if there are groups (C13)."""
+    env = tiny_env(prompts=["ab"], max_new_tokens=4, stop_ids=range(0, 33, 4), score_at=score_at,
+                   samples_per_prompt=groups)  # fmt: skip
+    model = tiny_agent(env, n_envs=12, n_steps=4, rollout_buffer_kwargs={"complete_episodes": True}, batch_size=48)
+    recorder, trained = Recorder(), Trained()
+    model.learn(48 * 4, callback=[DropEpisodes(cut=True), EpisodeMetrics(), recorder, trained], log_interval=None)
+    log_probs, episodes = recorder.stacked("log_probs"), list(recorder.episodes())
+    members = Counter(info["group"] for info, _ in episodes)
+    whole = [(info, places) for info, places in episodes if members[info["group"]] == groups]
+    kept = [places for info, places in whole if str(info["end_reason"]) != "length"]
+    got = sorted(row[0] for rollout in trained.rollouts for row in rollout)
+    np.testing.assert_allclose(got, sorted(float(log_probs[place]) for places in kept for place in places), atol=1e-6)
+    assert 5 < len(kept) < len(whole) - 5
+    last = [info for info, places in episodes if places[-1][0] >= 12 and info["scored"]]
+    if groups == 1:  # a group's score may come later
+        assert model.logger.name_to_value["reward/task"] == pytest.approx(np.mean([i["episode"]["r"] for i in last]))
+
+
+def test_c13_where_every_text_is_cut_off_the_limit_is_named():
+    with pytest.raises(RewardError, match=r"all 4 that ended were dropped.*max_new_tokens where cut texts are dropped"):
+        tiny_agent(tiny_env(stop_ids=())).learn(16, callback=DropEpisodes(cut=True))
+
+
 # Too few are left
 
 
 def test_a_rollout_of_which_all_is_dropped_is_refused():
-    with pytest.raises(RewardError, match=r"Expected an episode to train on, got none: the reward dropped all 4"):
+    with pytest.raises(RewardError, match=r"Expected an episode to train on, got none: all 4 that ended were dropped"):
         tiny_agent(tiny_env(Judge(loses=always), stop_ids=())).learn(16)
 
 

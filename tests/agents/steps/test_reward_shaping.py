@@ -19,6 +19,14 @@ def letters(prompt, preds, done):
     return float(sum(preds.ids)) if done else 0.0
 
 
+class Talk(TextEnv):
+    def get_reward(self, prompt, preds, done):
+        return 0.0
+
+    def respond(self, prompt, preds):
+        return "xy"
+
+
 def env_of(score_at="done", reward=letters, **kwargs):
     return tiny_env(reward, score_at=score_at, max_new_tokens=5, stop_ids=range(0, 33, 4), **kwargs)
 
@@ -113,15 +121,38 @@ def test_c9_the_penalty_is_for_those_cut_off_alone_and_once(score_at):
     assert n_cut > 3 and n_ended > 3
 
 
+def test_c12_the_overlong_penalty_by_hand():
+    """Of a limit of 7 and 3 tokens below it: 4 tokens cost nothing, 5, 6 and 7 a third each of 0.6 more (C12)."""
+    by_length = {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0, 5: 0.2, 6: 0.4, 7: 0.6}
+    rows = [{"prompt": "ab"}, {"prompt": "c", "max_new_tokens": 3}]
+    env = tiny_env(lambda prompt, preds, done: 1.0, rows, max_new_tokens=7, stop_ids=range(0, 33, 7), score_at="done")
+    lengths = set()
+    for episodes in shaped_rewards(RewardShaping(overlong_tokens=3, overlong_penalty=0.6), env=env, n_rollouts=8):
+        for info, rewards in episodes:
+            lengths.add((str(info["prompt"]), len(rewards)))
+            # Below its own limit of 3 tokens the other prompt's texts have 1 and 2, of which 3 - 3 = 0 cost nothing.
+            length = len(rewards) + (4 if str(info["prompt"]) == "c" else 0)
+            assert rewards[:-1] == [0.0] * (len(rewards) - 1)
+            assert rewards[-1] == pytest.approx(1.0 - by_length[length], abs=1e-6)
+    assert {("ab", 4), ("ab", 5), ("ab", 6), ("ab", 7), ("c", 1), ("c", 3)} <= lengths
+
+
+def test_c12_it_is_dapos_formula_and_logged_beside_the_penalty_for_cut_texts():
+    """Equation 13 with L_max = 5, L_cache = 2, whose punishment is 0, then (3 - length) / 2, down to -1."""
+    model, recorder = tiny_agent(env_of(), n_steps=8), Recorder()
+    shaping = RewardShaping(missing_eos_penalty=0.25, overlong_tokens=2)
+    model.learn(32, callback=[shaping, recorder], log_interval=None)
+    punished = []
+    for info, transitions in recorder.episodes():
+        length, is_cut = info["episode"]["l"], info["end_reason"] is EndReason.LENGTH
+        punished.append(0.0 if length <= 3 else (3 - length) / 2)
+        reward = recorder.stacked("rewards")[transitions[-1]]
+        assert reward == pytest.approx(info["episode"]["r"] + punished[-1] - 0.25 * is_cut, abs=1e-5)
+    assert model.logger.name_to_value["shaping/overlong"] == pytest.approx(-np.mean(punished)) and min(punished) == -1
+
+
 @pytest.mark.slow
 def test_c9_one_penalty_in_several_turns_and_none_where_the_env_ends():
-    class Talk(TextEnv):
-        def get_reward(self, prompt, preds, done):
-            return 0.0
-
-        def respond(self, prompt, preds):
-            return "xy"
-
     env = Talk(["ab"], TOKENIZER, max_new_tokens=6, max_turns=3, max_response_tokens=2, stop_ids=range(0, 33, 3))
     reasons = set()
     lm = tiny_config(n_positions=64)
@@ -184,6 +215,15 @@ def test_bad_settings_and_wrappers_are_refused():
         RewardShaping(clip=0)
     with pytest.raises(ValueError, match="Expected `missing_eos_penalty` to be 0 or more, got -1"):
         RewardShaping(missing_eos_penalty=-1)
+    with pytest.raises(ValueError, match="Expected `overlong_tokens` to be at least 1 or None, got 0"):
+        RewardShaping(overlong_tokens=0)
+    with pytest.raises(ValueError, match="Expected `overlong_penalty` to be 0 or more, got -1"):
+        RewardShaping(overlong_tokens=1, overlong_penalty=-1)
+    with pytest.raises(ValueError, match="Expected `overlong_tokens` of at most max_new_tokens=5, got 6"):
+        RewardShaping(overlong_tokens=6).attach(tiny_agent(env_of()))
+    with pytest.raises(ValueError, match="Expected an env without `turn_tokens` with `overlong_tokens`"):
+        talk = tiny_env(max_new_tokens=12, turn_tokens=4, cls=Talk)
+        RewardShaping(overlong_tokens=1).attach(tiny_agent(talk))
     with pytest.raises(ValueError, match="Expected an env with score_at='done' or 'rollout_end', got 'step'"):
         RewardShaping(whiten=True).attach(tiny_agent(env_of("step")))
     settings = {"policy_kwargs": {"lm": tiny_config()}, "rollout_buffer_class": SequenceRolloutBuffer, "device": "cpu"}

@@ -61,6 +61,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .policies.flat import FlatLMPolicy as FlatLMPolicy
     from .policies.lm_policy import LMPolicy as LMPolicy
     from .policies.maskable import MaskableLMPolicy as MaskableLMPolicy
+    from .policies.surrogates import CISPO as CISPO
+    from .policies.surrogates import GSPO as GSPO
+    from .policies.surrogates import ClipHigher as ClipHigher
+    from .policies.surrogates import DualClip as DualClip
+    from .policies.surrogates import SoftGate as SoftGate
+    from .policies.surrogates import Surrogate as Surrogate
     from .rollout.buffer import SequenceRolloutBuffer as SequenceRolloutBuffer
     from .rollout.maskable_buffer import MaskableSequenceRolloutBuffer as MaskableSequenceRolloutBuffer
     from .rollout.vec_env import TextVecEnv as TextVecEnv
@@ -96,12 +102,15 @@ NAMES = {
     "AdaptiveCoef": ".steps.kl_penalty",
     "AlgorithmConfig": ".configuration.config",
     "BackendSpec": ".models.interface",
+    "CISPO": ".policies.surrogates",
     "CheckpointError": ".checkpoints.manifest",
     "Checkpoints": ".callbacks.checkpoints",
+    "ClipHigher": ".policies.surrogates",
     "CriticWarmup": ".steps.critic_warmup",
     "DataParallel": ".steps.data_parallel",
     "DoctorError": ".doctor.report",
     "DropEpisodes": ".steps.scores",
+    "DualClip": ".policies.surrogates",
     "EngineLost": ".engines.protocol",
     "EngineRollouts": ".engines.rollouts",
     "EnvConfig": ".configuration.config",
@@ -112,6 +121,7 @@ NAMES = {
     "Finding": ".doctor.report",
     "FiniteUpdates": ".callbacks.finite_updates",
     "FlatLMPolicy": ".policies.flat",
+    "GSPO": ".policies.surrogates",
     "Generation": ".evaluation.generation",
     "KLConfig": ".configuration.config",
     "KLPenalty": ".steps.kl_penalty",
@@ -145,6 +155,8 @@ NAMES = {
     "ShapingConfig": ".configuration.config",
     "Sharded": ".distributed.sharding",
     "SharedCritic": ".models.critic",
+    "SoftGate": ".policies.surrogates",
+    "Surrogate": ".policies.surrogates",
     "TextVecEnv": ".rollout.vec_env",
     "TrainConfig": ".configuration.config",
     "TrainingWarnings": ".callbacks.training_warnings",

@@ -17,6 +17,7 @@ from .models.pretrained import LMLike
 from .policies.flat import FlatLMPolicy
 from .policies.lm_policy import LMPolicy
 from .policies.maskable import MaskableLMPolicy
+from .policies.surrogates import NO_CLIP
 from .rollout.buffer import SequenceRolloutBuffer
 from .rollout.maskable_buffer import MaskableSequenceRolloutBuffer
 from .rollout.vec_env import TextVecEnv
@@ -62,6 +63,7 @@ def make_agent(
     normalize_advantage   False (True)           the buffer normalises over the whole rollout instead
     vf_coef               0.1 (0.5)              the value loss shares the trunk with the policy
     max_grad_norm         1.0 (0.5)              usual for language models
+    clip_range            0.2 (0.2)              1e9 with a `surrogate`, which has its own bounds
     use_rms_prop (A2C)    False (True)           so that the policy's AdamW stays
     learning_rate (TRPO)  1e-3 (1e-3)            of the value head alone; `target_kl` bounds the policy's steps
     ===================== ====================== ==============================================================
@@ -76,7 +78,8 @@ def make_agent(
         algorithm: The class: PPO, A2C, sb3-contrib's TRPO or MaskablePPO, or a subclass; it decides policy and buffer.
         policy_kwargs: Other arguments of `LMPolicy`.
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
-            only with the advantage "gae", and `complete_episodes` only with an env of `samples_per_prompt`.
+            only with the advantage "gae", and `complete_episodes` only with an env of `samples_per_prompt`; the
+            `aggregation_length` of "constant" is the env's `max_new_tokens`.
         check: Whether to have the doctor examine the model (see `agents.doctor.check`); it warns of likely problems
             and changes nothing.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
@@ -110,7 +113,8 @@ def make_agent(
             f"Expected algorithm=MaskablePPO (sb3-contrib) for an env with `mask`, got {algorithm.__name__}, which "
             "would sample what the mask forbids."
         )
-    settings = {**settings_for(algorithm, vec_env, algorithm_kwargs), **algorithm_kwargs}
+    given = {"policy_kwargs": policy_kwargs, **algorithm_kwargs}
+    settings = {**settings_for(algorithm, vec_env, given), **algorithm_kwargs}
     buffer_kwargs = buffer_settings(vec_env, rollout_buffer_kwargs)
     with warnings.catch_warnings():
         # SB3 `ppo.PPO.__init__` compares `batch_size`, that of all processes, with the rollout of this process.
@@ -143,7 +147,8 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
     Args:
         algorithm: The class of the algorithm.
         vec_env: The env that it trains on.
-        given: The caller's settings; `batch_size` depends on the `n_steps` among them.
+        given: The caller's settings; `batch_size` depends on the `n_steps` among them, and `clip_range` on the
+            `surrogate` among its `policy_kwargs`.
     """
     settings: dict[str, Any] = {
         "gamma": 1.0,
@@ -164,6 +169,8 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
         settings["batch_size"] = _batch_size(given.get("n_steps", settings["n_steps"]), n_envs)
     if issubclass(algorithm, (PPO, MaskablePPO)):
         settings["n_epochs"] = 4
+        if (given.get("policy_kwargs") or {}).get("surrogate") is not None:
+            settings["clip_range"] = NO_CLIP
     return settings
 
 
@@ -171,6 +178,8 @@ def buffer_settings(vec_env: TextVecEnv, given: Mapping[str, Any] | None) -> dic
     """Return the arguments of the rollout buffer: the given ones, and the settings of `make_agent` for the others."""
     settings = {"advantage": "gae", "complete_episodes": vec_env.env.samples_per_prompt > 1, **(given or {})}
     settings.setdefault("normalize_advantage", settings["advantage"] == "gae")
+    if settings.get("aggregation") == "constant":
+        settings.setdefault("aggregation_length", vec_env.env.rules.max_new_tokens)
     return settings
 
 

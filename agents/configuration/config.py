@@ -122,6 +122,11 @@ class AlgorithmConfig:
         n_epochs: The number of passes over each rollout; null is 4.
         advantage: The estimate of advantages: "gae" uses a critic; the others compare samples of the same prompt and
             need `--env.args '{samples_per_prompt: N}'`.
+        surrogate: The weights of the policy gradient in place of PPO's clipped ratios, by name or {id: NAME, args:
+            {...}}: "clip_higher", "dual_clip", "cispo", "gspo", "soft_gate" (see docs/losses.md), or `module:Class` of
+            a class with __call__(self, terms); null is PPO's own clip.
+        aggregation: The mean that the policy loss is: "token" over all tokens, "sequence" over the texts' own means,
+            "constant" over the texts' sums, divided by env.max_new_tokens.
         micro_batch_tokens: Split each minibatch into parts of this many tokens, to save memory.
         critic_warmup: The number of rollouts at the start in which only the critic learns.
         args: Further arguments of the algorithm, such as `target_kl` or `ent_coef`.
@@ -135,6 +140,8 @@ class AlgorithmConfig:
     batch_size: int | None = None
     n_epochs: int | None = None
     advantage: Literal["gae", "grpo", "grpo_mean", "rloo"] = "gae"
+    surrogate: Named | str | None = None
+    aggregation: Literal["token", "sequence", "constant"] = "token"
     micro_batch_tokens: int | None = None
     critic_warmup: int = 0
     args: dict[str, Any] = field(default_factory=dict)

@@ -63,6 +63,8 @@ class SequenceBatch:
         share: The weight of a minibatch's losses if several processes train (see `SharedGradient`), else None.
         old_log_probs: The log-probabilities with which the actions were sampled, (N,), in nats; set together with
             `share`.
+        advantages: The advantages of the minibatch's loss, (N,), for a surrogate (see `Surrogate`); set together with
+            `share`.
         stand_in: The values, log-probabilities and entropies, (N,) each, that `LMPolicy.evaluate_actions` returns
             without a forward, where there is nothing to train (see `idle_samples`), else None.
 
@@ -75,6 +77,7 @@ class SequenceBatch:
 
     share: float | None = None
     old_log_probs: Tensor | None = None
+    advantages: Tensor | None = None
     stand_in: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(
@@ -96,6 +99,11 @@ class SequenceBatch:
         self.allowed = allowed
         self.n_prompt = n_prompt
         self.prompts = prompts
+
+    @classmethod
+    def of(cls, observations: Tensor | SequenceBatch) -> SequenceBatch:
+        """Return a batch as it is, and observations, (B, L), as `from_observations` does."""
+        return observations if isinstance(observations, SequenceBatch) else cls.from_observations(observations)
 
     @classmethod
     def from_observations(cls, observations: Tensor) -> SequenceBatch:

@@ -27,8 +27,9 @@ from ..models.sampling import Sampling, TokenDistribution
 from ..models.sequences import SequenceBatch
 from ..models.trainable import Trainable
 from .actor_critic import LMActorCritic, Step
-from .optimizers import learning_rate_scales, scaled_optimizer
-from .tensor_notes import ALLOWED, READ_BY, TERMINAL, TerminalObservation, TerminalRow
+from .optimizers import learning_rate_scales, scaled_optimizer, usual_arguments
+from .surrogates import SurrogateFunction, SurrogateLoss, check_loss
+from .tensor_notes import ALLOWED, READ_BY, TERMINAL, read_observations
 from .wrappers import calling_algorithm, check_observations, check_wrappers, is_rollouts_end
 
 # Maps observations (B, L) to actions (B,) and their log-probabilities (B,).
@@ -79,6 +80,8 @@ class LMPolicy(ActorCriticPolicy):
             `LoRA(...)`. The rest is frozen.
         gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
             third more time, and the same gradient.
+        surrogate: The weights of the policy gradient in place of PPO's clipped ratios: `ClipHigher()`, `DualClip()`,
+            `CISPO()`, `GSPO()`, `SoftGate()` or a function (see `Surrogate`), for PPO and MaskablePPO.
         shard: `Sharded()` spreads weights, gradients and optimizer over the processes of a job that has several.
         optimizer_class: AdamW by default; SB3's A2C passes RMSprop unless it has `use_rms_prop=False`.
         optimizer_kwargs: Its arguments except the learning rate; by default no weight decay and AdamW's fused kernel.
@@ -89,8 +92,8 @@ class LMPolicy(ActorCriticPolicy):
     Raises:
         ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits; if a
             probe of a few tokens shows that it cannot be trained exactly, since it is not causal, for instance (see
-            docs/models.md); or if `train` or `gradient_checkpointing` is given with a `BackendSpec`, which decides that
-            itself.
+            docs/models.md); if `train` or `gradient_checkpointing` is given with a `BackendSpec`, which decides that
+            itself; or if the algorithm's loss would not have the gradient of the `surrogate`.
 
     Example:
         >>> from agents import LMPolicy
@@ -125,6 +128,7 @@ class LMPolicy(ActorCriticPolicy):
         head_lr_scale: float = 1.0,
         train: Trainable = "all",
         gradient_checkpointing: bool = False,
+        surrogate: SurrogateFunction | None = None,
         shard: Sharded | None = None,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -146,19 +150,17 @@ class LMPolicy(ActorCriticPolicy):
             "value_norm": value_norm,
             "train": train,
             "gradient_checkpointing": gradient_checkpointing,
+            "surrogate": surrogate,
             "shard": shard,
         }
         self.lr_scales = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
-        if optimizer_kwargs is None:
-            # One kernel in place of a dozen passes over the weights saves a tenth of a small model's update.
-            optimizer_kwargs = {"weight_decay": 0.0, "fused": True} if optimizer_class is torch.optim.AdamW else {}
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,
             use_sde=use_sde,
             optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
+            optimizer_kwargs=usual_arguments(optimizer_class) if optimizer_kwargs is None else optimizer_kwargs,
         )
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -166,7 +168,9 @@ class LMPolicy(ActorCriticPolicy):
         algorithm = calling_algorithm()
         if algorithm is not None:
             check_wrappers(algorithm.env)
+            check_loss(algorithm, self.lm_kwargs["surrogate"])
         kwargs = dict(self.lm_kwargs)
+        self.surrogate = SurrogateLoss(kwargs.pop("surrogate"))
         assert isinstance(self.action_space, spaces.Discrete) and self.observation_space.shape is not None
         lm, train, checkpointing = (kwargs.pop(name) for name in ("lm", "train", "gradient_checkpointing"))
         if isinstance(lm, BackendSpec) and (train != "all" or checkpointing):
@@ -259,6 +263,7 @@ class LMPolicy(ActorCriticPolicy):
         algorithm = None if mode else calling_algorithm()
         if algorithm is not None:
             check_observations(algorithm.env, algorithm._last_obs)
+            self.surrogate.record(algorithm)
         self.lm.settle_values()  # a rollout that was broken off has left values deferred
         if mode and not self.training:
             self.lm.begin_update()
@@ -359,7 +364,10 @@ class LMPolicy(ActorCriticPolicy):
         return self._terminal_values[1][terminal.index : terminal.index + 1]
 
     def evaluate_actions(self, obs: Tensor | SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights."""
+        """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights.
+
+        With a `surrogate`, the log-probabilities of the buffer's minibatches have the gradient that its loss needs.
+        """
         if torch.is_grad_enabled():  # an update follows, perhaps in a loop that does not call `set_training_mode`
             self.lm.drop_caches()
         if self.lm.value_norm is not None and not isinstance(obs, SequenceBatch):
@@ -367,18 +375,18 @@ class LMPolicy(ActorCriticPolicy):
                 "Expected rollout_buffer_class=SequenceRolloutBuffer with `value_norm`: the minibatches of the stock "
                 "buffer hold returns in units of reward."
             )
-        batch, actions = _as_batch(obs), actions.long().flatten()  # (N,) or (N, 1) to (N,)
+        batch, actions = SequenceBatch.of(obs), actions.long().flatten()  # (N,) or (N, 1) to (N,)
         if batch.stand_in is not None:
             values, log_probs, entropy = batch.stand_in
             return values[:, None], log_probs, entropy
         # In several processes, minibatches of the buffer have a `share`.
         evaluate = self.shared.evaluate if self.shared is not None and batch.share is not None else self.lm.evaluate
         values, log_probs, entropy = evaluate(batch, actions)
-        return values[:, None], log_probs, entropy
+        return values[:, None], self.surrogate.log_probs(batch, log_probs), entropy
 
     def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]
         """Return the distribution over the next token."""
-        return self.lm.distribution(_as_batch(obs))
+        return self.lm.distribution(SequenceBatch.of(obs))
 
     def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[Tensor, bool]:
         """Return observations as a tensor, (B, L), and whether they were given as a batch.
@@ -386,14 +394,4 @@ class LMPolicy(ActorCriticPolicy):
         Raises:
             ValueError: If they are not token ids.
         """
-        rows = np.asarray(observation)
-        if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
-            raise ValueError(f"Expected an observation of token ids, (L,) or (B, L), got {rows.dtype} of {rows.shape}.")
-        tensor = torch.as_tensor(rows.reshape(-1, rows.shape[-1]), device=self.device)  # (L,) to (1, L)
-        if isinstance(observation, TerminalObservation) and observation.siblings is not None:
-            TERMINAL.write(tensor, TerminalRow(observation.siblings, observation.index))
-        return tensor, rows.ndim == 2
-
-
-def _as_batch(obs: Tensor | SequenceBatch) -> SequenceBatch:
-    return obs if isinstance(obs, SequenceBatch) else SequenceBatch.from_observations(obs)
+        return read_observations(observation, self.device)

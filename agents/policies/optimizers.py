@@ -63,6 +63,12 @@ def scaled_optimizer(
     return optimizer
 
 
+def usual_arguments(optimizer_class: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Return the arguments of an optimizer that gets none: for AdamW no weight decay, and the fused kernel."""
+    # One kernel in place of a dozen passes over the weights saves a tenth of a small model's update.
+    return {"weight_decay": 0.0, "fused": True} if optimizer_class is torch.optim.AdamW else {}
+
+
 def learning_rate_scales(
     weights: Iterable[nn.Parameter], critic: nn.Module, critic_lr_scale: float, head_lr_scale: float
 ) -> dict[nn.Parameter, float]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .actor_critic import LMActorCritic
@@ -96,3 +97,20 @@ ALLOWED: Note[Tensor] = Note("allowed")
 READ_BY: Note[LMActorCritic] = Note("read_by")
 # On the tensor that `LMPolicy.obs_to_tensor` makes from a `TerminalObservation`.
 TERMINAL: Note[TerminalRow] = Note("terminal")
+
+
+def read_observations(
+    observation: np.ndarray | dict[str, np.ndarray], device: torch.device | str
+) -> tuple[Tensor, bool]:
+    """Return observations as a tensor, (B, L), with the note `TERMINAL`, and whether they were given as a batch.
+
+    Raises:
+        ValueError: If they are not token ids.
+    """
+    rows = np.asarray(observation)
+    if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"Expected an observation of token ids, (L,) or (B, L), got {rows.dtype} of {rows.shape}.")
+    tensor = torch.as_tensor(rows.reshape(-1, rows.shape[-1]), device=device)  # (L,) to (1, L)
+    if isinstance(observation, TerminalObservation) and observation.siblings is not None:
+        TERMINAL.write(tensor, TerminalRow(observation.siblings, observation.index))
+    return tensor, rows.ndim == 2

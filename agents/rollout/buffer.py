@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Sequence
 from typing import Any, Protocol, get_args
 
@@ -12,10 +11,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
-from textenv.episodes.scores import RewardError
 from textenv.lanes.finished_episodes import Place
 
-from ..distributed.collectives import raise_together
 from ..distributed.world import world
 from ..models.sequences import SequenceBatch
 from ..models.token_sets import AllowedTokens, TokenSets
@@ -23,12 +20,13 @@ from ..policies.actor_critic import LMActorCritic
 from ..policies.tensor_notes import ALLOWED, READ_BY
 from ..policies.value_norm import Scale, scales_of
 from .advantages import Advantage, mean_and_deviation
+from .aggregation import Aggregation, check_aggregation, token_factors
 from .ended_episodes import EndedEpisode, RolloutGroups
-from .idle_update import idle_samples
+from .idle_update import idle_samples, warn_of_waiting
 from .importance import Correction
 from .minibatches import deal
 from .segments import SegmentRecorder
-from .trained_sequences import FinishedRollout, choose_groups, choose_sequences
+from .trained_sequences import FinishedRollout, check_some_left, choose_groups, choose_sequences
 from .transitions import RolloutView, Segment, SequenceSamples, Transitions, batch_of, joined
 
 DATA_PARALLEL = "DataParallel"  # the key of the step without which several processes do not train
@@ -88,6 +86,10 @@ class SequenceRolloutBuffer(RolloutBuffer):
             `SampleGroups`. The score of an episode, the plain sum of its rewards, gives all its tokens the same
             advantage; penalties are charged to single tokens after the comparison (see `penalty_advantages`).
             Implies `complete_episodes`; a critic's targets stay those of "gae".
+        aggregation: The mean that the policy loss of a minibatch is: "token" over tokens, "sequence" over sequences of
+            their means, "constant" over sequences of their sums, divided by `aggregation_length` (see `token_factors`).
+            Values and entropies stay means over tokens.
+        aggregation_length: The divisor of "constant": the most tokens of an episode.
         expected_steps: The keys of the steps that must be in `before_returns`; each step adds its own.
 
     Attributes:
@@ -103,7 +105,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         trained: The sequences of the complete rollout that are trained.
 
     Raises:
-        ValueError: For an unknown `advantage`, or `normalize_advantage` with an `advantage` other than "gae".
+        ValueError: For an unknown `advantage` or `aggregation`, an `aggregation_length` that is missing or not used, or
+            `normalize_advantage` with an `advantage` other than "gae".
 
     Example:
         >>> from agents import SequenceRolloutBuffer
@@ -127,6 +130,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         complete_episodes: bool = False,
         micro_batch_tokens: int | None = None,
         advantage: Advantage = "gae",
+        aggregation: Aggregation = "token",
+        aggregation_length: int | None = None,
         expected_steps: Sequence[str] = (),
     ) -> None:
         if advantage not in get_args(Advantage):
@@ -136,6 +141,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
                 f"Expected normalize_advantage=False with advantage={advantage!r}, got True: over the whole rollout it "
                 "would undo the comparison within groups."
             )
+        check_aggregation(aggregation, aggregation_length)
+        self.aggregation, self.aggregation_length = aggregation, aggregation_length
         self.normalize_advantage = normalize_advantage
         self.advantage: Advantage = advantage
         self.complete_episodes = complete_episodes or advantage != "gae"
@@ -323,12 +330,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
             self.trained, self.waiting_episodes = choose_groups(
                 rollout, self.waiting, self.waiting_episodes, self.groups, self.advantage
             )
-        n_dropped = self.trained.n_dropped
-        none_left = RewardError(
-            f"Expected an episode to train on, got none: all {n_dropped} that ended were dropped. Let the reward "
-            "raise, to see why (on_failure='raise'), or raise n_steps, or max_new_tokens where cut texts are dropped."
-        )
-        raise_together(none_left if n_dropped and not len(self.trained) else None)
+        check_some_left(self.trained)
         self._mean: float | np.float32 = 0.0
         self._deviation: float | np.float32 = 1.0
         if self.normalize_advantage:
@@ -365,23 +367,22 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if not groups:
             yield from self._nothing_to_train()
         self.generator_ready = True
-        for group, share in groups:
-            samples = self._samples(group)
+        counts = self.trained.or_segments().counts
+        factors = token_factors(self.aggregation, self.aggregation_length, counts, groups)
+        for (group, share), factor in zip(groups, factors, strict=True):
+            samples = self._samples(group, factor)
             samples.observations.share, samples.observations.old_log_probs = share, samples.old_log_prob
+            samples.observations.advantages = samples.advantages
             yield samples
 
     def _nothing_to_train(self) -> Generator[SequenceSamples, None, None]:
         assert self.groups is not None, "only episodes of groups wait"
         if not self.generator_ready:  # once per update, not once per epoch
-            warnings.warn(
-                f"No group of {self.groups.size} samples is whole after this rollout: its episodes wait for the others "
-                "of their group, and the update changes nothing. Raise n_envs or n_steps to train on each rollout.",
-                stacklevel=3,
-            )
+            warn_of_waiting(self.groups.size)
         self.generator_ready = True
         yield idle_samples(self.actions, self.log_probs, self.device)
 
-    def _samples(self, group: np.ndarray) -> SequenceSamples:
+    def _samples(self, group: np.ndarray, factor: np.ndarray | float) -> SequenceSamples:
         trained = self.trained.or_segments()
         part = joined([trained.transitions(i) for i in group])
         segments = [trained.segment(i) for i in group]
@@ -391,7 +392,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         if self.correction is not None:
             advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, batch.rows)
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
-        numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
+        numbers = (values, part.log_probs, (advantages * factor).astype(np.float32), returns)
         return SequenceSamples(
             batch,
             torch.as_tensor(part.actions, device=self.device).long(),

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from textenv.episodes.scores import RewardError
 from textenv.lanes.finished_episodes import Place
 
+from ..distributed.collectives import raise_together
 from .advantages import Advantage, carry, group_advantages, penalty_advantages
 from .ended_episodes import EndedEpisode, RolloutGroups
 from .transitions import Segment, Transitions, joined
@@ -91,6 +93,19 @@ class TrainedSequences:
         """Return the transitions of a sequence."""
         segment, copied = self._sequences[sequence]
         return self._rollout.read(segment) if copied is None else copied
+
+
+def check_some_left(trained: TrainedSequences) -> None:
+    """Check that dropped episodes have left one to train on; all processes must call it.
+
+    Raises:
+        RewardError: In all processes, if all episodes that ended were dropped in one of them.
+    """
+    none_left = RewardError(
+        f"Expected an episode to train on, got none: all {trained.n_dropped} that ended were dropped. Let the reward "
+        "raise, to see why (on_failure='raise'), or raise n_steps, or max_new_tokens where cut texts are dropped."
+    )
+    raise_together(none_left if trained.n_dropped and not len(trained) else None)
 
 
 def ended_sequences(rollout: FinishedRollout, waiting: dict[int, Transitions] | None) -> list[TrainedSequence]:

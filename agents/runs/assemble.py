@@ -47,6 +47,7 @@ from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
 from .score_steps import score_steps
+from .surrogate_names import make_surrogate
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
 SETTINGS = ("n_steps", "batch_size", "n_epochs")  # null leaves one to `make_agent`; A2C and TRPO lack some
@@ -314,13 +315,13 @@ def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm
         settings["learning_rate"] = algorithm.learning_rate
     if algorithm.advantage != "gae":
         settings["vf_coef"] = 0.0  # advantages from groups of samples need no critic
-    buffer = {"advantage": algorithm.advantage, "micro_batch_tokens": algorithm.micro_batch_tokens}
+    buffer = {name: getattr(algorithm, name) for name in ("advantage", "aggregation", "micro_batch_tokens")}
     return make_agent(
         env,
         load_lm(model.name, trust),
         n_envs=algorithm.n_envs,
         algorithm=ALGORITHMS[algorithm.name],
-        policy_kwargs=policy_arguments(model),
+        policy_kwargs={**policy_arguments(model), "surrogate": make_surrogate(algorithm.surrogate, trust)},
         rollout_buffer_kwargs={name: value for name, value in buffer.items() if value is not None},
         seed=config.seed,
         device=config.device,

@@ -13,11 +13,10 @@ from importlib.util import find_spec
 
 import torch
 from stable_baselines3 import PPO
-from work import Row, Settings, pairs, rollout, run_script
+from work import RANK, Row, Settings, pairs, rollout, run_script
 
 from agents import LoRA
 
-RANK = 8
 MOST = 0.10  # the target: adapters hold at most a tenth of the bytes
 
 

@@ -39,10 +39,10 @@ from iterations import ours
 from rollout import CAP, MEAN, equal, equal_row, generate, ragged_eos
 from run import describe, header
 from stable_baselines3 import PPO
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from update import LEARNING_RATE, compare, compare_epochs
-from work import FolderWork, Row, Settings, Work, prepare, table
+from work import FolderWork, Row, Settings, Work, prepare, table, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"n_layer": 30, "width": 576, "n_head": 9, "vocab_size": 49_152, "n_lanes": 128}
@@ -74,15 +74,15 @@ class GpuWork(FolderWork):
 class GpuSettings(Settings):
     """Settings of rows whose work is a `GpuWork`."""
 
-    folder: str = ""
     autocast: str | None = None
 
     def work(self, **kwargs: Any) -> GpuWork:
         """Return the work of a row; for `smoke` a tiny one."""
+        assert self.model is not None, "random weights are saved, too"
         work = super().work(**{**SHAPE, **LENGTHS, **kwargs})
-        # The whole vocabulary of the model, which the peers read: they know no smaller one.
-        vocab_size = AutoConfig.from_pretrained(self.folder).get_text_config().vocab_size
-        return GpuWork(**{**vars(work), "vocab_size": vocab_size}, folder=self.folder, autocast=self.autocast)
+        return GpuWork(
+            **{**vars(work), "vocab_size": vocabulary(self.model)}, folder=self.model, autocast=self.autocast
+        )
 
 
 def main() -> int:
@@ -100,9 +100,7 @@ def main() -> int:
         # The rows that may be late come last. `generate_batch` captures graphs first, for a time that nobody knows yet.
         for measure in (equal_rows, update_rows, group_rows, iteration_rows, batch_rows, ended_rows, ragged_rows):
             for autocast in (None, "bfloat16"):
-                settings = GpuSettings(
-                    1 if args.smoke else N_PAIRS, args.device, args.smoke, folder=str(folder), autocast=autocast
-                )
+                settings = GpuSettings(1 if args.smoke else N_PAIRS, args.device, args.smoke, str(folder), autocast)
                 measured = measure_in_time(measure, settings, start)
                 failed |= any(row.ratio is None for row in measured)
                 rows += [row._replace(claim=f"{row.claim}, {autocast or 'float32'}") for row in measured]

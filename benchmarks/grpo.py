@@ -18,18 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from iterations import Done, alternate, has_trl, ours, trl
+from iterations import Done, alternate, has_trl, ours, time_row, trl, trl_row
 from stable_baselines3 import PPO
 from transformers import AutoTokenizer
-from work import FolderWork, Row, Settings, Work, run_script
+from work import RANK, REAL, FolderWork, Row, Settings, Work, run_script
 
 from agents import KLPenalty, LoRA
 
 N_EPOCHS, N_MINIBATCHES = 2, 4
 KL_COEF = 0.02
-RANK = 8  # of the adapters
 SMALL = {"n_lanes": 64, "prompt_tokens": 64, "new_tokens": 32}
-REAL = {"n_lanes": 32, "prompt_tokens": 41, "new_tokens": 32}
 MOST_CRITIC = 1.1  # the target for the time of PPO with a shared critic, against GRPO
 INSTALL = (
     "python -m venv trl-env && trl-env/bin/pip install trl==1.16.0 peft, then set TRL_GRPO_PYTHON=trl-env/bin/python"
@@ -68,7 +66,7 @@ def measure(settings: Settings) -> list[Row]:
     rows.append(critic_row(settings, works[0]))
     if settings.model is None:
         return [*rows, Row.missing("GRPO iteration, a real model", "--model FOLDER", ">= 2.2x, 2.8x")]
-    real = {**vars(settings.real_work(**REAL)), "prompt_tokens": REAL["prompt_tokens"]}  # the length of `chat_prompts`
+    real = {**vars(settings.real_work()), "prompt_tokens": REAL["prompt_tokens"]}  # the length of `chat_prompts`
     for samples, must in ((4, 2.2), (8, 2.8)):
         work = GroupWork(**real, samples=2 if settings.smoke else samples, rank=RANK)
         rows.append(against_trl(settings, work, Path(settings.model).name, must))
@@ -89,23 +87,14 @@ def against_trl(settings: Settings, work: GroupWork, name: str, must: float) -> 
         updates = {"n_epochs": N_EPOCHS, "n_minibatches": N_MINIBATCHES, "kl_coef": KL_COEF}
         with trl(python, "trl_grpo.py", {**asdict(work), **updates, "prompts": str(prompts)}) as peer:
             result, done = alternate(iteration(work, "grpo"), peer, settings.n_pairs)
-    ours_text = f"{result.a:,.0f} tokens/s; {done.tokens:,} tokens, {done.optimizer_steps} optimizer steps each"
-    theirs_text = f"{result.b:,.0f} tokens/s"
-    return Row(claim, ours_text, theirs_text, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
+    return trl_row(claim, result, done, "", must)
 
 
 def critic_row(settings: Settings, work: GroupWork) -> Row:
     """Compare an iteration of PPO with a shared critic with one of GRPO, on the same number of tokens."""
     result, _ = alternate(iteration(work, "grpo"), iteration(work, "gae"), settings.n_pairs)
-    return Row(
-        f"PPO iteration with a shared critic, groups of {work.samples}, time against GRPO",
-        f"{1e6 / result.b:,.1f} µs/token",
-        f"{1e6 / result.a:,.1f} µs/token",
-        result.ratio,
-        result.spread,
-        f"<= {MOST_CRITIC:.1f}x (less is better)",
-        result.ratio <= MOST_CRITIC,
-    )
+    claim = f"PPO iteration with a shared critic, groups of {work.samples}, time against GRPO"
+    return time_row(claim, result, MOST_CRITIC)
 
 
 def iteration(work: GroupWork, advantage: str) -> Callable[[], Done]:

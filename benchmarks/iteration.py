@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from iterations import Done, alternate, has_trl, ours, trl
+from iterations import Done, alternate, has_trl, ours, time_row, trl, trl_row
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import configure_logger
 from torch import Tensor
@@ -60,9 +60,7 @@ def against_trl(settings: Settings, critic: str, must: float) -> Row:
     task = {**asdict(work), "n_epochs": N_EPOCHS, "n_minibatches": n_minibatches(work)}
     with trl(python, "trl_ppo.py", {**task, "kl_coef": KL_COEF}) as peer:
         result, done = alternate(ours(model, work.device), peer, settings.n_pairs)
-    ours_text = f"{result.a:,.0f} tokens/s; {done.tokens:,} tokens, {done.optimizer_steps} optimizer steps each"
-    theirs_text = f"{result.b:,.0f} tokens/s; critic of its own"
-    return Row(claim, ours_text, theirs_text, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
+    return trl_row(claim, result, done, "; critic of its own", must)
 
 
 def kl_rows(settings: Settings) -> list[Row]:
@@ -79,16 +77,7 @@ def kl_row(
     model = agent(work)
     KLPenalty(KL_COEF, estimator=estimator).attach(model)
     result, _ = alternate(without, ours(model, work.device), settings.n_pairs)
-    return Row(
-        f"PPO iteration with KL ({estimator}), time against without",
-        f"{1e6 / result.b:,.1f} µs/token",
-        f"{1e6 / result.a:,.1f} µs/token",
-        result.ratio,
-        result.spread,
-        "-" if most is None else f"<= {most:.2f}x (less is better)",
-        None if most is None else result.ratio <= most,
-        result.peaks and result.peaks[::-1],
-    )
+    return time_row(f"PPO iteration with KL ({estimator}), time against without", result, most)
 
 
 def stock_sb3(settings: Settings, prompt_tokens: int, new_tokens: int, must: float, policy: type[LMPolicy]) -> Row:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stable_baselines3 import PPO
-from work import Pairs, largest, timed
+from work import Pairs, Row, largest, timed
 
 
 class Done(NamedTuple):
@@ -50,6 +50,27 @@ def alternate(a: Callable[[], Done], b: Callable[[], Done], n_pairs: int) -> tup
         peaks.append((of_a.peak, of_b.peak))
     medians = [statistics.median(side) for side in zip(*speeds, strict=True)]
     return Pairs(*medians, [x / y for x, y in speeds], largest(*zip(*peaks, strict=True))), of_a
+
+
+def trl_row(claim: str, result: Pairs, done: Done, theirs: str, must: float) -> Row:
+    """Return the row of the table for the speeds of ours and of TRL's trainer; `theirs` says more of the latter."""
+    ours_text = f"{result.a:,.0f} tokens/s; {done.tokens:,} tokens, {done.optimizer_steps} optimizer steps each"
+    texts = ours_text, f"{result.b:,.0f} tokens/s{theirs}"
+    return Row(claim, *texts, result.ratio, result.spread, f">= {must}x", result.ratio >= must)
+
+
+def time_row(claim: str, result: Pairs, most: float | None) -> Row:
+    """Return the row of the table for the time of B against that of A; `most` is the largest ratio that is wanted."""
+    return Row(
+        claim,
+        f"{1e6 / result.b:,.1f} µs/token",
+        f"{1e6 / result.a:,.1f} µs/token",
+        result.ratio,
+        result.spread,
+        "-" if most is None else f"<= {most}x (less is better)",
+        None if most is None else result.ratio <= most,
+        result.peaks and result.peaks[::-1],
+    )
 
 
 def has_trl(python: str, version: str) -> bool:

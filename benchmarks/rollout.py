@@ -19,14 +19,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from stable_baselines3 import PPO
-from work import Pairs, Row, Settings, Work, pairs, rollout, run_script
+from work import RANK, Pairs, Row, Settings, Work, pairs, rollout, run_script
 
 from agents import LoRA
 from agents.models.prefix_cache import PrefixCache
 
 LIMITS = (8, 128)  # tokens of a ragged completion, uniform
-REAL: dict[str, Any] = {"n_lanes": 32, "prompt_tokens": 41}  # rows of a real model
-RANK = 8
 CAP, MEAN = 128, 30  # of completions ended by EOS: the most tokens, and about the mean
 Peer: TypeAlias = Callable[[PPO, Work, list[int]], Callable[[int], int]]
 
@@ -137,14 +135,14 @@ def real_model(settings: Settings) -> list[Row]:
     rows = []
     for train, trained in (("all", "no LoRA"), (LoRA(r=RANK), f"LoRA r{RANK}")):
         options = {"learning_rate": 1e-7, "policy_kwargs": {"train": train}}
-        work = settings.real_work(**REAL, new_tokens=32)
+        work = settings.real_work()
         model = work.agent(**options)
         shape = f"{work.n_lanes} lanes, prompts of {work.prompt_tokens}"
         lengths = f"equal lengths of {work.new_tokens}"
         rows.append(equal_row(f"{name}, {shape}, {trained}, {lengths}", settings, work, model, generate, 1.0))
         if isinstance(train, LoRA):
             rows.append(apart(f"rollout, {name}, {shape}, {trained}, {lengths}", settings, model))
-        limited = settings.real_work(**REAL, new_tokens=LIMITS[1])
+        limited = settings.real_work(new_tokens=LIMITS[1])
         rows += ragged_limits(settings, limited, f"{name}, {shape}, {trained}, ", 1.8, **options)
     return rows
 

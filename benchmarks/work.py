@@ -23,6 +23,9 @@ from textenv import TextEnv, Tokenizer, TokenMask
 from textenv.episodes.scores import ScoreAt
 from textenv.rewards.base import RewardLike
 
+RANK = 8  # of adapters
+REAL: dict[str, Any] = {"n_lanes": 32, "prompt_tokens": 41, "new_tokens": 32}  # rows of a real model
+
 
 @dataclass(frozen=True)
 class Work:
@@ -240,10 +243,13 @@ class Settings:
     def real_work(self, **kwargs: Any) -> FolderWork:
         """Return the work of a row on the model of the folder; for `smoke` fewer and shorter texts."""
         assert self.model is not None, "the row is for a model"
-        # The whole vocabulary of the model, which the peers read: they know no smaller one.
-        vocab_size = AutoConfig.from_pretrained(self.model).get_text_config().vocab_size
-        work = self.work(**kwargs)
-        return FolderWork(**{**vars(work), "vocab_size": vocab_size}, folder=self.model)
+        work = self.work(**{**REAL, **kwargs})
+        return FolderWork(**{**vars(work), "vocab_size": vocabulary(self.model)}, folder=self.model)
+
+
+def vocabulary(folder: str) -> int:
+    """Return the size of a model's whole vocabulary, which the peers read: they know no smaller one."""
+    return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

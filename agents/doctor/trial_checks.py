@@ -21,7 +21,7 @@ from ..models.observations import unpack_observations
 from ..models.prefix_cache import KEPT_SHARE, PrefixCache
 from ..models.prompt_layout import MIN_SAVED
 from ..models.seq2seq import Seq2SeqBackbone
-from ..models.sequences import SequenceBatch
+from ..models.sequences import SequenceBatch, count_tokens
 from ..models.token_sets import AllowedTokens, TokenSets
 from ..policies.actor_critic import MAX_LOGITS
 from .report import Finding
@@ -152,8 +152,7 @@ def _time_update(subject: Subject) -> Timed:
         batch.allowed = AllowedTokens(TokenSets(policy.lm.backbone.vocab_size), rows * 0)
     actions = torch.as_tensor(np.tile(tokens[len(longest) :], n_sequences), device=policy.device)
     policy.train(True)
-    chunks = list(policy.lm.chunks(batch))
-    is_read = sum(chunk.n_read for chunk in chunks) / sum(chunk.ids.numel() for chunk in chunks)
+    n_read, n_tokens = count_tokens(policy.lm.chunks(batch))
     seconds = 0.0
     for _ in range(2):  # the first allocates memory and picks kernels; the second counts
         start = time.perf_counter()
@@ -164,7 +163,7 @@ def _time_update(subject: Subject) -> Timed:
         seconds = time.perf_counter() - start
         policy.zero_grad(set_to_none=True)
     policy.set_training_mode(False)
-    return Timed(seconds / len(actions), is_read)
+    return Timed(seconds / len(actions), n_read / n_tokens)
 
 
 def _update_groups(subject: Subject, n_prompt: int) -> tuple[int, int]:

@@ -107,8 +107,9 @@ class Backbone(nn.Module):
         self.attends_by_row = False
         self.train(False)
         probe(self)
-        is_cacheable, readers = self.is_cacheable, (self.read, self.read_shared)
-        self._sharing = examine_sharing(*readers, model, vocab_size) if is_cacheable else Sharing(False, False)
+        self._sharing = Sharing()
+        if self.is_cacheable:
+            self._sharing = examine_sharing(self.read, self.read_shared, model, vocab_size)
         self.train()  # as every new module of PyTorch
 
     def train(self, mode: bool = True) -> Backbone:

@@ -94,7 +94,7 @@ class TrunkCritic(ValueHead):
         self.trunk = trunk
         is_recurrent = trunk._is_stateful  # it keeps a state, not keys and values
         readers = (lambda *whole: (self.read(*whole),), lambda shared: (self.read_shared(shared),))
-        self._sharing = Sharing(False, False) if is_recurrent else examine_sharing(*readers, trunk)
+        self._sharing = Sharing() if is_recurrent else examine_sharing(*readers, trunk)
         self.train()  # as every new module of PyTorch
 
     def train(self, mode: bool = True) -> TrunkCritic:

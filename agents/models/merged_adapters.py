@@ -57,11 +57,10 @@ class MergingForward:
 
     def __call__(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output."""
-        if torch.compiler.is_compiling() or not _is_worth_it.get()() or args or kwargs or torch.is_grad_enabled():
-            return cast("Tensor", type(self.layer).forward(self.layer, states, *args, **kwargs))
-        weight = self._weight(states)
+        is_apart = torch.compiler.is_compiling() or not _is_worth_it.get()() or torch.is_grad_enabled()
+        weight = None if is_apart or args or kwargs else self._weight(states)
         if weight is None:
-            return cast("Tensor", type(self.layer).forward(self.layer, states))
+            return cast("Tensor", type(self.layer).forward(self.layer, states, *args, **kwargs))
         return nn.functional.linear(states, weight, self.layer.base_layer.bias)
 
     @property

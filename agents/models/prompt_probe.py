@@ -25,8 +25,8 @@ AtTransitions: TypeAlias = tuple[Tensor | None, ...]
 class Sharing(NamedTuple):
     """Whether prompts can be shared."""
 
-    plainly: bool  # where no layer is under activation checkpointing
-    in_checkpoints: bool  # by layers under activation checkpointing; false if there were none
+    plainly: bool = False  # where no layer is under activation checkpointing
+    in_checkpoints: bool = False  # by layers under activation checkpointing; false if there were none
 
     def now(self, model: PreTrainedModel, training: bool) -> bool:
         """Return whether prompts can be shared by a model in training or evaluation mode."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -221,8 +220,9 @@ class Seq2SeqBackbone(Backbone):
         """Return the decoder's hidden states, (B, T, H)."""
         if mask is None:  # without one, T5Gemma's decoder would pass over tokens that equal pad, such as its first one
             mask = torch.ones_like(ids)
-        with self._at(position_ids):
-            output = self.model.get_decoder()(
+        decoder = self.model.get_decoder()
+        with rows_at(decoder, position_ids):
+            output = decoder(
                 input_ids=ids,
                 attention_mask=mask,
                 encoder_hidden_states=encoder_hidden,
@@ -231,9 +231,6 @@ class Seq2SeqBackbone(Backbone):
                 use_cache=cache is not None,
             )
         return output.last_hidden_state
-
-    def _at(self, position_ids: Tensor | None) -> AbstractContextManager[None]:
-        return rows_at(self.model.get_decoder(), position_ids)
 
     def probe_inputs(self) -> tuple[Any, ...]:
         """Return the arguments of `read` for one row: a prompt of `PROBE_LENGTH` tokens, then one token fewer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,12 @@ class Chunk(NamedTuple):
     def n_read(self) -> int:
         """The number of tokens that the chunk's forwards read, padding included."""
         return self.ids.numel() if self.shared is None else self.shared.n_read
+
+
+def count_tokens(chunks: Iterable[Chunk]) -> tuple[int, int]:
+    """Return how many tokens the forwards of chunks read, and how many they would read without shared prompts."""
+    counts = [(chunk.n_read, chunk.ids.numel()) for chunk in chunks]
+    return sum(n_read for n_read, _ in counts), sum(n for _, n in counts)
 
 
 class SequenceBatch:

@@ -296,8 +296,8 @@ class SurrogateLoss:
                 raise ValueError(f"Expected a weight for each of {len(values)} tokens from {self.function}, got {got}.")
             # A token whose ratio is 0 in float32 has no gradient in SB3's loss; 0 / 0 would make it NaN.
             factors = weights / terms.ratios.clamp(min=1e-30)
-            is_named = isinstance(self.function, Surrogate)
-            clipped = self.function.is_clipped(terms, weights) if is_named else weights == 0  # type: ignore[attr-defined]
+            named = self.function if isinstance(self.function, Surrogate) else None
+            clipped = weights == 0 if named is None else named.is_clipped(terms, weights)
             self._figures.append(torch.stack([weights.mean(), clipped.to(weights.dtype).mean()]))
         return values + factors * (log_probs - values)  # the value itself: the difference is 0
 

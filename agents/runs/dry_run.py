@@ -18,6 +18,7 @@ from ..configuration.config import TrainConfig, TrainOptions
 from ..errors import Exit
 from ..evaluation.evaluation import evaluate
 from ..models.prefix_cache import PrefixCache
+from ..models.sequences import count_tokens
 from ..policies.lm_policy import LMPolicy
 from ..steps.step import sequence_buffer
 from .assemble import Parts, assemble, training_callbacks, trust_of
@@ -43,10 +44,9 @@ class Stopwatch(BaseCallback):
             n_read = lm.rollout_cache.prefill_tokens
             self.tokens["the rollout"] = (n_read, n_read + lm.rollout_cache.shared_tokens)
         was_training = lm.training
-        chunks = list(lm.train(True).chunks(sequence_buffer(self.model).view().batch))
+        chunks = lm.train(True).chunks(sequence_buffer(self.model).view().batch)
+        self.tokens["an epoch of the update"] = count_tokens(chunks)
         lm.train(was_training)
-        n_read = sum(chunk.n_read for chunk in chunks)
-        self.tokens["an epoch of the update"] = (n_read, sum(chunk.ids.numel() for chunk in chunks))
 
 
 def dry_run(config: TrainConfig, options: TrainOptions) -> int:

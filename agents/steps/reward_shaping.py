@@ -148,8 +148,7 @@ class RewardShaping(RolloutStep):
         """Return the penalty for the length of each episode, (E,)."""
         if self.overlong_tokens is None:
             return np.zeros(len(infos))
-        usual = self.env.env.rules.max_new_tokens
-        limits = np.array([info["prompt"].max_new_tokens or usual for info in infos])  # (E,)
+        limits = np.array([self.env.lanes.turn_limit(info["prompt"]) for info in infos])  # (E,)
         lengths = np.array([info["episode"]["l"] for info in infos])  # (E,)
         above = lengths - (limits - self.overlong_tokens)
         return self.overlong_penalty * (above / self.overlong_tokens).clip(0.0, 1.0)

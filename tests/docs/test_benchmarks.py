@@ -206,7 +206,7 @@ def test_the_work_of_saved_weights_has_their_vocabulary(work, tmp_path):
     import gpu
 
     gpu.save_random_model(work.Work(n_layer=1, width=48, n_head=3, vocab_size=100), str(tmp_path))
-    own = gpu.GpuSettings(smoke=True, folder=str(tmp_path), autocast="bfloat16").work(new_tokens=3)
+    own = gpu.GpuSettings(smoke=True, model=str(tmp_path), autocast="bfloat16").work(new_tokens=3)
     assert (own.vocab_size, own.new_tokens, own.n_lanes) == (100, 3, 4)
     model = own.agent()
     assert model.policy.lm.backbone.vocab_size == 100 and model.policy.lm.autocast == "bfloat16"

@@ -16,6 +16,7 @@ from agents.models.trainable import checkpoint_layers
 from tests.equivalence.test_shared_update import (  # noqa: F401  (`always` is a fixture)
     SHARING,
     always,
+    assert_close,
     batch_of,
     columns_of,
     differences,
@@ -154,5 +155,4 @@ def test_groups_are_trained_the_same_with_checkpoints():
         batch = collect(model).view().batch
         assert any(chunk.shared is not None for chunk in model.policy.lm.chunks(batch)) == (CAN_SHARE and bool(options))
         ends.append(weights(model))
-    for name, tensor in ends[0].items():
-        torch.testing.assert_close(tensor, ends[1][name], atol=1e-4, rtol=1e-4)
+    assert_close(*ends)

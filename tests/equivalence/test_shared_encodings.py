@@ -1,12 +1,13 @@
 """Encoder-decoders that encode an equal prompt once: numbers and gradients are those of whole sequences (F3)."""
 
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from agents import KLPenalty, SeparateCritic
+from agents import SeparateCritic
 from agents.models.interface import LengthError
 from agents.models.seq2seq import Seq2SeqBackbone
 from agents.models.sequences import SequenceBatch, number_prompts
@@ -15,17 +16,17 @@ from agents.policies.reference import divergences, log_probs
 from tests.equivalence.test_shared_update import (
     OPTIONS,
     PROMPTS,
-    Replying,
     always,  # noqa: F401  (a fixture for all tests)
+    assert_close,
     batch_of,
     columns_of,
     differences,
+    end_of_run,
     scores,
 )
-from tests.helpers.models import N_POSITIONS, N_TOKENS, collect, make_policy, make_ppo, tiny
+from tests.helpers.models import N_POSITIONS, N_TOKENS, collect, make_policy, tiny
 from tests.helpers.seq2seq import FAMILIES, tiny_seq2seq
-from tests.helpers.training import tiny_agent, tiny_env, weights
-from textenv import CharTokenizer, TextEnv
+from tests.helpers.training import tiny_agent, tiny_env
 
 
 def make(family="t5", **kwargs):
@@ -202,7 +203,7 @@ def test_who_reads_whole_sequences():
 
 
 def test_a_decoder_that_cannot_take_keys_reads_whole_sequences(monkeypatch):
-    monkeypatch.setattr(Seq2SeqBackbone, "_at", lambda self, position_ids: torch.no_grad())
+    monkeypatch.setattr("agents.models.seq2seq.rows_at", lambda decoder, position_ids: nullcontext())
     with pytest.warns(UserWarning, match="does not decode exactly from cached keys and values"):
         policy = make("bart")
     assert columns_of(policy) is None
@@ -210,21 +211,9 @@ def test_a_decoder_that_cannot_take_keys_reads_whole_sequences(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["one turn", "several turns"])
 def test_whole_training_runs_end_in_the_same_weights(kind):
-    """PPO with a reference; replies are read by the decoder, as parts of the completions."""
-    ends = []
-    for is_shared in (True, False):
-        options = {"max_new_tokens": 6, "reward": lambda prompt, preds, done: float(preds[-1] < 9)}
-        if kind == "several turns":
-            options |= {"max_turns": 3, "max_response_tokens": 8, "stop_ids": range(10)}
-        env = (TextEnv if kind == "one turn" else Replying)(["the same", "or other"], CharTokenizer(), **options)
-        model = make_ppo(tiny_seq2seq(), env=env, n_envs=8, n_steps=12, batch_size=48, n_epochs=2, learning_rate=0.05)
-        model.policy.lm.may_share_prompts = is_shared
-        model.learn(3 * 96, callback=KLPenalty(0.1, reference=tiny_seq2seq(initializer_factor=1.3)))
-        batch = collect(model).view().batch
-        assert any(chunk.shared is not None for chunk in model.policy.lm.chunks(batch)) == is_shared
-        ends.append(weights(model))
-    for name, tensor in ends[0].items():
-        torch.testing.assert_close(tensor, ends[1][name], atol=1e-4, rtol=1e-4)
+    """Replies are read by the decoder, as parts of the completions."""
+    reference = tiny_seq2seq(initializer_factor=1.3)
+    assert_close(*(end_of_run(kind, tiny_seq2seq(), reference, is_shared) for is_shared in (True, False)))
 
 
 def test_groups_of_samples_share(encoded):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from ..checkpoints.output_folders import check_output, output_folder
 from ..models.backbone import check_fits
 from ..small_models.demo_model import model_folder
 from .accuracy import wilson_interval
-from .resumable import origin, prepare, work_folder
+from .resumable import origin, prepare, remove_states, work_folder
 
 LabelledTexts = tuple[Sequence[str], Sequence[int]]  # texts, and the number of each text's label
 
@@ -153,7 +152,7 @@ def train_classifier(
     with output_folder(folder, "classifier", overwrite) as beside:
         model.save_pretrained(beside)
         reader.tokenizer.save_pretrained(beside)
-    shutil.rmtree(work)
+    remove_states(work)
     return ClassifierTraining(Path(folder), n_steps, training, measured)
 
 

@@ -29,6 +29,7 @@ from ..signals import Interrupts, raise_interrupt, write_line
 SAVE_STEPS = 500  # steps from one state to the next: the most that a killed process loses
 RETRY_STEPS = 20  # steps until the next attempt after a failed one: a full disk may have room again soon
 KEPT = 2  # how many of the newest states stay: one could be damaged
+MARK = "fingerprint"  # the file that says to which arguments the states belong
 STATE = "checkpoint"  # states are named "checkpoint-<step>", after transformers' `trainer_utils.PREFIX_CHECKPOINT_DIR`
 
 
@@ -66,14 +67,15 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
     for message in damage:
         warnings.warn(f"{message.rstrip('.')}; {goes_on}.", stacklevel=3)
     fingerprint = hashlib.sha256(repr(arguments).encode()).hexdigest()
-    mark = work / "fingerprint"
+    mark = work / MARK
     if newest is None:
         foreign = (
             [] if mark.is_file() or not work.is_dir() else [path.name for path in work.iterdir() if path.name[0] != "."]
         )
         if foreign:
             raise ValueError(f"Expected no folder {work}, where a stage keeps its states, got one with {foreign[0]}.")
-        shutil.rmtree(work, ignore_errors=True)
+        if work.is_dir():
+            remove_states(work)
         write_text(mark, fingerprint)
         return None
     if not mark.is_file() or mark.read_bytes() != fingerprint.encode():
@@ -82,6 +84,20 @@ def prepare(work: Path, arguments: object, resume: bool) -> Path | None:
             "anew with resume=False."
         )
     return newest
+
+
+def remove_states(work: Path) -> None:
+    """Remove the folder of states, its fingerprint last.
+
+    A process that is killed in between leaves states that are still known as this stage's, so that `prepare` can
+    continue from them or remove them.
+    """
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    shutil.rmtree(work)
 
 
 class States:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
 from .preferences import Labelled, Ranking
 from .ranking_data import Example, check_data, common_closing, encode_all
-from .resumable import ResumableFit, origin, prepare, work_folder
+from .resumable import ResumableFit, origin, prepare, remove_states, work_folder
 
 Loss: TypeAlias = Literal["last", "tokens"]
 DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
@@ -161,7 +160,7 @@ def train_reward_model(
         saved.model_max_length = limit  # a reward cuts texts where the training did
         saved.save_pretrained(beside)
         stats.save(beside)
-    shutil.rmtree(work)
+    remove_states(work)
     measured = _measure(model, tests, loss, centring, batch_size) if tests else None
     return RewardTraining(Path(folder), losses.cpu().numpy(), stats, measured)
 

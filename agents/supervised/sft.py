@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -29,7 +28,7 @@ from ..models.probe import PROBE_LENGTH, close
 from ..small_models.demo_model import model_folder
 from ..small_models.tokenizers import bpe_tokenizer
 from ..small_models.training_loop import IGNORED
-from .resumable import origin, prepare, work_folder
+from .resumable import origin, prepare, remove_states, work_folder
 from .sft_data import Row, Sample, Text, collate, encode_sample, pack
 
 DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
@@ -160,7 +159,7 @@ def tune(
     with output_folder(folder, "language model", overwrite) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-    shutil.rmtree(work)
+    remove_states(work)
     return Tuned(folder, n_steps, train_loss, before, after)
 
 

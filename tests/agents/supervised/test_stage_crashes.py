@@ -1,6 +1,7 @@
 """The stages before PPO, stopped, killed and damaged: they resume from the newest intact state to the same weights."""
 
 import errno
+import hashlib
 import os
 import random
 import shutil
@@ -171,6 +172,46 @@ def test_states_of_unknown_arguments_are_not_thrown_away(tmp_path, monkeypatch):
     (interrupted.work_folder(tmp_path / "m") / "fingerprint").unlink()
     with pytest.raises(ValueError, match="Expected the arguments and data of the interrupted run"):
         STAGES["reward-model"](tmp_path / "m", resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*(training begins anew|continuing from)")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_stage_killed_while_it_removes_states_starts_again(resume, tmp_path, monkeypatch):
+    """The fingerprint goes last: without it, the states that are left would be taken for somebody else's folder."""
+    monkeypatch.setattr(interrupted, "KEPT", 8)
+    remove, rmdir = os.unlink, os.rmdir
+
+    def killed_after(n_removals):
+        left = iter(range(n_removals))
+
+        def dying(original):
+            def action(*path, **options):
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                original(*path, **options)
+
+            return action
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", dying(remove))
+            patch.setattr(os, "rmdir", dying(rmdir))
+            interrupted.remove_states(work)
+
+    for n_removals in range(100):
+        work = tmp_path / f"killed after {n_removals}"
+        states = interrupted.States(work)
+        for step in (1, 2, 3):
+            states.save(step, lambda folder: (folder / "weights").write_text("0"))
+        (work / "fingerprint").write_text(hashlib.sha256(repr("data").encode()).hexdigest())
+        for step in (4, 5, 6):  # so that the fingerprint is first and last in no order of the files' making
+            states.save(step, lambda folder: (folder / "weights").write_text("0"))
+        try:
+            killed_after(n_removals)
+        except KeyboardInterrupt:
+            interrupted.prepare(work, "data", resume)
+        else:
+            break
+    assert n_removals == 6 * 3 + 2 and not work.exists()
 
 
 @pytest.mark.slow

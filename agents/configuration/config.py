@@ -127,6 +127,9 @@ class AlgorithmConfig:
             a class with __call__(self, terms); null is PPO's own clip.
         aggregation: The mean that the policy loss is: "token" over all tokens, "sequence" over the texts' own means,
             "constant" over the texts' sums, divided by env.max_new_tokens.
+        min_groups: Dynamic sampling (DAPO): leave out groups of samples with equal scores, and train when there are
+            this many others; null trains on every rollout.
+        max_rollouts: With `min_groups`, train after this many rollouts at the latest.
         micro_batch_tokens: Split each minibatch into parts of this many tokens, to save memory.
         critic_warmup: The number of rollouts at the start in which only the critic learns.
         args: Further arguments of the algorithm, such as `target_kl` or `ent_coef`.
@@ -142,6 +145,8 @@ class AlgorithmConfig:
     advantage: Literal["gae", "grpo", "grpo_mean", "rloo"] = "gae"
     surrogate: Named | str | None = None
     aggregation: Literal["token", "sequence", "constant"] = "token"
+    min_groups: int | None = None
+    max_rollouts: int = 10
     micro_batch_tokens: int | None = None
     critic_warmup: int = 0
     args: dict[str, Any] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from ..policies.value_norm import Scale, scales_of
 from .advantages import Advantage, mean_and_deviation
 from .aggregation import Aggregation, check_aggregation, token_factors
 from .ended_episodes import EndedEpisode, RolloutGroups
-from .idle_update import idle_samples, warn_of_waiting
+from .idle_update import idle_samples
 from .importance import Correction
 from .minibatches import deal
 from .segments import SegmentRecorder
@@ -350,7 +350,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         Raises:
             ValueError: If it does not divide the rollout, or if there are fewer sequences than minibatches. Where
                 dropped episodes are the cause, or groups that are not whole, there are fewer minibatches instead; if no
-                group is whole, one that changes nothing (see `idle_samples`).
+                group is trained, one that changes nothing (see `idle_samples`).
             RuntimeError: In several processes without the step `DataParallel`.
         """
         assert self.full, "the rollout is not complete"
@@ -378,7 +378,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
     def _nothing_to_train(self) -> Generator[SequenceSamples, None, None]:
         assert self.groups is not None, "only episodes of groups wait"
         if not self.generator_ready:  # once per update, not once per epoch
-            warn_of_waiting(self.groups.size)
+            self.groups.warn_of_idle_update()
         self.generator_ready = True
         yield idle_samples(self.actions, self.log_probs, self.device)
 

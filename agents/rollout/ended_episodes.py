@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from textenv.lanes.finished_episodes import Place
 
+from .dynamic_sampling import DynamicSampling
 from .rollout_record import RolloutRecord
 from .transitions import Segment, Transitions
 
@@ -32,6 +34,8 @@ class RolloutGroups(NamedTuple):
     size: int  # the number of members of a group
     reset_at: int  # the step of the env's last reset, which abandoned all groups begun before it
     can_wait: bool  # whether a rollout without a whole group may wait for the next
+    dynamic: DynamicSampling  # the choice of the rollouts after which groups with a signal are trained
+    log: Callable[[str, float], None]  # records a figure of the groups by its name
 
     def ended(self, place: Place, segment: Segment, part: Transitions) -> EndedEpisode | None:
         """Return the episode that ended with a segment, or None if none did or some of its tokens were lost.
@@ -65,3 +69,20 @@ class RolloutGroups(NamedTuple):
             if place not in waiting and counts[episode.group] == self.size
         }
         return whole, waiting
+
+    def warn_of_idle_update(self) -> None:
+        """Warn of an update that changes nothing, unless it is one in which groups wait for more, as was asked for."""
+        dynamic = self.dynamic
+        if dynamic.min_groups is None:
+            warnings.warn(
+                f"No group of {self.size} samples is whole after this rollout: its episodes wait for the others "
+                "of their group, and the update changes nothing. Raise n_envs or n_steps to train on each rollout.",
+                stacklevel=4,
+            )
+        elif dynamic.n_rollouts == 0:  # the bound is reached
+            warnings.warn(
+                f"No group of {self.size} samples had different scores in max_rollouts={dynamic.max_rollouts} rollouts "
+                "of dynamic sampling: the update changes nothing. The prompts are too hard or too easy for the model, "
+                "or the reward is constant.",
+                stacklevel=4,
+            )

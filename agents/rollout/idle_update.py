@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 
@@ -35,12 +33,3 @@ def idle_samples(actions: np.ndarray, log_probs: np.ndarray, device: torch.devic
     batch.stand_in = tuple(numbers.clone().requires_grad_() for numbers in (zeros, old, -old))  # type: ignore[assignment]
     chosen = torch.as_tensor(actions.flatten(), device=device).long()
     return SequenceSamples(batch, chosen, zeros, old, zeros, zeros)
-
-
-def warn_of_waiting(size: int) -> None:
-    """Warn of an update that changes nothing, since no group of `size` samples is whole."""
-    warnings.warn(
-        f"No group of {size} samples is whole after this rollout: its episodes wait for the others of their group, and "
-        "the update changes nothing. Raise n_envs or n_steps to train on each rollout.",
-        stacklevel=4,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from textenv.lanes.finished_episodes import Place
 
 from ..distributed.collectives import raise_together
 from .advantages import Advantage, carry, group_advantages, penalty_advantages
+from .dynamic_sampling import with_signal
 from .ended_episodes import EndedEpisode, RolloutGroups
 from .transitions import Segment, Transitions, joined
 
@@ -152,12 +153,14 @@ def choose_groups(
     groups: RolloutGroups,
     advantage: Advantage,
 ) -> tuple[TrainedSequences, dict[Place, EndedEpisode]]:
-    """Return the episodes of whole groups, without dropped ones, and those that wait for their group.
+    """Return the episodes of whole groups, without dropped ones, and those that wait.
+
+    They wait for others of their group or, with dynamic sampling, for further groups.
 
     Args:
         rollout: The rollout.
         waiting: As in `ended_sequences`.
-        waiting_episodes: The episodes that waited for their group until now.
+        waiting_episodes: The episodes that waited until now.
         groups: The groups of the episodes that ended in the rollout.
         advantage: The comparison of the episodes of a group; "gae" compares none.
     """
@@ -170,6 +173,7 @@ def choose_groups(
         if episode is not None:
             episodes[place] = episode._replace(is_dropped=rollout.is_dropped(segment))
     whole, still_waiting = groups.split(episodes)
+    whole, held = choose_by_signal(whole, waiting_episodes, groups)
     n_dropped = sum(episode.is_dropped for episode in whole.values())
     whole = {place: episode for place, episode in whole.items() if not episode.is_dropped}
     for place in whole.keys() & waiting_episodes.keys():  # a late score may have changed the rewards since
@@ -188,5 +192,33 @@ def choose_groups(
         TrainedSequence(Segment(lane, 0, len(part.actions), episode.tokens, True, episode.n_prompt), part)
         for ((_, lane), episode), part in zip(whole.items(), parts, strict=True)
     ]
-    kept = {place: episode._replace(part=joined([episode.part])) for place, episode in still_waiting.items()}
+    kept = {place: episode._replace(part=joined([episode.part])) for place, episode in (still_waiting | held).items()}
     return TrainedSequences(rollout, sequences, n_dropped, ids), kept
+
+
+def choose_by_signal(
+    whole: dict[Place, EndedEpisode], earlier: Mapping[Place, EndedEpisode], groups: RolloutGroups
+) -> tuple[dict[Place, EndedEpisode], dict[Place, EndedEpisode]]:
+    """Return the episodes of whole groups that are trained after a rollout, and those that wait for further groups.
+
+    With dynamic sampling, groups whose scores are all equal are in neither. Without, all are trained.
+
+    Args:
+        whole: The episodes of whole groups.
+        earlier: The episodes that waited until now; a group of which one is not among them became whole just now.
+        groups: The groups of the rollout, which log how many have a signal.
+    """
+    compared = [episode for episode in whole.values() if not episode.is_dropped]
+    scores = np.array([episode.part.task_rewards.sum(dtype=np.float64) for episode in compared])  # (E,)
+    signals = with_signal(scores, np.array([episode.group for episode in compared], dtype=np.int64))
+    new = {episode.group for place, episode in whole.items() if place not in earlier}
+    if new:
+        groups.log("signal", len(new & signals) / len(new))
+    if groups.dynamic.min_groups is None:
+        return whole, {}
+    is_full = groups.dynamic.is_full(len(signals))
+    chosen = {place: episode for place, episode in whole.items() if episode.group in signals}
+    groups.log("dropped", len(new - signals))
+    groups.log("extra_tokens", sum(len(e.part.actions) for e in whole.values() if e.group not in signals))
+    groups.log("trained", len(signals) if is_full else 0)
+    return (chosen, {}) if is_full else ({}, chosen)

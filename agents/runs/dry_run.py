@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -52,7 +53,8 @@ class Stopwatch(BaseCallback):
 def dry_run(config: TrainConfig, options: TrainOptions) -> int:
     """Train for one iteration, evaluate once, and print an estimate of the whole run's cost; write no file.
 
-    The estimate includes what equal prompts save (`samples_per_prompt`), since the iteration is a real one.
+    The estimate includes what equal prompts save (`samples_per_prompt`), since the iteration is a real one. With
+    dynamic sampling it is that of a run without, whose updates train more groups.
 
     Returns:
         The exit code.
@@ -61,9 +63,11 @@ def dry_run(config: TrainConfig, options: TrainOptions) -> int:
     parts = assemble(config, trust, progress_bar=not options.quiet)
     agent, watch = parts.agent, Stopwatch()
     agent.set_logger(Logger(None, []))  # without outputs: figures go nowhere
+    # Without dynamic sampling, the one update trains on all groups of its rollout: neither none of them nor a few.
+    as_usual = replace(config, algorithm=replace(config.algorithm, min_groups=None))
     start = time.monotonic()
     tokens = agent.n_steps * agent.n_envs
-    agent.learn(tokens, callback=CallbackList([*training_callbacks(config, trust), FiniteUpdates(), watch]))
+    agent.learn(tokens, callback=CallbackList([*training_callbacks(as_usual, trust), FiniteUpdates(), watch]))
     end = time.monotonic()
     evaluation = _seconds_of_evaluation(parts)
     n_iterations = math.ceil(config.total_tokens / tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..configuration.config import ShapingConfig, TrainConfig
 from ..steps.reward_shaping import RewardShaping
+from ..steps.sample_groups import SampleGroups
 from ..steps.scores import DropEpisodes
 from ..steps.step import RolloutStep
 
@@ -23,4 +24,6 @@ def score_steps(config: TrainConfig) -> list[RolloutStep]:
         steps.append(RewardShaping(**operations))
     if drop_cut:
         steps.append(DropEpisodes(cut=True))
+    if config.algorithm.min_groups is not None:
+        steps.append(SampleGroups(config.algorithm.min_groups, config.algorithm.max_rollouts))
     return steps

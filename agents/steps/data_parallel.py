@@ -29,7 +29,10 @@ SETTINGS = (
     "target_kl",
 )
 # Counts are added up; other figures are averaged.
-SUMMED = ("episode/dropped", "episode/failed", "time/prefill_tokens", "time/shared_tokens")
+SUMMED = (
+    *("episode/dropped", "episode/failed", "time/prefill_tokens", "time/shared_tokens"),
+    *("groups/dropped", "groups/trained", "groups/extra_tokens"),
+)
 ROLLOUT_SECONDS = "time/rollout_seconds"
 
 

@@ -9,13 +9,13 @@ import time
 import traceback
 
 from agents.distributed import world
-from tests.helpers import jobs, mistakes
+from tests.helpers import group_jobs, jobs, mistakes
 from tests.helpers.command import ROOT
 
 # Children are forked from a server that has imported everything once and has never run a backward pass: the threads
 # that a backward pass starts do not survive a fork.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.helpers.jobs", "tests.helpers.mistakes"])
+CONTEXT.set_forkserver_preload(["tests.helpers.jobs", "tests.helpers.group_jobs", "tests.helpers.mistakes"])
 
 
 def free_port():
@@ -25,7 +25,7 @@ def free_port():
 
 
 def launch(size, job, *args, environments=None, timeout=60):
-    """Run a function of `tests.helpers.jobs` or `.mistakes` in each process; return results and errors by rank."""
+    """Run a function of `jobs`, `group_jobs` or `mistakes` in each process; return results and errors by rank."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):
@@ -95,7 +95,7 @@ def run_script(folder, *words, options):
 def _child(pipe, variables, job, args):
     os.environ.update(variables)
     try:
-        result = (vars(jobs).get(job) or vars(mistakes)[job])(*args)
+        result = (vars(jobs).get(job) or vars(group_jobs).get(job) or vars(mistakes)[job])(*args)
     except BaseException as error:
         error.add_note(traceback.format_exc())
         result = error

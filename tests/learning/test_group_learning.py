@@ -4,8 +4,9 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import RewardShaping
+from agents import RewardShaping, SampleGroups
 from agents.build import make_agent
 from agents.evaluation.generation import generate
 from agents.rollout import minibatches
@@ -111,3 +112,42 @@ def test_e11_shaped_scores_learn():
         samples = generate(model, PROMPTS, TOKENIZER, 4, max_new_tokens=4)
         ends.append(np.mean([str(sample.end_reason) == "eos" for sample in samples]))
     assert ends[0] > 0.9 and ends[1] < 0.7
+
+
+class Batches(BaseCallback):
+    """Keeps, for each update, the share of its texts that have an advantage, and each rollout's mean reward."""
+
+    def _on_training_start(self):
+        self.shares, self.rewards = [], []
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        trained, ended = self.model.rollout_buffer.trained, self.training_env.record.ended
+        if len(trained):
+            self.shares.append(np.mean([bool(part.advantages.any()) for part in trained]))
+        self.rewards.append(np.mean([info["episode"]["r"] for info in ended.values()]))
+
+
+@pytest.mark.slow
+def test_e11_dynamic_sampling_trains_on_groups_with_a_signal_alone():
+    """Three of seven prompts cannot be answered, and soon the others always are: without it, few groups have a signal.
+
+    Of the same tokens, a few updates teach as much as one after each rollout.
+    """
+
+    def repeats(prompt, preds, done):
+        return float(done and prompt[0] in "abcd" and prompt[1] in preds.text[:1])
+
+    runs = {}
+    for name, steps in (("usual", []), ("dynamic", [SampleGroups(min_groups=16, max_rollouts=10)])):
+        env = TextEnv(PROMPTS, TOKENIZER, reward=repeats, samples_per_prompt=4, score_at="done", **RULES)
+        model, batches = build(env, "grpo", learning_rate=3e-3), Batches()
+        model.learn(80 * 256, callback=[*steps, batches])
+        runs[name] = batches
+    usual, dynamic = runs["usual"], runs["dynamic"]
+    assert min(dynamic.shares) == 1.0 and np.mean(usual.shares) < 0.3
+    assert len(usual.shares) == 80 and len(dynamic.shares) < 30
+    for batches in (usual, dynamic):
+        assert batches.rewards[0] < 0.2 and np.mean(batches.rewards[-20:]) > 0.4

@@ -122,6 +122,19 @@ def test_a_process_without_a_whole_group_takes_part_and_adds_nothing(lengths, th
     assert theirs is None or max(np.abs(change).max() for change in first.values()) > 100 * SAME
 
 
+@pytest.mark.parametrize(("min_groups", "max_rollouts"), [(3, 99), (99, 4)])
+def test_d11_the_processes_decide_together_when_groups_that_wait_are_trained(min_groups, max_rollouts):
+    """Only the groups of rank 0 have a signal; rank 1, which trains none, takes part in each update."""
+    first, second = train(2, "waiting_groups", min_groups, max_rollouts, 12)
+    assert [row[2] for row in first] == [row[2] for row in second], "the same weights"
+    assert all((trained, waiting) == (0, 0) for trained, waiting, _ in second)
+    updates = [i for i, (trained, *_) in enumerate(first) if trained]
+    expected = [i for i, (trained, waiting, _) in enumerate(first) if (trained + waiting) / 2 >= min_groups]
+    assert updates == (expected if min_groups == 3 else [3, 7, 11]) and len(updates) > 1
+    changed = [i for i in range(11) if first[i][2] != first[i + 1][2]]
+    assert changed == [i for i in updates if i < 11]
+
+
 REFUSED = {
     "lanes": (ValueError, "Expected n_envs to divide by the 2 processes, got 3"),
     "batch": (ValueError, "Expected `batch_size` to divide n_steps \\* n_envs = 16, got 10"),

@@ -9,13 +9,15 @@ import time
 import traceback
 
 from agents.distributed import world
-from tests.helpers import group_jobs, jobs, mistakes
+from tests.helpers import group_jobs, jobs, mistakes, surrogate_jobs
 from tests.helpers.command import ROOT
 
 # Children are forked from a server that has imported everything once and has never run a backward pass: the threads
 # that a backward pass starts do not survive a fork.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.helpers.jobs", "tests.helpers.group_jobs", "tests.helpers.mistakes"])
+MODULES = (mistakes, surrogate_jobs, group_jobs, jobs)
+JOBS = {name: job for module in MODULES for name, job in vars(module).items()}
+CONTEXT.set_forkserver_preload([module.__name__ for module in MODULES])
 
 
 def free_port():
@@ -25,7 +27,7 @@ def free_port():
 
 
 def launch(size, job, *args, environments=None, timeout=60):
-    """Run a function of `jobs`, `group_jobs` or `mistakes` in each process; return results and errors by rank."""
+    """Run a function of the `MODULES` in each process; return results and errors by rank."""
     port = free_port()
     pipes, processes = [], []
     for rank in range(size):
@@ -95,7 +97,7 @@ def run_script(folder, *words, options):
 def _child(pipe, variables, job, args):
     os.environ.update(variables)
     try:
-        result = (vars(jobs).get(job) or vars(group_jobs).get(job) or vars(mistakes)[job])(*args)
+        result = JOBS[job](*args)
     except BaseException as error:
         error.add_note(traceback.format_exc())
         result = error

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import DataParallel
+from agents import GSPO, ClipHigher, DataParallel
 from agents.cli import main as cli
 from agents.distributed.collectives import ProcessLost
 from agents.distributed.world import world
@@ -240,3 +240,12 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     for rank, (weights, tokens, _) in enumerate(whole):
         again, same, resumed_at = pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes())
         assert largest_difference(weights, again) == 0 and tokens == same == 192 and resumed_at == 48
+
+
+@pytest.mark.parametrize(("surrogate", "aggregation"), [(GSPO(1e-3, 2e-3), "sequence"), (ClipHigher(), "constant")])
+def test_e13_aggregations_count_the_sequences_of_all_processes(surrogate, aggregation):
+    weights = train(1, "surrogate_update", surrogate, aggregation)[0]
+    for theirs in train(2, "surrogate_update", surrogate, aggregation):
+        assert largest_difference(theirs, weights) < SAME
+    other = train(2, "surrogate_update", surrogate, aggregation, True)[0]
+    assert largest_difference(other, weights) > 10 * SAME, "a negative control: counts of one process"

@@ -159,7 +159,7 @@ def size(gradients):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_ppos_own_loss_has_the_gradient_of_the_written_out_one(name, aggregation, monkeypatch):
+def test_e13_ppos_own_loss_has_the_gradient_of_the_written_out_one(name, aggregation, monkeypatch):
     surrogate, loss = LOSSES[name]
     model = rollout_of(surrogate, aggregation, per_sequence=name == "GSPO")
     in_float64(monkeypatch, model)
@@ -174,7 +174,7 @@ def test_ppos_own_loss_has_the_gradient_of_the_written_out_one(name, aggregation
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["ClipHigher", "GSPO"])
-def test_with_masks_and_in_micro_batches_as_well(name, masked, monkeypatch):
+def test_e13_with_masks_and_in_micro_batches_as_well(name, masked, monkeypatch):
     """MaskablePPO, and forwards of a few sequences: a sequence's ratio needs the whole minibatch."""
     surrogate, loss = LOSSES[name]
     model = rollout_of(surrogate, "sequence", name == "GSPO", masked, micro_batch_tokens=16)

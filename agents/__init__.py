@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .configuration.config import Named as Named
     from .configuration.config import ShapingConfig as ShapingConfig
     from .configuration.config import TrainConfig as TrainConfig
+    from .configuration.recipes import RECIPES as RECIPES
     from .distributed.sharding import Sharded as Sharded
     from .distributed.world import is_main_process as is_main_process
     from .doctor.report import DoctorError as DoctorError
@@ -139,6 +140,7 @@ NAMES = {
     "ModelConfig": ".configuration.config",
     "Named": ".configuration.config",
     "Pretrained": ".models.pretrained",
+    "RECIPES": ".configuration.recipes",
     "Ranking": ".supervised.preferences",
     "Report": ".doctor.report",
     "RewardCurves": ".callbacks.reward_curves",

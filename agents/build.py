@@ -18,6 +18,7 @@ from .policies.flat import FlatLMPolicy
 from .policies.lm_policy import LMPolicy
 from .policies.maskable import MaskableLMPolicy
 from .policies.surrogates import NO_CLIP
+from .recipe_parts import recipe_parts
 from .rollout.buffer import SequenceRolloutBuffer
 from .rollout.maskable_buffer import MaskableSequenceRolloutBuffer
 from .rollout.vec_env import TextVecEnv
@@ -43,6 +44,7 @@ def make_agent(
     algorithm: type[Algorithm] = PPO,  # type: ignore[assignment]
     policy_kwargs: dict[str, Any] | None = None,
     rollout_buffer_kwargs: dict[str, Any] | None = None,
+    recipe: str | None = None,
     check: bool = False,
     **algorithm_kwargs: Any,
 ) -> Algorithm:
@@ -61,7 +63,7 @@ def make_agent(
     batch_size            1/8 of a rollout (64)  transitions; whole sequences, 8 or more in each minibatch
     n_epochs              4 (10)                 the policy must stay near the one that sampled
     normalize_advantage   False (True)           the buffer normalises over the whole rollout instead
-    vf_coef               0.1 (0.5)              the value loss shares the trunk with the policy
+    vf_coef               0.1 (0.5)              the value loss shares the trunk with the policy; 0 without critic
     max_grad_norm         1.0 (0.5)              usual for language models
     clip_range            0.2 (0.2)              1e9 with a `surrogate`, which has its own bounds
     use_rms_prop (A2C)    False (True)           so that the policy's AdamW stays
@@ -80,6 +82,10 @@ def make_agent(
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
             only with the advantage "gae", and `complete_episodes` only with an env of `samples_per_prompt`; the
             `aggregation_length` of "constant" is the env's `max_new_tokens`.
+        recipe: The name of a published algorithm: "ppo", "grpo", "dr_grpo", "rloo", "dapo", "gspo" or "cispo", whose
+            settings (`agents.RECIPES`, with the keys of a configuration) become the defaults of `policy_kwargs` and
+            `rollout_buffer_kwargs`. Its KL penalty and dynamic sampling are attached as steps, which steps of the same
+            class in `learn(callback=...)` replace. The env needs `samples_per_prompt`, except for "ppo".
         check: Whether to have the doctor examine the model (see `agents.doctor.check`); it warns of likely problems
             and changes nothing.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
@@ -89,8 +95,8 @@ def make_agent(
         `samples_per_prompt` the step `SampleGroups`, and `DropEpisodes` where the env's reward may drop some.
 
     Raises:
-        ValueError: If the algorithm is none of these or their subclasses; or if MaskablePPO gets an env without masks,
-            or another algorithm an env with masks.
+        ValueError: If the algorithm is none of these or their subclasses; if MaskablePPO gets an env without masks, or
+            another algorithm an env with masks; or if the recipe is unknown, or compares samples that the env lacks.
         DoctorError: With `check=True`, where training would be wrong; it names the check that failed, and the cure.
 
     Example:
@@ -113,9 +119,16 @@ def make_agent(
             f"Expected algorithm=MaskablePPO (sb3-contrib) for an env with `mask`, got {algorithm.__name__}, which "
             "would sample what the mask forbids."
         )
-    given = {"policy_kwargs": policy_kwargs, **algorithm_kwargs}
+    parts = recipe_parts(recipe)
+    if vec_env.env.samples_per_prompt == 1 < parts.samples_per_prompt:
+        raise ValueError(
+            f"Expected an env of several samples per prompt with the recipe {recipe!r}, got one of 1: give the env "
+            f"samples_per_prompt={parts.samples_per_prompt}."
+        )
+    policy_kwargs = {"lm": lm, **parts.policy, **(policy_kwargs or {})}
+    buffer_kwargs = buffer_settings(vec_env, {**parts.buffer, **(rollout_buffer_kwargs or {})})
+    given = {"policy_kwargs": policy_kwargs, "rollout_buffer_kwargs": buffer_kwargs, **algorithm_kwargs}
     settings = {**settings_for(algorithm, vec_env, given), **algorithm_kwargs}
-    buffer_kwargs = buffer_settings(vec_env, rollout_buffer_kwargs)
     with warnings.catch_warnings():
         # SB3 `ppo.PPO.__init__` compares `batch_size`, that of all processes, with the rollout of this process.
         if vec_env.world is not None:
@@ -125,10 +138,12 @@ def make_agent(
             vec_env,
             rollout_buffer_class=MaskableSequenceRolloutBuffer if is_maskable else SequenceRolloutBuffer,
             rollout_buffer_kwargs=buffer_kwargs,
-            policy_kwargs={"lm": lm, **(policy_kwargs or {})},
+            policy_kwargs=policy_kwargs,
             **settings,
         )
     attach_steps(model, vec_env)
+    for step in parts.steps:
+        step.attach(model)
     if check:
         report = examine(model)
         report.raise_if_failed()
@@ -147,8 +162,8 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
     Args:
         algorithm: The class of the algorithm.
         vec_env: The env that it trains on.
-        given: The caller's settings; `batch_size` depends on the `n_steps` among them, and `clip_range` on the
-            `surrogate` among its `policy_kwargs`.
+        given: The caller's settings; `batch_size` depends on the `n_steps` among them, `clip_range` on the `surrogate`
+            among its `policy_kwargs`, and `vf_coef` on the `advantage` among its `rollout_buffer_kwargs`.
     """
     settings: dict[str, Any] = {
         "gamma": 1.0,
@@ -158,7 +173,8 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
         "normalize_advantage": False,  # SB3 `ppo.PPO.train` would normalise each minibatch by itself
     }
     if not issubclass(algorithm, TRPO):
-        settings.update(vf_coef=0.1, max_grad_norm=1.0)
+        needs_critic = (given.get("rollout_buffer_kwargs") or {}).get("advantage", "gae") == "gae"
+        settings.update(vf_coef=0.1 if needs_critic else 0.0, max_grad_norm=1.0)
     # A2C trains on the whole rollout at once, without `batch_size`; its RMSprop would replace the policy's optimizer
     # (SB3 `a2c.A2C.__init__` and `train`).
     if issubclass(algorithm, A2C):

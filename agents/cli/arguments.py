@@ -20,15 +20,8 @@ from jsonargparse import (
 )
 from yaml import YAMLError
 
-from ..configuration.config import (
-    DEMO_PPO_SETTINGS,
-    DEMO_SETTINGS,
-    PPO_NAMES,
-    ModelConfig,
-    TrainConfig,
-    TrustOptions,
-    argument_help,
-)
+from ..configuration.config import ModelConfig, TrainConfig, TrustOptions, argument_help
+from ..configuration.defaults import DEMO_PPO_SETTINGS, DEMO_SETTINGS, PPO_NAMES, default_settings
 from ..configuration.plain_yaml import check_bounds, read_yaml
 from ..configuration.values import WORDS, check_values, in_words
 from ..errors import CommandError
@@ -208,6 +201,22 @@ def check_file(words: list[str]) -> None:
     for flag, path in itertools.pairwise(words):
         if flag == "--config":
             read_yaml(path)
+
+
+def set_defaults(parser: ArgumentParser, words: list[str], given: TrainConfig) -> list[str]:
+    """Give the parser the defaults that depend on other keys; return the words to parse with them.
+
+    Args:
+        parser: The verb's parser.
+        words: The command's words after the verb.
+        given: The configuration that they make without these defaults.
+    """
+    settings = default_settings(given)
+    # The environment's arguments are a single value, whose default would be lost with the first one that is given.
+    of_env = {key: settings.pop(key) for key in list(settings) if key.startswith("env.args.")}
+    parser.set_defaults(settings)
+    missing = {key: value for key, value in of_env.items() if key.removeprefix("env.args.") not in given.env.args}
+    return [*words, *(f"--{key}={value}" for key, value in missing.items())]
 
 
 def _load(text: str) -> Any:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from ..configuration.config import TrainConfig, TrainOptions, TrustOptions, default_settings
+from ..configuration.config import TrainConfig, TrainOptions, TrustOptions
 from ..configuration.stage_folders import check_folders
 from ..errors import CommandError, Exit, StageStopped
-from .arguments import check_file, make_parser, parse, parse_options, split, with_config
+from .arguments import check_file, make_parser, parse, parse_options, set_defaults, split, with_config
 from .options import (
     ChatOptions,
     ClassifierConfig,
@@ -148,9 +148,9 @@ def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, An
     words = with_config(words)
     check_file(words)
     if not {"-h", "--help"} & set(words):
-        # The defaults depend on the model, so the words are parsed twice; --print_config would already exit here.
+        # Some defaults depend on other keys, so the words are parsed twice; --print_config would already exit here.
         plain = [word for word in words if not word.startswith("--print_config")]
-        parser.set_defaults(default_settings(split(parser, plain, TrainConfig, options)[0]))
+        words = set_defaults(parser, words, split(parser, plain, TrainConfig, options)[0])
     return split(parser, words, TrainConfig, options)
 
 

@@ -6,8 +6,10 @@ import inspect
 import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+# The names of `agents.configuration.recipes.RECIPES`; a test holds that they are the same.
+Recipe: TypeAlias = Literal["ppo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo"]
 PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # the default loggers, and the package of each
 
 
@@ -113,6 +115,8 @@ class AlgorithmConfig:
 
     Args:
         name: The algorithm of Stable-Baselines3 or sb3-contrib.
+        recipe: A published algorithm, whose settings become the defaults of the other keys; `--print_config` shows
+            them, and docs/losses.md their table.
         n_envs: The number of episodes that run side by side.
         learning_rate: The learning rate at the start; null is 1e-5 (with trpo 1e-3, for the critic alone).
         schedule: Keep the learning rate constant, or lower it linearly to zero at the end.
@@ -136,6 +140,7 @@ class AlgorithmConfig:
     """
 
     name: Literal["ppo", "a2c", "maskable_ppo", "trpo"] = "ppo"
+    recipe: Recipe | None = None
     n_envs: int = 64
     learning_rate: float | None = None
     schedule: Literal["constant", "linear"] = "constant"
@@ -309,20 +314,6 @@ class TrainOptions(TrustOptions):
     json: bool = False
 
 
-# The defaults with the demo model: it is small and hardly trained, so it learns at a much larger learning rate and in
-# fewer tokens than a pretrained model. Other models have the defaults of the dataclasses above. With these settings the
-# demo reaches the reward that its tests demand; examples/quickstart.py has the same settings in Python.
-DEMO_SETTINGS: dict[str, Any] = {
-    "total_tokens": 56_000,
-    "env.max_new_tokens": 32,
-    "algorithm.learning_rate": 1.5e-3,
-    "algorithm.schedule": "linear",
-}
-DEMO_PPO_SETTINGS: dict[str, Any] = {  # further ones for PPO_NAMES: A2C and TRPO have no such minibatches
-    "algorithm.batch_size": 512,
-    "algorithm.args": {"target_kl": 0.05},
-}
-PPO_NAMES = ("ppo", "maskable_ppo")
 # The keys that a resumed run may change freely, since they have no influence on the weights.
 FREE_ON_RESUME = (
     "device",
@@ -334,30 +325,6 @@ FREE_ON_RESUME = (
     "samples_every",
     "samples",
 )
-
-
-def default_settings(given: TrainConfig) -> dict[str, Any]:
-    """Return the defaults, by dotted key, that differ from those of `TrainConfig`, as some do for the demo model.
-
-    Args:
-        given: The configuration with the defaults of `TrainConfig`.
-
-    Example:
-        >>> default_settings(TrainConfig())["algorithm.batch_size"]
-        512
-        >>> default_settings(TrainConfig(model=ModelConfig("gpt2")))
-        {}
-    """
-    if given.model.name != ModelConfig.name:
-        return {}
-    settings, algorithm = dict(DEMO_SETTINGS), given.algorithm
-    if algorithm.name in PPO_NAMES:
-        settings |= DEMO_PPO_SETTINGS
-        n_steps = algorithm.n_steps or given.env.max_new_tokens or settings["env.max_new_tokens"]
-        if n_steps * algorithm.n_envs % settings["algorithm.batch_size"]:
-            # SB3 `ppo.PPO.__init__` warns of a truncated minibatch if the batch size does not divide the rollout.
-            del settings["algorithm.batch_size"]
-    return settings
 
 
 def argument_help(config: type) -> dict[str, str]:

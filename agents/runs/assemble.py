@@ -43,11 +43,11 @@ from ..models.interface import LengthError
 from ..models.pretrained import Pretrained
 from ..models.trainable import LastLayers, LoRA, Trainable
 from ..policies.lm_policy import LMPolicy
+from ..policies.surrogate_names import make_surrogate
 from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
 from .score_steps import score_steps
-from .surrogate_names import make_surrogate
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
 SETTINGS = ("n_steps", "batch_size", "n_epochs")  # null leaves one to `make_agent`; A2C and TRPO lack some
@@ -313,8 +313,6 @@ def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm
         settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)  # from `rate` to 0 over all (1.0) of the training
     elif algorithm.learning_rate is not None:
         settings["learning_rate"] = algorithm.learning_rate
-    if algorithm.advantage != "gae":
-        settings["vf_coef"] = 0.0  # advantages from groups of samples need no critic
     buffer = {name: getattr(algorithm, name) for name in ("advantage", "aggregation", "micro_batch_tokens")}
     return make_agent(
         env,

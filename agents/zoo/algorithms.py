@@ -134,7 +134,7 @@ def _settings(
     if issubclass(algorithm, MaskablePPO):
         lanes.env.check_mask()
     settings = {
-        **settings_for(algorithm, lanes, kwargs),
+        **settings_for(algorithm, lanes, {**kwargs, "rollout_buffer_kwargs": buffer}),
         **kwargs,
         "rollout_buffer_kwargs": buffer_settings(lanes, buffer),
     }

@@ -43,7 +43,7 @@ LAYERS = {
         ("policies",),
         ("rollout",),
         ("steps",),
-        ("engines", "checkpoints", "doctor"),
+        ("engines", "checkpoints", "doctor", "recipe_parts"),
         ("evaluation", "supervised", "build"),
         ("callbacks", "zoo"),
         ("runs",),

@@ -11,7 +11,7 @@ import pytest
 
 from agents.checkpoints.manifest import newest_intact
 from agents.cli import main as cli
-from agents.configuration.config import DEMO_PPO_SETTINGS, DEMO_SETTINGS
+from agents.configuration.defaults import DEMO_PPO_SETTINGS, DEMO_SETTINGS
 from agents.errors import Exit
 from agents.evaluation.evaluation import evaluate
 from agents.evaluation.generation import generate

@@ -7,7 +7,8 @@ from agents.build import settings_for, usual_learning_rate
 from agents.cli import main as cli
 from agents.cli.arguments import make_parser
 from agents.cli.options import SFTConfig
-from agents.configuration.config import DEMO_PPO_SETTINGS, DEMO_SETTINGS, TrainConfig, argument_help
+from agents.configuration.config import TrainConfig, argument_help
+from agents.configuration.defaults import DEMO_PPO_SETTINGS, DEMO_SETTINGS
 from agents.runs.assemble import ALGORITHMS
 from agents.supervised.learned_reward import LearnedReward
 from tests.helpers.command import run

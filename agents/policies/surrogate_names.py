@@ -6,7 +6,7 @@ from textenv.checks.trust import Kind, Trust, is_called_with
 
 from ..configuration.config import Named
 from ..configuration.names import build
-from ..policies.surrogates import SURROGATES, SurrogateFunction
+from .surrogates import SURROGATES, SurrogateFunction
 
 SURROGATE = Kind("surrogate", "a class with __call__(self, terms)", is_called_with("terms"))
 

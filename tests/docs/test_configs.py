@@ -14,7 +14,7 @@ from tests.helpers.command import ROOT, run
 from tests.helpers.task_data import write_data
 from textenv import TASKS
 
-CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yml"))
+CONFIGS = sorted((ROOT / "examples" / "configs").rglob("*.yml"))
 STAGES = {"sft": SFTConfig, "classifier": ClassifierConfig, "reward-model": RewardModelConfig}
 TRAINED = [path for path in CONFIGS if not path.stem.endswith(("_sft", "_classifier", "_reward_model"))]
 SMALL = [path for path in TRAINED if not path.stem.endswith("_gpt2")]
@@ -46,7 +46,7 @@ def stage_config(verb, words):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_opens_with_command_hardware_minutes_and_figure(path):
     text = opening(path)
-    own = [words for words in commands(path) if f"examples/configs/{path.name}" in words]
+    own = [words for words in commands(path) if path.relative_to(ROOT).as_posix() in words]
     assert len(own) == 1, "the command that takes it"
     assert own[0][0] == ("train" if path in TRAINED else own[0][0] if own[0][0] in STAGES else "a stage")
     assert re.search(r"\bCPU\b|\bGPU\b", text), "the hardware"

@@ -18,12 +18,14 @@ from .policies.flat import FlatLMPolicy
 from .policies.lm_policy import LMPolicy
 from .policies.maskable import MaskableLMPolicy
 from .policies.surrogates import NO_CLIP
+from .rollout.advantages import GROUPED
 from .rollout.buffer import SequenceRolloutBuffer
 from .rollout.maskable_buffer import MaskableSequenceRolloutBuffer
 from .rollout.vec_env import TextVecEnv
 from .steps.data_parallel import DataParallel
 from .steps.sample_groups import SampleGroups
 from .steps.scores import DropEpisodes, LateScores
+from .steps.without_critic import WithoutCritic
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 SEQUENCES_A_MINIBATCH = 8  # twice the fewest that learn reliably (`minibatches.MIN_SEQUENCES`)
@@ -187,8 +189,11 @@ def attach_steps(model: OnPolicyAlgorithm, vec_env: TextVecEnv) -> None:
     """Attach the steps that the env needs to a model's buffer, and check that the model can read the env's texts."""
     DataParallel().attach(model)  # does nothing where there is one process
     cast("LMPolicy", model.policy).lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
-    if vec_env.env.samples_per_prompt > 1 or cast("SequenceRolloutBuffer", model.rollout_buffer).advantage != "gae":
+    buffer = cast("SequenceRolloutBuffer", model.rollout_buffer)
+    if vec_env.env.samples_per_prompt > 1 or buffer.advantage in GROUPED:
         SampleGroups().attach(model)
+    elif buffer.advantage != "gae":
+        WithoutCritic().attach(model)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
     elif vec_env.env.may_drop:

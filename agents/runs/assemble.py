@@ -46,6 +46,7 @@ from ..policies.lm_policy import LMPolicy
 from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
+from .advantage_names import make_advantage
 from .score_steps import score_steps
 from .surrogate_names import make_surrogate
 
@@ -313,9 +314,11 @@ def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm
         settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)  # from `rate` to 0 over all (1.0) of the training
     elif algorithm.learning_rate is not None:
         settings["learning_rate"] = algorithm.learning_rate
-    if algorithm.advantage != "gae":
-        settings["vf_coef"] = 0.0  # advantages from groups of samples need no critic
-    buffer = {name: getattr(algorithm, name) for name in ("advantage", "aggregation", "micro_batch_tokens")}
+    advantage = make_advantage(algorithm.advantage, trust)
+    if advantage != "gae" and not callable(advantage):
+        settings["vf_coef"] = 0.0  # these advantages need no critic; a function may read its values
+    names = ("critic_lambda", "lambda_alpha", "aggregation", "micro_batch_tokens")
+    buffer = {"advantage": advantage, **{name: getattr(algorithm, name) for name in names}}
     return make_agent(
         env,
         load_lm(model.name, trust),

@@ -19,12 +19,14 @@ from .policies.lm_policy import LMPolicy
 from .policies.maskable import MaskableLMPolicy
 from .policies.surrogates import NO_CLIP
 from .recipe_parts import recipe_parts
+from .rollout.advantages import GROUPED
 from .rollout.buffer import SequenceRolloutBuffer
 from .rollout.maskable_buffer import MaskableSequenceRolloutBuffer
 from .rollout.vec_env import TextVecEnv
 from .steps.data_parallel import DataParallel
 from .steps.sample_groups import SampleGroups
 from .steps.scores import DropEpisodes, LateScores
+from .steps.without_critic import WithoutCritic
 
 Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
 SEQUENCES_A_MINIBATCH = 8  # twice the fewest that learn reliably (`minibatches.MIN_SEQUENCES`)
@@ -82,10 +84,11 @@ def make_agent(
         rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
             only with the advantage "gae", and `complete_episodes` only with an env of `samples_per_prompt`; the
             `aggregation_length` of "constant" is the env's `max_new_tokens`.
-        recipe: The name of a published algorithm: "ppo", "grpo", "dr_grpo", "rloo", "dapo", "gspo" or "cispo", whose
-            settings (`agents.RECIPES`, with the keys of a configuration) become the defaults of `policy_kwargs` and
-            `rollout_buffer_kwargs`. Its KL penalty and dynamic sampling are attached as steps, which steps of the same
-            class in `learn(callback=...)` replace. The env needs `samples_per_prompt`, except for "ppo".
+        recipe: The name of a published algorithm: "ppo", "grpo", "dr_grpo", "rloo", "reinforce++", "dapo", "gspo",
+            "cispo" or "vapo". Its settings (`agents.RECIPES`, with the keys of a configuration) become the defaults of
+            `policy_kwargs` and `rollout_buffer_kwargs`. KL penalty, dynamic sampling and critic warm-up are attached as
+            steps, which steps of the same class in `learn(callback=...)` replace. Recipes that compare samples need an
+            env of `samples_per_prompt`.
         check: Whether to have the doctor examine the model (see `agents.doctor.check`); it warns of likely problems
             and changes nothing.
         **algorithm_kwargs: Arguments of the algorithm: `seed`, `ent_coef`, `tensorboard_log`, `device`, ...
@@ -173,8 +176,9 @@ def settings_for(algorithm: type, vec_env: TextVecEnv, given: Mapping[str, Any])
         "normalize_advantage": False,  # SB3 `ppo.PPO.train` would normalise each minibatch by itself
     }
     if not issubclass(algorithm, TRPO):
-        needs_critic = (given.get("rollout_buffer_kwargs") or {}).get("advantage", "gae") == "gae"
-        settings.update(vf_coef=0.1 if needs_critic else 0.0, max_grad_norm=1.0)
+        advantage = (given.get("rollout_buffer_kwargs") or {}).get("advantage", "gae")
+        has_critic = advantage == "gae" or callable(advantage)  # a function may read the critic's values
+        settings.update(vf_coef=0.1 if has_critic else 0.0, max_grad_norm=1.0)
     # A2C trains on the whole rollout at once, without `batch_size`; its RMSprop would replace the policy's optimizer
     # (SB3 `a2c.A2C.__init__` and `train`).
     if issubclass(algorithm, A2C):
@@ -203,8 +207,11 @@ def attach_steps(model: OnPolicyAlgorithm, vec_env: TextVecEnv) -> None:
     """Attach the steps that the env needs to a model's buffer, and check that the model can read the env's texts."""
     DataParallel().attach(model)  # does nothing where there is one process
     cast("LMPolicy", model.policy).lm.backbone.check_length(vec_env.env.max_prompt_tokens, vec_env.env.rules.room)
-    if vec_env.env.samples_per_prompt > 1 or cast("SequenceRolloutBuffer", model.rollout_buffer).advantage != "gae":
+    buffer = cast("SequenceRolloutBuffer", model.rollout_buffer)
+    if vec_env.env.samples_per_prompt > 1 or buffer.advantage in GROUPED:
         SampleGroups().attach(model)
+    elif buffer.advantage != "gae":
+        WithoutCritic().attach(model)
     if vec_env.env.score_at == "rollout_end":
         LateScores().attach(model)
     elif vec_env.env.may_drop:

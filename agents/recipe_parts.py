@@ -10,6 +10,7 @@ from textenv.checks.trust import Trust
 from .configuration.config import Named
 from .configuration.recipes import RECIPES
 from .policies.surrogate_names import make_surrogate
+from .steps.critic_warmup import CriticWarmup
 from .steps.kl_penalty import KLPenalty
 from .steps.sample_groups import SampleGroups
 from .steps.step import RolloutStep
@@ -54,5 +55,7 @@ def recipe_parts(name: str | None) -> RecipeParts:
         parts.steps.append(KLPenalty(coef))
     if min_groups := settings.pop("algorithm.min_groups", None):
         parts.steps.append(SampleGroups(min_groups))
+    if n_rollouts := settings.pop("algorithm.critic_warmup", 0):
+        parts.steps.append(CriticWarmup(n_rollouts))
     parts.buffer = {key.removeprefix("algorithm."): value for key, value in settings.items()}
     return parts

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
 
 # The names of `agents.configuration.recipes.RECIPES`; a test holds that they are the same.
-Recipe: TypeAlias = Literal["ppo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo"]
+Recipe: TypeAlias = Literal["ppo", "grpo", "dr_grpo", "rloo", "reinforce++", "dapo", "gspo", "cispo", "vapo"]
 PLOTTED = {"tensorboard": "tensorboard", "curves": "matplotlib"}  # the default loggers, and the package of each
 
 
@@ -124,8 +124,13 @@ class AlgorithmConfig:
         batch_size: The number of tokens in a minibatch; null is an eighth of a rollout, or more if that holds too few
             texts.
         n_epochs: The number of passes over each rollout; null is 4.
-        advantage: The estimate of advantages: "gae" uses a critic; the others compare samples of the same prompt and
-            need `--env.args '{samples_per_prompt: N}'`.
+        advantage: The estimate of advantages: "gae" uses a critic; "reinforce++" is what is still to come of rewards;
+            "grpo", "grpo_mean", "rloo" and "reinforce++_baseline" compare samples of the same prompt and need
+            `--env.args '{samples_per_prompt: N}'`. Or `module:Class` of a class with __call__(self, episodes), with
+            arguments as {id: NAME, args: {...}} (see docs/losses.md).
+        critic_lambda: With "gae", the lambda of the critic's targets; null is `gae_lambda`, 0.95 unless args has it.
+        lambda_alpha: With "gae", the policy's lambda is 1 - 1 / (lambda_alpha * the tokens of the text); null is
+            `gae_lambda`.
         surrogate: The weights of the policy gradient in place of PPO's clipped ratios, by name or {id: NAME, args:
             {...}}: "clip_higher", "dual_clip", "cispo", "gspo", "soft_gate" (see docs/losses.md), or `module:Class` of
             a class with __call__(self, terms); null is PPO's own clip.
@@ -147,7 +152,9 @@ class AlgorithmConfig:
     n_steps: int | None = None
     batch_size: int | None = None
     n_epochs: int | None = None
-    advantage: Literal["gae", "grpo", "grpo_mean", "rloo"] = "gae"
+    advantage: Named | str = "gae"
+    critic_lambda: float | None = None
+    lambda_alpha: float | None = None
     surrogate: Named | str | None = None
     aggregation: Literal["token", "sequence", "constant"] = "token"
     min_groups: int | None = None

@@ -31,6 +31,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "algorithm.aggregation": "constant",
             "kl.coef": 0.05,
         },
+        "reinforce++": {"algorithm.advantage": "reinforce++", "algorithm.aggregation": "token", "kl.coef": 0.01},
         "dapo": {
             **SAMPLES,
             "algorithm.advantage": "grpo",
@@ -51,6 +52,15 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "algorithm.advantage": "grpo",
             "algorithm.surrogate": {"id": "cispo", "args": {"high": 4.0}},
             "algorithm.aggregation": "token",
+            "kl.coef": 0.0,
+        },
+        "vapo": {
+            "algorithm.advantage": "gae",
+            "algorithm.critic_lambda": 1.0,
+            "algorithm.lambda_alpha": 1.0,
+            "algorithm.surrogate": {"id": "clip_higher", "args": {"low": 0.2, "high": 0.28}},
+            "algorithm.aggregation": "token",
+            "algorithm.critic_warmup": 2,
             "kl.coef": 0.0,
         },
     }

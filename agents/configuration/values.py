@@ -63,6 +63,8 @@ LIMITS = {
     **dict.fromkeys(("every", "n_prompts", "n", "patience"), AT_LEAST_ONE),
     **dict.fromkeys(("max_tokens", "raters", "updates", "min_groups", "max_rollouts"), AT_LEAST_ONE),
     **dict.fromkeys(("lora_alpha", "critic_lr_scale", "temperature", "repetition_penalty"), POSITIVE),
+    "critic_lambda": Limits(0, 1),
+    "lambda_alpha": POSITIVE,
     **dict.fromkeys(("learning_rate", "n_epochs", "target", "horizon", "clip"), POSITIVE),
     **dict.fromkeys(("samples", "critic_warmup", "coef", "kl", "missing_eos_penalty"), NOT_NEGATIVE),
     **dict.fromkeys(("centring", "prompt", "overlong_penalty"), NOT_NEGATIVE),

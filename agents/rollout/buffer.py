@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any, Protocol, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from ..models.token_sets import AllowedTokens, TokenSets
 from ..policies.actor_critic import LMActorCritic
 from ..policies.tensor_notes import ALLOWED, READ_BY
 from ..policies.value_norm import Scale, scales_of
-from .advantages import Advantage, mean_and_deviation
+from .advantages import GROUPED, NORMALISED, Advantage, AdvantageFunction, check_advantage, mean_and_deviation
 from .aggregation import Aggregation, check_aggregation, token_factors
+from .before_returns import BeforeReturns
 from .ended_episodes import EndedEpisode, RolloutGroups
+from .estimation import Estimation
 from .idle_update import idle_samples
 from .importance import Correction
 from .minibatches import deal
@@ -30,27 +32,6 @@ from .trained_sequences import FinishedRollout, check_some_left, choose_groups, 
 from .transitions import RolloutView, Segment, SequenceSamples, Transitions, batch_of, joined
 
 DATA_PARALLEL = "DataParallel"  # the key of the step without which several processes do not train
-
-
-class BeforeReturns(Protocol):
-    """The interface of the steps that work on a complete rollout before returns are computed: see `RolloutStep`."""
-
-    @property
-    def key(self) -> str:
-        """The step's name in saved models and checkpoints."""
-
-    @property
-    def order(self) -> int:
-        """The position of the step among the others: steps of lower order run first."""
-
-    def follow_env(self) -> bool:
-        """Prepare the step anew if its model has another env than before; return whether it has."""
-
-    def begin(self) -> None:
-        """Prepare for a rollout that begins."""
-
-    def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Change `buffer.rewards`, (T, B), in place."""
 
 
 class SequenceRolloutBuffer(RolloutBuffer):
@@ -81,16 +62,20 @@ class SequenceRolloutBuffer(RolloutBuffer):
             with which they were sampled, for the rollout in which their episode ends. Only then does a score at the end
             of an episode reach all its tokens.
         micro_batch_tokens: The most tokens, padding included, of one forward in the update; see `SequenceBatch`.
-        advantage: "gae", or one that needs no critic (pass `vf_coef=0`): "grpo", "grpo_mean" or "rloo" compare the
-            episodes of a prompt (see `group_advantages`), for an env with `samples_per_prompt` and the step
-            `SampleGroups`. The score of an episode, the plain sum of its rewards, gives all its tokens the same
-            advantage; penalties are charged to single tokens after the comparison (see `penalty_advantages`).
-            Implies `complete_episodes`; a critic's targets stay those of "gae".
+        advantage: "gae", or one that needs no critic (pass `vf_coef=0`). "grpo", "grpo_mean", "rloo" and
+            "reinforce++_baseline" compare the episodes of a prompt, for an env with `samples_per_prompt` and the step
+            `SampleGroups`; "reinforce++" is what is still to come of rewards minus penalties; a function gets the
+            episodes, each a `Trajectory`, and returns a number for each, or for each of its tokens. All but "gae" imply
+            `complete_episodes`, and "reinforce++" and its baseline form `normalize_advantage`; a critic's targets stay
+            those of "gae". See `episode_advantages` and docs/losses.md.
         aggregation: The mean that the policy loss of a minibatch is: "token" over tokens, "sequence" over sequences of
             their means, "constant" over sequences of their sums, divided by `aggregation_length` (see `token_factors`).
             Values and entropies stay means over tokens.
         aggregation_length: The divisor of "constant": the most tokens of an episode.
         expected_steps: The keys of the steps that must be in `before_returns`; each step adds its own.
+        critic_lambda: The lambda of the critic's targets, `returns`; None for `gae_lambda`, which is the policy's.
+        lambda_alpha: With "gae", the policy's lambda is 1 - 1 / (lambda_alpha n), at least 0, for an episode of n
+            tokens, in place of `gae_lambda`; implies `complete_episodes`.
 
     Attributes:
         before_returns: The steps that run on the complete rollout, in order, before returns are computed: late scores,
@@ -105,8 +90,8 @@ class SequenceRolloutBuffer(RolloutBuffer):
         trained: The sequences of the complete rollout that are trained.
 
     Raises:
-        ValueError: For an unknown `advantage` or `aggregation`, an `aggregation_length` that is missing or not used, or
-            `normalize_advantage` with an `advantage` other than "gae".
+        ValueError: For an unknown `advantage` or `aggregation`, an `aggregation_length` that is missing or not used, a
+            lambda out of range, or settings that the `advantage` does not suit.
 
     Example:
         >>> from agents import SequenceRolloutBuffer
@@ -129,23 +114,20 @@ class SequenceRolloutBuffer(RolloutBuffer):
         normalize_advantage: bool = False,
         complete_episodes: bool = False,
         micro_batch_tokens: int | None = None,
-        advantage: Advantage = "gae",
+        advantage: Advantage | AdvantageFunction = "gae",
         aggregation: Aggregation = "token",
         aggregation_length: int | None = None,
         expected_steps: Sequence[str] = (),
+        critic_lambda: float | None = None,
+        lambda_alpha: float | None = None,
     ) -> None:
-        if advantage not in get_args(Advantage):
-            raise ValueError(f"Expected `advantage` to be one of {list(get_args(Advantage))}, got {advantage!r}.")
-        if advantage != "gae" and normalize_advantage:
-            raise ValueError(
-                f"Expected normalize_advantage=False with advantage={advantage!r}, got True: over the whole rollout it "
-                "would undo the comparison within groups."
-            )
+        check_advantage(advantage, normalize_advantage, critic_lambda, lambda_alpha)
         check_aggregation(aggregation, aggregation_length)
         self.aggregation, self.aggregation_length = aggregation, aggregation_length
-        self.normalize_advantage = normalize_advantage
-        self.advantage: Advantage = advantage
-        self.complete_episodes = complete_episodes or advantage != "gae"
+        self.normalize_advantage = normalize_advantage or advantage in NORMALISED
+        self.advantage: Advantage | AdvantageFunction = advantage
+        self.critic_lambda, self.lambda_alpha = critic_lambda, lambda_alpha
+        self.complete_episodes = complete_episodes or advantage != "gae" or lambda_alpha is not None
         self.micro_batch_tokens = micro_batch_tokens
         self.expected_steps = list(expected_steps)
         self.before_returns: list[BeforeReturns] = []
@@ -271,17 +253,34 @@ class SequenceRolloutBuffer(RolloutBuffer):
             )
         for step in self.before_returns:
             step(self)
-        if self.advantage != "gae" and self.groups is None:
+        if self.advantage in GROUPED and self.groups is None:
             raise RuntimeError(
                 f"Expected the step SampleGroups with advantage={self.advantage!r}: pass it as a callback to learn()."
             )
         self.task_rewards, self.rewards = self.rewards, self.rewards - self.penalties
-        super().compute_returns_and_advantage(last_values.float(), dones)
+        self._estimate(last_values.float(), dones)
         self._choose_sequences()
         if self._lm is not None:
             returns = [part.returns for part in self.trained]
             self._value_scale, self._return_scale = scales_of(self._lm.value_norm, self._lm.critic, returns)
         self._lm = None
+
+    @property
+    def estimation(self) -> Estimation:
+        """The settings by which advantages and returns are estimated."""
+        critic_lambda = self.gae_lambda if self.critic_lambda is None else self.critic_lambda
+        return Estimation(self.gamma, self.gae_lambda, critic_lambda, self.lambda_alpha)
+
+    def _estimate(self, last_values: Tensor, dones: np.ndarray) -> None:
+        """Compute advantages and returns as SB3 does: with two lambdas, the returns by the critic's."""
+        targets, policy_lambda = None, self.gae_lambda
+        if self.estimation.has_two_lambdas:
+            self.gae_lambda = self.estimation.critic_lambda  # SB3's method reads this attribute
+            super().compute_returns_and_advantage(last_values, dones)
+            targets, self.gae_lambda = self.returns, policy_lambda
+        super().compute_returns_and_advantage(last_values, dones)
+        # SB3 `ppo.PPO.train` logs the explained variance of `returns` by `values`: that of the critic's own targets.
+        self.returns = self.returns if targets is None else targets
 
     def _value_sequences(self, lm: LMActorCritic) -> None:
         """Compute the values that were deferred, in one forward per sequence."""
@@ -322,13 +321,13 @@ class SequenceRolloutBuffer(RolloutBuffer):
     def _choose_sequences(self) -> None:
         """Choose the sequences that are trained, and compute the mean and deviation of their advantages."""
         rollout = FinishedRollout(
-            self.segments, self._transitions, self.episode_starts, self.dropped, self.gamma, self.gae_lambda
+            self.segments, self._transitions, self.episode_starts, self.dropped, self.estimation, self.advantage
         )
         if self.groups is None:
             self.trained = choose_sequences(rollout, self.waiting if self.complete_episodes else None)
         else:
             self.trained, self.waiting_episodes = choose_groups(
-                rollout, self.waiting, self.waiting_episodes, self.groups, self.advantage
+                rollout, self.waiting, self.waiting_episodes, self.groups
             )
         check_some_left(self.trained)
         self._mean: float | np.float32 = 0.0

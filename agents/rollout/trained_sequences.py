@@ -11,9 +11,10 @@ from textenv.episodes.scores import RewardError
 from textenv.lanes.finished_episodes import Place
 
 from ..distributed.collectives import raise_together
-from .advantages import Advantage, carry, group_advantages, penalty_advantages
+from .advantages import Advantage, AdvantageFunction, episode_advantages
 from .dynamic_sampling import with_signal
 from .ended_episodes import EndedEpisode, RolloutGroups
+from .estimation import Estimation
 from .transitions import Segment, Transitions, joined
 
 
@@ -25,16 +26,16 @@ class FinishedRollout(NamedTuple):
         read: Returns the transitions of a segment, as views of the buffer's arrays.
         episode_starts: Whether an episode began at a step of a lane, (T, B).
         dropped: The last step and the lane of each episode that is not trained.
-        gamma: Discount factor.
-        gae_lambda: The trade-off of generalized advantage estimation.
+        estimation: The settings by which advantages and returns were estimated.
+        advantage: The name of the advantages that are trained, or a function.
     """
 
     segments: list[Segment]
     read: Callable[[Segment], Transitions]
     episode_starts: np.ndarray
     dropped: set[tuple[int, int]]
-    gamma: float
-    gae_lambda: float
+    estimation: Estimation
+    advantage: Advantage | AdvantageFunction
 
     def is_dropped(self, segment: Segment) -> bool:
         """Return whether the episode that ended with a segment is not trained."""
@@ -125,7 +126,7 @@ def ended_sequences(rollout: FinishedRollout, waiting: dict[int, Transitions] | 
         earlier = waiting.pop(segment.lane, None)
         if earlier is not None and not rollout.episode_starts[segment.start, segment.lane]:
             # The advantages after the earlier part were not known when its rollout ended.
-            carry(earlier, later.advantages[0], later.values[0], rollout.gamma, rollout.gae_lambda)
+            rollout.estimation.carry(earlier, later.advantages[0], later.values[0], later.returns[0])
             later = copied = joined([earlier, later])
         if segment.is_finished:
             sequences.append(TrainedSequence(segment, copied))
@@ -143,7 +144,26 @@ def choose_sequences(rollout: FinishedRollout, waiting: dict[int, Transitions] |
     """
     ended = ended_sequences(rollout, waiting)
     kept = [sequence for sequence in ended if not rollout.is_dropped(sequence.segment)]
-    return TrainedSequences(rollout, kept, len(ended) - len(kept))
+    trained = TrainedSequences(rollout, kept, len(ended) - len(kept))
+    if waiting is not None:
+        _estimate(rollout, list(trained), None)
+    return trained
+
+
+def _estimate(rollout: FinishedRollout, episodes: list[Transitions], groups: np.ndarray | None) -> None:
+    """Write the advantages of whole episodes, which depend on their lengths or on each other, into their arrays.
+
+    Args:
+        rollout: The rollout.
+        episodes: The episodes, in the buffer's arrays or in copies.
+        groups: The number of each episode's group, (E,); None without groups.
+    """
+    for part in episodes:
+        rollout.estimation.adapt(part)
+    if rollout.advantage != "gae" and episodes:
+        advantages = episode_advantages(episodes, groups, rollout.advantage, rollout.estimation.gamma)
+        for part, own in zip(episodes, advantages, strict=True):
+            part.advantages[:] = own
 
 
 def choose_groups(
@@ -151,7 +171,6 @@ def choose_groups(
     waiting: dict[int, Transitions],
     waiting_episodes: dict[Place, EndedEpisode],
     groups: RolloutGroups,
-    advantage: Advantage,
 ) -> tuple[TrainedSequences, dict[Place, EndedEpisode]]:
     """Return the episodes of whole groups, without dropped ones, and those that wait.
 
@@ -162,7 +181,6 @@ def choose_groups(
         waiting: As in `ended_sequences`.
         waiting_episodes: The episodes that waited until now.
         groups: The groups of the episodes that ended in the rollout.
-        advantage: The comparison of the episodes of a group; "gae" compares none.
     """
     ended = TrainedSequences(rollout, ended_sequences(rollout, waiting), 0)
     episodes = dict(waiting_episodes)
@@ -177,17 +195,10 @@ def choose_groups(
     n_dropped = sum(episode.is_dropped for episode in whole.values())
     whole = {place: episode for place, episode in whole.items() if not episode.is_dropped}
     for place in whole.keys() & waiting_episodes.keys():  # a late score may have changed the rewards since
-        carry(whole[place].part, 0.0, 0.0, rollout.gamma, rollout.gae_lambda)
+        rollout.estimation.carry(whole[place].part)
     parts = [episode.part for episode in whole.values()]
     ids = np.array([episode.group for episode in whole.values()], dtype=np.int64)  # (E,)
-    if advantage != "gae" and parts:
-        scores = np.array([part.task_rewards.sum(dtype=np.float64) for part in parts])  # (E,)
-        compared = group_advantages(scores, ids, advantage)  # (E,)
-        penalised = penalty_advantages([part.penalties for part in parts], ids, advantage)  # (n,) each
-        parts = [
-            part._replace(advantages=(score + penalty).astype(np.float32))
-            for part, score, penalty in zip(parts, compared, penalised, strict=True)
-        ]
+    _estimate(rollout, parts, ids)
     sequences = [
         TrainedSequence(Segment(lane, 0, len(part.actions), episode.tokens, True, episode.n_prompt), part)
         for ((_, lane), episode), part in zip(whole.items(), parts, strict=True)

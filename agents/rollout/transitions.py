@@ -38,7 +38,7 @@ class Transitions(NamedTuple):
     values: np.ndarray  # in units of reward
     log_probs: np.ndarray  # in nats, by the policy
     advantages: np.ndarray
-    returns: np.ndarray  # advantages + values, before any normalisation (invariant D1)
+    returns: np.ndarray  # values + advantages by the critic's lambda, before any normalisation (invariant D1)
     allowed: np.ndarray  # int32: the number of the token set that the action was sampled from; 0 is the vocabulary
     # In nats, by the model that sampled: in the memory of `log_probs`, unless another engine sampled.
     behaviour_log_probs: np.ndarray

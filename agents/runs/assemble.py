@@ -47,6 +47,7 @@ from ..policies.surrogate_names import make_surrogate
 from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
+from .advantage_names import make_advantage
 from .score_steps import score_steps
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
@@ -313,7 +314,11 @@ def _agent(config: TrainConfig, env: TextEnv, trust: Trust) -> OnPolicyAlgorithm
         settings["learning_rate"] = LinearSchedule(rate, 0.0, 1.0)  # from `rate` to 0 over all (1.0) of the training
     elif algorithm.learning_rate is not None:
         settings["learning_rate"] = algorithm.learning_rate
-    buffer = {name: getattr(algorithm, name) for name in ("advantage", "aggregation", "micro_batch_tokens")}
+    names = ("critic_lambda", "lambda_alpha", "aggregation", "micro_batch_tokens")
+    buffer = {
+        "advantage": make_advantage(algorithm.advantage, trust),
+        **{name: getattr(algorithm, name) for name in names},
+    }
     return make_agent(
         env,
         load_lm(model.name, trust),

@@ -15,7 +15,7 @@ from ..distributed.gradients import AgreedTarget
 from ..distributed.world import world
 from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import DATA_PARALLEL, SequenceRolloutBuffer
-from .step import Order, RolloutStep
+from .step import Order, RolloutStep, sequence_buffer
 
 SETTINGS = (
     "n_steps",
@@ -28,6 +28,7 @@ SETTINGS = (
     "max_grad_norm",
     "target_kl",
 )
+BUFFER_SETTINGS = ("advantage", "critic_lambda", "lambda_alpha", "normalize_advantage", "aggregation")
 # Counts are added up; other figures are averaged.
 SUMMED = (
     *("episode/dropped", "episode/failed", "time/prefill_tokens", "time/shared_tokens"),
@@ -71,6 +72,7 @@ class DataParallel(RolloutStep):
         shards = cast("LMPolicy", model.policy).lm.shards
         self.algorithm = model
         settings = {name: repr(vars(model).get(name)) for name in SETTINGS}
+        settings.update({name: _name_of(getattr(sequence_buffer(model), name)) for name in BUFFER_SETTINGS})
         settings["shard"] = "" if shards is None else f"{shards.spec} on {shards.device}"
         settings["weights"] = str([tuple(w.shape) for w in model.policy.parameters() if w.requires_grad])
         for rank, other_settings in enumerate(gather("the settings", settings)):
@@ -149,6 +151,11 @@ def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         else:
             merged[key] = float(np.sum(values) if key in SUMMED else np.mean(values))
     return merged
+
+
+def _name_of(setting: Any) -> str:
+    """Return what a setting is, in words that are the same in all processes: a function's `repr` has its address."""
+    return getattr(setting, "__qualname__", type(setting).__qualname__) if callable(setting) else repr(setting)
 
 
 def _refusal(model: BaseAlgorithm) -> ValueError | None:

@@ -11,14 +11,15 @@ from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.dynamic_sampling import DynamicSampling
 from ..rollout.ended_episodes import RolloutGroups
 from .step import Order, RolloutStep, sequence_buffer, text_vec_env
+from .without_critic import refuse_truncation
 
 
 class SampleGroups(RolloutStep):
     """Trains the samples of one prompt together: an episode waits in the buffer until the last of its group has ended.
 
     It suits an env with `samples_per_prompt` of 2 or more; `make_agent` attaches it. The group-relative advantages of
-    `SequenceRolloutBuffer(advantage="grpo" | "grpo_mean" | "rloo")` need it, and so do scores that compare the members
-    of a group, which then reach all their tokens.
+    `SequenceRolloutBuffer` ("grpo", "grpo_mean", "rloo", "reinforce++_baseline") need it, and so do scores that compare
+    the members of a group, which then reach all their tokens.
 
     With `min_groups`, groups whose scores are all equal, which have no advantages, are dropped, and the others wait
     until there are `min_groups` of them: the dynamic sampling of DAPO (Yu et al., 2025, arXiv 2503.14476, section 3.2).
@@ -41,7 +42,7 @@ class SampleGroups(RolloutStep):
     Raises:
         ValueError: If a number is below 1. When attached, if the env has no groups, if the buffer does not wait for
             whole episodes, or if advantages without a critic are asked for and truncated episodes need one; with
-            `min_groups`, if the advantage is that of a critic, or the algorithm is TRPO.
+            `min_groups`, if the advantage compares no samples, or the algorithm is TRPO.
 
     Example:
         >>> from agents import SampleGroups
@@ -68,15 +69,11 @@ class SampleGroups(RolloutStep):
                 "Expected rollout_buffer_kwargs=dict(complete_episodes=True), got False: groups of samples are trained "
                 "when the last of them has ended."
             )
-        if buffer.advantage != "gae" and env.env.rules.length_limit == "truncate":
-            raise ValueError(
-                f"Expected length_limit='terminate' with advantage={buffer.advantage!r}, got 'truncate', which adds "
-                "the critic's value to the return of an episode."
-            )
-        if self.dynamic.min_groups is not None and buffer.advantage == "gae":
+        refuse_truncation(env, buffer)
+        if self.dynamic.min_groups is not None and buffer.advantage in ("gae", "reinforce++"):
             raise ValueError(
                 "Expected an advantage within groups with min_groups, such as rollout_buffer_kwargs=dict(advantage="
-                "'grpo'), got 'gae': a critic gives groups of equal scores a signal, too."
+                f"'grpo'), got {buffer.advantage!r}, which gives groups of equal scores a signal, too."
             )
         if self.dynamic.min_groups is not None and isinstance(model.policy, FlatLMPolicy):
             raise ValueError("Expected PPO, MaskablePPO or A2C with min_groups, got TRPO, whose updates cannot wait.")

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from agents import RECIPES, ClipHigher, KLPenalty, make_agent
+from agents import RECIPES, ClipHigher, CriticWarmup, KLPenalty, make_agent
 from agents.cli.main import train_config
 from agents.configuration.config import Recipe
 from agents.recipe_parts import recipe_parts
@@ -37,6 +37,8 @@ def what_counts(model, steps):
         "vf_coef": model.vf_coef,
         "kl": None if penalty is None else (penalty.coef, penalty.estimator),
         "min_groups": groups[-1].dynamic.min_groups if groups else None,
+        "critic_warmup": [step.n_rollouts for step in steps if isinstance(step, CriticWarmup)],
+        "lambdas": (buffer.critic_lambda, buffer.lambda_alpha),
         "complete_episodes": buffer.complete_episodes,
     }
 
@@ -97,5 +99,6 @@ def test_no_setting_of_a_recipe_is_lost(recipe):
     parts, settings = recipe_parts(recipe), RECIPES[recipe]
     made = {f"algorithm.{name}": value for name, value in parts.buffer.items()}
     assert made.items() <= settings.items()
-    others = {"algorithm.surrogate", "kl.coef", "algorithm.min_groups", "env.args.samples_per_prompt"}
+    others = {"algorithm.surrogate", "algorithm.min_groups", "algorithm.critic_warmup"}
+    others |= {"kl.coef", "env.args.samples_per_prompt"}
     assert settings.keys() - made.keys() <= others

@@ -1,7 +1,8 @@
 """Advantages in random settings against a plain calculation, term by term, from what was sampled.
 
-Gamma, lambda, terminated and truncated episodes, turns of another speaker, episodes that span rollouts, late scores,
-groups, a KL penalty, and a penalty for cut texts.
+Gamma, lambda, another lambda for the critic, a lambda by length, REINFORCE++, a function of one's own, terminated and
+truncated episodes, turns of another speaker, episodes that span rollouts, late scores, groups, a KL penalty, and a
+penalty for cut texts.
 """
 
 from collections import defaultdict
@@ -13,7 +14,8 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import KLPenalty, RewardShaping, make_agent
-from agents.rollout import trained_sequences
+from agents.rollout import advantages as advantages_module
+from agents.rollout import estimation
 from tests.helpers.models import randomise_critic
 from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
@@ -35,6 +37,16 @@ def score(prompt, preds, done):
 
 def score_at_end(prompt, preds, done):
     return score(prompt, preds, done) if done else 0.0
+
+
+def own(episodes):
+    """Return a number for a text of an even number of tokens, and one for each token of the others."""
+    return [
+        episode.score - len(episode.actions) / 2
+        if len(episode.actions) % 2 == 0
+        else episode.rewards - episode.penalties / 2 + episode.log_probs - episode.values
+        for episode in episodes
+    ]
 
 
 class Dialogue(TextEnv):
@@ -64,12 +76,19 @@ class Setting(NamedTuple):
     coef: float
     estimator: str
     cut: float  # the penalty for a text that ends at its limit
+    critic_lambda: float | None
+    alpha: float | None  # of a lambda by length
 
     @classmethod
     def of(cls, seed):
         rng = np.random.default_rng(seed)
         n, complete = int(rng.choice([1, 1, 2, 3])), bool(rng.random() < 0.5)
-        advantage = str(rng.choice(["gae", "grpo", "grpo_mean", "rloo"])) if n > 1 else "gae"
+        alone, grouped = ["gae", "reinforce++", "own"], ["grpo", "grpo_mean", "rloo", "reinforce++_baseline"]
+        advantage = str(rng.choice(["gae", *alone, *grouped] if n > 1 else ["gae", "gae", "gae", *alone]))
+        alpha = float(rng.choice([0.2, 1.0])) if advantage == "gae" and rng.random() < 0.3 else None
+        has_critic = advantage in ("gae", "own") and rng.random() < 0.6
+        critic_lambda = float(rng.choice([1.0, 0.7])) if has_critic else None
+        complete = complete or advantage != "gae" or alpha is not None
         longest = 6
         return cls(
             gamma=float(rng.choice([1.0, 0.9, 0.5])),
@@ -77,15 +96,17 @@ class Setting(NamedTuple):
             n_steps=int(rng.integers(longest if complete and n == 1 else 2, 9)),
             n_envs=int(rng.integers(3, 8)),
             score_at=str(rng.choice(["step", "done", "rollout_end"])),
-            length_limit="truncate" if advantage == "gae" and rng.random() < 0.5 else "terminate",
-            is_dialogue=bool(rng.random() < 0.4),
+            length_limit="truncate" if advantage == "gae" and rng.random() < 0.6 else "terminate",
+            is_dialogue=bool(rng.random() < 0.5),
             n=n,
             advantage=advantage,
             complete=complete or n > 1,
-            normalize=advantage == "gae" and bool(rng.random() < 0.5),
+            normalize=advantage.startswith("reinforce") or (advantage in alone and bool(rng.random() < 0.5)),
             coef=float(rng.choice([0.0, 0.3, 2.0])),
             estimator=str(rng.choice(list(ESTIMATES))),
             cut=float(rng.choice([0.0, 0.5])),
+            critic_lambda=critic_lambda,
+            alpha=alpha,
         )
 
 
@@ -132,7 +153,7 @@ class Diary(BaseCallback):
             return
         read = [tuple(batch.tokens[row, : col + 1].tolist()) for row, col in zip(batch.rows, batch.cols)]
         tensors = (samples[0].actions, samples[0].old_log_prob, samples[0].advantages, samples[0].returns)
-        self.trained.append(sorted(zip(read, *(tensor.tolist() for tensor in tensors))))
+        self.trained.append(in_order(zip(read, *(tensor.tolist() for tensor in tensors))))
 
     @torch.no_grad()
     def value(self, row):
@@ -152,12 +173,41 @@ class Diary(BaseCallback):
             step.penalty = self.setting.coef * ESTIMATES[self.setting.estimator](ratio)
 
 
-def gae(steps, setting, after):
+def gae(steps, setting, after, gae_lambda=None):
     """Return the advantages of steps: sums of (gamma lambda)^k delta. `after` is the value that follows the last."""
     values = [step.value for step in steps] + [after]
     deltas = [step.reward - step.penalty + setting.gamma * values[t + 1] - values[t] for t, step in enumerate(steps)]
-    decay = setting.gamma * setting.gae_lambda
+    decay = setting.gamma * (setting.gae_lambda if gae_lambda is None else gae_lambda)
     return [sum(decay**k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
+
+
+def used_by_policy(group, setting):
+    """Return the advantages of each episode's steps in a group, before they are normalised."""
+    if setting.advantage == "gae":
+        lambdas = [setting.gae_lambda for _ in group]
+        if setting.alpha is not None:
+            lambdas = [max(0.0, 1 - 1 / (setting.alpha * len(steps))) for steps in group]
+        return [gae(steps, setting, 0.0, number) for steps, number in zip(group, lambdas)]
+    if setting.advantage == "reinforce++":
+        pay = [[step.reward - step.penalty for step in steps] for steps in group]
+        return [[sum(setting.gamma**k * r for k, r in enumerate(own[t:])) for t in range(len(own))] for own in pay]
+    return owned(group, setting) if setting.advantage == "own" else compared(group, setting)
+
+
+def owned(group, setting):
+    """Return the advantages of each episode's steps by the function `own`."""
+    result = []
+    for steps in group:
+        if len(steps) % 2:
+            result.append([step.reward - step.penalty / 2 + step.log_prob - step.value for step in steps])
+            continue
+        score, advantages = sum(step.reward for step in steps) - len(steps) / 2, []
+        for t in range(len(steps)):
+            to_come = [sum(step.penalty for step in other[t:]) for other in group]
+            mean = sum(to_come) / len(group) if setting.n > 1 else 0.0
+            advantages.append(score - sum(step.penalty for step in steps[t:]) + mean)
+        result.append(advantages)
+    return result
 
 
 def compared(group, setting):
@@ -189,22 +239,27 @@ def expected(diary, rollout):
         for steps, lane in [*ended, *((steps, lane) for lane, steps in diary.open.items())]:
             part = [step for step in steps if step.rollout == rollout]
             is_over = steps is not diary.open.get(lane) and steps[-1].rollout == rollout
-            advantages = gae(part, setting, 0.0 if is_over else diary.ends[rollout][lane])
-            rows += [(step, a, a + step.value) for step, a in zip(part, advantages)]
+            after = 0.0 if is_over else diary.ends[rollout][lane]
+            both = gae(part, setting, after), gae(part, setting, after, setting.critic_lambda)
+            rows += [(step, a, target + step.value) for step, a, target in zip(part, *both)]
     groups = defaultdict(list)
     for number, (steps, info, _) in enumerate(diary.episodes):
         groups[info["group"] if setting.n > 1 else number].append(steps)
     for group in groups.values():
         last = max(steps[-1].rollout for steps in group)
         if setting.complete and len(group) == setting.n and last == rollout:
-            targets = [gae(steps, setting, 0.0) for steps in group]
-            used = targets if setting.advantage == "gae" else compared(group, setting)
-            for steps, target, advantages in zip(group, targets, used):
+            targets = [gae(steps, setting, 0.0, setting.critic_lambda) for steps in group]
+            for steps, target, advantages in zip(group, targets, used_by_policy(group, setting)):
                 rows += [(step, a, t + step.value) for step, t, a in zip(steps, target, advantages)]
     used = np.array([a for _, a, _ in rows])
     if setting.normalize and len(used) > 1:
         used = (used - used.mean()) / (used.std(ddof=1) + 1e-8)
-    return sorted((s.read, s.action, s.log_prob, a, target) for (s, _, target), a in zip(rows, used.tolist()))
+    return in_order((s.read, s.action, s.log_prob, a, target) for (s, _, target), a in zip(rows, used.tolist()))
+
+
+def in_order(rows):
+    """Return rows in an order in which rounding has no part: under a lambda of 0, advantages tie and returns do not."""
+    return sorted(rows, key=lambda row: (*row[:2], *(round(number, 3) for number in row[2:])))
 
 
 def agent_of(setting, seed):
@@ -215,7 +270,9 @@ def agent_of(setting, seed):
     turns["stop_ids"] = (0, 3) if setting.is_dialogue else (0,)
     env = cls(rows, LETTERS, max_new_tokens=6, length_limit=setting.length_limit, score_at=setting.score_at,
               samples_per_prompt=setting.n, **turns, **reward)  # fmt: skip
-    options = {"advantage": setting.advantage, "normalize_advantage": setting.normalize}
+    options = {"advantage": own if setting.advantage == "own" else setting.advantage}
+    options |= {"normalize_advantage": setting.normalize and not setting.advantage.startswith("reinforce")}
+    options |= {"critic_lambda": setting.critic_lambda, "lambda_alpha": setting.alpha}
     model = make_agent(
         env, tiny_config(vocab_size=V, n_layer=1, n_embd=8, initializer_range=0.4), n_envs=setting.n_envs,
         n_steps=setting.n_steps, batch_size=setting.n_steps * setting.n_envs, n_epochs=1, learning_rate=1e-2,
@@ -260,12 +317,29 @@ def test_the_settings_have_everything():
         assert len({getattr(setting, name) for setting in settings}) > 1, name
     assert sum(setting.advantage != "gae" and setting.coef > 0 for setting in settings) > 15
     assert sum(setting.is_dialogue and setting.length_limit == "truncate" for setting in settings) > 10
+    assert sum(setting.critic_lambda is not None and setting.complete for setting in settings) > 10
+    assert {setting.n > 1 for setting in settings if setting.alpha is not None} == {True, False}
 
 
 def test_control_penalties_that_nobody_charges_show(monkeypatch):
-    seed = next(seed for seed in range(120) if Setting.of(seed).advantage != "gae" and Setting.of(seed).coef > 0)
+    seed = next(seed for seed in range(120) if Setting.of(seed).advantage == "rloo" and Setting.of(seed).coef > 0)
     monkeypatch.setattr(
-        trained_sequences, "penalty_advantages", lambda penalties, *_: [np.zeros(len(part)) for part in penalties]
+        advantages_module, "penalty_advantages", lambda penalties, *_: [np.zeros(len(part)) for part in penalties]
     )
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check(seed)
+
+
+def test_control_targets_that_are_carried_by_the_policys_lambda_show(monkeypatch):
+    """The seed's episodes span several rollouts, and the two lambdas differ."""
+    seed = next(seed for seed in range(120) if is_carried(Setting.of(seed)))
+    carry = estimation.Estimation.carry
+    monkeypatch.setattr(
+        estimation.Estimation, "carry", lambda self, *args: carry(self._replace(critic_lambda=self.gae_lambda), *args)
+    )
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(seed)
+
+
+def is_carried(setting):
+    return setting.complete and setting.n > 1 and setting.critic_lambda not in (None, setting.gae_lambda)

@@ -11,7 +11,7 @@ AXES = {
     "sampling": ("plain", "temperature, top_p", "repetition_penalty", "top_p_lag (NLPO)"),
     "mask": ("none", "AllowedMask", "RegexMask", "JSONSchemaMask"),
     "KLPenalty": ("none", "k1", "k3, adaptive", "exact", "another reference"),
-    "advantage": ("gae", "grpo", "rloo"),
+    "advantage": ("gae", "gae, two lambdas", "grpo", "rloo", "reinforce++"),
     "score": ("each token", "shaped", "late, shaped"),
     "memory": ("plain", "gradient_checkpointing", "micro_batch_tokens", "bfloat16"),
     "beside": ("none", "CriticWarmup", "TrainingWarnings", "doctor"),

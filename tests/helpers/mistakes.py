@@ -41,6 +41,8 @@ def refused(case):
         return tiny_agent(env, algorithm=TRPO)
     if case == "settings":
         return tiny_agent(env, n_epochs=1 + rank_and_size()[0])
+    if case == "critic_lambda":
+        return tiny_agent(env, rollout_buffer_kwargs={"critic_lambda": rank_and_size()[0] / 2})
     if case == "batch":
         return tiny_agent(env, batch_size=10).learn(16)
     if case == "alone":

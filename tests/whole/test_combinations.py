@@ -61,6 +61,7 @@ PENALTIES = {
     "exact": lambda lm: [KLPenalty(0.1, estimator="exact")],
     "another reference": lambda lm: [KLPenalty(0.1, reference=lm)],
 }
+ADVANTAGES = {"gae, two lambdas": {"critic_lambda": 1.0, "lambda_alpha": 0.5}}
 MEMORY = {"gradient_checkpointing": {"gradient_checkpointing": True}, "bfloat16": {"autocast": "bfloat16"}}
 SHAPING = {"clip": 2.0, "scale": True, "missing_eos_penalty": 0.5}
 
@@ -80,7 +81,7 @@ def reward_model(tmp_path_factory):
 
 def build(cell, reward_model, **kwargs):
     """Build the agent of a cell, and its callbacks."""
-    has_groups = cell["advantage"] != "gae"
+    has_groups = cell["advantage"] in ("grpo", "rloo")
     env = TextEnv(
         PROMPTS,
         TOKENIZER,
@@ -97,9 +98,9 @@ def build(cell, reward_model, **kwargs):
         "SeparateCritic": lambda: SeparateCritic(tiny()),
         "RewardModelCritic": lambda: RewardModelCritic(reward_model),
     }
-    buffer_kwargs = {"advantage": cell["advantage"]}
+    buffer_kwargs = ADVANTAGES.get(cell["advantage"], {"advantage": cell["advantage"]})
     if cell["memory"] == "micro_batch_tokens":
-        buffer_kwargs["micro_batch_tokens"] = 24
+        buffer_kwargs = {**buffer_kwargs, "micro_batch_tokens": 24}
     model = make_agent(
         env,
         lm,

@@ -20,6 +20,7 @@ from agents.callbacks.episode_metrics import EpisodeMetrics
 from agents.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from agents.checkpoints.manifest import verify_checkpoint
 from agents.models.backbone import Backbone
+from tests.helpers.advantage_jobs import above_the_group
 from tests.helpers.command import ROOT
 from tests.helpers.models import few
 from tests.helpers.training import PROMPTS, Recorder, run_state, tiny_agent, tiny_config, tiny_env
@@ -77,12 +78,22 @@ def shared():
     return {"lm": tiny_config(n_positions=64), "rollout_buffer_kwargs": {"advantage": "rloo"}}
 
 
+def lambdas():
+    return {"rollout_buffer_kwargs": {"critic_lambda": 1.0, "lambda_alpha": 0.5}, "batch_size": LANES * STEPS}
+
+
+def function():
+    return {**shared(), "rollout_buffer_kwargs": {"advantage": above_the_group, "normalize_advantage": True}}
+
+
 # Each run as functions that return the env, the agent's arguments and the callbacks.
 RUNS = {
     "unfinished": (long_env, dict, list),
     "kl": (long_env, dict, lambda: [KLPenalty(0.1)]),
     "waiting": (long_env, complete, lambda: [KLPenalty(0.1)]),
     "groups": (groups_env, shared, lambda: [KLPenalty(0.1)]),
+    "lambdas": (long_env, lambdas, lambda: [KLPenalty(0.1)]),
+    "function": (groups_env, function, lambda: [KLPenalty(0.1)]),
     "late": (lambda: long_env(score_at="rollout_end"), complete, list),
     "schedule": (tiny_env, lambda: {"learning_rate": linear, "clip_range": linear}, lambda: [EpisodeMetrics()]),
     "a2c": (tiny_env, lambda: {"algorithm": A2C}, lambda: [KLPenalty(0.1)]),

@@ -163,6 +163,16 @@ def test_a_dry_run_of_groups_says_how_many_tokens_are_read(model, capsys):
     assert read < 0.6 * whole
 
 
+def test_a_configuration_has_the_estimates_of_advantages(model, capsys):
+    options = {"algorithm.critic_lambda": 1, "algorithm.lambda_alpha": 0.2}
+    assert run("train", *settings(model, **options), "--dry-run") == 0
+    capsys.readouterr()
+    assert run("train", *settings(model, **{"algorithm.advantage": "reinforce++", **options}), "--dry-run") == 2
+    assert "Expected critic_lambda=None with advantage='reinforce++', got 1" in capsys.readouterr().err
+    assert run("train", *settings(model, **{"algorithm.critic_lambda": 2}), "--dry-run") == 2
+    assert "critic_lambda" in capsys.readouterr().err
+
+
 def test_the_live_view_shows_figures_and_harmless_samples():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     screen = LiveScreen(1000, console)

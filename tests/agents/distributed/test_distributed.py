@@ -135,11 +135,27 @@ def test_d11_the_processes_decide_together_when_groups_that_wait_are_trained(min
     assert changed == [i for i in updates if i < 11]
 
 
+@pytest.mark.slow
+def test_the_update_is_the_same_with_every_advantage():
+    alone, both = train(1, "every_advantage")[0], train(2, "every_advantage", timeout=120)
+    for name, (weights, figures) in alone.items():
+        for results in both:
+            assert largest_difference(results[name][0], weights) < SAME, name
+            assert results[name][1] == pytest.approx(figures, rel=1e-4), name
+    names = list(alone)
+    pairs = [(first, second) for i, first in enumerate(names) for second in names[:i]]
+    apart = [largest_difference(alone[first][0], alone[second][0]) for first, second in pairs]
+    assert min(apart) > 100 * SAME, "no two of them are the same"
+    (theirs, _), _ = train(2, "one_advantage", "reinforce++", "advantages")
+    assert largest_difference(theirs, alone["reinforce++"][0]) > 10 * SAME, "a control: normalised in each process"
+
+
 REFUSED = {
     "lanes": (ValueError, "Expected n_envs to divide by the 2 processes, got 3"),
     "batch": (ValueError, "Expected `batch_size` to divide n_steps \\* n_envs = 16, got 10"),
     "normalize_advantage": (ValueError, "Expected normalize_advantage=False of the algorithm"),
     "settings": (ValueError, r"Expected the same settings in all processes, got others in rank [01]: \['n_epochs'\]"),
+    "critic_lambda": (ValueError, r"same settings in all processes, got others in rank [01]: \['critic_lambda'\]"),
     "TRPO": (ValueError, "Expected one process for FlatLMPolicy, got several"),
     "alone": (RuntimeError, "Expected all processes at the same, got rank . at '(saving|training)' and rank"),
     "by hand": (RuntimeError, r"Expected the callback DataParallel\(\)"),

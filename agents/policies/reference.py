@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -127,3 +128,17 @@ def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Te
     # `named_parameters` and `named_buffers` of torch name a tied tensor once.
     tensors: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared and not tensor.is_meta}
+
+
+def fingerprint(reference: LMActorCritic) -> str:
+    """Return a hash of the names, shapes and bytes of a reference's weights; offloaded ones are left out.
+
+    Bytes are summed, where the weights are, so that it costs one pass over them. Buffers are no weights: models compute
+    them, with roundings that depend on the device.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(reference.named_parameters()):
+        if not weight.is_meta:
+            total = weight.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {int(total)}\n".encode())
+    return digest.hexdigest()

@@ -7,17 +7,27 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from textenv.huggingface.weights import from_pretrained
 
 from ..distributed.collectives import broadcast_weights
 from ..distributed.sharding import Shards, gathered
 from ..models.backbone import Backbone
-from ..models.pretrained import LMLike, build_backbone
+from ..models.pretrained import LMLike, Pretrained, build_backbone
 from ..models.sequences import Chunk, SequenceBatch
 from ..models.trainable import adapted_layers, adapters_off
+from ..small_models.demo_model import model_folder
 from .actor_critic import LMActorCritic
+
+# Arguments of `Pretrained` that say where its files are, for its tokenizer as well.
+WHERE = ("cache_dir", "token", "local_files_only", "revision", "subfolder", "trust_remote_code")
 
 
 def start_of(policy: LMActorCritic) -> LMActorCritic:
@@ -77,6 +87,35 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
         built.requires_grad_(False).shards = Shards(built, policy.shards.spec)
         return built.eval()
     return built.to(policy.backbone.device).requires_grad_(False).eval()
+
+
+def check_tokens(lm: LMLike, tokenizer: Any) -> None:
+    """Raise ValueError if a token has one id for the policy, and another for a model that is given by name.
+
+    The model may lack tokens, and have further ones. Nothing is checked of a model without a tokenizer beside it, such
+    as a config, or if one of the tokenizers has no `get_vocab`.
+
+    Args:
+        lm: The model, as for `build_reference`.
+        tokenizer: The policy's tokenizer.
+    """
+    spec = Pretrained(str(lm)) if isinstance(lm, (str, PathLike)) else lm
+    if not isinstance(spec, Pretrained) or spec.name is None or not hasattr(tokenizer, "get_vocab"):
+        return
+    where = {key: spec.kwargs[key] for key in WHERE if key in spec.kwargs}
+    name = spec.name if where else model_folder(spec.name)
+    if not get_tokenizer_config(name, **where):
+        return
+    ours = {i: token for token, i in tokenizer.get_vocab().items()}
+    theirs = {i: token for token, i in from_pretrained(AutoTokenizer, name, **where).get_vocab().items()}
+    unlike = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    if unlike:
+        i = unlike[0]
+        raise ValueError(
+            f"Expected a `reference` with the policy's tokens, got {spec.name!r}, whose tokenizer has others for "
+            f"{len(unlike)} of {len(ours)} ids, such as {theirs[i]!r} in place of {ours[i]!r} for {i}: take a model of "
+            "the policy's family, or the reward 'likelihood', which reads texts with the model's own tokenizer."
+        )
 
 
 @torch.no_grad()

@@ -17,7 +17,16 @@ from ..models.interface import version_of
 from ..models.pretrained import LMLike, Pretrained
 from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
-from ..policies.reference import build_reference, copy_of, divergences, fingerprint, log_probs, own_tensors, start_of
+from ..policies.reference import (
+    build_reference,
+    check_tokens,
+    copy_of,
+    divergences,
+    fingerprint,
+    log_probs,
+    own_tensors,
+    start_of,
+)
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.transitions import RolloutView
 from .step import RolloutStep, sequence_buffer
@@ -145,6 +154,9 @@ class KLPenalty(RolloutStep):
         """Build the reference, or make it from the policy as it is now, unless there is a reference already."""
         self.algorithm = model
         self.policy = cast("LMPolicy", model.policy).lm
+        env = model.get_env()
+        if self.spec is not None and env is not None:
+            check_tokens(self.spec, env.get_attr("tokenizer", 0)[0])
         if self.reference is None and self.spec is not None:
             assert model.observation_space.shape is not None
             self.reference = build_reference(self.spec, self.policy, model.observation_space.shape[0] - 1)

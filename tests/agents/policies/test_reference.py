@@ -15,7 +15,9 @@ from agents import (
     Pretrained,
     TextVecEnv,
     load_checkpoint,
+    make_agent,
     save_checkpoint,
+    word_tokenizer,
 )
 from agents.models.sampling import Sampling
 from agents.models.sequences import SequenceBatch
@@ -32,6 +34,8 @@ from agents.policies.reference import (
 from agents.steps.kl_penalty import estimate
 from tests.helpers.models import N_TOKENS, disturb, make_policy, observe, tiny
 from tests.helpers.training import Recorder, run_state, tiny_agent, tiny_config, tiny_env
+from textenv import CharTokenizer, TextEnv
+from textenv.rewards import Zero
 
 ROWS = [([3, 1], [2, 5]), ([4], []), ([7, 8, 9, 1, 2], [3])]
 
@@ -273,6 +277,32 @@ def test_c5_a_teacher_given_by_name_is_not_saved_but_must_be_the_same(tmp_path):
         ValueError, match=r"`reference` that was saved, got another: its weights differ\. Pass the same"
     ):
         other.learn(16, callback=KLPenalty(1.0, reference=str(tmp_path / "teacher2")), reset_num_timesteps=False)
+
+
+def test_a_token_has_one_id_for_policy_and_reference(tmp_path):
+    """More tokens, fewer tokens and no tokenizer are accepted; a token of another id is refused by name."""
+    words = ["a", "good", "film", "plot"]
+    model = make_policy(tiny("gpt2")).lm.backbone.model
+
+    def teacher(folder, own_words):
+        model.save_pretrained(tmp_path / folder)
+        if own_words is not None:
+            word_tokenizer(own_words).save_pretrained(tmp_path / folder)
+        return str(tmp_path / folder)
+
+    def attach(reference, tokenizer=None):
+        env = TextEnv(["a"], tokenizer or word_tokenizer(words), reward=Zero(), max_new_tokens=4)
+        agent = make_agent(env, tiny_config(vocab_size=6), n_envs=8, device="cpu")
+        KLPenalty(1.0, reference=reference).attach(agent)
+
+    for folder, own_words in {"same": words, "more": [*words, "so"], "fewer": words[:3], "none": None}.items():
+        attach(teacher(folder, own_words))
+        attach(Pretrained(str(tmp_path / folder)))
+    other = teacher("other", ["a", "film", "good", "plot"])
+    attach(other, CharTokenizer("abc"))  # without `get_vocab`
+    for reference in (other, Pretrained(other)):
+        with pytest.raises(ValueError, match=r"whose tokenizer has others for 2 of 6 ids, such as 'film' in place of"):
+            attach(reference)
 
 
 def test_the_fingerprint_is_of_the_weights():

@@ -24,6 +24,7 @@ from textenv.prompts.prompts import Order, Prompt, PromptLike, PromptReader, rea
 from textenv.rewards.asynchronous import AsyncReward
 from textenv.rewards.base import BatchReward, RewardLike, RowReward, ask_rows, check_choice
 from textenv.rewards.registry import read_reward
+from textenv.rewards.steps import StepReward
 from textenv.text.named_tokenizer import read_tokenizer
 from textenv.text.printable import printable
 from textenv.text.tokenizer import Tokenizer
@@ -299,7 +300,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
     def scores_rows_apart(self) -> bool:
         """Whether the reward of a row does not depend on the other rows of the call."""
         # A `get_rewards` of the user's own or a `BatchReward` may compare the rows of a call.
-        by_row = not isinstance(self.reward, BatchReward) or isinstance(self.reward, RowReward)
+        by_row = not isinstance(self.reward, BatchReward) or isinstance(self.reward, (RowReward, StepReward))
         return by_row and type(self).get_rewards is TextEnv.get_rewards
 
     def respond(self, prompt: Prompt, preds: Preds) -> str | Literal[EndReason.LENGTH] | None:

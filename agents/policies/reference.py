@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from textenv.huggingface.weights import from_pretrained
 
 from ..distributed.collectives import broadcast_weights
 from ..distributed.sharding import Shards, gathered
 from ..models.backbone import Backbone
-from ..models.pretrained import LMLike, build_backbone
+from ..models.pretrained import LMLike, Pretrained, build_backbone
 from ..models.sequences import Chunk, SequenceBatch
 from ..models.trainable import adapted_layers, adapters_off
+from ..small_models.demo_model import model_folder
 from .actor_critic import LMActorCritic
+
+# Arguments of `Pretrained` that say where its files are, for its tokenizer as well.
+WHERE = ("cache_dir", "token", "local_files_only", "revision", "subfolder", "trust_remote_code")
 
 
 def start_of(policy: LMActorCritic) -> LMActorCritic:
@@ -78,6 +89,35 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     return built.to(policy.backbone.device).requires_grad_(False).eval()
 
 
+def check_tokens(lm: LMLike, tokenizer: Any) -> None:
+    """Raise ValueError if a token has one id for the policy, and another for a model that is given by name.
+
+    The model may lack tokens, and have further ones. Nothing is checked of a model without a tokenizer beside it, such
+    as a config, or if one of the tokenizers has no `get_vocab`.
+
+    Args:
+        lm: The model, as for `build_reference`.
+        tokenizer: The policy's tokenizer.
+    """
+    spec = Pretrained(str(lm)) if isinstance(lm, (str, PathLike)) else lm
+    if not isinstance(spec, Pretrained) or spec.name is None or not hasattr(tokenizer, "get_vocab"):
+        return
+    where = {key: spec.kwargs[key] for key in WHERE if key in spec.kwargs}
+    name = spec.name if where else model_folder(spec.name)
+    if not get_tokenizer_config(name, **where):
+        return
+    ours = {i: token for token, i in tokenizer.get_vocab().items()}
+    theirs = {i: token for token, i in from_pretrained(AutoTokenizer, name, **where).get_vocab().items()}
+    unlike = [i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
+    if unlike:
+        i = unlike[0]
+        raise ValueError(
+            f"Expected a `reference` with the policy's tokens, got {spec.name!r}, whose tokenizer has others for "
+            f"{len(unlike)} of {len(ours)} ids, such as {theirs[i]!r} in place of {ours[i]!r} for {i}: take a model of "
+            "the policy's family, or the reward 'likelihood', which reads texts with the model's own tokenizer."
+        )
+
+
 @torch.no_grad()
 def log_probs(reference: LMActorCritic, policy: LMActorCritic, batch: SequenceBatch, actions: Tensor) -> Tensor:
     """Return the reference's log-probabilities of actions (N,), in nats."""
@@ -127,3 +167,17 @@ def own_tensors(reference: LMActorCritic, policy: LMActorCritic) -> dict[str, Te
     # `named_parameters` and `named_buffers` of torch name a tied tensor once.
     tensors: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if id(tensor) not in shared and not tensor.is_meta}
+
+
+def fingerprint(reference: LMActorCritic) -> str:
+    """Return a hash of the names, shapes and bytes of a reference's weights; offloaded ones are left out.
+
+    Bytes are summed, where the weights are, so that it costs one pass over them. Buffers are no weights: models compute
+    them, with roundings that depend on the device.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(reference.named_parameters()):
+        if not weight.is_meta:
+            total = weight.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {int(total)}\n".encode())
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
@@ -13,10 +14,19 @@ from torch import Tensor
 from ..distributed.collectives import gather
 from ..distributed.sharding import placed
 from ..models.interface import version_of
-from ..models.pretrained import LMLike
+from ..models.pretrained import LMLike, Pretrained
 from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
-from ..policies.reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
+from ..policies.reference import (
+    build_reference,
+    check_tokens,
+    copy_of,
+    divergences,
+    fingerprint,
+    log_probs,
+    own_tensors,
+    start_of,
+)
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.transitions import RolloutView
 from .step import RolloutStep, sequence_buffer
@@ -91,8 +101,12 @@ class KLPenalty(RolloutStep):
     from the score before the comparison (Ahmadian et al., 2024): with "rloo" and k1 the expected gradient is the same
     as there. With "grpo", where scores are divided by the deviation of their group, `coef` is in deviations per nat.
 
-    It needs a `SequenceRolloutBuffer`. A checkpoint keeps the reference and the coefficient; a file written by
-    `model.save` does not, and training a loaded model raises unless `reference` is given or the policy has adapters.
+    Alone, with a teacher as the reference, it is on-policy distillation: `KLPenalty(1.0, reference="teacher")`, with
+    `gamma=0.0`, `vf_coef=0.0` and the reward "zero" (docs/losses.md).
+
+    It needs a `SequenceRolloutBuffer`. A checkpoint keeps the coefficient and the reference; of one that was given by
+    name it keeps a fingerprint, and resuming loads the name again. A file written by `model.save` keeps neither, and
+    training a loaded model raises unless `reference` is given or the policy has adapters.
 
     Args:
         coef: The penalty, in reward per nat, or an `AdaptiveCoef`. 0.01 to 0.1 is usual.
@@ -133,12 +147,16 @@ class KLPenalty(RolloutStep):
         is_spec = reference is not None and not isinstance(reference, LMActorCritic)
         self.spec = cast("LMLike", reference) if is_spec else None
         self.reference = copy_of(reference) if isinstance(reference, LMActorCritic) else None
+        self._fingerprint: str | None = None  # computed once, since a reference never changes
         self._start: int | None = None  # the version of the policy's weights at which they equal the reference's
 
     def prepare(self, model: BaseAlgorithm) -> None:
         """Build the reference, or make it from the policy as it is now, unless there is a reference already."""
         self.algorithm = model
         self.policy = cast("LMPolicy", model.policy).lm
+        env = model.get_env()
+        if self.spec is not None and env is not None:
+            check_tokens(self.spec, env.get_attr("tokenizer", 0)[0])
         if self.reference is None and self.spec is not None:
             assert model.observation_space.shape is not None
             self.reference = build_reference(self.spec, self.policy, model.observation_space.shape[0] - 1)
@@ -196,9 +214,18 @@ class KLPenalty(RolloutStep):
         logger.record("kl/coef", self.coef)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the weights of the reference that the policy does not hold, and the coefficient."""
+        """Return the weights of the reference that the policy does not hold, and the coefficient.
+
+        Of a reference that was given by name there is a fingerprint in place of the weights, which may be those of a
+        teacher many times the policy's size. Where weights are sharded, each process knows a part alone.
+        """
         assert self.reference is not None, "set when attached"
-        return own_tensors(self.reference, self.policy), {"coef": self.coef}
+        is_named = isinstance(self.spec, (str, PathLike, Pretrained)) and self.policy.shards is None
+        if not is_named:
+            return own_tensors(self.reference, self.policy), {"coef": self.coef}
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.reference)
+        return {}, {"coef": self.coef, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         """Restore the reference and the coefficient.
@@ -207,6 +234,14 @@ class KLPenalty(RolloutStep):
             ValueError: If the saved reference has other weights than this one.
         """
         assert self.reference is not None, "set when attached"
+        self.coef = meta["coef"]
+        if "fingerprint" in meta:
+            if self.policy.shards is None and fingerprint(self.reference) != meta["fingerprint"]:
+                raise ValueError(
+                    "Expected the `reference` that was saved, got another: its weights differ. Pass the same name, "
+                    "with the same files."
+                )
+            return
         own = own_tensors(self.reference, self.policy)
         unlike = sorted(own.keys() ^ tensors.keys())
         unlike += sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
@@ -216,7 +251,6 @@ class KLPenalty(RolloutStep):
             )
         for name, weight in own.items():
             weight.data.copy_(placed(tensors[name], weight))
-        self.coef = meta["coef"]
 
 
 def estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:

@@ -1,7 +1,7 @@
-"""Rewards of finished texts, alone or combined.
+"""Rewards of finished texts and of their steps, alone or combined.
 
-The rewards that need torch are not imported here: `textenv.rewards.classifier`, `.preference`, `.likelihood` and
-`.similarity`.
+The rewards that need torch are not imported here: `textenv.rewards.classifier`, `.preference`, `.likelihood`,
+`.process_model` and `.similarity`.
 """
 
 from textenv.episodes.failure_policy import RowError
@@ -14,7 +14,8 @@ from textenv.rewards.human import HumanReward
 from textenv.rewards.lexicon import Vader
 from textenv.rewards.overlap import BLEU, METEOR, ROUGE, ChrF, SacreBLEU
 from textenv.rewards.registry import make_reward, read_reward, register_reward
-from textenv.rewards.rules import Format, Keyword, Length, Regex, Repetition
+from textenv.rewards.rules import Format, Keyword, Length, Regex, Repetition, Zero
+from textenv.rewards.steps import StepReward, StepwiseReward
 
 __all__ = [
     "BLEU",
@@ -41,8 +42,11 @@ __all__ = [
     "RowReward",
     "SacreBLEU",
     "Scale",
+    "StepReward",
+    "StepwiseReward",
     "Vader",
     "WeightedSum",
+    "Zero",
     "make_reward",
     "read_reward",
     "register_reward",

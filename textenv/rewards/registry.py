@@ -24,6 +24,7 @@ REWARD = Kind(
 _ROOM = "textenv.rewards"
 # The class or function of each name, as "module:name"; `register_reward` adds to it.
 REWARDS: dict[str, str] = {
+    "zero": f"{_ROOM}.rules:Zero",
     "length": f"{_ROOM}.rules:Length",
     "repetition": f"{_ROOM}.rules:Repetition",
     "keyword": f"{_ROOM}.rules:Keyword",
@@ -45,6 +46,8 @@ REWARDS: dict[str, str] = {
     "preference": f"{_ROOM}.preference:Preference",
     "likelihood": f"{_ROOM}.likelihood:Likelihood",
     "similarity": f"{_ROOM}.similarity:Similarity",
+    "steps": f"{_ROOM}.steps:StepReward",
+    "process": f"{_ROOM}.process_model:ProcessReward",
     "human": f"{_ROOM}.human:HumanReward",
     "async": f"{_ROOM}.asynchronous:AsyncFunction",
     "http": f"{_ROOM}.http_judge:HTTPJudge",

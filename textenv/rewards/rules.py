@@ -1,4 +1,4 @@
-"""Rewards by simple rules: length, repetition, keywords, patterns and tagged sections."""
+"""Rewards by simple rules: none, length, repetition, keywords, patterns and tagged sections."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from typing import Literal
 from textenv.episodes.completion import Preds
 from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import RowReward, check_choice
+
+
+@dataclass
+class Zero(RowReward):
+    """No reward, where something else trains, such as the divergence from a teacher (on-policy distillation).
+
+    Example:
+        >>> from textenv import CharTokenizer, Preds, Prompt
+        >>> Zero()(Prompt("a"), Preds(CharTokenizer("ab"), [1, 2]), True)
+        0.0
+    """
+
+    def score_row(self, prompt: Prompt, preds: Preds) -> float:
+        """Return 0."""
+        return 0.0
 
 
 @dataclass

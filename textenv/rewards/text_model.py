@@ -15,13 +15,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from textenv.huggingface.weights import check_name, from_pretrained, load_whole
-from textenv.rewards.text_reader import ReadAs, Scored, TextReader, longest
+from textenv.rewards.text_reader import Parts, ReadAs, Scored, TextReader, longest
 
 ModelLike = str | PathLike[str] | PreTrainedModel
 
 
 class TextModel:
-    """A model for sequence classification with its own tokenizer: text in, logits out.
+    """A model for sequence or token classification with its own tokenizer: text in, logits at its last token out.
 
     The model is put into evaluation mode and computes no gradients. Texts are sorted by length into batches and padded
     on the right, whatever the tokenizer's `padding_side`, since models with absolute positions score a left-padded text
@@ -105,20 +105,27 @@ class TextModel:
 
     def encode(self, texts: Sequence[Scored]) -> list[list[int]]:
         """Return the token ids of each text or conversation, cut to `max_length`."""
-        parts = [self.reader.parts(text) for text in texts]
+        return self.cut([self.reader.parts(text) for text in texts])
+
+    def cut(self, parts: Sequence[Parts]) -> list[list[int]]:
+        """Return the token ids of each encoded text, cut to `max_length`, with one warning of the first cut."""
         n_long = sum(1 for own in parts if len(own.body) > self.reader.room(own))
         if n_long and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"{n_long} of {len(texts)} texts are longer than max_length={self.max_length} tokens of "
+                f"{n_long} of {len(parts)} texts are longer than max_length={self.max_length} tokens of "
                 f"{type(self.model).__name__}; they are cut on the {self.reader.truncation_side}. This is said once.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return [self.reader.cut(own) for own in parts]
 
     def logits(self, texts: Sequence[Scored]) -> np.ndarray:
         """Return the logits of B texts or conversations, (B, labels) float32."""
-        ids = [own or [self.pad_id] for own in self.encode(texts)]
+        return self.logits_of(self.encode(texts))
+
+    def logits_of(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the logits of B texts, given as token ids, (B, labels) float32."""
+        ids = [own or [self.pad_id] for own in texts]
         logits = np.zeros((len(ids), self.model.config.num_labels), dtype=np.float32)
         for ends_with_pad in (False, True):
             order = [row for row, own in enumerate(ids) if (own[-1] == self.pad_id) == ends_with_pad]
@@ -147,7 +154,10 @@ class TextModel:
     @torch.inference_mode()
     def _forward(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         tokens, is_text = self.pad(ids)
-        return self.model(input_ids=tokens, attention_mask=is_text).logits.float().cpu().numpy()
+        logits = self.model(input_ids=tokens, attention_mask=is_text).logits.float()
+        if logits.ndim == 3:  # (B, T, labels), of a model for token classification
+            logits = logits[torch.arange(len(ids), device=logits.device), is_text.sum(dim=1) - 1]  # (B, labels)
+        return logits.cpu().numpy()
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token ids, padded on the right, and their attention mask: two (B, T) int64 on the device."""

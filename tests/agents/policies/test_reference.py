@@ -15,15 +15,27 @@ from agents import (
     Pretrained,
     TextVecEnv,
     load_checkpoint,
+    make_agent,
     save_checkpoint,
+    word_tokenizer,
 )
 from agents.models.sampling import Sampling
 from agents.models.sequences import SequenceBatch
 from agents.policies import actor_critic as actor_critic_module
-from agents.policies.reference import build_reference, copy_of, divergences, log_probs, own_tensors, start_of
+from agents.policies.reference import (
+    build_reference,
+    copy_of,
+    divergences,
+    fingerprint,
+    log_probs,
+    own_tensors,
+    start_of,
+)
 from agents.steps.kl_penalty import estimate
 from tests.helpers.models import N_TOKENS, disturb, make_policy, observe, tiny
 from tests.helpers.training import Recorder, run_state, tiny_agent, tiny_config, tiny_env
+from textenv import CharTokenizer, TextEnv
+from textenv.rewards import Zero
 
 ROWS = [([3, 1], [2, 5]), ([4], []), ([7, 8, 9, 1, 2], [3])]
 
@@ -237,6 +249,68 @@ def test_another_checkpoint_as_reference(tmp_path):
             resumed.learn(16, callback=KLPenalty(0.2), reset_num_timesteps=False)
     model = tiny_agent()
     model.learn(16, callback=KLPenalty(0.2, reference=tiny_config(n_layer=1)))
+
+
+def test_c5_a_teacher_given_by_name_is_not_saved_but_must_be_the_same(tmp_path):
+    """A checkpoint has its fingerprint; a resumed run loads the name, and goes on as if uninterrupted."""
+    for number in (1, 2):
+        make_policy(tiny("llama"), seed=number).lm.backbone.model.save_pretrained(tmp_path / f"teacher{number}")
+    teacher = str(tmp_path / "teacher1")
+
+    def attached():
+        model, penalty = tiny_agent(gamma=0.0, vf_coef=0.0), KLPenalty(1.0, reference=teacher)
+        return model, penalty
+
+    model, penalty = attached()
+    model.learn(32, callback=penalty)
+    save_checkpoint(model, tmp_path / "saved")
+    assert penalty.state_dict()[0] == {}
+    assert (tmp_path / "saved" / "step_KLPenalty.safetensors").stat().st_size < 200
+    model.learn(32, callback=penalty, reset_num_timesteps=False)
+    resumed, again = attached()
+    load_checkpoint(resumed, tmp_path / "saved")
+    resumed.learn(32, callback=again, reset_num_timesteps=False)
+    assert run_state(resumed) == run_state(model)
+    other = tiny_agent()
+    load_checkpoint(other, tmp_path / "saved")
+    with pytest.raises(
+        ValueError, match=r"`reference` that was saved, got another: its weights differ\. Pass the same"
+    ):
+        other.learn(16, callback=KLPenalty(1.0, reference=str(tmp_path / "teacher2")), reset_num_timesteps=False)
+
+
+def test_a_token_has_one_id_for_policy_and_reference(tmp_path):
+    """More tokens, fewer tokens and no tokenizer are accepted; a token of another id is refused by name."""
+    words = ["a", "good", "film", "plot"]
+    model = make_policy(tiny("gpt2")).lm.backbone.model
+
+    def teacher(folder, own_words):
+        model.save_pretrained(tmp_path / folder)
+        if own_words is not None:
+            word_tokenizer(own_words).save_pretrained(tmp_path / folder)
+        return str(tmp_path / folder)
+
+    def attach(reference, tokenizer=None):
+        env = TextEnv(["a"], tokenizer or word_tokenizer(words), reward=Zero(), max_new_tokens=4)
+        agent = make_agent(env, tiny_config(vocab_size=6), n_envs=8, device="cpu")
+        KLPenalty(1.0, reference=reference).attach(agent)
+
+    for folder, own_words in {"same": words, "more": [*words, "so"], "fewer": words[:3], "none": None}.items():
+        attach(teacher(folder, own_words))
+        attach(Pretrained(str(tmp_path / folder)))
+    other = teacher("other", ["a", "film", "good", "plot"])
+    attach(other, CharTokenizer("abc"))  # without `get_vocab`
+    for reference in (other, Pretrained(other)):
+        with pytest.raises(ValueError, match=r"whose tokenizer has others for 2 of 6 ids, such as 'film' in place of"):
+            attach(reference)
+
+
+def test_the_fingerprint_is_of_the_weights():
+    first, same, other = (make_policy(tiny("llama"), seed=seed).lm for seed in (1, 1, 2))
+    assert fingerprint(first) == fingerprint(same) != fingerprint(other)
+    with torch.no_grad():
+        next(same.parameters()).flatten()[0] += 1e-3
+    assert fingerprint(first) != fingerprint(same)
 
 
 def test_a_reference_that_does_not_fit_is_refused():

@@ -14,6 +14,8 @@ from textenv.episodes.scores import FAILURE
 
 from ..models.prefix_cache import PrefixCache
 from ..policies.lm_policy import LMPolicy
+from ..rollout.buffer import SequenceRolloutBuffer
+from ..rollout.explained_variance import of_trained
 from ..rollout.vec_env import TextVecEnv
 from ..steps.step import remember
 from .reward_time import RewardShare
@@ -35,7 +37,11 @@ class EpisodeMetrics(BaseCallback):
       the policy decodes by a `PrefixCache`,
     - `episode/dropped`: the number of episodes that were dropped since their reward failed; no other figure has them,
     - `episode/failed`: the number of episodes that got a penalty since their reward failed (the part "failure"). These
-      two keys are logged from the first such episode on.
+      two keys are logged from the first such episode on,
+    - `value/explained_variance_first`, `_middle` and `_last`: the share of the variance of the critic's targets that
+      its values explain, for the tokens in each third of the texts that the coming update trains (see
+      `rollout.explained_variance`). Texts that go on in the next rollout are left out, and a rollout that waits for
+      further groups has none. Only with a `SequenceRolloutBuffer`; in several processes over the tokens of all.
 
     Example:
         >>> from agents import EpisodeMetrics
@@ -78,6 +84,7 @@ class EpisodeMetrics(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        self._log_explained_variance()
         infos = self._episodes.take()
         now = time.perf_counter()
         speed = (self.model.num_timesteps - self._timesteps) / (now - self._clock)
@@ -110,3 +117,9 @@ class EpisodeMetrics(BaseCallback):
         ends = Counter(info["end_reason"] for info in infos)
         for reason in EndReason:
             self.logger.record(f"episode/end_{reason}", ends[reason] / len(infos))
+
+    def _log_explained_variance(self) -> None:
+        buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        if isinstance(buffer, SequenceRolloutBuffer):
+            for third, figure in of_trained(buffer.trained).items():
+                self.logger.record(f"value/explained_variance_{third}", figure)

@@ -265,3 +265,11 @@ def test_e13_aggregations_count_the_sequences_of_all_processes(surrogate, aggreg
         assert largest_difference(theirs, weights) < SAME
     other = train(2, "surrogate_update", surrogate, aggregation, True)[0]
     assert largest_difference(other, weights) > 10 * SAME, "a negative control: counts of one process"
+
+
+def test_two_processes_log_the_explained_variance_of_one():
+    (one,) = train(1, "explained_thirds")
+    first, second = train(2, "explained_thirds")
+    assert len(one) == 2 and all(len(row) == 3 for row in one)
+    for ours, theirs, row in zip(first, second, one):
+        assert ours == theirs and ours == pytest.approx(row, rel=1e-4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import GSPO, ClipHigher, DataParallel
+from agents import GSPO, ClipHigher, DataParallel, Sharded
 from agents.cli import main as cli
 from agents.distributed.collectives import ProcessLost
 from agents.distributed.world import world
@@ -249,3 +249,15 @@ def test_e13_aggregations_count_the_sequences_of_all_processes(surrogate, aggreg
         assert largest_difference(theirs, weights) < SAME
     other = train(2, "surrogate_update", surrogate, aggregation, True)[0]
     assert largest_difference(other, weights) > 10 * SAME, "a negative control: counts of one process"
+
+
+@pytest.mark.parametrize(("estimator", "shard"), [("exact", None), ("k2", None), ("k2", Sharded())])
+def test_e14_kl_in_the_loss_is_a_mean_over_all_processes(estimator, shard):
+    weights = train(1, "surrogate_update", None, "sequence", False, estimator)[0]
+    for theirs in train(2, "surrogate_update", None, "sequence", False, estimator, shard):
+        assert largest_difference(theirs, weights) < SAME
+    without = train(1, "surrogate_update", None, "sequence")[0]
+    assert largest_difference(without, weights) > 10 * SAME
+    if shard is not None:
+        with pytest.raises(ValueError, match="Expected estimator='k2' of KLPenalty in the loss with sharded weights"):
+            train(2, "surrogate_update", None, "sequence", False, "exact", shard)

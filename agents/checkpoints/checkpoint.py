@@ -348,6 +348,8 @@ def _arrays(transitions: Transitions) -> dict[str, np.ndarray]:
     arrays = transitions._asdict()
     if transitions.is_by_policy:
         del arrays["behaviour_log_probs"]  # the same array as `log_probs`
+    if np.isinf(transitions.reference_log_probs).all():
+        del arrays["reference_log_probs"]
     return arrays
 
 
@@ -360,6 +362,7 @@ def _load_waiting(buffer: SequenceRolloutBuffer, tensors: Mapping[str, Tensor]) 
     buffer.waiting, buffer.waiting_episodes = {}, {}
     for origin, fields in fields_of.items():
         fields.setdefault("behaviour_log_probs", fields["log_probs"])
+        fields.setdefault("reference_log_probs", np.full_like(fields["log_probs"], np.inf))
         transitions = Transitions(*(fields[name] for name in Transitions._fields))
         if ":" in origin:
             step, lane = map(int, origin.split(":"))

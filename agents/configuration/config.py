@@ -176,6 +176,8 @@ class KLConfig:
         estimator: The estimator of a token's divergence: k1, k2 and k3 use the sampled token (Schulman), "exact" uses
             the whole distribution.
         clip: The limit to the divergence of a single token, in nats; null for none.
+        where: Whether the penalty is subtracted from the reward of each token, or added to the loss, as "exact" or k2:
+            the others have another gradient there.
     """
 
     coef: float = 0.05
@@ -184,6 +186,7 @@ class KLConfig:
     reference: str | None = None
     estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     clip: float | None = None
+    where: Literal["reward", "loss"] = "reward"
 
 
 @dataclass

@@ -64,22 +64,22 @@ class SharedGradient:
         self._engine: DistributedDataParallel | None = None
         self._trained: list[nn.Parameter] = []
 
-    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
         """Return values, log-probabilities and entropies, (N,) each, as `SequenceScorer.evaluate`.
 
         All processes must call it, and then all of them or none run the backward pass.
         """
         assert batch.share is not None, "a minibatch of the buffer"
         if self.lm.shards is None:
-            values, log_probs, entropies = self._replicated(batch, actions)
+            results = self._replicated(batch, actions)
         else:  # `fully_shard` averages gradients itself, but all processes must run the same number of forwards
             n_forwards = gather("the parts of a minibatch", sum(1 for _ in self.lm.chunks(batch)))
-            values, log_probs, entropies = self.lm.evaluate_parts(batch, actions, max(n_forwards))
+            results = self.lm.evaluate_parts(batch, actions, max(n_forwards))
         if self.target is not None:
-            self.target.agreed = self._divergence(batch, log_probs.detach())
-        return tuple(_scaled_gradient(tensor, batch.share) for tensor in (values, log_probs, entropies))  # type: ignore[return-value]
+            self.target.agreed = self._divergence(batch, results[1].detach())
+        return tuple(_scaled_gradient(result, batch.share) for result in results)
 
-    def _replicated(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _replicated(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
         trained = [weight for weight in self.lm.parameters() if weight.requires_grad]
         # At the first minibatch, and whenever `CriticWarmup` has changed which weights are trained.
         if list(map(id, trained)) != list(map(id, self._trained)):
@@ -110,7 +110,7 @@ class _Evaluation(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
         return self.lm.evaluate(batch, actions)
 
 

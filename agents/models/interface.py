@@ -161,17 +161,20 @@ class SequenceScorer(nn.Module, ABC):
         """Yield a batch in the chunks that the model reads, each in forwards of its own."""
 
     @abstractmethod
-    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the critic's outputs, log-probabilities and entropies of a batch of N transitions, (N,) each."""
+    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
+        """Return the critic's outputs, log-probabilities and entropies of a batch of N transitions, (N,) each.
+
+        Where the batch's `term` reads another model, its divergences follow, (N,).
+        """
 
     @abstractmethod
     def evaluate_parts(
         self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Return the results of `evaluate`, computed in one forward per chunk, or in `n_forwards` forwards."""
 
     @abstractmethod
-    def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, ...]:
         """Return the results of `evaluate` for the n transitions of a chunk, (n,) each, computed in one forward."""
 
 

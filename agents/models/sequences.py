@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,20 @@ def pad_sequences(sequences: list[np.ndarray], device: torch.device | str) -> tu
     return torch.as_tensor(padded, device=device), lengths
 
 
+# Returns another model's log-probabilities, (m, V), at some of a chunk's transitions.
+PartReader: TypeAlias = Callable[[slice], Tensor]
+
+
+class LossTerm(Protocol):
+    """The interface of a term that the loss of a minibatch has beside PPO's own: see `KLTerm`."""
+
+    def read(self, chunk: Chunk) -> PartReader | None:
+        """Return the reader of another model at a chunk, whose divergence the term needs; None if it needs none."""
+
+    def added_to(self, results: Sequence[Tensor], log_probs: Tensor) -> Tensor:
+        """Return log-probabilities, (N,), whose backward pass also runs that of the term, given all results."""
+
+
 class Chunk(NamedTuple):
     """Some sequences of a batch, which one forward reads, and the transitions in them."""
 
@@ -34,6 +48,7 @@ class Chunk(NamedTuple):
     allowed: AllowedTokens | None = None  # the tokens that each transition could sample
     n_prompt: Tensor | None = None  # (S,): the number of prompt tokens of each sequence
     shared: SharedPrompts | None = None  # the same sequences with each distinct prompt once; None: read them whole
+    term: LossTerm | None = None  # a term of the loss that needs another model's probabilities at these transitions
 
     @property
     def n_read(self) -> int:
@@ -73,6 +88,7 @@ class SequenceBatch:
             `share`.
         stand_in: The values, log-probabilities and entropies, (N,) each, that `LMPolicy.evaluate_actions` returns
             without a forward, where there is nothing to train (see `idle_samples`), else None.
+        term: A term of the loss besides those of the algorithm, else None.
 
     Example:
         >>> tokens = torch.tensor([[1, 2, 3], [4, 5, 0]])
@@ -85,6 +101,7 @@ class SequenceBatch:
     old_log_probs: Tensor | None = None
     advantages: Tensor | None = None
     stand_in: tuple[Tensor, Tensor, Tensor] | None = None
+    term: LossTerm | None = None
 
     def __init__(
         self,
@@ -187,6 +204,7 @@ class SequenceBatch:
             None if self.allowed is None else self.allowed[transitions],
             None if self.n_prompt is None else torch.as_tensor(self.n_prompt[sequences], device=device),
             shared,
+            self.term,
         )
 
 

@@ -194,13 +194,16 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Have the model compute without its adapters inside: as before any training."""
     layers = adapted_layers(model).values()
+    weights = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer.enable_adapters(True)  # which trains adapters again, those that `CriticWarmup` holds fixed as well
+        for weight, is_trained in weights:
+            weight.requires_grad_(is_trained)
 
 
 def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ..models.critic import TrunkCritic, ValueHead
 from ..models.interface import LanguageModel, RowCache, SequenceScorer
 from ..models.observations import has_begun, prompt_lengths, unpack_observations
 from ..models.sampling import Sampling, TokenDistribution, score_tokens
-from ..models.sequences import Chunk, SequenceBatch
+from ..models.sequences import Chunk, PartReader, SequenceBatch
 from .lagged_copy import LaggedCopy
 from .out_of_memory import evaluate_in_memory
 from .value_norm import ValueNorm
@@ -265,7 +265,7 @@ class LMActorCritic(SequenceScorer):
         """Yield a batch in the chunks that this model reads."""
         return batch.chunks(self.most_tokens, self.shared_columns)
 
-    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, batch: SequenceBatch, actions: Tensor) -> tuple[Tensor, ...]:
         """Score actions under the current weights; one forward reads a sequence with all its transitions.
 
         Args:
@@ -273,17 +273,16 @@ class LMActorCritic(SequenceScorer):
             actions: The tokens taken, (N,).
 
         Returns:
-            Outputs of the critic (values, unless there is a `value_norm`), log-probabilities and entropies (both in
-            nats), (N,) float32 each. With gradients on, they can be differentiated once; see `evaluate_in_memory`.
+            Outputs of the critic (values, unless there is a `value_norm`), log-probabilities, entropies and, if `term`
+            reads another model, divergences, (N,) float32 each. They can be differentiated once: `evaluate_in_memory`.
         """
         if torch.is_grad_enabled():
-            values, log_probs, entropies = evaluate_in_memory(self, batch, actions)
-            return values, log_probs, entropies
+            return evaluate_in_memory(self, batch, actions)
         return self.evaluate_parts(batch, actions)
 
     def evaluate_parts(
         self, batch: SequenceBatch, actions: Tensor, n_forwards: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Score actions as `evaluate` does, but let out-of-memory errors through.
 
         Args:
@@ -299,32 +298,31 @@ class LMActorCritic(SequenceScorer):
             parts.append(evaluate(chunk, actions[torch.as_tensor(chunk.transitions, device=actions.device)]))
             order.append(torch.as_tensor(chunk.transitions))
         inverse = torch.cat(order).argsort().to(actions.device)  # (N,)
-        values, log_probs, entropies = (torch.cat(results)[inverse] for results in zip(*parts, strict=True))  # (N,)
+        values, *others = (torch.cat(results)[inverse] for results in zip(*parts, strict=True))  # (N,) each
         for _ in range(len(parts), n_forwards or 0):
             first, indices = batch.of_sequences(np.zeros(1, dtype=np.int64))
             results = evaluate(next(first.chunks()), actions[torch.as_tensor(indices, device=actions.device)])
             # Adds 0: keeps this process in the other processes' collective backward.
             values = values + 0.0 * torch.cat(results).sum()
-        return values, log_probs, entropies
+        return values, *others
 
-    def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_chunk(self, chunk: Chunk, actions: Tensor) -> tuple[Tensor, ...]:
         """Score the actions of a chunk, (n,), in one forward; return the results of `evaluate`, (n,) each."""
         hidden, logits = self._read_chunk(chunk)
         outputs = self._critic_outputs(hidden, chunk)
         return outputs, *self._score(hidden, logits, actions, chunk)
 
-    def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and entropies, (n,) each; the logits of many transitions are never held at once."""
-        parts = self._parts(len(hidden))
+    def _score(self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk) -> tuple[Tensor, ...]:
+        """Return what `score_tokens` does, (n,) each; the logits of many transitions are never held at once."""
+        parts, read = self._parts(len(hidden)), None if chunk.term is None else chunk.term.read(chunk)
         if logits is not None or len(parts) == 1:
-            return self._score_part(hidden, logits, actions, chunk, slice(None))
+            return self._score_part(hidden, logits, actions, chunk, slice(None), read)
         scores = [
             # The backward computes the logits again: a second forward of the head saves several (n, V) tensors.
-            checkpoint(self._score_part, hidden, None, actions, chunk, part, use_reentrant=False)
+            checkpoint(self._score_part, hidden, None, actions, chunk, part, read, use_reentrant=False)
             for part in parts
         ]
-        log_probs, entropies = (torch.cat(results) for results in zip(*scores, strict=True))  # (n,)
-        return log_probs, entropies
+        return tuple(torch.cat(results) for results in zip(*scores, strict=True))  # (n,) each
 
     def _parts(self, n: int) -> list[slice]:
         """Split n transitions into slices whose logits have no more than `MAX_LOGITS` numbers each."""
@@ -332,10 +330,10 @@ class LMActorCritic(SequenceScorer):
         return [slice(start, start + size) for start in range(0, n, size)]
 
     def _score_part(
-        self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk, part: slice
-    ) -> tuple[Tensor, Tensor]:
+        self, hidden: Tensor, logits: Tensor | None, actions: Tensor, chunk: Chunk, part: slice, read: PartReader | None
+    ) -> tuple[Tensor, ...]:
         adjusted, allowed = self._adjusted(hidden, logits, chunk, part)
-        return score_tokens(adjusted, actions[part], allowed)
+        return score_tokens(adjusted, actions[part], allowed, None if read is None else read(part))
 
     def _adjusted(
         self, hidden: Tensor, logits: Tensor | None, chunk: Chunk, part: slice
@@ -364,10 +362,13 @@ class LMActorCritic(SequenceScorer):
         return result
 
     def log_probabilities(self, chunk: Chunk) -> Iterator[Tensor]:
-        """Yield the log-probabilities of all tokens at a chunk's transitions, (m, V) for m transitions at a time."""
+        """Return the log-probabilities of all tokens at a chunk's transitions, (m, V) for m transitions at a time."""
+        return map(self.part_reader(chunk), self._parts(len(chunk.transitions)))
+
+    def part_reader(self, chunk: Chunk) -> PartReader:
+        """Return the reader of these log-probabilities: the trunk runs now, and the head in each call."""
         hidden, logits = self._read_chunk(chunk)
-        for part in self._parts(len(hidden)):
-            yield TokenDistribution(*self._adjusted(hidden, logits, chunk, part)).log_probabilities
+        return lambda part: TokenDistribution(*self._adjusted(hidden, logits, chunk, part)).log_probabilities
 
     def distribution(self, batch: SequenceBatch) -> TokenDistribution:
         """Return the distribution over the next token at all N transitions of a batch, (N, V)."""

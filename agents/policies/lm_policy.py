@@ -366,7 +366,8 @@ class LMPolicy(ActorCriticPolicy):
     def evaluate_actions(self, obs: Tensor | SequenceBatch, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Return values (N, 1), log-probabilities (N,) and entropies (N,) of actions (N,) under the current weights.
 
-        With a `surrogate`, the log-probabilities of the buffer's minibatches have the gradient that its loss needs.
+        With a `surrogate`, the log-probabilities of the buffer's minibatches have the gradient that its loss needs, and
+        with a `KLPenalty` in the loss also that of its term.
         """
         if torch.is_grad_enabled():  # an update follows, perhaps in a loop that does not call `set_training_mode`
             self.lm.drop_caches()
@@ -381,8 +382,9 @@ class LMPolicy(ActorCriticPolicy):
             return values[:, None], log_probs, entropy
         # In several processes, minibatches of the buffer have a `share`.
         evaluate = self.shared.evaluate if self.shared is not None and batch.share is not None else self.lm.evaluate
-        values, log_probs, entropy = evaluate(batch, actions)
-        return values[:, None], self.surrogate.log_probs(batch, log_probs), entropy
+        values, log_probs, entropy, *_ = results = evaluate(batch, actions)
+        log_probs = self.surrogate.log_probs(batch, log_probs)
+        return values[:, None], log_probs if batch.term is None else batch.term.added_to(results, log_probs), entropy
 
     def get_distribution(self, obs: Tensor | SequenceBatch) -> TokenDistribution:  # type: ignore[override]
         """Return the distribution over the next token."""

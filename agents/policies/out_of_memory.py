@@ -31,7 +31,7 @@ def evaluate_in_memory(lm: SequenceScorer, batch: SequenceBatch, actions: Tensor
         actions: The tokens taken, (N,).
 
     Returns:
-        Outputs of the critic, log-probabilities and entropies, (N,) each.
+        Outputs of the critic, log-probabilities, entropies and perhaps divergences, (N,) each.
 
     Raises:
         torch.OutOfMemoryError: If a single sequence does not fit; the message names the settings that need less.
@@ -74,11 +74,11 @@ class Minibatch:
         self.graph: tuple[Tensor, ...] | None = None  # the results with their graph, if there is no bound
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Return the three results of `LMActorCritic.evaluate`, (N,) each, without a graph."""
+        """Return the results of `LMActorCritic.evaluate`, (N,) each, without a graph."""
         return self._repeat(self._forward)
 
     def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the gradient of each weight, given the gradients of the three results, (N,) each."""
+        """Return the gradient of each weight, given the gradients of the results, (N,) each."""
         with torch.random.fork_rng(self.random.devices):
             return self._repeat(lambda: self._backward(gradients))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from os import PathLike
@@ -21,7 +20,7 @@ from ..distributed.collectives import broadcast_weights
 from ..distributed.sharding import Shards, gathered
 from ..models.backbone import Backbone
 from ..models.pretrained import LMLike, Pretrained, build_backbone
-from ..models.sequences import Chunk, SequenceBatch
+from ..models.sequences import Chunk, PartReader, SequenceBatch
 from ..models.trainable import adapted_layers, adapters_off
 from ..small_models.demo_model import model_folder
 from .actor_critic import LMActorCritic
@@ -135,22 +134,28 @@ def divergences(reference: LMActorCritic, policy: LMActorCritic, batch: Sequence
     first, second = reference.shared_columns, policy.shared_columns
     with gathered(reference):
         for chunk in batch.chunks(None, None if first is None or second is None else min(first, second)):
-            turns = zip(policy.log_probabilities(chunk), _log_probabilities(reference, policy, chunk), strict=True)
-            # A token of probability 0 adds 0: its log-probability is a large number, not -inf.
-            parts = [(own.softmax(dim=-1) * (own - others)).sum(dim=-1) for own, others in turns]  # (n, V) -> (n,)
-            result[torch.as_tensor(chunk.transitions, device=result.device)] = torch.cat(parts)
+            read, start = reader(reference, policy, chunk), 0
+            transitions = torch.as_tensor(chunk.transitions, device=result.device)  # (n,)
+            for own in policy.log_probabilities(chunk):  # (m, V)
+                part = slice(start, start := start + len(own))
+                # A token of probability 0 adds 0: its log-probability is a large number, not -inf.
+                result[transitions[part]] = (own.softmax(dim=-1) * (own - read(part))).sum(dim=-1)
     return result
 
 
-def _log_probabilities(reference: LMActorCritic, policy: LMActorCritic, chunk: Chunk) -> Iterator[Tensor]:
-    parts = reference.log_probabilities(chunk)
-    while True:
-        # Adapters are off for this part alone: the policy computes the same part before and after, with adapters.
-        with _frozen(reference, policy):
-            part = next(parts, None)
-        if part is None:
-            return
-        yield part
+def reader(reference: LMActorCritic, policy: LMActorCritic, chunk: Chunk) -> PartReader:
+    """Return the reader of the reference's log-probabilities at a chunk of the policy's, which builds no graph."""
+    if reference.shared_columns is None or reference.shared_columns < (policy.shared_columns or 0):
+        chunk = chunk._replace(shared=None)
+    # Adapters are off while the reference reads, not in between, where the policy reads the same chunk.
+    with torch.no_grad(), _frozen(reference, policy):
+        read = reference.part_reader(chunk)
+
+    def read_part(part: slice) -> Tensor:
+        with torch.no_grad(), _frozen(reference, policy):
+            return read(part)
+
+    return read_part
 
 
 def _frozen(reference: LMActorCritic, policy: LMActorCritic) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from ..distributed.world import world
 from ..models.sequences import SequenceBatch
 from ..models.token_sets import AllowedTokens, TokenSets
 from ..policies.actor_critic import LMActorCritic
+from ..policies.kl_loss import KLLoss
 from ..policies.tensor_notes import ALLOWED, READ_BY
 from ..policies.value_norm import Scale, scales_of
 from .advantages import GROUPED, NORMALISED, Advantage, AdvantageFunction, check_advantage, mean_and_deviation
@@ -163,6 +164,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self.allowed = np.zeros(shape, dtype=np.int32)  # the number of the token set; 0 is the whole vocabulary
         for name in ("rewards", "penalties", "returns", "episode_starts", "values", "log_probs", "advantages"):
             setattr(self, name, np.zeros(shape, dtype=np.float32))
+        self.reference_log_probs = np.full(shape, np.inf, dtype=np.float32)
         self.task_rewards = self.rewards
         self.behaviour_log_probs = self.log_probs
         self._device_values: list[Tensor] = []  # (B,) each
@@ -174,6 +176,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         self._view: RolloutView | None = None
         self.groups: RolloutGroups | None = None
         self.dropped: set[tuple[int, int]] = set()  # the last step and the lane of episodes that are not trained
+        self.kl_loss: KLLoss | None = None  # of a `KLPenalty` in the loss
         self.dones = np.zeros(self.n_envs, dtype=bool)
         self.generator_ready = False
         self.pos, self.full = 0, False
@@ -364,7 +367,7 @@ class SequenceRolloutBuffer(RolloutBuffer):
         n_dropped, members = self.trained.n_dropped, self.trained.members
         groups = deal(counts, n_dropped, n_transitions, batch_size, self.rng, can_wait, members)
         if not groups:
-            yield from self._nothing_to_train()
+            yield idle_samples(self.groups, not self.generator_ready, self.actions, self.log_probs, self.device)
         self.generator_ready = True
         counts = self.trained.or_segments().counts
         factors = token_factors(self.aggregation, self.aggregation_length, counts, groups)
@@ -374,24 +377,20 @@ class SequenceRolloutBuffer(RolloutBuffer):
             samples.observations.advantages = samples.advantages
             yield samples
 
-    def _nothing_to_train(self) -> Generator[SequenceSamples, None, None]:
-        assert self.groups is not None, "only episodes of groups wait"
-        if not self.generator_ready:  # once per update, not once per epoch
-            self.groups.warn_of_idle_update()
-        self.generator_ready = True
-        yield idle_samples(self.actions, self.log_probs, self.device)
-
     def _samples(self, group: np.ndarray, factor: np.ndarray | float) -> SequenceSamples:
         trained = self.trained.or_segments()
         part = joined([trained.transitions(i) for i in group])
         segments = [trained.segment(i) for i in group]
         batch = self._batch(segments, trained.counts[group], part.cols, part.allowed)
-        advantages = (part.advantages - self._mean) / self._deviation  # (N,)
-        # After the normalisation: the subtracted mean is an unbiased baseline only if it is weighted as well.
+        weights = np.broadcast_to(factor, len(batch))
         if self.correction is not None:
-            advantages = advantages * self.correction.weights(part.log_probs, part.behaviour_log_probs, batch.rows)
+            weights = weights * self.correction.weights(part.log_probs, part.behaviour_log_probs, batch.rows)
+        if self.kl_loss is not None:
+            batch.term = self.kl_loss.term(weights, part.log_probs, part.reference_log_probs, self.device)
+        # After the normalisation: the subtracted mean is an unbiased baseline only if it is weighted as well.
+        advantages = (part.advantages - self._mean) / self._deviation * weights  # (N,)
         values, returns = self._value_scale.of(part.values), self._return_scale.of(part.returns)
-        numbers = (values, part.log_probs, (advantages * factor).astype(np.float32), returns)
+        numbers = (values, part.log_probs, advantages.astype(np.float32), returns)
         return SequenceSamples(
             batch,
             torch.as_tensor(part.actions, device=self.device).long(),

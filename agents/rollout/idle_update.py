@@ -6,10 +6,13 @@ import numpy as np
 import torch
 
 from ..models.sequences import SequenceBatch
+from .ended_episodes import RolloutGroups
 from .transitions import SequenceSamples
 
 
-def idle_samples(actions: np.ndarray, log_probs: np.ndarray, device: torch.device | str) -> SequenceSamples:
+def idle_samples(
+    groups: RolloutGroups | None, is_first: bool, actions: np.ndarray, log_probs: np.ndarray, device: torch.device | str
+) -> SequenceSamples:
     """Return a minibatch on which SB3's `train` takes all its steps and changes no weight and no optimizer state.
 
     SB3 `ppo.PPO.train` and `a2c.A2C.train` log the last minibatch's loss, so that they fail without any minibatch.
@@ -21,10 +24,15 @@ def idle_samples(actions: np.ndarray, log_probs: np.ndarray, device: torch.devic
     curve has no gap.
 
     Args:
+        groups: The groups of the rollout, none of which is trained now.
+        is_first: Whether it is the first such minibatch of an update, which may warn.
         actions: The actions of the rollout, (T, B).
         log_probs: Their log-probabilities by the policy, (T, B), in nats.
         device: The device of minibatches.
     """
+    assert groups is not None, "only episodes of groups wait"
+    if is_first:
+        groups.warn_of_idle_update()
     n = actions.size
     old = torch.as_tensor(log_probs.flatten(), device=device)  # (N,)
     zeros, rows = torch.zeros_like(old), np.zeros(n, dtype=np.int64)

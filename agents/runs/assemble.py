@@ -383,7 +383,7 @@ def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:
     if kl.coef:
         coef = kl.coef if kl.target is None else AdaptiveCoef(kl.coef, kl.target, kl.horizon)
         reference = None if kl.reference is None else load_lm(kl.reference, trust)
-        callbacks.append(KLPenalty(coef, reference, kl.estimator, kl.clip))
+        callbacks.append(KLPenalty(coef, reference, kl.estimator, kl.clip, kl.where))
     if config.algorithm.critic_warmup:
         callbacks.append(CriticWarmup(config.algorithm.critic_warmup))
     return callbacks

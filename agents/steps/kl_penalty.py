@@ -1,13 +1,15 @@
-"""The KL penalty: the divergence from a reference model, subtracted from the reward of each token."""
+"""The KL penalty: the divergence from a reference model, subtracted from rewards or added to the loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
+from sb3_contrib import TRPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from ..distributed.sharding import placed
 from ..models.interface import version_of
 from ..models.pretrained import LMLike, Pretrained
 from ..policies.actor_critic import LMActorCritic
+from ..policies.kl_loss import KLLoss
 from ..policies.lm_policy import LMPolicy
 from ..policies.reference import (
     build_reference,
@@ -25,6 +28,7 @@ from ..policies.reference import (
     fingerprint,
     log_probs,
     own_tensors,
+    reader,
     start_of,
 )
 from ..rollout.buffer import SequenceRolloutBuffer
@@ -32,6 +36,12 @@ from ..rollout.transitions import RolloutView
 from .step import RolloutStep, sequence_buffer
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3", "exact"]
+Place: TypeAlias = Literal["reward", "loss"]
+# Why an estimator of the divergence does not serve as a loss: the gradient of its mean is not the mean of its gradient.
+NOT_IN_LOSS = {
+    "k1": "its gradient is 0 in expectation, whatever the reference",
+    "k3": "its gradient is that of the divergence of the reference from the policy, KL(ref, pi)",
+}
 MAX_ERROR = 0.2  # the largest relative error that counts (Ziegler et al., 2019, section 2.2)
 
 
@@ -73,7 +83,7 @@ class AdaptiveCoef:
 
 
 class KLPenalty(RolloutStep):
-    """Subtracts `coef` times the divergence from a reference model from the reward of every token of the policy.
+    """Subtracts `coef` times the divergence from a reference from the reward of every token, or adds it to the loss.
 
     With r = log pi(a) - log pi_ref(a) of a token a, under the policy's temperature, the divergence is estimated as
     (Schulman, 2020, "Approximating KL Divergence"):
@@ -88,14 +98,23 @@ class KLPenalty(RolloutStep):
     divergence, which nearly cancels it close to the reference. The exact divergence does not penalise the choice of a
     token, but only the texts that follow it. Both suit logs, and bounds on single tokens.
 
+    With where="loss" rewards stay as they are, and the loss of each token gets `coef` times a divergence. Its gradient
+    is that of the sum of KL(pi, pi_ref) at the tokens of a text, the text being fixed: it leaves out that a token leads
+    to others (Tang & Munos, 2025, arXiv 2506.09477). Two estimators have that gradient: "exact", and "k2" times the
+    ratio of new to old probability, which does without the reference in the update. "k1" and "k3" are refused: the
+    gradient of k1 is 0 in expectation, that of k3 the gradient of KL(pi_ref, pi) (Liu et al., 2025, arXiv 2510.01555).
+    The term is aggregated and weighted as the policy loss is, and is in no figure of SB3's own; `train/kl_loss` (nats a
+    token) is its mean over the last update, before `coef`. See `docs/losses.md`.
+
     The reference is the policy at the start of its first training: with a `LoRA` the policy without its adapters, else
     a frozen copy that shares the weights that the policy keeps frozen. The divergence is computed at the end of a
     rollout, in one forward of the reference per sequence, from the log-probabilities with which the tokens were
-    sampled. Until the first update it is exactly 0. The task reward in the logs does not include the penalty. Logged
-    are `kl/token` (nats), `kl/sequence` (nats, of sequences that ended), `kl/penalty` (reward per token) and `kl/coef`.
+    sampled; "exact" in the loss reads the reference again in each epoch. Until the first update it is exactly 0. The
+    task reward in the logs does not include the penalty. Logged are `kl/token` (nats), `kl/sequence` (nats, of
+    sequences that ended), `kl/penalty` (reward per token) and `kl/coef`.
 
-    With the advantages "grpo", "grpo_mean" and "rloo" the penalty is still a reward, but no part of the scores that a
-    group compares. The advantage of each token loses `coef` times the divergence from that token to the end of the
+    With the advantages "grpo", "grpo_mean" and "rloo" a penalty of rewards is no part of the scores that a group
+    compares. The advantage of each token loses `coef` times the divergence from that token to the end of the
     text, less the group's mean (see `penalty_advantages`); the group's deviation does not divide it. GRPO as published
     has k3 in the loss instead, token by token (Shao et al., 2024, equations 3 and 4), and RLOO subtracts the divergence
     from the score before the comparison (Ahmadian et al., 2024): with "rloo" and k1 the expected gradient is the same
@@ -109,15 +128,17 @@ class KLPenalty(RolloutStep):
     training a loaded model raises unless `reference` is given or the policy has adapters.
 
     Args:
-        coef: The penalty, in reward per nat, or an `AdaptiveCoef`. 0.01 to 0.1 is usual.
+        coef: The penalty, in reward (or loss) per nat, or an `AdaptiveCoef`. 0.01 to 0.1 is usual.
         reference: Another reference than the policy's start: a name or path, a config or a spec as for the policy (with
             the same tokenizer), or another policy's `lm`, which is copied.
         estimator: "k1", "k2", "k3" or "exact".
         clip: The largest absolute divergence of one token, in nats; None for no bound.
+        where: "reward" or "loss".
 
     Raises:
-        ValueError: If an argument is out of range. When attached, if the model is already trained and its start is not
-            known, or a checkpoint has another reference than the one given.
+        ValueError: If an argument is out of range, or an estimator has another gradient in the loss. When attached, if
+            the model is already trained and its start is not known, if a checkpoint has another reference than the one
+            given, or if the term does not fit the algorithm or sharded weights.
 
     Example:
         >>> from agents import KLPenalty
@@ -132,6 +153,7 @@ class KLPenalty(RolloutStep):
         reference: LMActorCritic | LMLike | None = None,
         estimator: Estimator = "k1",
         clip: float | None = None,
+        where: Place = "reward",
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
@@ -143,11 +165,20 @@ class KLPenalty(RolloutStep):
             raise ValueError(f"Expected `estimator` to be one of {list(get_args(Estimator))}, got {estimator!r}.")
         if clip is not None and not clip > 0:
             raise ValueError(f"Expected `clip` to be positive or None, got {clip}.")
-        self.estimator, self.clip = estimator, clip
+        if where not in get_args(Place):
+            raise ValueError(f"Expected `where` to be one of {list(get_args(Place))}, got {where!r}.")
+        if where == "loss" and estimator in NOT_IN_LOSS:
+            raise ValueError(
+                f"Expected estimator='exact' or 'k2' with where='loss', got {estimator!r}: {NOT_IN_LOSS[estimator]}."
+            )
+        if where == "loss" and clip is not None:
+            raise ValueError(f"Expected clip=None with where='loss', got {clip}: a clipped divergence has no gradient.")
+        self.estimator, self.clip, self.where = estimator, clip, where
         is_spec = reference is not None and not isinstance(reference, LMActorCritic)
         self.spec = cast("LMLike", reference) if is_spec else None
         self.reference = copy_of(reference) if isinstance(reference, LMActorCritic) else None
         self._fingerprint: str | None = None  # computed once, since a reference never changes
+        self.loss: KLLoss | None = None  # set when attached, with where="loss"
         self._start: int | None = None  # the version of the policy's weights at which they equal the reference's
 
     def prepare(self, model: BaseAlgorithm) -> None:
@@ -175,14 +206,33 @@ class KLPenalty(RolloutStep):
                 )
             self._start = version_of(self.policy.parameters()) if model._n_updates == 0 else None
         self.reference.sampling = self.policy.sampling
+        self.loss = self._loss(model) if self.where == "loss" else None
+
+    def _loss(self, model: BaseAlgorithm) -> KLLoss:
+        if isinstance(model, TRPO):
+            raise ValueError(
+                "Expected where='reward' of KLPenalty with TRPO, got 'loss': its line search compares the loss alone."
+            )
+        if self.estimator == "k2":
+            return KLLoss(None)
+        if self.policy.shards is not None:
+            raise ValueError(
+                "Expected estimator='k2' of KLPenalty in the loss with sharded weights, got 'exact', which would "
+                "gather the reference for each part of each minibatch."
+            )
+        assert self.reference is not None, "set before"
+        return KLLoss(partial(reader, self.reference, self.policy))
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
-        """Add the penalty to `buffer.penalties`."""
+        """Add the penalty to `buffer.penalties`, or prepare its term of the loss."""
         view = buffer.view()
         kl = self._divergence(buffer, view)  # (N,), in nats
-        if self.clip is not None:
-            kl = kl.clip(-self.clip, self.clip)
-        buffer.penalties[view.steps, view.lanes] += self.coef * kl
+        if self.loss is not None:
+            self.loss.coef, buffer.kl_loss = self.coef, self.loss
+        else:
+            if self.clip is not None:
+                kl = kl.clip(-self.clip, self.clip)
+            buffer.penalties[view.steps, view.lanes] += self.coef * kl
         self._log(kl, view.steps, view.lanes, buffer)
         if self.controller is not None:
             own = float(kl.sum()), sum(segment.is_finished for segment in buffer.segments)
@@ -195,10 +245,12 @@ class KLPenalty(RolloutStep):
         assert self.reference is not None, "set when attached"
         if self.algorithm._n_updates == 0 and self._start == version_of(self.policy.parameters()):
             # Two forwards of equal weights would differ by rounding, a few 1e-7 nats.
+            buffer.reference_log_probs[view.steps, view.lanes] = buffer.log_probs[view.steps, view.lanes]
             return np.zeros(len(view.steps), dtype=np.float32)
         if self.estimator == "exact":
             return divergences(self.reference, self.policy, view.batch).cpu().numpy()
         reference = log_probs(self.reference, self.policy, view.batch, view.actions).cpu().numpy()  # (N,)
+        buffer.reference_log_probs[view.steps, view.lanes] = reference
         policy = buffer.log_probs[view.steps, view.lanes]  # (N,), by the weights that sampled
         return estimate(torch.as_tensor(policy - reference), self.estimator).numpy()
 
@@ -210,8 +262,11 @@ class KLPenalty(RolloutStep):
         logger.record("kl/token", float(kl.mean()))
         if per_segment:
             logger.record("kl/sequence", float(np.mean(per_segment)))
-        logger.record("kl/penalty", float(self.coef * kl.mean()))
         logger.record("kl/coef", self.coef)
+        if self.loss is None:
+            logger.record("kl/penalty", float(self.coef * kl.mean()))
+        elif (mean := self.loss.mean()) is not None:
+            logger.record("train/kl_loss", mean)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the weights of the reference that the policy does not hold, and the coefficient.

@@ -10,7 +10,7 @@ AXES = {
     "value_norm": ("none", "norm", "popart"),
     "sampling": ("plain", "temperature, top_p", "repetition_penalty", "top_p_lag (NLPO)"),
     "mask": ("none", "AllowedMask", "RegexMask", "JSONSchemaMask"),
-    "KLPenalty": ("none", "k1", "k3, adaptive", "exact", "another reference"),
+    "KLPenalty": ("none", "k1", "k3, adaptive", "exact", "another reference", "exact in the loss"),
     "advantage": ("gae", "gae, two lambdas", "grpo", "rloo", "reinforce++"),
     "score": ("each token", "shaped", "late, shaped"),
     "memory": ("plain", "gradient_checkpointing", "micro_batch_tokens", "bfloat16"),
@@ -24,6 +24,7 @@ REFUSED = (
     (("model", "encoder-decoder"), ("algorithm", "TRPO"), "second derivatives"),
     (("memory", "gradient_checkpointing"), ("algorithm", "TRPO"), "would miss the vector"),
     (("sampling", "top_p_lag (NLPO)"), ("algorithm", "TRPO"), "those of the lagged copy (NLPO) have no gradient"),
+    (("KLPenalty", "exact in the loss"), ("algorithm", "TRPO"), "its line search compares the loss alone"),
     (("beside", "CriticWarmup"), ("algorithm", "TRPO"), "differentiates the policy in every update"),
 )
 

@@ -60,6 +60,7 @@ PENALTIES = {
     "k3, adaptive": lambda lm: [KLPenalty(AdaptiveCoef(0.1, 1.0, 100), estimator="k3", clip=5.0)],
     "exact": lambda lm: [KLPenalty(0.1, estimator="exact")],
     "another reference": lambda lm: [KLPenalty(0.1, reference=lm)],
+    "exact in the loss": lambda lm: [KLPenalty(AdaptiveCoef(0.1, 1.0, 100), estimator="exact", where="loss")],
 }
 ADVANTAGES = {"gae, two lambdas": {"critic_lambda": 1.0, "lambda_alpha": 0.5}}
 MEMORY = {"gradient_checkpointing": {"gradient_checkpointing": True}, "bfloat16": {"autocast": "bfloat16"}}

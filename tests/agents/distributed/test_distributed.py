@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents import GSPO, ClipHigher, DataParallel
+from agents import GSPO, ClipHigher, DataParallel, Sharded
 from agents.cli import main as cli
 from agents.distributed.collectives import ProcessLost
 from agents.distributed.world import world
@@ -273,3 +273,15 @@ def test_two_processes_log_the_explained_variance_of_one():
     assert len(one) == 2 and all(len(row) == 3 for row in one)
     for ours, theirs, row in zip(first, second, one):
         assert ours == theirs and ours == pytest.approx(row, rel=1e-4)
+
+
+@pytest.mark.parametrize(("estimator", "shard"), [("exact", None), ("k2", None), ("k2", Sharded())])
+def test_e14_kl_in_the_loss_is_a_mean_over_all_processes(estimator, shard):
+    weights = train(1, "surrogate_update", None, "sequence", False, estimator)[0]
+    for theirs in train(2, "surrogate_update", None, "sequence", False, estimator, shard):
+        assert largest_difference(theirs, weights) < SAME
+    without = train(1, "surrogate_update", None, "sequence")[0]
+    assert largest_difference(without, weights) > 10 * SAME
+    if shard is not None:
+        with pytest.raises(ValueError, match="Expected estimator='k2' of KLPenalty in the loss with sharded weights"):
+            train(2, "surrogate_update", None, "sequence", False, "exact", shard)

@@ -73,13 +73,13 @@ class SampleGroups(RolloutStep):
                 f"Expected length_limit='terminate' with advantage={buffer.advantage!r}, got 'truncate', which adds "
                 "the critic's value to the return of an episode."
             )
+        if self.dynamic.min_groups is not None and isinstance(model.policy, FlatLMPolicy):
+            raise ValueError("Expected PPO, MaskablePPO or A2C with min_groups, got TRPO, whose updates cannot wait.")
         if self.dynamic.min_groups is not None and buffer.advantage == "gae":
             raise ValueError(
                 "Expected an advantage within groups with min_groups, such as rollout_buffer_kwargs=dict(advantage="
                 "'grpo'), got 'gae': a critic gives groups of equal scores a signal, too."
             )
-        if self.dynamic.min_groups is not None and isinstance(model.policy, FlatLMPolicy):
-            raise ValueError("Expected PPO, MaskablePPO or A2C with min_groups, got TRPO, whose updates cannot wait.")
         # `make_agent` has attached a step, which has taken the state from a checkpoint.
         earlier = [step for step in buffer.before_returns if isinstance(step, SampleGroups)]
         self.dynamic.n_rollouts = earlier[-1].dynamic.n_rollouts if earlier else 0

@@ -104,18 +104,23 @@ def take_sample(policy: LMPolicy, env: TextEnv) -> Sample:
 
 @contextmanager
 def undisturbed(policy: LMPolicy, env: TextEnv) -> Iterator[None]:
-    """Restore gradients, training modes, caches and all random generators on leaving, also after an error."""
+    """Restore gradients, training modes, caches and all random generators on leaving, also after an error.
+
+    Within, values are in the critic's units: the end of a rollout would count its returns in the `value_norm`.
+    """
     modes = [(module, module.training) for module in policy.modules()]
     gradients = [(weight, weight.grad) for weight in policy.parameters()]
     generators = [(generator, generator.get_state()) for generator in (policy.generator, policy.predict_generator)]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     env_state = copy.deepcopy(env.np_random.bit_generator.state)
+    norm, policy.lm.value_norm = policy.lm.value_norm, None
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), policy.rollout_set_aside():
         try:
             for weight, _ in gradients:
                 weight.grad = None  # the timed backward pass must not add to the user's gradients
             yield
         finally:
+            policy.lm.value_norm = norm
             for weight, gradient in gradients:
                 weight.grad = gradient
             for module, mode in modes:

@@ -134,7 +134,7 @@ class DualClip(Surrogate):
 
 @dataclass(frozen=True)
 class CISPO(Surrogate):
-    """Bounded ratios as constant weights, so that no token loses its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4, 5).
+    """Bounded ratios as constant weights, so that no token loses its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4).
 
     The objective of a token is sg(clip(r, 1 - low, 1 + high)) A log pi, where sg stops the gradient.
 

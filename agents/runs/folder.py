@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from textenv.checks.json_files import Shape, parse_json, read_json
+from textenv.checks.json_files import NOTHING, Shape, parse_json, read_json
 
 from ..checkpoints.storage import size
 from ..errors import CommandError, is_full
@@ -28,7 +28,8 @@ FORMAT = 1  # the version of a run's folder
 # The files that a run leaves behind if it ends before its first checkpoint.
 LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", "history.json", "best", "tensorboard")
 # The shapes of a row of metrics.jsonl, a row of samples.jsonl, and run.json.
-ROW = {"tokens": int, str: (float, None)}
+AGGREGATION = "train/aggregation"  # the one value of a row that is a name
+ROW = {"tokens": int, AGGREGATION: (str, NOTHING), str: (float, None)}
 SAMPLE = {"tokens": int, "prompt": str, "text": str, "end_reason": str, "reward": float, "parts": {str: float}}
 ABOUT = {"started": str, "versions": {str: str}, "git": {str: (str, None)}}
 # The packages whose versions influence the figures of a run; run.json notes them.

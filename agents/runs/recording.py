@@ -13,7 +13,7 @@ from textenv.env import TextEnv
 
 from ..evaluation.generation import run_episodes
 from ..policies.lm_policy import LMPolicy
-from .folder import SAMPLE, RunFolder, read_rows
+from .folder import AGGREGATION, SAMPLE, RunFolder, read_rows
 
 Row = dict[str, Any]
 
@@ -34,7 +34,7 @@ class RowWriter(KVWriter):
         for name, value in key_values.items():
             if self.in_rollout and name.startswith("train/"):  # the previous update's, whose row is already written
                 continue
-            if isinstance(value, (int, float, np.generic)):
+            if name == AGGREGATION or isinstance(value, (int, float, np.generic)):
                 self.row[name] = value.item() if isinstance(value, np.generic) else value
         self.in_rollout = False
 
@@ -69,6 +69,7 @@ class Recorder(BaseCallback):
         self._write()
 
     def _write(self) -> None:
+        cast("LMPolicy", self.model.policy).surrogate.record(self.model)  # of the last update, which no rollout follows
         # SB3 `ppo.PPO.train` has recorded the update's figures, which are dumped only after the next rollout.
         values = {name: value for name, value in self.logger.name_to_value.items() if name.startswith("train/")}
         self.writer.write(values, {})

@@ -19,7 +19,7 @@ from textenv.checks.trust import Trust
 from ..configuration.config import Named, TrainConfig
 from ..errors import CommandError
 from ..files import write_text
-from .folder import RunFolder
+from .folder import AGGREGATION, RunFolder
 
 # By tracker: the arguments that any configuration may have. Others could send figures and API keys to another server.
 TRACKERS = {
@@ -178,8 +178,8 @@ def _unique_name(run: RunFolder) -> str:
 
 
 def _figures(row: Row) -> Row:
-    """Return the figures of a row without NaN, which is the only value that differs from itself."""
-    return {name: value for name, value in row.items() if name != "tokens" and value == value}
+    """Return the figures of a row without NaN, which is the only value that differs from itself, and without names."""
+    return {name: value for name, value in row.items() if name not in ("tokens", AGGREGATION) and value == value}
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:

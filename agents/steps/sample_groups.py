@@ -70,13 +70,13 @@ class SampleGroups(RolloutStep):
                 "when the last of them has ended."
             )
         refuse_truncation(env, buffer)
+        if self.dynamic.min_groups is not None and isinstance(model.policy, FlatLMPolicy):
+            raise ValueError("Expected PPO, MaskablePPO or A2C with min_groups, got TRPO, whose updates cannot wait.")
         if self.dynamic.min_groups is not None and buffer.advantage in ("gae", "reinforce++"):
             raise ValueError(
                 "Expected an advantage within groups with min_groups, such as rollout_buffer_kwargs=dict(advantage="
                 f"'grpo'), got {buffer.advantage!r}, which gives groups of equal scores a signal, too."
             )
-        if self.dynamic.min_groups is not None and isinstance(model.policy, FlatLMPolicy):
-            raise ValueError("Expected PPO, MaskablePPO or A2C with min_groups, got TRPO, whose updates cannot wait.")
         # `make_agent` has attached a step, which has taken the state from a checkpoint.
         earlier = [step for step in buffer.before_returns if isinstance(step, SampleGroups)]
         self.dynamic.n_rollouts = earlier[-1].dynamic.n_rollouts if earlier else 0

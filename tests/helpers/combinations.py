@@ -12,9 +12,11 @@ AXES = {
     "mask": ("none", "AllowedMask", "RegexMask", "JSONSchemaMask"),
     "KLPenalty": ("none", "k1", "k3, adaptive", "exact", "another reference", "exact in the loss"),
     "advantage": ("gae", "gae, two lambdas", "grpo", "rloo", "reinforce++"),
+    "surrogate": ("none", "ClipHigher", "DualClip", "CISPO", "GSPO", "SoftGate", "a function"),
+    "aggregation": ("token", "sequence", "constant"),
     "score": ("each token", "shaped", "late, shaped"),
     "memory": ("plain", "gradient_checkpointing", "micro_batch_tokens", "bfloat16"),
-    "beside": ("none", "CriticWarmup", "TrainingWarnings", "doctor"),
+    "beside": ("none", "CriticWarmup", "TrainingWarnings", "doctor", "dynamic sampling"),
 }
 
 # One side, the other side, and words of the error that says why they do not combine.
@@ -26,6 +28,12 @@ REFUSED = (
     (("sampling", "top_p_lag (NLPO)"), ("algorithm", "TRPO"), "those of the lagged copy (NLPO) have no gradient"),
     (("KLPenalty", "exact in the loss"), ("algorithm", "TRPO"), "its line search compares the loss alone"),
     (("beside", "CriticWarmup"), ("algorithm", "TRPO"), "differentiates the policy in every update"),
+    (("surrogate", "any"), ("algorithm", "A2C"), "where all ratios are 1"),
+    (("surrogate", "any"), ("algorithm", "TRPO"), "compares plain ratios"),
+    (("beside", "dynamic sampling"), ("algorithm", "TRPO"), "whose updates cannot wait"),
+    (("beside", "dynamic sampling"), ("advantage", "gae"), "gives groups of equal scores a signal"),
+    (("beside", "dynamic sampling"), ("advantage", "gae, two lambdas"), "gives groups of equal scores a signal"),
+    (("beside", "dynamic sampling"), ("advantage", "reinforce++"), "gives groups of equal scores a signal"),
 )
 
 

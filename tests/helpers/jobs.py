@@ -177,10 +177,10 @@ def options():
         "A2C": {"algorithm": A2C},
         "mask": {"algorithm": MaskablePPO, "env_kwargs": {"mask": AllowedMask(tuple(range(1, 33)))}},
         "encoder-decoder": {"lm": tiny_seq2seq(vocab_size=33)},
-        "grpo": {
-            "env_kwargs": {"samples_per_prompt": 2},
-            "rollout_buffer_kwargs": {"advantage": "grpo"},
-            "vf_coef": 0.0,
+        "grpo": {"env_kwargs": {"samples_per_prompt": 2}, "rollout_buffer_kwargs": {"advantage": "grpo"}, "vf_coef": 0},
+        "surrogate": {
+            "policy_kwargs": {"surrogate": agents.ClipHigher(1e-3, 2e-3)},
+            "rollout_buffer_kwargs": {"aggregation": "sequence", "normalize_advantage": True},
         },
     }
 

@@ -11,15 +11,21 @@ from stable_baselines3 import A2C, PPO
 from transformers import GPT2ForSequenceClassification
 
 from agents import (
+    CISPO,
+    GSPO,
     AdaptiveCoef,
+    ClipHigher,
     CriticWarmup,
+    DualClip,
     KLPenalty,
     LastLayers,
     LoRA,
     RewardModelCritic,
     RewardShaping,
+    SampleGroups,
     SeparateCritic,
     SharedCritic,
+    SoftGate,
     TrainingWarnings,
     load_checkpoint,
     make_agent,
@@ -64,6 +70,16 @@ PENALTIES = {
 }
 ADVANTAGES = {"gae, two lambdas": {"critic_lambda": 1.0, "lambda_alpha": 0.5}}
 MEMORY = {"gradient_checkpointing": {"gradient_checkpointing": True}, "bfloat16": {"autocast": "bfloat16"}}
+SURROGATES = {
+    "none": None,
+    **{cls.__name__: cls() for cls in (ClipHigher, DualClip, CISPO, GSPO, SoftGate)},
+    "a function": lambda terms: terms.ratios.clamp(max=2.0),
+}
+BESIDE = {
+    "CriticWarmup": lambda: CriticWarmup(1),
+    "TrainingWarnings": TrainingWarnings,
+    "dynamic sampling": lambda: SampleGroups(min_groups=3, max_rollouts=2),
+}
 SHAPING = {"clip": 2.0, "scale": True, "missing_eos_penalty": 0.5}
 
 
@@ -82,7 +98,7 @@ def reward_model(tmp_path_factory):
 
 def build(cell, reward_model, **kwargs):
     """Build the agent of a cell, and its callbacks."""
-    has_groups = cell["advantage"] in ("grpo", "rloo")
+    has_groups = cell["advantage"] in ("grpo", "rloo") or cell["beside"] == "dynamic sampling"
     env = TextEnv(
         PROMPTS,
         TOKENIZER,
@@ -100,6 +116,7 @@ def build(cell, reward_model, **kwargs):
         "RewardModelCritic": lambda: RewardModelCritic(reward_model),
     }
     buffer_kwargs = ADVANTAGES.get(cell["advantage"], {"advantage": cell["advantage"]})
+    buffer_kwargs = {**buffer_kwargs, "aggregation": cell["aggregation"]}
     if cell["memory"] == "micro_batch_tokens":
         buffer_kwargs = {**buffer_kwargs, "micro_batch_tokens": 24}
     model = make_agent(
@@ -110,6 +127,7 @@ def build(cell, reward_model, **kwargs):
         policy_kwargs={
             "critic": critics[cell["critic"]](),
             "train": TRAINED[cell["trained"]],
+            "surrogate": SURROGATES[cell["surrogate"]],
             "value_norm": None if cell["value_norm"] == "none" else cell["value_norm"],
             **SAMPLING[cell["sampling"]],
             **MEMORY.get(cell["memory"], {}),
@@ -123,7 +141,7 @@ def build(cell, reward_model, **kwargs):
     )
     callbacks = PENALTIES[cell["KLPenalty"]](lm)
     callbacks += [] if cell["score"] == "each token" else [RewardShaping(**SHAPING)]
-    callbacks += {"CriticWarmup": [CriticWarmup(1)], "TrainingWarnings": [TrainingWarnings()]}.get(cell["beside"], [])
+    callbacks += [] if cell["beside"] not in BESIDE else [BESIDE[cell["beside"]]()]
     return model, callbacks
 
 

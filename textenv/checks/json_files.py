@@ -11,7 +11,7 @@ from typing import Any
 
 # A type (`float` takes whole numbers as well, `object` anything), None for null, a tuple of alternatives, [shape] for a
 # list, or {key: shape} for an object. An object may have further keys; the entry under the key `str`, if there is one,
-# is the shape of their values.
+# is the shape of their values. A key may be missing if NOTHING is among the alternatives of its value.
 Shape = Any
 
 NOTHING = object()  # the value of a missing key
@@ -92,8 +92,8 @@ def _mismatches(value: Any, shape: Shape, path: str) -> Iterator[tuple[str, Shap
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    if value is NOTHING:
-        return False
+    if value is NOTHING or kind is NOTHING:
+        return value is kind
     if kind is None or value is None:
         return value is None and kind in (None, object)
     if isinstance(value, bool):  # `isinstance(True, int)` holds in Python, but JSON's true is no number
@@ -104,7 +104,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 def _name(shape: Shape) -> str:
     if isinstance(shape, tuple):
         return " or ".join(map(_name, shape))
-    if shape is None:
-        return "null"
+    if shape is None or shape is NOTHING:
+        return "null" if shape is None else "nothing"
     kind = shape if isinstance(shape, type) else type(shape)
     return NAMES.get(kind, "a list" if kind is list else "a value")

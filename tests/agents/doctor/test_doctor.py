@@ -13,7 +13,7 @@ from agents import DoctorError, Finding, KLPenalty, Report, make_agent
 from agents.doctor import examine as doctor
 from agents.doctor import model_checks, setting_checks, trial_checks
 from agents.doctor.sample import Subject
-from tests.helpers.examining import Broken, agent, assert_names, statuses
+from tests.helpers.examining import LONG, Broken, agent, assert_names, statuses
 from tests.helpers.models import FAMILIES, tiny
 from tests.helpers.training import run_state, tiny_config, tiny_env
 
@@ -67,17 +67,21 @@ def test_every_check_is_run():
 # The doctor leaves no trace.
 
 
-def test_training_is_the_same_with_and_without():
+@pytest.mark.parametrize("value_norm", [None, "popart"])
+def test_training_is_the_same_with_and_without(value_norm):
     states = []
     for check in (False, True):
-        model = agent(check=check)
+        model = agent(check=check, policy_kwargs={"value_norm": value_norm})
         model.learn(3 * 32)
         states.append(run_state(model))
     assert states[0] == states[1]
 
 
-def test_a_trained_model_is_left_as_it_was():
-    model = agent()
+@pytest.mark.parametrize("value_norm", [None, "norm"])
+def test_a_trained_model_is_left_as_it_was(value_norm):
+    model = agent(
+        env=tiny_env(lambda prompt, preds, done: 1e3 * len(preds), **LONG), policy_kwargs={"value_norm": value_norm}
+    )
     model.learn(2 * 32)
     before, modes = run_state(model), [module.training for module in model.policy.modules()]
     gradients = [weight.grad for weight in model.policy.parameters()]

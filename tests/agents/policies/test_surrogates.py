@@ -7,10 +7,22 @@ from sb3_contrib import TRPO, MaskablePPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents import CISPO, GSPO, ClipHigher, DualClip, LMPolicy, SequenceRolloutBuffer, SoftGate, TextVecEnv
+from agents import (
+    CISPO,
+    GSPO,
+    ClipHigher,
+    DualClip,
+    EngineRollouts,
+    LMPolicy,
+    SequenceRolloutBuffer,
+    SoftGate,
+    TextVecEnv,
+)
 from agents.models import sampling
+from agents.models.token_sets import AllowedTokens
 from agents.policies.surrogates import NO_CLIP, Terms
-from tests.helpers.models import collect, disturb
+from tests.helpers.engines import InProcess
+from tests.helpers.models import collect, disturb, few
 from tests.helpers.training import TOKENIZER, same_weights, tiny_agent, tiny_config, tiny_env, weights
 from textenv import AllowedMask
 
@@ -55,6 +67,12 @@ def gspo(new, old, advantages):
     return -clipped((new - old).mean().exp().expand(len(new)), advantages, 0.01, 0.02)
 
 
+def gspo_of_tokens(new, old, advantages):
+    """The paper's form for advantages that differ from token to token."""
+    ratios = (new - old).mean().exp().detach() * (new - new.detach()).exp()
+    return -clipped(ratios, advantages, 0.01, 0.02)
+
+
 def soft_gate(new, old, advantages):
     temperatures = torch.where(advantages > 0, 1.0, 1.05 * torch.ones_like(advantages))  # 1.05 in float64
     return -advantages * torch.sigmoid(temperatures * ((new - old).exp() - 1)) * 4 / temperatures
@@ -92,7 +110,9 @@ def in_float64(monkeypatch, model):
     model.policy.double()
 
 
-def rollout_of(surrogate, aggregation="token", per_sequence=False, masked=False, **buffer_kwargs):
+def rollout_of(
+    surrogate, aggregation="token", per_sequence=False, masked=False, engine=None, sampling=None, **buffer_kwargs
+):
     """Return an agent after a rollout of ragged texts, with changed weights and advantages that no factor rounds."""
     rows = [{"prompt": "abc"[: 1 + i % 3], "max_new_tokens": n} for i, n in enumerate(LENGTHS)]
     env = tiny_env(prompts=rows, max_new_tokens=STEPS, stop_ids=(), **({"mask": MASK} if masked else {}))
@@ -105,10 +125,10 @@ def rollout_of(surrogate, aggregation="token", per_sequence=False, masked=False,
         batch_size=STEPS * LANES,
         vf_coef=0.0,
         max_grad_norm=1e9,
-        policy_kwargs={"surrogate": surrogate, "optimizer_class": torch.optim.SGD},
+        policy_kwargs={"surrogate": surrogate, "optimizer_class": torch.optim.SGD, **(sampling or {})},
         rollout_buffer_kwargs={"aggregation": aggregation, "normalize_advantage": False, **buffer_kwargs},
     )
-    buffer = collect(model)
+    buffer = collect(model, *([EngineRollouts(engine)] if engine else []))
     rng = np.random.default_rng(0)
     for part in (trained := buffer.trained):
         n = len(part.actions)
@@ -138,13 +158,14 @@ def written_out(model, loss, aggregation):
         ids = torch.as_tensor(segment.tokens).long()[None]  # (1, T)
         logits = model.policy.backbone.model(input_ids=ids).logits[0, part.cols.astype(int), : len(TOKENIZER)]  # (n, V)
         if buffer.is_masked:
-            allowed = torch.zeros(len(TOKENIZER), dtype=torch.bool)
-            allowed[3:30] = True
+            allowed = AllowedTokens(buffer.token_sets, part.allowed).dense(torch.device("cpu"))  # (n, V)
+            assert 1 <= int(allowed.sum(dim=1).max()) < len(TOKENIZER)
             logits = logits.masked_fill(~allowed, -torch.inf)
         new = torch.log_softmax(logits, -1)[range(len(part.actions)), part.actions.astype(int)]
         assert new.dtype == torch.float64
-        old, advantages = (torch.as_tensor(array).double() for array in (part.log_probs, part.advantages))
-        losses.append(loss(new, old, advantages))
+        arrays = (part.log_probs, part.behaviour_log_probs, part.advantages)
+        old, behaviour, advantages = (torch.as_tensor(array).double() for array in arrays)
+        losses.append(loss(new, old, advantages * (old - behaviour).exp().clamp(max=2.0)))
     return gradient(model, AGGREGATIONS[aggregation](losses))
 
 
@@ -182,6 +203,34 @@ def test_e13_with_masks_and_in_micro_batches_as_well(name, masked, monkeypatch):
     expected = written_out(model, loss, "sequence")
     (batch, *_) = next(iter(model.rollout_buffer.get()))
     assert len(list(model.policy.lm.chunks(batch))) > 3
+    model.train()
+    assert largest_difference(gradients(model), expected) <= SAME < 1e-3 < size(expected)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", few(LOSSES, 1))
+def test_e13_with_the_importance_weights_of_an_engine_as_well(name, aggregation, monkeypatch):
+    """They multiply the advantages, and leave ratios alone: those are of the policy before and after the update."""
+    surrogate, loss = LOSSES[name] if name != "GSPO" else (LOSSES[name][0], gspo_of_tokens)
+    engine = InProcess(tiny_config(initializer_range=0.3), heat=1.5)
+    model = rollout_of(surrogate, aggregation, engine=engine)
+    in_float64(monkeypatch, model)
+    expected = written_out(model, loss, aggregation)
+    model.train()
+    assert largest_difference(gradients(model), expected) <= 1e-6 * size(expected), "the buffer's weights are float32"
+    for part in model.rollout_buffer.trained:
+        part.behaviour_log_probs[:] = part.log_probs
+    assert largest_difference(written_out(model, loss, aggregation), expected) > 1e-2 * size(expected)
+
+
+@pytest.mark.parametrize("name", few(LOSSES, 1))
+@pytest.mark.parametrize("sampling", [{"top_k": 5}, {"top_p": 0.7, "temperature": 1.0}])
+def test_e13_within_a_sampling_support_as_well(sampling, name, monkeypatch):
+    """Both probabilities of a ratio are those over the tokens that the rollout could sample."""
+    surrogate, loss = LOSSES[name]
+    model = rollout_of(surrogate, "sequence", per_sequence=name == "GSPO", sampling=sampling)
+    in_float64(monkeypatch, model)
+    expected = written_out(model, loss, "sequence")
     model.train()
     assert largest_difference(gradients(model), expected) <= SAME < 1e-3 < size(expected)
 
@@ -250,6 +299,20 @@ def test_what_the_log_calls_clipped():
     logged = model.logger.name_to_value
     assert logged["train/surrogate_clip_fraction"] == pytest.approx(float(cut.float().mean())) != 0
     assert logged["train/surrogate_weight"] == pytest.approx(float(ratios.masked_fill(cut, 0).mean()))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_sb3_logs_of_the_loss(name, aggregation):
+    """Its policy loss is the mean of -A r, whatever the surrogate, and its own clip never acts."""
+    surrogate, terms = LOSSES[name][0], []
+    model = rollout_of(lambda given: terms.append(given) or surrogate(given), aggregation)
+    model.train()
+    logged = model.logger.name_to_value
+    assert logged["train/clip_fraction"] == 0
+    expected = -float((terms[0].advantages * terms[0].ratios).mean())
+    assert logged["train/policy_gradient_loss"] == pytest.approx(expected, rel=1e-5) != 0
+    assert logged["train/approx_kl"] > 1e-4, "the divergence is that of the policy, which has changed"
 
 
 def by_hand(algorithm=PPO, buffer=SequenceRolloutBuffer, surrogate=CISPO(), buffer_kwargs=None, **kwargs):  # noqa: B008

@@ -123,7 +123,8 @@ def test_mlflow_gets_rows_and_samples_once_and_a_resumed_run_goes_on(tmp_path, m
     first = MLflowTracker(Named("mlflow", {"tags": {"team": "mine"}}), folder, config)
     assert mlflow.address == f"sqlite:///{folder.path.resolve()}/mlflow.db"
     assert mlflow.experiments["textenv"].place == f"file://{folder.path.resolve()}/mlflow"
-    first.row({"tokens": 64, "reward/task": 0.5, "reward/a+b": 0.25, "train/loss": float("nan")})
+    names = {"train/aggregation": "token", "train/loss": float("nan")}  # a name and no number
+    first.row({"tokens": 64, "reward/task": 0.5, "reward/a+b": 0.25, **names})
     first.samples([sample(64), sample(64, "bad")])
     # As if killed here: the resumed run repeats the rows up to 64, and later ones are new.
     again = MLflowTracker(Named("mlflow"), folder, config, sent=64)

@@ -81,9 +81,10 @@ def make_agent(
         n_envs: The number of episodes that run side by side, in all processes together.
         algorithm: The class: PPO, A2C, sb3-contrib's TRPO or MaskablePPO, or a subclass; it decides policy and buffer.
         policy_kwargs: Other arguments of `LMPolicy`.
-        rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`. Unless given, `normalize_advantage` is True
-            only with the advantage "gae", and `complete_episodes` only with an env of `samples_per_prompt`; the
-            `aggregation_length` of "constant" is the env's `max_new_tokens`.
+        rollout_buffer_kwargs: Other arguments of `SequenceRolloutBuffer`, such as `advantage`, `critic_lambda` and
+            `lambda_alpha` (docs/losses.md compares them). Unless given, `normalize_advantage` is True only with the
+            advantage "gae", and `complete_episodes` only with an env of `samples_per_prompt`; the `aggregation_length`
+            of "constant" is the env's `max_new_tokens`.
         recipe: The name of a published algorithm: "ppo", "grpo", "dr_grpo", "rloo", "reinforce++", "dapo", "gspo",
             "cispo" or "vapo". Its settings (`agents.RECIPES`, with the keys of a configuration) become the defaults of
             `policy_kwargs` and `rollout_buffer_kwargs`. KL penalty, dynamic sampling and critic warm-up are attached as

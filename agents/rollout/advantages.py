@@ -145,9 +145,10 @@ def _called(function: AdvantageFunction, episodes: Sequence[Transitions], groups
     if len(given) != len(wanted) or any(shape not in ((), fit) for shape, fit in zip(shapes, wanted, strict=True)):
         raise _unfit(wanted, f"{len(given)} of shapes {shapes[:8]}")
     for own, episode in zip(given, trajectories, strict=True):
-        if not np.isfinite(own).all():
+        fits = np.abs(own) <= np.finfo(np.float32).max  # False of NaN, too
+        if not fits.all():
             raise ValueError(
-                f"Expected `advantage` to return finite numbers, got {own[~np.isfinite(own)].flat[0]} for an episode "
+                f"Expected `advantage` to return finite numbers, got {own[~fits].flat[0]} for an episode "
                 f"of {len(episode.actions)} tokens and the score {episode.score:.4g}: check for divisions by 0, as of "
                 "the deviation of a group of equal scores."
             )

@@ -59,6 +59,11 @@ class Dialogue(TextEnv):
         return None if preds.turns[-1].text == "a" else "b"
 
 
+def to_come(episodes):
+    """Return what is still to come of rewards minus penalties, as a function of one's own."""
+    return [(episode.rewards - episode.penalties)[::-1].cumsum()[::-1] for episode in episodes]
+
+
 class Recipe(NamedTuple):
     """What is trained, and the factor by which its mean gradient is that of the expected reward."""
 
@@ -220,6 +225,7 @@ EXACT = {
     "rloo with a mask, temperature": Recipe("rloo", KL, env=MASK, policy={"temperature": 1.5}),
     "rloo, dialogues": Recipe("rloo", KL, ends=True, env=TALK),
     "rloo, late scores": Recipe("rloo", KL, ends=True, env={"score_at": "rollout_end"}),
+    "a function of tokens with KL": Recipe(to_come, KL, ends=True),
     "rloo, rollouts without a whole group": Recipe("rloo", KL, n_steps=1, n_envs=2 * LANES),
 }
 INEXACT = {

@@ -10,6 +10,8 @@ from agents import RewardShaping, SampleGroups
 from agents.build import make_agent
 from agents.evaluation.generation import generate
 from agents.rollout import minibatches
+from tests.helpers.advantage_jobs import above_the_group
+from tests.helpers.models import few
 from tests.helpers.training import tiny_config
 from textenv import CharTokenizer, TextEnv
 
@@ -53,14 +55,28 @@ def learn(model, iterations, callback=None):
     return before, share()
 
 
-@pytest.mark.parametrize(
-    "advantage", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpo_mean", "rloo"))]
-)
+@pytest.mark.parametrize("advantage", few(["grpo", "grpo_mean", "rloo", "reinforce++_baseline", above_the_group], 1))
 def test_e11_group_relative_advantages_learn(advantage):
     """The 64 lanes are no multiple of the groups of 5."""
     env = TextEnv(PROMPTS, TOKENIZER, reward=share_of_c, samples_per_prompt=5, score_at="done", **RULES)
     before, after = learn(build(env, advantage), 15)
     assert before < 0.35 and after > 0.9
+
+
+def above_a_half(episodes):
+    """Return how far each score is above a half: a baseline that no group needs."""
+    return [episode.score - 0.5 for episode in episodes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["reinforce++", above_a_half])
+def test_e11_texts_alone_learn_without_a_critic_and_without_groups(advantage):
+    """The control is a score that does not depend on the text."""
+    env = TextEnv(PROMPTS, TOKENIZER, reward=share_of_c, score_at="done", **RULES)
+    before, after = learn(build(env, advantage), 20)
+    assert before < 0.35 and after > 0.9
+    same = TextEnv(PROMPTS, TOKENIZER, reward=lambda prompt, preds, done: 0.5 * done, score_at="done", **RULES)
+    assert learn(build(same, advantage), 20)[1] < 0.5
 
 
 @pytest.mark.slow

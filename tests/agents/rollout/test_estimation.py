@@ -254,6 +254,7 @@ def test_what_a_function_gets_cannot_be_written():
         (lambda _: [None, "b"], r"got list \(.*\): return a list"),
         (lambda _: [0.0, np.nan], "finite numbers, got nan for an episode of 1 tokens and the score 1: check for div"),
         (lambda _: [np.array([0.0, np.inf]), 0.0], "finite numbers, got inf for an episode of 2 tokens"),
+        (lambda _: [0.0, -1e39], r"finite numbers, got -1e\+39 for"),  # which float32 does not hold
     ],
 )
 def test_answers_that_do_not_fit_are_refused(answer, error):

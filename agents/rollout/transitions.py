@@ -40,7 +40,7 @@ class Transitions(NamedTuple):
     advantages: np.ndarray
     returns: np.ndarray  # values + advantages by the critic's lambda, before any normalisation (invariant D1)
     allowed: np.ndarray  # int32: the number of the token set that the action was sampled from; 0 is the vocabulary
-    # In nats, by the reference of a `KLPenalty` ; infinity, as of no probability, without one.
+    # In nats, by the reference of a `KLPenalty`; infinity, as of no probability, without one.
     reference_log_probs: np.ndarray
     # In nats, by the model that sampled: in the memory of `log_probs`, unless another engine sampled.
     behaviour_log_probs: np.ndarray

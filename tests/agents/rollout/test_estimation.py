@@ -30,7 +30,7 @@ def part_of(rewards, values=None, penalties=None):
     rewards = np.array(rewards, dtype=np.float32)
     zeros, whole = np.zeros_like(rewards), np.zeros(len(rewards), dtype=np.int32)
     values, penalties = (zeros if given is None else np.array(given, dtype=np.float32) for given in (values, penalties))
-    return Transitions(whole, whole, rewards, penalties, values, zeros, zeros.copy(), zeros.copy(), whole, zeros)
+    return Transitions(whole, whole, rewards, penalties, values, zeros, zeros.copy(), zeros.copy(), whole, zeros, zeros)
 
 
 def straddling(**options):

@@ -117,7 +117,8 @@ class KLPenalty(RolloutStep):
 
     Raises:
         ValueError: If an argument is out of range. When attached, if the model is already trained and its start is not
-            known, or a checkpoint has another reference than the one given.
+            known, a checkpoint has another reference than the one given, or a reference given by name has another
+            token for one of the policy's ids.
 
     Example:
         >>> from agents import KLPenalty

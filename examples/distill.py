@@ -5,7 +5,7 @@
 The teacher is the built-in demo model (2 layers of 64), which PPO first trains to write positive reviews. The student,
 a new GPT-2 of 1 layer of 32 with the same tokenizer, learns to write reviews of all moods from the corpus. Then it
 writes on its own, and each token costs log student - log teacher: it comes to write as the teacher does, and has the
-teacher's mood, although it never sees the reward. `--off` switches the teacher off: the student stays as it is.
+teacher's mood, although it never sees the reward. `--off` switches the teacher off: nothing changes then.
 Expect, in about two minutes on one core: KL(student, teacher) falls from 0.75 to 0.04 nats a token, and the mood rises
 from 0.47 to 0.98 (the teacher's: 0.96).
 """

@@ -19,7 +19,7 @@ from textenv.huggingface.weights import from_pretrained
 from ..distributed.collectives import broadcast_weights
 from ..distributed.sharding import Shards, gathered
 from ..models.backbone import Backbone
-from ..models.pretrained import LMLike, Pretrained, build_backbone
+from ..models.pretrained import LOOK_UP_OPTIONS, LMLike, Pretrained, build_backbone
 from ..models.sequences import Chunk, PartReader, SequenceBatch
 from ..models.trainable import adapted_layers, adapters_off
 from ..small_models.demo_model import model_folder
@@ -89,7 +89,7 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
 
 
 def check_tokens(lm: LMLike, tokenizer: Any) -> None:
-    """Raise ValueError if a token has one id for the policy, and another for a model that is given by name.
+    """Raise ValueError if one of the policy's ids is another token for a model that is given by name.
 
     The model may lack tokens, and have further ones. Nothing is checked of a model without a tokenizer beside it, such
     as a config, or if one of the tokenizers has no `get_vocab`.
@@ -102,7 +102,7 @@ def check_tokens(lm: LMLike, tokenizer: Any) -> None:
     if not isinstance(spec, Pretrained) or spec.name is None or not hasattr(tokenizer, "get_vocab"):
         return
     where = {key: spec.kwargs[key] for key in WHERE if key in spec.kwargs}
-    name = spec.name if where else model_folder(spec.name)
+    name = spec.name if LOOK_UP_OPTIONS & where.keys() else model_folder(spec.name)
     if not get_tokenizer_config(name, **where):
         return
     ours = {i: token for token, i in tokenizer.get_vocab().items()}

@@ -138,7 +138,8 @@ class KLPenalty(RolloutStep):
     Raises:
         ValueError: If an argument is out of range, or an estimator has another gradient in the loss. When attached, if
             the model is already trained and its start is not known, if a checkpoint has another reference than the one
-            given, or if the term does not fit the algorithm or sharded weights.
+            given, if a reference given by name has another token for one of the policy's ids, or if the term does not
+            fit the algorithm or sharded weights.
 
     Example:
         >>> from agents import KLPenalty

@@ -86,6 +86,27 @@ def test_quickstart_writes_figures_curves_and_a_model(tmp_path):
     assert (out / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_distill_writes_three_models_and_figures(tmp_path):
+    figures = tmp_path / "figures.json"
+    printed = run("examples/distill.py", "--smoke", "--out", tmp_path, "--json", figures, TEXTENV_CACHE=str(tmp_path))
+    assert "nats a token before" in printed
+    assert json.loads(figures.read_text())["mood"].keys() == {"teacher", "student", "distilled"}
+
+
+@pytest.mark.parametrize("seed", seldom(range(3)))
+def test_distill_meets_its_bar_and_without_a_teacher_it_does_not(tmp_path, seed):
+    """The mood follows the teacher's, though no reward is seen; with the teacher switched off, nothing moves."""
+    found = {}
+    for options in ((), ("--off",)):
+        run("examples/distill.py", "--seed", seed, "--out", tmp_path, "--json", tmp_path / "figures.json", *options)
+        found[options] = json.loads((tmp_path / "figures.json").read_text())
+    taught, off = found[()], found["--off",]
+    assert taught["after"] < 0.5 * taught["before"] and off["after"] > 0.8 * off["before"]
+    assert taught["mood"]["distilled"] > taught["mood"]["student"] + 0.2
+    assert abs(off["mood"]["distilled"] - off["mood"]["student"]) < 0.1
+
+
 @pytest.mark.long
 def test_quickstart_on_a_corpus_and_resumed(tmp_path):
     pytest.importorskip("vaderSentiment")

@@ -9,14 +9,17 @@ from sb3_contrib import TRPO, MaskablePPO
 from stable_baselines3 import A2C, PPO
 
 from agents import CISPO, AdaptiveCoef, CriticWarmup, KLPenalty, LoRA, load_checkpoint, save_checkpoint
+from agents.configuration.config import EnvConfig, KLConfig, ModelConfig, TrainConfig
 from agents.models.sampling import TokenDistribution, score_tokens
 from agents.policies.kl_loss import KLLoss
 from agents.policies.reference import divergences, reader
 from agents.policies.surrogates import NO_CLIP
 from agents.rollout.trained_sequences import TrainedSequences
+from agents.runs.assemble import training_callbacks
 from tests.agents.policies.test_surrogates import MASK, gradient, gradients, in_float64, largest_difference, size
 from tests.helpers.models import collect, disturb
 from tests.helpers.training import TOKENIZER, run_state, same_weights, tiny_agent, tiny_config, tiny_env, weights
+from textenv.checks.trust import Trust
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sequences in 1 minibatches:UserWarning")
 SAME = 1e-12
@@ -317,6 +320,13 @@ def test_tokens_that_were_sampled_before_the_penalty_have_no_term():
     term.added_to([new, new, new], new).sum().backward()
     # The sum's own gradient is 1; that of 2 * mean((new - reference)^2 / 2) is -1 at the second token.
     assert new.grad.tolist() == [1.0, 0.0] and loss.mean() == pytest.approx(0.25)
+
+
+def test_a_configuration_has_it_too():
+    config = TrainConfig(EnvConfig("textenv/Reviews-v0"), ModelConfig("org/gpt2"))
+    config.kl = KLConfig(0.5, estimator="k2", where="loss")
+    (penalty,) = (step for step in training_callbacks(config, Trust()) if isinstance(step, KLPenalty))
+    assert (penalty.where, penalty.estimator, penalty.coef) == ("loss", "k2", 0.5)
 
 
 def test_refusals():

@@ -43,6 +43,7 @@ from ..models.interface import LengthError
 from ..models.pretrained import Pretrained
 from ..models.trainable import LastLayers, LoRA, Trainable
 from ..policies.lm_policy import LMPolicy
+from ..policies.pretrained_critic import PretrainedCritic
 from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
@@ -367,7 +368,9 @@ def _critic(model: ModelConfig) -> CriticSpec:
     if model.critic_model is None:
         raise CommandError(f"Expected --model.critic_model NAME with the critic {model.critic!r}.")
     name = model.critic_model
-    return SeparateCritic(Pretrained(name)) if model.critic == "separate" else RewardModelCritic(name)
+    if model.critic == "separate":
+        return SeparateCritic(Pretrained(name))
+    return RewardModelCritic(name) if model.critic == "reward_model" else PretrainedCritic(name)
 
 
 def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:

@@ -92,7 +92,7 @@ def fit_critic(
         model: An agent of `make_agent`, with any critic that ends in a value head; PPO, MaskablePPO or A2C.
         folder: The folder to write, absent or empty.
         steps: The steps that its training will have between rollout and returns: `KLPenalty`, `RewardShaping`, ...
-            They stay attached. Without the penalties of its training the critic would learn other returns.
+            Without the penalties of its training the critic would learn other returns.
         n_rollouts: The number of rollouts of `n_steps * n_envs` tokens.
         n_epochs: The number of passes over their texts; may be a fraction.
         batch_size: The number of texts in a minibatch.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sb3_contrib import TRPO
+from sb3_contrib import TRPO, MaskablePPO
 from stable_baselines3 import A2C, PPO
 from transformers import AutoModelForSequenceClassification
 
@@ -18,6 +18,7 @@ from agents import (
     Pretrained,
     PretrainedCritic,
     RewardModelCritic,
+    RewardShaping,
     SeparateCritic,
     SharedCritic,
     fit_critic,
@@ -31,7 +32,7 @@ from agents.supervised.valued_texts import collect_texts, explained, read_texts,
 from tests.helpers.models import tiny
 from tests.helpers.seq2seq import tiny_seq2seq
 from tests.helpers.training import TOKENIZER, Recorder, same_weights, tiny_agent, tiny_config, tiny_env, weights
-from textenv import CharTokenizer
+from textenv import AllowedMask, CharTokenizer
 
 SEPARATE = SeparateCritic(tiny_config(n_layer=1, initializer_range=0.3))
 START = tiny_config(initializer_range=0.3)  # of which a linear head can read what the prompt was
@@ -189,6 +190,20 @@ def test_fresh_adapters_an_encoder_decoder_and_a2c_take_it(algorithm, tmp_path):
     adapted = agent(PretrainedCritic(tmp_path / "llama"), **kwargs)
     assert torch.allclose(values(adapted), values(model), atol=1e-5)
     adapted.learn(64, callback=CriticWarmup(1))
+
+
+def test_masks_late_scores_of_groups_and_trpo_take_it(tmp_path):
+    late = tiny_env(score_at="rollout_end", samples_per_prompt=2)
+    masked = tiny_env(mask=AllowedMask(list(range(20))), score_at="done")
+    words = {"n_rollouts": 1, "n_epochs": 1, "progress_bar": False}
+    for number, kwargs in enumerate(({"env": late}, {"env": masked, "algorithm": MaskablePPO})):
+        model, folder = agent(SharedCritic(), **kwargs), tmp_path / str(number)
+        result = fit_critic(model, folder, steps=[RewardShaping(clip=0.5)], **words)
+        assert result.n_texts + result.n_held_out >= 16 and result.returns.mean <= 0.5
+        loaded = agent(PretrainedCritic(folder), **kwargs)
+        assert torch.allclose(values(loaded), values(model), atol=1e-5)
+    trpo = agent(PretrainedCritic(folder), algorithm=TRPO)
+    assert torch.allclose(values(trpo), values(model), atol=1e-5)
 
 
 def refused(words, critic, **kwargs):

@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .policies.flat import FlatLMPolicy as FlatLMPolicy
     from .policies.lm_policy import LMPolicy as LMPolicy
     from .policies.maskable import MaskableLMPolicy as MaskableLMPolicy
+    from .policies.pretrained_critic import PretrainedCritic as PretrainedCritic
     from .policies.surrogates import CISPO as CISPO
     from .policies.surrogates import GSPO as GSPO
     from .policies.surrogates import ClipHigher as ClipHigher
@@ -91,6 +92,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .supervised.accuracy import pair_accuracy as pair_accuracy
     from .supervised.accuracy import wilson_interval as wilson_interval
     from .supervised.classifier import train_classifier as train_classifier
+    from .supervised.critic_fit import fit_critic as fit_critic
     from .supervised.learned_reward import LearnedReward as LearnedReward
     from .supervised.preferences import Labelled as Labelled
     from .supervised.preferences import Ranking as Ranking
@@ -140,6 +142,7 @@ NAMES = {
     "ModelConfig": ".configuration.config",
     "Named": ".configuration.config",
     "Pretrained": ".models.pretrained",
+    "PretrainedCritic": ".policies.pretrained_critic",
     "RECIPES": ".configuration.recipes",
     "Ranking": ".supervised.preferences",
     "Report": ".doctor.report",
@@ -168,6 +171,7 @@ NAMES = {
     "demo_model": ".small_models.demo_model",
     "evaluate": ".evaluation.evaluation",
     "export": ".checkpoints.hf_export",
+    "fit_critic": ".supervised.critic_fit",
     "generate": ".evaluation.generation",
     "hh_pairs": ".supervised.preferences",
     "is_main_process": ".distributed.world",

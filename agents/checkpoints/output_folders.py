@@ -17,7 +17,7 @@ MARK = "textenv.json"  # names the kind of an output and each file that was writ
 SHOWN = 3  # names of files that an error shows: enough to recognise a folder
 RUN = "run.json"  # the file that marks the folder of a run
 
-Kind = Literal["language model", "classifier", "reward model", "checkpoint", "best model"]
+Kind = Literal["language model", "classifier", "reward model", "critic", "checkpoint", "best model"]
 
 
 class OutputFolderError(ValueError):

@@ -84,7 +84,7 @@ def make_parser(
     for action in parser._actions:  # argparse has no public list of them
         check_values(action)
         if action.dest in helps:
-            action.help = helps[action.dest] + (_two_defaults(action.dest) if config is TrainConfig else "")
+            action.help = helps[action.dest] + (_two_defaults(action.dest) if issubclass(config, TrainConfig) else "")
         elif action.dest.endswith(".help"):
             action.help = argparse.SUPPRESS  # jsonargparse adds --env.help and the like; our help has all keys
         elif action.dest == "print_config":

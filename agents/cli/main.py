@@ -17,10 +17,12 @@ from ..configuration.config import TrainConfig, TrainOptions, TrustOptions
 from ..configuration.stage_folders import check_folders
 from ..errors import CommandError, Exit, StageStopped
 from .arguments import check_file, make_parser, parse, parse_options, set_defaults, split, with_config
+from .named_models import check_model, refuse_zip, with_source
 from .options import (
     ChatOptions,
     ClassifierConfig,
     CompareOptions,
+    CriticConfig,
     EvaluateOptions,
     ExportFlags,
     ExportOptions,
@@ -130,7 +132,7 @@ def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, An
 
     Args:
         words: The words; a configuration file may come first.
-        verb: "train" or "doctor".
+        verb: "train", "doctor" or "critic".
 
     Returns:
         The configuration, the options of the command line, and the configuration as YAML.
@@ -143,15 +145,15 @@ def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, An
         >>> config.model.name, options.quiet
         ('gpt2', True)
     """
-    options, does = VERBS[verb].options, VERBS[verb].does
-    parser = make_parser(verb, VERBS[verb].usage, TrainConfig, options, f"{does[0].upper()}{does[1:]}.")
+    does, usage, kind, options = VERBS[verb][:4]
+    parser = make_parser(verb, usage, kind, options, f"{does[0].upper()}{does[1:]}.")
     words = with_config(words)
     check_file(words)
     if not {"-h", "--help"} & set(words):
         # Some defaults depend on other keys, so the words are parsed twice; --print_config would already exit here.
         plain = [word for word in words if not word.startswith("--print_config")]
-        words = set_defaults(parser, words, split(parser, plain, TrainConfig, options)[0])
-    return split(parser, words, TrainConfig, options)
+        words = set_defaults(parser, words, split(parser, plain, kind, options)[0])
+    return split(parser, words, kind, options)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -214,6 +216,17 @@ def _read_stage(name: str, words: list[str]) -> tuple[Any, ...]:
     return chosen, options
 
 
+def _read_critic(name: str, words: list[str]) -> tuple[Any, ...]:
+    # Not from a file, whose `out` is the folder of the training's run.
+    has_out = any(word.partition("=")[0] in ("--out", "-h", "--help", "--print_config") for word in words)
+    if not words or not has_out:
+        raise CommandError("Expected RUN, MODEL or CONFIG.yml, and --out DIR, for textenv critic.")
+    words = with_source(words)
+    config, options, dumped = train_config(words, name)
+    check_folders(words, config)
+    return config, dumped, options
+
+
 def _read_run(name: str, words: list[str]) -> tuple[Any, ...]:
     chosen, options = _read(name, words)
     return run_config(chosen.run), chosen, options
@@ -250,7 +263,7 @@ def run_config(path: str) -> TrainConfig:
     """
     from ..runs.folder import RunFolder
 
-    _refuse_zip(path)
+    refuse_zip(path)
     return read_config(RunFolder.open(path).config)
 
 
@@ -260,40 +273,14 @@ def run_or_model(path: str) -> TrainConfig | None:
     Raises:
         CommandError: If it is neither.
     """
-    _refuse_zip(path)
+    refuse_zip(path)
     if (Path(path) / "run.json").is_file():
         return run_config(path)
-    from textenv.text.named_tokenizer import DEMO
-
-    if path != DEMO:
-        _check_model(path)
+    check_model(path)
     return None
 
 
-def _check_model(path: str) -> None:
-    from textenv.huggingface.weights import check_name
-    from textenv.text.named_tokenizer import DEMO
-
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise CommandError(
-            f"Expected the folder of a run, with run.json, or of a model, with config.json, got {path}, with neither."
-        )
-    try:
-        check_name(path, f'the folder of a run or of a model, the name of a model on the hub, or "{DEMO}"')
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _refuse_zip(path: str) -> None:
-    if path.endswith(".zip"):
-        raise CommandError(
-            f"Expected the folder of a run or of a model, got the file {path}, which is SB3's and holds pickles: read "
-            "it in Python, model = agents.load_sb3_zip(path, make_agent(...)), then agents.export(model, tokenizer, "
-            "folder)."
-        )
-
-
-STAGES = ("sft", "classifier", "reward-model")
+STAGES = ("sft", "classifier", "reward-model", "critic")
 CONFIG = "[CONFIG.yml] [--key value ...]"
 STAGE = "[CONFIG.yml] (--data FILE | --task NAME) --out DIR [--key value ...]"
 VERBS = {
@@ -323,6 +310,14 @@ VERBS = {
         StageOptions,
         "agents.cli.stages:train_scorer",
         _read_stage,
+    ),
+    "critic": Verb(
+        "fit the critic to texts of the start, before PPO",
+        "RUN|MODEL|CONFIG.yml --out DIR [--key value ...]",
+        CriticConfig,
+        StageOptions,
+        "agents.cli.critic:train_critic",
+        _read_critic,
     ),
     "evaluate": Verb(
         "compare a run's model before and after training, with intervals",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..configuration.config import ModelConfig, Named, TrustOptions
+from ..configuration.config import ModelConfig, Named, TrainConfig, TrustOptions
 
 RATED_TOKENS = 32  # the most tokens of a text to rate from a model that is not a run: people must read all of it
 
@@ -143,7 +143,7 @@ class CompareOptions:
 
 @dataclass
 class StageOptions(TrustOptions):
-    """Options of `textenv sft`, `classifier` and `reward-model`: only the command line has them.
+    """Options of `textenv sft`, `classifier`, `reward-model` and `critic`: only the command line has them.
 
     Args:
         resume: Continue an interrupted training; repeat its other arguments.
@@ -268,6 +268,25 @@ class RewardModelConfig(StageConfig):
     centring: float = 0.0
     n_epochs: float = 1.0
     learning_rate: float = 1e-5
+
+
+@dataclass
+class CriticConfig(TrainConfig):
+    """Fit the critic of a training before its first update; see `agents.fit_critic`.
+
+    Args:
+        out: The folder to write the critic to, for `model.critic: pretrained` and `model.critic_model: FOLDER`.
+        rollouts: The number of rollouts of the start to fit to; a tenth of their texts is held out to measure on.
+        n_epochs: The number of passes over their texts.
+        batch_size: The number of texts in a minibatch.
+        learning_rate: The peak of the learning rate of the fit; null is 1e-2 for a head on the policy's layers, and
+            1e-4 for a critic that is a model of its own.
+    """
+
+    rollouts: int = 8
+    n_epochs: float = 4.0
+    batch_size: int = 16
+    learning_rate: float | None = None
 
 
 @dataclass

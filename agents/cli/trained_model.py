@@ -43,13 +43,13 @@ from ..runs.assemble import (
     load_tokenizer,
     make_masks,
     make_metric,
-    policy_arguments,
     task_name,
     trust_of,
 )
 from ..runs.checkpoints import checkpoint_to_load
 from ..runs.folder import SAMPLE, RunFolder, read_rows, to_line
 from ..runs.model_card import model_card
+from ..runs.policy_arguments import policy_arguments
 from ..small_models.demo_model import model_folder
 from .options import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, OneModel
 from .prompt_files import prompts_for

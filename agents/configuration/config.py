@@ -74,8 +74,10 @@ class ModelConfig:
         lora_r: With train "lora", the rank of the adapters.
         lora_alpha: With train "lora", the scale of the adapters, whose output is multiplied by alpha / rank.
         critic: The critic that predicts values: "shared" is a head on the policy's own layers, "detached" the same
-            without training those layers; "separate" and "reward_model" are models of their own.
-        critic_model: With critic "separate" or "reward_model", the name or folder of its model.
+            without training those layers; "separate" and "reward_model" are models of their own; "pretrained" is any of
+            these, as `textenv critic` has fitted it.
+        critic_model: With critic "separate" or "reward_model", the name or folder of its model; with "pretrained", the
+            folder that `textenv critic` wrote.
         value_norm: How to normalise returns for the critic: "norm" by running mean and deviation; "popart" does the
             same and keeps the predicted values unchanged meanwhile (PopArt); null for not at all.
         critic_lr_scale: A factor on the learning rate of the critic.
@@ -95,7 +97,7 @@ class ModelConfig:
     last_layers: int = 2
     lora_r: int = 8
     lora_alpha: float = 16.0
-    critic: Literal["shared", "detached", "separate", "reward_model"] = "shared"
+    critic: Literal["shared", "detached", "separate", "reward_model", "pretrained"] = "shared"
     critic_model: str | None = None
     value_norm: Literal["norm", "popart"] | None = None
     critic_lr_scale: float = 1.0

@@ -20,7 +20,7 @@ from ..distributed.gradients import SharedGradient
 from ..distributed.sharding import Sharded, Shards
 from ..distributed.world import world
 from ..models.backbone import Backbone
-from ..models.critic import CriticSpec, SharedCritic, TrunkCritic
+from ..models.critic import CriticSpec, SharedCritic
 from ..models.interface import BackendSpec
 from ..models.pretrained import LMLike, backbone_class, build_backbone
 from ..models.sampling import Sampling, TokenDistribution
@@ -28,6 +28,7 @@ from ..models.sequences import SequenceBatch
 from ..models.trainable import Trainable
 from .actor_critic import LMActorCritic, Step
 from .optimizers import learning_rate_scales, scaled_optimizer, usual_arguments
+from .pretrained_critic import begin_critic, build_critic
 from .surrogates import SurrogateFunction, SurrogateLoss, check_loss
 from .tensor_notes import ALLOWED, READ_BY, TERMINAL, read_observations
 from .wrappers import calling_algorithm, check_observations, check_wrappers, is_rollouts_end
@@ -62,7 +63,7 @@ class LMPolicy(ActorCriticPolicy):
             `Pretrained(name)`, or the `BackendSpec` of a model that is not transformers'. With an encoder-decoder (T5,
             BART), the encoder reads the prompt, once per episode, and the decoder all later tokens, replies of a
             multi-turn environment included.
-        critic: The spec of the critic: `SharedCritic`, `SeparateCritic` or `RewardModelCritic`.
+        critic: The spec of the critic: `SharedCritic`, `SeparateCritic`, `RewardModelCritic` or `PretrainedCritic`.
         temperature: Divides the logits, in the rollout and in the update; for this and the next five see `Sampling`.
         top_k: Sample from the `top_k` most probable tokens.
         top_p: Sample from the most probable tokens whose probabilities sum up to this.
@@ -183,11 +184,11 @@ class LMPolicy(ActorCriticPolicy):
             lm, train, int(self.action_space.n), n_positions, checkpointing, class_of=self._backbone_class
         )
         shard: Sharded | None = kwargs.pop("shard")
-        critic = kwargs.pop("critic").build(backbone.hidden_size)
-        if isinstance(critic, TrunkCritic):
-            critic.check_fits(backbone.vocab_size, n_positions)
+        spec = kwargs.pop("critic")
+        critic = build_critic(spec, backbone, n_positions)
         sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
         self.lm = LMActorCritic(backbone, critic, sampling, **kwargs)
+        begin_critic(spec, self.lm, algorithm)
         # SB3 `base_class.set_random_seed` has seeded torch's generator: the same seed gives the same run.
         seed = int(torch.randint(2**31, ()))
         here = world()

@@ -103,8 +103,35 @@ class ValueNorm(nn.Module):
         self.mean.add_(share * shift)
         if self.keeps_values:
             assert last_layer is not None, "checked when the policy is built"
-            last_layer.weight.mul_(deviation / self._deviation())
-            last_layer.bias.mul_(deviation).add_(mean - self.mean).div_(self._deviation())
+            change_units(last_layer, mean, deviation, self.mean, self._deviation())
+
+    @torch.no_grad()
+    def begin_at(self, mean: float, deviation: float, n_rollouts: int, last_layer: nn.Linear) -> None:
+        """Begin with the statistics of rollouts that were made before, and give the last layer their units.
+
+        Args:
+            mean: The mean of their returns, in units of reward.
+            deviation: The deviation of their returns, in units of reward.
+            n_rollouts: The number of rollouts, on which the weight of later ones depends.
+            last_layer: The critic's last layer, whose outputs are in units of reward.
+        """
+        self.mean.fill_(mean)
+        self.variance.fill_(deviation**2)
+        self.weight.fill_(1 - DECAY**n_rollouts)
+        change_units(last_layer, 0.0, 1.0, self.mean, self._deviation())
+
+
+@torch.no_grad()
+def change_units(
+    last_layer: nn.Linear,
+    mean: Tensor | float,
+    deviation: Tensor | float,
+    new_mean: Tensor | float,
+    new_deviation: Tensor | float,
+) -> None:
+    """Rescale a critic's last layer, so that outputs in new units mean the same values: van Hasselt et al., 2016."""
+    last_layer.weight.mul_(deviation / new_deviation)
+    last_layer.bias.mul_(deviation).add_(mean - new_mean).div_(new_deviation)
 
 
 def scales_of(norm: ValueNorm | None, critic: nn.Module, returns: list[np.ndarray]) -> tuple[Scale, Scale]:

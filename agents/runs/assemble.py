@@ -34,20 +34,19 @@ from textenv.vector import unwrap_text_env
 from ..build import make_agent, usual_learning_rate
 from ..callbacks.episode_metrics import EpisodeMetrics
 from ..callbacks.training_warnings import TrainingWarnings
-from ..configuration.config import AlgorithmConfig, EnvConfig, ModelConfig, Named, TrainConfig, TrustOptions
+from ..configuration.config import AlgorithmConfig, EnvConfig, Named, TrainConfig, TrustOptions
 from ..configuration.names import MASK, MASKS, METRIC, METRICS, as_reward, build, built_for, call, find
 from ..errors import CommandError
 from ..evaluation.generation import no_reward
-from ..models.critic import CriticSpec, RewardModelCritic, SeparateCritic, SharedCritic
 from ..models.interface import LengthError
 from ..models.pretrained import Pretrained
-from ..models.trainable import LastLayers, LoRA, Trainable
 from ..policies.lm_policy import LMPolicy
 from ..policies.surrogate_names import make_surrogate
 from ..small_models.demo_model import model_folder
 from ..steps.critic_warmup import CriticWarmup
 from ..steps.kl_penalty import AdaptiveCoef, KLPenalty
 from .advantage_names import make_advantage
+from .policy_arguments import policy_arguments
 from .score_steps import score_steps
 
 ALGORITHMS: dict[str, type[OnPolicyAlgorithm]] = {"ppo": PPO, "a2c": A2C, "maskable_ppo": MaskablePPO, "trpo": TRPO}
@@ -348,29 +347,6 @@ def _lengths_by_key(env: TextEnv, args: str) -> Iterator[None]:
             f"--env.max_new_tokens, {env.rules.max_new_tokens} now, or cut prompts: "
             f"--{args} '{{max_prompt_tokens: N, truncation_side: left}}'."
         ) from error
-
-
-def policy_arguments(model: ModelConfig) -> dict[str, Any]:
-    """Return the arguments of `LMPolicy` for the model's part of a configuration."""
-    copied = ("value_norm", "critic_lr_scale", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    train: dict[str, Trainable] = {
-        "last_layers": LastLayers(model.last_layers),
-        "lora": LoRA(r=model.lora_r, alpha=model.lora_alpha),
-    }
-    return {
-        **{name: getattr(model, name) for name in (*copied, "top_p_lag", "autocast", "gradient_checkpointing")},
-        "train": train.get(model.train, model.train),
-        "critic": _critic(model),
-    }
-
-
-def _critic(model: ModelConfig) -> CriticSpec:
-    if model.critic in ("shared", "detached"):
-        return SharedCritic(detach=model.critic == "detached")
-    if model.critic_model is None:
-        raise CommandError(f"Expected --model.critic_model NAME with the critic {model.critic!r}.")
-    name = model.critic_model
-    return SeparateCritic(Pretrained(name)) if model.critic == "separate" else RewardModelCritic(name)
 
 
 def training_callbacks(config: TrainConfig, trust: Trust) -> list[BaseCallback]:

@@ -1,4 +1,4 @@
-"""The training loop of small models and reward models: minibatches of similar length, AdamW, states to resume from."""
+"""The training loop of small models, reward models and critics: minibatches of similar length, AdamW, saved states."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 IGNORED = -100  # the target that torch's `cross_entropy` and transformers' losses leave out
 POOL = 16  # minibatches whose texts are sorted by length together: little padding, yet a random order
@@ -25,19 +24,19 @@ class FitRun(AbstractContextManager[object], Protocol):
     `ResumableFit` keeps the state on disk.
     """
 
-    def load(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """Load the saved state into model and optimizer; return the loss of each step that was already made."""
         ...
 
     def after_step(
-        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[Tensor], n_steps: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor], n_steps: int
     ) -> None:
         """Save the state when a save is due, and raise when training should stop; `losses` has one item per step."""
         ...
 
 
 def fit(
-    model: PreTrainedModel,
+    model: nn.Module,
     batches: Iterator[Batch],
     loss_of: Callable[[Batch], Tensor],
     n_steps: int,

@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any, cast
 
 from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
 
 from ..policies.flat import FlatLMPolicy
 from ..policies.lm_policy import LMPolicy
 from ..rollout.buffer import SequenceRolloutBuffer
 from .step import RolloutStep, sequence_buffer
+
+
+def weights_beside_critic(policy: LMPolicy) -> list[nn.Parameter]:
+    """Return the trained weights of a policy without those of its critic; a trunk that they share is the policy's."""
+    critic_weights = set(policy.lm.critic.parameters())
+    # The optimizer has all trained weights, those that an earlier warm-up took out of the gradient included.
+    optimized = [weight for group in policy.optimizer.param_groups for weight in group["params"]]
+    return [weight for weight in optimized if weight not in critic_weights]
 
 
 class CriticWarmup(RolloutStep):
@@ -61,10 +70,7 @@ class CriticWarmup(RolloutStep):
                 "`fully_shard` fixes once which weights are trained. Warm up without shards, and continue from that "
                 "checkpoint."
             )
-        critic_weights = set(policy.lm.critic.parameters())
-        # The optimizer has all trained weights, those that an earlier warm-up took out of the gradient included.
-        optimized = [weight for group in policy.optimizer.param_groups for weight in group["params"]]
-        self.weights = [weight for weight in optimized if weight not in critic_weights]
+        self.weights = weights_beside_critic(policy)
 
     def __call__(self, buffer: SequenceRolloutBuffer) -> None:
         """Take the policy's weights out of the coming update's gradient, or put them back in."""

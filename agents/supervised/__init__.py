@@ -1,1 +1,1 @@
-"""Supervised training before PPO: fine-tuning, classifiers and reward models."""
+"""Supervised training before PPO: fine-tuning, classifiers, reward models and critics."""

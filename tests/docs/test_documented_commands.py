@@ -29,6 +29,7 @@ ENGINES = {  # of each verb: the module, and its functions that do the work once
     "sft": ("agents.cli.stages", "tune_model"),
     "classifier": ("agents.cli.stages", "classify"),
     "reward-model": ("agents.cli.stages", "train_scorer"),
+    "critic": ("agents.cli.critic", "train_critic"),
     "evaluate": ("agents.cli.trained_model", "evaluate_run"),
     "generate": ("agents.cli.trained_model", "generate_lines"),
     "chat": ("agents.cli.chat", "talk"),
@@ -40,6 +41,7 @@ ENGINES = {  # of each verb: the module, and its functions that do the work once
     "tasks": ("agents.cli.catalogue", "catalogue"),
 }
 POSITIONAL = {"evaluate": "RUN", "generate": "RUN", "chat": "RUN", "show": "RUN", "export": "RUN DIR", "compare": "A B"}
+POSITIONAL["critic"] = f"{DEMO} --out DIR"
 STAGES = ("sft", "classifier", "reward-model")
 SOURCES = ("--data", "--task", "--from-feedback")
 VALUES = {  # for options that the documentation names without a value
@@ -100,7 +102,7 @@ def textenv(words, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "open", lambda path: SimpleNamespace(config=ROOT / DEMO))
         patch.setattr(cli, "check_folders", lambda words, config: None)  # FOLDER and RUN do not exist
-        patch.setattr(cli, "_check_model", lambda path: None)
+        patch.setattr(cli, "check_model", lambda path: None)
         for engine in engines:
             patch.setattr(importlib.import_module(module), engine, lambda *args: called.append(verb) or 0)
         code = cli.main([verb, *rest])

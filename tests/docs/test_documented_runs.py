@@ -28,6 +28,7 @@ BUDGETS = {
     + ["--evaluation.n_prompts=2", "--evaluation.n=1", "--quiet"],
     "evaluate": ["--n_prompts", "2"],
     "reward-model": ["--n_epochs", "2", "--quiet"],
+    "critic": ["--algorithm.n_envs=8", "--rollouts=1", "--quiet"],
     "rate": ["--max_new_tokens", "8"],
     "doctor": [],
 }
@@ -38,6 +39,7 @@ STAND_INS = {
     "DIR": "exported",
     "NAME": "gpt2",
     "[CONFIG.yml]": "examples/configs/demo.yml",
+    "CONFIG.yml": "examples/configs/demo.yml",
 }
 TYPED = {"chat": "this phone is\n/exit\n", "rate": "q\n"}
 ELSEWHERE = ("--to_hub", "--key")  # an upload, and the placeholder for any option

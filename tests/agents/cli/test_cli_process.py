@@ -57,6 +57,11 @@ CALLS = {  # the words after each verb, a pattern that it prints, and a file tha
         r"judge",
         "judge/model.safetensors",
     ),
+    "critic": (
+        "run --out critic --rollouts 1 --quiet",
+        r"held out: explained variance 0\.000 -> ",
+        "critic/critic.safetensors",
+    ),
     "evaluate": ("run --metrics [distinct] --n_prompts 4", r"\| reward \|", "run/evaluation.json"),
     "generate": ("run --prompts prompts.txt --max_new_tokens 3", r'^\{"prompt": "this phone is"', None),
     "rate": ("small --prompts prompts.txt --max_new_tokens 3 --db answers.db", r"1 answered, 0 skipped", "answers.db"),

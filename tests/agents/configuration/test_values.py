@@ -11,8 +11,8 @@ from agents.cli.arguments import make_parser, parse
 from agents.configuration.config import TrainConfig
 from agents.configuration.values import LIMITS, as_list, in_words, limits_of
 
-CONFIGS = (
-    *(TrainConfig, verb_config.EvaluateOptions, verb_config.GenerateOptions, verb_config.ChatOptions),
+CONFIGS = (  # `CriticConfig` has all keys of `TrainConfig`, and its own
+    *(verb_config.CriticConfig, verb_config.EvaluateOptions, verb_config.GenerateOptions, verb_config.ChatOptions),
     *(verb_config.ShowOptions, verb_config.SFTConfig, verb_config.ClassifierConfig),
     *(verb_config.RewardModelConfig, verb_config.RateConfig),
 )

@@ -1,0 +1,92 @@
+"""Critic pretraining on texts of 24 tokens with a score at the end: fewer rollouts to a target than a fresh critic."""
+
+import numpy as np
+import pytest
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents import PretrainedCritic, SeparateCritic, fit_critic, make_agent
+from agents.supervised import critic_fit
+from tests.helpers.training import tiny_config
+from textenv import CharTokenizer, TextEnv
+
+LETTERS = "abcd"
+TOKENIZER = CharTokenizer(LETTERS)
+N_TOKENS, N_LANES = 24, 16
+SHAPE = tiny_config(vocab_size=len(TOKENIZER), n_layer=1, n_embd=32, n_positions=32, initializer_range=0.1)
+FITTED = 8  # rollouts of the fit, which count as well
+MOST = 45  # rollouts of a training that does not reach the target
+SEEDS = (0, 1, 2)
+
+
+def share_of_a_beside_the_prompts_own(prompt, preds, done):
+    """Score the share of one letter, beside 0 to 3 points that the prompt alone decides: a critic's work."""
+    return (list(preds.ids).count(1) / N_TOKENS + LETTERS.index(prompt[0])) if done else 0.0
+
+
+class ToTarget(BaseCallback):
+    """Ends training once half of the tokens of three rollouts in a row are the letter that scores."""
+
+    def _on_training_start(self):
+        self.shares = []
+
+    def _on_step(self):
+        return np.mean(self.shares[-3:] or [0.0]) < 0.5 or len(self.shares) < 3
+
+    def _on_rollout_end(self):
+        self.shares.append(float((self.model.rollout_buffer.actions == 1).mean()))
+
+
+def agent(critic, seed):
+    prompts = [first + second for first in LETTERS for second in LETTERS]
+    options = {"max_new_tokens": N_TOKENS, "stop_ids": (), "seed": seed}
+    env = TextEnv(prompts, TOKENIZER, reward=share_of_a_beside_the_prompts_own, **options)
+    settings = {"learning_rate": 3e-3, "n_epochs": 2, "batch_size": N_LANES * N_TOKENS // 2, "vf_coef": 0.5}
+    return make_agent(env, SHAPE, N_LANES, seed=seed, device="cpu", policy_kwargs={"critic": critic}, **settings)
+
+
+def rollouts_to_target(critic, seed):
+    """Train until the target is reached; return the number of rollouts."""
+    callback = ToTarget()
+    agent(critic, seed).learn(MOST * N_LANES * N_TOKENS, callback=callback)
+    return len(callback.shares)
+
+
+def fitted(folder, seed):
+    """Fit a critic to the start; return it and the explained variance of held-out texts."""
+    words = {"n_rollouts": FITTED, "n_epochs": 10, "learning_rate": 3e-3, "progress_bar": False}
+    result = fit_critic(agent(SeparateCritic(SHAPE), seed), folder, **words)
+    return PretrainedCritic(folder), result.after
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return np.mean([rollouts_to_target(SeparateCritic(SHAPE), seed) for seed in SEEDS])
+
+
+@pytest.mark.slow
+def test_a_pretrained_critic_needs_fewer_rollouts_its_own_included(tmp_path, fresh):
+    needed = []
+    for seed in SEEDS:
+        critic, explained = fitted(tmp_path / str(seed), seed)
+        assert explained > 0.9
+        needed.append(FITTED + rollouts_to_target(critic, seed))
+    assert np.mean(needed) < 0.85 * fresh, (needed, fresh)
+
+
+@pytest.mark.slow
+def test_a_critic_of_other_texts_returns_does_not_help(tmp_path, fresh, monkeypatch):
+    """The negative control: the same texts and returns, but each text with the returns of another."""
+    collect = critic_fit.collect_texts
+
+    def shuffled(*args):
+        texts = collect(*args)
+        order = np.random.default_rng(0).permutation(len(texts))
+        return [text._replace(returns=texts[i].returns) for text, i in zip(texts, order)]
+
+    monkeypatch.setattr(critic_fit, "collect_texts", shuffled)
+    needed = []
+    for seed in SEEDS:
+        critic, explained = fitted(tmp_path / str(seed), seed)
+        assert explained < 0.2
+        needed.append(FITTED + rollouts_to_target(critic, seed))
+    assert np.mean(needed) > fresh, (needed, fresh)

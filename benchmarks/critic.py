@@ -62,19 +62,23 @@ class Setting:
 ONE: dict[str, Any] = {"gae_lambda": 1.0}
 DETACHED: dict[str, Any] = {"critic": SharedCritic(detach=True)}
 SETTINGS = {
-    "grpo": Setting("no critic, mean of 8 samples", 8, algorithm={"vf_coef": 0.0}, buffer={"advantage": "grpo_mean"}),
-    "none": Setting("no critic, mean of the rollout", algorithm={**ONE, "vf_coef": 0.0}),
-    "none-8": Setting("no critic, mean of the rollout, 8 samples a prompt", 8, algorithm={**ONE, "vf_coef": 0.0}),
-    "shared": Setting("shared critic, lambda 1", algorithm=ONE),
-    "shared-0.95": Setting("shared critic, lambda 0.95", algorithm={"gae_lambda": 0.95}),
+    "shared": Setting("shared critic, as `make_agent` builds it: lambda 0.95"),
+    "lambda-1": Setting("the same, lambda 1", algorithm=ONE),
     "head-1": Setting("lambda 1, head at the policy's rate", algorithm=ONE, policy={"head_lr_scale": 1.0}),
-    "head-10": Setting(
-        "lambda 0.95, head at 10 times it", algorithm={"gae_lambda": 0.95}, policy={"head_lr_scale": 10.0}
+    "head-10": Setting("lambda 0.95, head at 10 times that", policy={"head_lr_scale": 10.0}),
+    "detached": Setting("lambda 0.95, the value loss stops at the head", policy=DETACHED),
+    "popart": Setting("lambda 0.95, popart", policy={"value_norm": "popart"}),
+    "warmup": Setting("lambda 0.95, one rollout for the critic alone", warmup=1),
+    "separate": Setting(
+        "lambda 0.95, a trunk of its own at 3e-5",
+        policy={"critic_lr_scale": 0.03, "head_lr_scale": 7.4},
+        separate=True,
     ),
-    "detached": Setting("lambda 1, value loss stops at the head", algorithm=ONE, policy=DETACHED),
-    "popart": Setting("lambda 1, popart", algorithm=ONE, policy={"value_norm": "popart"}),
-    "warmup": Setting("lambda 1, one rollout for the critic alone", warmup=1, algorithm=ONE),
-    "separate": Setting("lambda 1, a trunk of its own", algorithm=ONE, separate=True),
+    "none": Setting("no critic, lambda 1", algorithm={**ONE, "vf_coef": 0.0}),
+    "none-8": Setting("no critic, lambda 1, 8 samples a prompt", 8, algorithm={**ONE, "vf_coef": 0.0}),
+    "grpo": Setting(
+        "GRPO, mean only, 8 samples a prompt", 8, algorithm={"vf_coef": 0.0}, buffer={"advantage": "grpo_mean"}
+    ),
 }
 
 
@@ -151,11 +155,11 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     sizes = {"n_envs": args.lanes, "n_epochs": 2, "batch_size": args.lanes * args.new_tokens // 4}
     options = {"learning_rate": args.rate, "device": "cpu", "seed": seed, **sizes, **setting.algorithm}
     model = make_agent(env, lm, policy_kwargs=policy, rollout_buffer_kwargs=dict(setting.buffer), **options)
-    curves, start = Curves(args.gradients and name != "grpo"), time.process_time()
+    curves, start = Curves(args.gradients and model.vf_coef > 0), time.process_time()
     steps = [CriticWarmup(setting.warmup)] if setting.warmup else []
     model.learn(args.tokens, callback=[KLPenalty(KL_COEF), *steps, curves], log_interval=None)
     seconds, held_out = time.process_time() - start, openings(part_of(reviews, "held_out"))[:N_HELD_OUT]
-    result = {"setting": name, "seed": seed, "seconds": round(seconds, 1), "curve": curves.rows}
+    result = {"setting": name, "seed": seed, "tokens": args.tokens, "seconds": round(seconds, 1), "curve": curves.rows}
     for kind, greedy in (("sampled", False), ("greedy", True)):
         n = 1 if greedy else N_SAMPLES
         figures = evaluate(model, held_out, tokenizer, n=n, deterministic=greedy, seed=1, n_envs=96, **rules).figures
@@ -176,7 +180,8 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         done = [json.loads(line) for line in args.json.read_text(encoding="utf-8").splitlines()]
     for seed in args.seeds:
         for name in args.settings:
-            known = [row for row in done if (row["setting"], row["seed"]) == (name, seed)]
+            key = {"setting": name, "seed": seed, "tokens": args.tokens}
+            known = [row for row in done if key.items() <= row.items()]
             row = known[0] if known else run(args, name, seed)
             if args.json is not None and not known:
                 with args.json.open("a", encoding="utf-8") as file:
@@ -186,13 +191,17 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the means over seeds as a Markdown table, with the smallest and the largest in brackets."""
-    lines = ["| setting | seeds | score, first half | second half | held out | greedy |", "|---|---|---|---|---|---|"]
+    columns = ("rollouts, first half", "second half", "held out", "greedy", "explained variance")
+    lines = [f"| setting | seeds | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     for name in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == name]
         halves = [np.array_split([point["score"] for point in row["curve"]], 2) for row in own]
-        columns = [[float(np.mean(half)) for half in side] for side in zip(*halves, strict=True)]
-        columns += [[row[kind] for row in own] for kind in ("sampled", "greedy")]
-        cells = [f"{statistics.mean(column):.2f} ({min(column):.2f}-{max(column):.2f})" for column in columns]
+        numbers = [[float(np.mean(half)) for half in side] for side in zip(*halves, strict=True)]
+        numbers += [[row[kind] for row in own] for kind in ("sampled", "greedy")]
+        # The values of the first rollout are those of a head of zeros.
+        numbers.append([float(np.mean([point["explained_variance"] for point in row["curve"][1:]])) for row in own])
+        cells = [f"{statistics.mean(column):.2f} ({min(column):.2f} to {max(column):.2f})" for column in numbers]
+        cells[-1] = cells[-1] if any(numbers[-1]) else "-"
         lines.append(f"| {name}: {SETTINGS[name].about} | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

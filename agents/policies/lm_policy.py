@@ -76,7 +76,8 @@ class LMPolicy(ActorCriticPolicy):
             `ValueNorm`); needs a `SequenceRolloutBuffer`. For sequences of the buffer, `evaluate_actions` and
             `predict_values` then return values in these units, like the minibatches; all others are in units of reward.
         critic_lr_scale: Multiplies the learning rate of the critic: its value head, and its trunk where it has one.
-        head_lr_scale: Multiplies the learning rate of the value head, besides `critic_lr_scale`.
+        head_lr_scale: Multiplies the learning rate of the value head, besides `critic_lr_scale`; None is 1 up to 128
+            features, and 128 / H for more features H (see `usual_head_scale`).
         train: The part of the language model that is trained, besides the value head: "all", "head", `LastLayers(n)` or
             `LoRA(...)`. The rest is frozen.
         gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
@@ -126,7 +127,7 @@ class LMPolicy(ActorCriticPolicy):
         cache: bool = True,
         value_norm: str | None = None,
         critic_lr_scale: float = 1.0,
-        head_lr_scale: float = 1.0,
+        head_lr_scale: float | None = None,
         train: Trainable = "all",
         gradient_checkpointing: bool = False,
         surrogate: SurrogateFunction | None = None,
@@ -154,7 +155,7 @@ class LMPolicy(ActorCriticPolicy):
             "surrogate": surrogate,
             "shard": shard,
         }
-        self.lr_scales = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
+        self.lr_scales: dict[str, Any] = {"critic_lr_scale": critic_lr_scale, "head_lr_scale": head_lr_scale}
         super().__init__(
             observation_space,
             action_space,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.sharding import placed
-from ..models.critic import TrunkCritic
+from ..models.critic import TrunkCritic, ValueHead
+
+HEAD_WIDTH = 128  # the most features of a value head that learns at the policy's rate; measured, see docs/losses.md
 
 
 def scaled_optimizer(
@@ -69,8 +71,18 @@ def usual_arguments(optimizer_class: type[torch.optim.Optimizer]) -> dict[str, A
     return {"weight_decay": 0.0, "fused": True} if optimizer_class is torch.optim.AdamW else {}
 
 
+def usual_head_scale(critic: nn.Module) -> float:
+    """Return the factor of a value head's learning rate: 1 up to 128 features, and 128 / H for more features H.
+
+    A step of Adam moves each weight by about the learning rate, and a value, the sum of H weighted features, by up to H
+    times that. At the rate of adapters, 1e-3, the head of 576 features would move values by more than returns differ.
+    With the factor the largest step is the same at all widths, as in Yang et al., 2022 (arXiv 2203.03466, table 3).
+    """
+    return min(1.0, HEAD_WIDTH / critic.linear.in_features) if isinstance(critic, ValueHead) else 1.0
+
+
 def learning_rate_scales(
-    weights: Iterable[nn.Parameter], critic: nn.Module, critic_lr_scale: float, head_lr_scale: float
+    weights: Iterable[nn.Parameter], critic: nn.Module, critic_lr_scale: float, head_lr_scale: float | None
 ) -> dict[nn.Parameter, float]:
     """Return the factor of the learning rate of each weight that is trained.
 
@@ -78,12 +90,13 @@ def learning_rate_scales(
         weights: The weights of the policy.
         critic: The critic among them: a value head, or a trunk with one.
         critic_lr_scale: The factor of all weights of the critic.
-        head_lr_scale: A further factor of the weights of its value head.
+        head_lr_scale: A further factor of the weights of its value head; None is `usual_head_scale`.
     """
+    head_scale = usual_head_scale(critic) if head_lr_scale is None else head_lr_scale
     scales = {weight: 1.0 for weight in weights if weight.requires_grad}
     in_trunk = set(critic.trunk.parameters()) if isinstance(critic, TrunkCritic) else set()
     for weight in scales.keys() & set(critic.parameters()):
-        scales[weight] = critic_lr_scale if weight in in_trunk else critic_lr_scale * head_lr_scale
+        scales[weight] = critic_lr_scale if weight in in_trunk else critic_lr_scale * head_scale
     return scales
 
 

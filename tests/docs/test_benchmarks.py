@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from agents import demo_model
 from tests.helpers.command import ROOT
+from textenv import demo
 
 LATE = "rollout, limits of 2 to 8 tokens, a 4-layer classifier"
 
@@ -178,6 +180,22 @@ def test_scale_runs(tmp_path):
 def test_engine_runs(tmp_path):
     (equal, ragged), _ = run_script(tmp_path, "engine", "--smoke")
     assert equal["ratio"] > 0 and ragged["ratio"] > 0 and "equal lengths" in equal["claim"]
+
+
+@pytest.mark.slow
+def test_the_critic_runs(tmp_path):
+    """A run adds a line, and is not repeated."""
+    for mood in ("neg", "pos"):
+        (tmp_path / f"rt-polarity.{mood}").write_text("\n".join(demo.reviews(300, seed=len(mood))) + "\n")
+    words = (f"--model={demo_model(n_epochs=0.2)}", f"--reviews={tmp_path}", f"--json={tmp_path / 'rows.json'}")
+    words = ("benchmarks/critic.py", *words, "--smoke", "--seeds=0", "--gradients", "--settings")
+    run(*words, "grpo", "shared")
+    printed = run(*words, "shared", "none", "warmup")
+    rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    assert [row["setting"] for row in rows] == ["grpo", "shared", "none", "warmup"]
+    assert all(len(row["curve"]) == 2 and -1 <= row["sampled"] <= 1 for row in rows)
+    assert rows[1]["curve"][1]["value_std"] > 0 == rows[2]["curve"][1]["value_std"]
+    assert rows[1]["curve"][1]["norm_value_trunk"] > 0 and printed.count("| 1 |") == 3
 
 
 @pytest.mark.slow

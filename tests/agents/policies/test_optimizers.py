@@ -7,7 +7,8 @@ from torch import nn
 
 from agents import SeparateCritic, load_checkpoint, save_checkpoint
 from agents.checkpoints.manifest import CheckpointError
-from agents.policies.optimizers import scaled_optimizer
+from agents.models.critic import ValueHead
+from agents.policies.optimizers import learning_rate_scales, scaled_optimizer, usual_head_scale
 from tests.helpers.models import make_policy, tiny
 from tests.helpers.training import run_state, tiny_agent
 
@@ -62,6 +63,57 @@ def test_a_larger_factor_moves_the_head_further():
 
     assert moved(critic_lr_scale=20.0) == pytest.approx(20 * moved(), rel=0.1)
     assert moved(head_lr_scale=20.0) == moved(critic_lr_scale=20.0)
+
+
+@pytest.mark.parametrize(("width", "factor"), [(1, 1.0), (128, 1.0), (256, 0.5), (576, 128 / 576)])
+def test_the_usual_factor_of_a_head_by_hand(width, factor):
+    assert usual_head_scale(ValueHead(width)) == factor
+    assert usual_head_scale(nn.Linear(width, 1)) == 1.0  # a critic of one's own
+
+
+def test_a_wide_policy_has_a_slower_head_unless_told_otherwise():
+    def groups(**kwargs):
+        policy = make_policy(tiny(n_embd=256, n_head=2, n_layer=1), **kwargs)
+        return [group["lr_scale"] for group in policy.optimizer.param_groups]
+
+    assert groups() == [1.0, 0.5]
+    assert groups(critic_lr_scale=10.0) == [1.0, 5.0]
+    assert groups(head_lr_scale=1.0) == [1.0]
+
+
+def noise_of_values(width, head_lr_scale=None):
+    """Train a head as PPO does at the rate of adapters; return the variance of its errors over that of the returns.
+
+    Nothing in the features says what a text will score, so that 1 is the best there is, and all above is noise. As in
+    language models, the features have few independent directions, in which the steps of all weights add up.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(8, width, generator=generator)
+    head, ratios = ValueHead(width), []
+    scales = learning_rate_scales(head.parameters(), head, 1.0, head_lr_scale)
+    optimizer = scaled_optimizer(torch.optim.AdamW, scales, lr=1e-3, weight_decay=0.0)
+    for _ in range(8):
+        features = torch.randn(32, 8, generator=generator) @ directions / 8**0.5  # one state for each of 32 texts
+        returns = torch.randn(32, generator=generator)
+        ratios.append((returns - head(features)).var().item() / returns.var().item())
+        for _ in range(2):
+            for part in torch.randperm(32, generator=generator).chunk(4):
+                optimizer.zero_grad()
+                (head(features[part]) - returns[part]).square().mean().backward()
+                optimizer.step()
+    assert ratios[0] == pytest.approx(1.0)  # the head starts at zero
+    return sum(ratios) / len(ratios)
+
+
+@pytest.mark.parametrize("width", [128, 576, 4096])
+def test_values_of_a_wide_head_are_hardly_noisy(width):
+    assert noise_of_values(width) < 1.1
+
+
+@pytest.mark.parametrize("width", [576, 4096])
+def test_values_of_a_wide_head_at_the_policys_rate_are_noise(width):
+    """The negative control."""
+    assert noise_of_values(width, head_lr_scale=1.0) > 1.15
 
 
 def test_e8_a_run_with_factors_resumes_bit_for_bit(tmp_path):

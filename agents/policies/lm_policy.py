@@ -80,8 +80,7 @@ class LMPolicy(ActorCriticPolicy):
             features, and 128 / H for more features H (see `usual_head_scale`).
         train: The part of the language model that is trained, besides the value head: "all", "head", `LastLayers(n)` or
             `LoRA(...)`. The rest is frozen.
-        gradient_checkpointing: Compute the activations of each layer again in the backward pass: less memory, about a
-            third more time, and the same gradient.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, about a third more time.
         surrogate: The weights of the policy gradient in place of PPO's clipped ratios: `ClipHigher()`, `DualClip()`,
             `CISPO()`, `GSPO()`, `SoftGate()` or a function (see `Surrogate`), for PPO and MaskablePPO.
         shard: `Sharded()` spreads weights, gradients and optimizer over the processes of a job that has several.

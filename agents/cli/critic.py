@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from ..errors import Exit
 from ..runs.assemble import Parts, training_callbacks, trust_of
@@ -43,9 +44,13 @@ def train_critic(config: CriticConfig, dumped: str, options: StageOptions) -> in
     print(f"{fitted.n_texts} texts, {fitted.n_held_out} more held out; returns {mean:.3g}, deviation {deviation:.3g}")
     print(f"held out: explained variance {_shown(fitted.before)} -> {_shown(fitted.after)}")
     print(f"by thirds: {', '.join(f'{name} {_shown(figure)}' for name, figure in fitted.thirds.items())}")
+    if not math.isfinite(fitted.after):
+        print(
+            "undefined: the returns of all held-out texts are equal; more --rollouts give more texts", file=sys.stderr
+        )
     print(f"critic: {config.out}; use it by --model.critic pretrained --model.critic_model {config.out}")
     return Exit.DONE
 
 
 def _shown(figure: float) -> str:
-    return f"{figure:.3f}" if math.isfinite(figure) else "undefined, as all returns are equal"
+    return f"{figure:.3f}" if math.isfinite(figure) else "undefined"

@@ -58,8 +58,8 @@ CALLS = {  # the words after each verb, a pattern that it prints, and a file tha
         "judge/model.safetensors",
     ),
     "critic": (
-        "run --out critic --rollouts 1 --quiet",
-        r"held out: explained variance 0\.000 -> ",
+        "run --out critic --rollouts 8 --quiet",
+        r"held out: explained variance 0\.000 -> -?\d",
         "critic/critic.safetensors",
     ),
     "evaluate": ("run --metrics [distinct] --n_prompts 4", r"\| reward \|", "run/evaluation.json"),

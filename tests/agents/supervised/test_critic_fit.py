@@ -37,7 +37,7 @@ from textenv import AllowedMask, CharTokenizer
 SEPARATE = SeparateCritic(tiny_config(n_layer=1, initializer_range=0.3))
 START = tiny_config(initializer_range=0.3)  # of which a linear head can read what the prompt was
 CRITICS = {"shared": SharedCritic(), "detached": SharedCritic(detach=True), "separate": SEPARATE}
-QUIET = {"progress_bar": False, "n_rollouts": 4, "n_epochs": 30, "learning_rate": 1e-2}
+QUIET = {"progress_bar": False, "n_rollouts": 4, "n_epochs": 12, "learning_rate": 2e-2}
 
 
 def by_prompt(prompt, preds, done):
@@ -178,11 +178,10 @@ def test_a_reward_models_critic_begins_at_its_scores_and_is_kept(tmp_path):
     assert torch.allclose(values(agent(PretrainedCritic(tmp_path / "critic"))), values(model), atol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", [PPO, A2C])
-def test_fresh_adapters_an_encoder_decoder_and_a2c_take_it(algorithm, tmp_path):
+def test_fresh_adapters_an_encoder_decoder_and_a2c_take_it(tmp_path):
     for name, lm in (("t5", tiny_seq2seq("t5", vocab_size=len(TOKENIZER))), ("llama", tiny("llama", vocab_size=33))):
         torch.manual_seed(0)
-        kwargs = {"lm": lm, "algorithm": algorithm, "policy_kwargs": {}}
+        kwargs = {"lm": lm, "algorithm": A2C, "policy_kwargs": {}}
         model = agent(SharedCritic(), **kwargs)
         fit_critic(model, tmp_path / name, n_rollouts=1, n_epochs=1, progress_bar=False)
         assert torch.allclose(values(agent(PretrainedCritic(tmp_path / name), **kwargs)), values(model), atol=1e-5)

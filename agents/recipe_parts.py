@@ -51,8 +51,9 @@ def recipe_parts(name: str | None) -> RecipeParts:
     parts.samples_per_prompt = settings.pop("env.args.samples_per_prompt", 1)
     if surrogate := settings.pop("algorithm.surrogate", None):
         parts.policy["surrogate"] = make_surrogate(Named(**surrogate), Trust())
-    if coef := settings.pop("kl.coef", 0.0):
-        parts.steps.append(KLPenalty(coef))
+    penalty = {key.removeprefix("kl."): settings.pop(key) for key in list(settings) if key.startswith("kl.")}
+    if penalty["coef"]:
+        parts.steps.append(KLPenalty(**penalty))
     if min_groups := settings.pop("algorithm.min_groups", None):
         parts.steps.append(SampleGroups(min_groups))
     if n_rollouts := settings.pop("algorithm.critic_warmup", 0):

@@ -18,6 +18,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "algorithm.advantage": "grpo",
             "algorithm.aggregation": "sequence",
             "kl.coef": 0.04,
+            "kl.estimator": "k2",
+            "kl.where": "loss",
         },
         "dr_grpo": {
             **SAMPLES,

@@ -35,7 +35,7 @@ def what_counts(model, steps):
         "surrogate": model.policy.surrogate.function,
         "clip_range": model.clip_range(1.0),
         "vf_coef": model.vf_coef,
-        "kl": None if penalty is None else (penalty.coef, penalty.estimator),
+        "kl": None if penalty is None else (penalty.coef, penalty.estimator, penalty.where),
         "min_groups": groups[-1].dynamic.min_groups if groups else None,
         "critic_warmup": [step.n_rollouts for step in steps if isinstance(step, CriticWarmup)],
         "lambdas": (buffer.critic_lambda, buffer.lambda_alpha),
@@ -100,5 +100,5 @@ def test_no_setting_of_a_recipe_is_lost(recipe):
     made = {f"algorithm.{name}": value for name, value in parts.buffer.items()}
     assert made.items() <= settings.items()
     others = {"algorithm.surrogate", "algorithm.min_groups", "algorithm.critic_warmup"}
-    others |= {"kl.coef", "env.args.samples_per_prompt"}
+    others |= {"kl.coef", "kl.estimator", "kl.where", "env.args.samples_per_prompt"}
     assert settings.keys() - made.keys() <= others

@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .doctor.report import Finding as Finding
     from .doctor.report import Report as Report
     from .engines.local import LocalEngine as LocalEngine
+    from .engines.protocol import BackgroundEngine as BackgroundEngine
     from .engines.protocol import EngineLost as EngineLost
     from .engines.protocol import RolloutEngine as RolloutEngine
     from .engines.rollouts import EngineRollouts as EngineRollouts
@@ -105,6 +106,7 @@ NAMES = {
     "AdaptiveCoef": ".steps.kl_penalty",
     "AlgorithmConfig": ".configuration.config",
     "BackendSpec": ".models.interface",
+    "BackgroundEngine": ".engines.protocol",
     "CISPO": ".policies.surrogates",
     "CheckpointError": ".checkpoints.manifest",
     "Checkpoints": ".callbacks.checkpoints",

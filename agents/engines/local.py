@@ -18,7 +18,7 @@ from ..models.pretrained import LMLike
 from ..policies.actor_critic import AUTOCAST_DTYPES
 from .process import Setup, pack, serve, unpack
 from .protocol import Completion, EngineLost, Request
-from .wire import LOOPBACK, Wire, interruptible
+from .wire import LOOPBACK, Background, Wire
 
 END_SECONDS = 5.0  # how long the process may take to end by itself before it is killed
 
@@ -81,6 +81,7 @@ class LocalEngine:
         # A daemon: `multiprocessing` terminates it when the interpreter ends.
         self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(setup,), daemon=True)
         self._wire: Wire | None = None
+        self._talk: Background[tuple[dict[str, Any], list[Tensor]]] | None = None  # the last question and its answer
         self._process.start()
         try:
             self._meet(store)
@@ -112,7 +113,7 @@ class LocalEngine:
             EngineLost: If the process has ended.
         """
         names, tensors = zip(*weights, strict=True)
-        self._ask({"do": "load", "names": names}, tensors)
+        self._send({"do": "load", "names": names}, tensors)()
 
     def generate(self, requests: Sequence[Request], temperature: float, seed: int) -> list[Completion]:
         """Continue texts; see `RolloutEngine`.
@@ -121,24 +122,44 @@ class LocalEngine:
             ValueError: If a text would be longer than the model can read.
             EngineLost: If the process has ended, or gave no answer in time.
         """
+        return self.start(requests, temperature, seed)()
+
+    def start(self, requests: Sequence[Request], temperature: float, seed: int) -> Callable[[], list[Completion]]:
+        """Begin to continue texts, and return at once; see `BackgroundEngine`.
+
+        Raises:
+            EngineLost: If the engine was closed.
+        """
         tokens, most_new, stop_ids = zip(*requests, strict=True)
         tensors = [*pack(tokens), torch.tensor(most_new), *pack(stop_ids)]
-        written, counts, log_probs = self._ask({"do": "write", "temperature": temperature, "seed": seed}, tensors)
-        return [Completion(*pair) for pair in zip(unpack(written, counts), unpack(log_probs, counts), strict=True)]
+        answer = self._send({"do": "write", "temperature": temperature, "seed": seed}, tensors)
 
-    def _ask(self, header: dict[str, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Send a message, and return the tensors of the answer."""
-        wire = self._wire
+        def completions() -> list[Completion]:
+            written, counts, log_probs = answer()
+            return [Completion(*pair) for pair in zip(unpack(written, counts), unpack(log_probs, counts), strict=True)]
+
+        return completions
+
+    def _send(self, header: dict[str, Any], tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Send a message in the background, and return a function that waits for the tensors of the answer."""
+        wire, earlier = self._wire, self._talk
         if wire is None:
             raise EngineLost("Expected an engine that runs, got one that was closed: make a new one.")
 
         def talk() -> tuple[dict[str, Any], list[Tensor]]:
+            if earlier is not None:  # the wire carries one question and its answer at a time
+                earlier.thread.join()
             wire.send(header, tensors)
             return wire.receive()
 
-        answer, results = self._or_close(lambda: interruptible(talk))
-        if "error" in answer:
-            raise ValueError(f"Expected the engine to {header['do']}, got {answer['error']}")
+        self._talk = current = Background(talk)
+
+        def results() -> list[Tensor]:
+            answer, received = self._or_close(current.result)
+            if "error" in answer:
+                raise ValueError(f"Expected the engine to {header['do']}, got {answer['error']}")
+            return received
+
         return results
 
     def _or_close(self, talk: Callable[[], Any]) -> Any:
@@ -168,6 +189,8 @@ class LocalEngine:
         self._process.join(END_SECONDS)
         self._process.kill()  # nothing is lost: the process writes no files
         self._process.join()
+        if self._talk is not None:
+            self._talk.thread.join(END_SECONDS)  # gloo raises in it, now that the connection is closed
 
     def __enter__(self) -> LocalEngine:
         return self

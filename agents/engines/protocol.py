@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -89,6 +89,44 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release memory and processes."""
+        ...
+
+
+@runtime_checkable
+class BackgroundEngine(RolloutEngine, Protocol):
+    """The methods of an engine that writes elsewhere, while the trainer's process does something else.
+
+    `EngineRollouts(ahead=True)` needs one.
+
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> from agents.engines.protocol import BackgroundEngine, Completion
+        >>> class Threaded:  # a server elsewhere would write in the time that its thread here waits
+        ...     pool = ThreadPoolExecutor(1)  # one, so that later calls wait for earlier ones
+        ...     def load_weights(self, weights): ...
+        ...     def generate(self, requests, temperature, seed):
+        ...         return self.start(requests, temperature, seed)()
+        ...     def start(self, requests, temperature, seed):
+        ...         return self.pool.submit(self.ask, requests, temperature, seed).result
+        ...     def ask(self, requests, temperature, seed): ...
+        ...     def close(self): ...
+        >>> isinstance(Threaded(), BackgroundEngine)
+        True
+    """
+
+    def start(self, requests: Sequence[Request], temperature: float, seed: int) -> Callable[[], list[Completion]]:
+        """Begin to continue texts, by the weights that the engine has now, and return at once.
+
+        Other methods that are called before the texts are complete wait for them.
+
+        Args:
+            requests: The texts, as those of `generate`.
+            temperature: The number that divides the logits.
+            seed: The seed, as that of `generate`.
+
+        Returns:
+            A function that waits for the completions, and returns them or raises what `generate` would raise.
+        """
         ...
 
 

@@ -6,11 +6,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 1 << 26  # 64 MiB: the most bytes of tensors that share a message; a larger tensor travels alone
@@ -99,24 +101,42 @@ def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
         yield group
 
 
-def interruptible(call: Callable[[], Any]) -> Any:
+class Background(Generic[Result]):
+    """A call that runs in a thread of its own, where it may wait in C++ for long.
+
+    Args:
+        call: The call; its error is raised by `result`.
+
+    Example:
+        >>> Background(lambda: 2 + 3).result()
+        5
+    """
+
+    def __init__(self, call: Callable[[], Result]) -> None:
+        self._results: list[Result] = []
+        self._errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self._results.append(call())
+            except BaseException as error:
+                self._errors.append(error)
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    def result(self) -> Result:
+        """Wait for the call, and return its result or raise its error; Ctrl-C interrupts the wait, not the call."""
+        while self.thread.is_alive():
+            self.thread.join(0.5)  # seconds: the longest until the main thread handles a signal
+        if self._errors:
+            raise self._errors[0]
+        return self._results[0]
+
+
+def interruptible(call: Callable[[], Result]) -> Result:
     """Return the result of a call that may wait in C++ for long, and let Ctrl-C interrupt the wait.
 
     The call runs in a thread, since Python handles signals in the main thread, between two Python instructions.
     """
-    results: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)  # seconds: the longest until a signal is handled
-    if errors:
-        raise errors[0]
-    return results[0]
+    return Background(call).result()

@@ -178,8 +178,9 @@ def test_scale_runs(tmp_path):
 
 @pytest.mark.long
 def test_engine_runs(tmp_path):
-    (equal, ragged), _ = run_script(tmp_path, "engine", "--smoke")
+    (equal, ragged, ahead), _ = run_script(tmp_path, "engine", "--smoke")
     assert equal["ratio"] > 0 and ragged["ratio"] > 0 and "equal lengths" in equal["claim"]
+    assert ahead["ratio"] > 0 and "written ahead" in ahead["claim"]
 
 
 @pytest.mark.slow

@@ -34,6 +34,14 @@ class InProcess:
         """Do nothing: there is nothing to release."""
 
 
+class Background(InProcess):
+    """An engine of which `EngineRollouts` believes that it writes elsewhere; it writes at once."""
+
+    def start(self, requests, temperature, seed):
+        completions = self.generate(requests, temperature, seed)
+        return lambda: completions
+
+
 class Scripted:
     """Answers every request with the same tokens and log-probabilities."""
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import EngineLost, EngineRollouts, LocalEngine
 from agents.distributed.world import world
 from agents.engines import wire
 from agents.engines.protocol import Request, named_weights
 from tests.helpers.command import ROOT
-from tests.helpers.engines import InProcess
+from tests.helpers.engines import Background, InProcess
 from tests.helpers.training import same_weights, tiny_agent, tiny_config, weights
 
 SCRIPT = """
@@ -44,14 +45,18 @@ if __name__ == "__main__":
 DOCUMENTED = """
 import sys
 if __name__ == "__main__":
+    import numpy as np
     import transformers
     from agents import EngineRollouts, LocalEngine, make_agent
+    from agents.engines.protocol import Request
     from agents import demo_model
     from textenv.tasks.demo import Demo
     transformers.utils.logging.disable_progress_bar()  # of this process
     env, lm = Demo(max_new_tokens=4), str(demo_model())
     engine = LocalEngine(lm, vocab_size=len(env.tokenizer))
     make_agent(env, lm=lm, n_envs=8).learn(32, callback=EngineRollouts(engine))
+    if sys.argv[1] == "writing":
+        engine.start([Request(np.arange(3), 12, ())] * 2000, 1.0, 0)
     if sys.argv[1] == "closed":
         engine.close()
     print(engine._process.pid)
@@ -191,6 +196,61 @@ def test_16_bits_in_the_engine_alone_and_no_answer_in_time():
         assert not is_running(made._process.pid)
 
 
+class During(BaseCallback):
+    """Calls a function when a rollout has ended, from which on the engine writes the texts of the next one."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.call()
+
+
+@pytest.mark.slow
+def test_it_writes_ahead_as_in_one_process_and_a_kill_in_between_is_noticed():
+    trained = []
+    with LocalEngine(tiny_config(), vocab_size=33) as engine:
+        for writer in (engine, Background()):
+            model = tiny_agent(n_envs=6, n_steps=6)
+            model.learn(4 * 36, callback=EngineRollouts(writer, ahead=True))
+            trained.append(weights(model))
+        assert same_weights(*trained)
+
+        # Two questions at a time: the second waits for the first, whose answer nobody has asked for yet.
+        engine.load_weights(sent := weights_to_send())
+        first = engine.start(requests(most_new=20), 1.0, 3)
+        engine.load_weights([(name, weight + 0.1) for name, weight in sent])
+        same = InProcess()
+        same.load_weights(sent)
+        for one, other in zip(first(), same.generate(requests(most_new=20), 1.0, 3), strict=True):
+            assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.log_probs, other.log_probs)
+
+        kill = During(lambda: os.kill(engine._process.pid, signal.SIGKILL))
+        start = time.monotonic()
+        with pytest.raises(EngineLost, match="got its end, by signal 9"):
+            tiny_agent(n_envs=6, n_steps=6).learn(4 * 36, callback=[EngineRollouts(engine, ahead=True), kill])
+        assert time.monotonic() - start < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["interrupted", "closed"])
+def test_what_interrupts_texts_that_are_written_ahead_ends_the_engine(how):
+    engine = LocalEngine(tiny_config(n_positions=4096, n_embd=32), vocab_size=33)
+    answer = engine.start(requests(most_new=4000), 1.0, 0)
+    pid, start = engine._process.pid, time.monotonic()
+    if how == "interrupted":
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        engine.close()
+    with pytest.raises(KeyboardInterrupt if how == "interrupted" else EngineLost):
+        answer()
+    assert time.monotonic() - start < 15 and not is_running(pid) and not engine._talk.thread.is_alive()
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_a_long_answer_is_noticed_and_ends_the_engine():
     made = LocalEngine(tiny_config(n_positions=4096, n_embd=32), vocab_size=33)
@@ -240,7 +300,7 @@ def start_script(path, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["left", "closed"])
+@pytest.mark.parametrize("how", ["left", "closed", "writing"])
 def test_a_script_ends_without_a_word(how, tmp_path):
     """Nothing is written to stderr, not even multiprocessing's warning of a leaked semaphore."""
     (tmp_path / "script.py").write_text(DOCUMENTED)

@@ -33,6 +33,7 @@ def default_settings(given: TrainConfig) -> dict[str, Any]:
         given: The configuration with the defaults of `TrainConfig`.
 
     Example:
+        >>> from agents import AlgorithmConfig, ModelConfig, TrainConfig
         >>> default_settings(TrainConfig())["algorithm.batch_size"]
         512
         >>> default_settings(TrainConfig(model=ModelConfig("gpt2")))

@@ -369,6 +369,7 @@ def task_name(config: TrainConfig) -> str:
     """Return the name of a run's task and model, for titles and folders.
 
     Example:
+        >>> from agents import EnvConfig, ModelConfig, TrainConfig
         >>> task_name(TrainConfig(env=EnvConfig("textenv/Reviews-v0"), model=ModelConfig("org/gpt2")))
         'Reviews-gpt2'
     """

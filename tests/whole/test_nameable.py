@@ -15,6 +15,8 @@ from agents import word_tokenizer
 from agents.configuration.config import EnvConfig, Named
 from agents.configuration.names import MASK, MASKS, METRIC, build
 from agents.errors import CommandError
+from agents.policies.surrogate_names import SURROGATE, make_surrogate
+from agents.runs.advantage_names import ADVANTAGE, make_advantage
 from agents.runs.assemble import ENV, make_env, make_metric
 from agents.runs.loggers import LOGGER, check_loggers
 from tests.helpers.command import environment
@@ -22,6 +24,7 @@ from textenv import demo
 from textenv.checks.trust import Trust, find_class
 from textenv.rewards.asynchronous import JUDGE
 from textenv.rewards.registry import REWARD
+from textenv.rewards.steps import SCORER
 
 
 @pytest.fixture
@@ -72,12 +75,17 @@ LOOKED_AT = {
         "textenv.rewards.likelihood": "Likelihood",
         "textenv.rewards.overlap": "BLEU ChrF METEOR ROUGE SacreBLEU",
         "textenv.rewards.preference": "Preference",
-        "textenv.rewards.rules": "Format Keyword Length Regex Repetition",
+        "textenv.rewards.process_model": "ProcessReward",
+        "textenv.rewards.rules": "Format Keyword Length Regex Repetition Zero",
         "textenv.rewards.similarity": "Similarity",
+        "textenv.rewards.steps": "StepReward",
         "textenv.tasks.each_turn": "EachTurn",
         "textenv.tasks.increasing_numbers": "Increasing",
     },
     JUDGE: {},
+    SCORER: {},
+    SURROGATE: {"agents.policies.surrogates": "CISPO ClipHigher DualClip GSPO SoftGate"},
+    ADVANTAGE: {},
     METRIC: {
         "textenv.metrics.model": "IntentAccuracy Perplexity",
         "textenv.metrics.overlap": "BLEU ChrF METEOR ROUGE SacreBLEU",
@@ -117,7 +125,11 @@ def in_every_place(path, arguments, tokenizer):
     yield lambda: make_env(EnvConfig("Dates", {"reward": reward}), tokenizer, 0, Trust())
     for outer in ({"name": "scale", "reward": reward, "factor": 1.0}, {"name": "async", "function": path}):
         yield lambda outer=outer: make_env(EnvConfig("Dates", {"reward": outer}), tokenizer, 0, Trust())
+    steps = {"name": "steps", "function": path}
+    yield lambda: make_env(EnvConfig("Dates", {"reward": steps}), tokenizer, 0, Trust())
     yield lambda: build(Named(path, arguments), MASKS, MASK, Trust())
+    yield lambda: make_surrogate(Named(path, arguments), Trust())
+    yield lambda: make_advantage(Named(path, arguments), Trust())
     yield lambda: make_metric(Named(path, arguments), Trust())
     yield lambda: check_loggers([Named(path, arguments)], Trust())
 

@@ -293,15 +293,16 @@ def check(seed):
     shaping = [RewardShaping(missing_eos_penalty=setting.cut)]
     model.learn(ROLLOUTS * setting.n_steps * setting.n_envs, callback=[penalty, *shaping, diary])
     diary.charge()
+    # Scores of a group that are equal but for the rounding of float32, 3e-8, are divided by `advantages.SMALL`, 1e-4.
+    tolerance = 1e-3 if setting.advantage == "grpo" else 1e-4
     for steps, info, _ in diary.episodes:
         steps[-1].reward += info["episode"]["r"] * (setting.score_at == "rollout_end")
         steps[-1].reward -= setting.cut * (info["end_reason"] is EndReason.LENGTH)
     for rollout, got in enumerate(diary.trained):
         wanted = expected(diary, rollout)
         assert [row[:2] for row in got] == [row[:2] for row in wanted], (setting, rollout)
-        np.testing.assert_allclose(
-            [row[2:] for row in got], [row[2:] for row in wanted], rtol=1e-4, atol=1e-4, err_msg=f"{setting} {rollout}"
-        )
+        ours, plain = ([row[2:] for row in rows] for rows in (got, wanted))
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=tolerance, err_msg=f"{setting} {rollout}")
     return sum(map(len, diary.trained))
 
 

@@ -11,6 +11,7 @@ from textenv.rewards import Zero
 LETTERS = CharTokenizer("abcdefg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["all", LoRA(r=8)], ids=["all", "lora"])
 def test_a_student_learns_from_a_larger_teacher_and_without_it_does_not(train):
     """The divergence of each token falls to less than half, as the rollouts log it."""

@@ -258,7 +258,10 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
         assert largest_difference(weights, again) == 0 and tokens == same == 192 and resumed_at == 48
 
 
-@pytest.mark.parametrize(("surrogate", "aggregation"), [(GSPO(1e-3, 2e-3), "sequence"), (ClipHigher(), "constant")])
+@pytest.mark.parametrize(
+    ("surrogate", "aggregation"),
+    [(GSPO(1e-3, 2e-3), "sequence"), pytest.param(ClipHigher(), "constant", marks=pytest.mark.slow)],
+)
 def test_e13_aggregations_count_the_sequences_of_all_processes(surrogate, aggregation):
     weights = train(1, "surrogate_update", surrogate, aggregation)[0]
     for theirs in train(2, "surrogate_update", surrogate, aggregation):
@@ -275,7 +278,10 @@ def test_two_processes_log_the_explained_variance_of_one():
         assert ours == theirs and ours == pytest.approx(row, rel=1e-4)
 
 
-@pytest.mark.parametrize(("estimator", "shard"), [("exact", None), ("k2", None), ("k2", Sharded())])
+@pytest.mark.parametrize(
+    ("estimator", "shard"),
+    [("k2", None), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (("exact", None), ("k2", Sharded())))],
+)
 def test_e14_kl_in_the_loss_is_a_mean_over_all_processes(estimator, shard):
     weights = train(1, "surrogate_update", None, "sequence", False, estimator)[0]
     for theirs in train(2, "surrogate_update", None, "sequence", False, estimator, shard):

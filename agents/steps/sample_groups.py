@@ -7,6 +7,7 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from ..policies.flat import FlatLMPolicy
+from ..rollout.advantages import GROUPED
 from ..rollout.buffer import SequenceRolloutBuffer
 from ..rollout.dynamic_sampling import DynamicSampling
 from ..rollout.ended_episodes import RolloutGroups
@@ -72,7 +73,8 @@ class SampleGroups(RolloutStep):
         refuse_truncation(env, buffer)
         if self.dynamic.min_groups is not None and isinstance(model.policy, FlatLMPolicy):
             raise ValueError("Expected PPO, MaskablePPO or A2C with min_groups, got TRPO, whose updates cannot wait.")
-        if self.dynamic.min_groups is not None and buffer.advantage in ("gae", "reinforce++"):
+        compares = callable(buffer.advantage) or buffer.advantage in GROUPED  # a function may compare samples
+        if self.dynamic.min_groups is not None and not compares:
             raise ValueError(
                 "Expected an advantage within groups with min_groups, such as rollout_buffer_kwargs=dict(advantage="
                 f"'grpo'), got {buffer.advantage!r}, which gives groups of equal scores a signal, too."

@@ -178,7 +178,7 @@ class KLPenalty(RolloutStep):
         is_spec = reference is not None and not isinstance(reference, LMActorCritic)
         self.spec = cast("LMLike", reference) if is_spec else None
         self.reference = copy_of(reference) if isinstance(reference, LMActorCritic) else None
-        self._fingerprint: str | None = None  # computed once, since a reference never changes
+        self._fingerprint: str | None = None
         self.loss: KLLoss | None = None  # set when attached, with where="loss"
         self._start: int | None = None  # the version of the policy's weights at which they equal the reference's
 
@@ -279,9 +279,7 @@ class KLPenalty(RolloutStep):
         is_named = isinstance(self.spec, (str, PathLike, Pretrained)) and self.policy.shards is None
         if not is_named:
             return own_tensors(self.reference, self.policy), {"coef": self.coef}
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.reference)
-        return {}, {"coef": self.coef, "fingerprint": self._fingerprint}
+        return {}, {"coef": self.coef, "fingerprint": self._hash()}
 
     def load_state_dict(self, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         """Restore the reference and the coefficient.
@@ -292,7 +290,7 @@ class KLPenalty(RolloutStep):
         assert self.reference is not None, "set when attached"
         self.coef = meta["coef"]
         if "fingerprint" in meta:
-            if self.policy.shards is None and fingerprint(self.reference) != meta["fingerprint"]:
+            if self.policy.shards is None and self._hash() != meta["fingerprint"]:
                 raise ValueError(
                     "Expected the `reference` that was saved, got another: its weights differ. Pass the same name, "
                     "with the same files."
@@ -307,6 +305,13 @@ class KLPenalty(RolloutStep):
             )
         for name, weight in own.items():
             weight.data.copy_(placed(tensors[name], weight))
+
+    def _hash(self) -> str:
+        """Return the fingerprint of the reference, which is computed once, since a reference never changes."""
+        assert self.reference is not None, "set when attached"
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.reference)
+        return self._fingerprint
 
 
 def estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:

@@ -139,7 +139,8 @@ def test_all_scripts_run(tmp_path):
         for row in rows_of_claim:
             if row["theirs"].endswith("--model FOLDER"):  # no real model is at hand
                 continue
-            assert row["ratio"] > 0
+            # A smoke-sized update may fit in memory that the process already holds: its peak then grows by nothing.
+            assert row["ratio"] > 0 or (row["ratio"] == 0 and "growth of the peak" in row["claim"]), row
             assert re.search(r"\d", row["ours"]) and re.search(r"\d", row["theirs"])
     assert sum(row["target"] == "drawn in growth.png" for row in rows) == 3
 

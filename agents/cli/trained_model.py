@@ -222,7 +222,7 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
     checkpoint_to_load(RunFolder(chosen.run))  # refuses a damaged checkpoint before the first evaluation
     metrics = parts.metrics + [make_metric(metric, parts.trust) for metric in chosen.metrics]
     prompts = list(parts.held_out.prompts)[: chosen.n_prompts]
-    arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "progress_bar": False}
+    arguments = {"n": chosen.n, "seed": chosen.seed, "env": parts.held_out, "judge": parts.judge, "progress_bar": False}
     before = evaluate(parts.agent, prompts, parts.tokenizer, metrics, **arguments)  # type: ignore[arg-type]
     run = load_newest(chosen.run, parts)
     after = evaluate(parts.agent, prompts, parts.tokenizer, metrics, before=before, **arguments)  # type: ignore[arg-type]

@@ -226,6 +226,8 @@ class EvaluationConfig:
         prompts: A file of held-out prompts; the training prompts by default.
         env_args: Arguments of the environment that differ in evaluations, such as `{part: held_out}`.
         metrics: Metrics by name, or {id: NAME, args: {...}}.
+        judge: A reward that the run is not trained on, by name, or {id: NAME, args: {...}}; its mean score of the
+            texts is the figure `judge`.
         best: The figure by which the best model is chosen, which is kept.
         higher_is_better: Whether a higher value of the figure `best` is better.
         patience: Stop training after this many evaluations in a row without a better figure; null never stops.
@@ -237,6 +239,7 @@ class EvaluationConfig:
     prompts: str | None = None
     env_args: dict[str, Any] = field(default_factory=dict)
     metrics: list[Named | str] = field(default_factory=list)
+    judge: Named | str | None = None
     best: str = "reward"
     higher_is_better: bool = True
     patience: int | None = None

@@ -14,11 +14,14 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from textenv.env import TextEnv
+from textenv.episodes.completion import Preds
 from textenv.episodes.scores import RewardFunction
 from textenv.metrics.bootstrap import Estimate, difference, estimate, per_prompt
 from textenv.metrics.scores import Metric, Scores, mean_of
 from textenv.prompts.prompts import PromptLike
-from textenv.text.tokenizer import Tokenizer
+from textenv.rewards.base import RewardLike, score_rows
+from textenv.rewards.registry import read_reward
+from textenv.text.tokenizer import BOUNDARY_TOKENS, Tokenizer
 
 from ..files import write_text
 from ..models.observations import prompt_lengths, unpack_observations
@@ -118,6 +121,7 @@ def evaluate(
     n: int = 1,
     reward: RewardFunction | None = None,
     env: TextEnv | None = None,
+    judge: RewardLike | None = None,
     reference: LMActorCritic | LMLike | KLPenalty | None = None,
     before: Evaluation | None = None,
     deterministic: bool = False,
@@ -134,6 +138,7 @@ def evaluate(
     - `length`: tokens written, the end token included, mean of the texts,
     - with a reward, `reward`: the sum of an episode's rewards, and `reward/<part>` for its named parts. Texts that the
       reward drops count in neither of the two; their share is `dropped`,
+    - with a judge, `judge`: its mean score of the finished texts,
     - with a reference, `kl` (nats a text) and `kl_token` (nats a token): KL(policy, reference) over the whole
       vocabulary at each token written.
 
@@ -146,6 +151,9 @@ def evaluate(
         reward: A function with the arguments and result of `TextEnv.get_reward`.
         env: An env to run the prompts through, with its reward, limits, masks and replies, instead of `reward` and
             `env_kwargs`. Its own episode and prompt order stay as they are; its hooks are called as in training.
+        judge: A reward that the policy was not trained on, as for `TextEnv`, for finished texts of one turn. Where the
+            reward rises and the judge does not, the policy pleases the reward alone (Gao et al., 2023, "Scaling laws
+            for reward model overoptimization", arXiv 2210.10760).
         reference: A `KLPenalty` of this model, another policy's `lm`, or a name, path, config or spec.
         before: An evaluation of the same prompts, to compare with.
         deterministic: Whether to take the most probable token instead of sampling.
@@ -192,6 +200,8 @@ def evaluate(
     scores = {"length": mean_of([episode.info["episode"]["l"] for episode in episodes])}
     if is_scored:
         scores.update(_reward_scores(episodes))
+    if judge is not None:
+        scores["judge"] = _judge_scores(read_reward(judge), env, episodes)
     if reference is not None:
         scores.update(_divergence_scores(policy, reference, env, episodes))
     generations = [episode.generation for episode in episodes]
@@ -217,6 +227,26 @@ def _reward_scores(episodes: Sequence[FinalStep]) -> dict[str, Scores]:
     # Each row of `mean_of` is (sum, count): the row of a dropped episode becomes (0, 0), and so does not count.
     scores = {name: Scores(mean_of(column).rows * is_scored[:, None]) for name, column in values.items()}
     return scores if is_scored.all() else scores | {"dropped": mean_of(~is_scored)}
+
+
+def _judge_scores(judge: RewardFunction, env: TextEnv, episodes: Sequence[FinalStep]) -> Scores:
+    """Return the judge's score of each text; a text that it drops does not count."""
+    if env.is_multi_turn:
+        raise ValueError("Expected texts of one turn for `judge`, got an env with replies: use a metric instead.")
+    generations = [episode.generation for episode in episodes]
+    preds = [
+        Preds(
+            env.tokenizer,
+            own.ids,
+            context=own.prompt.ids[-BOUNDARY_TOKENS:],
+            end_reason=own.end_reason,
+            stop_strings=env.rules.stop_strings,
+        )
+        for own in generations
+    ]
+    judged = score_rows(judge, [own.prompt for own in generations], preds, [True] * len(preds))
+    counts = np.array([not score.is_dropped for score in judged])
+    return Scores(mean_of([score.value for score in judged]).rows * counts[:, None])
 
 
 def _add(scores: dict[str, Scores], metric: Metric, generations: Sequence[Generation]) -> None:

@@ -23,9 +23,11 @@ from textenv.checks.signatures import check_arguments, needed
 from textenv.checks.trust import Kind, Trust, only_with
 from textenv.env import TextEnv
 from textenv.episodes.completion import Preds
+from textenv.episodes.scores import RewardFunction
 from textenv.huggingface.weights import from_pretrained
 from textenv.metrics.scores import Metric
 from textenv.prompts.prompts import Prompt, PromptLike
+from textenv.rewards.registry import read_reward
 from textenv.text import demo_corpus as demo
 from textenv.text.named_tokenizer import DEMO
 from textenv.text.tokenizer import Tokenizer
@@ -98,6 +100,15 @@ class Parts:
         return [make_metric(metric, self.trust) for metric in self.config.evaluation.metrics]
 
     @cached_property
+    def judge(self) -> RewardFunction | None:
+        """The reward of evaluations that the run is not trained on."""
+        judge = self.config.evaluation.judge
+        if judge is None:
+            return None
+        with built_for("the reward of evaluation.judge", {"judge": judge}, self.trust):
+            return read_reward(as_reward(judge))
+
+    @cached_property
     def env(self) -> TextEnv:
         """The environment to train on."""
         return make_env(self.config.env, self.tokenizer, self.config.seed, self.trust)
@@ -142,7 +153,14 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
         ValueError: If settings exclude each other; the message comes from the object that refuses them.
     """
     parts = Parts(config, trust, progress_bar)
-    for name in ("metrics", "tokenizer", "env", "held_out", "agent"):  # quick ones first, to refuse mistakes early
+    for name in (
+        "metrics",
+        "tokenizer",
+        "judge",
+        "env",
+        "held_out",
+        "agent",
+    ):  # quick ones first, to refuse mistakes early
         getattr(parts, name)  # builds and caches it
     held_out = parts.held_out
     with _lengths_by_key(held_out, "evaluation.env_args"):  # held-out prompts may be longer than those of training

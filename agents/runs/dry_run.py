@@ -89,7 +89,7 @@ def dry_run(config: TrainConfig, options: TrainOptions) -> int:
 def _seconds_of_evaluation(parts: Parts) -> float:
     start = time.monotonic()
     prompts = list(parts.held_out.prompts)[: parts.config.evaluation.n_prompts]
-    options = {"env": parts.held_out, "n": parts.config.evaluation.n}
+    options = {"env": parts.held_out, "judge": parts.judge, "n": parts.config.evaluation.n}
     evaluate(parts.agent, prompts, parts.tokenizer, parts.metrics, **options)  # type: ignore[arg-type]
     return time.monotonic() - start
 

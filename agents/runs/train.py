@@ -271,6 +271,7 @@ def _evaluate(run: RunFolder, parts: Parts) -> Evaluate:
         higher_is_better=evaluation.higher_is_better,
         patience=evaluation.patience,
         env=parts.held_out,
+        judge=parts.judge,
         n=evaluation.n,
     )
 

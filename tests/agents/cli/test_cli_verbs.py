@@ -24,7 +24,8 @@ def done(model, tmp_path_factory):
     """A finished run that trained LoRA adapters."""
     out = tmp_path_factory.mktemp("runs") / "done"
     words = settings(model, out, rollouts=2, **{"model.train": "lora", "model.lora_r": 2})
-    assert run("train", *words, "--quiet") == 0
+    judge = ("--evaluation.judge", "{id: length, args: {target: 3}}")
+    assert run("train", *words, *judge, "--quiet") == 0
     return out
 
 
@@ -47,6 +48,8 @@ def test_evaluate_prints_before_and_after(done, capsys):
     assert run("evaluate", done, "--metrics", "[distinct, {id: words}]", "--n_prompts", "8") == 0
     said = capsys.readouterr().out
     assert "| figure | before | after | difference |" in said and "| reward |" in said and "distinct" in said
+    judged = [row["figures"]["judge"] for row in json.loads((done / "history.json").read_text())]
+    assert "| judge |" in said and judged and 0 <= min(judged) <= max(judged) <= 1
     assert json.loads((done / "evaluation.json").read_text())["n_prompts"] == 8
 
 

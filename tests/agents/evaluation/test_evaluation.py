@@ -16,6 +16,7 @@ from tests.helpers.training import PROMPTS, TOKENIZER, length_and_letters, same_
 from tests.helpers.training import tiny_agent as agent_of
 from textenv import BannedMask, Preds, TextEnv
 from textenv.metrics import ROUGE, Distinct, Length, mean_of
+from textenv.rewards import DROPPED, make_reward
 
 ROWS = [{"prompt": prompt, "reply": ["x y", prompt]} for prompt in ("ab", "c", "defg", "h", "ij")]
 
@@ -88,6 +89,35 @@ def test_an_env_brings_its_reward_its_limits_and_its_replies(model):
     assert result.figures["reward/turns"].value > 0 and result.figures["length"].value <= 5
     with pytest.raises(ValueError, match=r"`env` alone, got `reward` or \['max_new_tokens'\] with it"):
         evaluate(model, PROMPTS, TOKENIZER, env=env, max_new_tokens=3)
+
+
+def test_a_judge_scores_what_the_reward_scores_and_may_differ_from_it(model):
+    rules = {"max_new_tokens": 6, "stop_strings": ["z"], "stop_ids": range(9), "n": 3, "n_envs": 4}
+    same = evaluate(
+        model, PROMPTS, TOKENIZER, reward=length_and_letters, score_at="done", judge=length_and_letters, **rules
+    )
+    assert same.scores["judge"].per_row.tolist() == pytest.approx(same.scores["reward"].per_row.tolist())
+    reasons = {generation.end_reason for generation in same.generations}
+    assert len(reasons) > 1, "texts that end in one way only do not show that stop strings and end tokens are cut"
+    other = evaluate(model, PROMPTS, TOKENIZER, judge={"name": "length", "target": 3}, **rules)
+    length = make_reward("length", target=3)
+    by_hand = [length(own.prompt, Preds(TOKENIZER, own.ids), True) for own in other.generations]
+    assert other.figures["judge"].value == pytest.approx(np.mean(by_hand)) and "reward" not in other.figures
+
+
+def test_a_text_that_the_judge_drops_does_not_count(model):
+    def short(prompt, preds, done):
+        return DROPPED if len(preds) > 4 else 2.0
+
+    result = evaluate(model, PROMPTS, TOKENIZER, judge=short, n=8, max_new_tokens=6, stop_ids=range(9))
+    assert {len(generation.ids) > 4 for generation in result.generations} == {True, False}
+    assert result.figures["judge"].value == 2.0
+
+
+def test_a_judge_of_several_turns_is_refused(model):
+    env = Twice(PROMPTS, TOKENIZER, max_new_tokens=5, max_turns=2, max_response_tokens=2)
+    with pytest.raises(ValueError, match="texts of one turn for `judge`"):
+        evaluate(model, PROMPTS, TOKENIZER, env=env, judge=length_and_letters)
 
 
 def test_rewards_of_every_token_add_up(model):

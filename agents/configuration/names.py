@@ -23,6 +23,7 @@ METRICS = {
     "chrf": "textenv.metrics.overlap:ChrF",
     "distinct": "textenv.metrics.surface:Distinct",
     "words": "textenv.metrics.surface:Length",
+    "broken": "textenv.metrics.surface:Broken",
     "perplexity": "textenv.metrics.model:Perplexity",
     "intent_accuracy": "textenv.metrics.model:IntentAccuracy",
 }

@@ -89,7 +89,7 @@ LOOKED_AT = {
     METRIC: {
         "textenv.metrics.model": "IntentAccuracy Perplexity",
         "textenv.metrics.overlap": "BLEU ChrF METEOR ROUGE SacreBLEU",
-        "textenv.metrics.surface": "Distinct Length",
+        "textenv.metrics.surface": "Broken Distinct Length",
     },
     MASK: {
         "textenv.masks.grammar": "GrammarMask JSONSchemaMask RegexMask _Matching",

@@ -3,12 +3,13 @@
 from textenv.metrics.model import IntentAccuracy, Perplexity
 from textenv.metrics.overlap import BLEU, METEOR, ROUGE, ChrF, SacreBLEU
 from textenv.metrics.scores import Metric, Scores, mean_of
-from textenv.metrics.surface import Distinct, Length
+from textenv.metrics.surface import Broken, Distinct, Length
 
 __all__ = [
     "BLEU",
     "METEOR",
     "ROUGE",
+    "Broken",
     "ChrF",
     "Distinct",
     "IntentAccuracy",

@@ -1,8 +1,9 @@
-"""Metrics of the texts alone: their length, and the variety of their n-grams."""
+"""Metrics of the texts alone: their length, the variety of their n-grams, and the share of blank and broken ones."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from textenv.metrics.scores import Scores, mean_of
 from textenv.text.tokenizer import Tokenizer
 
 Split = Callable[[str], Sequence[str]]
+# A stretch of up to 30 characters, with a letter first, that stands four times in a row.
+REPEATED = re.compile(r"([^\W\d_].{0,29}?)\1{3}", re.DOTALL)
 
 
 class Length:
@@ -74,3 +77,27 @@ class Distinct:
             share = len(set(ngrams)) / len(ngrams) if ngrams else math.nan
             scores[f"distinct_{n}"] = Scores(np.zeros((len(texts), 0)), whole=share)
         return scores
+
+
+class Broken:
+    """The shares of texts that nobody would want, whatever their reward: `blank` and `broken`.
+
+    A text is blank if it has neither letter nor digit. It is broken if bytes in it make no character (U+FFFD), or if up
+    to 30 characters, of which the first is a letter, are repeated four times in a row.
+
+    Example:
+        >>> scores = Broken()([""] * 4, [" ...", "good good good good", "a good film", "no, no, no!"], [[]] * 4)
+        >>> scores["blank"].value, scores["broken"].value
+        (0.25, 0.25)
+    """
+
+    def __call__(
+        self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, Scores]:
+        """Return the two shares."""
+        # The stretch ends with its separator, which a repetition at the end of a text lacks.
+        broken = ["\ufffd" in text or REPEATED.search(f"{text} ") is not None for text in texts]
+        return {
+            "blank": mean_of([not any(letter.isalnum() for letter in text) for text in texts]),
+            "broken": mean_of(broken),
+        }

@@ -18,6 +18,7 @@ from textenv.metrics import (
     BLEU,
     METEOR,
     ROUGE,
+    Broken,
     ChrF,
     Distinct,
     IntentAccuracy,
@@ -396,3 +397,23 @@ def test_evaluate_gives_metrics_the_rows():
     rows = [{"prompt": "a", "intent": 2}, {"prompt": "b", "intent": 0}]
     evaluate(make_policy(), rows, CharTokenizer(), [look], max_new_tokens=2)
     assert seen == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "blank", "broken"),
+    [
+        ("", 1, 0),
+        (" ... !", 1, 0),
+        ("7", 0, 0),
+        ("\u4e0d\u9519", 0, 0),
+        ("very very very good", 0, 0),  # three times is emphasis
+        ("very very very very", 0, 1),
+        ("\u597d\u597d\u597d\u597d", 0, 1),
+        ("It is a film. It is a film. It is a film. It is a film.", 0, 1),
+        ("caf\ufffd", 0, 1),
+        ("10000000 ........", 0, 0),
+    ],
+)
+def test_blank_and_broken_texts(text, blank, broken):
+    scores = Broken()(["film"], [text], [[]])
+    assert (scores["blank"].value, scores["broken"].value) == (blank, broken)

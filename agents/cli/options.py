@@ -17,6 +17,8 @@ class EvaluateOptions:
     Args:
         run: The folder of the run.
         metrics: Metrics in addition to the run's own, by name or {id: NAME, args: {...}}.
+        judge: A reward that the run was not trained on, by name or {id: NAME, args: {...}}; by default the run's own
+            judge, if it has one.
         n_prompts: The number of prompts.
         n: The number of texts per prompt.
         seed: The seed of the sampling.
@@ -24,6 +26,7 @@ class EvaluateOptions:
 
     run: str
     metrics: list[Named | str] = field(default_factory=list)
+    judge: Named | str | None = None
     n_prompts: int = 64
     n: int = 1
     seed: int = 0

@@ -217,6 +217,8 @@ def evaluate_run(config: TrainConfig, chosen: EvaluateOptions, options: TrustOpt
     Raises:
         CommandError: If the run has no intact checkpoint.
     """
+    if chosen.judge is not None:
+        config.evaluation.judge = chosen.judge
     parts = assemble(config, trust_of(options))
     RunFolder.open(chosen.run)
     checkpoint_to_load(RunFolder(chosen.run))  # refuses a damaged checkpoint before the first evaluation

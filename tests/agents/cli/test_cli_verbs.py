@@ -50,6 +50,8 @@ def test_evaluate_prints_before_and_after(done, capsys):
     assert "| figure | before | after | difference |" in said and "| reward |" in said and "distinct" in said
     judged = [row["figures"]["judge"] for row in json.loads((done / "history.json").read_text())]
     assert "| judge |" in said and judged and 0 <= min(judged) <= max(judged) <= 1
+    assert run("evaluate", done, "--judge", "{id: length, args: {target: 9999}}", "--n_prompts", "8") == 0
+    assert "| judge | 0.00" in capsys.readouterr().out
     assert json.loads((done / "evaluation.json").read_text())["n_prompts"] == 8
 
 

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from agents import bpe_tokenizer
 from tests.docs.test_examples import run
+from tests.helpers.command import small_model
 from textenv.tasks.reviews import FILES
 
 MOODS = (["sad", "dull", "flat"], ["warm", "wise", "great"])
@@ -25,27 +27,34 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.fixture
+def model(folder, tmp_path):
+    """Save a tiny GPT-2 with fresh weights and a tokenizer of the sentences; return its folder."""
+    texts = [line for name in FILES for line in (folder / name).read_text().splitlines()]
+    return small_model(tmp_path / "start", bpe_tokenizer(texts, vocab_size=300), n_positions=128)
+
+
 @pytest.mark.slow
-def test_the_example_runs_and_resumes_where_it_was_stopped(folder, tmp_path):
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_the_example_runs_and_resumes_where_it_was_stopped(folder, model, algorithm, tmp_path):
+    pytest.importorskip("vaderSentiment")
+    pytest.importorskip("peft")
     out = tmp_path / "out"
-    command = ("examples/reviews.py", "--data", folder, "--smoke", "--out", out)
+    words = ("--data", folder, "--model", model, "--algorithm", algorithm, "--smoke", "--out", out)
+    command = ("examples/reviews.py", *words)
     printed = run(*command)
     assert "| judge | " in printed and "found" not in printed
     result = json.loads((out / "results.json").read_text())
-    shown = {"length", "reward", "kl", "kl_token", "judge", "perplexity", "distinct_2"}
+    shown = {"length", "reward", "judge", "perplexity", "distinct_2", "blank", "broken"}
     assert result["figures"].keys() == result["before"].keys() == shown and len(result["texts"]) == 8
     assert json.loads((out / "judge.json").read_text())["held_out"]["n_texts"] == 12
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "policy" / "model.safetensors").is_file() and (out / "results.md").is_file()
 
-    # Stopped before the last stage: finished stages are skipped, and the others give the same results.
-    weights = {name: (out / name / "model.safetensors").read_bytes() for name in ("tuned", "reward", "judge")}
+    # Stopped after the judge: it is not trained again, and the rest gives the same results.
     (out / "results.json").unlink()
-    (out / "judge.json").unlink()
     again = run(*command)
-    assert "tuned: found in" in again and "reward: found in" in again and "judge: found" not in again
-    assert "PPO: continues from" in again
-    assert weights == {name: (out / name / "model.safetensors").read_bytes() for name in weights}
+    assert "judge: found in" in again and "PPO: continues from" in again
     assert json.loads((out / "results.json").read_text())["figures"] == result["figures"]
 
     with pytest.raises(AssertionError, match="holds a run with other settings"):

@@ -148,7 +148,8 @@ def test_wrong_paths_and_numbers_end_with_one_line_and_create_no_folder(tmp_path
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     wanted = {
-        f"examples/reviews.py --out {out} --data {tmp_path / 'empty'}": "--data: Expected the files rt-polarity.neg",
+        f"examples/reviews.py --model m --out {out} --data {tmp_path / 'empty'}": "--data: Expected the files rt-",
+        f"examples/steering.py --model m --out {out} --prompts nowhere.txt": "--prompts and --held_out together",
         f"examples/hh.py --out {out} --data {tmp_path / 'empty'}": "--data: Expected files that end in .jsonl",
         f"examples/dailydialog.py --out {out} --data {tmp_path / 'empty'}": "--data: Expected",
         f"examples/zh_reviews.py --out {out} --data {tmp_path / 'empty'}": "--data: Expected",

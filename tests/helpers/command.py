@@ -21,11 +21,11 @@ N_ENVS, N_STEPS = 8, 8
 ROLLOUT = N_ENVS * N_STEPS
 
 
-def small_model(folder):
-    """Write an untrained one-layer GPT-2 whose vocabulary is the demo's words; return its folder."""
-    tokenizer = word_tokenizer(demo.vocabulary())
+def small_model(folder, tokenizer=None, n_positions=32):
+    """Write an untrained one-layer GPT-2, by default with the demo's words as its vocabulary; return its folder."""
+    tokenizer = tokenizer or word_tokenizer(demo.vocabulary())
     eos = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
-    shape = {"n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0}
+    shape = {"n_layer": 1, "n_embd": 16, "n_head": 1, "n_positions": n_positions, "resid_pdrop": 0, "embd_pdrop": 0}
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, attn_pdrop=0, **shape)
     GPT2LMHeadModel(config).save_pretrained(folder)

@@ -207,6 +207,16 @@ def gem(folder: Path) -> None:
     assert not game.step("\\boxed{1}")[3]
 
 
+def reasoning(folder: Path) -> None:
+    from textenv.adapters.reasoning_gym import ReasoningGym
+
+    sums = {"max_terms": 2, "max_digits": 1}
+    env = ReasoningGym("chain_sum", TOKENIZER, config=sums, size=9, n_held_out=1)
+    env.reset(options={"prompts": [env.prompts[3]]})
+    [answer] = env.prompts[3].references
+    assert sum(env.step(token)[1] for token in [*TOKENIZER.encode(answer), TOKENIZER.eos_token_id]) == 1.0
+
+
 def openenv(folder: Path) -> None:
     from openenv.core.env_server.interfaces import Environment
     from openenv.core.env_server.types import Action, Observation, State
@@ -258,7 +268,7 @@ def verifiers(folder: Path) -> None:
 # The caller makes these games with the library itself, so that the caller's own import fails where it is missing.
 CALLERS = {"openenv", "verifiers"}
 EXTRAS = [plot, grammar, sentiment, lora, overlap, sft, hub, similarity, judge, feedback, wandb, trackio, mlflow, zoo]
-EXTRAS += [textarena, openenv, verifiers, *([gem] if sys.version_info < (3, 12) else [])]
+EXTRAS += [textarena, openenv, reasoning, verifiers, *([gem] if sys.version_info < (3, 12) else [])]
 
 
 def main(words: list[str]) -> None:

@@ -53,6 +53,7 @@ TASKS = {  # from the names in `gymnasium.make("textenv/<name>-v0")` to the clas
     "ZhReviews": "textenv.tasks.zh_reviews:ZhReviews",
     "IncreasingNumbers": "textenv.tasks.increasing_numbers:IncreasingNumbers",
     "Dates": "textenv.tasks.dates:Dates",
+    "ReasoningGym": "textenv.adapters.reasoning_gym:ReasoningGym",
 }
 
 # Entry points are texts, so that gymnasium imports a task's module only when somebody makes its environment.

@@ -196,6 +196,7 @@ class SFTConfig(StageConfig):
             made from the texts.
         fresh_tokenizer: The tokenizer of a `fresh` model: byte pairs, `vocab_size` of them, or one token per character,
             which suits Chinese.
+        task_args: For the task ReasoningGym, in the place of `data`: the items, as in `env.args` of `textenv train`.
         data: A .txt (one text per line), .jsonl, .json or .csv file; with `task`, a folder or the data set's name on
             the hub.
         text_column: The column of texts.
@@ -211,6 +212,7 @@ class SFTConfig(StageConfig):
 
     fresh: dict[str, Any] = field(default_factory=dict)
     fresh_tokenizer: Literal["byte_pairs", "characters"] = "byte_pairs"
+    task_args: dict[str, Any] = field(default_factory=dict)
     text_column: str = "text"
     prompt_column: str = "prompt"
     reference_column: str = "reference"

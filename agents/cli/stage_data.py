@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from textenv.adapters.reasoning_gym import ReasoningItems
 from textenv.checks.lines import check_encodable
+from textenv.checks.signatures import check_arguments
+from textenv.prompts.chat import is_chat
 from textenv.prompts.dialogues import ASSISTANT, REPLIES, split_pair
 from textenv.prompts.prompts import read_rows
 from textenv.tasks import dailydialog, hh, reviews, zh_reviews
@@ -22,6 +25,7 @@ from ..supervised.preferences import Labelled, Ranking, chat_pair
 from ..supervised.sft_data import Text
 from .options import RewardModelConfig, SFTConfig, StageConfig
 
+SOLVED = "ReasoningGym"  # the task whose texts are made of its own arguments
 N_RANDOM_TEXTS = 6_000  # random texts for a task without a data set, a tenth of them held out; they take a second
 
 
@@ -45,6 +49,11 @@ def read_texts(config: SFTConfig) -> Rows:
     Raises:
         CommandError: If a row is neither, or the task has no texts.
     """
+    if config.task == SOLVED:
+        return _solved(config)
+    if config.task_args:
+        got = f"with --task {config.task}" if config.task else "without a task"
+        raise CommandError(f"Expected task_args with --task {SOLVED} only, got them {got}.")
     if config.task is not None:
         return _of_task(config, config.task, TEXTS)
     return _of_files(config, lambda row, where: _text(row, where, config))
@@ -82,9 +91,18 @@ def read_preferences(config: RewardModelConfig, tokenizer: Tokenizer) -> Rows:
     return Rows(*(_preferences(path, config.encoding, tokenizer) for path in (config.data, config.held_out)))
 
 
+def _solved(config: SFTConfig) -> Rows:
+    if config.data is not None or config.held_out is not None:
+        raise CommandError(f"Expected no `data` and no `held_out` for the task {SOLVED}, which makes its items itself.")
+    check_arguments(ReasoningItems, config.task_args, f"task_args of the task {SOLVED}")
+    items = ReasoningItems(**config.task_args)
+    return Rows(items.solved("train"), items.solved("held_out"))
+
+
 def _of_task(config: StageConfig, task: str, readers: Mapping[str, Callable[..., Any]]) -> Rows:
     if task not in readers:
-        raise CommandError(f"Expected `task` to be one of {', '.join(readers)} for this stage, got {task!r}.")
+        known = [*readers, SOLVED] if readers is TEXTS else readers
+        raise CommandError(f"Expected `task` to be one of {', '.join(known)} for this stage, got {task!r}.")
     if config.held_out is not None:
         raise CommandError("Expected `held_out` without `task`, which holds out a tenth itself, got both.")
     if config.data is None and task not in MAKERS:
@@ -118,7 +136,8 @@ def _text(row: Any, where: str, config: SFTConfig) -> Text:
     if not isinstance(row, Mapping):
         return text_of({text: str(row)}, text, where)
     if {prompt, reference} <= row.keys():
-        return text_of(row, prompt, where), text_of(row, reference, where)
+        asked = row[prompt] if is_chat(row[prompt]) else text_of(row, prompt, where)
+        return asked, text_of(row, reference, where)
     if text in row:
         return text_of(row, text, where)
     raise CommandError(f"Expected {prompt} and {reference}, or {text}, in {where}, got {sorted(map(str, row))}.")

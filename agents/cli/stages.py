@@ -19,7 +19,7 @@ from ..small_models.tokenizers import char_tokenizer
 from ..supervised.classifier import LabelledTexts, train_classifier
 from ..supervised.reward_model import train_reward_model
 from ..supervised.sft import Tuned, tune
-from ..supervised.sft_data import Text
+from ..supervised.sft_data import Text, words_of
 from .options import ClassifierConfig, RewardModelConfig, SFTConfig, StageConfig, StageOptions
 from .stage_data import LABEL_NAMES, Label, read_labels, read_preferences, read_texts
 
@@ -65,7 +65,7 @@ def _fresh_model(config: SFTConfig, texts: Sequence[Text]) -> tuple[Any, PreTrai
     sizes = {"bos_token_id": END, "eos_token_id": END, **config.fresh}
     if config.fresh_tokenizer == "byte_pairs":
         return fresh_config(sizes), None
-    tokenizer = char_tokenizer([text if isinstance(text, str) else "".join(text) for text in texts], MIN_COUNT)
+    tokenizer = char_tokenizer([words_of(text) for text in texts], MIN_COUNT)
     return fresh_config({**sizes, "vocab_size": len(tokenizer)}), tokenizer
 
 

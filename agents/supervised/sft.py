@@ -29,7 +29,7 @@ from ..small_models.demo_model import model_folder
 from ..small_models.tokenizers import bpe_tokenizer
 from ..small_models.training_loop import IGNORED
 from .resumable import origin, prepare, remove_states, work_folder
-from .sft_data import Row, Sample, Text, collate, encode_sample, pack
+from .sft_data import Row, Sample, Text, collate, encode_sample, pack, words_of
 
 DEFAULT_MAX_TOKENS = 1024  # for models without a limit of positions (BLOOM's ALiBi)
 N_MEASURED = 256  # rows of the training data whose loss is measured at the end: enough for an estimate, in seconds
@@ -95,8 +95,8 @@ def tune(
 
     Args:
         lm: A name or path, a config (fresh weights) or a spec.
-        data: Texts, or (prompt, reference) pairs. A reference continues its prompt: a space between the two is the
-            first character of the reference.
+        data: Texts, or (prompt, reference) pairs, whose prompts are texts or the messages of chats. A reference
+            continues its prompt: a space between the two is the first character of the reference.
         folder: The folder to write, absent or empty.
         tokenizer: The model's tokenizer; by default that of the name or path, and for a config a byte-level BPE of
             `config.vocab_size` tokens trained on the data.
@@ -187,8 +187,7 @@ def _with_tokenizer(
     if isinstance(lm, PreTrainedConfig):
         lm = copy.deepcopy(lm)
         if tokenizer is None:
-            texts = [text if isinstance(text, str) else "".join(text) for text in data]
-            tokenizer = bpe_tokenizer(texts, lm.vocab_size)
+            tokenizer = bpe_tokenizer([words_of(text) for text in data], lm.vocab_size)
         lm.eos_token_id = tokenizer.eos_token_id
         lm.bos_token_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         lm.pad_token_id = tokenizer.pad_token_id

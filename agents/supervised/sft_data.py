@@ -8,11 +8,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from textenv.prompts.chat import Message, render_chat
 from textenv.text.tokenizer import Tokenizer, encode_prompt
 
 from ..small_models.training_loop import IGNORED
 
-Text: TypeAlias = str | tuple[str, str]  # a text, or a prompt and its reference
+# A text, or a prompt and its reference; a prompt is a text or the messages of a chat.
+Text: TypeAlias = str | tuple[str | Sequence[Message], str]
 
 
 class Sample(NamedTuple):
@@ -28,19 +30,20 @@ Row: TypeAlias = list[Sample]  # one sample, or several packed ones
 def encode_sample(tokenizer: Tokenizer, text: Text, end: int, max_tokens: int) -> list[Sample]:
     """Encode a text, or a prompt with its reference, closed by the end token.
 
-    A prompt is encoded as an environment encodes it. Prompt and reference are encoded together, since tokens may span
-    their border, and the tokens after the prompt's are the reference's; if that changes the prompt's own tokens, the
-    reference is encoded alone. A prompt that leaves no room for the reference loses its start, a reference that is
-    too long by itself loses its end, and a text that is too long becomes several samples.
+    A prompt is encoded as an environment encodes it, a chat by the tokenizer's template. Prompt and reference are
+    encoded together, since tokens may span their border, and the tokens after the prompt's are the reference's; if that
+    changes the prompt's own tokens, the reference is encoded alone. A prompt that leaves no room for the reference
+    loses its start, a reference that is too long by itself loses its end, and a text that is too long becomes several
+    samples.
 
     Args:
         tokenizer: The tokenizer.
-        text: A text, or a (prompt, reference) pair.
+        text: A text, or a (prompt, reference) pair, whose prompt is a text or the messages of a chat.
         end: The end token's id.
         max_tokens: The most tokens of a sample.
 
     Raises:
-        ValueError: If a prompt has no token.
+        ValueError: If a prompt has no token, or is a chat that the tokenizer cannot render.
     """
     if isinstance(text, str):
         opening, body = encode_prompt(tokenizer, text)
@@ -49,19 +52,34 @@ def encode_sample(tokenizer: Tokenizer, text: Text, end: int, max_tokens: int) -
         # The first token of a piece is only read: no token before it could predict it.
         return [Sample(piece, 1) for piece in pieces if len(piece) > 1]
     prompt, reference = text
-    opening, body = encode_prompt(tokenizer, prompt)
-    before = opening + body
+    before = _encode(tokenizer, prompt)
     if not before:
         raise ValueError(
             f"Expected prompts of at least one token, got {prompt!r} with the reference {reference!r:.80}."
         )
-    whole_opening, whole_body = encode_prompt(tokenizer, prompt + reference)
-    whole = whole_opening + whole_body
+    whole = _encode(tokenizer, prompt, reference)
     is_prefix = whole[: len(before)] == before
     after = whole[len(before) :] if is_prefix else list(tokenizer.encode(reference, add_special_tokens=False))
     after = [*after, end][: max_tokens - 1]  # at least one token of the prompt is kept
     before = before[-(max_tokens - len(after)) :]
     return [Sample(before + after, len(before))]
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message], reference: str = "") -> list[int]:
+    if isinstance(prompt, str):
+        opening, body = encode_prompt(tokenizer, prompt + reference)
+        return opening + body
+    # The template writes the opening tokens, as in `textenv.prompts.prompts.PromptReader`.
+    rendered = render_chat(tokenizer, prompt) + reference
+    return list(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def words_of(text: Text) -> str:
+    """Return all characters of a text, or of a prompt with its reference, to make a tokenizer of."""
+    if isinstance(text, str):
+        return text
+    prompt, reference = text
+    return (prompt if isinstance(prompt, str) else "".join(str(message["content"]) for message in prompt)) + reference
 
 
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[Row]:

@@ -3,6 +3,7 @@
 Where a library is installed, the same tests play with the library itself and must get the same results.
 """
 
+import math
 import random
 import re
 import types
@@ -259,3 +260,101 @@ def verifiers():
     package = types.ModuleType("verifiers")
     package.v1 = v1
     return {"verifiers": package, "verifiers.v1": v1}
+
+
+@dataclass
+class SumsConfig:
+    min_terms: int = 2
+    max_terms: int = 6
+    min_digits: int = 1
+    max_digits: int = 4
+    allow_negation: bool = False
+    seed: int | None = None
+    size: int = 500
+
+    def validate(self):
+        assert self.min_terms > 0, "min_terms must be positive"
+        assert self.max_terms >= self.min_terms, "max_terms must be >= min_terms"
+
+
+class Sums:
+    """As reasoning_gym.arithmetic.chain_sum, with its draws."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __getitem__(self, number):
+        rng = random.Random(self.config.seed + number)
+        n_terms = rng.randint(self.config.min_terms, self.config.max_terms)
+        n_digits = rng.randint(self.config.min_digits, self.config.max_digits)
+        terms = [rng.randint(0 if n_digits == 1 else 10 ** (n_digits - 1), 10**n_digits - 1) for _ in range(n_terms)]
+        signs = [rng.choice(["+", "-"]) for _ in terms[1:]]
+        written = f"{terms[0]}" + "".join(f" {sign} {term}" for sign, term in zip(signs, terms[1:]))
+        total = terms[0] + sum(term if sign == "+" else -term for sign, term in zip(signs, terms[1:]))
+        question = f"State the final answer to the following arithmetic problem: {written} ="
+        return {"question": question, "answer": str(total), "metadata": {"expression": written, "num_terms": n_terms}}
+
+    def score_answer(self, answer, entry):
+        right = entry["answer"]
+        try:
+            if float(answer.replace(",", "")) == float(right):
+                return 1.0
+        except ValueError:
+            pass
+        return len(right) / len(answer) if right in answer else 0.0
+
+
+@dataclass
+class RangeConfig:
+    min_value: int = 2
+    max_value: int = 1000
+    seed: int | None = None
+    size: int = 500
+
+    def validate(self):
+        assert self.min_value >= 2, "min_value must be >= 2"
+
+
+class Factors:
+    """As reasoning_gym.arithmetic.prime_factorization, whose scoring raises an error on words."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __getitem__(self, number):
+        value = random.Random(self.config.seed + number).randint(self.config.min_value, self.config.max_value)
+        factors, rest = [], value
+        while rest > 1:
+            factors.append(next(factor for factor in range(2, rest + 1) if rest % factor == 0))
+            rest //= factors[-1]
+        question = f"Find the prime factorization of {value}."
+        return {"question": question, "answer": " × ".join(map(str, factors)), "metadata": {"factors": factors}}
+
+    def score_answer(self, answer, entry):
+        given, right = (sorted(int(factor) for factor in text.split("×")) for text in (answer, entry["answer"]))
+        return 1.0 if given == right else 0.5 if math.prod(given) == math.prod(right) else 0.01
+
+
+class Colours(Factors):
+    """As reasoning_gym.algorithmic.graph_color, which has no answer of its own."""
+
+    def __getitem__(self, number):
+        return {**super().__getitem__(number), "answer": None}
+
+    def score_answer(self, answer, entry):
+        return 0.0
+
+
+def reasoning_gym():
+    tasks = {"chain_sum": (Sums, SumsConfig), "prime_factorization": (Factors, RangeConfig)}
+    tasks |= {"graph_color": (Colours, RangeConfig), "n_queens": (Factors, RangeConfig)}
+    factory = types.ModuleType("reasoning_gym.factory")
+
+    def create_dataset(name, **kwargs):
+        dataset, config = tasks[name]
+        config = config(**kwargs)
+        config.validate()
+        return dataset(config)
+
+    factory.DATASETS, factory.create_dataset = tasks, create_dataset
+    return {"reasoning_gym": types.ModuleType("reasoning_gym"), "reasoning_gym.factory": factory}

@@ -5,8 +5,8 @@ import re
 
 from tests.helpers.house import ROOT
 
-# Packages of which gem-llm 0.1.0 and its requirement reasoning-gym pin older versions.
-OLDER = {"nltk", "tabulate"}
+# Packages of which gem-llm 0.1.0 pins older versions.
+OLDER = {"nltk", "reasoning-gym"}
 # The extra without pins: its library and that of `verifiers` need versions of mcp that exclude each other.
 OPEN = {"openenv"}
 

@@ -25,6 +25,7 @@ from tests.helpers.command import ROOT, run, settings
 from tests.helpers.models import tiny
 from textenv import GrammarMask, JSONSchemaMask, RegexMask, read_dataset
 from textenv.adapters.gem import GemGame
+from textenv.adapters.reasoning_gym import ReasoningScore
 from textenv.adapters.textarena import TextArenaGame
 from textenv.adapters.verifiers import VerifiersGame
 from textenv.checks.extras import MissingExtraError, check_extra, needs
@@ -113,6 +114,7 @@ GUARDS = {
     "GEM": ("gem", "gem", lambda: GemGame("never")),
     "TextArena": ("textarena", "textarena", lambda: TextArenaGame("never").reset(seed=0)),
     "verifiers": ("verifiers", "verifiers", verifiers_turn),
+    "reasoning-gym": ("reasoning", "reasoning_gym", lambda: ReasoningScore("never")),
 }  # fmt: skip
 
 

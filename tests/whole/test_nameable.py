@@ -66,6 +66,7 @@ LOOKED_AT = {
     REWARD: {
         "agents.supervised.learned_reward": "LearnedReward",
         "agents.cli.rate_training": "FirstEpisodes",
+        "textenv.adapters.reasoning_gym": "ReasoningScore",
         "textenv.rewards.asynchronous": "AsyncFunction",
         "textenv.rewards.classifier": "Classifier",
         "textenv.rewards.compose": COMPOSED,
@@ -97,6 +98,7 @@ LOOKED_AT = {
     },
     LOGGER: {"agents.runs.loggers": "TensorBoard", "agents.runs.recording": "RowWriter"},
     ENV: {
+        "textenv.adapters.reasoning_gym": "ReasoningGym",
         "textenv.adapters.turn_env": "TurnEnv",
         "textenv.env": "TextEnv",
         "textenv.tasks.dailydialog": "Conversation DailyDialog",

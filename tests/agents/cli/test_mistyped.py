@@ -63,7 +63,8 @@ def test_a_task_without_its_data_says_what_to_add(task, model, capfd):
     if not needs:
         assert task in ("IncreasingNumbers", "Dates")
         return
-    flag = "--env.prompts FILE" if needs == ["prompts"] else "--env.args.data FOLDER"
+    flags = {"prompts": "--env.prompts FILE", "data": "--env.args.data FOLDER", "name": "--env.args.name VALUE"}
+    flag = flags[needs[0]]
     error = refused(capfd, "train", f"--model.name={model}", f"--env.id={task}")
     assert f"Expected {flag}" in error and f"for the task {task}, got none: add {flag} to the command." in error
 

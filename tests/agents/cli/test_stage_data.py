@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from agents.cli import stage_data
 from agents.cli.options import ClassifierConfig, RewardModelConfig, SFTConfig
 from agents.cli.prompt_files import prompts_for
-from agents.cli.stage_data import TEXTS, read_labels, read_preferences, read_texts
+from agents.cli.stage_data import SOLVED, TEXTS, read_labels, read_preferences, read_texts
 from agents.cli.stages import fresh_config
 from agents.errors import CommandError
 from agents.small_models.tokenizers import EOS_TOKEN
 from agents.supervised.preferences import Ranking
 from tests.agents.supervised.test_reward_model_controls import press_ctrl_c, weights_of
+from tests.helpers import fakes
 from tests.helpers.command import run, small_model
 from tests.helpers.task_data import write_data
 from tests.textenv.prompts.test_chat import CHATML, tokenizer_with
@@ -51,8 +53,47 @@ def test_texts_are_in_one_part_only(data, task):
     assert 0.08 < len(held_out) / len(train + held_out) < 0.12
 
 
+@pytest.fixture
+def reasoning(monkeypatch):
+    for module, content in fakes.reasoning_gym().items():
+        monkeypatch.setitem(sys.modules, module, content)
+
+
+ITEMS = {"name": "chain_sum", "config": {"max_terms": 2, "max_digits": 1}, "size": 90, "n_held_out": 10}
+
+
+def test_solved_items_are_pairs_in_one_part_only(reasoning):
+    train, held_out = read_texts(SFTConfig(task="ReasoningGym", task_args=ITEMS))
+    assert (len(train), len(held_out), len({*train, *held_out})) == (90, 10, 100)
+    assert held_out[0] == ("State the final answer to the following arithmetic problem: 0 - 4 =\nAnswer:", " -4")
+    [pair, *_] = read_texts(SFTConfig(task="ReasoningGym", task_args={**ITEMS, "chat": True})).held_out
+    assert pair == ([{"role": "user", "content": held_out[0][0].removesuffix("\nAnswer:")}], "-4")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "ReasoningGym"}, "Expected the argument 'name' for task_args of the task ReasoningGym, got none"),
+        ({"task": "ReasoningGym", "task_args": {**ITEMS, "sise": 3}}, "got 'sise': did you mean 'size'"),
+        ({"task": "ReasoningGym", "task_args": ITEMS, "data": "x"}, "Expected no `data` and no `held_out`"),
+        ({"task": "Dates", "task_args": ITEMS}, "Expected task_args with --task ReasoningGym only, got them with"),
+        ({"data": "x", "task_args": ITEMS}, "Expected task_args with --task ReasoningGym only, got them without"),
+        ({"task": "ReasoningGim"}, "Expected `task` to be one of .*, ReasoningGym for this stage"),
+    ],
+)  # fmt: skip
+def test_task_args_that_do_not_fit_are_refused(reasoning, options, message):
+    with pytest.raises((CommandError, ValueError), match=message):
+        read_texts(SFTConfig(**options))
+
+
+def test_a_file_may_have_chats_as_prompts(tmp_path):
+    chat = [{"role": "user", "content": "hello there"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": chat, "reference": "hi"}) + "\n")
+    assert read_texts(SFTConfig(data=str(tmp_path / "rows.jsonl"))).train == [(chat, "hi")]
+
+
 def test_every_task_of_a_data_set_has_texts():
-    assert TEXTS.keys() == TASKS.keys() - {"Text"}
+    assert {*TEXTS, SOLVED} == TASKS.keys() - {"Text"}
 
 
 def test_texts_are_as_their_tasks_go_on_from_prompts(data):

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, TrainerC
 from agents import Pretrained, word_tokenizer
 from agents.small_models.training_loop import IGNORED
 from agents.supervised import hf_trainer, sft
-from agents.supervised.sft_data import Sample, collate, encode_sample, pack
+from agents.supervised.sft_data import Sample, collate, encode_sample, pack, words_of
 from tests.helpers.models import tiny
-from textenv import CharTokenizer, demo
+from tests.textenv.prompts.test_chat import CHAT, CHATML, tokenizer_with
+from textenv import CharTokenizer, TextEnv, demo
 
 TOKENIZER = word_tokenizer(demo.vocabulary())
 TEXTS = demo.reviews(120, seed=1)
@@ -46,6 +47,22 @@ def test_b8_what_is_too_long_keeps_the_prompts_end_and_the_references_start():
     assert encode_sample(CharTokenizer(), ("abcd", "ef"), 0, 5) == [Sample([3, 4, 5, 6, 0], 2)]
     assert encode_sample(CharTokenizer(), ("ab", "cdefgh"), 0, 4) == [Sample([2, 3, 4, 5], 1)]
     assert encode_sample(CharTokenizer(), "abcdefg", 0, 4) == [Sample([1, 2, 3, 4], 1), Sample([5, 6, 7, 0], 1)]
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_chat_is_read_as_an_environment_reads_it(opens):
+    """Also with a tokenizer that opens texts with BOS: the template writes what opens a chat."""
+    tokenizer = tokenizer_with(CHATML, opens)
+    [sample] = encode_sample(tokenizer, (CHAT, "hi"), 0, 999)
+    env = TextEnv([CHAT], tokenizer, reward="zero")
+    assert sample.ids == [*env.prompts[0].ids, *tokenizer.encode("hi", add_special_tokens=False), 0]
+    assert sample.n_read == len(env.prompts[0].ids)
+
+
+def test_a_chat_needs_a_template_and_gives_a_fresh_tokenizer_its_words(tmp_path):
+    with pytest.raises(ValueError, match="Expected a tokenizer with a chat template for the prompt"):
+        encode_sample(CharTokenizer(), (CHAT, "hi"), 0, 999)
+    assert words_of((CHAT, "hi")) == "be briefhello therehi" and words_of(("a", "b")) == "ab" and words_of("a") == "a"
 
 
 def test_the_gradient_of_a_pair_is_that_of_the_references_log_probability():

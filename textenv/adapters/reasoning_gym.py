@@ -4,7 +4,8 @@ Written for reasoning_gym 0.1.25. Its traps:
 
 - Most tasks draw item `i` from `Random(seed + i)`, so that the data sets of two neighbouring seeds share all items but
   one. Training and held-out items are therefore parts of one data set, and no question is in both.
-- Questions repeat: two terms of one digit make 200 sums. Repeated questions are left out.
+- Questions repeat: two terms of one digit make 200 sums, which are two fifths of all draws of one or two digits. If
+  no question might be repeated in a part, its last items would all be of the rare kinds.
 - `score_answer` gives parts of a point: 0.01 for any text in some tasks, and in many the length of the right answer
   as a share of a text that has it somewhere. A policy that writes all digits earns these.
 - `score_answer` may raise an error on a text that is no answer ("zzz" in prime_factorization). Such a text earns 0.
@@ -105,8 +106,10 @@ def _score(dataset: Any, answer: str, item: Mapping[str, Any]) -> float:
 class ReasoningItems:
     r"""The items of a task of reasoning-gym, some of them to train on and others held out.
 
-    All are drawn with one seed. The first `n_held_out` different questions are held out, and the next `size` are to
-    train on, so that no question is in both parts, and more items to train on change no held-out item.
+    All are drawn with one seed. The first `n_held_out` different questions are held out, and the items to train on are
+    those of the next `size` draws that are none of them, a question as often as it is drawn. So no question is in both
+    parts, and more items to train on change no held-out item. Questions of a kind that has few (sums of one digit) are
+    rarer among the items to train on; `config` (`min_digits: 2`) leaves such a kind out.
 
     Args:
         name: The task, such as "chain_sum"; `reasoning_gym.factory.DATASETS` has all.
@@ -152,9 +155,7 @@ class ReasoningItems:
     def rows(self, part: Part) -> list[dict[str, Any]]:
         """Return the rows of a part: `prompt`, and `question`, `answer` and `metadata` as the library made them."""
         check_choice("part", part, ("train", "held_out"))
-        items = self._items(self.n_held_out + (self.size if part == "train" else 0))
-        chosen = items[self.n_held_out :] if part == "train" else items
-        return [{"prompt": self._prompt(item["question"]), **item} for item in chosen]
+        return [{"prompt": self._prompt(item["question"]), **item} for item in self._items(part)]
 
     def solved(self, part: Part) -> list[tuple[Any, str]]:
         """Return pairs of a prompt and its answer, for `agents.sft.tune`; behind a text, the answer follows a space.
@@ -171,30 +172,39 @@ class ReasoningItems:
         text = str(self.template).replace(QUESTION, question)
         return [{"role": "user", "content": text}] if self.chat else text
 
-    def _items(self, n: int) -> list[dict[str, Any]]:
-        """Return the first `n` items of different questions."""
-        most = 4 * n + 1_000  # draws; they also bound the time that a task with too few questions takes
+    def _items(self, part: Part) -> list[dict[str, Any]]:
+        """Return the items of a part, checked by the score of the first."""
+        n_train = self.size if part == "train" else 0
+        most = 4 * (self.n_held_out + n_train) + 1_000  # draws; they bound the time that too few questions take
         dataset = _make_dataset(self.name, self.config, seed=self.data_seed, size=most)
-        items: dict[str, dict[str, Any]] = {}
+        held_out: dict[str, dict[str, Any]] = {}
+        train: list[dict[str, Any]] = []
         for number in range(most):
-            if len(items) == n:
+            if len(held_out) == self.n_held_out and len(train) == n_train:
                 break
-            try:
-                drawn = dataset[number]
-            except Exception as error:  # a value that no check of the library refuses
-                raise ValueError(f"Expected items of {self.name!r} with {dict(self.config)}, got: {error}.") from error
-            item = {key: drawn[key] for key in ("question", "answer", "metadata")}
-            items.setdefault(item["question"], item)
-        if len(items) < n:
+            item = self._draw(dataset, number)
+            if len(held_out) < self.n_held_out:
+                held_out.setdefault(item["question"], item)
+            elif item["question"] not in held_out:
+                train.append(item)
+        if len(held_out) < self.n_held_out or len(train) < n_train:
             raise ValueError(
-                f"Expected {n} different questions of {self.name!r}, got {len(items)} in {most} draws: lower `size` or "
-                "`n_held_out`, or widen `config`."
+                f"Expected {self.n_held_out} different questions of {self.name!r} to hold out and {n_train} others to "
+                f"train on, got {len(held_out)} and {len(train)} in {most} draws: lower `n_held_out`, or widen "
+                "`config`."
             )
-        first = next(iter(items.values()), None)
+        items = train if part == "train" else list(held_out.values())
         # An item that is scored wrongly shows that the library has changed; texts that it cannot read earn 0 silently.
-        if first is not None and first["answer"] is not None and _score(dataset, first["answer"], first) != 1.0:
-            raise ValueError(f"Expected {self.name!r} to give its own answer {first['answer']!r:.80} a score of 1.")
-        return list(items.values())
+        if items and items[0]["answer"] is not None and _score(dataset, items[0]["answer"], items[0]) != 1.0:
+            raise ValueError(f"Expected {self.name!r} to give its own answer {items[0]['answer']!r:.80} a score of 1.")
+        return items
+
+    def _draw(self, dataset: Any, number: int) -> dict[str, Any]:
+        try:
+            drawn = dataset[number]
+        except Exception as error:  # a value that no check of the library refuses
+            raise ValueError(f"Expected items of {self.name!r} with {dict(self.config)}, got: {error}.") from error
+        return {key: drawn[key] for key in ("question", "answer", "metadata")}
 
 
 @dataclass

@@ -239,7 +239,7 @@ def test_a_task_without_answers_is_scored_but_not_shown_as_solved():
 def test_a_library_that_does_not_know_its_own_answer_is_noticed(monkeypatch):
     dataset = type(ReasoningScore("chain_sum")._dataset)
     monkeypatch.setattr(dataset, "score_answer", lambda self, answer, entry: entry["moved"])
-    with pytest.raises(ValueError, match="Expected 'chain_sum' to give its own answer '.+' a score of 1"):
+    with pytest.raises(ValueError, match=r"Expected 'chain_sum' to give its own answer '.+' a score of 1"):
         ReasoningGym("chain_sum", TOKENIZER, **FEW)
 
 

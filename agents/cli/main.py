@@ -374,7 +374,7 @@ VERBS = {
         _read_run,
     ),
     "compare": Verb(
-        "draw several runs in one picture, and print a table",
+        "draw runs, or folders of seeds, and say which are better",
         "RUN RUN ... [--out FILE]",
         CompareOptions,
         None,

@@ -38,11 +38,11 @@ class Improvement(NamedTuple):
 
         It is shown if the interval of the difference does not reach 0, and that of the probability not 0.5.
         """
-        for name, sign in (("a", 1), ("b", -1)):
-            ends = [(self.difference, 0.0)] + ([] if self.probability is None else [(self.probability, 0.5)])
-            low = [one.low if sign > 0 else one.high for one, _ in ends]
-            if all(end is not None and sign * (end - zero) > 0 for end, (_, zero) in zip(low, ends, strict=True)):
-                return name
+        ends = [(self.difference, 0.0)] + ([] if self.probability is None else [(self.probability, 0.5)])
+        if all(one.low is not None and one.low > equal for one, equal in ends):
+            return "a"
+        if all(one.high is not None and one.high < equal for one, equal in ends):
+            return "b"
         return None
 
 

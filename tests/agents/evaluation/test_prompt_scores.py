@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from agents import PromptScores
+from agents import Evaluate, PromptScores
 from agents.evaluation.prompt_scores import linearised, read_scores, write_scores
-from textenv.metrics import ChrF, Scores, mean_of
+from tests.helpers.training import TOKENIZER, tiny_agent
+from textenv.metrics import ChrF, Distinct, Scores, mean_of
 from textenv.metrics.bootstrap import estimate
 from textenv.metrics.model import perplexity
 from textenv.metrics.scores import ratio
@@ -64,6 +65,18 @@ def test_a_corpus_score_keeps_its_figure_and_nearly_its_interval(tmp_path):
     width = whole.high - whole.low
     assert kept.low == pytest.approx(whole.low, abs=0.1 * width)
     assert kept.high == pytest.approx(whole.high, abs=0.1 * width)
+
+
+def test_a_training_keeps_the_scores_of_its_first_and_its_newest_evaluation(tmp_path):
+    words = {"reward": lambda prompt, preds, done: len(preds.ids) * done, "max_new_tokens": 2, "n": 3}
+    callback = Evaluate(["a", "bc"], TOKENIZER, [Distinct([1])], every=16, folder=tmp_path, **words)
+    tiny_agent().learn(48, callback=callback)
+    assert list(callback.history) == [0, 16, 32, 48]
+    kept = read_scores(tmp_path / "scores.json")
+    assert list(kept) == [0, 48]
+    for at, evaluation in kept.items():
+        assert evaluation.prompts == ["a", "bc"] and len(evaluation.scores["reward"].rows) == 2
+        assert {name: scores.value for name, scores in evaluation.scores.items()} == callback.history[at]
 
 
 @pytest.mark.parametrize(

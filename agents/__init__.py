@@ -48,8 +48,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .evaluation.evaluation import evaluate as evaluate
     from .evaluation.generation import Generation as Generation
     from .evaluation.generation import generate as generate
+    from .evaluation.improvement import SeedComparison as SeedComparison
+    from .evaluation.prompt_scores import PromptScores as PromptScores
     from .evaluation.sample_table import SampleTable as SampleTable
     from .evaluation.sample_table import sample_table as sample_table
+    from .evaluation.seeds import SeedTable as SeedTable
     from .models.critic import RewardModelCritic as RewardModelCritic
     from .models.critic import SeparateCritic as SeparateCritic
     from .models.critic import SharedCritic as SharedCritic
@@ -145,6 +148,7 @@ NAMES = {
     "Named": ".configuration.config",
     "Pretrained": ".models.pretrained",
     "PretrainedCritic": ".policies.pretrained_critic",
+    "PromptScores": ".evaluation.prompt_scores",
     "RECIPES": ".configuration.recipes",
     "Ranking": ".supervised.preferences",
     "Report": ".doctor.report",
@@ -157,6 +161,8 @@ NAMES = {
     "RowCache": ".models.interface",
     "SampleGroups": ".steps.sample_groups",
     "SampleTable": ".evaluation.sample_table",
+    "SeedComparison": ".evaluation.improvement",
+    "SeedTable": ".evaluation.seeds",
     "SeparateCritic": ".models.critic",
     "SequenceRolloutBuffer": ".rollout.buffer",
     "ShapingConfig": ".configuration.config",

@@ -146,9 +146,10 @@ def _add_options(group: Any, options: type) -> None:
         if kind == "bool":
             group.add_argument(*both, action="store_true", help=texts[field.name])
         elif kind.startswith("list"):
-            group.add_argument(*both, action="append", default=[], metavar="NAME", help=texts[field.name])
+            parsing = field.metadata or {"action": "append", "metavar": "NAME"}
+            group.add_argument(*both, default=[], help=texts[field.name], **parsing)
         else:
-            group.add_argument(flag, type=str, metavar=field.name.upper(), help=texts[field.name])
+            group.add_argument(flag, type=str, metavar=field.name.upper(), help=texts[field.name], **field.metadata)
 
 
 def _helps(config: type, prefix: str = "") -> dict[str, str]:

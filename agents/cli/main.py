@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from ..configuration.config import TrainConfig, TrainOptions, TrustOptions
 from ..configuration.stage_folders import check_folders
 from ..errors import CommandError, Exit, StageStopped
+from ..runs.plan import Plan
 from .arguments import check_file, make_parser, parse, parse_options, set_defaults, split, with_config
 from .named_models import check_model, refuse_zip, with_source
 from .options import (
@@ -35,6 +36,7 @@ from .options import (
     ShowOptions,
     StageOptions,
 )
+from .seeds import read_seeds
 
 # The errors that end a verb with a line and an exit code instead of a traceback: wrong input can cause any of them.
 HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
@@ -184,17 +186,21 @@ def _read(name: str, words: list[str], config: Any = None) -> tuple[Any, Any]:
 
 
 def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
-    resumed = parse_options(TrainOptions, words).resume
-    if resumed is None:
-        config, options, dumped = train_config(words)
+    options = parse_options(TrainOptions, words)
+    if options.resume is None or options.seeds:
+        config, chosen, dumped = train_config(words)
         check_folders(with_config(words), config)
-        return config, dumped, options
+        if options.seeds:
+            return read_seeds(words, config.out, options, train_config, read_config), chosen
+        return [Plan(config, dumped)], chosen
+    if not options.resume:
+        raise CommandError("Expected --resume RUN, the folder of a run, got --resume alone: it is for --seeds.")
     from ..runs.folder import RunFolder  # here and below: imports that load gymnasium wait, for a quick --help
 
-    run = RunFolder.open(resumed)
+    run = RunFolder.open(options.resume)
     before = read_config(run.config)
-    config, options, dumped = train_config(["--config", str(run.config), *words])
-    return config, dumped, options, run, before
+    config, chosen, dumped = train_config(["--config", str(run.config), *words])
+    return [Plan(config, dumped, run, before)], chosen
 
 
 def _read_doctor(name: str, words: list[str]) -> tuple[Any, ...]:
@@ -289,7 +295,7 @@ VERBS = {
         CONFIG,
         TrainConfig,
         TrainOptions,
-        "agents.runs.train:train",
+        "agents.runs.seeds:train",
         _read_training,
     ),
     "sft": Verb(
@@ -368,7 +374,7 @@ VERBS = {
         _read_run,
     ),
     "compare": Verb(
-        "draw several runs in one picture, and print a table",
+        "draw runs, or folders of seeds, and say which are better",
         "RUN RUN ... [--out FILE]",
         CompareOptions,
         None,

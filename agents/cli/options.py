@@ -133,10 +133,10 @@ class ShowOptions:
 
 @dataclass
 class CompareOptions:
-    """Draw the curves of several runs in one picture, and print a table.
+    """Draw runs, or folders of seeds, in one picture, and say whether the first is better than each other one.
 
     Args:
-        runs: The folders of the runs.
+        runs: The folders of the runs, or of the runs of several seeds.
         out: The picture to write, a PNG file.
     """
 

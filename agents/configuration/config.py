@@ -314,15 +314,19 @@ class TrainOptions(TrustOptions):
     """Options of `textenv train`: only the command line has them, never a configuration file.
 
     Args:
-        resume: Continue the run in this folder; further arguments change its configuration.
+        seeds: Train one run for each of these seeds, one after the other, in the folders seed_N of `out`, which then
+            has seeds.md, seeds.json and seeds.png with all of them: means and interquartile means with intervals.
+        resume: Continue the run in this folder; further arguments change its configuration. With --seeds, without a
+            folder: continue the seed that was stopped, and leave out those that are finished.
         change: With --resume, a key that may differ from the configuration so far; the result then differs from that
             of an uninterrupted run. Can be repeated.
         dry_run: Do one rollout and one update, and print an estimate of the whole run's time, memory and disk space.
         quiet: Print errors only.
-        json: Print one line of JSON per iteration.
+        json: Print one line of JSON per iteration; with --seeds it has the seed, and the last line all of them.
     """
 
-    resume: str | None = None
+    seeds: list[int] = field(default_factory=list, metadata={"action": "extend", "nargs": "+", "type": int})
+    resume: str | None = field(default=None, metadata={"nargs": "?", "const": ""})
     change: list[str] = field(default_factory=list)
     dry_run: bool = False
     quiet: bool = False

@@ -34,7 +34,12 @@ def check_matplotlib() -> None:
     check_extra("plot", "matplotlib", "the curves")
 
 
-def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> None:
+def draw_curves(
+    path: str | os.PathLike[str],
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    title: str = "",
+    groups: Mapping[str, str] | None = None,
+) -> None:
     """Draw the figures of runs over their tokens, a panel for each of `CURVES`, as a PNG file.
 
     The file is replaced whole or not at all. A few values far from the others do not flatten a panel: triangles at its
@@ -45,6 +50,8 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
         runs: The rows of each run, by the run's name. A row has "tokens", and figures by their log keys; figures that
             are missing, None, NaN or infinite are left out.
         title: The title of the picture.
+        groups: By run, the name of the group that it belongs to, such as the runs of several seeds: a group has one
+            colour and its name stands in the legend. A run that is missing is a group of its own.
 
     Raises:
         ImportError: Without matplotlib.
@@ -61,14 +68,18 @@ def draw_curves(path: str | os.PathLike[str], runs: Mapping[str, Sequence[Mappin
     drawn = [(key, label) for key, label in CURVES if any(points[name, key] for name in runs)]
     figure = Figure(figsize=(4.2 * max(len(drawn), 1), 3.2), layout="constrained")
     axes = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
+    group_of = {name: name if groups is None else groups.get(name, name) for name in runs}
+    names = list(dict.fromkeys(group_of.values()))
+    colors = [f"C{names.index(group)}" for group in group_of.values()]  # matplotlib's usual colours, in their order
     for axis, (key, label) in zip(axes, drawn, strict=False):
-        _draw_panel(axis, label, {name: points[name, key] for name in runs})
+        _draw_panel(axis, label, {name: points[name, key] for name in runs}, colors)
     if not drawn:
         axes[0].set_axis_off()
         axes[0].text(0.5, 0.5, "no figures", ha="center", va="center")
-    if len(runs) > 1 and drawn:
-        labels = ["\n".join(textwrap.wrap(name, LEGEND)) for name in runs]
-        figure.legend(axes[0].get_lines()[: len(runs)], labels, loc="outside right upper", fontsize="small")
+    if len(names) > 1 and drawn:
+        labels = ["\n".join(textwrap.wrap(name, LEGEND)) for name in names]
+        lines = [axes[0].get_lines()[list(group_of.values()).index(name)] for name in names]
+        figure.legend(lines, labels, loc="outside right upper", fontsize="small")
     if title:
         figure.suptitle(title + "\n", fontweight="bold", linespacing=0.6)  # a gap of 0.6 lines below the title
     target = Path(path)
@@ -107,13 +118,13 @@ def _running_median(curve: Sequence[float]) -> Sequence[float]:
     return [float(np.median(curve[max(0, i - 2) : i + 3])) for i in range(len(curve))]  # windows of five values
 
 
-def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]]) -> None:
+def _draw_panel(axis: Axes, label: str, curves: Mapping[str, Sequence[Point]], colors: Sequence[str]) -> None:
     with needs("plot", "matplotlib", "the curves"):
         from matplotlib.ticker import EngFormatter
 
-    for name, points in curves.items():
+    for (name, points), color in zip(curves.items(), colors, strict=True):
         marker = "o" if len(points) == 1 else ""  # a line through a single point is invisible
-        axis.plot(*zip(*points, strict=True) if points else ((), ()), marker=marker, label=name)
+        axis.plot(*zip(*points, strict=True) if points else ((), ()), marker=marker, label=name, color=color)
     axis.set(xlabel="tokens", title=label)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(alpha=0.3)

@@ -33,6 +33,7 @@ from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..steps.kl_penalty import KLPenalty
 from .evaluation import Evaluation, evaluate
+from .prompt_scores import SCORES_FILE, Scored, read_scores, write_scores
 
 # The shapes of best.json and history.json, for `read_json`.
 BEST = {"figure": str, "value": float, "num_timesteps": int}
@@ -46,6 +47,7 @@ class Evaluate(BaseCallback):
     same seed, so that they can be compared. If it has a folder, it writes there
 
     - `history.json`: the figures of every evaluation,
+    - `scores.json`: the scores of each prompt in the first and in the newest evaluation, for intervals over seeds,
     - `best/model`: the best model so far, as `export` writes it, for `AutoModelForCausalLM.from_pretrained`,
     - `best/evaluation.json` and `.md`: its figures and texts,
     - `best/best.json`: the name and value of the figure that made it the best, and its number of tokens.
@@ -99,12 +101,13 @@ class Evaluate(BaseCallback):
         self.folder = None if folder is None else Path(folder)
         self.best, self.sign = best, 1 if higher_is_better else -1
         self.history: dict[int, dict[str, float]] = {}  # the figures, by the number of tokens trained on
+        self.measured: dict[int, Scored] = {}  # the first and the newest evaluation, with the scores of each prompt
         self.best_value, self.best_at = -self.sign * math.inf, 0
 
     def _on_training_start(self) -> None:
         now, self._n_updates = self.model.num_timesteps, -1
         if now == 0:  # a new run, perhaps with a callback that another run has used
-            self.history, self.best_value, self.best_at = {}, -self.sign * math.inf, 0
+            self.history, self.measured, self.best_value, self.best_at = {}, {}, -self.sign * math.inf, 0
         if self.folder is not None and is_main_process():
             self._resume(self.folder, now)
         self._share_results()
@@ -129,6 +132,8 @@ class Evaluate(BaseCallback):
         # The history is written after the best model: a run that was killed between the two evaluates again.
         if now > 0 and history.is_file():
             self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in read_json(history, HISTORY)}
+            scores = read_scores(folder / SCORES_FILE) if (folder / SCORES_FILE).is_file() else {}
+            self.measured = {at: scored for at, scored in scores.items() if at <= now}
             if not best.is_file():
                 self._remember_best(folder / "best", now)
 
@@ -183,6 +188,7 @@ class Evaluate(BaseCallback):
                 raise
             # Forget this evaluation, so that the next rollout's start repeats it; `written` is the best on the disk.
             del self.history[now]
+            self.measured.pop(now, None)
             self.best_value, self.best_at = written
             warnings.warn(
                 f"The evaluation at {now:,} tokens could not be kept: {explain(error, self.folder or '.')} It is made "
@@ -214,6 +220,8 @@ class Evaluate(BaseCallback):
         if self.best not in result.figures:
             raise ValueError(f"Expected `best` to be one of {list(result.figures)}, got {self.best!r}.")
         self.history[now] = {name: figure.value for name, figure in result.figures.items()}
+        first = min(self.history)
+        self.measured = {at: scored for at, scored in self.measured.items() if at == first} | {now: result}
         value = self.history[now][self.best]
         if self.sign * value > self.sign * self.best_value:
             self.best_value, self.best_at = value, now
@@ -235,6 +243,7 @@ class Evaluate(BaseCallback):
         (folder / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
 
     def _write_history(self, folder: Path) -> None:
+        write_scores(folder / SCORES_FILE, self.measured)
         # null for NaN and infinity, which JSON does not have
         rows = [
             {"num_timesteps": at, "figures": {name: v if math.isfinite(v) else None for name, v in figures.items()}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from ..policies.lm_policy import LMPolicy
 from ..policies.reference import build_reference, divergences
 from ..steps.kl_penalty import KLPenalty
 from .generation import FinalStep, Generation, check_generator, env_that_fits, no_reward, run_episodes
+from .tables import markdown, plain, shown
 
 KL_ROWS = 64  # episodes per forward of the divergence, to bound the memory
 
@@ -79,17 +79,22 @@ class Evaluation:
         object.__setattr__(self, "figures", figures)
         object.__setattr__(self, "differences", differences)
 
+    @property
+    def prompts(self) -> list[str]:
+        """The text of each prompt."""
+        return [str(generation.prompt) for generation in self.generations[:: self.n]]
+
     def to_markdown(self) -> str:
         """Return the figures as a Markdown table; with `before`, both evaluations and their paired differences."""
         if self.before is None:
-            rows = [[name, _shown(figure)] for name, figure in self.figures.items()]
-            return _table(["figure", "value [95 % interval]"], rows)
+            rows = [[name, shown(figure)] for name, figure in self.figures.items()]
+            return markdown(["figure", "value [95 % interval]"], rows)
         earlier = self.before.figures
         rows = []
         for name in [*earlier, *(name for name in self.figures if name not in earlier)]:
-            rows.append([name, _shown(earlier.get(name)), _shown(self.figures.get(name))])
-            rows[-1].append(_shown(self.differences.get(name), sign="+"))
-        return _table(["figure", "before", "after", "difference"], rows)
+            rows.append([name, shown(earlier.get(name)), shown(self.figures.get(name))])
+            rows[-1].append(shown(self.differences.get(name), sign="+"))
+        return markdown(["figure", "before", "after", "difference"], rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return figures, differences and texts, ready for JSON; None stands for a number that is not finite."""
@@ -97,9 +102,9 @@ class Evaluation:
         return {
             "n_prompts": len(self.generations) // self.n,
             "n": self.n,
-            "figures": {name: _plain(figure) for name, figure in self.figures.items()},
-            "before": {name: _plain(figure) for name, figure in earlier.items()},
-            "differences": {name: _plain(figure) for name, figure in self.differences.items()},
+            "figures": {name: plain(figure) for name, figure in self.figures.items()},
+            "before": {name: plain(figure) for name, figure in earlier.items()},
+            "differences": {name: plain(figure) for name, figure in self.differences.items()},
             "texts": [
                 {"prompt": str(generation.prompt), "text": generation.text, "end_reason": str(generation.end_reason)}
                 for generation in self.generations
@@ -315,23 +320,3 @@ def _reference(policy: LMPolicy, reference: LMActorCritic | LMLike | KLPenalty, 
     if reference.sampling != policy.lm.sampling:
         raise ValueError(f"Expected a reference with {policy.lm.sampling}, got {reference.sampling}.")
     return reference
-
-
-def _plain(figure: Estimate) -> dict[str, float | None]:
-    """Return a figure for JSON, with None for NaN and infinity."""
-    numbers = figure._asdict()
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
-
-
-def _shown(figure: Estimate | None, sign: str = "") -> str:
-    """Return a figure with its interval, to three significant digits; `sign="+"` shows the sign of positive ones."""
-    if figure is None:
-        return ""
-    digits = f"{sign}#.3g"
-    interval = "" if figure.low is None or figure.high is None else f" [{figure.low:{digits}}, {figure.high:{digits}}]"
-    return f"{figure.value:{digits}}{interval}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)

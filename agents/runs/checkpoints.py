@@ -74,7 +74,7 @@ class RunCheckpoints(BaseCallback):
         if self.interrupts.number:
             self._check()
             raise Interrupted(
-                f"stopped after {now:,} tokens, saved; continue with: textenv train --resume {self.run.path}",
+                f"stopped after {now:,} tokens, saved; continue with: {self.run.resumed_by}",
                 self.interrupts.number,
             )
 

@@ -80,9 +80,12 @@ def dry_run(config: TrainConfig, options: TrainOptions) -> int:
         print(f"tokens read, since equal prompts are read once: {', '.join(shared)}")
     print(f"evaluation: {evaluation:.2f} s, {n_evaluations} times")
     print(f"the whole run, {config.total_tokens:,} tokens: about {clock(total)} (h:mm:ss)")
+    n_runs = max(1, len(options.seeds))
+    if n_runs > 1:
+        print(f"all {n_runs} seeds, one after the other: about {clock(total * n_runs)}")
     print(f"memory at most: {_memory(parts)}")
     # Old checkpoints are removed only after a new one is complete: for a while there is one more.
-    print(f"disk: about {size(needed(agent) * (config.keep_checkpoints + 1))}")
+    print(f"disk: about {size(needed(agent) * (config.keep_checkpoints + 1) * n_runs)}")
     return Exit.DONE
 
 

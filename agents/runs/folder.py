@@ -25,8 +25,18 @@ from ..errors import CommandError, is_full
 from ..files import clear_leftovers, naming, write_text
 
 FORMAT = 1  # the version of a run's folder
+SEED = "seed_"  # with the seed behind it, the folder of one of several seeds
 # The files that a run leaves behind if it ends before its first checkpoint.
-LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", "history.json", "best", "tensorboard")
+LEFT = (
+    "run.json",
+    "vocabulary.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "history.json",
+    "scores.json",
+    "best",
+    "tensorboard",
+)
 # The shapes of a row of metrics.jsonl, a row of samples.jsonl, and run.json.
 AGGREGATION = "train/aggregation"  # the one value of a row that is a name
 ROW = {"tokens": int, AGGREGATION: (str, NOTHING), str: (float, None)}
@@ -44,6 +54,7 @@ class RunFolder:
 
     Attributes:
         waiting: By file, the rows that wait to be written, since the disk was full.
+        is_of_seeds: Whether `--seeds` made the run: the same command then continues it, and its other seeds.
 
     Example:
         >>> RunFolder("runs/demo").metrics.as_posix()
@@ -60,7 +71,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.best = self.path / "best"
-        self.was_empty = False
+        self.results = self.path / "results.json"
+        self.was_empty, self.is_of_seeds = False, False
         self.waiting: dict[Path, str] = {}
 
     @classmethod
@@ -103,6 +115,11 @@ class RunFolder:
         """
         run = cls(path)
         if not run.about.is_file():
+            if any(run.path.glob(f"{SEED}*/run.json")):
+                raise CommandError(
+                    f"Expected the folder of a run, got {path}, which has one run for each seed: name one of them, or "
+                    "repeat the command that made them with --resume."
+                )
             raise CommandError(
                 f"Expected the folder of a run, got {path}, which has no run.json: `textenv train --out DIR` makes one."
             )
@@ -148,10 +165,15 @@ class RunFolder:
         """Return whether the run has a checkpoint to resume from."""
         return any(self.checkpoints.glob("step_*"))
 
+    @property
+    def resumed_by(self) -> str:
+        """The command that continues the run."""
+        return "the same command with --resume" if self.is_of_seeds else f"textenv train --resume {self.path}"
+
     def how_to_go_on(self) -> str:
         """Return the advice after a stop: resume the run, or start again if it has no checkpoint."""
-        if self.has_checkpoint():
-            return f"continue with: textenv train --resume {self.path}"
+        if self.has_checkpoint() or self.is_of_seeds:
+            return f"continue with: {self.resumed_by}"
         return f"nothing was saved yet in {self.path}: the same command starts again"
 
     def clear(self) -> None:
@@ -170,6 +192,10 @@ class RunFolder:
             self.config.unlink(missing_ok=True)
         if not any(path.name != "lock" for path in self.path.iterdir()):
             shutil.rmtree(self.path)
+
+    def is_finished(self) -> bool:
+        """Return whether the run has trained to its end: its results are written last, and removed when it goes on."""
+        return self.results.is_file()
 
     def changed_versions(self) -> list[str]:
         """Return the packages with another version than at the run's start, each as "name old -> new"."""
@@ -237,7 +263,8 @@ class RunFolder:
                 write_text(file, "".join(to_line(row) for row in rows))
         if tokens < 0:
             shutil.rmtree(self.best, ignore_errors=True)
-            (self.path / "history.json").unlink(missing_ok=True)
+            for name in ("history.json", "scores.json"):
+                (self.path / name).unlink(missing_ok=True)
 
     def append(self, file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows to a file of the folder; while the disk is full they stay in `waiting`."""

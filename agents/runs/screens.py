@@ -135,15 +135,22 @@ class PlainScreen:
 
 
 class JsonScreen:
-    """One line of JSON per iteration on standard output (`--json`); other lines go to standard error."""
+    """One line of JSON per iteration on standard output (`--json`); other lines go to standard error.
+
+    Args:
+        first: Keys and values that each line begins with.
+    """
+
+    def __init__(self, first: Row | None = None) -> None:
+        self.first = first or {}
 
     def say(self, text: str) -> None:
         """Print a line on standard error."""
         print(printable(text), file=sys.stderr, flush=True)
 
     def row(self, row: Row) -> None:
-        """Print a row as it is in metrics.jsonl."""
-        print(to_line(row), end="", flush=True)
+        """Print a row as it is in metrics.jsonl, after the first keys."""
+        print(to_line({**self.first, **row}), end="", flush=True)
 
     def samples(self, rows: Sequence[Row]) -> None:
         """Show nothing: samples.jsonl has them."""

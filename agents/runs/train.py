@@ -1,4 +1,4 @@
-"""The command `textenv train`: a run from its configuration to its folder, new or resumed."""
+"""One run of `textenv train`, new or resumed: from its configuration to its folder."""
 
 from __future__ import annotations
 
@@ -46,30 +46,6 @@ MENDED = (Exit.REFUSED, Exit.MISSING)  # mistakes that the user mends before rep
 SPACE_FOR = 2  # checkpoints besides the kept ones that must fit on the disk: a half-written one, and the models
 
 
-def train(
-    config: TrainConfig,
-    dumped: str,
-    options: TrainOptions,
-    run: RunFolder | None = None,
-    before: TrainConfig | None = None,
-) -> int:
-    """Start a run, or resume one.
-
-    Args:
-        config: The configuration.
-        dumped: The configuration as YAML, for config.yml.
-        options: The options of the command line.
-        run: The run to resume; None for a new one.
-        before: The configuration of the run to resume.
-
-    Returns:
-        The exit code.
-    """
-    if run is None or before is None:
-        return start(config, dumped, options)
-    return resume(run, config, before, dumped, options)
-
-
 def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
     """Start a run and train.
 
@@ -88,6 +64,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
     if options.dry_run:
         return dry_run(config, options)
     run = RunFolder.create(config.out, task_name(config))
+    run.is_of_seeds = bool(options.seeds)
     with run.locked():
         run.clear()
         run.begin(dumped, __version__)
@@ -121,7 +98,8 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
         CommandError: If a key differs that `--change` does not name.
     """
     check_loggers(config.loggers, trust_of(options))
-    changed = {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
+    run.is_of_seeds = bool(options.seeds)
+    changed = changed_keys(before, config)
     screen = make_screen(config, options)
     for key, (old, new) in changed.items():
         screen.say(f"changed: {key}: {old!r} -> {new!r}")
@@ -131,6 +109,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
         raise CommandError(f"Expected the configuration of {run.path}, got another: to use it, add {flags}.")
     with run.locked():
         if changed:
+            run.results.unlink(missing_ok=True)  # those of another configuration
             write_text(run.config, dumped)
         try:
             return _train(run, config, options)
@@ -141,6 +120,11 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
 def _interrupted(run: RunFolder) -> Interrupted:
     """Return the error for a Ctrl-C before training has begun, or after it has ended."""
     return Interrupted(f"interrupted; {run.how_to_go_on()}", signal.SIGINT)
+
+
+def changed_keys(before: TrainConfig, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which a run's new configuration differs, each with its values before and after."""
+    return {key: pair for key, pair in differences(asdict(before), asdict(config)).items() if key != "out"}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -165,7 +149,7 @@ def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
     if options.quiet:
         return QuietScreen()
     if options.json:
-        return JsonScreen()
+        return JsonScreen({"seed": config.seed} if options.seeds else {})
     return LiveScreen(config.total_tokens) if sys.stdout.isatty() else PlainScreen(config.total_tokens)
 
 
@@ -234,6 +218,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         if done < config.total_tokens:
+            run.results.unlink(missing_ok=True)  # those of a run that was finished, and is to train on
             # Without a reset, SB3 `base_class._setup_learn` adds the tokens trained so far to the total, so that the
             # schedule of the learning rate continues where it stopped.
             agent.learn(
@@ -291,10 +276,11 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
         table.append(f"| {name} | {_shown(before['figures'].get(name))} | {_shown(value)} |")
     text = "\n".join(table)
     write_text(run.path / "results.md", text + "\n")
-    write_text(run.path / "results.json", json.dumps({"before": before, "after": after}, indent=1) + "\n")
     with output_folder(run.model, "language model", overwrite=True) as draft:
         write_model(cast(LMPolicy, parts.agent.policy).backbone, parts.tokenizer, draft)
         (draft / "README.md").write_text(model_card(config, run.read_about(), text), encoding="utf-8")
+    # Last, since `RunFolder.is_finished` reads it.
+    write_text(run.results, json.dumps({"before": before, "after": after}, indent=1) + "\n")
     screen.say(f"{text}\nmodel: {run.model}   best: {run.best / 'model'}   figures: {run.metrics}")
 
 

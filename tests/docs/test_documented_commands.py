@@ -25,7 +25,7 @@ from tests.helpers.command import ROOT
 
 DEMO = "examples/configs/demo.yml"
 ENGINES = {  # of each verb: the module, and its functions that do the work once the words are parsed
-    "train": ("agents.runs.train", "start", "resume"),
+    "train": ("agents.runs.seeds", "train"),
     "sft": ("agents.cli.stages", "tune_model"),
     "classifier": ("agents.cli.stages", "classify"),
     "reward-model": ("agents.cli.stages", "train_scorer"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from agents import word_tokenizer
 from agents.cli import main as cli
+from agents.runs.recording import Recorder
 from agents.small_models.tokenizers import EOS_TOKEN
 from textenv import demo
 
@@ -85,6 +87,20 @@ def in_a_fork(*words):
     return pid
 
 
+def interrupt_after(monkeypatch, n_rows, folder=""):
+    """Send SIGINT once, in the middle of the rollout after `n_rows` rollouts of a run, by the name of its folder."""
+    original = Recorder._on_step
+
+    def step(self):
+        is_due = self.model.num_timesteps > n_rows * ROLLOUT and self.run.path.name.endswith(folder)
+        if is_due and not getattr(self, "sent", False):
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Recorder, "_on_step", step)
+
+
 def rows(folder, name="metrics.jsonl"):
     """Return the rows of a run's file, without the figures that depend on the clock."""
     lines = [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
@@ -92,9 +108,11 @@ def rows(folder, name="metrics.jsonl"):
 
 
 def same_runs(first, second):
-    """Assert that two run folders have equal rows, samples and final weights."""
+    """Assert that two run folders have equal rows, samples, scores and final weights."""
     assert rows(first) == rows(second)
     assert rows(first, "samples.jsonl") == rows(second, "samples.jsonl")
+    for name in ("history.json", "scores.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (first, second)]
     assert weights[0] == weights[1]
 

@@ -85,6 +85,7 @@ def test_other_folders_among_the_checkpoints_are_none(copy):
         ("history.json", "{}", "resume", "Expected a list in {}, got {{}}"),
         ("history.json", "[]", "resume", "Expected at least one evaluation in {}, got none"),
         ("history.json", '[{"num_timesteps": 0}]', "resume", "Expected an object as `[0].figures` in {}, got nothing"),
+        ("scores.json", "[{}]", "compare", "Expected a whole number as `[0].num_timesteps` in {}, got nothing"),
         (
             "metrics.jsonl",
             '{"tokens": "1"}\n',
@@ -100,7 +101,7 @@ def test_other_folders_among_the_checkpoints_are_none(copy):
 def test_a_file_of_a_run_that_is_damaged_is_named(name, text, verb, message, copy, tmp_path, capfd):
     (copy / name).write_bytes(text.encode("latin1"))
     words = {"resume": ["train", "--resume", copy], "export": ["export", copy, tmp_path / "to"]}
-    assert run(*words.get(verb, [verb, copy])) == 2
+    assert run(*words.get(verb, [verb, copy, copy])) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert message.format(copy / name) in error and "Traceback" not in error
 
@@ -157,7 +158,7 @@ def test_the_best_model_that_was_put_aside_comes_back(tmp_path):
     agent.learn(16, callback=again, reset_num_timesteps=False)
     assert (again.best_value, again.best_at) == (best["value"], 0)
     assert len(again.history) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "history.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "history.json", "scores.json"]
 
 
 def test_patience_does_not_run_out_because_somebody_has_removed_the_best_model(tmp_path):

@@ -11,6 +11,7 @@ from agents.checkpoints.checkpoint import load_checkpoint, save_step
 from agents.checkpoints.manifest import CheckpointError, newest_intact, write_manifest
 from agents.errors import CommandError
 from agents.evaluation.evaluate_callback import BEST, HISTORY
+from agents.evaluation.prompt_scores import read_scores
 from agents.runs.assemble import load_tokenizer
 from agents.runs.folder import SAMPLE, RunFolder, read_rows
 from tests.helpers.command import run, settings, small_model
@@ -124,6 +125,7 @@ def test_two_hundred_damaged_run_folders_are_read(tmp_path, beside):
         "samples.jsonl": lambda: read_rows(whole / "samples.jsonl", SAMPLE),
         "vocabulary.json": lambda: RunFolder(whole).check_vocabulary({}),
         "history.json": lambda: read_json(whole / "history.json", HISTORY),
+        "scores.json": lambda: read_scores(whole / "scores.json"),
         "best/best.json": lambda: read_json(whole / "best" / "best.json", BEST),
     }
     rng, refused = random.Random(3), 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -69,7 +69,8 @@ def estimate(scores: Scores, seed: int = 0, n_resamples: int = 1000) -> Estimate
     """
     if scores.whole is not None:
         return Estimate(scores.value)
-    return _with_interval(scores.value, lambda drawn: figures_of(scores, drawn), len(scores.rows), seed, n_resamples)
+    n = len(scores.rows)
+    return with_interval(scores.value, lambda drawn: figures_of(scores, drawn), (n,), seed, n_resamples)
 
 
 def difference(after: Scores, before: Scores, seed: int = 0, n_resamples: int = 1000) -> Estimate:
@@ -83,33 +84,53 @@ def difference(after: Scores, before: Scores, seed: int = 0, n_resamples: int = 
         return Estimate(value)
     if len(after.rows) != len(before.rows):
         raise ValueError(f"Expected the same prompts twice, got {len(after.rows)} and {len(before.rows)} rows.")
-    return _with_interval(
+    return with_interval(
         value,
         lambda drawn: figures_of(after, drawn) - figures_of(before, drawn),
-        len(after.rows),
+        (len(after.rows),),
         seed,
         n_resamples,
     )
 
 
-def _with_interval(
-    value: float, figures: Callable[[np.ndarray], np.ndarray], n: int, seed: int, n_resamples: int
+def with_interval(
+    value: float,
+    figures: Callable[..., np.ndarray],
+    sizes: Sequence[int],
+    seed: int = 0,
+    n_resamples: int = 1000,
+    method: Literal["BCa", "percentile"] = "BCa",
 ) -> Estimate:
-    """Return a figure of `n` rows with its interval; `figures` maps resamples, (B, n) numbers of rows, to (B,)."""
+    """Return a figure with its 95 % interval by `scipy.stats.bootstrap`; without one if anything drawn is single.
+
+    Args:
+        value: The figure.
+        figures: The function from a resample of each kind of rows, B of them, to B figures: it takes one array of
+            numbers of rows, (B, n), for each kind, and returns (B,).
+        sizes: The number of rows, n, of each kind (such as seeds and prompts), which are drawn independently.
+        seed: The seed of the draws.
+        n_resamples: The number of resamples.
+        method: The interval between the draws' quantiles ("percentile"), or bias-corrected and accelerated ("BCa").
+
+    Example:
+        >>> with_interval(0.5, lambda drawn: np.array([0.0, 1.0])[drawn].mean(axis=1), (2,), method="percentile")
+        Estimate(value=0.5, low=0.0, high=1.0)
+    """
     from scipy.stats import bootstrap  # here, since it takes as long to import as all of textenv
 
-    if n < 2:
+    if min(sizes, default=0) < 2:
         return Estimate(value)
     with warnings.catch_warnings():
         # scipy divides by 0 where it finds no interval, and then warns of that.
         warnings.simplefilter("ignore", RuntimeWarning)
         result = bootstrap(
-            (np.arange(n),),
-            lambda drawn, axis: figures(np.atleast_2d(drawn)).reshape(drawn.shape[:-1]),  # the rows themselves are (n,)
+            [np.arange(n) for n in sizes],
+            # Drawn are (B, n); the rows themselves, which BCa takes as well, are (n,).
+            lambda *drawn, axis: figures(*map(np.atleast_2d, drawn)).reshape(drawn[0].shape[:-1]),
             n_resamples=n_resamples,
             batch=BATCH,
             vectorized=True,
-            method="BCa",
+            method=method,
             rng=np.random.default_rng(seed),
         )
     draws = result.bootstrap_distribution

@@ -5,12 +5,12 @@ import pytest
 from tests.helpers.house import ROOT, loaded_by
 
 CONFIGURATION = [f"configuration.{path.stem}" for path in (ROOT / "agents" / "configuration").glob("[!_]*.py")]
-CLI = ("arguments", "catalogue", "compare", "main", "options", "prompt_files")
+CLI = ("arguments", "catalogue", "compare", "main", "options", "prompt_files", "seeds")
 
 
 @pytest.mark.parametrize(
     "module",
-    [*sorted(CONFIGURATION), "runs.folder", *(f"cli.{name}" for name in CLI)],
+    [*sorted(CONFIGURATION), "runs.folder", "runs.plan", *(f"cli.{name}" for name in CLI)],
 )
 def test_what_is_read_before_a_verb_starts_loads_no_torch(module):
     assert not loaded_by(f"agents.{module}", ROOT) & {"torch", "transformers", "stable_baselines3"}

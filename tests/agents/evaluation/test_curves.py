@@ -30,8 +30,8 @@ def drawn(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Figure, "savefig", keep)
 
-    def draw(runs, title=""):
-        draw_curves(tmp_path / "curves.png", runs, title)
+    def draw(runs, title="", groups=None):
+        draw_curves(tmp_path / "curves.png", runs, title, groups)
         assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
         assert image.imread(tmp_path / "curves.png").std() > 0
         figures[-1].draw_without_rendering()  # at its own resolution
@@ -115,3 +115,15 @@ def test_few_points_are_seen_and_what_is_not_finite_is_left_out(drawn):
     gaps = drawn({"gaps": rows([0.1, math.nan, math.inf, 0.4, -math.inf, 0.6])})
     assert np.allclose(gaps.axes[0].get_lines()[0].get_ydata(), [0.1, 0.4, 0.6])
     assert drawn({"constant": rows([0.0] * 5)}).axes[0].get_ylim()[0] < 0
+
+
+def test_the_runs_of_a_group_have_one_colour_and_one_name(drawn):
+    runs = {name: rows(RISE) for name in ("new/seed_0", "new/seed_1", "old", "old/seed_1")}
+    groups = {"new/seed_0": "new", "new/seed_1": "new", "old/seed_1": "old"}
+    figure = drawn(runs, groups=groups)
+    colors = [line.get_color() for line in figure.axes[0].get_lines()]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["new", "old"]
+    assert [line.get_color() for line in legend.get_lines()] == [colors[0], colors[2]]
+    assert not drawn(runs, groups=dict.fromkeys(runs, "all")).legends, "one group needs no legend"

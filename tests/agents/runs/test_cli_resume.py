@@ -17,9 +17,18 @@ import torch
 from agents.checkpoints.checkpoint import latest_checkpoint
 from agents.checkpoints.manifest import verify_checkpoint
 from agents.runs import train as training_run
-from agents.runs.recording import Recorder
 from agents.signals import Interrupts
-from tests.helpers.command import ROLLOUT, in_a_fork, rows, run, same_runs, settings, start, wait_for_rows
+from tests.helpers.command import (
+    ROLLOUT,
+    in_a_fork,
+    interrupt_after,
+    rows,
+    run,
+    same_runs,
+    settings,
+    start,
+    wait_for_rows,
+)
 
 ROLLOUTS = 5
 
@@ -36,21 +45,6 @@ def whole(model, tmp_path_factory):
 def copy(whole, tmp_path):
     """A copy of `whole` that a test may damage."""
     return shutil.copytree(whole, tmp_path / "copy")
-
-
-def interrupt_after(monkeypatch, n_rows):
-    """Send SIGINT once, in the middle of the rollout after `n_rows` rollouts."""
-    original = Recorder._on_step
-    count = []
-
-    def step(self):
-        count.append(self.model.num_timesteps)
-        if count[-1] > n_rows * ROLLOUT and not getattr(self, "sent", False):
-            self.sent = True
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self)
-
-    monkeypatch.setattr(Recorder, "_on_step", step)
 
 
 def test_stop_and_resume_is_the_same_run(whole, model, tmp_path, monkeypatch, capfd):

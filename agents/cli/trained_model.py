@@ -23,6 +23,7 @@ from textenv.prompts.prompts import PromptLike
 from textenv.text import demo_corpus as demo
 from textenv.text.named_tokenizer import DEMO
 
+from ..checkpoints.adapter_export import FOLDER, check_adapter, write_adapter
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.hf_export import check_repository, upload, write_model
 from ..checkpoints.output_folders import check_output, output_folder
@@ -272,8 +273,12 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
     run, folder = RunFolder.open(chosen.run), Path(chosen.folder)
     parts = Parts(config, trust_of(options))
     policy, tokenizer = open_policy(chosen.run, parts), parts.tokenizer
+    if options.adapter:
+        check_adapter(policy.backbone.model)
     with output_folder(folder, "language model", **target) as draft:  # type: ignore[arg-type]
         write_model(policy.backbone, tokenizer, draft)
+        if options.adapter:
+            write_adapter(policy.backbone, draft / FOLDER)
         _describe(draft, run, config)
         _check_same(policy, make_policy(str(draft), tokenizer, config.model, Trust()), tokenizer)
         if options.sb3_zip:
@@ -284,6 +289,8 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
             f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files do; agents.load_sb3_zip reads its weights "
             "without them"
         )
+    if options.adapter:
+        print(f"{folder / FOLDER}: the adapter alone, for {config.model.name}")
     print(f"{folder}: generates the same as {run.path} on {N_COMPARED} prompts")
     if options.to_hub is not None:
         print(f"uploading {folder}", flush=True)

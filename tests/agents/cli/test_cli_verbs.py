@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2Config, XLNetConfig
 
@@ -68,6 +69,23 @@ def test_export_merges_adapters_and_generates_the_same(done, tmp_path, capsys):
     names = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     assert not [name for name in names if "lora" in name]
     assert (tmp_path / "model" / "README.md").is_file()
+
+
+def test_export_writes_the_adapter_alone_too(done, model, tmp_path, capsys):
+    assert run("export", done, tmp_path / "model", "--adapter") == 0
+    assert f"{tmp_path / 'model' / 'adapter'}: the adapter alone, for {model}" in capsys.readouterr().out
+    base, ids = AutoModelForCausalLM.from_pretrained(model), torch.arange(8)[None]
+    adapted = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
+    assert run("export", done, tmp_path / "model", "--adapter", "--overwrite") == 0, "an earlier export with an adapter"
+
+
+def test_an_adapter_of_a_run_without_lora_is_refused(model, tmp_path, capsys):
+    assert run("train", *settings(model, tmp_path / "run", rollouts=1), "--quiet") == 0
+    assert run("export", tmp_path / "run", tmp_path / "model", "--adapter") == 2
+    assert "Expected a model with LoRA to write its adapter" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_exported_model_that_writes_otherwise_is_said(done, model, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from textenv.text.printable import printable
 
-from .screens import Remaining, clock, figures
+from .remaining import Remaining, clock
+from .screens import figures
 
 Row = dict[str, Any]
 N_SAMPLES = 4  # texts in the view: it must fit a terminal of 24 lines
@@ -26,11 +27,12 @@ class LiveScreen:
 
     Args:
         total: The number of tokens of the whole run.
+        every: The number of tokens between two evaluations.
         console: The console; by default rich's default console.
     """
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
-        self.remaining = Remaining(total)
+    def __init__(self, total: int, every: int, console: Console | None = None) -> None:
+        self.remaining = Remaining(total, every)
         columns = (
             TextColumn("{task.completed:,} / {task.total:,} tokens"),
             BarColumn(),
@@ -44,6 +46,11 @@ class LiveScreen:
         # transient=False: the last view stays on the terminal when training ends.
         self.live = Live(get_renderable=self._view, console=console, refresh_per_second=4, transient=False)
 
+    def begin(self, tokens: int, rows: Sequence[Row]) -> None:
+        """Start the clock of the remaining time, and the bar at the tokens of a resumed run."""
+        self.remaining.begin(tokens, rows)
+        self.progress.update(self.task, completed=tokens)
+
     def say(self, text: str) -> None:
         """Print a line above the view."""
         self.live.console.print(Text(printable(text)))
@@ -54,7 +61,7 @@ class LiveScreen:
 
     def row(self, row: Row) -> None:
         """Show an iteration's figures."""
-        left = self.remaining.seconds(row["tokens"])
+        left = self.remaining.seconds(row)
         self.progress.update(self.task, completed=row["tokens"], left="" if left is None else f"{clock(left)} left")
         self.last |= figures(row)
         if row.get("eval/reward") is not None:

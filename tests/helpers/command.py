@@ -92,9 +92,11 @@ def rows(folder, name="metrics.jsonl"):
 
 
 def same_runs(first, second):
-    """Assert that two run folders have equal rows, samples and final weights."""
+    """Assert that two run folders have equal rows, samples, final tables and final weights."""
     assert rows(first) == rows(second)
     assert rows(first, "samples.jsonl") == rows(second, "samples.jsonl")
+    for name in ("results.md", "results.json", "history.json"):
+        assert (first / name).read_text() == (second / name).read_text()
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (first, second)]
     assert weights[0] == weights[1]
 

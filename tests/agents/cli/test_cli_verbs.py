@@ -193,7 +193,7 @@ def test_a_configuration_has_the_estimates_of_advantages(model, capsys):
 
 def test_the_live_view_shows_figures_and_harmless_samples():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    screen = LiveScreen(1000, console)
+    screen = LiveScreen(1000, 300, console)
     screen.say("hello")
     screen.row({"tokens": 0, "eval/reward": 0.25})
     screen.row(
@@ -211,7 +211,7 @@ def test_warnings_of_a_run_go_to_its_screen_and_what_showed_them_before_is_back_
     console, others = Console(file=io.StringIO(), width=120), []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: others.append(str(message)))
     before, filters = warnings.showwarning, list(warnings.filters)
-    with pytest.raises(ArithmeticError), warnings_on(LiveScreen(10, console)):
+    with pytest.raises(ArithmeticError), warnings_on(LiveScreen(10, 10, console)):
         warnings.simplefilter("always")
         warnings.warn("the reward is constant", stacklevel=1)
         assert "warning: the reward is constant" in console.file.getvalue(), "at once, and not when the run ends"

@@ -17,6 +17,7 @@ from .remaining import Remaining, clock
 from .screens import figures
 
 Row = dict[str, Any]
+PROMPT_END = 60  # characters of a prompt in the view: chats and dialogues would fill it
 N_SAMPLES = 4  # texts in the view: it must fit a terminal of 24 lines
 
 
@@ -89,8 +90,10 @@ class LiveScreen:
         table.add_row(*self.last.values())
         samples = Table.grid(padding=(0, 2))
         for row in self.texts:
+            prompt = printable(row["prompt"])
+            shown = prompt if len(prompt) <= PROMPT_END else f"…{prompt[-PROMPT_END:]}"
             # A Text, not a str: rich reads markup such as [red] in a str.
-            text = Text.assemble((printable(row["prompt"]), "dim"), printable(row["text"]))
+            text = Text.assemble((shown, "dim"), printable(row["text"]))
             samples.add_row(f"{row['reward']:.2f}", text)
         return Group(
             self.progress.get_renderable(), table, samples, *([Text(self.last_note)] if self.last_note else [])

@@ -207,6 +207,15 @@ def test_the_live_view_shows_figures_and_harmless_samples():
     assert "\x1b[2J" not in console.file.getvalue()
 
 
+def test_the_live_view_shows_the_end_of_a_long_prompt():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    screen = LiveScreen(1000, 300, console)
+    screen.samples([{"prompt": "a" * 200 + " the question is ", "text": "good", "reward": 1.0}])
+    screen.close()
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", console.file.getvalue())
+    assert "…" + "a" * 43 + " the question is good" in shown and "a" * 60 not in shown
+
+
 def test_warnings_of_a_run_go_to_its_screen_and_what_showed_them_before_is_back_afterwards(monkeypatch):
     console, others = Console(file=io.StringIO(), width=120), []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: others.append(str(message)))

@@ -17,6 +17,7 @@ from ..errors import CommandError, Exit
 from ..models.backbone import Backbone
 from ..models.trainable import merged_state_dict, uncompiled
 from ..policies.lm_policy import LMPolicy
+from .adapter_export import FOLDER, check_adapter, write_adapter
 from .output_folders import output_folder
 
 
@@ -25,6 +26,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | os.PathLike[str],
     overwrite: bool = False,
+    adapter: bool = False,
 ) -> Path:
     """Write the language model, without value head, and its tokenizer, for `AutoModelForCausalLM.from_pretrained`.
 
@@ -39,14 +41,16 @@ def export(
         tokenizer: A Hugging Face tokenizer; None writes the model without one.
         folder: A folder that is absent or empty.
         overwrite: Whether an earlier export there may be replaced, once the new one is complete; nothing else ever is.
+        adapter: Whether to write the adapter of LoRA alone, too, into `adapter/` in the folder, for
+            `peft.PeftModel.from_pretrained(base, folder / "adapter")`.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: If the policy is not an `LMPolicy`, or the tokenizer not a Hugging Face one.
-        ValueError: If there are adapters on quantised weights, which cannot be merged; an `OutputFolderError` if files
-            in the folder would be lost.
+        ValueError: If there are adapters on quantised weights, which cannot be merged, or none although `adapter` asks
+            for them; an `OutputFolderError` if files in the folder would be lost.
 
     Example:
         >>> import tempfile
@@ -67,6 +71,8 @@ def export(
         raise TypeError(f"Expected a model with an LMPolicy, got {type(policy).__name__}.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"Expected a Hugging Face tokenizer or None, got {type(tokenizer).__name__}.")
+    if adapter:
+        check_adapter(policy.backbone.model)
     shards = policy.lm.shards
     whole = None if shards is None else shards.whole()  # gathered from all processes, in the memory of rank 0
     backbone = policy.backbone if whole is None else cast("Backbone", whole.backbone)
@@ -74,6 +80,8 @@ def export(
     def write() -> None:
         with output_folder(folder, "language model", overwrite) as beside:
             write_model(backbone, tokenizer, beside)
+            if adapter:
+                write_adapter(backbone, beside / FOLDER)
 
     by_main(f"export {Path(folder).absolute()}", write)
     return Path(folder)

@@ -367,7 +367,7 @@ VERBS = {
     ),
     "export": Verb(
         "write a run's model as a Hugging Face folder",
-        "RUN DIR [--overwrite] [--sb3-zip] [--to_hub REPO]",
+        "RUN DIR [--overwrite] [--adapter] [--sb3-zip] [--to_hub REPO]",
         ExportOptions,
         ExportFlags,
         "agents.cli.trained_model:export_run",

@@ -96,9 +96,11 @@ class ExportFlags(TrustOptions):
         sb3_zip: Also write sb3.zip, as SB3's model.save does: it contains pickles; see agents.load_sb3_zip.
         to_hub: Upload the folder to this repository, as you/model, of the Hugging Face hub; a new one is private.
         overwrite: Replace an earlier export in the folder.
+        adapter: Also write the adapter of LoRA alone, as a folder of peft, into adapter/ in the folder.
     """
 
     sb3_zip: bool = False
+    adapter: bool = False
     to_hub: str | None = None
     overwrite: bool = False
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.utils import get_device
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -23,6 +24,7 @@ from textenv.prompts.prompts import PromptLike
 from textenv.text import demo_corpus as demo
 from textenv.text.named_tokenizer import DEMO
 
+from ..checkpoints.adapter_export import FOLDER, check_adapter, write_adapter
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.hf_export import check_repository, upload, write_model
 from ..checkpoints.output_folders import check_output, output_folder
@@ -115,6 +117,8 @@ def open_writer(
         prompts: The prompts to continue, instead of the run's.
     """
     trust = trust_of(options)
+    if sys.stderr.isatty():  # a model of 135 M parameters takes many seconds, in which nothing else is said
+        print(f"textenv: loading {name}", file=sys.stderr, flush=True)
     if config is None:
         transformers_logging.disable_progress_bar()
         tokenizer = load_tokenizer(name, trust)
@@ -239,7 +243,9 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
     writer = open_writer(chosen.model, config, options, prompts)
     prompts = prompts or list(writer.prompts)
     most = text_length(writer, prompts, chosen.max_new_tokens)
-    for start in range(0, len(prompts), CHUNK):
+    # In a terminal the lines themselves show how far it is; a bar would tear them.
+    is_hidden = True if sys.stdout.isatty() else None
+    for start in tqdm(range(0, len(prompts), CHUNK), desc="prompts", unit="chunk", disable=is_hidden):
         for text in generate(
             writer.policy,
             prompts[start : start + CHUNK],
@@ -250,7 +256,9 @@ def generate_lines(config: TrainConfig | None, chosen: GenerateOptions, options:
             seed=chosen.seed + start,  # otherwise equal prompts in two chunks would get equal texts
             **writer.options,
         ):
-            row = {"prompt": str(text.prompt), "text": text.text, "end_reason": str(text.end_reason)}
+            # A chat as it was given, so that the line can be a prompt again, and not as the template renders it.
+            asked = text.prompt.messages or str(text.prompt)
+            row = {"prompt": asked, "text": text.text, "end_reason": str(text.end_reason)}
             line = json.dumps(row, ensure_ascii=False)
             # JSON escapes U+0000 to U+001F only; control characters U+0080 to U+009F, which terminals obey, need ASCII.
             print(line if line.isprintable() else json.dumps(row), flush=True)
@@ -274,8 +282,12 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
     run, folder = RunFolder.open(chosen.run), Path(chosen.folder)
     parts = Parts(config, trust_of(options))
     policy, tokenizer = open_policy(chosen.run, parts), parts.tokenizer
+    if options.adapter:
+        check_adapter(policy.backbone.model)
     with output_folder(folder, "language model", **target) as draft:  # type: ignore[arg-type]
         write_model(policy.backbone, tokenizer, draft)
+        if options.adapter:
+            write_adapter(policy.backbone, draft / FOLDER)
         _describe(draft, run, config)
         _check_same(policy, make_policy(str(draft), tokenizer, config.model, Trust()), tokenizer)
         if options.sb3_zip:
@@ -286,6 +298,8 @@ def export_run(config: TrainConfig, chosen: ExportOptions, options: ExportFlags)
             f"{folder / 'sb3.zip'}: holds pickles, as all of SB3's files do; agents.load_sb3_zip reads its weights "
             "without them"
         )
+    if options.adapter:
+        print(f"{folder / FOLDER}: the adapter alone, for {config.model.name}")
     print(f"{folder}: generates the same as {run.path} on {N_COMPARED} prompts")
     if options.to_hub is not None:
         print(f"uploading {folder}", flush=True)

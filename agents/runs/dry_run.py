@@ -24,7 +24,7 @@ from ..policies.lm_policy import LMPolicy
 from ..steps.step import sequence_buffer
 from .assemble import Parts, assemble, training_callbacks, trust_of
 from .checkpoints import needed
-from .screens import clock
+from .remaining import clock
 
 
 class Stopwatch(BaseCallback):

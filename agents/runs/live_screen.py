@@ -13,9 +13,11 @@ from rich.text import Text
 
 from textenv.text.printable import printable
 
-from .screens import Remaining, clock, figures
+from .remaining import Remaining, clock
+from .screens import figures
 
 Row = dict[str, Any]
+PROMPT_END = 60  # characters of a prompt in the view: chats and dialogues would fill it
 N_SAMPLES = 4  # texts in the view: it must fit a terminal of 24 lines
 
 
@@ -26,11 +28,12 @@ class LiveScreen:
 
     Args:
         total: The number of tokens of the whole run.
+        every: The number of tokens between two evaluations.
         console: The console; by default rich's default console.
     """
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
-        self.remaining = Remaining(total)
+    def __init__(self, total: int, every: int, console: Console | None = None) -> None:
+        self.remaining = Remaining(total, every)
         columns = (
             TextColumn("{task.completed:,} / {task.total:,} tokens"),
             BarColumn(),
@@ -44,6 +47,11 @@ class LiveScreen:
         # transient=False: the last view stays on the terminal when training ends.
         self.live = Live(get_renderable=self._view, console=console, refresh_per_second=4, transient=False)
 
+    def begin(self, tokens: int, rows: Sequence[Row]) -> None:
+        """Start the clock of the remaining time, and the bar at the tokens of a resumed run."""
+        self.remaining.begin(tokens, rows)
+        self.progress.update(self.task, completed=tokens)
+
     def say(self, text: str) -> None:
         """Print a line above the view."""
         self.live.console.print(Text(printable(text)))
@@ -54,7 +62,7 @@ class LiveScreen:
 
     def row(self, row: Row) -> None:
         """Show an iteration's figures."""
-        left = self.remaining.seconds(row["tokens"])
+        left = self.remaining.seconds(row)
         self.progress.update(self.task, completed=row["tokens"], left="" if left is None else f"{clock(left)} left")
         self.last |= figures(row)
         if row.get("eval/reward") is not None:
@@ -82,8 +90,10 @@ class LiveScreen:
         table.add_row(*self.last.values())
         samples = Table.grid(padding=(0, 2))
         for row in self.texts:
+            prompt = printable(row["prompt"])
+            shown = prompt if len(prompt) <= PROMPT_END else f"…{prompt[-PROMPT_END:]}"
             # A Text, not a str: rich reads markup such as [red] in a str.
-            text = Text.assemble((printable(row["prompt"]), "dim"), printable(row["text"]))
+            text = Text.assemble((shown, "dim"), printable(row["text"]))
             samples.add_row(f"{row['reward']:.2f}", text)
         return Group(
             self.progress.get_renderable(), table, samples, *([Text(self.last_note)] if self.last_note else [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from textenv.text.printable import printable
 
 from .folder import to_line
+from .remaining import Remaining, clock
 
 Row = dict[str, Any]
 SHOWN = (  # label, key in metrics.jsonl, format
@@ -25,6 +25,9 @@ SHOWN = (  # label, key in metrics.jsonl, format
 
 class Screen(Protocol):
     """A view of a training run: it shows lines, the figures of iterations, and samples."""
+
+    def begin(self, tokens: int, rows: Sequence[Row]) -> None:
+        """Begin after a number of tokens, with the rows of a resumed run."""
 
     def say(self, text: str) -> None:
         """Show a line."""
@@ -46,7 +49,7 @@ def warnings_on(screen: Screen) -> Iterator[None]:
     `warnings.catch_warnings` restores the previous display and filters at the end, also after an error.
 
     Example:
-        >>> with warnings_on(PlainScreen(100)):
+        >>> with warnings_on(PlainScreen(100, 50)):
         ...     warnings.warn("the reward is constant")
         warning: the reward is constant
     """
@@ -74,46 +77,20 @@ def figures(row: Row) -> dict[str, str]:
     return texts
 
 
-class Remaining:
-    """The estimate of a run's remaining time, from its speed since the first call.
-
-    Args:
-        total: The number of tokens of the whole run.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.start: tuple[float, int] | None = None
-
-    def seconds(self, tokens: int) -> float | None:
-        """Return the remaining seconds after a number of tokens; None at the first call."""
-        now = time.monotonic()
-        if self.start is None or tokens <= self.start[1]:
-            self.start = self.start or (now, tokens)
-            return None
-        return (now - self.start[0]) / (tokens - self.start[1]) * max(self.total - tokens, 0)
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as hours, minutes and seconds.
-
-    Example:
-        >>> clock(3723.4)
-        '1:02:03'
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
 class PlainScreen:
     """One line per iteration, for output that is not a terminal.
 
     Args:
         total: The number of tokens of the whole run.
+        every: The number of tokens between two evaluations.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total, self.remaining = total, Remaining(total)
+    def __init__(self, total: int, every: int) -> None:
+        self.total, self.remaining = total, Remaining(total, every)
+
+    def begin(self, tokens: int, rows: Sequence[Row]) -> None:
+        """Start the clock of the remaining time."""
+        self.remaining.begin(tokens, rows)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -121,7 +98,7 @@ class PlainScreen:
 
     def row(self, row: Row) -> None:
         """Print an iteration's figures in a line."""
-        left = self.remaining.seconds(row["tokens"])
+        left = self.remaining.seconds(row)
         texts = [f"{label} {text}" for label, text in figures(row).items()]
         evaluated = [f"{name} {row[name]:.3f}" for name in ("eval/reward",) if row.get(name) is not None]
         eta = [] if left is None else [f"left {clock(left)}"]
@@ -144,6 +121,9 @@ class JsonScreen:
     def __init__(self, first: Row | None = None) -> None:
         self.first = first or {}
 
+    def begin(self, tokens: int, rows: Sequence[Row]) -> None:
+        """Do nothing: it shows no remaining time."""
+
     def say(self, text: str) -> None:
         """Print a line on standard error."""
         print(printable(text), file=sys.stderr, flush=True)
@@ -161,6 +141,9 @@ class JsonScreen:
 
 class QuietScreen:
     """No output (`--quiet`)."""
+
+    def begin(self, tokens: int, rows: Sequence[Row]) -> None:
+        """Do nothing: it shows no remaining time."""
 
     def say(self, text: str) -> None:
         """Show nothing."""

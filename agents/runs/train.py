@@ -150,7 +150,8 @@ def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
         return QuietScreen()
     if options.json:
         return JsonScreen({"seed": config.seed} if options.seeds else {})
-    return LiveScreen(config.total_tokens) if sys.stdout.isatty() else PlainScreen(config.total_tokens)
+    sizes = config.total_tokens, config.evaluation.every
+    return LiveScreen(*sizes) if sys.stdout.isatty() else PlainScreen(*sizes)
 
 
 def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
@@ -217,6 +218,7 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
             Recorder(run, writer, partial(_show_row, views)),
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
+        screen.begin(done, read_rows(run.metrics))
         if done < config.total_tokens:
             run.results.unlink(missing_ok=True)  # those of a run that was finished, and is to train on
             # Without a reset, SB3 `base_class._setup_learn` adds the tokens trained so far to the total, so that the

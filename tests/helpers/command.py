@@ -108,10 +108,10 @@ def rows(folder, name="metrics.jsonl"):
 
 
 def same_runs(first, second):
-    """Assert that two run folders have equal rows, samples, scores and final weights."""
+    """Assert that two run folders have equal rows, samples, scores, final tables and final weights."""
     assert rows(first) == rows(second)
     assert rows(first, "samples.jsonl") == rows(second, "samples.jsonl")
-    for name in ("history.json", "scores.json"):
+    for name in ("results.md", "results.json", "history.json", "scores.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (first, second)]
     assert weights[0] == weights[1]

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import BitsAndBytesConfig
 
 from agents import LoRA, Pretrained, RewardCurves, train_classifier
+from agents.checkpoints.adapter_export import write_adapter
 from agents.cli.compare import compare
 from agents.configuration.config import Named, TrainConfig, default_loggers
 from agents.errors import Exit
@@ -68,6 +70,12 @@ def verifiers_turn():
     game.step("a")
 
 
+def adapter_without_peft():
+    layer = torch.nn.Module()
+    layer.lora_A = torch.nn.Module()
+    write_adapter(SimpleNamespace(model=layer), Path("never"))
+
+
 GUARDS = {
     "a picture": ("plot", "PIL", lambda: Demo(render_mode="rgb_array")),
     "a picture itself": ("plot", "PIL", lambda: picture("a")),
@@ -83,6 +91,7 @@ GUARDS = {
     "its MLflow": ("mlflow", "mlflow", lambda: MLflowTracker(Named("mlflow"), None, TrainConfig())),
     "rl_zoo3": ("zoo", "rl_zoo3", zoo.register),
     "LoRA": ("lora", "peft", lambda: build_model(tiny(), LoRA())),
+    "its folder": ("lora", "peft", adapter_without_peft),
     "sft": ("sft", "accelerate", lambda: tune(tiny(), ["a text"], "never")),
     "a classifier": ("sft", "accelerate", lambda: train_classifier(tiny(), None, ["a", "b"], [0, 1], "never")),
     "device_map": ("sft", "accelerate", lambda: Pretrained("never", device_map="auto").build()),

@@ -13,7 +13,9 @@ Written for reasoning_gym 0.1.25. Its traps:
   could run code. These tasks are refused, and so is `composite`, which may contain them.
 - Five tasks have no answer of their own (boxnet, graph_color, propositional_logic, rubiks_cube, rush_hour): they can be
   scored, but not shown as solved items.
-- Configurations are checked by `assert`. `acre` draws all its items at once, another set for another number of them.
+- Configurations are checked by `assert`, and some tasks evaluate expressions of their own with the operators of the
+  configuration: without assertions (`python -O`) a configuration could run code.
+- `acre` draws all its items at once, another set for another number of them.
 - It pins tabulate 0.9.0 and six other packages, of which pycosat needs a C compiler.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -79,6 +82,11 @@ def _make_dataset(name: str, config: Mapping[str, Any], **own: int) -> Any:
     with needs("reasoning", "reasoning_gym", "ReasoningGym"):
         from reasoning_gym.factory import DATASETS, create_dataset
 
+    if sys.flags.optimize:
+        raise ValueError(
+            "Expected Python with assertions, by which reasoning-gym checks its configurations, got -O: leave out -O "
+            "and PYTHONOPTIMIZE."
+        )
     if name not in DATASETS:
         raise ValueError(f"Expected a task of reasoning-gym, got {name!r}{nearest(name, DATASETS)}")
     if name in EVALUATED:

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2Config, XLNetConfig
 
@@ -73,6 +74,23 @@ def test_export_merges_adapters_and_generates_the_same(done, tmp_path, capsys):
     names = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     assert not [name for name in names if "lora" in name]
     assert (tmp_path / "model" / "README.md").is_file()
+
+
+def test_export_writes_the_adapter_alone_too(done, model, tmp_path, capsys):
+    assert run("export", done, tmp_path / "model", "--adapter") == 0
+    assert f"{tmp_path / 'model' / 'adapter'}: the adapter alone, for {model}" in capsys.readouterr().out
+    base, ids = AutoModelForCausalLM.from_pretrained(model), torch.arange(8)[None]
+    adapted = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
+    assert run("export", done, tmp_path / "model", "--adapter", "--overwrite") == 0, "an earlier export with an adapter"
+
+
+def test_an_adapter_of_a_run_without_lora_is_refused(model, tmp_path, capsys):
+    assert run("train", *settings(model, tmp_path / "run", rollouts=1), "--quiet") == 0
+    assert run("export", tmp_path / "run", tmp_path / "model", "--adapter") == 2
+    assert "Expected a model with LoRA to write its adapter" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_exported_model_that_writes_otherwise_is_said(done, model, tmp_path, monkeypatch, capsys):
@@ -180,7 +198,7 @@ def test_a_configuration_has_the_estimates_of_advantages(model, capsys):
 
 def test_the_live_view_shows_figures_and_harmless_samples():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    screen = LiveScreen(1000, console)
+    screen = LiveScreen(1000, 300, console)
     screen.say("hello")
     screen.row({"tokens": 0, "eval/reward": 0.25})
     screen.row(
@@ -194,11 +212,20 @@ def test_the_live_view_shows_figures_and_harmless_samples():
     assert "\x1b[2J" not in console.file.getvalue()
 
 
+def test_the_live_view_shows_the_end_of_a_long_prompt():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    screen = LiveScreen(1000, 300, console)
+    screen.samples([{"prompt": "a" * 200 + " the question is ", "text": "good", "reward": 1.0}])
+    screen.close()
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", console.file.getvalue())
+    assert "…" + "a" * 43 + " the question is good" in shown and "a" * 60 not in shown
+
+
 def test_warnings_of_a_run_go_to_its_screen_and_what_showed_them_before_is_back_afterwards(monkeypatch):
     console, others = Console(file=io.StringIO(), width=120), []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *rest: others.append(str(message)))
     before, filters = warnings.showwarning, list(warnings.filters)
-    with pytest.raises(ArithmeticError), warnings_on(LiveScreen(10, console)):
+    with pytest.raises(ArithmeticError), warnings_on(LiveScreen(10, 10, console)):
         warnings.simplefilter("always")
         warnings.warn("the reward is constant", stacklevel=1)
         assert "warning: the reward is constant" in console.file.getvalue(), "at once, and not when the run ends"

@@ -193,7 +193,7 @@ def is_harmless(shown):
 
 def test_escape_codes_are_shown_on_the_terminal(model, tmp_path, monkeypatch, capfd):
     assert is_harmless(printable(HOSTILE)) and "\\x1b[2J" in printable(HOSTILE)
-    PlainScreen(10).say(f"warning: {HOSTILE}")
+    PlainScreen(10, 10).say(f"warning: {HOSTILE}")
     assert is_harmless(capfd.readouterr().out)
     (tmp_path / "loud.py").write_text(
         f"class Loud:\n    def __call__(self, prompt, preds, done):\n        raise ValueError({HOSTILE!r})\n"

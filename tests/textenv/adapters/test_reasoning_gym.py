@@ -5,6 +5,7 @@ import pickle
 import re
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
@@ -227,6 +228,13 @@ def test_a_configuration_names_it_with_its_held_out_part():
 def test_refusals_say_what_to_change(name, options, message):
     with pytest.raises(ValueError, match=message):
         ReasoningGym(name, TOKENIZER, **options)
+
+
+def test_python_without_assertions_is_refused(monkeypatch):
+    """basic_arithmetic evaluates an expression with the configuration's operators, which an `assert` checks."""
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=1))
+    with pytest.raises(ValueError, match=r"Expected Python with assertions, .* got -O"):
+        ReasoningScore("chain_sum")
 
 
 def test_a_task_without_answers_is_scored_but_not_shown_as_solved():

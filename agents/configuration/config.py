@@ -307,23 +307,32 @@ class TrustOptions:
 
 
 @dataclass
-class TrainOptions(TrustOptions):
-    """Options of `textenv train`: only the command line has them, never a configuration file.
+class RunOptions(TrustOptions):
+    """Options of `textenv train` and `tune`: only the command line has them, never a configuration file.
 
     Args:
-        resume: Continue the run in this folder; further arguments change its configuration.
-        change: With --resume, a key that may differ from the configuration so far; the result then differs from that
-            of an uninterrupted run. Can be repeated.
         dry_run: Do one rollout and one update, and print an estimate of the whole run's time, memory and disk space.
         quiet: Print errors only.
         json: Print one line of JSON per iteration.
     """
 
-    resume: str | None = None
-    change: list[str] = field(default_factory=list)
     dry_run: bool = False
     quiet: bool = False
     json: bool = False
+
+
+@dataclass
+class TrainOptions(RunOptions):
+    """Options of `textenv train` alone.
+
+    Args:
+        resume: Continue the run in this folder; further arguments change its configuration.
+        change: With --resume, a key that may differ from the configuration so far; the result then differs from that
+            of an uninterrupted run. Can be repeated.
+    """
+
+    resume: str | None = None
+    change: list[str] = field(default_factory=list)
 
 
 # The keys that a resumed run may change freely, since they have no influence on the weights.

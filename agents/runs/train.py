@@ -246,7 +246,7 @@ def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Scree
     pages = [SamplePages(output) for output in outputs if isinstance(output, TensorBoardOutputFormat)]
     views: list[Any] = [screen, *trackers, *pages]
     kept = config.checkpoint_every, config.keep_checkpoints
-    tell = screen.note if isinstance(screen, LiveScreen) else write_line
+    tell = getattr(screen, "note", write_line)  # a live screen shows the line below its view
     with Interrupts(tell, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
         callbacks = [  # `Recorder` after all that log; `RunCheckpoints` last, when a checkpoint's rows are on the disk
             *training_callbacks(config, trust),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -25,6 +26,7 @@ from ..errors import CommandError, Exit, Interrupted
 from ..evaluation.evaluate_callback import Evaluate
 from ..files import write_text
 from ..policies.lm_policy import LMPolicy
+from ..signals import write_line
 from .assemble import Parts, assemble, task_name, trust_of
 from .dry_run import dry_run
 from .folder import RunFolder, to_line
@@ -151,6 +153,10 @@ class TrialScreen:
         if "\n" not in text:
             self.screen.say(f"trial {self.number}: {text}")
 
+    def note(self, text: str) -> None:
+        """Show a line below a live view; without one, write it to standard error. A signal handler may call this."""
+        getattr(self.screen, "note", write_line)(text)
+
     def row(self, row: Row) -> None:
         """Show the figures of an iteration."""
         if isinstance(self.screen, JsonScreen):
@@ -201,6 +207,7 @@ class Search:
     def step(self) -> bool:
         """Train a trial; return False if there is none left to take."""
         start = time.monotonic()
+        gc.collect()  # SB3's models and their callbacks refer to each other: the trial before would keep its memory
         with self.study.taken(self.config.trials) as trial:
             if trial is None:
                 return False

@@ -1,5 +1,10 @@
-"""`textenv tune`: its table and best configuration, joined, stopped and killed searches, and what it refuses."""
+"""`textenv tune`: its table and best configuration, joined, stopped and killed searches, and what it refuses.
 
+A search trains its trials, and reads its configuration for each of them and each end of a range: a test that runs one
+takes about two seconds.
+"""
+
+import gc
 import json
 import os
 import re
@@ -10,7 +15,10 @@ import yaml
 
 from agents.cli import main as cli
 from agents.errors import CommandError, Exit, NumericsError
+from agents.policies.lm_policy import LMPolicy
 from agents.runs import tune as tuning
+from agents.runs.live_screen import LiveScreen
+from agents.runs.screens import PlainScreen
 from tests.helpers.command import ROLLOUT, files_here, in_a_fork, refused, rows, run, settings
 
 RANGES = {"algorithm.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}
@@ -145,6 +153,34 @@ def test_another_error_stops_the_search_which_goes_on_with_that_trial(words, tmp
     assert "trial 0: The reward raised OSError. Once that is mended, the same command goes on." in said
     assert run("tune", *words) == 0
     assert "| 0 | done |" in table(tmp_path / "search")
+
+
+def test_a_trial_leaves_no_model_in_memory(words, tmp_path, monkeypatch):
+    def n_policies():
+        return sum(issubclass(type(thing), LMPolicy) for thing in gc.get_objects())
+
+    found, original = [], tuning.Study.taken
+
+    def taken(self, n):
+        found.append(n_policies())
+        return original(self, n)
+
+    monkeypatch.setattr(tuning.Study, "taken", taken)
+    gc.collect()
+    before = n_policies()
+    gc.disable()
+    try:
+        assert run("tune", *words, "--trials=1", "--out", tmp_path / "search", "--quiet") == 0
+    finally:
+        gc.enable()
+    assert found == [before, before]
+
+
+def test_a_line_of_a_signal_goes_below_a_live_view(capfd):
+    tuning.TrialScreen(PlainScreen(8), 0).note("stopping")
+    assert capfd.readouterr().err == "stopping\n"
+    tuning.TrialScreen(live := LiveScreen(8), 0).note("stopping")
+    assert capfd.readouterr().err == "" and live.last_note == "stopping"
 
 
 def test_without_a_feasible_trial_it_fails_and_says_so(words, tmp_path, capfd):

@@ -172,6 +172,20 @@ def mlflow(folder: Path) -> None:
     assert (run / "mlflow.db").is_file() and list((run / "mlflow").rglob("samples.json"))
 
 
+def tune(folder: Path) -> None:
+    options = {
+        **FEW,
+        "evaluation.n_prompts": 8,
+        "loggers": "[]",
+        "trials": 1,
+        "tune.max_kl": 1e6,
+        "out": folder / "run",
+    }
+    ranges = "--tune.ranges={kl.coef: {low: 0.0, high: 0.1}}"
+    textenv("tune", "--quiet", ranges, *[f"--{name}={value}" for name, value in options.items()])
+    assert (folder / "run" / "best.yml").is_file()
+
+
 def zoo(folder: Path) -> None:
     words = "--algo token_ppo --env textenv/Demo-v0 --gym-packages textenv -n 128 -f logs -params n_envs:8 n_steps:8"
     command = [
@@ -267,7 +281,23 @@ def verifiers(folder: Path) -> None:
 
 # The caller makes these games with the library itself, so that the caller's own import fails where it is missing.
 CALLERS = {"openenv", "verifiers"}
-EXTRAS = [plot, grammar, sentiment, lora, overlap, sft, hub, similarity, judge, feedback, wandb, trackio, mlflow, zoo]
+EXTRAS = [
+    plot,
+    grammar,
+    sentiment,
+    lora,
+    overlap,
+    sft,
+    hub,
+    similarity,
+    judge,
+    feedback,
+    wandb,
+    trackio,
+    mlflow,
+    tune,
+    zoo,
+]
 EXTRAS += [textarena, openenv, reasoning, verifiers, *([gem] if sys.version_info < (3, 12) else [])]
 
 

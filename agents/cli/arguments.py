@@ -184,7 +184,11 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
         if name and name not in known:
             from textenv.checks.signatures import nearest  # which loads gymnasium
 
-            hint = nearest(name, known)
+            # A search and the training of its best trial may share a file, up to this section.
+            is_search = name.partition(".")[0] == "tune"
+            hint = (
+                ": only textenv tune reads this section" if is_search and "tune" not in known else nearest(name, known)
+            )
         raise CommandError(message.rstrip(".") + (hint or ".")) from error
 
 

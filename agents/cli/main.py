@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from ..configuration.config import TrainConfig, TrainOptions, TrustOptions
+from ..configuration.config import RunOptions, TrainConfig, TrainOptions, TrustOptions
+from ..configuration.search import TuneConfig
 from ..configuration.stage_folders import check_folders
 from ..errors import CommandError, Exit, StageStopped
 from ..runs.plan import Plan
@@ -134,7 +135,7 @@ def train_config(words: list[str], verb: str = "train") -> tuple[TrainConfig, An
 
     Args:
         words: The words; a configuration file may come first.
-        verb: "train", "doctor" or "critic".
+        verb: "train", "tune", "doctor" or "critic".
 
     Returns:
         The configuration, the options of the command line, and the configuration as YAML.
@@ -203,6 +204,12 @@ def _read_training(name: str, words: list[str]) -> tuple[Any, ...]:
     return [Plan(config, dumped, run, before)], chosen
 
 
+def _read_search(name: str, words: list[str]) -> tuple[Any, ...]:
+    config, options, _ = train_config(words, name)
+    check_folders(with_config(words), config)
+    return config, options, lambda more: train_config([*words, *more], name)
+
+
 def _read_doctor(name: str, words: list[str]) -> tuple[Any, ...]:
     if re.search(r"(^| )--model[ =](?!\{)", " ".join(words)):  # with braces it is a section of a configuration
         return _read(name, words, OneModel)
@@ -223,10 +230,6 @@ def _read_stage(name: str, words: list[str]) -> tuple[Any, ...]:
 
 
 def _read_critic(name: str, words: list[str]) -> tuple[Any, ...]:
-    # Not from a file, whose `out` is the folder of the training's run.
-    has_out = any(word.partition("=")[0] in ("--out", "-h", "--help", "--print_config") for word in words)
-    if not words or not has_out:
-        raise CommandError("Expected RUN, MODEL or CONFIG.yml, and --out DIR, for textenv critic.")
     words = with_source(words)
     config, options, dumped = train_config(words, name)
     check_folders(words, config)
@@ -297,6 +300,9 @@ VERBS = {
         TrainOptions,
         "agents.runs.seeds:train",
         _read_training,
+    ),
+    "tune": Verb(
+        "search for the best settings in ranges", CONFIG, TuneConfig, RunOptions, "agents.runs.tune:tune", _read_search
     ),
     "sft": Verb(
         "fine-tune a model on texts, or on prompts and references",

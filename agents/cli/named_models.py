@@ -8,16 +8,20 @@ from ..errors import CommandError
 
 
 def with_source(words: list[str]) -> list[str]:
-    """Return the words of a verb that takes RUN, MODEL or CONFIG.yml first, with the option that it stands for.
+    """Return the words of `textenv critic`, which takes RUN, MODEL or CONFIG.yml first, with the option for that word.
 
     Raises:
-        CommandError: If the first word is none of these.
+        CommandError: If the first word is none of these, or there is no --out.
 
     Example:
-        >>> with_source(["mine.yml", "--seed", "1"])
-        ['--config', 'mine.yml', '--seed', '1']
+        >>> with_source(["mine.yml", "--out", "fitted"])
+        ['--config', 'mine.yml', '--out', 'fitted']
     """
-    if not words or words[0].startswith("-"):
+    # Not from a file, whose `out` is the folder of the training's run.
+    has_out = any(word.partition("=")[0] in ("--out", "-h", "--help", "--print_config") for word in words)
+    if not words or not has_out:
+        raise CommandError("Expected RUN, MODEL or CONFIG.yml, and --out DIR, for textenv critic.")
+    if words[0].startswith("-"):
         return words
     first, *rest = words
     if first.endswith((".yml", ".yaml")):

@@ -310,8 +310,23 @@ class TrustOptions:
 
 
 @dataclass
-class TrainOptions(TrustOptions):
-    """Options of `textenv train`: only the command line has them, never a configuration file.
+class RunOptions(TrustOptions):
+    """Options of `textenv train` and `tune`: only the command line has them, never a configuration file.
+
+    Args:
+        dry_run: Do one rollout and one update, and print an estimate of the whole run's time, memory and disk space.
+        quiet: Print errors only.
+        json: Print one line of JSON per iteration; with --seeds it has the seed, and the last line all of them.
+    """
+
+    dry_run: bool = False
+    quiet: bool = False
+    json: bool = False
+
+
+@dataclass
+class TrainOptions(RunOptions):
+    """Options of `textenv train` alone.
 
     Args:
         seeds: Train one run for each of these seeds, one after the other, in the folders seed_N of `out`, which then
@@ -320,17 +335,11 @@ class TrainOptions(TrustOptions):
             folder: continue the seed that was stopped, and leave out those that are finished.
         change: With --resume, a key that may differ from the configuration so far; the result then differs from that
             of an uninterrupted run. Can be repeated.
-        dry_run: Do one rollout and one update, and print an estimate of the whole run's time, memory and disk space.
-        quiet: Print errors only.
-        json: Print one line of JSON per iteration; with --seeds it has the seed, and the last line all of them.
     """
 
     seeds: list[int] = field(default_factory=list, metadata={"action": "extend", "nargs": "+", "type": int})
     resume: str | None = field(default=None, metadata={"nargs": "?", "const": ""})
     change: list[str] = field(default_factory=list)
-    dry_run: bool = False
-    quiet: bool = False
-    json: bool = False
 
 
 # The keys that a resumed run may change freely, since they have no influence on the weights.

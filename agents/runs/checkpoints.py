@@ -73,8 +73,9 @@ class RunCheckpoints(BaseCallback):
             self._save()
         if self.interrupts.number:
             self._check()
+            saved = ", saved" if self.run.has_checkpoint() else ""
             raise Interrupted(
-                f"stopped after {now:,} tokens, saved; continue with: {self.run.resumed_by}",
+                f"stopped after {now:,} tokens{saved}; {self.run.how_to_go_on()}",
                 self.interrupts.number,
             )
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import Logger
 
 from ..callbacks.finite_updates import FiniteUpdates
 from ..checkpoints.storage import size
-from ..configuration.config import TrainConfig, TrainOptions
+from ..configuration.config import RunOptions, TrainConfig
 from ..errors import Exit
 from ..evaluation.evaluation import evaluate
 from ..models.prefix_cache import PrefixCache
@@ -50,7 +50,7 @@ class Stopwatch(BaseCallback):
         lm.train(was_training)
 
 
-def dry_run(config: TrainConfig, options: TrainOptions) -> int:
+def dry_run(config: TrainConfig, options: RunOptions) -> int:
     """Train for one iteration, evaluate once, and print an estimate of the whole run's cost; write no file.
 
     The estimate includes what equal prompts save (`samples_per_prompt`), since the iteration is a real one. With

@@ -7,11 +7,12 @@ import math
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
-from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 
 from textenv import __version__
@@ -24,12 +25,14 @@ from ..callbacks.finite_updates import FiniteUpdates
 from ..checkpoints.checkpoint import load_checkpoint
 from ..checkpoints.hf_export import write_model
 from ..checkpoints.output_folders import output_folder
-from ..configuration.config import FREE_ON_RESUME, PLOTTED, TrainConfig, TrainOptions, default_loggers
+from ..configuration.config import FREE_ON_RESUME, PLOTTED, RunOptions, TrainConfig, TrainOptions, default_loggers
 from ..errors import CommandError, Exit, Interrupted, is_full
 from ..evaluation.curves import draw_curves
 from ..evaluation.evaluate_callback import HISTORY, Evaluate
 from ..files import write_text
+from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
+from ..policies.reference import start_of
 from ..signals import Interrupts, leave, write_line
 from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
 from .checkpoints import RunCheckpoints, checkpoint_to_load, needed
@@ -44,6 +47,8 @@ from .screens import JsonScreen, PlainScreen, QuietScreen, Row, Screen, warnings
 
 MENDED = (Exit.REFUSED, Exit.MISSING)  # mistakes that the user mends before repeating the command
 SPACE_FOR = 2  # checkpoints besides the kept ones that must fit on the disk: a half-written one, and the models
+
+Watch = Callable[[Evaluate], BaseCallback]  # makes a callback that looks at a run's evaluations, and may end the run
 
 
 def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
@@ -69,7 +74,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         run.clear()
         run.begin(dumped, __version__)
         try:
-            return _train(run, config, options)
+            return train_in(run, config, options, make_screen(config, options))
         except CommandError as error:
             if error.code in MENDED and not read_rows(run.metrics):  # nothing was trained: do not leave a run behind
                 run.withdraw()
@@ -112,7 +117,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
             run.results.unlink(missing_ok=True)  # those of another configuration
             write_text(run.config, dumped)
         try:
-            return _train(run, config, options)
+            return train_in(run, config, options, make_screen(config, options))
         except KeyboardInterrupt as error:
             raise _interrupted(run) from error
 
@@ -144,19 +149,36 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
     return dict(sorted(changed.items()))
 
 
-def make_screen(config: TrainConfig, options: TrainOptions) -> Screen:
+def make_screen(config: TrainConfig, options: RunOptions) -> Screen:
     """Return the screen for the options: quiet, JSON, live in a terminal, or plain."""
     if options.quiet:
         return QuietScreen()
     if options.json:
-        return JsonScreen({"seed": config.seed} if options.seeds else {})
+        is_one_of_several = isinstance(options, TrainOptions) and options.seeds
+        return JsonScreen({"seed": config.seed} if is_one_of_several else {})
     sizes = config.total_tokens, config.evaluation.every
     return LiveScreen(*sizes) if sys.stdout.isatty() else PlainScreen(*sizes)
 
 
-def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
-    """Train, in a locked folder; turn an error into one line, an exit code and a traceback in the log."""
-    screen = make_screen(config, options)
+def train_in(
+    run: RunFolder, config: TrainConfig, options: RunOptions, screen: Screen, watch: Watch | None = None
+) -> int:
+    """Train in a locked folder, from its newest checkpoint if it has one.
+
+    Args:
+        run: The run.
+        config: Its configuration.
+        options: The options of the command line.
+        screen: The screen, which is closed at the end.
+        watch: A function that makes a callback for the run's evaluations, which then have the divergence from the start
+            as the figure `kl`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        CommandError: If anything goes wrong, with one line, an exit code, and a traceback in the log.
+    """
     # A full disk ends TensorBoard's writing thread with an error. `loggers.TensorBoard` writes the figures again later,
     # so the traceback, which Python would print by this hook, would only garble the live view.
     previous = threading.excepthook
@@ -164,7 +186,7 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
     try:
         # Nothing else runs in this process meanwhile, so that all warnings are the run's.
         with warnings_on(screen):
-            return _run(run, config, options, screen)
+            return _run(run, config, options, screen, watch)
     except RAISED as error:
         command_error = as_command_error(error, run.path)
         # An error that we raised for the user says everything in its line; any other needs its traceback.
@@ -177,7 +199,7 @@ def _train(run: RunFolder, config: TrainConfig, options: TrainOptions) -> int:
         screen.close()
 
 
-def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Screen) -> int:
+def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Screen, watch: Watch | None) -> int:
     if config.env.id == config.model.name == DEMO:
         screen.say("the built-in demo: a tiny GPT-2 learns to write positive reviews")
     screen.say(f"run: {run.path}")
@@ -191,6 +213,8 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     if changed := run.changed_versions():
         screen.say(f"other versions than at the start of the run: {', '.join(changed)}; figures may differ a little")
     run.check_space(needed(agent) * (config.keep_checkpoints + SPACE_FOR))
+    # Before a checkpoint's weights are loaded.
+    reference = None if watch is None else start_of(cast("LMPolicy", agent.policy).lm)
     writer = RowWriter()
     done = 0
     if checkpoint is not None:
@@ -203,17 +227,18 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
     outputs = make_loggers(run, config, trust, done)
     # Otherwise SB3 `base_class._setup_learn` would make a logger of its own.
     agent.set_logger(Logger(None, [writer, *outputs]))
-    evaluate = _evaluate(run, parts)
+    evaluate = _evaluate(run, parts, reference)
     trackers = make_trackers(run, config, sent)
     pages = [SamplePages(output) for output in outputs if isinstance(output, TensorBoardOutputFormat)]
     views: list[Any] = [screen, *trackers, *pages]
     kept = config.checkpoint_every, config.keep_checkpoints
-    tell = screen.note if isinstance(screen, LiveScreen) else write_line
+    tell = getattr(screen, "note", write_line)  # a live screen shows the line below its view
     with Interrupts(tell, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
         callbacks = [  # `Recorder` after all that log; `RunCheckpoints` last, when a checkpoint's rows are on the disk
             *training_callbacks(config, trust),
             FiniteUpdates(),
             evaluate,
+            *([] if watch is None else [watch(evaluate)]),
             SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),
             Recorder(run, writer, partial(_show_row, views)),
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
@@ -233,6 +258,8 @@ def _run(run: RunFolder, config: TrainConfig, options: TrainOptions, screen: Scr
         for tracker in trackers:
             tracker.close()
         _finish(run, parts, screen)
+        if watch is not None and interrupts.number:  # in the last iteration; further trials must not start
+            raise Interrupted(f"stopped after {agent.num_timesteps:,} tokens; {run.how_to_go_on()}", interrupts.number)
     return Exit.DONE
 
 
@@ -246,7 +273,7 @@ def _show_samples(views: list[Any], rows: list[Row]) -> None:
         view.samples(rows)
 
 
-def _evaluate(run: RunFolder, parts: Parts) -> Evaluate:
+def _evaluate(run: RunFolder, parts: Parts, reference: LMActorCritic | None) -> Evaluate:
     evaluation = parts.config.evaluation
     return Evaluate(
         list(parts.held_out.prompts)[: evaluation.n_prompts],
@@ -260,6 +287,7 @@ def _evaluate(run: RunFolder, parts: Parts) -> Evaluate:
         env=parts.held_out,
         judge=parts.judge,
         n=evaluation.n,
+        reference=reference,
     )
 
 

@@ -16,8 +16,10 @@ from textenv import TASKS
 
 CONFIGS = sorted((ROOT / "examples" / "configs").rglob("*.yml"))
 STAGES = {"sft": SFTConfig, "classifier": ClassifierConfig, "reward-model": RewardModelConfig}
-TRAINED = [path for path in CONFIGS if not f"_{path.stem}".endswith(("_sft", "_classifier", "_reward_model"))]
-LARGE = [path for path in TRAINED if path.stem.endswith("_gpt2") or path.parent.name == "reasoning"]
+SEARCHES = [path for path in CONFIGS if path.parent.name == "searches"]
+OTHERS = ("_sft", "_classifier", "_reward_model")
+TRAINED = [path for path in CONFIGS if not f"_{path.stem}".endswith(OTHERS) and path not in SEARCHES]
+LARGE = [path for path in TRAINED if path.stem.endswith("_gpt2") or path.parent.name in ("reasoning", "smollm2")]
 SMALL = [path for path in TRAINED if path not in LARGE]
 DATA = "FOLDER"  # stands for the data set's folder in the commands
 
@@ -49,7 +51,8 @@ def test_it_opens_with_command_hardware_minutes_and_figure(path):
     text = opening(path)
     own = [words for words in commands(path) if path.relative_to(ROOT).as_posix() in words]
     assert len(own) == 1, "the command that takes it"
-    assert own[0][0] == ("train" if path in TRAINED else own[0][0] if own[0][0] in STAGES else "a stage")
+    verbs = ["train"] if path in TRAINED else ["tune"] if path in SEARCHES else STAGES
+    assert own[0][0] in verbs
     assert re.search(r"\bCPU\b|\bGPU\b", text), "the hardware"
     assert re.search(r"\d (minutes?|hours?)\b|less than a minute|half a minute", text), "the time"
     expected = text.partition("Expect")[2]
@@ -60,8 +63,8 @@ def test_it_opens_with_command_hardware_minutes_and_figure(path):
 def test_its_commands_are_understood_and_make_what_the_next_ones_read(path):
     made = set()
     for verb, *words in commands(path):
-        if verb == "train":
-            config, options, dumped = cli.train_config(words)
+        if verb in ("train", "tune"):
+            config, options, dumped = cli.train_config(words, verb)
             needed, out = set(re.findall(r"\bruns/[\w/]+", dumped)) - {config.out}, config.out
             assert (DATA in dumped) == (config.env.id in ("Reviews", "DailyDialog", "HH", "ZhReviews"))
             assert config.total_tokens > 0
@@ -99,7 +102,8 @@ def test_every_task_has_a_small_configuration_and_one_of_gpt2s_size_with_adapter
 
 def test_the_readme_beside_them_lists_all():
     table = (ROOT / "examples" / "configs" / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in TRAINED if f"`{path.name}`" not in table] == []
+    named = [path.name for path in TRAINED] + [f"searches/{path.name}" for path in SEARCHES]
+    assert [name for name in named if f"`{name}`" not in table] == []
 
 
 def test_the_demo_configuration_is_what_train_does_alone():

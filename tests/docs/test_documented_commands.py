@@ -26,6 +26,7 @@ from tests.helpers.command import ROOT
 DEMO = "examples/configs/demo.yml"
 ENGINES = {  # of each verb: the module, and its functions that do the work once the words are parsed
     "train": ("agents.runs.seeds", "train"),
+    "tune": ("agents.runs.tune", "tune"),
     "sft": ("agents.cli.stages", "tune_model"),
     "classifier": ("agents.cli.stages", "classify"),
     "reward-model": ("agents.cli.stages", "train_scorer"),
@@ -50,7 +51,14 @@ VALUES = {  # for options that the documentation names without a value
     "--to_hub": "you/model",
     "--max-restarts": "3",
 }
-STAND_INS = {"CONFIG.yml": DEMO, "[CONFIG.yml]": DEMO, "N": "0", "VERB": "tasks"}
+STAND_INS = {
+    "CONFIG.yml": DEMO,
+    "[CONFIG.yml]": DEMO,
+    "ranges.yml": DEMO,
+    "runs/search/best.yml": DEMO,
+    "N": "0",
+    "VERB": "tasks",
+}
 IN_ANOTHER_ENVIRONMENT = ("benchmarks/trl_ppo.py",)
 COMMANDS = {words: where for where, words in reversed(documented.commands())}
 

@@ -26,6 +26,9 @@ SIZE = {"total_tokens": 512, "algorithm.n_envs": 8, "algorithm.n_steps": 32, "al
 BUDGETS = {
     "train": [f"--{name}={value}" for name, value in SIZE.items()]
     + ["--evaluation.n_prompts=2", "--evaluation.n=1", "--quiet"],
+    "tune": [f"--{name}={value}" for name, value in SIZE.items()]
+    + ["--evaluation.n_prompts=2", "--trials=1", "--tune.ranges={kl.coef: {low: 0.0, high: 0.1}}", "--tune.max_kl=1e6"]
+    + ["--out=runs/search", "--quiet"],
     "evaluate": ["--n_prompts", "2"],
     "reward-model": ["--n_epochs", "2", "--quiet"],
     "critic": ["--algorithm.n_envs=8", "--rollouts=1", "--quiet"],

@@ -20,6 +20,7 @@ from agents.evaluation.curves import draw_curves
 from agents.models.pretrained import build_model
 from agents.runs.exit_codes import as_command_error
 from agents.runs.loggers import check_loggers
+from agents.runs.study import load_optuna
 from agents.runs.trackers import MLflowTracker, Tracker
 from agents.supervised.sft import tune
 from agents.zoo import main as zoo
@@ -89,6 +90,7 @@ GUARDS = {
     "mlflow": ("mlflow", "mlflow", logger("mlflow")),
     "the tracker": ("trackio", "trackio", lambda: Tracker(Named("trackio"), None, TrainConfig())),
     "its MLflow": ("mlflow", "mlflow", lambda: MLflowTracker(Named("mlflow"), None, TrainConfig())),
+    "a search": ("tune", "optuna", load_optuna),
     "rl_zoo3": ("zoo", "rl_zoo3", zoo.register),
     "LoRA": ("lora", "peft", lambda: build_model(tiny(), LoRA())),
     "its folder": ("lora", "peft", adapter_without_peft),

@@ -9,6 +9,7 @@ import pytest
 from agents.cli import options as verb_config
 from agents.cli.arguments import make_parser, parse
 from agents.configuration.config import TrainConfig
+from agents.configuration.search import TuneConfig
 from agents.configuration.values import LIMITS, as_list, in_words, limits_of
 
 CONFIGS = (  # `CriticConfig` has all keys of `TrainConfig`, and its own
@@ -29,6 +30,7 @@ def numbers_of(config, above=""):
 
 
 NUMBERS = [(config, key) for config in CONFIGS for key in numbers_of(config)]
+NUMBERS += [(TuneConfig, key) for key in numbers_of(TuneConfig) if key in ("trials", "tune.max_kl")]
 
 
 def as_a_value(config, key, value):

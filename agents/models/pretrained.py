@@ -178,7 +178,8 @@ class LiveModel:
         if "hf_quantizer" in vars(model):  # set by `from_pretrained` of transformers
             raise ValueError(
                 f"Expected a live model with weights in floats, got a quantised {type(model).__name__}, which its "
-                "config alone does not build again: pass Pretrained(name, quantization_config=...)."
+                "config alone does not build again: pass Pretrained(name, quantization_config=...), or the path of its "
+                "GGUF file."
             )
         with torch.device("meta"):
             again = from_config(_auto_model(self.config), self.config, self.kwargs.get(TRUST, False))

@@ -255,7 +255,7 @@ class Changed(GPT2LMHeadModel):
 REFUSED = {
     "peft": (adapted, r"without adapters of peft, got PeftModel: merge them"),
     "injected": (injected, r"without adapters of peft, got Linear at 'transformer.h.0.attn.c_attn': merge them"),
-    "quantised": (quantised, r"weights in floats, got a quantised GPT2LMHeadModel.*quantization_config="),
+    "quantised": (quantised, r"weights in floats, got a quantised GPT2LMHeadModel.*quantization_config=.*GGUF"),
     "half": (lambda: live().half(), r"trainable weights in float32, got torch.float16 .*call model.float\(\)"),
     "mixed": (mixed, r"of one type of float, .*'transformer.ln_f.bias' and 1 more weights of which differ"),
     "widened": (widened, r"as its config builds it, .*'lm_head.weight' and 0 more weights of which differ"),

@@ -59,7 +59,7 @@ def logits(model):
 def test_the_logits_are_those_of_transformers(file, tmp_path):
     folder, _, name = file.rpartition("/")
     slow = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    for lm in (file, Pretrained(file), Pretrained(folder, gguf_file=name)):
+    for lm in (file, Pretrained(file), Pretrained(folder, gguf_file=name), Pretrained(file, device_map="auto")):
         model = build_model(lm)
         assert torch.equal(logits(model), logits(slow))
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
@@ -102,12 +102,17 @@ def test_it_trains_resumes_loads_and_exports_a_plain_folder(file, tmp_path, trai
 
 
 def test_transformers_alone_would_not_save_it(file, tmp_path):
-    """The reason why weights are asked for as floats; where this fails, `as_floats` may go."""
+    """The reason why weights are asked for as floats; where this fails, `as_floats` may go.
+
+    Such a model is refused as `lm`, too.
+    """
     pytest.importorskip("transformers", minversion="5.23")
     folder, _, name = file.rpartition("/")
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"got a quantised LlamaForCausalLM.*or the path of its GGUF file"):
+        build_model(model)
 
 
 def test_reference_critic_and_rewards_take_it(file):

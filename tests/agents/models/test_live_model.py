@@ -20,9 +20,11 @@ from transformers import (
 )
 
 from agents import (
+    EngineRollouts,
     KLPenalty,
     LastLayers,
     LMPolicy,
+    LocalEngine,
     LoRA,
     Pretrained,
     Ranking,
@@ -196,6 +198,19 @@ def test_a_frozen_model_is_not_trained_without_a_word():
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel with a weight to train, got one whose weights are all froz"):
         tiny_agent(lm=reference)
     tiny_agent(lm=reference.requires_grad_(True))
+
+
+@pytest.mark.slow
+def test_an_engine_in_another_process_gets_its_config_alone(monkeypatch):
+    def refuse(self, protocol):
+        raise TypeError("Expected a config to travel, got a model.")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "__reduce_ex__", refuse)
+    agent = tiny_agent(lm=live())
+    before = weights(agent)
+    with LocalEngine(live(seed=1), vocab_size=33) as engine:
+        agent.learn(16, callback=EngineRollouts(engine))
+    assert not same_weights(before, weights(agent))
 
 
 @pytest.mark.slow

@@ -272,24 +272,9 @@ def verifiers(folder: Path) -> None:
 
 # The caller makes these games with the library itself, so that the caller's own import fails where it is missing.
 CALLERS = {"openenv", "verifiers"}
-EXTRAS = [
-    plot,
-    grammar,
-    sentiment,
-    lora,
-    overlap,
-    sft,
-    gguf,
-    hub,
-    similarity,
-    judge,
-    feedback,
-    wandb,
-    trackio,
-    mlflow,
-    zoo,
-]
+EXTRAS = [plot, grammar, sentiment, lora, overlap, sft, hub, similarity, judge, feedback, wandb, trackio, mlflow, zoo]
 EXTRAS += [textarena, openenv, verifiers, *([gem] if sys.version_info < (3, 12) else [])]
+EXTRAS += [gguf]
 
 
 def main(words: list[str]) -> None:

@@ -146,8 +146,7 @@ def evaluate(
         reward: A function with the arguments and result of `TextEnv.get_reward`.
         env: An env to run the prompts through, with its reward, limits, masks and replies, instead of `reward` and
             `env_kwargs`. Its own episode and prompt order stay as they are; its hooks are called as in training.
-        reference: A `KLPenalty` of this model, another policy's `lm`, a name, path, config or spec, or a live model,
-            which is frozen.
+        reference: A `KLPenalty` of this model, another policy's `lm`, or a name, path, config or spec.
         before: An evaluation of the same prompts, to compare with.
         deterministic: Whether to take the most probable token instead of sampling.
         seed: The seed of the sampling and of the resampling.

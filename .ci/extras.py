@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -86,6 +88,19 @@ def sft(folder: Path) -> None:
     fresh = "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, vocab_size: 300}"
     textenv("sft", "--data", texts, "--out", folder / "tuned", "--fresh", fresh, "--max_tokens", 16)
     assert (folder / "tuned" / "model.safetensors").is_file()
+
+
+def gguf(folder: Path) -> None:
+    from agents import Pretrained
+
+    with suppress(ValueError):  # the missing package is named before the file is looked up
+        Pretrained("none.gguf").build()
+    helper = spec_from_file_location("tiny_gguf", ROOT / "tests" / "helpers" / "weights" / "tiny_gguf.py")
+    helper.loader.exec_module(tiny := module_from_spec(helper))
+    file, prompts = tiny.write_gguf(folder / "tiny.gguf"), folder / "prompts.txt"
+    prompts.write_text("ab\n")
+    assert textenv("generate", file, "--prompts", prompts, "--max_new_tokens", 2).count('"text"') == 1
+    Pretrained(str(file)).build().save_pretrained(folder / "plain")
 
 
 def hub(folder: Path) -> None:
@@ -286,6 +301,7 @@ EXTRAS = [
     grammar,
     sentiment,
     lora,
+    gguf,
     overlap,
     sft,
     hub,

@@ -77,7 +77,8 @@ def make_agent(
 
     Args:
         env: A `TextEnv`, a subclass, or the result of `gym.make` for one.
-        lm: The language model: a name or path, a config, or a spec such as `Pretrained(name)`.
+        lm: The language model: a name, the path of a folder or of a GGUF file, a config, a live model of transformers,
+            which is trained itself, or a spec such as `Pretrained(name)`.
         n_envs: The number of episodes that run side by side, in all processes together.
         algorithm: The class: PPO, A2C, sb3-contrib's TRPO or MaskablePPO, or a subclass; it decides policy and buffer.
         policy_kwargs: Other arguments of `LMPolicy`.

@@ -77,7 +77,7 @@ class TextEnv(gym.Env[np.ndarray, Any]):
             .json, .csv or .txt file. A row may have a smaller `max_new_tokens` of its own. A list is read into memory.
             Any other sized sequence, such as a `datasets.Dataset` (see `textenv.read_dataset`), is checked row by row
             at the start, and a row is read again each time it is drawn.
-        tokenizer: A Hugging Face tokenizer, its name or folder, or any object with the members of `textenv.Tokenizer`.
+        tokenizer: A Hugging Face tokenizer, its name, folder or GGUF file, or an object with `Tokenizer`'s members.
             Special tokens that open a text (BOS) are added to a prompt; special tokens that close it are not.
         reward: In place of a subclass: a function with the contract of `get_reward`, a `textenv.rewards.BatchReward`,
             or the name of a reward, such as "vader" (see `textenv.rewards.read_reward`).

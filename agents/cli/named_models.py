@@ -34,7 +34,7 @@ def with_source(words: list[str]) -> list[str]:
 
 
 def check_model(path: str) -> None:
-    """Refuse what is neither "demo" nor the folder or the name of a model.
+    """Refuse what is neither "demo" nor the folder, the GGUF file or the name of a model.
 
     Raises:
         CommandError: If it is not.
@@ -45,11 +45,14 @@ def check_model(path: str) -> None:
     if path == DEMO:
         return
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        files = sorted(Path(path).glob("*.gguf"))
+        hint = f" but {files[0].name}: name the file, {files[0]}" if files else ""
         raise CommandError(
-            f"Expected the folder of a run, with run.json, or of a model, with config.json, got {path}, with neither."
+            f"Expected the folder of a run, with run.json, or of a model, with config.json, got {path}, with "
+            f"neither{hint}."
         )
     try:
-        check_name(path, f'the folder of a run or of a model, the name of a model on the hub, or "{DEMO}"')
+        check_name(path, f'the folder of a run or of a model, a GGUF file, the name of a model on the hub, or "{DEMO}"')
     except ValueError as error:
         raise CommandError(str(error)) from error
 

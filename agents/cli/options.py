@@ -37,7 +37,7 @@ class GenerateOptions:
     """Write texts that continue prompts, and print each as a line of JSON.
 
     Args:
-        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        model: The folder of a run, or the name, folder or GGUF file of a model; "demo" is the built-in one.
         prompts: A .jsonl, .json, .csv or .txt file of prompts; by default the run's own prompts, or the built-in
             prompts for "demo". Any other model needs a file.
         encoding: The encoding of the file of prompts, such as gb18030, utf-16 or cp1252.
@@ -62,7 +62,7 @@ class ChatOptions:
     """Chat with a model, which sees the whole conversation. /reset starts a new one, /exit ends.
 
     Args:
-        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        model: The folder of a run, or the name, folder or GGUF file of a model; "demo" is the built-in one.
         max_new_tokens: The most tokens of an answer; by default as many as in the run's training, or 64 for a model,
             and at most half of what the model can read.
         greedy: Take the most probable token instead of sampling.
@@ -112,7 +112,7 @@ class OneModel:
     No weights are loaded: a small model with the same switches is built and trained for a moment.
 
     Args:
-        model: The folder of a model, its config.json, or its name on the hub.
+        model: The folder of a model, its config.json or GGUF file, or its name on the hub.
     """
 
     model: str | None = None
@@ -166,7 +166,7 @@ class StageConfig:
     """The arguments that `sft`, `classifier` and `reward-model` share.
 
     Args:
-        model: The model to train from: a name on the hub, or a folder; "demo" is the built-in one.
+        model: The model to train from: a name on the hub, a folder or a GGUF file; "demo" is the built-in one.
         task: A task that `textenv tasks` lists: `data` is then its data set, of which a tenth is held out.
         data: The training data: a file; with `task`, a folder or the data set's name on the hub.
         out: The folder to write the trained model to.
@@ -230,7 +230,7 @@ class ClassifierConfig(StageConfig):
     Args:
         fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: distilbert, n_layers: 1, dim: 64, hidden_dim: 128, n_heads: 2}`.
-        tokenizer: The name or folder of the tokenizer, if it is not the model's own.
+        tokenizer: The name, folder or GGUF file of the tokenizer, if it is not the model's own.
         data: A .jsonl, .json or .csv file with the columns text and label; with `task`, a folder or the data set's name
             on the hub.
         labels: The names of the labels, in the order of their numbers; by default the task's labels, or the labels in
@@ -254,7 +254,7 @@ class RewardModelConfig(StageConfig):
     Args:
         fresh: A model with fresh weights instead of `model`: its type and sizes, as in its transformers config, such as
             `{model_type: gpt2, n_layer: 2, n_embd: 128, n_head: 4, n_positions: 128}`.
-        tokenizer: The name or folder of the tokenizer, if it is not the model's own.
+        tokenizer: The name, folder or GGUF file of the tokenizer, if it is not the model's own.
         data: A .jsonl, .json or .csv file with the columns chosen and rejected, and optionally prompt (texts, or
             lists of messages); or text and label (a number). With `task`, a folder or the data set's name on the hub.
         from_feedback: Instead of `data`, a file of people's answers that `textenv rate` collected.
@@ -303,7 +303,7 @@ class RateConfig:
     After an interrupt the same command continues: no text is written twice, and no answered question is asked again.
 
     Args:
-        model: The folder of a run, or the name or folder of a model; "demo" is the built-in one.
+        model: The folder of a run, or the name, folder or GGUF file of a model; "demo" is the built-in one.
         prompts: A .jsonl, .json, .csv or .txt file of prompts; by default the built-in ones for "demo".
         encoding: The encoding of the file of prompts, such as gb18030, utf-16 or cp1252.
         db: The SQLite file of questions and answers; by default ratings.db, with --train in the folder `out`. Without

@@ -67,8 +67,9 @@ class ModelConfig:
     """The language model, its trained part, its critic and its sampling.
 
     Args:
-        name: A name on the Hugging Face hub, or a folder; "demo" is a tiny GPT-2 (64 positions) built in seconds.
-        tokenizer: The name or folder of the tokenizer, if it is not the model's own.
+        name: A name on the Hugging Face hub, a folder, or a GGUF file, "folder/file.gguf", whose weights become
+            float32; "demo" is a tiny GPT-2 (64 positions) built in seconds.
+        tokenizer: The name, folder or GGUF file of the tokenizer, if it is not the model's own.
         train: The weights to train: all, the head alone, the last layers, or LoRA adapters.
         last_layers: With train "last_layers", the number of layers to train.
         lora_r: With train "lora", the rank of the adapters.
@@ -76,8 +77,8 @@ class ModelConfig:
         critic: The critic that predicts values: "shared" is a head on the policy's own layers, "detached" the same
             without training those layers; "separate" and "reward_model" are models of their own; "pretrained" is any of
             these, as `textenv critic` has fitted it.
-        critic_model: With critic "separate" or "reward_model", the name or folder of its model; with "pretrained", the
-            folder that `textenv critic` wrote.
+        critic_model: With critic "separate" or "reward_model", the name, folder or GGUF file of its model; with
+            "pretrained", the folder that `textenv critic` wrote.
         value_norm: How to normalise returns for the critic: "norm" by running mean and deviation; "popart" does the
             same and keeps the predicted values unchanged meanwhile (PopArt); null for not at all.
         critic_lr_scale: A factor on the learning rate of the critic.
@@ -174,7 +175,7 @@ class KLConfig:
         coef: The coefficient: the reward that is subtracted per nat of divergence; 0 switches the penalty off.
         target: The divergence, in nats per episode, at which an adaptive coefficient aims; null keeps `coef` fixed.
         horizon: The number of episodes over which an adaptive coefficient adapts: the more, the slower.
-        reference: The name or folder of the reference model; null is the policy as it was before training.
+        reference: The name, folder or GGUF file of the reference model; null is the policy as it was before training.
         estimator: The estimator of a token's divergence: k1, k2 and k3 use the sampled token (Schulman), "exact" uses
             the whole distribution.
         clip: The limit to the divergence of a single token, in nats; null for none.

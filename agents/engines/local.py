@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..models.pretrained import LMLike
+from ..models.pretrained import LMLike, as_spec
 from ..policies.actor_critic import AUTOCAST_DTYPES
 from .process import Setup, pack, serve, unpack
 from .protocol import Completion, EngineLost, Request
@@ -77,7 +77,7 @@ class LocalEngine:
             timeout=self._patience,
             master_listen_fd=listening.detach(),
         )
-        setup = Setup(store.port, lm, vocab_size, autocast, device, n_rows)
+        setup = Setup(store.port, as_spec(lm), vocab_size, autocast, device, n_rows)
         # A daemon: `multiprocessing` terminates it when the interpreter ends.
         self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(setup,), daemon=True)
         self._wire: Wire | None = None

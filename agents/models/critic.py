@@ -9,17 +9,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from textenv.huggingface.positions import n_positions
-from textenv.huggingface.weights import from_pretrained
+from textenv.huggingface.weights import from_pretrained, has_tokenizer
 from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_reader import ReadAs
 from textenv.text.tokenizer import special_tokens_around
 
 from .backbone import check_fits
 from .layers import evaluate_in_checkpoints, fuse_activations, set_mode, trunk_of
-from .pretrained import LMLike, PretrainedRewardModel, build_model
+from .pretrained import LMLike, PretrainedRewardModel, as_spec, build_model
 from .probe import PROBE_LENGTH, causal_cure
 from .prompt_layout import SharedPrompts
 from .prompt_probe import Sharing, examine_sharing
@@ -148,6 +147,9 @@ class SeparateCritic:
 
     lm: LMLike
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lm", as_spec(self.lm))  # the dataclass is frozen
+
     def build(self, hidden_size: int) -> nn.Module:
         """Return the trunk with its value head.
 
@@ -233,7 +235,7 @@ class RewardModelCritic:
         if name is None or (read_as is not None and not read_as.closing):  # an unpickled spec was checked before
             return
         # A folder may have no tokenizer.
-        tokenizer = from_pretrained(AutoTokenizer, name) if get_tokenizer_config(name) else None
+        tokenizer = from_pretrained(AutoTokenizer, name) if has_tokenizer(name) else None
         if read_as is not None:
             closing = list(read_as.closing)
         else:

@@ -1,9 +1,11 @@
-"""The construction of language models from a name, a config or a spec, and the checks of their weights."""
+"""The construction of language models from a name, a config, a spec or a live model, and checks of their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -18,13 +20,14 @@ from transformers import (
 )
 
 from textenv.checks.extras import check_extra
+from textenv.huggingface.gguf import FILE, is_gguf
 from textenv.huggingface.weights import check_whole, from_config, from_pretrained, load_whole
 
 from ..small_models.demo_model import model_folder
 from .backbone import Backbone
 from .interface import BackendSpec, LanguageModel
 from .seq2seq import Seq2SeqBackbone
-from .trainable import Trainable, check_in_memory, checkpoint_layers, set_trainable
+from .trainable import Trainable, check_in_memory, checkpoint_layers, refuse_adapters, set_trainable
 
 # With one of these arguments transformers looks for a name elsewhere than usual, so `model_folder` does not check it.
 LOOK_UP_OPTIONS = {"cache_dir", "token", "local_files_only"}
@@ -39,7 +42,7 @@ class LMSpec(Protocol):
         """Return the model; the weights that are trained must be float32."""
 
 
-LMLike: TypeAlias = str | PathLike[str] | PreTrainedConfig | LMSpec | BackendSpec
+LMLike: TypeAlias = str | PathLike[str] | PreTrainedConfig | PreTrainedModel | LMSpec | BackendSpec
 
 
 class Pretrained:
@@ -51,15 +54,18 @@ class Pretrained:
 
     Args:
         name: A name on the hub or the path of a folder, for `AutoModelForCausalLM.from_pretrained`, or
-            `AutoModelForSeq2SeqLM` where its config says `is_encoder_decoder`. "demo" is the built-in model.
+            `AutoModelForSeq2SeqLM` where its config says `is_encoder_decoder`. "demo" is the built-in model. The path
+            of a GGUF file, "folder/file.gguf", loads its weights as floats, which train, save and export as others.
         **kwargs: Other arguments of `from_pretrained`. `dtype` is float32 unless given. With a `quantization_config`
-            of transformers the frozen weights beside LoRA take 8 or 4 bits.
+            of transformers the frozen weights beside LoRA take 8 or 4 bits. `gguf_file` names a GGUF file of the folder
+            or of the repository on the hub.
 
     Raises:
         ImportError: When built, if a package is missing: accelerate (extra `sft`) for `device_map` or
-            `quantization_config`, and the quantiser's own package, such as bitsandbytes.
+            `quantization_config`, the quantiser's own package, such as bitsandbytes, or both packages of the extra
+            `gguf` for a GGUF file.
         ValueError: When built, if the folder lacks a tensor of the model, has tensors that the model lacks, or holds an
-            adapter of peft.
+            adapter of peft; or if transformers does not read the GGUF file.
 
     Example:
         >>> import pickle
@@ -70,6 +76,8 @@ class Pretrained:
     """
 
     def __init__(self, name: str, **kwargs: Any) -> None:
+        if is_gguf(str(kwargs.get(FILE))) and Path(name).is_dir() and "subfolder" not in kwargs:
+            name = str(Path(name) / kwargs.pop(FILE))  # the same file by one name, wherever names are read
         self.name: str | None = str(name)
         self.kwargs = {"dtype": torch.float32, **kwargs}
         self.config: PreTrainedConfig | None = None
@@ -138,20 +146,81 @@ class PretrainedRewardModel(Pretrained):
                 f"Expected a reward model with one score (num_labels=1), got {model.config.num_labels} labels in "
                 f"{type(model).__name__}."
             )
-        _refuse_16_bits(model)
+        refuse_16_bits(model)
         return model
 
 
+class LiveModel:
+    """A model of transformers in this process, as a spec: it builds the model itself, and pickles as its config alone.
+
+    Unpickled it is a built `Pretrained`, so that weights are stored once in the file that `model.save` writes.
+
+    Args:
+        model: The model: in any mode, and with dropout or without, which a policy switches off.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = copy.deepcopy(model.config)
+        self.config.dtype = model.dtype  # `float()` and `half()` of torch do not change the config
+        # Code of its own has already run, in a module that transformers' `get_class_from_dynamic_module` made.
+        self.kwargs = {TRUST: True} if type(model).__module__.startswith("transformers_modules.") else {}
+
+    def build(self) -> PreTrainedModel:
+        """Return the model.
+
+        Raises:
+            ValueError: If it has adapters or quantised weights, or its config would not build it again: with another
+                class or other layers, or weights of several types.
+        """
+        model = self.model
+        refuse_adapters(model)
+        if "hf_quantizer" in vars(model):  # set by `from_pretrained` of transformers
+            raise ValueError(
+                f"Expected a live model with weights in floats, got a quantised {type(model).__name__}, which its "
+                "config alone does not build again: pass Pretrained(name, quantization_config=...), or the path of its "
+                "GGUF file."
+            )
+        with torch.device("meta"):
+            again = from_config(_auto_model(self.config), self.config, self.kwargs.get(TRUST, False))
+        ours, theirs = (
+            {name: (*tensor.shape, tensor.dtype) for name, tensor in built.state_dict().items()}
+            for built in (model, again)
+        )
+        unlike = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if type(model) is not type(again) or unlike:
+            what = f", {unlike[0]!r} and {len(unlike) - 1} more weights of which differ" if unlike else ""
+            raise ValueError(
+                f"Expected a live model as its config builds it, of one type of float, got {type(model).__name__} in "
+                f"the place of {type(again).__name__}{what}: a file that `save` writes could not be loaded. Change the "
+                "config with the model (or model.float()), or pass a spec of your own with a `build()`."
+            )
+        return model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to make the `Pretrained` that it is unpickled as."""
+        return Pretrained.__new__, (Pretrained,), {"name": None, "kwargs": self.kwargs, "config": self.config}
+
+    def __repr__(self) -> str:
+        return f"LiveModel({type(self.model).__name__})"
+
+
+def as_spec(lm: LMLike) -> LMLike:
+    """Return a live model as a spec that pickles small, and anything else as it is."""
+    return LiveModel(lm) if isinstance(lm, PreTrainedModel) else lm
+
+
 def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
-    """Build a language model from a name or path, a config (fresh weights) or a spec.
+    """Build a language model from a name or path, a config (fresh weights) or a spec; take a live model as it is.
 
     Args:
         lm: Where the model comes from.
-        train: Which of its weights are trained; None freezes all.
+        train: Which of its weights are trained; None freezes all. "all" leaves those frozen that a live model freezes.
 
     Raises:
-        TypeError: If `lm` is a live model: `policy_kwargs` are pickled, so its weights would be stored twice.
-        ValueError: If weights that are trained have 16 bits, or are offloaded.
+        TypeError: If `lm` is none of these, or a module around a model of transformers.
+        ValueError: If weights that are trained have 16 bits, or are offloaded; or if a live model is frozen as a whole
+            though it is to be trained, or its config would not build it again (see `LiveModel`).
 
     Example:
         >>> from transformers import GPT2Config
@@ -160,10 +229,12 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
         >>> any(weight.requires_grad for weight in model.parameters())
         False
     """
+    lm = as_spec(lm)
     if isinstance(lm, nn.Module):
+        refuse_adapters(lm)
         raise TypeError(
-            f"Expected `lm` to be a name, a path, a config or a spec, got a live {type(lm).__name__}, whose weights "
-            "would be pickled into every saved file. Save it with save_pretrained(folder) and pass Pretrained(folder)."
+            f"Expected `lm` to be a model of transformers, a name, a path, a config or a spec, got another module, "
+            f"{type(lm).__name__}: pass the model of transformers that it is made of."
         )
     if isinstance(lm, PreTrainedConfig):
         model = from_config(_auto_model(lm), lm)
@@ -172,10 +243,17 @@ def build_model(lm: LMLike, train: Trainable | None = "all") -> PreTrainedModel:
     elif isinstance(lm, LMSpec):
         model = lm.build()
     else:
-        raise TypeError(f"Expected `lm` to be a name, a path, a config or a spec with `build()`, got {lm!r:.80}.")
+        raise TypeError(
+            f"Expected `lm` to be a name, a path, a config or a spec with `build()`, or a model, got {lm!r:.80}."
+        )
     set_trainable(model, train)
+    if isinstance(lm, LiveModel) and train == "all" and not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(
+            f"Expected a {type(model).__name__} with a weight to train, got one whose weights are all frozen (as a "
+            "reference freezes its model): model.requires_grad_(True) first, or another model."
+        )
     check_in_memory(model)
-    _refuse_16_bits(model)
+    refuse_16_bits(model)
     return model
 
 
@@ -214,14 +292,30 @@ def build_backbone(
     return class_of(model)(model, vocab_size, n_positions)
 
 
-def _refuse_16_bits(model: PreTrainedModel) -> None:
+def refuse_shared(model: nn.Module, weights: Iterable[nn.Parameter], role: str) -> None:
+    """Raise ValueError if a model has one of the policy's weights, and so would change or freeze with it.
+
+    Args:
+        model: A live model, or a part of one.
+        weights: The weights of the policy.
+        role: The part that the model plays beside the policy, in words.
+    """
+    if not {id(weight) for weight in weights}.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            f"Expected a model of its own as {role}, got a live {type(model).__name__} with weights of the policy: "
+            "load it a second time, or leave it out (the reference is then the policy's start, the critic a head on "
+            "the policy)."
+        )
+
+
+def refuse_16_bits(model: PreTrainedModel) -> None:
     """Raise ValueError if a number of a trained weight has fewer than 4 bytes."""
     small = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.element_size() < 4]
     if small:
         raise ValueError(
             f"Expected trainable weights in float32, got {model.get_parameter(small[0]).dtype} in {small[0]!r} and "
-            f"{len(small) - 1} more: steps of 1e-5 round to nothing in 16 bits. Load with dtype=torch.float32 and "
-            "pass policy_kwargs=dict(autocast='bfloat16') for speed."
+            f"{len(small) - 1} more: steps of 1e-5 round to nothing in 16 bits. Load with dtype=torch.float32, "
+            "or call model.float(), and pass policy_kwargs=dict(autocast='bfloat16') for speed."
         )
 
 

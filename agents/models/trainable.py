@@ -124,7 +124,7 @@ def set_trainable(model: PreTrainedModel, train: Trainable | None) -> None:
         >>> sorted({name.split(".")[2] for name, weight in model.named_parameters() if weight.requires_grad})
         ['1']
     """
-    _refuse_adapters(model)
+    refuse_adapters(model)
     if isinstance(train, str) and train == "all":
         return
     model.requires_grad_(False)
@@ -242,7 +242,7 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return dict(module.named_children()).get(COMPILED, module)
 
 
-def _refuse_adapters(model: nn.Module) -> None:
+def refuse_adapters(model: nn.Module) -> None:
     """Raise ValueError if peft has wrapped the model or put a module into it.
 
     `adapters_off` would switch these off as well as those of the training, and the KL penalty would then compare the

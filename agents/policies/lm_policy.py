@@ -22,7 +22,7 @@ from ..distributed.world import world
 from ..models.backbone import Backbone
 from ..models.critic import CriticSpec, SharedCritic
 from ..models.interface import BackendSpec
-from ..models.pretrained import LMLike, backbone_class, build_backbone
+from ..models.pretrained import LMLike, as_spec, backbone_class, build_backbone
 from ..models.sampling import Sampling, TokenDistribution
 from ..models.sequences import SequenceBatch
 from ..models.trainable import Trainable
@@ -31,7 +31,7 @@ from .optimizers import learning_rate_scales, scaled_optimizer, usual_arguments
 from .pretrained_critic import begin_critic, build_critic
 from .surrogates import SurrogateFunction, SurrogateLoss, check_loss
 from .tensor_notes import ALLOWED, READ_BY, TERMINAL, read_observations
-from .wrappers import calling_algorithm, check_observations, check_wrappers, is_rollouts_end
+from .wrappers import calling_algorithm, check_observations, check_wrappers, is_rollouts_end, keep_spec
 
 # Maps observations (B, L) to actions (B,) and their log-probabilities (B,).
 NextTokens: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -53,16 +53,16 @@ class LMPolicy(ActorCriticPolicy):
     and of the update must be the same. Only parameters with `requires_grad` are optimised.
 
     Pass the arguments below by `policy_kwargs`. `model.save` pickles them, and `PPO.load` builds the policy from them:
-    a name is then looked up again, `Pretrained(name)` and a config are not.
+    a name is then looked up again; `Pretrained(name)`, a config and a live model, of which the config is kept, are not.
 
     Args:
         observation_space: The env's.
         action_space: The env's; its size V is that of the tokenizer's vocabulary.
         lr_schedule: Maps the remaining progress, 1 to 0, to the learning rate.
-        lm: The language model: a name or path, a transformers config (fresh weights), a spec such as
-            `Pretrained(name)`, or the `BackendSpec` of a model that is not transformers'. With an encoder-decoder (T5,
-            BART), the encoder reads the prompt, once per episode, and the decoder all later tokens, replies of a
-            multi-turn environment included.
+        lm: The language model: a name or path, a transformers config (fresh weights), a live model (trained itself, not
+            a copy), a spec such as `Pretrained(name)`, or the `BackendSpec` of a model that is not transformers'. The
+            encoder of an encoder-decoder (T5, BART) reads the prompt, once per episode, and the decoder all later
+            tokens, replies of a multi-turn environment included.
         critic: The spec of the critic: `SharedCritic`, `SeparateCritic`, `RewardModelCritic` or `PretrainedCritic`.
         temperature: Divides the logits, in the rollout and in the update; for this and the next five see `Sampling`.
         top_k: Sample from the `top_k` most probable tokens.
@@ -87,14 +87,13 @@ class LMPolicy(ActorCriticPolicy):
         optimizer_class: AdamW by default; SB3's A2C passes RMSprop unless it has `use_rms_prop=False`.
         optimizer_kwargs: Its arguments except the learning rate; by default no weight decay and AdamW's fused kernel.
         use_sde: Must be False: it is for continuous actions.
-        net_arch: Not used, like `activation_fn`: rl_zoo3's search for hyper-parameters passes both to every policy.
-        activation_fn: See `net_arch`.
+        net_arch: Not used: rl_zoo3's search for hyper-parameters passes it to every policy.
+        activation_fn: Not used, like `net_arch`.
 
     Raises:
         ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits; if a
-            probe of a few tokens shows that it cannot be trained exactly, since it is not causal, for instance (see
-            docs/models.md); if `train` or `gradient_checkpointing` is given with a `BackendSpec`, which decides that
-            itself; or if the algorithm's loss would not have the gradient of the `surrogate`.
+            probe shows that it cannot be trained exactly (see docs/models.md), as if it is not causal; if `train` or
+            `gradient_checkpointing` is given with a `BackendSpec`; or if the loss lacks the `surrogate`'s gradient.
 
     Example:
         >>> from agents import LMPolicy
@@ -138,7 +137,7 @@ class LMPolicy(ActorCriticPolicy):
         activation_fn: Any = None,
     ) -> None:
         self.lm_kwargs: dict[str, Any] = {
-            "lm": lm,
+            "lm": as_spec(lm),
             "critic": critic,
             "temperature": temperature,
             "top_k": top_k,
@@ -169,6 +168,7 @@ class LMPolicy(ActorCriticPolicy):
         algorithm = calling_algorithm()
         if algorithm is not None:
             check_wrappers(algorithm.env)
+            keep_spec(algorithm, self.lm_kwargs["lm"])
             check_loss(algorithm, self.lm_kwargs["surrogate"])
         kwargs = dict(self.lm_kwargs)
         self.surrogate = SurrogateLoss(kwargs.pop("surrogate"))

@@ -28,7 +28,7 @@ from textenv.text.tokenizer import Tokenizer
 from ..models.critic import CriticSpec, TrunkCritic, ValueHead
 from ..models.interface import LanguageModel
 from ..models.layers import trunk_of
-from ..models.pretrained import Pretrained
+from ..models.pretrained import Pretrained, refuse_shared
 from .actor_critic import LMActorCritic
 
 TENSORS, ABOUT, CONFIG = "critic.safetensors", "critic.json", "config.json"
@@ -168,7 +168,7 @@ def build_critic(spec: CriticSpec, backbone: LanguageModel, n_positions: int) ->
         n_positions: The longest sequence that will be read, in tokens.
 
     Raises:
-        ValueError: If the critic has fewer tokens or positions than the policy needs.
+        ValueError: If the critic has fewer tokens or positions than the policy needs, or weights of the policy's model.
         TypeError: For `Pretrained`, which is a language model.
     """
     if isinstance(spec, Pretrained):
@@ -178,6 +178,7 @@ def build_critic(spec: CriticSpec, backbone: LanguageModel, n_positions: int) ->
         )
     critic = spec.build(backbone.hidden_size)
     if isinstance(critic, TrunkCritic):
+        refuse_shared(critic.trunk, backbone.parameters(), "critic")
         critic.check_fits(backbone.vocab_size, n_positions)
     return critic
 

@@ -11,22 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import AutoTokenizer, PreTrainedModel
 
-from textenv.huggingface.weights import from_pretrained
+from textenv.huggingface.weights import from_pretrained, has_tokenizer
 
 from ..distributed.collectives import broadcast_weights
 from ..distributed.sharding import Shards, gathered
 from ..models.backbone import Backbone
-from ..models.pretrained import LOOK_UP_OPTIONS, LMLike, Pretrained, build_backbone
+from ..models.pretrained import LOOK_UP_OPTIONS, LMLike, Pretrained, build_backbone, refuse_shared
 from ..models.sequences import Chunk, PartReader, SequenceBatch
 from ..models.trainable import adapted_layers, adapters_off
 from ..small_models.demo_model import model_folder
 from .actor_critic import LMActorCritic
 
 # Arguments of `Pretrained` that say where its files are, for its tokenizer as well.
-WHERE = ("cache_dir", "token", "local_files_only", "revision", "subfolder", "trust_remote_code")
+WHERE = ("cache_dir", "token", "local_files_only", "revision", "subfolder", "trust_remote_code", "gguf_file")
 
 
 def start_of(policy: LMActorCritic) -> LMActorCritic:
@@ -62,14 +61,17 @@ def build_reference(lm: LMLike, policy: LMActorCritic, n_positions: int) -> LMAc
     """Build another language model as reference, with the policy's vocabulary, sampling and precision.
 
     Args:
-        lm: A name or path, a config, a spec, or the `BackendSpec` of a model that is not transformers'.
+        lm: A name or path, a config, a spec, a live model, which is frozen, or the `BackendSpec` of a model that is
+            not transformers'.
         policy: The policy.
         n_positions: The longest sequence that the reference will read, in tokens.
 
     Raises:
-        ValueError: If it has fewer tokens or positions than needed, or if one of reference and policy is an
-            encoder-decoder and the other is not.
+        ValueError: If it has fewer tokens or positions than needed, if one of reference and policy is an
+            encoder-decoder and the other is not, or if a live model has weights that the policy trains.
     """
+    if isinstance(lm, PreTrainedModel):
+        refuse_shared(lm, (weight for weight in policy.parameters() if weight.requires_grad), "reference")
     # A model is built with fresh weights even if those of a checkpoint replace them at once. The fork keeps the
     # generators as they were, so that a resumed run draws the same numbers.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -103,7 +105,7 @@ def check_tokens(lm: LMLike, tokenizer: Any) -> None:
         return
     where = {key: spec.kwargs[key] for key in WHERE if key in spec.kwargs}
     name = spec.name if LOOK_UP_OPTIONS & where.keys() else model_folder(spec.name)
-    if not get_tokenizer_config(name, **where):
+    if not has_tokenizer(name, **where):
         return
     ours = {i: token for token, i in tokenizer.get_vocab().items()}
     theirs = {i: token for token, i in from_pretrained(AutoTokenizer, name, **where).get_vocab().items()}

@@ -1,4 +1,4 @@
-"""The algorithm that calls a policy, found on the stack: the wrappers of its env, and the end of a rollout."""
+"""The algorithm that calls a policy, found on the stack: its env, its `policy_kwargs`, and the end of a rollout."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def calling_algorithm() -> BaseAlgorithm | None:
     """
     caller = _caller(sys._getframe(1)).f_locals.get("self")
     return caller if isinstance(caller, BaseAlgorithm) else None
+
+
+def keep_spec(algorithm: BaseAlgorithm, lm: Any) -> None:
+    """Put the spec of a policy's model into the `policy_kwargs` of its algorithm.
+
+    SB3 `base_class.save` pickles them, and a live model there would be stored a second time beside its weights.
+    """
+    if "lm" in algorithm.policy_kwargs:
+        algorithm.policy_kwargs = {**algorithm.policy_kwargs, "lm": lm}  # the caller's dict stays as it is
 
 
 def is_rollouts_end() -> bool:

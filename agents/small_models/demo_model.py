@@ -104,7 +104,7 @@ def model_folder(name: str, progress_bar: bool = True) -> str:
     """Return the name or folder from which transformers loads a model: the demo model's folder for "demo", else `name`.
 
     Args:
-        name: "demo", a folder, or a name on the hub.
+        name: "demo", a folder, the path of a GGUF file, or a name on the hub.
         progress_bar: Whether to show a progress bar if the demo model has to be trained.
 
     Raises:
@@ -117,7 +117,7 @@ def model_folder(name: str, progress_bar: bool = True) -> str:
             f"Expected the folder of a model, got {name!r}, that of a run: its model is {name}/model once it is "
             f"finished, and `textenv export {name} DIR` writes the newest."
         )
-    check_name(name, 'the folder of a model, its name on the hub, or "demo"')
+    check_name(name, 'the folder of a model, its name on the hub, a GGUF file, or "demo"')
     return name
 
 

@@ -130,7 +130,7 @@ class KLPenalty(RolloutStep):
     Args:
         coef: The penalty, in reward (or loss) per nat, or an `AdaptiveCoef`. 0.01 to 0.1 is usual.
         reference: Another reference than the policy's start: a name or path, a config or a spec as for the policy (with
-            the same tokenizer), or another policy's `lm`, which is copied.
+            the same tokenizer), a live model, which is frozen, or another policy's `lm`, which is copied.
         estimator: "k1", "k2", "k3" or "exact".
         clip: The largest absolute divergence of one token, in nats; None for no bound.
         where: "reward" or "loss".

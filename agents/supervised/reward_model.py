@@ -29,7 +29,7 @@ from ..checkpoints.output_folders import check_output, output_folder
 from ..models.backbone import check_fits
 from ..models.critic import check_causal, score_head
 from ..models.layers import disable_dropout, fuse_activations, trunk_of
-from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel
+from ..models.pretrained import LMLike, LMSpec, PretrainedRewardModel, refuse_16_bits
 from ..small_models.training_loop import fit, similar_lengths
 from .accuracy import RewardFigures, figures
 from .preferences import Labelled, Ranking
@@ -90,7 +90,8 @@ def train_reward_model(
     bit.
 
     Args:
-        lm: The name or path of a language or reward model, a config, or a spec that builds a reward model.
+        lm: The name or path of a language or reward model, a config, a spec that builds a reward model, or a live one,
+            which is trained itself.
         tokenizer: The model's tokenizer.
         data: `Ranking`s (pairs are rankings of two; equal texts are left out, with a warning), or `Labelled` texts.
         folder: The folder to write, absent or empty.
@@ -169,7 +170,8 @@ def build_reward_model(lm: LMLike, seed: int = 0) -> PreTrainedModel:
     """Build a model with a single score from a name or path, a config (fresh weights) or a spec, without dropout.
 
     Args:
-        lm: The name or path of a language or reward model, a config, or a spec that builds a reward model.
+        lm: The name or path of a language or reward model, a config, a spec that builds a reward model, or a live one,
+            which is trained itself.
         seed: The seed of a fresh score head.
 
     Raises:
@@ -181,6 +183,8 @@ def build_reward_model(lm: LMLike, seed: int = 0) -> PreTrainedModel:
             config = copy.deepcopy(lm)
             config.num_labels = 1
             model = from_config(AutoModelForSequenceClassification, config)
+        elif isinstance(lm, PreTrainedModel):
+            refuse_16_bits(model := lm)
         elif isinstance(lm, LMSpec):
             model = lm.build()
         else:

@@ -100,6 +100,9 @@ GUARDS = {
     "quantisation": (
         "sft", "accelerate", lambda: Pretrained("never", quantization_config=BitsAndBytesConfig()).build()
     ),
+    "a GGUF file": ("gguf", "gguf", lambda: Pretrained("never.gguf").build()),
+    "a GGUF model": ("gguf", "accelerate", lambda: Pretrained("someone/never", cache_dir=".", gguf_file="a").build()),
+    "a GGUF tokenizer": ("gguf", "gguf", lambda: Demo(tokenizer="never.gguf")),
     "the metric ROUGE": ("overlap", "rouge_score", metrics.ROUGE),
     "the metric METEOR": ("overlap", "nltk", metrics.METEOR),
     "the metric BLEU": ("overlap", "nltk", metrics.BLEU),

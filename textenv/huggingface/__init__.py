@@ -1,1 +1,1 @@
-"""Data sets and model weights from the Hugging Face hub or from folders."""
+"""Data sets and model weights from the Hugging Face hub, from folders or GGUF files."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from textenv.checks.json_files import read_json
 from textenv.checks.trust import runs_remote_code
+from textenv.huggingface.gguf import FILE, as_floats, check_gguf, is_gguf, located, readable_gguf
 
 # The JSON files that transformers reads from a folder, and the keys without which it raises a bare KeyError.
 OBJECTS: dict[str, dict[Any, Any]] = {
@@ -27,7 +28,7 @@ LOOK_UP_SECONDS = 5.0  # for one request to the hub; transformers would retry fo
 
 
 def check_name(name: str | PathLike[str], expected: str = "the folder of a model or its name on the hub") -> None:
-    """Raise ValueError unless a name is a folder, a model downloaded before, or a model on the hub.
+    """Raise ValueError unless a name is a folder, a GGUF file, a model downloaded before, or a model on the hub.
 
     The hub is asked once per name and process, for at most `LOOK_UP_SECONDS`; with HF_HUB_OFFLINE=1 it is not asked.
 
@@ -37,12 +38,16 @@ def check_name(name: str | PathLike[str], expected: str = "the folder of a model
 
     Raises:
         ValueError: If the name is none of these; the message lists what was tried.
+        MissingExtraError: If it is a GGUF file, and a package that reads it is missing.
 
     Example:
         >>> check_name(".")  # any folder passes: its files are checked when they are loaded
     """
     text = fspath(name)
     if Path(text).is_dir():
+        return
+    if is_gguf(text):
+        check_gguf(text)
         return
     try:
         _look_up(text)
@@ -107,13 +112,15 @@ def from_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -
 
     Args:
         auto_class: A class of transformers.
-        name: A name on the hub or the path of a folder.
+        name: A name on the hub, the path of a folder, or that of a GGUF file.
         **kwargs: Other arguments. `trust_remote_code` is True only if the command line allows it or the caller sets it.
 
     Raises:
-        ValueError: If the model has code of its own that may not run, or a file is damaged.
+        ValueError: If the model has code of its own that may not run, or a file is damaged, or no GGUF file.
+        MissingExtraError: If a package that reads GGUF files is missing.
     """
-    with readable(name):
+    name, kwargs = located(name, kwargs)
+    with readable(name) if kwargs.get(FILE) is None else readable_gguf(name, kwargs[FILE]):
         try:
             return auto_class.from_pretrained(name, **{"trust_remote_code": runs_remote_code(), **kwargs})
         except ValueError as error:
@@ -124,9 +131,9 @@ def check_whole(name: str | PathLike[str]) -> None:
     """Raise ValueError if a folder has an adapter of peft: transformers would put it into its base model.
 
     Args:
-        name: The folder of a model; a name on the hub has no files here and is not checked.
+        name: The folder of a model, or a GGUF file in it; a name on the hub has no files here and is not checked.
     """
-    if (Path(name) / "adapter_config.json").is_file():
+    if ((Path(name).parent if is_gguf(name) else Path(name)) / "adapter_config.json").is_file():
         raise ValueError(
             f"Expected the folder of a whole model, got {str(name)!r}, which holds an adapter of peft: merge it into "
             "its base, AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(other)."
@@ -172,7 +179,7 @@ def load_whole(
 
     Args:
         auto_class: A class of transformers.
-        name: A name on the hub or the path of a folder.
+        name: A name on the hub, the path of a folder, or that of a GGUF file, whose weights become floats.
         fresh_head: Whether the head, that is, all weights outside the base model, may be a new one with random weights.
         any_more: Whether the folder may hold weights that the model does not have.
         **kwargs: The other arguments.
@@ -180,6 +187,8 @@ def load_whole(
     Raises:
         ValueError: If the folder lacks a tensor of the model or has others, or a file is damaged.
     """
+    if is_gguf(name) or kwargs.get(FILE) is not None:
+        kwargs = {**as_floats(), **kwargs}
     # `output_loading_info` is an argument of transformers' `PreTrainedModel.from_pretrained`.
     model, loading_info = from_pretrained(auto_class, name, output_loading_info=True, **kwargs)
     body = f"{model.base_model_prefix}."
@@ -199,6 +208,18 @@ def load_whole(
             "with transformers, save_pretrained(folder), and give that folder."
         )
     return model
+
+
+def has_tokenizer(name: str | PathLike[str], **where: Any) -> bool:
+    """Return whether a model has its tokenizer beside it, as GGUF files always have.
+
+    Args:
+        name: A name on the hub, the path of a folder, or that of a GGUF file.
+        **where: The arguments of `from_pretrained` that say where its files are.
+    """
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    return is_gguf(name) or where.pop(FILE, None) is not None or bool(get_tokenizer_config(name, **where))
 
 
 @contextmanager

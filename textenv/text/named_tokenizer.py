@@ -49,7 +49,7 @@ class WordTokenizer:
 
 
 def read_tokenizer(tokenizer: Tokenizer | str | PathLike[str]) -> Tokenizer:
-    """Load a tokenizer: "demo", or a name or folder for transformers' `AutoTokenizer`; a tokenizer is returned as is.
+    """Load a tokenizer: "demo", or a name, folder or GGUF file for transformers; a tokenizer is returned as is.
 
     Raises:
         ValueError: If no tokenizer has this name.
@@ -67,9 +67,11 @@ def _load(name: str) -> Tokenizer:
         return WordTokenizer(vocabulary())
     from transformers import AutoTokenizer  # here, since `import textenv` loads gymnasium and numpy only
 
-    check_name(name, f"{DEMO!r} or a tokenizer's name or folder")
+    check_name(name, f"{DEMO!r} or a tokenizer's name, folder or GGUF file")
     try:
         return cast("Tokenizer", from_pretrained(AutoTokenizer, name))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"Expected {DEMO!r} or a tokenizer's name or folder, got {name!r}: {reason}") from error
+        raise ValueError(
+            f"Expected {DEMO!r} or a tokenizer's name, folder or GGUF file, got {name!r}: {reason}"
+        ) from error

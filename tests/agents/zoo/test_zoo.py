@@ -66,7 +66,9 @@ def test_a_tokenizer_by_folder(tmp_path):
     )
     assert env.action_space.n == 4
     assert gymnasium.make("textenv/Dates-v0", tokenizer=str(tmp_path / "words")).action_space.n == 4
-    with pytest.raises(ValueError, match=r"Expected 'demo' or a tokenizer's name or folder, got '.*nowhere'"):
+    with pytest.raises(
+        ValueError, match=r"Expected 'demo' or a tokenizer's name, folder or GGUF file, got '.*nowhere'"
+    ):
         read_tokenizer(str(tmp_path / "nowhere"))
 
 

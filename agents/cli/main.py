@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -38,29 +38,10 @@ from .options import (
     StageOptions,
 )
 from .seeds import read_seeds
+from .verb import Verb
 
 # The errors that end a verb with a line and an exit code instead of a traceback: wrong input can cause any of them.
 HANDLED = (ValueError, TypeError, ImportError, OSError, ArithmeticError, MemoryError, RecursionError)
-
-
-class Verb(NamedTuple):
-    """One verb of the command.
-
-    Args:
-        does: The description for its line in `textenv --help`.
-        usage: Its arguments, for the first line of its own help.
-        config: The dataclass of the arguments that a configuration file may set, too; None for none.
-        options: The dataclass of the arguments that only the command line sets; None for none.
-        function: The function that does the work, as "module:function", which loads torch when it is imported.
-        read: A function from the verb's name and the words after it to the arguments of `function`.
-    """
-
-    does: str
-    usage: str
-    config: Any
-    options: Any
-    function: str
-    read: Callable[[str, list[str]], tuple[Any, ...]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

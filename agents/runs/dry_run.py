@@ -50,11 +50,16 @@ class Stopwatch(BaseCallback):
         lm.train(was_training)
 
 
-def dry_run(config: TrainConfig, options: RunOptions) -> int:
+def dry_run(config: TrainConfig, options: RunOptions, n_runs: int = 1) -> int:
     """Train for one iteration, evaluate once, and print an estimate of the whole run's cost; write no file.
 
     The estimate includes what equal prompts save (`samples_per_prompt`), since the iteration is a real one. With
     dynamic sampling it is that of a run without, whose updates train more groups.
+
+    Args:
+        config: The configuration.
+        options: The options of the command line.
+        n_runs: The number of runs with that configuration, one for each seed.
 
     Returns:
         The exit code.
@@ -80,7 +85,6 @@ def dry_run(config: TrainConfig, options: RunOptions) -> int:
         print(f"tokens read, since equal prompts are read once: {', '.join(shared)}")
     print(f"evaluation: {evaluation:.2f} s, {n_evaluations} times")
     print(f"the whole run, {config.total_tokens:,} tokens: about {clock(total)} (h:mm:ss)")
-    n_runs = max(1, len(options.seeds))
     if n_runs > 1:
         print(f"all {n_runs} seeds, one after the other: about {clock(total * n_runs)}")
     print(f"memory at most: {_memory(parts)}")

@@ -67,7 +67,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
     """
     check_loggers(config.loggers, trust_of(options))
     if options.dry_run:
-        return dry_run(config, options)
+        return dry_run(config, options, max(1, len(options.seeds)))
     run = RunFolder.create(config.out, task_name(config))
     run.is_of_seeds = bool(options.seeds)
     with run.locked():

@@ -148,6 +148,10 @@ class TrialScreen:
     def __init__(self, screen: Screen, number: int) -> None:
         self.screen, self.number = screen, number
 
+    def begin(self, tokens: int, rows: Sequence[Row]) -> None:
+        """Take note of the tokens and rows that a trial begins with."""
+        self.screen.begin(tokens, rows)
+
     def say(self, text: str) -> None:
         """Show a line. Tables are left out: the run's folder has them."""
         if "\n" not in text:

@@ -177,9 +177,9 @@ def test_a_trial_leaves_no_model_in_memory(words, tmp_path, monkeypatch):
 
 
 def test_a_line_of_a_signal_goes_below_a_live_view(capfd):
-    tuning.TrialScreen(PlainScreen(8), 0).note("stopping")
+    tuning.TrialScreen(PlainScreen(8, 8), 0).note("stopping")
     assert capfd.readouterr().err == "stopping\n"
-    tuning.TrialScreen(live := LiveScreen(8), 0).note("stopping")
+    tuning.TrialScreen(live := LiveScreen(8, 8), 0).note("stopping")
     assert capfd.readouterr().err == "" and live.last_note == "stopping"
 
 

@@ -2,29 +2,20 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from agents import bpe_tokenizer
 from tests.docs.test_examples import run
 from tests.helpers.command import small_model
+from tests.helpers.task_data import write_data
+from tests.helpers.weights.real_model import real_model
 from textenv.tasks.reviews import FILES
-
-MOODS = (["sad", "dull", "flat"], ["warm", "wise", "great"])
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Write sentences in which one word tells the mood; return their folder."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name, moods in zip(FILES, MOODS):
-        lines = [
-            f"the {rng.choice(['film', 'plot', 'cast'])} is a {rng.choice(moods)} thing to see {i}" for i in range(60)
-        ]
-        (folder / name).write_text("\n".join(lines) + "\n")
-    return folder
+    return write_data(tmp_path / "data")["Reviews"]
 
 
 @pytest.fixture
@@ -59,3 +50,17 @@ def test_the_example_runs_and_resumes_where_it_was_stopped(folder, model, algori
 
     with pytest.raises(AssertionError, match="holds a run with other settings"):
         run(*command, "--seed", 1)
+
+
+@pytest.mark.slow
+def test_the_example_runs_on_a_pretrained_model(folder, tmp_path):
+    """SmolLM2 from start to end in a small size; it shows that everything fits, and no gain."""
+    pytest.importorskip("vaderSentiment")
+    pytest.importorskip("peft")
+    out = tmp_path / "out"
+    run("examples/reviews.py", "--data", folder, "--model", real_model(), "--smoke", "--out", out, timeout=900)
+    result = json.loads((out / "results.json").read_text())
+    figures = {name: figure["value"] for name, figure in result["figures"].items()}
+    assert 5 < figures["perplexity"] < 500 and figures["blank"] < 0.5 and figures["broken"] < 0.5
+    assert result["before"]["perplexity"]["value"] < 200, "the texts are the pretrained model's own"
+    assert any(text["text"].isascii() and " the " in text["text"] for text in result["texts"])

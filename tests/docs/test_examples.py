@@ -11,15 +11,15 @@ from tests.helpers.command import ROOT
 from tests.helpers.models import seldom
 
 
-def run(*command, **environment):
-    """Run an example in its own process, and return its output."""
+def run(*command, timeout=200, **environment):
+    """Run an example in its own process, and return its output; the limit is in seconds."""
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=timeout,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

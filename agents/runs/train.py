@@ -200,11 +200,7 @@ def train_in(
 
 
 def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Screen, watch: Watch | None) -> int:
-    if config.env.id == config.model.name == DEMO:
-        screen.say("the built-in demo: a tiny GPT-2 learns to write positive reviews")
-    screen.say(f"run: {run.path}")
-    if config.loggers == default_loggers() and (absent := [name for name in PLOTTED if name not in config.loggers]):
-        screen.say(f'without {" and ".join(absent)}, which pip install "textenv[plot]" brings')
+    _announce(run, config, screen)
     checkpoint = checkpoint_to_load(run, screen.say)
     trust = trust_of(options)
     parts = assemble(config, trust, progress_bar=not options.quiet)
@@ -261,6 +257,15 @@ def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Scree
         if watch is not None and interrupts.number:  # in the last iteration; further trials must not start
             raise Interrupted(f"stopped after {agent.num_timesteps:,} tokens; {run.how_to_go_on()}", interrupts.number)
     return Exit.DONE
+
+
+def _announce(run: RunFolder, config: TrainConfig, screen: Screen) -> None:
+    """Say what is trained, where it is written, and what a missing package leaves out."""
+    if config.env.id == config.model.name == DEMO:
+        screen.say("the built-in demo: a tiny GPT-2 learns to write positive reviews")
+    screen.say(f"run: {run.path}")
+    if config.loggers == default_loggers() and (absent := [name for name in PLOTTED if name not in config.loggers]):
+        screen.say(f'without {" and ".join(absent)}, which pip install "textenv[plot]" brings')
 
 
 def _show_row(views: list[Any], row: Row) -> None:

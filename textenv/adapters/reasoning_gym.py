@@ -14,7 +14,7 @@ Written for reasoning_gym 0.1.25. Its traps:
 - Five tasks have no answer of their own (boxnet, graph_color, propositional_logic, rubiks_cube, rush_hour): they can be
   scored, but not shown as solved items.
 - Configurations are checked by `assert`, and some tasks evaluate expressions of their own with the operators of the
-  configuration: without assertions (`python -O`) a configuration could run code.
+  configuration: without assertions (Python's -O) a configuration could run code.
 - `acre` draws all its items at once, another set for another number of them.
 - It pins tabulate 0.9.0 and six other packages, of which pycosat needs a C compiler.
 """

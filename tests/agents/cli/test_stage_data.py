@@ -64,7 +64,7 @@ ITEMS = {"name": "chain_sum", "config": {"max_terms": 2, "max_digits": 1}, "size
 
 def test_solved_items_are_pairs_in_one_part_only(reasoning):
     train, held_out = read_texts(SFTConfig(task="ReasoningGym", task_args=ITEMS))
-    assert (len(train), len(held_out), len({*train, *held_out})) == (90, 10, 100)
+    assert (len(train), len(held_out), len(set(held_out))) == (90, 10, 10) and not {*train} & {*held_out}
     assert held_out[0] == ("State the final answer to the following arithmetic problem: 0 - 4 =\nAnswer:", " -4")
     [pair, *_] = read_texts(SFTConfig(task="ReasoningGym", task_args={**ITEMS, "chat": True})).held_out
     assert pair == ([{"role": "user", "content": held_out[0][0].removesuffix("\nAnswer:")}], "-4")

@@ -25,6 +25,7 @@ from agents.runs.recording import Recorder
 from agents.runs.screens import PlainScreen
 from tests.helpers.command import ROLLOUT, run, settings
 from tests.helpers.training import tiny_agent
+from textenv import Prompt
 from textenv.text.printable import printable
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\r\u202e<script>alert(1)</script>"
@@ -208,7 +209,7 @@ def test_lines_of_json_have_no_control_codes(model, tmp_path, monkeypatch, capfd
     from agents.cli import trained_model as verbs
 
     class One:
-        prompt, text, end_reason = "p", HOSTILE, "eos"
+        prompt, text, end_reason = Prompt("p"), HOSTILE, "eos"
 
     monkeypatch.setattr(verbs, "generate", lambda *args, **kwargs: [One])
     (tmp_path / "p.txt").write_text("this phone is\n")

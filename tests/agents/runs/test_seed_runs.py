@@ -63,6 +63,7 @@ def test_a_table_and_a_picture_of_all_seeds(made):
     assert reward["lowest_to_highest"] == pytest.approx(abs(of_seeds[0] - of_seeds[1]))
 
 
+@pytest.mark.slow
 def test_finished_seeds_are_left_out(made, model, tmp_path, capfd):
     out = shutil.copytree(made, tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "seed_" in str(path)}
@@ -75,6 +76,7 @@ def test_finished_seeds_are_left_out(made, model, tmp_path, capfd):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_stopped_seed_is_continued_and_the_table_is_the_unbroken_one(made, model, tmp_path, monkeypatch, capfd):
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
@@ -91,6 +93,7 @@ def test_a_stopped_seed_is_continued_and_the_table_is_the_unbroken_one(made, mod
     assert (out / "seeds.json").read_text() == (made / "seeds.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_seed_whose_configuration_changes_is_trained_on(made, model, tmp_path, capfd):
     out = shutil.copytree(made / "seed_1", tmp_path / "more" / "seed_1").parent
     longer = [*words(model, out, 1, loggers="[curves]", total_tokens=3 * ROLLOUT), "--resume", "--quiet"]
@@ -203,6 +206,7 @@ def test_a_dry_run_resumes_nothing(made, model, capfd):
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_lines_of_json_have_the_seed_and_the_last_one_the_table(made, model, tmp_path, capfd):
     out = shutil.copytree(made, tmp_path / "copy")
     shutil.rmtree(out / "seed_1")

@@ -72,6 +72,7 @@ def test_it_ends_with_a_table_and_the_best_as_a_file(words, tmp_path, capsys):
     assert rows(tmp_path / "again") == trial
 
 
+@pytest.mark.slow
 def test_killed_and_continued_it_is_the_same_search(whole, words, tmp_path, monkeypatch):
     """A process is killed in the middle of trial 1, behind a checkpoint; the same command goes on with that trial."""
     out, original = tmp_path / "search", tuning.Watcher._on_rollout_start
@@ -127,6 +128,7 @@ def test_two_processes_share_the_trials(whole, words, tmp_path):
     assert table(out) == table(whole)  # drawn at random still, so that it does not matter which is finished first
 
 
+@pytest.mark.slow
 def test_a_trial_that_cannot_be_trained_is_noted_and_others_go_on(words, tmp_path, monkeypatch):
     original = tuning.train_in
 
@@ -141,6 +143,7 @@ def test_a_trial_that_cannot_be_trained_is_noted_and_others_go_on(words, tmp_pat
     assert done.startswith("| 1 | done |") and "| 0 | failed: Expected finite weights, got a NaN / in one. |" in failed
 
 
+@pytest.mark.slow
 def test_another_error_stops_the_search_which_goes_on_with_that_trial(words, tmp_path, monkeypatch, capfd):
     def train_in(*arguments):
         raise CommandError("The reward raised OSError.", Exit.REWARD)
@@ -155,6 +158,7 @@ def test_another_error_stops_the_search_which_goes_on_with_that_trial(words, tmp
     assert "| 0 | done |" in table(tmp_path / "search")
 
 
+@pytest.mark.slow
 def test_a_trial_leaves_no_model_in_memory(words, tmp_path, monkeypatch):
     def n_policies():
         return sum(issubclass(type(thing), LMPolicy) for thing in gc.get_objects())
@@ -183,6 +187,7 @@ def test_a_line_of_a_signal_goes_below_a_live_view(capfd):
     assert capfd.readouterr().err == "" and live.last_note == "stopping"
 
 
+@pytest.mark.slow
 def test_without_a_feasible_trial_it_fails_and_says_so(words, tmp_path, capfd):
     assert (
         run("tune", *words, "--trials=1", "--tune.max_kl=1e-9", "--out", tmp_path / "search", "--quiet") == Exit.FAILED
@@ -192,6 +197,7 @@ def test_without_a_feasible_trial_it_fails_and_says_so(words, tmp_path, capfd):
     assert table(tmp_path / "search").count("| over max_kl |") == 1
 
 
+@pytest.mark.slow
 def test_a_pruned_trial_is_broken_off_and_a_pruned_one_is_never_the_best(words, tmp_path, monkeypatch, capsys):
     """With --json, there is a line for each iteration and one for each trial."""
     monkeypatch.setattr(tuning.Trial, "report", lambda self, step, value, kl: step == 1)
@@ -246,6 +252,7 @@ def test_a_configuration_that_does_not_fit_is_refused(option, message, words, tm
     assert message in refused(capfd, "tune", *words, option)
 
 
+@pytest.mark.slow
 def test_a_file_of_a_training_and_one_of_ranges(model, tmp_path, monkeypatch):
     """The ranges may stand in a file of their own, behind that of a training; whole numbers stay whole."""
     monkeypatch.chdir(tmp_path)

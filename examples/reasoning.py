@@ -97,7 +97,7 @@ def main() -> None:
     args = parse_arguments()
     transformers_logging.disable_progress_bar()
     start, console = time.perf_counter(), Console()
-    n_tokens, n_envs, n_prompts = (256, 16, 8) if args.smoke else (16_384, 128, N_HELD_OUT)
+    n_tokens, n_envs, n_prompts = (256, 16, 8) if args.smoke else (12_288, 128, N_HELD_OUT)
     settings = {name: getattr(args, name) for name in ("model", "algorithm", "shuffled", "seed", "smoke")}
     check_settings(args.out, settings)
     base = args.out / "base"

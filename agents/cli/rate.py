@@ -147,8 +147,9 @@ def ask(store: FeedbackStore, writer: Writer, prompts: Sequence[PromptLike], cho
         for first in range(0, len(written), size):
             question = written[first : first + size]
             texts = [generation.text for generation in question]
-            options = {"run": run, "raters": chosen.raters, "scale": scale}
-            store.add(str(question[0].prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
+            prompt = question[0].prompt
+            options = {"run": run, "raters": chosen.raters, "scale": scale, "messages": prompt.messages}
+            store.add(str(prompt), texts, kind, models=chosen.model, **options)  # type: ignore[arg-type]
             n_new += 1
     return n_new
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 APPLICATION = 0x74786662  # "txfb" in ASCII: the application id in SQLite's header
-VERSION = 2
+VERSION = 3
 # An item is a question; a showing is one display of an item to a rater. Columns whose names do not tell their meaning:
-# - items: `low` and `high` are the ends of the scale, `raters` is the number of raters who are to answer;
+# - items: `low` and `high` are the ends of the scale, `raters` is the number of raters who are to answer, `messages`
+#   has the messages of a prompt that is a chat (JSON);
 # - showings: `places` is the order of the completions (JSON), `handed` the time of the showing, `owed` the number of
 #   answers to come, and `due` the number of the answer after which a gold item waits for its second showing, or 0;
 # - answers: `stands` is 1 until the answer is undone.
@@ -20,7 +21,7 @@ SCHEMA = (
     """CREATE TABLE items (
         id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, prompt TEXT NOT NULL, run TEXT,
         low REAL NOT NULL, high REAL NOT NULL, raters INTEGER NOT NULL, gold INTEGER NOT NULL, time REAL NOT NULL,
-        answered INTEGER NOT NULL DEFAULT 0)""",
+        answered INTEGER NOT NULL DEFAULT 0, messages TEXT)""",
     "CREATE INDEX open_by_kind ON items (kind, id) WHERE answered < raters",
     """CREATE TABLE completions (
         item INTEGER NOT NULL REFERENCES items, place INTEGER NOT NULL, text TEXT NOT NULL, model TEXT,
@@ -56,7 +57,8 @@ SCHEMA = (
 class Database:
     """The connection of all threads of a process to a file that several processes may use.
 
-    A transaction is on the disk when it ends (a write-ahead log, synchronous=FULL).
+    A transaction is on the disk when it ends (a write-ahead log, synchronous=FULL). A file of version 2, which had no
+    messages, becomes one of this version when it is opened.
 
     Args:
         path: The file; it is created if it does not exist.
@@ -93,6 +95,9 @@ class Database:
                 for statement in SCHEMA:
                     self.execute(statement)
                 self.execute(f"PRAGMA application_id={APPLICATION}")
+                self.execute(f"PRAGMA user_version={VERSION}")
+            elif self._header("user_version") == 2:
+                self.execute("ALTER TABLE items ADD COLUMN messages TEXT")
                 self.execute(f"PRAGMA user_version={VERSION}")
         version = self._header("user_version")
         if version != VERSION:

@@ -19,6 +19,8 @@ FORMS: tuple[str, ...] = get_args(Form)
 def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
     """Yield the rows of all answers in a form, each with its rater, run, models, seconds and time where known.
 
+    A prompt that is a chat is the text that its template wrote, and the column `messages` has its messages.
+
     - "pairs": prompt, chosen, rejected; one row for each pair that a choice, a ranking or unequal scores decide. The
       columns are those of hh-rlhf, with the prompt in a column of its own. Ties yield no row.
     - "rankings": prompt, ranking (the texts, best first); one row for each ranking, and for each choice, a ranking of
@@ -51,7 +53,7 @@ def rows_of(answers: Iterable[Answer], form: Form) -> Iterator[dict[str, Any]]:
         origin = {"answer": answer.id, "rater": answer.rater, "run": answer.run}
         timing = {"seconds": answer.seconds, "time": answer.time}
         for row in make[form](answer):
-            columns = {"prompt": answer.prompt, **row, **origin, **timing}
+            columns = {"prompt": answer.prompt, "messages": answer.messages, **row, **origin, **timing}
             yield {name: value for name, value in columns.items() if value is not None}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
+
+from textenv.prompts.chat import Message, is_chat
 
 Kind = Literal["score", "compare", "rank"]
 Choice = Literal["a", "b", "tie", "both_bad"]
@@ -33,6 +35,8 @@ class Item(NamedTuple):
         completions: The completions in the order in which this rater sees them, drawn at random and stored.
         order: The index of each of these completions in the list that was added.
         scale: The lowest and the highest score.
+        messages: The prompt's messages if it is a chat, each with "role" and "content", which people read in the place
+            of the prompt; None for any other prompt.
     """
 
     id: int
@@ -43,6 +47,7 @@ class Item(NamedTuple):
     completions: tuple[str, ...]
     order: tuple[int, ...]
     scale: tuple[float, float]
+    messages: tuple[Message, ...] | None = None
 
 
 class Answer(NamedTuple):
@@ -65,6 +70,7 @@ class Answer(NamedTuple):
         seconds: The time that the rater took, or None where it is unknown.
         time: The time of writing, in seconds since 1970.
         undoes: For "undo", the number of the answer that no longer counts.
+        messages: The item's messages, or None.
 
     Example:
         >>> answer = Answer(1, 1, "rank", "ann", "It was ", ("bad", "good", "fair"), (1, 2, 0))
@@ -87,6 +93,7 @@ class Answer(NamedTuple):
     seconds: float | None = None
     time: float = 0.0
     undoes: int | None = None
+    messages: tuple[Message, ...] | None = None
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return the indices (better, worse) of each pair of completions that the answer decides: none for a tie."""
@@ -125,6 +132,7 @@ class Record(NamedTuple):
     scale: tuple[float, float] = (1, 5)
     seconds: float | None = None
     time: float | None = None
+    messages: Sequence[Message] | None = None
 
 
 def check_rater(rater: str) -> str:
@@ -155,11 +163,32 @@ def check_question(kind: str, prompt: str, completions: Sequence[str]) -> None:
     if not low <= len(completions) <= high:
         amount = str(low) if low == high else f"{low} to {high}"
         raise ValueError(f"Expected {amount} completions to {kind}, got {len(completions)}.")
-    for text in (prompt, *completions):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"Expected texts that UTF-8 can write, got {text!r:.80}: {error.reason}.") from error
+    _check_encodable([prompt, *completions])
+
+
+def check_messages(messages: Sequence[Message] | None) -> tuple[Message, ...] | None:
+    """Return the role and the content of each message of a chat, which is all that people read; None for None.
+
+    Raises:
+        ValueError: If it is no list of messages, or a role or content is not a str or cannot be encoded as UTF-8.
+
+    Example:
+        >>> check_messages([{"role": "user", "content": "Hi", "name": "ann"}])
+        ({'role': 'user', 'content': 'Hi'},)
+    """
+    if messages is None:
+        return None
+    read = []
+    for message in messages if is_chat(messages) else [None]:
+        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                "Expected `messages` to be a list of messages, each with the texts 'role' and 'content', got "
+                f"{messages!r:.80}. Leave them out for a prompt that is no chat."
+            )
+        _check_encodable(texts)
+        read.append({"role": texts[0], "content": texts[1]})
+    return tuple(read)
 
 
 def check_value(kind: str, value: Any, n: int, scale: tuple[float, float]) -> Value:
@@ -223,6 +252,14 @@ def check_names(names: Sequence[str | None]) -> None:
     """
     if not all(name is None or isinstance(name, str) for name in names):
         raise ValueError(f"Expected names of models and runs to be texts or None, got {names!r:.80}.")
+
+
+def _check_encodable(texts: Iterable[Any]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Expected texts that UTF-8 can write, got {text!r:.80}: {error.reason}.") from error
 
 
 def _is_whole(value: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 
@@ -19,6 +18,7 @@ from textenv.feedback.records import (
     Progress,
     Record,
     Value,
+    check_messages,
     check_names,
     check_question,
     check_rater,
@@ -26,15 +26,10 @@ from textenv.feedback.records import (
     check_seconds,
     check_value,
 )
+from textenv.feedback.rows import ANSWERS, ITEM, read_answer, read_item
+from textenv.prompts.chat import Message
 
 LEASE = 600.0  # seconds for which a shown item counts as being in that rater's hands: longer than an answer takes
-
-# New answers that still count, and new undos of answers that a reader up to :since has already seen.
-_ANSWERS = """
-SELECT answers.*, item, repeat, places, prompt, run, low, high
-FROM answers JOIN showings ON showings.id = showing JOIN items ON items.id = item
-WHERE answers.id > :since AND (stands OR undoes <= :since) ORDER BY answers.id
-"""
 
 
 class FeedbackStore:
@@ -96,6 +91,7 @@ class FeedbackStore:
         raters: int = 1,
         gold: bool = False,
         scale: tuple[float, float] = (1, 5),
+        messages: Sequence[Message] | None = None,
     ) -> int:
         """Add a question.
 
@@ -108,15 +104,18 @@ class FeedbackStore:
             raters: The number of raters who are to answer.
             gold: Whether each rater sees the item a second time, to check that the answer is the same.
             scale: The lowest and the highest score.
+            messages: The messages of a prompt that is a chat, each with "role" and "content". Raters read them, but
+                reward models are trained on `prompt`, the text that the chat template makes of them.
 
         Returns:
             The item's number.
 
         Raises:
-            ValueError: If a text is not a str, or there are too many or too few completions.
+            ValueError: If a text is not a str, there are too many or too few completions, or a message has no role or
+                content.
         """
         with self._db.writing():
-            return self._add(prompt, completions, kind, models, run, raters, gold, scale)
+            return self._add(prompt, completions, kind, models, run, raters, gold, scale, messages)
 
     def _add(
         self,
@@ -128,8 +127,10 @@ class FeedbackStore:
         raters: int = 1,
         gold: bool = False,
         scale: tuple[float, float] = (1, 5),
+        messages: Sequence[Message] | None = None,
     ) -> int:
         check_question(kind, prompt, completions)
+        chat = check_messages(messages)
         low, high = check_scale(scale)
         check_names([run, *([models] if isinstance(models, str) else models or [])])
         if raters < 1:
@@ -141,7 +142,7 @@ class FeedbackStore:
         item = self._db.insert(
             "items",
             **dict(kind=kind, prompt=str(prompt), run=run, low=low, high=high),
-            **dict(raters=raters, gold=gold, time=time.time()),
+            **dict(raters=raters, gold=gold, time=time.time(), messages=chat and json.dumps(chat)),
         )
         for index, (text, model) in enumerate(zip(completions, models, strict=True)):
             self._db.insert("completions", item=item, place=index, text=str(text), model=model)
@@ -188,16 +189,8 @@ class FeedbackStore:
         return showing
 
     def _item(self, showing: int) -> Item:
-        row = self._db.execute(
-            "SELECT item, rater, places, items.kind, prompt, low, high FROM showings JOIN items ON items.id = item "
-            "WHERE showings.id = ?",
-            (showing,),
-        ).fetchone()
-        texts = [text for text, _ in self._completions(row["item"])]
-        order = tuple(json.loads(row["places"]))
-        shown = tuple(texts[index] for index in order)
-        scale = (row["low"], row["high"])
-        return Item(row["item"], showing, row["rater"], row["kind"], row["prompt"], shown, order, scale)
+        row = self._db.execute(ITEM, (showing,)).fetchone()
+        return read_item(row, [text for text, _ in self._completions(row["item"])])
 
     def _completions(self, item: int) -> list[tuple[str, str | None]]:
         rows = self._db.execute("SELECT text, model FROM completions WHERE item = ? ORDER BY place", (item,))
@@ -332,9 +325,9 @@ class FeedbackStore:
         the result has the undo instead: an answer of kind "undo" whose `undoes` is that number.
         """
         with self._db.reading():
-            rows = self._db.execute(_ANSWERS, {"since": since}).fetchall()
+            rows = self._db.execute(ANSWERS, {"since": since}).fetchall()
             texts = {item: self._completions(item) for item in {row["item"] for row in rows}}
-        return [_read_answer(row, texts[row["item"]]) for row in rows]
+        return [read_answer(row, texts[row["item"]]) for row in rows]
 
     def record(self, records: Iterable[Record]) -> list[int]:
         """Write answers from elsewhere, all or none, together with their questions, which are not asked again.
@@ -363,7 +356,7 @@ class FeedbackStore:
     def _record(self, record: Record) -> int:
         question = record.prompt, record.completions, record.kind
         # With the default of one rater, this answer closes the item, so that nobody is asked.
-        item = self._add(*question, record.models, record.run, scale=record.scale)
+        item = self._add(*question, record.models, record.run, scale=record.scale, messages=record.messages)
         n = len(record.completions)
         value = check_value(record.kind, record.value, n, record.scale)
         rater, when = check_rater(record.rater), check_seconds("time", record.time) or time.time()
@@ -379,16 +372,3 @@ class FeedbackStore:
 def _check_kind(item: Item, kind: str) -> None:
     if item.kind != kind:
         raise ValueError(f"Expected an answer to {item.kind} item {item.id}, got one to {kind}.")
-
-
-def _read_answer(row: sqlite3.Row, texts: Sequence[tuple[str, str | None]]) -> Answer:
-    value = json.loads(row["value"])
-    return Answer(
-        **{name: row[name] for name in ("id", "item", "kind", "rater", "prompt", "run", "repeat", "seconds", "time")},
-        completions=tuple(text for text, _ in texts),
-        models=tuple(model for _, model in texts),
-        value=tuple(value) if isinstance(value, list) else value,
-        scale=(row["low"], row["high"]),
-        order=tuple(json.loads(row["places"])),
-        undoes=row["undoes"],
-    )

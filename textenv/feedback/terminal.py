@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.text import Text
 
 from textenv.feedback.asked import StandingAnswers
 from textenv.feedback.records import Choice, Item, Kind
 from textenv.feedback.store import FeedbackStore
+from textenv.prompts.chat import Message
 from textenv.text.printable import printable
 
 CHOICES: dict[str, Choice] = {"a": "a", "b": "b", "t": "tie", "n": "both_bad"}
@@ -26,8 +28,8 @@ class RatingTerminal:
     """A dialogue with one rater, who scores completions, chooses one of two, or ranks them.
 
     An answer is in the store before the next question is shown, and a rater who comes back is asked only the remaining
-    questions. Control characters in the model's text are escaped. After an invalid line the expected one is explained,
-    and the question asked again. The end of the input quits.
+    questions. A prompt that is a chat is shown as its messages. Control characters in all texts are escaped. After an
+    invalid line the expected one is explained, and the question asked again. The end of the input quits.
 
     Args:
         store: The store with the questions, to which the answers are written.
@@ -121,13 +123,13 @@ class RatingTerminal:
                 return "answer"
 
     def _show(self, item: Item) -> None:
-        spans: list[str | tuple[str, str]] = [(printable(item.prompt), "dim")]
-        single = len(item.completions) == 1
-        if single:
-            spans.append(printable(item.completions[0]))
-        self.console.print(Panel(Text.assemble(*spans), title=f"{item.kind} {item.id}", title_align="left"))
-        # A single completion is in the panel of its prompt; several completions have panels of their own.
-        for name, text in zip(_names(item), () if single else item.completions, strict=False):
+        completions = item.completions
+        prompt = Text(printable(item.prompt), "dim")
+        if item.messages is None and len(completions) == 1:  # in the panel of the text that it continues
+            prompt, completions = Text.assemble(prompt, printable(completions[0])), ()
+        shown = prompt if item.messages is None else _chat(item.messages)
+        self.console.print(Panel(shown, title=f"{item.kind} {item.id}", title_align="left"))
+        for name, text in zip(_names(item), completions, strict=False):
             self.console.print(Panel(Text(printable(text)), title=name, title_align="left"))
 
     def _write(self, item: Item, line: str, seconds: float) -> None:
@@ -163,6 +165,15 @@ class RatingTerminal:
         scores = [score for value in values if isinstance(value, tuple) for score in value if isinstance(score, float)]
         n = f"{len(values)} answer{'' if len(values) == 1 else 's'}"
         return f"{n}, mean {statistics.fmean(scores):.2f}" if scores else n
+
+
+def _chat(messages: Sequence[Message]) -> Group:
+    """Return messages, each below its role; the texts are indented, so that no line of a text can pass for a role."""
+    lines: list[RenderableType] = []
+    for message in messages:
+        text = Text(printable(message["content"]), "dim")
+        lines += [Text(printable(message["role"]), "bold"), Padding(text, (0, 0, 0, 2))]
+    return Group(*lines)
 
 
 def _names(item: Item) -> list[str]:

@@ -307,20 +307,21 @@ def _accepted_language(request: Request) -> str:
 
 def _shown(item: Item) -> dict[str, Any]:
     """Return an item as the page receives it: without models, and without a sign that a gold item is shown again."""
-    texts = {"prompt": item.prompt, "completions": item.completions}
+    texts = {"prompt": item.prompt, "messages": item.messages, "completions": item.completions}
     return {"showing": item.showing, "kind": item.kind, **texts, "scale": item.scale}
 
 
 def _matches(answer: Answer, request: Request) -> bool:
     query = request.query_params
     rater, kind, search = query.get("rater"), query.get("kind"), query.get("search", "").casefold()
-    texts = (answer.prompt, *answer.completions)
+    said = [message["content"] for message in answer.messages or ()]
+    texts = (*(said or [answer.prompt]), *answer.completions)
     has_text = not search or any(search in text.casefold() for text in texts)
     return has_text and (not rater or answer.rater == rater) and (not kind or answer.kind == kind)
 
 
 def _row(answer: Answer) -> dict[str, Any]:
-    columns = ("id", "rater", "kind", "prompt", "completions", "value", "seconds", "time")
+    columns = ("id", "rater", "kind", "prompt", "messages", "completions", "value", "seconds", "time")
     return {name: value for name, value in answer._asdict().items() if name in columns}
 
 

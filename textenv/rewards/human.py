@@ -144,7 +144,7 @@ class HumanReward(BatchReward):
     def score(self, prompts: Sequence[Prompt], preds: Sequence[Preds], dones: Sequence[bool]) -> Sequence[Score]:
         """Return the rewards of the rows."""
         standing = self._open()
-        texts = [(str(prompt), completion.text) for prompt, completion in zip(prompts, preds, strict=True)]
+        texts = [(prompt, completion.text) for prompt, completion in zip(prompts, preds, strict=True)]
         if self._learner is None:
             asked = [self._ask(prompt, [text]) for prompt, text in texts]
             return _means(asked, self._wait(asked))
@@ -158,12 +158,12 @@ class HumanReward(BatchReward):
             self._ask(*question)
         return scores
 
-    def _ask(self, prompt: str, texts: Sequence[str]) -> int:
+    def _ask(self, prompt: Prompt, texts: Sequence[str]) -> int:
         """Return the number of a question, and add the question to the store unless it is there already."""
-        known, key = self._known(), (prompt, tuple(texts))
+        known, key = self._known(), (str(prompt), tuple(texts))
         if key not in known:
             options: dict[str, Any] = {"run": self.run, "raters": self.raters, "scale": self.scale}
-            known[key] = self._open().store.add(prompt, texts, self.kind, **options)
+            known[key] = self._open().store.add(key[0], texts, self.kind, **options, messages=prompt.messages)
         return known[key]
 
     def _wait(self, items: Collection[int]) -> list[Answer]:
@@ -198,10 +198,10 @@ def _means(items: Sequence[int], answers: Sequence[Answer]) -> list[Score]:
 
 
 def _questions(
-    texts: Sequence[tuple[str, str]], scores: Sequence[Score], kind: Kind, n: int
-) -> list[tuple[str, list[str]]]:
+    texts: Sequence[tuple[Prompt, str]], scores: Sequence[Score], kind: Kind, n: int
+) -> list[tuple[Prompt, list[str]]]:
     """Return at most `n` questions, prompt and texts, evenly spread from the best mean score to the worst."""
-    by_prompt: dict[str, dict[str, float]] = defaultdict(dict)  # the score of each different text
+    by_prompt: dict[Prompt, dict[str, float]] = defaultdict(dict)  # the score of each different text
     for (prompt, text), score in zip(texts, scores, strict=True):
         by_prompt[prompt][text] = score if isinstance(score, float) else 0.0
     size, least = GROUP[kind], min(GROUP[kind], 2)  # a single text can be scored, but not compared or ranked

@@ -2,14 +2,21 @@
 
 import io
 import json
+import re
 
 import pytest
 from transformers import GPT2LMHeadModel
 
 from agents.cli import chat
+from agents.supervised.feedback_data import read_feedback
 from tests.helpers.command import ROLLOUT, run, settings
 from tests.helpers.models import tiny
 from tests.textenv.prompts.test_chat import CHATML, END, tokenizer_with
+from textenv import Preds
+from textenv.feedback.records import Record
+from textenv.feedback.store import FeedbackStore
+from textenv.prompts.prompts import PromptReader
+from textenv.rewards.preference import Preference
 
 ASKED = [{"role": "user", "content": "hello there"}]
 TEMPLATE = "<|im_start|>"
@@ -69,11 +76,36 @@ def test_chat_renders_the_conversation_and_shows_the_answers_alone(trained, monk
     assert second.startswith(first) and second.endswith("<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_rate_asks_about_the_texts_of_the_run(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
-    assert run("rate", trained / "run", "--prompts", trained / "chats.jsonl", "--db", tmp_path / "r.db") == 0
-    out = capsys.readouterr().out
-    assert f"1 new questions in {tmp_path / 'r.db'}" in out and "hello there" in out
+@pytest.mark.parametrize(
+    "words", [["--kind", "compare"], ["--kind", "rank"], ["--kind", "score"], ["--train", "--updates", "1"]]
+)
+def test_rate_shows_a_chat_as_its_messages_and_keeps_what_the_template_wrote(
+    trained, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO({"compare": "a", "rank": "1 2 3 4"}.get(words[-1], "4") + "\n"))
+    out = ["--out", tmp_path / "hand"] if "--train" in words else []
+    usual = ["--prompts", trained / "chats.jsonl", "--db", tmp_path / "r.db", "--max_new_tokens", "4"]
+    assert run("rate", trained / "run", *usual, *words, *out) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"│ user +│\n│   hello there +│\n╰", said) and TEMPLATE not in said
+    with FeedbackStore(tmp_path / "r.db") as store:
+        [answer] = store.answers()
+    assert answer.messages == tuple(ASKED)
+    assert answer.prompt == "<|im_start|>user\nhello there<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_reward_model_of_answers_about_chats_reads_them_as_in_its_training(trained, tmp_path):
+    """As text, which the policy's template wrote, although its own tokenizer has a template as well."""
+    tokenizer = tokenizer_with(CHATML)
+    prompt = PromptReader(tokenizer).read(ASKED)
+    with FeedbackStore(tmp_path / "r.db") as store:
+        store.record([Record("compare", str(prompt), ["good", "bad"], 0, "ann", messages=prompt.messages)])
+    words = ["--from-feedback", tmp_path / "r.db", "--model", trained / "model", "--out", tmp_path / "scorer"]
+    assert run("reward-model", *words, "--quiet") == 0
+    reward = Preference(tmp_path / "scorer")
+    preds = Preds(tokenizer, tokenizer.encode("good", add_special_tokens=False))
+    [pair] = read_feedback(str(tmp_path / "r.db")).data
+    assert reward.text(prompt, preds) == pair.wholes()[0] == str(prompt) + "good"
 
 
 def test_a_terminal_is_told_that_a_model_is_being_loaded(trained, monkeypatch, capsys):

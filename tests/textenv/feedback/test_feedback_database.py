@@ -46,7 +46,7 @@ def test_later_versions_are_refused(path):
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version=9")
     db.close()
-    with pytest.raises(ValueError, match="Expected a store of version 2, got version 9"):
+    with pytest.raises(ValueError, match="Expected a store of version 3, got version 9"):
         FeedbackStore(path)
 
 

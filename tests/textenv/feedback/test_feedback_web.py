@@ -60,7 +60,7 @@ def test_the_page_learns_neither_models_nor_repeats(store):
     fill(store)
     client = visit(store)
     item = client.post("/api/next", json={}).json()["item"]
-    assert set(item) == {"showing", "kind", "prompt", "completions", "scale"}
+    assert set(item) == {"showing", "kind", "prompt", "messages", "completions", "scale"}
     rate_all(client)
     everything = [client.get(path).text for path in ("/", "/history", "/api/history")]
     assert not any("secret" in text for text in everything)

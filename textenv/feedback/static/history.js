@@ -1,6 +1,6 @@
 // The table of answers, which the server filters and sends fifty at a time.
 
-import { byId, call, element, trimmed, words } from "./page.js";
+import { byId, call, element, promptOf, trimmed, words } from "./page.js";
 
 const filters = byId("filters");
 let start = 0;
@@ -31,7 +31,9 @@ function row(answer) {
   const time = new Date(answer.time * 1000).toLocaleString(document.documentElement.lang);
   const seconds = answer.seconds === null ? "" : `${answer.seconds.toFixed(1)} s`;
   made.append(element("td", "about nowrap", time), element("td", "about", answer.rater), element("td", "about nowrap", words[answer.kind]));
-  made.append(element("td", "text", answer.prompt), said, element("td", "number", seconds));
+  const prompt = element("td", "text");
+  prompt.append(...promptOf(answer));
+  made.append(prompt, said, element("td", "number", seconds));
   return made;
 }
 

@@ -1,7 +1,7 @@
 // The rating page: one item at a time. An answer stays on the screen until the server says that it is on the disk.
 
 import { kinds } from "./kinds.js";
-import { byId, call, words } from "./page.js";
+import { byId, call, promptOf, words } from "./page.js";
 
 const POLL = 3000; // ms between requests for new items when there are none
 let item = null;
@@ -43,7 +43,7 @@ function draw() {
   draft = kept.showing === item.showing ? kept.draft : [];
   const single = item.kind === "score" && item.completions.length === 1;
   byId("question").textContent = words[single ? "ask_score_one" : `ask_${item.kind}`];
-  byId("prompt").textContent = item.prompt;
+  byId("prompt").replaceChildren(...promptOf(item));
   byId("send").hidden = item.kind === "compare";
   byId("answer").replaceChildren();
   byId("item").dataset.kind = item.kind;

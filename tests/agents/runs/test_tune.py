@@ -266,5 +266,5 @@ def test_a_file_of_a_training_and_one_of_ranges(model, tmp_path, monkeypatch):
     config = cli.train_config(["search/best.yml"])[0]
     assert type(config.algorithm.n_epochs) is int and type(config.algorithm.args["ent_coef"]) is float
     assert config.algorithm.args["clip_range"] == 0.1
-    with pytest.raises(CommandError, match="only textenv tune reads this section"):
+    with pytest.raises(CommandError, match="tune reads it: leave it out"):
         cli.train_config(["train.yml", "--config", "ranges.yml"])

@@ -194,13 +194,6 @@ def test_without_a_feasible_trial_it_fails_and_says_so(words, tmp_path, capfd):
     assert table(tmp_path / "search").count("| over max_kl |") == 1
 
 
-def test_where_every_trial_fails_the_first_says_why(words, tmp_path, capfd):
-    words = [*words, "--trials=1", "--evaluation.best=judge", "--out", tmp_path / "search", "--quiet"]
-    assert run("tune", *words) == Exit.FAILED
-    said = capfd.readouterr().err
-    assert "got 1 that failed, the first by: Expected `best` to be one of ['length', 'reward', 'kl'," in said
-
-
 def test_a_pruned_trial_is_broken_off_and_a_pruned_one_is_never_the_best(words, tmp_path, monkeypatch, capsys):
     """With --json, there is a line for each iteration and one for each trial."""
     monkeypatch.setattr(tuning.Trial, "report", lambda self, step, value, kl: step == 1)
@@ -268,3 +261,10 @@ def test_a_file_of_a_training_and_one_of_ranges(model, tmp_path, monkeypatch):
     assert config.algorithm.args["clip_range"] == 0.1
     with pytest.raises(CommandError, match="tune reads it: leave it out"):
         cli.train_config(["train.yml", "--config", "ranges.yml"])
+
+
+def test_where_every_trial_fails_the_first_says_why(words, tmp_path, capfd):
+    words = [*words, "--trials=1", "--evaluation.best=judge", "--out", tmp_path / "search", "--quiet"]
+    assert run("tune", *words) == Exit.FAILED
+    said = capfd.readouterr().err
+    assert "got 1 that failed, the first by: Expected `best` to be one of ['length', 'reward', 'kl'," in said

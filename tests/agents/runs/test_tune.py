@@ -263,6 +263,7 @@ def test_a_file_of_a_training_and_one_of_ranges(model, tmp_path, monkeypatch):
         cli.train_config(["train.yml", "--config", "ranges.yml"])
 
 
+@pytest.mark.slow  # several seconds: a search of one trial
 def test_where_every_trial_fails_the_first_says_why(words, tmp_path, capfd):
     words = [*words, "--trials=1", "--evaluation.best=judge", "--out", tmp_path / "search", "--quiet"]
     assert run("tune", *words) == Exit.FAILED

@@ -33,7 +33,8 @@ def write_adapter(backbone: Backbone, folder: Path) -> None:
     """Write a model's adapter into a new folder: adapter_model.safetensors and adapter_config.json.
 
     `peft.PeftModel.from_pretrained(base, folder)` puts it on the model that the training began with, whose name or
-    absolute path is in the file, so that `AutoPeftModelForCausalLM.from_pretrained(folder)` finds it.
+    absolute path is in the file, so that `AutoPeftModelForCausalLM.from_pretrained(folder)` finds it. Of a GGUF file
+    the path is that of its folder: `AutoPeftModelForCausalLM.from_pretrained(folder, gguf_file="file.gguf")`.
 
     Args:
         backbone: The language model, with LoRA.

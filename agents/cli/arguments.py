@@ -184,11 +184,9 @@ def parse(parser: ArgumentParser, words: list[str]) -> Namespace:
         if name and name not in known:
             from textenv.checks.signatures import nearest  # which loads gymnasium
 
-            # A search and the training of its best trial may share a file, up to this section.
-            is_search = name.partition(".")[0] == "tune"
-            hint = (
-                ": only textenv tune reads this section" if is_search and "tune" not in known else nearest(name, known)
-            )
+            # The file of a search is easily given to another verb.
+            is_search = name.partition(".")[0] in ("tune", "trials") and "trials" not in known
+            hint = ", since only textenv tune reads it: leave it out." if is_search else nearest(name, known)
         raise CommandError(message.rstrip(".") + (hint or ".")) from error
 
 

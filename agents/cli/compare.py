@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import Exit
 from ..evaluation.curves import check_matplotlib, check_picture, draw_curves
 from ..evaluation.improvement import SeedComparison
-from ..evaluation.prompt_scores import SCORES_FILE, PromptScores, read_scores
+from ..evaluation.prompt_scores import SCORES_FILE, PromptScores, scores_in
+from ..evaluation.tables import cell, markdown
 from ..runs.folder import SEED, RunFolder, read_rows
 
 # The figures of the table, by their keys in metrics.jsonl.
@@ -42,14 +43,14 @@ def compare(paths: Sequence[str], out: str) -> int:
         for group, members in groups.items()
         for run in members
     }
+    # All files are read before the picture is written, so that a damaged one leaves no picture.
     rows_of = {name: read_rows(run.metrics) for name, (_, run) in runs.items()}
+    newest = {run.path: scores[max(scores)] for _, run in runs.values() if (scores := scores_in(run.path))}
     draw_curves(out, rows_of, groups={name: group for name, (group, _) in runs.items()})
-    print(f"| run | tokens | reward at first | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 3)}")
-    for name, rows in rows_of.items():
-        print(_line(name, rows))
+    print(markdown(["run", "tokens", "first reward", *COLUMNS], [_cells(name, rows) for name, rows in rows_of.items()]))
     (first, ours), *others = groups.items()
     for name, theirs in others:
-        _print_comparison({first: ours, name: theirs})
+        _print_comparison({first: ours, name: theirs}, newest)
     print(f"curves: {out}")
     return Exit.DONE
 
@@ -64,31 +65,21 @@ def _runs(path: Path) -> list[RunFolder]:
     return [RunFolder.open(path)]
 
 
-def _line(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _cells(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a run's line of the table: its tokens, the first reward, and the last values."""
-    values = [[row[key] for row in rows if row.get(key) is not None] for key in COLUMNS]
-    cells = [_shown(values[0][:1]), *(_shown(column[-1:]) for column in values)]
-    return f"| {name} | {rows[-1]['tokens'] if rows else 0:,} | {' | '.join(cells)} |"
+    values = [[None, *(row[key] for row in rows if row.get(key) is not None)] for key in COLUMNS]
+    first = next((value for value in values[0] if value is not None), None)
+    return [name, cell(rows[-1]["tokens"] if rows else 0), *map(cell, (first, *(column[-1] for column in values)))]
 
 
-def _shown(values: Sequence[float]) -> str:
-    return f"{values[0]:#.3g}" if values else ""
-
-
-def _print_comparison(groups: Mapping[str, list[RunFolder]]) -> None:
+def _print_comparison(groups: Mapping[str, list[RunFolder]], newest: Mapping[Path, PromptScores]) -> None:
     """Print whether the first of two groups of runs is better than the second, by their newest evaluations."""
-    newest: list[list[PromptScores]] = []
-    for members in groups.values():
-        newest.append([])
-        for run in members:
-            file = run.path / SCORES_FILE
-            scores = read_scores(file) if file.is_file() else {}
-            if not scores:
-                print(f"\nnot compared: {run.path} has no {SCORES_FILE}, which an evaluation of this version writes")
-                return
-            newest[-1].append(scores[max(scores)])
+    runs = [run for members in groups.values() for run in members]
+    if missing := [run.path for run in runs if run.path not in newest]:
+        print(f"\nnot compared: {missing[0]} has no {SCORES_FILE}, which an evaluation of this version writes")
+        return
     first, second = groups
-    print(f"\n{SeedComparison(newest[0], newest[1], (first, second)).to_markdown()}\n")
-    unfinished = [str(run.path) for members in groups.values() for run in members if not run.is_finished()]
-    if unfinished:
+    a, b = ([newest[run.path] for run in members] for members in groups.values())
+    print(f"\n{SeedComparison(a, b, (first, second)).to_markdown()}\n")
+    if unfinished := [str(run.path) for run in runs if not run.is_finished()]:
         print(f"not finished, compared as they are: {', '.join(unfinished)}")

@@ -135,7 +135,7 @@ class ShowOptions:
 
 @dataclass
 class CompareOptions:
-    """Draw runs, or folders of seeds, in one picture, and say whether the first is better than each other one.
+    """Draw runs, or folders of seeds, in one picture, and say whether the first is better than each of the others.
 
     Args:
         runs: The folders of the runs, or of the runs of several seeds.

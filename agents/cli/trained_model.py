@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from textenv.checks.json_files import read_json
 from textenv.checks.trust import Trust
 from textenv.env import TextEnv
 from textenv.huggingface.positions import n_positions
@@ -61,7 +60,6 @@ CHUNK = 64  # prompts per call of `generate`, which runs as many side by side; t
 N_COMPARED = 8
 COMPARED_PROMPT = 4  # tokens
 COMPARED_TOKENS = 32
-RESULTS = {"after": {"figures": {str: (float, None)}}}  # the shape of results.json, for `read_json`
 
 
 class Writer(NamedTuple):
@@ -333,11 +331,10 @@ def _check_same(policy: LMPolicy, exported: LMPolicy, tokenizer: PreTrainedToken
 
 def _describe(folder: Path, run: RunFolder, config: TrainConfig) -> None:
     """Write the card of a run's model, and its samples and curves if there are any, into the model's folder."""
-    table, results = "Not evaluated yet.", run.path / "results"
-    reward = None
-    if results.with_suffix(".md").is_file():
-        table = results.with_suffix(".md").read_text(encoding="utf-8")
-        reward = read_json(results.with_suffix(".json"), RESULTS)["after"]["figures"].get("reward")
+    table, reward = "Not evaluated yet.", None
+    if run.is_finished():
+        table = (run.path / "results.md").read_text(encoding="utf-8")
+        reward = run.read_results()["figures"].get("reward")
     samples, rows = read_rows(run.samples, SAMPLE), read_rows(run.metrics)
     if samples:
         write_text(folder / run.samples.name, "".join(map(to_line, samples)))

@@ -317,7 +317,8 @@ class RunOptions(TrustOptions):
     Args:
         dry_run: Do one rollout and one update, and print an estimate of the whole run's time, memory and disk space.
         quiet: Print errors only.
-        json: Print one line of JSON per iteration; with --seeds it has the seed, and the last line all of them.
+        json: Print one line of JSON per iteration. With several seeds it has the seed, and the last line is their
+            table; in a search it has the trial, and a line follows each trial.
     """
 
     dry_run: bool = False

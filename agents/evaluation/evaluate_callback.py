@@ -33,7 +33,8 @@ from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..steps.kl_penalty import KLPenalty
 from .evaluation import Evaluation, evaluate
-from .prompt_scores import SCORES_FILE, Scored, read_scores, write_scores
+from .prompt_scores import SCORES_FILE, Scored, scores_in, write_scores
+from .tables import finite
 
 # The shapes of best.json and history.json, for `read_json`.
 BEST = {"figure": str, "value": float, "num_timesteps": int}
@@ -132,8 +133,7 @@ class Evaluate(BaseCallback):
         # The history is written after the best model: a run that was killed between the two evaluates again.
         if now > 0 and history.is_file():
             self.history = {row["num_timesteps"]: _numbers(row["figures"]) for row in read_json(history, HISTORY)}
-            scores = read_scores(folder / SCORES_FILE) if (folder / SCORES_FILE).is_file() else {}
-            self.measured = {at: scored for at, scored in scores.items() if at <= now}
+            self.measured = {at: scored for at, scored in scores_in(folder).items() if at <= now}
             if not best.is_file():
                 self._remember_best(folder / "best", now)
 
@@ -244,9 +244,8 @@ class Evaluate(BaseCallback):
 
     def _write_history(self, folder: Path) -> None:
         write_scores(folder / SCORES_FILE, self.measured)
-        # null for NaN and infinity, which JSON does not have
         rows = [
-            {"num_timesteps": at, "figures": {name: v if math.isfinite(v) else None for name, v in figures.items()}}
+            {"num_timesteps": at, "figures": {name: finite(value) for name, value in figures.items()}}
             for at, figures in self.history.items()
         ]
         write_text(folder / "history.json", json.dumps(rows, indent=1) + "\n")

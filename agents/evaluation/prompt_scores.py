@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from textenv.metrics.model import perplexity
 from textenv.metrics.scores import Figure, Scores, mean_of, ratio
 
 from ..files import write_text
+from .tables import finite
 
 SCORES_FILE = "scores.json"  # in the folder of `Evaluate`
 # The functions from sums to a figure that a file names; `_as_plain` linearises all others.
@@ -106,14 +108,23 @@ def read_scores(path: str | os.PathLike[str]) -> dict[int, PromptScores]:
     return read
 
 
+def scores_in(folder: str | os.PathLike[str]) -> dict[int, PromptScores]:
+    """Return the scores in the folder of `Evaluate`; none without a file, as before the first evaluation.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    file = Path(folder) / SCORES_FILE
+    return read_scores(file) if file.is_file() else {}
+
+
 def _as_plain(scores: Scores) -> dict[str, Any]:
     if scores.whole is not None:
-        return {"whole": scores.whole if math.isfinite(scores.whole) else None}
+        return {"whole": finite(scores.whole)}
     pairs = scores.rows.shape[1] == 2
     name = next((name for name, figure in FIGURES.items() if pairs and figure is scores.figure), None)
     kept = scores if name is not None else linearised(scores)
-    rows = [[number if math.isfinite(number) else None for number in row] for row in kept.rows.tolist()]
-    return {"figure": name or "ratio", "rows": rows}
+    return {"figure": name or "ratio", "rows": [list(map(finite, row)) for row in kept.rows.tolist()]}
 
 
 def _from_plain(plain: Mapping[str, Any], where: str) -> Scores:

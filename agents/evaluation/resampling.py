@@ -11,9 +11,9 @@ from textenv.metrics.scores import Scores
 
 from .prompt_scores import Scored
 
-# The share of intervals of 95 % that hold where seeds differ much more than prompts do, in per cent, by the number of
-# seeds; see `Resampling`.
-FEW = {2: 50, 3: 75, 4: 80, 5: 83}
+# The coverage of intervals of 95 % where seeds differ much more than prompts do, in per cent, by the number of seeds;
+# see `Resampling`.
+COVERAGE = {2: 50, 3: 75, 4: 80, 5: 83}
 
 Figures = Callable[[list[np.ndarray], list[np.ndarray]], np.ndarray]
 
@@ -24,15 +24,15 @@ class Resampling:
     The seeds of a group are drawn with replacement, as many as there are, and so are the prompts. Evaluations with the
     same prompts get the same draws of prompts: those are crossed with the seeds (the pigeonhole bootstrap; Owen, 2007,
     "The pigeonhole bootstrap"), since a hard prompt is hard for every seed. Drawing the prompts of each seed apart
-    would divide what prompts contribute by the number of seeds: with ten seeds, intervals of 95 % then hold in 70 %.
+    would divide what prompts contribute by the number of seeds: with ten seeds, intervals of 95 % then cover 70 %.
     Evaluations with other prompts get draws of their own. An interval is the range between the 2.5 % and 97.5 %
     quantiles of the draws (as in Agarwal et al., 2021, "Deep reinforcement learning at the edge of the statistical
     precipice", whose tasks are our prompts), by `scipy.stats.bootstrap`.
 
     A single seed cannot be drawn from: the interval is then over prompts alone, and says nothing about another seed.
     From two or more seeds it says little as long as they are few, since no draw leaves the range of the seeds at hand.
-    Where seeds differ much more than prompts do, intervals of 95 % hold in 50 % of all cases with 2 seeds, 75 % with 3,
-    83 % with 5 and 90 % with 10; where seeds do not differ, in 95 % or more.
+    Where seeds differ much more than prompts do, intervals of 95 % contain the true mean in 50 % of all cases with 2
+    seeds, 75 % with 3, 83 % with 5 and 90 % with 10; where seeds do not differ, in 95 % or more.
 
     Args:
         *groups: The evaluations of each group, one for each seed.
@@ -52,7 +52,7 @@ class Resampling:
         >>> from agents import PromptScores
         >>> from textenv.metrics.scores import mean_of
         >>> group = [PromptScores(["a", "b"], {"reward": mean_of(row)}) for row in ([0.0, 1.0], [1.0, 1.0])]
-        >>> Resampling(group).estimate(lambda seeds, prompts: seeds[0].mean(axis=1), 0.5)
+        >>> Resampling(group).estimate(lambda seeds, prompts: seeds[0].mean(axis=1))
         Estimate(value=0.5, low=0.0, high=1.0)
     """
 
@@ -75,13 +75,12 @@ class Resampling:
                 raise ValueError(f"Expected equally many prompts for all seeds, got {sorted(sizes)}.")
         self.seed, self.n_resamples = seed, n_resamples
 
-    def estimate(self, figures: Figures, value: float | None = None, over_prompts: bool = True) -> Estimate:
-        """Return a figure with its interval.
+    def estimate(self, figures: Figures, over_prompts: bool = True) -> Estimate:
+        """Return the figure of all seeds and prompts, each drawn once, with its interval.
 
         Args:
             figures: The function from draws to figures, (B,): it takes the numbers of the seeds drawn, (B, n_seeds) for
                 each group, and those of the prompts drawn, (B, n_prompts) for each list of prompts.
-            value: The figure; by default that of all seeds and prompts, each drawn once.
             over_prompts: Whether to draw prompts; False for a figure whose texts cannot be resampled.
         """
         sizes = [*self.n_seeds, *self.n_prompts]
@@ -94,9 +93,8 @@ class Resampling:
                 everything[kind] = rows
             return figures(everything[:n_groups], everything[n_groups:])
 
-        if value is None:
-            once = [np.arange(n)[None] for n in sizes]
-            value = float(figures(once[:n_groups], once[n_groups:])[0])
+        once = [np.arange(n)[None] for n in sizes]
+        value = float(figures(once[:n_groups], once[n_groups:])[0])
         return with_interval(
             value, of, [sizes[kind] for kind in drawn], self.seed, self.n_resamples, method="percentile"
         )
@@ -149,9 +147,9 @@ def caution(n_seeds: int) -> str:
     if n_seeds == 1:
         return "Intervals of 95 % are over prompts alone, and say nothing about another seed."
     text = "Intervals of 95 % are over seeds and prompts."
-    if n_seeds not in FEW:
+    if n_seeds not in COVERAGE:
         return text
     return (
-        f"{text} {n_seeds} seeds are few: where seeds differ much more than prompts do, such an interval holds in "
-        f"{FEW[n_seeds]} % of all cases."
+        f"{text} {n_seeds} seeds are few: where seeds differ much more than prompts do, such an interval contains the "
+        f"true mean in {COVERAGE[n_seeds]} % of all cases."
     )

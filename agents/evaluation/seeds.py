@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from textenv.metrics.scores import Scores
 from ..files import write_text
 from .prompt_scores import Scored
 from .resampling import Resampling, caution
-from .tables import markdown, plain, shown
+from .tables import cell, finite, markdown, plain, shown
 
 
 class SeedFigure(NamedTuple):
@@ -141,8 +140,7 @@ class SeedTable:
             compared = [shown(figure.before), shown(figure.after), shown(figure.difference, sign="+")]
             middle = [shown(figure.iqm_before), shown(figure.iqm_after)]
             rows.append([name, *compared, *middle])
-            within = "" if figure.within is None else f"{figure.within:#.3g}"
-            apart.append([name, *map(shown, figure.seeds), f"{figure.between:#.3g}", within])
+            apart.append([name, *map(shown, figure.seeds), cell(figure.between), cell(figure.within)])
         head = ["figure", "mean before", "mean after", "difference", "IQM before", "IQM after"]
         if not self.before:
             head, rows = ["figure", "mean", "IQM"], [[row[0], row[2], row[5]] for row in rows]
@@ -159,7 +157,7 @@ class SeedTable:
             figures[name] = {
                 **{key: None if value is None else plain(value) for key, value in numbers.items()},
                 "seeds": seeds,
-                **{key: value if value is not None and math.isfinite(value) else None for key, value in spread.items()},
+                **{key: finite(value) for key, value in spread.items()},
             }
         return {"n_prompts": len(self.after[0].prompts), "figures": figures, "note": self.note}
 

@@ -1,4 +1,4 @@
-"""Figures with their intervals as text: cells and tables in Markdown, and numbers for JSON."""
+"""Figures as text, alone and with intervals: cells and tables in Markdown, and numbers for JSON."""
 
 from __future__ import annotations
 
@@ -8,10 +8,26 @@ from collections.abc import Sequence
 from textenv.metrics.bootstrap import Estimate
 
 
+def finite(value: float | None) -> float | None:
+    """Return a number for JSON, which has neither NaN nor infinity: None stands for both."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def plain(figure: Estimate) -> dict[str, float | None]:
     """Return a figure for JSON, with None for NaN and infinity."""
-    numbers = figure._asdict()
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
+    return {name: finite(value) for name, value in figure._asdict().items()}
+
+
+def cell(value: float | None) -> str:
+    """Return a number to three significant digits, and a whole one in full; nothing for None, NaN and infinity.
+
+    Example:
+        >>> cell(0.12345), cell(24_576), cell(None)
+        ('0.123', '24,576', '')
+    """
+    if finite(value) is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:#.3g}"
 
 
 def shown(figure: Estimate | None, sign: str = "") -> str:

@@ -189,10 +189,10 @@ class LiveModel:
         )
         unlike = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if type(model) is not type(again) or unlike:
-            what = f", {unlike[0]!r} and {len(unlike) - 1} more weights of which differ" if unlike else ""
+            what = f": {unlike[0]!r} and {len(unlike) - 1} more weights differ" if unlike else ""
             raise ValueError(
                 f"Expected a live model as its config builds it, of one type of float, got {type(model).__name__} in "
-                f"the place of {type(again).__name__}{what}: a file that `save` writes could not be loaded. Change the "
+                f"the place of {type(again).__name__}{what}. A file that `save` writes could not be loaded: change the "
                 "config with the model (or model.float()), or pass a spec of your own with a `build()`."
             )
         return model

@@ -91,9 +91,9 @@ class LMPolicy(ActorCriticPolicy):
         activation_fn: Not used, like `net_arch`.
 
     Raises:
-        ValueError: If the model does not fit the env's vocabulary or length, or has trainable weights of 16 bits; if a
-            probe shows that it cannot be trained exactly (see docs/models.md), as if it is not causal; if `train` or
-            `gradient_checkpointing` is given with a `BackendSpec`; or if the loss lacks the `surrogate`'s gradient.
+        ValueError: If the model does not fit the env's vocabulary or length, has trainable weights of 16 bits, or
+            cannot be trained exactly, as a probe shows of models that are not causal (see docs/models.md); if `train`
+            or `gradient_checkpointing` is given with a `BackendSpec`; or if the loss lacks `surrogate`'s gradient.
 
     Example:
         >>> from agents import LMPolicy

@@ -153,14 +153,7 @@ def assemble(config: TrainConfig, trust: Trust = Trust(), progress_bar: bool = F
         ValueError: If settings exclude each other; the message comes from the object that refuses them.
     """
     parts = Parts(config, trust, progress_bar)
-    for name in (
-        "metrics",
-        "tokenizer",
-        "judge",
-        "env",
-        "held_out",
-        "agent",
-    ):  # quick ones first, to refuse mistakes early
+    for name in ("metrics", "tokenizer", "judge", "env", "held_out", "agent"):  # quick ones first, to refuse early
         getattr(parts, name)  # builds and caches it
     held_out = parts.held_out
     with _lengths_by_key(held_out, "evaluation.env_args"):  # held-out prompts may be longer than those of training

@@ -27,21 +27,14 @@ from ..files import clear_leftovers, naming, write_text
 FORMAT = 1  # the version of a run's folder
 SEED = "seed_"  # with the seed behind it, the folder of one of several seeds
 # The files that a run leaves behind if it ends before its first checkpoint.
-LEFT = (
-    "run.json",
-    "vocabulary.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "history.json",
-    "scores.json",
-    "best",
-    "tensorboard",
-)
-# The shapes of a row of metrics.jsonl, a row of samples.jsonl, and run.json.
+EVALUATIONS = ("history.json", "scores.json")  # as `Evaluate` writes them
+LEFT = ("run.json", "vocabulary.json", "metrics.jsonl", "samples.jsonl", *EVALUATIONS, "best", "tensorboard")
+# The shapes of a row of metrics.jsonl, a row of samples.jsonl, run.json and results.json.
 AGGREGATION = "train/aggregation"  # the one value of a row that is a name
 ROW = {"tokens": int, AGGREGATION: (str, NOTHING), str: (float, None)}
 SAMPLE = {"tokens": int, "prompt": str, "text": str, "end_reason": str, "reward": float, "parts": {str: float}}
 ABOUT = {"started": str, "versions": {str: str}, "git": {str: (str, None)}}
+RESULTS = {"after": {"num_timesteps": int, "figures": {str: (float, None)}}}
 # The packages whose versions influence the figures of a run; run.json notes them.
 PACKAGES = ("torch", "transformers", "stable_baselines3", "sb3_contrib", "gymnasium", "numpy", "peft")
 
@@ -197,6 +190,15 @@ class RunFolder:
         """Return whether the run has trained to its end: its results are written last, and removed when it goes on."""
         return self.results.is_file()
 
+    def read_results(self) -> dict[str, Any]:
+        """Return the last evaluation of a finished run: `num_timesteps` and `figures`, with None for NaN.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        after: dict[str, Any] = read_json(self.results, RESULTS)["after"]
+        return after
+
     def changed_versions(self) -> list[str]:
         """Return the packages with another version than at the run's start, each as "name old -> new"."""
         then, now = self.read_about()["versions"], _versions()
@@ -263,7 +265,7 @@ class RunFolder:
                 write_text(file, "".join(to_line(row) for row in rows))
         if tokens < 0:
             shutil.rmtree(self.best, ignore_errors=True)
-            for name in ("history.json", "scores.json"):
+            for name in EVALUATIONS:
                 (self.path / name).unlink(missing_ok=True)
 
     def append(self, file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

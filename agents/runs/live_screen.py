@@ -14,7 +14,7 @@ from rich.text import Text
 from textenv.text.printable import printable
 
 from .remaining import Remaining, clock
-from .screens import figures
+from .screens import EVALUATED, figures
 
 Row = dict[str, Any]
 PROMPT_END = 60  # characters of a prompt in the view: chats and dialogues would fill it
@@ -65,8 +65,7 @@ class LiveScreen:
         left = self.remaining.seconds(row)
         self.progress.update(self.task, completed=row["tokens"], left="" if left is None else f"{clock(left)} left")
         self.last |= figures(row)
-        if row.get("eval/reward") is not None:
-            self.last["evaluated"] = f"{row['eval/reward']:.3f}"
+        self.last |= {label: f"{row[key]:.3f}" for key, label in EVALUATED.items() if row.get(key) is not None}
         self._show()
 
     def samples(self, rows: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""The training that the words of `textenv train` ask for. Importing this does not load torch."""
+"""The training that the words of `textenv train`, or a trial of `textenv tune`, ask for. It does not load torch."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ RECENT = 10  # iterations: as many as usually lie between two checkpoints, so th
 ELAPSED = "time/time_elapsed"  # the seconds since `learn` began, as SB3 `on_policy_algorithm.dump_logs` logs them
 
 
-class Passed(NamedTuple):
+class Timing(NamedTuple):
     """The seconds of an iteration, its rollout, update and evaluation, and the tokens of its rollout."""
 
     seconds: float
@@ -23,8 +23,8 @@ class Passed(NamedTuple):
 class Remaining:
     """The remaining time of a run.
 
-    It is the time of the tokens that are left, at the speed of the last iterations, and that of the evaluations that
-    are left. The two are apart, so that the estimate does not jump when an evaluation is due.
+    It is the sum of the time for the tokens that are left, at the speed of the last iterations, and of the time for the
+    evaluations that are left. Those are counted apart, so that the estimate does not jump when one is due.
 
     Args:
         total: The number of tokens of the whole run.
@@ -41,8 +41,8 @@ class Remaining:
 
     def __init__(self, total: int, every: int) -> None:
         self.total, self.every = total, every
-        self.plain: deque[Passed] = deque(maxlen=RECENT)
-        self.evaluated: deque[Passed] = deque(maxlen=RECENT)
+        self.plain: deque[Timing] = deque(maxlen=RECENT)
+        self.evaluated: deque[Timing] = deque(maxlen=RECENT)
         self.evaluated_at = self.at = 0
         self.clock: float | None = None
 
@@ -57,8 +57,8 @@ class Remaining:
             # A row's time is that of its rollout's end: its update and its evaluation come before the next row's.
             passed = after.get(ELAPSED, 0) - row.get(ELAPSED, math.inf)
             if passed >= 0:  # it begins anew with each session
-                self._note(row, Passed(passed, after["tokens"] - row["tokens"]))
-        self.evaluated_at = max((row["tokens"] for row in rows if _is_evaluated(row)), default=0)
+                self._note(row, Timing(passed, after["tokens"] - row["tokens"]))
+        self.evaluated_at = max((row["tokens"] for row in rows if is_evaluated(row)), default=0)
         self.clock, self.at = time.monotonic(), tokens
 
     def seconds(self, row: dict[str, Any]) -> float | None:
@@ -69,9 +69,9 @@ class Remaining:
         """
         now, tokens = time.monotonic(), row["tokens"]
         if self.clock is not None:
-            self._note(row, Passed(now - self.clock, tokens - self.at))
+            self._note(row, Timing(now - self.clock, tokens - self.at))
         self.clock, self.at = now, tokens
-        if _is_evaluated(row):
+        if is_evaluated(row):
             self.evaluated_at = tokens
         trained = [passed for passed in self.plain or self.evaluated if passed.tokens]
         if not trained:
@@ -85,11 +85,12 @@ class Remaining:
         n_left = math.ceil(max(self.total - self.evaluated_at, 0) / between)
         return speed * max(self.total - tokens, 0) + evaluation * n_left
 
-    def _note(self, row: dict[str, Any], passed: Passed) -> None:
-        (self.evaluated if _is_evaluated(row) else self.plain).append(passed)
+    def _note(self, row: dict[str, Any], passed: Timing) -> None:
+        (self.evaluated if is_evaluated(row) else self.plain).append(passed)
 
 
-def _is_evaluated(row: dict[str, Any]) -> bool:
+def is_evaluated(row: dict[str, Any]) -> bool:
+    """Return whether a row of metrics.jsonl has the figures of an evaluation."""
     return any(name.startswith("eval/") for name in row)
 
 

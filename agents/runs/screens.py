@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from textenv.text.printable import printable
 
+from ..signals import write_line
 from .folder import to_line
 from .remaining import Remaining, clock
 
@@ -22,6 +23,8 @@ SHOWN = (  # label, key in metrics.jsonl, format
     ("tokens/s", "time/tokens_per_second", ".0f"),
 )
 
+EVALUATED = {"eval/reward": "evaluated", "eval/judge": "judge"}  # by key in metrics.jsonl, its label in the live view
+
 
 class Screen(Protocol):
     """A view of a training run: it shows lines, the figures of iterations, and samples."""
@@ -31,6 +34,9 @@ class Screen(Protocol):
 
     def say(self, text: str) -> None:
         """Show a line."""
+
+    def note(self, text: str) -> None:
+        """Show a line; a signal handler may call this."""
 
     def row(self, row: Row) -> None:
         """Show the figures of an iteration."""
@@ -96,11 +102,15 @@ class PlainScreen:
         """Print a line."""
         print(printable(text), flush=True)
 
+    def note(self, text: str) -> None:
+        """Write a line to standard error."""
+        write_line(text)
+
     def row(self, row: Row) -> None:
         """Print an iteration's figures in a line."""
         left = self.remaining.seconds(row)
         texts = [f"{label} {text}" for label, text in figures(row).items()]
-        evaluated = [f"{name} {row[name]:.3f}" for name in ("eval/reward",) if row.get(name) is not None]
+        evaluated = [f"{name} {row[name]:.3f}" for name in EVALUATED if row.get(name) is not None]
         eta = [] if left is None else [f"left {clock(left)}"]
         self.say("  ".join([f"{row['tokens']:>9,} / {self.total:,} tokens", *texts, *evaluated, *eta]))
 
@@ -128,6 +138,10 @@ class JsonScreen:
         """Print a line on standard error."""
         print(printable(text), file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """Write a line to standard error."""
+        write_line(text)
+
     def row(self, row: Row) -> None:
         """Print a row as it is in metrics.jsonl, after the first keys."""
         print(to_line({**self.first, **row}), end="", flush=True)
@@ -147,6 +161,10 @@ class QuietScreen:
 
     def say(self, text: str) -> None:
         """Show nothing."""
+
+    def note(self, text: str) -> None:
+        """Write a line to standard error: it says what a signal does."""
+        write_line(text)
 
     def row(self, row: Row) -> None:
         """Show nothing."""

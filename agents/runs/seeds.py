@@ -11,7 +11,7 @@ from pathlib import Path
 from ..configuration.config import TrainOptions
 from ..errors import CommandError, Exit, Interrupted
 from ..evaluation.curves import draw_curves
-from ..evaluation.prompt_scores import SCORES_FILE, PromptScores, read_scores
+from ..evaluation.prompt_scores import SCORES_FILE, PromptScores, scores_in
 from ..evaluation.seeds import SeedTable
 from ..signals import write_line
 from .assemble import task_name
@@ -45,7 +45,7 @@ def train(plans: Sequence[Plan], options: TrainOptions) -> int:
     try:
         failures = _train_all(plans, options)
         if failures:
-            raise CommandError(_no_table(plans, failures), failures[0].code)
+            raise CommandError(_no_table(plans, list(failures)), next(iter(failures.values())).code)
         _finish(plans, options)
     except KeyboardInterrupt as error:  # between two runs, or during the table
         how = "interrupted; continue with: the same command with --resume"
@@ -53,9 +53,9 @@ def train(plans: Sequence[Plan], options: TrainOptions) -> int:
     return Exit.DONE
 
 
-def _train_all(plans: Sequence[Plan], options: TrainOptions) -> list[CommandError]:
-    """Train all runs that are not finished, and return the errors of those that failed alone."""
-    failures = []
+def _train_all(plans: Sequence[Plan], options: TrainOptions) -> dict[int, CommandError]:
+    """Train all runs that are not finished, and return the errors of those that failed alone, by seed."""
+    failures = {}
     for plan in plans:
         try:
             if _is_done(plan):
@@ -66,7 +66,7 @@ def _train_all(plans: Sequence[Plan], options: TrainOptions) -> list[CommandErro
             failure = CommandError(f"seed {plan.config.seed}: {error}", error.code)
             if error.code not in OF_ONE_SEED:
                 raise failure from error
-            failures.append(failure)  # without its traceback, which would keep the run's model in memory
+            failures[plan.config.seed] = failure  # without its traceback, which would keep the run's model in memory
             write_line(f"textenv: {failure}")
         gc.collect()  # an algorithm and its policy refer to each other: without this two models would be in memory
     return failures
@@ -85,14 +85,14 @@ def _is_done(plan: Plan) -> bool:
     return not changed_keys(plan.before, plan.config)
 
 
-def _no_table(plans: Sequence[Plan], failures: Sequence[CommandError]) -> str:
+def _no_table(plans: Sequence[Plan], failed: Sequence[int]) -> str:
     """Return the line that says which seeds have failed, and why there is no table of the others."""
-    named_so = [str(failure).partition(":")[0] for failure in failures]
-    others = [plan.config.seed for plan in plans if f"seed {plan.config.seed}" not in named_so]
+    others = [plan.config.seed for plan in plans if plan.config.seed not in failed]
     cure = f"; for a table of the others alone: --seeds {' '.join(map(str, others))} --resume" if others else ""
+    names = ", ".join(f"seed {seed}" for seed in failed)
     return (
-        f"{len(failures)} of {len(plans)} seeds failed, {', '.join(named_so)}, and no table is written, since a table "
-        f"of those that did not fail would show too much success{cure}."
+        f"{len(failed)} of {len(plans)} seeds failed, {names}, and no table is written, since a table of those that "
+        f"did not fail would show too much success{cure}."
     )
 
 
@@ -125,8 +125,7 @@ def table_of(folders: Sequence[Path], names: Sequence[str]) -> SeedTable:
 
 
 def _scores(folder: Path) -> dict[int, PromptScores]:
-    path = folder / SCORES_FILE
-    measured = read_scores(path) if path.is_file() else {}
+    measured = scores_in(folder)
     if not measured:
-        raise CommandError(f"Expected the scores of evaluations in {path}, got none.")
+        raise CommandError(f"Expected the scores of evaluations in {folder / SCORES_FILE}, got none.")
     return measured

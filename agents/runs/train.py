@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
 import threading
@@ -29,11 +28,12 @@ from ..configuration.config import FREE_ON_RESUME, PLOTTED, RunOptions, TrainCon
 from ..errors import CommandError, Exit, Interrupted, is_full
 from ..evaluation.curves import draw_curves
 from ..evaluation.evaluate_callback import HISTORY, Evaluate
+from ..evaluation.tables import cell, markdown
 from ..files import write_text
 from ..policies.actor_critic import LMActorCritic
 from ..policies.lm_policy import LMPolicy
 from ..policies.reference import start_of
-from ..signals import Interrupts, leave, write_line
+from ..signals import Interrupts, leave
 from .assemble import Parts, assemble, task_name, training_callbacks, trust_of
 from .checkpoints import RunCheckpoints, checkpoint_to_load, needed
 from .dry_run import dry_run
@@ -74,7 +74,7 @@ def start(config: TrainConfig, dumped: str, options: TrainOptions) -> int:
         run.clear()
         run.begin(dumped, __version__)
         try:
-            return train_in(run, config, options, make_screen(config, options))
+            return train_in(run, config, options, _screen(config, options))
         except CommandError as error:
             if error.code in MENDED and not read_rows(run.metrics):  # nothing was trained: do not leave a run behind
                 run.withdraw()
@@ -105,7 +105,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
     check_loggers(config.loggers, trust_of(options))
     run.is_of_seeds = bool(options.seeds)
     changed = changed_keys(before, config)
-    screen = make_screen(config, options)
+    screen = _screen(config, options)
     for key, (old, new) in changed.items():
         screen.say(f"changed: {key}: {old!r} -> {new!r}")
     other = [key for key in changed if key.split(".")[0] not in FREE_ON_RESUME and key not in options.change]
@@ -117,7 +117,7 @@ def resume(run: RunFolder, config: TrainConfig, before: TrainConfig, dumped: str
             run.results.unlink(missing_ok=True)  # those of another configuration
             write_text(run.config, dumped)
         try:
-            return train_in(run, config, options, make_screen(config, options))
+            return train_in(run, config, options, screen)
         except KeyboardInterrupt as error:
             raise _interrupted(run) from error
 
@@ -149,15 +149,24 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
     return dict(sorted(changed.items()))
 
 
-def make_screen(config: TrainConfig, options: RunOptions) -> Screen:
-    """Return the screen for the options: quiet, JSON, live in a terminal, or plain."""
+def make_screen(config: TrainConfig, options: RunOptions, first: Row | None = None) -> Screen:
+    """Return the screen for the options: quiet, JSON, live in a terminal, or plain.
+
+    Args:
+        config: The configuration of the run.
+        options: The options of the command line.
+        first: Keys and values that lines of JSON begin with, to tell one run of several from the others.
+    """
     if options.quiet:
         return QuietScreen()
     if options.json:
-        is_one_of_several = isinstance(options, TrainOptions) and options.seeds
-        return JsonScreen({"seed": config.seed} if is_one_of_several else {})
+        return JsonScreen(first)
     sizes = config.total_tokens, config.evaluation.every
     return LiveScreen(*sizes) if sys.stdout.isatty() else PlainScreen(*sizes)
+
+
+def _screen(config: TrainConfig, options: TrainOptions) -> Screen:
+    return make_screen(config, options, {"seed": config.seed} if options.seeds else None)
 
 
 def train_in(
@@ -228,8 +237,7 @@ def _run(run: RunFolder, config: TrainConfig, options: RunOptions, screen: Scree
     pages = [SamplePages(output) for output in outputs if isinstance(output, TensorBoardOutputFormat)]
     views: list[Any] = [screen, *trackers, *pages]
     kept = config.checkpoint_every, config.keep_checkpoints
-    tell = getattr(screen, "note", write_line)  # a live screen shows the line below its view
-    with Interrupts(tell, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
+    with Interrupts(screen.note, again=partial(leave, how_to_go_on=run.how_to_go_on)) as interrupts:
         callbacks = [  # `Recorder` after all that log; `RunCheckpoints` last, when a checkpoint's rows are on the disk
             *training_callbacks(config, trust),
             FiniteUpdates(),
@@ -306,10 +314,8 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     if not history:
         raise CommandError(f"Expected at least one evaluation in {run.path / 'history.json'}, got none.")
     before, after = history[0], history[-1]
-    table = ["| figure | before | after |", "|---|---|---|"]
-    for name, value in after["figures"].items():
-        table.append(f"| {name} | {_shown(before['figures'].get(name))} | {_shown(value)} |")
-    text = "\n".join(table)
+    figures = [[name, cell(before["figures"].get(name)), cell(value)] for name, value in after["figures"].items()]
+    text = markdown(["figure", "before", "after"], figures)
     write_text(run.path / "results.md", text + "\n")
     with output_folder(run.model, "language model", overwrite=True) as draft:
         write_model(cast(LMPolicy, parts.agent.policy).backbone, parts.tokenizer, draft)
@@ -317,7 +323,3 @@ def _finish(run: RunFolder, parts: Parts, screen: Screen) -> None:
     # Last, since `RunFolder.is_finished` reads it.
     write_text(run.results, json.dumps({"before": before, "after": after}, indent=1) + "\n")
     screen.say(f"{text}\nmodel: {run.model}   best: {run.best / 'model'}   figures: {run.metrics}")
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:#.3g}"

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textenv import __version__
-from textenv.checks.json_files import read_json
 
 from ..configuration.config import RunOptions, TrainConfig
 from ..configuration.search import Range, TuneConfig, read_ranges, value_at
 from ..errors import CommandError, Exit, Interrupted
 from ..evaluation.evaluate_callback import Evaluate
+from ..evaluation.tables import cell, markdown
 from ..files import write_text
 from ..policies.lm_policy import LMPolicy
-from ..signals import write_line
 from .assemble import Parts, assemble, task_name, trust_of
 from .dry_run import dry_run
 from .folder import RunFolder, to_line
-from .screens import JsonScreen, PlainScreen, Row, Screen, clock
+from .plan import Plan
+from .remaining import clock, is_evaluated
+from .screens import JsonScreen, PlainScreen, Row, Screen
 from .study import Study, Trial, load_optuna
 from .train import make_screen, train_in
 
 Configure = Callable[[list[str]], tuple[TuneConfig, RunOptions, str]]
-RESULTS = {"after": {"num_timesteps": int, "figures": {str: (float, None)}}}  # the shape of results.json
 ORDER = ("done", "over max_kl", "pruned", "failed", "running")  # of the table
 
 
@@ -95,7 +94,7 @@ def check_search(config: TuneConfig, options: RunOptions, configure: Configure) 
                 raise CommandError(f"tune.ranges: {error}", getattr(error, "code", Exit.REFUSED)) from error
             values.append(value_at(other, one.key))
         if not one.choices and not all(isinstance(value, (int, float)) for value in values):
-            raise CommandError(f"Expected choices in tune.ranges.{one.key}, which is no number, got low and high.")
+            raise CommandError(f"Expected choices in tune.ranges.{one.key}, which takes no numbers, got low and high.")
         ranges.append(one._replace(is_whole=not one.choices and all(isinstance(value, int) for value in values)))
     parts = assemble(_as_training(config), trust, progress_bar=not options.quiet)
     env = parts.held_out
@@ -112,7 +111,7 @@ def _as_training(config: TrainConfig) -> TrainConfig:
     return TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
 
 
-class Watcher(BaseCallback):
+class PruningCallback(BaseCallback):
     """The callback that reports the evaluations of a trial to the study, and ends its training when it is pruned.
 
     Args:
@@ -158,14 +157,12 @@ class TrialScreen:
             self.screen.say(f"trial {self.number}: {text}")
 
     def note(self, text: str) -> None:
-        """Show a line below a live view; without one, write it to standard error. A signal handler may call this."""
-        getattr(self.screen, "note", write_line)(text)
+        """Show a line; a signal handler may call this."""
+        self.screen.note(text)
 
     def row(self, row: Row) -> None:
         """Show the figures of an iteration."""
-        if isinstance(self.screen, JsonScreen):
-            self.screen.row({"trial": self.number, **row})
-        elif not isinstance(self.screen, PlainScreen) or "eval/reward" in row:
+        if not isinstance(self.screen, PlainScreen) or is_evaluated(row):
             self.screen.row(row)
 
     def samples(self, rows: Sequence[Row]) -> None:
@@ -175,13 +172,6 @@ class TrialScreen:
     def close(self) -> None:
         """Leave the terminal as it was."""
         self.screen.close()
-
-
-class Ready(NamedTuple):
-    """The configuration of a trial as a training has it, and as YAML."""
-
-    config: TrainConfig
-    dumped: str
 
 
 class Search:
@@ -201,7 +191,7 @@ class Search:
         self.study, self.config, self.options, self.configure = study, config, options, configure
         self.figure = config.evaluation.best
         self.seconds: list[float] = []
-        self.known: dict[tuple[str, ...], Ready] = {}  # by the words of a trial
+        self.plans: dict[tuple[str, ...], Plan] = {}  # by the words of a trial
         self.screen = make_screen(config, options)
         keys = ", ".join(one.key for one in study.ranges)
         self.screen.say(f"search: {study.folder}, {config.trials} trials of {keys}")
@@ -221,34 +211,34 @@ class Search:
         self._show(trial.number)
         return True
 
-    def _ready(self, words: list[str]) -> Ready:
+    def _plan(self, words: list[str]) -> Plan:
+        """Return the training with the values that the words of a trial set."""
         key = tuple(words)
-        if key not in self.known:
-            self.known[key] = self._parsed(words)
-        return self.known[key]
-
-    def _parsed(self, words: list[str]) -> Ready:
-        config, _, dumped = self.configure(words)
-        values = yaml.safe_load(dumped)
-        for key in ("tune", "trials"):
-            del values[key]
-        values["out"] = None  # a training from this file makes a folder of its own
-        return Ready(replace(_as_training(config), out=None), yaml.safe_dump(values, sort_keys=False))
+        if key not in self.plans:
+            config, _, dumped = self.configure(words)
+            values = yaml.safe_load(dumped)
+            for name in ("tune", "trials"):
+                del values[name]
+            values["out"] = None  # a training from this file makes a folder of its own
+            dumped = yaml.safe_dump(values, sort_keys=False)
+            self.plans[key] = Plan(replace(_as_training(config), out=None), dumped)
+        return self.plans[key]
 
     def _train(self, trial: Trial) -> tuple[str | None, bool]:
         """Train a trial to its end; return why that is impossible, if it is, and whether the trial was pruned."""
-        run, watchers = trial.run, []
+        run, callbacks = trial.run, []
         try:
-            config, dumped = self._ready(trial.words)
+            plan = self._plan(trial.words)
             if not run.has_checkpoint():
                 run.clear()
-                run.begin(dumped, __version__)
+                run.begin(plan.dumped, __version__)
 
-            def watch(evaluate: Evaluate) -> Watcher:
-                watchers.append(Watcher(evaluate, trial, config))
-                return watchers[0]
+            def watch(evaluate: Evaluate) -> PruningCallback:
+                callbacks.append(PruningCallback(evaluate, trial, plan.config))
+                return callbacks[0]
 
-            train_in(run, config, self.options, TrialScreen(make_screen(config, self.options), trial.number), watch)
+            screen = TrialScreen(make_screen(plan.config, self.options, {"trial": trial.number}), trial.number)
+            train_in(run, plan.config, self.options, screen, watch)
         except CommandError as error:
             if error.code in (Exit.REFUSED, Exit.NUMERICS) or isinstance(error.__cause__, torch.OutOfMemoryError):
                 return str(error), False
@@ -256,12 +246,12 @@ class Search:
                 raise
             line = f"trial {trial.number}: {error} Once that is mended, the same command goes on."
             raise CommandError(line, error.code) from error
-        return None, watchers[0].is_pruned
+        return None, callbacks[0].is_pruned
 
     def _end(self, trial: Trial, note: str | None, is_pruned: bool) -> None:
         with self.study.alone():
             if note is None:
-                after = read_json(trial.run.path / "results.json", RESULTS)["after"]
+                after = trial.run.read_results()
                 figures = {"tokens": after["num_timesteps"], **after["figures"]}
                 self.study.tell(trial, self.figure, figures, is_pruned)
             else:
@@ -274,34 +264,33 @@ class Search:
         best = self.study.best(rows)
         write_text(self.study.folder / "trials.md", self._table(rows) + "\n")
         if best is not None:
-            ready = self._ready(best["words"])
-            write_text(self.study.folder / "best.yml", f"{self._origin(best, len(rows))}{ready.dumped}")
+            plan = self._plan(best["words"])
+            write_text(self.study.folder / "best.yml", f"{self._origin(best, len(rows))}{plan.dumped}")
         for row in rows:
             if row["state"] != "running" and (best is None or row["trial"] != best["trial"]):
                 _strip(self.study.run(row["trial"]))
 
     def _origin(self, best: Mapping[str, Any], n: int) -> str:
         value, kl = (best["figures"][name] for name in (self.figure, "kl"))
-        bound = f"at {kl:.2f} nats a text from the start, at most {self.config.tune.max_kl:g}"
+        bound = f"{kl:.2f} nats a text from the start; tune.max_kl is {self.config.tune.max_kl:g}"
         return (
             f"# The best of {n} trials of `textenv tune` in {self.study.folder}: trial {best['trial']}.\n"
-            f"# {self.figure} {value:.3f} on the prompts of evaluations, {bound}.\n"
-            "# It was chosen by this figure, which is therefore a little too good: other prompts measure it better.\n"
-            f"# Drawn: {', '.join(best['values'])}.\n"
+            f"# On the prompts of evaluations: {self.figure} {value:.3f}, {bound}.\n"
+            "# It was chosen by this figure, which is therefore a little too good: measure it on other prompts.\n"
+            f"# Searched: {', '.join(best['values'])}.\n"
         )
 
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> str:
         sign = 1 if self.study.is_maximised else -1
         ordered = sorted(rows, key=lambda row: (ORDER.index(row["state"]), -sign * (row["value"] or 0)))
         keys = [one.key for one in self.study.ranges]
-        lines = [f"| trial | state | {' | '.join([*keys, self.figure, 'kl', 'tokens'])} |"]
-        lines.append(f"|{'---|' * (len(keys) + 5)}")
+        cells = []
         for row in ordered:
             values = [_drawn(row["values"][key]) if key in row["values"] else "" for key in keys]
-            figures = [_shown(row["figures"].get(name)) for name in (self.figure, "kl", "tokens")]
+            figures = [cell(row["figures"].get(name)) for name in (self.figure, "kl", "tokens")]
             note = f": {row['note']}".replace("|", "/") if row["note"] else ""
-            lines.append(f"| {row['trial']} | {row['state']}{note} | {' | '.join([*values, *figures])} |")
-        return "\n".join(lines)
+            cells.append([str(row["trial"]), f"{row['state']}{note}", *values, *figures])
+        return markdown(["trial", "state", *keys, self.figure, "kl", "tokens"], cells)
 
     def _show(self, number: int) -> None:
         rows = self.study.rows()
@@ -311,7 +300,7 @@ class Search:
             print(to_line({**shown, "best": best and best["trial"]}), end="", flush=True)
             return
         left = (self.config.trials - len(rows)) * sum(self.seconds) / len(self.seconds)
-        figures = [f"{name} {_shown(row['figures'].get(name))}" for name in (self.figure, "kl") if row["figures"]]
+        figures = [f"{name} {cell(row['figures'].get(name))}" for name in (self.figure, "kl") if row["figures"]]
         said = f"trial {number}: {row['state']}  {'  '.join(figures)}{row['note'] or ''}"
         self.screen.say(f"{said}  best: {'none' if best is None else best['trial']}  left {clock(max(left, 0))}")
 
@@ -333,25 +322,25 @@ class Search:
             file, run = self.study.folder / "best.yml", self.study.run(best["trial"])
             self.screen.say(f"best: trial {best['trial']}, {file}   its run: {run.path}")
         elif not n_running:
-            raise CommandError(
-                f"Expected a trial with a finite {self.figure} and a divergence of at most {self.config.tune.max_kl:g} "
-                f"nats a text (tune.max_kl), got none of {len(rows)}: see {self.study.folder / 'trials.md'}.",
-                Exit.FAILED,
-            )
+            raise CommandError(self._without_best(rows), Exit.FAILED)
         self.screen.close()
         return Exit.DONE
+
+    def _without_best(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """Return the line that says why no trial is the best."""
+        if all(row["state"] == "failed" for row in rows):
+            return f"Expected a trial that can be trained, got {len(rows)} that failed, the first by: {rows[0]['note']}"
+        return (
+            f"Expected a trial with a finite {self.figure} and a divergence of at most {self.config.tune.max_kl:g} "
+            f"nats a text (tune.max_kl), got none of {len(rows)}: raise tune.max_kl, or change the ranges. "
+            f"{self.study.folder / 'trials.md'} has the trials."
+        )
 
 
 def _strip(run: RunFolder) -> None:
     """Remove the checkpoints and models of a finished trial."""
     for folder in (run.checkpoints, run.model, run.best):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _shown(figure: float | None) -> str:
-    if figure is None or not math.isfinite(figure):
-        return ""
-    return f"{figure:,}" if isinstance(figure, int) else f"{figure:#.3g}"
 
 
 def _drawn(value: Any) -> str:

@@ -100,8 +100,13 @@ def test_other_folders_among_the_checkpoints_are_none(copy):
 )
 def test_a_file_of_a_run_that_is_damaged_is_named(name, text, verb, message, copy, tmp_path, capfd):
     (copy / name).write_bytes(text.encode("latin1"))
-    words = {"resume": ["train", "--resume", copy], "export": ["export", copy, tmp_path / "to"]}
-    assert run(*words.get(verb, [verb, copy, copy])) == 2
+    words = {
+        "resume": ["train", "--resume", copy],
+        "export": ["export", copy, tmp_path / "to"],
+        "compare": ["compare", copy, copy, "--out", tmp_path / "compare.png"],
+    }
+    assert run(*words[verb]) == 2
+    assert not (tmp_path / "to").exists() and not (tmp_path / "compare.png").exists()
     error = capfd.readouterr().err.splitlines()[-1]
     assert message.format(copy / name) in error and "Traceback" not in error
 

@@ -16,7 +16,7 @@ FILE = "gguf_file"  # the argument of transformers' `from_pretrained` that names
 
 
 def is_gguf(name: str | PathLike[str]) -> bool:
-    """Return whether a name is the path of a GGUF file, which need not exist; a folder of such a name is none.
+    """Return whether a name ends in ".gguf" and is not that of a folder; the file need not exist.
 
     Example:
         >>> is_gguf("models/small.gguf"), is_gguf("models")
@@ -26,7 +26,7 @@ def is_gguf(name: str | PathLike[str]) -> bool:
 
 
 def check_gguf(name: str | PathLike[str]) -> None:
-    """Check that the packages that read GGUF files are installed, and that a name is the path of one.
+    """Check that the packages that read GGUF files are installed, and that a name is the path of such a file.
 
     Raises:
         MissingExtraError: If `gguf` or `accelerate` is missing, both of which the extra `gguf` brings.
@@ -57,7 +57,7 @@ def check_packages(name: str | PathLike[str]) -> None:
 
 
 def located(name: str | PathLike[str], arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name and the arguments that transformers' `from_pretrained` takes: of a file, its folder and its name.
+    """Return the name and the other arguments for transformers' `from_pretrained`, which takes a file as `gguf_file`.
 
     Args:
         name: A folder, a name on the hub, or the path of a GGUF file.
@@ -91,7 +91,7 @@ def as_floats() -> dict[str, Any]:
 
 @contextmanager
 def readable_gguf(name: str | PathLike[str], file: str) -> Iterator[None]:
-    """Turn errors with which transformers does not read a GGUF file into a ValueError that names the file.
+    """Turn transformers' errors on a GGUF file that it does not read into a ValueError that names the file.
 
     Args:
         name: The folder, or the name on the hub.
@@ -103,7 +103,7 @@ def readable_gguf(name: str | PathLike[str], file: str) -> Iterator[None]:
         raise
     except Exception as error:  # struct.error, KeyError, ...: transformers' readers do not check what they read
         if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-            raise  # of torch, as for a lack of memory
+            raise  # torch's, such as one for too little memory
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
             f"Expected a GGUF file that transformers reads, got {str(Path(name) / file)!r}: {type(error).__name__}: "

@@ -76,6 +76,14 @@ def test_export_merges_adapters_and_generates_the_same(done, tmp_path, capsys):
     assert (tmp_path / "model" / "README.md").is_file()
 
 
+def test_export_of_a_run_that_goes_on_after_its_end(done, tmp_path, capsys):
+    """Its results are removed until it ends again; the table of its first end is older than the model."""
+    copy = shutil.copytree(done, tmp_path / "copy")
+    (copy / "results.json").unlink()
+    assert run("export", copy, tmp_path / "model") == 0, capsys.readouterr().err
+    assert "Not evaluated yet." in (tmp_path / "model" / "README.md").read_text()
+
+
 def test_export_writes_the_adapter_alone_too(done, model, tmp_path, capsys):
     assert run("export", done, tmp_path / "model", "--adapter") == 0
     assert f"{tmp_path / 'model' / 'adapter'}: the adapter alone, for {model}" in capsys.readouterr().out
@@ -116,7 +124,7 @@ def test_damage_is_refused(done, tmp_path, capsys):
 
 def test_compare_draws_and_prints(done, tmp_path, capsys):
     assert run("compare", done, done, "--out", tmp_path / "both.png") == 0
-    assert "| run | tokens | reward at first | reward/task |" in (said := capsys.readouterr().out)
+    assert "| run | tokens | first reward | reward/task |" in (said := capsys.readouterr().out)
     assert said.count(f"| {2 * ROLLOUT} |") == 2
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert run("compare", "nowhere") == 2

@@ -37,6 +37,7 @@ def here(tmp_path, monkeypatch):
         ("--env.reward.idd x", "Expected env.reward to be {id: NAME, args: {...}} or a text or null, got 'idd: x'"),
         ("--loggers null", "Expected loggers to be a list, as [ONE, ANOTHER], each"),
         ("--trust_remote_code=so", "--trust_remote_code/--trust-remote-code: ignored explicit argument 'so'."),
+        ("--trials 3", "--trials 3, since only textenv tune reads it: leave it out."),
         ("--resume", "Expected --resume RUN, the folder of a run, got --resume alone: it is for --seeds."),
         ("--device gpu", "Expected device to be auto, cpu, cuda or another of torch's, got 'gpu'."),
         ("--env.args.max_tokns 3", "for env.args, got 'max_tokns'"),

@@ -9,7 +9,7 @@ from scipy.stats import mannwhitneyu, trim_mean
 
 from agents import Evaluation, PromptScores, SeedComparison, SeedTable
 from agents.evaluation.improvement import mann_whitney
-from agents.evaluation.resampling import FEW, Resampling
+from agents.evaluation.resampling import COVERAGE, Resampling
 from textenv.metrics import Scores, mean_of
 
 PROMPTS = ["The", "A", "This", "It"]
@@ -129,7 +129,7 @@ def test_the_table_says_what_it_is_made_of(tmp_path):
     text = table.to_markdown()
     assert "| figure | mean before | mean after | difference | IQM before | IQM after |" in text
     assert "| figure | seed 0 | seed 1 | seed 2 | lowest to highest | width of one interval |" in text
-    assert "3 seeds, 4 prompts. " in text and "such an interval holds in 75 % of all cases" in text
+    assert "3 seeds, 4 prompts. " in text and "such an interval contains the true mean in 75 % of all cases" in text
     table.save(tmp_path / "seeds")
     assert (tmp_path / "seeds.md").read_text() == text + "\n"
     numbers = table.to_dict()["figures"]["reward"]
@@ -245,7 +245,7 @@ def test_the_intervals_hold_as_often_as_the_docstring_says():
     for n_seeds in (3, 10):
         assert share(n_seeds, 0.0) > 0.9, "prompts that differ for all seeds alike are not averaged away"
     assert share(10, 0.1) > 0.88
-    for n_seeds, per_cent in FEW.items():
+    for n_seeds, per_cent in COVERAGE.items():
         assert share(n_seeds, 3.0) == pytest.approx(per_cent / 100, abs=0.12)
     assert 0.8 < share(10, 3.0) < 0.97
 

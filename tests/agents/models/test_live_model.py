@@ -272,9 +272,9 @@ REFUSED = {
     "injected": (injected, r"without adapters of peft, got Linear at 'transformer.h.0.attn.c_attn': merge them"),
     "quantised": (quantised, r"weights in floats, got a quantised GPT2LMHeadModel.*quantization_config=.*GGUF"),
     "half": (lambda: live().half(), r"trainable weights in float32, got torch.float16 .*call model.float\(\)"),
-    "mixed": (mixed, r"of one type of float, .*'transformer.ln_f.bias' and 1 more weights of which differ"),
-    "widened": (widened, r"as its config builds it, .*'lm_head.weight' and 0 more weights of which differ"),
-    "class": (lambda: Changed(tiny_config()), r"got Changed in the place of GPT2LMHeadModel: a file that `save`"),
+    "mixed": (mixed, r"of one type of float, .*'transformer.ln_f.bias' and 1 more weights differ"),
+    "widened": (widened, r"as its config builds it, .*'lm_head.weight' and 0 more weights differ"),
+    "class": (lambda: Changed(tiny_config()), r"got Changed in the place of GPT2LMHeadModel\. A file that `save`"),
     "trunk": (lambda: GPT2Model(tiny_config()), r"got GPT2Model in the place of GPT2LMHeadModel"),
     "wrapper": (lambda: nn.Sequential(live()), r"got another module, Sequential: pass the model of transformers"),
 }

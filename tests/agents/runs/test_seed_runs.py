@@ -22,6 +22,7 @@ from tests.helpers.command import (
 )
 
 ROLLOUTS = 2
+MORE = {"loggers": "[curves]", "evaluation.judge": "{id: length, args: {target: 3}}"}
 
 
 def words(model, out, *seeds, **more):
@@ -33,14 +34,14 @@ def words(model, out, *seeds, **more):
 def made(model, tmp_path_factory):
     """The folder of two seeds that were never stopped."""
     out = tmp_path_factory.mktemp("runs") / "made"
-    assert run(*words(model, out, 3, 1, loggers="[curves]"), "--quiet") == 0
+    assert run(*words(model, out, 3, 1, **MORE), "--quiet") == 0
     return out
 
 
 def test_e10_a_seeds_run_is_the_single_run(made, model, tmp_path):
     """The seed before it in the same process has left nothing behind, bit for bit."""
     alone = tmp_path / "alone"
-    assert run("train", *settings(model, alone, ROLLOUTS, loggers="[curves]"), "--seed", "1", "--quiet") == 0
+    assert run("train", *settings(model, alone, ROLLOUTS, **MORE), "--seed", "1", "--quiet") == 0
     same_runs(made / "seed_1", alone)
     ours, single = ((folder / "config.yml").read_text() for folder in (made / "seed_1", alone))
     assert ours == single.replace(f"out: {alone}", f"out: {made / 'seed_1'}") and "\nseed: 1\n" in ours
@@ -52,7 +53,8 @@ def test_a_table_and_a_picture_of_all_seeds(made):
     text, numbers = (made / "seeds.md").read_text(), json.loads((made / "seeds.json").read_text())
     assert "| figure | mean before | mean after | difference | IQM before | IQM after |" in text
     assert "| figure | seed 3 | seed 1 | lowest to highest | width of one interval |" in text
-    assert "2 seeds, 8 prompts. " in text and "such an interval holds in 50 % of all cases" in text
+    assert "2 seeds, 8 prompts. " in text and "such an interval contains the true mean in 50 % of all cases" in text
+    assert text.count("\n| judge | ") == 2 and set(numbers["figures"]) == {"length", "reward", "judge"}
     assert (made / "seeds.png").read_bytes().startswith(b"\x89PNG")
     reward = numbers["figures"]["reward"]
     for seed in (3, 1):
@@ -69,7 +71,7 @@ def test_finished_seeds_are_left_out(made, model, tmp_path, capfd):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and "seed_" in str(path)}
     table = (out / "seeds.md").read_text()
     (out / "seeds.md").unlink()
-    assert run(*words(model, out, 3, 1, loggers="[curves]"), "--resume") == 0
+    assert run(*words(model, out, 3, 1, **MORE), "--resume") == 0
     said = capfd.readouterr().out
     assert f"finished already: {out / 'seed_3'}" in said and f"finished already: {out / 'seed_1'}" in said
     assert table in f"{said}\n" and (out / "seeds.md").read_text() == table
@@ -81,13 +83,13 @@ def test_a_stopped_seed_is_continued_and_the_table_is_the_unbroken_one(made, mod
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         interrupt_after(patch, 0, "seed_1")
-        assert run(*words(model, out, 3, 1, loggers="[curves]"), "--quiet") == 130
+        assert run(*words(model, out, 3, 1, **MORE), "--quiet") == 130
     line = capfd.readouterr().err.splitlines()[-1]
     how = "continue with: the same command with --resume"
     assert line == f"textenv: seed 1: stopped after {ROLLOUT} tokens, saved; {how}"
     assert (out / "seed_3" / "results.json").is_file() and not (out / "seeds.md").exists()
     assert "add --resume to continue" in refused(capfd, *words(model, out, 3, 1))
-    assert run(*words(model, out, 3, 1, loggers="[curves]"), "--quiet", "--resume") == 0
+    assert run(*words(model, out, 3, 1, **MORE), "--quiet", "--resume") == 0
     for seed in ("seed_3", "seed_1"):
         same_runs(made / seed, out / seed)
     assert (out / "seeds.json").read_text() == (made / "seeds.json").read_text()
@@ -96,7 +98,7 @@ def test_a_stopped_seed_is_continued_and_the_table_is_the_unbroken_one(made, mod
 @pytest.mark.slow
 def test_a_finished_seed_whose_configuration_changes_is_trained_on(made, model, tmp_path, capfd):
     out = shutil.copytree(made / "seed_1", tmp_path / "more" / "seed_1").parent
-    longer = [*words(model, out, 1, loggers="[curves]", total_tokens=3 * ROLLOUT), "--resume", "--quiet"]
+    longer = [*words(model, out, 1, **MORE, total_tokens=3 * ROLLOUT), "--resume", "--quiet"]
     assert run(*longer) == 2
     assert "seed 1: Expected the configuration of" in (said := capfd.readouterr().err)
     assert "add --change total_tokens" in said
@@ -210,7 +212,7 @@ def test_a_dry_run_resumes_nothing(made, model, capfd):
 def test_lines_of_json_have_the_seed_and_the_last_one_the_table(made, model, tmp_path, capfd):
     out = shutil.copytree(made, tmp_path / "copy")
     shutil.rmtree(out / "seed_1")
-    assert run(*words(model, out, 3, 1, loggers="[curves]"), "--resume", "--json") == 0
+    assert run(*words(model, out, 3, 1, **MORE), "--resume", "--json") == 0
     *lines, last = map(json.loads, capfd.readouterr().out.splitlines())
     assert [(line["seed"], line["tokens"]) for line in lines] == [(1, n * ROLLOUT) for n in range(ROLLOUTS + 1)]
     assert last["seeds"] == json.loads((out / "seeds.json").read_text())
@@ -219,7 +221,7 @@ def test_lines_of_json_have_the_seed_and_the_last_one_the_table(made, model, tmp
 @pytest.mark.slow  # a process of its own
 def test_ctrl_c_twice_stops_at_once_and_the_same_command_goes_on(made, model, tmp_path):
     out = tmp_path / "twice"
-    command = words(model, out, 3, 1, loggers="[curves]", total_tokens=400 * ROLLOUT)
+    command = words(model, out, 3, 1, total_tokens=400 * ROLLOUT, **MORE)
     process = start(*command)
     wait_for_rows(process, out / "seed_3", 3)
     process.send_signal(signal.SIGINT)
@@ -228,6 +230,6 @@ def test_ctrl_c_twice_stops_at_once_and_the_same_command_goes_on(made, model, tm
     assert process.returncode == 130, error
     assert "continue with: the same command with --resume" in error.splitlines()[-1]
     assert not (out / "seed_1").exists()
-    shorter = words(model, out, 3, 1, loggers="[curves]", total_tokens=8 * ROLLOUT)
+    shorter = words(model, out, 3, 1, total_tokens=8 * ROLLOUT, **MORE)
     assert run(*shorter, "--resume", "--quiet", "--change", "total_tokens") == 0
     assert (out / "seeds.md").is_file() and rows(out / "seed_1")[-1]["tokens"] == 8 * ROLLOUT

@@ -51,15 +51,17 @@ def table(folder):
 
 def test_it_ends_with_a_table_and_the_best_as_a_file(words, tmp_path, capsys):
     out = tmp_path / "search"
-    assert run("tune", *words, "--out", out) == 0
+    judge = "--evaluation.judge={id: length, args: {target: 3}}"  # trials may be compared by what they do not train on
+    assert run("tune", *words, judge, "--evaluation.best=judge", "--out", out) == 0
     said = capsys.readouterr().out
     assert re.search(r"^trial 1: algorithm\.learning_rate=0\.0", said, re.MULTILINE)
-    assert re.search(r"^trial 1: done  reward \S+  kl \S+  best: [01]  left 0:00:00$", said, re.MULTILINE)
-    assert said.count("eval/reward") == N * 3 and table(out) in said
+    assert re.search(r"^trial 1: done  judge \S+  kl \S+  best: [01]  left 0:00:00$", said, re.MULTILINE)
+    assert said.count("eval/reward") == said.count("eval/judge") == N * 3 and table(out) in said
+    assert table(out).startswith("| trial | state | algorithm.learning_rate | judge | kl | tokens |\n")
     assert "the evaluations use the prompts of training" in said
     best = re.search(r"best: trial (\d)", said)[1]
     text = (out / "best.yml").read_text()
-    assert text.startswith(f"# The best of {N} trials of `textenv tune` in {out}: trial {best}.\n# reward ")
+    assert text.startswith(f"# The best of {N} trials of `textenv tune` in {out}: trial {best}.\n# On the prompts")
     config, _, _ = cli.train_config([str(out / "best.yml")])
     assert config == cli.train_config([str(out / "trials" / f"00{best}" / "config.yml")])[0] and config.out is None
     for number in map(str, range(N)):  # models of the best one alone
@@ -75,7 +77,7 @@ def test_it_ends_with_a_table_and_the_best_as_a_file(words, tmp_path, capsys):
 @pytest.mark.slow
 def test_killed_and_continued_it_is_the_same_search(whole, words, tmp_path, monkeypatch):
     """A process is killed in the middle of trial 1, behind a checkpoint; the same command goes on with that trial."""
-    out, original = tmp_path / "search", tuning.Watcher._on_rollout_start
+    out, original = tmp_path / "search", tuning.PruningCallback._on_rollout_start
 
     def die(self):
         original(self)
@@ -83,7 +85,7 @@ def test_killed_and_continued_it_is_the_same_search(whole, words, tmp_path, monk
             os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning.Watcher, "_on_rollout_start", die)
+        patch.setattr(tuning.PruningCallback, "_on_rollout_start", die)
         status = os.waitpid(in_a_fork("tune", *words, "--out", out, "--quiet"), 0)[1]
     assert os.WTERMSIG(status) == signal.SIGKILL and "| 1 | " not in table(out)
     assert run("tune", *words, "--out", out, "--quiet") == 0
@@ -96,7 +98,7 @@ def test_killed_and_continued_it_is_the_same_search(whole, words, tmp_path, monk
 @pytest.mark.parametrize(("at", "said"), [(8, f"{ROLLOUT} tokens, saved"), (ROLLOUT + 8, f"{2 * ROLLOUT} tokens")])
 def test_ctrl_c_saves_the_trial_and_the_same_command_goes_on(at, said, whole, words, tmp_path, monkeypatch, capfd):
     """Also in the last iteration of a trial, after which the next one must not start."""
-    out, original = tmp_path / "search", tuning.Watcher._on_step
+    out, original = tmp_path / "search", tuning.PruningCallback._on_step
 
     def interrupt(self):
         if self.model.num_timesteps == at and self.trial.number == 0:
@@ -104,7 +106,7 @@ def test_ctrl_c_saves_the_trial_and_the_same_command_goes_on(at, said, whole, wo
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning.Watcher, "_on_step", interrupt)
+        patch.setattr(tuning.PruningCallback, "_on_step", interrupt)
         assert run("tune", *words, "--out", out, "--quiet") == 130
     assert f"stopped after {said}; the same command goes on" in capfd.readouterr().err
     assert run("tune", *words, "--out", out, "--quiet") == 0
@@ -264,5 +266,13 @@ def test_a_file_of_a_training_and_one_of_ranges(model, tmp_path, monkeypatch):
     config = cli.train_config(["search/best.yml"])[0]
     assert type(config.algorithm.n_epochs) is int and type(config.algorithm.args["ent_coef"]) is float
     assert config.algorithm.args["clip_range"] == 0.1
-    with pytest.raises(CommandError, match="only textenv tune reads this section"):
+    with pytest.raises(CommandError, match="tune reads it: leave it out"):
         cli.train_config(["train.yml", "--config", "ranges.yml"])
+
+
+@pytest.mark.slow  # several seconds: a search of one trial
+def test_where_every_trial_fails_the_first_says_why(words, tmp_path, capfd):
+    words = [*words, "--trials=1", "--evaluation.best=judge", "--out", tmp_path / "search", "--quiet"]
+    assert run("tune", *words) == Exit.FAILED
+    said = capfd.readouterr().err
+    assert "got 1 that failed, the first by: Expected `best` to be one of ['length', 'reward', 'kl'," in said

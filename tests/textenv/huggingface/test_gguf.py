@@ -103,6 +103,20 @@ def test_it_trains_resumes_loads_and_exports_a_plain_folder(file, tmp_path, trai
     assert AutoTokenizer.from_pretrained(folder).encode("ab c") == read_tokenizer(file).encode("ab c")
 
 
+def test_an_adapter_trained_on_it_reloads_on_it(file, tmp_path):
+    """peft looks for a folder by the name in the adapter's files, and takes the name of the file as an argument."""
+    peft = pytest.importorskip("peft")
+    model = agent(file, policy_kwargs={"train": LoRA(r=2)})
+    model.learn(32)
+    export(model, None, tmp_path / "plain", adapter=True)
+    ours = logits(model.policy.lm.backbone.model)
+    assert (ours - logits(Pretrained(file).build())).abs().max() > 1e-3
+    on_base = peft.PeftModel.from_pretrained(Pretrained(file).build(), tmp_path / "plain" / "adapter")
+    torch.testing.assert_close(logits(on_base), ours, atol=1e-5, rtol=1e-5)
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "plain" / "adapter", gguf_file=Path(file).name)
+    torch.testing.assert_close(logits(alone), ours, atol=1e-5, rtol=1e-5)
+
+
 def test_transformers_alone_would_not_save_it(file, tmp_path):
     """The reason why weights are asked for as floats; where this fails, `as_floats` may go.
 

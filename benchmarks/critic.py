@@ -11,7 +11,6 @@ not repeated. A run takes about four minutes of one core. `--settings` and `--se
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from iterations import Scores
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from transformers import AutoTokenizer
-from work import RANK, prepare
+from work import RANK, add_line, find_line, prepare
 
 from agents import CriticWarmup, KLPenalty, LoRA, Pretrained, SeparateCritic, SharedCritic, evaluate, make_agent
 from textenv import TextEnv
@@ -82,18 +81,13 @@ SETTINGS = {
 }
 
 
-class Curves(BaseCallback):
+class Curves(Scores):
     """Records the score of each rollout, and what PPO logs of the update behind it."""
 
     def __init__(self, with_gradients: bool) -> None:
         super().__init__()
         self.with_gradients = with_gradients
-        self.scores: list[float] = []  # of the episodes of a rollout
         self.rows: list[dict[str, float]] = []
-
-    def _on_step(self) -> bool:
-        self.scores += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
-        return True
 
     def _on_rollout_end(self) -> None:
         self._finish_row()
@@ -175,17 +169,13 @@ def openings(reviews: Sequence[Review]) -> list[str]:
 
 def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the result of each run: seeds outside, so that every setting has one before any has two."""
-    done: list[dict[str, Any]] = []
-    if args.json is not None and args.json.is_file():
-        done = [json.loads(line) for line in args.json.read_text(encoding="utf-8").splitlines()]
     for seed in args.seeds:
         for name in args.settings:
             key = {"setting": name, "seed": seed, "tokens": args.tokens}
-            known = [row for row in done if key.items() <= row.items()]
-            row = known[0] if known else run(args, name, seed)
-            if args.json is not None and not known:
-                with args.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            row = find_line(args.json, key)
+            if row is None:
+                row = run(args, name, seed)
+                add_line(args.json, row)
             yield row
 
 
@@ -206,18 +196,24 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def arguments() -> argparse.Namespace:
-    """Return the options, of which `--smoke` makes all small."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_runs(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options of benchmarks that train a real model on reviews, with several seeds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of saved weights")
     parser.add_argument("--reviews", required=True, help="a folder of reviews, or a data set, as for `read_reviews`")
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, help="add a line for each run to this file")
+    parser.add_argument("--smoke", action="store_true", help="few tokens and lanes: only to see that it runs")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Return the options, of which `--smoke` makes all small."""
+    parser = parser_of_runs(__doc__)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="NAME")
     parser.add_argument("--tokens", type=int, default=6144, help="the tokens of a run")
     parser.add_argument("--rate", type=float, default=1e-3, help="the learning rate")
     parser.add_argument("--gradients", action="store_true", help="measure gradients of both losses; a sixth more time")
-    parser.add_argument("--json", type=Path, help="add a line for each run to this file")
-    parser.add_argument("--smoke", action="store_true", help="few tokens and lanes: only to see that it runs")
     args = parser.parse_args()
     args.lanes, args.new_tokens = (16, 4) if args.smoke else (32, 32)
     args.tokens = 128 if args.smoke else args.tokens

@@ -30,7 +30,8 @@ KL_COEF = 0.02
 SMALL = {"n_lanes": 64, "prompt_tokens": 64, "new_tokens": 32}
 MOST_CRITIC = 1.1  # the target for the time of PPO with a shared critic, against GRPO
 INSTALL = (
-    "python -m venv trl-env && trl-env/bin/pip install trl==1.16.0 peft, then set TRL_GRPO_PYTHON=trl-env/bin/python"
+    "python -m venv trl-env && trl-env/bin/pip install trl==1.16.0 peft vaderSentiment, then set "
+    "TRL_GRPO_PYTHON=trl-env/bin/python"
 )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from work import Pairs, Row, largest, timed
 
 
@@ -22,6 +23,20 @@ class Done(NamedTuple):
     optimizer_steps: int
     seconds: float
     peak: float | None = None  # GB by which it raised the peak of CUDA's memory; None on a CPU
+    completions: int = 0  # that ended in it
+    score: float | None = None  # their mean reward; None if none has ended
+
+
+class Scores(BaseCallback):
+    """Collects the scores of the episodes that end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: list[float] = []
+
+    def _on_step(self) -> bool:
+        self.scores += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
+        return True
 
 
 def ours(model: PPO, device: str) -> Callable[[], Done]:
@@ -31,9 +46,11 @@ def ours(model: PPO, device: str) -> Callable[[], Done]:
 
     def iteration() -> Done:
         tokens, steps = model.num_timesteps, len(updates)
-        size = model.n_steps * model.n_envs
-        cost = timed(lambda: model.learn(size, reset_num_timesteps=False, log_interval=None) and 0, device)
-        return Done(model.num_timesteps - tokens, len(updates) - steps, cost.seconds, cost.peak)
+        size, ended = model.n_steps * model.n_envs, Scores()
+        cost = timed(lambda: model.learn(size, ended, reset_num_timesteps=False, log_interval=None) and 0, device)
+        work = model.num_timesteps - tokens, len(updates) - steps
+        score = statistics.fmean(ended.scores) if ended.scores else None
+        return Done(*work, cost.seconds, cost.peak, len(ended.scores), score)
 
     return iteration
 
@@ -100,6 +117,6 @@ def trl(python: str, script: str, task: dict[str, Any]) -> Iterator[Callable[[],
             if not line:
                 raise RuntimeError(f"TRL ended with exit code {process.wait()}; its own message is above.")
             report = json.loads(line)
-            return Done(report["tokens"], report["optimizer_steps"], report["seconds"])
+            return Done(**{name: report[name] for name in Done._fields if name in report})
 
-        yield iteration  # leaving `Popen` closes stdin, which ends the peer
+        yield iteration  # leaving `Popen` closes stdin, which ends the peer, and waits for it

@@ -4,11 +4,13 @@
 
 The argument holds the fields of the work, and the epochs and minibatches of an update. Each line on stdout reports the
 work and the seconds of one iteration, so that the caller can alternate with its own; the first is the warm-up. The
-scripts import nothing of this project, which need not be installed in their environments.
+scripts import nothing of this project, which need not be installed in their environments. With the key "save" the
+trained model, its adapters merged, is written into that folder once stdin ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -34,6 +36,7 @@ class OnDemand(TrainerCallback):
         self.report = report
         self.steps = 1  # that the trainer counts in an iteration
         self.n_tokens = 0  # generated; a trainer's reward function counts them
+        self.scores: list[float] = []  # of completions; GRPO's reward function adds them
         self.n_updates = 0
         self.start = 0.0
 
@@ -48,8 +51,9 @@ class OnDemand(TrainerCallback):
 
     def wait(self) -> None:
         if not sys.stdin.readline():
-            sys.exit()
+            raise EOFError("stdin has ended")
         self.n_tokens = self.n_updates = 0
+        self.scores = []
         self.start = self.clock()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -58,9 +62,11 @@ class OnDemand(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.steps:
             return
-        done = {"tokens": self.n_tokens, "optimizer_steps": self.n_updates}
+        seconds = self.clock() - self.start
+        done = {"tokens": self.n_tokens, "optimizer_steps": self.n_updates, "completions": len(self.scores)}
+        score = sum(self.scores) / len(self.scores) if self.scores else None
         versions = {library.__name__: library.__version__ for library in (trl, transformers, torch)}
-        line = {**done, "seconds": self.clock() - self.start, "reward": "share of even tokens", "versions": versions}
+        line = {**done, "seconds": seconds, "score": score, "versions": versions}
         print(json.dumps(line), file=self.report, flush=True)
         self.wait()
 
@@ -77,7 +83,10 @@ def run(build: Callable[[dict[str, Any], OnDemand], Any]) -> None:
     trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     assert trainer.accelerator.device.type == work["device"], f"TRL runs on {trainer.accelerator.device}"
-    trainer.train()
+    with contextlib.suppress(EOFError):  # by which `OnDemand` ends the training
+        trainer.train()
+    if "save" in work:
+        trainer.model.merge_and_unload().save_pretrained(work["save"])
 
 
 def config(work: dict[str, Any], **kwargs: Any) -> GPT2Config:

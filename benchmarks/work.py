@@ -288,6 +288,21 @@ def finish(rows: Sequence[Row], path: Path | None) -> None:
         path.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
+def find_line(path: Path | None, key: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the first line of a file of runs that has all items of the key, or None."""
+    if path is None or not path.is_file():
+        return None
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return next((row for row in rows if key.items() <= row.items()), None)
+
+
+def add_line(path: Path | None, row: dict[str, Any]) -> None:
+    """Add a run to the file, if there is one."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table."""
     lines = ["| claim | ours | peer or floor | ratio | spread | target | met |", "|---|---|---|---|---|---|---|"]

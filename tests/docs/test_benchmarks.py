@@ -200,6 +200,100 @@ def test_the_critic_runs(tmp_path):
     assert rows[1]["curve"][1]["norm_value_trunk"] > 0 and printed.count("| 1 |") == 3
 
 
+@pytest.fixture
+def real(work):
+    import real
+
+    return real
+
+
+def curve_of(*points):
+    """Return a curve from completions and seconds so far, and the score of an iteration."""
+    return [dict(zip(("completions", "seconds", "score"), point, strict=True)) for point in points]
+
+
+# Iterations of 8, 8, 16 and 8 completions. The means of two in a row are (0 + 0.4) / 2, (8 * 0.4 + 16 * 0.1) / 24 and
+# (16 * 0.1 + 8 * 0.7) / 24: the third iteration, with most completions, is worse than the second.
+CURVE = curve_of((8, 10, 0.0), (16, 20, 0.4), (32, 45, 0.1), (40, 60, 0.7))
+
+
+def test_seconds_to_a_reward_by_hand(real):
+    assert real.smoothed(CURVE, 2) == pytest.approx([0.2, 0.2, 0.3])
+    assert real.smoothed(CURVE, 1) == pytest.approx([0.0, 0.4, 0.1, 0.7])
+    assert real.smoothed(CURVE, 5) == []
+    assert [real.seconds_to_reward(CURVE, reward, 2) for reward in (-1, 0.15, 0.25, 0.4)] == [20, 20, 60, None]
+    assert [real.seconds_to_reward(CURVE, reward, 1) for reward in (0, 0.4, 0.5)] == [10, 20, 60]
+    assert [real.score_at(CURVE, n, 2) for n in (8, 16, 33)] == pytest.approx([0.2, 0.2, 0.3])
+
+
+def test_rows_of_both_sides_by_hand(real):
+    """TRL takes 3, 2 and 2.5 times our seconds; a run that does not get there has no ratio."""
+    row = real.seconds_row("to 0.5", [10, 20, 40], [30, 40, 100])
+    assert row[:2] == ("to 0.5", "20.0 s (10.0 to 40.0)") and row.theirs == "40.0 s (30.0 to 100.0)"
+    assert row[3:7] == (2.5, "2.00-3.00", ">= 2.0x", True)
+    assert real.seconds_row("", [10, 20], [15, 30]).met is False
+    late = real.seconds_row("", [10, 20], [30, None])
+    assert (late.theirs, late.ratio, late.met) == ("30.0 s (30.0 to 30.0), 1 of 2 seeds", 3, None)
+    assert real.seconds_row("", [10, None], [30, 50]).met is False
+    none = real.seconds_row("", [None], [None])
+    assert (none.ours, none.ratio, none.spread, none.met) == ("not reached", None, "-", None)
+    figures = real.figure_row("held out", [0.5, 0.75], [0.25, 1.0])
+    assert (figures.ours, figures.theirs) == ("0.62 (0.50 to 0.75)", "0.62 (0.25 to 1.00)")
+    assert (figures.spread, figures.met) == ("difference -0.25 to +0.25", None)
+
+
+def test_a_point_adds_an_iteration_to_the_sums(real):
+    first = real.after([], real.Done(tokens=96, optimizer_steps=8, seconds=2.0, completions=4, score=0.5))
+    second = real.after([first], real.Done(tokens=90, optimizer_steps=8, seconds=1.5, completions=5, score=0.25))
+    assert second == {"completions": 9, "tokens": 186, "optimizer_steps": 16, "seconds": 3.5, "score": 0.25}
+
+
+def test_a_line_of_runs_is_found_by_its_key(work, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert work.find_line(None, {}) is None and work.find_line(path, {}) is None
+    work.add_line(None, {"seed": 0})
+    for seed in (0, 1):
+        work.add_line(path, {"side": "ours", "seed": seed})
+    assert work.find_line(path, {"seed": 1}) == {"side": "ours", "seed": 1}
+    assert work.find_line(path, {"seed": 1, "side": "trl"}) is None
+
+
+def smoke_of_both(folder, *words):
+    """Run `real.py` on a tiny model and made-up reviews; return the lines of its file, and its output."""
+    for mood in ("neg", "pos"):
+        (folder / f"rt-polarity.{mood}").write_text("\n".join(demo.reviews(300, seed=len(mood))) + "\n")
+    path = folder / "rows.jsonl"
+    words = (f"--model={demo_model(n_epochs=0.2)}", f"--reviews={folder}", f"--json={path}", *words)
+    printed = run("benchmarks/real.py", *words, "--smoke", "--rewards", "-1", "9")
+    return [json.loads(line) for line in path.read_text().splitlines()], printed
+
+
+@pytest.mark.slow
+def test_our_side_of_a_real_model_runs(tmp_path):
+    """The start and each seed add a line, and are not repeated; the evaluator sees what has been trained."""
+    smoke_of_both(tmp_path, "--sides=ours", "--seeds=0")
+    rows, printed = smoke_of_both(tmp_path, "--sides=ours", "--seeds", "0", "1")
+    assert [(row["side"], row.get("seed")) for row in rows] == [("start", None), ("ours", 0), ("ours", 1)]
+    for row in rows[1:]:
+        assert [point["optimizer_steps"] for point in row["curve"]] == [8, 16, 24]
+        assert row["curve"][-1]["completions"] >= 48 and row["held_out"]["perplexity"] > 0
+        assert row["held_out"] != rows[0]["held_out"]
+    assert "to a reward of 9.0 | not reached | not measured |" in printed
+    assert re.search(r"to a reward of -1.0 \| \d+\.\d s \(.*\) \| not measured \|", printed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TRL_GRPO_PYTHON" not in os.environ, reason="needs a Python with TRL 1.16: set TRL_GRPO_PYTHON")
+def test_both_sides_of_a_real_model_run(tmp_path):
+    """Both sides do the same number of steps on the same number of completions, and TRL's adapters arrive."""
+    (start, ours, theirs), printed = smoke_of_both(tmp_path, "--seeds=0")
+    assert (ours["side"], theirs["side"]) == ("ours", "trl") and "not measured" not in printed
+    steps, completions = ([point[name] for point in theirs["curve"]] for name in ("optimizer_steps", "completions"))
+    assert steps == [point["optimizer_steps"] for point in ours["curve"]][: len(steps)]
+    assert completions == [16, 32, 48]
+    assert theirs["held_out"] != start["held_out"]
+
+
 @pytest.mark.slow
 def test_the_rows_of_a_gpu_run_on_a_cpu(tmp_path):
     """All rows in both types, and pytest's word on the tests that need a device."""

@@ -7,10 +7,10 @@ import pytest
 from agents import bpe_tokenizer
 from tests.docs.test_examples import run
 from tests.helpers.command import small_model
+from tests.helpers.models import seldom
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [(), ("--algorithm", "grpo"), ("--shuffled",)], ids=["ppo", "grpo", "shuffled"])
+@pytest.mark.parametrize("words", seldom([("--algorithm", "grpo"), (), ("--shuffled",)]))
 def test_the_example_runs_and_resumes(words, tmp_path):
     pytest.importorskip("reasoning_gym")
     pytest.importorskip("peft")

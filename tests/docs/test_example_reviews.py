@@ -7,6 +7,7 @@ import pytest
 from agents import bpe_tokenizer
 from tests.docs.test_examples import run
 from tests.helpers.command import small_model
+from tests.helpers.models import seldom
 from tests.helpers.task_data import write_data
 from tests.helpers.weights.real_model import real_model
 from textenv.tasks.reviews import FILES
@@ -25,8 +26,7 @@ def model(folder, tmp_path):
     return small_model(tmp_path / "start", bpe_tokenizer(texts, vocab_size=300), n_positions=128)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", seldom(["ppo", "grpo"]))
 def test_the_example_runs_and_resumes_where_it_was_stopped(folder, model, algorithm, tmp_path):
     pytest.importorskip("vaderSentiment")
     pytest.importorskip("peft")

@@ -7,12 +7,12 @@ import pytest
 from agents import bpe_tokenizer
 from tests.docs.test_examples import run
 from tests.helpers.command import ROOT, small_model
+from tests.helpers.models import seldom
 
 FILES = [ROOT / "examples" / "configs" / "smollm2" / f"steering_{part}.txt" for part in ("prompts", "held_out")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("files", [(), FILES], ids=["coin", "list"])
+@pytest.mark.parametrize("files", seldom([FILES, ()]))
 def test_the_example_runs_and_resumes(files, tmp_path):
     pytest.importorskip("vaderSentiment")
     pytest.importorskip("peft")

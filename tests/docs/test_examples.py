@@ -59,7 +59,7 @@ def test_masked_json():
     assert run("examples/masked_json.py", "--smoke").count("100% valid") == 2
 
 
-@pytest.mark.parametrize("seed", seldom(range(3)))
+@pytest.mark.parametrize("seed", seldom(range(3), n=0))
 def test_masked_json_learns_and_without_the_mask_it_does_not(tmp_path, seed):
     pytest.importorskip("llguidance")
     figures = {}
@@ -94,7 +94,7 @@ def test_distill_writes_three_models_and_figures(tmp_path):
     assert json.loads(figures.read_text())["mood"].keys() == {"teacher", "student", "distilled"}
 
 
-@pytest.mark.parametrize("seed", seldom(range(3)))
+@pytest.mark.parametrize("seed", seldom(range(3), n=0))
 def test_distill_meets_its_bar_and_without_a_teacher_it_does_not(tmp_path, seed):
     """The mood follows the teacher's, though no reward is seen; with the teacher switched off, nothing moves."""
     found = {}

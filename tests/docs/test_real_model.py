@@ -88,7 +88,7 @@ def test_nothing_half_written_stays(start, tmp_path):
 # The real model
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_its_logits_are_those_of_transformers():
     file = real_gguf()
     slow = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

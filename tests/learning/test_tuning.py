@@ -17,7 +17,7 @@ def evaluated(folder):
     return json.loads((folder / "results.json").read_text())["after"]["figures"]["reward"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_meets_the_bar_that_a_wrong_learning_rate_does_not(tmp_path):
     more = ["--device=cpu", "--loggers=[]", "--quiet"]
     assert run("tune", FILE, "--trials=8", "--out", tmp_path / "search", *more) == 0

@@ -62,6 +62,11 @@ CALLS = {  # the words after each verb, a pattern that it prints, and a file tha
         r"held out: explained variance 0\.000 -> -?\d",
         "critic/critic.safetensors",
     ),
+    "tune": (
+        'run/config.yml --trials 1 --tune.ranges={"kl.coef":{"low":0.0,"high":0.1}} --tune.max_kl 1e6 --out search',
+        r"best",
+        "search/best.yml",
+    ),
     "evaluate": ("run --metrics [distinct] --n_prompts 4", r"\| reward \|", "run/evaluation.json"),
     "generate": ("run --prompts prompts.txt --max_new_tokens 3", r'^\{"prompt": "this phone is"', None),
     "rate": ("small --prompts prompts.txt --max_new_tokens 3 --db answers.db", r"1 answered, 0 skipped", "answers.db"),

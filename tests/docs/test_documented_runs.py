@@ -45,7 +45,8 @@ STAND_INS = {
     "CONFIG.yml": "examples/configs/demo.yml",
 }
 TYPED = {"chat": "this phone is\n/exit\n", "rate": "q\n"}
-ELSEWHERE = ("--to_hub", "--key")  # an upload, and the placeholder for any option
+# An upload, an option of runs with LoRA (tests/agents/cli/test_cli_verbs.py), and the placeholder for any option.
+ELSEWHERE = ("--to_hub", "--adapter", "--key")
 
 
 @pytest.fixture

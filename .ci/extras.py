@@ -239,11 +239,11 @@ def gem(folder: Path) -> None:
 def reasoning(folder: Path) -> None:
     from textenv.adapters.reasoning_gym import ReasoningGym
 
-    sums = {"max_terms": 2, "max_digits": 1}
-    env = ReasoningGym("chain_sum", TOKENIZER, config=sums, size=9, n_held_out=1)
+    sums, tokenizer = {"max_terms": 2, "max_digits": 1}, CharTokenizer("".join(map(chr, range(32, 127))) + "\n")
+    env = ReasoningGym("chain_sum", tokenizer, config=sums, size=9, n_held_out=1)
     env.reset(options={"prompts": [env.prompts[3]]})
     [answer] = env.prompts[3].references
-    assert sum(env.step(token)[1] for token in [*TOKENIZER.encode(answer), TOKENIZER.eos_token_id]) == 1.0
+    assert sum(env.step(token)[1] for token in [*tokenizer.encode(answer), tokenizer.eos_token_id]) == 1.0
 
 
 def openenv(folder: Path) -> None:

@@ -22,17 +22,6 @@ TEXTS = {"score": ["Yes."], "compare": ["Yes.", "No."], "rank": ["Yes.", "No.", 
 BAD = '<script>pwned = 1</script><img src=x onerror="pwned = 1">{{ 7 * 7 }}'
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "answers.db"
-
-
-@pytest.fixture
-def store(path):
-    with FeedbackStore(path, seed=0) as opened:
-        yield opened
-
-
 def answer_all(store, rater="ann"):
     """Give the best score to the text that was added first, or choose it, or rank texts as they were added."""
     while (item := store.next(rater)) is not None:

@@ -16,17 +16,6 @@ from textenv.feedback.records import Record
 from textenv.feedback.store import FeedbackStore
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "answers.db"
-
-
-@pytest.fixture
-def store(path):
-    with FeedbackStore(path, seed=0) as opened:
-        yield opened
-
-
 @pytest.mark.parametrize("content", [b"This is no database." * 100, "other"])
 def test_other_files_are_refused_and_left_alone(path, content):
     if content == "other":

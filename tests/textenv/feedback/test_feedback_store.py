@@ -11,17 +11,6 @@ from textenv.feedback.records import Answer, Record
 from textenv.feedback.store import FeedbackStore
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "answers.db"
-
-
-@pytest.fixture
-def store(path):
-    with FeedbackStore(path, seed=0) as opened:
-        yield opened
-
-
 def see(item, text):
     """Return the index at which a completion is shown."""
     return item.completions.index(text)

@@ -12,9 +12,9 @@ from textenv.checks.lines import check_encodable
 from textenv.checks.signatures import check_arguments
 from textenv.prompts.chat import is_chat
 from textenv.prompts.dialogues import ASSISTANT, REPLIES, split_pair
+from textenv.prompts.parts import Part
 from textenv.prompts.prompts import read_rows
 from textenv.tasks import dailydialog, hh, reviews, zh_reviews
-from textenv.tasks.parts import Part
 from textenv.tasks.random_texts import MAKERS, random_texts
 from textenv.text.tokenizer import Tokenizer
 

@@ -27,17 +27,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, get_args
 
 from textenv.checks.extras import needs
 from textenv.checks.signatures import check_arguments, nearest
 from textenv.env import TextEnv
 from textenv.episodes.completion import Preds
+from textenv.prompts.parts import Part
 from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import RowReward, check_choice
 from textenv.text.tokenizer import Tokenizer
 
-Part = Literal["train", "held_out"]
 MARK = "Answer:"
 QUESTION = "{question}"
 OWN_KEYS = ("seed", "size")  # keys of every configuration that `ReasoningItems` sets
@@ -162,7 +162,7 @@ class ReasoningItems:
 
     def rows(self, part: Part) -> list[dict[str, Any]]:
         """Return the rows of a part: `prompt`, and `question`, `answer` and `metadata` as the library made them."""
-        check_choice("part", part, ("train", "held_out"))
+        check_choice("part", part, get_args(Part))
         return [{"prompt": self._prompt(item["question"]), **item} for item in self._items(part)]
 
     def solved(self, part: Part) -> list[tuple[Any, str]]:

@@ -18,11 +18,11 @@ from textenv.env import TextEnv
 from textenv.episodes.completion import Preds
 from textenv.episodes.rules import EndReason
 from textenv.huggingface.datasets import read_dataset
+from textenv.prompts.parts import HELD_OUT, Part
 from textenv.prompts.prompts import Prompt
 from textenv.rewards.base import BatchReward, RewardLike, check_choice
 from textenv.rewards.compose import WeightedSum
 from textenv.tasks.each_turn import EachTurn
-from textenv.tasks.parts import HELD_OUT, Part
 from textenv.text.named_tokenizer import read_tokenizer
 from textenv.text.tokenizer import Tokenizer
 

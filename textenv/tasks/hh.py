@@ -18,8 +18,8 @@ from textenv.checks.lines import numbered, read_json
 from textenv.env import TextEnv
 from textenv.huggingface.datasets import read_dataset
 from textenv.prompts.dialogues import ASSISTANT, HUMAN, Pair, split_pair
+from textenv.prompts.parts import HELD_OUT, Part
 from textenv.rewards.base import RewardLike, check_choice
-from textenv.tasks.parts import HELD_OUT, Part
 from textenv.text.tokenizer import Tokenizer
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from textenv.env import TextEnv
 from textenv.huggingface.datasets import read_dataset
+from textenv.prompts.parts import HELD_OUT, Part
 from textenv.rewards.base import RewardLike, check_choice
-from textenv.tasks.parts import HELD_OUT, Part
 from textenv.text.tokenizer import Tokenizer
 
 FILES = ("rt-polarity.neg", "rt-polarity.pos")  # in the order of the labels

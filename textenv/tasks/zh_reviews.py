@@ -10,8 +10,8 @@ from typing import Any, TypeAlias, get_args
 import numpy as np
 
 from textenv.env import TextEnv
+from textenv.prompts.parts import HELD_OUT, Part
 from textenv.rewards.base import RewardLike, check_choice
-from textenv.tasks.parts import HELD_OUT, Part
 from textenv.text.tokenizer import Tokenizer
 
 FILE = "ranked.tsv"

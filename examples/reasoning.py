@@ -38,6 +38,7 @@ from textenv.rewards import BatchReward
 TASK, SUMS = "chain_sum", {"max_terms": 2, "max_digits": 2}
 N_SOLVED, N_TRAIN, N_HELD_OUT = 300, 2_000, 300
 N_SAMPLES, MAX_NEW_TOKENS, N_STEPS = 8, 6, 8
+N_TOKENS = {"ppo": 16_384, "grpo": 12_288}
 KL_COEF = 0.02
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     args = parse_arguments()
     transformers_logging.disable_progress_bar()
     start, console = time.perf_counter(), Console()
-    n_tokens, n_envs, n_prompts = (256, 16, 8) if args.smoke else (12_288, 128, N_HELD_OUT)
+    n_tokens, n_envs, n_prompts = (256, 16, 8) if args.smoke else (N_TOKENS[args.algorithm], 128, N_HELD_OUT)
     settings = {name: getattr(args, name) for name in ("model", "algorithm", "shuffled", "seed", "smoke")}
     check_settings(args.out, settings)
     base = args.out / "base"

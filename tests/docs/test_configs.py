@@ -100,13 +100,13 @@ def test_a_key_that_is_none_would_be_noticed(tmp_path):
         stage_config("sft", [str(tmp_path / "sft.yml")])
 
 
-def test_every_task_has_a_small_configuration_and_one_of_gpt2s_size_with_adapters():
+def test_every_task_has_a_small_configuration_and_large_ones_train_adapters():
     tasks = {"demo", *TASKS} - {"Text"}  # "text" is the same task, with a user's own prompts and reward
     small, large = ([cli.train_config([str(path)])[0] for path in paths] for paths in (SMALL, LARGE))
     # A model from scratch cannot read the questions of reasoning-gym.
     assert {config.env.id for config in small} == {*tasks, "text"} - {"ReasoningGym"}
-    large = {config.env.id: config.model for config in large}
-    assert large.keys() == {*tasks, "text"} and {model.train for model in large.values()} == {"lora"}
+    assert "ReasoningGym" in {config.env.id for config in large}
+    assert {config.model.train for config in large} == {"lora"}
 
 
 def test_the_readme_beside_them_lists_all():

@@ -13,8 +13,8 @@ FOLDER holds ranked.tsv: lines of several Chinese reviews separated by tabs, the
    five random texts.
 4. The models of steps 1 and 3 continue the beginnings of held-out reviews (other reviews may begin alike), and the four
    of `PROMPTS`. The samples are those of the first five prompts.
-5. Pairs of a text before and one after wait in ratings.db: `textenv rate --db runs/zh_reviews/ratings.db --web` asks
-   somebody which is better, without saying which is which. After that, the same command prints the share of wins.
+5. Pairs of other texts, one before and one after, wait in ratings.db: `textenv rate --db OUT/ratings.db --web` asks
+   somebody which is better, without saying which is which. After that, this command prints the share of wins.
 
 examples/README.md has the figures. Printed and kept in `--out`: the tables (results.md, results.json), the log of
 samples (samples.log), curves.png, and all models as Hugging Face folders. After Ctrl-C the same command resumes:
@@ -286,7 +286,8 @@ def ratings(result: Evaluation, file: Path) -> str:
     with FeedbackStore(file) as store:
         assert result.before is not None
         rows = zip(result.before.generations, result.generations, strict=True)
-        for before, after in itertools.islice(() if asked else rows, N_PAIRS):
+        # The first texts are in the table of samples, which says what was written before and after.
+        for before, after in itertools.islice(() if asked else rows, N_SAMPLES, N_SAMPLES + N_PAIRS):
             texts = [before.text, after.text]
             store.add(str(after.prompt), texts, "compare", models=["before", "after"], run=str(file.parent))
         decided = [better for answer in store.answers() for better, _ in answer.pairs()]
@@ -295,7 +296,7 @@ def ratings(result: Evaluation, file: Path) -> str:
         return f"rated: nothing yet; textenv rate --db {file} --web asks"
     share = sum(better == 1 for better in decided) / len(decided)
     low, high = wilson_interval(share, len(decided))
-    return f"rated: after is better in {share:.3f} [{low:.3f}, {high:.3f}] of {len(decided)} pairs; {n_ties} ties"
+    return f"rated: after is better in {share:.3f} [{low:.3f}, {high:.3f}] of {len(decided)} pairs; {n_ties} tied"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -44,7 +44,7 @@ def test_what_is_read(sentiment):
     alone, both = completion(*row, True), whole(*row, True)
     assert completion(*row, False) == 0.0
     assert alone == completion.score_text("太差了") < both == completion.score_text("质量很好，太差了")
-    with pytest.raises(ValueError, match="Expected `reads` to be one of 'completion', 'whole', got 'all'"):
+    with pytest.raises(ValueError, match=r"Expected `reads` to be one of \['completion', 'whole'\], got 'all'"):
         SnowNLP(reads="all")
 
 

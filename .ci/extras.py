@@ -68,6 +68,13 @@ def sentiment(folder: Path) -> None:
     assert score(vader, "lovely film") > 0.5 > 0 > score(vader, "awful film")
 
 
+def chinese(folder: Path) -> None:
+    from textenv.rewards import SnowNLP
+
+    reward = SnowNLP()
+    assert reward.score_text("质量很好，满意") > 0.7 > 0.3 > reward.score_text("太差了，垃圾")
+
+
 def lora(folder: Path) -> None:
     run = train(folder, "[]", **{"model.train": "lora", "model.lora_r": 2})
     assert not list((run / "model").glob("adapter*")) and (run / "model" / "model.safetensors").is_file()
@@ -300,6 +307,7 @@ EXTRAS = [
     plot,
     grammar,
     sentiment,
+    chinese,
     lora,
     gguf,
     overlap,

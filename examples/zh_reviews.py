@@ -1,25 +1,25 @@
-"""A language model learns from rankings to write favourable Chinese reviews: reward model, PPO, and a judge.
+"""A language model learns to write favourable Chinese reviews, for a classifier that somebody else has trained.
 
+    pip install "textenv[chinese]"
     python examples/zh_reviews.py --data FOLDER
 
-FOLDER holds ranked.tsv: lines of several Chinese reviews separated by tabs, the best first.
+FOLDER holds ranked.tsv: lines of several Chinese reviews separated by tabs, the best first. A tenth is held out.
 
 1. A fresh GPT-2 with one token per character learns to write the reviews.
-2. Two reward models learn from the rankings, each from its own half of the lines: the first is the reward, the second
-   the judge. No review is in both halves, and both are measured on lines of neither. The baseline is a logistic
-   regression on the differences in characters and pairs of characters.
-3. PPO tunes the model with that reward and a penalty on its divergence from the model of step 1. Each iteration prints
-   its mean reward and five random texts.
+2. A reward model, the judge, learns from the rankings; nothing is trained on its scores. It, the classifier of step 3
+   and a logistic regression on the differences in characters and pairs of characters are measured on held-out rankings.
+3. PPO tunes the model of step 1. The reward is the probability of "positive" by the naive Bayes classifier that the
+   package snownlp (MIT) brings; the divergence from the start is penalised. Each iteration prints its mean reward and
+   five random texts.
 4. The models of steps 1 and 3 continue the beginnings of held-out reviews (other reviews may begin alike), and the four
-   of `PROMPTS`.
+   of `PROMPTS`. The samples are those of the first five prompts.
+5. Pairs of other texts, one before and one after, wait in ratings.db: `textenv rate --db OUT/ratings.db --web` asks
+   somebody which is better, without saying which is which. After that, this command prints the share of wins.
 
-Expect, in about six minutes on one core: both reward models put 82 to 84 % of the held-out pairs into the right order,
-the baseline 83 to 85 %; on held-out beginnings the judge's mean score rises from 0.1 to 1.1, in standard deviations of
-its scores of real reviews from their mean.
-
-Printed and kept in `--out`: the tables (results.md, results.json), the log of samples (samples.log), curves.png, and
-all models as Hugging Face folders. After Ctrl-C the same command resumes: finished stages are found in `--out`, and
-tuning and PPO continue where they were last saved (the curves then begin there).
+examples/README.md has the figures. Printed and kept in `--out`: the tables (results.md, results.json), the log of
+samples (samples.log), curves.png, and all models as Hugging Face folders. After Ctrl-C the same command resumes:
+finished stages are found in `--out`, and tuning and PPO continue where they were last saved (the curves then begin
+there).
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ from agents import (
     train_reward_model,
     wilson_interval,
 )
-from textenv.metrics import Distinct, Perplexity, Scores, mean_of
+from textenv.feedback.store import FeedbackStore
+from textenv.metrics import Broken, Distinct, Perplexity
+from textenv.rewards import SnowNLP
 from textenv.rewards.preference import Preference
-from textenv.rewards.reward_stats import RewardStats
 from textenv.rewards.text_model import TextModel
-from textenv.tasks.zh_reviews import PROMPTS, ZhReviews, openings, read_rankings, split_rankings
+from textenv.tasks.zh_reviews import PROMPTS, ZhReviews, openings, part_of, read_rankings
 
 Rows = Sequence[Sequence[str]]  # rankings, the best review first
 
@@ -72,7 +73,7 @@ class Size(NamedTuple):
 
     width: int
     tuning_epochs: float
-    reward_epochs: float
+    judge_epochs: float
     n_iterations: int  # of PPO
     n_texts: int  # of an evaluation
     n_envs: int = 64
@@ -83,10 +84,11 @@ class Size(NamedTuple):
 
 FULL = Size(128, 2.5, 2.0, 40, 400)
 SMOKE = Size(16, 1.0, 1.0, 2, 8, n_envs=8, max_new_tokens=8)
-SHARES = {"reward": 0.45, "judge": 0.45, "held_out": 0.1}
-KL_COEF = 0.1
+KL_COEF = 0.05
 LEARNING_RATE = 3e-4
-N_SAMPLES = 5  # printed of each iteration
+OPENINGS = "beginnings of held-out reviews"
+N_SAMPLES = 5  # printed of each iteration, and at the end
+N_PAIRS = 30  # to be rated
 
 
 class EpochLog(BaseCallback):
@@ -156,24 +158,6 @@ class NGrams:
         return functional.embedding_bag(*self.bags(texts), mode="sum")[:, 0].numpy()
 
 
-class Judge:
-    """The metric `judge`: the mean score of prompt and text by a reward model.
-
-    Scores are in standard deviations of the training texts' scores from their mean.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.model, self.stats = TextModel(folder), RewardStats.load(folder)
-
-    def __call__(
-        self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> dict[str, Scores]:
-        return {"judge": mean_of(self.score([prompt + text for prompt, text in zip(prompts, texts, strict=True)]))}
-
-    def score(self, texts: Sequence[str]) -> np.ndarray:
-        return (self.model.logits(texts)[:, 0].astype(np.float64) - self.stats.mean) / self.stats.std
-
-
 def pairs(rankings: Rows) -> list[tuple[int, int]]:
     """Return all pairs of a better and a worse review of one ranking, as indices among all reviews."""
     starts = np.cumsum([0, *map(len, rankings)]).tolist()
@@ -194,10 +178,7 @@ def measure(score: Callable[[Sequence[str]], np.ndarray], rankings: Rows) -> dic
 
 def tune(parts: dict[str, Rows], folder: Path, size: Size, seed: int) -> dict[str, Any]:
     """Train a fresh GPT-2 to write reviews, with a tokenizer of their characters."""
-    texts, held_out = (
-        [text for name in names for ranking in parts[name] for text in ranking]
-        for names in (("reward", "judge"), ("held_out",))
-    )
+    texts, held_out = ([text for ranking in parts[part] for text in ranking] for part in ("train", "held_out"))
     tokenizer = char_tokenizer([*texts, *PROMPTS, *PROMPTS], min_count=2)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -235,7 +216,7 @@ def learn_rankings(rankings: Rows, tuned: Path, folder: Path, size: Size, seed: 
         [Ranking(ranking) for ranking in rankings],
         folder,
         loss="tokens",
-        n_epochs=size.reward_epochs,
+        n_epochs=size.judge_epochs,
         learning_rate=1e-3,
         seed=seed,
         overwrite=True,
@@ -244,11 +225,12 @@ def learn_rankings(rankings: Rows, tuned: Path, folder: Path, size: Size, seed: 
 
 
 def compare(parts: dict[str, Rows], out: Path) -> dict[str, Any]:
-    """Measure both reward models and the baseline, which has the reward's half, on the held-out rankings."""
+    """Measure the judge, the classifier of the reward and the baseline on the held-out rankings."""
+    judge, classifier = TextModel(out / "judge"), SnowNLP()
     scorers = {
-        "reward model": Judge(out / "reward").score,
-        "judge": Judge(out / "judge").score,
-        "character n-grams": NGrams(parts["reward"]),
+        "judge": lambda texts: judge.logits(texts)[:, 0],
+        "character n-grams": NGrams(parts["train"]),
+        "SnowNLP": lambda texts: np.array([classifier.score_text(text) for text in texts]),
     }
     return {name: measure(score, parts["held_out"]) for name, score in scorers.items()}
 
@@ -266,30 +248,25 @@ def reinforce(parts: dict[str, Rows], out: Path, size: Size, seed: int, console:
     """Tune with PPO, and measure before and after on held-out beginnings and on the four of `PROMPTS`."""
     tuned = out / "tuned"
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tuned)
-    reward = Preference(out / "reward", stats="stored")
-    limits = {"max_new_tokens": size.max_new_tokens}
-    env = ZhReviews(
-        [*parts["reward"], *parts["judge"]], tokenizer, reward=reward, n_characters=size.n_opening, **limits
-    )
+    reward, limits = SnowNLP(reads="whole"), {"max_new_tokens": size.max_new_tokens}
+    env = ZhReviews(parts["train"], tokenizer, reward=reward, n_characters=size.n_opening, **limits)
     model = make_agent(
         env, str(tuned), n_envs=size.n_envs, seed=seed, learning_rate=LinearSchedule(LEARNING_RATE, 0.0, 1.0)
     )
-    metrics = [
-        Judge(out / "judge"),
-        Perplexity(AutoModelForCausalLM.from_pretrained(tuned), tokenizer),
-        Distinct((2,), split=list),
-    ]
+    start = AutoModelForCausalLM.from_pretrained(tuned)
+    metrics = [Perplexity(start, tokenizer), Distinct((2,), split=list), Broken()]
+    judge = Preference(out / "judge", stats="stored")  # in standard deviations of its scores of real reviews
     prompts = {
-        "beginnings of held-out reviews": openings(parts["held_out"], size.n_opening)[: size.n_texts],
+        OPENINGS: openings(parts["held_out"], size.n_opening)[: size.n_texts],
         "the four prompts": [prompt for prompt in PROMPTS for _ in range(size.n_texts // len(PROMPTS))],
     }
-    options = {"reward": reward, "reference": str(tuned), "seed": seed, **limits}
+    options = {"reward": reward, "judge": judge, "reference": str(tuned), "seed": seed, **limits}
     before = {name: evaluate(model, rows, tokenizer, metrics, **options) for name, rows in prompts.items()}
     train(
         model,
         size.n_iterations * size.n_envs * size.max_new_tokens,
         out,
-        "Chinese reviews: PPO for the score of a reward model",
+        "Chinese reviews: PPO for SnowNLP's sentiment",
         [KLPenalty(KL_COEF), EpochLog(out / "samples.log", seed)],
     )
     after = {
@@ -298,19 +275,34 @@ def reinforce(parts: dict[str, Rows], out: Path, size: Size, seed: int, console:
     }
     export(model, tokenizer, out / "policy", overwrite=True)
     for name in prompts:
-        step = max(1, len(after[name].generations) // 8)
-        console.print(
-            sample_table({"before": before[name].generations[::step], "after": after[name].generations[::step]})
-        )
+        shown = {"before": before[name].generations, "after": after[name].generations}
+        console.print(sample_table({title: texts[:N_SAMPLES] for title, texts in shown.items()}))
     return after
+
+
+def ratings(result: Evaluation, file: Path) -> str:
+    """Put pairs of texts of the same prompt into a store of feedback, once; return what raters have said of them."""
+    asked = file.is_file()
+    with FeedbackStore(file) as store:
+        assert result.before is not None
+        rows = zip(result.before.generations, result.generations, strict=True)
+        # The first texts are in the table of samples, which says what was written before and after.
+        for before, after in itertools.islice(() if asked else rows, N_SAMPLES, N_SAMPLES + N_PAIRS):
+            texts = [before.text, after.text]
+            store.add(str(after.prompt), texts, "compare", models=["before", "after"], run=str(file.parent))
+        decided = [better for answer in store.answers() for better, _ in answer.pairs()]
+        n_ties = sum(answer.value in ("tie", "both_bad") for answer in store.answers())
+    if not decided:
+        return f"rated: nothing yet; textenv rate --db {file} --web asks"
+    share = sum(better == 1 for better in decided) / len(decided)
+    low, high = wilson_interval(share, len(decided))
+    return f"rated: after is better in {share:.3f} [{low:.3f}, {high:.3f}] of {len(decided)} pairs; {n_ties} tied"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds ranked.tsv")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="the seed of the halves, all training and sampling (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="the seed of all training and sampling (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/zh_reviews"), help="where the results go")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, a few steps, to see that everything runs")
     return parser.parse_args()
@@ -321,20 +313,19 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     start, console, out = time.perf_counter(), Console(), args.out
     size = SMOKE if args.smoke else FULL
+    rankings = read_data(read_rankings, args.data)
     parts: dict[str, Rows] = {
-        name: [tuple(text[: size.n_characters] for text in texts) for texts in rankings]
-        for name, rankings in split_rankings(read_data(read_rankings, args.data), SHARES, args.seed).items()
+        part: [tuple(text[: size.n_characters] for text in texts) for texts in part_of(rankings, part)]
+        for part in ("train", "held_out")
     }
     check_settings(out, {"data": str(args.data.resolve()), "seed": args.seed, **size._asdict()})
-    stage(out / "tune.json", lambda: tune(parts, out / "tuned", size, args.seed))
-    for name in ("reward", "judge"):
-        stage(
-            out / f"{name}.json",
-            lambda name=name: learn_rankings(parts[name], out / "tuned", out / name, size, args.seed),
-        )
-    accuracies = stage(out / "accuracies.json", lambda: compare(parts, out))
+    stage(out / "tune.json", tune, parts, out / "tuned", size, args.seed)
+    stage(out / "judge.json", learn_rankings, parts["train"], out / "tuned", out / "judge", size, args.seed)
+    accuracies = stage(out / "accuracies.json", compare, parts, out)
     after = reinforce(parts, out, size, args.seed, console)
+    rated = ratings(after[OPENINGS], out / "ratings.db")
     tables = [accuracy_table(accuracies), *(f"{name}:\n\n{result.to_markdown()}" for name, result in after.items())]
+    tables.append(rated)
     (out / "results.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     results = {"accuracies": accuracies, **{name: result.to_dict() for name, result in after.items()}}
     (out / "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -56,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not words or words[0] in ("-h", "--help"):
             print(_overview())
             return Exit.DONE
+        if words[0] == "--version":
+            from textenv import __version__  # which loads gymnasium
+
+            print(f"textenv {__version__}")
+            return Exit.DONE
         if words[0] not in VERBS:
             from textenv.checks.signatures import nearest  # which loads gymnasium
 
@@ -104,7 +109,8 @@ def _overview() -> str:
     lines = "\n".join(f"  {name:<14}{verb.does}" for name, verb in VERBS.items())
     return (
         "usage: textenv VERB ...\n\nReinforcement learning of language models on text.\n\n"
-        f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` lists a verb's arguments.\n"
+        f"{lines}\n\n`textenv train` alone runs the built-in demo. `textenv VERB --help` lists a verb's arguments,\n"
+        "and `textenv --version` prints the version.\n"
         "Exit codes: 0 done, 1 unexpected error (doctor: something to fix), 2 wrong arguments or refused input,\n"
         "3 a NaN or infinity in training, 4 a failed reward, 5 a failed write to the disk, 6 a missing package,\n"
         "130 and 143 interrupted."

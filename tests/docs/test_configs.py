@@ -100,13 +100,13 @@ def test_a_key_that_is_none_would_be_noticed(tmp_path):
         stage_config("sft", [str(tmp_path / "sft.yml")])
 
 
-def test_every_task_has_a_small_configuration_and_one_of_gpt2s_size_with_adapters():
+def test_every_task_has_a_small_configuration_and_large_ones_train_adapters():
     tasks = {"demo", *TASKS} - {"Text"}  # "text" is the same task, with a user's own prompts and reward
     small, large = ([cli.train_config([str(path)])[0] for path in paths] for paths in (SMALL, LARGE))
     # A model from scratch cannot read the questions of reasoning-gym.
     assert {config.env.id for config in small} == {*tasks, "text"} - {"ReasoningGym"}
-    large = {config.env.id: config.model for config in large}
-    assert large.keys() == {*tasks, "text"} and {model.train for model in large.values()} == {"lora"}
+    assert "ReasoningGym" in {config.env.id for config in large}
+    assert {config.model.train for config in large} == {"lora"}
 
 
 def test_the_readme_beside_them_lists_all():
@@ -125,6 +125,8 @@ def test_the_demo_configuration_is_what_train_does_alone():
 @pytest.mark.parametrize("path", SMALL, ids=name)
 def test_a_small_configuration_runs_for_a_rollout(path, tmp_path, monkeypatch, capsys):
     """All its commands run as written, except for sizes, on made-up data: a few steps of each stage."""
+    if "snownlp" in path.read_text(encoding="utf-8"):
+        pytest.importorskip("snownlp")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("agents.cli.stage_data.N_RANDOM_TEXTS", 60)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -5,6 +5,7 @@ scripts in test_examples.py, test_example_*.py and test_benchmarks.py.
 """
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,14 @@ def test_the_commands_of_people_run(start, here):
     for words in blocks("examples/people.md"):
         start(words)
     assert (here / "run" / "model" / "model.safetensors").is_file() and (here / "hand" / "model").is_dir()
+
+
+def test_two_models_are_compared_as_people_says(here):
+    page = (ROOT / "examples" / "people.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(snippet, first := {})
+    with FeedbackStore("ratings.db") as store:
+        shown = store.next("ann")
+        store.choose(shown, "ab"[shown.completions.index("好看")])
+    exec(snippet, later := {})
+    assert (first["wins"], later["wins"]) == ([], ["after"])

@@ -38,6 +38,7 @@ from textenv.feedback.records import Answer
 from textenv.lanes.rendering import picture
 from textenv.metrics import overlap as metrics
 from textenv.rewards import ChatJudge, HTTPJudge, overlap
+from textenv.rewards.chinese import SnowNLP
 from textenv.rewards.lexicon import Vader
 from textenv.rewards.similarity import Similarity
 from textenv.tasks.demo import Demo
@@ -114,6 +115,7 @@ GUARDS = {
     "the reward SacreBLEU": ("overlap", "sacrebleu", overlap.SacreBLEU),
     "the reward ChrF": ("overlap", "sacrebleu", overlap.ChrF),
     "Vader": ("sentiment", "vaderSentiment", Vader),
+    "SnowNLP": ("chinese", "snownlp", SnowNLP),
     "Similarity": ("similarity", "sentence_transformers", lambda: Similarity("never", text="a")),
     "HTTPJudge": ("judge", "httpx", lambda: HTTPJudge("https://judge.example")),
     "ChatJudge": ("judge", "httpx", lambda: ChatJudge("https://judge.example", model="m", question="{completion}?")),

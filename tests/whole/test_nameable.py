@@ -68,6 +68,7 @@ LOOKED_AT = {
         "agents.cli.rate_training": "FirstEpisodes",
         "textenv.adapters.reasoning_gym": "ReasoningScore",
         "textenv.rewards.asynchronous": "AsyncFunction",
+        "textenv.rewards.chinese": "SnowNLP",
         "textenv.rewards.classifier": "Classifier",
         "textenv.rewards.compose": COMPOSED,
         "textenv.rewards.http_judge": "ChatJudge HTTPJudge",

@@ -93,10 +93,17 @@ def as_floats() -> dict[str, Any]:
 def readable_gguf(name: str | PathLike[str], file: str) -> Iterator[None]:
     """Turn transformers' errors on a GGUF file that it does not read into a ValueError that names the file.
 
+    The bar of unpacking shows or not as transformers' other bars do (`transformers.utils.logging`).
+
     Args:
         name: The folder, or the name on the hub.
         file: The file.
     """
+    from transformers import modeling_gguf_pytorch_utils as reader  # here, as above
+    from transformers.utils import logging
+
+    # `load_gguf_checkpoint` takes its bar from tqdm itself, which does not know of `disable_progress_bar`.
+    bar, reader.tqdm = reader.tqdm, logging.tqdm
     try:
         yield
     except ImportError:
@@ -110,3 +117,5 @@ def readable_gguf(name: str | PathLike[str], file: str) -> Iterator[None]:
             f"{reason}. Is it cut short, or of an architecture or a quantisation that transformers does not read? Then "
             "take the Hugging Face folder of the model."
         ) from error
+    finally:
+        reader.tqdm = bar

@@ -8,6 +8,7 @@ from textenv.episodes.failure_policy import RowError
 from textenv.episodes.scores import DROPPED
 from textenv.rewards.asynchronous import AsyncFunction, AsyncReward
 from textenv.rewards.base import BatchReward, RowReward, score_rows
+from textenv.rewards.chinese import SnowNLP
 from textenv.rewards.compose import Cached, Clip, Ensemble, Gate, Scale, WeightedSum
 from textenv.rewards.http_judge import ChatJudge, HTTPJudge
 from textenv.rewards.human import HumanReward
@@ -41,6 +42,7 @@ __all__ = [
     "RowError",
     "RowReward",
     "SacreBLEU",
+    "SnowNLP",
     "Scale",
     "StepReward",
     "StepwiseReward",

@@ -42,6 +42,7 @@ REWARDS: dict[str, str] = {
     "sacrebleu": f"{_ROOM}.overlap:SacreBLEU",
     "chrf": f"{_ROOM}.overlap:ChrF",
     "vader": f"{_ROOM}.lexicon:Vader",
+    "snownlp": f"{_ROOM}.chinese:SnowNLP",
     "classifier": f"{_ROOM}.classifier:Classifier",
     "preference": f"{_ROOM}.preference:Preference",
     "likelihood": f"{_ROOM}.likelihood:Likelihood",

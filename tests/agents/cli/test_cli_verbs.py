@@ -1,5 +1,6 @@
 """The commands other than `train`: the output, files and refusals of each."""
 
+import configparser
 import io
 import json
 import re
@@ -16,7 +17,7 @@ from agents.cli import main as cli
 from agents.cli import trained_model as verbs
 from agents.runs.live_screen import LiveScreen
 from agents.runs.screens import warnings_on
-from tests.helpers.command import ROLLOUT, run, settings
+from tests.helpers.command import ROLLOUT, ROOT, run, settings
 from textenv import demo
 
 
@@ -36,6 +37,15 @@ def test_every_verb_has_help(verb, capsys):
         run(verb, "--help")
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: textenv {verb}")
+
+
+def test_the_version_is_the_one_that_is_installed(capsys):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"textenv {setup['metadata']['version']}\n"
+    assert run() == run("--help") == 0
+    assert capsys.readouterr().out.count("`textenv --version` prints the version") == 2
 
 
 def test_tasks_has_a_line_each(capsys):

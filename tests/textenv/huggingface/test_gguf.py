@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from stable_baselines3 import PPO
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.utils import logging as transformers_logging
 
 from agents import (
     KLPenalty,
@@ -183,6 +184,17 @@ def test_what_transformers_does_not_read_is_refused_by_name(file, tmp_path):
         read_tokenizer(other)
 
 
+def test_the_bar_of_unpacking_shows_as_transformers_other_bars_do(file, monkeypatch, capfd):
+    own = modeling_gguf_pytorch_utils.tqdm
+    for shows in (True, False):
+        monkeypatch.setattr(transformers_logging, "_tqdm_active", shows)
+        build_model(file)
+        assert ("de-quantizing" in capfd.readouterr().err) == shows
+    with pytest.raises(ValueError):
+        build_model("no.gguf")
+    assert modeling_gguf_pytorch_utils.tqdm is own
+
+
 def test_an_adapter_beside_it_is_refused(file, tmp_path):
     """transformers would put it into the model (`modeling_utils.maybe_load_adapters`)."""
     shutil.copy(file, tmp_path / "tiny.gguf")
@@ -204,7 +216,8 @@ def here(tmp_path, monkeypatch):
 
 def test_a_command_takes_it(file, here, capfd):
     assert run("generate", file, "--prompts", "p.txt", "--max_new_tokens", "3") == 0
-    assert capfd.readouterr().out.count('"text"') == 2
+    out, err = capfd.readouterr()
+    assert out.count('"text"') == 2 and "quantizing" not in err  # no bar that --quiet would have to silence
     assert run("generate", "no.gguf", "--prompts", "p.txt") == 2
     assert "got 'no.gguf': there is no such file" in capfd.readouterr().err
     folder = Path(file).parent

@@ -11,6 +11,7 @@ import pytest
 from agents import char_tokenizer
 from tests.docs.test_examples import run
 from textenv import check_text_env
+from textenv.feedback.store import FeedbackStore
 from textenv.tasks.zh_reviews import PROMPTS, ZhReviews, openings, read_rankings, split_rankings
 
 LINES = "质量很好，满意\t还行\t太差\n物流快\t垃圾\n"
@@ -129,6 +130,7 @@ def made_up(folder, n_lines=60):
 
 @pytest.mark.slow
 def test_the_example_runs_and_skips_finished_stages_of_rankings(tmp_path):
+    pytest.importorskip("snownlp")
     out = tmp_path / "out"
     command = ("examples/zh_reviews.py", "--data", made_up(tmp_path / "data"), "--smoke", "--out", out)
     printed = run(*command)
@@ -136,7 +138,8 @@ def test_the_example_runs_and_skips_finished_stages_of_rankings(tmp_path):
     assert results["accuracies"]["character n-grams"]["accuracy"] == 1.0  # on unseen reviews
     assert results["accuracies"]["judge"]["n_pairs"] == 6 * 6
     for name in ("beginnings of held-out reviews", "the four prompts"):
-        assert {"judge", "reward", "kl", "length", "perplexity", "distinct_2"} <= results[name]["differences"].keys()
+        shown = {"judge", "reward", "kl", "length", "perplexity", "distinct_2", "blank", "broken"}
+        assert shown <= results[name]["differences"].keys()
         assert " " not in "".join(sample["text"] for sample in results[name]["texts"])
     log = (out / "samples.log").read_text(encoding="utf-8")
     assert log in printed and log.count("Random Sample 5 text(s) of model output:\n1. ") == 2
@@ -144,10 +147,23 @@ def test_the_example_runs_and_skips_finished_stages_of_rankings(tmp_path):
     assert (out / "policy" / "model.safetensors").is_file()
 
     table = (out / "results.md").read_text(encoding="utf-8")
+    assert "rated: nothing yet" in table
+    with FeedbackStore(out / "ratings.db") as store:  # a rater of the pairs that the table of samples does not show
+        for better in ("before", "after", None):
+            shown = store.next("ann")
+            number = store.choose(shown, "tie")
+            if better is not None:
+                store.undo("ann", number)
+                first = shown.order[0] == ("before", "after").index(better)
+                store.choose(store.next("ann"), "a" if first else "b")
+        assert store.next("ann") is None
     (out / "results.md").unlink()
     again = run(*command)
-    assert all(f"{name}: found in" in again for name in ("tune", "reward", "judge", "accuracies"))
-    assert "mean-reward" not in again and table in again and (out / "results.md").read_text(encoding="utf-8") == table
+    assert all(f"{name}: found in" in again for name in ("tune", "judge", "accuracies"))
+    rated = "rated: after is better in 0.500 [0.095, 0.905] of 2 pairs; 1 tied"
+    assert "mean-reward" not in again and rated in again
+    texts = (out / "results.md").read_text(encoding="utf-8").splitlines()
+    assert texts[:-1] == table.splitlines()[:-1] and texts[-1] == rated
 
 
 @pytest.mark.skipif("TEXTENV_DATA" not in os.environ, reason="TEXTENV_DATA names no folder of data sets")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 
 from .findings import Diagnosis
+from .prompt_rules import prompt_findings
+from .reward_rules import reward_findings
 from .run_files import RunRecord, read_run
+from .text_rules import text_findings
+from .update_rules import update_findings
 
 
 def diagnose(run: str | os.PathLike[str]) -> list[Diagnosis]:
@@ -29,7 +33,13 @@ def diagnose(run: str | os.PathLike[str]) -> list[Diagnosis]:
 
 def findings_of(record: RunRecord) -> list[Diagnosis]:
     """Return what `diagnose` does, of a run whose files were read."""
-    found = [*files(record)]
+    found = [
+        *files(record),
+        *prompt_findings(record),
+        *reward_findings(record),
+        *text_findings(record),
+        *update_findings(record),
+    ]
     return sorted(found, key=lambda finding: -finding.weight)
 
 

@@ -8,7 +8,7 @@ import pytest
 from agents.diagnosis import CATALOGUE, Diagnosis, diagnose
 from agents.errors import CommandError
 
-ERROR = "textenv.episodes.scores.RewardError: Expected a number, got None."
+ERROR = "RuntimeError: a callback has failed, a number is 3."
 TRACE = f"2026-01-01T00:00:00+00:00\nTraceback (most recent call last):\n  File 'x.py', line 1\n{ERROR}\n\n"
 
 

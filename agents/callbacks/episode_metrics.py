@@ -20,6 +20,7 @@ from ..rollout.vec_env import TextVecEnv
 from ..steps.step import remember
 from .reward_time import RewardShare
 from .scored_episodes import ScoredEpisodes
+from .text_figures import TextFigures
 
 
 class EpisodeMetrics(BaseCallback):
@@ -30,6 +31,13 @@ class EpisodeMetrics(BaseCallback):
     - `reward/task` and `reward/<part>`: the task reward and its named parts,
     - `episode/length`: the number of tokens that the policy wrote,
     - `episode/end_<reason>`: the share of each end reason, 0 to 1,
+    - `episode/count` and `episode/reward_std`: the number of episodes, and the standard deviation of their task reward,
+    - `text/blank`, `text/repetition`, `text/distinct`: the share of texts that are empty or white space, the mean share
+      of a text's word pairs that it had before, and the number of different texts as a share of all,
+    - `prompt/cut`, `prompt/plain`: the shares of episodes whose prompt was truncated, or, with a tokenizer that has a
+      chat template, is no chat,
+    - `prompt/largest_share`, `prompt/signal_share`: the largest share that one prompt has in the episodes, and in the
+      sum of squared deviations of the task reward,
     - `time/tokens_per_second`: tokens per second since the end of the last rollout, the update included,
     - `time/reward_share`: the share of that time that the reward took, 0 to 1; only with a `TextVecEnv`,
     - `time/prefill_tokens` and `time/shared_tokens`: the tokens of prompts (and of texts that go on after an update)
@@ -69,6 +77,7 @@ class EpisodeMetrics(BaseCallback):
         remember(self.model, self)  # checkpoints keep its state
         env = self.training_env.unwrapped
         self._rewards = RewardShare(env.lanes) if isinstance(env, TextVecEnv) else None
+        self._texts = TextFigures(env.env) if isinstance(env, TextVecEnv) else None
         policy = self.model.policy
         cache = policy.lm.rollout_cache if isinstance(policy, LMPolicy) and policy.lm.use_cache else None
         self._cache = cache if isinstance(cache, PrefixCache) else None
@@ -108,6 +117,8 @@ class EpisodeMetrics(BaseCallback):
             return
         self.logger.record("reward/task", float(np.mean([info["episode"]["r"] for info in infos])))
         self.logger.record("episode/length", float(np.mean([info["episode"]["l"] for info in infos])))
+        for name, value in {} if self._texts is None else self._texts.of(infos).items():
+            self.logger.record(name, value)
         parts: dict[str, float] = defaultdict(float)
         for info in infos:
             for name, value in info["reward_parts"].items():

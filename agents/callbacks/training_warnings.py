@@ -12,6 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from textenv.episodes.rules import EndReason
 
+from ..diagnosis.catalogue import CATALOGUE
 from ..policies.lm_policy import LMPolicy
 from ..policies.rounding import tolerance
 from ..rollout.buffer import SequenceRolloutBuffer
@@ -52,7 +53,9 @@ class TrainingWarnings(BaseCallback):
     - a collapse of the entropy,
     - a reward that takes more than half of the time.
 
-    It reads a few sequences once more and changes nothing. Its position in the list of callbacks does not matter.
+    Its words are those of the catalogue of `textenv doctor RUN` (docs/doctor.md). It logs `rollout/log_ratio`, the
+    largest |log ratio| that it found, reads a few sequences once more and changes nothing. Its position in the list of
+    callbacks does not matter.
 
     Args:
         entropy_fraction: The fraction of the first rollout's entropy below which it warns; the entropy is estimated by
@@ -122,40 +125,21 @@ class TrainingWarnings(BaseCallback):
 
     def _look_at_rewards(self, rewards: list[float]) -> None:
         if rewards and min(rewards) == max(rewards):
-            self._warn(
-                "rewards",
-                f"All {len(rewards)} last episodes earned {rewards[0]:.4g}: nothing tells a good text from a "
-                "bad one. Is the reward constant, does it compare to a text that is never written, or is the task "
-                "solved? Print a few texts (SampleTable) with their rewards, and give partial credit.",
-            )
+            self._warn("constant-reward", f"all {len(rewards)} last episodes earned {rewards[0]:.4g}")
 
     def _look_at_ends(self, episodes: list[Ended]) -> None:
-        can_stop = bool(self._rules.stop_ids or self._rules.stop_strings)
+        n, rules = len(episodes), self._rules
+        can_stop = bool(rules.stop_ids or rules.stop_strings)
         if can_stop and all(episode.end_reason == EndReason.LENGTH for episode in episodes):
-            self._warn(
-                "length",
-                f"All {len(episodes)} last episodes were cut by length: the policy never ends a text. Is the end "
-                f"token another one than stop_ids={list(self._rules.stop_ids)}, or max_new_tokens="
-                f"{self._rules.max_new_tokens} too short? Give the env the model's own stop_ids, or raise the limit.",
-            )
+            limits = f"stop_ids={list(rules.stop_ids)} and max_new_tokens={rules.max_new_tokens}"
+            self._warn("never-stops", f"all {n} last episodes were cut by length, with {limits}")
         if all(episode.end_reason == EndReason.EOS and episode.n_tokens == 1 for episode in episodes):
-            self._warn(
-                "empty texts",
-                f"All {len(episodes)} last episodes are an end token and nothing else. Does an empty text earn "
-                "most, as under a penalty on length or on KL, or do prompts end like finished texts? Reward an empty "
-                "text less, and encode prompts without the end token.",
-            )
+            self._warn("empty-texts", f"all {n} last episodes are an end token and nothing else")
 
     def _look_at_time(self) -> None:
         seconds, share = self._rewards.seconds, self._rewards.share
         if share > MOST_REWARD and seconds > MIN_SECONDS:
-            self._warn(
-                "time",
-                f"The reward takes {share:.0%} of the time, {seconds:.0f} s so far: does it load something at every "
-                "call, or wait for each row in turn? Score texts when they end (score_at='done') or a rollout's "
-                "together ('rollout_end'), all rows in one call (BatchReward), servers side by side (HTTPJudge, "
-                "AsyncFunction), and texts that come again once (Cached).",
-            )
+            self._warn("reward-slow", f"the reward takes {share:.0%} of the time, {seconds:.0f} s so far")
 
     def _look_at_divergence(self) -> None:
         # `KLPenalty` recorded it when the buffer computed its returns, which SB3 `on_policy_algorithm.collect_rollouts`
@@ -165,40 +149,30 @@ class TrainingWarnings(BaseCallback):
             return
         self._divergences.append(float(value))
         if len(self._divergences) == self.patience and max(self._divergences) < NEGATIVE_KL:
-            self._warn(
-                "divergence",
-                f"The KL from the reference is negative for {self.patience} rollouts, last {value:.3g} nats a token; "
-                "a mean over the policy's samples cannot be, noise apart. Are tokens drawn from another distribution "
-                "than they are scored under, or has the reference another temperature? Run agents.doctor.check.",
-            )
+            seen = f"it is below 0 for {self.patience} rollouts, last {value:.3g} nats a token"
+            self._warn("kl-negative", seen)
 
     def _look_at_ratios(self, buffer: SequenceRolloutBuffer) -> None:
         policy = cast("LMPolicy", self.model.policy)
         off, limit = _largest_log_ratio(policy, buffer), tolerance(policy.lm)  # nats
+        self.logger.record("rollout/log_ratio", off)
         if not off <= limit:  # also true for NaN
-            self._warn(
-                "ratios",
-                f"Before the first step of an update the log-ratio of some token is {off:.3g}; up to {limit:.0e} is "
-                "rounding. Rollout and update disagree: dropout, a cache that is not exact, or weights that were "
-                "changed inside the rollout? Run agents.doctor.check, which names the part.",
-            )
+            seen = f"before the first step of an update its log-ratio is {off:.3g}; up to {limit:.0e} is rounding"
+            self._warn("rollout-update-mismatch", seen)
 
     def _look_at_entropy(self, buffer: SequenceRolloutBuffer) -> None:
         entropy = -float(buffer.log_probs.mean())
         if self._first_entropy is None:
             self._first_entropy = entropy
         if entropy < self.entropy_fraction * self._first_entropy:
-            self._warn(
-                "entropy",
-                f"The entropy fell from {self._first_entropy:.3g} to {entropy:.3g} nats a token: the policy writes the "
-                "same again and again and explores no more. Is the learning rate too high, or the reward easy to game? "
-                "Lower learning_rate or n_epochs, raise ent_coef, or add a KLPenalty.",
-            )
+            self._warn("entropy-collapse", f"it fell from {self._first_entropy:.3g} to {entropy:.3g} nats a token")
 
-    def _warn(self, name: str, text: str) -> None:
-        if name not in self._warned_of:
-            self._warned_of.add(name)
-            warnings.warn(f"After {self.model.num_timesteps} tokens: {text}", stacklevel=2)
+    def _warn(self, cause_id: str, evidence: str) -> None:
+        if cause_id not in self._warned_of:
+            self._warned_of.add(cause_id)
+            cause = CATALOGUE[cause_id]
+            seen = f"{cause.title[0].upper()}{cause.title[1:]}: {evidence}. {cause.why} {cause.cure}"
+            warnings.warn(f"After {self.model.num_timesteps} tokens: {seen}", stacklevel=2)
 
 
 @torch.no_grad()

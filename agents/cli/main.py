@@ -25,7 +25,9 @@ from .options import (
     ClassifierConfig,
     CompareOptions,
     CriticConfig,
+    DoctorOptions,
     EvaluateOptions,
+    ExaminedRun,
     ExportFlags,
     ExportOptions,
     GenerateOptions,
@@ -200,6 +202,8 @@ def _read_search(name: str, words: list[str]) -> tuple[Any, ...]:
 def _read_doctor(name: str, words: list[str]) -> tuple[Any, ...]:
     if re.search(r"(^| )--model[ =](?!\{)", " ".join(words)):  # with braces it is a section of a configuration
         return _read(name, words, OneModel)
+    if words and Path(words[0]).is_dir():
+        return _read(name, words, ExaminedRun)
     config, options, _ = train_config(words, name)
     check_folders(with_config(words), config)
     return config, options
@@ -375,11 +379,11 @@ VERBS = {
         _read_runs,
     ),
     "doctor": Verb(
-        "check model, tokenizer, reward and settings before training",
-        f"{CONFIG} | --model NAME",
+        "check model, tokenizer, reward and settings before training, or name what went wrong in a run",
+        f"{CONFIG} | --model NAME | RUN [--json]",
         TrainConfig,
-        TrustOptions,
-        "agents.cli.trained_model:examine",
+        DoctorOptions,
+        "agents.cli.doctor:examine",
         _read_doctor,
     ),
     "tasks": Verb(

@@ -106,6 +106,28 @@ class ExportFlags(TrustOptions):
 
 
 @dataclass
+class ExaminedRun:
+    """Name what went wrong in a run, by the files that it left.
+
+    Args:
+        run: The folder of the run: finished, broken, or going on.
+    """
+
+    run: str
+
+
+@dataclass
+class DoctorOptions(TrustOptions):
+    """Options of `textenv doctor` alone.
+
+    Args:
+        json: Print one line of JSON with the findings.
+    """
+
+    json: bool = False
+
+
+@dataclass
 class OneModel:
     """Say what holds for one model: exact, or refused and why; cache, attention, critics, layers for LoRA.
 

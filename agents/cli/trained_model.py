@@ -52,7 +52,7 @@ from ..runs.folder import SAMPLE, RunFolder, read_rows, to_line
 from ..runs.model_card import model_card
 from ..runs.policy_arguments import policy_arguments
 from ..small_models.demo_model import model_folder
-from .options import EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, OneModel
+from .options import DoctorOptions, EvaluateOptions, ExportFlags, ExportOptions, GenerateOptions, OneModel
 from .prompt_files import prompts_for
 
 CHUNK = 64  # prompts per call of `generate`, which runs as many side by side; then their texts are printed
@@ -195,21 +195,21 @@ def make_policy(
     return LMPolicy(*spaces, lambda _: 0.0, lm=load_lm(name, trust), **arguments)  # type: ignore[arg-type]
 
 
-def examine(config: TrainConfig | OneModel, options: TrustOptions) -> int:
+def examine(config: TrainConfig | OneModel, options: DoctorOptions) -> int:
     """Print the doctor's report, or its row for one model; return the exit code, 1 if training would go wrong."""
     if isinstance(config, OneModel):
-        return _examine_model(str(config.model), trust_of(options))
+        return _examine_model(str(config.model), options)
     report = check(Parts(config, trust_of(options)).agent)
-    print(report)
+    print(json.dumps({"findings": [finding._asdict() for finding in report.findings]}) if options.json else report)
     return Exit.DONE if report.ok else Exit.FAILED
 
 
-def _examine_model(name: str, trust: Trust) -> int:
+def _examine_model(name: str, options: DoctorOptions) -> int:
     folder = name if Path(name).is_file() else model_folder(name)
-    config = from_pretrained(AutoConfig, folder, trust_remote_code=trust.remote_code)
+    config = from_pretrained(AutoConfig, folder, trust_remote_code=options.trust_remote_code)
     transformers_logging.set_verbosity_error()  # of tokens that equal pad, which are read on purpose
     row = examine_config(config)
-    print(f"{name}: {type(config).__name__}\n{row}")
+    print(json.dumps({"model": name, **row._asdict()}) if options.json else f"{name}: {type(config).__name__}\n{row}")
     return Exit.DONE if row.verdict == "exact" else Exit.FAILED
 
 

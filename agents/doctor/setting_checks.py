@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from textenv.env import TextEnv
+from textenv.prompts.prompts import Prompt
 from textenv.prompts.templates import apply_template
-from textenv.text.tokenizer import encode_prompt
+from textenv.text.tokenizer import Tokenizer, encode_prompt
 
 from ..distributed.world import world
 from ..rollout.buffer import SequenceRolloutBuffer
@@ -130,17 +131,28 @@ def check_generation_config(subject: Subject) -> list[Finding]:
     return [Finding("generation config", "warning", measured, cause, cure)]
 
 
+def template_marker(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text that a tokenizer's chat template writes behind a message, or else in front of it."""
+    before, _, after = apply_template(tokenizer, [{"role": "user", "content": "CONTENT"}], "a message").partition(
+        "CONTENT"
+    )
+    return after.strip() or before.strip()
+
+
+def lacks_template(tokenizer: Tokenizer, prompt: Prompt, marker: str) -> bool:
+    """Return whether a prompt lacks the marker of the chat template."""
+    # Decoded from the ids, since a prompt's own text may lack the special tokens.
+    return marker not in tokenizer.decode(prompt.ids.tolist())
+
+
 def check_chat_template(subject: Subject) -> list[Finding]:
     """Check that prompts are chats if the tokenizer has a chat template."""
     env = subject.env
     if not isinstance(env.tokenizer, PreTrainedTokenizerBase) or env.tokenizer.chat_template is None:
         return [Finding("chat template", "ok", "the tokenizer has none")]
-    rendered = apply_template(env.tokenizer, [{"role": "user", "content": "CONTENT"}], "a message")
-    before, _, after = rendered.partition("CONTENT")
-    marker = after.strip() or before.strip()
+    marker = template_marker(env.tokenizer)
     prompts = env.prompts[:MAX_PROMPTS]
-    # Decoded from the ids, since a prompt's own text may lack the special tokens.
-    plain = sum(marker not in env.tokenizer.decode(prompt.ids.tolist()) for prompt in prompts)
+    plain = sum(lacks_template(env.tokenizer, prompt, marker) for prompt in prompts)
     measured = f"{plain} of {len(prompts)} prompts are plain text, without {marker!r}"
     if not plain:
         return [Finding("chat template", "ok", measured)]

@@ -264,6 +264,8 @@ class KLPenalty(RolloutStep):
         if per_segment:
             logger.record("kl/sequence", float(np.mean(per_segment)))
         logger.record("kl/coef", self.coef)
+        if self.estimator != "exact":  # which reads whole distributions, not the sampled tokens
+            logger.record("kl/reference_nll", -float(buffer.reference_log_probs[steps, lanes].mean()))
         if self.loss is None:
             logger.record("kl/penalty", float(self.coef * kl.mean()))
         elif (mean := self.loss.mean()) is not None:

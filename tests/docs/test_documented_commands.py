@@ -38,7 +38,7 @@ ENGINES = {  # of each verb: the module, and its functions that do the work once
     "show": ("agents.cli.show", "show"),
     "export": ("agents.cli.trained_model", "export_run"),
     "compare": ("agents.cli.compare", "compare"),
-    "doctor": ("agents.cli.trained_model", "examine"),
+    "doctor": ("agents.cli.doctor", "examine"),
     "tasks": ("agents.cli.catalogue", "catalogue"),
 }
 POSITIONAL = {"evaluate": "RUN", "generate": "RUN", "chat": "RUN", "show": "RUN", "export": "RUN DIR", "compare": "A B"}

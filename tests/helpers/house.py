@@ -37,7 +37,7 @@ LAYERS = {
     "agents": (
         ("errors",),
         ("files", "signals", "configuration"),
-        ("small_models",),
+        ("small_models", "diagnosis"),
         ("models",),
         ("distributed",),
         ("policies",),

@@ -27,6 +27,7 @@ class Prompt(str):
     Attributes:
         ids: The tokens that the model reads, read-only, (P,) int64: fewer than those of the text if it was truncated.
         row: The row of the data set; `{prompt_column: prompt}` for a bare text, list of token ids or chat.
+        n_cut: The number of tokens by which it was truncated.
         messages: The messages of a chat, whose rendering is the text; None for any other prompt.
         references: The texts of the references column, a list; empty without that column.
         number: The index of the row in its source, or -1 for a prompt passed to `reset`.
@@ -44,6 +45,7 @@ class Prompt(str):
     number: int
     max_new_tokens: int | None
     messages: list[Message] | None
+    n_cut: int
 
     def __new__(
         cls,
@@ -54,6 +56,7 @@ class Prompt(str):
         number: int = -1,
         max_new_tokens: int | None = None,
         messages: Sequence[Message] | None = None,
+        n_cut: int = 0,
     ) -> Prompt:
         """Return the string, with its attributes."""
         prompt = super().__new__(cls, text)  # a str is immutable: `__init__` would be too late
@@ -64,6 +67,7 @@ class Prompt(str):
         prompt.number = number
         prompt.max_new_tokens = max_new_tokens
         prompt.messages = None if messages is None else list(messages)
+        prompt.n_cut = n_cut
         return prompt
 
 
@@ -156,14 +160,16 @@ class PromptReader:
         opening, body, text = self._encode(value, where)
         if not body:
             raise ValueError(f"Expected {where} to have at least one token, got {value!r}. Drop empty rows.")
+        ids = self._fit(opening, body, where, text)
         return Prompt(
             text,
-            ids=self._fit(opening, body, where, text),
+            ids=ids,
             row=row,
             references=self._references(row, where),
             number=number,
             max_new_tokens=self._own_limit(row, where),
             messages=value if is_chat(value) else None,
+            n_cut=len(opening) + len(body) - len(ids),
         )
 
     def _column(self, row: Mapping[str, Any], column: str, where: str) -> Any:

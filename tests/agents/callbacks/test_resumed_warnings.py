@@ -65,10 +65,10 @@ def messages(model, n_rollouts, callbacks):
 @pytest.mark.parametrize(
     ("build", "others", "words"),
     [
-        (varied, divergences, "KL from the reference is negative for 5 rollouts"),
-        (constant, nothing, "All 32 last episodes earned 2"),
+        (varied, divergences, "negative: it is below 0 for 5 rollouts"),
+        (constant, nothing, "reward: all 32 last episodes earned 2"),
         pytest.param(late_groups, nothing, "last episodes earned 0.5", marks=pytest.mark.slow),
-        pytest.param(varied, sharpened, "The entropy fell from", marks=pytest.mark.slow),
+        pytest.param(varied, sharpened, "The entropy has collapsed: it fell from", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_warns_as_one_that_was_never_stopped(build, others, words, tmp_path):

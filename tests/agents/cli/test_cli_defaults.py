@@ -174,7 +174,7 @@ def test_help_shows_both_defaults_and_words(verb, capsys):
         assert f'default: {value} with the model "demo"' in entry and re.search("else (null|100000|constant|{})", entry)
     for heading in ("env: The episodes of the task", "kl: The penalty on", "only on the command line:"):
         assert heading in text
-    assert (verb == "doctor") == ("Check model, tokenizer, reward and settings before training." in text)
+    assert (verb == "doctor") == ("Check model, tokenizer, reward and settings before training, or" in text)
 
 
 @pytest.mark.slow

@@ -193,8 +193,10 @@ def test_d8_of_equal_texts_no_penalty_is_left(advantage):
 def test_logged_divergence_is_that_of_the_rollout():
     model, recorder, penalty = tiny_agent(), Recorder(), KLPenalty(COEF)
     model.learn(64, callback=[penalty, recorder], log_interval=None)
-    k1 = recorder.stacked("log_probs") - reference_log_probs(penalty.reference, recorder)
+    reference = reference_log_probs(penalty.reference, recorder)
+    k1 = recorder.stacked("log_probs") - reference
     logged = model.logger.name_to_value
+    assert logged["kl/reference_nll"] == pytest.approx(-reference[12:].mean(), abs=1e-5)
     ended = [transitions for _, transitions in recorder.episodes() if transitions[-1][0] >= 12]
     assert logged["kl/token"] == pytest.approx(k1[12:].mean(), abs=1e-5)
     assert logged["kl/coef"] == COEF

@@ -140,6 +140,19 @@ def test_show_has_a_line_a_token(done, capsys):
     assert run("show", done, "--prompt", "400") == 2
 
 
+def test_show_writes_the_credit_of_a_few_episodes(done, capsys):
+    assert run("show", done, "--prompt", "1", "--credit", "2", "--continuations", "3") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^\| all \| \d+ \| (-?\d\.\d\d|nan) \| [+-]\d.* ± \d", said, flags=re.MULTILINE), said
+    rows = json.loads((done / "credit.json").read_text(encoding="utf-8"))
+    assert len(rows) == 2 and list(rows[0]) == ["prompt", "tokens", "critic", "monte_carlo", "low", "high"]
+    assert len({len(rows[0][name]) for name in list(rows[0])[1:]}) == 1
+    for low, value, high in zip(rows[0]["low"], rows[0]["monte_carlo"], rows[0]["high"], strict=True):
+        assert low <= value <= high
+    assert run("show", done, "--prompt", "399", "--credit", "2") == 2
+    assert "Expected --prompt and --credit of prompts up to number" in capsys.readouterr().err
+
+
 def test_chat_remembers(model, monkeypatch, capsys):
     from agents.cli import chat
 

@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors; test_public_n
     from .engines.protocol import EngineLost as EngineLost
     from .engines.protocol import RolloutEngine as RolloutEngine
     from .engines.rollouts import EngineRollouts as EngineRollouts
+    from .evaluation.credit import critic_agreement as critic_agreement
+    from .evaluation.credit import monte_carlo_values as monte_carlo_values
     from .evaluation.evaluate_callback import Evaluate as Evaluate
     from .evaluation.evaluation import Evaluation as Evaluation
     from .evaluation.evaluation import evaluate as evaluate
@@ -176,6 +178,7 @@ NAMES = {
     "bpe_tokenizer": ".small_models.tokenizers",
     "calibration": ".supervised.accuracy",
     "char_tokenizer": ".small_models.tokenizers",
+    "critic_agreement": ".evaluation.credit",
     "demo_model": ".small_models.demo_model",
     "evaluate": ".evaluation.evaluation",
     "export": ".checkpoints.hf_export",
@@ -187,6 +190,7 @@ NAMES = {
     "load_checkpoint": ".checkpoints.checkpoint",
     "load_sb3_zip": ".checkpoints.sb3_zip",
     "make_agent": ".build",
+    "monte_carlo_values": ".evaluation.credit",
     "pair_accuracy": ".supervised.accuracy",
     "pretrain": ".small_models.from_scratch",
     "sample_table": ".evaluation.sample_table",

@@ -356,7 +356,7 @@ VERBS = {
     ),
     "show": Verb(
         "print an episode token by token",
-        "RUN [--prompt N] [--seed N]",
+        "RUN [--prompt N] [--seed N] [--credit N]",
         ShowOptions,
         TrustOptions,
         "agents.cli.show:show",

@@ -148,11 +148,16 @@ class ShowOptions:
         run: The folder of the run.
         prompt: The number of the prompt, from 0.
         seed: The seed of the sampling.
+        credit: Instead, write credit.json into the run: the critic's value before each token of this many episodes,
+            of the prompts from `prompt` on, beside the mean return of continuations from there.
+        continuations: The number of continuations of each prefix for `credit`.
     """
 
     run: str
     prompt: int = 0
     seed: int = 0
+    credit: int | None = None
+    continuations: int = 32
 
 
 @dataclass

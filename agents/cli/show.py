@@ -16,18 +16,21 @@ from ..evaluation.evaluation import sequence_of
 from ..policies.lm_policy import LMPolicy
 from ..policies.reference import build_reference, divergences
 from ..runs.assemble import Parts, load_lm, trust_of
+from .credit import write_credit
 from .options import ShowOptions
 from .trained_model import load_newest
 
 
 def show(config: TrainConfig, chosen: ShowOptions, options: TrustOptions) -> int:
-    """Print an episode of the run's newest policy, a line per token; return the exit code.
+    """Print an episode of the run's newest policy, a line per token, or write its credit; return the exit code.
 
     The divergence, in nats, is exact; it is measured from the run's reference model, or the model before training.
 
     Raises:
         CommandError: If the number of the prompt is out of range, or the run has no intact checkpoint.
     """
+    if chosen.credit is not None:
+        return write_credit(config, chosen, options)
     parts = Parts(config, trust_of(options))
     load_newest(chosen.run, parts)
     env, policy = parts.env, cast("LMPolicy", parts.agent.policy)

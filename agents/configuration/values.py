@@ -62,7 +62,8 @@ LIMITS = {
     **dict.fromkeys(("n_envs", "n_steps", "batch_size", "micro_batch_tokens", "overlong_tokens"), AT_LEAST_ONE),
     **dict.fromkeys(("every", "n_prompts", "n", "patience"), AT_LEAST_ONE),
     **dict.fromkeys(("max_tokens", "raters", "updates", "min_groups", "max_rollouts", "rollouts"), AT_LEAST_ONE),
-    "trials": AT_LEAST_ONE,
+    **dict.fromkeys(("trials", "credit"), AT_LEAST_ONE),
+    "continuations": Limits(2),  # one alone shows no spread
     **dict.fromkeys(("lora_alpha", "critic_lr_scale", "temperature", "repetition_penalty"), POSITIVE),
     "critic_lambda": Limits(0, 1),
     "lambda_alpha": POSITIVE,

@@ -17,6 +17,7 @@ from ..distributed.collectives import gather
 from ..distributed.sharding import placed
 from ..models.interface import version_of
 from ..models.pretrained import LMLike, Pretrained
+from ..models.sequences import SequenceBatch
 from ..policies.actor_critic import LMActorCritic
 from ..policies.kl_loss import KLLoss
 from ..policies.lm_policy import LMPolicy
@@ -231,8 +232,7 @@ class KLPenalty(RolloutStep):
         if self.loss is not None:
             self.loss.coef, buffer.kl_loss = self.coef, self.loss
         else:
-            if self.clip is not None:
-                kl = kl.clip(-self.clip, self.clip)
+            kl = self._clipped(kl)
             buffer.penalties[view.steps, view.lanes] += self.coef * kl
         self._log(kl, view.steps, view.lanes, buffer)
         if self.controller is not None:
@@ -241,6 +241,27 @@ class KLPenalty(RolloutStep):
             total, n_episodes = map(sum, zip(*gather("the divergence", own), strict=True))
             if n_episodes > 0:
                 self.coef = self.controller.next(self.coef, total / n_episodes, int(n_episodes))
+
+    def penalties(self, batch: SequenceBatch, actions: Tensor, sampled: np.ndarray) -> np.ndarray:
+        """Return what a rollout's rewards would lose at N transitions, (N,), with the present coefficient.
+
+        With where="loss" that is 0. Nothing is logged, and the coefficient stays as it is.
+
+        Args:
+            batch: The sequences, with N transitions.
+            actions: The tokens taken, (N,).
+            sampled: The log-probabilities with which the policy sampled them, (N,), in nats.
+        """
+        assert self.reference is not None, "set when attached"
+        if self.where == "loss":
+            return np.zeros(len(batch), dtype=np.float32)
+        if self.estimator == "exact":
+            return self.coef * self._clipped(divergences(self.reference, self.policy, batch).cpu().numpy())
+        reference = log_probs(self.reference, self.policy, batch, actions).cpu().numpy()  # (N,)
+        return self.coef * self._clipped(estimate(torch.as_tensor(sampled - reference), self.estimator).numpy())
+
+    def _clipped(self, kl: np.ndarray) -> np.ndarray:
+        return kl if self.clip is None else kl.clip(-self.clip, self.clip)
 
     def _divergence(self, buffer: SequenceRolloutBuffer, view: RolloutView) -> np.ndarray:
         assert self.reference is not None, "set when attached"

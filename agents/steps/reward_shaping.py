@@ -144,6 +144,29 @@ class RewardShaping(RolloutStep):
         if self.overlong_tokens is not None:
             self.algorithm.logger.record("shaping/overlong", float(overlong.mean()))
 
+    def changes(self, infos: list[dict[str, Any]]) -> np.ndarray:
+        """Return what a rollout would add to the last reward of finished episodes of the env, (E,).
+
+        `scale` divides by the deviation of the scores so far, which these episodes do not change. Nothing is logged.
+
+        Args:
+            infos: The info of the last step of each episode.
+
+        Raises:
+            ValueError: With `whiten`, which compares the scores of a rollout with each other.
+        """
+        if self.whiten:
+            raise ValueError(
+                "Expected RewardShaping without `whiten`, got whiten=True: what an episode earns then depends on the "
+                "others of its rollout, so that a text has no value of its own."
+            )
+        scores = np.array([info["episode"]["r"] for info in infos])  # (E,)
+        is_cut = np.array([info["end_reason"] is EndReason.LENGTH for info in infos], dtype=bool)
+        shaped = scores if self.clip is None else scores.clip(-self.clip, self.clip)
+        if self.scale and self.count > 0:
+            shaped = self._scaled(shaped)
+        return shaped - scores - self.missing_eos_penalty * is_cut - self._overlong(infos)
+
     def _overlong(self, infos: list[dict[str, Any]]) -> np.ndarray:
         """Return the penalty for the length of each episode, (E,)."""
         if self.overlong_tokens is None:
@@ -166,12 +189,15 @@ class RewardShaping(RolloutStep):
             scores = scores.clip(-self.clip, self.clip)
         if self.scale:
             self._update(scores)
-            deviation = math.sqrt(self.squares / self.count)
-            scores = scores / deviation if deviation > SMALL * max(1.0, abs(self.mean)) else scores
+            scores = self._scaled(scores)
         if self.whiten:
             shifted = scores - scores[0]  # makes equal scores exactly 0
             scores = (shifted - shifted.mean()) / (shifted.std() + SMALL)
         return scores
+
+    def _scaled(self, scores: np.ndarray) -> np.ndarray:
+        deviation = math.sqrt(self.squares / self.count)
+        return scores / deviation if deviation > SMALL * max(1.0, abs(self.mean)) else scores
 
     def _update(self, scores: np.ndarray) -> None:
         """Add scores to the running figures."""

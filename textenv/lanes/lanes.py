@@ -24,7 +24,7 @@ from textenv.lanes.finished_episodes import (
 from textenv.lanes.hooks import EpisodeHost
 from textenv.lanes.prompt_dealer import PromptDealer
 from textenv.lanes.reward_calls import RewardCalls
-from textenv.lanes.state import LaneState
+from textenv.lanes.state import LaneState, Saved, side_by_side
 from textenv.lanes.turn_ends import EpisodeEnd, end_turns, lane_preds, turn_limits
 from textenv.masks.lane_masks import LaneMasks
 from textenv.prompts.prompts import Prompt, PromptLike
@@ -156,6 +156,20 @@ class Lanes:
         self.reset_at = self.n_steps
         for lane in range(self.n_lanes):
             self._refill(lane)
+        return self.tokens.copy()
+
+    def fork(self, saved: Sequence[Saved], prompt: Prompt) -> np.ndarray:
+        """Continue copies of running episodes of one prompt, one in each lane, and return the observations, (B, L).
+
+        Each copy is a group of its own and has a `preds.state` of its own. A lane whose episode ends becomes idle.
+
+        Args:
+            saved: The state of each lane, B results of `LaneState.state_dict` of one lane of this env.
+            prompt: The prompt of these episodes.
+        """
+        arrays, meta = side_by_side(saved)
+        self.reset(0, [prompt])  # takes the only row, so that no lane finds another
+        self.state = LaneState.load({**arrays, "groups": np.arange(self.n_lanes)}, meta, [prompt] * self.n_lanes)
         return self.tokens.copy()
 
     def _refill(self, lane: int) -> None:

@@ -176,3 +176,13 @@ class LaneState:
         )
         episodes = [RunningEpisode(*row) for row in columns]
         return cls(**{name: np.array(arrays[name]) for name in ARRAYS}, episodes=episodes)
+
+
+Saved = tuple[dict[str, np.ndarray], dict[str, Any]]  # the result of `LaneState.state_dict`
+
+
+def side_by_side(saved: Sequence[Saved]) -> Saved:
+    """Return several results of `LaneState.state_dict` as one, with the lanes of all of them."""
+    arrays = {name: np.concatenate([arrays[name] for arrays, _ in saved]) for name in saved[0][0]}  # (B, ...) each
+    # Copied one by one: `LaneState.load` copies whole lists, in which an object that stands twice stays one object.
+    return arrays, {name: [copy.deepcopy(entry) for _, meta in saved for entry in meta[name]] for name in saved[0][1]}

@@ -150,6 +150,35 @@ def test_show_has_a_line_a_token(done, capsys):
     assert run("show", done, "--prompt", "400") == 2
 
 
+def test_a_judge_chooses_the_best_model_and_its_gap_is_written(done):
+    assert re.search(r"^  best: judge$", (done / "config.yml").read_text(), flags=re.MULTILINE)
+    assert json.loads((done / "best" / "best.json").read_text())["figure"] == "judge"
+    history = json.loads((done / "history.json").read_text())
+    rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    gaps = [row["eval/gap"] for row in rows if "eval/gap" in row]
+    assert gaps == [row["figures"]["gap"] for row in history] and gaps[0] == 0.0 and len(gaps) >= 2
+
+
+def test_a_run_that_its_judge_stops_says_so(model, tmp_path, capsys):
+    words = settings(model, tmp_path / "run", rollouts=4, **{"evaluation.every": 1, "evaluation.patience": 1})
+    assert run("train", *words, "--evaluation.judge", "zero") == 0
+    assert "stopped early: no better judge since 0 tokens (evaluation.patience 1)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "history.json").read_text())[-1]["num_timesteps"] == ROLLOUT
+
+
+def test_show_writes_the_credit_of_a_few_episodes(done, capsys):
+    assert run("show", done, "--prompt", "1", "--credit", "2", "--continuations", "3") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^\| all \| \d+ \| (-?\d\.\d\d|nan) \| [+-]\d.* ± \d", said, flags=re.MULTILINE), said
+    rows = json.loads((done / "credit.json").read_text(encoding="utf-8"))
+    assert len(rows) == 2 and list(rows[0]) == ["prompt", "tokens", "critic", "monte_carlo", "low", "high"]
+    assert len({len(rows[0][name]) for name in list(rows[0])[1:]}) == 1
+    for low, value, high in zip(rows[0]["low"], rows[0]["monte_carlo"], rows[0]["high"], strict=True):
+        assert low <= value <= high
+    assert run("show", done, "--prompt", "399", "--credit", "2") == 2
+    assert "Expected --prompt and --credit of prompts up to number" in capsys.readouterr().err
+
+
 def test_chat_remembers(model, monkeypatch, capsys):
     from agents.cli import chat
 

@@ -17,14 +17,14 @@ set on the Hugging Face hub with its columns works as well. A tenth of the dialo
    (METEOR rises with length), and a penalty on its divergence from the supervised model.
    Of a pretrained model it trains adapters, and samples four replies to each prompt, which is then read once for all.
    With `--turns 2` an episode goes on: the other speaker's next turn follows, and the model replies again.
-4. Both models write two replies to each prompt of the held-back dialogues (a pretrained one to 178 of the 713),
+4. Both models write two replies to each prompt of the held-back dialogues (a pretrained one to 142 of the 713),
    sampled with the same seed. The samples printed are those of the first five prompts.
 
 Expect of the small model, in four minutes of one core (seeds 0 and 1, the 1,000 dialogues of the validation split):
 METEOR rises from 0.042 and 0.041 to 0.066 and 0.064, intent accuracy from 0.37 and 0.36 to 0.40 and 0.39; the
 perplexity falls from 120 and 117 to 80 and 84, and the length by 13 and 17 % in tokens. A model that has seen 900
 dialogues for a minute or two does not write good English, before or after. examples/README.md has the figures of
-SmolLM2, whose run is also `examples/configs/smollm2/dailydialog.yml` (there without a judge).
+SmolLM2, whose run is also `examples/configs/smollm2/dailydialog.yml` (without a judge of its own).
 
 The perplexity is that of the generated texts under the supervised model. METEOR is called
 `meteor_without_wordnet` where WordNet is not installed. Printed and kept in `--out`: the table with 95 % intervals,
@@ -98,7 +98,7 @@ FULL = Size(1024, 2, 96, 3.0, 0.2, 4.0, 50_000)
 SMOKE = Size(300, 1, 32, 1.0, 0.2, 1.0, 1_024, n_prompts=8, n_envs=16)
 # Of a pretrained model the sizes above are the classifiers' alone.
 PRETRAINED = {"n_envs": 32, "history": 2, "samples_per_prompt": 4, "max_prompt_tokens": 64}
-FULL_PRETRAINED = Size(0, 0, 192, 0.15, 0.0, 4.0, 8_192, n_prompts=178, **PRETRAINED)
+FULL_PRETRAINED = Size(0, 0, 192, 0.15, 0.0, 4.0, 8_192, n_prompts=142, **PRETRAINED)
 SMOKE_PRETRAINED = Size(0, 0, 32, 0.02, 0.0, 1.0, 1_024, n_prompts=8, **PRETRAINED)
 TUNING_RATE = 3e-3
 LEARNING_RATE = 5e-4

@@ -102,7 +102,12 @@ FULL_PRETRAINED = Size(0, 0, 192, 0.15, 0.0, 4.0, 8_192, n_prompts=142, **PRETRA
 SMOKE_PRETRAINED = Size(0, 0, 32, 0.02, 0.0, 1.0, 1_024, n_prompts=8, **PRETRAINED)
 TUNING_RATE = 3e-3
 LEARNING_RATE = 5e-4
-ADAPTERS: dict[str, Any] = {"policy_kwargs": {"train": LoRA(r=8)}, "n_steps": 32, "batch_size": 256}
+ADAPTERS: dict[str, Any] = {
+    "policy_kwargs": {"train": LoRA(r=8)},
+    "n_steps": 32,
+    "batch_size": 256,
+    "learning_rate": 1e-3,
+}
 KL_COEF = 0.03
 WEIGHTS = {"intent": 1.0, "meteor": 4.0}  # METEOR differs less from reply to reply than a match, which is 0 or 1
 LENGTH_WEIGHT = 0.5
@@ -238,9 +243,8 @@ def reinforce(
     limits = {"max_turns": args.turns, "max_new_tokens": args.turns * size.max_new_tokens}
     groups = {"samples_per_prompt": size.samples_per_prompt}
     env = DailyDialog(dialogues, tokenizer, reward=reward, seed=seed, **groups, **limits, **options)
-    adapters, rate = (ADAPTERS, 2 * LEARNING_RATE) if args.model else ({}, LEARNING_RATE)
-    schedule = LinearSchedule(rate, 0.0, 1.0)
-    model = make_agent(env, supervised, n_envs=size.n_envs, seed=seed, learning_rate=schedule, n_epochs=2, **adapters)
+    update = ADAPTERS if args.model else {"learning_rate": LinearSchedule(LEARNING_RATE, 0.0, 1.0)}
+    model = make_agent(env, supervised, n_envs=size.n_envs, seed=seed, n_epochs=2, **update)
     train(model, size.n_tokens, out, "DailyDialog: PPO for intent match and METEOR", [KLPenalty(KL_COEF)])
     after = evaluate(model, prompts, tokenizer, metrics, before=before, **settings)
     export(model, tokenizer, out / "model", overwrite=True)

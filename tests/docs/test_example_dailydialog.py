@@ -4,11 +4,14 @@ import json
 
 import pytest
 
+from agents import bpe_tokenizer
 from tests.docs.test_examples import run
+from tests.helpers.command import small_model
 from tests.helpers.dialogues import made_up, write_dialogues
+from tests.helpers.weights.real_model import real_model
 
 FIGURES = {"length", "reward", "reward/intent", "reward/meteor", "kl", "kl_token", "rouge1", "rouge2", "rougeL"}
-FIGURES |= {"rougeLsum", "sacrebleu", "chrf", "intent_accuracy", "perplexity", "length_words"}
+FIGURES |= {"rougeLsum", "sacrebleu", "chrf", "intent_accuracy", "perplexity", "length_words", "blank", "broken"}
 
 
 @pytest.mark.long
@@ -28,3 +31,35 @@ def test_the_example_writes_its_table_and_skips_finished_stages(tmp_path):
     again = run(*command, "--turns", 2)
     assert again.count(f"found in {out}") == 3 and "continues from" in again
     assert json.loads((out / "results.json").read_text()) == results
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_is_tuned_and_trained_by_adapters(tmp_path):
+    pytest.importorskip("peft")
+    dialogues, out = made_up(60), tmp_path / "out"
+    data = write_dialogues(tmp_path / "data", dialogues)
+    tokenizer = bpe_tokenizer([turn for dialogue in dialogues for turn in dialogue.turns], vocab_size=300)
+    model = small_model(tmp_path / "start", tokenizer, n_positions=256)
+    printed = run("examples/dailydialog.py", "--data", data, "--model", model, "--smoke", "--out", out)
+    assert printed.count("met: ") == 4
+    results = json.loads((out / "results.json").read_text())
+    assert results["figures"].keys() == results["before"].keys() >= FIGURES and results["n_prompts"] == 8
+    # Each sample stands in the table with the prompt of its own; every second text is of a new one.
+    prompts = [text["prompt"] for text in results["texts"]]
+    assert prompts[::2] == prompts[1::2] and len(set(prompts)) == 8
+    tuned = json.loads((out / "supervised.json").read_text())
+    assert tuned["held_back_perplexity"] < tuned["held_back_perplexity_of_start"]
+    with pytest.raises(AssertionError, match="holds a run with other settings"):
+        run("examples/dailydialog.py", "--data", data, "--smoke", "--out", out)
+
+
+@pytest.mark.slow
+def test_the_example_runs_on_a_pretrained_model(tmp_path):
+    """SmolLM2 from start to end in a small size; it shows that everything fits, and no gain."""
+    pytest.importorskip("peft")
+    data, out = write_dialogues(tmp_path / "data", made_up(60)), tmp_path / "out"
+    run("examples/dailydialog.py", "--data", data, "--model", real_model(), "--smoke", "--out", out, timeout=900)
+    result = json.loads((out / "results.json").read_text())
+    figures = {name: figure["value"] for name, figure in result["figures"].items()}
+    assert figures["perplexity"] < 500 and figures["blank"] < 0.5 and figures["broken"] < 0.5
+    assert any(text["text"].isascii() and " the " in text["text"] for text in result["texts"])

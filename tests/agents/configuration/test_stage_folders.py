@@ -20,7 +20,7 @@ def here(tmp_path, monkeypatch):
         ("train", "reviews", "runs/reviews/tuned", "textenv sft examples/configs/reviews_sft.yml --data FOLDER"),
         ("train", "hh", "runs/hh/tuned", "textenv sft examples/configs/hh_sft.yml"),
         ("train", "dates", "runs/dates/base", "textenv sft examples/configs/dates_sft.yml --out runs/dates/base"),
-        ("train", "dailydialog_gpt2", "runs/dailydialog_gpt2/tuned", "textenv sft --task DailyDialog --data FOLDER"),
+        ("train", "smollm2/dailydialog", "runs/dialogues/tuned", "textenv sft examples/configs/smollm2/dailydialog_"),
         ("doctor", "zh_reviews", "runs/zh_reviews/tuned", "textenv sft examples/configs/zh_reviews_sft.yml"),
         ("classifier", "reviews_classifier", "runs/reviews/tuned", "textenv sft examples/configs/reviews_sft.yml"),
         ("reward-model", "hh_reward_model", "runs/hh/tuned", "textenv sft examples/configs/hh_sft.yml"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,9 +22,7 @@ from ..rollout.estimation import gae
 from ..rollout.transitions import Segment, Transitions
 from ..runs.assemble import Parts
 from ..steps.kl_penalty import KLPenalty, estimate
-
-if TYPE_CHECKING:
-    from .show import Replay
+from .replay import Replay
 
 PAGE = "episode.html"  # in the folder of the run
 

@@ -269,13 +269,7 @@ def _run(
             FiniteUpdates(),
             evaluate,
             *([] if watch is None else [watch(evaluate)]),
-            SampleRecorder(run, parts.held_out, config.samples, config.samples_every, partial(_show_samples, views)),
-            *(
-                [TokenRecorder(run, parts.tokenizer, config.samples_every, config.total_tokens)]
-                if config.samples
-                else []
-            ),
-            Recorder(run, writer, partial(_show_row, views)),
+            *_recorders(run, parts, writer, views),
             RunCheckpoints(run, *kept, interrupts, lambda: evaluate.is_over, screen.say),
         ]
         screen.begin(done, read_rows(run.metrics))
@@ -307,6 +301,15 @@ def _announce(run: RunFolder, config: TrainConfig, screen: Screen) -> None:
     screen.say(f"run: {run.path}")
     if config.loggers == default_loggers() and (absent := [name for name in PLOTTED if name not in config.loggers]):
         screen.say(f'without {" and ".join(absent)}, which pip install "textenv[plot]" brings')
+
+
+def _recorders(run: RunFolder, parts: Parts, writer: RowWriter, views: list[Any]) -> list[BaseCallback]:
+    """Return the callbacks that write the run's rows of samples, tokens and figures."""
+    config = parts.config
+    every, show = config.samples_every, partial(_show_samples, views)
+    tokens = [TokenRecorder(run, parts.tokenizer, every, config.total_tokens)] if config.samples else []  # type: ignore[arg-type]
+    samples = SampleRecorder(run, parts.held_out, config.samples, every, show)
+    return [samples, *tokens, Recorder(run, writer, partial(_show_row, views))]
 
 
 def _show_row(views: list[Any], row: Row) -> None:

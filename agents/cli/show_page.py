@@ -8,6 +8,8 @@ from typing import cast
 import numpy as np
 import torch
 
+from textenv.text.tokenizer import Tokenizer
+
 from ..evaluation.token_numbers import Episodes, likeliest, token_rows
 from ..files import write_text
 from ..models.observations import prompt_lengths, unpack_observations
@@ -82,7 +84,8 @@ def episode_row(parts: Parts, episode: Replay, reference: Pretrained) -> dict[st
         more["return"] = values + gae(left, values, terms.gamma, terms.critic_lambda)
         if buffer.advantage == "gae":
             more["advantage"] = gae(left, values, terms.gamma, terms.policy_lambda(n))
-    return token_rows(episodes, parts.tokenizer, likeliest(policy.lm, episodes.batch), more)[0]
+    tokenizer = cast("Tokenizer", parts.tokenizer)  # transformers' decode also takes batches
+    return token_rows(episodes, tokenizer, likeliest(policy.lm, episodes.batch), more)[0]
 
 
 def _penalties(parts: Parts, kl: np.ndarray) -> np.ndarray:

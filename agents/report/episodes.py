@@ -29,7 +29,8 @@ def episode_tables(rows: Sequence[Mapping[str, Any]], budget: int = BUDGET) -> d
     chosen = [list(tables)[i] for i in spread(len(tables), max(2, budget // max([1, *sizes])))]
     kept = []
     for at in chosen:
-        episodes, left = [], budget // len(chosen)
+        episodes: list[dict[str, Any]] = []
+        left = budget // len(chosen)
         for row in tables[at]:
             left -= len(row["pieces"])
             if left >= 0 or not episodes:

@@ -43,7 +43,8 @@ def sample_tables(rows: Sequence[Mapping[str, Any]], budget: int = BUDGET) -> di
     size = {
         key: max((len(table[key]["text"]) for table in tables.values() if key in table), default=0) for key in prompts
     }
-    kept, total = [], 0
+    kept: list[tuple[str, int]] = []
+    total = 0
     for key in prompts:  # so many prompts that two tables of them fit
         total += size[key] + len(key[0])
         if kept and 2 * total > budget:

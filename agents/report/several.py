@@ -41,7 +41,8 @@ def together(columns: Sequence[tuple[Sequence[int], Column]]) -> dict[str, list[
         return None
     first, last = max(own[0][0] for own in points), min(own[-1][0] for own in points)
     grid = [x for x, _ in points[0] if first <= x <= last]
-    values = np.stack([np.interp(grid, *zip(*own, strict=True)) for own in points])  # (n_runs, n_points)
+    curves = [np.array(own, dtype=np.float64).T for own in points]  # (2, n_own) each
+    values = np.stack([np.interp(grid, x, y) for x, y in curves])  # (n_runs, n_points)
     ends = {"y": values.mean(axis=0), "low": values.min(axis=0), "high": values.max(axis=0)}
     return {"x": grid, **{name: [rounded(value) for value in row.tolist()] for name, row in ends.items()}}
 

@@ -85,6 +85,10 @@ _WORDS = {
         "Point at a token, or tap it.",
         "参与训练的若干回合：一次采样中得分最低、最高及其间的几段。指向或点按词元可查看数值。",
     ),
+    "episode_note": (
+        "An episode that the run's newest policy has written for this page. Point at a token, or tap it.",
+        "由该运行最新的策略为本页生成的一个回合。指向或点按词元可查看数值。",
+    ),
     "colour_by": ("Colour by", "着色依据"),
     "after_tokens": ("Update after tokens", "更新于词元数"),
     "episode": ("Episode", "回合"),

@@ -117,8 +117,8 @@ class TokenRecorder(BaseCallback):
             up, down = terms.ratios > 1 + bound, terms.ratios < 1 - bound
             return ((terms.advantages > 0) & up | (terms.advantages < 0) & down).cpu().numpy()
         weights = surrogate(terms)
-        is_named = isinstance(surrogate, Surrogate)
-        return (surrogate.is_clipped(terms, weights) if is_named else weights == 0).cpu().numpy()  # type: ignore[union-attr]
+        clipped = surrogate.is_clipped(terms, weights) if isinstance(surrogate, Surrogate) else weights == 0
+        return clipped.cpu().numpy()
 
 
 def by_score(trained: TrainedSequences, n: int) -> list[int]:

@@ -94,8 +94,8 @@ function lineChart(curves) {
   const chart = frame(xRange(points), y);
   const inside = (value) => Math.min(Math.max(value, y[0]), y[1]);
   const at = ([x, value]) => [chart.scaleX(x), chart.scaleY(inside(value))];
-  curves.forEach((curve, number) => {
-    const own = points[number];
+  curves.forEach((curve, k) => {
+    const own = points[k];
     if (curve.low && !curve.dots) {
       const bounded = own.filter(([, , i]) => curve.low[i] !== null && curve.high[i] !== null);
       const upper = bounded.map(([x, , i]) => at([x, curve.high[i]]));

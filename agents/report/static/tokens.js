@@ -127,7 +127,7 @@ function tokens() {
     const first = text.querySelector(".token:not(.other)") ?? text.querySelector(".token");
     if (first) show([...text.querySelectorAll(".token")].indexOf(first), first);
   };
-  made.append(note(t("tokens_note")));
+  made.append(note(data.kind === "episode" ? t("episode_note") : t("tokens_note")));
   if (nTables > tables.length) made.append(note(t("tables_note", { shown: tables.length, all: nTables })));
   draw();
   made.append(view);

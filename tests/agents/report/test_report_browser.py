@@ -97,6 +97,12 @@ def test_curves_can_be_read_hidden_and_chosen(browser, written):
     browser.keep("report")
 
 
+def test_a_spike_is_marked_at_the_edge_and_does_not_flatten_the_panel(browser, tmp_path):
+    opened(browser, write_report([made_run(tmp_path / "run", n=12, noise=np.array([0.0] * 5 + [900.0] + [0.0] * 6))]))
+    assert browser.texts(f"{panel('reward')} .spike title") == ["900"]
+    assert browser.texts(f"{panel('reward')} .tick")[0] == "0.2", "the lowest line of the grid"
+
+
 def test_samples_stand_side_by_side_with_changes_marked(browser, written):
     opened(browser, written)
     assert len(browser.all("#samples article")) == 4 and len(browser.all("#samples article:first-of-type .sample")) == 2

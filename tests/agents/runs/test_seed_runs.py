@@ -120,14 +120,14 @@ def fakes(monkeypatch, fails):
     """Replace runs and the table; return the lists of started seeds and of tables. `fails` maps seeds to errors."""
     started, tables = [], []
 
-    def start(config, dumped, options):
+    def start(config, dumped, options, reporter=None):
         started.append(config.seed)
         if config.seed in fails:
             raise fails[config.seed]
         return 0
 
     monkeypatch.setattr(several, "start", start)
-    monkeypatch.setattr(several, "_finish", lambda plans, options: tables.append(plans))
+    monkeypatch.setattr(several, "_finish", lambda plans, options, reporter: tables.append(plans))
     return started, tables
 
 
